@@ -1,0 +1,122 @@
+"""Every key of a run, with its unit and its constraint. The other configs change a few lines each.
+
+Nothing here is meant to be run as it stands: `configs/quickstart.py` is the place to begin.
+Override any key on the command line: `--config.datamodel.damping=0.03`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def model() -> ConfigDict:
+  """Decoder language model. A stranger's model plugs in by `factory`."""
+  c = ConfigDict()
+  # 'package.module:function'; called as function(model_config, vocab_size, length, rngs),
+  # returns an nnx.Module that maps tokens_BL (int32) to logits_BLV.
+  c.factory = 'dsdm_jax.lm.decoder:build'
+  c.layers = 2
+  c.width = 64  # D; a multiple of heads
+  c.heads = 2  # query heads
+  c.kv_heads = 2  # key and value heads; divides heads; fewer than heads is grouped-query attention
+  c.mlp_width = 256  # F
+  c.positions = 'learned'  # learned | rope
+  c.norm = 'layernorm'  # layernorm | rmsnorm
+  c.mlp = 'gelu'  # gelu | swiglu
+  c.tied_embeddings = True  # one table for input embedding and output logits
+  c.bias = True  # biases in linear layers and layer norms
+  c.scan_layers = False  # one compiled block for all layers: compiles faster, runs the same
+  c.remat = False  # recompute each block's activations in the backward pass
+  c.compute_dtype = 'float32'  # float32 | bfloat16; parameters and losses stay float32
+  return c
+
+
+def training() -> ConfigDict:
+  """One training run. The paper's values where the scale does not forbid them."""
+  c = ConfigDict()
+  c.batch_size = 32  # examples per step over all devices; a multiple of mesh.data
+  c.learning_rate = 3e-3  # peak, after warm-up
+  c.final_learning_rate = 0.1  # fraction of the peak that the cosine ends at; 0 to 1
+  c.warmup_steps = 20  # linear from zero
+  c.weight_decay = 4e-4  # decoupled; matrices only
+  c.adam_b1 = 0.9
+  c.adam_b2 = 0.95
+  c.adam_eps = 1e-8
+  c.gradient_clip = 1.0  # global norm; 0 turns it off
+  c.save_every_steps = 200  # an Orbax checkpoint to resume from; 0 saves only the end
+  c.keep_checkpoints = 1  # the newest ones; at least 1
+  c.log_every_steps = 10
+  return c
+
+
+def get_config() -> ConfigDict:
+  c = ConfigDict()
+  c.seed = 0  # root of every named random stream; >= 0
+
+  c.mesh = ConfigDict()
+  c.mesh.data = -1  # devices that share a batch; -1 takes all that mesh.model leaves
+  c.mesh.model = 1  # devices that share weights; data × model = number of devices
+
+  # Candidate pool: documents → tokens → rows of exactly `length` tokens.
+  c.pool = ConfigDict()
+  c.pool.source = 'installed_packages'  # registered source, see dsdm_jax/data/sources.py
+  c.pool.kinds = ('source', 'docs', 'licences', 'metadata', 'data')  # kinds of file that are taken
+  c.pool.max_bytes = 1_100_000  # UTF-8 bytes of text kept, shared evenly over the kinds
+  c.pool.max_document_bytes = 8_192  # a longer document is cut here; bytes of UTF-8
+  c.pool.length = 128  # L, tokens of one row
+  c.pool.vocab_size = 1_024  # SentencePiece unigram, trained on the pool; pieces
+  c.pool.leakage_guard = True  # drop documents that hold target text
+  c.pool.leakage_ngram = 12  # words in a row that count as the same text
+  c.pool.plant_targets = 0  # control: this many target examples of each task, verbatim, as further documents
+
+  # Target tasks: what the trained model should be good at.
+  c.targets = ConfigDict()
+  c.targets.tasks = ('docs', 'api_qa', 'cs_algorithms')  # registered tasks, or paths of JSONL files
+  c.targets.max_examples = 256  # of each task and split
+  c.targets.holdout_share = 0.5  # of a task's documents; the rest is what the datamodel sees
+  c.targets.seed = 0  # of generated tasks and of the split
+
+  c.model = model()
+
+  # Proxies: small models on random subsets, whose gradients make the datamodel.
+  c.proxies = ConfigDict()
+  c.proxies.count = 2  # C, at least 1
+  c.proxies.subset_share = 0.5  # of the pool's rows, drawn anew for each proxy
+  c.proxies.epochs = 2.0  # passes over the subset
+  c.proxies.model = ConfigDict({k: c.model.get_oneway_ref(k) for k in c.model})
+  c.proxies.train = training()
+
+  # Features: projected per-example gradients of the output function.
+  c.features = ConfigDict()
+  # 'package.module:function'; function(logits_LV, tokens_L, weights_L) -> scalar of one example,
+  # its gradient is what is projected.
+  c.features.output_fn = 'dsdm_jax.lm.outputs:margin'
+  c.features.projection = 'two_sided'  # two_sided | dense
+  c.features.dimension = 2_048  # J wished for; two_sided takes the nearest a×b per layer below it
+  c.features.layers = '.*'  # regex over paths of linear layers (two_sided)
+  c.features.batch_size = 32  # examples per step over all devices; a multiple of mesh.data
+  c.features.shard_rows = 1_024  # rows of one shard: the unit of work, of storage and of resume
+  c.features.store_dtype = 'bfloat16'  # bfloat16 | float32
+
+  # Datamodel: scores = φ(x)·(ΦᵀΦ/N + λI)⁻¹ mean target φ, averaged over proxies.
+  c.datamodel = ConfigDict()
+  c.datamodel.damping = 0.1  # λ relative to tr(ΦᵀΦ/N)/J; > 0
+  c.datamodel.mix = 'mean'  # mean | zscore | rank: how scores of several tasks become one
+
+  # Selection: which rows each arm trains on.
+  c.selection = ConfigDict()
+  c.selection.methods = ('dsdm', 'random', 'random_one_epoch', 'bottom')  # arms
+  c.selection.targets = ('mix',)  # each a task, 'mix', or tasks joined by '+'
+  c.selection.examples = 1_024  # k, rows of a targeted selection
+  c.selection.epochs = 4  # passes over them; examples × epochs is every arm's budget
+
+  # Pretraining: one model per arm and seed.
+  c.pretraining = ConfigDict()
+  c.pretraining.seeds = 3  # models per arm; at least 2, 3 for intervals worth reading
+  c.pretraining.train = training()
+
+  c.evaluation = ConfigDict()
+  c.evaluation.batch_size = 64  # examples per step over all devices; a multiple of mesh.data
+  c.evaluation.confidence = 0.95  # of intervals; 0 to 1
+
+  c.report = ConfigDict()
+  c.report.examples = 10  # best and worst rows shown per target
+  return c

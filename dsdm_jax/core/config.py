@@ -1,0 +1,163 @@
+"""Checks of a config, before any device is touched: each finding is one line that says the key and the way out.
+
+`configs/base.py` gives every key and its type, `config_rules` what its values must be, and `check_devices` looks at
+the machine. Keys of `model` and `proxies.model` are special: where the factory is a stranger's, texts among them may
+be what it likes and there may be more of them.
+"""
+
+import difflib
+import importlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import base
+from dsdm_jax.core.config_rules import BATCHES, CALLABLE, MODELS, RELATIONS, RULES, model_relations
+from dsdm_jax.core.errors import UserError
+
+_OUR_FACTORY = base.get_config().model.factory
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+  """Dotted key → value that JSON can hold, in the config's order: references resolved, tuples as lists."""
+  return {key: list(v) if isinstance(v, tuple) else v for key, v in _leaves(config, '')}
+
+
+def select(flat: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, Any]:
+  """The keys of `flat` that are, or lie below, one of `prefixes` ('pool' takes 'pool.length' and not 'pools').
+
+  Raises:
+    ValueError: a prefix that takes no key: a slip in the code that named it.
+  """
+  chosen: dict[str, Any] = {}
+  for prefix in prefixes:
+    taken = {key: v for key, v in flat.items() if key == prefix or key.startswith(prefix + '.')}
+    if not taken:
+      raise ValueError(f'no config key is or lies below {prefix!r}')
+    chosen.update(taken)
+  return {key: v for key, v in flat.items() if key in chosen}
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks all that can be known without a device: keys, types, values, values together.
+
+  Raises:
+    UserError: the first finding, in one line that names the key, its value, the rule and the way out.
+  """
+  found, wanted = dict(_leaves(config, '')), dict(_leaves(base.get_config(), ''))
+  _check_keys(found, wanted)
+  for key, value in found.items():
+    _check_type(key, value, wanted.get(key, value))
+  theirs = tuple(f'{model}.' for model in MODELS if found[f'{model}.factory'] != _OUR_FACTORY)
+  for key, rule in RULES.items():
+    free = key.startswith(theirs) and isinstance(wanted[key], str) and not key.endswith('.factory')
+    if not free and not rule.holds(found[key]):
+      raise _finding(key, found[key], rule.text, _suggest(key, wanted[key]))
+  ours = (model for model in MODELS if f'{model}.' not in theirs)
+  for relation in (*RELATIONS, *(relation for model in ours for relation in model_relations(model))):
+    values = [found[key] for key in relation.keys]
+    if not relation.holds(*values):
+      raise _finding(relation.keys[0], values[0], relation.text.format(*values), relation.way_out.format(*values))
+
+
+def check_devices(config: ConfigDict, device_count: int) -> None:
+  """Checks mesh and batch sizes against a machine of `device_count` devices, all processes together.
+
+  Raises:
+    UserError: the mesh does not take all devices, or a batch does not divide over `mesh.data`.
+  """
+  data, model = config.mesh.data, config.mesh.model
+  if device_count % model:
+    rule = f'must divide the number of devices, {device_count}'
+    raise _finding('mesh.model', model, rule, 'set --config.mesh.model=1 or another divisor')
+  if data == -1:
+    data = device_count // model
+  if data * model != device_count:
+    rule = f'times mesh.model = {model} must be the number of devices, {device_count}'
+    raise _finding('mesh.data', data, rule, 'set --config.mesh.data=-1 to take them all')
+  flat = flatten(config)
+  for key in BATCHES:
+    batch = flat[key]
+    if batch % data:
+      near = max(data, round(batch / data) * data)
+      rule = f'must be a multiple of the {data} devices that share a batch (mesh.data)'
+      raise _finding(key, batch, rule, f'set --config.{key}={near}, or a larger --config.mesh.model')
+
+
+def load_callable(name: str, key: str = '') -> Callable[..., Any]:
+  """The function that 'package.module:function' names; `key` is the config key that holds it, for the message.
+
+  Raises:
+    UserError: not of that form, no such module or function, the module fails while imported, or not callable.
+  """
+  said = f'{key} = {name!r}' if key else repr(name)
+  if not CALLABLE.fullmatch(name):
+    raise UserError(f"{said} must be 'package.module:function'; give a module and a function in it")
+  module_name, _, function_name = name.partition(':')
+  try:
+    module = importlib.import_module(module_name)
+  except Exception as error:  # a boundary: any failure of a stranger's module is reported
+    reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+    raise UserError(
+      f'{said}: module {module_name} cannot be imported ({reason}); mend it, or start where Python finds it'
+    ) from error
+  function = getattr(module, function_name, None)
+  if not callable(function):
+    what = 'has no such function' if function is None else f'has a {type(function).__name__} of that name, no function'
+    near = difflib.get_close_matches(function_name, [n for n in dir(module) if callable(getattr(module, n))], n=1)
+    raise UserError(f'{said}: {module.__file__} {what}; ' + (f'is it {near[0]}?' if near else 'name one that is there'))
+  return function
+
+
+def _leaves(config: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from _leaves(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key, value
+
+
+def _check_keys(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+  for key in found.keys() - wanted.keys():
+    if any(w.startswith(key + '.') for w in wanted):
+      raise _finding(key, found[key], 'must be a section of keys', 'leave it as configs/base.py makes it')
+  for key in sorted(wanted.keys() - found.keys()):
+    raise UserError(f'config has no key {key}; begin from configs.base.get_config() and change that')
+  for key in sorted(found.keys() - wanted.keys()):
+    section = next((m for m in MODELS if key.startswith(m + '.') and found[f'{m}.factory'] != _OUR_FACTORY), None)
+    if section is None:
+      near = difflib.get_close_matches(key, wanted, n=1)
+      hint = f'is it {near[0]}?' if near else 'configs/base.py has all keys'
+      raise UserError(f'config key {key} = {found[key]!r} is unknown; {hint}')
+
+
+def _check_type(key: str, value: Any, default: Any) -> None:
+  """`value` must be of the type of `default`; an int will do for a float, a list for a tuple of strings."""
+  kinds = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text', tuple: 'a tuple of texts'}
+  kind = kinds.get(type(default))
+  if kind is None:
+    raise _finding(key, value, f'must be {", ".join(kinds.values())}', 'give one of these')
+  if isinstance(default, tuple):
+    right = isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value)
+  elif isinstance(default, float):
+    right = type(value) in (int, float) and math.isfinite(value)
+  else:
+    right = type(value) is type(default)
+  if not right:
+    raise _finding(key, value, f'must be {kind}, and is {_kind(value)}', _suggest(key, default))
+
+
+def _kind(value: Any) -> str:
+  return str(value) if isinstance(value, float) and not math.isfinite(value) else type(value).__name__
+
+
+def _suggest(key: str, default: Any) -> str:
+  said = f'"{default!r}"' if isinstance(default, tuple) else str(default)
+  return f'for example --config.{key}={said}'
+
+
+def _finding(key: str, value: Any, rule: str, way_out: str) -> UserError:
+  shown = ' '.join(repr(value).split())
+  return UserError(f'config key {key} = {shown} {rule}; {way_out}')

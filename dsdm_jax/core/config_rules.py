@@ -1,0 +1,261 @@
+"""What `configs/base.py` asks of values in words, as rules: `RULES` look at one key, `RELATIONS` at several."""
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+SOURCES = ('installed_packages',)
+KINDS = ('source', 'docs', 'licences', 'metadata', 'data')
+TASKS = ('docs', 'api_qa', 'cs_algorithms')
+METHODS = ('dsdm', 'random', 'random_one_epoch', 'bottom')
+MIX = 'mix'
+
+MODELS = ('model', 'proxies.model')
+_TRAINS = ('proxies.train', 'pretraining.train')
+BATCHES = (*(f'{train}.batch_size' for train in _TRAINS), 'features.batch_size', 'evaluation.batch_size')
+CALLABLE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*')
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """What one key's value must be: `text` follows '<key> = <value>: '."""
+
+  holds: Callable[[Any], bool]
+  text: str
+
+
+def _at_least(low: float) -> Rule:
+  return Rule(lambda v: v >= low, f'must be at least {low}')
+
+
+def _above(low: float) -> Rule:
+  return Rule(lambda v: v > low, f'must be greater than {low}')
+
+
+def _within(low: float, high: float, ends: str = '[]') -> Rule:
+  """Range from `low` to `high`; '[' and ']' take in the end, '(' and ')' leave it out."""
+
+  def holds(v: float) -> bool:
+    return (v > low if ends[0] == '(' else v >= low) and (v < high if ends[1] == ')' else v <= high)
+
+  said = {'[]': 'both taken in', '()': 'both left out', '[)': f'{high} left out', '(]': f'{low} left out'}
+  return Rule(holds, f'must lie between {low} and {high} ({said[ends]})')
+
+
+def _one_of(*choices: str) -> Rule:
+  return Rule(lambda v: v in choices, f'must be one of {", ".join(choices)}')
+
+
+def _some_of(*choices: str, also: Rule | None = None) -> Rule:
+  """A tuple of at least one choice (or value for which `also` holds), none of them twice."""
+  text = f'must be one or more of {", ".join(choices)}' + (f' or {also.text}' if also else '') + ', each once'
+
+  def holds(values: tuple[str, ...]) -> bool:
+    known = all(v in choices or (also is not None and also.holds(v)) for v in values)
+    return known and 0 < len(values) == len(set(values))
+
+  return Rule(holds, text)
+
+
+def _is_regex(value: str) -> bool:
+  try:
+    re.compile(value)
+  except re.error:
+    return False
+  return True
+
+
+def _either(a: Rule, b: Rule) -> Rule:
+  return Rule(lambda v: a.holds(v) or b.holds(v), f'{a.text}, or {b.text}')
+
+
+_POSITIVE = _at_least(1)
+_COUNT = _at_least(0)
+_JSONL = Rule(lambda v: v.endswith('.jsonl'), 'paths that end in .jsonl')
+_REGEX = Rule(_is_regex, 'must be a regular expression')
+_NAME = Rule(
+  lambda v: bool(CALLABLE.fullmatch(v)) and _module_exists(v),
+  "must be 'package.module:function' with a module that Python finds from here",
+)
+
+_MODEL_RULES = {
+  'factory': _NAME,
+  'layers': _POSITIVE,
+  'width': _POSITIVE,
+  'heads': _POSITIVE,
+  'kv_heads': _POSITIVE,
+  'mlp_width': _POSITIVE,
+  'positions': _one_of('learned', 'rope'),
+  'norm': _one_of('layernorm', 'rmsnorm'),
+  'mlp': _one_of('gelu', 'swiglu'),
+  'compute_dtype': _one_of('float32', 'bfloat16'),
+}
+
+_TRAIN_RULES = {
+  'batch_size': _POSITIVE,
+  'learning_rate': _above(0),
+  'final_learning_rate': _within(0, 1),
+  'warmup_steps': _COUNT,
+  'weight_decay': _COUNT,
+  'adam_b1': _within(0, 1, '[)'),
+  'adam_b2': _within(0, 1, '[)'),
+  'adam_eps': _above(0),
+  'gradient_clip': _COUNT,
+  'save_every_steps': _COUNT,
+  'keep_checkpoints': _POSITIVE,
+  'log_every_steps': _POSITIVE,
+}
+
+# Every key of configs/base.py but those that are true or false (a test holds that).
+RULES: Mapping[str, Rule] = {
+  'seed': _COUNT,
+  'mesh.data': Rule(lambda v: v == -1 or v >= 1, 'must be at least 1, or -1 for all devices that mesh.model leaves'),
+  'mesh.model': _POSITIVE,
+  'pool.source': _either(_one_of(*SOURCES), _NAME),
+  'pool.kinds': _some_of(*KINDS),
+  'pool.max_bytes': _POSITIVE,
+  'pool.max_document_bytes': _POSITIVE,
+  'pool.length': _at_least(8),
+  'pool.vocab_size': _at_least(300),  # 256 byte pieces, the control pieces and some to learn
+  'pool.leakage_ngram': _at_least(2),
+  'pool.plant_targets': _COUNT,
+  'targets.tasks': _some_of(*TASKS, also=_JSONL),
+  'targets.max_examples': _POSITIVE,
+  'targets.holdout_share': _within(0, 1, '()'),
+  'targets.seed': _COUNT,
+  **{f'{model}.{key}': rule for model in MODELS for key, rule in _MODEL_RULES.items()},
+  **{f'{train}.{key}': rule for train in _TRAINS for key, rule in _TRAIN_RULES.items()},
+  'proxies.count': _POSITIVE,
+  'proxies.subset_share': _within(0, 1, '(]'),
+  'proxies.epochs': _above(0),
+  'features.output_fn': _NAME,
+  'features.projection': _one_of('two_sided', 'dense'),
+  'features.dimension': _POSITIVE,
+  'features.layers': _REGEX,
+  'features.batch_size': _POSITIVE,
+  'features.shard_rows': _POSITIVE,
+  'features.store_dtype': _one_of('bfloat16', 'float32'),
+  'datamodel.damping': _above(0),
+  'datamodel.mix': _one_of('mean', 'zscore', 'rank'),
+  'selection.methods': _some_of(*METHODS),
+  'selection.targets': Rule(lambda v: 0 < len(v) == len(set(v)), 'must name at least one target, each once'),
+  'selection.examples': _POSITIVE,
+  'selection.epochs': _POSITIVE,
+  'pretraining.seeds': _POSITIVE,
+  'evaluation.batch_size': _POSITIVE,
+  'evaluation.confidence': _within(0, 1, '()'),
+  'report.examples': _POSITIVE,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Relation:
+  """What several keys must be together.
+
+  Attributes:
+    keys: what `holds` is given the values of; a finding is said of the first.
+    text: the rule; '{0}' is the first value, '{1}' the second and so on.
+    way_out: what to do, filled in likewise.
+  """
+
+  keys: tuple[str, ...]
+  holds: Callable[..., bool]
+  text: str
+  way_out: str
+
+
+def model_relations(model: str) -> Iterator[Relation]:
+  width, heads, kv_heads = (f'{model}.{key}' for key in ('width', 'heads', 'kv_heads'))
+  yield Relation(
+    (heads, width),
+    lambda h, w: w % h == 0,
+    f'must divide {width} = {{1}}',
+    f'set --config.{width} to a multiple of {{0}}, or change --config.{heads}',
+  )
+  yield Relation(
+    (kv_heads, heads),
+    lambda k, h: h % k == 0,
+    f'must divide {heads} = {{1}}',
+    f'set --config.{kv_heads} to a divisor of {{1}}, for example 1',
+  )
+  yield Relation(
+    (f'{model}.positions', width, heads),
+    lambda p, w, h: p != 'rope' or (w // h) % 2 == 0,
+    f'needs an even head size, and {width} = {{1}} over {heads} = {{2}} is odd',
+    f'set --config.{width} to a multiple of 2·{{2}}, or --config.{model}.positions=learned',
+  )
+
+
+def _batch_relation(key: str) -> Relation:
+  return Relation(
+    (key, 'mesh.data'),
+    lambda batch, data: data == -1 or batch % data == 0,
+    'must be a multiple of mesh.data = {1}',
+    f'set --config.{key} to a multiple of {{1}}',
+  )
+
+
+def _tasks_named_apart(tasks: Iterable[str]) -> bool:
+  names = [task_name(task) for task in tasks]
+  plain = all(re.fullmatch(r'[\w.-]+', name) and '__' not in name and name != MIX for name in names)
+  return plain and len(names) == len(set(names))
+
+
+def _targets_known(targets: Iterable[str], tasks: Iterable[str]) -> bool:
+  names = {*tasks, *(task_name(task) for task in tasks)}
+  return all(
+    target == MIX or (0 < len(parts) == len(set(parts)) and names.issuperset(parts))
+    for target in targets
+    for parts in [target.split('+')]
+  )
+
+
+RELATIONS: tuple[Relation, ...] = (
+  Relation(
+    ('pool.max_document_bytes', 'pool.max_bytes'),
+    lambda document, pool: document <= pool,
+    'must be at most pool.max_bytes = {1}',
+    'set --config.pool.max_bytes to at least {0}',
+  ),
+  Relation(
+    ('pool.plant_targets', 'targets.max_examples'),
+    lambda planted, examples: planted <= examples,
+    'must be at most targets.max_examples = {1}',
+    'set --config.pool.plant_targets to {1} or less',
+  ),
+  Relation(
+    ('targets.tasks',),
+    _tasks_named_apart,
+    "must have names that differ, hold letters, digits, '.', '-' and single '_' alone, and are not 'mix'",
+    'rename the file whose name is taken: a path goes by its last part without .jsonl',
+  ),
+  Relation(
+    ('selection.targets', 'targets.tasks'),
+    _targets_known,
+    "each must be 'mix', a task of targets.tasks = {1}, or several of them joined by '+'",
+    'set --config.selection.targets="(\'mix\',)", or add the task to --config.targets.tasks',
+  ),
+  Relation(
+    ('selection.examples', 'selection.epochs', 'pretraining.train.batch_size'),
+    lambda examples, epochs, batch: examples * epochs >= batch,
+    'times selection.epochs = {1} must be at least pretraining.train.batch_size = {2}, one step of training',
+    'set more --config.selection.examples or a smaller --config.pretraining.train.batch_size',
+  ),
+  *(_batch_relation(key) for key in BATCHES),
+)
+
+
+def task_name(task: str) -> str:
+  """The name that a task of `targets.tasks` goes by: a path's stem, any other as it is."""
+  return PurePath(task).stem if _JSONL.holds(task) else task
+
+
+def _module_exists(name: str) -> bool:
+  """Whether Python finds the module of 'package.module:function'; imports the packages around it but not the module."""
+  try:
+    return importlib.util.find_spec(name.partition(':')[0]) is not None
+  except (ImportError, ValueError):
+    return False
