@@ -1,0 +1,237 @@
+"""Artifacts: what a finished stage leaves on disk, and the only way in which stages meet.
+
+A stage writes below `DIR/<stage>.part/`; committing adds `manifest.json` and renames the folder to `DIR/<stage>/`.
+So a folder without `.part` is whole. Its manifest holds the *identity* (settings that the stage depends on, digests
+of the artifacts that it read, format version), a checksum of each file, package versions, cost, and the semantics of
+what is inside.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsdm_jax.core import atomic
+from dsdm_jax.core.errors import UserError
+
+MANIFEST = 'manifest.json'
+_BEGUN = 'begun.json'
+_COST = 'cost.json'
+_PACKAGES = (
+  'jax jaxlib flax optax orbax-checkpoint seqio tensorflow tensorflow-datasets ml_collections numpy scipy'
+).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+  """What makes two runs of a stage the same.
+
+  Attributes:
+    stage: name of the stage.
+    format: version of what the stage writes; raised by a commit that changes it.
+    settings: flat config key → JSON value, for the keys that the stage depends on.
+    inputs: name of each artifact read → its digest.
+  """
+
+  stage: str
+  format: int
+  settings: Mapping[str, Any]
+  inputs: Mapping[str, str]
+
+  def as_json(self) -> dict[str, Any]:
+    # A round trip, so that what is compared is what a file can hold (tuples are lists).
+    return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+  """One phrase for each way in which identity `found` is not `wanted`; empty if they agree."""
+  phrases = []
+  if found['format'] != wanted['format']:
+    phrases.append(f'format version was {found["format"]}, now {wanted["format"]}')
+  old, new = found['settings'], wanted['settings']
+  for key in sorted(old.keys() | new.keys()):
+    if old.get(key) != new.get(key):
+      was = json.dumps(old[key]) if key in old else 'absent'
+      now = json.dumps(new[key]) if key in new else 'absent'
+      phrases.append(f'{key} was {was}, now {now}')
+  for name in sorted(found['inputs'].keys() | wanted['inputs'].keys()):
+    if found['inputs'].get(name) != wanted['inputs'].get(name):
+      phrases.append(f'the {name} it read is another one now')
+  return phrases
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+  """A committed stage, opened for reading."""
+
+  path: Path
+  manifest: Mapping[str, Any]
+
+  @property
+  def semantics(self) -> Mapping[str, Any]:
+    return self.manifest['semantics']
+
+  @property
+  def settings(self) -> Mapping[str, Any]:
+    return self.manifest['identity']['settings']
+
+  @property
+  def digest(self) -> str:
+    """SHA-256 over identity and file checksums: changes whenever identity or content does."""
+    content = {k: self.manifest[k] for k in ('identity', 'files')}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+  def verify(self) -> None:
+    """Reads every file back.
+
+    Raises:
+      UserError: a file is missing, has another size or other bytes; it names the first such file.
+    """
+    for name, entry in self.manifest['files'].items():
+      file = self.path / name
+      if not file.is_file():
+        raise UserError(f'{file} is missing; {self._repair()}')
+      if file.stat().st_size != entry['bytes']:
+        raise UserError(f'{file} has {file.stat().st_size} bytes where {entry["bytes"]} were written; {self._repair()}')
+      if _sha256(file) != entry['sha256']:
+        raise UserError(f'{file} has changed since it was written; {self._repair()}')
+
+  def _repair(self) -> str:
+    return f'delete {self.path} and start again to make that stage anew'
+
+
+def folder(workdir: Path, stage: str) -> Path:
+  return Path(workdir) / stage
+
+
+def part_folder(workdir: Path, stage: str) -> Path:
+  return Path(workdir) / f'{stage}.part'
+
+
+def open_stage(workdir: str | os.PathLike, stage: str) -> Artifact | None:
+  """The committed artifact of `stage`, or None where there is none.
+
+  Raises:
+    UserError: its manifest is unreadable.
+  """
+  path = folder(Path(workdir), stage)
+  return _read_manifest(path) if path.is_dir() else None
+
+
+def _read_manifest(path: Path) -> Artifact:
+  file = path / MANIFEST
+  try:
+    manifest = json.loads(file.read_bytes())
+    for key in ('identity', 'files', 'semantics', 'cost', 'versions'):
+      manifest[key]
+    for name in manifest['files']:
+      if Path(name).is_absolute() or '..' in Path(name).parts:
+        raise ValueError(f'path {name!r} leaves the folder')
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(
+      f'{file} is unreadable ({type(error).__name__}: {error}); delete {path} and start again to make that stage anew'
+    ) from error
+  return Artifact(path, manifest)
+
+
+def begun(workdir: Path, stage: str) -> Mapping[str, Any] | None:
+  """Identity of an unfinished attempt at `stage`; None where there is none or it cannot be told."""
+  try:
+    return json.loads((part_folder(workdir, stage) / _BEGUN).read_bytes())
+  except (OSError, ValueError):
+    return None
+
+
+def begin(workdir: Path, identity: Identity) -> Path:
+  """Opens the folder to write in: goes on with an unfinished attempt of the same identity, discards any other."""
+  part = part_folder(workdir, identity.stage)
+  if part.is_dir() and begun(workdir, identity.stage) != identity.as_json():
+    shutil.rmtree(part)
+  if not part.is_dir():
+    part.mkdir(parents=True)
+    atomic.write_json(part / _BEGUN, identity.as_json())
+  return part
+
+
+class Cost:
+  """Seconds and floating-point operations spent on a stage, over all attempts at it."""
+
+  def __init__(self, part: Path):
+    self._file = part / _COST
+    try:
+      spent = json.loads(self._file.read_bytes())
+    except (OSError, ValueError):
+      spent = {'seconds': 0.0, 'flop': 0.0}
+    self.seconds: float = spent['seconds']
+    self.flop: float = spent['flop']
+
+  def add(self, *, seconds: float = 0.0, flop: float = 0.0) -> None:
+    self.seconds += seconds
+    self.flop += flop
+    atomic.write_json(self._file, {'seconds': self.seconds, 'flop': self.flop})
+
+
+def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost: Cost) -> Artifact:
+  """Writes the manifest, syncs it and puts the folder in place, over an older one of that stage."""
+  part = part_folder(workdir, identity.stage)
+  for name in (_BEGUN, _COST):
+    (part / name).unlink(missing_ok=True)
+  manifest = {
+    'identity': identity.as_json(),
+    'files': checksums(part),
+    'semantics': dict(semantics),
+    'cost': {'seconds': round(cost.seconds, 3), 'flop': cost.flop},
+    'versions': versions(),
+  }
+  atomic.write_json(part / MANIFEST, manifest)
+  return finish_commit(workdir, identity.stage)
+
+
+def finish_commit(workdir: Path, stage: str) -> Artifact:
+  part, final = part_folder(workdir, stage), folder(workdir, stage)
+  if final.is_dir():
+    # Renamed first: a kill in the middle of the deletion must not leave half an artifact in its place.
+    old = final.with_name(f'{stage}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    final.rename(old)
+    part.rename(final)
+    shutil.rmtree(old)
+  else:
+    part.rename(final)
+  return _read_manifest(final)
+
+
+def pending_commit(workdir: Path, identity: Identity) -> bool:
+  """Whether a kill fell between the manifest and the rename, so that only the rename is left to do."""
+  part = part_folder(workdir, identity.stage)
+  if not (part / MANIFEST).is_file():
+    return False
+  return _read_manifest(part).manifest['identity'] == identity.as_json()
+
+
+def checksums(path: Path) -> dict[str, dict[str, Any]]:
+  """Relative POSIX path of every file below `path`, but for the manifest → size in bytes and SHA-256."""
+  files = sorted(p for p in path.rglob('*') if p.is_file() and p != path / MANIFEST)
+  return {p.relative_to(path).as_posix(): {'bytes': p.stat().st_size, 'sha256': _sha256(p)} for p in files}
+
+
+def _sha256(path: Path) -> str:
+  with open(path, 'rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def versions() -> dict[str, str]:
+  """Versions of Python and of the packages that a result depends on."""
+  found = {'python': platform.python_version()}
+  for name in _PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found

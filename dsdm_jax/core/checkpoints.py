@@ -1,0 +1,72 @@
+"""Orbax checkpoints of a pytree and a JSON record beside it, by step."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from dsdm_jax.core.errors import UserError
+
+
+class Checkpoints:
+  """A folder of checkpoints, saved in the background and whole or absent.
+
+  Args:
+    directory: absolute or relative folder; made when missing.
+    keep: how many of the newest steps stay.
+  """
+
+  def __init__(self, directory: Path, keep: int = 1):
+    self._directory = Path(directory).absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+  @property
+  def latest(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
+    """Copies `state` (pytree of arrays) and `record` (JSON) and returns; writing goes on behind the caller's back."""
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record)))
+    self._manager.save(step, args=args)
+
+  def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+    """The newest checkpoint that can be read, with the shapes, dtypes and shardings of `like`; None if there is none.
+
+    Raises:
+      UserError: there are checkpoints and none of them fits `like`.
+    """
+    args = ocp.args.Composite(
+      state=ocp.args.StandardRestore(jax.tree.map(_abstract, like)), record=ocp.args.JsonRestore()
+    )
+    failure: Exception | None = None
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        found = self._manager.restore(step, args=args)
+        return found['state'], found['record']
+      except (ValueError, OSError, KeyError, TypeError) as error:  # Orbax's ways to say torn or of another shape
+        failure = error
+    if failure is None:
+      return None
+    reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0][:200]
+    raise UserError(
+      f'no checkpoint in {self._directory} can be restored into this model ({reason}); '
+      'it is torn or belongs to another model: delete that folder and start again'
+    ) from failure
+
+  def close(self) -> None:
+    """Waits until all that was saved is on disk."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *exc_info: object) -> None:
+    self.close()
+
+
+def _abstract(x: Any) -> Any:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None))

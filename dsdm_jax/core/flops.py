@@ -1,0 +1,50 @@
+"""Floating-point operations of a JAX function, counted over its jaxpr.
+
+XLA's own cost analysis counts the body of a scan once; here a scan counts its body as often as it runs. Only matrix
+multiplications and convolutions are counted (a multiply-add is two operations), which is the field's convention for
+transformers; elementwise work is left out.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend import core as jex_core
+
+
+def count(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+  """FLOP of one call `function(*args, **kwargs)`; arguments may be `ShapeDtypeStruct`s. Nothing is run."""
+  return float(_count_jaxpr(jax.make_jaxpr(function)(*args, **kwargs).jaxpr))
+
+
+def _count_jaxpr(jaxpr: jex_core.Jaxpr) -> int:
+  return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: jex_core.JaxprEqn) -> int:
+  name, params = equation.primitive.name, equation.params
+  if name == 'dot_general':
+    (contracted, _), _ = params['dimension_numbers']
+    lhs = _shape(equation.invars[0])
+    return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(lhs[d] for d in contracted)
+  if name == 'conv_general_dilated':
+    kernel = _shape(equation.invars[1])
+    outputs = kernel[params['dimension_numbers'].rhs_spec[0]]
+    return 2 * math.prod(_shape(equation.outvars[0])) * (math.prod(kernel) // outputs)
+  if name == 'cond':
+    return max(_count_jaxpr(branch.jaxpr) for branch in params['branches'])
+  repeats = params['length'] if name == 'scan' else 1
+  return repeats * sum(_count_jaxpr(inner) for inner in _inner_jaxprs(params))
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+  return tuple(variable.aval.shape)
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[jex_core.Jaxpr]:
+  for value in params.values():
+    if isinstance(value, jex_core.ClosedJaxpr):
+      yield value.jaxpr
+    elif isinstance(value, jex_core.Jaxpr):
+      yield value

@@ -1,0 +1,35 @@
+"""The device mesh: axis `data` shares batches, axis `model` shares weights."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+DATA = 'data'
+MODEL = 'model'
+
+
+def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+  """Mesh of shape (data, model) over `devices` (default: all) from `config.mesh`; `data=-1` takes what is left."""
+  devices = jax.devices() if devices is None else devices
+  model = config.model
+  data = len(devices) // model if config.data == -1 else config.data
+  grid = np.asarray(devices).reshape(data, model)
+  return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Leading axis over `data`, the rest whole."""
+  return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def hide_accelerators_from_tensorflow() -> None:
+  """TensorFlow reads and tokenizes; left alone it would claim the accelerator's memory."""
+  import tensorflow as tf
+
+  for kind in ('GPU', 'TPU'):
+    tf.config.set_visible_devices([], kind)
