@@ -1,0 +1,89 @@
+"""A selection: which rows of the pool to train on, with what weight, and how they were chosen."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsdm_jax.core import atomic
+from dsdm_jax.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """Rows of a pool, best first where the method has an order.
+
+  Attributes:
+    name: names its files: '<method>--<target>--<seed>'.
+    rows: int64 [k].
+    weights: float32 [k], of each row's loss; 1 is usual.
+    provenance: JSON values: method, target, seed, settings, digests of what it was made from.
+
+  Raises:
+    ValueError: shapes or dtypes are others, a row is negative, or a weight is negative or not finite.
+  """
+
+  name: str
+  rows: np.ndarray
+  weights: np.ndarray
+  provenance: dict[str, Any]
+
+  def __post_init__(self) -> None:
+    if self.rows.ndim != 1 or self.rows.dtype != np.int64:
+      raise ValueError(f'selection {self.name}: rows must be int64 [k], got {self.rows.dtype} {self.rows.shape}')
+    if self.weights.shape != self.rows.shape or self.weights.dtype != np.float32:
+      raise ValueError(
+        f'selection {self.name}: weights must be float32 {self.rows.shape}, '
+        f'got {self.weights.dtype} {self.weights.shape}'
+      )
+    if len(self.rows) and self.rows.min() < 0:
+      raise ValueError(f'selection {self.name}: row {self.rows.min()} is negative')
+    if not np.all(np.isfinite(self.weights)) or (len(self.weights) and self.weights.min() < 0):
+      raise ValueError(f'selection {self.name}: weights must be finite and not negative')
+
+  @property
+  def size(self) -> int:
+    """k, counting repeats."""
+    return len(self.rows)
+
+  def check(self, num_rows: int, cap: int = 1) -> None:
+    """Checks the selection against a pool.
+
+    Args:
+      num_rows: N of the pool.
+      cap: how often a row may occur.
+
+    Raises:
+      ValueError: it is empty, a row is not in the pool, or occurs more than `cap` times.
+    """
+    if not self.size:
+      raise ValueError(f'selection {self.name} is empty')
+    if self.rows.max() >= num_rows:
+      raise ValueError(f'selection {self.name}: row {self.rows.max()} of a pool of {num_rows} rows')
+    row, count = np.unique(self.rows, return_counts=True)
+    if count.max() > cap:
+      raise ValueError(
+        f'selection {self.name}: row {row[count.argmax()]} occurs {count.max()} times, allowed are {cap}'
+      )
+
+  def save(self, folder: str | os.PathLike) -> None:
+    """Writes `<name>.npz` (rows, weights) and `<name>.json` (provenance) into `folder`."""
+    atomic.save_npz(Path(folder) / f'{self.name}.npz', rows=self.rows, weights=self.weights)
+    atomic.write_json(Path(folder) / f'{self.name}.json', self.provenance)
+
+  @classmethod
+  def load(cls, folder: str | os.PathLike, name: str) -> 'Selection':
+    """Raises UserError where `folder` has no such selection, ValueError where it is malformed."""
+    arrays_file = Path(folder) / f'{name}.npz'
+    try:
+      with np.load(arrays_file) as arrays:
+        rows, weights = arrays['rows'], arrays['weights']
+      provenance = json.loads((Path(folder) / f'{name}.json').read_text())
+    except FileNotFoundError as error:
+      raise UserError(
+        f'no selection {name!r} in {folder}: {error.filename} is missing; run the selection stage'
+      ) from error
+    return cls(name, rows, weights, provenance)
