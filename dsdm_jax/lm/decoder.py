@@ -1,0 +1,153 @@
+"""A pre-norm decoder language model in Flax NNX: GPT-2-style as in the paper, or the modern variant by config."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+_INIT = nnx.initializers.normal(0.02)
+
+
+def build(config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs) -> 'Decoder':
+  """The decoder of `config` (keys: `configs/base.py`, `model`) for sequences of at most `length` tokens."""
+  return Decoder(config, vocab_size, length, rngs)
+
+
+def _linear(inputs: int, outputs: int, config: ConfigDict, rngs: nnx.Rngs, scale: float = 1.0) -> nnx.Linear:
+  init = nnx.initializers.normal(0.02 * scale)
+  return nnx.Linear(
+    inputs, outputs, use_bias=config.bias, kernel_init=init, dtype=jnp.dtype(config.compute_dtype), rngs=rngs
+  )
+
+
+def _norm(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
+  if config.norm == 'rmsnorm':
+    return nnx.RMSNorm(config.width, epsilon=1e-6, rngs=rngs)
+  return nnx.LayerNorm(config.width, epsilon=1e-5, use_bias=config.bias, rngs=rngs)
+
+
+def rotate(x_BLHK: jax.Array) -> jax.Array:
+  """Rotary position embedding (arXiv 2104.09864) over the whole head (of even size), base 10,000, in float32."""
+  half = x_BLHK.shape[-1] // 2
+  frequency_K = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle_LK = jnp.arange(x_BLHK.shape[1], dtype=jnp.float32)[:, None] * frequency_K[None]
+  cos_LHK, sin_LHK = jnp.cos(angle_LK)[:, None], jnp.sin(angle_LK)[:, None]
+  a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+  cos, sin = cos_LHK[None], sin_LHK[None]
+  return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BLHK.dtype)
+
+
+class Attention(nnx.Module):
+  """Causal self-attention with grouped queries.
+
+  Queries, keys and values come from one matmul. Its outputs are laid out group by group (the queries of a key head,
+  then that key, then that value), so that splitting them over the `model` axis keeps each head whole.
+  """
+
+  def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
+    self.heads, self.kv_heads = config.heads, config.kv_heads
+    self.head_size = config.width // config.heads
+    self.rope = config.positions == 'rope'
+    outputs = (config.heads + 2 * config.kv_heads) * self.head_size
+    self.qkv = _linear(config.width, outputs, config, rngs)
+    self.out = _linear(config.width, config.width, config, rngs, scale=(2 * config.layers) ** -0.5)
+
+  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    batch, length, _ = x_BLD.shape
+    group = self.heads // self.kv_heads
+    qkv = self.qkv(x_BLD).reshape(batch, length, self.kv_heads, group + 2, self.head_size)
+    q_BLHK = qkv[..., :group, :].reshape(batch, length, self.heads, self.head_size)
+    k_BLHK, v_BLHK = qkv[..., group, :], qkv[..., group + 1, :]
+    if self.rope:
+      q_BLHK, k_BLHK = rotate(q_BLHK), rotate(k_BLHK)
+    y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, is_causal=True)
+    return self.out(y_BLHK.reshape(batch, length, -1))
+
+
+class Mlp(nnx.Module):
+  """GELU, or SwiGLU (arXiv 2002.05202) with gate and value from one matmul."""
+
+  def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
+    self.gated = config.mlp == 'swiglu'
+    self.up = _linear(config.width, config.mlp_width * (2 if self.gated else 1), config, rngs)
+    self.down = _linear(config.mlp_width, config.width, config, rngs, scale=(2 * config.layers) ** -0.5)
+
+  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    h_BLF = self.up(x_BLD)
+    if self.gated:
+      # Gate and value alternate, so that a split over the `model` axis keeps each pair together.
+      gate_BLF, value_BLF = h_BLF[..., 0::2], h_BLF[..., 1::2]
+      return self.down(jax.nn.silu(gate_BLF) * value_BLF)
+    return self.down(jax.nn.gelu(h_BLF))
+
+
+class Block(nnx.Module):
+  def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
+    self.attention_norm = _norm(config, rngs)
+    self.attention = Attention(config, rngs)
+    self.mlp_norm = _norm(config, rngs)
+    self.mlp = Mlp(config, rngs)
+
+  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
+    return x_BLD + self.mlp(self.mlp_norm(x_BLD))
+
+
+class Decoder(nnx.Module):
+  """tokens_BL (int32) → logits_BLV (float32); position l sees tokens 0…l."""
+
+  def __init__(self, config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs):
+    self.dtype = jnp.dtype(config.compute_dtype)
+    self.remat = config.remat
+    self.embedding = nnx.Embed(vocab_size, config.width, embedding_init=_INIT, dtype=self.dtype, rngs=rngs)
+    learned = config.positions == 'learned'
+    self.positions = (
+      nnx.Embed(length, config.width, embedding_init=_INIT, dtype=self.dtype, rngs=rngs) if learned else None
+    )
+    self.scan = config.scan_layers
+    if self.scan:
+      make = nnx.split_rngs(splits=config.layers)(nnx.vmap(lambda r: Block(config, r), in_axes=(0,)))
+      self.blocks = make(rngs)
+    else:
+      self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
+    self.norm = _norm(config, rngs)
+    tied = config.tied_embeddings
+    self.head = (
+      None
+      if tied
+      else nnx.Linear(config.width, vocab_size, use_bias=False, kernel_init=_INIT, dtype=self.dtype, rngs=rngs)
+    )
+
+  def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+    x_BLD = self.embedding(tokens_BL)
+    if self.positions is not None:
+      x_BLD = x_BLD + self.positions(jnp.arange(tokens_BL.shape[1]))[None]
+    x_BLD = self._run_blocks(x_BLD)
+    x_BLD = self.norm(x_BLD).astype(self.dtype)
+    if self.head is not None:
+      return self.head(x_BLD).astype(jnp.float32)
+    return self.embedding.attend(x_BLD).astype(jnp.float32)
+
+  def _run_blocks(self, x_BLD: jax.Array) -> jax.Array:
+    # Blocks run as pure functions of their state: graph references do not survive remat or scan under vmap(grad).
+    if self.scan:
+      step, state = self._pure(self.blocks)
+      x_BLD, _ = jax.lax.scan(lambda x, layer_state: (step(layer_state, x), None), x_BLD, state)
+      return x_BLD
+    for block in self.blocks:
+      step, state = self._pure(block)
+      x_BLD = step(state, x_BLD)
+    return x_BLD
+
+  def _pure(self, block: Block) -> tuple[Callable[[nnx.State, jax.Array], jax.Array], nnx.State]:
+    graphdef, state = nnx.split(block)
+
+    def step(state: nnx.State, x_BLD: jax.Array) -> jax.Array:
+      return nnx.merge(graphdef, state)(x_BLD)
+
+    if self.remat:
+      # A scan is a barrier to common-subexpression elimination already; without one it would undo the remat.
+      step = jax.checkpoint(step, prevent_cse=not self.scan)
+    return step, state

@@ -1,0 +1,51 @@
+"""Output functions: what of a model's logits on one example the datamodel predicts.
+
+Each takes one example, logits_LV, tokens_L and weights_L, and returns a float32 scalar. The prediction of token l is
+made at position l−1; weights_L[l] says how much token l counts, and weights_L[0] never does. Scores are about
+differences of this number: higher is better for all functions here.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def _right_token(logits_LV: jax.Array, tokens_L: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(logits in float32, mask of the token to come, its logit) at every position; the last predicts nothing.
+
+  The targets are shifted, not the logits: a slice of logits is a copy of the largest array of the model, and its
+  gradient another. A masked sum stands in for a gather, whose gradient would be a scatter.
+  """
+  logits_LV = logits_LV.astype(jnp.float32)
+  next_L = jnp.roll(tokens_L, -1)
+  right_LV = jnp.arange(logits_LV.shape[-1], dtype=next_L.dtype)[None] == next_L[:, None]
+  return logits_LV, right_LV, jnp.sum(jnp.where(right_LV, logits_LV, 0.0), axis=-1)
+
+
+def token_log_probability(logits_LV: jax.Array, tokens_L: jax.Array) -> jax.Array:
+  """log p of tokens 1…L−1 given those before, in nats, float32, shape [L−1]."""
+  logits_LV, _, right_L = _right_token(logits_LV, tokens_L)
+  return (right_L - jax.nn.logsumexp(logits_LV, axis=-1))[:-1]
+
+
+def token_margin(logits_LV: jax.Array, tokens_L: jax.Array) -> jax.Array:
+  """log(p/(1−p)) of tokens 1…L−1, as the right token's logit minus the logsumexp of the others; float32, [L−1].
+
+  Taking p first would lose everything once p rounds to one.
+  """
+  logits_LV, right_LV, right_L = _right_token(logits_LV, tokens_L)
+  return (right_L - jax.nn.logsumexp(jnp.where(right_LV, -jnp.inf, logits_LV), axis=-1))[:-1]
+
+
+def _weighted_mean(values_L: jax.Array, weights_L: jax.Array) -> jax.Array:
+  weights_L = weights_L[1:].astype(jnp.float32)
+  return jnp.sum(values_L * weights_L) / jnp.maximum(jnp.sum(weights_L), 1e-9)
+
+
+def margin(logits_LV: jax.Array, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
+  """Mean over counted tokens of log(p/(1−p)): the model output function of DsDm and TRAK."""
+  return _weighted_mean(token_margin(logits_LV, tokens_L), weights_L)
+
+
+def log_likelihood(logits_LV: jax.Array, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
+  """Mean over counted tokens of log p, in nats."""
+  return _weighted_mean(token_log_probability(logits_LV, tokens_L), weights_L)
