@@ -1,0 +1,47 @@
+"""Stage `proxies`: small models, each trained on a random subset of the pool."""
+
+import functools
+
+import numpy as np
+
+from dsdm_jax.core import atomic, prng
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.core.stage import Context
+from dsdm_jax.data.batches import training_batches
+from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.schedule import Schedule
+from dsdm_jax.training import loop
+from dsdm_jax.training.step import trainer
+
+
+def run(context: Context) -> dict:
+  """Trains `proxies.count` models; leaves `proxy_<c>/`, `proxy_<c>.jsonl` and `subset_<c>.npy` (sorted rows)."""
+  config, proxies = context.config, context.config.proxies
+  pool = Pool(context.inputs['pool'])
+  size = round(proxies.subset_share * pool.num_rows)
+  steps = round(proxies.epochs * size) // proxies.train.batch_size
+  if steps < 1:
+    raise UserError(
+      f'config.proxies: {proxies.epochs} epochs of {size} rows are less than one batch of '
+      f'{proxies.train.batch_size}; raise proxies.epochs or the pool'
+    )
+  compiled = trainer(proxies.model, proxies.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
+  losses = []
+  with context.log.bar(total=steps * proxies.count, desc='proxies', unit='step') as bar:
+    for checkpoint in range(proxies.count):
+      rows = subset(config.seed, checkpoint, pool.num_rows, size)
+      atomic.save_npy(context.out / f'subset_{checkpoint}.npy', rows)
+      schedule = Schedule.single(f'proxy_{checkpoint}', rows, steps * proxies.train.batch_size, config.seed)
+      history = loop.train(
+        context, compiled, f'proxy_{checkpoint}', prng.stream(config.seed, 'init', 'proxy', checkpoint),
+        functools.partial(training_batches, pool, schedule, proxies.train.batch_size), steps, proxies.train, bar,
+      )  # fmt: skip
+      losses.append(history[-1]['loss'])
+  return {'count': proxies.count, 'subset_rows': size, 'steps': steps, 'final_loss_nats': losses}
+
+
+def subset(seed: int, checkpoint: int, num_rows: int, size: int) -> np.ndarray:
+  """Sorted int64 rows of proxy `checkpoint`, drawn without replacement."""
+  rows = prng.numpy_stream(seed, 'proxy_subset', checkpoint).choice(num_rows, size, replace=False)
+  return np.sort(rows).astype(np.int64)
