@@ -1,0 +1,151 @@
+"""Per-example features φ: projected gradients of the output function, as one jitted step over a batch."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from dsdm_jax.attribution import probes, rademacher
+from dsdm_jax.core.mesh import batch_sharding, replicated
+from dsdm_jax.lm import partition
+
+OutputFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class FeatureStep(Protocol):
+  """Per-example features of one projection.
+
+  `prepare(params, checkpoint)` binds weights and the checkpoint's own projection once; `__call__` makes features.
+  """
+
+  dimension: int
+
+  def apply(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array: ...
+
+  def prepare(self, params: Any, checkpoint: int) -> Any: ...
+
+  def __call__(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array: ...
+
+  def describe(self) -> dict[str, Any]: ...
+
+  def column_owner(self, column: int) -> str: ...
+
+
+@dataclasses.dataclass
+class TwoSidedFeatures:
+  """φ by probes in the linear layers (see `probes`). Parameters outside those layers do not take part.
+
+  Args:
+    model: an NNX module, tokens_BL → logits_BLV; may be abstract. It is not changed.
+    output_fn: (logits_LV, tokens_L, weights_L) → scalar.
+    pattern: regex over paths of linear layers.
+    dimension: J wished for; `self.dimension` is what came out.
+    seed: of the projections.
+    mesh: batch over `data`, weights by the partition table.
+  """
+
+  model: nnx.Module
+  output_fn: OutputFn
+  pattern: str
+  dimension: int
+  seed: int
+  mesh: Mesh
+
+  def __post_init__(self) -> None:
+    self.layers = probes.plan(self.model, self.pattern, self.dimension)
+    self.dimension = self.layers[-1].stop
+
+    graphdef, state = nnx.split(self.model)
+    abstract = nnx.eval_shape(lambda s: probes.instrument(nnx.merge(graphdef, s), self.layers), state)
+    self._graphdef, _, rest = nnx.split(abstract, probes.Probe, ...)
+    batch = batch_sharding(self.mesh)
+    self._step = jax.jit(
+      self.apply,
+      in_shardings=(partition.shardings(rest, self.mesh), batch, batch),
+      out_shardings=batch,
+    )
+    self._model_graphdef = graphdef
+
+  def prepare(self, params: nnx.State, checkpoint: int) -> nnx.State:
+    """The instrumented model's state but for the probes: weights `params`, and A and B of `checkpoint`."""
+    projections = probes.random_projections(self.layers, self.seed, checkpoint)
+    model = probes.instrument(nnx.merge(self._model_graphdef, params), self.layers)
+    probes.set_projections(model, projections)
+    _, _, rest = nnx.split(model, probes.Probe, ...)
+    return jax.device_put(rest, partition.shardings(rest, self.mesh))
+
+  def __call__(self, prepared: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+    return self._step(prepared, tokens_BL, weights_BL)
+
+  def apply(self, prepared: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+    """phi_BJ in float32; the pure function behind `__call__`."""
+    zeros = {layer.path: jnp.zeros((*layer.stack, layer.a, layer.b), jnp.float32) for layer in self.layers}
+
+    def output(probe_of: dict[str, jax.Array], tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
+      flat = {(*_path(path), 'probe'): probes.Probe(value) for path, value in probe_of.items()}
+      model = nnx.merge(self._graphdef, nnx.from_flat_state(flat), prepared)
+      return self.output_fn(model(tokens_L[None])[0], tokens_L, weights_L)
+
+    grads = jax.vmap(jax.grad(output), in_axes=(None, 0, 0))(zeros, tokens_BL, weights_BL)
+    batch = tokens_BL.shape[0]
+    return jnp.concatenate([grads[layer.path].reshape(batch, -1) for layer in self.layers], axis=1)
+
+  def describe(self) -> dict[str, Any]:
+    return {'projection': 'two_sided', 'layers': [dataclasses.asdict(layer) for layer in self.layers]}
+
+  def column_owner(self, column: int) -> str:
+    return next(layer.path for layer in self.layers if column < layer.stop)
+
+
+@dataclasses.dataclass
+class DenseFeatures:
+  """φ = R g over all parameters (see `rademacher`). Arguments as for `TwoSidedFeatures`."""
+
+  model: nnx.Module
+  output_fn: OutputFn
+  dimension: int
+  seed: int
+  mesh: Mesh
+
+  def __post_init__(self) -> None:
+    self._graphdef, params, self._rest = nnx.split(self.model, nnx.Param, ...)
+    batch = batch_sharding(self.mesh)
+    self._step = jax.jit(
+      self.apply,
+      in_shardings=((partition.shardings(params, self.mesh), replicated(self.mesh)), batch, batch),
+      out_shardings=batch,
+    )
+
+  def prepare(self, params: nnx.State, checkpoint: int) -> tuple[nnx.State, list[jax.Array]]:
+    leaf_keys = rademacher.keys(params, self.seed, checkpoint)
+    placed = jax.device_put(params, partition.shardings(params, self.mesh))
+    return placed, jax.device_put(leaf_keys, replicated(self.mesh))
+
+  def __call__(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+    return self._step(prepared, tokens_BL, weights_BL)
+
+  def apply(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+    """phi_BJ in float32; the pure function behind `__call__`."""
+    params, leaf_keys = prepared
+
+    def output(params: nnx.State, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
+      model = nnx.merge(self._graphdef, params, self._rest)
+      return self.output_fn(model(tokens_L[None])[0], tokens_L, weights_L)
+
+    grads = jax.vmap(jax.grad(output), in_axes=(None, 0, 0))(params, tokens_BL, weights_BL)
+    return rademacher.project(grads, leaf_keys, self.dimension)
+
+  def describe(self) -> dict[str, Any]:
+    return {'projection': 'dense', 'layers': 'all parameters'}
+
+  def column_owner(self, column: int) -> str:
+    del column
+    return 'all parameters'
+
+
+def _path(path: str) -> tuple[str | int, ...]:
+  return tuple(int(part) if part.isdigit() else part for part in path.split('/'))

@@ -1,0 +1,164 @@
+"""Features against explicit per-example gradients, projected explicitly."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsdm_jax.attribution import probes, rademacher
+from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.mesh import DATA
+from dsdm_jax.lm import outputs
+
+from .conftest import BATCH, make_problem
+
+# Two float32 programs that sum the same 16 tokens and 64 columns in another order: a few ulp (6e-8) times √terms.
+ROUNDING = 3e-6
+
+
+def _relative(a, b) -> float:
+  return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
+
+
+def _two_sided(problem, mesh, dimension=512, pattern='.*', seed=3):
+  return TwoSidedFeatures(problem.model, outputs.margin, pattern, dimension, seed, mesh)
+
+
+def _explicit_two_sided(problem, step, row, seed=3, checkpoint=0):
+  gradient = problem.gradient(row)
+  projections = probes.random_projections(step.layers, seed, checkpoint)
+  parts = []
+  for layer in step.layers:
+    a, b = (np.asarray(x, np.float64) for x in projections[layer.path])
+    g = gradient[f'{layer.path}/kernel'].astype(np.float64)
+    parts.append(np.einsum('...io,...ia,...ob->...ab', g, a, b).ravel())
+  return np.concatenate(parts)
+
+
+def test_two_sided_is_the_projection_of_the_explicit_gradient(problem, one_device):
+  step = _two_sided(problem, one_device)
+  phi_BJ = step(step.prepare(problem.params, 0), problem.tokens_BL, problem.weights_BL)
+  assert phi_BJ.dtype == np.float32 and phi_BJ.shape == (BATCH, step.dimension)
+  for row in (0, 5):
+    assert _relative(phi_BJ[row], _explicit_two_sided(problem, step, row)) < ROUNDING
+
+
+def test_dense_is_the_projection_of_the_explicit_gradient(problem, one_device):
+  dimension = 96
+  step = DenseFeatures(problem.model, outputs.margin, dimension, 3, one_device)
+  phi_BJ = step(step.prepare(problem.params, 1), problem.tokens_BL, problem.weights_BL)
+  gradient = problem.gradient(5)
+  flat = [(partition_name(p), np.asarray(x)) for p, x in jax.tree_util.tree_leaves_with_path(problem.params)]
+  keys = rademacher.keys(problem.params, 3, 1)
+  expected_J = np.zeros(dimension)
+  for (name, _), key in zip(flat, keys, strict=True):
+    g = gradient[name].astype(np.float64).ravel()
+    blocks = -(-g.size // rademacher.BLOCK)
+    signs = np.concatenate([np.asarray(rademacher.signs(key, i, dimension)) for i in range(blocks)])
+    expected_J += g @ signs[: g.size]
+  assert _relative(phi_BJ[5], expected_J / np.sqrt(dimension)) < ROUNDING
+
+
+def partition_name(path):
+  from dsdm_jax.lm.partition import path_name
+
+  return path_name(path)
+
+
+def test_features_do_not_depend_on_the_other_rows_of_the_batch(plain_problem, one_device):
+  p, step = plain_problem, _two_sided(plain_problem, one_device)
+  prepared = step.prepare(p.params, 0)
+  together = step(prepared, p.tokens_BL, p.weights_BL)
+  reversed_ = step(prepared, p.tokens_BL[::-1], p.weights_BL[::-1])[::-1]
+  np.testing.assert_allclose(together, reversed_, rtol=1e-5, atol=1e-5 * float(np.abs(together).max()))
+
+
+@pytest.mark.parametrize('kind', ['two_sided', 'dense'])
+def test_same_features_on_any_mesh(kind, plain_problem, one_device, eight_devices):
+  """One device against eight, weights split over both axes: ‖Δφ‖/‖φ‖ ≤ 1e-5 per row."""
+
+  def features(mesh):
+    if kind == 'dense':
+      step = DenseFeatures(plain_problem.model, outputs.margin, 96, 0, mesh)
+    else:
+      step = _two_sided(plain_problem, mesh)
+    return step(step.prepare(plain_problem.params, 0), plain_problem.tokens_BL, plain_problem.weights_BL)
+
+  one, eight = features(one_device), features(eight_devices)
+  assert eight.sharding.spec[0] == DATA
+  for row in range(BATCH):
+    assert _relative(eight[row], one[row]) < 1e-5
+
+
+def test_weights_are_split_over_the_mesh(plain_problem, eight_devices):
+  step = _two_sided(plain_problem, eight_devices)
+  kernel = step.prepare(plain_problem.params, 0)['blocks'][0]['mlp']['up']['kernel'][...]
+  data, model = eight_devices.shape['data'], eight_devices.shape['model']
+  assert kernel.addressable_shards[0].data.shape == (32 // data, 64 // model)
+
+
+@pytest.mark.parametrize('kind', ['two_sided', 'dense'])
+def test_inner_products_are_kept_in_expectation(kind, one_device):
+  """Mean over independent projections of φ(g)·φ(g') against g·g', within four standard errors of the mean."""
+  problem = make_problem(width=16, mlp_width=32, layers=1)
+  draws = 64
+  gradients = [problem.gradient(row) for row in (1, 2)]
+  pairs = [(0, 0), (0, 1)]
+  if kind == 'dense':
+    step = DenseFeatures(problem.model, outputs.margin, 64, 0, one_device)
+    names = list(gradients[0])
+  else:
+    step = _two_sided(problem, one_device, dimension=256, seed=0)
+    names = [f'{layer.path}/kernel' for layer in step.layers]
+  exact = [sum(float(np.vdot(gradients[i][n], gradients[j][n])) for n in names) for i, j in pairs]
+  got = []
+  for checkpoint in range(draws):
+    phi = np.asarray(step(step.prepare(problem.params, checkpoint), problem.tokens_BL, problem.weights_BL))[[1, 2]]
+    got.append([phi[i] @ phi[j] for i, j in pairs])
+  mean, error = np.mean(got, axis=0), np.std(got, axis=0, ddof=1) / np.sqrt(draws)
+  assert np.all(np.abs(mean - exact) < 4 * error), (mean, exact, error)
+  assert error[0] < 0.15 * exact[0]  # otherwise the test could not fail
+
+
+def test_checkpoints_have_projections_of_their_own(plain_problem, one_device):
+  p, step = plain_problem, _two_sided(plain_problem, one_device)
+  first, second = (np.asarray(step(step.prepare(p.params, c), p.tokens_BL, p.weights_BL)) for c in (0, 1))
+  for j in range(0, step.dimension, 37):
+    assert not np.allclose(first[:, j], second[:, j])
+
+
+def test_plan_keeps_to_the_budget_and_the_layers_sizes(plain_problem):
+  layers = probes.plan(nnx.merge(*nnx.split(plain_problem.model)), 'mlp', 400)
+  assert [layer.path.split('/')[-1] for layer in layers] == ['down', 'up', 'down', 'up']
+  assert all((layer.a, layer.b) == (10, 10) for layer in layers)
+  wide = probes.plan(plain_problem.model, 'mlp/up', 10**9)
+  assert all((layer.a, layer.b) == (32, 64) for layer in wide)
+
+
+def test_no_layer_and_too_small_a_dimension_are_refused(plain_problem):
+  with pytest.raises(UserError, match='config.features.layers.*matches no linear layer'):
+    probes.plan(plain_problem.model, 'convolution', 64)
+  with pytest.raises(UserError, match='config.features.dimension=3'):
+    probes.plan(plain_problem.model, '.*', 3)
+
+
+def test_forward_mode_is_refused():
+  x, w, z = np.ones((2, 4), np.float32), np.ones((4, 3), np.float32), np.zeros((2, 2), np.float32)
+  a, b = np.ones((4, 2), np.float32), np.ones((3, 2), np.float32)
+  with pytest.raises(TypeError, match='forward-mode'):
+    jax.jvp(lambda z: probes.probed_matmul(x, w, z, a, b), (z,), (z,))
+
+
+def test_two_sided_step_computes_no_weight_gradient(one_device):
+  """FLOP of the step against the design's floor: forward and dx of every matmul, and the thin products."""
+  from dsdm_jax.core import flops
+
+  p = make_problem(width=64, mlp_width=256)
+  step = _two_sided(p, one_device, dimension=64)
+  counted = flops.count(step.apply, step.prepare(p.params, 0), p.tokens_BL, p.weights_BL)
+  tokens = p.tokens_BL.size
+  matmuls = 2 * (4 * 64 * 64 + 2 * 64 * 256) + 64 * 64
+  attention = 12 * 2 * 16 * 64
+  floor = tokens * (4 * matmuls + attention)
+  assert floor <= counted < 1.15 * floor, counted / floor
