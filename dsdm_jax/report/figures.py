@@ -1,0 +1,296 @@
+"""The figures, as SVG text. A panel is about as wide as a phone, so that a page can set them in rows or in a column.
+
+Equal input gives equal bytes. Figures for the page carry CSS variables instead of colours, so that they follow the
+page into dark mode; `standalone` figures carry the colours themselves, on white.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dsdm_jax.report import words
+from dsdm_jax.report.evidence import Curve
+
+# Okabe and Ito's palette (told apart by people who do not see red and green alike), darkened where it was pale.
+COLOURS = {
+  'blue': '#0b6cb0',
+  'orange': '#c8560a',
+  'green': '#0a8f6c',
+  'purple': '#b2598f',
+  'sky': '#5fb0e0',
+  'yellow': '#d9a300',
+  'ink': '#1d2127',
+  'muted': '#6a7280',
+  'grid': '#dde1e7',
+  'neutral': '#9aa3b0',
+  'paper': '#fefefe',
+}
+METHOD_COLOURS = {
+  'dsdm': 'blue',
+  'random': 'muted',
+  'random_one_epoch': 'neutral',
+  'bottom': 'orange',
+}
+_FURTHER = ('green', 'purple', 'yellow', 'sky')
+SOURCE_COLOURS = ('blue', 'sky', 'green', 'yellow', 'purple', 'orange', 'neutral')
+WIDTH = 4.6  # inches; 442 CSS pixels
+_STYLE: dict[Any, Any] = {
+  'font.size': 9.5,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.edgecolor': COLOURS['neutral'],
+  'axes.labelcolor': COLOURS['muted'],
+  'axes.linewidth': 0.8,
+  'xtick.color': COLOURS['neutral'],
+  'ytick.color': COLOURS['neutral'],
+  'xtick.labelcolor': COLOURS['muted'],
+  'ytick.labelcolor': COLOURS['muted'],
+  'text.color': COLOURS['ink'],
+  'legend.frameon': False,
+  'svg.hashsalt': 'dsdm_jax',
+  'text.parse_math': False,  # labels may hold names from outside
+  'axes.unicode_minus': True,
+}
+
+
+def method_colour(method: str) -> str:
+  """The colour of a method: its own, or one that depends on the name only."""
+  name = METHOD_COLOURS.get(method) or _FURTHER[sum(method.encode()) % len(_FURTHER)]
+  return COLOURS[name]
+
+
+def source_colour(index: int) -> str:
+  return COLOURS[SOURCE_COLOURS[index % len(SOURCE_COLOURS)]]
+
+
+def forest(comparisons: Sequence[Mapping[str, Any]], name: str) -> dict[str, str]:
+  """Task → its differences with intervals, one line each, all tasks on the same scale."""
+  several = words.several_targets(c['target_mix'] for c in comparisons)
+  limits = _forest_limits(comparisons)
+  panels: dict[str, str] = {}
+  for task in dict.fromkeys(c['task'] for c in comparisons):
+    lines = _forest_lines([c for c in comparisons if c['task'] == task])
+    with matplotlib.rc_context(_STYLE):
+      figure, ax = _panel(0.55 + 0.4 * len(lines))
+      _forest_rows(ax, lines, several)
+      ax.set_xlim(*limits)
+      ax.set_xlabel('nats per token')
+      panels[task] = _svg(figure, f'{name}-{len(panels)}')
+  return panels
+
+
+def forest_standalone(comparisons: Sequence[Mapping[str, Any]], confidence: float, baseline: str) -> str:
+  """One SVG with a panel per task: the picture of the result, for a README.
+
+  Shows the comparisons against `baseline`, or all where there is none; of arms for all targets, where there are any.
+  """
+  comparisons = [c for c in comparisons if c['baseline'] == baseline] or comparisons
+  if 'mix' in {c['target_mix'] for c in comparisons}:
+    comparisons = [c for c in comparisons if c['target_mix'] in ('mix', words.UNTARGETED)]
+  several = words.several_targets(c['target_mix'] for c in comparisons)
+  tasks = list(dict.fromkeys(c['task'] for c in comparisons))
+  lines = {task: _forest_lines([c for c in comparisons if c['task'] == task]) for task in tasks}
+  with matplotlib.rc_context(_STYLE | {'svg.fonttype': 'path'}):
+    height = 1.35 + 0.4 * max(len(r) for r in lines.values())
+    figure = Figure(figsize=(0.4 + 3.3 * len(tasks), height), facecolor='white')
+    figure.set_layout_engine('constrained', w_pad=0.14, h_pad=0.08, wspace=0.06)
+    figure.suptitle(
+      'How much better than random data: log-probability of the right answer on held-out items, '
+      f'{100 * confidence:g} % intervals', x=0.015, ha='left', fontsize=10,
+      color=COLOURS['muted'],
+    )  # fmt: skip
+    axes = figure.subplots(1, len(tasks), squeeze=False, sharex=True)[0]
+    for ax, task in zip(axes, tasks, strict=True):
+      _forest_rows(ax, lines[task], several)
+      ax.set_title(words.heading(words.task_name(task)), loc='left', fontsize=11, fontweight='bold')
+      ax.set_xlabel('nats per token')
+    axes[0].set_xlim(*_forest_limits(comparisons))
+    return _raw_svg(figure)
+
+
+def _forest_limits(comparisons: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+  low = min([0.0, *(c['low'] for c in comparisons)])
+  high = max([0.0, *(c['high'] for c in comparisons)])
+  margin = 0.06 * (high - low or 1.0)
+  return low - margin, high + margin
+
+
+def _forest_lines(
+  comparisons: Sequence[Mapping[str, Any]],
+) -> list[str | Mapping[str, Any]]:
+  """Comparisons grouped by baseline, each group below the baseline's name."""
+  lines: list[str | Mapping[str, Any]] = []
+  for baseline in dict.fromkeys(c['baseline'] for c in comparisons):
+    lines += [baseline, *(c for c in comparisons if c['baseline'] == baseline)]
+  return lines
+
+
+def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bool) -> None:
+  """From the top down. A comparison's label sits above its interval, so that no margin is needed for it."""
+  across = ax.get_yaxis_transform()
+  y = 0.0
+  for line in lines:
+    if isinstance(line, str):
+      y += 0.12
+      label = f'against {words.method_name(line)}'
+      ax.text(0, y, label, transform=across, fontsize=8.8, va='center', color=COLOURS['muted'])
+      ax.plot([0, 1], [y + 0.26] * 2, transform=across, color=COLOURS['grid'], lw=0.8)
+      y += 0.62
+      continue
+    # Full colour only where the interval leaves zero out.
+    colour = COLOURS[{'better': 'blue', 'worse': 'orange'}.get(line['verdict'], 'muted')]
+    ax.text(
+      0, y, words.arm_name(line['method'], line['target_mix'], several), transform=across,
+      fontsize=9.2, va='center',
+    )  # fmt: skip
+    value = f'{words.signed(line["difference"])}  {words.interval(line["low"], line["high"])}'
+    ax.text(1, y, value, transform=across, fontsize=9.2, va='center', ha='right', color=colour)
+    y += 0.42
+    # Zero is marked beside each interval only, so that it does not cross the labels.
+    ax.plot([0, 0], [y - 0.2, y + 0.2], color=COLOURS['neutral'], lw=1, zorder=1)
+    ax.plot([line['low'], line['high']], [y, y], color=colour, lw=2.8, solid_capstyle='round')
+    ax.plot(line['difference'], y, 'o', ms=6.8, color=colour, mec=COLOURS['paper'], mew=1.3)
+    y += 0.62
+  ax.set_ylim(y - 0.3, -0.25)
+  ax.set_yticks([])
+  ax.spines['left'].set_visible(False)
+
+
+def losses(curves: Sequence[Curve], name: str) -> str:
+  """Training loss, the mean over seeds with a band from the lowest to the highest seed."""
+  with matplotlib.rc_context(_STYLE):
+    figure, ax = _panel(2.9)
+    labels = []
+    for curve in curves:
+      if not len(curve.step_P):
+        continue
+      step_P, loss_SP = _thinned(curve)
+      colour = method_colour(curve.method)
+      mean_P = loss_SP.mean(axis=0)
+      dashes = (0, (4, 2)) if curve.method == 'random_one_epoch' else '-'
+      ax.fill_between(step_P, loss_SP.min(0), loss_SP.max(0), color=colour, alpha=0.18, lw=0)
+      ax.plot(step_P, mean_P, color=colour, lw=1.8, ls=dashes, marker='o' if len(step_P) < 3 else None)
+      labels.append((float(mean_P[-1]), words.method_name(curve.method), colour))
+    _direct_labels(ax, labels)
+    _grid(ax)
+    ax.set_xlabel('training step')
+    ax.set_title('training loss, nats per token', **_title())
+    return _svg(figure, name)
+
+
+def _thinned(curve: Curve, most: int = 160) -> tuple[np.ndarray, np.ndarray]:
+  """At most `most` points, each the mean of a block of logged steps."""
+  block = -(-len(curve.step_P) // most)
+  starts = np.arange(0, len(curve.step_P), block)
+  sizes = np.diff(np.append(starts, len(curve.step_P)))
+  step = np.add.reduceat(curve.step_P, starts) / sizes
+  return step, np.add.reduceat(curve.loss_SP, starts, axis=1) / sizes
+
+
+def _direct_labels(ax: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+  """Names at the right end of the lines, pushed apart until they do not touch."""
+  low, high = ax.get_ylim()
+  gap = 0.075 * (high - low)
+  placed: list[float] = []
+  for y, text, colour in sorted(labels):
+    placed.append(y if not placed else max(y, placed[-1] + gap))
+    ax.annotate(
+      text, (1.0, placed[-1]), xycoords=('axes fraction', 'data'), xytext=(5, 0),
+      textcoords='offset points', color=colour, va='center', fontsize=9, annotation_clip=False,
+    )  # fmt: skip
+
+
+def composition(shares: Mapping[str, np.ndarray], name: str) -> str:
+  """A stacked bar for each entry of `shares` (label → share of each source, summing to 1), from the top down."""
+  with matplotlib.rc_context(_STYLE):
+    figure, ax = _panel(0.75 + 0.5 * len(shares))
+    for i, (label, share_S) in enumerate(shares.items()):
+      left = 0.0
+      for s, share in enumerate(share_S):
+        ax.barh(i, share, left=left, height=0.44, color=source_colour(s), ec=COLOURS['paper'], lw=1)
+        if share >= 0.08:
+          ax.text(
+            left + share / 2, i, f'{100 * share:.0f}', ha='center', va='center', fontsize=8.5,
+            color=COLOURS['paper'], fontweight='bold',
+          )  # fmt: skip
+        left += share
+      ax.text(0, i - 0.37, label, fontsize=8.8, va='center')
+    ax.set_ylim(len(shares) - 0.6, -0.7)
+    ax.set_xlim(0, 1)
+    ax.set_yticks([])
+    ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ['0', '25', '50', '75', '100 %'])
+    ax.spines[['left', 'bottom']].set_visible(False)
+    ax.tick_params(length=0)
+    return _svg(figure, name)
+
+
+def histogram(z_N: np.ndarray, top_k: np.ndarray | None, bottom_k: np.ndarray | None, name: str) -> str:
+  """Standardised scores of all rows; the rows that an arm chose (indices, or None for no such arm) are coloured.
+
+  Scores further out than the axis are counted in its outermost bins.
+  """
+  reach = float(np.clip(np.quantile(np.abs(z_N), 0.995), 2.0, 6.0))
+  edges = np.linspace(-reach, reach, 61)
+  with matplotlib.rc_context(_STYLE):
+    figure, ax = _panel(2.3)
+    layers = [(z_N, 'grid', 'pool')]
+    layers += [(z_N[rows], colour, label) for rows, colour, label in (
+      (bottom_k, 'orange', words.method_name('bottom')), (top_k, 'blue', 'chosen by DsDm'),
+    ) if rows is not None]  # fmt: skip
+    for values, colour, label in layers:
+      counts = np.histogram(np.clip(values, -reach, reach), edges)[0]
+      ax.stairs(counts, edges, fill=True, color=COLOURS[colour], label=label, alpha=0.85)
+    ax.axvline(0, color=COLOURS['neutral'], lw=0.8)
+    ax.legend(loc='upper left', fontsize=8.8, handlelength=1, handleheight=0.9, borderaxespad=0)
+    ax.set_xlabel('score, standard deviations from the mean')
+    ax.set_title('rows of the pool', **_title())
+    ax.set_xlim(-reach, reach)
+    return _svg(figure, name)
+
+
+def standardised(score_N: np.ndarray) -> np.ndarray:
+  """Scores in standard deviations from their mean, float64; zeros where all are equal."""
+  score_N = np.asarray(score_N, np.float64)
+  deviation = score_N.std()
+  return (score_N - score_N.mean()) / deviation if deviation > 0 else np.zeros_like(score_N)
+
+
+def _title() -> dict[str, Any]:
+  return {'loc': 'left', 'fontsize': 9.5, 'color': COLOURS['muted']}
+
+
+def _grid(ax: Axes) -> None:
+  ax.grid(axis='y', color=COLOURS['grid'], lw=0.8)
+  ax.set_axisbelow(True)
+
+
+def _panel(height: float) -> tuple[Figure, Axes]:
+  figure = Figure(figsize=(WIDTH, height), layout='constrained', facecolor='none')
+  ax = figure.add_subplot(facecolor='none')
+  return figure, ax
+
+
+def _raw_svg(figure: Figure) -> str:
+  buffer = io.StringIO()
+  figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
+  svg = buffer.getvalue()
+  return re.sub(r'\s*<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
+
+
+def _svg(figure: Figure, name: str) -> str:
+  """SVG to set into HTML: no prologue, ids of its own, colours as CSS variables, text as text."""
+  with matplotlib.rc_context({'svg.fonttype': 'none'}):
+    svg = _raw_svg(figure)
+  svg = svg[svg.index('<svg') :]
+  svg = re.sub(r'<style type="text/css">.*?</style>', '', svg, flags=re.DOTALL)
+  svg = re.sub(r'\bid="', f'id="{name}-', svg)
+  svg = re.sub(r'(href="#|url\(#)', rf'\g<1>{name}-', svg)
+  for colour, code in COLOURS.items():
+    svg = svg.replace(code, f'var(--{colour})')
+  return svg

@@ -1,0 +1,176 @@
+"""What the report says in words: names, numbers, and the sentences that follow from the results."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+METHODS = {
+  'dsdm': 'DsDm',
+  'random': 'random, same epochs',
+  'random_one_epoch': 'random, one epoch',
+  'bottom': 'bottom-ranked',
+}
+# As they stand inside a sentence; headings capitalise them.
+TASKS = {
+  'docs': 'documentation prose',
+  'api_qa': 'API questions',
+  'cs_algorithms': 'CS algorithms',
+  'mix': 'all targets together',
+}
+MINUS = '−'
+
+# The target of arms that ignore targets.
+UNTARGETED = 'any'
+
+
+def several_targets(targets: Iterable[str]) -> bool:
+  """Whether arms for different targets occur, so that names have to tell them apart."""
+  return len(set(targets) - {UNTARGETED}) > 1
+
+
+def method_name(method: str) -> str:
+  return METHODS.get(method, method.replace('_', ' '))
+
+
+def task_name(task: str) -> str:
+  return TASKS.get(task, task)
+
+
+def heading(text: str) -> str:
+  return text[:1].upper() + text[1:]
+
+
+def arm_name(method: str, target_mix: str, several: bool) -> str:
+  """Name of an arm; with its target where arms of `several` targets are shown and the method heeds targets."""
+  name = method_name(method)
+  if not several or target_mix == UNTARGETED:
+    return name
+  return f'{name} for {task_name(target_mix)}'
+
+
+def signed(value: float, digits: int = 2) -> str:
+  """Fixed digits with a sign and a true minus; zero carries none."""
+  text = f'{abs(value):.{digits}f}'
+  if float(text) == 0:
+    return text
+  return ('+' if value > 0 else MINUS) + text
+
+
+def plain(value: float, digits: int = 2) -> str:
+  return signed(value, digits).removeprefix('+')
+
+
+def interval(low: float, high: float, digits: int = 2) -> str:
+  # A no-break space keeps it on one line.
+  return f'[{plain(low, digits)},\u00a0{plain(high, digits)}]'
+
+
+def count(value: float) -> str:
+  """Thousands set apart by thin spaces."""
+  return f'{int(value):,}'.replace(',', '\u202f')
+
+
+def scientific(value: float) -> str:
+  """Two figures and a power of ten; '–' for nothing counted."""
+  if value <= 0:
+    return '–'
+  exponent = math.floor(math.log10(value))
+  mantissa = round(value / 10**exponent, 1)
+  if mantissa >= 10:
+    mantissa, exponent = mantissa / 10, exponent + 1
+  return f'{mantissa:.1f}\u202f×\u202f10{_superscript(exponent)}'
+
+
+def duration(seconds: float) -> str:
+  if round(seconds, 1) < 60:
+    return f'{seconds:.1f} s'
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours} h {minutes} min' if hours else f'{minutes} min {rest} s'
+
+
+def p_value(p: float) -> str:
+  return '< 0.001' if p < 0.001 else f'{p:.3f}'
+
+
+def joined(phrases: Sequence[str]) -> str:
+  """a, b and c"""
+  if len(phrases) < 2:
+    return ''.join(phrases)
+  return f'{", ".join(phrases[:-1])} and {phrases[-1]}'
+
+
+def headlines(results: Mapping[str, Any]) -> list[str]:
+  """A sentence for each baseline that DsDm was compared with, to be read one after the other."""
+  subject = 'Trained on data chosen by DsDm, the same model at the same token budget'
+  sentences = []
+  for baseline, against in (
+    ('random', 'with as many passes over randomly chosen data'),
+    ('random_one_epoch', 'with a single pass over randomly chosen data'),
+  ):
+    sentence = _headline(_of_dsdm(results, baseline), subject, against)
+    if sentence:
+      sentences.append(sentence)
+      subject = 'It'
+  return sentences
+
+
+def _of_dsdm(results: Mapping[str, Any], baseline: str) -> list[Mapping[str, Any]]:
+  """Comparisons of DsDm with `baseline`: of the arm for all targets, or else of each arm on its own target."""
+  rows = [c for c in results['comparisons'] if (c['method'], c['baseline']) == ('dsdm', baseline)]
+  mixes = {c['target_mix'] for c in rows}
+  if 'mix' in mixes:
+    return [c for c in rows if c['target_mix'] == 'mix']
+  return [c for c in rows if len(mixes) == 1 or c['target_mix'] == c['task']]
+
+
+def _headline(rows: Sequence[Mapping[str, Any]], subject: str, against: str) -> str:
+  """How the arm compares on every task; empty for no rows."""
+  if not rows:
+    return ''
+  phrases = []
+  for verdict in ('better', 'worse'):
+    shares = [
+      f'{abs(c["difference"]):.2f}\u00a0nats {_span(c)} on {task_name(c["task"])}'
+      for c in rows
+      if c['verdict'] == verdict
+    ]
+    if shares:
+      phrases.append(f'{verdict} by {joined(shares)}')
+  undecided = joined(
+    [f'{task_name(c["task"])} {interval(c["low"], c["high"])}' for c in rows if c['verdict'] == 'no evidence']
+  )
+  if not phrases:
+    return f'{subject} does not measurably differ from one trained {against}: {undecided}.'
+  sentence = f'{subject} is {" but ".join(phrases)} than {against}'
+  if undecided:
+    sentence += f'; there is no evidence of a difference on {undecided}'
+  return sentence + '.'
+
+
+def verdict_word(results: Mapping[str, Any]) -> str:
+  """The title: the answer against random data, over the tasks, in a few words."""
+  rows = _of_dsdm(results, 'random')
+  better = sum(c['verdict'] == 'better' for c in rows)
+  worse = sum(c['verdict'] == 'worse' for c in rows)
+  if not rows:
+    return 'Dataset selection with datamodels'
+  if worse == len(rows):
+    return 'DsDm loses to random data' + (f' on all {worse} targets' if worse > 1 else '')
+  if worse:
+    return f'DsDm beats random data on {better} and loses on {worse} of {len(rows)} targets'
+  if not better:
+    return 'DsDm and random data: no difference that this run can show'
+  if better == len(rows):
+    return 'DsDm beats random data' + (f' on all {better} targets' if better > 1 else '')
+  return f'DsDm beats random data on {better} of {len(rows)} targets'
+
+
+def _span(comparison: Mapping[str, Any]) -> str:
+  """The interval of |difference|: its ends with the sign taken off."""
+  ends = sorted((abs(comparison['low']), abs(comparison['high'])))
+  return interval(*ends)
+
+
+def _superscript(number: int) -> str:
+  return str(number).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))

@@ -1,0 +1,143 @@
+"""A finished run in miniature, in the formats of the stages, with text that tries to break out of the page."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsdm_jax.core import atomic
+from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.evaluation import results
+from dsdm_jax.report import evidence
+
+HOSTILE = (
+  '<script>document.title = "owned"; console.error("ran")</script>'
+  '<img src="http://127.0.0.1:9/x.png" onerror="document.title=\'owned\'">'
+  '</pre></details></style><iframe src="http://127.0.0.1:9/"></iframe> &amp; \u2028 {{ 7 * 7 }}'
+)
+SOURCES = ('source', 'docs', 'licences', 'metadata', 'data')
+TASKS = ('docs', 'api_qa', 'cs_algorithms')
+METHODS = {'dsdm': 0.17, 'random': 0.0, 'random_one_epoch': 0.04, 'bottom': -0.38}
+CONFIG = {'seed': 0, 'pool.leakage_guard': True, 'targets.tasks': list(TASKS), 'model.factory': '<script>:x'}
+ROWS, PICKED, SEEDS, ITEMS = 3000, 400, 3, 90
+
+
+def texts(row: int) -> str:
+  """The text of a row of the made-up pool; the best row for `docs` is hostile."""
+  if row == 7:
+    return HOSTILE
+  body = 'def area(radius: float) -> float:\n  """Returns the area of a circle."""\n  return 3.14159 * radius**2\n'
+  return f'# row {row}\n' + body * 3
+
+
+def build(folder: Path) -> dict[str, Artifact]:
+  """Writes the artifacts below `folder` and returns them by stage."""
+  g = np.random.Generator(np.random.Philox(5))
+  for stage in evidence.STAGES:
+    (folder / stage).mkdir()
+  source_N = g.choice(5, ROWS, p=(0.35, 0.2, 0.15, 0.1, 0.2)).astype(np.int8)
+  documents = [
+    {'id': f'{SOURCES[i % 5]}/package-{i}/module_{i}.py', 'source': SOURCES[i % 5], 'bytes': 4000, 'tokens': 1100}
+    for i in range(ROWS // 10)
+  ]  # fmt: skip
+  documents[0]['id'] = 'docs/<b onmouseover=alert(1)>/x.md'
+  pool = folder / 'pool'
+  planted_N = np.full(ROWS, -1, np.int32)
+  planted_N[11] = 0
+  atomic.save_npz(
+    pool / 'rows.npz', source_N=source_N, document_N=(np.arange(ROWS) // 10).astype(np.int32),
+    offset_N=np.zeros(ROWS, np.int32), planted_N=planted_N, sources=np.array(SOURCES),
+  )  # fmt: skip
+  _write_lines(pool / 'documents.jsonl', documents)
+  dropped = [
+    {'id': f'docs/copy-{i}/a.md', 'task': 'docs', 'words': 'returns an iterator over <i>all</i>'} for i in range(3)
+  ]
+  _write_lines(pool / 'dropped.jsonl', dropped)
+
+  score_TN = g.standard_t(4, (3, ROWS)) + 1.2 * (source_N == 1)
+  score_TN[0, 7], score_TN[:, 11] = 30.0, 12.0
+  mix_N = score_TN.mean(axis=0)
+  arrays = {f'score_{task}_N': score_TN[i].astype(np.float32) for i, task in enumerate(TASKS)}
+  arrays |= {f'score_{task}_CN': score_TN[[i, i]].astype(np.float32) for i, task in enumerate(TASKS)}
+  atomic.save_npz(folder / 'datamodel' / 'scores.npz', **arrays, score_mix_N=mix_N.astype(np.float32))
+
+  order_N = np.argsort(-mix_N)
+  runs, logs = [], np.arange(10, 201, 10)
+  for method in METHODS:
+    for seed in range(SEEDS):
+      target = 'any' if method.startswith('random') else 'mix'
+      drawn = seed if target == 'any' else 0
+      name = f'{method}--{target}--{seed}'
+      rows = {
+        'dsdm': order_N[:PICKED], 'bottom': order_N[-PICKED:], 'random': g.permutation(ROWS)[:PICKED],
+        'random_one_epoch': g.permutation(ROWS)[: 4 * PICKED],
+      }[method]  # fmt: skip
+      if seed == drawn:
+        atomic.save_npz(
+          folder / 'selection' / f'{name}.npz', rows=np.sort(rows), weights=np.ones(len(rows), np.float32)
+        )
+      runs.append({
+        'name': name, 'selection': f'{method}--{target}--{drawn}',
+        'method': method, 'target': target, 'seed': seed, 'examples': len(rows),
+        'epochs': 1 if method == 'random_one_epoch' else 4,
+      })  # fmt: skip
+      easier = 0.6 if method == 'bottom' else 0.1 * (method == 'dsdm')
+      losses = 4.2 + 2.5 * np.exp(-logs / 40) - easier + g.normal(0, 0.03, len(logs))
+      _write_lines(folder / 'pretraining' / f'{name}.jsonl', [
+        {'step': int(s), 'loss': float(x), 'learning_rate': 1e-3, 'seconds': 0.1, 'tokens': int(s) * 4096}
+        for s, x in zip(logs, losses, strict=True)
+      ])  # fmt: skip
+  atomic.write_json(folder / 'selection' / 'index.json', runs)
+  _evaluation(folder, runs, g)
+  spent = (4, 1.2, 61, 38, 2.4, 0.8, 118, 14)
+  flop = (0, 0, 3.1e12, 2.2e12, 4e10, 0, 6.2e12, 9e11)
+  return {
+    stage: Artifact(
+      folder / stage, {'cost': {'seconds': float(s), 'flop': float(f)}, 'semantics': {}, 'versions': {'jax': '0.10.2'}}
+    )
+    for stage, s, f in zip(evidence.STAGES, spent, flop, strict=True)
+  }
+
+
+def _evaluation(folder: Path, runs: list[dict], g: np.random.Generator) -> None:
+  rows = [{'method': r['method'], 'target_mix': r['target'], 'seed': r['seed']} for r in runs]
+  items = {}
+  for task, strength in zip(TASKS, (1.0, 0.8, 0.0), strict=True):
+    for split in ('target', 'holdout'):
+      hardness_I = g.normal(-4.6, 0.8, ITEMS)
+      taste = {m: g.normal(0, 0.12, ITEMS) for m in METHODS}
+      items[f'logprob__{task}__{split}'] = np.stack([
+        hardness_I + strength * METHODS[r['method']] + taste[r['method']] + g.normal(0, 0.02)
+        + g.normal(0, 0.15, ITEMS) for r in rows
+      ]).astype(np.float32)  # fmt: skip
+      items[f'accuracy__{task}__{split}'] = (g.random((len(rows), ITEMS)) < 0.1).astype(np.float32)
+  atomic.write_json(folder / 'evaluation' / 'results.json', results.results(
+    items, rows, confidence=0.95, cost={}, versions={}, config={},
+  ))  # fmt: skip
+
+
+def _write_lines(path: Path, records: list[dict]) -> None:
+  atomic.write_text(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records))
+
+
+@pytest.fixture(scope='session')
+def inputs(tmp_path_factory) -> dict[str, Artifact]:
+  return build(tmp_path_factory.mktemp('run'))
+
+
+@pytest.fixture(scope='session')
+def shown(inputs) -> evidence.Evidence:
+  return evidence.load(inputs, CONFIG, texts)
+
+
+@pytest.fixture(scope='session')
+def hostile() -> str:
+  return HOSTILE
+
+
+@pytest.fixture(scope='session')
+def html(shown) -> str:
+  from dsdm_jax.report import page
+
+  return page.render(shown, 10)

@@ -1,0 +1,160 @@
+"""The page as text: complete, self-contained, escaped, the same bytes each time."""
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from configs import base
+from dsdm_jax.core.artifacts import Cost
+from dsdm_jax.core.progress import Log
+from dsdm_jax.core.stage import Context
+from dsdm_jax.report import page, report
+
+
+class _Seen(HTMLParser):
+  """Collects tags, ids, what is referred to, and the text of every <pre>."""
+
+  def __init__(self, html: str):
+    super().__init__()
+    self.tags, self.ids, self.references, self.attributes, self.pre = [], [], [], set(), []
+    self._in_pre = False
+    self.feed(html)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    for name, value in attrs:
+      self.attributes.add(name)
+      if name == 'id':
+        self.ids.append(value)
+      if name in ('href', 'src', 'xlink:href', 'action', 'data', 'srcset'):
+        self.references.append(value)
+    if tag == 'pre':
+      self._in_pre = True
+      self.pre.append('')
+
+  def handle_endtag(self, tag):
+    self._in_pre = self._in_pre and tag != 'pre'
+
+  def handle_data(self, data):
+    if self._in_pre:
+      self.pre[-1] += data
+
+
+@pytest.fixture(scope='module')
+def seen(html) -> _Seen:
+  return _Seen(html)
+
+
+def test_refers_to_nothing_outside(seen, html):
+  ids = set(seen.ids)
+  for reference in seen.references:
+    assert reference == 'data:,' or (reference.startswith('#') and reference[1:] in ids), reference
+  # Inside styles as well; namespaces are names and load nothing.
+  assert set(re.findall(r'url\((.)', html)) <= {'#'}
+  assert '@import' not in html
+
+
+def test_ids_are_unique_and_links_resolve(seen, html):
+  assert len(seen.ids) == len(set(seen.ids))
+  assert set(re.findall(r'url\(#([^)]+)\)', html)) <= set(seen.ids)
+
+
+def test_foreign_text_stays_text(seen, hostile):
+  assert not {'script', 'img', 'iframe', 'object', 'embed', 'form'} & set(seen.tags)
+  assert not {name for name in seen.attributes if name.startswith('on')}
+  assert hostile in seen.pre
+
+
+def test_policy_comes_before_anything_it_governs(html):
+  assert page.POLICY == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+  assert html.index('Content-Security-Policy') < min(html.index('<style'), html.index('<link'))
+
+
+def test_every_section_has_its_content(seen, html, shown):
+  for section in (
+    'result',
+    'means',
+    'training',
+    'sources',
+    'scores',
+    'examples',
+    'guard',
+    'cost',
+    'limits',
+    'settings',
+  ):
+    assert f'<section id="{section}">' in html
+  assert seen.tags.count('svg') == 3 + 1 + 1 + 4  # tasks, losses, sources, targets with the mix
+  assert len(seen.pre) == 4 * 2 * 10 + 2  # targets × best and worst × ten, config and versions
+  for c in shown.results['comparisons']:
+    assert f'{abs(c["difference"]):.3f}' in html
+  assert 'planted' in html
+  assert '3.1\u202f×\u202f10¹²' in html
+  assert 'made <em>once</em>' in html
+
+
+def test_stage_writes_page_and_picture(inputs, tmp_path, monkeypatch):
+  class Pool:
+    def __init__(self, artifact):
+      assert artifact is inputs['pool']
+
+    def text(self, row):
+      return f'text of row {row}'
+
+  monkeypatch.setattr('dsdm_jax.data.pool.Pool', Pool)
+  log, cost = Log(tmp_path, 'report', enabled=False), Cost(tmp_path)
+  report.run(Context(base.get_config(), tmp_path, inputs, log, cost))
+  written = (tmp_path / 'index.html').read_text('utf-8')
+  assert 'text of row 7<' in written
+  assert 'datamodel.damping = ' in written
+  assert (tmp_path / 'result.svg').read_text('utf-8').rstrip().endswith('</svg>')
+
+
+def test_same_bytes_again(html, shown):
+  assert page.render(shown, 10) == html
+
+
+def test_best_rows_are_the_highest_scores(shown, html):
+  """The first row shown for `docs` is the arg max of its scores, the first of the worst the arg min."""
+  docs = html[html.index('<summary>Documentation prose') :]
+  rows = [int(n) for n in re.findall(r'<span class="row">row (\d+)</span>', docs)[:20]]
+  order_N = np.argsort(-shown.scores['docs'], kind='stable')
+  assert rows[:10] == order_N[:10].tolist()
+  assert rows[10:] == order_N[::-1][:10].tolist()
+
+
+def test_arms_of_several_targets_are_told_apart(shown):
+  """With an arm for one target alone each targeted arm names its target, and random arms do not."""
+  results = {**shown.results}
+  for part in ('summary', 'comparisons'):
+    extra = [{**row, 'target_mix': 'docs'} for row in results[part] if row['method'] == 'dsdm']
+    results[part] = results[part] + extra
+  selected = [*shown.selected, dataclasses.replace(shown.selected[0], target_mix='docs')]
+  curves = [*shown.curves, dataclasses.replace(shown.curves[0], target_mix='docs')]
+  html = page.render(dataclasses.replace(shown, results=results, selected=selected, curves=curves), 1)
+  assert 'DsDm for documentation prose' in html
+  assert 'DsDm for all targets together' in html
+  assert 'random, same epochs for' not in html
+  assert html.count('id="loss-') > 1
+  ids = _Seen(html).ids
+  assert len(ids) == len(set(ids))
+
+
+def test_price_of_selecting(html):
+  """(3.1 + 2.2 + 0.04)e12 for proxies, features and datamodel, against 6.2e12 for twelve final models."""
+  assert '5.3\u202f×\u202f10¹²' in html
+  assert f'{5.34 / (6.2 / 12):.1f} of the final models' in html
+
+
+def test_guard_that_was_off_is_not_called_clean(shown):
+  html = page.render(dataclasses.replace(shown, config={**shown.config, 'pool.leakage_guard': False}), 0)
+  assert 'did not look' in html
+
+
+def test_nothing_dropped_and_no_text(shown):
+  """Empty parts leave the page whole."""
+  html = page.render(dataclasses.replace(shown, dropped=[], text=lambda row: ''), 0)
+  assert 'documents dropped</th>' not in html
