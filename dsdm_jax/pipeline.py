@@ -1,0 +1,226 @@
+"""The stages in order, each with what it reads, what it depends on and where its code is: the table of contents."""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from dsdm_jax.core import artifacts, atomic
+from dsdm_jax.core.artifacts import Artifact, Identity
+from dsdm_jax.core.config import check_devices, flatten, select, validate
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.progress import Log
+from dsdm_jax.core.stage import Context
+from dsdm_jax.data import tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One step from the pool to the report.
+
+  Attributes:
+    reads: stages whose artifacts it opens.
+    keys: prefixes of the config keys that it depends on.
+    code: 'module:function' below `dsdm_jax`.
+    format: version of what it writes.
+  """
+
+  name: str
+  reads: tuple[str, ...]
+  keys: tuple[str, ...]
+  code: str
+  format: int = 1
+
+
+STAGES = (
+  # Documents → tokens → a TFDS dataset, without documents that hold target text.
+  Stage('pool', (), ('seed', 'pool', 'targets.tasks', 'targets.seed'), 'data.pool:run'),
+  # Tasks → examples that the datamodel sees, and a holdout that it never does.
+  Stage('targets', ('pool',), ('targets',), 'data.targets:run'),
+  # Small models on random subsets.
+  Stage('proxies', ('pool',), ('seed', 'proxies'), 'training.proxies:run'),
+  # Projected per-example gradients, of the pool and of the targets.
+  Stage('features', ('pool', 'targets', 'proxies'), ('seed', 'features', 'proxies'), 'attribution.features:run'),
+  # Features → one score per row and target, in closed form.
+  Stage('datamodel', ('targets', 'proxies', 'features'), ('datamodel',), 'attribution.scores:run'),
+  # Scores → rows for each arm.
+  Stage('selection', ('pool', 'datamodel'), ('seed', 'selection', 'pretraining.seeds'), 'selection.select:run'),
+  # One model per arm and seed, on a seqio mixture of its rows.
+  Stage('pretraining', ('pool', 'selection'), ('seed', 'model', 'pretraining'), 'training.pretraining:run'),
+  # Every model on every task; differences with intervals.
+  Stage(
+    'evaluation', ('pool', 'targets', 'selection', 'pretraining'),
+    ('evaluation', 'model', 'pretraining'), 'evaluation.evaluate:run',
+  ),
+  # One page that shows it all.
+  Stage(
+    'report', ('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'evaluation'),
+    ('report',), 'report.report:run',
+  ),
+)  # fmt: skip
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None, rerun: bool = False) -> None:
+  """Runs all stages, or `only` one, and skips what is finished.
+
+  Args:
+    config: a whole config, see `configs/base.py`.
+    workdir: folder of the run; made when missing.
+    only: name of a stage; the stages it reads must be finished.
+    rerun: replace stages that were made with other settings instead of refusing.
+
+  Raises:
+    UserError: bad config or state. Nothing was written if that can be told beforehand.
+  """
+  validate(config)
+  if only is not None and only not in NAMES:
+    raise UserError(f'--stage={only} is no stage; stages are {", ".join(NAMES)}')
+  workdir = Path(workdir).absolute()
+  fresh = not workdir.exists()
+  settings = flatten(config)
+  tasks.check_files(config.targets)
+  done = _finished(workdir, settings, only, rerun)
+  wanted = [s for s in STAGES if s.name not in done and only in (None, s.name)]
+  for stage in STAGES:
+    if stage.name in done and only in (None, stage.name):
+      print(f'{stage.name}: reused from {done[stage.name].path}')
+  if wanted:
+    _start_jax(config, workdir)
+  try:
+    for stage in wanted:
+      done[stage.name] = _run_stage(stage, config, settings, workdir, done)
+  except UserError:
+    if fresh and not done and not _holds_work(workdir):
+      shutil.rmtree(workdir)
+    raise
+  if 'evaluation' in done and only in (None, 'evaluation'):
+    _publish(workdir, settings, done)
+  if 'report' in done and only in (None, 'report'):
+    print(f'report: {done["report"].path / "index.html"}')
+
+
+def _identity(stage: Stage, settings: Mapping, inputs: Mapping[str, str]) -> Identity:
+  """What `stage` is to be made from; `inputs` are the digests of what it reads."""
+  chosen = select(settings, stage.keys)
+  for task in chosen.get('targets.tasks', ()):
+    if task.endswith('.jsonl'):  # the text counts, not only where it lies
+      chosen[f'SHA-256 of {task}'] = hashlib.sha256(Path(task).read_bytes()).hexdigest()
+  if chosen.get('pool.plant_targets'):  # planted are examples of the target split
+    chosen |= select(settings, ('targets.holdout_share', 'targets.max_examples'))
+  return Identity(stage.name, stage.format, chosen, inputs)
+
+
+def _digests(stage: Stage, done: Mapping[str, Artifact]) -> dict[str, str]:
+  return {name: done[name].digest for name in stage.reads}
+
+
+def _finished(workdir: Path, settings: Mapping, only: str | None, rerun: bool) -> dict[str, Artifact]:
+  """Stages that stand as these settings want them; refuses a workdir in which something else stands in their place."""
+  done: dict[str, Artifact] = {}
+  for stage in STAGES:
+    needed = only is None or stage.name == only or stage.name in _upstream(only)
+    if not needed:
+      continue
+    missing = [name for name in stage.reads if name not in done]
+    found = artifacts.open_stage(workdir, stage.name)
+    unfinished = artifacts.begun(workdir, stage.name)
+    if not missing:
+      identity = _identity(stage, settings, _digests(stage, done))
+      if found is None and artifacts.pending_commit(workdir, identity):
+        found = artifacts.finish_commit(workdir, stage.name)
+      if found is not None and found.manifest['identity'] == identity.as_json():
+        found.verify()
+        done[stage.name] = found
+        continue
+      if stage.name == only and found is None and unfinished in (None, identity.as_json()):
+        continue
+      wanted = identity.as_json()
+    else:
+      # What it reads is not there, so whatever stands here was made from something else; only settings can be compared.
+      known = (found.manifest['identity'] if found else unfinished) or {'inputs': {}}
+      wanted = _identity(stage, settings, known['inputs']).as_json()
+    stale = found.manifest['identity'] if found is not None else unfinished
+    if stale is not None and not rerun:
+      _refuse(workdir, stage, artifacts.differences(stale, wanted) or [f'the {missing[0]} it read is gone'])
+    if only is not None and stage.name != only:
+      raise UserError(
+        f'--stage={only} reads {stage.name}, which is not finished in {workdir} with these settings; '
+        f'run --stage={stage.name} first, or leave --stage out to run what is missing'
+      )
+  return done
+
+
+def _holds_work(workdir: Path) -> bool:
+  """Whether any stage left more than a note of its beginning."""
+  return any(len(list(artifacts.part_folder(workdir, name).glob('*'))) > 2 for name in NAMES)
+
+
+def _upstream(name: str) -> set[str]:
+  reads = next(stage.reads for stage in STAGES if stage.name == name)
+  return set(reads).union(*(_upstream(read) for read in reads))
+
+
+def _refuse(workdir: Path, stage: Stage, phrases: list[str]) -> None:
+  shown = '; '.join(phrases[:3]) + (f'; and {len(phrases) - 3} more' if len(phrases) > 3 else '')
+  affected = [s.name for s in STAGES if s.name == stage.name or stage.name in _upstream(s.name)]
+  raise UserError(
+    f'{workdir} holds {stage.name} made with other settings: {shown}. Add --rerun to make {", ".join(affected)} '
+    'anew there, take another --workdir, or set the keys back'
+  )
+
+
+def _run_stage(
+  stage: Stage, config: ConfigDict, settings: Mapping, workdir: Path, done: Mapping[str, Artifact]
+) -> Artifact:
+  identity = _identity(stage, settings, _digests(stage, done))
+  resumed = artifacts.begun(workdir, stage.name) == identity.as_json()
+  out = artifacts.begin(workdir, identity)
+  log, cost = Log(workdir, stage.name), artifacts.Cost(out)
+  log.event('begin', resumed=resumed)
+  print(f'{stage.name}: {"goes on where it stopped" if resumed else "runs"}', flush=True)
+  began = time.monotonic()
+  module, function = stage.code.split(':')
+  try:
+    inputs = {name: done[name] for name in stage.reads}
+    semantics = getattr(importlib.import_module(f'dsdm_jax.{module}'), function)(
+      Context(config, out, inputs, log, cost)
+    )
+  finally:
+    log.close()
+    if out.is_dir():
+      cost.add(seconds=time.monotonic() - began)
+  artifact = artifacts.commit(workdir, identity, semantics, cost)
+  log.event('end', seconds=artifact.manifest['cost']['seconds'], flop=artifact.manifest['cost']['flop'])
+  print(f'{stage.name}: done in {time.monotonic() - began:.1f} s', flush=True)
+  return artifact
+
+
+def _publish(workdir: Path, settings: Mapping, done: Mapping[str, Artifact]) -> None:
+  """Writes `results.json` in the workdir and prints the table."""
+  from dsdm_jax.evaluation import results
+
+  found = json.loads((done['evaluation'].path / 'results.json').read_text())
+  found['cost'] = {name: done[name].manifest['cost'] for name in NAMES if name in done}
+  found['versions'] = done['evaluation'].manifest['versions']
+  found['config'] = dict(settings)
+  atomic.write_json(workdir / 'results.json', found)
+  print(results.table(found))
+  print(f'results: {workdir / "results.json"}')
+
+
+def _start_jax(config: ConfigDict, workdir: Path) -> None:
+  """Settings that hold for the whole process, before the first array; then what can only be checked with devices."""
+  import jax
+
+  check_devices(config, jax.device_count())
+  workdir.mkdir(parents=True, exist_ok=True)
+  if jax.config.values['jax_compilation_cache_dir'] is None:
+    jax.config.update('jax_compilation_cache_dir', str(workdir / 'xla_cache'))
