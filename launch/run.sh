@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Runs the pipeline: bash launch/run.sh [--config=configs/x.py] [--workdir=DIR] [--stage=STAGE] [--config.key=value …]
+#
+# Makes .venv and installs requirements.txt into it the first time, and again when that file has changed. Without
+# --config it is the quickstart; without --workdir the results go to runs/<name of the config>.
+
+# shellcheck source-path=SCRIPTDIR source=setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+here=$root/
+if [[ $PWD -ef $root ]]; then
+  here=
+fi
+
+config='' workdir='' previous=''
+for argument in "$@"; do
+  case $previous in
+    --config | -config) config=$argument ;;
+    --workdir | -workdir) workdir=$argument ;;
+  esac
+  case $argument in
+    --config=* | -config=*) config=${argument#*=} ;;
+    --workdir=* | -workdir=*) workdir=${argument#*=} ;;
+  esac
+  previous=$argument
+done
+
+defaults=()
+if [[ -z $config ]]; then
+  config=${here}configs/quickstart.py
+  defaults+=("--config=$config")
+fi
+if [[ -z $workdir ]]; then
+  file=${config%%.py:*} # a config may be given as x.py:argument
+  workdir=${here}runs/$(basename "$file" .py)
+  defaults+=("--workdir=$workdir")
+fi
+
+prepare
+"$root/.venv/bin/python" -m dsdm_jax.main "${defaults[@]+"${defaults[@]}"}" "$@"
+
+if [[ -f $workdir/report/index.html ]]; then
+  printf '\nOpen %s in a browser.\n' "$workdir/report/index.html" >&2
+fi

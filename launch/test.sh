@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Runs what CI runs: format, lint, types, tests. Arguments go to pytest: bash launch/test.sh -k datamodel
+#
+# The tools live in .venv-test, which looks into .venv for everything else: the pool is the text of the packages in
+# .venv, and running the tests must not change what a run is made of.
+
+# shellcheck source-path=SCRIPTDIR source=setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+prepare
+make_environment "$root/.venv-test" "$root/.venv/bin/python"
+site='import sysconfig; print(sysconfig.get_path("purelib"))'
+"$root/.venv/bin/python" -c "$site" >"$("$root/.venv-test/bin/python" -c "$site")/environment.pth"
+install "$root/.venv-test" "$root/requirements-test.txt"
+
+if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+  packages=()
+  command -v chromium >/dev/null || packages+=(chromium)
+  command -v chromedriver >/dev/null || packages+=(chromium-driver)
+  command -v shellcheck >/dev/null || packages+=(shellcheck)
+  if ((${#packages[@]})); then
+    printf '%s: installing %s for the tests that need them\n' "$self" "${packages[*]}" >&2
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+      "${packages[@]}"; } >/dev/null 2>&1 ||
+      printf '%s: could not, so these tests are skipped\n' "$self" >&2
+  fi
+fi
+
+cd "$root"
+python=$root/.venv-test/bin/python
+status=0 # all four have their say, whatever the first ones find
+"$python" -m ruff format --check --quiet . || { printf '%s: mend with: ruff format\n' "$self" >&2 && status=1; }
+"$python" -m ruff check --output-format=concise . || status=1
+"$python" -m mypy || status=1
+"$python" -m pytest "$@" || status=1
+exit "$status"
