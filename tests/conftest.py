@@ -1,0 +1,66 @@
+"""What every test stands on: eight fake CPU devices, strict JAX, a compilation cache, no accelerator.
+
+Set through the environment, before JAX is imported, so that the processes which tests start have it too.
+"""
+
+import hashlib
+import os
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+_CACHE = ROOT / '.cache'
+
+
+def _machine() -> str:
+  """Names the kind of CPU: compiled programs of another kind must not be taken from the cache."""
+  info = Path('/proc/cpuinfo')
+  flags = next((line for line in info.read_text().splitlines() if 'flags' in line), '') if info.is_file() else ''
+  return hashlib.sha256(f'{platform.platform()} {flags}'.encode()).hexdigest()[:12]
+
+
+assert 'jax' not in sys.modules, 'JAX was imported before tests/conftest.py could set it up'
+os.environ |= {
+  'JAX_PLATFORMS': 'cpu',
+  'JAX_NUM_CPU_DEVICES': '8',
+  'JAX_NUMPY_RANK_PROMOTION': 'raise',
+  'JAX_COMPILATION_CACHE_DIR': str(_CACHE / 'jax' / _machine()),
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+  'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0',
+  'TF_CPP_MIN_LOG_LEVEL': '3',
+  'TF_ENABLE_ONEDNN_OPTS': '0',
+  'MPLBACKEND': 'agg',
+  'HYPOTHESIS_STORAGE_DIRECTORY': str(_CACHE / 'hypothesis'),
+  'PYTHONDONTWRITEBYTECODE': '1',
+}
+
+from hypothesis import settings  # noqa: E402  after the environment is set
+
+# Seeded, so that a run says the same twice; a deadline would fail on compilation.
+settings.register_profile('dsdm', deadline=None, derandomize=True, max_examples=50)
+settings.load_profile('dsdm')
+
+
+@pytest.fixture(scope='session')
+def repo_root() -> Path:
+  return ROOT
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> Path:
+  """Folder of benchmark and pool files that lies beside some checkouts; the test is skipped where it does not."""
+  folder = ROOT.parent / 'shared' / 'data'
+  if not folder.is_dir():
+    pytest.skip('shared/data does not lie beside this repository')
+  return folder
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+  """An empty folder for one run."""
+  folder = tmp_path / 'run'
+  folder.mkdir()
+  return folder

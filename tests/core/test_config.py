@@ -1,0 +1,339 @@
+"""Configs: each of ours validates, and each slip in one is told in a line that names the key."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict, FrozenConfigDict, config_dict
+
+from configs import base
+from dsdm_jax.core import config as checks
+from dsdm_jax.core import config_rules
+from dsdm_jax.core.config_rules import RELATIONS, RULES, task_name
+from dsdm_jax.core.errors import UserError
+
+FLAT = checks.flatten(base.get_config())
+
+# For every rule at least one value of the right type that breaks it.
+BAD: dict[str, list] = {
+  'seed': [-1],
+  'mesh.data': [0, -2],
+  'mesh.model': [0, -1],
+  'pool.source': ['c4', 'no_such_package:documents', ''],
+  'pool.kinds': [(), ('docs', 'docs'), ('poems',)],
+  'pool.max_bytes': [0, -1],
+  'pool.max_document_bytes': [0, -1],
+  'pool.length': [7, 0, -128],
+  'pool.vocab_size': [299, -1],
+  'pool.leakage_ngram': [1, 0],
+  'pool.plant_targets': [-1],
+  'targets.tasks': [
+    (),
+    ('docs', 'docs'),
+    ('squad',),
+    ('docs', 'file.json'),
+    ('docs', 'my/docs.jsonl'),
+    ('mix.jsonl',),
+    ('a+b.jsonl',),
+  ],
+  'targets.max_examples': [0],
+  'targets.holdout_share': [0.0, 1.0, -0.5, 1.5],
+  'targets.seed': [-1],
+  'proxies.count': [0],
+  'proxies.subset_share': [0.0, 1.01, -0.1],
+  'proxies.epochs': [0.0, -1.0],
+  'features.output_fn': ['margin', 'no_such_package:margin', 'dsdm_jax.no_such_module:margin', 'a b:c', 'a:b:c', ':'],
+  'features.projection': ['sparse', ''],
+  'features.dimension': [0],
+  'features.layers': ['(', '*'],
+  'features.batch_size': [0],
+  'features.shard_rows': [0],
+  'features.store_dtype': ['float16', 'int8'],
+  'datamodel.damping': [0.0, -0.1],
+  'datamodel.mix': ['sum'],
+  'selection.methods': [(), ('dsdm', 'dsdm'), ('dsir',)],
+  'selection.targets': [(), ('mix', 'mix'), ('squad',), ('docs+squad',), ('docs+docs',), ('docs+',), ('mix+docs',)],
+  'selection.examples': [0, 7],
+  'selection.epochs': [0],
+  'pretraining.seeds': [0],
+  'evaluation.batch_size': [0],
+  'evaluation.confidence': [0.0, 1.0, 95.0],
+  'report.examples': [0],
+}
+for _model in ('model', 'proxies.model'):
+  BAD |= {
+    f'{_model}.factory': ['decoder', 'no_such_package:build'],
+    f'{_model}.layers': [0],
+    f'{_model}.width': [0, -96],
+    f'{_model}.heads': [0, 5, -4],
+    f'{_model}.kv_heads': [0, 3, 8],
+    f'{_model}.mlp_width': [0],
+    f'{_model}.positions': ['alibi'],
+    f'{_model}.norm': ['batchnorm'],
+    f'{_model}.mlp': ['relu'],
+    f'{_model}.compute_dtype': ['float16', 'bf16'],
+  }
+for _train in ('proxies.train', 'pretraining.train'):
+  BAD |= {
+    f'{_train}.batch_size': [0, -32],
+    f'{_train}.learning_rate': [0.0, -1e-3],
+    f'{_train}.final_learning_rate': [-0.1, 1.1],
+    f'{_train}.warmup_steps': [-1],
+    f'{_train}.weight_decay': [-1e-4],
+    f'{_train}.adam_b1': [-0.1, 1.0],
+    f'{_train}.adam_b2': [-0.1, 1.0],
+    f'{_train}.adam_eps': [0.0, -1e-8],
+    f'{_train}.gradient_clip': [-1.0],
+    f'{_train}.save_every_steps': [-1],
+    f'{_train}.keep_checkpoints': [0],
+    f'{_train}.log_every_steps': [0],
+  }
+
+
+def changed(**values) -> ConfigDict:
+  """The base config with `values`, keys written with '__' for '.', of any type."""
+  config = base.get_config()
+  for key, value in values.items():
+    put(config, key.replace('__', '.'), value)
+  return config
+
+
+def put(config: ConfigDict, key: str, value: object) -> None:
+  *sections, last = key.split('.')
+  for section in sections:
+    config = config[section]
+  with config.ignore_type():
+    config[last] = value
+
+
+def finding(config: ConfigDict) -> str:
+  with pytest.raises(UserError) as caught:
+    checks.validate(config)
+  message = str(caught.value)
+  assert '\n' not in message
+  assert '; ' in message, 'a way out follows the semicolon'
+  return message
+
+
+def test_every_config_loads_and_validates(repo_root):
+  names = sorted(path.stem for path in (repo_root / 'configs').glob('*.py') if path.stem != '__init__')
+  assert {'base', 'quickstart'} <= set(names)
+  for name in names:
+    checks.validate(importlib.import_module(f'configs.{name}').get_config())
+
+
+def test_every_key_of_base_has_a_rule_and_no_other():
+  assert set(RULES) == {key for key, value in FLAT.items() if not isinstance(value, bool)}
+  assert set(RULES) == set(BAD)
+  assert {key for relation in RELATIONS for key in relation.keys} <= set(FLAT)
+
+
+@pytest.mark.parametrize(('key', 'value'), [(key, value) for key, values in BAD.items() for value in values])
+def test_bad_value_is_told_in_one_line_that_names_key_and_value(key, value):
+  config = base.get_config()
+  put(config, key, value)
+  assert finding(config).startswith(f'config key {key} = {value!r} ')
+
+
+WRONG_TYPES = {
+  bool: [1, 'True', None],
+  int: [1.0, True, '1', None],
+  float: ['0.1', None, float('nan'), float('inf')],  # ConfigDict itself makes 1.0 of True
+  str: [1, None, ('a',)],
+  list: ['docs', 1, None, (1,), (None,)],
+}
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'), [(key, value) for key, default in FLAT.items() for value in WRONG_TYPES[type(default)]]
+)
+def test_wrong_type_is_told_in_one_line_that_names_key_and_value(key, value):
+  config = base.get_config()
+  put(config, key, value)
+  assert finding(config).startswith(f'config key {key} = {value!r} must be ')
+
+
+@pytest.mark.parametrize('key', FLAT)
+def test_missing_key_is_named(key):
+  config = base.get_config()
+  *sections, last = key.split('.')
+  section = config
+  for name in sections:
+    section = section[name]
+  del section[last]
+  assert f'no key {key};' in finding(config)
+
+
+@pytest.mark.parametrize(
+  ('key', 'hint'),
+  [('model.layer', 'is it model.layers?'), ('pool.lenght', 'is it pool.length?'), ('zzz', 'configs/base.py')],
+)
+def test_unknown_key_is_named_with_its_likely_neighbour(key, hint):
+  config = base.get_config()
+  put(config, key, 3)
+  message = finding(config)
+  assert f'config key {key} = 3 is unknown' in message
+  assert hint in message
+
+
+def test_value_in_the_place_of_a_section():
+  config = base.get_config()
+  with config.ignore_type(), config.unlocked():
+    del config['mesh']
+    config['mesh'] = 8
+  assert finding(config).startswith('config key mesh = 8 must be a section')
+
+
+@pytest.mark.parametrize(
+  'config',
+  [
+    changed(model__kv_heads=2, model__positions='rope'),
+    changed(model__kv_heads=1),
+    changed(pool__kinds=['docs', 'data']),  # a list does for a tuple
+    changed(datamodel__damping=1),  # an int does for a float
+    changed(mesh__data=8),
+    changed(targets__tasks=('docs', 'my/own.jsonl'), selection__targets=('mix', 'own', 'docs+own')),
+    changed(features__output_fn='json:loads'),
+    changed(pool__source='json:loads'),
+    FrozenConfigDict(base.get_config()),
+  ],
+)
+def test_good_configs_pass(config):
+  checks.validate(config)
+
+
+@pytest.mark.parametrize(
+  ('config', 'words'),
+  [
+    (changed(model__width=90), ['model.heads = 4', 'must divide model.width = 90', '--config.model.width']),
+    (
+      changed(model__width=12, model__positions='rope'),
+      ["model.positions = 'rope'", 'even head size', '--config.model.positions=learned'],
+    ),
+    (changed(pool__max_document_bytes=9, pool__max_bytes=8), ['pool.max_document_bytes = 9', 'pool.max_bytes = 8']),
+    (changed(pool__plant_targets=300), ['pool.plant_targets = 300', 'targets.max_examples = 256']),
+    (changed(selection__examples=7), ['selection.examples = 7', 'selection.epochs = 4', 'batch_size = 32']),
+    (
+      changed(targets__tasks=('docs',), selection__targets=('api_qa',)),
+      ["selection.targets = ('api_qa',)", "targets.tasks = ('docs',)"],
+    ),
+    (changed(mesh__data=5), ['pretraining.train.batch_size = 32|proxies.train.batch_size = 32', 'mesh.data = 5']),
+  ],
+)
+def test_values_together(config, words):
+  message = finding(config)
+  for word in words:
+    assert any(part in message for part in word.split('|')), message
+
+
+def test_proxies_follow_the_model_and_may_leave_it():
+  config = changed(model__heads=8)
+  assert config.proxies.model.heads == 8
+  checks.validate(config)
+  config.proxies.model.width = 20
+  assert finding(config).startswith('config key proxies.model.heads = 8 must divide proxies.model.width = 20')
+
+
+def test_a_strangers_model_has_its_own_keys_and_words():
+  config = changed(model__factory='json:loads', model__positions='alibi', model__heads=5, model__experts=3)
+  checks.validate(config)  # proxies.model.factory follows
+  assert 'model.experts' in checks.flatten(config)
+  put(config, 'model.experts', None)
+  assert finding(config).startswith('config key model.experts = None must be ')
+  assert 'model.layers = 0' in finding(changed(model__factory='json:loads', model__layers=0))
+  assert 'pool.lenght' in finding(changed(model__factory='json:loads', pool__lenght=1))
+
+
+def test_placeholder_without_a_value():
+  assert finding(changed(seed=config_dict.placeholder(int))).startswith('config key seed = None must be a whole number')
+
+
+def test_devices():
+  config = base.get_config()
+  for count in (1, 2, 8, 32):
+    checks.check_devices(config, count)
+  checks.check_devices(changed(mesh__model=2), 8)
+  checks.check_devices(changed(mesh__data=4, mesh__model=2), 8)
+
+
+@pytest.mark.parametrize(
+  ('config', 'count', 'words'),
+  [
+    (changed(mesh__model=3), 8, ['mesh.model = 3', 'number of devices, 8']),
+    (changed(mesh__data=4), 8, ['mesh.data = 4', 'devices, 8', '--config.mesh.data=-1']),
+    (changed(), 3, ['proxies.train.batch_size = 32', 'multiple of the 3 devices', 'batch_size=33']),
+    (changed(features__batch_size=4), 8, ['features.batch_size = 4', 'features.batch_size=8']),
+    (changed(evaluation__batch_size=63), 2, ['evaluation.batch_size = 63', 'evaluation.batch_size=64']),
+  ],
+)
+def test_devices_refuse(config, count, words):
+  with pytest.raises(UserError) as caught:
+    checks.check_devices(config, count)
+  for word in words:
+    assert word in str(caught.value)
+
+
+def test_flatten_is_json_with_every_leaf():
+  flat = checks.flatten(base.get_config())
+  assert json.loads(json.dumps(flat)) == flat
+  assert flat['selection.targets'] == ['mix']
+  assert flat['proxies.model.width'] == flat['model.width'] == 96  # references are resolved
+  assert len(flat) == len(set(flat))
+
+
+def test_select_takes_keys_and_sections_whole():
+  flat = {'seed': 0, 'pool.length': 8, 'pool.kinds': ['a'], 'pools': 1, 'pretraining.train.batch_size': 2}
+  assert checks.select(flat, ['pool']) == {'pool.length': 8, 'pool.kinds': ['a']}
+  assert checks.select(flat, ['pretraining', 'seed']) == {'seed': 0, 'pretraining.train.batch_size': 2}
+  with pytest.raises(ValueError, match='poool'):
+    checks.select(flat, ['poool'])
+
+
+def test_names_are_those_of_the_registries():
+  """core/ may not ask the registries, so the names stand there a second time."""
+  from dsdm_jax.data import installed_packages, sources, tasks
+  from dsdm_jax.selection import registry, select
+
+  assert config_rules.KINDS == installed_packages.KINDS
+  assert set(config_rules.SOURCES) == set(sources._SOURCES)
+  assert config_rules.TASKS == tasks.BUILT_IN
+  for module in select._MODULES:
+    importlib.import_module(f'dsdm_jax.selection.{module}')
+  assert set(config_rules.METHODS) == set(registry.SELECTORS)
+  assert [task_name(t) for t in ('docs', 'a/b.jsonl')] == [tasks.task_name(t) for t in ('docs', 'a/b.jsonl')]
+
+
+def test_task_name():
+  assert task_name('docs') == 'docs'
+  assert task_name('a/b/own.tasks.jsonl') == 'own.tasks'
+
+
+def test_load_callable(tmp_path, monkeypatch):
+  (tmp_path / 'strangers_model.py').write_text('def build(): return 7\nwidth = 3\n')
+  (tmp_path / 'strangers_slip.py').write_text('1 / 0\n')
+  monkeypatch.syspath_prepend(tmp_path)
+  assert checks.load_callable('strangers_model:build')() == 7
+  for name, words in [
+    ('strangers_model', "must be 'package.module:function'"),
+    ('strangers_model:', "must be 'package.module:function'"),
+    ('no_such_module:build', 'No module named'),
+    ('strangers_model:biuld', 'is it build?'),
+    ('strangers_model:width', 'a int of that name'),
+    ('strangers_slip:build', 'ZeroDivisionError'),
+  ]:
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+      checks.load_callable(name, 'model.factory')
+    assert str(caught.value).startswith(f'model.factory = {name!r}')
+    assert '\n' not in str(caught.value)
+
+
+def test_validation_touches_no_device_and_starts_fast():
+  code = (
+    'import sys; from configs import base; from dsdm_jax.core import config; config.validate(base.get_config());'
+    "print([m for m in ('jax', 'flax', 'tensorflow') if m in sys.modules])"
+  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == '[]'
