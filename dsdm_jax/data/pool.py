@@ -67,6 +67,7 @@ def run(context: Context) -> dict[str, Any]:
       f'the pool is empty: its {sum(map(len, ids))} tokens do not fill one row of pool.length {pool_config.length}; '
       'raise pool.max_bytes or lower pool.length'
     )
+  rows = rows_lib.shuffle(rows, prng.numpy_stream(config.seed, 'pool', 'rows'))
   planted: list[dict[str, Any]] = []
   entries = [_entry(d, len(i)) for d, i in zip(documents, ids, strict=True)]
   if pool_config.plant_targets:
@@ -98,7 +99,7 @@ def run(context: Context) -> dict[str, Any]:
     'length': card['length'],
     'vocab_size': card['vocab_size'],
     'special_ids': {'pad': vocabulary.PAD, 'eos': vocabulary.EOS, 'unk': vocabulary.UNK},
-    'row_order': 'an id is the row of the dataset; documents in a seeded order, an end mark after each',
+    'row_order': 'an id is the row of the dataset; documents in a seeded order are joined, cut, and the rows shuffled',
   }
 
 
@@ -260,7 +261,7 @@ class Pool:
 
   @functools.cached_property
   def documents(self) -> list[dict[str, Any]]:
-    """{"id", "source", "bytes", "tokens"} of every document, in the order of the rows."""
+    """{"id", "source", "bytes", "tokens"} of every document, in the order in which they were joined."""
     lines = (self.path / 'documents.jsonl').read_bytes().split(b'\n')
     return [json.loads(line) for line in lines if line]
 

@@ -56,6 +56,12 @@ def cut(documents: Sequence[Sequence[int]], sources: Sequence[int], length: int,
   )
 
 
+def shuffle(rows: Rows, rng: np.random.Generator) -> Rows:
+  """The same rows in random order: any range of rows is then a sample of the pool, and an index off by one shows."""
+  order_N = rng.permutation(len(rows.tokens_NL))
+  return Rows(**{field.name: getattr(rows, field.name)[order_N] for field in dataclasses.fields(Rows)})
+
+
 def plant(rows: Rows, sequences: Sequence[Sequence[int]], document: int, source: int) -> Rows:
   """Appends a row for each sequence: it is repeated until the row is full, so the row holds nothing else.
 

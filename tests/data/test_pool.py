@@ -39,7 +39,9 @@ def test_plain_tfds_reads_the_rows_in_order(tiny_artifact: Artifact, tiny_pool: 
 def test_text_of_the_pool_is_the_documents(tiny_pool: Pool):
   config = small_config()
   texts = {d.id: d.text for d in invented(config.pool, config.seed)}
-  stream = tiny_pool.tokens(range(tiny_pool.num_rows)).ravel()
+  in_order = np.lexsort((tiny_pool.offset_N, tiny_pool.document_N))
+  assert in_order.tolist() != list(range(tiny_pool.num_rows))  # rows are shuffled
+  stream = tiny_pool.tokens(in_order).ravel()
   assert stream.dtype == np.int32
   documents = np.split(stream, np.flatnonzero(stream == 1) + 1)
   # The last one is cut off where the last row ends.
