@@ -25,11 +25,3 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Leading axis over `data`, the rest whole."""
   return NamedSharding(mesh, PartitionSpec(DATA))
-
-
-def hide_accelerators_from_tensorflow() -> None:
-  """TensorFlow reads and tokenizes; left alone it would claim the accelerator's memory."""
-  import tensorflow as tf
-
-  for kind in ('GPU', 'TPU'):
-    tf.config.set_visible_devices([], kind)

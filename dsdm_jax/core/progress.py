@@ -9,6 +9,8 @@ from typing import Any
 
 import tqdm
 
+from dsdm_jax.core import tensorflow_start
+
 
 class Log:
   """Progress of one stage, written on process 0 only.
@@ -59,7 +61,8 @@ class Log:
     if not self._enabled:
       return
     if run not in self._writers:
-      from clu import metric_writers  # imports TensorFlow
+      tensorflow_start.start()
+      from clu import metric_writers
 
       self._writers[run] = metric_writers.SummaryWriter(str(self._workdir / 'tensorboard' / run))
     self._writers[run].write_scalars(step, {k: float(v) for k, v in values.items()})

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from dsdm_jax.core import tensorflow_start
 from dsdm_jax.data import mixtures
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.schedule import Schedule
@@ -22,6 +23,7 @@ def training_batches(
     ValueError: `start_step` is past the end.
     RuntimeError: the stream ended before the schedule did.
   """
+  tensorflow_start.start()
   import seqio
 
   steps = schedule.length // batch_size

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsdm_jax.core import tensorflow_start
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.schedule import Schedule
 
@@ -35,6 +36,7 @@ def register(schedule: Schedule, pool: Pool | str | os.PathLike, start: int = 0)
   Raises:
     ValueError: `start` is not in [0, schedule.length].
   """
+  tensorflow_start.start()
   import seqio
 
   if not 0 <= start <= schedule.length:

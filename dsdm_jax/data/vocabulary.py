@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsdm_jax.core import prng
+from dsdm_jax.core import prng, tensorflow_start
 from dsdm_jax.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -156,9 +156,7 @@ class Encoder:
 @functools.lru_cache(maxsize=8)
 def load(path: str) -> 'seqio.SentencePieceVocabulary':
   """The vocabulary as seqio knows it. Imports seqio and TensorFlow."""
+  tensorflow_start.start()
   import seqio
 
-  from dsdm_jax.core import mesh
-
-  mesh.hide_accelerators_from_tensorflow()
   return seqio.SentencePieceVocabulary(path)
