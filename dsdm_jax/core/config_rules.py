@@ -10,7 +10,9 @@ from typing import Any
 SOURCES = ('installed_packages',)
 KINDS = ('source', 'docs', 'licences', 'metadata', 'data')
 TASKS = ('docs', 'api_qa', 'cs_algorithms')
-METHODS = ('dsdm', 'random', 'random_one_epoch', 'bottom')
+METHODS = (
+  'dsdm', 'random', 'random_one_epoch', 'bottom', 'dsdm_shifted', 'dsdm_permuted', 'random_again',
+)  # fmt: skip
 MIX = 'mix'
 
 MODELS = ('model', 'proxies.model')

@@ -10,7 +10,7 @@ from dsdm_jax.selection.registry import Request, selector
 @selector('random', targeted=False, seeded=True)
 def random(request: Request) -> np.ndarray:
   """k rows at random, trained on for as many epochs as a targeted selection."""
-  return _draw(request, 'random', request.examples)
+  return draw(request, 'random', request.examples)
 
 
 @selector('random_one_epoch', targeted=False, seeded=True)
@@ -20,10 +20,10 @@ def random_one_epoch(request: Request) -> np.ndarray:
   Raises:
     UserError: the pool has fewer rows than the budget.
   """
-  return _draw(request, 'random_one_epoch', request.budget)
+  return draw(request, 'random_one_epoch', request.budget)
 
 
-def _draw(request: Request, name: str, count: int) -> np.ndarray:
+def draw(request: Request, name: str, count: int) -> np.ndarray:
   if count > request.num_rows:
     raise UserError(
       f"'{name}' needs {count} rows and the pool has {request.num_rows}; lower selection.examples or "

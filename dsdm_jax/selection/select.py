@@ -11,7 +11,7 @@ from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.selection import Selection
 from dsdm_jax.selection.registry import SELECTORS, Request
 
-_MODULES = ('dsdm', 'random')
+_MODULES = ('dsdm', 'random', 'controls')
 
 
 def load_selectors() -> None:
