@@ -99,7 +99,9 @@ def get_config() -> ConfigDict:
   # Datamodel: scores = φ(x)·(ΦᵀΦ/N + λI)⁻¹ mean target φ, averaged over proxies.
   c.datamodel = ConfigDict()
   c.datamodel.damping = 0.1  # λ relative to tr(ΦᵀΦ/N)/J; > 0
-  c.datamodel.mix = 'mean'  # mean | zscore | rank: how scores of several tasks become one
+  # mean (paper) | zscore | rank: how scores of several tasks become one. Scores of tasks differ in scale, and in a
+  # plain mean the widest rules.
+  c.datamodel.mix = 'zscore'
 
   # Selection: which rows each arm trains on.
   c.selection = ConfigDict()
