@@ -96,7 +96,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
     _start_jax(config, workdir)
   try:
     for stage in wanted:
-      done[stage.name] = _run_stage(stage, config, settings, workdir, done)
+      standing = _standing(stage, settings, workdir, done)
+      done[stage.name] = standing or _run_stage(stage, config, settings, workdir, done)
   except UserError:
     if fresh and not done and not _holds_work(workdir):
       shutil.rmtree(workdir)
@@ -105,6 +106,16 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
     _publish(workdir, settings, done)
   if 'report' in done and only in (None, 'report'):
     print(f'report: {done["report"].path / "index.html"}')
+
+
+def _standing(stage: Stage, settings: Mapping, workdir: Path, done: Mapping[str, Artifact]) -> Artifact | None:
+  """What stands of a stage whose inputs had to be made anew and came out the same."""
+  found = artifacts.open_stage(workdir, stage.name)
+  if found is None or found.manifest['identity'] != _identity(stage, settings, _digests(stage, done)).as_json():
+    return None
+  found.verify()
+  print(f'{stage.name}: reused from {found.path}')
+  return found
 
 
 def _identity(stage: Stage, settings: Mapping, inputs: Mapping[str, str]) -> Identity:
@@ -149,7 +160,10 @@ def _finished(workdir: Path, settings: Mapping, only: str | None, rerun: bool) -
       wanted = _identity(stage, settings, known['inputs']).as_json()
     stale = found.manifest['identity'] if found is not None else unfinished
     if stale is not None and not rerun:
-      _refuse(workdir, stage, artifacts.differences(stale, wanted) or [f'the {missing[0]} it read is gone'])
+      phrases = artifacts.differences(stale, wanted)
+      # Where only what it read is gone, it is made anew after that, or stands if that comes out the same.
+      if phrases:
+        _refuse(workdir, stage, phrases)
     if only is not None and stage.name != only:
       raise UserError(
         f'--stage={only} reads {stage.name}, which is not finished in {workdir} with these settings; '
