@@ -1,5 +1,6 @@
 """Small files that are either whole or not there, whenever the process dies."""
 
+import functools
 import io
 import json
 import os
@@ -19,10 +20,18 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
       f.write(data)
       f.flush()
       os.fsync(f.fileno())
+    os.chmod(temporary, 0o666 & ~_umask())  # a temporary file is for its owner alone, a result is not
     os.replace(temporary, path)
   except BaseException:
     Path(temporary).unlink(missing_ok=True)
     raise
+
+
+@functools.cache
+def _umask() -> int:
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
