@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dsdm_jax import pipeline
+from dsdm_jax.core.command_line import explain
 from dsdm_jax.core.errors import UserError
 
 _DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
@@ -21,9 +22,10 @@ _RERUN = flags.DEFINE_bool('rerun', False, 'Make stages anew that stand there wi
 def _parse(argv: list[str]) -> None:
   try:
     extra = flags.FLAGS(argv)[1:]
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    text = ' '.join(str(error.args[0] if error.args else error).split())
-    raise UserError(f'{text}; see configs/base.py for all keys, --help for all flags') from error
+    if _CONFIG.value is not None:
+      _CONFIG.value.keys()  # a file that could not be loaded says so when it is looked into
+  except Exception as error:  # a config file is a program of the user's and may fail in any way
+    raise UserError(explain(error, argv)) from error
   for name, value, example in (
     ('--config', _CONFIG.value, 'configs/quickstart.py'), ('--workdir', _WORKDIR.value, 'runs/quickstart'),
   ):  # fmt: skip

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.core import artifacts, atomic
 from dsdm_jax.core.artifacts import Artifact, Identity
-from dsdm_jax.core.config import check_devices, flatten, select, validate
+from dsdm_jax.core.config import check_callables, check_devices, flatten, select, validate
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
@@ -235,6 +235,7 @@ def _start_jax(config: ConfigDict, workdir: Path) -> None:
   import jax
 
   check_devices(config, jax.device_count())
+  check_callables(config)
   workdir.mkdir(parents=True, exist_ok=True)
   if jax.config.values['jax_compilation_cache_dir'] is None:
     jax.config.update('jax_compilation_cache_dir', str(workdir / 'xla_cache'))

@@ -86,6 +86,18 @@ def check_devices(config: ConfigDict, device_count: int) -> None:
       raise _finding(key, batch, rule, f'set --config.{key}={near}, or a larger --config.mesh.model')
 
 
+def check_callables(config: ConfigDict) -> None:
+  """Imports every function that the config names, so that a slip in a name shows before the first stage.
+
+  Raises:
+    UserError: as `load_callable`.
+  """
+  flat = flatten(config)
+  for key in ('pool.source', *(f'{model}.factory' for model in MODELS), 'features.output_fn'):
+    if ':' in flat[key]:
+      load_callable(flat[key], key)
+
+
 def load_callable(name: str, key: str = '') -> Callable[..., Any]:
   """The function that 'package.module:function' names; `key` is the config key that holds it, for the message.
 

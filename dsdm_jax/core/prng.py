@@ -5,9 +5,12 @@ and a resumed job draws what the undisturbed one would have drawn.
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
+
+if TYPE_CHECKING:
+  import jax
 
 
 def _digest(seed: int, names: tuple[str | int, ...]) -> bytes:
@@ -16,8 +19,10 @@ def _digest(seed: int, names: tuple[str | int, ...]) -> bytes:
   return hashlib.sha256(text.encode()).digest()
 
 
-def stream(seed: int, *names: str | int) -> jax.Array:
+def stream(seed: int, *names: str | int) -> 'jax.Array':
   """A threefry key for the stream `names` under `seed`: `stream(seed, 'projection', checkpoint)`."""
+  import jax  # here, so that what draws with NumPy alone starts fast
+
   key = jax.random.key(0, impl='threefry2x32')
   words = np.frombuffer(_digest(seed, names)[:8], '<u4')
   return jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])

@@ -1,0 +1,26 @@
+"""What is wrong with a command line, in one line."""
+
+from collections.abc import Sequence
+
+from absl import flags
+
+
+def explain(error: Exception, argv: Sequence[str]) -> str:
+  """Says what `error`, which came from parsing `argv`, is about: the flag and the reason.
+
+  A config file is a program, and its overrides are assignments to its keys, so either may fail in any way; what they
+  raise names the last part of a key at most.
+  """
+  reason = error.args[0] if isinstance(error, KeyError) and error.args else error
+  plain = str(reason).replace('\\n', ' ').replace("\\'", "'").replace("''", "'")  # some quote a message twice
+  text = ' '.join(plain.split()) or type(error).__name__
+  hint = 'see configs/base.py for all keys, --help for all flags'
+  if isinstance(error, flags.Error):  # these name the flag
+    return f'{text}; {hint}'
+  given = [argument for argument in argv[1:] if argument.startswith('--config')]
+  for argument in given:
+    _, dot, key = argument.partition('=')[0].rpartition('.')
+    if dot and any(f'{quote}{key}{quote}' in text for quote in ('"', "'")):
+      return f'{argument}: {text}; {hint}'
+  where = next((argument for argument in given if argument.startswith('--config=')), 'the command line')
+  return f'{where}: {type(error).__name__}: {text}; mend that file, or begin from configs/quickstart.py'
