@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -86,8 +85,13 @@ class Trainer:
     updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
     rate = optimizer.learning_rate(self._config, state.step, steps)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-    metrics = {'loss': loss, 'gradient_norm': optax.global_norm(grads), 'learning_rate': rate}
+    metrics = {'loss': loss, 'gradient_norm': _norm(grads), 'learning_rate': rate}
     return TrainState(state.step + 1, params, state.rest, opt_state), metrics
+
+
+def _norm(tree: Any) -> jax.Array:
+  """Euclidean norm over all leaves; optax has it under a name that changes between its versions."""
+  return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
 @functools.lru_cache(maxsize=8)
