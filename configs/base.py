@@ -22,6 +22,7 @@ def model() -> ConfigDict:
   c.norm = 'layernorm'  # layernorm | rmsnorm
   c.mlp = 'gelu'  # gelu | swiglu
   c.tied_embeddings = True  # one table for input embedding and output logits
+  c.init_std = 0.02  # of weights and embeddings; narrow models learn faster with more, about 1/√width
   c.bias = True  # biases in linear layers and layer norms
   c.scan_layers = False  # one compiled block for all layers: compiles faster, runs the same
   c.remat = False  # recompute each block's activations in the backward pass

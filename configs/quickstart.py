@@ -1,10 +1,21 @@
 """DsDm against random data on the text of the installed packages, on a laptop.
 
-bash launch/run.sh
+Run it with:
+
+    bash launch/run.sh
 """
 
 from configs import base
 
 
 def get_config():
-  return base.get_config()
+  config = base.get_config()
+  config.pool.max_bytes = 1_000_000
+  config.targets.max_examples = 160
+  config.model.positions = 'rope'
+  config.model.init_std = 0.1
+  for training in (config.proxies.train, config.pretraining.train):
+    training.batch_size = 16
+    training.learning_rate = 1e-2
+  config.selection.examples = 768
+  return config

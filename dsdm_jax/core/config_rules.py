@@ -93,6 +93,7 @@ _MODEL_RULES = {
   'positions': _one_of('learned', 'rope'),
   'norm': _one_of('layernorm', 'rmsnorm'),
   'mlp': _one_of('gelu', 'swiglu'),
+  'init_std': _above(0),
   'compute_dtype': _one_of('float32', 'bfloat16'),
 }
 

@@ -7,8 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-_INIT = nnx.initializers.normal(0.02)
-
 
 def build(config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs) -> 'Decoder':
   """The decoder of `config` (keys: `configs/base.py`, `model`) for sequences of at most `length` tokens."""
@@ -16,7 +14,7 @@ def build(config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs) -> '
 
 
 def _linear(inputs: int, outputs: int, config: ConfigDict, rngs: nnx.Rngs, scale: float = 1.0) -> nnx.Linear:
-  init = nnx.initializers.normal(0.02 * scale)
+  init = nnx.initializers.normal(config.init_std * scale)
   return nnx.Linear(
     inputs, outputs, use_bias=config.bias, kernel_init=init, dtype=jnp.dtype(config.compute_dtype), rngs=rngs
   )
@@ -101,10 +99,11 @@ class Decoder(nnx.Module):
   def __init__(self, config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs):
     self.dtype = jnp.dtype(config.compute_dtype)
     self.remat = config.remat
-    self.embedding = nnx.Embed(vocab_size, config.width, embedding_init=_INIT, dtype=self.dtype, rngs=rngs)
+    init = nnx.initializers.normal(config.init_std)
+    self.embedding = nnx.Embed(vocab_size, config.width, embedding_init=init, dtype=self.dtype, rngs=rngs)
     learned = config.positions == 'learned'
     self.positions = (
-      nnx.Embed(length, config.width, embedding_init=_INIT, dtype=self.dtype, rngs=rngs) if learned else None
+      nnx.Embed(length, config.width, embedding_init=init, dtype=self.dtype, rngs=rngs) if learned else None
     )
     self.scan = config.scan_layers
     if self.scan:
@@ -117,7 +116,7 @@ class Decoder(nnx.Module):
     self.head = (
       None
       if tied
-      else nnx.Linear(config.width, vocab_size, use_bias=False, kernel_init=_INIT, dtype=self.dtype, rngs=rngs)
+      else nnx.Linear(config.width, vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype, rngs=rngs)
     )
 
   def __call__(self, tokens_BL: jax.Array) -> jax.Array:
