@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import artifacts, atomic
+from dsdm_jax.core import artifacts, atomic, memory
 from dsdm_jax.core.artifacts import Artifact, Identity
 from dsdm_jax.core.config import check_callables, check_devices, flatten, select, validate
 from dsdm_jax.core.errors import UserError
@@ -237,5 +237,7 @@ def _start_jax(config: ConfigDict, workdir: Path) -> None:
   check_devices(config, jax.device_count())
   check_callables(config)
   workdir.mkdir(parents=True, exist_ok=True)
+  if jax.default_backend() == 'cpu':
+    memory.keep_freed_memory()
   if jax.config.values['jax_compilation_cache_dir'] is None:
     jax.config.update('jax_compilation_cache_dir', str(workdir / 'xla_cache'))
