@@ -18,4 +18,5 @@ def get_config():
     training.batch_size = 16
     training.learning_rate = 1e-2
   config.selection.examples = 768
+  config.pretraining.seeds = 4
   return config

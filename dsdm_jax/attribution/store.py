@@ -9,7 +9,7 @@ import numpy as np
 import tensorstore as ts
 
 from dsdm_jax.core import atomic
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.errors import UserError, as_os_error
 
 
 class FeatureStore:
@@ -56,9 +56,16 @@ class FeatureStore:
     return [s for s in range(self.shards) if not self._marker(s).is_file()]
 
   def write(self, shard: int, phi_BJ: np.ndarray) -> None:
-    """Writes one shard, waits until it is on disk, then marks it."""
+    """Writes one shard, waits until it is on disk, then marks it.
+
+    Raises:
+      OSError: the disk is full, or will not take it for another reason.
+    """
     start, stop = self.bounds(shard)
-    self._array[start:stop].write(phi_BJ.astype(self.dtype)).result()
+    try:
+      self._array[start:stop].write(phi_BJ.astype(self.dtype)).result()
+    except ValueError as error:
+      raise as_os_error(error, self._done.with_suffix('.zarr')) or error from error
     atomic.write_json(self._marker(shard), {'rows': [start, stop]})
 
   def read(self, shard: int) -> np.ndarray:

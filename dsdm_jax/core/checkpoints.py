@@ -1,5 +1,8 @@
 """Orbax checkpoints of a pytree and a JSON record beside it, by step."""
 
+import errno
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.errors import UserError, as_os_error
 
 
 class Checkpoints:
@@ -28,9 +31,23 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
-    """Copies `state` (pytree of arrays) and `record` (JSON) and returns; writing goes on behind the caller's back."""
+    """Copies `state` (pytree of arrays) and `record` (JSON) and returns; writing goes on behind the caller's back.
+
+    Raises:
+      OSError: the disk is full, found now or while the save before this one was written.
+    """
+    self._want_room(state)
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record)))
-    self._manager.save(step, args=args)
+    try:
+      self._manager.save(step, args=args)
+    except ValueError as error:
+      raise as_os_error(error, self._directory) or error from error
+
+  def _want_room(self, state: Any) -> None:
+    # Looked up beforehand: a write that fails half-way has Orbax print pages from its threads before it says so.
+    needed = 256 * 1024 + sum(x.nbytes for x in jax.tree.leaves(state)) * 5 // 4
+    if shutil.disk_usage(self._directory).free < needed:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
 
   def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
     """The newest checkpoint that can be read, with the shapes, dtypes and shardings of `like`; None if there is none.
@@ -58,8 +75,11 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits until all that was saved is on disk."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    try:
+      self._manager.wait_until_finished()
+      self._manager.close()
+    except ValueError as error:
+      raise as_os_error(error, self._directory) or error from error
 
   def __enter__(self) -> 'Checkpoints':
     return self

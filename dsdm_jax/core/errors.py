@@ -1,4 +1,7 @@
-"""The one exception that is a message to a person."""
+"""The one exception that is a message to a person, and what the system said inside exceptions of others."""
+
+import os
+import re
 
 
 class UserError(ValueError):
@@ -7,3 +10,9 @@ class UserError(ValueError):
   The text is one line: what happened, where (key, file, line), what to do. `main` prints it on stderr and
   exits with code 2, without a traceback.
   """
+
+
+def as_os_error(error: Exception, path: str | os.PathLike) -> OSError | None:
+  """The OSError about `path` that a failed write of TensorStore or Orbax was; they tell its number in their text alone."""
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  return OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else None

@@ -48,7 +48,14 @@ def run(context: Context) -> dict:
   atomic.write_json(context.out / 'runs.json', runs)
   documents = {key: [record['document'] for record in e.records] for key, e in examples.items()}
   found = results.results(
-    items, runs, confidence=config.evaluation.confidence, documents=documents, cost={}, versions={}, config={}
+    items,
+    runs,
+    confidence=config.evaluation.confidence,
+    paired_seeds=config.evaluation.paired_seeds,
+    documents=documents,
+    cost={},
+    versions={},
+    config={},
   )
   atomic.write_json(context.out / 'results.json', found)
   return {
