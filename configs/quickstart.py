@@ -11,7 +11,7 @@ from configs import base
 def get_config():
   config = base.get_config()
   config.pool.max_bytes = 1_000_000
-  config.targets.max_examples = 160
+  config.targets.max_examples = 128
   config.model.positions = 'rope'
   config.model.init_std = 0.1
   for training in (config.proxies.train, config.pretraining.train):

@@ -8,8 +8,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 def keep_freed_memory() -> None:
   """Lets glibc keep what is freed, in place of giving it back to the system and asking for it again.
 
-  XLA on CPU allocates the temporary buffers of a step anew each time. As they are large, glibc maps and unmaps them, and
-  the kernel clears each page on first touch: at the quickstart's size 16,000 page faults a step, a third of its time.
+  XLA on CPU allocates the temporary buffers of a step anew each time. As they are large, glibc maps and unmaps them,
+  and the kernel clears each page on first touch: at the quickstart's size 16,000 page faults a step, a third of it.
   Does nothing where the C library has no mallopt (macOS, musl).
   """
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
