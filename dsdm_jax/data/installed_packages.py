@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from ml_collections import ConfigDict
 
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.data.sources import Document, Duplicates, cut, register
+from dsdm_jax.data.documents import Document, Duplicates, cut
 
 KINDS = ('source', 'docs', 'licences', 'metadata', 'data')
 
@@ -149,7 +149,6 @@ def _read(file: _File, limit: int) -> str | None:
   return text if text.strip() else None
 
 
-@register('installed_packages')
 def installed_packages(config: ConfigDict, seed: int) -> Iterator[Document]:
   """Documents of the installed packages, `config.max_bytes` of UTF-8 in all.
 

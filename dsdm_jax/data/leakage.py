@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dsdm_jax.data.sources import Document
+from dsdm_jax.data.documents import Document
 
 SHORTEST = 6  # words
 BOILERPLATE_KINDS = ('licences',)

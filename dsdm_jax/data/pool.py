@@ -21,7 +21,7 @@ from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data import leakage, sources, targets, tasks, vocabulary
 from dsdm_jax.data import rows as rows_lib
-from dsdm_jax.data.sources import Document
+from dsdm_jax.data.documents import Document, Duplicates
 
 if TYPE_CHECKING:
   import seqio
@@ -40,7 +40,7 @@ def run(context: Context) -> dict[str, Any]:
   """
   config, out = context.config, context.out
   pool_config = config.pool
-  duplicates = sources.Duplicates()
+  duplicates = Duplicates()
   found = [d for d in sources.documents(pool_config, config.seed) if not duplicates(d.text)]
   documents, boilerplate = found, 0
   leaks: list[leakage.Leak] = []

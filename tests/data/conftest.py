@@ -13,7 +13,7 @@ from dsdm_jax.core.artifacts import Artifact, Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data import pool, targets
-from dsdm_jax.data.sources import Document
+from dsdm_jax.data.documents import Document
 
 WORDS = (
   'river stone lantern copper walked slowly over under bright green paper window seven many it was and the'.split()

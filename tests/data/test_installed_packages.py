@@ -8,7 +8,7 @@ import pytest
 
 from configs.base import get_config
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.data import sources
+from dsdm_jax.data import documents, sources
 from dsdm_jax.data.installed_packages import is_standard_library_copy, kind_of
 
 
@@ -87,7 +87,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
   return folder
 
 
-def read(seed: int = 0, **keys) -> list[sources.Document]:
+def read(seed: int = 0, **keys) -> list[documents.Document]:
   config = get_config().pool
   config.update(keys)
   return list(sources.documents(config, seed))
@@ -171,10 +171,10 @@ def test_long_documents_end_with_a_line(site: Path):
 def test_cut_never_splits_a_character():
   data = 'aé€😀'.encode()
   for limit in range(1, len(data)):
-    assert sources.cut(data, limit).decode() == 'aé€😀'[: len(sources.cut(data, limit).decode())]
-    assert len(sources.cut(data, limit)) <= limit
-  assert sources.cut(b'one\ntwo\nthree', 9) == b'one\ntwo\n'
-  assert sources.cut(b'one\ntwo\n', 8) == b'one\ntwo\n'
+    assert documents.cut(data, limit).decode() == 'aé€😀'[: len(documents.cut(data, limit).decode())]
+    assert len(documents.cut(data, limit)) <= limit
+  assert documents.cut(b'one\ntwo\nthree', 9) == b'one\ntwo\n'
+  assert documents.cut(b'one\ntwo\n', 8) == b'one\ntwo\n'
 
 
 def test_bad_names():

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from configs.base import get_config
 from dsdm_jax.data import leakage, tasks
+from dsdm_jax.data.documents import Document
 from dsdm_jax.data.leakage import Guard, TargetText, sift
-from dsdm_jax.data.sources import Document
 
 SENTENCE = 'one two three four five six seven eight nine ten eleven twelve thirteen'
 

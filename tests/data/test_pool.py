@@ -15,8 +15,8 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.data import pool as pool_lib
 from dsdm_jax.data import tasks
+from dsdm_jax.data.documents import Document
 from dsdm_jax.data.pool import END_OF_DOCUMENT, Pool
-from dsdm_jax.data.sources import Document
 from dsdm_jax.data.targets import Targets
 from tests.data.conftest import invented, run_pool, run_targets, small_config
 
