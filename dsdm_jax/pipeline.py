@@ -99,7 +99,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
       standing = _standing(stage, settings, workdir, done)
       done[stage.name] = standing or _run_stage(stage, config, settings, workdir, done)
   except UserError:
-    if fresh and not done and not _holds_work(workdir):
+    if fresh and not done and not any(artifacts.part_folder(workdir, name).exists() for name in NAMES):
       shutil.rmtree(workdir)
     raise
   if 'evaluation' in done and only in (None, 'evaluation'):
@@ -172,9 +172,9 @@ def _finished(workdir: Path, settings: Mapping, only: str | None, rerun: bool) -
   return done
 
 
-def _holds_work(workdir: Path) -> bool:
-  """Whether any stage left more than a note of its beginning."""
-  return any(len(list(artifacts.part_folder(workdir, name).glob('*'))) > 2 for name in NAMES)
+def _holds_work(part: Path) -> bool:
+  """Whether an unfinished stage left more than notes of its beginning."""
+  return any(path.name not in artifacts.NOTES for path in part.glob('*'))
 
 
 def _upstream(name: str) -> set[str]:
@@ -207,6 +207,10 @@ def _run_stage(
     semantics = getattr(importlib.import_module(f'dsdm_jax.{module}'), function)(
       Context(config, out, inputs, log, cost)
     )
+  except UserError:
+    if not _holds_work(out):  # then other settings need not be told apart from these
+      shutil.rmtree(out)
+    raise
   finally:
     log.close()
     if out.is_dir():

@@ -23,6 +23,7 @@ from dsdm_jax.core.errors import UserError
 MANIFEST = 'manifest.json'
 _BEGUN = 'begun.json'
 _COST = 'cost.json'
+NOTES = (_BEGUN, _COST)  # what is beside the work of an unfinished stage
 _PACKAGES = (
   'jax jaxlib flax optax orbax-checkpoint seqio tensorflow tensorflow-datasets ml_collections numpy scipy'
 ).split()
@@ -180,7 +181,7 @@ class Cost:
 def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost: Cost) -> Artifact:
   """Writes the manifest, syncs it and puts the folder in place, over an older one of that stage."""
   part = part_folder(workdir, identity.stage)
-  for name in (_BEGUN, _COST):
+  for name in NOTES:
     (part / name).unlink(missing_ok=True)
   manifest = {
     'identity': identity.as_json(),

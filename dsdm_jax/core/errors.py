@@ -13,6 +13,6 @@ class UserError(ValueError):
 
 
 def as_os_error(error: Exception, path: str | os.PathLike) -> OSError | None:
-  """The OSError about `path` that a failed write of TensorStore or Orbax was; they tell its number in their text alone."""
+  """The OSError about `path` behind a failed write of TensorStore or Orbax; its number is in their text alone."""
   code = re.search(r"os_error_code='(\d+)'", str(error))
   return OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else None

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ def _run(
     if config.save_every_steps and step % config.save_every_steps == 0 and step != steps:
       _record(context, name, pending, history, tokens_per_step)
       pending = None
+      _check_finite(name, step, metrics)  # a state that diverged must not be what a resume begins with
       checkpoints.save(step, state, {'history': history})
   _record(context, name, pending, history, tokens_per_step)
   done = steps - start
@@ -113,16 +114,21 @@ def _record(
   if pending is None:
     return
   step, metrics = pending
+  _check_finite(name, step, metrics)
   line: dict[str, float] = {'step': step, 'tokens': step * tokens_per_step}
   for metric, value in metrics.items():
     line[metric] = float(value)
-    if not math.isfinite(line[metric]):
-      raise UserError(
-        f'{metric} of {name} is {line[metric]} at step {step}: training diverged; lower '
-        'learning_rate or raise warmup_steps of its train config, then start again'
-      )
   history.append(line)
   context.log.scalars(step, {k: v for k, v in line.items() if k != 'step'}, run=name)
+
+
+def _check_finite(name: str, step: int, metrics: Mapping[str, jax.Array]) -> None:
+  for metric, value in metrics.items():
+    if not math.isfinite(float(value)):
+      raise UserError(
+        f'{metric} of {name} is {float(value)} at step {step}: training diverged; lower '
+        'learning_rate or raise warmup_steps of its train config, then start again'
+      )
 
 
 def read_history(file: Path) -> History:
