@@ -74,6 +74,7 @@ for _model in ('model', 'proxies.model'):
     f'{_model}.positions': ['alibi'],
     f'{_model}.norm': ['batchnorm'],
     f'{_model}.mlp': ['relu'],
+    f'{_model}.init_std': [0.0, -1.0],
     f'{_model}.compute_dtype': ['float16', 'bf16'],
   }
 for _train in ('proxies.train', 'pretraining.train'):
@@ -208,9 +209,12 @@ def test_good_configs_pass(config):
 @pytest.mark.parametrize(
   ('config', 'words'),
   [
-    (changed(model__width=90), ['model.heads = 4', 'must divide model.width = 90', '--config.model.width']),
     (
-      changed(model__width=12, model__positions='rope'),
+      changed(model__width=90, model__heads=4),
+      ['model.heads = 4', 'must divide model.width = 90', '--config.model.width'],
+    ),
+    (
+      changed(model__width=12, model__heads=4, model__positions='rope'),
       ["model.positions = 'rope'", 'even head size', '--config.model.positions=learned'],
     ),
     (changed(pool__max_document_bytes=9, pool__max_bytes=8), ['pool.max_document_bytes = 9', 'pool.max_bytes = 8']),
@@ -280,7 +284,7 @@ def test_flatten_is_json_with_every_leaf():
   flat = checks.flatten(base.get_config())
   assert json.loads(json.dumps(flat)) == flat
   assert flat['selection.targets'] == ['mix']
-  assert flat['proxies.model.width'] == flat['model.width'] == 96  # references are resolved
+  assert flat['proxies.model.width'] == flat['model.width'] == base.get_config().model.width  # references are resolved
   assert len(flat) == len(set(flat))
 
 
@@ -298,7 +302,7 @@ def test_names_are_those_of_the_registries():
   from dsdm_jax.selection import registry, select
 
   assert config_rules.KINDS == installed_packages.KINDS
-  assert set(config_rules.SOURCES) == set(sources._SOURCES)
+  assert set(config_rules.SOURCES) == set(sources.SOURCES)
   assert config_rules.TASKS == tasks.BUILT_IN
   for module in select._MODULES:
     importlib.import_module(f'dsdm_jax.selection.{module}')
