@@ -1,0 +1,197 @@
+"""Artifacts: whole or absent, and refused when they are not what was asked for."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+
+from dsdm_jax.core import artifacts, atomic
+from dsdm_jax.core.artifacts import Cost, Identity
+from dsdm_jax.core.errors import UserError
+
+IDENTITY = Identity('pool', 1, {'pool.length': 8, 'pool.kinds': ('a', 'b')}, {})
+
+
+def make(workdir, identity=IDENTITY, **files):
+  out = artifacts.begin(workdir, identity)
+  (out / 'deep').mkdir(exist_ok=True)
+  (out / 'deep' / 'er.txt').write_text('deep')
+  for name, text in (files or {'one': 'text'}).items():
+    (out / name).write_text(text)
+  return artifacts.commit(workdir, identity, {'rows': 3}, Cost(out))
+
+
+def test_committed_stage_opens_with_all_it_was_given(workdir):
+  made = make(workdir)
+  found = artifacts.open_stage(workdir, 'pool')
+  assert found.manifest == made.manifest
+  assert found.manifest['identity'] == IDENTITY.as_json()
+  assert found.semantics == {'rows': 3}
+  assert found.settings['pool.kinds'] == ['a', 'b']
+  assert set(found.manifest['files']) == {'one', 'deep/er.txt'}
+  assert {'python', 'jax', 'numpy'} <= found.manifest['versions'].keys()
+  found.verify()
+  assert [p.name for p in workdir.iterdir()] == ['pool']
+
+
+def test_nothing_is_there_before_the_commit(workdir):
+  assert artifacts.open_stage(workdir, 'pool') is None
+  artifacts.begin(workdir, IDENTITY)
+  assert artifacts.open_stage(workdir, 'pool') is None
+  assert artifacts.begun(workdir, 'pool') == IDENTITY.as_json()
+
+
+@pytest.mark.parametrize(
+  ('other', 'phrase'),
+  [
+    (Identity('pool', 1, {'pool.length': 9, 'pool.kinds': ('a', 'b')}, {}), 'pool.length was 8, now 9'),
+    (
+      Identity('pool', 1, {'pool.length': 8, 'pool.kinds': ('b', 'a')}, {}),
+      'pool.kinds was ["a", "b"], now ["b", "a"]',
+    ),
+    (Identity('pool', 1, {'pool.length': 8}, {}), 'pool.kinds was ["a", "b"], now absent'),
+    (Identity('pool', 2, IDENTITY.settings, {}), 'format version was 1, now 2'),
+    (Identity('pool', 1, IDENTITY.settings, {'targets': 'ab'}), 'the targets it read is another one now'),
+  ],
+)
+def test_mismatch_is_named(other, phrase):
+  assert artifacts.differences(IDENTITY.as_json(), other.as_json()) == [phrase]
+  assert artifacts.differences(other.as_json(), other.as_json()) == []
+
+
+def test_flipped_byte_missing_file_and_other_size_are_noticed(workdir):
+  made = make(workdir, one='abcd')
+  file = made.path / 'one'
+  for damage, words in ((b'abXd', 'has changed'), (b'abc', '3 bytes where 4')):
+    file.write_bytes(damage)
+    with pytest.raises(UserError, match=words) as caught:
+      made.verify()
+    assert str(file) in str(caught.value) and f'delete {made.path}' in str(caught.value)
+  file.unlink()
+  with pytest.raises(UserError, match='is missing'):
+    made.verify()
+
+
+@pytest.mark.parametrize('name', ['../outside', '/etc/passwd', 'a/../../b'])
+def test_manifest_that_points_outside_is_refused(workdir, name):
+  made = make(workdir)
+  manifest = json.loads((made.path / 'manifest.json').read_text())
+  manifest['files'][name] = {'bytes': 0, 'sha256': ''}
+  (made.path / 'manifest.json').write_text(json.dumps(manifest))
+  with pytest.raises(UserError, match='leaves the folder'):
+    artifacts.open_stage(workdir, 'pool')
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{}', '{"identity": {}}', '7', 'null'])
+def test_unreadable_manifest_is_one_line_with_the_way_out(workdir, text):
+  made = make(workdir)
+  (made.path / 'manifest.json').write_text(text)
+  with pytest.raises(UserError) as caught:
+    artifacts.open_stage(workdir, 'pool')
+  assert 'manifest.json is unreadable' in str(caught.value)
+  assert '\n' not in str(caught.value)
+
+
+def test_digest_depends_on_settings_and_content_and_not_on_cost(workdir, tmp_path):
+  a = make(workdir)
+  others = []
+  for number, (identity, files) in enumerate(
+    [
+      (IDENTITY, {'one': 'text'}), (IDENTITY, {'one': 'TEXT'}), (IDENTITY, {'two': 'text'}),
+      (Identity('pool', 1, {'pool.length': 9}, {}), {'one': 'text'}),
+    ]
+  ):  # fmt: skip
+    folder = tmp_path / str(number)
+    folder.mkdir()
+    Cost(artifacts.begin(folder, identity)).add(seconds=number + 1)
+    others.append(make(folder, identity, **files).digest)
+  assert others[0] == a.digest
+  assert len({a.digest, *others}) == 4
+
+
+def test_unfinished_attempt_of_the_same_settings_is_gone_on_with_and_any_other_discarded(workdir):
+  out = artifacts.begin(workdir, IDENTITY)
+  (out / 'half').write_text('x')
+  Cost(out).add(seconds=2, flop=5)
+  assert (artifacts.begin(workdir, IDENTITY) / 'half').exists()
+  assert (Cost(out).seconds, Cost(out).flop) == (2, 5)
+  assert not (artifacts.begin(workdir, Identity('pool', 2, {}, {})) / 'half').exists()
+
+
+def test_commit_over_an_older_artifact(workdir):
+  make(workdir, one='old')
+  newer = Identity('pool', 1, {'pool.length': 9}, {})
+  make(workdir, newer, two='new')
+  found = artifacts.open_stage(workdir, 'pool')
+  found.verify()
+  assert found.settings == {'pool.length': 9}
+  assert not (found.path / 'one').exists()
+  assert [p.name for p in workdir.iterdir()] == ['pool']
+
+
+@pytest.mark.parametrize('point', ['manifest written', 'old one moved away', 'new one in place'])
+def test_kill_inside_the_commit_loses_nothing(workdir, monkeypatch, point):
+  """Each point at which a kill may fall leaves a state that the next start can finish."""
+  make(workdir, one='old')
+  newer = Identity('pool', 1, {'pool.length': 9}, {})
+
+  class Killed(BaseException):
+    pass
+
+  def killed(*_):
+    raise Killed
+
+  with monkeypatch.context() as patch:
+    if point == 'manifest written':
+      patch.setattr(artifacts, 'finish_commit', killed)
+    elif point == 'new one in place':
+      patch.setattr(artifacts.shutil, 'rmtree', lambda *a, ignore_errors=False: None if ignore_errors else killed())
+    else:
+      rename = os.rename
+
+      def second(self, target):
+        if self.name.endswith('.part'):
+          raise Killed
+        rename(self, target)
+
+      patch.setattr(artifacts.Path, 'rename', second)
+    with pytest.raises(Killed):
+      make(workdir, newer, two='new')
+  assert artifacts.open_stage(workdir, 'pool') is not None or artifacts.pending_commit(workdir, newer)
+  if point != 'new one in place':
+    assert artifacts.pending_commit(workdir, newer)
+    artifacts.finish_commit(workdir, 'pool')
+  found = artifacts.open_stage(workdir, 'pool')
+  found.verify()
+  assert found.manifest['identity'] == newer.as_json()
+
+
+def test_atomic_write_replaces_or_leaves_alone(tmp_path, monkeypatch):
+  file = tmp_path / 'a.json'
+  atomic.write_json(file, {'b': 1, 'a': [1.5]})
+  first = file.read_bytes()
+  atomic.write_json(file, {'a': [1.5], 'b': 1})
+  assert file.read_bytes() == first, 'equal values are equal bytes'
+
+  def full(_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(os, 'fsync', full)
+  with pytest.raises(OSError, match='No space'):
+    atomic.write_json(file, {'a': 2})
+  assert file.read_bytes() == first
+  assert [p.name for p in tmp_path.iterdir()] == ['a.json'], 'no temporary file is left'
+  with pytest.raises(ValueError, match='JSON compliant'):
+    atomic.write_json(file, {'a': float('nan')})
+  assert file.read_bytes() == first
+
+
+def test_equal_arrays_are_equal_bytes(tmp_path):
+  arrays = {'x_N': np.arange(5, dtype=np.int32), 'y': np.array(['a', 'b'])}
+  atomic.save_npz(tmp_path / 'a.npz', **arrays)
+  atomic.save_npz(tmp_path / 'b.npz', **arrays)
+  assert (tmp_path / 'a.npz').read_bytes() == (tmp_path / 'b.npz').read_bytes()
+  with np.load(tmp_path / 'a.npz') as found:
+    np.testing.assert_array_equal(found['x_N'], arrays['x_N'])
