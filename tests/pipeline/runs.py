@@ -1,0 +1,95 @@
+"""Starts the real command line on the tiny config, and compares what runs leave."""
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.conftest import ROOT
+
+TINY = '--config=tests/pipeline/tiny.py'
+
+
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+  """One device where the test is not about devices: eight of them share two cores and only cost time."""
+  # The tiny programs are worth keeping too: the next process has them compiled.
+  return os.environ | {
+    'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', **more
+  }  # fmt: skip
+
+
+def command(*flags: str) -> list[str]:
+  return [sys.executable, '-m', 'dsdm_jax.main', *flags]
+
+
+def run(*flags: str, devices: int = 1, cwd: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
+  return subprocess.run(
+    command(*flags), cwd=cwd, env=environment(devices, **more), capture_output=True, text=True, timeout=300, check=False
+  )
+
+
+def succeed(*flags: str, **options: Any) -> str:
+  """Standard output of a run that must end well."""
+  done = run(*flags, **options)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout
+
+
+def refused(*flags: str, **options: Any) -> str:
+  """The one line that a run must end with on stderr, exit code 2 and nothing else said there."""
+  done = run(*flags, **options)
+  assert done.returncode == 2, (done.returncode, done.stdout[-500:], done.stderr[-3000:])
+  assert done.stderr.startswith('dsdm_jax: '), done.stderr[-3000:]
+  assert done.stderr.count('\n') == 1, done.stderr[-3000:]
+  return done.stderr.removeprefix('dsdm_jax: ').strip()
+
+
+@functools.cache
+def finished(base: Path) -> Path:
+  """A run of the tiny config from the first stage to the last, in a process of its own. Copy it before changing it."""
+  folder = base / 'finished'
+  (base / 'finished.out').write_text(succeed(TINY, f'--workdir={folder}'))
+  return folder
+
+
+def events(workdir: Path) -> list[dict[str, Any]]:
+  return [json.loads(line) for line in (workdir / 'events.jsonl').read_text().splitlines()]
+
+
+def stages_run(workdir: Path, skip: int = 0) -> list[str]:
+  """Stages that ended, in order, leaving out the first `skip` events."""
+  return [e['stage'] for e in events(workdir)[skip:] if e['event'] == 'end']
+
+
+def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
+  """Every file → its checksum and time of change: what is rewritten shows even where the bytes are the same."""
+  return {
+    str(p.relative_to(folder)): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
+    for p in sorted(folder.rglob('*')) if p.is_file()
+  }  # fmt: skip
+
+
+def outcome(workdir: Path) -> dict[str, Any]:
+  """All that two runs of the same settings must agree on to the last bit: scores, selections, items, results."""
+  found: dict[str, Any] = {}
+  for file in (workdir / 'datamodel/scores.npz', workdir / 'evaluation/items.npz'):
+    with np.load(file) as arrays:
+      found |= {f'{file.name}/{key}': value.tobytes() for key, value in arrays.items()}
+  for file in sorted((workdir / 'selection').glob('*.npz')):
+    with np.load(file) as arrays:
+      found |= {f'{file.name}/{key}': value.tobytes() for key, value in arrays.items()}
+  results: Mapping[str, Any] = json.loads((workdir / 'results.json').read_text())
+  return found | {f'results/{key}': value for key, value in results.items() if key != 'cost'}
+
+
+def assert_same_outcome(found: Path, wanted: Path) -> None:
+  a, b = outcome(found), outcome(wanted)
+  assert a.keys() == b.keys()
+  assert [key for key in b if a[key] != b[key]] == []

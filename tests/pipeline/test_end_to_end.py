@@ -1,0 +1,142 @@
+"""The whole pipeline through the command line."""
+
+import json
+import math
+import re
+import time
+
+import pytest
+
+from dsdm_jax import pipeline
+from dsdm_jax.data.pool import Pool
+from tests.pipeline import runs
+from tests.pipeline.tiny import get_config
+
+TASKS = {'docs', 'api_qa', 'cs_algorithms'}
+METHODS = {'dsdm', 'random', 'random_one_epoch', 'bottom'}
+
+
+@pytest.fixture(scope='module')
+def results(finished) -> dict:
+  return json.loads((finished / 'results.json').read_text())
+
+
+def test_all_stages_run_in_order_and_nothing_is_left_over(finished):
+  assert runs.stages_run(finished) == list(pipeline.NAMES)
+  assert {p.name for p in finished.iterdir()} - {'xla_cache'} == {
+    *pipeline.NAMES, 'events.jsonl', 'tensorboard', 'results.json'
+  }  # fmt: skip
+
+
+def test_results_hold_every_arm_seed_task_and_split(results):
+  assert {'arms', 'comparisons', 'cost', 'versions', 'config'} <= results.keys()
+  rows = results['arms']
+  for row in rows:
+    assert row.keys() == {'method', 'target_mix', 'seed', 'task', 'split', 'logprob', 'accuracy', 'n_items'}
+    assert math.isfinite(row['logprob']) and row['logprob'] < 0
+    assert 0 <= row['accuracy'] <= 1
+    assert row['n_items'] == 12
+  keys = [(row['method'], row['seed'], row['task'], row['split']) for row in rows]
+  assert len(keys) == len(set(keys))
+  assert set(keys) == {
+    (method, seed, task, split)
+    for method in METHODS for seed in range(2) for task in TASKS for split in ('target', 'holdout')
+  }  # fmt: skip
+  # Seeds differ, and so do arms: nothing is copied from one to the other.
+  assert len({(row['task'], row['split'], row['logprob']) for row in rows}) == len(rows)
+
+
+def test_comparisons_hold_differences_of_the_arms(results):
+  wanted = {(m, b) for b in ('random', 'random_one_epoch') for m in ('dsdm', 'bottom')}
+  wanted |= {('random_one_epoch', 'random'), ('dsdm', 'bottom')}
+  found = results['comparisons']
+  assert {(c['method'], c['baseline'], c['task']) for c in found} == {
+    (*pair, task) for pair in wanted for task in TASKS
+  }
+  for c in found:
+    assert {'method', 'baseline', 'task', 'difference', 'low', 'high'} <= c.keys()
+    assert c['low'] < c['difference'] < c['high']
+    mean = {}
+    for method in (c['method'], c['baseline']):
+      values = [
+        row['logprob'] for row in results['arms']
+        if (row['method'], row['task'], row['split']) == (method, c['task'], 'holdout')
+      ]  # fmt: skip
+      mean[method] = sum(values) / len(values)
+    assert c['difference'] == pytest.approx(mean[c['method']] - mean[c['baseline']], abs=1e-6)
+
+
+def test_cost_versions_and_config_are_those_of_the_run(results):
+  assert results['cost'].keys() == set(pipeline.NAMES)
+  assert all(cost['seconds'] > 0 for cost in results['cost'].values())
+  for stage in ('proxies', 'features', 'datamodel', 'pretraining', 'evaluation'):
+    assert results['cost'][stage]['flop'] > 0
+  import jax
+
+  assert results['versions']['jax'] == jax.__version__
+  assert results['config'] == pipeline.flatten(get_config())
+
+
+def test_terminal_shows_the_table_and_where_things_are(finished):
+  said = finished.with_suffix('.out').read_text()
+  for word in [*METHODS, *TASKS, str(finished / 'results.json'), str(finished / 'report/index.html')]:
+    assert word in said
+
+
+def test_report_is_one_file_that_fetches_nothing(finished):
+  page = (finished / 'report/index.html').read_text()
+  assert len(page) > 20_000
+  for word in METHODS | TASKS:
+    assert word in page
+  assert re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page) == []
+
+
+def test_curves_and_events(finished):
+  assert len(list((finished / 'tensorboard').rglob('events.out.tfevents.*'))) == 2 + 4 * 2
+  found = runs.events(finished)
+  assert all({'time', 'stage', 'event'} <= event.keys() for event in found)
+  assert [e['time'] for e in found] == sorted(e['time'] for e in found)
+
+
+def test_every_arm_has_the_same_budget_in_tokens(finished):
+  last = [json.loads(file.read_text().splitlines()[-1]) for file in (finished / 'pretraining').glob('*.jsonl')]
+  assert len(last) == 4 * 2
+  assert {(line['step'], line['tokens']) for line in last} == {(4, 32 * 2 * 32)}
+
+
+def test_pool_rows_are_whole_and_each_has_its_document(finished):
+  pool = Pool(finished / 'pool')
+  tokens_NL = pool.tokens(range(pool.num_rows))
+  assert tokens_NL.shape == (pool.num_rows, 32)
+  assert tokens_NL.max() < pool.vocab_size
+  assert set(pool.document_N) <= set(range(len(pool.documents)))
+  assert all(pool.text(row) for row in (0, pool.num_rows - 1))
+
+
+def test_second_run_reuses_all_and_starts_neither_tensorflow_nor_a_device(finished):
+  before = runs.fingerprint(finished)
+  began = time.monotonic()
+  done = runs.run(runs.TINY, f'--workdir={finished}', PYTHONPROFILEIMPORTTIME='1')
+  seconds = time.monotonic() - began
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert re.findall(r'^(\w+): reused from', done.stdout, re.M) == list(pipeline.NAMES)
+  imported = set(re.findall(r'\|\s+([\w.]+)$', done.stderr, re.M))
+  assert 'dsdm_jax.pipeline' in imported
+  assert not imported & {'tensorflow', 'seqio', 'tensorflow_datasets', 'flax', 'orbax.checkpoint', 'jax'}
+  after = runs.fingerprint(finished)
+  assert after.keys() == before.keys()
+  assert [n for n in before if after[n] != before[n] and n != 'results.json'] == []
+  assert after['results.json'][0] == before['results.json'][0]
+  assert seconds < 20  # about 1 s on an idle machine
+
+
+@pytest.mark.parametrize('stage', pipeline.NAMES)
+def test_a_finished_stage_alone_is_reused(finished, stage, capsys):
+  pipeline.run(get_config(), finished, stage)
+  assert f'{stage}: reused from {finished / stage}\n' in capsys.readouterr().out
+
+
+def test_a_stage_alone_wants_what_it_reads(tmp_path):
+  message = runs.refused(runs.TINY, f'--workdir={tmp_path / "run"}', '--stage=datamodel')
+  assert '--stage=datamodel reads pool, which is not finished' in message
+  assert not (tmp_path / 'run').exists()

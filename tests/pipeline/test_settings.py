@@ -1,0 +1,188 @@
+"""A changed key makes exactly those stages anew that depend on it, and only when that was asked for."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from dsdm_jax import pipeline
+from dsdm_jax.core import artifacts, atomic
+from dsdm_jax.core.config import flatten
+from dsdm_jax.core.errors import UserError
+from tests.pipeline import runs
+from tests.pipeline.tiny import get_config
+
+ALL = set(pipeline.NAMES)
+AFTER_PROXIES = {'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'evaluation', 'report'}
+
+# key, another value, the stages that it makes anew: written down by hand, from what the keys mean.
+CHANGES = [
+  ('seed', 7, ALL),
+  ('pool.max_bytes', 70_000, ALL),
+  ('targets.tasks', ('docs', 'api_qa'), ALL),
+  ('targets.max_examples', 11, ALL - {'pool', 'proxies'}),
+  ('targets.holdout_share', 0.4, ALL - {'pool', 'proxies'}),
+  ('proxies.train.learning_rate', 0.01, AFTER_PROXIES),
+  ('proxies.count', 3, AFTER_PROXIES),
+  ('features.dimension', 32, AFTER_PROXIES - {'proxies'}),
+  ('features.output_fn', 'dsdm_jax.lm.outputs:log_likelihood', AFTER_PROXIES - {'proxies'}),
+  ('datamodel.damping', 0.2, {'datamodel', 'selection', 'pretraining', 'evaluation', 'report'}),
+  ('selection.examples', 31, {'selection', 'pretraining', 'evaluation', 'report'}),
+  ('pretraining.seeds', 3, {'selection', 'pretraining', 'evaluation', 'report'}),
+  ('pretraining.train.weight_decay', 0.1, {'pretraining', 'evaluation', 'report'}),
+  ('evaluation.confidence', 0.9, {'evaluation', 'report'}),
+  ('report.examples', 3, {'report'}),
+  ('mesh.data', 1, set()),
+]
+
+
+def changed(key: str, value: object) -> ConfigDict:
+  config = get_config()
+  *sections, last = key.split('.')
+  section = config
+  for name in sections:
+    section = section[name]
+  section[last] = value
+  return config
+
+
+@dataclasses.dataclass
+class Ran:
+  """Stands in for the stages' code: leaves a file that tells the settings and inputs it was made from."""
+
+  stages: list[str]
+
+  def __call__(self, stage, config, settings, workdir, done):
+    self.stages.append(stage.name)
+    identity = pipeline._identity(stage, settings, pipeline._digests(stage, done))
+    out = artifacts.begin(workdir, identity)
+    atomic.write_json(out / 'made.json', identity.as_json())
+    if stage.name == 'evaluation':
+      atomic.write_json(out / 'results.json', {'summary': [], 'comparisons': [], 'confidence': 0.95})
+    return artifacts.commit(workdir, identity, {}, artifacts.Cost(out))
+
+
+@pytest.fixture
+def ran(monkeypatch) -> Ran:
+  ran = Ran([])
+  monkeypatch.setattr(pipeline, '_run_stage', ran)
+  return ran
+
+
+@pytest.fixture
+def made(ran: Ran, workdir: Path) -> Path:
+  """A finished run of the tiny config, of empty stages."""
+  pipeline.run(get_config(), workdir)
+  assert ran.stages == list(pipeline.NAMES)
+  ran.stages.clear()
+  return workdir
+
+
+@pytest.mark.parametrize(('key', 'value', 'stages'), CHANGES, ids=[c[0] for c in CHANGES])
+def test_changed_key(made, ran, key, value, stages):
+  before = runs.fingerprint(made)
+  config = changed(key, value)
+  if stages:
+    with pytest.raises(UserError) as caught:
+      pipeline.run(config, made)
+    old, new = (json.dumps(flatten(c)[key]) for c in (get_config(), config))
+    assert f'{key} was {old}, now {new}' in str(caught.value)
+    assert '--rerun' in str(caught.value) and '\n' not in str(caught.value)
+    assert runs.fingerprint(made) == before, 'a refusal writes nothing'
+    assert ran.stages == []
+  pipeline.run(config, made, rerun=True)
+  assert ran.stages == [name for name in pipeline.NAMES if name in stages]
+  after = runs.fingerprint(made)
+  for name in ALL - stages:
+    files = {file for file in before if file.startswith(f'{name}/')}
+    assert {file: after[file] for file in files} == {file: before[file] for file in files}
+  ran.stages.clear()
+  pipeline.run(config, made)
+  assert ran.stages == [], 'and then it stands'
+
+
+def test_every_stage_has_a_key_that_makes_it_the_first_to_run():
+  first = {next(name for name in pipeline.NAMES if name in stages) for _, _, stages in CHANGES if stages}
+  assert first == ALL
+
+
+def test_model_and_proxies_are_apart(made, ran):
+  config = get_config()
+  for key in config.proxies.model:
+    config.proxies.model[key] = config.proxies.model[key]  # no longer a reference
+  config.model.layers = 2
+  pipeline.run(config, made, rerun=True)
+  assert ran.stages == ['pretraining', 'evaluation', 'report']
+
+
+def test_changed_words_of_a_target_file_count(tmp_path, ran):
+  file = tmp_path / 'mine.jsonl'
+  file.write_text('{"context": "a", "answer": "b"}\n')
+  config = changed('targets.tasks', (str(file),))
+  pipeline.run(config, tmp_path / 'run')
+  ran.stages.clear()
+  file.write_text('{"context": "a", "answer": "c"}\n')
+  with pytest.raises(UserError, match=f'SHA-256 of {file} was'):
+    pipeline.run(config, tmp_path / 'run')
+  pipeline.run(config, tmp_path / 'run', rerun=True)
+  assert ran.stages == list(pipeline.NAMES)
+
+
+def test_a_deleted_stage_is_made_anew_and_what_follows_stands_if_it_comes_out_the_same(made, ran):
+  for name in pipeline.NAMES:
+    for file in (made / name).iterdir():
+      file.unlink()
+    (made / name).rmdir()
+    pipeline.run(get_config(), made)
+    assert ran.stages == [name]
+    ran.stages.clear()
+
+
+def test_a_deleted_stage_that_comes_out_otherwise_makes_anew_what_follows(made, ran, monkeypatch):
+  monkeypatch.setattr(pipeline, '_run_stage', lambda *arguments: _otherwise(ran, *arguments))
+  for file in (made / 'datamodel').iterdir():
+    file.unlink()
+  (made / 'datamodel').rmdir()
+  pipeline.run(get_config(), made)
+  assert ran.stages == ['datamodel', 'selection', 'pretraining', 'evaluation', 'report']
+
+
+def _otherwise(ran, stage, config, settings, workdir, done):
+  if stage.name == 'datamodel':
+    out = artifacts.begin(workdir, pipeline._identity(stage, settings, pipeline._digests(stage, done)))
+    atomic.write_json(out / 'other.json', 0)
+  return ran(stage, config, settings, workdir, done)
+
+
+def test_an_unfinished_stage_of_other_settings_is_not_thrown_away_unasked(made, ran):
+  config = changed('datamodel.damping', 0.2)
+  settings = flatten(config)
+  stage = next(s for s in pipeline.STAGES if s.name == 'datamodel')
+  done = {name: artifacts.open_stage(made, name) for name in stage.reads}
+  out = artifacts.begin(made, pipeline._identity(stage, settings, pipeline._digests(stage, done)))
+  (made / 'datamodel').rename(made / 'elsewhere')
+  atomic.write_json(out / 'half.json', 1)
+  with pytest.raises(UserError, match=r'datamodel.damping was 0.2, now 0.1'):
+    pipeline.run(get_config(), made)
+  assert (out / 'half.json').is_file()
+
+
+def test_a_real_rerun(finished, copied):
+  """The same through the command line: what runs is what the key touches, byte for byte."""
+  before, count = runs.fingerprint(copied), len(runs.events(copied))
+  flags = (runs.TINY, f'--workdir={copied}', '--config.evaluation.confidence=0.5')
+  message = runs.refused(*flags)
+  assert 'evaluation.confidence was 0.95, now 0.5' in message
+  assert runs.fingerprint(copied) == before
+  runs.succeed(*flags, '--rerun')
+  assert runs.stages_run(copied, count) == ['evaluation', 'report']
+  after = runs.fingerprint(copied)
+  kept = [f for f in before if f.split('/')[0] in ALL - {'evaluation', 'report'}]
+  assert {f: after[f] for f in kept} == {f: before[f] for f in kept}
+  wide, narrow = (json.loads((folder / 'results.json').read_text()) for folder in (finished, copied))
+  assert narrow['config']['evaluation.confidence'] == narrow['confidence'] == 0.5
+  assert narrow['arms'] == wide['arms']
+  for a, b in zip(narrow['comparisons'], wide['comparisons'], strict=True):
+    assert b['low'] < a['low'] < a['difference'] == b['difference'] < a['high'] < b['high']

@@ -1,0 +1,110 @@
+"""A stranger's model and output function run end to end by config alone; no stage reads a key it did not declare."""
+
+import json
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from dsdm_jax import main, pipeline
+from dsdm_jax.attribution.store import FeatureStore
+from tests.pipeline import runs
+from tests.pipeline.tiny import get_config
+
+FLAGS = (
+  '--config.model.factory=tests.pipeline.strangers:build',
+  '--config.model.kv_heads=1',
+  '--config.features.output_fn=tests.pipeline.strangers:last_token_logit',
+  '--config.features.layers=mix/w[qkvo]|unembed',
+  '--config.pretraining.train.save_every_steps=0',
+  '--config.proxies.train.save_every_steps=0',
+)
+# Where arrays lie is not what they are: results do not depend on the mesh, and what shows progress is nobody's input.
+FREE = ('mesh.',)
+
+
+@pytest.fixture(scope='module')
+def stranger(finished, tmp_path_factory):
+  """(workdir of the run, stage → config keys that its code read)."""
+  workdir = tmp_path_factory.mktemp('stranger') / 'run'
+  read: dict[str, set[str]] = {}
+  with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+    _record_reads(patch, read)
+    warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)  # ml_collections loads config files by it
+    argv = ['dsdm_jax', runs.TINY, f'--workdir={workdir}', *FLAGS]
+    patch.setattr(sys, 'argv', argv)  # ml_collections looks there for the overrides
+    code = main.main(argv)
+  assert code == 0
+  return workdir, read
+
+
+def _record_reads(patch: pytest.MonkeyPatch, read: dict[str, set[str]]) -> None:
+  sections: dict[int, str] = {}
+  now: list[str] = []
+  original, run_stage = ConfigDict.__getitem__, pipeline._run_stage
+
+  def walk(config: ConfigDict, prefix: str) -> None:
+    sections[id(config)] = prefix
+    for key in config:
+      value = original(config, key)
+      if isinstance(value, ConfigDict):
+        walk(value, f'{prefix}{key}.')
+
+  def getitem(self, key):
+    value = original(self, key)
+    if now and id(self) in sections and not isinstance(value, ConfigDict):
+      read.setdefault(now[-1], set()).add(sections[id(self)] + key)
+    return value
+
+  def recorded(stage, config, *rest):
+    walk(config, '')
+    now.append(stage.name)
+    try:
+      return run_stage(stage, config, *rest)
+    finally:
+      now.pop()
+
+  patch.setattr(ConfigDict, '__getitem__', getitem)
+  patch.setattr(pipeline, '_run_stage', recorded)
+
+
+def test_it_runs_from_end_to_end(stranger):
+  workdir, _ = stranger
+  assert runs.stages_run(workdir) == list(pipeline.NAMES)
+  results = json.loads((workdir / 'results.json').read_text())
+  assert results['config']['model.factory'] == results['config']['proxies.model.factory']
+  assert results['config']['model.factory'] == 'tests.pipeline.strangers:build'
+  assert len(results['arms']) == 4 * 2 * 3 * 2
+
+
+def test_its_layers_are_probed_and_only_those(stranger):
+  workdir, _ = stranger
+  semantics = json.loads((workdir / 'features/manifest.json').read_text())['semantics']
+  assert [layer['path'] for layer in semantics['layers']] == [
+    'stack/0/mix/wk', 'stack/0/mix/wo', 'stack/0/mix/wq', 'stack/0/mix/wv', 'unembed'
+  ]  # fmt: skip
+  store = FeatureStore(workdir / 'features/features_0.zarr', semantics['rows'], semantics['dimension'], 256, 'bfloat16')
+  phi_NJ = store.read(0).astype(np.float32)
+  for layer in semantics['layers']:
+    part = phi_NJ[:, layer['start'] : layer['start'] + layer['a'] * layer['b']]
+    assert np.abs(part).max() > 0, layer['path']
+
+
+def test_scores_are_its_own(stranger, finished):
+  with np.load(stranger[0] / 'datamodel/scores.npz') as a, np.load(finished / 'datamodel/scores.npz') as b:
+    assert abs(np.corrcoef(a['score_docs_N'], b['score_docs_N'])[0, 1]) < 0.9
+
+
+def test_no_stage_reads_a_key_that_it_did_not_declare(stranger):
+  """A key that is read and not declared would let a changed setting pass for a finished stage."""
+  _, read = stranger
+  assert set(read) == set(pipeline.NAMES)  # the recorder saw them all
+  settings = pipeline.flatten(get_config())
+  for stage in pipeline.STAGES:
+    # What a stage upstream depends on is held by that artifact's digest, which is part of this stage's identity.
+    known = [s for s in pipeline.STAGES if s.name in {stage.name, *pipeline._upstream(stage.name)}]
+    declared = {key for s in known for key in pipeline.select(settings, s.keys)}
+    undeclared = {key for key in read[stage.name] - declared if not key.startswith(FREE)}
+    assert undeclared == set(), stage.name
