@@ -1,0 +1,18 @@
+"""One finished run for all tests that only look at it, and copies for those that change it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline import runs
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  return runs.finished(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+  return Path(shutil.copytree(finished, tmp_path / 'run'))
