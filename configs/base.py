@@ -100,6 +100,23 @@ def get_config() -> ConfigDict:
   # Datamodel: scores = φ(x)·(ΦᵀΦ/N + λI)⁻¹ mean target φ, averaged over proxies.
   c.datamodel = ConfigDict()
   c.datamodel.damping = 0.1  # λ relative to tr(ΦᵀΦ/N)/J; > 0
+  # fixed | auto: the damping, of 1/100 to 100 times datamodel.damping, that best predicts how held-out proxies differ
+  # on the targets; needs three proxies. The fixed one stays where no other is clearly better.
+  c.datamodel.damping_rule = 'fixed'
+  # full | layers (one block per layer, two_sided only: admits a larger J) | joint (one over the columns of all proxies)
+  c.datamodel.gram = 'full'
+  c.datamodel.target_share = 0.0  # share of the Gram's trace that comes from the targets' own examples; 0 to below 1
+  c.datamodel.unit_norm = False  # features of rows and of target examples brought to norm one
+  c.datamodel.recentre = False  # each inverse divided by its mean absolute entry, as TRAK's code does; changes scales
+  c.datamodel.q = (
+    False  # scores times 1 − mean predicted-token probability of the row (TRAK's Q); one more forward pass
+  )
+  # all | unseen (only over proxies that did not train on the row) | auto (unseen where proxies shift their own rows by
+  # more than 0.1 standard deviations, and by more than chance)
+  c.datamodel.average = 'auto'
+  c.datamodel.groups = 8  # groups of each target's examples whose scores are kept apart; at most one a document
+  c.datamodel.bootstrap = 64  # resamples of each target's documents, for intervals; 0 for none, otherwise at least 2
+  c.datamodel.confidence = 0.95  # of these intervals; 0 to 1
   # mean (paper) | zscore | rank: how scores of several tasks become one. Scores of tasks differ in scale, and in a
   # plain mean the widest rules.
   c.datamodel.mix = 'zscore'

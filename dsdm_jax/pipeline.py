@@ -49,7 +49,10 @@ STAGES = (
   # Projected per-example gradients, of the pool and of the targets.
   Stage('features', ('pool', 'targets', 'proxies'), ('seed', 'features', 'proxies'), 'attribution.features:run'),
   # Features → one score per row and target, in closed form.
-  Stage('datamodel', ('targets', 'proxies', 'features'), ('datamodel',), 'attribution.scores:run'),
+  Stage(
+    'datamodel', ('pool', 'targets', 'proxies', 'features'),
+    ('seed', 'datamodel', 'features', 'proxies'), 'attribution.scores:run', format=2,
+  ),
   # Scores → rows for each arm.
   Stage('selection', ('pool', 'datamodel'), ('seed', 'selection', 'pretraining.seeds'), 'selection.select:run'),
   # One model per arm and seed, on a seqio mixture of its rows.

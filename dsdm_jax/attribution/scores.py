@@ -1,74 +1,137 @@
 """Stage `datamodel`: features → scores of every row for every target and for their mix."""
 
-import numpy as np
-import scipy.stats
+from collections.abc import Sequence
+from typing import Any
 
-from dsdm_jax.attribution import datamodel
+import numpy as np
+import tqdm
+from ml_collections import ConfigDict
+
+from dsdm_jax.attribution import columns, damping, ensemble, members, tables
 from dsdm_jax.attribution.features import Features
+from dsdm_jax.attribution.members import Member
+from dsdm_jax.attribution.outputs import ProxyOutputs
+from dsdm_jax.attribution.tables import mix
 from dsdm_jax.core import atomic
 from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.core.config import load_callable
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.targets import Targets
-
-MIX = 'mix'
+from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.targets import Examples, Targets
+from dsdm_jax.training.loop import load_state
+from dsdm_jax.training.step import trainer
 
 
 def run(context: Context) -> dict:
-  """Leaves `scores.npz` (`score_<task>_N`, `score_<task>_CN`, `score_mix_N`) and `report.json`."""
-  config = context.config
+  """Leaves `scores.npz` and `report.json`; `docs/datamodel.md` says what each array and number is."""
+  options = context.config.datamodel
   features, targets = Features(context.inputs['features']), Targets(context.inputs['targets'])
-  by_checkpoint, spectra = [], []
-  passes = 2 * features.rows * features.checkpoints
-  with context.log.bar(total=passes, desc='datamodel', unit='row') as bar:
-    for checkpoint in range(features.checkpoints):
-      store = features.pool(checkpoint)
-      gram_JJ = datamodel.gram(store, bar.update)
-      mean_TJ = np.stack([features.target(t, checkpoint).mean(axis=0, dtype=np.float64) for t in targets.tasks])
-      u_JT = datamodel.solve(gram_JJ, mean_TJ, config.datamodel.damping)
-      by_checkpoint.append(datamodel.scores(store, u_JT, bar.update))
-      spectra.append(datamodel.spectrum(gram_JJ))
-      context.add_flop(_flop(features.rows, features.dimension, len(targets.tasks)))
-  score_CNT = np.stack(by_checkpoint)
-  seen_CN = _seen(context.inputs['proxies'], features)
-  arrays = {}
-  for i, task in enumerate(targets.tasks):
-    arrays[f'score_{task}_CN'] = score_CNT[:, :, i]
-    arrays[f'score_{task}_N'] = score_CNT[:, :, i].mean(axis=0)
-  tasks_TN = np.stack([arrays[f'score_{t}_N'] for t in targets.tasks])
-  arrays[f'score_{MIX}_N'] = mix(tasks_TN, config.datamodel.mix)
-  atomic.save_npz(context.out / 'scores.npz', **arrays)
-  report = {
-    'spectrum': spectra,
-    'damping': config.datamodel.damping,
-    'tasks': list(targets.tasks),
-    'subset_effect': {t: _subset_effect(arrays[f'score_{t}_CN'], seen_CN) for t in targets.tasks},
-    'checkpoint_agreement': {t: _agreement(arrays[f'score_{t}_CN']) for t in targets.tasks},
+  names, examples = targets.tasks, [targets.examples(task, 'target') for task in targets.tasks]
+  table = [
+    columns.make([r['document'] for r in e.records], options.groups, options.bootstrap, context.config.seed, name)
+    for name, e in zip(names, examples, strict=True)
+  ]
+  ensemble_ = list(members.open_members(features, names, options.gram, options.unit_norm))
+  seen_CN, mesh = _seen(context.inputs['proxies'], features), make_mesh(context.config.mesh)
+  total = (2 * len(ensemble_) + (features.checkpoints if options.q else 0)) * features.rows
+  with context.log.bar(total=total, desc='datamodel', unit='row') as bar:
+    if options.damping_rule == 'auto':
+      observed = _outputs(context, examples)
+      solved = members.solve_auto(ensemble_, table, options, mesh, bar.update, seen_CN, observed)
+    else:
+      solved = members.solve(ensemble_, table, options, mesh, bar.update)
+    u = [solution.u_JK for solution in solved.solutions]
+    tasks = tables.make([m.source for m in ensemble_], u, table, seen_CN, options.average, bar.update)
+    if options.q:
+      q_N = 1 - _mean_probability(context, bar)
+      for task in tasks:
+        task.multiply(q_N, tables.sample_rows(features.rows))
+  for member, solution in zip(ensemble_, solved.solutions, strict=True):
+    context.add_flop(_flop(member, solution.u_JK.shape[1], 1 if solved.choice is None else len(damping.FACTORS)))
+  for name, task in zip(names, tasks, strict=True):
+    _check(name, task.score_N)
+
+  atomic.save_npz(context.out / 'scores.npz', **tables.arrays(names, tasks, table, options.mix))
+  report = tables.report(names, tasks, options.mix) | {
+    'tasks': list(names),
+    'spectrum': solved.spectra,
+    'condition': [list(s.condition) for s in solved.solutions],
+    'damping': solved.damping,
+    'damping_choice': None if solved.choice is None else solved.choice.as_json(),
   }
   atomic.write_json(context.out / 'report.json', report)
+  for name, task in zip(names, tasks, strict=True):
+    if task.average == ensemble.UNSEEN and options.average == ensemble.AUTO:
+      shift = task.subset_effect['shift_sd']
+      context.log.say(f'  {name}: proxies shift their own rows by {shift:+.2f} sd, so each speaks for the others only')
   return {
     'sign': 'higher: training on the row raises the output function of the target',
     'output_fn': context.inputs['features'].settings['features.output_fn'],
-    'scale': 'invariant to the scale of features; mean over proxies',
-    'q': 'none',
-    'damping': config.datamodel.damping,
-    'mix': config.datamodel.mix,
-    'tasks': list(targets.tasks),
+    'scale': _scale(options),
+    'q': 'times 1 − mean predicted-token probability, which is averaged over proxies' if options.q else 'none',
+    'average': report['average'],
+    'damping': solved.damping,
+    'confidence': options.confidence,
+    'half_width': {n: columns.half_width(c.clusters, options.confidence) for n, c in zip(names, table, strict=True)},
+    'mix': options.mix,
+    'tasks': list(names),
+    **{key: options[key] for key in ('damping_rule', 'gram', 'target_share', 'unit_norm', 'recentre')},
   }
 
 
-def mix(score_TN: np.ndarray, rule: str) -> np.ndarray:
-  """One score per row out of one per task: plain mean (paper), mean of z-scores, or mean of ranks in [0, 1]."""
-  if rule == 'zscore':
-    spread = score_TN.std(axis=1, keepdims=True)
-    score_TN = (score_TN - score_TN.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)
-  elif rule == 'rank':
-    score_TN = (scipy.stats.rankdata(score_TN, axis=1) - 1) / max(score_TN.shape[1] - 1, 1)
-  return score_TN.mean(axis=0).astype(np.float32)
+def _scale(options: ConfigDict) -> str:
+  scale = 'goes with the square of the features' if options.recentre else 'invariant to the scale of features'
+  return f'{scale}; ' + ('one datamodel of all proxies' if options.gram == 'joint' else 'mean over proxies')
 
 
-def _flop(rows: int, dimension: int, targets: int) -> float:
-  """Gram, Cholesky with its eigenvalues, and the two passes of scores."""
-  return 2.0 * rows * dimension**2 + dimension**3 * (1 / 3 + 4 / 3) + 2.0 * rows * dimension * targets
+def _outputs(context: Context, examples: Sequence[Examples]) -> list[np.ndarray]:
+  """output_CT of each task: the output function of its examples at each proxy."""
+  passes, states = _proxies(context)
+  by_proxy = [[passes.of_examples(state, e.tokens_TL, e.weights_TL) for e in examples] for state in states]
+  context.add_flop(passes.flop)
+  return [np.stack(task) for task in zip(*by_proxy, strict=True)]
+
+
+def _mean_probability(context: Context, bar: tqdm.tqdm) -> np.ndarray:
+  """Mean predicted-token probability of each row, averaged over proxies; float32 [N]."""
+  passes, states = _proxies(context)
+  pool = Pool(context.inputs['pool'])
+  mean_N = np.mean([passes.mean_probability(state, pool, bar.update) for state in states], axis=0)
+  context.add_flop(passes.flop)
+  return mean_N.astype(np.float32)
+
+
+def _proxies(context: Context) -> tuple[ProxyOutputs, Any]:
+  """The compiled forward passes, and the proxies' states one after the other."""
+  config, pool = context.config, Pool(context.inputs['pool'])
+  compiled = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
+  passes = ProxyOutputs(compiled, load_callable(config.features.output_fn), config.features.batch_size)
+  folder = context.inputs['proxies'].path
+  return passes, (load_state(folder / f'proxy_{c}', compiled) for c in range(config.proxies.count))
+
+
+def _check(name: str, score_N: np.ndarray) -> None:
+  """Raises UserError where scores order nothing: not finite, or the same for all rows."""
+  if not np.isfinite(score_N).all():
+    raise UserError(
+      f'the score of row {int(np.argmin(np.isfinite(score_N)))} for target {name} is not a number; '
+      'raise datamodel.damping, or make the features anew'
+    )
+  if len(score_N) > 1 and float(np.ptp(score_N)) <= 1e-6 * float(np.abs(score_N).max()):
+    raise UserError(
+      f'all rows have the same score for target {name}, so nothing can be chosen by it; the features are all equal or '
+      'say nothing about this target: check features.layers and features.output_fn'
+    )
+
+
+def _flop(member: Member, targets: int, solves: int) -> float:
+  """Gram, the solves, and the pass of scores."""
+  rows = member.source.rows
+  sizes = [stop - start for start, stop in member.blocks]
+  grams = sum(2.0 * rows * size**2 + solves * size**3 / 3 for size in sizes)
+  return grams + 2.0 * rows * member.source.dimension * targets
 
 
 def _seen(proxies: Artifact, features: Features) -> np.ndarray:
@@ -79,24 +142,6 @@ def _seen(proxies: Artifact, features: Features) -> np.ndarray:
   return seen_CN
 
 
-def _subset_effect(score_CN: np.ndarray, seen_CN: np.ndarray) -> dict[str, float]:
-  """Mean score of rows that a proxy trained on, and of the others, in standard deviations of its scores."""
-  z_CN = (score_CN - score_CN.mean(axis=1, keepdims=True)) / np.maximum(score_CN.std(axis=1, keepdims=True), 1e-30)
-  inside, outside = z_CN[seen_CN], z_CN[~seen_CN]
-  return {
-    'inside_mean_sd': float(inside.mean()) if inside.size else 0.0,
-    'outside_mean_sd': float(outside.mean()) if outside.size else 0.0,
-  }
-
-
-def _agreement(score_CN: np.ndarray) -> float:
-  """Mean Spearman correlation between the scores of two proxies; 1 if there is only one."""
-  count = len(score_CN)
-  pairs = [(i, j) for i in range(count) for j in range(i)]
-  values = [scipy.stats.spearmanr(score_CN[i], score_CN[j]).statistic for i, j in pairs]
-  return float(np.mean(values)) if values else 1.0
-
-
 class Scores:
   """A finished datamodel stage, opened for reading."""
 
@@ -105,9 +150,26 @@ class Scores:
       self._arrays = dict(arrays)
     self.tasks = tuple(artifact.semantics['tasks'])
     self._rule = artifact.semantics['mix']
+    self._half_width = artifact.semantics['half_width']
 
   def score_N(self, target: str) -> np.ndarray:
     """Score of each row for a task, for 'mix' (all tasks), or for tasks joined by '+'; float32, higher is better."""
     if '+' not in target:
       return self._arrays[f'score_{target}_N']
     return mix(np.stack([self._arrays[f'score_{t}_N'] for t in target.split('+')]), self._rule)
+
+  def interval_2N(self, task: str) -> np.ndarray:
+    """Lower and upper end of the interval of each row's score for a task, over that task's documents.
+
+    Raises:
+      UserError: the stage made no resamples.
+    """
+    if f'error_{task}_N' not in self._arrays:
+      raise UserError(f'scores for {task} have no intervals; set datamodel.bootstrap to 2 or more and run again')
+    reach_N = self._half_width[task] * self._arrays[f'error_{task}_N']
+    score_N = self._arrays[f'score_{task}_N']
+    return np.stack([score_N - reach_N, score_N + reach_N])
+
+  def groups_NG(self, task: str) -> np.ndarray:
+    """Scores for each group of a task's examples; which example is in which stands in `group_<task>_T`."""
+    return self._arrays[f'groups_{task}_NG']

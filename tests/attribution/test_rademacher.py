@@ -24,3 +24,14 @@ def test_no_column_returns_in_another_block_or_at_any_dimension():
 def test_a_dimension_that_is_no_multiple_of_32_is_cut_not_padded():
   key = jax.random.key(3)
   np.testing.assert_array_equal(rademacher.signs(key, 4, 70), np.asarray(rademacher.signs(key, 4, 96))[:, :70])
+
+
+def test_no_column_returns_in_another_checkpoint():
+  """The reference adds 10,000 to its seed from one checkpoint to the next, so beyond that J columns come again."""
+  dimension = 20_480
+  parameters = {'kernel': np.zeros((2, 2))}
+  columns = [
+    np.packbits(np.asarray(rademacher.signs(rademacher.keys(parameters, 0, c)[0], 0, dimension)) > 0, axis=0).T
+    for c in (0, 1)
+  ]
+  assert len(np.unique(np.concatenate(columns), axis=0)) == 2 * dimension

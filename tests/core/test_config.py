@@ -53,6 +53,13 @@ BAD: dict[str, list] = {
   'features.shard_rows': [0],
   'features.store_dtype': ['float16', 'int8'],
   'datamodel.damping': [0.0, -0.1],
+  'datamodel.damping_rule': ['lds'],
+  'datamodel.gram': ['diagonal'],
+  'datamodel.target_share': [-0.1, 1.0],
+  'datamodel.average': ['seen'],
+  'datamodel.groups': [0],
+  'datamodel.bootstrap': [1, -1],
+  'datamodel.confidence': [0.0, 1.0, 95.0],
   'datamodel.mix': ['sum'],
   'selection.methods': [(), ('dsdm', 'dsdm'), ('dsir',)],
   'selection.targets': [(), ('mix', 'mix'), ('squad',), ('docs+squad',), ('docs+docs',), ('docs+',), ('mix+docs',)],
@@ -223,6 +230,19 @@ def test_good_configs_pass(config):
     (
       changed(targets__tasks=('docs',), selection__targets=('api_qa',)),
       ["selection.targets = ('api_qa',)", "targets.tasks = ('docs',)"],
+    ),
+    (
+      changed(datamodel__gram='layers', features__projection='dense'),
+      ["datamodel.gram = 'layers'", "it is 'dense'", '--config.datamodel.gram=full'],
+    ),
+    (
+      changed(datamodel__gram='joint', datamodel__average='unseen'),
+      ["datamodel.average = 'unseen'", "datamodel.gram = 'joint'"],
+    ),
+    (changed(datamodel__damping_rule='auto'), ["datamodel.damping_rule = 'auto'", 'proxies.count = 2']),
+    (
+      changed(datamodel__damping_rule='auto', datamodel__gram='joint', proxies__count=4),
+      ["datamodel.damping_rule = 'auto'", "datamodel.gram = 'joint'"],
     ),
     (changed(mesh__data=5), ['pretraining.train.batch_size = 32|proxies.train.batch_size = 32', 'mesh.data = 5']),
   ],

@@ -1,0 +1,163 @@
+"""The datamodels whose scores are averaged: one for each checkpoint, or the joint one of all; and their solutions."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dsdm_jax.attribution import damping, datamodel
+from dsdm_jax.attribution.columns import Columns
+from dsdm_jax.attribution.damping import Choice
+from dsdm_jax.attribution.datamodel import Blocks, Progress, RowSource, Solution
+from dsdm_jax.attribution.features import Features
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+  """One datamodel.
+
+  Attributes:
+    source: features of the pool.
+    targets: phi_TJ of each task.
+    blocks: of the Gram matrix.
+    equal: columns that are brought to the same mean square first, checkpoint by checkpoint (joint); or none.
+  """
+
+  source: RowSource
+  targets: Sequence[np.ndarray]
+  blocks: Blocks
+  equal: Blocks = ()
+
+
+def open_members(features: Features, tasks: Sequence[str], gram: str, unit_norm: bool) -> Iterator[Member]:
+  """Members as `datamodel.gram` and `datamodel.unit_norm` want them."""
+
+  def source(checkpoint: int) -> RowSource:
+    store = features.pool(checkpoint)
+    return datamodel.UnitNorm(store) if unit_norm else store
+
+  def target(task: str, checkpoint: int) -> np.ndarray:
+    phi_TJ = features.target(task, checkpoint)
+    return datamodel.unit_rows(phi_TJ) if unit_norm else phi_TJ
+
+  if gram == 'joint':
+    sources = [source(c) for c in range(features.checkpoints)]
+    stops = np.cumsum([s.dimension for s in sources]).tolist()
+    joint = datamodel.Concatenated(sources)
+    phi = [np.concatenate([target(t, c) for c in range(features.checkpoints)], axis=1) for t in tasks]
+    yield Member(joint, phi, datamodel.whole(joint.dimension), tuple(zip([0, *stops[:-1]], stops, strict=True)))
+    return
+  blocks = layer_blocks(features.semantics) if gram == 'layers' else datamodel.whole(features.dimension)
+  for checkpoint in range(features.checkpoints):
+    yield Member(source(checkpoint), [target(t, checkpoint) for t in tasks], blocks)
+
+
+def layer_blocks(semantics: Mapping[str, Any]) -> Blocks:
+  """Columns of each layer, each of a scanned stack apart, from what a two-sided features stage says of itself."""
+  blocks = []
+  for layer in semantics['layers']:
+    size = layer['a'] * layer['b']
+    for i in range(int(np.prod(layer['stack']))):
+      blocks.append((layer['start'] + i * size, layer['start'] + (i + 1) * size))
+  return tuple(blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solved:
+  """Attributes: solution of each member; spectrum of each block of each member; how the damping was chosen, if it was.
+
+  `damping` is the relative one that the solutions stand at.
+  """
+
+  solutions: list[Solution]
+  spectra: list[list[dict[str, Any]]]
+  damping: float
+  choice: Choice | None
+
+
+def solve(
+  members: Sequence[Member], table: Sequence[Columns], options: ConfigDict, mesh: Mesh | None, progress: Progress
+) -> Solved:
+  """Solutions of all members for the columns of all tasks, at `datamodel.damping`."""
+  solutions, spectra = [], []
+  for member in members:
+    system = _System(member, table, options, mesh, progress)
+    spectra.append(system.spectra)
+    solutions.append(system.solve(options.damping, overwrite=True)[0])
+  return Solved(solutions, spectra, options.damping, None)
+
+
+def solve_auto(
+  members: Sequence[Member],
+  table: Sequence[Columns],
+  options: ConfigDict,
+  mesh: Mesh | None,
+  progress: Progress,
+  seen_CN: np.ndarray,
+  output_CT: Sequence[np.ndarray],
+) -> Solved:
+  """Solutions at the damping that agrees best with differences in output between held-out proxies (see `damping`).
+
+  Args:
+    members: one for each checkpoint, at least three.
+    seen_CN: whether proxy c trained on row n.
+    output_CT: for each task, the output of each of its examples at each checkpoint.
+  """
+  candidates = [options.damping * factor for factor in damping.FACTORS]
+  pairs = damping.held_out_pairs(len(members))
+  by_candidate: list[list[Solution]] = [[] for _ in candidates]
+  predicted: list[list[np.ndarray]] = [[] for _ in table]  # of each task: [K, pairs of one scorer, T]
+  spectra = []
+  for index, member in enumerate(members):
+    system = _System(member, table, options, mesh, progress)
+    spectra.append(system.spectra)
+    sum_CJ = datamodel.sums(member.source, seen_CN)
+    difference_PJ = np.stack([sum_CJ[a] - sum_CJ[b] for scorer, a, b in pairs if scorer == index])
+    found = []
+    for solutions, candidate in zip(by_candidate, candidates, strict=True):
+      solution, u_JP = system.solve(candidate, difference_PJ, overwrite=candidate == candidates[-1])
+      solutions.append(solution)
+      found.append(u_JP)
+    for task, phi_TJ in zip(predicted, member.targets, strict=True):
+      task.append(np.stack([(phi_TJ.astype(np.float64) @ u_JP).T for u_JP in found]))
+  choice = damping.choose(
+    candidates[damping.FIXED],
+    candidates,
+    [np.concatenate(task, axis=1) for task in predicted],
+    [np.stack([o[a] - o[b] for _, a, b in pairs]) for o in output_CT],
+    [c.weight_KT[c.resample_rows] for c in table],
+  )
+  return Solved(by_candidate[candidates.index(choice.damping)], spectra, choice.damping, choice)
+
+
+class _System:
+  """The linear system of one member: its Gram matrix and the targets' columns."""
+
+  def __init__(
+    self, member: Member, table: Sequence[Columns], options: ConfigDict, mesh: Mesh | None, progress: Progress
+  ):
+    self._blocks, self._recentre = member.blocks, options.recentre
+    self._parts = datamodel.gram(member.source, member.blocks, mesh, progress)
+    self._scale_J = datamodel.equalise(self._parts[0], member.equal) if member.equal else None
+    phi = [self._scaled(phi_TJ) for phi_TJ in member.targets]
+    datamodel.blend(self._parts, member.blocks, phi, options.target_share)
+    self._right_KJ = np.concatenate([c.weight_KT @ phi_TJ for c, phi_TJ in zip(table, phi, strict=True)])
+    self.spectra = [
+      {'columns': list(c), **datamodel.spectrum(part)} for c, part in zip(member.blocks, self._parts, strict=True)
+    ]
+
+  def _scaled(self, phi: np.ndarray) -> np.ndarray:
+    return phi if self._scale_J is None else phi * self._scale_J
+
+  def solve(
+    self, relative: float, more_PJ: np.ndarray | None = None, *, overwrite: bool = False
+  ) -> tuple[Solution, np.ndarray]:
+    """The solution for the targets' columns, to be multiplied with features as stored; and u_JP of `more_PJ`."""
+    right = self._right_KJ if more_PJ is None else np.concatenate([self._right_KJ, self._scaled(more_PJ)])
+    found = datamodel.solve(self._parts, self._blocks, right, relative, recentre=self._recentre, overwrite=overwrite)
+    u_JK = found.u_JK if self._scale_J is None else found.u_JK * self._scale_J[:, None]
+    count = len(self._right_KJ)
+    return dataclasses.replace(found, u_JK=u_JK[:, :count]), u_JK[:, count:]
