@@ -2,7 +2,8 @@
 # Runs what CI runs: format, lint, types, tests. Arguments go to pytest: bash launch/test.sh -k datamodel
 #
 # The tools live in .venv-test, which looks into .venv for everything else: the pool is the text of the packages in
-# .venv, and running the tests must not change what a run is made of.
+# .venv, and running the tests must not change what a run is made of. Peers that some tests compare with live in
+# .venv-peers, which those tests start as a process of its own.
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -12,6 +13,9 @@ make_environment "$root/.venv-test" "$root/.venv/bin/python"
 site='import sysconfig; print(sysconfig.get_path("purelib"))'
 "$root/.venv/bin/python" -c "$site" >"$("$root/.venv-test/bin/python" -c "$site")/environment.pth"
 install "$root/.venv-test" "$root/requirements-test.txt"
+(make_environment "$root/.venv-peers" "$root/.venv/bin/python" &&
+  install "$root/.venv-peers" "$root/requirements-peers.txt") ||
+  printf '%s: could not, so tests that need peers are skipped\n' "$self" >&2
 
 if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
   packages=()
