@@ -1,8 +1,8 @@
 """Speed and memory of the datamodel: `python -m dsdm_jax.bench.datamodel --dimension 4096 --rows 100000`.
 
 Gram, Cholesky and scores over made-up features, against the matmul peak of the same machine measured in the same run.
-With `--solve-only` the Gram matrix is made up as well, so that large J can be tried without hours of matmuls. Prints one
-line of JSON.
+With `--solve-only` the Gram matrix is made up as well, so that large J can be tried without hours of matmuls. Prints
+one line of JSON.
 """
 
 import argparse
