@@ -63,7 +63,7 @@ def run(context: Context) -> dict:
   }
   atomic.write_json(context.out / 'report.json', report)
   for name, task in zip(names, tasks, strict=True):
-    if task.average == ensemble.UNSEEN and options.average == ensemble.AUTO:
+    if task.subset_effect and task.average == ensemble.UNSEEN and options.average == ensemble.AUTO:
       shift = task.subset_effect['shift_sd']
       context.log.say(f'  {name}: proxies shift their own rows by {shift:+.2f} sd, so each speaks for the others only')
   return {

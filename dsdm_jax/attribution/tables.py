@@ -45,7 +45,7 @@ class Task:
     error_N: standard error of score_N over the documents of its examples; zeros where there are no resamples.
     sample_SR: scores by each resample, of a sample of the rows.
     average: what was averaged over, 'all' or 'unseen'.
-    subset_effect: means of rows inside and outside of the proxies' subsets.
+    subset_effect: means of rows inside and outside of the proxies' subsets; None where there is one joint member.
   """
 
   by_member_CN: np.ndarray
@@ -54,7 +54,7 @@ class Task:
   error_N: np.ndarray
   sample_SR: np.ndarray
   average: str
-  subset_effect: dict[str, float]
+  subset_effect: dict[str, float] | None
 
   def multiply(self, q_N: np.ndarray, sample_S: np.ndarray) -> None:
     """Multiplies each score of row n by q(n), in place."""
@@ -97,7 +97,8 @@ def make(
     progress: told the rows of each shard, once for each member.
   """
   rows, members = sources[0].rows, len(sources)
-  if members < len(seen_CN):  # one joint datamodel: there is no proxy to leave out
+  joint = members < len(seen_CN)
+  if joint:  # there is no proxy to leave out
     seen_CN, average = np.zeros((members, rows), bool), ensemble.ALL
   first = np.cumsum([0, *(len(c.weight_KT) for c in table)])
   kept = np.concatenate([np.arange(f, f + 1 + c.groups) for f, c in zip(first, table, strict=False)])
@@ -138,7 +139,7 @@ def make(
     mode, end = modes[taken], begin + 1 + c.groups
     tasks.append(Task(
       score_CNT[:, :, index].copy(), mode.kept_NK[:, begin + 1 : end].copy(), mode.kept_NK[:, begin].copy(),
-      mode.error_NT[:, index].copy(), mode.sample_SK[:, resampled[index]].copy(), taken, described,
+      mode.error_NT[:, index].copy(), mode.sample_SK[:, resampled[index]].copy(), taken, None if joint else described,
     ))  # fmt: skip
     begin = end
   return tasks

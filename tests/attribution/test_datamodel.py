@@ -1,5 +1,7 @@
 """The closed form against NumPy in float64, and what it must not share with others' defects."""
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
@@ -164,6 +166,25 @@ def test_factoring_in_place_gives_the_same_bits_and_keeps_nothing_else():
   np.testing.assert_array_equal(in_place.u_JK, copied.u_JK)
   assert not np.array_equal(parts[0], kept)
   assert in_place.damping == pytest.approx((0.1 * np.trace(kept) / J,))
+
+
+def test_factoring_in_place_takes_no_second_matrix(monkeypatch):
+  """At J = 16,384 the Gram matrix alone is 2.1 GB."""
+  monkeypatch.setattr(datamodel, '_STRIPE', 32)
+  parts = [np.diag(np.linspace(1, 2, 1_024))]
+  right = np.ones((1, 1_024))
+  tracemalloc.start()
+  try:
+    for spent in (
+      lambda: datamodel.spectrum(parts[0], exact=0),
+      lambda: datamodel.solve(parts, datamodel.whole(1_024), right, 0.1, recentre=True, overwrite=True),
+    ):
+      tracemalloc.reset_peak()
+      before = tracemalloc.get_traced_memory()[0]
+      spent()
+      assert tracemalloc.get_traced_memory()[1] - before < 0.2 * parts[0].nbytes
+  finally:
+    tracemalloc.stop()
 
 
 def test_condition_number_and_spectrum():

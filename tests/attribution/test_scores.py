@@ -191,6 +191,7 @@ def test_joint_datamodel(run):
       _close(arrays[f'score_{task}_N'], _one(joint_NJ, joint_TJ).mean(axis=1))
     assert f'spread_{task}_N' not in arrays
     assert made['scale'].endswith('one datamodel of all proxies')
+    assert report['subset_effect'] == dict.fromkeys(TASKS)
     assert set(report['average'].values()) == {'all'}
 
 
