@@ -58,7 +58,8 @@ def measure(rows: int, dimension: int, shard_rows: int, columns: int, solve_only
   if solve_only:
     # A float64 matrix with a spectrum like a Gram's: low rank and a small diagonal.
     thin = source._phi_BJ[:256].astype(np.float64)
-    parts = [thin.T @ thin / len(thin)]
+    thin /= len(thin) ** 0.5
+    parts = [thin.T @ thin]
   else:
     parts = datamodel.gram(source)
   found['gram_seconds'] = time.perf_counter() - began
