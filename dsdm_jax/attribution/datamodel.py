@@ -245,20 +245,19 @@ def solve(
     factor.flat[:: len(factor) + 1] += damping * scale
     norm = _one_norm(factor)
     try:
-      # The transpose is in LAPACK's order, and the same matrix: it is factored where it stands.
-      factor, lower = scipy.linalg.cho_factor(factor.T, lower=True, overwrite_a=True, check_finite=False)
+      cholesky(factor)
     except scipy.linalg.LinAlgError as error:
       raise _singular(start, stop, damping) from error
-    inverse_condition, _ = scipy.linalg.lapack.dpocon(factor, norm, uplo='L')
+    upper = factor.T  # in LAPACK's order, nothing is copied
+    inverse_condition, _ = scipy.linalg.lapack.dpocon(upper, norm, uplo='U')
     if not inverse_condition > np.finfo(np.float64).eps * len(factor) ** 0.5:
       raise _singular(start, stop, damping)
     right_JK = np.asarray(columns_KJ[:, start:stop].T, np.float64)
-    u_JK[start:stop] = scipy.linalg.cho_solve((factor, lower), right_JK, check_finite=False)
+    u_JK[start:stop] = scipy.linalg.cho_solve((upper, False), right_JK, check_finite=False)
     lambdas.append(damping * scale)
     conditions.append(1 / float(inverse_condition))
     if recentre:
-      inverse, _ = scipy.linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)
-      entries += _absolute_sum(inverse)
+      entries += _inverse_entries(upper)
   if recentre:
     u_JK /= entries / columns_KJ.shape[1] ** 2
   return Solution(u_JK, tuple(lambdas), tuple(conditions))
@@ -290,10 +289,37 @@ def _one_norm(matrix: np.ndarray) -> float:
   return max(float(np.abs(matrix[i : i + _STRIPE]).sum(axis=1).max()) for i in range(0, len(matrix), _STRIPE))
 
 
-def _absolute_sum(lower: np.ndarray) -> float:
-  """Σ|x| over a symmetric matrix of which only the lower triangle counts."""
-  below = sum(float(np.abs(np.tril(lower[i : i + _STRIPE], i - 1)).sum()) for i in range(0, len(lower), _STRIPE))
-  return 2 * below + float(np.abs(np.diagonal(lower)).sum())
+def _inverse_entries(upper: np.ndarray) -> float:
+  """Σ|x| over the inverse of the matrix with this factor, some columns at a time."""
+  total = 0.0
+  for start in range(0, len(upper), _STRIPE):
+    unit = np.eye(len(upper), min(_STRIPE, len(upper) - start), -start)
+    total += float(np.abs(scipy.linalg.cho_solve((upper, False), unit, overwrite_b=True, check_finite=False)).sum())
+  return total
+
+
+def cholesky(matrix_JJ: np.ndarray) -> None:
+  """Puts the lower Cholesky factor into the lower triangle of a float64 matrix, in place, panel by panel.
+
+  Above the diagonal the matrix stays as it was. LAPACK's own routine, as SciPy brings it (OpenBLAS), dies of a
+  segmentation fault at J = 16,384 with several threads; panels of a thousand columns are far from that.
+
+  Raises:
+    scipy.linalg.LinAlgError: the matrix is not positive definite.
+  """
+  size = len(matrix_JJ)
+  for start in range(0, size, _STRIPE):
+    stop = min(start + _STRIPE, size)
+    corner = scipy.linalg.cholesky(matrix_JJ[start:stop, start:stop], lower=True, check_finite=False)
+    below = np.tril_indices(stop - start)
+    matrix_JJ[start:stop, start:stop][below] = corner[below]
+    panel = matrix_JJ[stop:, start:stop]
+    for i in range(0, len(panel), _STRIPE):
+      rows = panel[i : i + _STRIPE]
+      rows[:] = scipy.linalg.solve_triangular(corner, rows.T, lower=True, check_finite=False).T
+    for i in range(0, len(panel), _STRIPE):
+      end = min(i + _STRIPE, len(panel))
+      matrix_JJ[stop + i : stop + end, stop : stop + end] -= panel[i:end] @ panel[:end].T
 
 
 @jax.jit
