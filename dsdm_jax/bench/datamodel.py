@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--solve-only', action='store_true')
   given = parser.parse_args(argv)
   found = measure(given.rows, given.dimension, given.shard_rows, given.columns, given.solve_only)
-  rounded = {key: float(f'{value:.4g}') for key, value in found.items()}
+  rounded = {key: value if isinstance(value, int) else float(f'{value:.4g}') for key, value in found.items()}
   sys.stdout.write(json.dumps({**rounded, 'device': jax.devices()[0].device_kind, 'cpus': os.cpu_count()}) + '\n')
 
 
