@@ -71,7 +71,7 @@ class DirectionalScores:
     return in_microbatches(functools.partial(self._rows, prepared), self.microbatch, tokens_BL, weights_BL)
 
   def _rows(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
-    params, directions = prepared
+    params, directions = partition.gathered(prepared, self.mesh)
 
     def outputs(params: nnx.State) -> jax.Array:
       logits_BLV = nnx.merge(self._graphdef, params, self._rest)(tokens_BL)

@@ -99,6 +99,7 @@ class TwoSidedFeatures:
 
   def apply(self, prepared: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     """phi_BJ in float32; the pure function behind `__call__`."""
+    prepared = partition.gathered(prepared, self.mesh)
     zeros = {layer.path: jnp.zeros((*layer.stack, layer.a, layer.b), jnp.float32) for layer in self.layers}
 
     def output(probe_of: dict[str, jax.Array], tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
@@ -106,7 +107,7 @@ class TwoSidedFeatures:
       model = nnx.merge(self._graphdef, nnx.from_flat_state(flat), prepared)
       return self.output_fn(model(tokens_L[None])[0], tokens_L, weights_L)
 
-    grads = jax.vmap(jax.grad(output), in_axes=(None, 0, 0))(zeros, tokens_BL, weights_BL)
+    grads = jax.vmap(jax.grad(output), in_axes=(None, 0, 0), spmd_axis_name=DATA)(zeros, tokens_BL, weights_BL)
     batch = tokens_BL.shape[0]
     return jnp.concatenate([grads[layer.path].reshape(batch, -1) for layer in self.layers], axis=1)
 
@@ -165,12 +166,13 @@ class DenseFeatures:
 
   def _rows(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     params, leaf_keys, scale = prepared
+    params, scale = partition.gathered((params, scale), self.mesh)
 
     def output(params: nnx.State, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
       model = nnx.merge(self._graphdef, params, self._rest)
       return self.output_fn(model(tokens_L[None])[0], tokens_L, weights_L)
 
-    grads = jax.vmap(jax.grad(output), in_axes=(None, 0, 0))(params, tokens_BL, weights_BL)
+    grads = jax.vmap(jax.grad(output), in_axes=(None, 0, 0), spmd_axis_name=DATA)(params, tokens_BL, weights_BL)
     grads = jax.tree.map(lambda g, s: g * s[None], grads, scale)
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=self._layout)
     return rademacher.project(grads, leaf_keys, self.dimension, place)
