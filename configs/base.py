@@ -105,7 +105,7 @@ def get_config() -> ConfigDict:
   # a multiple of mesh.data that divides batch_size, or 0 for the whole batch
   c.features.microbatch = 0
   c.features.shard_rows = 1_024  # rows of one shard: the unit of work, of storage and of resume
-  c.features.store_dtype = 'bfloat16'  # bfloat16 | float32
+  c.features.store_dtype = 'bfloat16'  # float32 | bfloat16 | int8 (with a scale for each row and layer)
 
   # Datamodel: scores = φ(x)·(ΦᵀΦ/N + λI)⁻¹ mean target φ, averaged over proxies.
   c.datamodel = ConfigDict()

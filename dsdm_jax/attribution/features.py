@@ -1,5 +1,8 @@
 """Stage `features`: φ of every row of the pool and of every target example, for each proxy."""
 
+import json
+import math
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from dsdm_jax.attribution.datamodel import RowSource
 from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.gradients import DenseFeatures, FeatureStep, TwoSidedFeatures
 from dsdm_jax.attribution.passes import DirectionalSource, PoolPass, Recomputed
+from dsdm_jax.attribution.rounding import Blocks, Rounding
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core import atomic, flops
@@ -27,6 +31,8 @@ from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.targets import Targets
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import abstract_model, trainer
+
+_FIDELITY_ROWS = 512  # of the first shard, whose inner products are compared before and after rounding
 
 
 def run(context: Context) -> dict:
@@ -46,10 +52,13 @@ def run(context: Context) -> dict:
       errors.append(error)
       _target_features(context, step, prepared, checkpoint, targets, proxies.mesh)
       if stored:
-        _pool_features(context, proxies.source(checkpoint, prepared), step.dimension, checkpoint, bar)
+        _pool_features(context, step, proxies.source(checkpoint, prepared), checkpoint, bar)
   store = {k: config.features[k] for k in ('mode', 'shard_rows', 'store_dtype', 'precondition')}
   if step.describe()['projection'] == 'two_sided' and config.features.precondition == 'adam':
     store['rank_one_error'] = errors
+  if stored:
+    found = [context.out / f'fidelity_{checkpoint}.json' for checkpoint in range(config.proxies.count)]
+    store['fidelity'] = [json.loads(file.read_text()) for file in found]
   return {
     **step.describe(),
     'dimension': step.dimension,
@@ -83,7 +92,8 @@ class _Proxies:
       check_finite(self.step, phi_BJ, first, checkpoint)
 
     rows = PoolPass(self.step, prepared, self._pool, features.batch_size, self.mesh, self._context.add_flop, check)
-    return Recomputed(rows, self._pool.num_rows, self.step.dimension, features.shard_rows, features.store_dtype)
+    rounding = Rounding(features.store_dtype, blocks(self.step.describe(), self.step.dimension))
+    return Recomputed(rows, self._pool.num_rows, self.step.dimension, features.shard_rows, rounding)
 
   def directional(self, checkpoint: int, source: Recomputed) -> DirectionalSource:
     """Scores of the pool's rows by directional derivatives; the Gram matrix is of features."""
@@ -127,10 +137,11 @@ def _picked(step: FeatureStep, wished: int) -> str:
   return f'two-sided projection: {shapes} for each linear layer, J = {step.dimension} (wished for {wished})'
 
 
-def _pool_features(context: Context, source: Recomputed, dimension: int, checkpoint: int, bar: tqdm.tqdm) -> None:
+def _pool_features(context: Context, step: FeatureStep, source: Recomputed, checkpoint: int, bar: tqdm.tqdm) -> None:
   """Computes the shards that are not there yet; a shard is written while the next one is computed."""
   features = context.config.features
-  store = open_store(context.out, checkpoint, source.rows, dimension, features)
+  columns = blocks(step.describe(), step.dimension)
+  store = open_store(context.out, checkpoint, source.rows, step.dimension, features, columns)
   missing = store.missing()
   bar.update(source.rows - sum(stop - start for start, stop in map(store.bounds, missing)))
   with ThreadPoolExecutor(1) as writer:
@@ -138,6 +149,8 @@ def _pool_features(context: Context, source: Recomputed, dimension: int, checkpo
     for shard, (start, stop, phi_BJ) in zip(missing, source.ranges(map(store.bounds, missing)), strict=True):
       if written is not None:
         written.result()
+      if shard == 0:
+        atomic.write_json(context.out / f'fidelity_{checkpoint}.json', store.rounding.fidelity(phi_BJ[:_FIDELITY_ROWS]))
       written = writer.submit(store.write, shard, phi_BJ)
       bar.update(stop - start)
     if written is not None:
@@ -182,9 +195,20 @@ def check_finite(step: FeatureStep, phi_BJ: np.ndarray, first: int, checkpoint: 
     )
 
 
-def open_store(folder: Path, checkpoint: int, rows: int, dimension: int, features: ConfigDict) -> FeatureStore:
+def open_store(
+  folder: Path, checkpoint: int, rows: int, dimension: int, features: ConfigDict, columns: Blocks
+) -> FeatureStore:
   path = folder / f'features_{checkpoint}.zarr'
-  return FeatureStore(path, rows, dimension, features.shard_rows, features.store_dtype)
+  return FeatureStore(path, rows, dimension, features.shard_rows, features.store_dtype, columns)
+
+
+def blocks(described: Mapping[str, Any], dimension: int) -> Blocks:
+  """Columns of each layer, each of a scanned stack apart; all columns in a dense projection."""
+  if described['projection'] == 'dense':
+    return ((0, dimension),)
+  sizes = [layer['a'] * layer['b'] for layer in described['layers'] for _ in range(math.prod(layer['stack']))]
+  stops = np.cumsum(sizes).tolist()
+  return tuple(zip([0, *stops[:-1]], stops, strict=True))
 
 
 class Features:
@@ -212,7 +236,9 @@ class Features:
       source = proxies.source(checkpoint, proxies.prepare(checkpoint)[0])
       return source if mode == 'stream' else proxies.directional(checkpoint, source)
     path = self._path / f'features_{checkpoint}.zarr'
-    return FeatureStore(path, self.rows, self.dimension, self.semantics['shard_rows'], self.semantics['store_dtype'])
+    said = self.semantics
+    columns = blocks(said, self.dimension)
+    return FeatureStore(path, self.rows, self.dimension, said['shard_rows'], said['store_dtype'], columns)
 
   def target(self, task: str, checkpoint: int) -> np.ndarray:
     """phi_TJ of the target split of `task`, float32."""

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
-import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 from jax.sharding import Mesh
 
+from dsdm_jax.attribution.rounding import Rounding
 from dsdm_jax.core import flops
 from dsdm_jax.core.mesh import batch_sharding
 from dsdm_jax.data.batches import row_range_batches
@@ -95,28 +95,28 @@ class Recomputed:
     features: step over rows.
     rows, dimension: N and J.
     shard_rows: rows of a shard; the last may be short.
-    dtype: 'bfloat16' or 'float32', that of the store which is not there.
+    rounding: of the store which is not there.
   """
 
-  def __init__(self, features: PoolPass, rows: int, dimension: int, shard_rows: int, dtype: str):
+  def __init__(self, features: PoolPass, rows: int, dimension: int, shard_rows: int, rounding: Rounding):
     self.rows, self.dimension = rows, dimension
-    self._features, self._shard_rows, self._dtype = features, shard_rows, np.dtype(dtype)
+    self._features, self._shard_rows, self._rounding = features, shard_rows, rounding
 
   def first(self, rows: int) -> 'Recomputed':
     """The first rows alone."""
-    return Recomputed(self._features, min(rows, self.rows), self.dimension, self._shard_rows, self._dtype.name)
+    return Recomputed(self._features, min(rows, self.rows), self.dimension, self._shard_rows, self._rounding)
 
   def ranges(self, bounds: Iterable[tuple[int, int]]) -> Iterator[Shard]:
-    """Features of some ranges, rounded."""
-    for start, stop, phi_BJ in self._features.ranges(bounds):
-      yield start, stop, phi_BJ.astype(self._dtype)
+    """Features of some ranges, not rounded: for a store, which rounds them."""
+    return self._features.ranges(bounds)
 
   def bounds(self) -> Iterator[tuple[int, int]]:
     """First row and the row after the last, of each shard."""
     return ((start, min(start + self._shard_rows, self.rows)) for start in range(0, self.rows, self._shard_rows))
 
   def __iter__(self) -> Iterator[Shard]:
-    return self.ranges(self.bounds())
+    for start, stop, phi_BJ in self.ranges(self.bounds()):
+      yield start, stop, self._rounding.rounded(phi_BJ)
 
 
 class DirectionalSource:

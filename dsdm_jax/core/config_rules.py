@@ -144,7 +144,7 @@ RULES: Mapping[str, Rule] = {
   'features.microbatch': _COUNT,
   'features.batch_size': _POSITIVE,
   'features.shard_rows': _POSITIVE,
-  'features.store_dtype': _one_of('bfloat16', 'float32'),
+  'features.store_dtype': _one_of('float32', 'bfloat16', 'int8'),
   'datamodel.damping': _above(0),
   'datamodel.damping_rule': _one_of('fixed', 'auto'),
   'datamodel.gram': _one_of('full', 'layers', 'joint'),

@@ -7,8 +7,10 @@ import pytest
 
 from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.directional import DirectionalScores
+from dsdm_jax.attribution.features import blocks
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
 from dsdm_jax.attribution.passes import DirectionalSource, PoolPass, Recomputed
+from dsdm_jax.attribution.rounding import Rounding
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.lm import outputs
@@ -39,7 +41,7 @@ def rows() -> Rows:
 
 def _source(step, rows, mesh, dtype='bfloat16', check=None, flop=lambda _: None):
   rows_pass = PoolPass(step, step.prepare(make_problem().params, 0), rows, BATCH, mesh, flop, check)
-  return Recomputed(rows_pass, ROWS, step.dimension, SHARD, dtype)
+  return Recomputed(rows_pass, ROWS, step.dimension, SHARD, Rounding(dtype, blocks(step.describe(), step.dimension)))
 
 
 def _step(kind, mesh):
@@ -49,10 +51,11 @@ def _step(kind, mesh):
   return TwoSidedFeatures(model, outputs.margin, '.*', J, 0, mesh)
 
 
-@pytest.mark.parametrize('kind', ['two_sided', 'dense'])
-def test_stored_and_made_anew_are_the_same_bits(kind, rows, one_device, tmp_path):
-  source = _source(_step(kind, one_device), rows, one_device)
-  store = FeatureStore(tmp_path / 'f.zarr', ROWS, source.dimension, SHARD, 'bfloat16')
+@pytest.mark.parametrize(('kind', 'dtype'), [('two_sided', 'bfloat16'), ('two_sided', 'int8'), ('dense', 'bfloat16')])
+def test_stored_and_made_anew_are_the_same_bits(kind, dtype, rows, one_device, tmp_path):
+  step = _step(kind, one_device)
+  source, columns = _source(step, rows, one_device, dtype), blocks(step.describe(), step.dimension)
+  store = FeatureStore(tmp_path / 'f.zarr', ROWS, source.dimension, SHARD, dtype, columns)
   for shard in (2, 0, 1):  # as a resumed run may
     ((_, _, phi_BJ),) = source.ranges([store.bounds(shard)])
     store.write(shard, phi_BJ)

@@ -55,7 +55,7 @@ BAD: dict[str, list] = {
   'features.microbatch': [-1],
   'features.batch_size': [0],
   'features.shard_rows': [0],
-  'features.store_dtype': ['float16', 'int8'],
+  'features.store_dtype': ['float16', 'int4'],
   'datamodel.damping': [0.0, -0.1],
   'datamodel.damping_rule': ['lds'],
   'datamodel.gram': ['diagonal'],
