@@ -93,9 +93,19 @@ def get_config() -> ConfigDict:
   c.features.projection = 'two_sided'  # two_sided | dense
   c.features.dimension = 2_048  # J wished for; two_sided takes the nearest a×b per layer below it
   c.features.layers = '.*'  # regex over paths of linear layers (two_sided)
+  # store (features kept on disk) | stream (made anew for each pass of the datamodel, nothing kept) | jvp (dense only:
+  # made for the Gram matrix of gram_rows, and rows scored by directional derivatives)
+  c.features.mode = 'store'
+  c.features.gram_rows = (
+    0  # first rows of the pool, whose order is random, that the Gram matrix is of in mode jvp; 0: all
+  )
+  c.features.precondition = 'none'  # none | adam: gradients divided by the root of the proxy's second moments
   c.features.batch_size = 32  # examples per step over all devices; a multiple of mesh.data
+  # examples whose gradients are held at once, over all devices (dense, jvp): memory is near microbatch × parameters;
+  # a multiple of mesh.data that divides batch_size, or 0 for the whole batch
+  c.features.microbatch = 0
   c.features.shard_rows = 1_024  # rows of one shard: the unit of work, of storage and of resume
-  c.features.store_dtype = 'bfloat16'  # bfloat16 | float32
+  c.features.store_dtype = 'bfloat16'  # float32 | bfloat16 | int8 (with a scale for each row and layer)
 
   # Datamodel: scores = φ(x)·(ΦᵀΦ/N + λI)⁻¹ mean target φ, averaged over proxies.
   c.datamodel = ConfigDict()

@@ -47,7 +47,7 @@ STAGES = (
   # Small models on random subsets.
   Stage('proxies', ('pool',), ('seed', 'proxies'), 'training.proxies:run'),
   # Projected per-example gradients, of the pool and of the targets.
-  Stage('features', ('pool', 'targets', 'proxies'), ('seed', 'features', 'proxies'), 'attribution.features:run'),
+  Stage('features', ('pool', 'targets', 'proxies'), ('seed', 'features', 'proxies'), 'attribution.features:run', 2),
   # Features → one score per row and target, in closed form.
   Stage(
     'datamodel', ('pool', 'targets', 'proxies', 'features'),

@@ -24,6 +24,7 @@ import scipy.linalg
 import scipy.sparse.linalg
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsdm_jax.attribution.passes import DirectionalSource
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import DATA, MODEL, batch_sharding, replicated
 
@@ -137,6 +138,8 @@ def gram(
     mesh: rows of a shard are shared over `data`, rows of the matrix over `model`; None takes one device.
     progress: told the rows of each shard.
   """
+  if isinstance(source, DirectionalSource):
+    source = source.sample
   blocks = whole(source.dimension) if blocks is None else blocks
   step = _partial_gram(blocks, mesh)
   totals = [np.zeros((stop - start, stop - start), np.float64) for start, stop in blocks]
@@ -332,6 +335,10 @@ def score_shards(source: RowSource, u_JK: np.ndarray) -> Iterator[Shard]:
   # A common scale per column keeps float32 far from its limits; it comes back afterwards.
   scale_K = np.maximum(np.abs(u_JK).max(axis=0), np.finfo(np.float64).tiny)
   unit_JK = jnp.asarray((u_JK / scale_K).astype(np.float32))
+  if isinstance(source, DirectionalSource):
+    for start, stop, score_BK in source.score_shards(np.asarray(unit_JK)):
+      yield start, stop, (score_BK * scale_K).astype(np.float32)
+    return
   for start, stop, phi_BJ in _ahead(source):
     yield start, stop, (np.asarray(_dot(phi_BJ, unit_JK)) * scale_K).astype(np.float32)
 

@@ -1,5 +1,8 @@
 """Stage `features`: φ of every row of the pool and of every target example, for each proxy."""
 
+import json
+import math
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -7,10 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dsdm_jax.attribution.datamodel import RowSource
+from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.gradients import DenseFeatures, FeatureStep, TwoSidedFeatures
+from dsdm_jax.attribution.passes import DirectionalSource, PoolPass, Recomputed
+from dsdm_jax.attribution.rounding import Blocks, Rounding
+from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core import atomic, flops
 from dsdm_jax.core.artifacts import Artifact
@@ -18,31 +27,38 @@ from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import batch_sharding, make_mesh
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.batches import row_range_batches
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.targets import Targets
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import abstract_model, trainer
 
+_FIDELITY_ROWS = 512  # of the first shard, whose inner products are compared before and after rounding
+
 
 def run(context: Context) -> dict:
-  """Leaves `features_<c>.zarr` [N, J] and `<task>_<c>.npy` [T, J] (float32) for each proxy c."""
+  """Leaves `<task>_<c>.npy` [T, J] (float32) for each proxy c, and in mode `store` `features_<c>.zarr` [N, J]."""
   config = context.config
   pool, targets = Pool(context.inputs['pool']), Targets(context.inputs['targets'])
-  mesh = make_mesh(config.mesh)
-  step = feature_step(config, pool.vocab_size, pool.length, mesh)
+  proxies = _Proxies(context, pool)
+  step = proxies.step
   context.log.event('features', **step.describe(), dimension=step.dimension)
   context.log.say(f'  {_picked(step, config.features.dimension)}')
-  compiled = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, mesh)
-
-  total = config.proxies.count * pool.num_rows
+  stored = config.features.mode == 'store'
+  total = config.proxies.count * pool.num_rows if stored else 0
+  errors = []
   with context.log.bar(total=total, desc='features', unit='row') as bar:
     for checkpoint in range(config.proxies.count):
-      params = load_state(context.inputs['proxies'].path / f'proxy_{checkpoint}', compiled).params
-      prepared = step.prepare(params, checkpoint)
-      _target_features(context, step, prepared, checkpoint, targets, mesh)
-      _pool_features(context, step, prepared, checkpoint, pool, mesh, bar)
-  store = {k: config.features[k] for k in ('shard_rows', 'store_dtype')}
+      prepared, error = proxies.prepare(checkpoint)
+      errors.append(error)
+      _target_features(context, step, prepared, checkpoint, targets, proxies.mesh)
+      if stored:
+        _pool_features(context, step, proxies.source(checkpoint, prepared), checkpoint, bar)
+  store = {k: config.features[k] for k in ('mode', 'shard_rows', 'store_dtype', 'precondition')}
+  if step.describe()['projection'] == 'two_sided' and config.features.precondition == 'adam':
+    store['rank_one_error'] = errors
+  if stored:
+    found = [context.out / f'fidelity_{checkpoint}.json' for checkpoint in range(config.proxies.count)]
+    store['fidelity'] = [json.loads(file.read_text()) for file in found]
   return {
     **step.describe(),
     'dimension': step.dimension,
@@ -52,12 +68,63 @@ def run(context: Context) -> dict:
   }
 
 
+class _Proxies:
+  """What makes features of one run's proxies."""
+
+  def __init__(self, context: Context, pool: Pool):
+    config = context.config
+    self._context, self._pool, self.mesh = context, pool, make_mesh(config.mesh)
+    self._compiled = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, self.mesh)
+    self.step = feature_step(config, pool.vocab_size, pool.length, self.mesh)
+
+  def prepare(self, checkpoint: int) -> tuple[Any, dict[str, float]]:
+    """The step's own form of proxy `checkpoint`, and each layer's error of a rank-one second moment, if one is used."""
+    params, moment = self._weights(checkpoint)
+    prepared = self.step.prepare(params, checkpoint, moment)
+    layers = self.step.layers if isinstance(self.step, TwoSidedFeatures) and moment is not None else ()
+    return prepared, moment.rank_one_error(layers) if moment is not None else {}
+
+  def source(self, checkpoint: int, prepared: Any) -> Recomputed:
+    """Features of the pool's rows, made whenever they are read."""
+    features = self._context.config.features
+
+    def check(phi_BJ: np.ndarray, first: int) -> None:
+      check_finite(self.step, phi_BJ, first, checkpoint)
+
+    rows = PoolPass(self.step, prepared, self._pool, features.batch_size, self.mesh, self._context.add_flop, check)
+    rounding = Rounding(features.store_dtype, blocks(self.step.describe(), self.step.dimension))
+    return Recomputed(rows, self._pool.num_rows, self.step.dimension, features.shard_rows, rounding)
+
+  def directional(self, checkpoint: int, source: Recomputed) -> DirectionalSource:
+    """Scores of the pool's rows by directional derivatives; the Gram matrix is of features."""
+    config = self._context.config
+    features = config.features
+    model = abstract_model(config.proxies.model, self._pool.vocab_size, self._pool.length)
+    output_fn = load_callable(features.output_fn)
+    scorer = DirectionalScores(model, output_fn, config.seed, self.mesh, features.microbatch)
+    params, moment = self._weights(checkpoint)
+
+    def start(u_JT: np.ndarray) -> PoolPass:
+      prepared = scorer.prepare(params, u_JT, checkpoint, moment)
+      return PoolPass(scorer, prepared, self._pool, features.batch_size, self.mesh, self._context.add_flop)
+
+    return DirectionalSource(source, features.gram_rows or self._pool.num_rows, start)
+
+  def _weights(self, checkpoint: int) -> tuple[nnx.State, SecondMoment | None]:
+    config = self._context.config
+    state = load_state(self._context.inputs['proxies'].path / f'proxy_{checkpoint}', self._compiled)
+    if config.features.precondition == 'none':
+      return state.params, None
+    train = config.proxies.train
+    return state.params, SecondMoment.of_state(state.opt_state, train.adam_b2, train.adam_eps)
+
+
 def feature_step(config: ConfigDict, vocab_size: int, length: int, mesh: Mesh) -> FeatureStep:
   """The step that `features.projection` names, for the proxies' model."""
   model = abstract_model(config.proxies.model, vocab_size, length)
   output_fn = load_callable(config.features.output_fn)
   if config.features.projection == 'dense':
-    return DenseFeatures(model, output_fn, config.features.dimension, config.seed, mesh)
+    return DenseFeatures(model, output_fn, config.features.dimension, config.seed, mesh, config.features.microbatch)
   return TwoSidedFeatures(model, output_fn, config.features.layers, config.features.dimension, config.seed, mesh)
 
 
@@ -70,35 +137,22 @@ def _picked(step: FeatureStep, wished: int) -> str:
   return f'two-sided projection: {shapes} for each linear layer, J = {step.dimension} (wished for {wished})'
 
 
-def _pool_features(
-  context: Context, step: FeatureStep, prepared: Any, checkpoint: int, pool: Pool, mesh: Mesh, bar: tqdm.tqdm
-) -> None:
+def _pool_features(context: Context, step: FeatureStep, source: Recomputed, checkpoint: int, bar: tqdm.tqdm) -> None:
   """Computes the shards that are not there yet; a shard is written while the next one is computed."""
   features = context.config.features
-  store = open_store(context.out, checkpoint, pool.num_rows, step.dimension, features)
+  columns = blocks(step.describe(), step.dimension)
+  store = open_store(context.out, checkpoint, source.rows, step.dimension, features, columns)
   missing = store.missing()
-  bar.update(pool.num_rows - sum(stop - start for start, stop in map(store.bounds, missing)))
-  weights_BL = np.ones((features.batch_size, pool.length), np.float32)
-  weights_BL[:, 0] = 0.0
-  weights_BL = jax.device_put(weights_BL, batch_sharding(mesh))
-  flop = None
+  bar.update(source.rows - sum(stop - start for start, stop in map(store.bounds, missing)))
   with ThreadPoolExecutor(1) as writer:
     written: Future | None = None
-    for shard in missing:
-      start, stop = store.bounds(shard)
-      parts = []
-      for tokens_BL, _, valid_B in row_range_batches(pool, start, stop, features.batch_size):
-        tokens_BL = jax.device_put(tokens_BL, batch_sharding(mesh))
-        if flop is None:
-          flop = flops.count(step.apply, prepared, tokens_BL, weights_BL)
-        parts.append((step(prepared, tokens_BL, weights_BL), int(valid_B.sum())))
-        bar.update(parts[-1][1])
-      phi_BJ = np.concatenate([np.asarray(phi)[:valid] for phi, valid in parts])
-      check_finite(step, phi_BJ, start, checkpoint)
+    for shard, (start, stop, phi_BJ) in zip(missing, source.ranges(map(store.bounds, missing)), strict=True):
       if written is not None:
         written.result()
-      context.add_flop((flop or 0.0) * len(parts))
+      if shard == 0:
+        atomic.write_json(context.out / f'fidelity_{checkpoint}.json', store.rounding.fidelity(phi_BJ[:_FIDELITY_ROWS]))
       written = writer.submit(store.write, shard, phi_BJ)
+      bar.update(stop - start)
     if written is not None:
       written.result()
 
@@ -141,24 +195,50 @@ def check_finite(step: FeatureStep, phi_BJ: np.ndarray, first: int, checkpoint: 
     )
 
 
-def open_store(folder: Path, checkpoint: int, rows: int, dimension: int, features: ConfigDict) -> FeatureStore:
+def open_store(
+  folder: Path, checkpoint: int, rows: int, dimension: int, features: ConfigDict, columns: Blocks
+) -> FeatureStore:
   path = folder / f'features_{checkpoint}.zarr'
-  return FeatureStore(path, rows, dimension, features.shard_rows, features.store_dtype)
+  return FeatureStore(path, rows, dimension, features.shard_rows, features.store_dtype, columns)
+
+
+def blocks(described: Mapping[str, Any], dimension: int) -> Blocks:
+  """Columns of each layer, each of a scanned stack apart; all columns in a dense projection."""
+  if described['projection'] == 'dense':
+    return ((0, dimension),)
+  sizes = [layer['a'] * layer['b'] for layer in described['layers'] for _ in range(math.prod(layer['stack']))]
+  stops = np.cumsum(sizes).tolist()
+  return tuple(zip([0, *stops[:-1]], stops, strict=True))
 
 
 class Features:
-  """A finished features stage, opened for reading."""
+  """A finished features stage, opened for reading.
 
-  def __init__(self, artifact: Artifact):
-    self._path = artifact.path
+  Args:
+    context: of the stage that reads, with pool and proxies among its inputs; rows of modes that keep no features are
+      made from them.
+  """
+
+  def __init__(self, artifact: Artifact, context: Context | None = None):
+    self._path, self._context = artifact.path, context
     semantics = artifact.semantics
     self.rows, self.dimension = semantics['rows'], semantics['dimension']
     self.checkpoints = semantics['checkpoints']
     self.semantics = semantics
 
-  def pool(self, checkpoint: int) -> FeatureStore:
+  def pool(self, checkpoint: int) -> RowSource:
+    """Features of the pool's rows at one checkpoint, in the dtype of the store whether there is one or not."""
+    mode = self.semantics['mode']
+    if mode != 'store':
+      if self._context is None:
+        raise ValueError(f'features of mode {mode} are made from pool and proxies, and no context was given')
+      proxies = _Proxies(self._context, Pool(self._context.inputs['pool']))
+      source = proxies.source(checkpoint, proxies.prepare(checkpoint)[0])
+      return source if mode == 'stream' else proxies.directional(checkpoint, source)
     path = self._path / f'features_{checkpoint}.zarr'
-    return FeatureStore(path, self.rows, self.dimension, self.semantics['shard_rows'], self.semantics['store_dtype'])
+    said = self.semantics
+    columns = blocks(said, self.dimension)
+    return FeatureStore(path, self.rows, self.dimension, said['shard_rows'], said['store_dtype'], columns)
 
   def target(self, task: str, checkpoint: int) -> np.ndarray:
     """phi_TJ of the target split of `task`, float32."""

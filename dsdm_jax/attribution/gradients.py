@@ -1,16 +1,18 @@
 """Per-example features φ: projected gradients of the output function, as one jitted step over a batch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsdm_jax.attribution import probes, rademacher
-from dsdm_jax.core.mesh import batch_sharding, replicated
+from dsdm_jax.attribution.second_moment import SecondMoment
+from dsdm_jax.core.mesh import DATA, MODEL, batch_sharding, replicated
 from dsdm_jax.lm import partition
 
 OutputFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -26,7 +28,7 @@ class FeatureStep(Protocol):
 
   def apply(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array: ...
 
-  def prepare(self, params: Any, checkpoint: int) -> Any: ...
+  def prepare(self, params: Any, checkpoint: int, second_moment: SecondMoment | None = None) -> Any: ...
 
   def __call__(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array: ...
 
@@ -70,9 +72,23 @@ class TwoSidedFeatures:
     )
     self._model_graphdef = graphdef
 
-  def prepare(self, params: nnx.State, checkpoint: int) -> nnx.State:
-    """The instrumented model's state but for the probes: weights `params`, and A and B of `checkpoint`."""
-    projections = probes.random_projections(self.layers, self.seed, checkpoint)
+  def prepare(
+    self,
+    params: nnx.State,
+    checkpoint: int,
+    second_moment: SecondMoment | None = None,
+    projections: probes.Projections | None = None,
+  ) -> nnx.State:
+    """The instrumented model's state but for the probes: weights `params`, and A and B of `checkpoint`.
+
+    Args:
+      second_moment: taken into A and B by its rank-one approximation of each layer.
+      projections: A and B; random ones where there are none.
+    """
+    if projections is None:
+      projections = probes.random_projections(self.layers, self.seed, checkpoint)
+    if second_moment is not None:
+      projections = second_moment.into(self.layers, projections)
     model = probes.instrument(nnx.merge(self._model_graphdef, params), self.layers)
     probes.set_projections(model, projections)
     _, _, rest = nnx.split(model, probes.Probe, ...)
@@ -83,6 +99,7 @@ class TwoSidedFeatures:
 
   def apply(self, prepared: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     """phi_BJ in float32; the pure function behind `__call__`."""
+    prepared = partition.gathered(prepared, self.mesh)
     zeros = {layer.path: jnp.zeros((*layer.stack, layer.a, layer.b), jnp.float32) for layer in self.layers}
 
     def output(probe_of: dict[str, jax.Array], tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
@@ -90,7 +107,7 @@ class TwoSidedFeatures:
       model = nnx.merge(self._graphdef, nnx.from_flat_state(flat), prepared)
       return self.output_fn(model(tokens_L[None])[0], tokens_L, weights_L)
 
-    grads = jax.vmap(jax.grad(output), in_axes=(None, 0, 0))(zeros, tokens_BL, weights_BL)
+    grads = jax.vmap(jax.grad(output), in_axes=(None, 0, 0), spmd_axis_name=DATA)(zeros, tokens_BL, weights_BL)
     batch = tokens_BL.shape[0]
     return jnp.concatenate([grads[layer.path].reshape(batch, -1) for layer in self.layers], axis=1)
 
@@ -103,41 +120,62 @@ class TwoSidedFeatures:
 
 @dataclasses.dataclass
 class DenseFeatures:
-  """φ = R g over all parameters (see `rademacher`). Arguments as for `TwoSidedFeatures`."""
+  """φ = R g over all parameters (see `rademacher`). Arguments as for `TwoSidedFeatures`, and:
+
+  Args:
+    microbatch: rows whose gradients are held at once, over all devices; divides the batch and is a multiple of the
+      mesh's `data`. Memory is near microbatch × W; R is made once for each microbatch. 0 takes the whole batch.
+  """
 
   model: nnx.Module
   output_fn: OutputFn
   dimension: int
   seed: int
   mesh: Mesh
+  microbatch: int = 0
 
   def __post_init__(self) -> None:
     self._graphdef, params, self._rest = nnx.split(self.model, nnx.Param, ...)
     batch = batch_sharding(self.mesh)
+    columns = MODEL if self.dimension % self.mesh.shape[MODEL] == 0 else None
+    self._layout = NamedSharding(self.mesh, PartitionSpec(DATA, columns))
+    weights = partition.shardings(params, self.mesh)
     self._step = jax.jit(
-      self.apply,
-      in_shardings=((partition.shardings(params, self.mesh), replicated(self.mesh)), batch, batch),
-      out_shardings=batch,
+      self.apply, in_shardings=((weights, replicated(self.mesh), weights), batch, batch), out_shardings=self._layout
     )
 
-  def prepare(self, params: nnx.State, checkpoint: int) -> tuple[nnx.State, list[jax.Array]]:
+  def prepare(
+    self, params: nnx.State, checkpoint: int, second_moment: SecondMoment | None = None
+  ) -> tuple[nnx.State, list[jax.Array], nnx.State]:
+    """(weights, keys of R, what each gradient entry is multiplied by: 1/(√v + ε), or one)."""
+    weights = partition.shardings(params, self.mesh)
     leaf_keys = rademacher.keys(params, self.seed, checkpoint)
-    placed = jax.device_put(params, partition.shardings(params, self.mesh))
-    return placed, jax.device_put(leaf_keys, replicated(self.mesh))
+    scale = jax.tree.map(jnp.ones_like, params) if second_moment is None else second_moment.scale(params)
+    return (
+      jax.device_put(params, weights),
+      jax.device_put(leaf_keys, replicated(self.mesh)),
+      jax.device_put(scale, weights),
+    )
 
   def __call__(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     return self._step(prepared, tokens_BL, weights_BL)
 
   def apply(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     """phi_BJ in float32; the pure function behind `__call__`."""
-    params, leaf_keys = prepared
+    return in_microbatches(functools.partial(self._rows, prepared), self.microbatch, tokens_BL, weights_BL)
+
+  def _rows(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+    params, leaf_keys, scale = prepared
+    params, scale = partition.gathered((params, scale), self.mesh)
 
     def output(params: nnx.State, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
       model = nnx.merge(self._graphdef, params, self._rest)
       return self.output_fn(model(tokens_L[None])[0], tokens_L, weights_L)
 
-    grads = jax.vmap(jax.grad(output), in_axes=(None, 0, 0))(params, tokens_BL, weights_BL)
-    return rademacher.project(grads, leaf_keys, self.dimension)
+    grads = jax.vmap(jax.grad(output), in_axes=(None, 0, 0), spmd_axis_name=DATA)(params, tokens_BL, weights_BL)
+    grads = jax.tree.map(lambda g, s: g * s[None], grads, scale)
+    place = functools.partial(jax.lax.with_sharding_constraint, shardings=self._layout)
+    return rademacher.project(grads, leaf_keys, self.dimension, place)
 
   def describe(self) -> dict[str, Any]:
     return {'projection': 'dense', 'layers': 'all parameters'}
@@ -145,6 +183,20 @@ class DenseFeatures:
   def column_owner(self, column: int) -> str:
     del column
     return 'all parameters'
+
+
+def in_microbatches(
+  function: Callable[..., jax.Array], rows: int, tokens_BL: jax.Array, weights_BL: jax.Array
+) -> jax.Array:
+  """`function(tokens_BL, weights_BL)` [B, …], `rows` examples at a time one after the other; all at once at 0."""
+  batch, length = tokens_BL.shape
+  if rows in (0, batch):
+    return function(tokens_BL, weights_BL)
+  # Row n of the batch goes to microbatch n mod (batch/rows): each device splits what it has and sends nothing.
+  split = (rows, batch // rows, length)
+  inputs = tuple(x.reshape(split).swapaxes(0, 1) for x in (tokens_BL, weights_BL))
+  out = jax.lax.map(lambda x: function(*x), inputs).swapaxes(0, 1)
+  return out.reshape(batch, *out.shape[2:])
 
 
 def _path(path: str) -> tuple[str | int, ...]:

@@ -59,6 +59,7 @@ class ProbedLayer:
     return self.start + self.columns
 
 
+Projections = dict[str, tuple[jax.Array, jax.Array]]  # path of a layer → (A [*stack, I, a], B [*stack, O, b])
 Residuals = tuple[jax.Array, jax.Array, jax.Array]  # xA in float32, W, B
 
 
@@ -167,9 +168,7 @@ def instrument(model: nnx.Module, layers: Sequence[ProbedLayer]) -> nnx.Module:
   return model
 
 
-def random_projections(
-  layers: Sequence[ProbedLayer], seed: int, checkpoint: int
-) -> dict[str, tuple[jax.Array, jax.Array]]:
+def random_projections(layers: Sequence[ProbedLayer], seed: int, checkpoint: int) -> Projections:
   """Path → (A [*stack, I, a], B [*stack, O, b]), independent over layers, sides and checkpoints."""
   projections = {}
   for layer in layers:

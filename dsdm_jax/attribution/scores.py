@@ -27,7 +27,7 @@ from dsdm_jax.training.step import trainer
 def run(context: Context) -> dict:
   """Leaves `scores.npz` and `report.json`; `docs/datamodel.md` says what each array and number is."""
   options = context.config.datamodel
-  features, targets = Features(context.inputs['features']), Targets(context.inputs['targets'])
+  features, targets = Features(context.inputs['features'], context), Targets(context.inputs['targets'])
   names, examples = targets.tasks, [targets.examples(task, 'target') for task in targets.tasks]
   table = [
     columns.make([r['document'] for r in e.records], options.groups, options.bootstrap, context.config.seed, name)

@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 import tensorstore as ts
 
+from dsdm_jax.attribution.rounding import Blocks, Rounding
 from dsdm_jax.core import atomic
 from dsdm_jax.core.errors import UserError, as_os_error
 
@@ -21,27 +21,20 @@ class FeatureStore:
     path: folder of the array.
     rows, dimension: N and J.
     shard_rows: rows of a shard; the last may be short.
-    dtype: 'bfloat16' or 'float32', as stored.
+    dtype: 'bfloat16', 'float32' or 'int8', as stored.
+    blocks: columns that share a scale in int8; None is one block of all.
   """
 
-  def __init__(self, path: Path, rows: int, dimension: int, shard_rows: int, dtype: str):
-    self.rows, self.dimension, self.shard_rows, self.dtype = rows, dimension, shard_rows, np.dtype(dtype)
+  def __init__(self, path: Path, rows: int, dimension: int, shard_rows: int, dtype: str, blocks: Blocks | None = None):
+    self.rows, self.dimension, self.shard_rows = rows, dimension, shard_rows
+    self.rounding = Rounding(dtype, blocks or ((0, dimension),))
     self._done = Path(path).absolute().with_suffix('.done')
     self._done.mkdir(parents=True, exist_ok=True)
-    self._array = ts.open(
-      {
-        'driver': 'zarr3',
-        'kvstore': {'driver': 'file', 'path': str(Path(path).absolute())},
-        'metadata': {
-          'shape': [rows, dimension],
-          'data_type': dtype,
-          'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': [shard_rows, dimension]}},
-          'codecs': [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}],
-        },
-      },
-      open=True,
-      create=True,
-    ).result()
+    self._array = _open(path, (rows, dimension), shard_rows, dtype)
+    self._scales = None
+    if self.rounding.scaled:
+      scales = (rows, len(self.rounding.blocks))
+      self._scales = _open(path.with_suffix('.scales.zarr'), scales, shard_rows, 'float32')
 
   @property
   def shards(self) -> int:
@@ -63,13 +56,16 @@ class FeatureStore:
     """
     start, stop = self.bounds(shard)
     try:
-      self._array[start:stop].write(phi_BJ.astype(self.dtype)).result()
+      codes_BJ, scale_BK = self.rounding.encode(phi_BJ)
+      self._array[start:stop].write(codes_BJ).result()
+      if self._scales is not None and scale_BK is not None:
+        self._scales[start:stop].write(scale_BK).result()
     except ValueError as error:
       raise as_os_error(error, self._done.with_suffix('.zarr')) or error from error
     atomic.write_json(self._marker(shard), {'rows': [start, stop]})
 
   def read(self, shard: int) -> np.ndarray:
-    """One shard as stored.
+    """One shard as stored, of int8 the float32 that it stands for.
 
     Raises:
       UserError: it was never written, or its checksum is wrong.
@@ -77,7 +73,9 @@ class FeatureStore:
     start, stop = self.bounds(shard)
     try:
       json.loads(self._marker(shard).read_bytes())
-      return self._array[start:stop].read().result()
+      codes_BJ = self._array[start:stop].read().result()
+      scale_BK = None if self._scales is None else self._scales[start:stop].read().result()
+      return self.rounding.decode(codes_BJ, scale_BK)
     except (OSError, ValueError) as error:
       reason = str(error).splitlines()[0][:160]
       raise UserError(
@@ -93,3 +91,20 @@ class FeatureStore:
 
   def _marker(self, shard: int) -> Path:
     return self._done / f'{shard:06d}.json'
+
+
+def _open(path: Path, shape: tuple[int, int], shard_rows: int, dtype: str) -> ts.TensorStore:
+  return ts.open(
+    {
+      'driver': 'zarr3',
+      'kvstore': {'driver': 'file', 'path': str(Path(path).absolute())},
+      'metadata': {
+        'shape': list(shape),
+        'data_type': dtype,
+        'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': [shard_rows, shape[1]]}},
+        'codecs': [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}],
+      },
+    },
+    open=True,
+    create=True,
+  ).result()

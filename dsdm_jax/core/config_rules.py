@@ -138,9 +138,13 @@ RULES: Mapping[str, Rule] = {
   'features.projection': _one_of('two_sided', 'dense'),
   'features.dimension': _POSITIVE,
   'features.layers': _REGEX,
+  'features.mode': _one_of('store', 'stream', 'jvp'),
+  'features.gram_rows': _COUNT,
+  'features.precondition': _one_of('none', 'adam'),
+  'features.microbatch': _COUNT,
   'features.batch_size': _POSITIVE,
   'features.shard_rows': _POSITIVE,
-  'features.store_dtype': _one_of('bfloat16', 'float32'),
+  'features.store_dtype': _one_of('float32', 'bfloat16', 'int8'),
   'datamodel.damping': _above(0),
   'datamodel.damping_rule': _one_of('fixed', 'auto'),
   'datamodel.gram': _one_of('full', 'layers', 'joint'),
@@ -224,6 +228,18 @@ def _targets_known(targets: Iterable[str], tasks: Iterable[str]) -> bool:
 
 
 RELATIONS: tuple[Relation, ...] = (
+  Relation(
+    ('features.mode', 'features.projection'),
+    lambda mode, projection: mode != 'jvp' or projection == 'dense',
+    'scores in the dense projection, and features.projection = {1}',
+    'set --config.features.projection=dense, or --config.features.mode=stream',
+  ),
+  Relation(
+    ('features.microbatch', 'features.batch_size', 'mesh.data'),
+    lambda rows, batch, data: not rows or (batch % rows == 0 and (data == -1 or rows % data == 0)),
+    'must divide features.batch_size = {1} and be a multiple of mesh.data = {2}',
+    'set --config.features.microbatch=0 to take whole batches',
+  ),
   Relation(
     ('pool.max_document_bytes', 'pool.max_bytes'),
     lambda document, pool: document <= pool,

@@ -36,9 +36,13 @@ def token_margin(logits_LV: jax.Array, tokens_L: jax.Array) -> jax.Array:
   return (right_L - jax.nn.logsumexp(jnp.where(right_LV, -jnp.inf, logits_LV), axis=-1))[:-1]
 
 
-def _weighted_mean(values_L: jax.Array, weights_L: jax.Array) -> jax.Array:
+def _shares(values_L: jax.Array, weights_L: jax.Array) -> jax.Array:
   weights_L = weights_L[1:].astype(jnp.float32)
-  return jnp.sum(values_L * weights_L) / jnp.maximum(jnp.sum(weights_L), 1e-9)
+  return values_L * weights_L / jnp.maximum(jnp.sum(weights_L), 1e-9)
+
+
+def _weighted_mean(values_L: jax.Array, weights_L: jax.Array) -> jax.Array:
+  return jnp.sum(_shares(values_L, weights_L))
 
 
 def margin(logits_LV: jax.Array, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
@@ -49,3 +53,13 @@ def margin(logits_LV: jax.Array, tokens_L: jax.Array, weights_L: jax.Array) -> j
 def log_likelihood(logits_LV: jax.Array, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
   """Mean over counted tokens of log p, in nats."""
   return _weighted_mean(token_log_probability(logits_LV, tokens_L), weights_L)
+
+
+def margin_shares(logits_LV: jax.Array, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
+  """What each of tokens 1…L−1 adds to `margin`, shape [L−1]: for scores of single tokens."""
+  return _shares(token_margin(logits_LV, tokens_L), weights_L)
+
+
+def log_likelihood_shares(logits_LV: jax.Array, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
+  """What each of tokens 1…L−1 adds to `log_likelihood`, shape [L−1]."""
+  return _shares(token_log_probability(logits_LV, tokens_L), weights_L)

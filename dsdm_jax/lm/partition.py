@@ -40,3 +40,16 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(
     lambda path, x: NamedSharding(mesh, spec(path_name(path), x.shape, mesh)), tree
   )
+
+
+def gathered(tree: Any, mesh: Mesh) -> Any:
+  """`tree`, inside a jitted function, with what `data` splits put together again: what a batch over `data` works with.
+
+  Left to itself XLA may split activations by features instead and send those, batch after batch.
+  """
+
+  def whole(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    axes = [None if axis == DATA else axis for axis in spec(path_name(path), x.shape, mesh)]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+  return jax.tree_util.tree_map_with_path(whole, tree)

@@ -10,6 +10,7 @@ from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import DATA
 from dsdm_jax.lm import outputs
+from dsdm_jax.lm.partition import path_name
 
 from .conftest import BATCH, make_problem
 
@@ -44,26 +45,55 @@ def test_two_sided_is_the_projection_of_the_explicit_gradient(problem, one_devic
     assert _relative(phi_BJ[row], _explicit_two_sided(problem, step, row)) < ROUNDING
 
 
-def test_dense_is_the_projection_of_the_explicit_gradient(problem, one_device):
-  dimension = 96
-  step = DenseFeatures(problem.model, outputs.margin, dimension, 3, one_device)
+def _matrix(params, seed, checkpoint, dimension):
+  """R written out, [W, J], rows in tree order: whole blocks from each parameter's key, what is left from the last."""
+  sizes = [x.size for x in jax.tree.leaves(params)]
+  keys = rademacher.keys(params, seed, checkpoint)
+  left = sum(size % rademacher.BLOCK for size in sizes)
+  rest = [np.asarray(rademacher.signs(keys[-1], i, dimension)) for i in range(-(-left // rademacher.BLOCK))]
+  rest, used, rows = np.concatenate(rest), 0, []
+  for size, key in zip(sizes, keys[:-1], strict=True):
+    rows += [np.asarray(rademacher.signs(key, i, dimension)) for i in range(size // rademacher.BLOCK)]
+    rows.append(rest[used : used + size % rademacher.BLOCK])
+    used += size % rademacher.BLOCK
+  return np.concatenate(rows) / np.sqrt(dimension)
+
+
+def _flat(problem, row):
+  names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(problem.params)]
+  gradient = problem.gradient(row)
+  return np.concatenate([gradient[name].astype(np.float64).ravel() for name in names])
+
+
+@pytest.mark.parametrize(('microbatch', 'dimension'), [(0, 96), (2, 70)])
+def test_dense_is_the_projection_of_the_explicit_gradient(microbatch, dimension, one_device):
+  problem = make_problem(width=64, mlp_width=256)  # has parameters of more than a block, and others of less
+  step = DenseFeatures(problem.model, outputs.margin, dimension, 3, one_device, microbatch)
   phi_BJ = step(step.prepare(problem.params, 1), problem.tokens_BL, problem.weights_BL)
-  gradient = problem.gradient(5)
-  flat = [(partition_name(p), np.asarray(x)) for p, x in jax.tree_util.tree_leaves_with_path(problem.params)]
+  matrix_WJ = _matrix(problem.params, 3, 1, dimension)
+  for row in (0, 5):
+    assert _relative(phi_BJ[row], _flat(problem, row) @ matrix_WJ) < ROUNDING
+
+
+def test_transpose_is_the_transpose(one_device):
+  problem = make_problem(width=64, mlp_width=256)
+  u_JT = np.random.default_rng(0).normal(size=(70, 3)).astype(np.float32)
   keys = rademacher.keys(problem.params, 3, 1)
-  expected_J = np.zeros(dimension)
-  for (name, _), key in zip(flat, keys, strict=True):
-    g = gradient[name].astype(np.float64).ravel()
-    blocks = -(-g.size // rademacher.BLOCK)
-    signs = np.concatenate([np.asarray(rademacher.signs(key, i, dimension)) for i in range(blocks)])
-    expected_J += g @ signs[: g.size]
-  assert _relative(phi_BJ[5], expected_J / np.sqrt(dimension)) < ROUNDING
+  back = rademacher.transpose(u_JT, problem.params, keys)
+  flat_TW = np.concatenate([np.asarray(x).reshape(3, -1) for x in jax.tree.leaves(back)], axis=1)
+  assert _relative(flat_TW.T, _matrix(problem.params, 3, 1, 70) @ u_JT) < ROUNDING
 
 
-def partition_name(path):
-  from dsdm_jax.lm.partition import path_name
-
-  return path_name(path)
+def test_dense_columns_differ_between_checkpoints_at_every_dimension(plain_problem):
+  """Past 10,000 columns too, where a peer begins anew."""
+  key_sets = [rademacher.keys(plain_problem.params, 0, c) for c in (0, 1)]
+  for dimension in (1, 33, 12_000):
+    first, second = (np.asarray(rademacher.signs(keys[-1], 0, dimension)) for keys in key_sets)
+    agree_J = (first == second).mean(axis=0)
+    # Equal in half of 8,192 entries, give or take six standard deviations.
+    assert np.abs(agree_J - 0.5).max() < 6 * 0.5 / np.sqrt(rademacher.BLOCK)
+  same = np.asarray(rademacher.signs(key_sets[0][-1], 0, 12_000))
+  assert len(np.unique(same[:64], axis=1).T) == 12_000
 
 
 def test_features_do_not_depend_on_the_other_rows_of_the_batch(plain_problem, one_device):

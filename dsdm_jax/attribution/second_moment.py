@@ -1,0 +1,90 @@
+"""Preconditioning by Adam's second moments: inner products of g/(√v + ε) instead of g.
+
+Adam moves along g/(√v + ε), so this is the gradient in the coordinates that the proxy was trained in. In a dense
+projection it is exact. A two-sided projection has no entry of g to divide; there each layer's v ∈ R^{I×O} is replaced
+by the matrix of rank one with the same sums of rows r and of columns c, r cᵀ/Σr (Adafactor, arXiv 1804.04235), whose
+inverse root is a scaling of A's rows and of B's rows.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dsdm_jax.attribution.probes import ProbedLayer, Projections
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.lm.partition import path_name
+
+_FLOOR = 1e-12  # of the mean of v: an input that never fired would be divided by zero
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondMoment:
+  """Adam's v of every parameter.
+
+  Attributes:
+    of_path: path of the parameter → v, float32, freed of its bias towards zero.
+    epsilon: Adam's ε.
+  """
+
+  of_path: Mapping[str, jax.Array]
+  epsilon: float
+
+  @classmethod
+  def of_state(cls, opt_state: Any, b2: float, epsilon: float) -> 'SecondMoment':
+    """From an optax state that holds one `ScaleByAdamState`.
+
+    Raises:
+      UserError: it holds none, or no step was taken.
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
+    found = [x for x in leaves if isinstance(x, optax.ScaleByAdamState)]
+    if len(found) != 1 or not int(found[0].count):
+      raise UserError(
+        'features.precondition=adam needs second moments, and the proxy was not trained by Adam for a step; '
+        'set --config.features.precondition=none'
+      )
+    correction = 1 - b2 ** int(found[0].count)
+    leaves = jax.tree_util.tree_leaves_with_path(found[0].nu)
+    return cls({path_name(path): v / correction for path, v in leaves}, epsilon)
+
+  def scale(self, params: Any) -> Any:
+    """1/(√v + ε), a pytree like `params`."""
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: 1 / (jnp.sqrt(self.of_path[path_name(path)]) + self.epsilon), params
+    )
+
+  def into(self, layers: Sequence[ProbedLayer], projections: Projections) -> Projections:
+    """A and B that take the rank-one root of v along: (D_r A)ᵀ G (D_c B) with D_r D_c entries √(Σr/(r_i c_o))."""
+    scaled = {}
+    for layer in layers:
+      row_I, column_O = self._factors(layer)
+      a, b = projections[layer.path]
+      scaled[layer.path] = (a / jnp.asarray(row_I)[..., None], b / jnp.asarray(column_O)[..., None])
+    return scaled
+
+  def rank_one_error(self, layers: Sequence[ProbedLayer]) -> dict[str, float]:
+    """For each layer ‖g̃ − ĝ‖/‖g̃‖ of a typical gradient, whose entries are ±√v, preconditioned both ways.
+
+    Exact preconditioning makes each entry √v/(√v + ε), that of rank one √v/√(r cᵀ/Σr).
+    """
+    errors = {}
+    for layer in layers:
+      row_I, column_O = self._factors(layer)
+      root = np.sqrt(np.asarray(self.of_path[f'{layer.path}/kernel'], np.float64))
+      exact = root / (root + self.epsilon)
+      approximate = root / (row_I[..., :, None].astype(np.float64) * column_O[..., None, :])
+      errors[layer.path] = float(np.linalg.norm(approximate - exact) / (np.linalg.norm(exact) or 1.0))
+    return errors
+
+  def _factors(self, layer: ProbedLayer) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [*stack, I] and [*stack, O] whose outer product is √(r cᵀ/Σr) + ε, nearly."""
+    v = np.asarray(self.of_path[f'{layer.path}/kernel'], np.float64) + self.epsilon**2
+    v = v + _FLOOR * v.mean(axis=(-2, -1), keepdims=True)
+    row_I, column_O = v.mean(axis=-1), v.mean(axis=-2)
+    mean = row_I.mean(axis=-1, keepdims=True)
+    return np.sqrt(row_I).astype(np.float32), np.sqrt(column_O / mean).astype(np.float32)

@@ -1,0 +1,78 @@
+"""Scores by forward mode against dense features, which have an oracle of their own."""
+
+import jax
+import numpy as np
+import pytest
+
+from dsdm_jax.attribution.directional import DirectionalScores
+from dsdm_jax.attribution.gradients import DenseFeatures
+from dsdm_jax.core import flops
+from dsdm_jax.lm import outputs
+
+from .conftest import make_problem
+
+J = 96
+# Sums of a few ten thousand products in another order, relative to the largest score: 6e-8 · √(2.5e4) ≈ 1e-5.
+ROUNDING = 1e-5
+
+
+def _u(targets: int) -> np.ndarray:
+  return np.random.default_rng(1).normal(size=(J, targets)).astype(np.float32)
+
+
+def _explicit(problem, mesh, u_JT, output_fn=outputs.margin, checkpoint=1):
+  step = DenseFeatures(problem.model, output_fn, J, 3, mesh)
+  phi_BJ = step(step.prepare(problem.params, checkpoint), problem.tokens_BL, problem.weights_BL)
+  return np.asarray(phi_BJ, np.float64) @ u_JT
+
+
+def _close(got, wanted):
+  assert np.abs(np.asarray(got) - wanted).max() < ROUNDING * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize('targets', [1, 3])
+def test_agrees_with_dense_features(problem, one_device, targets):
+  scorer = DirectionalScores(problem.model, outputs.margin, 3, one_device)
+  got_BT = scorer(scorer.prepare(problem.params, _u(targets), 1), problem.tokens_BL, problem.weights_BL)
+  assert got_BT.dtype == np.float32
+  _close(got_BT, _explicit(problem, one_device, _u(targets)))
+
+
+def test_other_output_and_microbatches(plain_problem, one_device):
+  p = plain_problem
+  scorer = DirectionalScores(p.model, outputs.log_likelihood, 3, one_device, microbatch=2)
+  got_BT = scorer(scorer.prepare(p.params, _u(2), 1), p.tokens_BL, p.weights_BL)
+  _close(got_BT, _explicit(p, one_device, _u(2), outputs.log_likelihood))
+
+
+def test_same_scores_on_any_mesh(plain_problem, one_device, eight_devices):
+  p = plain_problem
+  scorer = DirectionalScores(p.model, outputs.margin, 3, eight_devices)
+  _close(scorer(scorer.prepare(p.params, _u(2), 1), p.tokens_BL, p.weights_BL), _explicit(p, one_device, _u(2)))
+
+
+def test_scores_of_tokens_add_up_and_are_of_their_tokens(plain_problem, one_device):
+  p, u_JT = plain_problem, _u(2)
+  whole, shares = (
+    np.asarray(scorer(scorer.prepare(p.params, u_JT, 1), p.tokens_BL, p.weights_BL))
+    for scorer in (DirectionalScores(p.model, f, 3, one_device) for f in (outputs.margin, outputs.margin_shares))
+  )
+  assert shares.shape == (8, 15, 2)
+  _close(shares.sum(axis=1), whole)
+  assert not shares[0, 4:8].any() and shares[1, 4:8].all()  # tokens 5 to 8 of row 0 weigh nothing
+  only = np.zeros((8, 16), np.float32)
+  only[:, 7] = 1
+  scorer = DirectionalScores(p.model, outputs.margin, 3, one_device)
+  alone = np.asarray(scorer(scorer.prepare(p.params, u_JT, 1), p.tokens_BL, jax.numpy.asarray(only)))
+  _close(shares[1, 6] * 15, alone[1])
+
+
+def test_targets_share_the_pass_over_values(one_device):
+  """Each target after the first costs two products of each three: the values are computed once."""
+  p = make_problem()
+  scorer = DirectionalScores(p.model, outputs.margin, 3, one_device)
+  one, two, three = (
+    flops.count(scorer.apply, scorer.prepare(p.params, _u(t), 1), p.tokens_BL, p.weights_BL) for t in (1, 2, 3)
+  )
+  assert three - two == two - one
+  assert two - one < 0.68 * one

@@ -1,0 +1,108 @@
+"""Features that are stored, made anew and never made give the same scores."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dsdm_jax.attribution import datamodel
+from dsdm_jax.attribution.directional import DirectionalScores
+from dsdm_jax.attribution.features import blocks
+from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
+from dsdm_jax.attribution.passes import DirectionalSource, PoolPass, Recomputed
+from dsdm_jax.attribution.rounding import Rounding
+from dsdm_jax.attribution.store import FeatureStore
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.lm import outputs
+
+from .conftest import LENGTH, VOCAB, make_problem
+
+ROWS, SHARD, BATCH, J = 45, 16, 8, 96
+
+
+@dataclasses.dataclass
+class Rows:
+  """As much of a pool as a pass reads; counts what was read."""
+
+  tokens_NL: np.ndarray
+  length: int = LENGTH
+  num_rows: int = ROWS
+  read: int = 0
+
+  def tokens(self, rows):
+    self.read += len(rows)
+    return self.tokens_NL[rows]
+
+
+@pytest.fixture
+def rows() -> Rows:
+  return Rows(np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32))
+
+
+def _source(step, rows, mesh, dtype='bfloat16', check=None, flop=lambda _: None):
+  rows_pass = PoolPass(step, step.prepare(make_problem().params, 0), rows, BATCH, mesh, flop, check)
+  return Recomputed(rows_pass, ROWS, step.dimension, SHARD, Rounding(dtype, blocks(step.describe(), step.dimension)))
+
+
+def _step(kind, mesh):
+  model = make_problem().model
+  if kind == 'dense':
+    return DenseFeatures(model, outputs.margin, J, 0, mesh, microbatch=4)
+  return TwoSidedFeatures(model, outputs.margin, '.*', J, 0, mesh)
+
+
+@pytest.mark.parametrize(('kind', 'dtype'), [('two_sided', 'bfloat16'), ('two_sided', 'int8'), ('dense', 'bfloat16')])
+def test_stored_and_made_anew_are_the_same_bits(kind, dtype, rows, one_device, tmp_path):
+  step = _step(kind, one_device)
+  source, columns = _source(step, rows, one_device, dtype), blocks(step.describe(), step.dimension)
+  store = FeatureStore(tmp_path / 'f.zarr', ROWS, source.dimension, SHARD, dtype, columns)
+  for shard in (2, 0, 1):  # as a resumed run may
+    ((_, _, phi_BJ),) = source.ranges([store.bounds(shard)])
+    store.write(shard, phi_BJ)
+  for (*bounds, phi_BJ), (*stored_bounds, stored_BJ) in zip(source, store, strict=True):
+    assert bounds == stored_bounds and phi_BJ.dtype == stored_BJ.dtype
+    np.testing.assert_array_equal(phi_BJ, stored_BJ)
+  u_JT = np.random.default_rng(1).normal(size=(source.dimension, 2))
+  np.testing.assert_array_equal(datamodel.gram(source)[0], datamodel.gram(store)[0])
+  np.testing.assert_array_equal(datamodel.scores(source, u_JT), datamodel.scores(store, u_JT))
+
+
+def test_scores_by_jvp_are_those_of_features(rows, one_device):
+  step, params = _step('dense', one_device), make_problem().params
+  features = _source(step, rows, one_device, dtype='float32')
+  scorer = DirectionalScores(make_problem().model, outputs.margin, 0, one_device)
+
+  def start(u_JT):
+    return PoolPass(scorer, scorer.prepare(params, u_JT, 0), rows, BATCH, one_device, lambda _: None)
+
+  source = DirectionalSource(features, 20, start)
+  (gram_JJ,) = datamodel.gram(source)
+  phi_NJ = np.concatenate([phi for _, _, phi in features]).astype(np.float64)
+  np.testing.assert_allclose(gram_JJ, phi_NJ[:20].T @ phi_NJ[:20] / 20, rtol=0, atol=1e-5 * np.abs(gram_JJ).max())
+  u_JT = np.random.default_rng(1).normal(size=(J, 3)) * 1e9
+  seen = []
+  got_NT = datamodel.scores(source, u_JT, seen.append)
+  assert sum(seen) == ROWS
+  assert np.abs(got_NT - phi_NJ @ u_JT).max() < 1e-5 * np.abs(phi_NJ @ u_JT).max()
+
+
+def test_a_range_is_checked_counted_and_read_once(rows, one_device):
+  flop, checked = [], []
+  step = _step('two_sided', one_device)
+  source = _source(step, rows, one_device, check=lambda phi, first: checked.append((first, len(phi))), flop=flop.append)
+  assert [stop - start for start, stop, _ in source] == [16, 16, 13]
+  assert checked == [(0, 16), (16, 16), (32, 13)]
+  assert rows.read == ROWS
+  assert len(flop) == 3 and len(set(flop)) == 1 and flop[0] > 0
+
+
+def test_what_a_check_or_a_read_raises_is_told(rows, one_device):
+  def refuse(phi_BJ, first):
+    raise UserError(f'row {first} is bad')
+
+  step = _step('two_sided', one_device)
+  with pytest.raises(UserError, match='row 0 is bad'):
+    list(_source(step, rows, one_device, check=refuse))
+  rows.tokens_NL = rows.tokens_NL[:40]
+  with pytest.raises(IndexError):
+    list(_source(step, rows, one_device))
