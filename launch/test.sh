@@ -36,5 +36,5 @@ status=0 # all four have their say, whatever the first ones find
 "$python" -m ruff format --check --quiet . || { printf '%s: mend with: ruff format\n' "$self" >&2 && status=1; }
 "$python" -m ruff check --output-format=concise . || status=1
 "$python" -m mypy || status=1
-"$python" -m pytest "$@" || status=1
+"$python" -m pytest -n 2 --dist loadscope "$@" || status=1
 exit "$status"

@@ -235,6 +235,15 @@ RELATIONS: tuple[Relation, ...] = (
     'set --config.features.projection=dense, or --config.features.mode=stream',
   ),
   Relation(
+    ('features.mode', 'datamodel.bootstrap', 'datamodel.groups', 'datamodel.unit_norm', 'datamodel.gram'),
+    lambda mode, bootstrap, groups, unit, gram: (
+      mode != 'jvp' or (bootstrap == 0 and groups == 1 and not unit and gram == 'full')
+    ),
+    'pays for each direction and has no features to scale or join: needs datamodel.bootstrap = 0 (it is {1}), '
+    "datamodel.groups = 1 ({2}), datamodel.unit_norm = False ({3}) and datamodel.gram = 'full' ({4!r})",
+    'set --config.datamodel.bootstrap=0 and --config.datamodel.groups=1, or --config.features.mode=stream',
+  ),
+  Relation(
     ('features.microbatch', 'features.batch_size', 'mesh.data'),
     lambda rows, batch, data: not rows or (batch % rows == 0 and (data == -1 or rows % data == 0)),
     'must divide features.batch_size = {1} and be a multiple of mesh.data = {2}',

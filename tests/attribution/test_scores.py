@@ -58,8 +58,8 @@ def run(tmp_path):
     for c in range(count):
       atomic.save_npy(folder / f'subset_{c}.npy', subsets[c])
     semantics = {
-      'projection': 'two_sided', 'layers': LAYERS, 'dimension': J, 'rows': N, 'checkpoints': count, 'shard_rows': 10,
-      'store_dtype': 'float32',
+      'projection': 'two_sided', 'layers': LAYERS, 'dimension': J, 'mode': 'store', 'rows': N, 'checkpoints': count,
+      'shard_rows': 10, 'store_dtype': 'float32',
     }  # fmt: skip
     name = f'features_{len(list(tmp_path.iterdir()))}'
     features, folder = make(name, semantics, {'features.output_fn': 'margin'})

@@ -230,6 +230,7 @@ def test_good_configs_pass(config):
     ),
     (changed(pool__max_document_bytes=9, pool__max_bytes=8), ['pool.max_document_bytes = 9', 'pool.max_bytes = 8']),
     (changed(pool__plant_targets=300), ['pool.plant_targets = 300', 'targets.max_examples = 256']),
+    (changed(features__projection='dense', features__mode='jvp'), ["features.mode = 'jvp'", 'datamodel.bootstrap=0']),
     (changed(selection__examples=7), ['selection.examples = 7', 'selection.epochs = 4', 'batch_size = 32']),
     (
       changed(targets__tasks=('docs',), selection__targets=('api_qa',)),

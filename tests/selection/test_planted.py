@@ -58,12 +58,13 @@ def share_above(tmp_path_factory) -> dict[str, np.ndarray]:
   assert done.returncode == 0, done.stderr[-3000:]
   pool = Pool(workdir / 'pool')
   features = Features(artifacts.open_stage(workdir, 'features'))
-  grams = [datamodel.gram(features.pool(c)) for c in range(features.checkpoints)]
+  grams = [datamodel.gram(features.pool(c))[0] for c in range(features.checkpoints)]
   found = {}
   for task in json.loads((workdir / 'targets/tasks.json').read_text()):
     score_NT = 0
     for c, gram_JJ in enumerate(grams):
-      u_JT = datamodel.solve(gram_JJ, features.target(task, c), config().datamodel.damping)
+      blocks = datamodel.whole(features.dimension)
+      u_JT = datamodel.solve([gram_JJ], blocks, features.target(task, c), config().datamodel.damping).u_JK
       score_NT = score_NT + datamodel.scores(features.pool(c), u_JT)
     others_NT = score_NT[pool.planted_N < 0]
     own = [(row, pool.planted[p]) for row, p in enumerate(pool.planted_N) if p >= 0 and pool.planted[p]['task'] == task]
