@@ -241,6 +241,13 @@ def _start_jax(config: ConfigDict, workdir: Path) -> None:
   """Settings that hold for the whole process, before the first array; then what can only be checked with devices."""
   import jax
 
+  simulated = jax.config.values['jax_num_cpu_devices'] > 1 or 'host_platform_device_count' in os.environ.get(
+    'XLA_FLAGS', ''
+  )
+  if simulated:
+    # Programs in flight share one pool of threads: with several, a collective of the first may wait for ever for a
+    # thread that the second holds.
+    jax.config.update('jax_cpu_enable_async_dispatch', False)
   check_devices(config, jax.device_count())
   check_callables(config)
   workdir.mkdir(parents=True, exist_ok=True)

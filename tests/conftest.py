@@ -26,6 +26,7 @@ assert 'jax' not in sys.modules, 'JAX was imported before tests/conftest.py coul
 os.environ |= {
   'JAX_PLATFORMS': 'cpu',
   'JAX_NUM_CPU_DEVICES': '8',
+  'JAX_CPU_ENABLE_ASYNC_DISPATCH': 'false',  # collectives of two programs in flight can wait for each other's threads
   'JAX_NUMPY_RANK_PROMOTION': 'raise',
   'JAX_COMPILATION_CACHE_DIR': str(_CACHE / 'jax' / _machine()),
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',

@@ -180,7 +180,7 @@ def test_cut_never_splits_a_character():
 def test_bad_names():
   with pytest.raises(UserError, match=r"pool\.source is 'web'.*installed_packages"):
     read(source='web')
-  with pytest.raises(UserError, match=r"pool\.source is 'nowhere:f'.*cannot be imported"):
+  with pytest.raises(UserError, match=r"pool\.source = 'nowhere:f'.*cannot be imported"):
     read(source='nowhere:f')
   with pytest.raises(UserError, match=r"pool\.kinds holds 'poems'"):
     read(kinds=('poems',))
