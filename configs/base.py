@@ -96,9 +96,8 @@ def get_config() -> ConfigDict:
   # store (features kept on disk) | stream (made anew for each pass of the datamodel, nothing kept) | jvp (dense only:
   # made for the Gram matrix of gram_rows, and rows scored by directional derivatives)
   c.features.mode = 'store'
-  c.features.gram_rows = (
-    0  # first rows of the pool, whose order is random, that the Gram matrix is of in mode jvp; 0: all
-  )
+  # first rows of the pool, whose order is random, that the Gram matrix is of in mode jvp; 0 takes all
+  c.features.gram_rows = 0
   c.features.precondition = 'none'  # none | adam: gradients divided by the root of the proxy's second moments
   c.features.batch_size = 32  # examples per step over all devices; a multiple of mesh.data
   # examples whose gradients are held at once, over all devices (dense, jvp): memory is near microbatch × parameters;
@@ -118,9 +117,8 @@ def get_config() -> ConfigDict:
   c.datamodel.target_share = 0.0  # share of the Gram's trace that comes from the targets' own examples; 0 to below 1
   c.datamodel.unit_norm = False  # features of rows and of target examples brought to norm one
   c.datamodel.recentre = False  # each inverse divided by its mean absolute entry, as TRAK's code does; changes scales
-  c.datamodel.q = (
-    False  # scores times 1 − mean predicted-token probability of the row (TRAK's Q); one more forward pass
-  )
+  # scores times 1 − mean predicted-token probability of the row (TRAK's Q); one more forward pass over the pool
+  c.datamodel.q = False
   # all | unseen (only over proxies that did not train on the row) | auto (unseen where proxies shift their own rows by
   # more than 0.1 standard deviations, and by more than chance)
   c.datamodel.average = 'auto'
