@@ -1,18 +1,5 @@
-"""One finished run for all tests that only look at it, and copies for those that change it."""
+"""The finished run and its copies are those of the pipeline's tests."""
 
-import shutil
-from pathlib import Path
+from tests.pipeline.conftest import copied, finished
 
-import pytest
-
-from tests.pipeline import runs
-
-
-@pytest.fixture(scope='session')
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  return runs.finished(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-  return Path(shutil.copytree(finished, tmp_path / 'run'))
+__all__ = ['copied', 'finished']
