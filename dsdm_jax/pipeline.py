@@ -245,9 +245,10 @@ def _start_jax(config: ConfigDict, workdir: Path) -> None:
     'XLA_FLAGS', ''
   )
   if simulated:
-    # Programs in flight share one pool of threads: with several, a collective of the first may wait for ever for a
-    # thread that the second holds.
+    # A collective waits on a thread for each device. XLA's pool has no more threads than devices or cores, so one that
+    # anything else holds, as a copy or a second program, leaves the others waiting for ever.
     jax.config.update('jax_cpu_enable_async_dispatch', False)
+    os.environ.setdefault('PJRT_NPROC', '128')
   check_devices(config, jax.device_count())
   check_callables(config)
   workdir.mkdir(parents=True, exist_ok=True)

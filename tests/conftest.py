@@ -27,6 +27,7 @@ os.environ |= {
   'JAX_PLATFORMS': 'cpu',
   'JAX_NUM_CPU_DEVICES': '8',
   'JAX_CPU_ENABLE_ASYNC_DISPATCH': 'false',  # collectives of two programs in flight can wait for each other's threads
+  'PJRT_NPROC': '64',  # and one program's collective for a thread that a copy holds: XLA's pool has eight otherwise
   'JAX_NUMPY_RANK_PROMOTION': 'raise',
   'JAX_COMPILATION_CACHE_DIR': str(_CACHE / 'jax' / _machine()),
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',

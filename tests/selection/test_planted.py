@@ -25,8 +25,11 @@ from tests.pipeline.tiny import get_config
 
 COUNT = 20
 CODE = """
+import os
 import sys
+devices = os.environ['JAX_NUM_CPU_DEVICES']
 import tests.conftest
+os.environ['JAX_NUM_CPU_DEVICES'] = devices
 from dsdm_jax import pipeline
 from tests.selection.test_planted import config
 for stage in ('pool', 'targets', 'proxies', 'features'):
