@@ -104,6 +104,10 @@ def get_config() -> ConfigDict:
   # a multiple of mesh.data that divides batch_size, or 0 for the whole batch
   c.features.microbatch = 0
   c.features.shard_rows = 1_024  # rows of one shard: the unit of work, of storage and of resume
+  # Several processes may share the stage, each started with --stage=features and its own number: jobs in all, and
+  # which of them this is, from 0. The features do not depend on either.
+  c.features.jobs = 1  # at least 1
+  c.features.job = 0  # below features.jobs
   c.features.store_dtype = 'bfloat16'  # float32 | bfloat16 | int8 (with a scale for each row and layer)
 
   # Datamodel: scores = φ(x)·(ΦᵀΦ/N + λI)⁻¹ mean target φ, averaged over proxies.

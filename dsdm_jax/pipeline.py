@@ -69,6 +69,7 @@ STAGES = (
   ),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
+_WHO = ('features.job', 'features.jobs')  # keys that say who works and not what is made: no stage depends on them
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None, rerun: bool = False) -> None:
@@ -86,6 +87,11 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
   validate(config)
   if only is not None and only not in NAMES:
     raise UserError(f'--stage={only} is no stage; stages are {", ".join(NAMES)}')
+  if config.features.jobs > 1 and (only != 'features' or rerun):
+    raise UserError(
+      f'config key features.jobs = {config.features.jobs} shares one stage among processes, each started with '
+      '--stage=features and without --rerun; finish the stages before it first, delete an old features folder by hand'
+    )
   workdir = Path(workdir).absolute()
   fresh = not workdir.exists()
   settings = flatten(config)
@@ -99,8 +105,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
     _start_jax(config, workdir)
   try:
     for stage in wanted:
-      standing = _standing(stage, settings, workdir, done)
-      done[stage.name] = standing or _run_stage(stage, config, settings, workdir, done)
+      made = _standing(stage, settings, workdir, done) or _run_stage(stage, config, settings, workdir, done)
+      if made is not None:
+        done[stage.name] = made
   except UserError:
     if fresh and not done and not any(artifacts.part_folder(workdir, name).exists() for name in NAMES):
       shutil.rmtree(workdir)
@@ -123,7 +130,7 @@ def _standing(stage: Stage, settings: Mapping, workdir: Path, done: Mapping[str,
 
 def _identity(stage: Stage, settings: Mapping, inputs: Mapping[str, str]) -> Identity:
   """What `stage` is to be made from; `inputs` are the digests of what it reads."""
-  chosen = select(settings, stage.keys)
+  chosen = {key: value for key, value in select(settings, stage.keys).items() if key not in _WHO}
   for task in chosen.get('targets.tasks', ()):
     if task.endswith('.jsonl'):  # the text counts, not only where it lies
       chosen[f'SHA-256 of {task}'] = hashlib.sha256(Path(task).read_bytes()).hexdigest()
@@ -177,7 +184,7 @@ def _finished(workdir: Path, settings: Mapping, only: str | None, rerun: bool) -
 
 def _holds_work(part: Path) -> bool:
   """Whether an unfinished stage left more than notes of its beginning."""
-  return any(path.name not in artifacts.NOTES for path in part.glob('*'))
+  return not all(artifacts.is_note(path) for path in part.glob('*'))
 
 
 def _upstream(name: str) -> set[str]:
@@ -196,11 +203,12 @@ def _refuse(workdir: Path, stage: Stage, phrases: list[str]) -> None:
 
 def _run_stage(
   stage: Stage, config: ConfigDict, settings: Mapping, workdir: Path, done: Mapping[str, Artifact]
-) -> Artifact:
+) -> Artifact | None:
+  """The finished stage; None where the job has done its part and others have not."""
   identity = _identity(stage, settings, _digests(stage, done))
   resumed = artifacts.begun(workdir, stage.name) == identity.as_json()
   out = artifacts.begin(workdir, identity)
-  log, cost = Log(workdir, stage.name), artifacts.Cost(out)
+  log, cost = Log(workdir, stage.name), artifacts.Cost(out, config.features.job)
   log.event('begin', resumed=resumed)
   print(f'{stage.name}: {"goes on where it stopped" if resumed else "runs"}', flush=True)
   began = time.monotonic()
@@ -211,17 +219,32 @@ def _run_stage(
       Context(config, out, inputs, log, cost)
     )
   except UserError:
-    if not _holds_work(out):  # then other settings need not be told apart from these
+    if config.features.jobs == 1 and not _holds_work(out):  # then other settings need not be told apart from these
       shutil.rmtree(out)
     raise
   finally:
     log.close()
     if out.is_dir():
       cost.add(seconds=time.monotonic() - began)
-  artifact = artifacts.commit(workdir, identity, semantics, cost)
+  if semantics is None:
+    log.event('shared', job=config.features.job, seconds=cost.seconds, flop=cost.flop)
+    print(f'{stage.name}: this job has done its part; the last one to end, or a run without jobs, finishes the stage')
+    return None
+  artifact = _commit(workdir, identity, semantics, cost)
   log.event('end', seconds=artifact.manifest['cost']['seconds'], flop=artifact.manifest['cost']['flop'])
   print(f'{stage.name}: done in {time.monotonic() - began:.1f} s', flush=True)
   return artifact
+
+
+def _commit(workdir: Path, identity: Identity, semantics: Mapping, cost: artifacts.Cost) -> Artifact:
+  try:
+    return artifacts.commit(workdir, identity, semantics, cost)
+  except FileNotFoundError:
+    # Two jobs may both see that nothing is missing; what the faster one put in place is the same.
+    found = artifacts.open_stage(workdir, identity.stage)
+    if found is None or found.manifest['identity'] != identity.as_json():
+      raise
+    return found
 
 
 def _publish(workdir: Path, settings: Mapping, done: Mapping[str, Artifact]) -> None:

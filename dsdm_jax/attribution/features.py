@@ -35,8 +35,11 @@ from dsdm_jax.training.step import abstract_model, trainer
 _FIDELITY_ROWS = 512  # of the first shard, whose inner products are compared before and after rounding
 
 
-def run(context: Context) -> dict:
-  """Leaves `<task>_<c>.npy` [T, J] (float32) for each proxy c, and in mode `store` `features_<c>.zarr` [N, J]."""
+def run(context: Context) -> dict | None:
+  """Leaves `<task>_<c>.npy` [T, J] (float32) for each proxy c, and in mode `store` `features_<c>.zarr` [N, J].
+
+  None where this is one of several jobs and what the others make is not all there.
+  """
   config = context.config
   pool, targets = Pool(context.inputs['pool']), Targets(context.inputs['targets'])
   proxies = _Proxies(context, pool)
@@ -53,6 +56,9 @@ def run(context: Context) -> dict:
       _target_features(context, step, prepared, checkpoint, targets, proxies.mesh)
       if stored:
         _pool_features(context, step, proxies.source(checkpoint, prepared), checkpoint, bar)
+  # Only now: by the time that this job has ended, others may have filled what was missing when it began.
+  if not all(_complete(context, targets, pool.num_rows, step, c) for c in range(config.proxies.count)):
+    return None
   store = {k: config.features[k] for k in ('mode', 'shard_rows', 'store_dtype', 'precondition')}
   if step.describe()['projection'] == 'two_sided' and config.features.precondition == 'adam':
     store['rank_one_error'] = errors
@@ -138,11 +144,12 @@ def _picked(step: FeatureStep, wished: int) -> str:
 
 
 def _pool_features(context: Context, step: FeatureStep, source: Recomputed, checkpoint: int, bar: tqdm.tqdm) -> None:
-  """Computes the shards that are not there yet; a shard is written while the next one is computed."""
+  """Computes what is not there yet of this job's shards; a shard is written while the next one is computed."""
   features = context.config.features
   columns = blocks(step.describe(), step.dimension)
   store = open_store(context.out, checkpoint, source.rows, step.dimension, features, columns)
-  missing = store.missing()
+  mine = _share(store.shards, features)
+  missing = [shard for shard in store.missing() if shard in mine]
   bar.update(source.rows - sum(stop - start for start, stop in map(store.bounds, missing)))
   with ThreadPoolExecutor(1) as writer:
     written: Future | None = None
@@ -157,13 +164,29 @@ def _pool_features(context: Context, step: FeatureStep, source: Recomputed, chec
       written.result()
 
 
+def _share(count: int, features: ConfigDict) -> range:
+  """Which of `count` shards are this job's: neighbours, and for no job more than one beyond any other's."""
+  return range(count * features.job // features.jobs, count * (features.job + 1) // features.jobs)
+
+
+def _complete(context: Context, targets: Targets, rows: int, step: FeatureStep, checkpoint: int) -> bool:
+  if not all((context.out / f'{task}_{checkpoint}.npy').is_file() for task in targets.tasks):
+    return False
+  features = context.config.features
+  if features.mode != 'store':
+    return True
+  columns = blocks(step.describe(), step.dimension)
+  return not open_store(context.out, checkpoint, rows, step.dimension, features, columns).missing()
+
+
 def _target_features(
   context: Context, step: FeatureStep, prepared: Any, checkpoint: int, targets: Targets, mesh: Mesh
 ) -> None:
-  batch = context.config.features.batch_size
-  for task in targets.tasks:
+  features = context.config.features
+  batch = features.batch_size
+  for number, task in enumerate(targets.tasks, start=checkpoint * len(targets.tasks)):
     file = context.out / f'{task}_{checkpoint}.npy'
-    if file.is_file():
+    if number % features.jobs != features.job or file.is_file():
       continue
     examples = targets.examples(task, 'target')
     parts = []

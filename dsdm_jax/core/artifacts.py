@@ -7,12 +7,15 @@ what is inside.
 """
 
 import dataclasses
+import errno
+import fnmatch
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,7 @@ from dsdm_jax.core.errors import UserError
 
 MANIFEST = 'manifest.json'
 _BEGUN = 'begun.json'
-_COST = 'cost.json'
-NOTES = (_BEGUN, _COST)  # what is beside the work of an unfinished stage
+_COST = 'cost*.json'  # one for each job that shares the stage
 _PACKAGES = (
   'jax jaxlib flax optax orbax-checkpoint seqio tensorflow tensorflow-datasets ml_collections numpy scipy'
 ).split()
@@ -150,27 +152,54 @@ def begun(workdir: Path, stage: str) -> Mapping[str, Any] | None:
 
 
 def begin(workdir: Path, identity: Identity) -> Path:
-  """Opens the folder to write in: goes on with an unfinished attempt of the same identity, discards any other."""
+  """Opens the folder to write in: goes on with an unfinished attempt of the same identity, discards any other.
+
+  Several jobs may begin at once: the folder appears with its identity in it, and one of them makes it.
+  """
   part = part_folder(workdir, identity.stage)
   if part.is_dir() and begun(workdir, identity.stage) != identity.as_json():
     shutil.rmtree(part)
   if not part.is_dir():
-    part.mkdir(parents=True)
-    atomic.write_json(part / _BEGUN, identity.as_json())
+    part.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=part.parent, prefix=f'.{part.name}.'))
+    made.chmod(0o777 & ~atomic.umask())  # a temporary folder is for its owner alone, a stage is not
+    atomic.write_json(made / _BEGUN, identity.as_json())
+    try:
+      made.rename(part)
+    except OSError as error:
+      shutil.rmtree(made)
+      if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        raise
+      if begun(workdir, identity.stage) != identity.as_json():
+        raise UserError(
+          f'{part} was begun at this moment with other settings; start again when that run has ended'
+        ) from error
   return part
 
 
-class Cost:
-  """Seconds and floating-point operations spent on a stage, over all attempts at it."""
+def is_note(path: Path) -> bool:
+  """Whether a file of an unfinished stage's folder is a note on the attempt and no part of the work."""
+  return path.name == _BEGUN or fnmatch.fnmatch(path.name, _COST)
 
-  def __init__(self, part: Path):
-    self._file = part / _COST
-    try:
-      spent = json.loads(self._file.read_bytes())
-    except (OSError, ValueError):
-      spent = {'seconds': 0.0, 'flop': 0.0}
+
+class Cost:
+  """Seconds and floating-point operations spent on a stage, over all attempts at it.
+
+  Args:
+    part: folder of the unfinished stage.
+    job: which of several that work on the stage at once; each keeps an account of its own.
+  """
+
+  def __init__(self, part: Path, job: int = 0):
+    self._file = part / _COST.replace('*', f'_{job}' if job else '')
+    spent = _spent(self._file)
     self.seconds: float = spent['seconds']
     self.flop: float = spent['flop']
+
+  def of_all_jobs(self) -> dict[str, float]:
+    accounts = [_spent(file) for file in sorted(self._file.parent.glob(_COST)) if file != self._file]
+    accounts.append({'seconds': self.seconds, 'flop': self.flop})
+    return {key: sum(account[key] for account in accounts) for key in ('seconds', 'flop')}
 
   def add(self, *, seconds: float = 0.0, flop: float = 0.0) -> None:
     self.seconds += seconds
@@ -178,16 +207,22 @@ class Cost:
     atomic.write_json(self._file, {'seconds': self.seconds, 'flop': self.flop})
 
 
+def _spent(file: Path) -> dict[str, float]:
+  try:
+    return json.loads(file.read_bytes())
+  except (OSError, ValueError):
+    return {'seconds': 0.0, 'flop': 0.0}
+
+
 def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost: Cost) -> Artifact:
   """Writes the manifest, syncs it and puts the folder in place, over an older one of that stage."""
   part = part_folder(workdir, identity.stage)
-  for name in NOTES:
-    (part / name).unlink(missing_ok=True)
+  spent = cost.of_all_jobs()
   manifest = {
     'identity': identity.as_json(),
-    'files': checksums(part),
+    'files': {name: entry for name, entry in checksums(part).items() if not is_note(Path(name))},
     'semantics': dict(semantics),
-    'cost': {'seconds': round(cost.seconds, 3), 'flop': cost.flop},
+    'cost': {'seconds': round(spent['seconds'], 3), 'flop': spent['flop']},
     'versions': versions(),
   }
   atomic.write_json(part / MANIFEST, manifest)
@@ -196,6 +231,9 @@ def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost
 
 def finish_commit(workdir: Path, stage: str) -> Artifact:
   part, final = part_folder(workdir, stage), folder(workdir, stage)
+  # Not before the manifest stands: without its notes, what a kill left would be taken for another run's work.
+  for path in [path for path in part.iterdir() if is_note(path)]:
+    path.unlink(missing_ok=True)
   if final.is_dir():
     # Renamed first: a kill in the middle of the deletion must not leave half an artifact in its place.
     old = final.with_name(f'{stage}.old')

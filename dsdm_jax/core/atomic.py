@@ -20,7 +20,7 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
       f.write(data)
       f.flush()
       os.fsync(f.fileno())
-    os.chmod(temporary, 0o666 & ~_umask())  # a temporary file is for its owner alone, a result is not
+    os.chmod(temporary, 0o666 & ~umask())  # a temporary file is for its owner alone, a result is not
     os.replace(temporary, path)
   except BaseException:
     Path(temporary).unlink(missing_ok=True)
@@ -28,7 +28,7 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 
 @functools.cache
-def _umask() -> int:
+def umask() -> int:
   mask = os.umask(0)
   os.umask(mask)
   return mask

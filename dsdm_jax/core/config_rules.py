@@ -144,6 +144,8 @@ RULES: Mapping[str, Rule] = {
   'features.microbatch': _COUNT,
   'features.batch_size': _POSITIVE,
   'features.shard_rows': _POSITIVE,
+  'features.jobs': _POSITIVE,
+  'features.job': _COUNT,
   'features.store_dtype': _one_of('float32', 'bfloat16', 'int8'),
   'datamodel.damping': _above(0),
   'datamodel.damping_rule': _one_of('fixed', 'auto'),
@@ -248,6 +250,12 @@ RELATIONS: tuple[Relation, ...] = (
     lambda rows, batch, data: not rows or (batch % rows == 0 and (data == -1 or rows % data == 0)),
     'must divide features.batch_size = {1} and be a multiple of mesh.data = {2}',
     'set --config.features.microbatch=0 to take whole batches',
+  ),
+  Relation(
+    ('features.job', 'features.jobs'),
+    lambda job, jobs: job < jobs,
+    'must be below features.jobs = {1}, as jobs count from 0',
+    'set --config.features.job to a number from 0 to features.jobs - 1',
   ),
   Relation(
     ('pool.max_document_bytes', 'pool.max_bytes'),

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -118,6 +119,32 @@ def test_unfinished_attempt_of_the_same_settings_is_gone_on_with_and_any_other_d
   assert (artifacts.begin(workdir, IDENTITY) / 'half').exists()
   assert (Cost(out).seconds, Cost(out).flop) == (2, 5)
   assert not (artifacts.begin(workdir, Identity('pool', 2, {}, {})) / 'half').exists()
+
+
+def test_jobs_that_begin_at_once_share_one_folder_and_each_keeps_its_cost(workdir):
+  with ThreadPoolExecutor(8) as threads:
+    for number in range(20):
+      identity = Identity('pool', 1, {'pool.length': number}, {})
+      folder = workdir / str(number)
+      outs = list(threads.map(lambda _, f=folder, i=identity: artifacts.begin(f, i), range(8)))
+      assert set(outs) == {folder / 'pool.part'}
+      assert artifacts.begun(folder, 'pool') == identity.as_json()
+      assert [p.name for p in folder.iterdir()] == ['pool.part']
+  for job in range(3):
+    Cost(outs[0], job).add(seconds=1 + job, flop=10)
+  again = Cost(outs[0], 2)
+  assert again.seconds == 3
+  made = artifacts.commit(folder, identity, {}, again)
+  assert made.manifest['cost'] == {'seconds': 6, 'flop': 30}
+  assert [p.name for p in made.path.iterdir()] == ['manifest.json']
+
+
+def test_kill_while_checksums_are_taken_keeps_the_work(workdir, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(artifacts, 'checksums', lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      make(workdir, one='work')
+  assert (artifacts.begin(workdir, IDENTITY) / 'one').read_text() == 'work'
 
 
 def test_commit_over_an_older_artifact(workdir):

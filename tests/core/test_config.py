@@ -55,6 +55,8 @@ BAD: dict[str, list] = {
   'features.microbatch': [-1],
   'features.batch_size': [0],
   'features.shard_rows': [0],
+  'features.jobs': (0,),
+  'features.job': (-1, 1),
   'features.store_dtype': ['float16', 'int4'],
   'datamodel.damping': [0.0, -0.1],
   'datamodel.damping_rule': ['lds'],

@@ -1,0 +1,103 @@
+"""Features shared among jobs: on one disk at once, on disks of their own, and on other numbers of devices."""
+
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from dsdm_jax import pipeline
+from dsdm_jax.attribution.features import Features
+from dsdm_jax.core import artifacts
+from dsdm_jax.core.errors import UserError
+from tests.pipeline import runs
+from tests.pipeline.tiny import get_config
+
+JOBS = 3
+
+
+def flags(job, workdir):
+  return (
+    runs.TINY, f'--workdir={workdir}', '--stage=features', f'--config.features.jobs={JOBS}',
+    f'--config.features.job={job}',
+  )  # fmt: skip
+
+
+def config_of(job):
+  config = get_config()
+  config.features.jobs, config.features.job = JOBS, job
+  return config
+
+
+@pytest.fixture
+def begun(finished, tmp_path):
+  """A run that stands as far as the proxies."""
+  folder = tmp_path / 'run'
+  for stage in ('pool', 'targets', 'proxies'):
+    shutil.copytree(finished / stage, folder / stage)
+  return folder
+
+
+@pytest.mark.slow
+def test_jobs_and_another_number_of_devices_make_what_one_run_makes(begun, finished, tmp_path, capsys):
+  """Jobs 0 (one device) and 1 (two) at once on one disk, job 2 (eight) on its own; a run without jobs finishes it."""
+  elsewhere = shutil.copytree(begun, tmp_path / 'elsewhere')
+  started = [
+    subprocess.Popen(
+      runs.command(*flags(job, begun)), cwd=runs.ROOT, env=runs.environment(devices=1 + job),
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) for job in (0, 1)
+  ]  # fmt: skip
+  pipeline.run(config_of(2), elsewhere, 'features')
+  for process in started:
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-3000:]
+    assert 'this job has done its part' in out
+  assert not (begun / 'features').exists() and not (elsewhere / 'features').exists()
+  shutil.copytree(elsewhere / 'features.part', begun / 'features.part', dirs_exist_ok=True)
+  costs = [artifacts.Cost(begun / 'features.part', job).flop for job in range(JOBS)]
+  assert min(costs) > 0
+  pipeline.run(get_config(), begun, 'features')
+
+  made, wanted = (artifacts.open_stage(folder, 'features') for folder in (begun, finished))
+  assert made.manifest['identity'] == wanted.manifest['identity']
+  assert made.manifest['cost']['flop'] == sum(costs), 'the last run made nothing anew'
+  assert made.manifest['cost']['flop'] == pytest.approx(wanted.manifest['cost']['flop'], rel=1e-9)
+  assert not [name for name in made.manifest['files'] if name.startswith(('cost', 'begun'))]
+  mine, theirs = Features(made), Features(wanted)
+  for checkpoint in range(mine.checkpoints):
+    (first, *_, last), others = list(mine.pool(checkpoint)), list(theirs.pool(checkpoint))
+    np.testing.assert_array_equal(first[2], others[0][2])  # one device, as in the undisturbed run
+    a_BJ, b_BJ = last[2].astype(np.float32), others[-1][2].astype(np.float32)
+    # 1e-5 of the row apart before both are rounded to bfloat16, which may put the two a step of 2^-7 apart.
+    assert np.all(np.abs(a_BJ - b_BJ) <= 2**-7 * np.abs(b_BJ) + 1e-5 * np.linalg.norm(b_BJ, axis=1, keepdims=True))
+    for task in get_config().targets.tasks:
+      a_TJ, b_TJ = mine.target(task, checkpoint), theirs.target(task, checkpoint)
+      assert np.all(np.linalg.norm(a_TJ - b_TJ, axis=1) <= 1e-5 * np.linalg.norm(b_TJ, axis=1))
+
+
+def test_the_last_job_finishes_the_stage(begun):
+  for job in (2, 0, 1):
+    pipeline.run(config_of(job), begun, 'features')
+    assert (begun / 'features').exists() == (job == 1)
+  artifacts.open_stage(begun, 'features').verify()
+
+
+def test_of_two_jobs_that_end_at_once_the_slower_takes_what_the_faster_put_in_place(workdir):
+  identity = artifacts.Identity('pool', 1, {}, {})
+  out = artifacts.begin(workdir, identity)
+  costs = [artifacts.Cost(out, job) for job in (0, 1)]
+  first, second = (pipeline._commit(workdir, identity, {'rows': 3}, cost) for cost in costs)
+  assert first.manifest == second.manifest
+  with pytest.raises(FileNotFoundError):
+    pipeline._commit(workdir, artifacts.Identity('pool', 2, {}, {}), {}, costs[1])
+
+
+@pytest.mark.parametrize(('only', 'rerun'), [(None, False), ('datamodel', False), ('features', True)])
+def test_jobs_are_for_the_features_stage_alone(workdir, only, rerun):
+  with pytest.raises(UserError, match=r'features\.jobs = 3 shares one stage .* --stage=features'):
+    pipeline.run(config_of(0), workdir, only, rerun)
+  config = config_of(0)
+  config.features.job = 3
+  with pytest.raises(UserError, match=r'features\.job = 3 must be below features\.jobs = 3'):
+    pipeline.run(config, workdir, 'features')
