@@ -41,6 +41,7 @@ def training() -> ConfigDict:
   c.adam_b1 = 0.9
   c.adam_b2 = 0.95
   c.adam_eps = 1e-8
+  c.adam_eps_root = 0.0  # added to second moments under the root; training is smoother in its data where it is not 0
   c.gradient_clip = 1.0  # global norm; 0 turns it off
   c.save_every_steps = 200  # an Orbax checkpoint to resume from; 0 saves only the end
   c.keep_checkpoints = 1  # the newest ones; at least 1

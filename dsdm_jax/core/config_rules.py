@@ -106,6 +106,7 @@ _TRAIN_RULES = {
   'adam_b1': _within(0, 1, '[)'),
   'adam_b2': _within(0, 1, '[)'),
   'adam_eps': _above(0),
+  'adam_eps_root': _COUNT,
   'gradient_clip': _COUNT,
   'save_every_steps': _COUNT,
   'keep_checkpoints': _POSITIVE,

@@ -19,7 +19,7 @@ def make(config: ConfigDict) -> optax.GradientTransformation:
   clip = optax.clip_by_global_norm(config.gradient_clip) if config.gradient_clip else optax.identity()
   return optax.chain(
     clip,
-    optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps),
+    optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps, eps_root=config.adam_eps_root),
     optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
   )
 

@@ -67,17 +67,23 @@ class Trainer:
     self.batch_sharding = batch
     self.init = jax.jit(init, out_shardings=self.shardings)
     self.step = jax.jit(
-      self._step,
+      self.apply,
       in_shardings=(self.shardings, batch, batch, replicated(mesh)),
       out_shardings=(self.shardings, replicated(mesh)),
       donate_argnums=0,
     )
 
-  def _step(
+  def logits(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array) -> jax.Array:
+    """The model's forward pass: logits_BLV; pure."""
+    return nnx.merge(self.graphdef, params, rest)(tokens_BL)
+
+  def apply(
     self, state: TrainState, tokens_BL: jax.Array, weight_B: jax.Array, steps: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The pure function behind `step`."""
+
     def loss_fn(params: nnx.State) -> jax.Array:
-      logits_BLV = nnx.merge(self.graphdef, params, state.rest)(tokens_BL)
+      logits_BLV = self.logits(params, state.rest, tokens_BL)
       nll_BL = -jax.vmap(token_log_probability)(logits_BLV, tokens_BL)
       return jnp.sum(weight_B * jnp.mean(nll_BL, axis=1)) / tokens_BL.shape[0]
 

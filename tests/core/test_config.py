@@ -100,6 +100,7 @@ for _train in ('proxies.train', 'pretraining.train'):
     f'{_train}.adam_b1': [-0.1, 1.0],
     f'{_train}.adam_b2': [-0.1, 1.0],
     f'{_train}.adam_eps': [0.0, -1e-8],
+    f'{_train}.adam_eps_root': [-1e-8],
     f'{_train}.gradient_clip': [-1.0],
     f'{_train}.save_every_steps': [-1],
     f'{_train}.keep_checkpoints': [0],
