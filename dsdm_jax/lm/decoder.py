@@ -26,14 +26,18 @@ def _norm(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
   return nnx.LayerNorm(config.width, epsilon=1e-5, use_bias=config.bias, rngs=rngs)
 
 
-def rotate(x_BLHK: jax.Array) -> jax.Array:
-  """Rotary position embedding (arXiv 2104.09864) over the whole head (of even size), base 10,000, in float32."""
+def rotate(x_BLHK: jax.Array, position_BL: jax.Array | None = None) -> jax.Array:
+  """Rotary position embedding (arXiv 2104.09864) over the whole head (of even size), base 10,000, in float32.
+
+  `position_BL`, int32, is where each token stands in its sequence; None takes 0…L−1 for every row.
+  """
   half = x_BLHK.shape[-1] // 2
   frequency_K = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle_LK = jnp.arange(x_BLHK.shape[1], dtype=jnp.float32)[:, None] * frequency_K[None]
-  cos_LHK, sin_LHK = jnp.cos(angle_LK)[:, None], jnp.sin(angle_LK)[:, None]
+  if position_BL is None:
+    position_BL = jnp.arange(x_BLHK.shape[1])[None]
+  angle_BLHK = position_BL.astype(jnp.float32)[..., None, None] * frequency_K[None, None, None]
+  cos, sin = jnp.cos(angle_BLHK), jnp.sin(angle_BLHK)
   a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos_LHK[None], sin_LHK[None]
   return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BLHK.dtype)
 
 
@@ -53,15 +57,20 @@ class Attention(nnx.Module):
     self.out = _linear(config.width, config.width, config, rngs, scale=(2 * config.layers) ** -0.5)
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    q_BLHK, k_BLHK, v_BLHK = self.project(x_BLD)
+    y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, is_causal=True)
+    return self.out(y_BLHK.reshape(*x_BLD.shape[:2], -1))
+
+  def project(self, x_BLD: jax.Array, position_BL: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of tokens at `position_BL`, see `rotate`; keys and values have `kv_heads` heads."""
     batch, length, _ = x_BLD.shape
     group = self.heads // self.kv_heads
     qkv = self.qkv(x_BLD).reshape(batch, length, self.kv_heads, group + 2, self.head_size)
     q_BLHK = qkv[..., :group, :].reshape(batch, length, self.heads, self.head_size)
     k_BLHK, v_BLHK = qkv[..., group, :], qkv[..., group + 1, :]
     if self.rope:
-      q_BLHK, k_BLHK = rotate(q_BLHK), rotate(k_BLHK)
-    y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, is_causal=True)
-    return self.out(y_BLHK.reshape(batch, length, -1))
+      q_BLHK, k_BLHK = rotate(q_BLHK, position_BL), rotate(k_BLHK, position_BL)
+    return q_BLHK, k_BLHK, v_BLHK
 
 
 class Mlp(nnx.Module):
@@ -120,10 +129,19 @@ class Decoder(nnx.Module):
     )
 
   def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+    return self.logits(self._run_blocks(self.embed(tokens_BL)))
+
+  def embed(self, tokens_BL: jax.Array, position_BL: jax.Array | None = None) -> jax.Array:
+    """What the first block is given; `position_BL` as in `rotate`."""
     x_BLD = self.embedding(tokens_BL)
-    if self.positions is not None:
-      x_BLD = x_BLD + self.positions(jnp.arange(tokens_BL.shape[1]))[None]
-    x_BLD = self._run_blocks(x_BLD)
+    if self.positions is None:
+      return x_BLD
+    if position_BL is None:
+      position_BL = jnp.arange(tokens_BL.shape[1])[None]
+    return x_BLD + self.positions(position_BL)
+
+  def logits(self, x_BLD: jax.Array) -> jax.Array:
+    """Logits [B, L, V] in float32 of what the last block gave."""
     x_BLD = self.norm(x_BLD).astype(self.dtype)
     if self.head is not None:
       return self.head(x_BLD).astype(jnp.float32)
