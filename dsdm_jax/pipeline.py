@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import artifacts, atomic, memory
+from dsdm_jax.core import artifacts, atomic, lock, memory
 from dsdm_jax.core.artifacts import Artifact, Identity
 from dsdm_jax.core.config import check_callables, check_devices, flatten, select, validate
 from dsdm_jax.core.errors import UserError
@@ -82,7 +82,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
     rerun: replace stages that were made with other settings instead of refusing.
 
   Raises:
-    UserError: bad config or state. Nothing was written if that can be told beforehand.
+    UserError: bad config or state, or another run has the workdir. Nothing was written if that can be told beforehand.
   """
   validate(config)
   if only is not None and only not in NAMES:
@@ -93,9 +93,14 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
       '--stage=features and without --rerun; finish the stages before it first, delete an old features folder by hand'
     )
   workdir = Path(workdir).absolute()
-  fresh = not workdir.exists()
   settings = flatten(config)
   tasks.check_files(config.targets)
+  with lock.hold(workdir) as fresh:
+    _run_in(workdir, fresh, config, settings, only, rerun)
+
+
+def _run_in(workdir: Path, fresh: bool, config: ConfigDict, settings: Mapping, only: str | None, rerun: bool) -> None:
+  """`run` in a workdir that nobody else has; where nothing was begun in a fresh one, nothing is left there."""
   done = _finished(workdir, settings, only, rerun)
   wanted = [s for s in STAGES if s.name not in done and only in (None, s.name)]
   for stage in STAGES:
@@ -110,12 +115,20 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
         done[stage.name] = made
   except UserError:
     if fresh and not done and not any(artifacts.part_folder(workdir, name).exists() for name in NAMES):
-      shutil.rmtree(workdir)
+      _clear(workdir)
     raise
   if 'evaluation' in done and only in (None, 'evaluation'):
     _publish(workdir, settings, done)
   if 'report' in done and only in (None, 'report'):
     print(f'report: {done["report"].path / "index.html"}')
+
+
+def _clear(workdir: Path) -> None:
+  for path in workdir.iterdir():
+    if path.is_dir():
+      shutil.rmtree(path)
+    elif path.name != lock.LOCK:
+      path.unlink()
 
 
 def _standing(stage: Stage, settings: Mapping, workdir: Path, done: Mapping[str, Artifact]) -> Artifact | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsdm_jax import pipeline
+from dsdm_jax.core import lock
 from tests.pipeline import runs
 
 
@@ -103,6 +104,14 @@ def test_target_file_that_is_not_utf8(tmp_path):
   file.write_bytes(b'{"context": "a", "answer": "b"}\n{"context": "\xff", "answer": "b"}\n')
   message = runs.refused(runs.TINY, f'--workdir={tmp_path / "run"}', f'--config.targets.tasks=("{file}",)')
   assert f'{file}, line 2: not UTF-8' in message
+
+
+def test_workdir_that_another_run_has(copied):
+  with lock.hold(copied):
+    before = runs.fingerprint(copied)
+    message = runs.refused(runs.TINY, f'--workdir={copied}')
+    assert f'{copied} is in use by process {os.getpid()} of ' in message
+    assert runs.fingerprint(copied) == before
 
 
 @pytest.mark.parametrize(

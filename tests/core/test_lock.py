@@ -1,0 +1,153 @@
+"""One run on a workdir, tried with real processes: the second is refused, the dead give way, of many only one wins."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from dsdm_jax.core import lock
+from dsdm_jax.core.errors import UserError
+from tests.conftest import ROOT
+
+HOLDER = """
+  import pathlib, sys, time
+  from dsdm_jax.core import errors, lock
+  lock.TOUCH_SECONDS = 0.05
+  try:
+    with lock.hold(pathlib.Path(sys.argv[1])):
+      print('held', flush=True)
+      sys.stdin.readline()
+  except errors.UserError as error:
+    print(f'refused: {error}', flush=True)
+"""
+
+
+@contextlib.contextmanager
+def holder(workdir: Path):
+  """A process that tries for the lock at once and, where it has it, keeps it until its input ends."""
+  process = subprocess.Popen(
+    [sys.executable, '-c', textwrap.dedent(HOLDER), str(workdir)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )  # fmt: skip
+  try:
+    yield process
+  finally:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+      stream.close()
+
+
+def edit(workdir: Path, **changes) -> None:
+  file = workdir / lock.LOCK
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_second_is_refused_and_told_by_whom(workdir):
+  with holder(workdir) as first:
+    assert first.stdout.readline() == 'held\n'
+    with pytest.raises(UserError, match=f'in use by process {first.pid} of .+ on .+, for 0 min .+ delete') as refused:
+      lock.hold(workdir).__enter__()
+    assert '\n' not in str(refused.value)
+    first.stdin.close()
+    assert first.wait(10) == 0
+  assert list(workdir.iterdir()) == []
+  with lock.hold(workdir) as made:
+    assert not made
+
+
+def test_same_process_is_refused_too(workdir):
+  with lock.hold(workdir), pytest.raises(UserError, match=f'process {os.getpid()} '):
+    lock.hold(workdir).__enter__()
+
+
+@pytest.mark.parametrize('reaped', [True, False], ids=['gone', 'zombie'])
+def test_dead_owner_gives_way(workdir, capsys, reaped):
+  with holder(workdir) as first:
+    assert first.stdout.readline() == 'held\n'
+    first.send_signal(signal.SIGKILL)
+    if reaped:
+      first.wait()
+    else:
+      while lock._started(first.pid):
+        time.sleep(0.001)
+    with lock.hold(workdir):
+      assert json.loads((workdir / lock.LOCK).read_text())['pid'] == os.getpid()
+  assert f'process {first.pid}' in capsys.readouterr().out
+
+
+def test_another_process_of_the_same_number_is_not_the_owner(workdir):
+  with lock.hold(workdir):
+    edit(workdir, started='1')
+    taken = lock.hold(workdir)
+    taken.__enter__()
+    taken.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(('age', 'refused'), [(lock.DEAD_SECONDS / 2, True), (lock.DEAD_SECONDS * 2, False)])
+def test_owner_on_another_machine_is_judged_by_age(workdir, age, refused):
+  held = lock.hold(workdir)
+  held.__enter__()
+  edit(workdir, machine='another', host='elsewhere', pid=1)
+  os.utime(workdir / lock.LOCK, (time.time() - age,) * 2)
+  second = lock.hold(workdir)
+  if refused:
+    with pytest.raises(UserError, match='process 1 of .* on elsewhere'):
+      second.__enter__()
+  else:
+    second.__enter__()
+    second.__exit__(None, None, None)
+  held.__exit__(None, None, None)
+
+
+def test_living_owner_touches_its_lock(workdir):
+  with holder(workdir) as first:
+    assert first.stdout.readline() == 'held\n'
+    os.utime(workdir / lock.LOCK, (0, 0))
+    limit = time.monotonic() + 10
+    while (workdir / lock.LOCK).stat().st_mtime == 0:
+      assert time.monotonic() < limit
+      time.sleep(0.01)
+
+
+def test_owner_whose_lock_was_taken_stops(workdir):
+  with holder(workdir) as first:
+    assert first.stdout.readline() == 'held\n'
+    edit(workdir, token='of another')
+    assert first.wait(10) == 2
+    assert 'was taken from this run' in first.stderr.read()
+  assert (workdir / lock.LOCK).is_file()
+
+
+def test_of_many_after_one_that_died_only_one_gets_it(workdir):
+  """Six at once find the lock of a dead process."""
+  with lock.hold(workdir):
+    edit(workdir, started='1')
+    with contextlib.ExitStack() as stack:
+      processes = [stack.enter_context(holder(workdir)) for _ in range(6)]
+      said = [next(line for line in p.stdout if 'is dead' not in line) for p in processes]
+  assert said.count('held\n') == 1
+  assert sum(line.startswith('refused: ') for line in said) == 5
+
+
+@pytest.mark.parametrize('content', ['', '{"pid"', '[]', '{}'])
+def test_lock_that_says_nothing_is_nobodys(workdir, content):
+  (workdir / lock.LOCK).write_text(content)
+  with lock.hold(workdir):
+    pass
+
+
+def test_folder_in_which_nothing_came_goes_again(tmp_path):
+  with lock.hold(tmp_path / 'run') as made:
+    assert made
+  assert list(tmp_path.iterdir()) == []
+  with lock.hold(tmp_path / 'run'):
+    (tmp_path / 'run' / 'pool').mkdir()
+  assert [p.name for p in (tmp_path / 'run').iterdir()] == ['pool']
