@@ -57,6 +57,14 @@ def get_config() -> ConfigDict:
   c.mesh.data = -1  # devices that share a batch; -1 takes all that mesh.model leaves
   c.mesh.model = 1  # devices that share weights; data × model = number of devices
 
+  # Several processes as one run (docs/pretraining.md): the same command on each, but for distributed.process.
+  c.distributed = ConfigDict()
+  c.distributed.coordinator = ''  # '' (one process) | 'host:port' of process 0 | auto (TPU pods, Slurm, Open MPI)
+  c.distributed.processes = 1  # how many are started; with auto, how many must find each other
+  c.distributed.process = 0  # which of them this is, from 0; not looked at with auto
+  c.distributed.heartbeat_seconds = 100  # a process that is not heard of for so long is lost, and ends the others
+  c.distributed.start_seconds = 300  # for all processes to come together
+
   # Candidate pool: documents → tokens → rows of exactly `length` tokens.
   c.pool = ConfigDict()
   c.pool.source = 'installed_packages'  # registered source, see dsdm_jax/data/sources.py

@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dsdm_jax import pipeline
+from dsdm_jax.core import distributed
 from dsdm_jax.core.command_line import explain
 from dsdm_jax.core.errors import UserError
 
@@ -56,4 +57,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  distributed.leave(main())

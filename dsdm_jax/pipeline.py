@@ -1,5 +1,6 @@
 """The stages in order, each with what it reads, what it depends on and where its code is: the table of contents."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -7,12 +8,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import artifacts, atomic, lock, memory
+from dsdm_jax.core import artifacts, atomic, distributed, lock, memory
 from dsdm_jax.core.artifacts import Artifact, Identity
 from dsdm_jax.core.config import check_callables, check_devices, flatten, select, validate
 from dsdm_jax.core.errors import UserError
@@ -30,6 +31,7 @@ class Stage:
     keys: prefixes of the config keys that it depends on.
     code: 'module:function' below `dsdm_jax`.
     format: version of what it writes.
+    everywhere: whether all processes run it together; process 0 alone runs the others.
   """
 
   name: str
@@ -37,6 +39,7 @@ class Stage:
   keys: tuple[str, ...]
   code: str
   format: int = 1
+  everywhere: bool = False
 
 
 STAGES = (
@@ -45,7 +48,7 @@ STAGES = (
   # Tasks → examples that the datamodel sees, and a holdout that it never does.
   Stage('targets', ('pool',), ('targets',), 'data.targets:run'),
   # Small models on random subsets.
-  Stage('proxies', ('pool',), ('seed', 'proxies'), 'training.proxies:run'),
+  Stage('proxies', ('pool',), ('seed', 'proxies'), 'training.proxies:run', everywhere=True),
   # Projected per-example gradients, of the pool and of the targets.
   Stage('features', ('pool', 'targets', 'proxies'), ('seed', 'features', 'proxies'), 'attribution.features:run', 2),
   # Features → one score per row and target, in closed form.
@@ -56,11 +59,13 @@ STAGES = (
   # Scores → rows for each arm.
   Stage('selection', ('pool', 'datamodel'), ('seed', 'selection', 'pretraining.seeds'), 'selection.select:run'),
   # One model per arm and seed, on a seqio mixture of its rows.
-  Stage('pretraining', ('pool', 'selection'), ('seed', 'model', 'pretraining'), 'training.pretraining:run'),
+  Stage(
+    'pretraining', ('pool', 'selection'), ('seed', 'model', 'pretraining'), 'training.pretraining:run', everywhere=True
+  ),
   # Every model on every task; differences with intervals.
   Stage(
     'evaluation', ('pool', 'targets', 'selection', 'pretraining'),
-    ('evaluation', 'model', 'pretraining'), 'evaluation.evaluate:run',
+    ('evaluation', 'model', 'pretraining'), 'evaluation.evaluate:run', everywhere=True,
   ),
   # One page that shows it all.
   Stage(
@@ -92,35 +97,50 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
       f'config key features.jobs = {config.features.jobs} shares one stage among processes, each started with '
       '--stage=features and without --rerun; finish the stages before it first, delete an old features folder by hand'
     )
-  workdir = Path(workdir).absolute()
   settings = flatten(config)
+  with distributed.running(config, settings):
+    _run(config, settings, Path(workdir).absolute(), only, rerun)
+
+
+def _run(config: ConfigDict, settings: Mapping, workdir: Path, only: str | None, rerun: bool) -> None:
   tasks.check_files(config.targets)
-  with lock.hold(workdir) as fresh:
+  with _held(workdir) as fresh:
     _run_in(workdir, fresh, config, settings, only, rerun)
+
+
+@contextlib.contextmanager
+def _held(workdir: Path) -> Iterator[bool]:
+  """The workdir for all processes, by the lock that process 0 has; yields whether it was made."""
+  with contextlib.ExitStack() as stack:
+    yield distributed.decide(lambda: stack.enter_context(lock.hold(workdir)))
 
 
 def _run_in(workdir: Path, fresh: bool, config: ConfigDict, settings: Mapping, only: str | None, rerun: bool) -> None:
   """`run` in a workdir that nobody else has; where nothing was begun in a fresh one, nothing is left there."""
-  done = _finished(workdir, settings, only, rerun)
+  done = _opened(workdir, distributed.decide(lambda: list(_finished(workdir, settings, only, rerun))))
   wanted = [s for s in STAGES if s.name not in done and only in (None, s.name)]
   for stage in STAGES:
     if stage.name in done and only in (None, stage.name):
-      print(f'{stage.name}: reused from {done[stage.name].path}')
+      _tell(f'{stage.name}: reused from {done[stage.name].path}')
   if wanted:
     _start_jax(config, workdir)
   try:
     for stage in wanted:
-      made = _standing(stage, settings, workdir, done) or _run_stage(stage, config, settings, workdir, done)
+      if distributed.decide(lambda: _stands(stage, settings, workdir, done)):  # noqa: B023  called at once
+        done |= _opened(workdir, [stage.name])
+        continue
+      made = _run_stage(stage, config, settings, workdir, done)
       if made is not None:
         done[stage.name] = made
   except UserError:
-    if fresh and not done and not any(artifacts.part_folder(workdir, name).exists() for name in NAMES):
+    left = any(artifacts.part_folder(workdir, name).exists() for name in NAMES)
+    if distributed.is_first() and fresh and not done and not left:
       _clear(workdir)
     raise
-  if 'evaluation' in done and only in (None, 'evaluation'):
+  if 'evaluation' in done and only in (None, 'evaluation') and distributed.is_first():
     _publish(workdir, settings, done)
   if 'report' in done and only in (None, 'report'):
-    print(f'report: {done["report"].path / "index.html"}')
+    _tell(f'report: {done["report"].path / "index.html"}')
 
 
 def _clear(workdir: Path) -> None:
@@ -131,14 +151,24 @@ def _clear(workdir: Path) -> None:
       path.unlink()
 
 
-def _standing(stage: Stage, settings: Mapping, workdir: Path, done: Mapping[str, Artifact]) -> Artifact | None:
-  """What stands of a stage whose inputs had to be made anew and came out the same."""
+def _tell(text: str) -> None:
+  if distributed.is_first():
+    print(text, flush=True)
+
+
+def _opened(workdir: Path, names: Iterable[str]) -> dict[str, Artifact]:
+  found = {name: artifacts.open_stage(workdir, name) for name in names}
+  return {name: artifact for name, artifact in found.items() if artifact is not None}
+
+
+def _stands(stage: Stage, settings: Mapping, workdir: Path, done: Mapping[str, Artifact]) -> bool:
+  """Whether a stage whose inputs had to be made anew stands, because they came out the same."""
   found = artifacts.open_stage(workdir, stage.name)
   if found is None or found.manifest['identity'] != _identity(stage, settings, _digests(stage, done)).as_json():
-    return None
+    return False
   found.verify()
   print(f'{stage.name}: reused from {found.path}')
-  return found
+  return True
 
 
 def _identity(stage: Stage, settings: Mapping, inputs: Mapping[str, str]) -> Identity:
@@ -219,33 +249,37 @@ def _run_stage(
 ) -> Artifact | None:
   """The finished stage; None where the job has done its part and others have not."""
   identity = _identity(stage, settings, _digests(stage, done))
-  resumed = artifacts.begun(workdir, stage.name) == identity.as_json()
-  out = artifacts.begin(workdir, identity)
-  log, cost = Log(workdir, stage.name), artifacts.Cost(out, config.features.job)
+  first = distributed.is_first()
+  resumed = distributed.decide(lambda: artifacts.begun(workdir, stage.name) == identity.as_json())
+  out = Path(distributed.decide(lambda: str(artifacts.begin(workdir, identity))))
+  log, cost = Log(workdir, stage.name, enabled=first), artifacts.Cost(out, config.features.job, enabled=first)
   log.event('begin', resumed=resumed)
-  print(f'{stage.name}: {"goes on where it stopped" if resumed else "runs"}', flush=True)
+  _tell(f'{stage.name}: {"goes on where it stopped" if resumed else "runs"}')
   began = time.monotonic()
   module, function = stage.code.split(':')
   try:
     inputs = {name: done[name] for name in stage.reads}
-    semantics = getattr(importlib.import_module(f'dsdm_jax.{module}'), function)(
-      Context(config, out, inputs, log, cost)
-    )
+    run_stage = getattr(importlib.import_module(f'dsdm_jax.{module}'), function)
+    context = Context(config, out, inputs, log, cost, first)
+    semantics = run_stage(context) if stage.everywhere else distributed.decide(lambda: run_stage(context))
+    distributed.wait()
   except UserError:
-    if config.features.jobs == 1 and not _holds_work(out):  # then other settings need not be told apart from these
+    # An empty attempt is taken away: other settings need not be told apart from these.
+    if first and config.features.jobs == 1 and not _holds_work(out):
       shutil.rmtree(out)
     raise
   finally:
     log.close()
-    if out.is_dir():
+    if first and out.is_dir():
       cost.add(seconds=time.monotonic() - began)
   if semantics is None:
     log.event('shared', job=config.features.job, seconds=cost.seconds, flop=cost.flop)
-    print(f'{stage.name}: this job has done its part; the last one to end, or a run without jobs, finishes the stage')
+    _tell(f'{stage.name}: this job has done its part; the last one to end, or a run without jobs, finishes the stage')
     return None
-  artifact = _commit(workdir, identity, semantics, cost)
+  distributed.decide(lambda: _commit(workdir, identity, semantics, cost).digest)
+  artifact = _opened(workdir, [stage.name])[stage.name]
   log.event('end', seconds=artifact.manifest['cost']['seconds'], flop=artifact.manifest['cost']['flop'])
-  print(f'{stage.name}: done in {time.monotonic() - began:.1f} s', flush=True)
+  _tell(f'{stage.name}: done in {time.monotonic() - began:.1f} s')
   return artifact
 
 
@@ -280,14 +314,16 @@ def _start_jax(config: ConfigDict, workdir: Path) -> None:
   simulated = jax.config.values['jax_num_cpu_devices'] > 1 or 'host_platform_device_count' in os.environ.get(
     'XLA_FLAGS', ''
   )
-  if simulated:
+  if simulated or distributed.count() > 1:
     # A collective waits on a thread for each device. XLA's pool has no more threads than devices or cores, so one that
     # anything else holds, as a copy or a second program, leaves the others waiting for ever.
     jax.config.update('jax_cpu_enable_async_dispatch', False)
     os.environ.setdefault('PJRT_NPROC', '128')
+  distributed.check_devices_are_ours()
   check_devices(config, jax.device_count())
   check_callables(config)
-  workdir.mkdir(parents=True, exist_ok=True)
+  distributed.decide(lambda: workdir.mkdir(parents=True, exist_ok=True))
+  distributed.check_shared(workdir)
   if jax.default_backend() == 'cpu':
     memory.keep_freed_memory()
   if jax.config.values['jax_compilation_cache_dir'] is None:

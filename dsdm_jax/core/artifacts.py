@@ -188,9 +188,11 @@ class Cost:
   Args:
     part: folder of the unfinished stage.
     job: which of several that work on the stage at once; each keeps an account of its own.
+    enabled: False on every process of a job but the first: each counts the FLOP of all.
   """
 
-  def __init__(self, part: Path, job: int = 0):
+  def __init__(self, part: Path, job: int = 0, enabled: bool = True):
+    self._enabled = enabled
     self._file = part / _COST.replace('*', f'_{job}' if job else '')
     spent = _spent(self._file)
     self.seconds: float = spent['seconds']
@@ -204,7 +206,8 @@ class Cost:
   def add(self, *, seconds: float = 0.0, flop: float = 0.0) -> None:
     self.seconds += seconds
     self.flop += flop
-    atomic.write_json(self._file, {'seconds': self.seconds, 'flop': self.flop})
+    if self._enabled:
+      atomic.write_json(self._file, {'seconds': self.seconds, 'flop': self.flop})
 
 
 def _spent(file: Path) -> dict[str, float]:

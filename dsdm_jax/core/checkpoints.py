@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from dsdm_jax.core import distributed
 from dsdm_jax.core.errors import UserError, as_os_error
 
 
@@ -36,7 +37,7 @@ class Checkpoints:
     Raises:
       OSError: the disk is full, found now or while the save before this one was written.
     """
-    self._want_room(state)
+    distributed.decide(lambda: self._want_room(state))
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record)))
     try:
       self._manager.save(step, args=args)
@@ -84,8 +85,10 @@ class Checkpoints:
   def __enter__(self) -> 'Checkpoints':
     return self
 
-  def __exit__(self, *exc_info: object) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+    # A save in flight ends when all processes have written; after a failure the others may be gone.
+    if kind is None or distributed.count() == 1:
+      self.close()
 
 
 def _abstract(x: Any) -> Any:

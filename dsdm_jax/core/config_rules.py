@@ -118,6 +118,14 @@ RULES: Mapping[str, Rule] = {
   'seed': _COUNT,
   'mesh.data': Rule(lambda v: v == -1 or v >= 1, 'must be at least 1, or -1 for all devices that mesh.model leaves'),
   'mesh.model': _POSITIVE,
+  'distributed.coordinator': Rule(
+    lambda v: v in ('', 'auto') or bool(re.fullmatch(r'[^\s/]+:[1-9]\d{0,4}', v)),
+    "must be 'host:port' of process 0, auto, or '' for one process",
+  ),
+  'distributed.processes': _POSITIVE,
+  'distributed.process': _COUNT,
+  'distributed.heartbeat_seconds': _at_least(5),
+  'distributed.start_seconds': _POSITIVE,
   'pool.source': _either(_one_of(*SOURCES), _NAME),
   'pool.kinds': _some_of(*KINDS),
   'pool.max_bytes': _POSITIVE,
@@ -231,6 +239,18 @@ def _targets_known(targets: Iterable[str], tasks: Iterable[str]) -> bool:
 
 
 RELATIONS: tuple[Relation, ...] = (
+  Relation(
+    ('distributed.process', 'distributed.processes'),
+    lambda process, processes: process < processes,
+    'must be less than distributed.processes = {1}: they count from 0',
+    'give each process a number of its own below {1}',
+  ),
+  Relation(
+    ('distributed.processes', 'distributed.coordinator'),
+    lambda processes, coordinator: processes == 1 or coordinator != '',
+    "needs distributed.coordinator, the 'host:port' of process 0, for the processes to find each other",
+    'set --config.distributed.coordinator, or --config.distributed.processes=1',
+  ),
   Relation(
     ('features.mode', 'features.projection'),
     lambda mode, projection: mode != 'jvp' or projection == 'dense',

@@ -1,7 +1,10 @@
 """The device mesh: axis `data` shares batches, axis `model` shares weights."""
 
+from typing import Any
+
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -25,3 +28,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Leading axis over `data`, the rest whole."""
   return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+  """Host arrays, the same on every process, as global arrays of which each process holds its devices' part."""
+  if jax.process_count() == 1:
+    return jax.device_put(tree, sharding)
+  return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+
+
+def fetch(tree: Any) -> Any:
+  """Global arrays as whole NumPy arrays on every process. All processes must call."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)

@@ -20,6 +20,8 @@ class Context:
     inputs: the committed artifacts that the stage declared to read, by name of their stage.
     log: bars, events and scalars.
     cost: what the attempts at this stage have spent; the pipeline adds the seconds.
+    first: whether this process is the one that writes what all processes have alike. A stage that all of them run must
+      look at files through `distributed.decide`, so that all go the same way.
   """
 
   config: ConfigDict
@@ -27,6 +29,7 @@ class Context:
   inputs: Mapping[str, Artifact]
   log: Log
   cost: Cost
+  first: bool = True
 
   def add_flop(self, flop: float) -> None:
     """Adds floating-point operations to the stage's cost (a multiply-add is two)."""

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dsdm_jax.core import atomic, flops
+from dsdm_jax.core import atomic, distributed, flops
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import Pool
@@ -32,16 +33,28 @@ def run(context: Context) -> dict:
   with context.log.bar(total=len(index), desc='evaluation', unit='model') as bar:
     for entry in index:
       file = context.out / 'runs' / f'{entry["name"]}.npz'
-      if not file.is_file():
+      if not distributed.decide(file.is_file):
         state = load_state(pretrained / entry['name'], compiled)
         arrays = {}
         for (task, split), e in examples.items():
           logprob_I, accuracy_I = scorer.score(state, e.tokens_TL, e.weights_TL)
           arrays[f'logprob__{task}__{split}'], arrays[f'accuracy__{task}__{split}'] = logprob_I, accuracy_I
         context.add_flop(_flop(scorer, state, examples))
-        atomic.save_npz(file, **arrays)
+        if context.first:
+          atomic.save_npz(file, **arrays)
       bar.update(1)
 
+  if context.first:
+    _summarize(context, index, examples)
+  return {
+    'logprob': 'mean over the answer tokens of log p, nats; higher is better',
+    'accuracy': 'share of items whose every answer token is the argmax, teacher-forced',
+    'intervals': 'conditional on one selection: proxies and scores were made once',
+  }
+
+
+def _summarize(context: Context, index: list[dict[str, Any]], examples: dict[tuple[str, str], Examples]) -> None:
+  config = context.config
   items = _gather(context.out / 'runs', [entry['name'] for entry in index])
   runs = [{'method': e['method'], 'target_mix': e['target'], 'seed': e['seed']} for e in index]
   atomic.save_npz(context.out / 'items.npz', **items)
@@ -58,11 +71,6 @@ def run(context: Context) -> dict:
     config={},
   )
   atomic.write_json(context.out / 'results.json', found)
-  return {
-    'logprob': 'mean over the answer tokens of log p, nats; higher is better',
-    'accuracy': 'share of items whose every answer token is the argmax, teacher-forced',
-    'intervals': 'conditional on one selection: proxies and scores were made once',
-  }
 
 
 def _flop(scorer: Scorer, state: TrainState, examples: dict[tuple[str, str], Examples]) -> float:

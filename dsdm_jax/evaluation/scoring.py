@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsdm_jax.core.mesh import fetch, place
 from dsdm_jax.lm.outputs import log_likelihood
 from dsdm_jax.training.step import Trainer, TrainState
 
@@ -37,7 +38,7 @@ class Scorer:
 
   def score(self, state: TrainState, tokens_IL: np.ndarray, weights_IL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     parts = [
-      jax.device_get(self._step(state.params, state.rest, tokens_BL, weights_BL))
+      fetch(self._step(state.params, state.rest, tokens_BL, weights_BL))
       for tokens_BL, weights_BL in self._batches(tokens_IL, weights_IL)
     ]
     logprob_I, accuracy_I = (np.concatenate(column)[: len(tokens_IL)] for column in zip(*parts, strict=True))
@@ -48,4 +49,4 @@ class Scorer:
       stop = start + self._batch_size
       missing = max(0, stop - len(tokens_IL))
       pair = tuple(np.pad(x[start:stop], ((0, missing), (0, 0))) for x in (tokens_IL, weights_IL))
-      yield jax.device_put(pair, self._trainer.batch_sharding)
+      yield place(pair, self._trainer.batch_sharding)

@@ -12,9 +12,10 @@ import numpy as np
 import tqdm
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import atomic, flops
+from dsdm_jax.core import atomic, distributed, flops
 from dsdm_jax.core.checkpoints import Checkpoints
 from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.mesh import place
 from dsdm_jax.core.stage import Context
 from dsdm_jax.training.step import Trainer, TrainState
 
@@ -47,7 +48,7 @@ def train(
     The logged lines: step (1-based), loss in nats per token, gradient norm, learning rate, tokens so far.
   """
   record_file = context.out / f'{name}.jsonl'
-  if record_file.is_file():
+  if distributed.decide(record_file.is_file):
     bar.update(steps)
     return read_history(record_file)
   with Checkpoints(context.out / name, keep=config.keep_checkpoints) as checkpoints:
@@ -60,7 +61,8 @@ def train(
     state = _run(context, trainer, name, state, history, batches(start), steps, config, bar, checkpoints)
     if checkpoints.latest != steps:
       checkpoints.save(steps, state, {'history': history})
-  atomic.write_text(record_file, ''.join(json.dumps(line) + '\n' for line in history))
+  if context.first:
+    atomic.write_text(record_file, ''.join(json.dumps(line) + '\n' for line in history))
   context.log.event('trained', run=name, steps=steps, loss=history[-1]['loss'])
   return history
 
@@ -84,7 +86,7 @@ def _run(
   began = time.monotonic()
   for step in range(start + 1, steps + 1):
     batch = next(batches)
-    tokens_BL, weight_B = jax.device_put((batch['tokens_BL'], batch['weight_B']), trainer.batch_sharding)
+    tokens_BL, weight_B = place((batch['tokens_BL'], batch['weight_B']), trainer.batch_sharding)
     if not flop_per_step:
       flop_per_step = flops.count(trainer.step, state, tokens_BL, weight_B, total)
       tokens_per_step = tokens_BL.size

@@ -31,7 +31,8 @@ def run(context: Context) -> dict:
   with context.log.bar(total=steps * proxies.count, desc='proxies', unit='step') as bar:
     for checkpoint in range(proxies.count):
       rows = subset(config.seed, checkpoint, pool.num_rows, size)
-      atomic.save_npy(context.out / f'subset_{checkpoint}.npy', rows)
+      if context.first:
+        atomic.save_npy(context.out / f'subset_{checkpoint}.npy', rows)
       schedule = Schedule.single(f'proxy_{checkpoint}', rows, steps * proxies.train.batch_size, config.seed)
       history = loop.train(
         context, compiled, f'proxy_{checkpoint}', prng.stream(config.seed, 'init', 'proxy', checkpoint),

@@ -34,9 +34,13 @@ class Stop(Exception):  # noqa: N818  what a kill is to the loop
   pass
 
 
-def context(folder: Path) -> Context:
+def context(folder: Path, first: bool = True) -> Context:
   folder.mkdir(parents=True, exist_ok=True)
-  return Context(None, folder, {}, Log(folder, 'test', enabled=False), Cost(folder))
+  return Context(None, folder, {}, Log(folder, 'test', enabled=False), Cost(folder, enabled=first), first)
+
+
+def key() -> jax.Array:
+  return jax.random.key(1)
 
 
 def stream(asked: list[int] | None = None, stop_before: int = STEPS + 1, seed: int = 0):
@@ -66,10 +70,8 @@ def trainer():
   return make_trainer(**KEYS)
 
 
-def train(folder: Path, trainer, batches_from, bar=None, **keys):
-  return loop.train(
-    context(folder), trainer, 'model', jax.random.key(1), batches_from, STEPS, config(**keys), bar or Bar()
-  )
+def train(folder: Path, trainer, batches_from, bar=None, first: bool = True, **keys):
+  return loop.train(context(folder, first), trainer, 'model', key(), batches_from, STEPS, config(**keys), bar or Bar())
 
 
 @pytest.fixture(scope='module')

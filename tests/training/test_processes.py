@@ -1,0 +1,45 @@
+"""Two processes train as one with as many devices does, to the bit, and go on after one of them was lost."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.core.test_distributed import ends, free_port
+from tests.training import test_loop
+from tests.training.test_step import make_trainer
+
+
+def train(folder: Path, kill_after: int = -1) -> list[tuple[int, str, str]]:
+  address = f'127.0.0.1:{free_port()}'
+  return ends([
+    subprocess.Popen(
+      [sys.executable, '-m', 'tests.training.two_processes', address, str(process), str(folder), str(kill_after)],
+      cwd=ROOT, env=os.environ | {'JAX_NUM_CPU_DEVICES': '1', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'},
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for process in (0, 1)
+  ])  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def one_process(tmp_path_factory):
+  """(trainer on two devices of this process, folder of its run)."""
+  trainer, folder = make_trainer(2, **test_loop.KEYS), tmp_path_factory.mktemp('one')
+  test_loop.train(folder, trainer, test_loop.stream())
+  return trainer, folder
+
+
+def test_killed_and_resumed_run_of_two_processes_is_the_run_of_one(one_process, tmp_path):
+  trainer, wanted = one_process
+  (code, _, err), (killed, _, _) = train(tmp_path, kill_after=5)
+  assert (code, killed) == (1, -9), err
+  assert 'dsdm_jax: process 0: a step that all processes take together failed' in err
+  assert not (tmp_path / 'model.jsonl').exists()
+  assert any(path.name.isdecimal() for path in (tmp_path / 'model').iterdir()), 'a checkpoint to go on from'
+  for code, _, err in train(tmp_path):
+    assert code == 0, err
+  test_loop.assert_same(tmp_path, wanted, trainer)

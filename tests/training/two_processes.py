@@ -1,0 +1,40 @@
+"""Trains on two processes; started by test_processes.py as `two_processes.py ADDRESS PROCESS FOLDER KILL_AFTER`."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import tests.conftest  # isort: skip  # noqa: F401  sets the environment before JAX is imported
+import jax
+
+from configs import base
+from dsdm_jax.core import config as checks
+from dsdm_jax.core import distributed
+from tests.training import test_loop
+from tests.training.test_step import make_trainer
+
+
+def main() -> None:
+  address, process, folder, kill_after = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+  config = base.get_config()
+  wanted = {'coordinator': address, 'processes': 2, 'process': process, 'heartbeat_seconds': 10}
+  config.distributed.update(wanted)
+  jax.config.update('jax_num_cpu_devices', 1)
+  with distributed.running(config, checks.flatten(config)):
+
+    def batches(start: int):
+      for step, batch in enumerate(test_loop.stream()(start), start):
+        if step == kill_after and process == 1:
+          os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+
+    trainer = make_trainer(2, **test_loop.KEYS)
+    params = jax.tree.leaves(trainer.init(test_loop.key()).params)
+    assert not all(x.is_fully_addressable for x in params), 'some weights are split over processes'
+    test_loop.train(folder, trainer, batches, first=distributed.is_first())
+  distributed.leave(0)
+
+
+if __name__ == '__main__':
+  main()
