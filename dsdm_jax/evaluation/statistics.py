@@ -1,4 +1,4 @@
-"""Intervals for the difference between two arms, over training seeds and evaluation items at once.
+"""Intervals for differences between arms, over training seeds and evaluation items at once.
 
 **Model.** Arm a, seed s, item i of document g; y is the log-probability of the right answer, in nats:
 
@@ -19,8 +19,9 @@ S_a seeds in arm a, n items, and MS the mean squares of arm a's own seeds × ite
 v_E is taken off once because it sits both in v_I and in v_S (Cornfield and Tukey's expected mean squares). A variance
 component that comes out negative is set to zero, so V can only be too large for it: the interval is conservative. An
 arm with a single seed borrows v_S and v_E of the other arm, times that arm's seeds; if both have one, the interval
-covers items only and says so. Degrees of freedom after Satterthwaite: V² over the sum of the squared parts, each
-divided by its own degrees of freedom; then a t interval.
+covers items only and says so: `bootstrap_difference` is then the better one. A difference is the simplest contrast
+Σ_a w_a μ[a]; in others each arm's v_S and v_E count w_a² times. Degrees of freedom after Satterthwaite: V² over the sum
+of the squared parts, each divided by its own degrees of freedom; then a t interval.
 
 **Pairing of seeds.** Arms with the same seed share their initialisation; which data stand where in the order differs
 because the data do. `paired_seeds=False` takes the arms' seeds for independent and so has about 2(S−1) degrees of
@@ -35,7 +36,7 @@ one set of proxies: it speaks about new seeds and new items for *that* selection
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy import stats
@@ -53,7 +54,7 @@ class Interval:
       excludes zero.
     degrees_of_freedom: after Satterthwaite; inf where nothing varies.
     basis: what the interval generalises to: 'seeds and items', 'seeds and items, one arm with borrowed seed variance',
-      or 'items only' (one seed everywhere: noise between seeds is not in it).
+      or 'items only' or 'items only (bootstrap)' (one seed everywhere: noise between seeds is not in it).
   """
 
   difference: float
@@ -105,18 +106,44 @@ def crossed_difference(
   _check(method_SI, baseline_SI, paired_seeds, confidence)
   if paired_seeds:
     tables = [method_SI - baseline_SI]
-    difference_I = tables[0].mean(axis=0)
   else:
     tables = [method_SI, baseline_SI]
-    difference_I = method_SI.mean(axis=0) - baseline_SI.mean(axis=0)
+  return _crossed(tables, [1.0] if paired_seeds else [1.0, -1.0], confidence, documents_I)
 
-  seeds, interactions, basis = _seed_parts(tables)
-  items = _item_part(difference_I, documents_I)
+
+def contrast(
+  tables: Sequence[np.ndarray],
+  weights: Sequence[float],
+  confidence: float = 0.95,
+  documents_I: np.ndarray | None = None,
+) -> Interval:
+  """Σ_a weights[a] · mean of arm a, with the interval of `crossed_difference`; arms' seeds are independent.
+
+  Args:
+    tables: for each arm its values [seeds, items], all at the same items.
+    weights: one for each arm, not zero.
+    confidence: coverage of the interval, above 0 and below 1.
+    documents_I: see `crossed_difference`.
+
+  Raises:
+    ValueError: as `crossed_difference`.
+  """
+  tables = [np.asarray(table_SI, np.float64) for table_SI in tables]
+  for table_SI in tables:
+    _check(tables[0], table_SI, False, confidence)
+  return _crossed(tables, weights, confidence, documents_I)
+
+
+def _crossed(
+  tables: Sequence[np.ndarray], weights: Sequence[float], confidence: float, documents_I: np.ndarray | None
+) -> Interval:
+  value_I = np.sum([w * table_SI.mean(axis=0) for w, table_SI in zip(weights, tables, strict=True)], axis=0)
+  seeds, interactions, basis = _seed_parts(tables, weights)
+  items = _item_part(value_I, documents_I)
   interaction = sum(part.variance for part in interactions)
   parts = [_Part(max(items.variance, interaction), items.degrees), *seeds, *interactions]
   excess = sum(max(0.0, s.variance - e.variance) for s, e in zip(seeds, interactions, strict=True))
-  variance = parts[0].variance + excess
-  return _interval(float(difference_I.mean()), variance, parts, confidence, basis)
+  return _interval(float(value_I.mean()), parts[0].variance + excess, parts, confidence, basis)
 
 
 def mean_interval(values_SI: np.ndarray, confidence: float = 0.95, documents_I: np.ndarray | None = None) -> Interval:
@@ -125,6 +152,87 @@ def mean_interval(values_SI: np.ndarray, confidence: float = 0.95, documents_I: 
   Much wider than the intervals of differences: how hard the items are does not cancel.
   """
   return crossed_difference(values_SI, np.zeros_like(values_SI), True, confidence, documents_I)
+
+
+def reweighted(values_SI: np.ndarray, weight_I: np.ndarray) -> np.ndarray:
+  """A table whose plain means over items are the weighted means of `values_SI`, for the functions above.
+
+  With m[s] = Σ_i weight[i]·y[s,i] it is m[s] + n·weight[i]·(y[s,i] − m[s]): the variance of its mean over items is then
+  that of a weighted mean, n/(n−1)·Σ weight²·(y − m)², in the linearised form of survey statistics.
+
+  Args:
+    values_SI: values, a row per seed.
+    weight_I: at least 0, sum 1. Averages within categories first: 1/(categories · items of the item's category).
+  """
+  values_SI = np.asarray(values_SI, np.float64)
+  mean_S1 = values_SI @ weight_I[:, None]
+  return mean_S1 + len(weight_I) * weight_I[None] * (values_SI - mean_S1)
+
+
+def macro_weights(categories: Sequence[str]) -> np.ndarray:
+  """Weights of items whose mean is taken within each category first: float64 [items], sum 1."""
+  _, category_I, count_G = np.unique(np.asarray(categories), return_inverse=True, return_counts=True)
+  return 1.0 / (len(count_G) * count_G[category_I])
+
+
+def bootstrap_difference(
+  difference_I: np.ndarray,
+  rng: np.random.Generator,
+  confidence: float = 0.95,
+  documents_I: np.ndarray | None = None,
+  resamples: int = 10_000,
+) -> Interval:
+  """Mean difference over items, where one model stands on each side and items alone vary.
+
+  Documents are drawn with replacement; the interval is BCa (Efron 1987), which allows for skew, and the p-value is one
+  minus the largest confidence at which the interval excludes zero.
+
+  Args:
+    difference_I: values of one model minus the other's.
+    rng: of the draws.
+    confidence: coverage, above 0 and below 1.
+    documents_I: see `crossed_difference`.
+    resamples: draws; p-values are no finer than 2/resamples.
+
+  Raises:
+    ValueError: as `crossed_difference`.
+  """
+  difference_I = np.asarray(difference_I, np.float64)
+  _check(difference_I[None], difference_I[None], False, confidence)
+  basis, mean = 'items only (bootstrap)', float(difference_I.mean())
+  document_I, count = _document_numbers(documents_I, len(difference_I))
+  total_G = np.bincount(document_I, weights=difference_I, minlength=count)
+  items_G = np.bincount(document_I, minlength=count).astype(np.float64)
+  mean_R = np.concatenate([_resampled_means(total_G, items_G, rng, n) for n in _chunks(resamples, count)])
+  if np.ptp(mean_R) <= 1e-12 * max(1.0, abs(mean)):
+    return Interval(mean, mean, mean, 1.0 if mean == 0 else 0.0, float('inf'), basis)
+  # Ties count half, so that values on a grid (accuracies) do not push the interval to one side.
+  below = ((mean_R < mean).mean() + 0.5 * (mean_R == mean).mean()).clip(0.5 / resamples, 1 - 0.5 / resamples)
+  bias = float(stats.norm.ppf(below))
+  left_out_G = (total_G.sum() - total_G) / (items_G.sum() - items_G)
+  influence_G = left_out_G.mean() - left_out_G
+  skew = float((influence_G**3).sum() / (6 * (influence_G**2).sum() ** 1.5))
+  tail = float(stats.norm.ppf((1 + confidence) / 2))
+  levels = stats.norm.cdf([bias + (bias + z) / (1 - skew * (bias + z)) for z in (-tail, tail)])
+  low, high = np.quantile(mean_R, levels)
+  at_zero = ((mean_R < 0).mean() + 0.5 * (mean_R == 0).mean()).clip(0.5 / resamples, 1 - 0.5 / resamples)
+  shift = float(stats.norm.ppf(at_zero)) - bias
+  z = shift / (1 + skew * shift) - bias
+  p_value = 2 * float(stats.norm.sf(abs(z)))
+  return Interval(mean, float(low), float(high), p_value, float('inf'), basis)
+
+
+def _chunks(resamples: int, size: int) -> Iterator[int]:
+  """`resamples` in parts whose draws of `size` take at most 32 MB."""
+  part = max(1, 4_000_000 // size)
+  while resamples > 0:
+    yield min(part, resamples)
+    resamples -= part
+
+
+def _resampled_means(total_G: np.ndarray, items_G: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
+  drawn_RG = rng.integers(0, len(total_G), (resamples, len(total_G)))
+  return total_G[drawn_RG].sum(axis=1) / items_G[drawn_RG].sum(axis=1)
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -155,26 +263,27 @@ def _check(method_SI: np.ndarray, baseline_SI: np.ndarray, paired: bool, confide
     raise ValueError('values must be finite')
 
 
-def _seed_parts(tables: list[np.ndarray]) -> tuple[list[_Part], list[_Part], str]:
-  """v_S and v_E of each table [S, I] with several rows; a table of one row borrows those of the first such table."""
-  seeds, interactions, lender_rows = [], [], []
-  for table_SI in tables:
+def _seed_parts(tables: Sequence[np.ndarray], weights: Sequence[float]) -> tuple[list[_Part], list[_Part], str]:
+  """v_S and v_E of each table [S, I] with several rows; tables of one row borrow those of the first such table."""
+  lender = next((index for index, table_SI in enumerate(tables) if len(table_SI) > 1), None)
+  if lender is None:
+    return [], [], 'items only'
+  seeds, interactions = [], []
+  for index, (table_SI, weight) in enumerate(zip(tables, weights, strict=True)):
     s, n = table_SI.shape
     if s == 1:
       continue
     mean_S = table_SI.mean(axis=1)
     residual_SI = table_SI - mean_S[:, None] - table_SI.mean(axis=0)[None, :] + table_SI.mean()
     degrees = (s - 1) * (n - 1)
-    seeds.append(_Part(float(mean_S.var(ddof=1)) / s, s - 1))
-    interactions.append(_Part(float((residual_SI**2).sum()) / degrees / (s * n), degrees))
-    lender_rows.append(s)
-  if not seeds:
-    return [], [], 'items only'
+    factor = weight**2 / s
+    if index == lender:
+      # One estimate serves the borrowers too, so it stays one part with the lender's degrees of freedom.
+      factor += sum(w**2 for w, other_SI in zip(weights, tables, strict=True) if len(other_SI) == 1)
+    seeds.append(_Part(factor * float(mean_S.var(ddof=1)), s - 1))
+    interactions.append(_Part(factor * float((residual_SI**2).sum()) / degrees / n, degrees))
   if len(seeds) == len(tables):
     return seeds, interactions, 'seeds and items'
-  # One estimate serves both arms, so it stays one part with the lender's degrees of freedom.
-  for parts in (seeds, interactions):
-    parts[0] = _Part(parts[0].variance * (1 + lender_rows[0]), parts[0].degrees)
   return seeds, interactions, 'seeds and items, one arm with borrowed seed variance'
 
 
@@ -184,15 +293,23 @@ def _item_part(difference_I: np.ndarray, documents_I: np.ndarray | None) -> _Par
   variance = float(difference_I.var(ddof=1)) / n
   if documents_I is None:
     return _Part(variance, n - 1)
+  document_I, count = _document_numbers(documents_I, n)
+  residual_G = np.bincount(document_I, weights=difference_I - difference_I.mean(), minlength=count)
+  clustered = count / (count - 1) * float((residual_G**2).sum()) / n**2
+  return _Part(max(variance, clustered), count - 1)
+
+
+def _document_numbers(documents_I: np.ndarray | None, n: int) -> tuple[np.ndarray, int]:
+  """(number of each item's document from 0, how many there are)."""
+  if documents_I is None:
+    return np.arange(n), n
   if len(documents_I) != n:
     raise ValueError(f'documents_I has {len(documents_I)} entries for {n} items')
   _, document_I = np.unique(documents_I, return_inverse=True)
   count = int(document_I.max()) + 1
   if count < 2:
     raise ValueError('an interval over items needs items of at least two documents')
-  residual_G = np.bincount(document_I, weights=difference_I - difference_I.mean(), minlength=count)
-  clustered = count / (count - 1) * float((residual_G**2).sum()) / n**2
-  return _Part(max(variance, clustered), count - 1)
+  return document_I, count
 
 
 def _interval(difference: float, variance: float, parts: list[_Part], confidence: float, basis: str) -> Interval:

@@ -219,3 +219,91 @@ def test_holm_hand_worked():
 def test_refuses(a, b, options, said):
   with pytest.raises(ValueError, match=said):
     statistics.crossed_difference(a, b, **options)
+
+
+def test_contrast_of_two_is_their_difference():
+  g = _rng(10)
+  item_I = g.normal(0, 1, 15)
+  for seeds in ((3, 4), (1, 4), (3, 1)):
+    a_SI, b_SI = _arm(g, item_I, seeds[0]), _arm(g, item_I, seeds[1])
+    document_I = np.arange(15) // 3
+    found = statistics.contrast([a_SI, b_SI], [1, -1], 0.9, document_I)
+    assert found == statistics.crossed_difference(a_SI, b_SI, False, 0.9, document_I)
+
+
+def test_contrast_hand_worked():
+  """Half of the table of the first test: its variance 7 counts a quarter, whichever way the half is written."""
+  table_SI = np.array([[1.0, 3.0], [3.0, 9.0]])
+  half = statistics.contrast([table_SI, np.zeros((2, 2))], [0.5, -0.25])
+  assert half.difference == 2
+  assert (half.high - half.low) / 2 == pytest.approx(stats.t.ppf(0.975, 49 / 33) * (7 / 4) ** 0.5, rel=1e-12)
+  assert half.difference == statistics.contrast([table_SI / 2, np.zeros((2, 2))], [1, -1]).difference
+
+
+def test_coverage_of_a_point_between_two_arms():
+  """What the compute multiplier rests on: an arm against a point a third of the way between two others."""
+  g = _rng(11)
+  hits, experiments = 0, 1_500
+  for _ in range(experiments):
+    item_I = g.normal(-4, 1, 60)
+    a_SI, b_SI, c_SI = (_arm(g, item_I, 3, effect=effect) for effect in (0.1, 0.0, 0.3))
+    found = statistics.contrast([a_SI, b_SI, c_SI], [1, -2 / 3, -1 / 3])
+    hits += found.low <= 0 <= found.high
+  assert 0.91 <= hits / experiments <= 0.98
+
+
+def test_macro_average_hand_worked():
+  """Categories x = {1, 3}, y = {6, 9, 12}: macro mean (2 + 9)/2. Weights are 1/4 and 1/6."""
+  weight_I = statistics.macro_weights(['x', 'y', 'y', 'x', 'y'])
+  np.testing.assert_allclose(weight_I, [1 / 4, 1 / 6, 1 / 6, 1 / 4, 1 / 6], rtol=1e-12)
+  values_SI = np.array([[1.0, 6, 9, 3, 12], [2.0, 7, 9, 3, 12]])
+  found = statistics.reweighted(values_SI, weight_I)
+  np.testing.assert_allclose(found.mean(axis=1), [5.5, (2.5 + 28 / 3) / 2], rtol=1e-12)
+  interval = statistics.mean_interval(statistics.reweighted(values_SI[:1], weight_I))
+  variance = 5 / 4 * sum(w**2 * (y - 5.5) ** 2 for w, y in zip(weight_I, values_SI[0], strict=True))
+  assert (interval.high - interval.low) / 2 == pytest.approx(stats.t.ppf(0.975, 4) * variance**0.5, rel=1e-12)
+  np.testing.assert_allclose(statistics.reweighted(values_SI, np.full(5, 0.2)), values_SI, rtol=1e-12)
+
+
+def test_bootstrap_agrees_with_scipy():
+  """Both are BCa with 10,000 draws: ends differ by the noise of a 2.5 % quantile, about 2 % of the half width."""
+  value_I = _rng(12).exponential(1.0, 40)
+  found = statistics.bootstrap_difference(value_I, _rng(13))
+  known = stats.bootstrap((value_I,), np.mean, n_resamples=10_000, method='BCa', rng=_rng(14)).confidence_interval
+  half = (found.high - found.low) / 2
+  np.testing.assert_allclose([found.low, found.high], known, atol=0.06 * half)
+  assert abs(found.high + found.low - 2 * found.difference) > 0.1 * half, 'skewed data, skewed interval'
+
+
+def test_bootstrap_p_value_says_what_the_interval_says():
+  g = _rng(15)
+  for shift in np.linspace(-0.5, 0.5, 40):
+    value_I = g.exponential(1.0, 30) - 1 + shift
+    found = statistics.bootstrap_difference(value_I, g, 0.9, resamples=2_000)
+    if abs(found.p_value - 0.1) > 0.01:
+      assert found.excludes_zero() == (found.p_value < 0.1)
+
+
+def test_bootstrap_draws_documents_whole():
+  """Copies of an item inside its document add nothing."""
+  value_I = _rng(16).normal(0.2, 1, 40)
+  original = statistics.bootstrap_difference(value_I, _rng(17))
+  copied = statistics.bootstrap_difference(np.repeat(value_I, 4), _rng(17), documents_I=np.repeat(np.arange(40), 4))
+  np.testing.assert_allclose([copied.low, copied.high], [original.low, original.high], rtol=1e-9)
+  same = statistics.bootstrap_difference(np.zeros(5), _rng(18))
+  assert (same.low, same.high, same.p_value) == (0, 0, 1)
+
+
+@pytest.mark.parametrize('values', ['normal', 'exponential', 'accuracy'])
+def test_bootstrap_coverage(values):
+  """95 % intervals over 100 items hold the truth in 91 to 98 % of 800 experiments, also where items are skewed or 0/1.
+
+  The standard error of that share is 0.8 points.
+  """
+  g = _rng(19, len(values))
+  draw = {
+    'normal': lambda: g.normal(0.1, 1, 100), 'exponential': lambda: g.exponential(1, 100) - 0.9,
+    'accuracy': lambda: (g.random(100) < 0.4) * 1.0 - (g.random(100) < 0.3),
+  }  # fmt: skip
+  found = [statistics.bootstrap_difference(draw[values](), g, resamples=1_000) for _ in range(800)]
+  assert 0.91 <= np.mean([f.low <= 0.1 <= f.high for f in found]) <= 0.98
