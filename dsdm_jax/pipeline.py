@@ -65,7 +65,7 @@ STAGES = (
   # Every model on every task; differences with intervals.
   Stage(
     'evaluation', ('pool', 'targets', 'selection', 'pretraining'),
-    ('evaluation', 'model', 'pretraining'), 'evaluation.evaluate:run', everywhere=True,
+    ('evaluation', 'model', 'pretraining'), 'evaluation.evaluate:run', 2, everywhere=True,
   ),
   # One page that shows it all.
   Stage(
@@ -296,14 +296,14 @@ def _commit(workdir: Path, identity: Identity, semantics: Mapping, cost: artifac
 
 def _publish(workdir: Path, settings: Mapping, done: Mapping[str, Artifact]) -> None:
   """Writes `results.json` in the workdir and prints the table."""
-  from dsdm_jax.evaluation import results
+  from dsdm_jax.evaluation import terminal
 
   found = json.loads((done['evaluation'].path / 'results.json').read_text())
   found['cost'] = {name: done[name].manifest['cost'] for name in NAMES if name in done}
   found['versions'] = done['evaluation'].manifest['versions']
   found['config'] = dict(settings)
   atomic.write_json(workdir / 'results.json', found)
-  print(results.table(found))
+  print(terminal.table(found))
   print(f'results: {workdir / "results.json"}')
 
 

@@ -56,7 +56,9 @@ def run(context: Context) -> dict:
 def _summarize(context: Context, index: list[dict[str, Any]], examples: dict[tuple[str, str], Examples]) -> None:
   config = context.config
   items = _gather(context.out / 'runs', [entry['name'] for entry in index])
-  runs = [{'method': e['method'], 'target_mix': e['target'], 'seed': e['seed']} for e in index]
+  runs = [
+    {'method': e['method'], 'target_mix': e['target'], 'seed': e['seed'], 'selection': e['selection']} for e in index
+  ]
   atomic.save_npz(context.out / 'items.npz', **items)
   atomic.write_json(context.out / 'runs.json', runs)
   documents = {key: [record['document'] for record in e.records] for key, e in examples.items()}

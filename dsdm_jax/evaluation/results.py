@@ -1,90 +1,112 @@
-"""From the log-probability of every item to `results.json` and the table on the terminal: pure functions, no files."""
+"""From the values of every item to `results.json`: pure functions, no files. `docs/evaluation.md` has the schema."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.evaluation import statistics
+from dsdm_jax.evaluation import comparisons, statistics
+from dsdm_jax.evaluation.comparisons import Options, Runs, arms, rows
 
-BASELINES = ('random', 'random_one_epoch')
-# Beyond every arm against the baselines: the best-ranked data against the worst-ranked.
-EXTRA = (('dsdm', 'bottom'),)
-COMPARED_SPLIT = 'holdout'
+HOLDOUT, BENCHMARK = 'holdout', 'benchmark'
+COMPARED_SPLITS = (HOLDOUT, BENCHMARK)
 # The target of arms that ignore targets.
 UNTARGETED = 'any'
-BETTER, WORSE, NEITHER = 'better', 'worse', 'no evidence'
+MEAN = 'mean'  # in the place of a task: over all tasks of a split
+METRICS = ('logprob', 'accuracy')
+OTHER_RULES = ('acc', 'acc_norm')  # lm-evaluation-harness's
+_ONE_SELECTION = (
+  'Intervals and verdicts of arms whose rows were chosen once speak of new seeds and new items for that one selection; '
+  'proxies and scores were made once, and with other proxies the selection would have been another.'
+)
+_NO_EVIDENCE = 'No evidence of a difference is not evidence that arms are equal: look at how wide the interval is.'
+_VERDICTS = (
+  'A verdict is given where the p-value, adjusted by Holm over the comparisons of one task, is below {alpha:g}, and '
+  'both arms have at least three seeds.'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """One task and split.
+
+  Attributes:
+    values: metric → float64 [runs, items]: plain means over items are the task's results, macro averages included.
+    documents_I: of each item, or None where each is its own.
+    categories: over which the results are averaged; 1 where items are averaged as they are.
+  """
+
+  task: str
+  split: str
+  values: Mapping[str, np.ndarray]
+  documents_I: np.ndarray | None
+  categories: int
 
 
 def results(
   items: Mapping[str, np.ndarray],
-  runs: Sequence[Mapping[str, Any]],
+  runs: Runs,
   *,
   confidence: float,
   documents: Mapping[tuple[str, str], Sequence[str]] | None = None,
+  categories: Mapping[tuple[str, str], Sequence[str]] | None = None,
+  tasks: Sequence[Mapping[str, Any]] = (),
   cost: Mapping[str, Mapping[str, float]],
   versions: Mapping[str, str],
   config: Mapping[str, Any],
   paired_seeds: bool = False,
+  resamples: int = 10_000,
+  seed: int = 0,
 ) -> dict[str, Any]:
   """The content of `results.json`.
 
   Args:
     items: `logprob__<task>__<split>` and `accuracy__<task>__<split>` → float array [runs, items]; the log-probability
-      of each item's right answer in nats per token, and 1 where the item counts as right, otherwise 0.
-    runs: for each row of the arrays its `method`, `target_mix` and `seed`.
+      of each item's right answer in nats per token, and 1 where the item counts as right, otherwise 0. `acc__…` and
+      `acc_norm__…` likewise where the task has choices.
+    runs: for each row of the arrays its `method`, `target_mix` and `seed`, and `selection` where it is known.
     confidence: of the intervals, above 0 and below 1.
     documents: (task, split) → the document of each item, in order; items of one document are not independent. None, or
       an absent key, takes each item for a document of its own.
+    categories: (task, split) → the category of each item, where results are averaged within each category first.
+    tasks: what `results.json` says of each task; handed through.
     cost: stage → seconds and flop; handed through.
     versions: package → version; handed through.
     config: flat config; handed through.
     paired_seeds: compare models of the same seed, which share their initialisation, instead of arms as wholes. Both are
       valid; which is narrower depends on the correlation (see `statistics`), so it is to be fixed before looking. Seeds
       that only one of two arms has are then left out.
-
-  Returns:
-    A dict that JSON can hold. `arms`: a row per run, task and split, and `summary`: means over seeds with intervals.
-    `comparisons`: the difference in log-probability on the holdout (positive = `method` is better), its interval,
-    `p_value`, `p_holm` (Holm over all comparisons of the file), `verdict` (by the interval: better | worse |
-    no evidence), `degrees_of_freedom`, `basis`.
+    resamples: see `comparisons.Options`; seed: of the bootstrap.
 
   Raises:
     UserError: rows that do not match `runs`, values that are not finite, or fewer than two items of a task.
   """
-  documents = documents or {}
-  tables = dict(_tables(items, len(runs)))
-  arms, summary, comparisons = [], [], []
-  for (task, split), (logprob_RI, accuracy_RI) in tables.items():
-    for run, logprob_I, accuracy_I in zip(runs, logprob_RI, accuracy_RI, strict=True):
-      arms.append({
-        **{key: run[key] for key in ('method', 'target_mix', 'seed')}, 'task': task, 'split': split,
-        'logprob': float(logprob_I.mean()), 'accuracy': float(accuracy_I.mean()),
-        'n_items': len(logprob_I),
-      })  # fmt: skip
-    documents_I = _documents(documents.get((task, split)), logprob_RI.shape[1], task, split)
-    for arm in _arms(runs):
-      values_SI = logprob_RI[_rows(runs, arm)]
-      interval = _guarded(task, split, statistics.mean_interval, values_SI, confidence, documents_I)
-      summary.append({
-        'method': arm[0], 'target_mix': arm[1], 'task': task, 'split': split, 'seeds': len(values_SI),
-        'logprob': interval.difference, 'low': interval.low, 'high': interval.high,
-        'accuracy': float(accuracy_RI[_rows(runs, arm)].mean()), 'n_items': values_SI.shape[1],
-      })  # fmt: skip
-    if split == COMPARED_SPLIT:
-      for method, baseline in _pairs(runs):
-        comparisons.append(
-          _comparison(logprob_RI, runs, method, baseline, task, split, confidence, documents_I, paired_seeds)
-        )
-  adjusted = statistics.holm([c['p_value'] for c in comparisons])
-  for comparison, p_holm in zip(comparisons, adjusted, strict=True):
-    comparison['p_holm'] = float(p_holm)
+  options = Options(confidence, paired_seeds, resamples, seed)
+  tables = list(read_tables(items, len(runs), documents or {}, categories or {}))
+  by_arm: list[dict[str, Any]] = []
+  summary: list[dict[str, Any]] = []
+  compared: dict[str, list[dict[str, Any]]] = {metric: [] for metric in METRICS}
+  for table in tables:
+    by_arm += _arm_rows(table, runs)
+    summary += _summary(table, runs, confidence)
+    if table.split in COMPARED_SPLITS:
+      for metric in METRICS:
+        compared[metric] += _compare(table, metric, runs, options)
+  means = [mean_table(tables, split) for split in COMPARED_SPLITS]
+  several = [table for table in means if table is not None]
   return {
-    'arms': arms,
+    'arms': by_arm,
     'summary': summary,
-    'comparisons': comparisons,
+    'comparisons': compared['logprob'],
+    'accuracy_comparisons': compared['accuracy'],
+    'means': {
+      'summary': [row for table in several for row in _summary(table, runs, confidence)],
+      'comparisons': [c for table in several for metric in METRICS for c in _compare(table, metric, runs, options)],
+    },
+    'tasks': [dict(task) for task in tasks],
+    'notes': _notes(compared['logprob'], confidence),
     'confidence': confidence,
     'cost': {stage: dict(spent) for stage, spent in cost.items()},
     'versions': dict(versions),
@@ -92,101 +114,107 @@ def results(
   }
 
 
-def table(results: Mapping[str, Any], width: int = 110) -> str:
-  """Two plain-text tables: each arm's mean log-probability per task, then the differences with their intervals."""
-  from rich import box
-  from rich.console import Console
-  from rich.table import Table
-
-  percent = f'{100 * results["confidence"]:g} %'
-  several = len({row['target_mix'] for row in results['summary']} - {UNTARGETED}) > 1
-  rows = [row for row in results['summary'] if row['split'] == COMPARED_SPLIT]
-  tasks = list(dict.fromkeys(row['task'] for row in rows))
-  means = Table(box=box.SIMPLE)
-  means.add_column('trained on', no_wrap=True)
-  for task in tasks:
-    means.add_column(task, justify='right')
-  for method, target in dict.fromkeys((row['method'], row['target_mix']) for row in rows):
-    cells = {r['task']: r for r in rows if (r['method'], r['target_mix']) == (method, target)}
-    means.add_row(_arm_name(method, target, several), *(f'{cells[task]["logprob"]:.3f}' for task in tasks))
-
-  differences = Table(box=box.SIMPLE)
-  for column in ('task', 'comparison', 'difference and interval', 'p (Holm)', 'verdict'):
-    right = column.startswith('p ')
-    differences.add_column(column, no_wrap=True, justify='right' if right else 'left')
-  for task in tasks:
-    for c in (c for c in results['comparisons'] if c['task'] == task):
-      differences.add_row(
-        task, f'{_arm_name(c["method"], c["target_mix"], several)} − {c["baseline"]}',
-        f'{c["difference"]:+.3f}  [{c["low"]:+.3f}, {c["high"]:+.3f}]', _p_text(c['p_holm']),
-        c['verdict'],
-      )  # fmt: skip
-    differences.add_section()
-  console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
-  with console.capture() as captured:
-    console.print('Log-probability of the right answer on held-out items (nats per token; higher is better)')
-    console.print(means)
-    console.print(f'Differences with {percent} intervals over seeds and items (above zero: the first is better)')
-    console.print(differences)
-  return '\n'.join(line.rstrip() for line in captured.get().splitlines()).strip('\n') + '\n'
-
-
-def _arm_name(method: str, target_mix: str, several: bool) -> str:
-  """The target is told only where arms of several targets are shown."""
-  return f'{method} ({target_mix})' if several and target_mix != UNTARGETED else method
-
-
-def _p_text(p: float) -> str:
-  return '<0.001' if p < 0.001 else f'{p:.3f}'
-
-
-def _tables(
-  items: Mapping[str, np.ndarray], runs: int
-) -> Iterator[tuple[tuple[str, str], tuple[np.ndarray, np.ndarray]]]:
-  """((task, split), (logprob_RI, accuracy_RI)) in the order of the keys."""
+def read_tables(
+  items: Mapping[str, np.ndarray],
+  runs: int,
+  documents: Mapping[tuple[str, str], Sequence[str]],
+  categories: Mapping[tuple[str, str], Sequence[str]],
+) -> Iterator[Table]:
+  """A Table for each task and split of `items`, in the order of the keys; see `results`."""
   for key in items:
     if not key.startswith('logprob__'):
       continue
     task, split = key.removeprefix('logprob__').rsplit('__', 1)
-    logprob_RI = np.asarray(items[key], np.float64)
-    accuracy_RI = np.asarray(items[f'accuracy__{task}__{split}'], np.float64)
-    if logprob_RI.ndim != 2 or logprob_RI.shape != accuracy_RI.shape or len(logprob_RI) != runs:
+    name = (task, split)
+    values = {
+      metric: np.asarray(items[found], np.float64)
+      for metric in (*METRICS, *OTHER_RULES) if (found := f'{metric}__{task}__{split}') in items
+    }  # fmt: skip
+    shapes = {values_RI.shape for values_RI in values.values()}
+    if len(shapes) > 1 or 'accuracy' not in values or len(values['logprob']) != runs or values['logprob'].ndim != 2:
       raise UserError(
-        f'evaluation of task {task}, split {split}: got {logprob_RI.shape} log-probabilities and '
-        f'{accuracy_RI.shape} accuracies for {runs} runs; delete the evaluation folder and start again'
+        f'evaluation of task {task}, split {split}: got arrays {sorted(values)} of {sorted(shapes)} for {runs} runs; '
+        'delete the evaluation folder and start again'
       )
-    yield (task, split), (logprob_RI, accuracy_RI)
+    count = 1
+    if name in categories:
+      weight_I = statistics.macro_weights(categories[name])
+      count = len(set(categories[name]))
+      values = {metric: statistics.reweighted(values_RI, weight_I) for metric, values_RI in values.items()}
+    documents_I = _documents(documents.get(name), values['logprob'].shape[1], task, split)
+    yield Table(task, split, values, documents_I, count)
 
 
-def _arms(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-  """(method, target_mix) of the runs, each once, in order."""
-  return list(dict.fromkeys((run['method'], run['target_mix']) for run in runs))
+def mean_table(tables: Sequence[Table], split: str) -> Table | None:
+  """All tasks of a split as one Table, each task weighing the same; None where there are fewer than two.
 
-
-def _rows(runs: Sequence[Mapping[str, Any]], arm: tuple[str, str]) -> list[int]:
-  return [i for i, run in enumerate(runs) if (run['method'], run['target_mix']) == arm]
-
-
-def _pairs(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
-  """Arms to compare: all against each baseline, the baselines with each other once, then EXTRA."""
-  arms = _arms(runs)
-  seen = set()
-  wanted = [(arm, name) for name in BASELINES for arm in arms]
-  wanted += [(arm, other) for method, other in EXTRA for arm in arms if arm[0] == method]
-  for arm, name in wanted:
-    baseline = _baseline(arms, name, arm[1])
-    if baseline is None or arm[0] == name or (baseline, arm) in seen:
-      continue
-    seen.add((arm, baseline))
-    yield arm, baseline
-
-
-def _baseline(arms: Sequence[tuple[str, str]], name: str, target: str) -> tuple[str, str] | None:
-  """The arm called `name` for `target`; one for another target where there is none, since it ignores targets."""
-  found = [arm for arm in arms if arm[0] == name]
-  if not found:
+  A model's seed moves all tasks at once, so the interval of a mean is not that of independent tasks.
+  """
+  chosen = [table for table in tables if table.split == split]
+  if len(chosen) < 2:
     return None
-  return (name, target) if (name, target) in found else found[0]
+  tasks = [table.task for table in chosen for _ in range(table.values['logprob'].shape[1])]
+  weight_I = statistics.macro_weights(tasks)
+  values = {
+    metric: statistics.reweighted(np.concatenate([t.values[metric] for t in chosen], axis=1), weight_I)
+    for metric in METRICS
+  }
+  documents = []
+  for table in chosen:
+    count = table.values['logprob'].shape[1]
+    own_I = np.arange(count) if table.documents_I is None else table.documents_I
+    documents += [f'{table.task}/{document}' for document in own_I]
+  return Table(MEAN, split, values, np.asarray(documents), len(chosen))
+
+
+def _arm_rows(table: Table, runs: Runs) -> Iterator[dict[str, Any]]:
+  for index, run in enumerate(runs):
+    yield {
+      **{key: run[key] for key in ('method', 'target_mix', 'seed')}, 'task': table.task, 'split': table.split,
+      **{metric: _mean(table, metric, [index]) for metric in (*METRICS, *OTHER_RULES)},
+      'n_items': table.values['logprob'].shape[1],
+    }  # fmt: skip
+
+
+def _summary(table: Table, runs: Runs, confidence: float) -> Iterator[dict[str, Any]]:
+  """Means over seeds with intervals: a row per arm."""
+  labels = {'task': table.task, 'split': table.split}
+  for arm in arms(runs):
+    chosen = rows(runs, arm)
+    logprob, accuracy = (
+      comparisons.guarded(
+        labels, statistics.mean_interval, table.values[metric][chosen], confidence, table.documents_I
+      ) for metric in METRICS
+    )  # fmt: skip
+    yield {
+      'method': arm[0], 'target_mix': arm[1], **labels, 'seeds': len(chosen),
+      'logprob': logprob.difference, 'low': logprob.low, 'high': logprob.high,
+      'accuracy': accuracy.difference, 'accuracy_low': accuracy.low, 'accuracy_high': accuracy.high,
+      **{metric: _mean(table, metric, chosen) for metric in OTHER_RULES},
+      'n_items': table.values['logprob'].shape[1],
+    }  # fmt: skip
+
+
+def _mean(table: Table, metric: str, chosen: Sequence[int]) -> float | None:
+  return float(table.values[metric][list(chosen)].mean()) if metric in table.values else None
+
+
+def _compare(table: Table, metric: str, runs: Runs, options: Options) -> list[dict[str, Any]]:
+  return comparisons.compare(
+    table.values[metric], runs, table.documents_I, options, task=table.task, split=table.split, metric=metric
+  )
+
+
+def _notes(compared: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
+  """Sentences that belong beside the intervals."""
+  if not compared:
+    return []
+  notes = [_VERDICTS.format(alpha=round(1 - confidence, 6)), _NO_EVIDENCE]
+  if any(c['conditional'] for c in compared):
+    notes.append(_ONE_SELECTION)
+  if any('items only' in c['basis'] for c in compared):
+    notes.append('One model stands for each arm: intervals are over items alone, and other seeds may differ by more.')
+  return notes
 
 
 def _documents(names: Sequence[str] | None, n_items: int, task: str, split: str) -> np.ndarray | None:
@@ -199,49 +227,3 @@ def _documents(names: Sequence[str] | None, n_items: int, task: str, split: str)
     )
   # A file that names no documents gives all items the same one, which says nothing about how they hang together.
   return np.asarray(names) if len(set(names)) > 1 else None
-
-
-def _comparison(
-  logprob_RI: np.ndarray,
-  runs: Sequence[Mapping[str, Any]],
-  method: tuple[str, str],
-  baseline: tuple[str, str],
-  task: str,
-  split: str,
-  confidence: float,
-  documents_I: np.ndarray | None,
-  paired_seeds: bool,
-) -> dict[str, Any]:
-  method_rows, baseline_rows = _rows(runs, method), _rows(runs, baseline)
-  if paired_seeds:
-    common = {runs[r]['seed'] for r in method_rows} & {runs[r]['seed'] for r in baseline_rows}
-    method_rows, baseline_rows = (
-      sorted((r for r in rows if runs[r]['seed'] in common), key=lambda r: runs[r]['seed'])
-      for rows in (method_rows, baseline_rows)
-    )
-  interval = _guarded(
-    task, split, statistics.crossed_difference, logprob_RI[method_rows],
-    logprob_RI[baseline_rows], paired_seeds, confidence, documents_I,
-  )  # fmt: skip
-  verdict = NEITHER
-  if interval.excludes_zero():
-    verdict = BETTER if interval.difference > 0 else WORSE
-  degrees = interval.degrees_of_freedom
-  return {
-    'method': method[0], 'target_mix': method[1], 'baseline': baseline[0], 'task': task, 'split': split,
-    'difference': interval.difference, 'low': interval.low, 'high': interval.high,
-    'p_value': interval.p_value, 'verdict': verdict, 'basis': interval.basis, 'paired_seeds': paired_seeds,
-    'degrees_of_freedom': degrees if math.isfinite(degrees) else None,
-  }  # fmt: skip
-
-
-def _guarded(
-  task: str, split: str, function: Callable[..., statistics.Interval], *arguments: Any
-) -> statistics.Interval:
-  try:
-    return function(*arguments)
-  except ValueError as error:
-    raise UserError(
-      f'evaluation of task {task}, split {split}: {error}; give the task more items '
-      '(targets.max_examples, or a larger file), or look for a run that diverged'
-    ) from error

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.evaluation import results
+from dsdm_jax.evaluation import results, statistics, terminal
 
 RUNS = [
   {'method': method, 'target_mix': target, 'seed': seed}
@@ -47,7 +47,10 @@ def test_schema_and_values():
   assert json.loads(json.dumps(found, allow_nan=False)) == found
   assert len(found['arms']) == len(RUNS) * 4
   first = found['arms'][0]
-  assert set(first) == {'method', 'target_mix', 'seed', 'task', 'split', 'logprob', 'accuracy', 'n_items'}
+  assert set(first) == {
+    'method', 'target_mix', 'seed', 'task', 'split', 'logprob', 'accuracy', 'acc', 'acc_norm', 'n_items'
+  }  # fmt: skip
+  assert first['acc'] is None
   assert first['logprob'] == pytest.approx(
     float(items['logprob__docs__target'][0].astype(np.float64).mean()), rel=1e-12
   )
@@ -82,7 +85,8 @@ def test_comparisons():
   for c in found['comparisons']:
     assert c['split'] == 'holdout'
     assert c['p_value'] <= c['p_holm'] <= 1
-    assert (c['verdict'] == 'better') == (c['low'] > 0)
+    assert (c['verdict'] == 'better') == (c['p_holm'] < 0.05 and c['difference'] > 0)
+    assert c['conditional'], 'no selections are named, so nothing says that there are several'
 
 
 def test_paired_seeds_match_by_number():
@@ -124,8 +128,10 @@ def test_one_document_for_all_says_nothing():
 
 def test_table_shows_every_comparison_unbroken():
   found = _results()
-  lines = results.table(found).splitlines()
+  lines = terminal.table(found).splitlines()
   assert sum('[' in line and ']' in line for line in lines) == len(found['comparisons'])
+  for note in found['notes']:
+    assert note[:40] in ' '.join(lines)
   assert any('dsdm (docs) − random ' in line and 'better' in line for line in lines)
   assert max(map(len, lines)) <= 110
   assert '…' not in ''.join(lines)
@@ -149,3 +155,91 @@ def test_refuses_in_one_line(spoil, said):
     _results(items)
   assert 'docs' in str(caught.value)
   assert '\n' not in str(caught.value)
+
+
+def test_holm_is_over_the_arms_of_one_task():
+  found = _results()
+  for task in ('docs', 'api_qa'):
+    rows = [c for c in found['comparisons'] if c['task'] == task]
+    assert [c['p_holm'] for c in rows] == statistics.holm([c['p_value'] for c in rows]).tolist()
+
+
+def test_verdict_needs_three_seeds_on_both_sides():
+  """A plain difference at two seeds and one remains without a verdict; at one seed on each side, items are judged."""
+  g = np.random.default_rng(5)
+  item_I = g.normal(-4, 1, 60)
+
+  def verdict(seeds: int) -> tuple[str, str]:
+    runs = [r for r in RUNS if r['method'] in ('bottom', 'random') and r['seed'] < seeds]
+    values = [item_I + (-3 if r['method'] == 'bottom' else 0) + g.normal(0, 0.001, 60) for r in runs]
+    items = {'logprob__docs__holdout': np.stack(values), 'accuracy__docs__holdout': np.zeros((len(runs), 60))}
+    found = _results(items, runs)['comparisons'][0]
+    return found['verdict'], found['basis']
+
+  assert verdict(3) == ('worse', 'seeds and items')
+  assert verdict(2) == ('no evidence', 'seeds and items')
+  assert verdict(1) == ('worse', 'items only (bootstrap)')
+
+
+def test_conditional_on_one_selection():
+  """Random arms draw rows for each seed; DsDm has one choice, unless proxies were trained anew for each."""
+  for drawn, conditional in ((False, True), (True, False)):
+    runs = [
+      {**r, 'selection': f'{r["method"]}--{r["seed"] if drawn or r["method"] == "random" else 0}'}
+      for r in RUNS if r['method'] in ('random', 'random_one_epoch', 'dsdm')
+    ]  # fmt: skip
+    found = _results(_items(runs), runs)
+    by_pair = {(c['method'], c['baseline']): c['conditional'] for c in found['comparisons']}
+    assert by_pair['dsdm', 'random'] == conditional
+    assert any('one selection' in note for note in found['notes']) == conditional
+
+
+def test_macro_average_over_categories():
+  items = _items()
+  category = ['few'] * 4 + ['many'] * 36
+  found = _results(items, categories={('docs', 'holdout'): category})
+  values_I = items['logprob__docs__holdout'][0].astype(np.float64)
+  row = next(r for r in found['arms'] if (r['task'], r['split']) == ('docs', 'holdout'))
+  assert row['logprob'] == pytest.approx((values_I[:4].mean() + values_I[4:].mean()) / 2, rel=1e-9)
+  plain = next(r for r in _results(items)['arms'] if (r['task'], r['split']) == ('docs', 'holdout'))
+  assert abs(plain['logprob'] - row['logprob']) > 1e-3
+
+
+def test_mean_over_tasks_weighs_tasks_alike():
+  """Of 40 and 10 items: the mean of the two tasks' means, and an interval that knows that seeds are shared."""
+  g = np.random.default_rng(6)
+  runs = [r for r in RUNS if r['method'] in ('dsdm', 'random')]
+  items = {}
+  shift_R = g.normal(0, 0.3, (len(runs), 1))
+  for task, count in (('docs', 40), ('api_qa', 10)):
+    item_I = g.normal(-4, 1, count)
+    items[f'logprob__{task}__holdout'] = item_I + shift_R + g.normal(0, 0.01, (len(runs), count))
+    items[f'accuracy__{task}__holdout'] = np.zeros((len(runs), count))
+  found = _results(items, runs)
+  single = {(r['method'], r['target_mix'], r['task']): r['logprob'] for r in found['summary']}
+  for row in found['means']['summary']:
+    arm = (row['method'], row['target_mix'])
+    assert row['logprob'] == pytest.approx((single[(*arm, 'docs')] + single[(*arm, 'api_qa')]) / 2, rel=1e-9)
+  widths = [c['high'] - c['low'] for c in found['comparisons'] if c['target_mix'] == 'mix']
+  together = next(c for c in found['means']['comparisons'] if c['metric'] == 'logprob')
+  assert together['high'] - together['low'] > 0.9 * min(widths), 'independent tasks would make it 0.7 of one'
+
+
+def test_random_arms_rarely_get_a_verdict():
+  """Forty comparisons of arms that are alike, as `results.json` judges them, five to a task: at most five verdicts."""
+  runs = [
+    {'method': method, 'target_mix': target, 'seed': seed}
+    for method, target in [('random', 'any'), *(('dsdm', f't{i}') for i in range(5))] for seed in range(3)
+  ]  # fmt: skip
+  g = np.random.default_rng(7)
+  items = {}
+  for task in range(8):
+    item_I = g.normal(-4, 1, 100)
+    taste_RI = np.repeat(g.normal(0, 0.1, (6, 100)), 3, axis=0)
+    noise_RI = g.normal(0, 0.05, (18, 1)) + g.normal(0, 0.2, (18, 100))
+    items[f'logprob__{task}__holdout'] = item_I + taste_RI + noise_RI
+    items[f'accuracy__{task}__holdout'] = np.zeros((18, 100))
+  found = _results(items, runs)['comparisons']
+  assert len(found) == 40
+  assert sum(c['verdict'] != 'no evidence' for c in found) <= 5
+  assert sum(c['p_value'] < 0.05 for c in found) <= 5

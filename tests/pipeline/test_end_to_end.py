@@ -32,7 +32,9 @@ def test_results_hold_every_arm_seed_task_and_split(results):
   assert {'arms', 'comparisons', 'cost', 'versions', 'config'} <= results.keys()
   rows = results['arms']
   for row in rows:
-    assert row.keys() == {'method', 'target_mix', 'seed', 'task', 'split', 'logprob', 'accuracy', 'n_items'}
+    assert row.keys() == {
+      'method', 'target_mix', 'seed', 'task', 'split', 'logprob', 'accuracy', 'acc', 'acc_norm', 'n_items'
+    }  # fmt: skip
     assert math.isfinite(row['logprob']) and row['logprob'] < 0
     assert 0 <= row['accuracy'] <= 1
     assert row['n_items'] == 12

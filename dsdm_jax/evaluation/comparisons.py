@@ -1,0 +1,161 @@
+"""Which arms are compared, by how much they differ, and what may be said of it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dsdm_jax.core import prng
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.evaluation import statistics
+
+BASELINES = ('random', 'random_one_epoch')
+# Beyond every arm against the baselines: the best-ranked data against the worst-ranked.
+EXTRA = (('dsdm', 'bottom'),)
+BETTER, WORSE, NEITHER = 'better', 'worse', 'no evidence'
+FEWEST_SEEDS = 3  # for a verdict over seeds
+
+Arm = tuple[str, str]  # method, target_mix
+Runs = Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How arms are compared.
+
+  Attributes:
+    confidence: of intervals; verdicts are given where p_holm < 1 − confidence.
+    paired_seeds: compare models of the same seed, see `statistics`; seeds that only one arm has are left out.
+    resamples: draws of the bootstrap over items, which stands where both arms have one seed.
+    seed: of these draws.
+  """
+
+  confidence: float = 0.95
+  paired_seeds: bool = False
+  resamples: int = 10_000
+  seed: int = 0
+
+
+def arms(runs: Runs) -> list[Arm]:
+  """(method, target_mix) of the runs, each once, in order."""
+  return list(dict.fromkeys((run['method'], run['target_mix']) for run in runs))
+
+
+def rows(runs: Runs, arm: Arm) -> list[int]:
+  """Places of the arm's runs."""
+  return [i for i, run in enumerate(runs) if (run['method'], run['target_mix']) == arm]
+
+
+def compare(
+  values_RI: np.ndarray, runs: Runs, documents_I: np.ndarray | None, options: Options, **labels: Any
+) -> list[dict[str, Any]]:
+  """A row for each pair of arms, with p-values adjusted by Holm's rule over all of them.
+
+  Args:
+    values_RI: higher is better; a row per run.
+    runs: for each its `method`, `target_mix` and `seed`, and where it is known the name of its `selection`.
+    documents_I: see `statistics.crossed_difference`.
+    options: how.
+    labels: further entries of each row: task, split, metric.
+  """
+  found = [_comparison(values_RI, runs, *pair, documents_I, options, labels) for pair in _pairs(runs)]
+  adjusted = statistics.holm([c['p_value'] for c in found])
+  for comparison, p_holm in zip(found, adjusted, strict=True):
+    comparison['p_holm'] = float(p_holm)
+    comparison['verdict'] = _verdict(comparison, 1 - options.confidence)
+  return found
+
+
+def _verdict(comparison: Mapping[str, Any], alpha: float) -> str:
+  # Two seeds say too little of how seeds vary; one on each side says nothing, and then items alone are judged.
+  if 'seeds' in comparison['basis'] and min(comparison['seeds']) < FEWEST_SEEDS:
+    return NEITHER
+  if comparison['p_holm'] >= alpha:
+    return NEITHER
+  return BETTER if comparison['difference'] > 0 else WORSE
+
+
+def _pairs(runs: Runs) -> Iterator[tuple[Arm, Arm]]:
+  """Arms to compare: all against each baseline, the baselines with each other once, then EXTRA."""
+  known = arms(runs)
+  seen = set()
+  wanted = [(arm, name) for name in BASELINES for arm in known]
+  wanted += [(arm, other) for method, other in EXTRA for arm in known if arm[0] == method]
+  for arm, name in wanted:
+    baseline = _baseline(known, name, arm[1])
+    if baseline is None or arm[0] == name or (baseline, arm) in seen:
+      continue
+    seen.add((arm, baseline))
+    yield arm, baseline
+
+
+def _baseline(known: Sequence[Arm], name: str, target: str) -> Arm | None:
+  """The arm called `name` for `target`; one for another target where there is none, since it ignores targets."""
+  found = [arm for arm in known if arm[0] == name]
+  if not found:
+    return None
+  return (name, target) if (name, target) in found else found[0]
+
+
+def selected_once(runs: Runs, arm: Arm) -> bool:
+  """Whether all models of the arm, or its only one, stand on one selection, so that nothing is known of others."""
+  names = [runs[r].get('selection') for r in rows(runs, arm)]
+  return None in names or len(set(names)) < 2
+
+
+def _comparison(
+  values_RI: np.ndarray,
+  runs: Runs,
+  method: Arm,
+  baseline: Arm,
+  documents_I: np.ndarray | None,
+  options: Options,
+  labels: Mapping[str, Any],
+) -> dict[str, Any]:
+  method_rows, baseline_rows = rows(runs, method), rows(runs, baseline)
+  if options.paired_seeds:
+    common = {runs[r]['seed'] for r in method_rows} & {runs[r]['seed'] for r in baseline_rows}
+    if not common:
+      raise UserError(
+        f'arms {method[0]} and {baseline[0]} have no seed in common; set --config.evaluation.paired_seeds=False'
+      )
+    method_rows, baseline_rows = (
+      sorted((r for r in found if runs[r]['seed'] in common), key=lambda r: runs[r]['seed'])
+      for found in (method_rows, baseline_rows)
+    )
+  method_SI, baseline_SI = values_RI[method_rows], values_RI[baseline_rows]
+  if len(method_SI) == len(baseline_SI) == 1:
+    names = (*method, *baseline, *map(str, labels.values()))
+    interval = guarded(
+      labels, statistics.bootstrap_difference, method_SI[0] - baseline_SI[0],
+      prng.numpy_stream(options.seed, 'bootstrap', *names), options.confidence, documents_I, options.resamples,
+    )  # fmt: skip
+  else:
+    interval = guarded(
+      labels, statistics.crossed_difference, method_SI, baseline_SI, options.paired_seeds, options.confidence,
+      documents_I,
+    )  # fmt: skip
+  degrees = interval.degrees_of_freedom
+  return {
+    'method': method[0], 'target_mix': method[1], 'baseline': baseline[0], **labels,
+    'difference': interval.difference, 'low': interval.low, 'high': interval.high,
+    'p_value': interval.p_value, 'basis': interval.basis, 'paired_seeds': options.paired_seeds,
+    'seeds': [len(method_SI), len(baseline_SI)],
+    'conditional': selected_once(runs, method) or selected_once(runs, baseline),
+    'degrees_of_freedom': degrees if math.isfinite(degrees) else None,
+  }  # fmt: skip
+
+
+def guarded(
+  labels: Mapping[str, Any], function: Callable[..., statistics.Interval], *arguments: Any
+) -> statistics.Interval:
+  """Calls a function of `statistics`; what it finds wrong with the values is the user's to mend."""
+  try:
+    return function(*arguments)
+  except ValueError as error:
+    raise UserError(
+      f'evaluation of task {labels["task"]}, split {labels["split"]}: {error}; give the task more items '
+      '(targets.max_examples, or a larger file), or look for a run that diverged'
+    ) from error
