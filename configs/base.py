@@ -101,6 +101,10 @@ def get_config() -> ConfigDict:
   c.features.output_fn = 'dsdm_jax.lm.outputs:margin'
   c.features.projection = 'two_sided'  # two_sided | dense
   c.features.dimension = 2_048  # J wished for; two_sided takes the nearest a×b per layer below it
+  # random | eigenvectors (two_sided only: of the second moments of each layer's inputs and output gradients, over the
+  # first basis_rows rows of the pool)
+  c.features.basis = 'random'
+  c.features.basis_rows = 512  # at least 1; made up to whole batches
   c.features.layers = '.*'  # regex over paths of linear layers (two_sided)
   # store (features kept on disk) | stream (made anew for each pass of the datamodel, nothing kept) | jvp (dense only:
   # made for the Gram matrix of gram_rows, and rows scored by directional derivatives)

@@ -104,15 +104,15 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
 
 def _run(config: ConfigDict, settings: Mapping, workdir: Path, only: str | None, rerun: bool) -> None:
   tasks.check_files(config.targets)
-  with _held(workdir) as fresh:
+  with _held(workdir, config.features.job if config.features.jobs > 1 else None) as fresh:
     _run_in(workdir, fresh, config, settings, only, rerun)
 
 
 @contextlib.contextmanager
-def _held(workdir: Path) -> Iterator[bool]:
+def _held(workdir: Path, job: int | None) -> Iterator[bool]:
   """The workdir for all processes, by the lock that process 0 has; yields whether it was made."""
   with contextlib.ExitStack() as stack:
-    yield distributed.decide(lambda: stack.enter_context(lock.hold(workdir)))
+    yield distributed.decide(lambda: stack.enter_context(lock.hold(workdir, job)))
 
 
 def _run_in(workdir: Path, fresh: bool, config: ConfigDict, settings: Mapping, only: str | None, rerun: bool) -> None:

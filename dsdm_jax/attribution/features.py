@@ -1,5 +1,6 @@
 """Stage `features`: φ of every row of the pool and of every target example, for each proxy."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dsdm_jax.attribution.covariances import Basis, MomentStep
 from dsdm_jax.attribution.datamodel import RowSource
 from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.gradients import DenseFeatures, FeatureStep, TwoSidedFeatures
@@ -42,26 +44,26 @@ def run(context: Context) -> dict | None:
   """
   config = context.config
   pool, targets = Pool(context.inputs['pool']), Targets(context.inputs['targets'])
-  proxies = _Proxies(context, pool)
+  proxies = _Proxies(context, pool, context.out)
   step = proxies.step
   context.log.event('features', **step.describe(), dimension=step.dimension)
   context.log.say(f'  {_picked(step, config.features.dimension)}')
   stored = config.features.mode == 'store'
   total = config.proxies.count * pool.num_rows if stored else 0
-  errors = []
+  notes = []
   with context.log.bar(total=total, desc='features', unit='row') as bar:
     for checkpoint in range(config.proxies.count):
-      prepared, error = proxies.prepare(checkpoint)
-      errors.append(error)
+      prepared, note = proxies.prepare(checkpoint)
+      notes.append(note)
       _target_features(context, step, prepared, checkpoint, targets, proxies.mesh)
       if stored:
         _pool_features(context, step, proxies.source(checkpoint, prepared), checkpoint, bar)
   # Only now: by the time that this job has ended, others may have filled what was missing when it began.
   if not all(_complete(context, targets, pool.num_rows, step, c) for c in range(config.proxies.count)):
     return None
-  store = {k: config.features[k] for k in ('mode', 'shard_rows', 'store_dtype', 'precondition')}
-  if step.describe()['projection'] == 'two_sided' and config.features.precondition == 'adam':
-    store['rank_one_error'] = errors
+  store = {k: config.features[k] for k in ('mode', 'shard_rows', 'store_dtype', 'precondition', 'basis')}
+  for name in notes[0]:
+    store[name] = [note[name] for note in notes]
   if stored:
     found = [context.out / f'fidelity_{checkpoint}.json' for checkpoint in range(config.proxies.count)]
     store['fidelity'] = [json.loads(file.read_text()) for file in found]
@@ -75,20 +77,55 @@ def run(context: Context) -> dict | None:
 
 
 class _Proxies:
-  """What makes features of one run's proxies."""
+  """What makes features of one run's proxies.
 
-  def __init__(self, context: Context, pool: Pool):
+  Args:
+    folder: of the features stage, finished or not; bases of eigenvectors lie there.
+  """
+
+  def __init__(self, context: Context, pool: Pool, folder: Path):
     config = context.config
-    self._context, self._pool, self.mesh = context, pool, make_mesh(config.mesh)
+    self._context, self._pool, self._folder, self.mesh = context, pool, folder, make_mesh(config.mesh)
     self._compiled = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, self.mesh)
     self.step = feature_step(config, pool.vocab_size, pool.length, self.mesh)
 
-  def prepare(self, checkpoint: int) -> tuple[Any, dict[str, float]]:
-    """The step's own form of proxy `checkpoint`, and each layer's error of a rank-one second moment, if one is used."""
+  def prepare(self, checkpoint: int) -> tuple[Any, dict[str, Any]]:
+    """The step's own form of proxy `checkpoint`, and what is to be said of it in the manifest.
+
+    'rank_one_error': each layer's error of a rank-one second moment; 'basis_kept': share of the traces of each layer's
+    two second moments that eigenvectors keep. Both where there are such.
+    """
     params, moment = self._weights(checkpoint)
-    prepared = self.step.prepare(params, checkpoint, moment)
-    layers = self.step.layers if isinstance(self.step, TwoSidedFeatures) and moment is not None else ()
-    return prepared, moment.rank_one_error(layers) if moment is not None else {}
+    if not isinstance(self.step, TwoSidedFeatures):
+      return self.step.prepare(params, checkpoint, moment), {}
+    notes: dict[str, Any] = {}
+    if moment is not None:
+      notes['rank_one_error'] = moment.rank_one_error(self.step.layers)
+    if self._context.config.features.basis == 'random':
+      return self.step.prepare(params, checkpoint, moment), notes
+    basis = self._basis(checkpoint, params, moment, self.step)
+    return self.step.prepare(params, checkpoint, moment, basis.projections), notes | {'basis_kept': basis.kept}
+
+  def _basis(
+    self, checkpoint: int, params: nnx.State, moment: SecondMoment | None, features: TwoSidedFeatures
+  ) -> Basis:
+    """Eigenvectors from the stage's folder, made where there are none. Rounding may turn them: all jobs must share."""
+    file = basis_file(self._folder, checkpoint)
+    if not file.is_file():
+      settings, length = self._context.config.features, self._pool.length
+      size = settings.batch_size
+      rows = -(-min(settings.basis_rows, self._pool.num_rows) // size) * size
+      tokens_NL = self._pool.tokens(np.arange(rows) % self._pool.num_rows)
+      weights_BL = np.ones((size, length), np.float32)
+      weights_BL[:, 0] = 0
+      where = batch_sharding(self.mesh)
+      step = MomentStep(features.model, features.output_fn, features.layers, self.mesh)
+      prepared = step.prepare(params)
+      batches = [jax.device_put((tokens_NL[i : i + size], weights_BL), where) for i in range(0, rows, size)]
+      moments = step.sums(prepared, batches)
+      self._context.add_flop(flops.count(step.apply, prepared, *batches[0]) * len(batches))
+      Basis.leading(features.layers, moments, moment).save(file, features.layers)
+    return Basis.load(file, features.layers)
 
   def source(self, checkpoint: int, prepared: Any) -> Recomputed:
     """Features of the pool's rows, made whenever they are read."""
@@ -221,8 +258,13 @@ def check_finite(step: FeatureStep, phi_BJ: np.ndarray, first: int, checkpoint: 
 def open_store(
   folder: Path, checkpoint: int, rows: int, dimension: int, features: ConfigDict, columns: Blocks
 ) -> FeatureStore:
-  path = folder / f'features_{checkpoint}.zarr'
-  return FeatureStore(path, rows, dimension, features.shard_rows, features.store_dtype, columns)
+  path, basis = folder / f'features_{checkpoint}.zarr', basis_file(folder, checkpoint)
+  digest = hashlib.sha256(basis.read_bytes()).hexdigest() if features.basis == 'eigenvectors' else ''
+  return FeatureStore(path, rows, dimension, features.shard_rows, features.store_dtype, columns, digest)
+
+
+def basis_file(folder: Path, checkpoint: int) -> Path:
+  return folder / f'basis_{checkpoint}.npz'
 
 
 def blocks(described: Mapping[str, Any], dimension: int) -> Blocks:
@@ -255,7 +297,7 @@ class Features:
     if mode != 'store':
       if self._context is None:
         raise ValueError(f'features of mode {mode} are made from pool and proxies, and no context was given')
-      proxies = _Proxies(self._context, Pool(self._context.inputs['pool']))
+      proxies = _Proxies(self._context, Pool(self._context.inputs['pool']), self._path)
       source = proxies.source(checkpoint, proxies.prepare(checkpoint)[0])
       return source if mode == 'stream' else proxies.directional(checkpoint, source)
     path = self._path / f'features_{checkpoint}.zarr'

@@ -11,7 +11,7 @@ With entries of A Rademacher/√a and of B Rademacher/√b, E[⟨AᵀGB, AᵀG'B
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -152,7 +152,11 @@ def _linears(model: nnx.Module) -> list[tuple[str, nnx.Linear]]:
   return sorted(found, key=lambda item: item[0])
 
 
-def instrument(model: nnx.Module, layers: Sequence[ProbedLayer]) -> nnx.Module:
+def instrument(
+  model: nnx.Module,
+  layers: Sequence[ProbedLayer],
+  make: Callable[[nnx.Linear, ProbedLayer], nnx.Module] = ProbedLinear,
+) -> nnx.Module:
   """Replaces each planned layer of `model`, in place, by a probed one that shares its parameters; returns `model`."""
   by_path = dict(_linears(model))
   for layer in layers:
@@ -160,7 +164,7 @@ def instrument(model: nnx.Module, layers: Sequence[ProbedLayer]) -> nnx.Module:
     owner: Any = model
     for part in parents:
       owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-    probed = ProbedLinear(by_path[layer.path], layer)
+    probed = make(by_path[layer.path], layer)
     if name.isdigit():
       owner[int(name)] = probed
     else:

@@ -62,7 +62,7 @@ class SecondMoment:
     """A and B that take the rank-one root of v along: (D_r A)ᵀ G (D_c B) with D_r D_c entries √(Σr/(r_i c_o))."""
     scaled = {}
     for layer in layers:
-      row_I, column_O = self._factors(layer)
+      row_I, column_O = self.factors(layer)
       a, b = projections[layer.path]
       scaled[layer.path] = (a / jnp.asarray(row_I)[..., None], b / jnp.asarray(column_O)[..., None])
     return scaled
@@ -74,14 +74,14 @@ class SecondMoment:
     """
     errors = {}
     for layer in layers:
-      row_I, column_O = self._factors(layer)
+      row_I, column_O = self.factors(layer)
       root = np.sqrt(np.asarray(self.of_path[f'{layer.path}/kernel'], np.float64))
       exact = root / (root + self.epsilon)
       approximate = root / (row_I[..., :, None].astype(np.float64) * column_O[..., None, :])
       errors[layer.path] = float(np.linalg.norm(approximate - exact) / (np.linalg.norm(exact) or 1.0))
     return errors
 
-  def _factors(self, layer: ProbedLayer) -> tuple[np.ndarray, np.ndarray]:
+  def factors(self, layer: ProbedLayer) -> tuple[np.ndarray, np.ndarray]:
     """float32 [*stack, I] and [*stack, O] whose outer product is √(r cᵀ/Σr) + ε, nearly."""
     v = np.asarray(self.of_path[f'{layer.path}/kernel'], np.float64) + self.epsilon**2
     v = v + _FLOOR * v.mean(axis=(-2, -1), keepdims=True)

@@ -23,9 +23,20 @@ class FeatureStore:
     shard_rows: rows of a shard; the last may be short.
     dtype: 'bfloat16', 'float32' or 'int8', as stored.
     blocks: columns that share a scale in int8; None is one block of all.
+    basis: names what the columns are, where seed and settings do not; stands in each shard's marker.
   """
 
-  def __init__(self, path: Path, rows: int, dimension: int, shard_rows: int, dtype: str, blocks: Blocks | None = None):
+  def __init__(
+    self,
+    path: Path,
+    rows: int,
+    dimension: int,
+    shard_rows: int,
+    dtype: str,
+    blocks: Blocks | None = None,
+    basis: str = '',
+  ):
+    self._basis = basis
     self.rows, self.dimension, self.shard_rows = rows, dimension, shard_rows
     self.rounding = Rounding(dtype, blocks or ((0, dimension),))
     self._done = Path(path).absolute().with_suffix('.done')
@@ -45,8 +56,22 @@ class FeatureStore:
     return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows)
 
   def missing(self) -> list[int]:
-    """Shards that are not written yet."""
-    return [s for s in range(self.shards) if not self._marker(s).is_file()]
+    """Shards that are not written yet.
+
+    Raises:
+      UserError: some were written with another basis.
+    """
+    missing = []
+    for shard in range(self.shards):
+      marker = self._marker(shard)
+      if not marker.is_file():
+        missing.append(shard)
+      elif self._basis and json.loads(marker.read_bytes()).get('basis') != self._basis:
+        raise UserError(
+          f'shard {shard} of {self._done.with_suffix(".zarr")} was made with another basis of eigenvectors: jobs with '
+          f'disks of their own must begin with one copy of the basis_*.npz files; delete {marker} to make it anew'
+        )
+    return missing
 
   def write(self, shard: int, phi_BJ: np.ndarray) -> None:
     """Writes one shard, waits until it is on disk, then marks it.
@@ -62,7 +87,8 @@ class FeatureStore:
         self._scales[start:stop].write(scale_BK).result()
     except ValueError as error:
       raise as_os_error(error, self._done.with_suffix('.zarr')) or error from error
-    atomic.write_json(self._marker(shard), {'rows': [start, stop]})
+    marker = {'rows': [start, stop]} | ({'basis': self._basis} if self._basis else {})
+    atomic.write_json(self._marker(shard), marker)
 
   def read(self, shard: int) -> np.ndarray:
     """One shard as stored, of int8 the float32 that it stands for.

@@ -1,18 +1,24 @@
 """Small files that are either whole or not there, whenever the process dies."""
 
+import contextlib
 import functools
 import io
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-  """Writes a temporary file beside `path`, syncs it and renames it over `path`."""
+def write_bytes(path: str | os.PathLike, data: bytes, *, first: bool = False) -> None:
+  """Writes a temporary file beside `path`, syncs it and renames it over `path`.
+
+  Args:
+    first: of several writers the first one wins; what stands there is left as it is.
+  """
   path = Path(path)
   handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
   try:
@@ -21,7 +27,12 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
       f.flush()
       os.fsync(f.fileno())
     os.chmod(temporary, 0o666 & ~umask())  # a temporary file is for its owner alone, a result is not
-    os.replace(temporary, path)
+    if first:
+      with contextlib.suppress(FileExistsError):
+        os.link(temporary, path)
+      os.unlink(temporary)
+    else:
+      os.replace(temporary, path)
   except BaseException:
     Path(temporary).unlink(missing_ok=True)
     raise
@@ -51,6 +62,15 @@ def save_npy(path: str | os.PathLike, array: np.ndarray) -> None:
 
 def save_npz(path: str | os.PathLike, **arrays: np.ndarray) -> None:
   """An uncompressed npz; NumPy stamps its members with a constant date, so equal arrays are equal bytes."""
+  write_bytes(path, _npz(arrays))
+
+
+def save_first_npz(path: str | os.PathLike, **arrays: np.ndarray) -> None:
+  """As `save_npz`, but what another writer left there stays."""
+  write_bytes(path, _npz(arrays), first=True)
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
   buffer = io.BytesIO()
   np.savez(buffer, allow_pickle=False, **arrays)
-  write_bytes(path, buffer.getvalue())
+  return buffer.getvalue()

@@ -147,6 +147,8 @@ RULES: Mapping[str, Rule] = {
   'features.projection': _one_of('two_sided', 'dense'),
   'features.dimension': _POSITIVE,
   'features.layers': _REGEX,
+  'features.basis': _one_of('random', 'eigenvectors'),
+  'features.basis_rows': _POSITIVE,
   'features.mode': _one_of('store', 'stream', 'jvp'),
   'features.gram_rows': _COUNT,
   'features.precondition': _one_of('none', 'adam'),
@@ -271,6 +273,12 @@ RELATIONS: tuple[Relation, ...] = (
     lambda rows, batch, data: not rows or (batch % rows == 0 and (data == -1 or rows % data == 0)),
     'must divide features.batch_size = {1} and be a multiple of mesh.data = {2}',
     'set --config.features.microbatch=0 to take whole batches',
+  ),
+  Relation(
+    ('features.basis', 'features.projection'),
+    lambda basis, projection: basis == 'random' or projection == 'two_sided',
+    "needs features.projection = 'two_sided', and it is {1!r}",
+    'set --config.features.basis=random, or --config.features.projection=two_sided',
   ),
   Relation(
     ('features.job', 'features.jobs'),

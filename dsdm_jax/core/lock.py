@@ -22,15 +22,19 @@ from dsdm_jax.core import atomic
 from dsdm_jax.core.errors import UserError
 
 LOCK = 'lock.json'
+_JOBS = 'lock_job_*.json'  # of jobs, which share a workdir with each other and with no whole run
 TOUCH_SECONDS = 10.0
 DEAD_SECONDS = 120.0  # without a touch, for an owner whose process cannot be seen
 
 
 @contextlib.contextmanager
-def hold(workdir: Path) -> Iterator[bool]:
+def hold(workdir: Path, job: int | None = None) -> Iterator[bool]:
   """Keeps `workdir` for this process, and makes it when missing: yields whether it did.
 
   A folder that it made, and in which nothing was left, goes again.
+
+  Args:
+    job: number of one of several that work there at once; None is a run that wants the folder for itself.
 
   Raises:
     UserError: another run has it; says whose, where and for how long.
@@ -40,7 +44,8 @@ def hold(workdir: Path) -> Iterator[bool]:
     made = True
   except FileExistsError:
     made = False
-  file, token = workdir / LOCK, secrets.token_hex(8)
+  file = workdir / (LOCK if job is None else _JOBS.replace('*', str(job)))
+  token = secrets.token_hex(8)
   stop = threading.Event()
   try:
     _take(file, token)
@@ -61,12 +66,16 @@ def hold(workdir: Path) -> Iterator[bool]:
 
 def _take(file: Path, token: str) -> None:
   with _guarded(file.parent):
-    owner = _owner(file)
-    if owner:
-      age = _now(file.parent) - file.stat().st_mtime
+    whole = file.parent / LOCK
+    for other in [whole, *file.parent.glob(_JOBS)] if file == whole else [whole, file]:
+      owner = _owner(other)
+      if not owner:
+        continue
+      age = _now(file.parent) - other.stat().st_mtime
       if _alive(owner, age):
-        raise UserError(_refusal(file, owner))
+        raise UserError(_refusal(other, owner))
       sys.stdout.write(f'{file.parent}: the run that had it, {_name(owner)}, is dead; this one goes on from there\n')
+      other.unlink(missing_ok=True)
     atomic.write_json(file, {
       'token': token, 'user': _user(), 'host': socket.gethostname(), 'machine': _machine(), 'pid': os.getpid(),
       'started': _started(os.getpid()), 'since': round(time.time(), 1),

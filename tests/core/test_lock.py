@@ -63,6 +63,16 @@ def test_second_is_refused_and_told_by_whom(workdir):
     assert not made
 
 
+def test_jobs_share_a_workdir_with_each_other_and_with_no_whole_run(workdir):
+  with lock.hold(workdir, job=0), lock.hold(workdir, job=1):
+    for job in (None, 1):
+      with pytest.raises(UserError, match='is in use'):
+        lock.hold(workdir, job).__enter__()
+  with lock.hold(workdir), pytest.raises(UserError, match='is in use'):
+    lock.hold(workdir, job=0).__enter__()
+  assert list(workdir.iterdir()) == []
+
+
 def test_same_process_is_refused_too(workdir):
   with lock.hold(workdir), pytest.raises(UserError, match=f'process {os.getpid()} '):
     lock.hold(workdir).__enter__()

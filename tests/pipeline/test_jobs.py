@@ -83,6 +83,22 @@ def test_the_last_job_finishes_the_stage(begun):
   artifacts.open_stage(begun, 'features').verify()
 
 
+def test_jobs_share_one_basis_of_eigenvectors(begun):
+  first = []
+  for job in range(JOBS):
+    config = config_of(job)
+    config.features.basis, config.features.basis_rows = 'eigenvectors', 40
+    pipeline.run(config, begun, 'features')
+    bases = [file.read_bytes() for file in sorted(begun.glob('features*/basis_*.npz'))]
+    first = first or bases
+    assert len(bases) == 2 and bases == first
+  semantics = artifacts.open_stage(begun, 'features').semantics
+  assert semantics['basis'] == 'eigenvectors'
+  for kept in semantics['basis_kept']:
+    assert kept.keys() == {layer['path'] for layer in semantics['layers']}
+    assert all(0.2 < share <= 1 for sides in kept.values() for share in sides)
+
+
 def test_of_two_jobs_that_end_at_once_the_slower_takes_what_the_faster_put_in_place(workdir):
   identity = artifacts.Identity('pool', 1, {}, {})
   out = artifacts.begin(workdir, identity)
