@@ -167,4 +167,12 @@ def get_config() -> ConfigDict:
 
   c.report = ConfigDict()
   c.report.examples = 10  # best and worst rows shown per target
+
+  # --stage=plan: what the run takes on TPUs that are not there (docs/scale.md). No other stage looks at these.
+  c.plan = ConfigDict()
+  c.plan.topology = 'v5e:2x4'  # chip (v5e | v5p | v6e) and shape of the slice
+  c.plan.rows = 0  # N to plan for; 0 guesses from pool.max_bytes at four bytes a token
+  c.plan.price_per_chip_hour = 0.0  # USD; 0 leaves money out
+  c.plan.multiplier = 2.0  # gross compute multiplier hoped for: what a model on random data costs for the same quality
+  c.plan.calibration = 1.0  # seconds measured for one modelled, once something was measured; > 0
   return c

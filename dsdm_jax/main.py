@@ -1,7 +1,5 @@
 """Command line: flags → config → pipeline. Short on purpose: logic lives where tests and notebooks can import it."""
 
-import errno
-import os
 import sys
 
 from absl import flags
@@ -9,14 +7,12 @@ from ml_collections import config_flags
 
 from dsdm_jax import pipeline
 from dsdm_jax.core import distributed
-from dsdm_jax.core.command_line import explain
+from dsdm_jax.core.command_line import DISK, cannot_write, explain
 from dsdm_jax.core.errors import UserError
-
-_DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'File with get_config(), such as configs/quickstart.py.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-_STAGE = flags.DEFINE_enum('stage', None, pipeline.NAMES, 'Run one stage alone.')
+_STAGE = flags.DEFINE_enum('stage', None, (*pipeline.NAMES, 'plan'), 'Run one stage alone; plan: what TPUs would take.')
 _RERUN = flags.DEFINE_bool('rerun', False, 'Make stages anew that stand there with other settings.')
 
 
@@ -30,7 +26,7 @@ def _parse(argv: list[str]) -> None:
   for name, value, example in (
     ('--config', _CONFIG.value, 'configs/quickstart.py'), ('--workdir', _WORKDIR.value, 'runs/quickstart'),
   ):  # fmt: skip
-    if value is None:
+    if value is None and (name, _STAGE.value) != ('--workdir', 'plan'):
       raise UserError(f'{name} is missing; give one, such as {name}={example}')
   if extra:
     raise UserError(f'argument {extra[0]!r} is not understood; flags begin with --')
@@ -40,18 +36,19 @@ def main(argv: list[str] | None = None) -> int:
   """Exit code 0; or 2 after one line on stderr about what the user can mend."""
   try:
     _parse(sys.argv if argv is None else argv)
-    pipeline.run(_CONFIG.value, str(_WORKDIR.value), _STAGE.value, _RERUN.value)
+    if _STAGE.value == 'plan':
+      from dsdm_jax.plan import plan
+
+      plan.run(_CONFIG.value, _WORKDIR.value)
+    else:
+      pipeline.run(_CONFIG.value, str(_WORKDIR.value), _STAGE.value, _RERUN.value)
   except UserError as error:
     print(f'dsdm_jax: {error}', file=sys.stderr)
     return 2
   except OSError as error:
-    if error.errno not in _DISK:
+    if error.errno not in DISK:
       raise
-    where = error.filename or _WORKDIR.value
-    print(
-      f'dsdm_jax: cannot write {where}: {os.strerror(error.errno)}; mend that or take another --workdir and start '
-      'the same command again: finished stages are kept', file=sys.stderr,
-    )  # fmt: skip
+    print(f'dsdm_jax: {cannot_write(error, _WORKDIR.value)}', file=sys.stderr)
     return 2
   return 0
 

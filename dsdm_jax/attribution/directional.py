@@ -45,7 +45,7 @@ class DirectionalScores:
   def __post_init__(self) -> None:
     self._graphdef, _, self._rest = nnx.split(self.model, nnx.Param, ...)
     batch = batch_sharding(self.mesh)
-    self._step = jax.jit(self.apply, in_shardings=(None, batch, batch), out_shardings=batch)
+    self.jitted = jax.jit(self.apply, in_shardings=(None, batch, batch), out_shardings=batch)
 
   def prepare(
     self, params: nnx.State, u_JT: np.ndarray | jax.Array, checkpoint: int, second_moment: SecondMoment | None = None
@@ -64,7 +64,7 @@ class DirectionalScores:
     return jax.device_put((params, directions), partition.shardings((params, directions), self.mesh))
 
   def __call__(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
-    return self._step(prepared, tokens_BL, weights_BL)
+    return self.jitted(prepared, tokens_BL, weights_BL)
 
   def apply(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     """score_BT in float32; the axes of an output function that gives an array stand before T."""

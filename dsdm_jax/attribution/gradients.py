@@ -21,10 +21,12 @@ OutputFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class FeatureStep(Protocol):
   """Per-example features of one projection.
 
-  `prepare(params, checkpoint)` binds weights and the checkpoint's own projection once; `__call__` makes features.
+  `prepare(params, checkpoint)` binds weights and the checkpoint's own projection once; `__call__` makes features;
+  `jitted` is what it calls.
   """
 
   dimension: int
+  jitted: Any
 
   def apply(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array: ...
 
@@ -65,7 +67,7 @@ class TwoSidedFeatures:
     abstract = nnx.eval_shape(lambda s: probes.instrument(nnx.merge(graphdef, s), self.layers), state)
     self._graphdef, _, rest = nnx.split(abstract, probes.Probe, ...)
     batch = batch_sharding(self.mesh)
-    self._step = jax.jit(
+    self.jitted = jax.jit(
       self.apply,
       in_shardings=(partition.shardings(rest, self.mesh), batch, batch),
       out_shardings=batch,
@@ -95,7 +97,7 @@ class TwoSidedFeatures:
     return jax.device_put(rest, partition.shardings(rest, self.mesh))
 
   def __call__(self, prepared: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
-    return self._step(prepared, tokens_BL, weights_BL)
+    return self.jitted(prepared, tokens_BL, weights_BL)
 
   def apply(self, prepared: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     """phi_BJ in float32; the pure function behind `__call__`."""
@@ -140,7 +142,7 @@ class DenseFeatures:
     columns = MODEL if self.dimension % self.mesh.shape[MODEL] == 0 else None
     self._layout = NamedSharding(self.mesh, PartitionSpec(DATA, columns))
     weights = partition.shardings(params, self.mesh)
-    self._step = jax.jit(
+    self.jitted = jax.jit(
       self.apply, in_shardings=((weights, replicated(self.mesh), weights), batch, batch), out_shardings=self._layout
     )
 
@@ -158,7 +160,7 @@ class DenseFeatures:
     )
 
   def __call__(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
-    return self._step(prepared, tokens_BL, weights_BL)
+    return self.jitted(prepared, tokens_BL, weights_BL)
 
   def apply(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     """phi_BJ in float32; the pure function behind `__call__`."""

@@ -1,8 +1,21 @@
-"""What is wrong with a command line, in one line."""
+"""What is wrong with a command line, or with the disk, in one line."""
 
+import errno
+import os
 from collections.abc import Sequence
 
 from absl import flags
+
+# What an OSError may be about that a user can mend.
+DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+
+
+def cannot_write(error: OSError, workdir: str | None) -> str:
+  """Says what could not be written, and that nothing is lost."""
+  return (
+    f'cannot write {error.filename or workdir}: {os.strerror(error.errno or 0)}; mend that or take another --workdir '
+    'and start the same command again: finished stages are kept'
+  )
 
 
 def explain(error: Exception, argv: Sequence[str]) -> str:

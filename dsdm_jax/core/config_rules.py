@@ -175,6 +175,11 @@ RULES: Mapping[str, Rule] = {
   'evaluation.batch_size': _POSITIVE,
   'evaluation.confidence': _within(0, 1, '()'),
   'report.examples': _POSITIVE,
+  'plan.topology': Rule(lambda v: bool(re.fullmatch(r'\w+:\d+(x\d+){1,2}', v)), 'must be CHIP:AxB or CHIP:AxBxC'),
+  'plan.rows': _COUNT,
+  'plan.price_per_chip_hour': _COUNT,
+  'plan.multiplier': _above(0),
+  'plan.calibration': _above(0),
 }
 
 

@@ -1,6 +1,7 @@
 """Floating-point operations of a JAX function, counted over its jaxpr.
 
-XLA's own cost analysis counts the body of a scan once; here a scan counts its body as often as it runs. Only matrix
+XLA's own cost analysis counts the body of a scan once, and no hand-written kernel; here a scan counts its body as often
+as it runs, and a kernel as often as its grid has points (blocks that a causal mask skips count too). Only matrix
 multiplications and convolutions are counted (a multiply-add is two operations), which is the field's convention for
 transformers; elementwise work is left out.
 """
@@ -34,8 +35,19 @@ def _count_equation(equation: jex_core.JaxprEqn) -> int:
     return 2 * math.prod(_shape(equation.outvars[0])) * (math.prod(kernel) // outputs)
   if name == 'cond':
     return max(_count_jaxpr(branch.jaxpr) for branch in params['branches'])
-  repeats = params['length'] if name == 'scan' else 1
+  repeats = _repeats(name, params)
   return repeats * sum(_count_jaxpr(inner) for inner in _inner_jaxprs(params))
+
+
+def _repeats(name: str, params: dict[str, Any]) -> int:
+  """How often the jaxprs inside an equation run, over all devices."""
+  if name == 'scan':
+    return params['length']
+  if name == 'pallas_call':  # a kernel runs once for each point of its grid
+    return math.prod(params['grid_mapping'].grid)
+  if name == 'shard_map':  # what stands inside is one device's share
+    return math.prod(params['mesh'].shape[axis] for axis in params['newly_manual_axes'])
+  return 1
 
 
 def _shape(variable: Any) -> tuple[int, ...]:

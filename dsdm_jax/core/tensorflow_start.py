@@ -16,7 +16,7 @@ def start() -> None:
   half a dozen lines about missing CUDA whatever its log level says: they are held back, and shown if the import fails.
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  with _held_stderr():
+  with held_stderr():
     import tensorflow as tf
 
     for kind in ('GPU', 'TPU'):
@@ -24,7 +24,7 @@ def start() -> None:
 
 
 @contextlib.contextmanager
-def _held_stderr() -> Iterator[None]:
+def held_stderr() -> Iterator[None]:
   """Holds back what C++ code prints to file descriptor 2; prints it after all when the block raises."""
   sys.stderr.flush()
   saved = os.dup(2)

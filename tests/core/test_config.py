@@ -82,6 +82,11 @@ BAD: dict[str, list] = {
   'evaluation.batch_size': [0],
   'evaluation.confidence': [0.0, 1.0, 95.0],
   'report.examples': [0],
+  'plan.topology': ['v5e', 'v5e:16', 'v5e-256'],
+  'plan.rows': [-1],
+  'plan.price_per_chip_hour': [-1.0],
+  'plan.multiplier': [0.0],
+  'plan.calibration': [0.0],
 }
 for _model in ('model', 'proxies.model'):
   BAD |= {

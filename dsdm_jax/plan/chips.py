@@ -1,0 +1,58 @@
+"""What one TPU chip can do, from the maker's pages: cloud.google.com/tpu/docs/v5e, /v5p and /v6e (read in 2026).
+
+The pages give link bandwidth for both directions together; here it is what a chip can receive, half of that.
+"""
+
+import dataclasses
+
+from dsdm_jax.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Attributes: HBM in bytes; peak of bfloat16 products in FLOP/s; HBM in bytes/s; links in bytes/s received over all
+  ports; axes of the torus; how gcloud names it, and how many it counts for a chip.
+  """
+
+  name: str
+  hbm_bytes: float
+  peak_flops: float
+  hbm_bandwidth: float
+  link_bandwidth: float
+  torus_axes: int
+  accelerator: str
+  cores_counted: int = 1
+
+  @property
+  def ring_bandwidth(self) -> float:
+    """Bytes/s received where a collective runs around one axis of the torus alone."""
+    return self.link_bandwidth / self.torus_axes
+
+  def accelerator_type(self, chips: int) -> str:
+    """What `gcloud --accelerator-type` calls a slice of so many chips: v5p counts cores, two a chip."""
+    return f'{self.accelerator}-{chips * self.cores_counted}'
+
+
+CHIPS = {
+  chip.name: chip
+  for chip in (
+    Chip('v5e', 16e9, 197e12, 819e9, 200e9, 2, 'v5litepod'),
+    Chip('v5p', 95e9, 459e12, 2_765e9, 600e9, 3, 'v5p', cores_counted=2),
+    Chip('v6e', 32e9, 918e12, 1_600e9, 400e9, 2, 'v6e'),
+  )
+}
+
+
+def chip(topology: str) -> Chip:
+  """The chip of 'v5e:16x16'.
+
+  Raises:
+    UserError: no chip of that name.
+  """
+  name = topology.partition(':')[0]
+  if name not in CHIPS:
+    raise UserError(
+      f'config key plan.topology = {topology!r} names no chip of {", ".join(CHIPS)}; set for example '
+      '--config.plan.topology=v5e:2x4'
+    )
+  return CHIPS[name]

@@ -1,0 +1,177 @@
+"""Seconds, bytes and money of compiled programs on chips that are not there: a roofline, with no measurement in it.
+
+A step takes at least the longest of its computing, its moving through HBM and its sending, where all three overlap
+perfectly, and at most their sum, where none do. Both ends are given.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.plan import hlo, topology
+from dsdm_jax.plan.chips import Chip
+from dsdm_jax.plan.programs import Work
+
+_USED = re.compile(r'Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm', re.IGNORECASE)
+_UNIT = {'K': 2**10, 'M': 2**20, 'G': 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """One program as libtpu compiled it, on one chip.
+
+  Attributes:
+    memory_bytes: arguments, results and temporaries at once; of a program that was refused, what it asked for.
+    temporary_bytes: of these, temporaries.
+    refused: libtpu found it too large.
+    text: of the program; '' where it was refused.
+  """
+
+  memory_bytes: float
+  temporary_bytes: float
+  refused: bool
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+  """Of one run of a program: of each resource alone, then both ends of what the run takes."""
+
+  compute: float
+  hbm: float
+  link: float
+  low: float
+  high: float
+
+  @property
+  def bound(self) -> str:
+    """What takes longest."""
+    return max(('compute', self.compute), ('HBM', self.hbm), ('links', self.link), key=lambda x: x[1])[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """What the plan says of one stage; the JSON file has just these. Ranges are [low, high], empty where nothing fits."""
+
+  stage: str
+  parameters: int
+  batch: int
+  batch_per_chip: float
+  runs: int
+  fits: bool
+  memory_bytes: float
+  temporary_bytes: float
+  hbm_bytes_of_chip: float
+  largest_batch: int | None
+  collectives: list[dict[str, Any]]
+  flop_per_run: float
+  least_flop_per_run: float
+  hbm_bytes_per_run: float
+  link_bytes_per_run: float
+  seconds_per_run: list[float]
+  bound: str
+  mfu: list[float]
+  tokens_per_second: list[float]
+  hours: list[float]
+  advice: str
+
+
+def compile_work(work: Work, batch: int | None = None) -> Compiled:
+  """Compiles ahead of time; a program that is too large comes back as refused.
+
+  Raises:
+    jax.errors.JaxRuntimeError: libtpu fails for another reason.
+  """
+  with topology.quiet():
+    lowered = work.lower(batch)
+    try:
+      program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      used = _USED.search(str(error))
+      return Compiled(float(used[1]) * _UNIT[used[2]] if used else float('inf'), 0.0, True, '')
+  memory = program.memory_analysis()
+  held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  text = program.as_text()
+  return Compiled(float(held + memory.temp_size_in_bytes), float(memory.temp_size_in_bytes), False, text)
+
+
+def seconds(flop: float, passes: int, program: hlo.Program, chip: Chip) -> Seconds:
+  """Of one run on one chip.
+
+  Args:
+    flop: of one chip.
+    passes: bfloat16 products for each product that was counted.
+    program: what it moves.
+    chip: what it runs on.
+  """
+  compute, hbm = flop * passes / chip.peak_flops, program.hbm_bytes / chip.hbm_bandwidth
+  link, ring = program.link_bytes / chip.link_bandwidth, program.link_bytes / chip.ring_bandwidth
+  return Seconds(compute, hbm, link, max(compute, hbm, link), compute + hbm + ring)
+
+
+def fits(compiled: Compiled, chip: Chip) -> bool:
+  return not compiled.refused and compiled.memory_bytes <= chip.hbm_bytes
+
+
+def largest(parts: int, does_fit: Callable[[int], bool]) -> int:
+  """The largest number of rows a chip, below `parts`, for which `does_fit` holds; 0 where none does.
+
+  By bisection: with more rows a program never takes less memory.
+  """
+  low, high = 0, parts
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if does_fit(middle) else (low, middle)
+  return low
+
+
+def estimate(work: Work, chip: Chip, chips: int, share: int, calibration: float) -> Estimate:
+  """Compiles `work` and models it.
+
+  Args:
+    work: the program.
+    chip: kind of chip; `chips`: how many.
+    share: devices that share a batch (mesh.data).
+    calibration: seconds measured for one modelled.
+
+  Raises:
+    UserError: the batch does not divide.
+  """
+  if work.batch % share:
+    raise UserError(
+      f'config key {work.batch_key} = {work.batch} must be a multiple of {share}, the chips that share it'
+    )
+  compiled = compile_work(work)
+  does_fit = fits(compiled, chip)
+  best = None
+  if not does_fit:
+    best = share * largest(work.batch // share, lambda rows: fits(compile_work(work, rows * share), chip))
+  program = hlo.analyse(compiled.text)
+  flop = work.flop()
+  time = seconds(flop / chips, work.passes, program, chip)
+  ends = [time.low * calibration, time.high * calibration] if does_fit else []
+  least = work.least_flop * work.passes / chips / chip.peak_flops
+  return Estimate(
+    stage=work.stage, parameters=work.parameters, batch=work.batch, batch_per_chip=work.batch / share, runs=work.runs,
+    fits=does_fit, memory_bytes=compiled.memory_bytes, temporary_bytes=compiled.temporary_bytes,
+    hbm_bytes_of_chip=chip.hbm_bytes, largest_batch=best,
+    collectives=[dataclasses.asdict(c) for c in program.collectives], flop_per_run=flop,
+    least_flop_per_run=work.least_flop, hbm_bytes_per_run=program.hbm_bytes, link_bytes_per_run=program.link_bytes,
+    seconds_per_run=ends, bound=time.bound, mfu=[least / s for s in reversed(ends)],
+    tokens_per_second=[work.tokens / s for s in reversed(ends)], hours=[work.runs * s / 3_600 for s in ends],
+    advice='' if does_fit else advice(work, best or 0),
+  )  # fmt: skip
+
+
+def advice(work: Work, best: int) -> str:
+  """What to change where a program does not fit."""
+  ways = [f'--config.{work.batch_key}={best}'] if best else []
+  ways += [f'--config.{work.remat_key}=True'] if work.remat_key else []
+  ways.append('a larger --config.mesh.model')
+  return f'{work.stage} does not fit: set ' + ', or '.join(ways)

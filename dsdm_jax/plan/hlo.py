@@ -1,0 +1,308 @@
+"""Reads a compiled TPU program's text: what it sends, what it moves through HBM, how long the compiler thinks it takes.
+
+XLA's own cost analysis counts the body of a loop once and knows nothing of what stays in on-chip memory (space 1 in
+the text). Here each instruction counts as often as its loops run, with trip counts from their conditions.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_BITS = {'pred': 8, 's4': 4, 'u4': 4, 'bf16': 16, 'token': 0, 'opaque': 0}
+_COMPUTATION = re.compile(r'^(?:ENTRY )?%?([^\s(]+) \(.*\{\s*$')
+_ARRAY = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
+_NAME = re.compile(r'%([\w.\-]+)')
+_GROUP_FORMS = (
+  re.compile(r'replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}'),  # axes by name
+  re.compile(r'replica_groups=\[(\d+),(\d+)\]'),  # groups × members
+  re.compile(r'replica_groups=\{\{([\d,]*)\}'),  # lists
+)
+COLLECTIVES = (
+  'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'ragged-all-to-all',
+  'collective-broadcast',
+)  # fmt: skip
+# No bytes of their own: names for what other instructions made, or the other half of a pair that was counted.
+_FREE = {
+  'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'opt-barrier', 'partition-id',
+  'replica-id', 'while', 'call', 'conditional', 'add-dependency',
+}  # fmt: skip
+_FREE_CALLS = ('AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound', 'Sharding', 'SPMD')
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  name: str
+  type: str
+  opcode: str
+  operands: tuple[str, ...]
+  literal: str  # what stands between the parentheses, for constants and parameters
+  attributes: str
+  root: bool
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One kind of sending: `bytes` that a chip receives in one step of the program, over `count` runs of it."""
+
+  operation: str
+  members: int
+  count: int
+  bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What one run of a compiled program does on one chip.
+
+  Attributes:
+    collectives: by operation and number of members.
+    hbm_bytes: read from and written to HBM.
+    kernels: runs of hand-written kernels.
+    unknown_trips: loops whose trip count could not be read, and was taken as one.
+  """
+
+  collectives: tuple[Collective, ...]
+  hbm_bytes: float
+  kernels: int
+  unknown_trips: int
+
+  @property
+  def link_bytes(self) -> float:
+    return sum(c.bytes for c in self.collectives)
+
+
+def analyse(text: str) -> Program:
+  """Walks the program from its entry; no text is a program that does nothing."""
+  if not text:
+    return Program((), 0.0, 0, 0)
+  return _Walk(parse(text)).program()
+
+
+def parse(text: str) -> dict[str, Computation]:
+  """Name of each computation → its instructions by name; the entry is also under ''."""
+  computations: dict[str, Computation] = {}
+  current: Computation | None = None
+  for line in text.splitlines():
+    if current is None:
+      head = _COMPUTATION.match(line)
+      if head:
+        current = computations.setdefault(head[1], {})
+        if line.startswith('ENTRY'):
+          computations[''] = current
+    elif line.startswith('}'):
+      current = None
+    elif ' = ' in line:
+      instruction = _instruction(line)
+      current[instruction.name] = instruction
+  return computations
+
+
+def _instruction(line: str) -> Instruction:
+  left, _, right = line.partition(' = ')
+  end = _balanced(right) if right.startswith('(') else right.index(' ')
+  type_, rest = right[:end], right[end:].lstrip()
+  opcode, _, tail = rest.partition('(')
+  close = _balanced('(' + tail) - 1
+  inside, root = tail[: close - 1], left.lstrip().startswith('ROOT')
+  operands = tuple(_NAME.findall(inside))
+  return Instruction(left.split('%')[-1].strip(), type_, opcode.strip(), operands, inside, tail[close:], root)
+
+
+def _balanced(text: str) -> int:
+  """Position after the parenthesis that closes the first one."""
+  depth = 0
+  for position, letter in enumerate(text):
+    depth += (letter == '(') - (letter == ')')
+    if depth == 0:
+      return position + 1
+  return len(text)
+
+
+def arrays(type_: str) -> Iterator[tuple[float, float]]:
+  """(bytes of the values, bytes in HBM with the padding of tiles) of each array of a type."""
+  for kind, dims, layout in _ARRAY.findall(type_):
+    bits = _BITS[kind] if kind in _BITS else int(re.sub(r'\D', '', kind.partition('e')[0]) or 32)
+    shape = [int(n) for n in dims.split(',') if n]
+    values = math.prod(shape) * bits / 8
+    yield values, 0.0 if re.search(r'S\([1-9]', layout) else _padded(shape, layout) * bits / 8
+
+
+def _padded(shape: list[int], layout: str) -> int:
+  order, _, tiles = layout.partition(':')
+  tile = re.match(r'T\(([\d,]+)\)', tiles)
+  if not tile or not shape:
+    return math.prod(shape)
+  minor_first = [int(n) for n in order.split(',') if n]
+  sides = [int(n) for n in tile[1].split(',')][::-1]
+  sizes = [shape[n] for n in minor_first] if len(minor_first) == len(shape) else shape[::-1]
+  return math.prod(-(-size // side) * side for size, side in zip(sizes, sides, strict=False)) * math.prod(
+    sizes[len(sides) :]
+  )
+
+
+def _hbm(type_: str) -> float:
+  return sum(padded for _, padded in arrays(type_))
+
+
+def _values(type_: str) -> float:
+  return sum(values for values, _ in arrays(type_))
+
+
+def _attribute(instruction: Instruction, key: str) -> str:
+  found = re.search(rf'{key}=%?([\w.\-]+)', instruction.attributes)
+  return found[1] if found else ''
+
+
+def members(attributes: str) -> int:
+  """How many chips take part in each group of a collective; 0 where the text does not say."""
+  if found := _GROUP_FORMS[0].search(attributes):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
+  if found := _GROUP_FORMS[1].search(attributes):
+    return int(found[2])
+  if found := _GROUP_FORMS[2].search(attributes):
+    return len(found[1].split(','))
+  return 0
+
+
+class _Walk:
+  """Adds up over the computations that the entry reaches."""
+
+  def __init__(self, computations: dict[str, Computation]):
+    self._computations = computations
+    self._found: dict[tuple[str, int], list[float]] = {}
+    self._hbm_bytes, self._kernels, self._unknown = 0.0, 0, 0
+
+  def program(self) -> Program:
+    self._computation('', 1)
+    collectives = tuple(
+      Collective(operation, group, int(count), received)
+      for (operation, group), (count, received) in sorted(self._found.items())
+    )
+    return Program(collectives, self._hbm_bytes, self._kernels, self._unknown)
+
+  def _computation(self, name: str, times: int) -> None:
+    computation = self._computations[name]
+    for instruction in computation.values():
+      opcode = instruction.opcode
+      if opcode == 'while':
+        trips = self._trips(_attribute(instruction, 'condition'))
+        self._computation(_attribute(instruction, 'body'), times * trips)
+      elif opcode == 'call':
+        self._computation(_attribute(instruction, 'to_apply'), times)
+      elif opcode == 'conditional':
+        branches = re.search(r'branch_computations=\{([^}]*)\}', instruction.attributes)
+        names = _NAME.findall(branches[1]) if branches else [_attribute(instruction, 'true_computation')]
+        self._computation(max(names, key=lambda n: len(self._computations[n])), times)
+      else:
+        self._collectives(computation, instruction, times)
+        self._hbm_bytes += times * self._bytes(computation, instruction)
+        self._kernels += times * ('custom_call_target="tpu_custom_call"' in instruction.attributes)
+
+  def _trips(self, condition: str) -> int:
+    """The constant that the loop's counter, which begins at zero, is compared with."""
+    bounds = [
+      int(found[1])
+      for instruction in self._computations[condition].values()
+      if instruction.opcode == 'constant' and instruction.type[:3] in ('s32', 'u32')
+      and (found := re.match(r'(\d+)', instruction.literal))
+    ]  # fmt: skip
+    if len(bounds) != 1:
+      self._unknown += 1
+      return 1
+    return bounds[0]
+
+  def _collectives(self, computation: Computation, instruction: Instruction, times: int, name: str = '') -> None:
+    operation = instruction.opcode.removesuffix('-start')
+    if operation in COLLECTIVES:
+      sent = sum(_values(computation[o].type) for o in instruction.operands if o in computation)
+      group = members(instruction.attributes)
+      if 'all-reduce-scatter' in name:
+        operation = 'reduce-scatter'
+      entry = self._found.setdefault((operation, group), [0, 0.0])
+      entry[0] += times
+      entry[1] += times * _received(operation, sent, group)
+    elif called := _attribute(instruction, 'calls'):
+      inner = self._computations.get(called, {})
+      for inside in inner.values():
+        self._collectives(inner, inside, times, called)
+
+  def _bytes(self, computation: Computation, instruction: Instruction) -> float:
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith(('-done', '-update')):
+      return 0.0
+    if opcode == 'custom-call' and any(f'"{free}' in instruction.attributes for free in _FREE_CALLS):
+      return 0.0
+    if opcode in ('copy-start', 'slice-start'):
+      result = list(arrays(instruction.type))
+      if opcode == 'copy-start':
+        return result[0][1] + result[1][1]
+      return result[1][1] + result[1][0]  # the slice, read from HBM and written to where it goes
+    if opcode in ('dynamic-slice', 'slice', 'gather'):
+      return 2 * _hbm(instruction.type)
+    if opcode == 'dynamic-update-slice':
+      return 2 * self._operand(computation, instruction, 1)
+    written = _hbm(instruction.type)
+    if opcode == 'fusion' and (called := _attribute(instruction, 'calls')) in self._computations:
+      inner = self._computations[called]
+      read = sum(
+        self._used(inner, number, self._operand(computation, instruction, number))
+        for number in range(len(instruction.operands))
+      )
+      return read + self._written(inner, written)
+    return written + sum(self._operand(computation, instruction, n) for n in range(len(instruction.operands)))
+
+  def _operand(self, computation: Computation, instruction: Instruction, number: int) -> float:
+    operand = computation.get(instruction.operands[number])
+    return _hbm(operand.type) if operand else 0.0
+
+  def _used(self, inner: Computation, number: int, whole: float) -> float:
+    """Bytes of its parameter that a fusion reads: a slice of it where it is only sliced, none where it is updated."""
+    if not whole:
+      return 0.0
+    parameter = next((i for i in inner.values() if i.opcode == 'parameter' and i.literal == str(number)), None)
+    return min(whole, self._read(inner, parameter, whole)) if parameter else whole
+
+  def _read(self, inner: Computation, source: Instruction, whole: float) -> float:
+    total = 0.0
+    for user in inner.values():
+      if source.name not in user.operands:
+        continue
+      place = user.operands.index(source.name)
+      if user.opcode == 'bitcast':
+        total += self._read(inner, user, whole)
+      elif user.opcode in ('dynamic-slice', 'slice', 'gather') and place == 0:
+        total += _values(user.type)
+      elif user.opcode == 'dynamic-update-slice' and place == 0:
+        continue
+      elif user.opcode == 'fusion' and (called := _attribute(user, 'calls')) in self._computations:
+        total += self._used(self._computations[called], place, whole)
+      else:
+        return whole
+    return total
+
+  def _written(self, inner: Computation, whole: float) -> float:
+    """Bytes that a fusion writes: the update alone where it ends in a dynamic-update-slice."""
+    root = next((i for i in inner.values() if i.root), None)
+    while root is not None and root.opcode == 'bitcast':
+      root = inner.get(root.operands[0])
+    if root is not None and root.opcode == 'dynamic-update-slice':
+      update = inner.get(root.operands[1])
+      return min(whole, _values(update.type)) if update else whole
+    return whole
+
+
+def _received(operation: str, sent: float, group: int) -> float:
+  """Bytes that one chip receives when each gives `sent` to a collective of `group` chips, around a ring."""
+  share = (group - 1) / group if group else 1.0
+  if operation == 'all-gather':
+    return sent * max(group - 1, 0)
+  if operation == 'all-reduce':
+    return 2 * sent * share
+  if operation in ('collective-permute', 'collective-broadcast'):
+    return sent
+  return sent * share

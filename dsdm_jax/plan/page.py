@@ -1,0 +1,106 @@
+"""A plan as text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dsdm_jax.plan import topology
+
+
+def text(plan: Mapping[str, Any]) -> str:
+  """The plan as `plan.make` gives it: whether choosing pays, a table of stages, what to change, totals."""
+  parts = [_pays(plan['multiplier']), '', _head(plan)]
+  if plan['stages']:
+    parts += [_table(plan), *_sending(plan), *(s['advice'] for s in plan['stages'] if s['advice']), _totals(plan)]
+  else:
+    parts += [_analytic(plan), f'Memory, collectives and times need libtpu: {topology.HOW_TO_GET_LIBTPU}.']
+  return '\n'.join(parts)
+
+
+def _pays(multiplier: Mapping[str, float]) -> str:
+  selection, final, gross = (multiplier[k] for k in ('selection_flop', 'final_flop', 'gross'))
+  verdict = 'so it pays at once' if multiplier['net'] > 1 else (
+    f'so it pays from {multiplier["finals_to_break_even"]:.1f} models that share the choice'
+  )  # fmt: skip
+  return (
+    f'Choosing pays for one model if C_selection < (gross − 1) · C_final: {selection:.2e} against '
+    f'{(gross - 1) * final:.2e} FLOP at a gross multiplier of {gross:g}, {verdict} (net for one: '
+    f'{multiplier["net"]:.2f}).'
+  )
+
+
+def _head(plan: Mapping[str, Any]) -> str:
+  mesh = plan['mesh']
+  return (
+    f'{plan["topology"]}: {plan["chips"]} chips ({plan["accelerator_type"]}), mesh {mesh["data"]} × {mesh["model"]}; '
+    f'{plan["rows"]:,} rows of {plan["config"]["pool.length"]:,} tokens, J = {plan["dimension"]:,}, '
+    f'{plan["config"]["proxies.count"]} proxies, {plan["final_runs"]} final models'
+  )
+
+
+def _table(plan: Mapping[str, Any]) -> str:
+  rows = [(
+    'stage', 'parameters', 'rows/chip', 'HBM GB', 'of', 'TFLOP/chip', 'ms a step', 'bound by', 'MFU %', 'tokens/s',
+    'steps', 'hours',
+  )]  # fmt: skip
+  for s in plan['stages']:
+    rows.append((
+      s['stage'], _count(s['parameters']), f'{s["batch_per_chip"]:g}', f'{s["memory_bytes"] / 1e9:.2f}',
+      f'{s["hbm_bytes_of_chip"] / 1e9:.0f}' + ('' if s['fits'] else ' !'),
+      f'{s["flop_per_run"] / plan["chips"] / 1e12:.3g}', _range([1e3 * x for x in s['seconds_per_run']]), s['bound'],
+      _range([100 * x for x in s['mfu']]), _tokens(s['tokens_per_second']), f'{s["runs"]:,}', _range(s['hours']),
+    ))  # fmt: skip
+  return _aligned(rows)
+
+
+def _tokens(ends: Sequence[float]) -> str:
+  return '–'.join(_count(x) for x in ends if x) or '–'
+
+
+def _sending(plan: Mapping[str, Any]) -> list[str]:
+  """One line for each stage about what its chips send, in a step."""
+  lines = []
+  for s in (s for s in plan['stages'] if s['fits']):
+    said = ', '.join(f'{c["count"]} × {c["operation"]} {c["bytes"] / 1e6:.1f} MB' for c in s['collectives'])
+    lines.append(f'{s["stage"]} sends a step: {said or "nothing"}')
+  return lines
+
+
+def _analytic(plan: Mapping[str, Any]) -> str:
+  rows = [('stage', 'FLOP in all')] + [(name, f'{flop:.3e}') for name, flop in plan['flop'].items()]
+  return _aligned(rows) + f'\nfeature store: {plan["store_bytes"] / 1e12:.2f} TB'
+
+
+def _totals(plan: Mapping[str, Any]) -> str:
+  totals = plan['totals']
+  money = totals['money_usd']
+  price = plan['config']['plan.price_per_chip_hour']
+  said = f', {_range(money, True)} USD at {price:g} a chip-hour' if price else ''
+  without = f' without {", ".join(totals["without"])}' if totals['without'] else ''
+  return (
+    f'Total{without}: {_range(totals["hours"])} hours, {_range(totals["chip_hours"], True)} chip-hours{said}; feature '
+    f'store {plan["store_bytes"] / 1e12:.2f} TB. Times are a roofline: from perfect overlap to none.'
+  )
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+  widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+  lines = []
+  for row in rows:
+    cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+    lines.append('  '.join(cells).rstrip())
+  return '\n'.join(lines)
+
+
+def _range(ends: Sequence[float], whole: bool = False) -> str:
+  if not ends:
+    return '–'
+  if whole:
+    return '–'.join(f'{x:,.0f}' for x in ends)
+  return '–'.join(f'{x:.3g}' if x < 1_000 else f'{x:,.0f}' for x in ends)
+
+
+def _count(number: float) -> str:
+  for unit, name in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
+    if number >= unit:
+      return f'{number / unit:.3g}{name}'
+  return f'{number:.3g}'

@@ -1,0 +1,246 @@
+"""The compiled programs of a run, one for each stage that takes time on an accelerator, and how often each runs.
+
+They are the stages' own functions at the config's own shapes; only the arrays are left out.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dsdm_jax.attribution import datamodel
+from dsdm_jax.attribution.directional import DirectionalScores
+from dsdm_jax.attribution.features import blocks, feature_step
+from dsdm_jax.attribution.gradients import TwoSidedFeatures
+from dsdm_jax.core import flops
+from dsdm_jax.core.config import load_callable
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.mesh import DATA, batch_sharding
+from dsdm_jax.selection.registry import SELECTORS
+from dsdm_jax.selection.select import load_selectors
+from dsdm_jax.training.step import Trainer, abstract_model
+
+Arguments = tuple[Any, ...]
+SELECTION = ('proxies', 'features', 'gram', 'scores')  # what choosing costs; the rest is what one trains anyway
+BYTES_PER_TOKEN = 4.0  # of text, where the pool's size is to be guessed from its bytes
+_HIGHEST_PASSES = 6  # bfloat16 products that stand for one float32 product of Precision.HIGHEST
+_STORED_BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """One program and how often it runs.
+
+  Attributes:
+    stage: of the pipeline; 'gram' and 'scores' are parts of the datamodel's.
+    program: (jitted function, its abstract arguments) for a global batch.
+    batch: rows a run of the program takes, over all chips; `batch_key` is the config key that says so.
+    runs: of the program, in all.
+    parameters: of the model.
+    tokens: of one run; 0 where it takes features.
+    least_flop: of one run, of the algorithm alone: nothing computed twice, all of the attention square.
+    passes: products of bfloat16 that stand for one of the program's.
+    remat_key: config key that trades memory for time; '' where there is none.
+  """
+
+  stage: str
+  program: Callable[[int], tuple[Any, Arguments]]
+  batch: int
+  batch_key: str
+  runs: int
+  parameters: int
+  tokens: int
+  least_flop: float
+  passes: int = 1
+  remat_key: str = ''
+
+  def flop(self) -> float:
+    """Of one run over all chips, of the program as it is."""
+    function, arguments = self.program(self.batch)
+    return flops.count(function, *arguments)
+
+  def lower(self, batch: int | None = None) -> Any:
+    function, arguments = self.program(batch or self.batch)
+    return function.lower(*arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """What one token costs in a model: weights in matrix products, FLOP of a forward pass, number of parameters."""
+
+  matmul_weights: int
+  forward_flop: float
+  parameters: int
+
+  @classmethod
+  def of(cls, config: ConfigDict, vocab_size: int, length: int) -> 'Model':
+    plain = config.copy_and_resolve_references()
+    with plain.unlocked():
+      plain.remat = False
+    graphdef, state = nnx.split(abstract_model(plain, vocab_size, length))
+    tokens_BL = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    forward = flops.count(lambda state, tokens_BL: nnx.merge(graphdef, state)(tokens_BL), state, tokens_BL)
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(nnx.merge(graphdef, state), nnx.Param))
+    kernels = sum(x.size for path, x in leaves if x.ndim > 1 and "'kernel'" in str(path))
+    tied = all("'head'" not in str(path) for path, _ in leaves)
+    table = max((x.size for path, x in leaves if "'embedding'" in str(path[-2:])), default=0)
+    return cls(kernels + (table if tied else 0), forward / length, sum(x.size for _, x in leaves))
+
+
+def works(config: ConfigDict, mesh: Mesh) -> list[Work]:
+  """The programs of `config` on `mesh`, in the order of the stages."""
+  length, vocab_size = config.pool.length, config.pool.vocab_size
+  proxy, final = (Model.of(m, vocab_size, length) for m in (config.proxies.model, config.model))
+  made = [_proxies(config, mesh, proxy), _features(config, mesh, proxy)]
+  return [*made, *_datamodel(config, mesh, proxy), _pretraining(config, mesh, final)]
+
+
+def rows(config: ConfigDict) -> int:
+  """N that the plan is for: `plan.rows`, or a guess from the pool's bytes.
+
+  Raises:
+    UserError: neither is given.
+  """
+  if not config.plan.rows and not config.pool.max_bytes:
+    raise UserError('config key plan.rows = 0 must say for how many rows, as pool.max_bytes sets no limit; set it')
+  return config.plan.rows or max(1, int(config.pool.max_bytes / BYTES_PER_TOKEN / config.pool.length))
+
+
+def stored_bytes(config: ConfigDict, dimension: int) -> float:
+  """Of the feature store, all proxies together."""
+  if config.features.mode != 'store':
+    return 0.0
+  return float(config.proxies.count * rows(config) * dimension * _STORED_BYTES[config.features.store_dtype])
+
+
+def final_runs(config: ConfigDict) -> int:
+  """Models that the pretraining stage makes."""
+  load_selectors()
+  targets = [len(config.selection.targets) if SELECTORS[m].targeted else 1 for m in config.selection.methods]
+  return sum(targets) * config.pretraining.seeds
+
+
+def dimension(config: ConfigDict, mesh: Mesh) -> int:
+  """J as it comes out."""
+  return feature_step(config, config.pool.vocab_size, config.pool.length, mesh).dimension
+
+
+def _shape(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+
+def _training(
+  model: ConfigDict, train: ConfigDict, config: ConfigDict, mesh: Mesh
+) -> Callable[[int], tuple[Any, Arguments]]:
+  trainer = Trainer(model, train, config.pool.vocab_size, config.pool.length, mesh)
+
+  def program(batch: int) -> tuple[Any, Arguments]:
+    tokens_BL, weight_B = _shape(mesh, jnp.int32, batch, config.pool.length), _shape(mesh, jnp.float32, batch)
+    return trainer.step, (trainer.abstract, tokens_BL, weight_B, jax.ShapeDtypeStruct((), jnp.int32))
+
+  return program
+
+
+def _proxies(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
+  proxies, batch = config.proxies, config.proxies.train.batch_size
+  steps = int(proxies.epochs * round(proxies.subset_share * rows(config))) // batch
+  tokens = batch * config.pool.length
+  return Work(
+    'proxies', _training(proxies.model, proxies.train, config, mesh), batch, 'proxies.train.batch_size',
+    steps * proxies.count, model.parameters, tokens, 3 * model.forward_flop * tokens, remat_key='proxies.model.remat',
+  )  # fmt: skip
+
+
+def _pretraining(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
+  batch = config.pretraining.train.batch_size
+  steps = config.selection.examples * config.selection.epochs // batch
+  tokens = batch * config.pool.length
+  return Work(
+    'pretraining', _training(config.model, config.pretraining.train, config, mesh), batch,
+    'pretraining.train.batch_size', steps * final_runs(config), model.parameters, tokens,
+    3 * model.forward_flop * tokens, remat_key='model.remat',
+  )  # fmt: skip
+
+
+def _features(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
+  features, batch, length = config.features, config.features.batch_size, config.pool.length
+  step = feature_step(config, config.pool.vocab_size, length, mesh)
+  abstract = nnx.state(abstract_model(config.proxies.model, config.pool.vocab_size, length), nnx.Param)
+  prepared = jax.eval_shape(lambda params: step.prepare(params, 0), abstract)
+  read = {
+    'store': rows(config),
+    'stream': 2 * rows(config),
+    'jvp': min(features.gram_rows or rows(config), rows(config)),
+  }[features.mode]
+  tokens = batch * length
+  if isinstance(step, TwoSidedFeatures):
+    least = (3 * model.forward_flop - 2 * model.matmul_weights) * tokens
+  else:
+    least = 3 * model.forward_flop * tokens + 2.0 * batch * model.parameters * step.dimension
+
+  def program(batch: int) -> tuple[Any, Arguments]:
+    return step.jitted, (prepared, *_rows_of(mesh, batch, length))
+
+  return Work(
+    'features', program, batch, 'features.batch_size', math.ceil(read / batch) * config.proxies.count,
+    model.parameters, tokens, least, remat_key='proxies.model.remat',
+  )  # fmt: skip
+
+
+def _rows_of(mesh: Mesh, batch: int, length: int) -> Arguments:
+  return _shape(mesh, jnp.int32, batch, length), _shape(mesh, jnp.float32, batch, length)
+
+
+def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
+  features = config.features
+  step = feature_step(config, config.pool.vocab_size, config.pool.length, mesh)
+  j, shard = step.dimension, features.shard_rows
+  columns = blocks(step.describe(), j) if config.datamodel.gram == 'layers' else ((0, j),)
+  dtype = jnp.bfloat16 if features.store_dtype == 'bfloat16' else jnp.float32
+  add_shard = datamodel._partial_gram(columns, mesh)
+  sampled = min(features.gram_rows or rows(config), rows(config)) if features.mode == 'jvp' else rows(config)
+  shard = -(-shard // mesh.shape[DATA]) * mesh.shape[DATA]  # as the stage pads it
+
+  def gram(batch: int) -> tuple[Any, Arguments]:
+    return jax.jit(add_shard), (_shape(mesh, dtype, batch, j),)
+
+  runs, least = math.ceil(sampled / shard), 2.0 * shard * sum((stop - start) ** 2 for start, stop in columns)
+  work = functools.partial(Work, batch=shard, batch_key='features.shard_rows', parameters=model.parameters, tokens=0)
+  count, passes = config.proxies.count, _HIGHEST_PASSES
+  added = work('gram', gram, runs=runs * count, least_flop=least, passes=passes)
+  if features.mode == 'jvp':
+    return [added, _directional(config, mesh, model)]
+  targets = len(config.targets.tasks) * (config.datamodel.groups + config.datamodel.bootstrap + 1)
+
+  def scores(batch: int) -> tuple[Any, Arguments]:
+    u_JK = jax.ShapeDtypeStruct((j, targets), jnp.float32)
+    return datamodel._dot, (_shape(mesh, dtype, batch, j), u_JK)
+
+  runs, least = math.ceil(rows(config) / shard), 2.0 * shard * j * targets
+  return [added, work('scores', scores, runs=runs * count, least_flop=least, passes=passes)]
+
+
+def _directional(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
+  length, batch, targets = config.pool.length, config.features.batch_size, len(config.targets.tasks)
+  abstract = abstract_model(config.proxies.model, config.pool.vocab_size, length)
+  output_fn = load_callable(config.features.output_fn)
+  scorer = DirectionalScores(abstract, output_fn, config.seed, mesh, config.features.microbatch)
+  params = nnx.state(abstract, nnx.Param)
+  u_JT = jax.ShapeDtypeStruct((config.features.dimension, targets), jnp.float32)
+  prepared = jax.eval_shape(lambda params, u_JT: scorer.prepare(params, u_JT, 0), params, u_JT)
+
+  def program(batch: int) -> tuple[Any, Arguments]:
+    return scorer.jitted, (prepared, *_rows_of(mesh, batch, length))
+
+  tokens = batch * length
+  return Work(
+    'scores', program, batch, 'features.batch_size', math.ceil(rows(config) / batch) * config.proxies.count,
+    model.parameters, tokens, (1 + 2 * targets) * model.forward_flop * tokens,
+  )  # fmt: skip

@@ -1,0 +1,106 @@
+"""What is read out of a program's text, against counts by hand."""
+
+import pytest
+
+from dsdm_jax.plan import hlo
+
+STATE = '(s32[]{:T(128)}, f32[12,64,128]{2,1,0:T(8,128)}, f32[12,8,128]{2,1,0:T(8,128)})'
+
+# Twelve times around a loop: a slice of 2 × 256 × 128 weights is gathered from four chips, multiplied on the chip,
+# and the result, in on-chip memory S(1), is written into one row of an accumulator.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%fused_slice (param_0: f32[12,64,128], param_1: s32[]) -> f32[64,128] {
+  %param_0 = f32[12,64,128]{2,1,0:T(8,128)} parameter(0)
+  %param_1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %slice.1 = f32[1,64,128]{2,1,0:T(8,128)} dynamic-slice(%param_0, %param_1, %zero, %zero)
+  ROOT %bitcast.1 = f32[64,128]{1,0:T(8,128)} bitcast(%slice.1)
+}
+
+%fused_update (param_0.1: f32[12,8,128], param_1.1: f32[8,128], param_2.1: s32[]) -> f32[12,8,128] {
+  %param_0.1 = f32[12,8,128]{2,1,0:T(8,128)} parameter(0)
+  %param_1.1 = f32[8,128]{1,0:T(8,128)S(1)} parameter(1)
+  %param_2.1 = s32[]{:T(128)} parameter(2)
+  %row = f32[1,8,128]{2,1,0:T(8,128)} bitcast(%param_1.1)
+  ROOT %update.1 = f32[12,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%param_0.1, %row, %param_2.1)
+}
+
+%condition (arg.1: (s32[], f32[12,64,128], f32[12,8,128])) -> pred[] {
+  %arg.1 = STATE parameter(0)
+  %counter.1 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  %bound = s32[]{:T(128)} constant(12)
+  ROOT %less = pred[]{:T(512)} compare(%counter.1, %bound), direction=LT
+}
+
+%body (arg.2: (s32[], f32[12,64,128], f32[12,8,128])) -> (s32[], f32[12,64,128], f32[12,8,128]) {
+  %arg.2 = STATE parameter(0)
+  %counter.2 = s32[]{:T(128)} get-tuple-element(%arg.2), index=0
+  %weights = f32[12,64,128]{2,1,0:T(8,128)} get-tuple-element(%arg.2), index=1
+  %sums = f32[12,8,128]{2,1,0:T(8,128)} get-tuple-element(%arg.2), index=2
+  %mine = f32[64,128]{1,0:T(8,128)} fusion(%weights, %counter.2), kind=kLoop, calls=%fused_slice
+  %whole = f32[256,128]{1,0:T(8,128)} all-gather(%mine), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  %product = f32[8,128]{1,0:T(8,128)S(1)} custom-call(%whole), custom_call_target="tpu_custom_call"
+  %sums.2 = f32[12,8,128]{2,1,0:T(8,128)} fusion(%sums, %product, %counter.2), kind=kLoop, calls=%fused_update
+  ROOT %out = STATE tuple(%counter.2, %weights, %sums.2)
+}
+
+ENTRY %main (start: (s32[], f32[12,64,128], f32[12,8,128])) -> f32[12,8,128] {
+  %start = STATE parameter(0)
+  %loop = STATE while(%start), condition=%condition, body=%body
+  %sums.3 = f32[12,8,128]{2,1,0:T(8,128)} get-tuple-element(%loop), index=2
+  ROOT %reduced = f32[12,8,128]{2,1,0:T(8,128)} all-reduce(%sums.3), replica_groups=mesh['data'=4,'model'=2] {'data'}
+}
+""".replace('STATE', STATE)
+
+
+def test_what_a_loop_does_counts_as_often_as_it_runs():
+  found = hlo.analyse(PROGRAM)
+  weights, row, sums = 64 * 128 * 4, 8 * 128 * 4, 12 * 8 * 128 * 4
+  assert found.collectives == (
+    hlo.Collective('all-gather', 4, 12, 12 * 3 * weights),
+    hlo.Collective('all-reduce', 4, 1, 2 * sums * 3 / 4),
+  )
+  assert found.kernels == 12
+  assert found.unknown_trips == 0
+  # Each time: a slice read and written, gathered (read and written whole), read by the kernel, one row written.
+  each = 2 * weights + (weights + 4 * weights) + 4 * weights + row
+  assert found.hbm_bytes == 12 * each + 2 * sums + 12 * 2 * 4  # and the loop's counter, twice
+
+
+def test_a_bound_that_is_no_constant_is_told():
+  found = hlo.analyse(PROGRAM.replace('constant(12)', 'parameter(1)'))
+  assert found.unknown_trips == 1
+  assert found.collectives[0].count == 1
+
+
+@pytest.mark.parametrize(
+  ('type_', 'values', 'padded'),
+  [
+    ('f32[8,128]{1,0:T(8,128)}', 4_096, 4_096),
+    ('bf16[3,5]{1,0:T(8,128)(2,1)}', 30, 8 * 128 * 2),
+    ('bf16[3,5]{0,1:T(8,128)(2,1)}', 30, 8 * 128 * 2),
+    ('f32[2,8,64]{2,1,0:T(8,128)}', 4_096, 8_192),
+    ('f32[8,128]{1,0:T(8,128)S(1)}', 4_096, 0),
+    ('pred[4]{0}', 4, 4),
+    ('s4[16]{0}', 8, 8),
+    ('f8e4m3fn[16]{0}', 16, 16),
+    ('f32[]', 4, 4),
+  ],
+)
+def test_bytes_of_types(type_, values, padded):
+  assert list(hlo.arrays(type_)) == [(values, padded)]
+
+
+@pytest.mark.parametrize(
+  ('text', 'count'),
+  [
+    ("replica_groups=mesh['axis_0'=16,'axis_1'=4] {'axis_0'}", 16),
+    ("replica_groups=mesh['axis_0'=16,'axis_1'=4] {'axis_0','axis_1'}", 64),
+    ('replica_groups=[2,4]<=[8]', 4),
+    ('replica_groups={{0,2},{1,3}}', 2),
+    ('source_target_pairs={{0,1},{1,0}}', 0),
+  ],
+)
+def test_members_of_a_group(text, count):
+  assert hlo.members(text) == count

@@ -1,0 +1,58 @@
+"""The plan without libtpu, and of a run's own numbers: counts of runs, parameters, FLOP and disk by hand."""
+
+import json
+
+import pytest
+
+from configs import base
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.plan import plan, topology
+
+
+@pytest.fixture
+def config():
+  config = base.get_config()
+  config.model.update({'layers': 2, 'width': 32, 'heads': 2, 'kv_heads': 2, 'mlp_width': 64})
+  config.pool.length, config.pool.vocab_size = 16, 512
+  config.features.update({'dimension': 128, 'batch_size': 64, 'shard_rows': 256, 'store_dtype': 'int8'})
+  config.datamodel.update({'groups': 1, 'bootstrap': 0})
+  config.proxies.update({'count': 3, 'subset_share': 0.25, 'epochs': 2.0})
+  config.selection.update({'methods': ('dsdm', 'random'), 'targets': ('mix', 'docs'), 'examples': 512, 'epochs': 4})
+  config.pretraining.seeds = 2
+  config.plan.update({'rows': 10_000, 'price_per_chip_hour': 2.0})
+  return config
+
+
+def test_without_libtpu_it_gives_what_can_be_counted_and_says_how_to_get_it(config, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(topology, 'available', lambda: False)
+  plan.run(config, tmp_path)
+  printed = capsys.readouterr().out
+  assert topology.HOW_TO_GET_LIBTPU in printed
+  assert printed.startswith('Choosing pays for one model if')
+  found = json.loads((tmp_path / 'plan_v5e_2x4.json').read_text())
+  assert found['final_runs'] == (2 + 1) * 2
+  # By hand, FLOP of a token: matrices of a layer are D·4D and 2·D·F, the tied table is V·D; attention is 4·L·D a layer.
+  matrices, attention = 2 * (32 * 128 + 2 * 32 * 64) + 512 * 32, 2 * 4 * 16 * 32
+  step = (6 * matrices + 3 * attention) * 32 * 16
+  proxy_steps, final_steps = 2 * 2_500 // 32 * 3, 512 * 4 // 32 * 6
+  assert found['flop']['proxies'] == proxy_steps * step
+  assert found['flop']['pretraining'] == final_steps * step
+  runs = 3 * -(-10_000 // 64)
+  least = (4 * matrices + 3 * attention) * 64 * 16
+  assert runs * least < found['flop']['features'] < 1.1 * runs * least  # projections are thin, and add some percent
+  j = found['dimension']
+  assert j == 8 * 4 * 4  # eight linear layers, 128 / 8 columns each
+  assert found['flop']['gram'] == 3 * 40 * 2 * 256 * j**2
+  assert found['store_bytes'] == 3 * 10_000 * j
+
+
+def test_rows_are_guessed_from_the_pools_bytes_or_must_be_given(config, monkeypatch):
+  monkeypatch.setattr(topology, 'available', lambda: False)
+  config.plan.rows, config.pool.max_bytes = 0, 64_000
+  assert plan.make(config)['rows'] == 1_000
+
+
+def test_batches_that_the_slice_does_not_divide_are_told(config):
+  config.plan.topology = 'v5e:16x16'
+  with pytest.raises(UserError, match='256 devices'):
+    plan.make(config)
