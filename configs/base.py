@@ -58,8 +58,14 @@ def training() -> ConfigDict:
   c.z_loss = 0.0  # weight of the mean squared logsumexp of the logits; 1e-4 in PaLM
   c.microbatches = 1  # parts of a batch whose gradients are added up, for memory; batch_size is a multiple of it × data
   c.save_every_steps = 200  # an Orbax checkpoint to resume from; 0 saves only the end
+  c.save_every_minutes = 0.0  # and one when the last is older than this; 0 for none
   c.keep_checkpoints = 1  # the newest ones; at least 1
+  c.keep_every_steps = 0  # and each whose step this divides; 0 for none
+  c.keep_every_hours = 0.0  # and one for each span of so many hours; 0 for none
   c.log_every_steps = 10
+  c.evaluate_every_steps = 0  # loss on rows of the pool that the run does not train on; a multiple of log_every_steps
+  c.evaluate_rows = 256  # at most; whole batches
+  c.profile_steps = 0  # steps to profile, from the third on, into WORKDIR/tensorboard/<run>
   return c
 
 

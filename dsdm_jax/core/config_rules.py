@@ -150,7 +150,13 @@ _TRAIN_RULES = {
   'adam_eps_root': _COUNT,
   'gradient_clip': _COUNT,
   'save_every_steps': _COUNT,
+  'save_every_minutes': _COUNT,
   'keep_checkpoints': _POSITIVE,
+  'keep_every_steps': _COUNT,
+  'keep_every_hours': _COUNT,
+  'evaluate_every_steps': _COUNT,
+  'evaluate_rows': _POSITIVE,
+  'profile_steps': _COUNT,
   'log_every_steps': _POSITIVE,
 }
 
@@ -268,6 +274,12 @@ def _train_relations(train: str) -> Iterator[Relation]:
     lambda parts, batch, data: batch % (parts * max(data, 1)) == 0,
     f'must divide {train}.batch_size = {{1}} into parts that are multiples of mesh.data = {{2}}',
     f'set --config.{train}.microbatches=1 to take whole batches',
+  )
+  yield Relation(
+    (f'{train}.evaluate_every_steps', f'{train}.log_every_steps'),
+    lambda evaluate, log: evaluate % log == 0,
+    f'must be a multiple of {train}.log_every_steps = {{1}}, as it is told in the logged lines',
+    f'set --config.{train}.evaluate_every_steps to a multiple of {{1}}, or 0',
   )
   yield Relation(
     (f'{train}.optimizer_arguments', f'{train}.optimizer'),

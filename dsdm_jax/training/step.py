@@ -41,6 +41,7 @@ class Trainer:
   """The compiled functions of one model and optimizer on one mesh.
 
   Attributes:
+    mesh: where it runs.
     abstract: TrainState of `ShapeDtypeStruct`s with shardings; what a checkpoint is restored into.
     init: key → TrainState, laid out over the mesh from the first byte.
     step: (TrainState, tokens_BL, weight_B, steps) → (TrainState, {'loss', 'gradient_norm', 'learning_rate'}). Its
@@ -53,7 +54,7 @@ class Trainer:
     model = abstract_model(model_config, vocab_size, length)
     self.graphdef, _, _ = nnx.split(model, nnx.Param, ...)
     self._own = getattr(model, 'gathers', None)
-    self._config, self._mesh = config, mesh
+    self._config, self.mesh = config, mesh
     self._optimizer = optimizer.make(config)
 
     def init(key: jax.Array) -> TrainState:
@@ -78,17 +79,17 @@ class Trainer:
 
   def logits(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array) -> jax.Array:
     """The model's forward pass: logits_BLV; pure."""
-    with partition.over(self._mesh):
+    with partition.over(self.mesh):
       return nnx.merge(self.graphdef, self._gathered(params), rest)(tokens_BL)
 
   def _gathered(self, params: nnx.State) -> nnx.State:
     """Weights put together again that `data` splits, but for those that the model gathers where it uses them."""
-    if self._mesh.size == 1:
+    if self.mesh.size == 1:
       return params
     own = self._own
 
     def gather(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-      return x if own and own.match(partition.path_name(path)) else partition.gathered_leaf(path, x, self._mesh)
+      return x if own and own.match(partition.path_name(path)) else partition.gathered_leaf(path, x, self.mesh)
 
     return jax.tree_util.tree_map_with_path(gather, params)
 
@@ -97,7 +98,7 @@ class Trainer:
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The pure function behind `step`."""
     (_, metrics), grads = self._gradient(state, tokens_BL, weight_B)
-    if self._mesh.size > 1:  # each device keeps, and updates, its own part
+    if self.mesh.size > 1:  # each device keeps, and updates, its own part
       grads = jax.lax.with_sharding_constraint(grads, self.shardings.params)
     updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
     rate = optimizer.learning_rate(self._config, state.step, steps)

@@ -125,7 +125,13 @@ for _train in ('proxies.train', 'pretraining.train'):
     f'{_train}.adam_eps_root': [-1e-8],
     f'{_train}.gradient_clip': [-1.0],
     f'{_train}.save_every_steps': [-1],
+    f'{_train}.save_every_minutes': [-1.0],
     f'{_train}.keep_checkpoints': [0],
+    f'{_train}.keep_every_steps': [-1],
+    f'{_train}.keep_every_hours': [-0.5],
+    f'{_train}.evaluate_every_steps': [-10, 15],
+    f'{_train}.evaluate_rows': [0],
+    f'{_train}.profile_steps': [-1],
     f'{_train}.log_every_steps': [0],
   }
 
