@@ -187,6 +187,8 @@ def get_config() -> ConfigDict:
 
   c.report = ConfigDict()
   c.report.examples = 10  # best and worst rows shown per target
+  c.report.explorer_rows = 100_000  # rows of the pool in the explorer, at most; beyond it a choice, see docs/report.md
+  c.report.explorer_bytes = 10_000_000  # of the page that their text may take; it is cut to fit
 
   # --stage=plan: what the run takes on TPUs that are not there (docs/scale.md). No other stage looks at these.
   c.plan = ConfigDict()

@@ -222,6 +222,8 @@ RULES: Mapping[str, Rule] = {
   'evaluation.batch_size': _POSITIVE,
   'evaluation.confidence': _within(0, 1, '()'),
   'report.examples': _POSITIVE,
+  'report.explorer_rows': _at_least(100),
+  'report.explorer_bytes': _at_least(10_000),
   'plan.topology': Rule(lambda v: bool(re.fullmatch(r'\w+:\d+(x\d+){1,2}', v)), 'must be CHIP:AxB or CHIP:AxBxC'),
   'plan.rows': _COUNT,
   'plan.price_per_chip_hour': _COUNT,

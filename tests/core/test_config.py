@@ -82,6 +82,8 @@ BAD: dict[str, list] = {
   'evaluation.batch_size': [0],
   'evaluation.confidence': [0.0, 1.0, 95.0],
   'report.examples': [0],
+  'report.explorer_rows': [99],
+  'report.explorer_bytes': [9_999],
   'plan.topology': ['v5e', 'v5e:16', 'v5e-256'],
   'plan.rows': [-1],
   'plan.price_per_chip_hour': [-1.0],
