@@ -12,7 +12,8 @@ from dsdm_jax.core.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'File with get_config(), such as configs/quickstart.py.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-_STAGE = flags.DEFINE_enum('stage', None, (*pipeline.NAMES, 'plan'), 'Run one stage alone; plan: what TPUs would take.')
+_STAGES = (*pipeline.NAMES, *pipeline.ON_REQUEST, 'plan')
+_STAGE = flags.DEFINE_enum('stage', None, _STAGES, 'Run one stage alone; plan: what TPUs would take.')
 _RERUN = flags.DEFINE_bool('rerun', False, 'Make stages anew that stand there with other settings.')
 
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
       pipeline.run(_CONFIG.value, str(_WORKDIR.value), _STAGE.value, _RERUN.value)
   except UserError as error:
     print(f'dsdm_jax: {error}', file=sys.stderr)
-    return error.exit_code
+    return 2
   except OSError as error:
     if error.errno not in DISK:
       raise

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.core import artifacts, atomic, distributed, lock, memory
 from dsdm_jax.core.artifacts import Artifact, Identity
-from dsdm_jax.core.config import check_callables, check_devices, flatten, resolve, select, validate
+from dsdm_jax.core.config import check_callables, check_devices, flatten, select, validate
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
@@ -32,6 +32,7 @@ class Stage:
     code: 'module:function' below `dsdm_jax`.
     format: version of what it writes.
     everywhere: whether all processes run it together; process 0 alone runs the others.
+    on_request: runs only where it is asked for by name.
   """
 
   name: str
@@ -40,6 +41,7 @@ class Stage:
   code: str
   format: int = 1
   everywhere: bool = False
+  on_request: bool = False
 
 
 STAGES = (
@@ -55,6 +57,11 @@ STAGES = (
   Stage(
     'datamodel', ('pool', 'targets', 'proxies', 'features'),
     ('seed', 'datamodel', 'features', 'proxies'), 'attribution.scores:run', format=2,
+  ),
+  # Models trained on many subsets of the pool: do scores foretell what training does?
+  Stage(
+    'validation', ('pool', 'targets'),
+    ('seed', 'validation', 'proxies', 'features', 'datamodel'), 'validation.validate:run', on_request=True,
   ),
   # Scores → rows for each arm.
   Stage('selection', ('pool', 'datamodel'), ('seed', 'selection', 'pretraining.seeds'), 'selection.select:run'),
@@ -73,7 +80,8 @@ STAGES = (
     ('report',), 'report.report:run',
   ),
 )  # fmt: skip
-NAMES = tuple(stage.name for stage in STAGES)
+NAMES = tuple(stage.name for stage in STAGES if not stage.on_request)
+ON_REQUEST = tuple(stage.name for stage in STAGES if stage.on_request)
 _WHO = ('features.job', 'features.jobs')  # keys that say who works and not what is made: no stage depends on them
 
 
@@ -90,14 +98,13 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
     UserError: bad config or state, or another run has the workdir. Nothing was written if that can be told beforehand.
   """
   validate(config)
-  if only is not None and only not in NAMES:
-    raise UserError(f'--stage={only} is no stage; stages are {", ".join(NAMES)}')
+  if only not in (None, *NAMES, *ON_REQUEST):
+    raise UserError(f'--stage={only} is no stage; stages are {", ".join((*NAMES, *ON_REQUEST))}')
   if config.features.jobs > 1 and (only != 'features' or rerun):
     raise UserError(
       f'config key features.jobs = {config.features.jobs} shares one stage among processes, each started with '
       '--stage=features and without --rerun; finish the stages before it first, delete an old features folder by hand'
     )
-  config = resolve(config)
   settings = flatten(config)
   with distributed.running(config, settings):
     _run(config, settings, Path(workdir).absolute(), only, rerun)
@@ -119,7 +126,7 @@ def _held(workdir: Path, job: int | None) -> Iterator[bool]:
 def _run_in(workdir: Path, fresh: bool, config: ConfigDict, settings: Mapping, only: str | None, rerun: bool) -> None:
   """`run` in a workdir that nobody else has; where nothing was begun in a fresh one, nothing is left there."""
   done = _opened(workdir, distributed.decide(lambda: list(_finished(workdir, settings, only, rerun))))
-  wanted = [s for s in STAGES if s.name not in done and only in (None, s.name)]
+  wanted = [s for s in STAGES if s.name not in done and (s.name == only or (only is None and not s.on_request))]
   for stage in STAGES:
     if stage.name in done and only in (None, stage.name):
       _tell(f'{stage.name}: reused from {done[stage.name].path}')
@@ -134,7 +141,7 @@ def _run_in(workdir: Path, fresh: bool, config: ConfigDict, settings: Mapping, o
       if made is not None:
         done[stage.name] = made
   except UserError:
-    left = any(artifacts.part_folder(workdir, name).exists() for name in NAMES)
+    left = any(artifacts.part_folder(workdir, name).exists() for name in (*NAMES, *ON_REQUEST))
     if distributed.is_first() and fresh and not done and not left:
       _clear(workdir)
     raise
@@ -191,7 +198,10 @@ def _finished(workdir: Path, settings: Mapping, only: str | None, rerun: bool) -
   """Stages that stand as these settings want them; refuses a workdir in which something else stands in their place."""
   done: dict[str, Artifact] = {}
   for stage in STAGES:
-    needed = only is None or stage.name == only or stage.name in _upstream(only)
+    if only is None:
+      needed = not stage.on_request
+    else:
+      needed = stage.name == only or stage.name in _upstream(only)
     if not needed:
       continue
     missing = [name for name in stage.reads if name not in done]
@@ -238,7 +248,7 @@ def _upstream(name: str) -> set[str]:
 
 def _refuse(workdir: Path, stage: Stage, phrases: list[str]) -> None:
   shown = '; '.join(phrases[:3]) + (f'; and {len(phrases) - 3} more' if len(phrases) > 3 else '')
-  affected = [s.name for s in STAGES if s.name == stage.name or stage.name in _upstream(s.name)]
+  affected = [s.name for s in STAGES if s.name == stage.name or (stage.name in _upstream(s.name) and not s.on_request)]
   raise UserError(
     f'{workdir} holds {stage.name} made with other settings: {shown}. Add --rerun to make {", ".join(affected)} '
     'anew there, take another --workdir, or set the keys back'

@@ -71,7 +71,8 @@ def _take(file: Path, token: str) -> None:
       owner = _owner(other)
       if not owner:
         continue
-      if _alive(owner, other):
+      age = _now(file.parent) - other.stat().st_mtime
+      if _alive(owner, age):
         raise UserError(_refusal(other, owner))
       sys.stdout.write(f'{file.parent}: the run that had it, {_name(owner)}, is dead; this one goes on from there\n')
       other.unlink(missing_ok=True)
@@ -104,17 +105,13 @@ def _owner(file: Path) -> Mapping[str, Any]:
     owner = json.loads(file.read_bytes())
   except (FileNotFoundError, ValueError):
     return {}
-  wanted = {'pid', 'started', 'machine', 'since', 'user', 'host'}
-  return owner if isinstance(owner, dict) and wanted <= owner.keys() else {}
+  return owner if isinstance(owner, dict) and {'pid', 'machine', 'since', 'user', 'host'} <= owner.keys() else {}
 
 
-def _alive(owner: Mapping[str, Any], file: Path) -> bool:
+def _alive(owner: Mapping[str, Any], age: float) -> bool:
   if owner['machine'] == _machine():
     return _started(int(owner['pid'])) == owner['started']
-  try:
-    return _now(file.parent) - file.stat().st_mtime < DEAD_SECONDS
-  except FileNotFoundError:  # its owner has just ended
-    return False
+  return age < DEAD_SECONDS
 
 
 def _machine() -> str:

@@ -1,0 +1,241 @@
+"""Stage `validation`: do scores foretell what training on a subset does? Run by name alone, as it takes its time."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dsdm_jax.core import atomic, flops, prng
+from dsdm_jax.core.config import load_callable
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.stage import Context
+from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.targets import Targets
+from dsdm_jax.validation import agreement, bank, cheap, subsets, table
+from dsdm_jax.validation.metagradient import Metagradient
+from dsdm_jax.validation.scanned import ScannedTraining, TargetOutputs
+from dsdm_jax.validation.variants import DEFAULT, STOPS, VARIANTS, Proxy, Scorer, scaled
+
+PLAIN, METASMOOTH = 'plain', 'metasmooth'
+ORACLE = 'oracle (metagradient)'
+_SMOOTH_VARIANTS = ('default', 'no curvature')  # what stands beside the oracle where training is smooth
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """Attributes: tokens_NL of rows; source_N; of target examples their tokens, weights, task and document."""
+
+  tokens_NL: np.ndarray
+  source_N: np.ndarray
+  tokens_TL: np.ndarray
+  weights_TL: np.ndarray
+  task_T: np.ndarray
+  document_T: list[str]
+  tasks: tuple[str, ...]
+  vocab_size: int
+
+  @property
+  def member_KT(self) -> np.ndarray:
+    return np.stack([self.task_T == task for task in self.tasks])
+
+
+def run(context: Context) -> dict:
+  """Leaves `lds.json`, `lds.md`, `monotone.json` and the trained bank's outputs; `docs/validation.md` says more."""
+  config, examples = context.config, _examples(context)
+  found: list[dict[str, Any]] = []
+  by_task: list[dict[str, Any]] = []
+  monotone: dict[str, Any] = {}
+  for name in (PLAIN, METASMOOTH):
+    setting = Setting(context, name, _train_config(config, name), examples)
+    example_level, task_level = setting.table()
+    found += example_level
+    by_task += task_level
+    if name == PLAIN:
+      monotone = setting.monotone()
+  atomic.write_json(context.out / 'lds.json', {'by_example': found, 'by_task': by_task})
+  atomic.write_json(context.out / 'monotone.json', monotone)
+  text = _page(found, by_task, monotone)
+  atomic.write_text(context.out / 'lds.md', text)
+  context.log.say(text)
+  return {'rows': len(examples.tokens_NL), 'targets': list(examples.tasks), 'settings': [PLAIN, METASMOOTH]}
+
+
+def _page(found: list[dict[str, Any]], by_task: list[dict[str, Any]], monotone: Mapping[str, Any]) -> str:
+  parts = []
+  for setting in (PLAIN, METASMOOTH):
+    for level, records in (('each target example', found), ('mean of each task', by_task)):
+      parts.append(f'### {setting}, {level}\n\n' + table.markdown(r for r in records if r['setting'] == setting))
+  lines = ['| task | seed | decile 1 | decile 5 | decile 10 | ordered |', '|---|---|---|---|---|---|']
+  for task, runs in monotone.items():
+    for seed, run_ in enumerate(runs):
+      losses = ' | '.join(f'{x:.3f}' for x in run_['loss'])
+      lines.append(f'| {task} | {seed} | {losses} | {"yes" if run_["ordered"] else "no"} |')
+  return '\n'.join([*parts, '### Loss after training on one decile of scores\n', *lines]) + '\n'
+
+
+class Setting:
+  """The bank under one learning algorithm: its proxies, subsets, truth, oracle and table."""
+
+  def __init__(self, context: Context, name: str, train: ConfigDict, examples: Examples):
+    self._context, self._name, self._examples = context, name, examples
+    self._options = context.config.validation
+    config = ConfigDict(context.config.to_dict())
+    config.proxies.train = train
+    self._config = config
+    self._folder = context.out / name
+    self._training = self._training_of(1.0)
+    function = load_callable(config.features.output_fn)
+    self._outputs = TargetOutputs(self._training, function, examples.tokens_TL, examples.weights_TL)
+    self._proxies = functools.lru_cache(maxsize=None)(self._train_proxies)
+    self._scorer = Scorer(
+      config, self._proxies, examples.vocab_size, examples.tokens_NL, examples.tokens_TL, examples.weights_TL
+    )
+
+  def table(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Records for target examples one by one, and for the mean of each task, where the oracle stands too."""
+    scores = self._scores()
+    truth_RST = self._truth[0]
+    member_KT = self._examples.member_KT
+    mean_TK = (member_KT / member_KT.sum(axis=1, keepdims=True)).T
+    seed, count, confidence = self._config.seed, self._options.resamples, self._config.datamodel.confidence
+
+    def resamples(documents: list[str]) -> dict[str, agreement.Resamples]:
+      sizes = {family: len(self._subsets.of(family)) for family in subsets.FAMILIES}
+      return {f: agreement.Resamples(seed, s, documents, count, confidence) for f, s in sizes.items() if s}
+
+    by_example = table.records(
+      self._name, scores, truth_RST, self._subsets, resamples(self._examples.document_T), DEFAULT.name
+    )
+    by_task = table.records(
+      self._name, {name: s @ mean_TK for name, s in scores.items()}, truth_RST @ mean_TK, self._subsets,
+      resamples(list(self._examples.tasks)), DEFAULT.name,
+      {ORACLE: self._oracle().transpose(0, 2, 1)} if self._options.oracle else None,
+    )  # fmt: skip
+    return by_example, by_task
+
+  def monotone(self) -> dict[str, Any]:
+    """Task → for each seed the loss of models trained on deciles 1, 5 and 10 of its scores, and whether it rises."""
+    loss_RST, found = -self._truth[1], {}
+    for task, member_T in zip(self._examples.tasks, self._examples.member_KT, strict=True):
+      places = [self._subsets.name.index(f'{task}: decile {d}') for d in (1, 5, 10)]
+      losses = [[float(loss_ST[place][member_T].mean()) for place in places] for loss_ST in loss_RST]
+      found[task] = [{'loss': row, 'ordered': row[0] < row[1] < row[2]} for row in losses]
+    return found
+
+  @functools.cached_property
+  def _subsets(self) -> subsets.Subsets:
+    score_NT = self._score_of(DEFAULT.name, lambda: self._scorer(DEFAULT))
+    sorted_by = {t: score_NT[:, m].mean(1) for t, m in zip(self._examples.tasks, self._examples.member_KT, strict=True)}
+    o, smooth = self._options, self._name == METASMOOTH
+    return subsets.make(
+      self._config.seed, self._examples.source_N, sorted_by,
+      halves=o.halves // 4 if smooth else o.halves, stratified=0 if smooth else o.stratified, drops=o.drops,
+      deciles=not smooth,
+    )  # fmt: skip
+
+  @functools.cached_property
+  def _truth(self) -> tuple[np.ndarray, np.ndarray]:
+    weight_SN, seeds = self._subsets.weight_SN, self._options.seeds
+    with self._context.log.bar(total=seeds * len(weight_SN), desc=f'{self._name} bank', unit='model') as bar:
+      found = bank.truth(
+        self._folder, self._training, self._outputs, weight_SN, seeds, self._options.models_at_once, bar.update
+      )
+    self._context.add_flop(self._flop_of_training() * seeds * len(weight_SN))
+    if not np.isfinite(found[0]).all():
+      raise UserError(f'a model of the {self._name} bank diverged; lower proxies.train.learning_rate')
+    return found
+
+  def _oracle(self) -> np.ndarray:
+    """derivative_RKN of each seed."""
+    compute = Metagradient(self._training, self._outputs, self._examples.member_KT)
+    weight_N, found = np.ones(self._training.rows), []
+    with self._context.log.bar(range(self._options.seeds), desc=f'{self._name} oracle', unit='seed') as seeds:
+      for seed in seeds:
+        file = self._folder / f'oracle-{seed}.npy'
+        if not file.is_file():
+          atomic.save_npy(file, compute(seed, weight_N)[1])
+        found.append(np.load(file, allow_pickle=False))
+    return np.stack(found)
+
+  def _scores(self) -> dict[str, np.ndarray]:
+    """Predictor → score_NT."""
+    wanted = re.compile(self._options.variants)
+    chosen = [
+      v for v in VARIANTS if v.proxies <= self._options.proxies and (self._name == PLAIN or v.name in _SMOOTH_VARIANTS)
+    ]
+    makers = {v.name: functools.partial(self._scorer, v) for v in chosen} | dict(self._cheap())
+    makers = {n: make for n, make in makers.items() if n == DEFAULT.name or wanted.search(n)}
+    with self._context.log.bar(makers.items(), desc=f'{self._name} scores', unit='variant') as bar:
+      return {name: self._score_of(name, make) for name, make in bar}
+
+  def _score_of(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    file = self._folder / f'score-{re.sub("[^A-Za-z0-9]+", "-", name)}.npy'
+    if not file.is_file():
+      self._folder.mkdir(parents=True, exist_ok=True)
+      atomic.save_npy(file, make().astype(np.float32))
+    return np.load(file, allow_pickle=False)
+
+  def _cheap(self) -> Mapping[str, Any]:
+    e, proxy = self._examples, self._proxies(1.0)[0]
+    return cheap.predictors(
+      e.tokens_NL, e.tokens_TL, e.task_T, e.vocab_size,
+      lambda: self._scorer.loss(proxy), lambda: self._scorer.embeddings(proxy),
+    )  # fmt: skip
+
+  def _train_proxies(self, width: float) -> tuple[Proxy, ...]:
+    training, rows, found = self._training_of(width), self._training.rows, []
+    for place in range(self._options.proxies):
+      weight_MN = np.zeros((1, rows), np.float32)
+      chosen = prng.numpy_stream(self._config.seed, 'validation', 'proxy', place).permutation(rows)
+      weight_MN[0, chosen[: round(self._config.proxies.subset_share * rows)]] = 1
+      states = training.train(f'proxy {place}', weight_MN, STOPS)
+      found.append(Proxy(training, tuple(bank.one(s) for s in states)))
+    return tuple(found)
+
+  def _training_of(self, width: float) -> ScannedTraining:
+    proxies, e = self._config.proxies, self._examples
+    model = scaled(proxies.model, width)
+    return ScannedTraining(model, proxies.train, e.vocab_size, e.tokens_NL, self._options.epochs, self._config.seed)
+
+  def _flop_of_training(self) -> float:
+    training = self._training
+    state = jax.eval_shape(lambda: training.trainer.init(jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((training.batch_size, self._examples.tokens_NL.shape[1]), jnp.int32)
+    weight = jax.ShapeDtypeStruct((training.batch_size,), jnp.float32)
+    return flops.count(training.trainer.apply, state, tokens, weight, jnp.int32(1)) * training.steps
+
+
+def _train_config(config: ConfigDict, name: str) -> ConfigDict:
+  train, options = ConfigDict(config.proxies.train.to_dict()), config.validation
+  train.adam_eps_root = max(train.adam_eps_root, options.least_eps_root)
+  if name == METASMOOTH:
+    train.adam_eps_root, train.batch_size = options.smooth_eps_root, options.smooth_batch_size
+  return train
+
+
+def _examples(context: Context) -> Examples:
+  options = context.config.validation
+  pool, targets = Pool(context.inputs['pool']), Targets(context.inputs['targets'])
+  if pool.num_rows < options.rows:
+    raise UserError(
+      f'validation.rows = {options.rows} and the pool has {pool.num_rows}; lower it, or raise pool.max_bytes'
+    )
+  rows = np.arange(options.rows)  # their order in the pool is random
+  parts = [(task, targets.examples(task, 'target')) for task in targets.tasks]
+  tokens, weights, tasks, documents = [], [], [], []
+  for task, found in parts:
+    size = min(len(found), options.target_examples)
+    tokens.append(found.tokens_TL[:size])
+    weights.append(found.weights_TL[:size])
+    tasks += [task] * size
+    documents += [f'{task}: {record["document"]}' for record in found.records[:size]]
+  return Examples(
+    pool.tokens(rows), pool.source_N[: options.rows], np.concatenate(tokens), np.concatenate(weights),
+    np.array(tasks), documents, tuple(targets.tasks), pool.vocab_size,
+  )  # fmt: skip

@@ -1,0 +1,263 @@
+"""Datamodels that differ from the project's default in one way each, and their scores for every target example."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from dsdm_jax.attribution import datamodel
+from dsdm_jax.attribution.covariances import Basis, MomentStep
+from dsdm_jax.attribution.features import blocks, feature_step
+from dsdm_jax.attribution.gradients import FeatureStep, TwoSidedFeatures
+from dsdm_jax.attribution.second_moment import SecondMoment
+from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.lm.outputs import token_log_probability
+from dsdm_jax.training.step import TrainState
+from dsdm_jax.validation.scanned import ScannedTraining
+
+EARLY, MIDDLE, LATE = range(3)  # places among the checkpoints of one proxy
+STOPS = (1 / 3, 2 / 3, 1.0)
+
+Changes = tuple[tuple[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """One way to make scores; what is not said is the config's.
+
+  Attributes:
+    name: in the table.
+    proxies: how many.
+    checkpoints: of each proxy, `EARLY`, `MIDDLE` and `LATE`; scores are averaged over them.
+    features: keys of `config.features` that are other.
+    damping: times `datamodel.damping`.
+    gram: full, layers, joint, or none for the gradient's dot product.
+    unit_norm, q: as in `config.datamodel`.
+    width: times the width of the model.
+  """
+
+  name: str
+  proxies: int = 2
+  checkpoints: tuple[int, ...] = (LATE,)
+  features: Changes = ()
+  damping: float = 1.0
+  gram: str = 'full'
+  unit_norm: bool = False
+  q: bool = False
+  width: float = 1.0
+
+
+DEFAULT = Variant('default')
+
+VARIANTS: tuple[Variant, ...] = (
+  DEFAULT,
+  Variant('1 proxy', proxies=1),
+  Variant('4 proxies', proxies=4),
+  Variant('early checkpoint', checkpoints=(EARLY,)),
+  Variant('middle checkpoint', checkpoints=(MIDDLE,)),
+  Variant('three checkpoints', checkpoints=(EARLY, MIDDLE, LATE)),
+  Variant('4 proxies, three checkpoints', proxies=4, checkpoints=(EARLY, MIDDLE, LATE)),
+  Variant('half the width', width=0.5),
+  Variant('twice the width', width=2.0),
+  Variant('J = 256', features=(('dimension', 256),)),
+  Variant('J = 8,192', features=(('dimension', 8_192),)),
+  Variant('eigenvectors', features=(('basis', 'eigenvectors'),)),
+  Variant('eigenvectors, J = 8,192', features=(('basis', 'eigenvectors'), ('dimension', 8_192))),
+  Variant('dense, J = 2,048', features=(('projection', 'dense'),)),
+  Variant('dense, J = 256', features=(('projection', 'dense'), ('dimension', 256))),
+  Variant('damping × 0.01', damping=0.01),
+  Variant('damping × 0.1', damping=0.1),
+  Variant('damping × 10', damping=10.0),
+  Variant('damping × 100', damping=100.0),
+  Variant('Gram by layers', gram='layers'),
+  Variant('joint Gram', gram='joint'),
+  Variant('no curvature', gram='none'),
+  Variant('no curvature, unit norm', gram='none', unit_norm=True),
+  Variant('unit norm', unit_norm=True),
+  Variant("Adam's second moment", features=(('precondition', 'adam'),)),
+  Variant('dense, Adam', features=(('projection', 'dense'), ('precondition', 'adam'))),
+  Variant('dense, Adam, no curvature', features=(('projection', 'dense'), ('precondition', 'adam')), gram='none'),
+  Variant('Q', q=True),
+  Variant('log-likelihood', features=(('output_fn', 'dsdm_jax.lm.outputs:log_likelihood'),)),
+)
+
+
+class Rows:
+  """Features of rows in memory, as a source of one shard after the other."""
+
+  def __init__(self, phi_NJ: np.ndarray, shard: int = 1_024):
+    self.phi_NJ, self._shard = phi_NJ, shard
+    self.rows, self.dimension = phi_NJ.shape
+
+  def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
+    for start in range(0, self.rows, self._shard):
+      stop = min(start + self._shard, self.rows)
+      yield start, stop, self.phi_NJ[start:stop]
+
+
+@dataclasses.dataclass(frozen=True)
+class Proxy:
+  """Attributes: training that it comes from; its state at each of `STOPS`."""
+
+  training: ScannedTraining
+  states: tuple[TrainState, ...]
+
+
+class Scorer:
+  """Scores of all rows for each target example, by any variant.
+
+  Args:
+    config: of the run.
+    proxies: width factor → trained proxies.
+    vocab_size: of the tokens.
+    tokens_NL: the rows.
+    tokens_TL, weights_TL: the target examples.
+  """
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    proxies: Callable[[float], Sequence[Proxy]],
+    vocab_size: int,
+    tokens_NL: np.ndarray,
+    tokens_TL: np.ndarray,
+    weights_TL: np.ndarray,
+  ):
+    self._config, self._proxies, self._vocab_size = config, proxies, vocab_size
+    self._mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.devices()[:1])
+    weights_NL = np.ones(tokens_NL.shape, np.float32)
+    weights_NL[:, 0] = 0.0
+    self._tokens = np.concatenate([tokens_NL, tokens_TL]).astype(np.int32)
+    self._weights = np.concatenate([weights_NL, weights_TL]).astype(np.float32)
+    self._rows = len(tokens_NL)
+    self._step = functools.lru_cache(maxsize=None)(self._make_step)
+    self._features = functools.lru_cache(maxsize=4)(self._make_features)
+
+  def __call__(self, variant: Variant) -> np.ndarray:
+    """score_NT, float32; higher is better."""
+    proxies = self._proxies(variant.width)[: variant.proxies]
+    parts = [(p, c) for p in range(len(proxies)) for c in variant.checkpoints]
+    if variant.gram == 'joint':
+      score_NT = self._joint(variant, parts)
+    else:
+      score_NT = np.mean([self._one(variant, *part) for part in parts], axis=0)
+    if variant.q:
+      score_NT = score_NT * (1 - np.mean([self._probability(p) for p in proxies], axis=0))[:, None]
+    return score_NT.astype(np.float32)
+
+  def _one(self, variant: Variant, proxy: int, checkpoint: int) -> np.ndarray:
+    phi_XJ, layers = self._features_of(variant, proxy, checkpoint)
+    phi_NJ, phi_TJ = phi_XJ[: self._rows], phi_XJ[self._rows :]
+    if variant.gram == 'none':
+      return phi_NJ @ phi_TJ.T
+    columns = layers if variant.gram == 'layers' else datamodel.whole(phi_NJ.shape[1])
+    rows = Rows(phi_NJ)
+    parts = datamodel.gram(rows, columns)
+    u_JT = datamodel.solve(parts, columns, phi_TJ, self._damping(variant), overwrite=True).u_JK
+    return datamodel.scores(rows, u_JT)
+
+  def _joint(self, variant: Variant, parts: Sequence[tuple[int, int]]) -> np.ndarray:
+    phi = [self._features_of(variant, *part)[0] for part in parts]
+    phi_XJ = np.concatenate(phi, axis=1)
+    stops = np.cumsum([p.shape[1] for p in phi]).tolist()
+    rows, columns = Rows(phi_XJ[: self._rows]), datamodel.whole(phi_XJ.shape[1])
+    gram_JJ = datamodel.gram(rows, columns)[0]
+    scale_J = datamodel.equalise(gram_JJ, tuple(zip([0, *stops[:-1]], stops, strict=True)))
+    right_TJ = phi_XJ[self._rows :] * scale_J
+    u_JT = datamodel.solve([gram_JJ], columns, right_TJ, self._damping(variant), overwrite=True).u_JK
+    return datamodel.scores(rows, u_JT * scale_J[:, None])
+
+  def _damping(self, variant: Variant) -> float:
+    return variant.damping * self._config.datamodel.damping
+
+  def _features_of(self, variant: Variant, proxy: int, checkpoint: int) -> tuple[np.ndarray, datamodel.Blocks]:
+    phi_XJ, columns = self._features(variant.features, variant.width, proxy, checkpoint)
+    return (datamodel.unit_rows(phi_XJ) if variant.unit_norm else phi_XJ), columns
+
+  def _make_features(
+    self, features: Changes, width: float, proxy: int, checkpoint: int
+  ) -> tuple[np.ndarray, datamodel.Blocks]:
+    step, config = self._step(features, width), self._changed(features, width)
+    state = self._proxies(width)[proxy].states[checkpoint]
+    moment = None
+    if config.features.precondition == 'adam':
+      train = config.proxies.train
+      moment = SecondMoment.of_state(state.opt_state, train.adam_b2, train.adam_eps)
+    batch = config.features.batch_size
+    prepared = self._prepare(step, config, state, proxy * len(STOPS) + checkpoint, moment)
+    parts = []
+    for start in range(0, len(self._tokens), batch):
+      tokens_BL, weights_BL = (_filled(x[start : start + batch], batch) for x in (self._tokens, self._weights))
+      parts.append(step(prepared, jnp.asarray(tokens_BL), jnp.asarray(weights_BL)))
+    phi_XJ = np.concatenate([np.asarray(part) for part in parts])[: len(self._tokens)]
+    return phi_XJ, blocks(step.describe(), step.dimension)
+
+  def _prepare(
+    self, step: FeatureStep, config: ConfigDict, state: TrainState, place: int, moment: SecondMoment | None
+  ) -> Any:
+    if config.features.basis == 'random' or not isinstance(step, TwoSidedFeatures):
+      return step.prepare(state.params, place, moment)
+    measure = MomentStep(step.model, step.output_fn, step.layers, self._mesh)
+    size = config.features.batch_size
+    starts = range(0, min(config.features.basis_rows, self._rows) // size * size, size)
+    batches = [(jnp.asarray(self._tokens[s : s + size]), jnp.asarray(self._weights[s : s + size])) for s in starts]
+    moments = measure.sums(measure.prepare(state.params), batches)
+    return step.prepare(state.params, place, moment, Basis.leading(step.layers, moments, moment).projections)
+
+  def _make_step(self, features: Changes, width: float) -> FeatureStep:
+    return feature_step(self._changed(features, width), self._vocab_size, self._tokens.shape[1], self._mesh)
+
+  def _changed(self, features: Changes, width: float) -> ConfigDict:
+    config = ConfigDict(self._config.to_dict())
+    config.features.update(dict(features))
+    config.proxies.model = scaled(config.proxies.model, width)
+    return config
+
+  def _probability(self, proxy: Proxy) -> np.ndarray:
+    """Mean predicted-token probability of each row under one proxy."""
+    return self._forward(proxy, self._tokens[: self._rows], lambda model, t: jnp.exp(_likelihood(model, t)).mean(1))
+
+  def loss(self, proxy: Proxy) -> np.ndarray:
+    """Nats per token of each row under one proxy, float32 [N]."""
+    return self._forward(proxy, self._tokens[: self._rows], lambda model, t: -_likelihood(model, t).mean(1))
+
+  def embeddings(self, proxy: Proxy) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the model's last states over a text's tokens, of rows and of target examples; float32 [N, D], [T, D]."""
+
+    def mean(model: nnx.Module, tokens_BL: jax.Array) -> jax.Array:
+      here_BL = (tokens_BL != 0).astype(jnp.float32)
+      x_BLD = model.hidden(tokens_BL).astype(jnp.float32)
+      return jnp.einsum('bld,bl->bd', x_BLD, here_BL) / jnp.maximum(here_BL.sum(axis=1), 1)[:, None]
+
+    embedding_XD = self._forward(proxy, self._tokens, mean)
+    return embedding_XD[: self._rows], embedding_XD[self._rows :]
+
+  def _forward(self, proxy: Proxy, tokens_XL: np.ndarray, function: Callable) -> np.ndarray:
+    """`function`(model, tokens_BL), a batch at a time."""
+    graphdef, state = proxy.training.trainer.graphdef, proxy.states[LATE]
+    step = jax.jit(lambda params, rest, tokens_BL: function(nnx.merge(graphdef, params, rest), tokens_BL))
+    batch = self._config.features.batch_size
+    starts = range(0, len(tokens_XL), batch)
+    parts = [step(state.params, state.rest, _filled(tokens_XL[s : s + batch], batch)) for s in starts]
+    return np.concatenate([np.asarray(part) for part in parts])[: len(tokens_XL)]
+
+
+def _likelihood(model: nnx.Module, tokens_BL: jax.Array) -> jax.Array:
+  return jax.vmap(token_log_probability)(model(tokens_BL), tokens_BL)
+
+
+def scaled(model: ConfigDict, width: float) -> ConfigDict:
+  """The model's config at `width` times the width; heads keep their number."""
+  model = ConfigDict(model.to_dict())
+  model.width, model.mlp_width = round(model.width * width), round(model.mlp_width * width)
+  return model
+
+
+def _filled(array: np.ndarray, batch: int) -> np.ndarray:
+  return np.pad(array, [(0, batch - len(array))] + [(0, 0)] * (array.ndim - 1))

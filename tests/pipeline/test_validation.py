@@ -1,0 +1,60 @@
+"""The bank from the command line: it stands on the pool alone, goes on where it was stopped, and runs when asked."""
+
+import json
+import shutil
+
+import numpy as np
+
+from dsdm_jax import pipeline
+from tests.pipeline import runs
+
+SMALL = (
+  '--stage=validation', '--config.validation.rows=120', '--config.validation.target_examples=4',
+  '--config.validation.epochs=1.0', '--config.validation.halves=8', '--config.validation.stratified=3',
+  '--config.validation.drops=(0.1,)', '--config.validation.proxies=2', '--config.validation.models_at_once=8',
+  '--config.validation.variants=^BM25|^no curvature$', '--config.validation.resamples=20',
+)  # fmt: skip
+
+
+def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path):
+  workdir = tmp_path / 'run'
+  for stage in ('pool', 'targets'):
+    shutil.copytree(finished / stage, workdir / stage)
+  out = runs.succeed(runs.TINY, f'--workdir={workdir}', *SMALL)
+  assert 'validation: done' in out
+  found = json.loads((workdir / 'validation/lds.json').read_text())
+  names = {r['predictor'] for r in found['by_example']}
+  assert names == {'default', 'no curvature', 'BM25'}
+  assert {r['predictor'] for r in found['by_task']} == names | {'oracle (metagradient)'}
+  assert {r['family'] for r in found['by_example']} == {'halves', 'stratified', 'deciles', 'drops'}
+  assert all(-1 <= r['low'] <= r['high'] <= 1 for level in found.values() for r in level)
+  monotone = json.loads((workdir / 'validation/monotone.json').read_text())
+  assert {len(runs_) for runs_ in monotone.values()} == {2}
+
+  # What a killed attempt left is taken up, and the rest made anew, to the same table.
+  whole = (workdir / 'validation/lds.md').read_text()
+  part = workdir / 'validation.part'
+  shutil.move(workdir / 'validation', part)
+  manifest = json.loads((part / 'manifest.json').read_text())
+  (part / 'begun.json').write_text(json.dumps(manifest['identity']))
+  for name in ('manifest.json', 'lds.md', 'lds.json', 'monotone.json', 'plain/0-0.npz', 'metasmooth/oracle-1.npy'):
+    (part / name).unlink()
+  kept = part / 'plain/0-8.npz'
+  with np.load(kept) as arrays:
+    assert arrays['output'].shape == (8, 12)
+  before = kept.stat().st_mtime_ns
+  assert 'goes on where it stopped' in runs.succeed(runs.TINY, f'--workdir={workdir}', *SMALL)
+  assert (workdir / 'validation/lds.md').read_text() == whole
+  assert (workdir / 'validation/plain/0-8.npz').stat().st_mtime_ns == before
+
+
+def test_it_is_no_part_of_a_whole_run(finished):
+  assert not (finished / 'validation').exists()
+  assert pipeline.ON_REQUEST == ('validation',)
+
+
+def test_a_pool_that_is_too_small_is_said(finished, tmp_path):
+  for stage in ('pool', 'targets'):
+    shutil.copytree(finished / stage, tmp_path / 'run' / stage)
+  said = runs.refused(runs.TINY, f'--workdir={tmp_path / "run"}', '--stage=validation')
+  assert 'validation.rows = 2048' in said

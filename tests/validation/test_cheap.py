@@ -1,0 +1,41 @@
+"""Cheap predictors on cases worked by hand."""
+
+import numpy as np
+import pytest
+
+from dsdm_jax.validation import cheap
+
+
+def test_counts_leave_padding_out_and_pairs_that_touch_it():
+  tokens = np.array([[3, 3, 4, 0]])
+  single = cheap.count(tokens, tokens != 0, 6, pairs=False).toarray()
+  assert single.tolist() == [[0, 0, 0, 2, 1, 0]]
+  assert cheap.count(tokens, tokens != 0, 64, pairs=True).sum() == 2
+
+
+def test_bm25_by_hand():
+  rows = np.array([[1, 1, 2, 3], [2, 3, 3, 3]])
+  query = np.array([[1, 0, 0, 0]])
+  score = cheap.bm25(cheap.count(rows, np.ones(rows.shape), 5, False), cheap.count(query, query != 0, 5, False))
+  idf = np.log(1 + (2 - 1 + 0.5) / (1 + 0.5))
+  assert score[:, 0] == pytest.approx([idf * 2 * 2.2 / (2 + 1.2), 0.0], rel=1e-6)
+
+
+def test_log_ratio_by_hand_and_by_task():
+  rows, targets = np.array([[1, 1, 2, 2], [3, 3, 3, 3]]), np.array([[1, 1, 1, 0], [3, 3, 0, 0]])
+  counts = (cheap.count(x, x != 0, 4, False) for x in (rows, targets))
+  score = cheap.log_ratio(*counts, np.array(['a', 'b']))
+  pool = np.array([1, 3, 3, 5]) / 12
+  a = np.array([1, 4, 1, 1]) / 7
+  ratio = np.log(a / pool)
+  assert score[:, 0] == pytest.approx([ratio[[1, 1, 2, 2]].mean(), ratio[3]], rel=1e-5)
+  assert score[0, 0] > score[1, 0]
+  assert score[0, 1] < score[1, 1]
+
+
+def test_cosine_takes_the_common_direction_off():
+  rng = np.random.default_rng(0)
+  rows = rng.standard_normal((50, 8)) + 100
+  found = cheap.cosine(rows, rows[:3])
+  assert np.argmax(found, axis=0).tolist() == [0, 1, 2]
+  assert abs(np.median(found)) < 0.3
