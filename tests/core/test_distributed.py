@@ -115,7 +115,7 @@ def start(program: str, *arguments: str, processes: int = 2, **keys: str) -> lis
       'from dsdm_jax.core.errors import UserError\n'
       'config = base.get_config()\n'
       f'config.distributed.update({{"coordinator": {address!r}, "processes": {processes}, "process": {process},\n'
-      '  "heartbeat_seconds": 5, "start_seconds": 60})\n'
+      '  "heartbeat_seconds": 60, "start_seconds": 60})\n'
       f'process = {process}\n{keys.get("before", "")}\n'
       'try:\n'
       '  with distributed.running(config, checks.flatten(config)):\n'
