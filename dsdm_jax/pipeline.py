@@ -52,11 +52,14 @@ STAGES = (
   # Small models on random subsets.
   Stage('proxies', ('pool',), ('seed', 'proxies'), 'training.proxies:run', everywhere=True),
   # Projected per-example gradients, of the pool and of the targets.
-  Stage('features', ('pool', 'targets', 'proxies'), ('seed', 'features', 'proxies'), 'attribution.features:run', 2),
+  Stage(
+    'features', ('pool', 'targets', 'proxies'), ('seed', 'features', 'proxies'), 'attribution.features:run', 2,
+    everywhere=True,
+  ),
   # Features → one score per row and target, in closed form.
   Stage(
     'datamodel', ('pool', 'targets', 'proxies', 'features'),
-    ('seed', 'datamodel', 'features', 'proxies'), 'attribution.scores:run', format=2,
+    ('seed', 'datamodel', 'features', 'proxies'), 'attribution.scores:run', format=2, everywhere=True,
   ),
   # Models trained on many subsets of the pool: do scores foretell what training does?
   Stage(

@@ -25,7 +25,7 @@ from dsdm_jax.attribution import probes
 from dsdm_jax.attribution.probes import ProbedLayer, Projections
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core import atomic
-from dsdm_jax.core.mesh import batch_sharding, replicated
+from dsdm_jax.core.mesh import batch_sharding, fetch, replicated
 from dsdm_jax.lm import partition
 
 OutputFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -130,7 +130,7 @@ class MomentStep:
       for x in self.layers
     }
     for batch in batches:
-      for path, sides in jax.tree.map(np.asarray, self._step(prepared, *batch)).items():
+      for path, sides in fetch(self._step(prepared, *batch)).items():
         for into, part in zip(total[path], sides, strict=True):
           into += part
     return total

@@ -15,7 +15,7 @@ Nothing here holds more than one shard of rows: rows come from a `RowSource`, su
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,11 @@ import scipy.linalg
 import scipy.sparse.linalg
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsdm_jax.attribution.partials import Partials
 from dsdm_jax.attribution.passes import DirectionalSource
+from dsdm_jax.core import distributed
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.mesh import DATA, MODEL, batch_sharding, replicated
+from dsdm_jax.core.mesh import DATA, MODEL, batch_sharding, fetch, place, replicated
 
 Progress = Callable[[int], object]
 Shard = tuple[int, int, np.ndarray]
@@ -48,6 +50,13 @@ class RowSource(Protocol):
   def __iter__(self) -> Iterator[Shard]: ...
 
 
+@runtime_checkable
+class Startable(Protocol):
+  """A source that can begin at any shard, at no cost for those before it."""
+
+  def starting(self, row: int) -> Iterator[Shard]: ...
+
+
 def unit_rows(phi_BJ: np.ndarray) -> np.ndarray:
   """Each row divided by its norm, float32; a row of zeros stays one."""
   phi_BJ = np.asarray(phi_BJ, np.float32)
@@ -65,7 +74,10 @@ class UnitNorm:
     self.rows, self.dimension = source.rows, source.dimension
 
   def __iter__(self) -> Iterator[Shard]:
-    for start, stop, phi_BJ in self._source:
+    return self.starting(0)
+
+  def starting(self, row: int) -> Iterator[Shard]:
+    for start, stop, phi_BJ in _starting(self._source, row):
       yield start, stop, unit_rows(phi_BJ)
 
 
@@ -77,7 +89,10 @@ class Concatenated:
     self.rows, self.dimension = sources[0].rows, sum(source.dimension for source in sources)
 
   def __iter__(self) -> Iterator[Shard]:
-    for shards in zip(*self._sources, strict=True):
+    return self.starting(0)
+
+  def starting(self, row: int) -> Iterator[Shard]:
+    for shards in zip(*(_starting(source, row) for source in self._sources), strict=True):
       start, stop, _ = shards[0]
       if any(shard[:2] != (start, stop) for shard in shards):
         raise ValueError(f'sources have other shards than the first, which has rows {start} to {stop - 1}')
@@ -88,9 +103,19 @@ def _silent(rows: int) -> None:
   del rows
 
 
-def _ahead(source: RowSource) -> Iterator[Shard]:
-  """The shards of `source`, the next one read while the caller works on this one."""
-  shards = iter(source)
+def _starting(source: RowSource, row: int) -> Iterator[Shard]:
+  """The shards from `row` on, which begins one; a source that cannot begin there is read from its first."""
+  if isinstance(source, Startable):
+    return source.starting(row)
+  return (shard for shard in source if shard[0] >= row)
+
+
+def _ahead(source: RowSource, row: int = 0) -> Iterator[Shard]:
+  """The shards of `source` from `row` on, the next one read while the caller works on this one."""
+  shards = _starting(source, row)
+  if distributed.count() > 1:  # steps that processes take together must come in one order on all, so in one thread
+    yield from shards
+    return
   with ThreadPoolExecutor(1) as reader:
     coming = reader.submit(next, shards, None)
     while (shard := coming.result()) is not None:
@@ -118,17 +143,23 @@ def _partial_gram(blocks: Blocks, mesh: Mesh | None) -> Callable[[np.ndarray], l
     NamedSharding(mesh, PartitionSpec(MODEL)) if (stop - start) % mesh.shape[MODEL] == 0 else replicated(mesh)
     for start, stop in blocks
   ]
-  step = jax.jit(apply, in_shardings=batch_sharding(mesh), out_shardings=out)
+  rows = batch_sharding(mesh)
+  step = jax.jit(apply, in_shardings=rows, out_shardings=out)
 
   def sharded(phi_BJ: np.ndarray) -> list[np.ndarray]:
     missing = -len(phi_BJ) % mesh.shape[DATA]  # rows of zeros add nothing
-    return step(np.pad(phi_BJ, ((0, missing), (0, 0))) if missing else phi_BJ)
+    return step(place(np.pad(phi_BJ, ((0, missing), (0, 0))) if missing else phi_BJ, rows))
 
   return sharded
 
 
 def gram(
-  source: RowSource, blocks: Blocks | None = None, mesh: Mesh | None = None, progress: Progress = _silent
+  source: RowSource,
+  blocks: Blocks | None = None,
+  mesh: Mesh | None = None,
+  progress: Progress = _silent,
+  partials: Partials | None = None,
+  name: str = 'gram',
 ) -> list[np.ndarray]:
   """ΦᵀΦ/N, one float64 matrix for each block: each shard in float32, the sum over shards in float64 in their order.
 
@@ -137,19 +168,27 @@ def gram(
     blocks: columns of each diagonal block; None is one block of all columns.
     mesh: rows of a shard are shared over `data`, rows of the matrix over `model`; None takes one device.
     progress: told the rows of each shard.
+    partials: keep what is summed up under `name`; what an earlier attempt kept there is gone on from: the same bits.
   """
+  partials = partials or Partials(None)
   if isinstance(source, DirectionalSource):
     source = source.sample
   blocks = whole(source.dimension) if blocks is None else blocks
   step = _partial_gram(blocks, mesh)
   totals = [np.zeros((stop - start, stop - start), np.float64) for start, stop in blocks]
   pending: list[np.ndarray] = []
-  for start, stop, phi_BJ in _ahead(source):
-    coming = step(phi_BJ)  # returns at once: the device works on while the last shard is added up here
+  begin = partials.sums(name, totals)
+  progress(begin)
+  if begin < source.rows:
+    for start, stop, phi_BJ in _ahead(source, begin):
+      coming = step(phi_BJ)  # returns at once: the device works on while the last shard is added up here
+      _add(totals, pending)
+      if pending:
+        partials.save_sums(name, totals, start)
+      pending = coming
+      progress(stop - start)
     _add(totals, pending)
-    pending = coming
-    progress(stop - start)
-  _add(totals, pending)
+    partials.save_sums(name, totals, source.rows, last=True)
   for total in totals:
     total /= source.rows
   return totals
@@ -157,7 +196,7 @@ def gram(
 
 def _add(totals: list[np.ndarray], parts: Sequence[np.ndarray]) -> None:
   for total, part in zip(totals, parts, strict=False):
-    np.add(total, np.asarray(part), out=total)
+    np.add(total, fetch(part), out=total)
 
 
 def sums(source: RowSource, weight_CN: np.ndarray) -> np.ndarray:
@@ -330,16 +369,16 @@ def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
   return jnp.matmul(left.astype(jnp.float32), right.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
-def score_shards(source: RowSource, u_JK: np.ndarray) -> Iterator[Shard]:
-  """(start, stop, φ u in float32 [B, K]) of each shard, in order."""
+def score_shards(source: RowSource, u_JK: np.ndarray, row: int = 0) -> Iterator[Shard]:
+  """(start, stop, φ u in float32 [B, K]) of each shard from `row` on, which begins one, in order."""
   # A common scale per column keeps float32 far from its limits; it comes back afterwards.
   scale_K = np.maximum(np.abs(u_JK).max(axis=0), np.finfo(np.float64).tiny)
   unit_JK = jnp.asarray((u_JK / scale_K).astype(np.float32))
   if isinstance(source, DirectionalSource):
-    for start, stop, score_BK in source.score_shards(np.asarray(unit_JK)):
+    for start, stop, score_BK in source.score_shards(np.asarray(unit_JK), row):
       yield start, stop, (score_BK * scale_K).astype(np.float32)
     return
-  for start, stop, phi_BJ in _ahead(source):
+  for start, stop, phi_BJ in _ahead(source, row):
     yield start, stop, (np.asarray(_dot(phi_BJ, unit_JK)) * scale_K).astype(np.float32)
 
 

@@ -4,11 +4,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tqdm
 from flax import nnx
@@ -23,11 +21,11 @@ from dsdm_jax.attribution.passes import DirectionalSource, PoolPass, Recomputed
 from dsdm_jax.attribution.rounding import Blocks, Rounding
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.attribution.store import FeatureStore
-from dsdm_jax.core import atomic, flops
+from dsdm_jax.core import atomic, distributed, flops
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.mesh import batch_sharding, make_mesh
+from dsdm_jax.core.mesh import batch_sharding, fetch, make_mesh, place
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.targets import Targets
@@ -59,7 +57,8 @@ def run(context: Context) -> dict | None:
       if stored:
         _pool_features(context, step, proxies.source(checkpoint, prepared), checkpoint, bar)
   # Only now: by the time that this job has ended, others may have filled what was missing when it began.
-  if not all(_complete(context, targets, pool.num_rows, step, c) for c in range(config.proxies.count)):
+  count = config.proxies.count
+  if not distributed.decide(lambda: all(_complete(context, targets, pool.num_rows, step, c) for c in range(count))):
     return None
   store = {k: config.features[k] for k in ('mode', 'shard_rows', 'store_dtype', 'precondition', 'basis')}
   for name in notes[0]:
@@ -111,7 +110,7 @@ class _Proxies:
   ) -> Basis:
     """Eigenvectors from the stage's folder, made where there are none. Rounding may turn them: all jobs must share."""
     file = basis_file(self._folder, checkpoint)
-    if not file.is_file():
+    if not distributed.decide(file.is_file):
       settings, length = self._context.config.features, self._pool.length
       size = settings.batch_size
       rows = -(-min(settings.basis_rows, self._pool.num_rows) // size) * size
@@ -121,10 +120,13 @@ class _Proxies:
       where = batch_sharding(self.mesh)
       step = MomentStep(features.model, features.output_fn, features.layers, self.mesh)
       prepared = step.prepare(params)
-      batches = [jax.device_put((tokens_NL[i : i + size], weights_BL), where) for i in range(0, rows, size)]
+      batches = [place((tokens_NL[i : i + size], weights_BL), where) for i in range(0, rows, size)]
       moments = step.sums(prepared, batches)
       self._context.add_flop(flops.count(step.apply, prepared, *batches[0]) * len(batches))
-      Basis.leading(features.layers, moments, moment).save(file, features.layers)
+      basis = Basis.leading(features.layers, moments, moment)
+      if self._context.first:
+        basis.save(file, features.layers)
+      distributed.wait()
     return Basis.load(file, features.layers)
 
   def source(self, checkpoint: int, prepared: Any) -> Recomputed:
@@ -184,21 +186,24 @@ def _pool_features(context: Context, step: FeatureStep, source: Recomputed, chec
   """Computes what is not there yet of this job's shards; a shard is written while the next one is computed."""
   features = context.config.features
   columns = blocks(step.describe(), step.dimension)
-  store = open_store(context.out, checkpoint, source.rows, step.dimension, features, columns)
+
+  def open_() -> FeatureStore:
+    return open_store(context.out, checkpoint, source.rows, step.dimension, features, columns)
+
+  # Process 0 opens it first, and makes it where there is none.
+  lacking, store = distributed.decide(lambda: open_().missing()), open_()
   mine = _share(store.shards, features)
-  missing = [shard for shard in store.missing() if shard in mine]
+  missing = [shard for shard in lacking if shard in mine]
   bar.update(source.rows - sum(stop - start for start, stop in map(store.bounds, missing)))
-  with ThreadPoolExecutor(1) as writer:
-    written: Future | None = None
-    for shard, (start, stop, phi_BJ) in zip(missing, source.ranges(map(store.bounds, missing)), strict=True):
-      if written is not None:
-        written.result()
-      if shard == 0:
-        atomic.write_json(context.out / f'fidelity_{checkpoint}.json', store.rounding.fidelity(phi_BJ[:_FIDELITY_ROWS]))
-      written = writer.submit(store.write, shard, phi_BJ)
-      bar.update(stop - start)
-    if written is not None:
-      written.result()
+  coming = source.ranges(map(store.bounds, missing))
+  if not context.first:  # takes part in the steps, and process 0 writes
+    for _ in coming:
+      pass
+    return
+  for shard, phi_BJ in store.fill(missing, coming):
+    if shard == 0:
+      atomic.write_json(context.out / f'fidelity_{checkpoint}.json', store.rounding.fidelity(phi_BJ[:_FIDELITY_ROWS]))
+    bar.update(len(phi_BJ))
 
 
 def _share(count: int, features: ConfigDict) -> range:
@@ -223,7 +228,7 @@ def _target_features(
   batch = features.batch_size
   for number, task in enumerate(targets.tasks, start=checkpoint * len(targets.tasks)):
     file = context.out / f'{task}_{checkpoint}.npy'
-    if number % features.jobs != features.job or file.is_file():
+    if number % features.jobs != features.job or distributed.decide(file.is_file):
       continue
     examples = targets.examples(task, 'target')
     parts = []
@@ -231,12 +236,13 @@ def _target_features(
       tokens_BL, weights_BL = (
         _padded(x[start : start + batch], batch) for x in (examples.tokens_TL, examples.weights_TL)
       )
-      tokens_BL, weights_BL = jax.device_put((tokens_BL, weights_BL), batch_sharding(mesh))
-      parts.append(np.asarray(step(prepared, tokens_BL, weights_BL)))
+      tokens_BL, weights_BL = place((tokens_BL, weights_BL), batch_sharding(mesh))
+      parts.append(fetch(step(prepared, tokens_BL, weights_BL)))
     context.add_flop(flops.count(step.apply, prepared, tokens_BL, weights_BL) * len(parts))
     phi_TJ = np.concatenate(parts)[: len(examples.tokens_TL)]
     check_finite(step, phi_TJ, 0, checkpoint, f'example of target {task}')
-    atomic.save_npy(file, phi_TJ)
+    if context.first:
+      atomic.save_npy(file, phi_TJ)
 
 
 def _padded(array: np.ndarray, batch: int) -> np.ndarray:

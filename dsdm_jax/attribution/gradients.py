@@ -7,12 +7,13 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsdm_jax.attribution import probes, rademacher
 from dsdm_jax.attribution.second_moment import SecondMoment
-from dsdm_jax.core.mesh import DATA, MODEL, batch_sharding, replicated
+from dsdm_jax.core.mesh import DATA, MODEL, batch_sharding, place, replicated
 from dsdm_jax.lm import partition
 
 OutputFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -151,11 +152,12 @@ class DenseFeatures:
   ) -> tuple[nnx.State, list[jax.Array], nnx.State]:
     """(weights, keys of R, what each gradient entry is multiplied by: 1/(√v + ε), or one)."""
     weights = partition.shardings(params, self.mesh)
-    leaf_keys = rademacher.keys(params, self.seed, checkpoint)
+    # As plain numbers: keys themselves cannot be put where other processes have a part.
+    data = [np.asarray(jax.random.key_data(key)) for key in rademacher.keys(params, self.seed, checkpoint)]
     scale = jax.tree.map(jnp.ones_like, params) if second_moment is None else second_moment.scale(params)
     return (
       jax.device_put(params, weights),
-      jax.device_put(leaf_keys, replicated(self.mesh)),
+      [jax.random.wrap_key_data(x) for x in place(data, replicated(self.mesh))],
       jax.device_put(scale, weights),
     )
 

@@ -13,6 +13,7 @@ from dsdm_jax.attribution.columns import Columns
 from dsdm_jax.attribution.damping import Choice
 from dsdm_jax.attribution.datamodel import Blocks, Progress, RowSource, Solution
 from dsdm_jax.attribution.features import Features
+from dsdm_jax.attribution.partials import Partials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Member:
     source: features of the pool.
     targets: phi_TJ of each task.
     blocks: of the Gram matrix.
+    name: under which work on it is kept.
     equal: columns that are brought to the same mean square first, checkpoint by checkpoint (joint); or none.
   """
 
   source: RowSource
   targets: Sequence[np.ndarray]
   blocks: Blocks
+  name: str
   equal: Blocks = ()
 
 
@@ -48,11 +51,13 @@ def open_members(features: Features, tasks: Sequence[str], gram: str, unit_norm:
     stops = np.cumsum([s.dimension for s in sources]).tolist()
     joint = datamodel.Concatenated(sources)
     phi = [np.concatenate([target(t, c) for c in range(features.checkpoints)], axis=1) for t in tasks]
-    yield Member(joint, phi, datamodel.whole(joint.dimension), tuple(zip([0, *stops[:-1]], stops, strict=True)))
+    yield Member(
+      joint, phi, datamodel.whole(joint.dimension), 'joint', tuple(zip([0, *stops[:-1]], stops, strict=True))
+    )
     return
   blocks = layer_blocks(features.semantics) if gram == 'layers' else datamodel.whole(features.dimension)
   for checkpoint in range(features.checkpoints):
-    yield Member(source(checkpoint), [target(t, checkpoint) for t in tasks], blocks)
+    yield Member(source(checkpoint), [target(t, checkpoint) for t in tasks], blocks, f'{checkpoint}')
 
 
 def layer_blocks(semantics: Mapping[str, Any]) -> Blocks:
@@ -79,12 +84,17 @@ class Solved:
 
 
 def solve(
-  members: Sequence[Member], table: Sequence[Columns], options: ConfigDict, mesh: Mesh | None, progress: Progress
+  members: Sequence[Member],
+  table: Sequence[Columns],
+  options: ConfigDict,
+  mesh: Mesh | None,
+  progress: Progress,
+  partials: Partials,
 ) -> Solved:
   """Solutions of all members for the columns of all tasks, at `datamodel.damping`."""
   solutions, spectra = [], []
   for member in members:
-    system = _System(member, table, options, mesh, progress)
+    system = _System(member, table, options, mesh, progress, partials)
     spectra.append(system.spectra)
     solutions.append(system.solve(options.damping, overwrite=True)[0])
   return Solved(solutions, spectra, options.damping, None)
@@ -96,6 +106,7 @@ def solve_auto(
   options: ConfigDict,
   mesh: Mesh | None,
   progress: Progress,
+  partials: Partials,
   seen_CN: np.ndarray,
   output_CT: Sequence[np.ndarray],
 ) -> Solved:
@@ -112,7 +123,7 @@ def solve_auto(
   predicted: list[list[np.ndarray]] = [[] for _ in table]  # of each task: [K, pairs of one scorer, T]
   spectra = []
   for index, member in enumerate(members):
-    system = _System(member, table, options, mesh, progress)
+    system = _System(member, table, options, mesh, progress, partials)
     spectra.append(system.spectra)
     sum_CJ = datamodel.sums(member.source, seen_CN)
     difference_PJ = np.stack([sum_CJ[a] - sum_CJ[b] for scorer, a, b in pairs if scorer == index])
@@ -137,10 +148,16 @@ class _System:
   """The linear system of one member: its Gram matrix and the targets' columns."""
 
   def __init__(
-    self, member: Member, table: Sequence[Columns], options: ConfigDict, mesh: Mesh | None, progress: Progress
+    self,
+    member: Member,
+    table: Sequence[Columns],
+    options: ConfigDict,
+    mesh: Mesh | None,
+    progress: Progress,
+    partials: Partials,
   ):
     self._blocks, self._recentre = member.blocks, options.recentre
-    self._parts = datamodel.gram(member.source, member.blocks, mesh, progress)
+    self._parts = datamodel.gram(member.source, member.blocks, mesh, progress, partials, f'gram_{member.name}')
     self._scale_J = datamodel.equalise(self._parts[0], member.equal) if member.equal else None
     phi = [self._scaled(phi_TJ) for phi_TJ in member.targets]
     datamodel.blend(self._parts, member.blocks, phi, options.target_share)

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from dsdm_jax.core import flops
+from dsdm_jax.core.mesh import fetch, place
 from dsdm_jax.data.batches import row_range_batches
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.lm.outputs import token_log_probability
@@ -47,7 +48,7 @@ class ProxyOutputs:
     """The output function of each example, float32 [T]."""
     parts = []
     for tokens_BL, weights_BL in self._batches(tokens_TL, weights_TL):
-      parts.append(np.asarray(self._output(state.params, state.rest, tokens_BL, weights_BL)))
+      parts.append(fetch(self._output(state.params, state.rest, tokens_BL, weights_BL)))
     self.flop += len(parts) * flops.count(self._apply_output, state.params, state.rest, tokens_BL, weights_BL)
     return np.concatenate(parts)[: len(tokens_TL)]
 
@@ -55,8 +56,8 @@ class ProxyOutputs:
     """Mean over the predicted tokens of each row of the probability of the right one, float32 [N]."""
     parts = []
     for tokens_BL, _, valid_B in row_range_batches(pool, 0, pool.num_rows, self._batch_size):
-      tokens_BL = jax.device_put(tokens_BL, self._trainer.batch_sharding)
-      parts.append(np.asarray(self._probability(state.params, state.rest, tokens_BL))[valid_B])
+      tokens_BL = place(tokens_BL, self._trainer.batch_sharding)
+      parts.append(fetch(self._probability(state.params, state.rest, tokens_BL))[valid_B])
       progress(len(parts[-1]))
     self.flop += len(parts) * flops.count(self._apply_probability, state.params, state.rest, tokens_BL)
     return np.concatenate(parts)
@@ -66,4 +67,4 @@ class ProxyOutputs:
     for start in range(0, len(arrays[0]), size):
       parts = [x[start : start + size] for x in arrays]
       padded = tuple(np.pad(x, ((0, size - len(x)), (0, 0))) for x in parts)
-      yield jax.device_put(padded, self._trainer.batch_sharding)
+      yield place(padded, self._trainer.batch_sharding)

@@ -5,12 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dsdm_jax.attribution.rounding import Rounding
-from dsdm_jax.core import flops
-from dsdm_jax.core.mesh import batch_sharding
+from dsdm_jax.core import distributed, flops
+from dsdm_jax.core.mesh import batch_sharding, fetch, place
 from dsdm_jax.data.batches import row_range_batches
 from dsdm_jax.data.pool import Pool
 
@@ -48,7 +49,7 @@ class PoolPass:
     self._sharding, self._add_flop, self._check = batch_sharding(mesh), add_flop, check
     weights_BL = np.ones((batch_size, pool.length), np.float32)
     weights_BL[:, 0] = 0.0
-    self._weights_BL = jax.device_put(weights_BL, self._sharding)
+    self._weights_BL = place(weights_BL, self._sharding)
     self._flop: float | None = None
 
   def ranges(self, bounds: Iterable[tuple[int, int]]) -> Iterator[Shard]:
@@ -64,18 +65,23 @@ class PoolPass:
   def _dispatch(self, start: int, stop: int) -> list[tuple[jax.Array, int]]:
     parts = []
     for tokens, _, valid_B in _ahead(row_range_batches(self._pool, start, stop, self._batch_size)):
-      tokens_BL = jax.device_put(tokens, self._sharding)
+      tokens_BL = place(tokens, self._sharding)
       if self._flop is None:
         self._flop = flops.count(self._step.apply, self._prepared, tokens_BL, self._weights_BL)
       parts.append((self._step(self._prepared, tokens_BL, self._weights_BL), int(valid_B.sum())))
     return parts
 
   def _finish(self, start: int, stop: int, parts: list[tuple[jax.Array, int]]) -> Shard:
-    result = np.concatenate([np.asarray(part)[:valid] for part, valid in parts])
+    result = np.concatenate([part_BJ[:valid] for part_BJ, (_, valid) in zip(self._fetched(parts), parts, strict=True)])
     if self._check is not None:
       self._check(result, start)
     self._add_flop((self._flop or 0.0) * len(parts))
     return start, stop, result
+
+  def _fetched(self, parts: list[tuple[jax.Array, int]]) -> Iterable[np.ndarray]:
+    if distributed.count() == 1:
+      return (np.asarray(part) for part, _ in parts)
+    return fetch(jnp.stack([part for part, _ in parts]))  # processes exchange once for a range, not for each batch
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:
@@ -110,12 +116,15 @@ class Recomputed:
     """Features of some ranges, not rounded: for a store, which rounds them."""
     return self._features.ranges(bounds)
 
-  def bounds(self) -> Iterator[tuple[int, int]]:
-    """First row and the row after the last, of each shard."""
-    return ((start, min(start + self._shard_rows, self.rows)) for start in range(0, self.rows, self._shard_rows))
+  def bounds(self, row: int = 0) -> Iterator[tuple[int, int]]:
+    """First row and the row after the last, of each shard from `row` on, which begins one."""
+    return ((start, min(start + self._shard_rows, self.rows)) for start in range(row, self.rows, self._shard_rows))
 
   def __iter__(self) -> Iterator[Shard]:
-    for start, stop, phi_BJ in self.ranges(self.bounds()):
+    return self.starting(0)
+
+  def starting(self, row: int) -> Iterator[Shard]:
+    for start, stop, phi_BJ in self.ranges(self.bounds(row)):
       yield start, stop, self._rounding.rounded(phi_BJ)
 
 
@@ -136,6 +145,9 @@ class DirectionalSource:
   def __iter__(self) -> Iterator[Shard]:
     return iter(self._features)
 
-  def score_shards(self, u_JT: np.ndarray) -> Iterator[Shard]:
-    """(start, stop, score_BT) of each shard, in order: φ(n)·u with φ not rounded, for u in float32."""
-    return self._start(u_JT).ranges(self._features.bounds())
+  def starting(self, row: int) -> Iterator[Shard]:
+    return self._features.starting(row)
+
+  def score_shards(self, u_JT: np.ndarray, row: int = 0) -> Iterator[Shard]:
+    """(start, stop, score_BT) of each shard from `row` on, in order: φ(n)·u with φ not rounded, for u in float32."""
+    return self._start(u_JT).ranges(self._features.bounds(row))

@@ -11,6 +11,7 @@ from dsdm_jax.attribution import columns, damping, ensemble, members, tables
 from dsdm_jax.attribution.features import Features
 from dsdm_jax.attribution.members import Member
 from dsdm_jax.attribution.outputs import ProxyOutputs
+from dsdm_jax.attribution.partials import Partials
 from dsdm_jax.attribution.tables import mix
 from dsdm_jax.core import atomic
 from dsdm_jax.core.artifacts import Artifact
@@ -33,17 +34,18 @@ def run(context: Context) -> dict:
     columns.make([r['document'] for r in e.records], options.groups, options.bootstrap, context.config.seed, name)
     for name, e in zip(names, examples, strict=True)
   ]
+  partials = Partials(context.out)
   ensemble_ = list(members.open_members(features, names, options.gram, options.unit_norm))
   seen_CN, mesh = _seen(context.inputs['proxies'], features), make_mesh(context.config.mesh)
   total = (2 * len(ensemble_) + (features.checkpoints if options.q else 0)) * features.rows
   with context.log.bar(total=total, desc='datamodel', unit='row') as bar:
     if options.damping_rule == 'auto':
       observed = _outputs(context, examples)
-      solved = members.solve_auto(ensemble_, table, options, mesh, bar.update, seen_CN, observed)
+      solved = members.solve_auto(ensemble_, table, options, mesh, bar.update, partials, seen_CN, observed)
     else:
-      solved = members.solve(ensemble_, table, options, mesh, bar.update)
+      solved = members.solve(ensemble_, table, options, mesh, bar.update, partials)
     u = [solution.u_JK for solution in solved.solutions]
-    tasks = tables.make([m.source for m in ensemble_], u, table, seen_CN, options.average, bar.update)
+    tasks = tables.make([m.source for m in ensemble_], u, table, seen_CN, options.average, bar.update, partials)
     if options.q:
       q_N = 1 - _mean_probability(context, bar)
       for task in tasks:
@@ -53,7 +55,9 @@ def run(context: Context) -> dict:
   for name, task in zip(names, tasks, strict=True):
     _check(name, task.score_N)
 
-  atomic.save_npz(context.out / 'scores.npz', **tables.arrays(names, tasks, table, options.mix))
+  partials.clear()
+  if context.first:
+    atomic.save_npz(context.out / 'scores.npz', **tables.arrays(names, tasks, table, options.mix))
   report = tables.report(names, tasks, options.mix) | {
     'tasks': list(names),
     'spectrum': solved.spectra,
@@ -61,7 +65,8 @@ def run(context: Context) -> dict:
     'damping': solved.damping,
     'damping_choice': None if solved.choice is None else solved.choice.as_json(),
   }
-  atomic.write_json(context.out / 'report.json', report)
+  if context.first:
+    atomic.write_json(context.out / 'report.json', report)
   for name, task in zip(names, tasks, strict=True):
     if task.subset_effect and task.average == ensemble.UNSEEN and options.average == ensemble.AUTO:
       shift = task.subset_effect['shift_sd']

@@ -17,6 +17,7 @@ import optax
 
 from dsdm_jax.attribution.probes import ProbedLayer, Projections
 from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.mesh import fetch
 from dsdm_jax.lm.partition import path_name
 
 _FLOOR = 1e-12  # of the mean of v: an input that never fired would be divided by zero
@@ -75,7 +76,7 @@ class SecondMoment:
     errors = {}
     for layer in layers:
       row_I, column_O = self.factors(layer)
-      root = np.sqrt(np.asarray(self.of_path[f'{layer.path}/kernel'], np.float64))
+      root = np.sqrt(np.asarray(fetch(self.of_path[f'{layer.path}/kernel']), np.float64))
       exact = root / (root + self.epsilon)
       approximate = root / (row_I[..., :, None].astype(np.float64) * column_O[..., None, :])
       errors[layer.path] = float(np.linalg.norm(approximate - exact) / (np.linalg.norm(exact) or 1.0))
@@ -83,7 +84,7 @@ class SecondMoment:
 
   def factors(self, layer: ProbedLayer) -> tuple[np.ndarray, np.ndarray]:
     """float32 [*stack, I] and [*stack, O] whose outer product is √(r cᵀ/Σr) + ε, nearly."""
-    v = np.asarray(self.of_path[f'{layer.path}/kernel'], np.float64) + self.epsilon**2
+    v = np.asarray(fetch(self.of_path[f'{layer.path}/kernel']), np.float64) + self.epsilon**2
     v = v + _FLOOR * v.mean(axis=(-2, -1), keepdims=True)
     row_I, column_O = v.mean(axis=-1), v.mean(axis=-2)
     mean = row_I.mean(axis=-1, keepdims=True)

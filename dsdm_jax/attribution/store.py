@@ -1,7 +1,8 @@
 """Features on disk: one TensorStore array [N, J] per checkpoint, written shard by shard of fixed row ranges."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import tensorstore as ts
 from dsdm_jax.attribution.rounding import Blocks, Rounding
 from dsdm_jax.core import atomic
 from dsdm_jax.core.errors import UserError, as_os_error
+
+Shard = tuple[int, int, np.ndarray]
 
 
 class FeatureStore:
@@ -90,6 +93,22 @@ class FeatureStore:
     marker = {'rows': [start, stop]} | ({'basis': self._basis} if self._basis else {})
     atomic.write_json(self._marker(shard), marker)
 
+  def fill(self, shards: Sequence[int], coming: Iterable[Shard]) -> Iterator[tuple[int, np.ndarray]]:
+    """Writes `shards` as they come, each while the next one is made; yields each and its features beforehand.
+
+    Raises:
+      OSError: as `write`.
+    """
+    with ThreadPoolExecutor(1) as writer:
+      written: Future | None = None
+      for shard, (_, _, phi_BJ) in zip(shards, coming, strict=True):
+        if written is not None:
+          written.result()
+        yield shard, phi_BJ
+        written = writer.submit(self.write, shard, phi_BJ)
+      if written is not None:
+        written.result()
+
   def read(self, shard: int) -> np.ndarray:
     """One shard as stored, of int8 the float32 that it stands for.
 
@@ -111,7 +130,11 @@ class FeatureStore:
 
   def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
     """(start, stop, phi_BJ) for each shard, in order."""
-    for shard in range(self.shards):
+    return self.starting(0)
+
+  def starting(self, row: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """The shards from `row` on, which begins one."""
+    for shard in range(row // self.shard_rows, self.shards):
       start, stop = self.bounds(shard)
       yield start, stop, self.read(shard)
 

@@ -1,6 +1,7 @@
 """All scores of one pass over the features: means over checkpoints, groups, standard errors, stability."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import scipy.stats
 from dsdm_jax.attribution import columns, datamodel, ensemble
 from dsdm_jax.attribution.columns import Columns
 from dsdm_jax.attribution.datamodel import Progress, RowSource
+from dsdm_jax.attribution.partials import Partials
 
 # Rows on which the stability of selections is measured: a fixed stride over the pool, whose rows are in random order.
 _SAMPLE = 65_536
@@ -85,6 +87,7 @@ def make(
   seen_CN: np.ndarray,
   average: str,
   progress: Progress,
+  partials: Partials,
 ) -> list[Task]:
   """Scores all rows for all columns of all tasks in one pass.
 
@@ -95,6 +98,7 @@ def make(
     seen_CN: whether proxy c trained on row n; not asked where there is one joint member.
     average: 'all', 'unseen' or 'auto'.
     progress: told the rows of each shard, once for each member.
+    partials: keep the scores of shards, and those that an earlier attempt kept are not made anew.
   """
   rows, members = sources[0].rows, len(sources)
   joint = members < len(seen_CN)
@@ -113,7 +117,11 @@ def make(
     )
     for mode in ((ensemble.ALL, ensemble.UNSEEN) if average == ensemble.AUTO else (average,))
   }  # fmt: skip
-  for shards in zip(*map(datamodel.score_shards, sources, u), strict=True):
+  passes = [
+    partials.kept(f'scores_{number}', functools.partial(datamodel.score_shards, source, u_JK))
+    for number, (source, u_JK) in enumerate(zip(sources, u, strict=True))
+  ]
+  for shards in zip(*passes, strict=True):
     start, stop, _ = shards[0]
     score_CBK = np.stack([score_BK for _, _, score_BK in shards])
     score_CNT[:, start:stop] = score_CBK[:, :, first[:-1]]

@@ -38,7 +38,12 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-  """Global arrays as whole NumPy arrays on every process. All processes must call."""
+  """Arrays as whole NumPy arrays on every process, also where each holds a part alone. All processes must call."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
-  return multihost_utils.process_allgather(tree, tiled=True)
+
+  def whole(x: Any) -> Any:
+    split = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+    return multihost_utils.process_allgather(x, tiled=True) if split else np.asarray(x)
+
+  return jax.tree.map(whole, tree)

@@ -133,8 +133,12 @@ def start(program: str, *arguments: str, processes: int = 2, **keys: str) -> lis
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-  """(exit code, standard output, standard error) of each."""
-  said = [process.communicate(timeout=100) for process in processes]
+  """(exit code, standard output, standard error) of each; none is left behind."""
+  try:
+    said = [process.communicate(timeout=250) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
   return [(process.returncode, out, err) for process, (out, err) in zip(processes, said, strict=True)]
 
 

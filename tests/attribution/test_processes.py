@@ -1,0 +1,52 @@
+"""Two processes make features and scores as one: stored, streamed and by directional derivatives."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from dsdm_jax.attribution.features import Features
+from dsdm_jax.core import artifacts
+from tests.attribution.two_processes import SETTINGS, begin, run, settings
+from tests.conftest import ROOT
+from tests.core.test_distributed import ends, free_port
+from tests.pipeline import runs
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_features_and_scores_of_one(tmp_path):
+  pairs = {name: (tmp_path / 'two' / name, tmp_path / 'one' / name) for name in SETTINGS}
+  run(begin(), tmp_path / 'begun', ('pool', 'targets', 'proxies'))
+  for folders in pairs.values():
+    for folder in folders:
+      shutil.copytree(tmp_path / 'begun', folder)
+  address = f'127.0.0.1:{free_port()}'
+  script, folders = 'tests.attribution.two_processes', [str(two) for two, _ in pairs.values()]
+  outputs = ends([
+    subprocess.Popen(
+      [sys.executable, '-m', script, address, str(i), *folders],
+      cwd=ROOT, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for i in (0, 1)
+  ])  # fmt: skip
+  for code, _, err in outputs:
+    assert code == 0, err[-3000:]
+  assert 'datamodel: done in' in outputs[0][1] and 'done' not in outputs[1][1]
+  for name, (two, one) in pairs.items():
+    run(settings(name), one)
+    mine, theirs = (artifacts.open_stage(folder, 'features') for folder in (two, one))
+    mine.verify()
+    assert mine.manifest['cost']['flop'] == pytest.approx(theirs.manifest['cost']['flop'], rel=1e-9)
+    for task in settings(name).targets.tasks:
+      a_TJ, b_TJ = (Features(x).target(task, 1) for x in (mine, theirs))
+      if name != 'stream':  # eigenvectors are only determined up to their sign
+        assert np.all(np.linalg.norm(a_TJ - b_TJ, axis=1) <= 1e-5 * np.linalg.norm(b_TJ, axis=1))
+    with np.load(two / 'datamodel/scores.npz') as a, np.load(one / 'datamodel/scores.npz') as b:
+      assert a.keys() == b.keys()
+      for key in (k for k in a if k.startswith('score_') and k.endswith('_N')):
+        correlation = scipy.stats.spearmanr(a[key], b[key]).statistic
+        # The store's rounding to bfloat16 may fall either way; nothing else differs by more than float32's.
+        assert correlation > 0.9999, (name, key, correlation)

@@ -1,0 +1,57 @@
+"""Makes features and scores on two processes; started by test_processes.py as `two_processes.py ADDRESS PROCESS DIR…`.
+
+Each DIR is a run that stands as far as the proxies; the settings of each come from its name (see SETTINGS).
+"""
+
+import sys
+from pathlib import Path
+
+import tests.conftest  # isort: skip  # noqa: F401  sets the environment before JAX is imported
+import jax
+
+from dsdm_jax import pipeline
+from dsdm_jax.core import config as checks
+from dsdm_jax.core import distributed
+from tests.pipeline.tiny import get_config
+
+SETTINGS = {
+  'store': {},
+  'stream': {'basis': 'eigenvectors', 'basis_rows': 40, 'precondition': 'adam', 'mode': 'stream'},
+  'jvp': {'projection': 'dense', 'mode': 'jvp', 'gram_rows': 64, 'precondition': 'adam', 'dimension': 48},
+}  # of features
+
+
+def begin():
+  """A smaller pool than that of other tests: each step of two processes waits for both, several times."""
+  config = get_config()
+  config.pool.max_bytes, config.features.batch_size, config.features.shard_rows = 16_000, 64, 128
+  return config
+
+
+def settings(name: str):
+  config = begin()
+  config.features.update(SETTINGS[name])
+  if name == 'jvp':
+    config.datamodel.bootstrap, config.datamodel.groups = 0, 1
+  return config
+
+
+def run(config, folder: Path, stages: tuple[str, ...] = ('features', 'datamodel')) -> None:
+  for stage in stages:
+    pipeline._run(config, checks.flatten(config), folder, stage, False)
+
+
+def main() -> None:
+  address, process, folders = sys.argv[1], int(sys.argv[2]), [Path(name) for name in sys.argv[3:]]
+  wanted = {'coordinator': address, 'processes': 2, 'process': process, 'heartbeat_seconds': 20}
+  jax.config.update('jax_num_cpu_devices', 1)
+  config = begin()
+  config.distributed.update(wanted)
+  with distributed.running(config, checks.flatten(config)):
+    for folder in folders:
+      run(settings(folder.name), folder)
+  distributed.leave(0)
+
+
+if __name__ == '__main__':
+  main()
