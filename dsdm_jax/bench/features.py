@@ -3,7 +3,8 @@
 Each case is timed once in each of `--repeats` rounds, so that all see the same machine, and its median is printed as
 one JSON line. FLOP are those of matrix products (see `core.flops`). `ratio_to_floor` compares seconds with the least
 that the method can take: the training step's time by the share of its FLOP that cannot be done without; for dense
-features the time of per-example gradients and of a bare matrix product of the same shape, measured as cases.
+features the time of per-example gradients and of a bare matrix product of the same shape, measured as cases; for whole
+passes over a pool (`stage_store_j4096`, `stage_stream_j4096`) the time of their compiled steps alone.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from configs import base
 from dsdm_jax.attribution import rademacher
 from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
+from dsdm_jax.bench import stages
 from dsdm_jax.core import flops, prng
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import batch_sharding, make_mesh
@@ -34,6 +36,7 @@ from dsdm_jax.training.step import Trainer, abstract_model
 
 # name: (layers, width, heads, vocabulary)
 MODELS = {
+  'quickstart': (2, 64, 2, 1_024),
   'small': (4, 256, 4, 4_096),
   'gpt2_125m': (12, 768, 12, 50_304),
   'gpt2_356m': (24, 1_024, 16, 50_304),
@@ -44,7 +47,7 @@ CASES = (
   'train_step', 'forward', 'per_example_gradient', 'two_sided_j4096', 'two_sided_j16384', 'bare_matmul_j4096',
   'dense_j4096', 'jvp_score', 'jvp_score_4_targets', 'matmul_peak',
 )  # fmt: skip
-_ANY_J = re.compile(r'(two_sided|bare_matmul|dense)_j[1-9]\d*')
+_ANY_J = re.compile(r'(two_sided|bare_matmul|dense|gram|stage_store|stage_stream)_j[1-9]\d*')
 _PEAK_SIZE = {'cpu': 2_048}  # of the square product that stands for the machine's peak; 8,192 elsewhere
 
 
@@ -58,6 +61,8 @@ class Case:
   least_flop: float | None
   peak_bytes: int | None
   j: int | None = None
+  rows: int | None = None
+  microbatch: int | None = None
   seconds: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -71,6 +76,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--cases', default=','.join(CASES), help=f'some of {", ".join(CASES)}, joined by commas; any number may follow _j'
   )
+  parser.add_argument(
+    '--rows', type=int, default=2_048, help='of the pool that stage_store and stage_stream go through'
+  )
+  parser.add_argument(
+    '--microbatch', type=int, default=None, help='examples that jvp works on at once; half a batch where not given'
+  )
   parser.add_argument('--repeats', type=int, default=5, help='rounds')
 
 
@@ -82,6 +93,7 @@ def run(flags: argparse.Namespace) -> None:
       raise UserError(
         f'--cases={flags.cases}: {name} is no case; cases are {", ".join(CASES)}, with any number after _j'
       )
+  wanted = tuple(dict.fromkeys((*(n for name in wanted for n in _needs(name)), *wanted, 'matmul_peak')))
   mesh = _mesh(flags.devices)
   cases = [_case(name, flags, mesh) for name in wanted]
   for case in cases:
@@ -93,6 +105,14 @@ def run(flags: argparse.Namespace) -> None:
       case.seconds.append(time.perf_counter() - began)
   for line in _lines(cases, flags):
     print(json.dumps(line), flush=True)
+
+
+def _needs(name: str) -> tuple[str, ...]:
+  """Cases that this one is held to."""
+  kind, _, j = name.partition('_j')
+  if kind == 'stage_store':
+    return (f'two_sided_j{j}',)
+  return (f'two_sided_j{j}', f'gram_j{j}') if kind == 'stage_stream' else ()
 
 
 def _mesh(devices: str) -> Mesh:
@@ -164,10 +184,35 @@ def _case(name: str, flags: argparse.Namespace, mesh: Mesh) -> Case:
   if kind == 'dense' and j:
     dense = DenseFeatures(model, outputs.margin, j, 0, mesh)
     return _compiled(name, dense.apply, (dense.prepare(params, 0), *inputs), None, j)
+  if kind == 'gram' and j:
+    function, phi_BJ = stages.gram_step(j)
+    return _compiled(name, function, (phi_BJ,), None, j)
+  if kind in ('stage_store', 'stage_stream') and j:
+    return _stage_case(name, flags, vocab_size, TwoSidedFeatures(model, outputs.margin, '.*', j, 0, mesh), params)
+  microbatch = flags.batch // 2 if flags.microbatch is None else flags.microbatch
   targets = 4 if name.endswith('4_targets') else 1
-  scorer = DirectionalScores(model, outputs.margin, 0, mesh)
+  scorer = DirectionalScores(model, outputs.margin, 0, mesh, microbatch)
   prepared = scorer.prepare(params, jnp.ones((64, targets)), 0)
-  return _compiled(name, scorer.apply, (prepared, *inputs), (2 + 4 * targets) * matmuls + (4 + 8 * targets) * attention)
+  least = (2 + 4 * targets) * matmuls + (4 + 8 * targets) * attention
+  case = _compiled(name, scorer.apply, (prepared, *inputs), least)
+  return dataclasses.replace(case, microbatch=microbatch)
+
+
+def _stage_case(
+  name: str, flags: argparse.Namespace, vocab_size: int, step: TwoSidedFeatures, params: nnx.State
+) -> Case:
+  kind = name.partition('_j')[0]
+  run = stages.make_pass(kind, step, params, flags.rows, flags.batch, flags.length, vocab_size, step.mesh)
+  tokens_BL = jnp.zeros((flags.batch, flags.length), jnp.int32)
+  one = flops.count(step.apply, step.prepare(params, 0), tokens_BL, jnp.ones(tokens_BL.shape))
+  total = one * _batches(flags) * (1 if kind == 'stage_store' else 2)
+  return Case(name, run, total, None, None, step.dimension, flags.rows)
+
+
+def _batches(flags: argparse.Namespace) -> int:
+  """Of a pass over the pool, shard by shard."""
+  whole, rest = divmod(flags.rows, stages.SHARD_ROWS)
+  return whole * -(-stages.SHARD_ROWS // flags.batch) + -(-rest // flags.batch)
 
 
 def _least(config: ConfigDict, vocab_size: int, flags: argparse.Namespace) -> tuple[float, float]:
@@ -232,13 +277,13 @@ def _lines(cases: list[Case], flags: argparse.Namespace) -> list[dict[str, Any]]
   lines = []
   for case in cases:
     mine = seconds[case.name]
-    floor = _floor(case, of_name, seconds)
+    floor = _floor(case, of_name, seconds, flags)
     lines.append({
       'case': case.name,
       'seconds': round(mine, 5),
       'ratio_to_train_step': round(mine / seconds['train_step'], 4) if 'train_step' in seconds else None,
       'ratio_to_floor': round(mine / floor, 4) if floor else None,
-      'tokens_per_s': None if case.name == 'matmul_peak' else round(flags.batch * flags.length / mine),
+      'tokens_per_s': _tokens(case, flags) and round(_tokens(case, flags) / mine),
       'peak_bytes': case.peak_bytes,
       'flop': case.flop,
       'share_of_matmul_peak': round(case.flop / mine / peak, 4) if peak else None,
@@ -246,17 +291,31 @@ def _lines(cases: list[Case], flags: argparse.Namespace) -> list[dict[str, Any]]
       'batch': flags.batch,
       'length': flags.length,
       'j': case.j,
+      'rows': case.rows,
+      'microbatch': case.microbatch,
       'devices': flags.devices,
     })  # fmt: skip
   return lines
 
 
-def _floor(case: Case, of_name: dict[str, Case], seconds: dict[str, float]) -> float | None:
+def _tokens(case: Case, flags: argparse.Namespace) -> int:
+  if case.name == 'matmul_peak' or case.name.startswith('gram'):
+    return 0
+  return (case.rows or flags.batch) * flags.length
+
+
+def _floor(case: Case, of_name: dict[str, Case], seconds: dict[str, float], flags: argparse.Namespace) -> float | None:
+  if case.rows:
+    kind, _, j = case.name.partition('_j')
+    features = seconds[f'two_sided_j{j}'] * _batches(flags)
+    return features if kind == 'stage_store' else 2 * features + seconds[f'gram_j{j}'] * flags.rows / stages.SHARD_ROWS
   if case.name.startswith('dense'):
     parts = ('per_example_gradient', case.name.replace('dense', 'bare_matmul'))
     return sum(seconds[p] for p in parts) if seconds.keys() >= set(parts) else None
   if (
-    case.name in ('matmul_peak', 'per_example_gradient') or case.name.startswith('bare') or 'train_step' not in seconds
+    case.name in ('matmul_peak', 'per_example_gradient')
+    or case.name.startswith(('bare', 'gram'))
+    or 'train_step' not in seconds
   ):
     return None
   train = of_name['train_step'].least_flop

@@ -74,7 +74,7 @@ def run(context: Context) -> dict[str, Any]:
     names.append(PLANTED)
     rows, planted = _plant(config, encoder, rows, entries, names.index(PLANTED))
 
-  _write_dataset(out / 'dataset', rows.tokens_NL)
+  write_dataset(out / 'dataset', rows.tokens_NL)
   atomic.save_npz(
     out / 'rows.npz',
     document_N=rows.document_N,
@@ -160,7 +160,7 @@ def _write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
   atomic.write_bytes(path, ''.join(json.dumps(r, sort_keys=True) + '\n' for r in records).encode())
 
 
-def _write_dataset(folder: Path, tokens_NL: np.ndarray) -> None:
+def write_dataset(folder: Path, tokens_NL: np.ndarray) -> None:
   """A TFDS dataset of one split 'train' in row order, over what an earlier attempt left.
 
   `tfds.builder_from_directory(folder).as_data_source('train')[row]['tokens']` reads a row. Tokens are stored as raw
