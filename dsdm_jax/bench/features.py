@@ -13,7 +13,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from dsdm_jax.attribution import rademacher
 from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
 from dsdm_jax.bench import stages
-from dsdm_jax.core import flops, prng
+from dsdm_jax.core import flops, memory, prng
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import batch_sharding, make_mesh
 from dsdm_jax.lm import outputs
@@ -94,17 +94,24 @@ def run(flags: argparse.Namespace) -> None:
         f'--cases={flags.cases}: {name} is no case; cases are {", ".join(CASES)}, with any number after _j'
       )
   wanted = tuple(dict.fromkeys((*(n for name in wanted for n in _needs(name)), *wanted, 'matmul_peak')))
-  mesh = _mesh(flags.devices)
-  cases = [_case(name, flags, mesh) for name in wanted]
-  for case in cases:
+  made = cases(wanted, flags)
+  for case in made:
     case.run()
   for _ in range(flags.repeats):
-    for case in cases:
+    for case in made:
       began = time.perf_counter()
       case.run()
       case.seconds.append(time.perf_counter() - began)
-  for line in _lines(cases, flags):
+  for line in _lines(made, flags):
     print(json.dumps(line), flush=True)
+
+
+def cases(names: Iterable[str], flags: argparse.Namespace) -> list[Case]:
+  """Compiled programs of these names; `flags` has those of `add_flags`."""
+  mesh = _mesh(flags.devices)
+  if jax.default_backend() == 'cpu':
+    memory.keep_freed_memory()  # as a run does
+  return [_case(name, flags, mesh) for name in names]
 
 
 def _needs(name: str) -> tuple[str, ...]:
@@ -283,7 +290,7 @@ def _lines(cases: list[Case], flags: argparse.Namespace) -> list[dict[str, Any]]
       'seconds': round(mine, 5),
       'ratio_to_train_step': round(mine / seconds['train_step'], 4) if 'train_step' in seconds else None,
       'ratio_to_floor': round(mine / floor, 4) if floor else None,
-      'tokens_per_s': _tokens(case, flags) and round(_tokens(case, flags) / mine),
+      'tokens_per_s': round(tokens / mine) if (tokens := _tokens(case, flags)) else None,
       'peak_bytes': case.peak_bytes,
       'flop': case.flop,
       'share_of_matmul_peak': round(case.flop / mine / peak, 4) if peak else None,

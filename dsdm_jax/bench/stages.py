@@ -4,6 +4,7 @@ What a pass is held to are its compiled steps alone, on one batch that lies on t
 for `stage_store`, twice for `stage_stream`, which also makes a Gram matrix.
 """
 
+import atexit
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,29 +28,30 @@ SHARD_ROWS = 1_024
 _COLUMNS = 219  # of three targets with groups and resamples, as the default config has them
 
 
-def make_pool(rows: int, length: int, vocab_size: int) -> tuple[pool_lib.Pool, tempfile.TemporaryDirectory[str]]:
-  """A real dataset of random tokens; the folder goes with the second."""
+def make_pool(rows: int, length: int, vocab_size: int) -> pool_lib.Pool:
+  """A real dataset of random tokens, in a folder that goes with the process."""
   folder = tempfile.TemporaryDirectory(prefix='dsdm_bench_')
+  atexit.register(folder.cleanup)
   path = Path(folder.name)
   dtype = np.uint16 if vocab_size < 65_536 else np.int32
   tokens_NL = prng.numpy_stream(0, 'bench', 'pool').integers(0, vocab_size, (rows, length), dtype=dtype)
   pool_lib.write_dataset(path / 'dataset', tokens_NL)
   atomic.write_json(path / 'card.json', {'rows': rows, 'length': length, 'vocab_size': vocab_size})
-  return pool_lib.Pool(path), folder
+  return pool_lib.Pool(path)
 
 
 def make_pass(
   kind: str, step: TwoSidedFeatures, params: nnx.State, rows: int, batch: int, length: int, vocab_size: int, mesh: Mesh
 ) -> Callable[[], None]:
   """One whole pass of `stage_store` or `stage_stream` over `rows` rows; called again it does it all again."""
-  pool, folder = make_pool(rows, length, vocab_size)
+  pool = make_pool(rows, length, vocab_size)
   columns = blocks(step.describe(), step.dimension)
   features = PoolPass(step, step.prepare(params, 0), pool, batch, mesh, lambda _: None, _check)
   source = Recomputed(features, rows, step.dimension, SHARD_ROWS, Rounding('bfloat16', columns))
   u_JK = prng.numpy_stream(0, 'bench', 'u').standard_normal((step.dimension, _COLUMNS))
 
   def store() -> None:
-    with tempfile.TemporaryDirectory(dir=folder.name) as made:
+    with tempfile.TemporaryDirectory(dir=pool.path) as made:
       written = FeatureStore(Path(made) / 'f.zarr', rows, step.dimension, SHARD_ROWS, 'bfloat16', columns)
       missing = written.missing()
       for _ in written.fill(missing, source.ranges(map(written.bounds, missing))):
