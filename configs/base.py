@@ -13,6 +13,8 @@ def model() -> ConfigDict:
   # 'package.module:function'; called as function(model_config, vocab_size, length, rngs),
   # returns an nnx.Module that maps tokens_BL (int32) to logits_BLV.
   c.factory = 'dsdm_jax.lm.decoder:build'
+  # '' | 125M | 356M | 760M | 1.3B: the paper's layers, width, heads and (unless they are set) kv_heads and mlp_width
+  c.size = ''
   c.layers = 2
   c.width = 64  # D; a multiple of heads
   c.heads = 2  # query heads
@@ -26,6 +28,7 @@ def model() -> ConfigDict:
   c.bias = True  # biases in linear layers and layer norms
   c.scan_layers = False  # one compiled block for all layers: compiles faster, runs the same
   c.remat = False  # recompute each block's activations in the backward pass
+  c.attention = 'xla'  # xla | fused (cuDNN: NVIDIA GPUs, bfloat16)
   c.compute_dtype = 'float32'  # float32 | bfloat16; parameters and losses stay float32
   return c
 
@@ -35,17 +38,34 @@ def training() -> ConfigDict:
   c = ConfigDict()
   c.batch_size = 32  # examples per step over all devices; a multiple of mesh.data
   c.learning_rate = 3e-3  # peak, after warm-up
-  c.final_learning_rate = 0.1  # fraction of the peak that the cosine ends at; 0 to 1
+  # cosine (paper) | linear | wsd (at the peak, then linear down over the last decay_share) | constant; all warm up
+  c.schedule = 'cosine'
+  c.decay_share = 0.2  # of all steps, for wsd; above 0, at most 1
+  c.final_learning_rate = 0.1  # fraction of the peak that the schedule ends at; 0 to 1
   c.warmup_steps = 20  # linear from zero
+  # adamw (with the adam_ keys) | the name of any optimizer in optax, such as lion or contrib.muon | 'package.module:
+  # function'. The learning rate multiplies its update.
+  c.optimizer = 'adamw'
+  c.optimizer_arguments = ''  # of any other than adamw, as in Python: 'b1=0.95, b2=0.98'
   c.weight_decay = 4e-4  # decoupled; matrices only
   c.adam_b1 = 0.9
   c.adam_b2 = 0.95
   c.adam_eps = 1e-8
   c.adam_eps_root = 0.0  # added to second moments under the root; training is smoother in its data where it is not 0
+  c.mu_dtype = 'float32'  # float32 | bfloat16: what first moments are kept in; they are computed in float32
+  c.nu_dtype = 'float32'  # float32 | bfloat16: second moments likewise
   c.gradient_clip = 1.0  # global norm; 0 turns it off
+  c.z_loss = 0.0  # weight of the mean squared logsumexp of the logits; 1e-4 in PaLM
+  c.microbatches = 1  # parts of a batch whose gradients are added up, for memory; batch_size is a multiple of it × data
   c.save_every_steps = 200  # an Orbax checkpoint to resume from; 0 saves only the end
+  c.save_every_minutes = 0.0  # and one when the last is older than this; 0 for none
   c.keep_checkpoints = 1  # the newest ones; at least 1
+  c.keep_every_steps = 0  # and each whose step this divides; 0 for none
+  c.keep_every_hours = 0.0  # and one for each span of so many hours; 0 for none
   c.log_every_steps = 10
+  c.evaluate_every_steps = 0  # loss on rows of the pool that the run does not train on; a multiple of log_every_steps
+  c.evaluate_rows = 256  # at most; whole batches
+  c.profile_steps = 0  # steps to profile, from the third on, into WORKDIR/tensorboard/<run>
   return c
 
 
@@ -186,6 +206,8 @@ def get_config() -> ConfigDict:
 
   c.report = ConfigDict()
   c.report.examples = 10  # best and worst rows shown per target
+  c.report.explorer_rows = 100_000  # rows of the pool in the explorer, at most; beyond it a choice, see docs/report.md
+  c.report.explorer_bytes = 10_000_000  # of the page that their text may take; it is cut to fit
 
   # --stage=plan: what the run takes on TPUs that are not there (docs/scale.md). No other stage looks at these.
   c.plan = ConfigDict()

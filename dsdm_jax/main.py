@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
       pipeline.run(_CONFIG.value, str(_WORKDIR.value), _STAGE.value, _RERUN.value)
   except UserError as error:
     print(f'dsdm_jax: {error}', file=sys.stderr)
-    return 2
+    return error.exit_code
   except OSError as error:
     if error.errno not in DISK:
       raise

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.core import artifacts, atomic, distributed, lock, memory
 from dsdm_jax.core.artifacts import Artifact, Identity
-from dsdm_jax.core.config import check_callables, check_devices, flatten, select, validate
+from dsdm_jax.core.config import check_callables, check_devices, flatten, resolve, select, validate
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
@@ -108,6 +108,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
       f'config key features.jobs = {config.features.jobs} shares one stage among processes, each started with '
       '--stage=features and without --rerun; finish the stages before it first, delete an old features folder by hand'
     )
+  config = resolve(config)
   settings = flatten(config)
   with distributed.running(config, settings):
     _run(config, settings, Path(workdir).absolute(), only, rerun)

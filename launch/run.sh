@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Runs the pipeline: bash launch/run.sh [--config=configs/x.py] [--workdir=DIR] [--stage=STAGE] [--config.key=value …]
 #
-# Makes .venv and installs requirements.txt into it the first time, and again when that file has changed. Without
-# --config it is the quickstart; without --workdir the results go to runs/<name of the config>.
+# Makes .venv and installs requirements.txt into it the first time, and again when that file has changed; on a machine
+# with a TPU or an NVIDIA GPU also requirements-tpu.txt or requirements-cuda.txt (DSDM_JAX_ACCELERATOR=cpu|cuda|tpu
+# overrules what is found). Without --config it is the quickstart; without --workdir the results go to
+# runs/<name of the config>. With --install alone it installs and stops.
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -10,6 +12,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 here=$root/
 if [[ $PWD -ef $root ]]; then
   here=
+fi
+
+if [[ $* == --install ]]; then
+  prepare
+  exit
 fi
 
 config='' workdir='' previous=''

@@ -52,25 +52,65 @@ make_environment() { # environment $1 with Python $2, unless it is there and wor
   fi
 }
 
-install() { # into environment $1 the files of requirements $2, unless they are what was installed last
-  local environment=$1 requirements=$2 stamp=$1/installed.txt
-  if cat "$requirements" "$root/requirements.lock" | cmp -s - "$stamp"; then
+install() { # into environment $1 the files of requirements $2 …, unless they are what was installed last
+  local environment=$1 stamp=$1/installed.txt file names='' arguments=()
+  shift
+  for file in "$@"; do
+    names+=${names:+ and }$(basename "$file")
+    arguments+=(-r "$file")
+  done
+  if cat "$@" "$root/requirements.lock" | cmp -s - "$stamp"; then
     return
   fi
-  printf '%s: installing %s (the first time takes some minutes and 2 GB)\n' "$self" "$(basename "$requirements")" >&2
+  printf '%s: installing %s (the first time takes some minutes and 2 GB)\n' "$self" "$names" >&2
   rm -f "$stamp"
   "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
-    -r "$requirements" -c "$root/requirements.lock" >&2 ||
-    fail "installing $(basename "$requirements") failed; see above (no network, or a full disk?)"
-  cat "$requirements" "$root/requirements.lock" >"$stamp"
+    "${arguments[@]}" -c "$root/requirements.lock" >&2 ||
+    fail "installing $names failed; see above (no network, or a full disk?)"
+  cat "$@" "$root/requirements.lock" >"$stamp"
 }
 
-prepare() { # makes and fills .venv
+# What may stand in front of /sys and /dev: tests set it.
+system=${DSDM_JAX_SYSTEM:-}
+
+accelerator() { # prints tpu, cuda or cpu: what this machine has, or what DSDM_JAX_ACCELERATOR says
+  local device vendor id
+  case ${DSDM_JAX_ACCELERATOR:-} in
+    tpu | cuda | cpu) printf '%s\n' "$DSDM_JAX_ACCELERATOR" && return ;;
+    '') ;;
+    *) fail "DSDM_JAX_ACCELERATOR=$DSDM_JAX_ACCELERATOR must be tpu, cuda or cpu" ;;
+  esac
+  for device in "$system"/sys/bus/pci/devices/*; do
+    [[ -r $device/vendor && -r $device/device ]] || continue
+    read -r vendor <"$device/vendor"
+    read -r id <"$device/device"
+    case $vendor:$id in
+      # TPU v2 and v3, v4, v5p, v5e, v6e, 7x, as jax/_src/hardware_utils.py knows them
+      0x1ae0:0x0027 | 0x1ae0:0x005e | 0x1ae0:0x006[23f] | 0x1ae0:0x0076) echo tpu && return ;;
+    esac
+  done
+  for device in nvidia0 nvidiactl dxg; do
+    [[ ! -e $system/dev/$device ]] || { echo cuda && return; }
+  done
+  echo cpu
+}
+
+prepare() { # makes and fills .venv, for the accelerator that is here
+  local found files=("$root/requirements.txt")
+  found=$(accelerator)
+  [[ $found == cpu ]] || files+=("$root/requirements-$found.txt")
+  if command -v flock >/dev/null; then # one at a time, where several nodes share a checkout
+    exec 9>"$root/.venv.lock"
+    flock 9
+  fi
   if [[ ! -x $root/.venv/bin/python ]] || ! suits "$root/.venv/bin/python"; then
     base_python=$(find_python)
   else
     base_python=$root/.venv/bin/python
   fi
   make_environment "$root/.venv" "$base_python"
-  install "$root/.venv" "$root/requirements.txt"
+  install "$root/.venv" "${files[@]}"
+  if command -v flock >/dev/null; then
+    exec 9>&-
+  fi
 }

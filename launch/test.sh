@@ -3,19 +3,26 @@
 #
 # The tools live in .venv-test, which looks into .venv for everything else: the pool is the text of the packages in
 # .venv, and running the tests must not change what a run is made of. Peers that some tests compare with live in
-# .venv-peers, which those tests start as a process of its own.
+# .venv-peers, and what compiles for TPUs in .venv-tpu, which those tests start as processes of their own.
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
+look_into_venv() { # lets environment $1 import what .venv holds
+  local site='import sysconfig; print(sysconfig.get_path("purelib"))'
+  "$root/.venv/bin/python" -c "$site" >"$("$1/bin/python" -c "$site")/environment.pth"
+}
+
 prepare
 make_environment "$root/.venv-test" "$root/.venv/bin/python"
-site='import sysconfig; print(sysconfig.get_path("purelib"))'
-"$root/.venv/bin/python" -c "$site" >"$("$root/.venv-test/bin/python" -c "$site")/environment.pth"
+look_into_venv "$root/.venv-test"
 install "$root/.venv-test" "$root/requirements-test.txt"
 (make_environment "$root/.venv-peers" "$root/.venv/bin/python" &&
   install "$root/.venv-peers" "$root/requirements-peers.txt") ||
   printf '%s: could not, so tests that need peers are skipped\n' "$self" >&2
+(make_environment "$root/.venv-tpu" "$root/.venv/bin/python" && look_into_venv "$root/.venv-tpu" &&
+  install "$root/.venv-tpu" "$root/requirements-tpu.txt") ||
+  printf '%s: could not, so tests that compile for TPUs are skipped\n' "$self" >&2
 
 if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
   packages=()

@@ -1,6 +1,7 @@
 """launch/run.sh, with a Python that only writes down what it is asked to do."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -26,10 +27,11 @@ class Checkout:
     self.root = folder / 'a repository'
     self.log = folder / 'log'
     self.path = folder / 'bin'
-    for made in (self.root, self.log, self.path):
+    self.system = folder / 'system'  # its /sys and /dev
+    for made in (self.root, self.log, self.path, self.system):
       made.mkdir()
     shutil.copytree(repo / 'launch', self.root / 'launch')
-    for name in ('requirements.txt', 'requirements.lock'):
+    for name in ('requirements.txt', 'requirements-tpu.txt', 'requirements-cuda.txt', 'requirements.lock'):
       shutil.copy(repo / name, self.root)
     for tool in TOOLS:
       found = shutil.which(tool)
@@ -46,7 +48,7 @@ class Checkout:
     return subprocess.run(
       ['bash', self.root / 'launch' / 'run.sh', *arguments],
       cwd=cwd or self.root,
-      env={'PATH': str(self.path), **environment},
+      env={'PATH': str(self.path), 'DSDM_JAX_SYSTEM': str(self.system), **environment},
       capture_output=True,
       text=True,
       check=False,
@@ -145,3 +147,58 @@ def test_says_which_page_to_open(checkout):
   page.parent.mkdir(parents=True)
   page.touch()
   assert 'Open runs/quickstart/report/index.html' in checkout.run().stderr
+
+
+def _plug_in(checkout: Checkout, vendor: str, device: str) -> None:
+  folder = checkout.system / 'sys' / 'bus' / 'pci' / 'devices' / '0000:00:05.0'
+  folder.mkdir(parents=True)
+  (folder / 'vendor').write_text(f'{vendor}\n')
+  (folder / 'device').write_text(f'{device}\n')
+
+
+@pytest.mark.parametrize(
+  ('vendor', 'device', 'files'),
+  [
+    ('0x1ae0', '0x0063', ['requirements.txt', 'requirements-tpu.txt']),  # v5e
+    ('0x1ae0', '0x0042', ['requirements.txt']),  # Google's network card
+    ('0x8086', '0x0063', ['requirements.txt']),
+  ],
+)
+def test_a_tpu_is_found_by_its_number_on_the_bus(checkout, vendor, device, files):
+  checkout.add_python('python3')
+  _plug_in(checkout, vendor, device)
+  assert checkout.run('--install').returncode == 0
+  assert re.findall(r'-r .*?/(requirements\S*txt)', (checkout.log / 'pip').read_text()) == files
+  assert not (checkout.log / 'main').exists()
+
+
+@pytest.mark.parametrize(('said', 'file'), [('', 'requirements-cuda.txt'), ('tpu', 'requirements-tpu.txt')])
+def test_a_gpu_is_found_by_its_device_unless_another_accelerator_is_asked_for(checkout, said, file):
+  checkout.add_python('python3')
+  (checkout.system / 'dev').mkdir()
+  (checkout.system / 'dev' / 'nvidia0').touch()
+  assert checkout.run('--install', DSDM_JAX_ACCELERATOR=said).returncode == 0
+  assert file in (checkout.log / 'pip').read_text()
+
+
+def test_an_accelerator_that_is_none_is_told(checkout):
+  checkout.add_python('python3')
+  done = checkout.run('--install', DSDM_JAX_ACCELERATOR='gpu')
+  assert done.returncode == 2
+  assert done.stderr.splitlines() == ['launch/run.sh: DSDM_JAX_ACCELERATOR=gpu must be tpu, cuda or cpu']
+
+
+@pytest.mark.parametrize('accelerator', ['tpu', 'cuda'])
+def test_accelerators_pin_what_they_add_and_nothing_that_is_there_already(repo_root, accelerator):
+  def pins(name: str) -> list[str]:
+    lines = (line.partition('#')[0].strip() for line in (repo_root / name).read_text().splitlines())
+    return [line for line in lines if line]
+
+  added = pins(f'requirements-{accelerator}.txt')
+  assert added
+  assert [pin for pin in added if not re.fullmatch(r'[\w.-]+==[\w.]+', pin)] == []
+  known = {pin.partition('==')[0] for pin in pins('requirements.txt')}
+  assert not known & {pin.partition('==')[0] for pin in added}
+  if accelerator == 'cuda':  # the plugin and jax only work together at one version
+    jax = next(pin for pin in pins('requirements.txt') if pin.startswith('jax=='))
+    assert {pin.partition('==')[2] for pin in added if pin.startswith('jax-')} == {jax.partition('==')[2]}

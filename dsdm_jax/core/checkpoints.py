@@ -1,5 +1,6 @@
 """Orbax checkpoints of a pytree and a JSON record beside it, by step."""
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -9,9 +10,25 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policy
 
 from dsdm_jax.core import distributed
 from dsdm_jax.core.errors import UserError, as_os_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+  """Which checkpoints stay.
+
+  Attributes:
+    newest: so many of the newest.
+    every_steps: and each step that this divides; 0 for none.
+    every_hours: and one for each span of so many hours; 0 for none.
+  """
+
+  newest: int = 1
+  every_steps: int = 0
+  every_hours: float = 0.0
 
 
 class Checkpoints:
@@ -19,12 +36,19 @@ class Checkpoints:
 
   Args:
     directory: absolute or relative folder; made when missing.
-    keep: how many of the newest steps stay.
+    keep: which of them stay.
   """
 
-  def __init__(self, directory: Path, keep: int = 1):
+  def __init__(self, directory: Path, keep: Keep = Keep()):
     self._directory = Path(directory).absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    policies: list[Any] = [policy.LatestN(keep.newest)]
+    if keep.every_steps:
+      policies.append(policy.EveryNSteps(keep.every_steps))
+    if keep.every_hours:
+      policies.append(policy.EveryNSeconds(max(1, round(keep.every_hours * 3_600))))
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policy.AnyPreservationPolicy(policies), create=True, enable_async_checkpointing=True
+    )
     self._manager = ocp.CheckpointManager(self._directory, options=options)
 
   @property

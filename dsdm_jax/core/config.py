@@ -14,7 +14,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import base
-from dsdm_jax.core.config_rules import BATCHES, CALLABLE, MODELS, RELATIONS, RULES, model_relations
+from dsdm_jax.core.config_rules import (
+  BATCHES,
+  CALLABLE,
+  MODELS,
+  RELATIONS,
+  RULES,
+  SIZES,
+  TRAINS,
+  model_relations,
+)  # fmt: skip
 from dsdm_jax.core.errors import UserError
 
 _OUR_FACTORY = base.get_config().model.factory
@@ -62,6 +71,30 @@ def validate(config: ConfigDict) -> None:
       raise _finding(relation.keys[0], values[0], relation.text.format(*values), relation.way_out.format(*values))
 
 
+def resolve(config: ConfigDict) -> ConfigDict:
+  """`config` with the shapes that `model.size` and `proxies.model.size` name; itself where they name none.
+
+  Raises:
+    UserError: layers, width or heads were set as well, to something else.
+  """
+  flat = flatten(config)
+  if not any(flat[f'{model}.size'] for model in MODELS):
+    return config
+  default = base.model()
+  config = ConfigDict(config).copy_and_resolve_references()
+  for model, section in zip(MODELS, (config.model, config.proxies.model), strict=True):
+    if not section.size:
+      continue
+    shape = dict(zip(('layers', 'width', 'heads'), SIZES[section.size], strict=True))
+    for key, value in shape.items():
+      if section[key] not in (value, default[key]):
+        rule = f'is {value} in {model}.size = {section.size!r}'
+        raise _finding(f'{model}.{key}', section[key], rule, f"leave one out: --config.{model}.size=''")
+    shape |= {'kv_heads': shape['heads'], 'mlp_width': 4 * shape['width']}
+    section.update({key: value for key, value in shape.items() if section[key] == default[key]})
+  return config
+
+
 def check_devices(config: ConfigDict, device_count: int) -> None:
   """Checks mesh and batch sizes against a machine of `device_count` devices, all processes together.
 
@@ -84,6 +117,13 @@ def check_devices(config: ConfigDict, device_count: int) -> None:
       near = max(data, round(batch / data) * data)
       rule = f'must be a multiple of the {data} devices that share a batch (mesh.data)'
       raise _finding(key, batch, rule, f'set --config.{key}={near}, or a larger --config.mesh.model')
+  for train in TRAINS:
+    parts, batch = flat[f'{train}.microbatches'], flat[f'{train}.batch_size']
+    if batch % (parts * data):
+      rule = (
+        f'must cut {train}.batch_size = {batch} into multiples of the {data} devices that share a batch (mesh.data)'
+      )
+      raise _finding(f'{train}.microbatches', parts, rule, f'set --config.{train}.microbatches=1')
 
 
 def check_callables(config: ConfigDict) -> None:

@@ -1,5 +1,6 @@
 """What `configs/base.py` asks of values in words, as rules: `RULES` look at one key, `RELATIONS` at several."""
 
+import ast
 import dataclasses
 import importlib.util
 import re
@@ -15,9 +16,13 @@ METHODS = (
 )  # fmt: skip
 MIX = 'mix'
 
+# Layers, width and heads of the paper's models.
+SIZES: Mapping[str, tuple[int, int, int]] = {
+  '125M': (12, 768, 12), '356M': (24, 1_024, 16), '760M': (24, 1_536, 12), '1.3B': (24, 2_048, 16),
+}  # fmt: skip
 MODELS = ('model', 'proxies.model')
-_TRAINS = ('proxies.train', 'pretraining.train')
-BATCHES = (*(f'{train}.batch_size' for train in _TRAINS), 'features.batch_size', 'evaluation.batch_size')
+TRAINS = ('proxies.train', 'pretraining.train')
+BATCHES = (*(f'{train}.batch_size' for train in TRAINS), 'features.batch_size', 'evaluation.batch_size')
 CALLABLE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*')
 
 
@@ -70,6 +75,29 @@ def _is_regex(value: str) -> bool:
   return True
 
 
+def arguments(text: str) -> dict[str, Any]:
+  """{'b1': 0.9, 'nesterov': True} of 'b1=0.9, nesterov=True'; values are Python literals.
+
+  Raises:
+    ValueError: the text is nothing of the kind.
+  """
+  try:
+    call = ast.parse(f'f({text})', mode='eval').body
+  except SyntaxError as error:
+    raise ValueError(str(error)) from error
+  if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+    raise ValueError('keyword arguments are meant')
+  return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+
+
+def _are_arguments(value: str) -> bool:
+  try:
+    arguments(value)
+  except ValueError:
+    return False
+  return True
+
+
 def _either(a: Rule, b: Rule) -> Rule:
   return Rule(lambda v: a.holds(v) or b.holds(v), f'{a.text}, or {b.text}')
 
@@ -77,6 +105,7 @@ def _either(a: Rule, b: Rule) -> Rule:
 _POSITIVE = _at_least(1)
 _COUNT = _at_least(0)
 _JSONL = Rule(lambda v: v.endswith('.jsonl'), 'paths that end in .jsonl')
+_ARGUMENTS = Rule(_are_arguments, "must be keyword arguments with plain values, such as 'b1=0.9, nesterov=True'")
 _REGEX = Rule(_is_regex, 'must be a regular expression')
 _NAME = Rule(
   lambda v: bool(CALLABLE.fullmatch(v)) and _module_exists(v),
@@ -85,6 +114,7 @@ _NAME = Rule(
 
 _MODEL_RULES = {
   'factory': _NAME,
+  'size': _one_of('', *SIZES),
   'layers': _POSITIVE,
   'width': _POSITIVE,
   'heads': _POSITIVE,
@@ -94,12 +124,23 @@ _MODEL_RULES = {
   'norm': _one_of('layernorm', 'rmsnorm'),
   'mlp': _one_of('gelu', 'swiglu'),
   'init_std': _above(0),
+  'attention': _one_of('xla', 'fused'),
   'compute_dtype': _one_of('float32', 'bfloat16'),
 }
 
 _TRAIN_RULES = {
   'batch_size': _POSITIVE,
   'learning_rate': _above(0),
+  'schedule': _one_of('cosine', 'linear', 'wsd', 'constant'),
+  'decay_share': _within(0, 1, '(]'),
+  'optimizer': _either(
+    Rule(lambda v: bool(re.fullmatch(r'[a-z]\w*(\.[a-z]\w*)*', v)), 'must name one of optax'), _NAME
+  ),
+  'optimizer_arguments': _ARGUMENTS,
+  'mu_dtype': _one_of('float32', 'bfloat16'),
+  'nu_dtype': _one_of('float32', 'bfloat16'),
+  'z_loss': _COUNT,
+  'microbatches': _POSITIVE,
   'final_learning_rate': _within(0, 1),
   'warmup_steps': _COUNT,
   'weight_decay': _COUNT,
@@ -109,7 +150,13 @@ _TRAIN_RULES = {
   'adam_eps_root': _COUNT,
   'gradient_clip': _COUNT,
   'save_every_steps': _COUNT,
+  'save_every_minutes': _COUNT,
   'keep_checkpoints': _POSITIVE,
+  'keep_every_steps': _COUNT,
+  'keep_every_hours': _COUNT,
+  'evaluate_every_steps': _COUNT,
+  'evaluate_rows': _POSITIVE,
+  'profile_steps': _COUNT,
   'log_every_steps': _POSITIVE,
 }
 
@@ -139,7 +186,7 @@ RULES: Mapping[str, Rule] = {
   'targets.holdout_share': _within(0, 1, '()'),
   'targets.seed': _COUNT,
   **{f'{model}.{key}': rule for model in MODELS for key, rule in _MODEL_RULES.items()},
-  **{f'{train}.{key}': rule for train in _TRAINS for key, rule in _TRAIN_RULES.items()},
+  **{f'{train}.{key}': rule for train in TRAINS for key, rule in _TRAIN_RULES.items()},
   'proxies.count': _POSITIVE,
   'proxies.subset_share': _within(0, 1, '(]'),
   'proxies.epochs': _above(0),
@@ -189,6 +236,8 @@ RULES: Mapping[str, Rule] = {
   'evaluation.batch_size': _POSITIVE,
   'evaluation.confidence': _within(0, 1, '()'),
   'report.examples': _POSITIVE,
+  'report.explorer_rows': _at_least(100),
+  'report.explorer_bytes': _at_least(10_000),
   'plan.topology': Rule(lambda v: bool(re.fullmatch(r'\w+:\d+(x\d+){1,2}', v)), 'must be CHIP:AxB or CHIP:AxBxC'),
   'plan.rows': _COUNT,
   'plan.price_per_chip_hour': _COUNT,
@@ -232,6 +281,27 @@ def model_relations(model: str) -> Iterator[Relation]:
     lambda p, w, h: p != 'rope' or (w // h) % 2 == 0,
     f'needs an even head size, and {width} = {{1}} over {heads} = {{2}} is odd',
     f'set --config.{width} to a multiple of 2·{{2}}, or --config.{model}.positions=learned',
+  )
+
+
+def _train_relations(train: str) -> Iterator[Relation]:
+  yield Relation(
+    (f'{train}.microbatches', f'{train}.batch_size', 'mesh.data'),
+    lambda parts, batch, data: batch % (parts * max(data, 1)) == 0,
+    f'must divide {train}.batch_size = {{1}} into parts that are multiples of mesh.data = {{2}}',
+    f'set --config.{train}.microbatches=1 to take whole batches',
+  )
+  yield Relation(
+    (f'{train}.evaluate_every_steps', f'{train}.log_every_steps'),
+    lambda evaluate, log: evaluate % log == 0,
+    f'must be a multiple of {train}.log_every_steps = {{1}}, as it is told in the logged lines',
+    f'set --config.{train}.evaluate_every_steps to a multiple of {{1}}, or 0',
+  )
+  yield Relation(
+    (f'{train}.optimizer_arguments', f'{train}.optimizer'),
+    lambda arguments, name: name != 'adamw' or not arguments.strip(),
+    f'are for other optimizers, and {train}.optimizer is adamw, which the adam_ keys describe',
+    f"set --config.{train}.optimizer_arguments='' and the adam_ keys",
   )
 
 
@@ -354,6 +424,7 @@ RELATIONS: tuple[Relation, ...] = (
     'set --config.datamodel.damping_rule=fixed, or --config.proxies.count=3 with a gram that is not joint',
   ),
   *(_batch_relation(key) for key in BATCHES),
+  *(relation for train in TRAINS for relation in _train_relations(train)),
 )
 
 

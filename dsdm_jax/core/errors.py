@@ -8,8 +8,16 @@ class UserError(ValueError):
   """Bad input or a state that the user has to resolve.
 
   The text is one line: what happened, where (key, file, line), what to do. `main` prints it on stderr and
-  exits with code 2, without a traceback.
+  exits with `exit_code`, without a traceback.
   """
+
+  exit_code = 2
+
+
+class Stopped(UserError):  # noqa: N818  no error: the work is saved
+  """The process was asked to stop (SIGTERM), and has saved its work. The exit code is a shell's for that signal."""
+
+  exit_code = 128 + 15
 
 
 def as_os_error(error: Exception, path: str | os.PathLike) -> OSError | None:

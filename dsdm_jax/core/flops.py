@@ -7,11 +7,24 @@ transformers; elementwise work is left out.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.extend import core as jex_core
+
+# Dense bfloat16 peak of one JAX device, FLOP/s, from the makers' data sheets (cloud.google.com/tpu/docs,
+# nvidia.com/data-center): a device's kind holds the name.
+_PEAKS = (
+  ('TPU v4', 275e12), ('TPU v5 lite', 197e12), ('TPU v5e', 197e12), ('TPU v5p', 459e12), ('TPU v5', 459e12),
+  ('TPU v6', 918e12), ('A100', 312e12), ('H100', 989e12), ('H200', 989e12),
+)  # fmt: skip
+
+
+def peak(devices: Sequence[jax.Device]) -> float | None:
+  """Dense bfloat16 FLOP/s of all `devices` together; None where a kind is not known, as on CPUs."""
+  found = [next((value for name, value in _PEAKS if name in device.device_kind), None) for device in devices]
+  return None if None in found else float(sum(value for value in found if value is not None))
 
 
 def count(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:

@@ -71,8 +71,7 @@ def _take(file: Path, token: str) -> None:
       owner = _owner(other)
       if not owner:
         continue
-      age = _now(file.parent) - other.stat().st_mtime
-      if _alive(owner, age):
+      if _alive(owner, other):
         raise UserError(_refusal(other, owner))
       sys.stdout.write(f'{file.parent}: the run that had it, {_name(owner)}, is dead; this one goes on from there\n')
       other.unlink(missing_ok=True)
@@ -105,13 +104,17 @@ def _owner(file: Path) -> Mapping[str, Any]:
     owner = json.loads(file.read_bytes())
   except (FileNotFoundError, ValueError):
     return {}
-  return owner if isinstance(owner, dict) and {'pid', 'machine', 'since', 'user', 'host'} <= owner.keys() else {}
+  wanted = {'pid', 'started', 'machine', 'since', 'user', 'host'}
+  return owner if isinstance(owner, dict) and wanted <= owner.keys() else {}
 
 
-def _alive(owner: Mapping[str, Any], age: float) -> bool:
+def _alive(owner: Mapping[str, Any], file: Path) -> bool:
   if owner['machine'] == _machine():
     return _started(int(owner['pid'])) == owner['started']
-  return age < DEAD_SECONDS
+  try:
+    return _now(file.parent) - file.stat().st_mtime < DEAD_SECONDS
+  except FileNotFoundError:  # its owner has just ended
+    return False
 
 
 def _machine() -> str:

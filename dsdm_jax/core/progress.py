@@ -56,6 +56,10 @@ class Log:
       with open(self._workdir / 'events.jsonl', 'a', encoding='utf-8') as f:
         f.write(line + '\n')
 
+  def curves(self, run: str) -> Path:
+    """Folder of `run`'s TensorBoard files."""
+    return self._workdir / 'tensorboard' / run
+
   def scalars(self, step: int, values: Mapping[str, float], run: str) -> None:
     """TensorBoard scalars of `run` at `step`."""
     if not self._enabled:
@@ -64,7 +68,7 @@ class Log:
       tensorflow_start.start()
       from clu import metric_writers
 
-      self._writers[run] = metric_writers.SummaryWriter(str(self._workdir / 'tensorboard' / run))
+      self._writers[run] = metric_writers.SummaryWriter(str(self.curves(run)))
     self._writers[run].write_scalars(step, {k: float(v) for k, v in values.items()})
 
   def close(self) -> None:

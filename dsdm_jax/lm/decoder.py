@@ -1,11 +1,15 @@
 """A pre-norm decoder language model in Flax NNX: GPT-2-style as in the paper, or the modern variant by config."""
 
+import re
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
+
+from dsdm_jax.lm import partition
 
 
 def build(config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs) -> 'Decoder':
@@ -52,13 +56,14 @@ class Attention(nnx.Module):
     self.heads, self.kv_heads = config.heads, config.kv_heads
     self.head_size = config.width // config.heads
     self.rope = config.positions == 'rope'
+    self.kernel: Literal['xla', 'cudnn'] = 'cudnn' if config.attention == 'fused' else 'xla'
     outputs = (config.heads + 2 * config.kv_heads) * self.head_size
     self.qkv = _linear(config.width, outputs, config, rngs)
     self.out = _linear(config.width, config.width, config, rngs, scale=(2 * config.layers) ** -0.5)
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     q_BLHK, k_BLHK, v_BLHK = self.project(x_BLD)
-    y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, is_causal=True)
+    y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, is_causal=True, implementation=self.kernel)
     return self.out(y_BLHK.reshape(*x_BLD.shape[:2], -1))
 
   def project(self, x_BLD: jax.Array, position_BL: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -105,6 +110,8 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
   """tokens_BL (int32) → logits_BLV (float32); position l sees tokens 0…l."""
 
+  gathers = re.compile(r'^blocks/')  # paths of the weights that it gathers itself, see `partition.weights_here`
+
   def __init__(self, config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs):
     self.dtype = jnp.dtype(config.compute_dtype)
     self.remat = config.remat
@@ -129,7 +136,7 @@ class Decoder(nnx.Module):
     )
 
   def __call__(self, tokens_BL: jax.Array) -> jax.Array:
-    return self.logits(self._run_blocks(self.embed(tokens_BL)))
+    return self.logits(self._run_blocks(partition.batch_here(self.embed(tokens_BL))))
 
   def embed(self, tokens_BL: jax.Array, position_BL: jax.Array | None = None) -> jax.Array:
     """What the first block is given; `position_BL` as in `rotate`."""
@@ -166,7 +173,7 @@ class Decoder(nnx.Module):
     graphdef, state = nnx.split(block)
 
     def step(state: nnx.State, x_BLD: jax.Array) -> jax.Array:
-      return nnx.merge(graphdef, state)(x_BLD)
+      return partition.batch_here(nnx.merge(graphdef, partition.weights_here(state))(x_BLD))
 
     if self.remat:
       # A scan is a barrier to common-subexpression elimination already; without one it would undo the remat.

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ STAGES = (
   'evaluation',
 )
 _SCORES = re.compile(r'score_(.+)_N')
+_EXAMPLES = re.compile(r'example_rows_(.+)_EM')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,21 @@ class Selected:
   seed: int
   rows: np.ndarray  # int64 [k]
   epochs: float
+  name: str  # of the selection; seeds of a deterministic method share one
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetExample:
+  """A target example, and the rows with the highest and the lowest scores for it alone.
+
+  `rows_M` and `score_M` (standard deviations of the example's own scores): best first, then, in the second half, worst
+  first.
+  """
+
+  context: str
+  answer: str
+  rows_M: np.ndarray
+  score_M: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +72,20 @@ class Evidence:
     sources: names of the kinds of document.
     source_N: int, index into `sources` for each row of the pool.
     document_N: int, index into `documents` for each row.
+    offset_N: int, place of the row's first token in its document.
     documents: one dict per document, with at least `id`.
     planted_N: int, -1 or the planted target example that covers the row.
     scores: target → float32 [N], higher = helps that target.
+    examples: task → its target examples whose own scores were kept; empty where none were.
     selected: what each arm and seed trained on.
     curves: training loss by arm.
     dropped: one dict per document that the leakage guard dropped.
     tokens: tokens that each final model was trained on.
-    cost: stage → seconds and flop.
+    cost: stage → seconds, flop and bytes on disk.
     versions: package → version.
+    environment: what is known of the machine that wrote the report, in words.
+    multiplier: content of `multiplier.json` of the evaluation, or None.
+    lds: content of `lds.json` of the validation, or None.
     config: flat key → value.
     text: row → its text.
   """
@@ -71,15 +94,20 @@ class Evidence:
   sources: tuple[str, ...]
   source_N: np.ndarray
   document_N: np.ndarray
+  offset_N: np.ndarray
   documents: list[Mapping[str, Any]]
   planted_N: np.ndarray
   scores: Mapping[str, np.ndarray]
+  examples: Mapping[str, list[TargetExample]]
   selected: list[Selected]
   curves: list[Curve]
   dropped: list[Mapping[str, Any]]
   tokens: int
   cost: Mapping[str, Mapping[str, float]]
   versions: Mapping[str, str]
+  environment: Mapping[str, str]
+  multiplier: Mapping[str, Any] | None
+  lds: Mapping[str, Any] | None
   config: Mapping[str, Any]
   text: Callable[[int], str]
 
@@ -103,9 +131,12 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
   pool = inputs['pool'].path
   with np.load(pool / 'rows.npz') as rows:
     sources = tuple(str(name) for name in rows['sources'])
-    source_N, document_N, planted_N = rows['source_N'], rows['document_N'], rows['planted_N']
+    source_N, document_N, offset_N, planted_N = (rows[f'{k}_N'] for k in ('source', 'document', 'offset', 'planted'))
   with np.load(inputs['datamodel'].path / 'scores.npz') as file:
     scores = {m[1]: file[key] for key in file.files if (m := _SCORES.fullmatch(key))}
+    kept = {
+      m[1]: (file[key], file[f'example_score_{m[1]}_EM']) for key in file.files if (m := _EXAMPLES.fullmatch(key))
+    }
   runs = _json(inputs['selection'].path / 'index.json')
   curves, tokens = _curves(inputs['pretraining'].path, runs)
   return Evidence(
@@ -113,15 +144,20 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
     sources=sources,
     source_N=source_N,
     document_N=document_N,
+    offset_N=offset_N,
     documents=list(_lines(pool / 'documents.jsonl')),
     planted_N=planted_N,
     scores=scores,
+    examples={task: _examples(inputs['targets'].path, task, *arrays) for task, arrays in kept.items()},
     selected=list(_selected(inputs['selection'].path, runs)),
     curves=curves,
     dropped=list(_lines(pool / 'dropped.jsonl')),
     tokens=tokens,
-    cost={stage: inputs[stage].manifest['cost'] for stage in STAGES},
+    cost={stage: dict(inputs[stage].manifest['cost']) | {'bytes': _bytes(inputs[stage])} for stage in STAGES},
     versions=inputs['evaluation'].manifest['versions'],
+    environment=_environment(),
+    multiplier=_optional(inputs, 'evaluation', 'multiplier.json'),
+    lds=_optional(inputs, 'validation', 'lds.json'),
     config=config,
     text=text,
   )
@@ -132,7 +168,36 @@ def _selected(folder: Path, runs: list[Mapping[str, Any]]) -> Iterator[Selected]
     # A deterministic method has one selection, which all its seeds train on.
     with np.load(folder / f'{run["selection"]}.npz') as arrays:
       rows = arrays['rows']
-    yield Selected(run['method'], run['target'], run['seed'], rows, run['epochs'])
+    yield Selected(run['method'], run['target'], run['seed'], rows, run['epochs'], run['selection'])
+
+
+def _examples(folder: Path, task: str, rows_EM: np.ndarray, score_EM: np.ndarray) -> list[TargetExample]:
+  records = list(_lines(folder / f'{task}.target.jsonl'))
+  return [
+    TargetExample(record['context'], record['answer'], rows_M, score_M)
+    for record, rows_M, score_M in zip(records, rows_EM, score_EM, strict=False)
+  ]
+
+
+def _bytes(artifact: Artifact) -> int:
+  return sum(entry['bytes'] for entry in artifact.manifest['files'].values())
+
+
+def _environment() -> dict[str, str]:
+  import jax
+
+  devices = jax.devices()
+  return {
+    'system': platform.platform(),
+    'processor': f'{platform.machine()}, {os.cpu_count()} cores',
+    'devices': f'{len(devices)} × {devices[0].device_kind} ({devices[0].platform})',
+  }
+
+
+def _optional(inputs: Mapping[str, Artifact], stage: str, name: str) -> Any:
+  """A JSON file that not every run has; None where it is missing."""
+  file = inputs[stage].path / name if stage in inputs else None
+  return _json(file) if file is not None and file.is_file() else None
 
 
 def _curves(folder: Path, runs: list[Mapping[str, Any]]) -> tuple[list[Curve], int]:

@@ -1,11 +1,13 @@
-"""The figures, as SVG text. A panel is about as wide as a phone, so that a page can set them in rows or in a column.
+"""The figures. A panel is about as wide as a phone, so that a page can set them in rows or in a column.
 
-Equal input gives equal bytes. Figures for the page carry CSS variables instead of colours, so that they follow the
-page into dark mode; `standalone` figures carry the colours themselves, on white.
+Equal input gives equal bytes. As SVG for the page a figure carries CSS variables instead of colours, so that it follows
+the page into dark mode; as PNG, and standing alone, it carries the colours themselves, on white.
 """
 
+import dataclasses
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from dsdm_jax.report import words
 from dsdm_jax.report.evidence import Curve
@@ -59,6 +62,41 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+  """A finished figure."""
+
+  figure: Figure
+
+  def svg(self, name: str) -> str:
+    """SVG to set into HTML: no prologue, ids that begin with `name`, colours as CSS variables, text as text."""
+    with matplotlib.rc_context(_STYLE | {'svg.fonttype': 'none'}):
+      svg = _raw_svg(self.figure)
+    svg = svg[svg.index('<svg') :]
+    svg = re.sub(r'<style type="text/css">.*?</style>', '', svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf'\g<1>{name}-', svg)
+    for colour, code in COLOURS.items():
+      svg = svg.replace(code, f'var(--{colour})')
+    return svg
+
+  def png(self) -> bytes:
+    """On white, 200 dots an inch."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+      # Text reaches over the edge where the page has room for it.
+      self.figure.savefig(
+        buffer,
+        format='png',
+        dpi=200,
+        facecolor='white',
+        bbox_inches='tight',
+        pad_inches=0.1,
+        metadata={'Software': None},
+      )
+    return buffer.getvalue()
+
+
 def method_colour(method: str) -> str:
   """The colour of a method: its own, or one that depends on the name only."""
   name = METHOD_COLOURS.get(method) or _FURTHER[sum(method.encode()) % len(_FURTHER)]
@@ -69,11 +107,11 @@ def source_colour(index: int) -> str:
   return COLOURS[SOURCE_COLOURS[index % len(SOURCE_COLOURS)]]
 
 
-def forest(comparisons: Sequence[Mapping[str, Any]], name: str) -> dict[str, str]:
+def forest(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
   """Task → its differences with intervals, one line each, all tasks on the same scale."""
   several = words.several_targets(c['target_mix'] for c in comparisons)
   limits = _forest_limits(comparisons)
-  panels: dict[str, str] = {}
+  panels: dict[str, Drawing] = {}
   for task in dict.fromkeys(c['task'] for c in comparisons):
     lines = _forest_lines([c for c in comparisons if c['task'] == task])
     with matplotlib.rc_context(_STYLE):
@@ -81,7 +119,7 @@ def forest(comparisons: Sequence[Mapping[str, Any]], name: str) -> dict[str, str
       _forest_rows(ax, lines, several)
       ax.set_xlim(*limits)
       ax.set_xlabel('nats per token')
-      panels[task] = _svg(figure, f'{name}-{len(panels)}')
+      panels[task] = Drawing(figure)
   return panels
 
 
@@ -115,10 +153,15 @@ def forest_standalone(comparisons: Sequence[Mapping[str, Any]], confidence: floa
 
 
 def _forest_limits(comparisons: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-  low = min([0.0, *(c['low'] for c in comparisons)])
-  high = max([0.0, *(c['high'] for c in comparisons)])
+  ends = [_end(c, end) for c in comparisons for end in ('low', 'difference', 'high')]
+  low, high = min([0.0, *ends]), max([0.0, *ends])
   margin = 0.06 * (high - low or 1.0)
   return low - margin, high + margin
+
+
+def _end(comparison: Mapping[str, Any], end: str) -> float:
+  """An interval's end; the difference itself where there is no interval."""
+  return comparison['difference'] if comparison[end] is None else comparison[end]
 
 
 def _forest_lines(
@@ -149,12 +192,14 @@ def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bo
       0, y, words.arm_name(line['method'], line['target_mix'], several), transform=across,
       fontsize=9.2, va='center',
     )  # fmt: skip
-    value = f'{words.signed(line["difference"])}  {words.interval(line["low"], line["high"])}'
+    value = words.signed(line['difference'])
+    if line['low'] is not None:
+      value += f'  {words.interval(line["low"], line["high"])}'
     ax.text(1, y, value, transform=across, fontsize=9.2, va='center', ha='right', color=colour)
     y += 0.42
     # Zero is marked beside each interval only, so that it does not cross the labels.
     ax.plot([0, 0], [y - 0.2, y + 0.2], color=COLOURS['neutral'], lw=1, zorder=1)
-    ax.plot([line['low'], line['high']], [y, y], color=colour, lw=2.8, solid_capstyle='round')
+    ax.plot([_end(line, 'low'), _end(line, 'high')], [y, y], color=colour, lw=2.8, solid_capstyle='round')
     ax.plot(line['difference'], y, 'o', ms=6.8, color=colour, mec=COLOURS['paper'], mew=1.3)
     y += 0.62
   ax.set_ylim(y - 0.3, -0.25)
@@ -162,7 +207,7 @@ def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bo
   ax.spines['left'].set_visible(False)
 
 
-def losses(curves: Sequence[Curve], name: str) -> str:
+def losses(curves: Sequence[Curve]) -> Drawing:
   """Training loss, the mean over seeds with a band from the lowest to the highest seed."""
   with matplotlib.rc_context(_STYLE):
     figure, ax = _panel(2.9)
@@ -181,7 +226,7 @@ def losses(curves: Sequence[Curve], name: str) -> str:
     _grid(ax)
     ax.set_xlabel('training step')
     ax.set_title('training loss, nats per token', **_title())
-    return _svg(figure, name)
+    return Drawing(figure)
 
 
 def _thinned(curve: Curve, most: int = 160) -> tuple[np.ndarray, np.ndarray]:
@@ -206,7 +251,7 @@ def _direct_labels(ax: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
     )  # fmt: skip
 
 
-def composition(shares: Mapping[str, np.ndarray], name: str) -> str:
+def composition(shares: Mapping[str, np.ndarray]) -> Drawing:
   """A stacked bar for each entry of `shares` (label → share of each source, summing to 1), from the top down."""
   with matplotlib.rc_context(_STYLE):
     figure, ax = _panel(0.75 + 0.5 * len(shares))
@@ -227,10 +272,37 @@ def composition(shares: Mapping[str, np.ndarray], name: str) -> str:
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ['0', '25', '50', '75', '100 %'])
     ax.spines[['left', 'bottom']].set_visible(False)
     ax.tick_params(length=0)
-    return _svg(figure, name)
+    return Drawing(figure)
 
 
-def histogram(z_N: np.ndarray, top_k: np.ndarray | None, bottom_k: np.ndarray | None, name: str) -> str:
+def overlap(labels: Sequence[str], share_AB: np.ndarray, chance_AB: np.ndarray) -> Drawing:
+  """Of what each arm (line) selected, the share that each arm (column) selected too; below it, the share by chance."""
+  count = len(labels)
+  with matplotlib.rc_context(_STYLE):
+    figure, ax = _panel(1.1 + 0.5 * count)
+    for a in range(count):
+      for b in range(count):
+        share, chance = share_AB[a, b], chance_AB[a, b]
+        if np.isnan(share):
+          ax.text(b, a, '–', ha='center', va='center', color=COLOURS['muted'])
+          continue
+        ax.add_patch(Rectangle((b - 0.47, a - 0.47), 0.94, 0.94, color=COLOURS['blue'], alpha=0.75 * share, lw=0))
+        ax.text(b, a - 0.1, f'{100 * share:.0f} %', ha='center', va='center', fontsize=9)
+        ax.text(b, a + 0.25, f'{100 * chance:.0f} %', ha='center', va='center', fontsize=7.5, color=COLOURS['muted'])
+    ax.set_xlim(-0.5, count - 0.5)
+    ax.set_ylim(count - 0.5, -0.5)
+    ax.set_yticks(range(count), [_wrapped(label) for label in labels])
+    ax.set_xticks(range(count), [_wrapped(label) for label in labels], rotation=30, ha='right', rotation_mode='anchor')
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    return Drawing(figure)
+
+
+def _wrapped(label: str) -> str:
+  return textwrap.fill(label, 18)
+
+
+def histogram(z_N: np.ndarray, top_k: np.ndarray | None, bottom_k: np.ndarray | None) -> Drawing:
   """Standardised scores of all rows; the rows that an arm chose (indices, or None for no such arm) are coloured.
 
   Scores further out than the axis are counted in its outermost bins.
@@ -251,7 +323,7 @@ def histogram(z_N: np.ndarray, top_k: np.ndarray | None, bottom_k: np.ndarray | 
     ax.set_xlabel('score, standard deviations from the mean')
     ax.set_title('rows of the pool', **_title())
     ax.set_xlim(-reach, reach)
-    return _svg(figure, name)
+    return Drawing(figure)
 
 
 def standardised(score_N: np.ndarray) -> np.ndarray:
@@ -281,16 +353,3 @@ def _raw_svg(figure: Figure) -> str:
   figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
   svg = buffer.getvalue()
   return re.sub(r'\s*<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
-
-
-def _svg(figure: Figure, name: str) -> str:
-  """SVG to set into HTML: no prologue, ids of its own, colours as CSS variables, text as text."""
-  with matplotlib.rc_context({'svg.fonttype': 'none'}):
-    svg = _raw_svg(figure)
-  svg = svg[svg.index('<svg') :]
-  svg = re.sub(r'<style type="text/css">.*?</style>', '', svg, flags=re.DOTALL)
-  svg = re.sub(r'\bid="', f'id="{name}-', svg)
-  svg = re.sub(r'(href="#|url\(#)', rf'\g<1>{name}-', svg)
-  for colour, code in COLOURS.items():
-    svg = svg.replace(code, f'var(--{colour})')
-  return svg

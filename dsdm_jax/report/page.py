@@ -1,70 +1,88 @@
 """One self-contained HTML page that shows what came out and how far it can be trusted."""
 
+import base64
 import collections
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from dsdm_jax.report import figures, words
+from dsdm_jax.report import figures, pictures, tables, words
 from dsdm_jax.report.evidence import Evidence
+from dsdm_jax.report.explorer import Packed
+from dsdm_jax.report.figures import Drawing
 
 # Stages that random data do without.
 SELECTING = ('proxies', 'features', 'datamodel')
-# What the page may load and run: nothing but its own styles and images that it holds itself.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_TEMPLATES = Path(__file__).parent / 'templates'
 
 
-def render(shown: Evidence, examples: int) -> str:
+def policy(script: str) -> str:
+  """The content security policy: nothing is loaded, and of all scripts only `script` runs."""
+  digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+  return (
+    f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+  )
+
+
+def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, examples: int) -> str:
   """The page as HTML.
 
   Args:
     shown: what was read from the artifacts. Text from it is escaped wherever it is set.
-    examples: best and worst rows shown for each target.
+    drawings: see `pictures.make`.
+    packed: the explorer's data.
+    examples: best and worst rows of each target that can be read without scripts.
   """
   environment = jinja2.Environment(
-    loader=jinja2.PackageLoader('dsdm_jax.report'),
+    loader=jinja2.FileSystemLoader(_TEMPLATES),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
   )
   environment.filters.update(
-    signed=words.signed, plain=words.plain, count=words.count, duration=words.duration,
+    signed=words.signed, plain=words.plain, count=words.count, duration=words.duration, size=words.size,
     scientific=words.scientific, p=words.p_value, task=words.task_name, method=words.method_name,
     json=json.dumps, heading=words.heading,
   )  # fmt: skip
   results = shown.results
   several = words.several_targets(row['target_mix'] for row in results['summary'])
+  script = (_TEMPLATES / 'explorer.js').read_text('utf-8')
+  svg = {name: Markup(drawing.svg(f'f{i}')) for i, (name, drawing) in enumerate(drawings.items())}
   return environment.get_template('report.html').render(
-    policy=POLICY,
+    policy=policy(script),
+    script=Markup(script),
+    packed=packed,
     title=words.verdict_word(results),
     headlines=words.headlines(results),
     results=results,
     config=shown.config,
     versions=shown.versions,
+    environment=shown.environment,
     percent=f'{100 * results["confidence"]:g} %',
     several=several,
     arm=lambda row: words.arm_name(row['method'], row['target_mix'], several),
     facts=_facts(shown),
-    forest=_marked(figures.forest(results['comparisons'], 'forest')),
+    svg=svg,
+    forest={task: svg[f'forest-{task}'] for task in pictures.of_kind(drawings, 'forest')},
+    curves={mix: svg[f'losses-{mix}'] for mix in pictures.of_kind(drawings, 'losses')},
     means=_means(results, several),
-    curves=_curves(shown, several),
     sources=_sources(shown),
+    overlap=tables.overlap(shown),
     targets=list(_targets(shown, examples)),
+    lds=_lds(shown.lds),
     guard=_guard(shown),
     cost=_cost(shown),
     colours=figures.COLOURS,
   )
-
-
-def _marked(panels: Mapping[str, str]) -> dict[str, Markup]:
-  """SVG that this package drew; labels inside it were escaped by matplotlib."""
-  return {name: Markup(svg) for name, svg in panels.items()}
 
 
 def _facts(shown: Evidence) -> list[tuple[str, str]]:
@@ -103,57 +121,41 @@ def _means(results: Mapping[str, Any], several: bool) -> dict[str, Any]:
   }
 
 
-def _curves(shown: Evidence, several: bool) -> list[tuple[str, Markup]]:
-  """(heading, SVG) for each target mix: its own arms beside those that ignore targets."""
-  common = [c for c in shown.curves if c.target_mix == words.UNTARGETED]
-  targeted = [c for c in shown.curves if c.target_mix != words.UNTARGETED]
-  panels = []
-  for i, mix in enumerate(dict.fromkeys(c.target_mix for c in targeted or common)):
-    lines = [c for c in targeted if c.target_mix == mix] + common
-    heading = words.task_name(mix) if several else ''
-    panels.append((heading, Markup(figures.losses(lines, f'loss-{i}'))))
-  return panels
-
-
 def _sources(shown: Evidence) -> dict[str, Any]:
-  """Shares of each source in the pool and in what each arm selected (mean over seeds)."""
+  """Shares of each source in the pool and in what each arm selected."""
   count = len(shown.sources)
-  arms = list(dict.fromkeys((s.method, s.target_mix) for s in shown.selected))
-  several = words.several_targets(target for _, target in arms)
-  shares = {'whole pool': _shares(shown.source_N, count)}
-  for method, target in arms:
-    label = words.arm_name(method, target, several)
-    by_seed = [_shares(shown.source_N[s.rows], count) for s in shown.selections(method, target)]
-    shares[label] = np.mean(by_seed, axis=0)
-  return {
-    'names': shown.sources,
-    'colours': [f'var(--{figures.SOURCE_COLOURS[i % len(figures.SOURCE_COLOURS)]})' for i in range(count)],
-    'shares': shares,
-    'svg': Markup(figures.composition(shares, 'sources')),
-  }  # fmt: skip
-
-
-def _shares(source_K: np.ndarray, count: int) -> np.ndarray:
-  return np.bincount(source_K, minlength=count) / max(1, len(source_K))
+  colours = [f'var(--{figures.SOURCE_COLOURS[i % len(figures.SOURCE_COLOURS)]})' for i in range(count)]
+  return {'names': shown.sources, 'colours': colours, 'shares': tables.sources(shown)}
 
 
 def _targets(shown: Evidence, examples: int) -> Iterator[dict[str, Any]]:
-  """For each target, the mix first, its histogram, and its best and worst rows as text."""
-  names = sorted(shown.scores, key=lambda name: name != 'mix')
-  for i, target in enumerate(names):
+  """For each target, the mix first, its best and worst rows as text."""
+  for target in pictures.targets(shown):
     z_N = figures.standardised(shown.scores[target])
     order_N = np.argsort(-z_N, kind='stable')
-    chosen = {}
-    for method in ('dsdm', 'bottom'):
-      found = shown.selections(method, target) or shown.selections(method, 'mix')
-      chosen[method] = np.unique(found[0].rows) if found else None
-    svg = figures.histogram(z_N, chosen['dsdm'], chosen['bottom'], f'scores-{i}')
     yield {
       'name': target,
-      'svg': Markup(svg),
       'best': [_example(shown, int(n), z_N) for n in order_N[:examples]],
       'worst': [_example(shown, int(n), z_N) for n in order_N[::-1][:examples]],
     }
+
+
+def _lds(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+  """A table for each setting and level of the validation: predictors, best first, by families of subsets."""
+  made = []
+  for level, heading in (('by_example', 'each target example'), ('by_task', 'the mean of each task')):
+    records = found[level] if found else []
+    for setting in dict.fromkeys(r['setting'] for r in records):
+      rows: dict[str, dict[str, Mapping[str, Any]]] = {}
+      for r in (r for r in records if r['setting'] == setting):
+        rows.setdefault(r['predictor'], {})[r['family']] = r
+      order = sorted(rows, key=lambda name: -float(np.mean([r['lds'] for r in rows[name].values()])))
+      made.append({
+        'heading': f'{words.heading(setting)} setting, {heading}',
+        'families': list(dict.fromkeys(r['family'] for r in records if r['setting'] == setting)),
+        'rows': {name: rows[name] for name in order},
+      })  # fmt: skip
+  return made
 
 
 def _example(shown: Evidence, row: int, z_N: np.ndarray) -> dict[str, Any]:

@@ -48,19 +48,21 @@ def arm_name(method: str, target_mix: str, several: bool) -> str:
   return f'{name} for {task_name(target_mix)}'
 
 
-def signed(value: float, digits: int = 2) -> str:
-  """Fixed digits with a sign and a true minus; zero carries none."""
+def signed(value: float | None, digits: int = 2) -> str:
+  """Fixed digits with a sign and a true minus; zero carries none; '–' for a number that could not be given."""
+  if value is None:
+    return '–'
   text = f'{abs(value):.{digits}f}'
   if float(text) == 0:
     return text
   return ('+' if value > 0 else MINUS) + text
 
 
-def plain(value: float, digits: int = 2) -> str:
+def plain(value: float | None, digits: int = 2) -> str:
   return signed(value, digits).removeprefix('+')
 
 
-def interval(low: float, high: float, digits: int = 2) -> str:
+def interval(low: float | None, high: float | None, digits: int = 2) -> str:
   # A no-break space keeps it on one line.
   return f'[{plain(low, digits)},\u00a0{plain(high, digits)}]'
 
@@ -89,7 +91,18 @@ def duration(seconds: float) -> str:
   return f'{hours} h {minutes} min' if hours else f'{minutes} min {rest} s'
 
 
-def p_value(p: float) -> str:
+def size(count: float) -> str:
+  """Bytes, in powers of 1,000; three figures."""
+  for unit in ('bytes', 'kB', 'MB', 'GB', 'TB'):
+    if count < 999.5 or unit == 'TB':
+      return f'{count:.3g} {unit}' if count < 100 else f'{count:.0f} {unit}'
+    count /= 1000
+  raise AssertionError
+
+
+def p_value(p: float | None) -> str:
+  if p is None:
+    return '–'
   return '< 0.001' if p < 0.001 else f'{p:.3f}'
 
 

@@ -12,15 +12,17 @@ import numpy as np
 import tqdm
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import atomic, distributed, flops
-from dsdm_jax.core.checkpoints import Checkpoints
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.core import atomic, distributed, flops, preemption
+from dsdm_jax.core.checkpoints import Checkpoints, Keep
+from dsdm_jax.core.errors import Stopped, UserError
 from dsdm_jax.core.mesh import place
 from dsdm_jax.core.stage import Context
+from dsdm_jax.training.meter import Meter
 from dsdm_jax.training.step import Trainer, TrainState
 
 History = list[dict[str, float]]
 Batches = Callable[[int], Iterator[dict[str, np.ndarray]]]
+Evaluate = Callable[[TrainState], dict[str, jax.Array]]
 
 
 def train(
@@ -32,6 +34,7 @@ def train(
   steps: int,
   config: ConfigDict,
   bar: tqdm.tqdm,
+  evaluate: Evaluate | None = None,
 ) -> History:
   """Trains one model, or goes on with it, or finds it finished.
 
@@ -43,22 +46,33 @@ def train(
     batches: first step → iterator of {'tokens_BL', 'weight_B'} from that step on; position is arithmetic.
     steps: in all.
     bar: has `update(steps)`.
+    evaluate: state → further metrics, scalars on the device; called every `evaluate_every_steps`.
 
   Returns:
-    The logged lines: step (1-based), loss in nats per token, gradient norm, learning rate, tokens so far.
+    The logged lines: step (1-based), loss in nats per token, gradient norm, learning rate, tokens so far, and what
+    `evaluate` gave at that step.
+
+  Raises:
+    Stopped: SIGTERM came; the state is saved.
+    UserError: a metric is not finite, or the checkpoint is another model's.
   """
   record_file = context.out / f'{name}.jsonl'
   if distributed.decide(record_file.is_file):
     bar.update(steps)
     return read_history(record_file)
-  with Checkpoints(context.out / name, keep=config.keep_checkpoints) as checkpoints:
+  keep = Keep(config.keep_checkpoints, config.keep_every_steps, config.keep_every_hours)
+  with Checkpoints(context.out / name, keep) as checkpoints:
     restored = checkpoints.restore(trainer.abstract)
     state, history = (restored[0], restored[1]['history']) if restored else (trainer.init(key), [])
     start = int(state.step)
     bar.update(start)
     if start:
       context.log.event('resumed', run=name, step=start)
-    state = _run(context, trainer, name, state, history, batches(start), steps, config, bar, checkpoints)
+    run = _Run(context, trainer, name, history, steps, config, bar, checkpoints, evaluate)
+    try:
+      state = run.go(state, batches(start))
+    finally:
+      run.meter.stop_profile()
     if checkpoints.latest != steps:
       checkpoints.save(steps, state, {'history': history})
   if context.first:
@@ -67,61 +81,90 @@ def train(
   return history
 
 
-def _run(
-  context: Context,
-  trainer: Trainer,
-  name: str,
-  state: TrainState,
-  history: History,
-  batches: Iterator[dict[str, np.ndarray]],
-  steps: int,
-  config: ConfigDict,
-  bar: tqdm.tqdm,
-  checkpoints: Checkpoints,
-) -> TrainState:
-  start = int(state.step)
-  total = jax.numpy.int32(steps)
-  pending: tuple[int, dict[str, Any]] | None = None
-  flop_per_step, tokens_per_step = 0.0, 0
-  began = time.monotonic()
-  for step in range(start + 1, steps + 1):
-    batch = next(batches)
-    tokens_BL, weight_B = place((batch['tokens_BL'], batch['weight_B']), trainer.batch_sharding)
-    if not flop_per_step:
-      flop_per_step = flops.count(trainer.step, state, tokens_BL, weight_B, total)
-      tokens_per_step = tokens_BL.size
-    state, metrics = trainer.step(state, tokens_BL, weight_B, total)
-    bar.update(1)
-    # Read one logged step late: waiting for this one would leave the device idle.
-    if step % config.log_every_steps == 0 or step == steps:
-      _record(context, name, pending, history, tokens_per_step)
-      pending = (step, metrics)
-    if config.save_every_steps and step % config.save_every_steps == 0 and step != steps:
-      _record(context, name, pending, history, tokens_per_step)
-      pending = None
-      _check_finite(name, step, metrics)  # a state that diverged must not be what a resume begins with
-      checkpoints.save(step, state, {'history': history})
-  _record(context, name, pending, history, tokens_per_step)
-  done = steps - start
-  context.add_flop(flop_per_step * done)
-  seconds = time.monotonic() - began
-  if done:
-    context.log.event('speed', run=name, tokens_per_second=round(done * tokens_per_step / seconds))
-  return state
+class _Run:
+  """One run from its first or a later step to its last; see `train` for the arguments."""
 
+  def __init__(
+    self, context: Context, trainer: Trainer, name: str, history: History, steps: int, config: ConfigDict,
+    bar: tqdm.tqdm, checkpoints: Checkpoints, evaluate: Evaluate | None,
+  ):  # fmt: skip
+    self.context, self.trainer, self.name, self.history, self.steps = context, trainer, name, history, steps
+    self.config, self.bar, self.checkpoints, self.evaluate = config, bar, checkpoints, evaluate
+    self.meter = Meter(context, name, config.profile_steps)
+    self.pending: tuple[int, dict[str, Any]] | None = None
+    self.saved = time.monotonic()
 
-def _record(
-  context: Context, name: str, pending: tuple[int, dict[str, Any]] | None, history: History, tokens_per_step: int
-) -> None:
-  if pending is None:
-    return
-  step, metrics = pending
-  _check_finite(name, step, metrics)
-  line: dict[str, float] = {'step': step, 'tokens': step * tokens_per_step}
-  for metric, value in metrics.items():
-    line[metric] = float(value)
-  history.append(line)
-  context.log.scalars(step, {k: v for k, v in line.items() if k != 'step'}, run=name)
+  def go(self, state: TrainState, batches: Iterator[dict[str, np.ndarray]]) -> TrainState:
+    start, total = int(state.step), jax.numpy.int32(self.steps)
+    metrics: dict[str, jax.Array] | None = None
+    step = start
+    try:
+      with preemption.watched() as asked_to_stop:
+        for step in range(start + 1, self.steps + 1):
+          batch = self.meter.read(batches, metrics)
+          tokens_BL, weight_B = place((batch['tokens_BL'], batch['weight_B']), self.trainer.batch_sharding)
+          if not self.meter.flop_per_step:
+            self.meter.flop_per_step = flops.count(self.trainer.step, state, tokens_BL, weight_B, total)
+            self.meter.tokens_per_step = tokens_BL.size
+          state, metrics = self.trainer.step(state, tokens_BL, weight_B, total)
+          self.meter.stepped(metrics)
+          self.bar.update(1)
+          self._after(step, state, metrics, asked_to_stop)
+    finally:
+      self.context.add_flop(self.meter.flop_per_step * (step - start))
+    self._record()
+    self.context.log.event('speed', run=self.name, **self.meter.speed())
+    return state
+
+  def _after(
+    self, step: int, state: TrainState, metrics: dict[str, jax.Array], asked_to_stop: Callable[[], bool]
+  ) -> None:
+    """What follows a step: evaluation, the record, a checkpoint where one is due, the end where it was asked for."""
+    config, seen = self.config, dict(metrics)
+    if self.evaluate and config.evaluate_every_steps and step % config.evaluate_every_steps == 0:
+      seen |= self.evaluate(state)
+    logged = step % config.log_every_steps == 0 or step == self.steps
+    if logged:
+      # Read one logged step late: waiting for this one would leave the device idle.
+      self._record()
+      self.pending = (step, seen)
+    if step == self.steps:
+      return
+    save = bool(config.save_every_steps) and step % config.save_every_steps == 0
+    stop = False
+    # Several processes must go the same way, and agree on it only now and then: it takes a message to each.
+    if distributed.count() == 1 or logged:
+      overdue = bool(config.save_every_minutes) and time.monotonic() - self.saved > 60 * config.save_every_minutes
+      said = distributed.gather([asked_to_stop(), overdue])
+      stop, save = any(s for s, _ in said), save or any(o for _, o in said)
+    if save or stop:
+      self._save(step, state, metrics)
+    if stop:
+      raise Stopped(
+        f'stopped by SIGTERM at step {step} of {self.steps} of {self.name}, which is saved; start the same command '
+        'again to go on from there'
+      )
+
+  def _save(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
+    self._record()
+    _check_finite(self.name, step, metrics)  # a state that diverged must not be what a resume begins with
+    self.checkpoints.save(step, state, {'history': self.history})
+    self.saved = time.monotonic()
+
+  def _record(self) -> None:
+    if self.pending is None:
+      return
+    step, metrics = self.pending
+    self.pending = None
+    _check_finite(self.name, step, metrics)
+    line: dict[str, float] = {'step': step, 'tokens': step * self.meter.tokens_per_step}
+    for metric, value in metrics.items():
+      line[metric] = float(value)
+    self.history.append(line)
+    shown = {k: v for k, v in line.items() if k != 'step'}
+    speed = self.meter.speed()
+    shown |= {k: speed[k] for k in ('tokens_per_second', 'mfu') if k in speed}
+    self.context.log.scalars(step, shown, run=self.name)
 
 
 def _check_finite(name: str, step: int, metrics: Mapping[str, jax.Array]) -> None:

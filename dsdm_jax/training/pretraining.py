@@ -11,6 +11,7 @@ from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.schedule import Schedule
 from dsdm_jax.data.selection import Selection
 from dsdm_jax.training import loop
+from dsdm_jax.training.held_out import held_out
 from dsdm_jax.training.step import trainer
 
 
@@ -39,6 +40,6 @@ def run(context: Context) -> dict:
       loop.train(
         context, compiled, entry['name'], prng.stream(config.seed, 'init', 'final', entry['seed']),
         functools.partial(training_batches, pool, schedule, pretraining.train.batch_size), steps,
-        pretraining.train, bar,
+        pretraining.train, bar, held_out(compiled, pool, selection.rows, pretraining.train, config.seed),
       )  # fmt: skip
   return {'runs': len(index), 'steps': steps, 'tokens_per_run': steps * pretraining.train.batch_size * pool.length}

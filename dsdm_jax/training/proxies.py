@@ -12,6 +12,7 @@ from dsdm_jax.data.batches import training_batches
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.schedule import Schedule
 from dsdm_jax.training import loop
+from dsdm_jax.training.held_out import held_out
 from dsdm_jax.training.step import trainer
 
 
@@ -37,6 +38,7 @@ def run(context: Context) -> dict:
       history = loop.train(
         context, compiled, f'proxy_{checkpoint}', prng.stream(config.seed, 'init', 'proxy', checkpoint),
         functools.partial(training_batches, pool, schedule, proxies.train.batch_size), steps, proxies.train, bar,
+        held_out(compiled, pool, rows, proxies.train, config.seed),
       )  # fmt: skip
       losses.append(history[-1]['loss'])
   return {'count': proxies.count, 'subset_rows': size, 'steps': steps, 'final_loss_nats': losses}

@@ -41,16 +41,20 @@ class Trainer:
   """The compiled functions of one model and optimizer on one mesh.
 
   Attributes:
+    mesh: where it runs.
     abstract: TrainState of `ShapeDtypeStruct`s with shardings; what a checkpoint is restored into.
     init: key → TrainState, laid out over the mesh from the first byte.
     step: (TrainState, tokens_BL, weight_B, steps) → (TrainState, {'loss', 'gradient_norm', 'learning_rate'}). Its
       first argument is donated. The loss is Σ_n weight_n · (mean nll of row n) / B: a row of weight zero is left out
-      without the others weighing more, which is what datamodels are about.
+      without the others weighing more, which is what datamodels are about. With `z_loss` > 0 that much of the mean
+      squared logsumexp of the logits (PaLM, arXiv 2204.02311) is added to what is differentiated, and told beside it.
   """
 
   def __init__(self, model_config: ConfigDict, config: ConfigDict, vocab_size: int, length: int, mesh: Mesh):
-    self.graphdef, _, _ = nnx.split(abstract_model(model_config, vocab_size, length), nnx.Param, ...)
-    self._config = config
+    model = abstract_model(model_config, vocab_size, length)
+    self.graphdef, _, _ = nnx.split(model, nnx.Param, ...)
+    self._own = getattr(model, 'gathers', None)
+    self._config, self.mesh = config, mesh
     self._optimizer = optimizer.make(config)
 
     def init(key: jax.Array) -> TrainState:
@@ -75,24 +79,67 @@ class Trainer:
 
   def logits(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array) -> jax.Array:
     """The model's forward pass: logits_BLV; pure."""
-    return nnx.merge(self.graphdef, params, rest)(tokens_BL)
+    with partition.over(self.mesh):
+      return nnx.merge(self.graphdef, self._gathered(params), rest)(tokens_BL)
+
+  def _gathered(self, params: nnx.State) -> nnx.State:
+    """Weights put together again that `data` splits, but for those that the model gathers where it uses them."""
+    if self.mesh.size == 1:
+      return params
+    own = self._own
+
+    def gather(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+      return x if own and own.match(partition.path_name(path)) else partition.gathered_leaf(path, x, self.mesh)
+
+    return jax.tree_util.tree_map_with_path(gather, params)
 
   def apply(
     self, state: TrainState, tokens_BL: jax.Array, weight_B: jax.Array, steps: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The pure function behind `step`."""
-
-    def loss_fn(params: nnx.State) -> jax.Array:
-      logits_BLV = self.logits(params, state.rest, tokens_BL)
-      nll_BL = -jax.vmap(token_log_probability)(logits_BLV, tokens_BL)
-      return jnp.sum(weight_B * jnp.mean(nll_BL, axis=1)) / tokens_BL.shape[0]
-
-    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    (_, metrics), grads = self._gradient(state, tokens_BL, weight_B)
+    if self.mesh.size > 1:  # each device keeps, and updates, its own part
+      grads = jax.lax.with_sharding_constraint(grads, self.shardings.params)
     updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
     rate = optimizer.learning_rate(self._config, state.step, steps)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-    metrics = {'loss': loss, 'gradient_norm': _norm(grads), 'learning_rate': rate}
+    metrics |= {'gradient_norm': _norm(grads), 'learning_rate': rate}
     return TrainState(state.step + 1, params, state.rest, opt_state), metrics
+
+  def _gradient(
+    self, state: TrainState, tokens_BL: jax.Array, weight_B: jax.Array
+  ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], nnx.State]:
+    """((loss, metrics), its gradient), of the batch at once or part after part."""
+    count = self._config.microbatches
+
+    def loss_fn(params: nnx.State, tokens_BL: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+      return self._loss(params, state.rest, tokens_BL, weight_B, tokens_BL.shape[0] * count)
+
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if count == 1:
+      return gradient(state.params, tokens_BL, weight_B)
+
+    # Every count-th row, so that each device finds all its parts among its own rows.
+    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), (tokens_BL, weight_B))
+
+    def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+      return jax.tree.map(jnp.add, total, gradient(state.params, *part)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(gradient, state.params, *first)
+    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)[0]
+
+  def _loss(
+    self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array, weight_B: jax.Array, batch: int
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    logits_BLV = self.logits(params, rest, tokens_BL)
+    nll_BL = -jax.vmap(token_log_probability)(logits_BLV, tokens_BL)
+    loss = jnp.sum(weight_B * jnp.mean(nll_BL, axis=1)) / batch
+    if not self._config.z_loss:
+      return loss, {'loss': loss}
+    square_BL = jnp.square(jax.nn.logsumexp(logits_BLV[:, :-1], axis=-1))
+    z_loss = jnp.sum(weight_B * jnp.mean(square_BL, axis=1)) / batch
+    return loss + self._config.z_loss * z_loss, {'loss': loss, 'z_loss': z_loss}
 
 
 def _norm(tree: Any) -> jax.Array:

@@ -96,6 +96,8 @@ BAD: dict[str, list] = {
   'evaluation.batch_size': [0],
   'evaluation.confidence': [0.0, 1.0, 95.0],
   'report.examples': [0],
+  'report.explorer_rows': [99],
+  'report.explorer_bytes': [9_999],
   'plan.topology': ['v5e', 'v5e:16', 'v5e-256'],
   'plan.rows': [-1],
   'plan.price_per_chip_hour': [-1.0],
@@ -105,6 +107,8 @@ BAD: dict[str, list] = {
 for _model in ('model', 'proxies.model'):
   BAD |= {
     f'{_model}.factory': ['decoder', 'no_such_package:build'],
+    f'{_model}.size': ['13B', '125m'],
+    f'{_model}.attention': ['flash'],
     f'{_model}.layers': [0],
     f'{_model}.width': [0, -96],
     f'{_model}.heads': [0, 5, -4],
@@ -120,6 +124,14 @@ for _train in ('proxies.train', 'pretraining.train'):
   BAD |= {
     f'{_train}.batch_size': [0, -32],
     f'{_train}.learning_rate': [0.0, -1e-3],
+    f'{_train}.schedule': ['step'],
+    f'{_train}.decay_share': [0.0, 1.5],
+    f'{_train}.optimizer': ['', 'AdamW', 'no_such_package:make', 'a b'],
+    f'{_train}.optimizer_arguments': ['0.9', 'b1=x', '(', '**{}', 'b1=0.9'],
+    f'{_train}.mu_dtype': ['float16'],
+    f'{_train}.nu_dtype': ['int8'],
+    f'{_train}.z_loss': [-1e-4],
+    f'{_train}.microbatches': [0, 3],
     f'{_train}.final_learning_rate': [-0.1, 1.1],
     f'{_train}.warmup_steps': [-1],
     f'{_train}.weight_decay': [-1e-4],
@@ -129,7 +141,13 @@ for _train in ('proxies.train', 'pretraining.train'):
     f'{_train}.adam_eps_root': [-1e-8],
     f'{_train}.gradient_clip': [-1.0],
     f'{_train}.save_every_steps': [-1],
+    f'{_train}.save_every_minutes': [-1.0],
     f'{_train}.keep_checkpoints': [0],
+    f'{_train}.keep_every_steps': [-1],
+    f'{_train}.keep_every_hours': [-0.5],
+    f'{_train}.evaluate_every_steps': [-10, 15],
+    f'{_train}.evaluate_rows': [0],
+    f'{_train}.profile_steps': [-1],
     f'{_train}.log_every_steps': [0],
   }
 
@@ -295,6 +313,20 @@ def test_proxies_follow_the_model_and_may_leave_it():
   assert finding(config).startswith('config key proxies.model.heads = 8 must divide proxies.model.width = 20')
 
 
+def test_size_gives_the_shape():
+  config = checks.resolve(changed(model__size='356M', model__kv_heads=4))
+  assert (config.model.layers, config.model.width, config.model.heads) == (24, 1_024, 16)
+  assert (config.model.kv_heads, config.model.mlp_width) == (4, 4_096)
+  assert config.proxies.model.width == 1_024  # they follow
+  checks.validate(config)
+  same = base.get_config()
+  assert checks.resolve(same) is same
+  config = checks.resolve(changed(model__size='1.3B', proxies__model__size='125M'))
+  assert (config.model.width, config.proxies.model.width) == (2_048, 768)
+  with pytest.raises(UserError, match=r"model.width = 512 is 768 in model.size = '125M'; leave one out"):
+    checks.resolve(changed(model__size='125M', model__width=512))
+
+
 def test_a_strangers_model_has_its_own_keys_and_words():
   config = changed(model__factory='json:loads', model__positions='alibi', model__heads=5, model__experts=3)
   checks.validate(config)  # proxies.model.factory follows
@@ -323,6 +355,7 @@ def test_devices():
     (changed(mesh__model=3), 8, ['mesh.model = 3', 'number of devices, 8']),
     (changed(mesh__data=4), 8, ['mesh.data = 4', 'devices, 8', '--config.mesh.data=-1']),
     (changed(), 3, ['proxies.train.batch_size = 32', 'multiple of the 3 devices', 'batch_size=33']),
+    (changed(pretraining__train__microbatches=8), 8, ['pretraining.train.microbatches = 8', 'multiples of the 8']),
     (changed(features__batch_size=4), 8, ['features.batch_size = 4', 'features.batch_size=8']),
     (changed(evaluation__batch_size=63), 2, ['evaluation.batch_size = 63', 'evaluation.batch_size=64']),
   ],

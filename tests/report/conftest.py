@@ -9,7 +9,7 @@ import pytest
 from dsdm_jax.core import atomic
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.evaluation import results
-from dsdm_jax.report import evidence
+from dsdm_jax.report import evidence, explorer, page, pictures
 
 HOSTILE = (
   '<script>document.title = "owned"; console.error("ran")</script>'
@@ -20,7 +20,7 @@ SOURCES = ('source', 'docs', 'licences', 'metadata', 'data')
 TASKS = ('docs', 'api_qa', 'cs_algorithms')
 METHODS = {'dsdm': 0.17, 'random': 0.0, 'random_one_epoch': 0.04, 'bottom': -0.38}
 CONFIG = {'seed': 0, 'pool.leakage_guard': True, 'targets.tasks': list(TASKS), 'model.factory': '<script>:x'}
-ROWS, PICKED, SEEDS, ITEMS = 3000, 400, 3, 90
+ROWS, PICKED, SEEDS, ITEMS, PEAKS = 3000, 400, 3, 90, 5
 
 
 def texts(row: int) -> str:
@@ -60,6 +60,17 @@ def build(folder: Path) -> dict[str, Artifact]:
   mix_N = score_TN.mean(axis=0)
   arrays = {f'score_{task}_N': score_TN[i].astype(np.float32) for i, task in enumerate(TASKS)}
   arrays |= {f'score_{task}_CN': score_TN[[i, i]].astype(np.float32) for i, task in enumerate(TASKS)}
+  for i, task in enumerate(TASKS):  # its first two examples: what is best for the task itself, and the other way round
+    order_N = np.argsort(-score_TN[i])
+    ends_M = np.concatenate([order_N[:PEAKS], order_N[::-1][:PEAKS]])
+    arrays[f'example_rows_{task}_EM'] = np.stack([ends_M, np.roll(ends_M, PEAKS)]).astype(np.int32)
+    arrays[f'example_score_{task}_EM'] = np.stack([score_TN[i][ends_M], -score_TN[i][np.roll(ends_M, PEAKS)]]).astype(
+      np.float32
+    )
+    _write_lines(folder / 'targets' / f'{task}.target.jsonl', [
+      {'id': str(e), 'context': f'What is {task} {e}? {HOSTILE}', 'answer': f'answer {e}', 'document': 'd'}
+      for e in (0, 1)
+    ])  # fmt: skip
   atomic.save_npz(folder / 'datamodel' / 'scores.npz', **arrays, score_mix_N=mix_N.astype(np.float32))
 
   order_N = np.argsort(-mix_N)
@@ -94,7 +105,13 @@ def build(folder: Path) -> dict[str, Artifact]:
   flop = (0, 0, 3.1e12, 2.2e12, 4e10, 0, 6.2e12, 9e11)
   return {
     stage: Artifact(
-      folder / stage, {'cost': {'seconds': float(s), 'flop': float(f)}, 'semantics': {}, 'versions': {'jax': '0.10.2'}}
+      folder / stage,
+      {
+        'cost': {'seconds': float(s), 'flop': float(f)},
+        'semantics': {},
+        'versions': {'jax': '0.10.2'},
+        'files': {'one': {'bytes': 1_500}, 'two': {'bytes': 2_000_000}},
+      },
     )
     for stage, s, f in zip(evidence.STAGES, spent, flop, strict=True)
   }
@@ -137,7 +154,15 @@ def hostile() -> str:
 
 
 @pytest.fixture(scope='session')
-def html(shown) -> str:
-  from dsdm_jax.report import page
+def drawings(shown) -> dict:
+  return pictures.make(shown)
 
-  return page.render(shown, 10)
+
+@pytest.fixture(scope='session')
+def packed(shown) -> explorer.Packed:
+  return explorer.pack(shown, 100_000, 10_000_000)
+
+
+@pytest.fixture(scope='session')
+def html(shown, drawings, packed) -> str:
+  return page.render(shown, drawings, packed, 10)

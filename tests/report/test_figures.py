@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from dsdm_jax.report import figures
+from dsdm_jax.report import figures, pictures
 from dsdm_jax.report.evidence import Curve
 
 
@@ -20,7 +20,8 @@ def test_standalone_picture_is_repeatable_and_undated(shown):
 
 
 def test_page_figures_follow_the_colour_scheme(shown):
-  for svg in figures.forest(shown.results['comparisons'], 'x').values():
+  for drawing in figures.forest(shown.results['comparisons']).values():
+    svg = drawing.svg('x')
     assert svg.startswith('<svg')
     assert 'var(--blue)' in svg or 'var(--muted)' in svg
     assert not re.search(r'(fill|stroke): #(?!000|fff)', svg)
@@ -28,7 +29,7 @@ def test_page_figures_follow_the_colour_scheme(shown):
 
 
 def test_text_from_outside_is_escaped_in_labels():
-  svg = figures.composition({'<script>alert(1)</script> & $x_1$': np.array([1.0])}, 'x')
+  svg = figures.composition({'<script>alert(1)</script> & $x_1$': np.array([1.0])}).svg('x')
   assert '<script' not in svg
   assert '&lt;script&gt;' in svg
   assert ' &amp; $x_1$</text>' in svg  # text, not mathematics
@@ -49,5 +50,20 @@ def test_standardised():
 
 
 def test_empty_curve_and_equal_scores_draw():
-  assert '<svg' in figures.losses([Curve('dsdm', 'mix', np.zeros(0, int), np.zeros((2, 0)))], 'x')
-  assert '<svg' in figures.histogram(np.zeros(5), None, None, 'x')
+  assert '<svg' in figures.losses([Curve('dsdm', 'mix', np.zeros(0, int), np.zeros((2, 0)))]).svg('x')
+  assert '<svg' in figures.histogram(np.zeros(5), None, None).svg('x')
+
+
+def test_pictures_are_repeatable_as_svg_and_as_png(shown, drawings):
+  again = pictures.make(shown)
+  assert list(again) == list(drawings)
+  for name in ('overlap', 'forest-docs'):
+    assert again[name].svg('x') == drawings[name].svg('x')
+    png = again[name].png()
+    assert png == drawings[name].png()
+    assert png.startswith(b'\x89PNG')
+
+
+def test_difference_without_an_interval_is_a_dot(shown):
+  bare = [{**c, 'low': None, 'high': None} for c in shown.results['comparisons'][:1]]
+  assert '[' not in figures.forest(bare)[bare[0]['task']].svg('x')

@@ -1,7 +1,10 @@
 """The page as text: complete, self-contained, escaped, the same bytes each time."""
 
+import base64
 import dataclasses
+import hashlib
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,7 +14,7 @@ from configs import base
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
-from dsdm_jax.report import page, report
+from dsdm_jax.report import explorer, page, pictures, report
 
 
 class _Seen(HTMLParser):
@@ -43,6 +46,20 @@ class _Seen(HTMLParser):
       self.pre[-1] += data
 
 
+class _Blank:
+  """In the place of a figure, where the test is not about figures: drawing takes most of the time."""
+
+  def svg(self, name: str) -> str:
+    return f'<svg id="{name}"></svg>'
+
+
+_EMPTY = explorer.Packed('', '', np.zeros(0, int), None)
+
+
+def render(shown, drawings, examples: int = 1) -> str:
+  return page.render(shown, dict.fromkeys(drawings, _Blank()), _EMPTY, examples)
+
+
 @pytest.fixture(scope='module')
 def seen(html) -> _Seen:
   return _Seen(html)
@@ -63,14 +80,27 @@ def test_ids_are_unique_and_links_resolve(seen, html):
 
 
 def test_foreign_text_stays_text(seen, hostile):
-  assert not {'script', 'img', 'iframe', 'object', 'embed', 'form'} & set(seen.tags)
+  assert not {'img', 'iframe', 'object', 'embed', 'form'} & set(seen.tags)
+  assert seen.tags.count('script') == 3  # two blocks of data, and the explorer
   assert not {name for name in seen.attributes if name.startswith('on')}
   assert hostile in seen.pre
 
 
-def test_policy_comes_before_anything_it_governs(html):
-  assert page.POLICY == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-  assert html.index('Content-Security-Policy') < min(html.index('<style'), html.index('<link'))
+def test_policy_comes_before_anything_it_governs_and_allows_one_script(html):
+  start = html.index('Content-Security-Policy')
+  assert start < min(html.index('<style'), html.index('<link'))
+  said = unescape(html[start : html.index('">', start)])
+  assert "default-src 'none'" in said
+  assert not {"'unsafe-eval'", 'http:', 'https:', 'blob:'} & set(said.split())
+  script = html[html.rindex('<script>') + len('<script>') : html.rindex('</script>')]
+  digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+  assert re.findall(r'script-src ([^;]*);', said) == [f"'sha256-{digest}'"]
+
+
+def test_script_sets_text_and_never_markup(repo_root):
+  script = (repo_root / 'dsdm_jax/report/templates/explorer.js').read_text()
+  for word in ('innerHTML', 'outerHTML', 'insertAdjacent', 'document.write', 'eval(', 'Function(', 'fetch(', 'import('):
+    assert word not in script, word
 
 
 def test_every_section_has_its_content(seen, html, shown):
@@ -79,21 +109,27 @@ def test_every_section_has_its_content(seen, html, shown):
     'means',
     'training',
     'sources',
+    'overlap',
     'scores',
+    'explorer',
+    'one',
     'examples',
     'guard',
     'cost',
     'limits',
     'settings',
   ):
-    assert f'<section id="{section}">' in html
+    assert f'<section id="{section}"' in html
   assert seen.tags.count('svg') == 3 + 1 + 1 + 4  # tasks, losses, sources, targets with the mix
-  assert len(seen.pre) == 4 * 2 * 10 + 2  # targets × best and worst × ten, config and versions
+  # Targets × best and worst × ten, config, versions, a row of the explorer and a target example.
+  assert len(seen.pre) == 4 * 2 * 10 + 4
   for c in shown.results['comparisons']:
     assert f'{abs(c["difference"]):.3f}' in html
   assert 'planted' in html
   assert '3.1\u202f×\u202f10¹²' in html
   assert 'made <em>once</em>' in html
+  assert '2 MB' in html
+  assert 'Do the scores foretell' not in html  # this run has no validation
 
 
 def test_stage_writes_page_and_picture(inputs, tmp_path, monkeypatch):
@@ -111,10 +147,29 @@ def test_stage_writes_page_and_picture(inputs, tmp_path, monkeypatch):
   assert 'text of row 7<' in written
   assert 'datamodel.damping = ' in written
   assert (tmp_path / 'result.svg').read_text('utf-8').rstrip().endswith('</svg>')
+  names = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob('*.*') if p.parent != tmp_path}
+  assert {'figures/forest-docs.png', 'figures/overlap.png', 'data/rows.csv', 'data/comparisons.csv'} <= names
+  assert not [name for name in names if (tmp_path / name).stat().st_size < 50]
 
 
 def test_same_bytes_again(html, shown):
-  assert page.render(shown, 10) == html
+  assert page.render(shown, pictures.make(shown), explorer.pack(shown, 100_000, 10_000_000), 10) == html
+
+
+def test_validation_is_shown_where_there_is_one(shown, drawings):
+  record = {'setting': 'plain', 'family': 'halves', 'low': 0.1, 'high': 0.5, 'subsets': 9}
+  found = [record | {'predictor': name, 'lds': lds} for name, lds in (('weak', 0.11), ('<b>strong</b>', 0.33))]
+  html = render(dataclasses.replace(shown, lds={'by_example': found, 'by_task': []}), drawings)
+  part = html[html.index('<section id="lds">') :]
+  assert part.index('&lt;b&gt;strong') < part.index('>weak<')
+  assert '0.33 <small>0.10 to 0.50' in part
+
+
+def test_number_that_could_not_be_given(shown, drawings):
+  results = {**shown.results}
+  for part in ('summary', 'comparisons'):
+    results[part] = [{**row, 'low': None, 'high': None, 'verdict': 'no evidence'} for row in results[part]]
+  assert '– to –' in render(dataclasses.replace(shown, results=results), drawings)
 
 
 def test_best_rows_are_the_highest_scores(shown, html):
@@ -126,7 +181,7 @@ def test_best_rows_are_the_highest_scores(shown, html):
   assert rows[10:] == order_N[::-1][:10].tolist()
 
 
-def test_arms_of_several_targets_are_told_apart(shown):
+def test_arms_of_several_targets_are_told_apart(shown, drawings):
   """With an arm for one target alone each targeted arm names its target, and random arms do not."""
   results = {**shown.results}
   for part in ('summary', 'comparisons'):
@@ -134,11 +189,12 @@ def test_arms_of_several_targets_are_told_apart(shown):
     results[part] = results[part] + extra
   selected = [*shown.selected, dataclasses.replace(shown.selected[0], target_mix='docs')]
   curves = [*shown.curves, dataclasses.replace(shown.curves[0], target_mix='docs')]
-  html = page.render(dataclasses.replace(shown, results=results, selected=selected, curves=curves), 1)
+  several = dataclasses.replace(shown, results=results, selected=selected, curves=curves)
+  html = page.render(several, pictures.make(several), _EMPTY, 1)
   assert 'DsDm for documentation prose' in html
   assert 'DsDm for all targets together' in html
   assert 'random, same epochs for' not in html
-  assert html.count('id="loss-') > 1
+  assert html.count('training loss, nats per token') > 1
   ids = _Seen(html).ids
   assert len(ids) == len(set(ids))
 
@@ -149,12 +205,12 @@ def test_price_of_selecting(html):
   assert f'{5.34 / (6.2 / 12):.1f} of the final models' in html
 
 
-def test_guard_that_was_off_is_not_called_clean(shown):
-  html = page.render(dataclasses.replace(shown, config={**shown.config, 'pool.leakage_guard': False}), 0)
+def test_guard_that_was_off_is_not_called_clean(shown, drawings):
+  html = render(dataclasses.replace(shown, config={**shown.config, 'pool.leakage_guard': False}), drawings)
   assert 'did not look' in html
 
 
-def test_nothing_dropped_and_no_text(shown):
+def test_nothing_dropped_and_no_text(shown, drawings):
   """Empty parts leave the page whole."""
-  html = page.render(dataclasses.replace(shown, dropped=[], text=lambda row: ''), 0)
+  html = render(dataclasses.replace(shown, dropped=[], text=lambda row: ''), drawings)
   assert 'documents dropped</th>' not in html

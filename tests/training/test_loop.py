@@ -1,20 +1,26 @@
 """The loop: a resumed run is the undisturbed run, and a diverging one stops."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from dsdm_jax.core import flops
 from dsdm_jax.core.artifacts import Cost
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.errors import Stopped, UserError
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.training import loop
+from dsdm_jax.training.held_out import HeldOut
+from dsdm_jax.training.meter import Meter
 from tests.conftest import ROOT
 from tests.training.test_step import BATCH, batches, flat, make_trainer
 
@@ -70,8 +76,9 @@ def trainer():
   return make_trainer(**KEYS)
 
 
-def train(folder: Path, trainer, batches_from, bar=None, first: bool = True, **keys):
-  return loop.train(context(folder, first), trainer, 'model', key(), batches_from, STEPS, config(**keys), bar or Bar())
+def train(folder: Path, trainer, batches_from, bar=None, first: bool = True, evaluate=None, **keys):
+  where, bar = context(folder, first), bar or Bar()
+  return loop.train(where, trainer, 'model', key(), batches_from, STEPS, config(**keys), bar, evaluate)
 
 
 @pytest.fixture(scope='module')
@@ -181,3 +188,148 @@ def test_history_has_what_curves_need(undisturbed):
   lines = [json.loads(line) for line in (undisturbed / 'model.jsonl').read_text().splitlines()]
   assert all(line.keys() == {'step', 'tokens', 'loss', 'gradient_norm', 'learning_rate'} for line in lines)
   assert [line['tokens'] for line in lines] == [BATCH * 12 * (i + 1) for i in range(STEPS)]
+
+
+def test_sigterm_saves_and_the_run_goes_on_as_the_undisturbed_one(trainer, undisturbed, tmp_path):
+  data = stream()
+
+  def terminated(start: int):
+    for step, batch in enumerate(data(start), start + 1):
+      if step == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+      yield batch
+
+  keys = {'save_every_steps': 0, 'log_every_steps': 1}
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(Stopped, match='stopped by SIGTERM at step 4 of 6 of model, which is saved') as caught:
+    train(tmp_path, trainer, terminated, **keys)
+  assert caught.value.exit_code == 143
+  assert signal.getsignal(signal.SIGTERM) == before
+  asked: list[int] = []
+  train(tmp_path, trainer, stream(asked), **keys)
+  assert asked == [4]
+  assert_same(tmp_path, undisturbed, trainer)
+
+
+def steps_kept(folder: Path) -> list[int]:
+  return sorted(int(path.name) for path in (folder / 'model').iterdir() if path.name.isdecimal())
+
+
+def test_checkpoints_are_kept_by_step(trainer, tmp_path):
+  train(tmp_path, trainer, stream(), save_every_steps=1, keep_checkpoints=2, keep_every_steps=3)
+  assert steps_kept(tmp_path) == [3, 5, 6]
+
+
+def test_checkpoints_are_saved_and_kept_by_time(trainer, tmp_path, monkeypatch):
+  train(tmp_path / 'now', trainer, stream(), save_every_steps=0, save_every_minutes=1e-9, keep_checkpoints=9)
+  assert steps_kept(tmp_path / 'now') == [1, 2, 3, 4, 5, 6]
+  train(tmp_path / 'later', trainer, stream(), save_every_steps=0, save_every_minutes=60.0)
+  assert steps_kept(tmp_path / 'later') == [6]
+  # Kept of a span of time is its first.
+  train(tmp_path / 'kept', trainer, stream(), save_every_steps=1, keep_every_hours=1.0)
+  assert steps_kept(tmp_path / 'kept') == [1, 6]
+
+
+def test_run_goes_on_on_another_mesh(trainer, undisturbed, tmp_path):
+  with pytest.raises(Stop):
+    train(tmp_path, trainer, stream(stop_before=4))
+  many = make_trainer(8, **KEYS)
+  history = train(tmp_path, many, stream())
+  wanted = loop.read_history(undisturbed / 'model.jsonl')
+  assert history[:4] == wanted[:4]
+  for line, expected in zip(history[4:], wanted[4:], strict=True):
+    assert line['loss'] == pytest.approx(expected['loss'], rel=2e-5)  # as in test_step: sums in another order
+    assert line['loss'] != pytest.approx(wanted[0]['loss'], rel=1e-4)
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # Orbax drops reads beside the torn one
+@pytest.mark.parametrize('damage', ['cut', 'missing'])
+def test_torn_checkpoint_falls_back_to_the_one_before_it(trainer, undisturbed, tmp_path, damage):
+  with pytest.raises(Stop):
+    train(tmp_path, trainer, stream(stop_before=4), keep_checkpoints=2)
+  assert steps_kept(tmp_path) == [2, 4]
+  newest = tmp_path / 'model/4/state'
+  if damage == 'missing':
+    (newest / '_METADATA').unlink()
+  else:
+    for file in [path for path in newest.rglob('*') if path.is_file() and '/d/' in path.as_posix()]:
+      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+  asked: list[int] = []
+  train(tmp_path, trainer, stream(asked), keep_checkpoints=2)
+  assert asked == [2]
+  assert_same(tmp_path, undisturbed, trainer)
+
+
+def test_evaluation_is_told_in_its_steps_and_does_not_change_the_run(trainer, undisturbed, tmp_path):
+  rows_BL = batches(1, seed=9)[0]
+  held_out = HeldOut(trainer, np.concatenate([rows_BL, rows_BL]), BATCH)
+  history = train(tmp_path, trainer, stream(), evaluate=held_out, evaluate_every_steps=3)
+  assert [line['step'] for line in history if 'held_out_loss' in line] == [3, 6]
+  state = loop.load_state(tmp_path / 'model', trainer)
+  logits_BLV = np.asarray(trainer.logits(state.params, state.rest, rows_BL), np.float64)[:, :-1]
+  right_BL = np.take_along_axis(logits_BLV, rows_BL[:, 1:, None], axis=2)[..., 0]
+  wanted = (np.log(np.exp(logits_BLV).sum(-1)) - right_BL).mean()
+  assert history[-1]['held_out_loss'] == pytest.approx(wanted, rel=1e-5)
+  plain = [{k: v for k, v in line.items() if k != 'held_out_loss'} for line in history]
+  assert plain == loop.read_history(undisturbed / 'model.jsonl')
+
+
+class Told(Log):
+  """A log that keeps what it is told."""
+
+  def __init__(self, folder: Path):
+    super().__init__(folder, 'test')
+    self.said: list[str] = []
+
+  def say(self, text: str) -> None:
+    self.said.append(text)
+
+  def scalars(self, *args, **kwargs) -> None:
+    pass
+
+
+@pytest.mark.parametrize('slow', [True, False])
+def test_run_that_waits_for_its_data_is_told_so_early(trainer, tmp_path, slow):
+  log = Told(tmp_path)
+  meter = Meter(Context(None, tmp_path, {}, log, Cost(tmp_path)), 'model', profile_steps=0)
+  meter.tokens_per_step, meter.flop_per_step = 10, 1e3
+
+  def read():
+    while True:
+      if slow:
+        time.sleep(0.01)
+      yield {}
+
+  data, metrics = read(), None
+  for _ in range(23):
+    meter.read(data, metrics)
+    metrics = {'loss': jax.numpy.zeros(())}
+    if not slow:
+      time.sleep(0.002)  # the step
+    meter.stepped(metrics)
+  assert len(log.said) == slow, log.said
+  if slow:
+    assert 'model waits for its data' in log.said[0]
+    assert meter.speed()['input_share'] > 0.5
+  speed = meter.speed()
+  assert 0 < speed['tokens_per_second'] < 21 * 10 / (21 * (0.01 if slow else 0.002))
+  assert speed['flop_per_second'] == pytest.approx(speed['tokens_per_second'] * 100, rel=0.01)
+
+
+def test_profile_on_request(trainer, tmp_path):
+  log = Told(tmp_path)
+  where = Context(None, tmp_path, {}, log, Cost(tmp_path))
+  loop.train(where, trainer, 'model', key(), stream(), STEPS, config(profile_steps=2), Bar())
+  assert list((tmp_path / 'tensorboard/model').rglob('*.xplane.pb'))
+  assert 'tensorboard --logdir' in log.said[0]
+
+
+def test_peak_is_known_for_accelerators_alone():
+  class Device:
+    def __init__(self, kind: str):
+      self.device_kind = kind
+
+  assert flops.peak([Device('NVIDIA H200')] * 2) == 2 * 989e12
+  assert flops.peak([Device('TPU v5 lite')]) == 197e12
+  assert flops.peak([Device('TPU v5')]) == 459e12
+  assert flops.peak([Device('cpu')]) is None

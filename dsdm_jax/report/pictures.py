@@ -1,0 +1,47 @@
+"""Which figures a report has. Each is made once: the page takes it as SVG, the report's folder as PNG."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from dsdm_jax.report import figures, tables, words
+from dsdm_jax.report.evidence import Evidence
+from dsdm_jax.report.figures import Drawing
+
+
+def make(shown: Evidence) -> dict[str, Drawing]:
+  """Name → figure. A name is 'kind' or 'kind-of what', and a file name as it is."""
+  found = {f'forest-{task}': drawing for task, drawing in figures.forest(shown.results['comparisons']).items()}
+  found |= {f'losses-{mix}': drawing for mix, drawing in _losses(shown)}
+  found['sources'] = figures.composition(tables.sources(shown))
+  overlap = tables.overlap(shown)
+  found['overlap'] = figures.overlap(overlap.labels, overlap.share_AB, overlap.chance_AB)
+  for target in targets(shown):
+    found[f'scores-{target}'] = _histogram(shown, target)
+  return found
+
+
+def of_kind(drawings: dict[str, Drawing], kind: str) -> dict[str, Drawing]:
+  """What → its figure, of one kind."""
+  return {name.removeprefix(f'{kind}-'): d for name, d in drawings.items() if name.startswith(f'{kind}-')}
+
+
+def targets(shown: Evidence) -> list[str]:
+  """Targets that have scores, the mix first."""
+  return sorted(shown.scores, key=lambda name: name != 'mix')
+
+
+def _losses(shown: Evidence) -> Iterator[tuple[str, Drawing]]:
+  """For each target mix its own arms beside those that ignore targets."""
+  common = [c for c in shown.curves if c.target_mix == words.UNTARGETED]
+  targeted = [c for c in shown.curves if c.target_mix != words.UNTARGETED]
+  for mix in dict.fromkeys(c.target_mix for c in targeted or common):
+    yield mix, figures.losses([c for c in targeted if c.target_mix == mix] + common)
+
+
+def _histogram(shown: Evidence, target: str) -> Drawing:
+  chosen = {}
+  for method in ('dsdm', 'bottom'):
+    found = shown.selections(method, target) or shown.selections(method, 'mix')
+    chosen[method] = np.unique(found[0].rows) if found else None
+  return figures.histogram(figures.standardised(shown.scores[target]), chosen['dsdm'], chosen['bottom'])

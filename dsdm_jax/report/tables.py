@@ -1,0 +1,154 @@
+"""What the report counts out of its evidence, and the same data as CSV files."""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dsdm_jax.report import words
+from dsdm_jax.report.evidence import Evidence
+
+Arm = tuple[str, str]  # method and target mix
+POOL = 'whole pool'
+
+
+def arms(shown: Evidence) -> dict[Arm, str]:
+  """Every arm and its name, in the order of the selections."""
+  found = list(dict.fromkeys((s.method, s.target_mix) for s in shown.selected))
+  several = words.several_targets(target for _, target in found)
+  return {arm: words.arm_name(*arm, several) for arm in found}
+
+
+def draws(shown: Evidence, arm: Arm) -> list[np.ndarray]:
+  """The different rows of each selection of an arm; seeds that share a selection count once."""
+  rows = {s.name: s.rows for s in shown.selections(*arm)}
+  return [np.unique(drawn) for drawn in rows.values()]
+
+
+def sources(shown: Evidence) -> dict[str, np.ndarray]:
+  """Label → share of each source, of the pool and of what each arm selected (mean over its selections)."""
+  count = len(shown.sources)
+  shares = {POOL: _shares(shown.source_N, count)}
+  for arm, label in arms(shown).items():
+    shares[label] = np.mean([_shares(shown.source_N[rows], count) for rows in draws(shown, arm)], axis=0)
+  return shares
+
+
+def _shares(source_K: np.ndarray, count: int) -> np.ndarray:
+  return np.bincount(source_K, minlength=count) / max(1, len(source_K))
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+  """Of the rows that arm A selected, the share that arm B selected as well, and what it would be by chance.
+
+  Means over pairs of selections; of one arm with itself over pairs of different ones, NaN where it has only one.
+  """
+
+  labels: tuple[str, ...]
+  share_AB: np.ndarray
+  chance_AB: np.ndarray
+
+
+def overlap(shown: Evidence) -> Overlap:
+  named = arms(shown)
+  drawn = [draws(shown, arm) for arm in named]
+  share_AB = np.full((len(drawn), len(drawn)), np.nan)
+  chance_AB = np.full_like(share_AB, np.nan)
+  member_N = np.zeros(len(shown.source_N), bool)
+  for b, those in enumerate(drawn):
+    for second in those:
+      member_N[second] = True
+      for a, these in enumerate(drawn):
+        pairs = [float(member_N[first].mean()) for first in these if first is not second]
+        if pairs:
+          share_AB[a, b] = np.nansum([share_AB[a, b], sum(pairs)])
+      member_N[second] = False
+    for a, these in enumerate(drawn):
+      pairs_count = len(these) * len(those) - (len(these) if a == b else 0)
+      if pairs_count:
+        share_AB[a, b] /= pairs_count
+      chance_AB[a, b] = np.mean([len(rows) for rows in those]) / max(1, len(member_N))
+  return Overlap(tuple(named.values()), share_AB, chance_AB)
+
+
+def csv_files(shown: Evidence, row_N: np.ndarray) -> Iterator[tuple[str, str]]:
+  """(file name, content) of each table.
+
+  Args:
+    shown: what the report was made of.
+    row_N: rows of the pool that `rows.csv` lists.
+  """
+  for name in ('summary', 'comparisons', 'arms'):
+    yield f'{name}.csv', _records(shown.results[name])
+  yield (
+    'losses.csv',
+    _csv(
+      ('method', 'target_mix', 'seed', 'step', 'loss'),
+      (
+        (curve.method, curve.target_mix, seed, int(step), float(loss))
+        for curve in shown.curves
+        for seed, loss_P in enumerate(curve.loss_SP)
+        for step, loss in zip(curve.step_P, loss_P, strict=True)
+      ),
+    ),
+  )
+  yield (
+    'sources.csv',
+    _csv(
+      ('selection', 'source', 'share'),
+      (
+        (label, source, float(share))
+        for label, share_S in sources(shown).items()
+        for source, share in zip(shown.sources, share_S, strict=True)
+      ),
+    ),
+  )
+  yield 'overlap.csv', _overlap_csv(overlap(shown))
+  yield 'cost.csv', _records([{'stage': stage, **spent} for stage, spent in shown.cost.items()])
+  yield 'rows.csv', _rows(shown, row_N)
+
+
+def _overlap_csv(found: Overlap) -> str:
+  lines = (
+    (a, b, _number(found.share_AB[i, j]), _number(found.chance_AB[i, j]))
+    for i, a in enumerate(found.labels)
+    for j, b in enumerate(found.labels)
+  )
+  return _csv(('of', 'also_in', 'share', 'by_chance'), lines)
+
+
+def _rows(shown: Evidence, row_N: np.ndarray) -> str:
+  """A line for each row: where it is from, its scores, and how many of each arm's selections hold it."""
+  columns: list[tuple[str, np.ndarray]] = [(f'score {target}', score_N) for target, score_N in shown.scores.items()]
+  for arm, label in arms(shown).items():
+    times_N = np.zeros(len(shown.source_N), np.int64)
+    for rows in draws(shown, arm):
+      times_N[rows] += 1
+    columns.append((f'selections of {label}', times_N))
+  lists = [column[row_N].tolist() for _, column in columns]
+  lines = (
+    (n, shown.sources[shown.source_N[n]], shown.documents[shown.document_N[n]]['id'], int(shown.offset_N[n]), *values)
+    for n, *values in zip(row_N.tolist(), *lists, strict=True)
+  )
+  return _csv(('row', 'source', 'document', 'offset', *(name for name, _ in columns)), lines)
+
+
+def _number(value: float) -> float | str:
+  return '' if np.isnan(value) else float(value)
+
+
+def _records(records: Sequence[Mapping[str, Any]]) -> str:
+  keys = list(dict.fromkeys(key for record in records for key in record))
+  return _csv(keys, ([record.get(key, '') for key in keys] for record in records))
+
+
+def _csv(header: Sequence[str], lines: Iterable[Iterable[Any]]) -> str:
+  buffer = io.StringIO()
+  writer = csv.writer(buffer, lineterminator='\n')
+  writer.writerow(header)
+  writer.writerows(lines)
+  return buffer.getvalue()

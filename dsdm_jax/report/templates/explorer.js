@@ -1,0 +1,333 @@
+'use strict';
+// The explorer: opens what report/explorer.py packed, and lets the reader search, sort and compare. All text is set with
+// textContent, and nothing is loaded from anywhere.
+(() => {
+  const $ = (id) => document.getElementById(id);
+  const ROW = 58; // px, the height of a line of the list; style.css says the same
+  const count = new Intl.NumberFormat('en').format;
+  let data = null; // header, and the columns by name
+  let texts = null; // of each row
+  let lowered = null; // the same in lower case, made at the first search
+  let shown = new Uint32Array(0); // positions of the rows that match, in the order that is wanted
+  let open = -1; // place in `shown` of the row that the dialog shows, −1 where it came from elsewhere
+  const orders = new Map();
+
+  async function unpack(id) {
+    const node = $(id);
+    const raw = atob(node.textContent.trim());
+    node.remove();
+    const bytes = new Uint8Array(raw.length);
+    for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'));
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  }
+
+  function parse(bytes) {
+    const size = new DataView(bytes.buffer).getUint32(0, true);
+    const header = JSON.parse(new TextDecoder().decode(bytes.subarray(4, 4 + size)));
+    const kinds = { u4: Uint32Array, i2: Int16Array, u1: Uint8Array };
+    const column = {};
+    let at = 4 + size;
+    for (const [name, kind] of header.columns) {
+      column[name] = new kinds[kind](bytes.buffer, at, header.rows);
+      at += column[name].byteLength;
+    }
+    const place = new Map();
+    column.row.forEach((row, i) => place.set(row, i));
+    return { ...header, column, place };
+  }
+
+  const make = (tag, className, text) => {
+    const node = document.createElement(tag);
+    if (className) node.className = className;
+    if (text !== undefined) node.textContent = text;
+    return node;
+  };
+  const option = (value, text) => Object.assign(make('option', '', text), { value });
+  const signed = (x, digits = 2) => {
+    const text = Math.abs(x).toFixed(digits);
+    return Number(text) === 0 ? text : (x > 0 ? '+' : '−') + text;
+  };
+  const percent = (x) => (x > 0 && x < 0.0005 ? '< 0.1 %' : `${(100 * x).toFixed(x < 0.0995 ? 1 : 0)} %`);
+  const target = () => data.targets[$('x-target').selectedIndex];
+  const score = (t, i) => data.column[`score ${t.id}`][i] * t.step;
+  const documentOf = (i) => data.documents[data.column.document[i]];
+
+  /** Share of the pool's rows with a lower score, from the quantiles that the header tells. */
+  function percentile(t, z) {
+    const q = t.quantiles;
+    let low = 0, high = q.length - 1;
+    if (z <= q[0]) return 1 / data.pool;
+    if (z >= q[high]) return 1 - 1 / data.pool;
+    while (high - low > 1) {
+      const middle = (low + high) >> 1;
+      if (q[middle] <= z) low = middle; else high = middle;
+    }
+    return (low + (z - q[low]) / (q[high] - q[low] || 1)) / (q.length - 1);
+  }
+
+  /** Positions of all rows in an order, made once for each. Ties go to the lower row. */
+  function order(key) {
+    if (!orders.has(key)) {
+      const all = Uint32Array.from({ length: data.rows }, (_, i) => i);
+      const column = data.column;
+      const by = {
+        row: () => 0,
+        source: (a, b) => column.source[a] - column.source[b],
+        document: (a, b) => column.document[a] - column.document[b],
+        text: (a, b) => (texts[a] < texts[b] ? -1 : texts[a] > texts[b] ? 1 : 0),
+      }[key] || ((a, b) => column[key][b] - column[key][a]);
+      if (key === 'document') { // rows lie by document, and within one in the order of the text
+        orders.set(key, all.sort((a, b) => by(a, b) || a - b));
+      } else {
+        orders.set(key, all.sort((a, b) => by(a, b) || column.row[a] - column.row[b]));
+      }
+    }
+    return orders.get(key);
+  }
+
+  function relation() {
+    const a = data.column[`arm ${$('x-a').value}`], b = data.column[`arm ${$('x-b').value}`];
+    return {
+      all: () => true,
+      a: (i) => a[i] > 0,
+      'not-a': (i) => !a[i],
+      both: (i) => a[i] > 0 && b[i] > 0,
+      'a-not-b': (i) => a[i] > 0 && !b[i],
+      'b-not-a': (i) => b[i] > 0 && !a[i],
+      neither: (i) => !a[i] && !b[i],
+    }[$('x-relation').value];
+  }
+
+  function update() {
+    const query = $('x-search').value.trim().toLowerCase();
+    if (query && texts && !lowered) lowered = texts.map((text) => text.toLowerCase());
+    let found = null; // documents whose names match
+    if (query) found = data.documents.map((name) => name.toLowerCase().includes(query));
+    const source = $('x-source').value, chosen = relation(), column = data.column;
+    const key = $('x-sort').value;
+    const sorted = order(key === 'high' || key === 'low' ? `score ${target().id}` : key);
+    const kept = new Uint32Array(data.rows);
+    let n = 0;
+    for (let k = 0; k < sorted.length; k++) {
+      const i = sorted[key === 'low' ? sorted.length - 1 - k : k];
+      if (source !== '' && column.source[i] !== Number(source)) continue;
+      if (!chosen(i)) continue;
+      if (query && !found[column.document[i]] && !(lowered && lowered[i].includes(query))) continue;
+      kept[n++] = i;
+    }
+    shown = kept.subarray(0, n);
+    const two = ['both', 'a-not-b', 'b-not-a', 'neither'].includes($('x-relation').value);
+    $('x-a').hidden = $('x-relation').value === 'all';
+    $('x-b').hidden = !two;
+    summarise();
+    $('x-rows').style.height = `${n * ROW}px`;
+    $('x-list').scrollTop = 0;
+    paint(true);
+  }
+
+  /** What the matching rows are like, beside the whole pool. */
+  function summarise() {
+    const t = target(), n = shown.length;
+    const counts = new Array(data.sources.length).fill(0);
+    let sum = 0;
+    for (const i of shown) { counts[data.column.source[i]]++; sum += score(t, i); }
+    $('x-count').textContent = n
+      ? `${count(n)} of ${count(data.rows)} rows, mean score ${signed(sum / n)} for “${t.name}”`
+      : 'No row matches.';
+    const whole = data.pool_sources.reduce((a, b) => a + b, 0);
+    for (const [id, parts, total] of [['x-mix', counts, n], ['x-mix-pool', data.pool_sources, whole]]) {
+      $(id).replaceChildren(...parts.map((part, s) => {
+        const bar = make('i');
+        bar.style.width = `${total ? (100 * part) / total : 0}%`;
+        bar.style.background = `var(--${data.sources[s].colour})`;
+        bar.title = `${data.sources[s].name}: ${total ? percent(part / total) : '–'}`;
+        return bar;
+      }));
+    }
+    $('x-legend').replaceChildren(...data.sources.map((source, s) => {
+      const item = make('li');
+      const dot = make('i');
+      dot.style.background = `var(--${source.colour})`;
+      const share = n ? percent(counts[s] / n) : '–';
+      item.append(dot, `${source.name} ${share} (pool ${percent(data.pool_sources[s] / whole)})`);
+      return item;
+    }));
+  }
+
+  const arms = (i) => data.arms.map((arm, a) => [arm, data.column[`arm ${a}`][i]]).filter(([, times]) => times > 0);
+
+  function tags(i) {
+    const tag = make('span', 'tag', data.sources[data.column.source[i]].name);
+    const nodes = [tag];
+    if (data.column.planted[i]) nodes.push(make('span', 'tag', 'planted'));
+    return nodes;
+  }
+
+  function scoreNode(z) {
+    return make('b', z >= 0 ? 'better' : 'worse', signed(z));
+  }
+
+  /** The lines that can be seen, and some on either side; those that stay are kept, so that the focus is not lost. */
+  function paint(anew) {
+    const list = $('x-list'), rows = $('x-rows');
+    const first = Math.max(0, Math.floor(list.scrollTop / ROW) - 6);
+    const last = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + 6);
+    if (anew) rows.replaceChildren();
+    const have = new Set();
+    for (const node of [...rows.children]) {
+      const at = Number(node.dataset.at);
+      if (at < first || at >= last) node.remove(); else have.add(at);
+    }
+    for (let at = first; at < last; at++) if (!have.has(at)) rows.append(line(at));
+  }
+
+  function line(at) {
+    const i = shown[at];
+    const node = make('button', 'x-row');
+    node.type = 'button';
+    node.dataset.at = at;
+    node.style.top = `${at * ROW}px`;
+    const head = make('span', 'x-head');
+    head.append(scoreNode(score(target(), i)), ...tags(i));
+    for (const [arm] of arms(i)) head.append(make('span', 'x-arm', arm.name));
+    head.append(make('span', 'id', documentOf(i)));
+    node.append(head, make('span', 'x-text', texts ? texts[i].slice(0, 220).replace(/\s+/g, ' ') : '…'));
+    node.addEventListener('click', () => { open = at; show(i); });
+    return node;
+  }
+
+  /** One row with all that is known of it. */
+  function show(i) {
+    const dialog = $('x-dialog');
+    $('x-title').textContent = `Row ${count(data.column.row[i])}`;
+    const meta = $('x-meta');
+    meta.replaceChildren(...tags(i), make('span', 'id', documentOf(i)));
+    const taken = arms(i).map(([arm, times]) =>
+      arm.selections > 1 ? `${arm.name} (${times} of ${arm.selections} draws)` : arm.name);
+    $('x-taken').textContent = taken.length ? `Selected by: ${taken.join(', ')}.` : 'Selected by no arm.';
+    $('x-scores').replaceChildren(...data.targets.map((t) => {
+      const z = score(t, i), share = percentile(t, z);
+      const row = make('tr');
+      row.append(make('th', '', t.name));
+      const value = make('td', 'n');
+      value.append(scoreNode(z));
+      const bar = make('td', 'x-bar');
+      const mark = make('i');
+      mark.style.left = `${100 * share}%`;
+      bar.append(mark);
+      row.append(value, bar, make('td', 'n', share > 0.5 ? `top ${percent(1 - share)}` : `bottom ${percent(share)}`));
+      return row;
+    }));
+    $('x-body').textContent = texts ? texts[i] : 'The text is still being opened.';
+    $('x-cut').hidden = !(data.characters && texts && texts[i].length >= data.characters);
+    $('x-previous').disabled = open <= 0;
+    $('x-next').disabled = open < 0 || open >= shown.length - 1;
+    if (!dialog.open) dialog.showModal();
+  }
+
+  function step(by) {
+    if (open < 0 || open + by < 0 || open + by >= shown.length) return;
+    open += by;
+    const list = $('x-list');
+    if (open * ROW < list.scrollTop || (open + 1) * ROW > list.scrollTop + list.clientHeight) list.scrollTop = open * ROW;
+    show(shown[open]);
+  }
+
+  /** The candidates that one target example asks for most and least. */
+  function example() {
+    const e = data.examples[$('x-example').value];
+    $('x-context').textContent = e.context || '(no context: the whole text is what the model should say)';
+    $('x-answer').textContent = e.answer;
+    const half = e.rows.length / 2;
+    const fill = (id, from, to) => $(id).replaceChildren(...e.rows.slice(from, to).map((row, k) => {
+      const i = data.place.get(row);
+      const item = make('li'), button = make('button', 'x-candidate');
+      button.type = 'button';
+      const head = make('span', 'meta');
+      head.append(scoreNode(e.scores[from + k]), ...tags(i), make('span', 'id', documentOf(i)));
+      button.append(head, make('span', 'x-snippet', texts ? texts[i].slice(0, 400) : '…'));
+      button.addEventListener('click', () => { open = -1; show(i); });
+      item.append(button);
+      return item;
+    }));
+    fill('x-best', 0, half);
+    fill('x-worst', half, e.rows.length);
+  }
+
+  function listExamples() {
+    const task = $('x-task').value;
+    const named = data.examples.map((e, k) => [e, k]).filter(([e]) => e.target === task);
+    $('x-example').replaceChildren(...named.map(([e, k], n) =>
+      option(k, `${n + 1}: ${(e.context || e.answer).trim().replace(/\s+/g, ' ').slice(-60)}`)));
+    example();
+  }
+
+  function fill() {
+    const names = new Map(data.targets.map((t) => [t.id, t.name]));
+    $('x-target').replaceChildren(...data.targets.map((t) => option(t.id, t.name)));
+    $('x-source').replaceChildren(option('', 'every source'), ...data.sources.map((s, i) => option(i, s.name)));
+    for (const id of ['x-a', 'x-b']) {
+      $(id).replaceChildren(...data.arms.map((arm, a) => option(a, `${arm.name} (${count(arm.rows)} rows)`)));
+    }
+    $('x-b').selectedIndex = Math.min(1, data.arms.length - 1);
+    $('x-what').textContent = data.rows === data.pool
+      ? `All ${count(data.pool)} rows of the pool are here.`
+      : `${count(data.rows)} of the pool’s ${count(data.pool)} rows are here: the best and the worst of each target, what `
+        + 'the arms selected (as far as there is room), and others at even distances.';
+    if (data.characters) $('x-what').textContent += ` Their text is cut after ${data.characters} characters.`;
+    if (data.examples.length) {
+      const tasks = [...new Set(data.examples.map((e) => e.target))];
+      $('x-task').replaceChildren(...tasks.map((task) => option(task, names.get(task) || task)));
+      $('one').hidden = false;
+    }
+  }
+
+  function listen() {
+    let waiting = 0;
+    $('x-search').addEventListener('input', () => {
+      clearTimeout(waiting);
+      waiting = setTimeout(update, 150);
+    });
+    for (const id of ['x-target', 'x-source', 'x-relation', 'x-a', 'x-b', 'x-sort']) $(id).addEventListener('change', update);
+    let asked = false;
+    const soon = () => {
+      if (!asked) requestAnimationFrame(() => { asked = false; paint(false); });
+      asked = true;
+    };
+    $('x-list').addEventListener('scroll', soon, { passive: true });
+    addEventListener('resize', soon);
+    $('x-task').addEventListener('change', listExamples);
+    $('x-example').addEventListener('change', example);
+    $('x-previous').addEventListener('click', () => step(-1));
+    $('x-next').addEventListener('click', () => step(1));
+    $('x-close').addEventListener('click', () => $('x-dialog').close());
+    $('x-dialog').addEventListener('click', (event) => { if (event.target === $('x-dialog')) $('x-dialog').close(); });
+    $('x-dialog').addEventListener('keydown', (event) => {
+      if (event.key === 'ArrowLeft') step(-1);
+      if (event.key === 'ArrowRight') step(1);
+    });
+  }
+
+  async function start() {
+    data = parse(await unpack('x-columns'));
+    fill();
+    listen();
+    $('x-controls').disabled = false;
+    update();
+    texts = new TextDecoder().decode(await unpack('x-texts')).split('\0');
+    update();
+    if (data.examples.length) listExamples();
+    $('explorer').dataset.ready = 'yes';
+  }
+
+  if (!('DecompressionStream' in window)) {
+    $('x-count').textContent = 'This browser is too old for the explorer; any of 2023 or later will do.';
+    return;
+  }
+  // After the page has been painted: opening the data takes a moment.
+  requestAnimationFrame(() => setTimeout(() => start().catch((error) => {
+    $('x-count').textContent = `The explorer cannot open its data: ${error.message}`;
+    throw error;
+  }), 0));
+})();

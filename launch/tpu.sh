@@ -1,0 +1,249 @@
+#!/usr/bin/env bash
+# A run on Cloud TPUs, from creation to deletion:
+# bash launch/tpu.sh COMMAND NAME --zone=ZONE --type=TYPE [options] [-- ARGUMENTS]
+#
+# Commands:
+#   create   make the TPU and wait until it is there
+#   setup    send this checkout (what is committed) to every worker and install it there
+#   run      start launch/run.sh with ARGUMENTS on every worker, in the background
+#   watch    show how it goes until it ends; a preempted TPU is made anew and the run goes on
+#   resume   delete what is left of the TPU, then create, setup, run and watch
+#   all      create, setup, run and watch
+#   logs     fetch every worker's log into logs/NAME
+#   delete   delete the TPU; files on its own disks go with it
+#
+# Options:
+#   --zone=us-west4-a    --project=PROJECT (gcloud's default)    --version=RUNTIME (by type)
+#   --type=v5litepod-16  accelerator type, as a plan prints it
+#   --slices=1           several slices that train as one; implies --queued
+#   --queued             wait in line (queued resource) instead of failing when nothing is free
+#   --spot               cheaper, and may be taken away at any time; use with --nfs, or a preemption loses the workdir
+#   --nfs=SERVER:/SHARE  mounted on every worker at /mnt/dsdm_jax; several workers need a workdir there
+#   --poll=60            seconds between looks
+#   --dry-run            print the commands and run none
+#
+# Example: bash launch/tpu.sh all mine --zone=us-west4-a --type=v5litepod-16 --spot --nfs=10.0.0.2:/share -- \
+#   --config=configs/v5e_8.py --workdir=/mnt/dsdm_jax/mine
+
+set -euo pipefail
+
+fail() { # one line on stderr, exit code 2
+  printf 'launch/tpu.sh: %s\n' "$*" >&2
+  exit 2
+}
+
+say() { printf 'launch/tpu.sh: %s\n' "$*" >&2; }
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+command=${1:-} name=${2:-}
+case $command in
+  create | setup | run | watch | resume | all | logs | delete) ;;
+  '' | -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+  *) fail "$command is no command; commands are create, setup, run, watch, resume, all, logs, delete" ;;
+esac
+[[ $name =~ ^[a-z][a-z0-9-]*$ ]] || fail "the second argument must name the TPU in lower case letters, digits and -"
+shift 2
+
+zone='' type='' project='' version='' slices=1 queued='' spot='' nfs='' poll=60 dry_run='' arguments=()
+while (($#)); do
+  case $1 in
+    --zone=* | --type=* | --project=* | --version=* | --slices=* | --nfs=* | --poll=*)
+      option=${1%%=*}
+      printf -v "${option#--}" %s "${1#*=}"
+      ;;
+    --queued) queued=yes ;;
+    --spot) spot=yes ;;
+    --dry-run) dry_run=yes ;;
+    --)
+      shift
+      arguments=("$@")
+      break
+      ;;
+    *) fail "$1 is not understood; arguments of the run come after --" ;;
+  esac
+  shift
+done
+[[ -n $zone ]] || fail "--zone is missing; give one, such as --zone=us-west4-a"
+[[ -n $type ]] || fail "--type is missing; give one, such as --type=v5litepod-8"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices must be a whole number of at least 1"
+((slices == 1)) || queued=yes
+
+hosts() { # prints how many workers a slice has: v5p counts cores, two a chip; four chips a worker, but for one of eight
+  local count=${type##*-}
+  [[ $count =~ ^[1-9][0-9]*$ ]] || fail "--type=$type must end in a number, such as v5litepod-16"
+  case $type in
+    v5litepod-8 | v6e-8) echo 1 ;;
+    v5litepod-* | v6e-*) echo $(((count + 3) / 4)) ;;
+    v4-* | v5p-*) echo $(((count + 7) / 8)) ;;
+    *) fail "--type=$type is not known; types begin with v4-, v5litepod-, v5p- or v6e-" ;;
+  esac
+}
+
+runtime() { # prints the runtime that a type wants
+  case $type in
+    v4-*) echo tpu-ubuntu2204-base ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+  esac
+}
+
+workers=$(hosts)
+version=${version:-$(runtime)}
+where=("--zone=$zone")
+[[ -z $project ]] || where+=("--project=$project")
+kind=tpu-vm every=(--worker=all) first=(--worker=0)
+if [[ -n $queued ]]; then
+  kind=queued-resources every=(--node=all --worker=all) first=(--node=0 --worker=0)
+fi
+
+tpus() { # gcloud compute tpus …, or its text under --dry-run
+  if [[ -n $dry_run ]]; then
+    printf 'gcloud compute tpus'
+    printf ' %q' "$@"
+    printf '\n'
+  else
+    gcloud compute tpus "$@"
+  fi
+}
+
+state() { # prints READY, GONE, or what Google calls it
+  local found
+  if [[ -n $dry_run ]]; then
+    tpus "$kind" describe "$name" "${where[@]}" --format='value(state)' >&2
+    echo READY
+    return
+  fi
+  if [[ -n $queued ]]; then
+    found=$(tpus "$kind" describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null) || found=GONE
+  else
+    found=$(tpus "$kind" describe "$name" "${where[@]}" --format='value(state)' 2>/dev/null) || found=GONE
+  fi
+  [[ $found != ACTIVE ]] || found=READY
+  printf '%s\n' "$found"
+}
+
+lost() { # whether state $1 is one that no TPU comes back from
+  case $1 in
+    GONE | PREEMPTED | TERMINATED | STOPPED | SUSPENDED | SUSPENDING | FAILED | DELETING) return 0 ;;
+    *) return 1 ;;
+  esac
+}
+
+create() {
+  local options=("--accelerator-type=$type")
+  [[ -z $spot ]] || options+=(--spot)
+  if [[ -z $queued ]]; then
+    tpus tpu-vm create "$name" "${where[@]}" "${options[@]}" "--version=$version"
+    return
+  fi
+  if ((slices > 1)); then
+    options+=("--node-count=$slices" "--node-prefix=$name")
+  else
+    options+=("--node-id=$name")
+  fi
+  tpus queued-resources create "$name" "${where[@]}" "${options[@]}" "--runtime-version=$version"
+  local found
+  until found=$(state) && [[ $found == READY ]]; do
+    case $found in
+      FAILED | SUSPENDED | GONE)
+        fail "the request for $name is $found; gcloud compute tpus queued-resources describe $name says why"
+        ;;
+    esac
+    say "$name is $found"
+    sleep "$poll"
+  done
+}
+
+on_first() { tpus "$kind" ssh "$name" "${where[@]}" "${first[@]}" --command="$1"; }
+
+everywhere() { tpus "$kind" ssh "$name" "${where[@]}" "${every[@]}" --command="$1"; }
+
+setup() {
+  local archive=$root/.cache/$name.tar.gz
+  if [[ -z $dry_run ]]; then
+    mkdir -p "$root/.cache"
+    git -C "$root" archive --format=tar.gz -o "$archive" HEAD || fail "cannot pack $root; it must be a git checkout"
+  fi
+  tpus "$kind" scp "$archive" "$name:dsdm_jax.tar.gz" "${where[@]}" "${every[@]}"
+  local steps='mkdir -p dsdm_jax && tar -xzf dsdm_jax.tar.gz -C dsdm_jax'
+  if [[ -n $nfs ]]; then
+    steps+=' && sudo apt-get install -qq -y nfs-common && sudo mkdir -p /mnt/dsdm_jax'
+    steps+=" && (mountpoint -q /mnt/dsdm_jax || sudo mount $(printf %q "$nfs") /mnt/dsdm_jax)"
+    steps+=' && sudo chmod 777 /mnt/dsdm_jax'
+  fi
+  everywhere "$steps && bash dsdm_jax/launch/run.sh --install"
+}
+
+run() {
+  local all=("${arguments[@]+"${arguments[@]}"}")
+  if ((workers * slices > 1)); then
+    all+=(--config.distributed.coordinator=auto "--config.distributed.processes=$((workers * slices))")
+  fi
+  local line='bash launch/run.sh'
+  ((${#all[@]} == 0)) || line+=$(printf ' %q' "${all[@]}")
+  line=$(printf %q "$line; echo \$? >exit_code")
+  everywhere "cd dsdm_jax && rm -f exit_code && (nohup bash -c $line >run.log 2>&1 </dev/null &)"
+}
+
+watch() { # ends with the run's own exit code
+  local found code
+  while :; do
+    found=$(state)
+    if [[ $found == READY ]]; then
+      on_first 'tail -n 3 dsdm_jax/run.log' || true # it may be lost since its state was asked for
+      [[ -z $dry_run ]] || return 0
+      code=$(on_first 'cat dsdm_jax/exit_code 2>/dev/null' 2>/dev/null) || code=''
+      if [[ $code =~ ^[0-9]+$ ]]; then
+        say "the run on $name ended with exit code $code"
+        return "$code"
+      fi
+    elif lost "$found"; then
+      [[ -n $spot ]] || fail "$name is $found; bash launch/tpu.sh resume makes it anew"
+      say "$name is $found: made anew, and the run goes on"
+      again
+    fi
+    sleep "$poll"
+  done
+}
+
+again() { # what is left of the TPU goes, a new one comes, the run goes on where its workdir stands
+  delete || true
+  create
+  setup
+  run
+}
+
+logs() {
+  local folder=$root/logs/$name worker node
+  [[ -n $dry_run ]] || mkdir -p "$folder"
+  for ((node = 0; node < slices; node++)); do
+    for ((worker = 0; worker < workers; worker++)); do
+      local one=("--worker=$worker")
+      [[ -z $queued ]] || one+=("--node=$node")
+      tpus "$kind" scp "$name:dsdm_jax/run.log" "$folder/$node-$worker.log" "${where[@]}" "${one[@]}"
+    done
+  done
+}
+
+delete() {
+  if [[ -n $queued ]]; then
+    tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+  else
+    tpus tpu-vm delete "$name" "${where[@]}" --quiet
+  fi
+}
+
+case $command in
+  all)
+    create
+    setup
+    run
+    watch
+    ;;
+  resume)
+    again
+    watch
+    ;;
+  *) "$command" ;;
+esac

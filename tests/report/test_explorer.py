@@ -1,0 +1,95 @@
+"""What is packed into the page, unpacked again as the browser does; and which rows are taken where not all can be."""
+
+import base64
+import dataclasses
+import gzip
+import json
+import random
+
+import numpy as np
+import pytest
+
+from dsdm_jax.report import explorer, figures, tables
+
+
+def unpack(packed: explorer.Packed) -> tuple[dict, dict[str, np.ndarray], list[str]]:
+  raw = gzip.decompress(base64.b64decode(packed.columns))
+  at = 4 + int.from_bytes(raw[:4], 'little')
+  header = json.loads(raw[4:at])
+  columns = {}
+  for name, kind in header['columns']:
+    columns[name] = np.frombuffer(raw, f'<{kind}', header['rows'], at)
+    assert at % columns[name].itemsize == 0  # a typed array of JavaScript may begin nowhere else
+    at += columns[name].nbytes
+  assert at == len(raw)
+  return header, columns, gzip.decompress(base64.b64decode(packed.text)).decode().split('\0')
+
+
+def test_all_that_is_packed_comes_out(shown, packed, hostile):
+  header, columns, text = unpack(packed)
+  row_N = columns['row']
+  assert sorted(row_N) == list(range(3000))
+  assert packed.characters is None
+  assert text == [shown.text(n) for n in row_N]
+  assert text[list(row_N).index(7)] == hostile
+  assert [header['documents'][d] for d in columns['document']] == [
+    shown.documents[d]['id'] for d in shown.document_N[row_N]
+  ]
+  assert (columns['source'] == shown.source_N[row_N]).all()
+  for target in header['targets']:
+    z_N = figures.standardised(shown.scores[target['id']])
+    found_N = columns[f'score {target["id"]}'] * target['step']
+    np.testing.assert_allclose(found_N, z_N[row_N], atol=target['step'] / 2 * (1 + 1e-9))
+    assert target['quantiles'][256] == pytest.approx(np.median(z_N), abs=1e-3)
+  random_rows = tables.draws(shown, ('random', 'any'))
+  at = [arm['name'] for arm in header['arms']].index('Random, same epochs')
+  assert header['arms'][at]['selections'] == 3
+  assert columns[f'arm {at}'].tolist() == [sum(n in rows for rows in map(set, random_rows)) for n in row_N]
+
+
+def test_target_examples_point_at_rows_that_are_there(shown):
+  packed = explorer.pack(shown, 120, 10_000_000)
+  header, columns, _ = unpack(packed)
+  assert len(columns['row']) == 120
+  assert header['pool'] == 3000
+  assert len(header['examples']) == 6
+  for example in header['examples']:
+    assert set(example['rows']) <= set(columns['row'].tolist())
+    assert example['scores'][0] > example['scores'][4] > 0 > example['scores'][5] or example['target']
+
+
+def test_rows_are_taken_in_the_order_of_their_worth(shown):
+  row_N = explorer.choose(shown, 1_000)
+  assert len(row_N) == len(set(row_N.tolist())) == 1_000
+  assert (np.diff(row_N) > 0).all()
+  for score_N in shown.scores.values():
+    order_N = np.argsort(-score_N, kind='stable')
+    assert set(order_N[:60]) | set(order_N[-60:]) <= set(row_N.tolist())
+  shares = [np.isin(s.rows, row_N).mean() for s in shown.selected if s.method == 'random']
+  assert min(shares) > 1.2 * 1_000 / 3_000  # what was selected is more often there than the rest
+  assert len(explorer.choose(dataclasses.replace(shown, selected=[], examples={}), 500)) == 500
+
+
+@pytest.mark.parametrize('limit', [3_000, 20_000])
+def test_text_is_cut_to_fit(limit):
+  rng = random.Random(0)
+  texts = [''.join(rng.choices('abcdefgh ', k=rng.randrange(200, 900))) for _ in range(100)]
+  packed, characters = explorer._fitting(texts, limit)
+  assert len(packed) <= limit
+  assert len(packed) > 0.8 * limit
+  assert gzip.decompress(base64.b64decode(packed)).decode().split('\0') == [t[:characters] for t in texts]
+  whole, none = explorer._fitting(texts, 10_000_000)
+  assert none is None
+  assert len(gzip.decompress(base64.b64decode(whole))) == sum(map(len, texts)) + 99
+
+
+def test_a_little_of_each_text_stays():
+  packed, characters = explorer._fitting(['x' * 50 + str(i) for i in range(1000)], 10)
+  assert characters == explorer._LEAST_CHARACTERS
+  assert len(packed) > 10
+
+
+def test_text_with_the_mark_between_texts(shown):
+  packed = explorer.pack(dataclasses.replace(shown, text=lambda n: f'a\0b{n}'), 3_000, 10_000_000)
+  _, columns, text = unpack(packed)
+  assert text == [f'a\u2400b{n}' for n in columns['row']]

@@ -1,0 +1,202 @@
+"""launch/tpu.sh, with a gcloud that writes down what it is asked and answers from a script."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# One JSON list a line. `describe` gives the next line of the file `states` (the last one for ever; none is an error),
+# and reading the exit code gives what stands in `exit_code` once the run was started `runs` times.
+GCLOUD = """#!{python} -SE
+import json, pathlib, sys
+here = pathlib.Path({log!r})
+with open(here / 'calls', 'a') as f:
+  f.write(json.dumps(sys.argv[1:]) + '\\n')
+text = ' '.join(sys.argv)
+if ' describe ' in text:
+  states = (here / 'states').read_text().split()
+  if not states or states[0] == 'GONE':
+    sys.exit(1)
+  (here / 'states').write_text(' '.join(states[1:] or states))
+  print(states[0])
+if 'cat dsdm_jax/exit_code' in text:
+  calls = (here / 'calls').read_text()
+  if calls.count('nohup') >= int((here / 'runs').read_text()):
+    print((here / 'exit_code').read_text())
+"""
+WHERE = ('--zone=us-west4-a',)
+
+
+class Cloud:
+  def __init__(self, folder: Path, repo: Path):
+    self.log, self.script = folder / 'log', repo / 'launch' / 'tpu.sh'
+    self.log.mkdir()
+    (folder / 'bin').mkdir()
+    stand_in = folder / 'bin' / 'gcloud'
+    stand_in.write_text(GCLOUD.format(python=sys.executable, log=str(self.log)))
+    stand_in.chmod(0o755)
+    self.environment = {**os.environ, 'PATH': f'{folder / "bin"}:{os.environ["PATH"]}'}
+    self.answer()
+
+  def answer(self, states: str = 'READY', exit_code: int = 0, runs: int = 1) -> None:
+    for name, value in (('states', states), ('exit_code', exit_code), ('runs', runs)):
+      (self.log / name).write_text(str(value))
+
+  def run(self, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+      ['bash', self.script, *arguments], env=self.environment, capture_output=True, text=True, check=False, timeout=60
+    )
+
+  def calls(self) -> list[list[str]]:
+    file = self.log / 'calls'
+    return [json.loads(line)[2:] for line in file.read_text().splitlines()] if file.exists() else []
+
+  def verbs(self) -> list[str]:
+    """'tpu-vm create' and so on, without what only looks."""
+    found = [' '.join(call[:2]) for call in self.calls()]
+    return [
+      verb for verb, call in zip(found, self.calls(), strict=True) if 'describe' not in verb and 'tail' not in str(call)
+    ]
+
+
+@pytest.fixture
+def cloud(tmp_path, repo_root) -> Cloud:
+  return Cloud(tmp_path, repo_root)
+
+
+@pytest.mark.parametrize(
+  ('options', 'call'),
+  [
+    (
+      ['--type=v5litepod-8'],
+      ['tpu-vm', 'create', 'mine', *WHERE, '--accelerator-type=v5litepod-8', '--version=v2-alpha-tpuv5-lite'],
+    ),
+    (
+      ['--type=v6e-256', '--spot', '--project=p', '--version=other'],
+      ['tpu-vm', 'create', 'mine', *WHERE, '--project=p', '--accelerator-type=v6e-256', '--spot', '--version=other'],
+    ),
+    (
+      ['--type=v5p-16', '--queued'],
+      ['queued-resources', 'create', 'mine', *WHERE, '--accelerator-type=v5p-16', '--node-id=mine',
+       '--runtime-version=v2-alpha-tpuv5'],
+    ),
+    (
+      ['--type=v5p-16', '--slices=2', '--spot'],
+      ['queued-resources', 'create', 'mine', *WHERE, '--accelerator-type=v5p-16', '--spot', '--node-count=2',
+       '--node-prefix=mine', '--runtime-version=v2-alpha-tpuv5'],
+    ),
+  ],
+)  # fmt: skip
+def test_create(cloud, options, call):
+  cloud.answer('WAITING_FOR_RESOURCES PROVISIONING ACTIVE')
+  done = cloud.run('create', 'mine', *WHERE, '--poll=0', *options)
+  assert done.returncode == 0, done.stderr
+  assert cloud.calls()[0] == call
+  assert len(cloud.calls()) == (4 if 'queued' in call[0] else 1)  # a queued one is waited for
+
+
+def test_a_request_that_fails_is_told(cloud):
+  cloud.answer('ACCEPTED FAILED')
+  done = cloud.run('create', 'mine', *WHERE, '--poll=0', '--type=v5p-16', '--queued')
+  assert done.returncode == 2
+  assert 'the request for mine is FAILED' in done.stderr
+
+
+@pytest.mark.parametrize(
+  ('type_', 'slices', 'processes'),
+  [('v5litepod-8', 1, 1), ('v5litepod-16', 1, 4), ('v5p-16', 1, 2), ('v6e-8', 1, 1), ('v6e-256', 2, 128)],
+)
+def test_the_same_command_runs_on_every_worker(cloud, type_, slices, processes):
+  given = ['--config=configs/v5e_8.py', "--config.selection.targets=('mix', 'docs')", '--workdir=/mnt/dsdm_jax/a b']
+  done = cloud.run('run', 'mine', *WHERE, f'--type={type_}', f'--slices={slices}', '--', *given)
+  assert done.returncode == 0, done.stderr
+  (call,) = cloud.calls()
+  assert call[:3] == ['queued-resources' if slices > 1 else 'tpu-vm', 'ssh', 'mine']
+  assert '--worker=all' in call
+  assert ('--node=all' in call) == (slices > 1)
+  # What the worker's shell makes of it: bash -c LINE, and of that line in turn the words that run.sh is given.
+  words = shlex.split(call[-1].removeprefix('--command='))
+  line = words[words.index('-c') + 1]
+  found = shlex.split(line.partition('; echo')[0])
+  several = ['--config.distributed.coordinator=auto', f'--config.distributed.processes={processes}']
+  assert found == ['bash', 'launch/run.sh', *given, *(several if processes > 1 else [])]
+
+
+def test_setup_sends_the_checkout_and_mounts_what_is_shared(cloud):
+  done = cloud.run('setup', 'mine', *WHERE, '--type=v5litepod-16', '--nfs=10.0.0.2:/share')
+  assert done.returncode == 0, done.stderr
+  send, install = cloud.calls()
+  assert send[:2] == ['tpu-vm', 'scp']
+  assert Path(send[2]).is_file()
+  assert send[3:] == ['mine:dsdm_jax.tar.gz', *WHERE, '--worker=all']
+  assert 'sudo mount 10.0.0.2:/share /mnt/dsdm_jax' in install[-1]
+  assert install[-1].endswith('bash dsdm_jax/launch/run.sh --install')
+
+
+def test_a_preempted_spot_tpu_is_made_anew_and_the_run_goes_on(cloud):
+  cloud.answer('READY PREEMPTED READY', runs=2)
+  done = cloud.run('all', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
+  assert done.returncode == 0, done.stderr
+  made = ['tpu-vm create', 'tpu-vm scp', 'tpu-vm ssh', 'tpu-vm ssh']
+  looked = ['tpu-vm ssh']  # at the exit code
+  assert cloud.verbs() == [*made, *looked, 'tpu-vm delete', *made, *looked]
+  assert 'mine is PREEMPTED: made anew, and the run goes on' in done.stderr
+
+
+def test_one_on_demand_that_is_lost_is_told(cloud):
+  cloud.answer('READY GONE', runs=9)
+  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--poll=0')
+  assert done.returncode == 2
+  assert 'resume makes it anew' in done.stderr
+  assert cloud.verbs() == ['tpu-vm ssh']
+
+
+def test_the_exit_code_of_the_run_is_handed_on(cloud):
+  cloud.answer(exit_code=7, runs=0)
+  assert cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--poll=0').returncode == 7
+
+
+def test_logs_of_every_worker_are_fetched_and_all_is_deleted(cloud, repo_root):
+  options = ('mine', *WHERE, '--type=v5litepod-16', '--slices=2')
+  assert cloud.run('logs', *options).returncode == 0
+  assert len(cloud.calls()) == 8
+  assert cloud.calls()[-1][2:] == [
+    'mine:dsdm_jax/run.log', str(repo_root / 'logs' / 'mine' / '1-3.log'), *WHERE, '--worker=3', '--node=1',
+  ]  # fmt: skip
+  assert cloud.run('delete', *options).returncode == 0
+  assert cloud.calls()[-1] == ['queued-resources', 'delete', 'mine', *WHERE, '--force', '--quiet']
+
+
+def test_dry_run_prints_the_commands_and_runs_none(cloud):
+  options = ('mine', *WHERE, '--type=v5litepod-16', '--spot')
+  done = cloud.run('all', *options, '--dry-run', '--', '--config=configs/v5e_8.py')
+  assert done.returncode == 0, done.stderr
+  assert cloud.calls() == []
+  printed = [shlex.split(line)[3:] for line in done.stdout.splitlines()]
+  cloud.answer()
+  assert cloud.run('all', *options, '--poll=0', '--', '--config=configs/v5e_8.py').returncode == 0
+  assert [call for call in cloud.calls() if 'describe' not in call][: len(printed)] == printed
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['start', 'mine'], 'start is no command'),
+    (['run', 'My'], 'must name the TPU'),
+    (['run', 'mine', '--type=v6e-8'], '--zone is missing'),
+    (['run', 'mine', *WHERE], '--type is missing'),
+    (['run', 'mine', *WHERE, '--type=v9-8'], 'is not known'),
+    (['run', 'mine', *WHERE, '--type=v6e-8', '--config=x.py'], 'come after --'),
+    (['run', 'mine', *WHERE, '--type=v6e-8', '--slices=0'], 'at least 1'),
+  ],
+)
+def test_what_is_wrong_is_told_in_one_line(cloud, arguments, message):
+  done = cloud.run(*arguments)
+  assert done.returncode == 2
+  assert len(done.stderr.splitlines()) == 1
+  assert message in done.stderr
+  assert cloud.calls() == []
