@@ -28,7 +28,9 @@ def model() -> ConfigDict:
   c.bias = True  # biases in linear layers and layer norms
   c.scan_layers = False  # one compiled block for all layers: compiles faster, runs the same
   c.remat = False  # recompute each block's activations in the backward pass
-  c.attention = 'xla'  # xla | fused (cuDNN: NVIDIA GPUs, bfloat16)
+  # xla | fused (a kernel that holds no L × L array: cuDNN on NVIDIA GPUs, in bfloat16; splash on TPUs, where
+  # pool.length is a multiple of 128; xla elsewhere; no kernel has a forward mode or a second derivative)
+  c.attention = 'xla'
   c.compute_dtype = 'float32'  # float32 | bfloat16; parameters and losses stay float32
   return c
 

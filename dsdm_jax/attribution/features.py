@@ -144,7 +144,7 @@ class _Proxies:
     """Scores of the pool's rows by directional derivatives; the Gram matrix is of features."""
     config = self._context.config
     features = config.features
-    model = abstract_model(config.proxies.model, self._pool.vocab_size, self._pool.length)
+    model = abstract_model(without_kernels(config.proxies.model), self._pool.vocab_size, self._pool.length)
     output_fn = load_callable(features.output_fn)
     scorer = DirectionalScores(model, output_fn, config.seed, self.mesh, features.microbatch)
     params, moment = self._weights(checkpoint)
@@ -162,6 +162,14 @@ class _Proxies:
       return state.params, None
     train = config.proxies.train
     return state.params, SecondMoment.of_state(state.opt_state, train.adam_b2, train.adam_eps)
+
+
+def without_kernels(model: ConfigDict) -> ConfigDict:
+  """The same model with attention that has a forward mode; it computes the same."""
+  plain = model.copy_and_resolve_references()
+  with plain.unlocked():
+    plain.attention = 'xla'
+  return plain
 
 
 def feature_step(config: ConfigDict, vocab_size: int, length: int, mesh: Mesh) -> FeatureStep:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsdm_jax.attribution import probes, rademacher
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core.mesh import DATA, MODEL, batch_sharding, place, replicated
-from dsdm_jax.lm import partition
+from dsdm_jax.lm import attention_tpu, partition
 
 OutputFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -110,7 +110,9 @@ class TwoSidedFeatures:
       model = nnx.merge(self._graphdef, nnx.from_flat_state(flat), prepared)
       return self.output_fn(model(tokens_L[None])[0], tokens_L, weights_L)
 
-    grads = jax.vmap(jax.grad(output), in_axes=(None, 0, 0), spmd_axis_name=DATA)(zeros, tokens_BL, weights_BL)
+    gradients = jax.vmap(jax.grad(output), in_axes=(None, 0, 0), spmd_axis_name=DATA)
+    with attention_tpu.on_mesh(self.mesh):
+      grads = gradients(zeros, tokens_BL, weights_BL)
     batch = tokens_BL.shape[0]
     return jnp.concatenate([grads[layer.path].reshape(batch, -1) for layer in self.layers], axis=1)
 
@@ -176,7 +178,9 @@ class DenseFeatures:
       model = nnx.merge(self._graphdef, params, self._rest)
       return self.output_fn(model(tokens_L[None])[0], tokens_L, weights_L)
 
-    grads = jax.vmap(jax.grad(output), in_axes=(None, 0, 0), spmd_axis_name=DATA)(params, tokens_BL, weights_BL)
+    gradients = jax.vmap(jax.grad(output), in_axes=(None, 0, 0), spmd_axis_name=DATA)
+    with attention_tpu.on_mesh(self.mesh):
+      grads = gradients(params, tokens_BL, weights_BL)
     grads = jax.tree.map(lambda g, s: g * s[None], grads, scale)
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=self._layout)
     return rademacher.project(grads, leaf_keys, self.dimension, place)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dsdm_jax.lm import partition
+from dsdm_jax.lm import attention_tpu, partition
 
 
 def build(config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs) -> 'Decoder':
@@ -56,14 +56,18 @@ class Attention(nnx.Module):
     self.heads, self.kv_heads = config.heads, config.kv_heads
     self.head_size = config.width // config.heads
     self.rope = config.positions == 'rope'
-    self.kernel: Literal['xla', 'cudnn'] = 'cudnn' if config.attention == 'fused' else 'xla'
+    self.fused = config.attention == 'fused'
     outputs = (config.heads + 2 * config.kv_heads) * self.head_size
     self.qkv = _linear(config.width, outputs, config, rngs)
     self.out = _linear(config.width, config.width, config, rngs, scale=(2 * config.layers) ** -0.5)
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     q_BLHK, k_BLHK, v_BLHK = self.project(x_BLD)
-    y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, is_causal=True, implementation=self.kernel)
+    if self.fused and attention_tpu.serves(x_BLD.shape[1]):
+      y_BLHK = attention_tpu.causal(q_BLHK, k_BLHK, v_BLHK)
+    else:
+      kernel: Literal['xla', 'cudnn'] = 'cudnn' if self.fused and jax.default_backend() == 'gpu' else 'xla'
+      y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, is_causal=True, implementation=kernel)
     return self.out(y_BLHK.reshape(*x_BLD.shape[:2], -1))
 
   def project(self, x_BLD: jax.Array, position_BL: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:

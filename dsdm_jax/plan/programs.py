@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.directional import DirectionalScores
-from dsdm_jax.attribution.features import blocks, feature_step
+from dsdm_jax.attribution.features import blocks, feature_step, without_kernels
 from dsdm_jax.attribution.gradients import TwoSidedFeatures
 from dsdm_jax.core import flops
 from dsdm_jax.core.config import load_callable
@@ -81,7 +81,7 @@ class Model:
 
   @classmethod
   def of(cls, config: ConfigDict, vocab_size: int, length: int) -> 'Model':
-    plain = config.copy_and_resolve_references()
+    plain = without_kernels(config)
     with plain.unlocked():
       plain.remat = False
     graphdef, state = nnx.split(abstract_model(plain, vocab_size, length))
@@ -229,7 +229,7 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
 
 def _directional(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
   length, batch, targets = config.pool.length, config.features.batch_size, len(config.targets.tasks)
-  abstract = abstract_model(config.proxies.model, config.pool.vocab_size, length)
+  abstract = abstract_model(without_kernels(config.proxies.model), config.pool.vocab_size, length)
   output_fn = load_callable(config.features.output_fn)
   scorer = DirectionalScores(abstract, output_fn, config.seed, mesh, config.features.microbatch)
   params = nnx.state(abstract, nnx.Param)

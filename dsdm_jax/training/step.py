@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.mesh import batch_sharding, replicated
-from dsdm_jax.lm import partition
+from dsdm_jax.lm import attention_tpu, partition
 from dsdm_jax.lm.outputs import token_log_probability
 from dsdm_jax.training import optimizer
 
@@ -79,7 +79,7 @@ class Trainer:
 
   def logits(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array) -> jax.Array:
     """The model's forward pass: logits_BLV; pure."""
-    with partition.over(self.mesh):
+    with partition.over(self.mesh), attention_tpu.on_mesh(self.mesh):
       return nnx.merge(self.graphdef, self._gathered(params), rest)(tokens_BL)
 
   def _gathered(self, params: nnx.State) -> nnx.State:
