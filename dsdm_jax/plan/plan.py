@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dsdm_jax.core import atomic
-from dsdm_jax.core.config import check_callables, check_devices, flatten, validate
+from dsdm_jax.core.config import check_callables, check_devices, flatten, resolve, validate
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.plan import cost, page, programs, topology
 from dsdm_jax.plan.chips import chip
@@ -26,7 +26,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
     UserError: bad config, an unknown topology, batches that the mesh does not divide.
   """
   validate(config)
-  found = make(config)
+  found = make(resolve(config))
   name = f'plan_{config.plan.topology.replace(":", "_")}.json'
   folder = Path(workdir or '.')
   folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
 
 
 def make(config: ConfigDict) -> dict[str, Any]:
-  """The plan as JSON holds it; `stages` are of `cost.Estimate`, and empty without libtpu."""
+  """The plan of a valid, resolved config as JSON holds it; `stages` are of `cost.Estimate`, empty without libtpu."""
   count, kind = topology.chips(config.plan.topology), chip(config.plan.topology)
   check_devices(config, count)
   check_callables(config)

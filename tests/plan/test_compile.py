@@ -1,0 +1,84 @@
+"""The configs of large runs, compiled for their own slices by libtpu."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from configs import c4_dsdm, v5e_8
+from dsdm_jax.core.config import resolve, validate
+from dsdm_jax.plan import programs
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def libtpu() -> Path:
+  """A Python that has libtpu: DSDM_JAX_TPU, or the environment that launch/test.sh makes."""
+  if 'DSDM_JAX_TPU' in os.environ:
+    return Path(os.environ['DSDM_JAX_TPU'])
+  environment = ROOT / '.venv-tpu'
+  if not (environment / 'installed.txt').is_file():  # written once all is installed
+    pytest.skip('no environment with requirements-tpu.txt; launch/test.sh makes .venv-tpu')
+  return environment / 'bin' / 'python'
+
+
+def _plan(python: Path, folder: Path, *arguments: str) -> dict:
+  command = [python, '-m', 'dsdm_jax.main', '--stage=plan', f'--workdir={folder}', *arguments]
+  environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1', 'JAX_NUMPY_RANK_PROMOTION': 'allow'}
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900)
+  assert done.returncode == 0, done.stderr[-2_000:]
+  (file,) = folder.glob('plan_*.json')
+  return json.loads(file.read_text())
+
+
+def _check(found: dict) -> None:
+  """Every stage fits its chip, and sends what it should and nothing else."""
+  stages = {stage['stage']: stage for stage in found['stages']}
+  assert list(stages) == ['proxies', 'features', 'gram', 'scores', 'pretraining']
+  for stage in stages.values():
+    assert stage['fits'], stage['advice']
+    assert stage['memory_bytes'] < stage['hbm_bytes_of_chip']
+  sends = {name: {c['operation'] for c in stage['collectives']} for name, stage in stages.items()}
+  assert sends['features'] <= {'all-gather'}  # weights, where they are split
+  assert sends['gram'] <= {'all-reduce', 'reduce-scatter'}  # one sum over the rows
+  assert sends['scores'] == set()
+  for name in ('proxies', 'pretraining'):  # weights gathered, gradients summed: nothing that moves activations
+    assert sends[name] <= {'all-gather', 'all-reduce', 'reduce-scatter'}
+    # A step sends weights and gradients, some times; activations would go with the batch and be far more.
+    assert stages[name]['link_bytes_per_run'] < 40 * stages[name]['parameters']
+
+
+@pytest.mark.slow
+def test_one_host_compiles_and_fits(libtpu, tmp_path):
+  found = _plan(libtpu, tmp_path, '--config=configs/v5e_8.py')
+  _check(found)
+  stages = {stage['stage']: stage for stage in found['stages']}
+  features, training = stages['features'], stages['proxies']
+  # What features are meant to be: hardly more than the algorithm's own FLOP, and less memory than training.
+  assert features['flop_per_run'] <= 1.06 * features['least_flop_per_run']
+  assert features['temporary_bytes'] < training['temporary_bytes']
+  assert features['mfu'][1] >= 0.5
+
+
+@pytest.mark.slow
+def test_the_papers_scale_compiles_and_fits(libtpu, tmp_path):
+  if 'DSDM_JAX_LARGE_PLANS' not in os.environ:
+    pytest.skip('takes minutes; set DSDM_JAX_LARGE_PLANS=1')
+  _check(_plan(libtpu, tmp_path, '--config=configs/c4_dsdm.py'))
+
+
+@pytest.mark.parametrize('module', [c4_dsdm, v5e_8])
+def test_configs_are_valid_and_as_large_as_they_say(module):
+  config = module.get_config()
+  validate(config)
+  config = resolve(config)
+  proxy, final = (
+    programs.Model.of(model, config.pool.vocab_size, config.pool.length)
+    for model in (config.proxies.model, config.model)
+  )
+  assert proxy.parameters == pytest.approx(125e6, rel=0.02)
+  assert final.parameters == pytest.approx(1.3e9 if module is c4_dsdm else 125e6, rel=0.02)
+  tokens = config.selection.examples * config.selection.epochs * config.pool.length
+  assert tokens == pytest.approx(20 * final.parameters, rel=0.02)  # Chinchilla's budget
