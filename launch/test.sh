@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs what CI runs: format, lint, types, tests. Arguments go to pytest: bash launch/test.sh -k datamodel
+# Runs what CI runs: format, lint, types, known vulnerabilities, tests. Arguments go to pytest: bash launch/test.sh -k datamodel
 #
 # The tools live in .venv-test, which looks into .venv for everything else: the pool is the text of the packages in
 # .venv, and running the tests must not change what a run is made of. Peers that some tests compare with live in
@@ -39,9 +39,25 @@ fi
 
 cd "$root"
 python=$root/.venv-test/bin/python
-status=0 # all four have their say, whatever the first ones find
+audit() { # known vulnerabilities of what requirements.lock pins, as far as the package index knows of any
+  local said
+  said=$(timeout 120 "$python" -m pip_audit -r requirements.lock --no-deps --disable-pip --progress-spinner off 2>&1) || true
+  if grep -qE '^Found [0-9]+ known' <<<"$said"; then
+    printf '%s\n' "$said" >&2
+    return 1
+  fi
+  if ! grep -q '^No known vulnerabilities found' <<<"$said"; then
+    printf '%s: could not audit packages: %s\n' "$self" "$(tail -n 1 <<<"$said")" >&2
+  elif grep -q 'could not be audited' <<<"$said"; then
+    printf '%s: the package index has no advisories for %s of the pinned packages, which were not audited\n' \
+      "$self" "$(grep -c 'could not be audited' <<<"$said")" >&2
+  fi
+}
+
+status=0 # all five have their say, whatever the first ones find
 "$python" -m ruff format --check --quiet . || { printf '%s: mend with: ruff format\n' "$self" >&2 && status=1; }
 "$python" -m ruff check --output-format=concise . || status=1
 "$python" -m mypy || status=1
+audit || status=1
 "$python" -m pytest -n 2 --dist loadscope "$@" || status=1
 exit "$status"

@@ -94,10 +94,11 @@ class Artifact:
     """Reads every file back.
 
     Raises:
-      UserError: a file is missing, has another size or other bytes; it names the first such file.
+      UserError: a file is missing, has another size or other bytes, or is a link that leads out of the folder; it names
+        the first such file.
     """
     for name, entry in self.manifest['files'].items():
-      file = self.path / name
+      file = inside(self.path, name)
       if not file.is_file():
         raise UserError(f'{file} is missing; {self._repair()}')
       if file.stat().st_size != entry['bytes']:
@@ -107,6 +108,20 @@ class Artifact:
 
   def _repair(self) -> str:
     return f'delete {self.path} and start again to make that stage anew'
+
+
+def inside(folder: Path, name: str) -> Path:
+  """`folder / name`, for a name that was read from a file: links followed, it must lie below `folder`.
+
+  Raises:
+    UserError: it does not.
+  """
+  file = Path(folder) / name
+  if not file.resolve().is_relative_to(Path(folder).resolve()) or '\0' in name:
+    raise UserError(
+      f'{folder} names the file {name!r}, which lies outside of it; take a workdir from a source you trust'
+    )
+  return file
 
 
 def folder(workdir: Path, stage: str) -> Path:

@@ -8,6 +8,7 @@ be what it likes and there may be more of them.
 import difflib
 import importlib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from dsdm_jax.core.config_rules import (
 )  # fmt: skip
 from dsdm_jax.core.errors import UserError
 
+_PASSWORD = re.compile(r'://[^/\s@:]*:[^/\s@]+@')
 _OUR_FACTORY = base.get_config().model.factory
 
 
@@ -59,6 +61,7 @@ def validate(config: ConfigDict) -> None:
   _check_keys(found, wanted)
   for key, value in found.items():
     _check_type(key, value, wanted.get(key, value))
+    _check_no_password(key, value)
   theirs = tuple(f'{model}.' for model in MODELS if found[f'{model}.factory'] != _OUR_FACTORY)
   for key, rule in RULES.items():
     free = key.startswith(theirs) and isinstance(wanted[key], str) and not key.endswith('.factory')
@@ -204,6 +207,16 @@ def _check_type(key: str, value: Any, default: Any) -> None:
     right = type(value) is type(default)
   if not right:
     raise _finding(key, value, f'must be {kind}, and is {_kind(value)}', _suggest(key, default))
+
+
+def _check_no_password(key: str, value: Any) -> None:
+  """Every value ends up in manifests, logs and the report."""
+  for text in value if isinstance(value, (tuple, list)) else (value,):
+    if isinstance(text, str) and _PASSWORD.search(text):
+      raise UserError(
+        f'config key {key} holds a password (…://user:password@…), which would be written into manifests and the '
+        "report; leave it out and give it by the environment, as that service's client asks"
+      )
 
 
 def _kind(value: Any) -> str:

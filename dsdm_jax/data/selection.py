@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dsdm_jax.core import atomic
+from dsdm_jax.core.artifacts import inside
 from dsdm_jax.core.errors import UserError
 
 
@@ -77,11 +78,11 @@ class Selection:
   @classmethod
   def load(cls, folder: str | os.PathLike, name: str) -> 'Selection':
     """Raises UserError where `folder` has no such selection, ValueError where it is malformed."""
-    arrays_file = Path(folder) / f'{name}.npz'
+    arrays_file, provenance_file = (inside(Path(folder), f'{name}.{kind}') for kind in ('npz', 'json'))
     try:
       with np.load(arrays_file) as arrays:
         rows, weights = arrays['rows'], arrays['weights']
-      provenance = json.loads((Path(folder) / f'{name}.json').read_text())
+      provenance = json.loads(provenance_file.read_text())
     except FileNotFoundError as error:
       raise UserError(
         f'no selection {name!r} in {folder}: {error.filename} is missing; run the selection stage'

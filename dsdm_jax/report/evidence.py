@@ -5,13 +5,13 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.core.artifacts import Artifact, inside
 
 STAGES = (
   'pool',
@@ -138,7 +138,7 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
       m[1]: (file[key], file[f'example_score_{m[1]}_EM']) for key in file.files if (m := _EXAMPLES.fullmatch(key))
     }
   runs = _json(inputs['selection'].path / 'index.json')
-  curves, tokens = _curves(inputs['pretraining'].path, runs)
+  curve_list, tokens = curves(inputs['pretraining'].path, runs)
   return Evidence(
     results=_json(inputs['evaluation'].path / 'results.json'),
     sources=sources,
@@ -150,7 +150,7 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
     scores=scores,
     examples={task: _examples(inputs['targets'].path, task, *arrays) for task, arrays in kept.items()},
     selected=list(_selected(inputs['selection'].path, runs)),
-    curves=curves,
+    curves=curve_list,
     dropped=list(_lines(pool / 'dropped.jsonl')),
     tokens=tokens,
     cost={stage: dict(inputs[stage].manifest['cost']) | {'bytes': _bytes(inputs[stage])} for stage in STAGES},
@@ -166,7 +166,7 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
 def _selected(folder: Path, runs: list[Mapping[str, Any]]) -> Iterator[Selected]:
   for run in runs:
     # A deterministic method has one selection, which all its seeds train on.
-    with np.load(folder / f'{run["selection"]}.npz') as arrays:
+    with np.load(inside(folder, f'{run["selection"]}.npz')) as arrays:
       rows = arrays['rows']
     yield Selected(run['method'], run['target'], run['seed'], rows, run['epochs'], run['selection'])
 
@@ -200,21 +200,21 @@ def _optional(inputs: Mapping[str, Artifact], stage: str, name: str) -> Any:
   return _json(file) if file is not None and file.is_file() else None
 
 
-def _curves(folder: Path, runs: list[Mapping[str, Any]]) -> tuple[list[Curve], int]:
+def curves(folder: Path, runs: Sequence[Mapping[str, Any]]) -> tuple[list[Curve], int]:
   """Curves by arm, and the tokens of the longest run."""
   seeds: dict[tuple[str, str], list[dict[int, float]]] = {}
   tokens = 0
   for run in runs:
-    records = list(_lines(folder / f'{run["name"]}.jsonl'))
+    records = list(_lines(inside(folder, f'{run["name"]}.jsonl')))
     # A resumed run may have logged a step twice; the later line is the one that counts.
     seeds.setdefault((run['method'], run['target']), []).append({r['step']: r['loss'] for r in records})
     tokens = max([tokens, *(int(r['tokens']) for r in records)])
-  curves = []
+  found = []
   for (method, target), by_seed in seeds.items():
     steps = sorted(set.intersection(*(set(losses) for losses in by_seed)))
     loss_SP = np.array([[losses[s] for s in steps] for losses in by_seed], np.float64)
-    curves.append(Curve(method, target, np.array(steps, np.int64), loss_SP))
-  return curves, tokens
+    found.append(Curve(method, target, np.array(steps, np.int64), loss_SP))
+  return found, tokens
 
 
 def _json(path: Path) -> Any:

@@ -85,6 +85,27 @@ def test_manifest_that_points_outside_is_refused(workdir, name):
     artifacts.open_stage(workdir, 'pool')
 
 
+def test_link_that_leads_outside_is_refused(workdir, tmp_path):
+  made = make(workdir)
+  name = next(iter(made.manifest['files']))
+  outside = tmp_path / 'outside'
+  (made.path / name).rename(outside)
+  (made.path / name).symlink_to(outside)  # the bytes are right
+  with pytest.raises(UserError, match='lies outside of it'):
+    made.verify()
+  (made.path / name).unlink()
+  outside.rename(made.path / 'other')
+  (made.path / name).symlink_to(made.path / 'other')
+  made.verify()
+
+
+@pytest.mark.parametrize('name', ['../x', '/etc/passwd', 'a/../../x'])
+def test_name_from_a_file_stays_inside(tmp_path, name):
+  with pytest.raises(UserError, match='lies outside of it'):
+    artifacts.inside(tmp_path, name)
+  assert artifacts.inside(tmp_path, 'a/../b') == tmp_path / 'a/../b'
+
+
 @pytest.mark.parametrize('text', ['', '{', '[]', '{}', '{"identity": {}}', '7', 'null'])
 def test_unreadable_manifest_is_one_line_with_the_way_out(workdir, text):
   made = make(workdir)

@@ -194,3 +194,24 @@ def test_full_disk_keeps_what_is_finished_and_goes_on_when_there_is_room(finishe
     subprocess.run(['mount', '-o', 'remount,size=64m', str(disk)], check=True)
     runs.succeed(*flags)
     assert (disk / stage / 'manifest.json').is_file()
+
+
+def test_secrets_of_the_environment_are_written_nowhere(finished):
+  """The run was given them in variables that clouds and hubs use."""
+  secret = runs.SECRET.encode()
+  assert [str(p) for p in [*finished.rglob('*'), finished.parent / 'finished.out'] if _holds(p, secret)] == []
+  assert _holds(finished / 'results.json', b'datamodel.damping')  # the look itself finds what is there
+
+
+def _holds(path: Path, text: bytes) -> bool:
+  return path.is_file() and text in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+  'path', ['https://ann:s3cret@hub.example/task.jsonl', 's3://key:s3cret@bucket/a.jsonl'], ids=['https', 's3']
+)
+def test_password_in_the_config_is_refused_and_not_repeated(tmp_path, path):
+  message = runs.refused(runs.TINY, f'--workdir={tmp_path / "run"}', f'--config.targets.tasks=("{path}",)')
+  assert 'config key targets.tasks holds a password' in message
+  assert 's3cret' not in message
+  assert not (tmp_path / 'run').exists()
