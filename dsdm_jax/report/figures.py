@@ -6,9 +6,11 @@ the page into dark mode; as PNG, and standing alone, it carries the colours them
 
 import dataclasses
 import io
+import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -17,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from dsdm_jax.core import atomic
 from dsdm_jax.report import words
 from dsdm_jax.report.evidence import Curve
 
@@ -64,9 +67,20 @@ _STYLE: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-  """A finished figure."""
+  """A finished figure. In a notebook it shows itself."""
 
   figure: Figure
+
+  def _repr_png_(self) -> bytes:
+    return self.png()
+
+  def save(self, path: str | os.PathLike) -> None:
+    """As PNG, or as SVG where `path` ends so."""
+    if Path(path).suffix == '.svg':
+      with matplotlib.rc_context(_STYLE | {'svg.fonttype': 'path'}):
+        atomic.write_text(path, _raw_svg(self.figure))
+    else:
+      atomic.write_bytes(path, self.png())
 
   def svg(self, name: str) -> str:
     """SVG to set into HTML: no prologue, ids that begin with `name`, colours as CSS variables, text as text."""

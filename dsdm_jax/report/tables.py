@@ -4,31 +4,45 @@ import csv
 import dataclasses
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from dsdm_jax.report import words
-from dsdm_jax.report.evidence import Evidence
+from dsdm_jax.report.evidence import Evidence, Selected
+
+
+class Chosen(Protocol):
+  """Of a run's evidence, what tells where selected rows came from."""
+
+  @property
+  def sources(self) -> Sequence[str]: ...
+
+  @property
+  def source_N(self) -> np.ndarray: ...
+
+  @property
+  def selected(self) -> Sequence[Selected]: ...
+
 
 Arm = tuple[str, str]  # method and target mix
 POOL = 'whole pool'
 
 
-def arms(shown: Evidence) -> dict[Arm, str]:
+def arms(shown: Chosen) -> dict[Arm, str]:
   """Every arm and its name, in the order of the selections."""
   found = list(dict.fromkeys((s.method, s.target_mix) for s in shown.selected))
   several = words.several_targets(target for _, target in found)
   return {arm: words.arm_name(*arm, several) for arm in found}
 
 
-def draws(shown: Evidence, arm: Arm) -> list[np.ndarray]:
+def draws(shown: Chosen, arm: Arm) -> list[np.ndarray]:
   """The different rows of each selection of an arm; seeds that share a selection count once."""
-  rows = {s.name: s.rows for s in shown.selections(*arm)}
+  rows = {s.name: s.rows for s in shown.selected if (s.method, s.target_mix) == arm}
   return [np.unique(drawn) for drawn in rows.values()]
 
 
-def sources(shown: Evidence) -> dict[str, np.ndarray]:
+def sources(shown: Chosen) -> dict[str, np.ndarray]:
   """Label → share of each source, of the pool and of what each arm selected (mean over its selections)."""
   count = len(shown.sources)
   shares = {POOL: _shares(shown.source_N, count)}
@@ -53,7 +67,7 @@ class Overlap:
   chance_AB: np.ndarray
 
 
-def overlap(shown: Evidence) -> Overlap:
+def overlap(shown: Chosen) -> Overlap:
   named = arms(shown)
   drawn = [draws(shown, arm) for arm in named]
   share_AB = np.full((len(drawn), len(drawn)), np.nan)

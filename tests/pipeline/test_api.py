@@ -1,0 +1,126 @@
+"""`dsdm_jax.load` on a real run: what it gives is what the stages' own readers give."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import dsdm_jax
+from dsdm_jax.attribution.scores import Scores
+from dsdm_jax.core.artifacts import open_stage
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.selection import Selection
+
+pandas = pytest.importorskip('pandas', reason='pandas is not installed')
+
+
+@pytest.fixture(scope='module')
+def run(finished):
+  return dsdm_jax.load(finished)
+
+
+def test_import_costs_nothing():
+  code = (
+    "import sys, dsdm_jax; print(sorted({'jax', 'numpy', 'pandas', 'tensorflow', 'matplotlib'} & set(sys.modules)))"
+  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == '[]'
+
+
+def test_opening_brings_no_tensorflow_and_no_pandas(finished):
+  code = (
+    f'import sys, dsdm_jax; run = dsdm_jax.load({str(finished)!r}); run.scores, run.selections, run.results; '
+    "print('\\n'.join(sys.modules))"
+  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert not {'tensorflow', 'tensorflow_datasets', 'seqio', 'pandas'} & set(done.stdout.split())
+
+
+def test_pool(run, finished):
+  pool = Pool(finished / 'pool')
+  assert list(run.pool.table.columns) == ['source', 'document', 'offset', 'planted']
+  assert len(run.pool.table) == pool.num_rows
+  shown = run.pool.show([3, 1])
+  assert shown.index.tolist() == [3, 1]
+  assert shown.loc[1, 'text'] == pool.text(1)
+  assert shown.loc[1, 'document'] == pool.documents[pool.document_N[1]]['id']
+
+
+def test_scores(run, finished):
+  scores = Scores(open_stage(finished, 'datamodel'))
+  assert list(run.scores) == [*scores.tasks, 'mix']
+  for target in run.scores:
+    assert np.array_equal(run.scores[target], scores.score_N(target))
+    assert np.array_equal(run.scores.table[target], scores.score_N(target))
+  low_N, high_N = scores.interval_2N('docs')
+  assert np.array_equal(run.scores.interval('docs')['low'], low_N)
+  assert np.array_equal(run.scores.interval('docs')['high'], high_N)
+  top, bottom = run.scores.top('docs', 3), run.scores.bottom('docs', 3)
+  assert top.index[0] == run.scores['docs'].argmax()
+  assert bottom.index[0] == run.scores['docs'].argmin()
+  assert top['score'].is_monotonic_decreasing
+  assert top.iloc[0]['text'] == run.pool.text(int(top.index[0]))
+  with pytest.raises(KeyError, match='no scores for .*docs'):
+    run.scores['poems']
+
+
+def test_selections(run, finished):
+  wanted = Selection.load(finished / 'selection', 'dsdm--mix--0')
+  assert np.array_equal(run.selections['dsdm--mix--0'].rows, wanted.rows)
+  assert len(run.selections.table) == len(json.loads((finished / 'selection' / 'index.json').read_text()))
+  np.testing.assert_allclose(run.selections.sources().sum(axis=1), 1)
+  overlap = run.selections.overlap()
+  assert overlap.loc['DsDm', 'bottom-ranked'] == 0 or overlap.loc['DsDm', 'bottom-ranked'] < 1
+  with pytest.raises(KeyError, match='no selection'):
+    run.selections['../pool/rows']
+
+
+def test_results(run, finished):
+  raw = json.loads((finished / 'results.json').read_text())
+  assert run.results.comparisons['difference'].tolist() == [c['difference'] for c in raw['comparisons']]
+  assert len(run.results.arms) == len(raw['arms'])
+  assert len(run.results.summary) == len(raw['summary'])
+  assert 'trained' in run.results.headline
+  assert run.cost.loc['proxies', 'seconds'] == raw['cost']['proxies']['seconds']
+  assert run.cost['bytes'].min() > 0
+  losses = run.results.losses
+  first = losses.query("method == 'dsdm' and seed == 0").iloc[0]
+  logged = (finished / 'pretraining' / 'dsdm--mix--0.jsonl').read_text().split('\n')[0]
+  assert json.loads(logged)['loss'] == first['loss']
+  assert run.config['datamodel.damping'] == 0.1
+
+
+def test_plots(run, tmp_path):
+  plots = [run.scores.plot('docs'), run.selections.plot_overlap(), run.results.plot('docs'), run.results.plot_losses()]
+  for plot in [*plots, run.selections.plot_sources()]:
+    assert plot._repr_png_().startswith(b'\x89PNG')
+  plots[0].save(tmp_path / 'a.svg')
+  plots[0].save(tmp_path / 'a.png')
+  assert (tmp_path / 'a.svg').read_text().startswith('<?xml')
+  assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_unfinished_run(copied):
+  import shutil
+
+  shutil.rmtree(copied / 'evaluation')
+  run = dsdm_jax.load(copied)
+  assert 'evaluation' not in run.stages
+  assert len(run.scores.top('mix', 2)) == 2
+  with pytest.raises(UserError, match='no finished evaluation'):
+    _ = run.results
+
+
+def test_damaged_file_is_named(copied):
+  file = copied / 'datamodel' / 'scores.npz'
+  file.write_bytes(file.read_bytes()[:-1])
+  with pytest.raises(UserError, match='scores.npz has .* bytes'):
+    _ = dsdm_jax.load(copied).scores
+
+
+def test_no_run(tmp_path):
+  with pytest.raises(UserError, match='holds no finished stage'):
+    dsdm_jax.load(tmp_path)
