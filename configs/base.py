@@ -162,6 +162,9 @@ def get_config() -> ConfigDict:
   # more than 0.1 standard deviations, and by more than chance)
   c.datamodel.average = 'auto'
   c.datamodel.groups = 8  # groups of each target's examples whose scores are kept apart; at most one a document
+  c.datamodel.examples = (
+    8  # first examples of each task whose own best and worst rows are kept, for the report; 0: none
+  )
   c.datamodel.bootstrap = 64  # resamples of each target's documents, for intervals; 0 for none, otherwise at least 2
   c.datamodel.confidence = 0.95  # of these intervals; 0 to 1
   # mean (paper) | zscore | rank: how scores of several tasks become one. Scores of tasks differ in scale, and in a

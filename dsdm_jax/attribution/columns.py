@@ -1,4 +1,4 @@
-"""What of the target examples is scored: their mean, groups of them, and resamples, each one column of one matmul.
+"""What of the target examples is scored: their mean, groups, single ones, and resamples, each a column of one matmul.
 
 A score is linear in the target's feature, so any weighting of the examples costs a column of u and no pass of its own.
 """
@@ -20,10 +20,11 @@ class Columns:
   """Weightings of one task's examples.
 
   Attributes:
-    weight_KT: float64; row 0 is the mean of all, then come the groups, then the resamples. Each row sums to 1.
+    weight_KT: float64; row 0 is the mean of all, then come the groups, the first examples one by one, the resamples.
+      Each row sums to 1.
     group_T: int32, the group of each example.
     clusters: documents that the examples come from; the examples themselves where no documents are known.
-    groups, resamples: how many rows of each kind.
+    groups, resamples, examples: how many rows of each kind.
   """
 
   weight_KT: np.ndarray
@@ -31,17 +32,22 @@ class Columns:
   clusters: int
   groups: int
   resamples: int
+  examples: int = 0
 
   @property
   def group_rows(self) -> slice:
     return slice(1, 1 + self.groups)
 
   @property
+  def example_rows(self) -> slice:
+    return slice(1 + self.groups, 1 + self.groups + self.examples)
+
+  @property
   def resample_rows(self) -> slice:
-    return slice(1 + self.groups, 1 + self.groups + self.resamples)
+    return slice(1 + self.groups + self.examples, 1 + self.groups + self.examples + self.resamples)
 
 
-def make(documents: Sequence[str], groups: int, resamples: int, seed: int, task: str) -> Columns:
+def make(documents: Sequence[str], groups: int, resamples: int, seed: int, task: str, examples: int = 0) -> Columns:
   """Columns for examples of `documents`.
 
   Examples of one document are not independent: they share a group, and resamples draw documents, with replacement.
@@ -53,6 +59,7 @@ def make(documents: Sequence[str], groups: int, resamples: int, seed: int, task:
     resamples: bootstrap replicates; none where there is only one document, since nothing is known of the spread then.
     seed: of the groups and of the resamples.
     task: names their random streams.
+    examples: the first so many examples are scored one by one as well; at most all.
   """
   names, cluster_T = np.unique(np.asarray(documents), return_inverse=True)
   if len(names) == 1:
@@ -65,9 +72,11 @@ def make(documents: Sequence[str], groups: int, resamples: int, seed: int, task:
   resamples = resamples if clusters > 1 else 0
   rng = prng.numpy_stream(seed, 'datamodel', 'bootstrap', task)
   drawn_RM = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
-  weight_KT = np.concatenate([np.ones((1, count)), group_T[None] == np.arange(groups)[:, None], drawn_RM[:, cluster_T]])
+  examples = min(examples, count)
+  group_GT = group_T[None] == np.arange(groups)[:, None]
+  weight_KT = np.concatenate([np.ones((1, count)), group_GT, np.eye(examples, count), drawn_RM[:, cluster_T]])
   weight_KT = weight_KT / weight_KT.sum(axis=1, keepdims=True)
-  return Columns(weight_KT, group_T, clusters, groups, resamples)
+  return Columns(weight_KT, group_T, clusters, groups, resamples, examples)
 
 
 def half_width(clusters: int, confidence: float) -> float:

@@ -31,7 +31,9 @@ def run(context: Context) -> dict:
   features, targets = Features(context.inputs['features'], context), Targets(context.inputs['targets'])
   names, examples = targets.tasks, [targets.examples(task, 'target') for task in targets.tasks]
   table = [
-    columns.make([r['document'] for r in e.records], options.groups, options.bootstrap, context.config.seed, name)
+    columns.make(
+      [r['document'] for r in e.records], options.groups, options.bootstrap, context.config.seed, name, options.examples
+    )
     for name, e in zip(names, examples, strict=True)
   ]
   partials = Partials(context.out)
@@ -174,6 +176,13 @@ class Scores:
     reach_N = self._half_width[task] * self._arrays[f'error_{task}_N']
     score_N = self._arrays[f'score_{task}_N']
     return np.stack([score_N - reach_N, score_N + reach_N])
+
+  def examples_EM(self, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with the highest, then the lowest scores for each of the task's first examples, and these scores.
+
+    See `tables.peaks`. Example e is the e-th of the task's target split.
+    """
+    return self._arrays[f'example_rows_{task}_EM'], self._arrays[f'example_score_{task}_EM']
 
   def groups_NG(self, task: str) -> np.ndarray:
     """Scores for each group of a task's examples; which example is in which stands in `group_<task>_T`."""

@@ -15,6 +15,7 @@ from dsdm_jax.attribution.partials import Partials
 
 # Rows on which the stability of selections is measured: a fixed stride over the pool, whose rows are in random order.
 _SAMPLE = 65_536
+_PEAKS = 20  # rows at either end that are kept of a single example's scores
 
 
 def mix(score_TN: np.ndarray, rule: str) -> np.ndarray:
@@ -43,6 +44,7 @@ class Task:
   Attributes:
     by_member_CN: of each datamodel of the ensemble.
     groups_NG: of groups of its examples, averaged over members.
+    examples_NE: of its first examples one by one, averaged over members.
     score_N: of all its examples.
     error_N: standard error of score_N over the documents of its examples; zeros where there are no resamples.
     sample_SR: scores by each resample, of a sample of the rows.
@@ -52,6 +54,7 @@ class Task:
 
   by_member_CN: np.ndarray
   groups_NG: np.ndarray
+  examples_NE: np.ndarray
   score_N: np.ndarray
   error_N: np.ndarray
   sample_SR: np.ndarray
@@ -63,6 +66,7 @@ class Task:
     for array in (self.by_member_CN, self.score_N, self.error_N):
       array *= q_N
     self.groups_NG *= q_N[:, None]
+    self.examples_NE *= q_N[:, None]
     self.sample_SR *= q_N[sample_S][:, None]
 
 
@@ -105,8 +109,8 @@ def make(
   if joint:  # there is no proxy to leave out
     seen_CN, average = np.zeros((members, rows), bool), ensemble.ALL
   first = np.cumsum([0, *(len(c.weight_KT) for c in table)])
-  kept = np.concatenate([np.arange(f, f + 1 + c.groups) for f, c in zip(first, table, strict=False)])
-  resampled = [np.arange(f + 1 + c.groups, f + len(c.weight_KT)) for f, c in zip(first, table, strict=False)]
+  kept = np.concatenate([np.arange(f, f + c.resample_rows.start) for f, c in zip(first, table, strict=False)])
+  resampled = [np.arange(f + c.resample_rows.start, f + len(c.weight_KT)) for f, c in zip(first, table, strict=False)]
   sample_S = sample_rows(rows)
   score_CNT = np.empty((members, rows, len(table)), np.float32)
   effect = ensemble.SubsetEffect.empty(members, int(first[-1]))
@@ -144,10 +148,12 @@ def make(
   for index, c in enumerate(table):
     described = effect.describe(int(first[index]))
     taken = ensemble.choose(average, described)
-    mode, end = modes[taken], begin + 1 + c.groups
+    mode, end = modes[taken], begin + c.resample_rows.start
+    kept_NK = mode.kept_NK[:, begin:end]
     tasks.append(Task(
-      score_CNT[:, :, index].copy(), mode.kept_NK[:, begin + 1 : end].copy(), mode.kept_NK[:, begin].copy(),
-      mode.error_NT[:, index].copy(), mode.sample_SK[:, resampled[index]].copy(), taken, None if joint else described,
+      score_CNT[:, :, index].copy(), kept_NK[:, c.group_rows].copy(), kept_NK[:, c.example_rows].copy(),
+      kept_NK[:, 0].copy(), mode.error_NT[:, index].copy(), mode.sample_SK[:, resampled[index]].copy(), taken,
+      None if joint else described,
     ))  # fmt: skip
     begin = end
   return tasks
@@ -161,6 +167,9 @@ def arrays(names: Sequence[str], tasks: Sequence[Task], table: Sequence[Columns]
     found[f'score_{name}_CN'] = task.by_member_CN
     found[f'groups_{name}_NG'] = task.groups_NG
     found[f'group_{name}_T'] = c.group_T
+    if c.examples:
+      rows_EM, score_EM = peaks(task.examples_NE)
+      found[f'example_rows_{name}_EM'], found[f'example_score_{name}_EM'] = rows_EM, score_EM
     if c.resamples > 1:
       found[f'error_{name}_N'] = task.error_N
     if len(task.by_member_CN) > 1:
@@ -171,6 +180,33 @@ def arrays(names: Sequence[str], tasks: Sequence[Task], table: Sequence[Columns]
   if error_N is not None and all(c.resamples > 1 for c in table):
     found['error_mix_N'] = error_N
   return found
+
+
+def peaks(examples_NE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Rows with the highest, then with the lowest scores for each example, and these scores.
+
+  Returns:
+    rows_EM: int64, at most `_PEAKS` of the highest, best first, then as many of the lowest, lowest first. Equal scores:
+      the lower row first.
+    score_EM: float32, in standard deviations of the example's own scores from their mean.
+  """
+  rows, scores = [], []
+  for score_N in examples_NE.T.astype(np.float64):
+    score_N = score_N - score_N.mean()
+    score_N /= score_N.std() or 1.0
+    count = min(_PEAKS, len(score_N) // 2)
+    ends_M = np.concatenate([_first(-score_N, count), _first(score_N, count)])
+    rows.append(ends_M)
+    scores.append(score_N[ends_M].astype(np.float32))
+  return np.stack(rows), np.stack(scores)
+
+
+def _first(key_N: np.ndarray, count: int) -> np.ndarray:
+  """The `count` rows of the lowest keys, in order, lower rows first among equals."""
+  if not count:
+    return np.zeros(0, np.int64)
+  near = np.flatnonzero(key_N <= np.partition(key_N, count - 1)[count - 1])
+  return near[np.argsort(key_N[near], kind='stable')][:count]
 
 
 def report(names: Sequence[str], tasks: Sequence[Task], rule: str) -> dict[str, Any]:

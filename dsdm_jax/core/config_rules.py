@@ -211,6 +211,7 @@ RULES: Mapping[str, Rule] = {
   'datamodel.target_share': _within(0, 1, '[)'),
   'datamodel.average': _one_of('auto', 'all', 'unseen'),
   'datamodel.groups': _POSITIVE,
+  'datamodel.examples': _COUNT,
   'datamodel.bootstrap': Rule(lambda v: v == 0 or v >= 2, 'must be 0 for none, or at least 2'),
   'datamodel.confidence': _within(0, 1, '()'),
   'datamodel.mix': _one_of('mean', 'zscore', 'rank'),
@@ -349,13 +350,22 @@ RELATIONS: tuple[Relation, ...] = (
     'set --config.features.projection=dense, or --config.features.mode=stream',
   ),
   Relation(
-    ('features.mode', 'datamodel.bootstrap', 'datamodel.groups', 'datamodel.unit_norm', 'datamodel.gram'),
-    lambda mode, bootstrap, groups, unit, gram: (
-      mode != 'jvp' or (bootstrap == 0 and groups == 1 and not unit and gram == 'full')
+    (
+      'features.mode',
+      'datamodel.bootstrap',
+      'datamodel.groups',
+      'datamodel.examples',
+      'datamodel.unit_norm',
+      'datamodel.gram',
+    ),
+    lambda mode, bootstrap, groups, examples, unit, gram: (
+      mode != 'jvp' or (bootstrap == examples == 0 and groups == 1 and not unit and gram == 'full')
     ),
     'pays for each direction and has no features to scale or join: needs datamodel.bootstrap = 0 (it is {1}), '
-    "datamodel.groups = 1 ({2}), datamodel.unit_norm = False ({3}) and datamodel.gram = 'full' ({4!r})",
-    'set --config.datamodel.bootstrap=0 and --config.datamodel.groups=1, or --config.features.mode=stream',
+    'datamodel.groups = 1 ({2}), datamodel.examples = 0 ({3}), datamodel.unit_norm = False ({4}) and datamodel.gram = '
+    "'full' ({5!r})",
+    'set --config.datamodel.bootstrap=0, --config.datamodel.groups=1 and --config.datamodel.examples=0, or '
+    '--config.features.mode=stream',
   ),
   Relation(
     ('features.microbatch', 'features.batch_size', 'mesh.data'),

@@ -23,6 +23,16 @@ def test_weights_are_means_over_all_groups_and_documents():
   assert not np.array_equal(columns.make(documents, 3, 200, 1, 'docs').weight_KT, c.weight_KT)
 
 
+def test_first_examples_stand_alone_between_groups_and_resamples():
+  documents = ['a', 'a', 'b', 'c']
+  c, plain = columns.make(documents, 2, 30, 0, 't', examples=3), columns.make(documents, 2, 30, 0, 't')
+  np.testing.assert_array_equal(c.weight_KT[c.example_rows], np.eye(4)[:3])
+  np.testing.assert_array_equal(c.weight_KT[c.resample_rows], plain.weight_KT[plain.resample_rows])
+  np.testing.assert_array_equal(c.weight_KT[c.group_rows], plain.weight_KT[plain.group_rows])
+  assert len(c.weight_KT) == 1 + c.groups + 3 + 30
+  assert columns.make(documents, 2, 30, 0, 't', examples=9).examples == 4
+
+
 def test_one_document_for_all_says_nothing_so_each_example_is_its_own():
   assert columns.make(['x'] * 6, 4, 10, 0, 't').clusters == 6
 

@@ -96,7 +96,7 @@ def _close(got, expected, rtol=1e-4):
 
 
 def test_every_array_against_numpy(run):
-  arrays, report, made = run(average='all', groups=3, bootstrap=50)
+  arrays, report, made = run(average='all', groups=3, bootstrap=50, examples=2)
   mixed = []
   for task, target in run.target.items():
     score_CNT = np.stack([_one(p, t) for p, t in zip(run.phi_CNJ, target, strict=True)])
@@ -107,6 +107,13 @@ def test_every_array_against_numpy(run):
     group_T = arrays[f'group_{task}_T']
     for g in range(3):
       _close(arrays[f'groups_{task}_NG'][:, g], score_CNT[:, :, group_T == g].mean(axis=(0, 2)))
+    own_NE = scipy.stats.zscore(score_CNT.mean(axis=0)[:, :2])
+    count = min(20, N // 2)
+    rows_EM, score_EM = arrays[f'example_rows_{task}_EM'], arrays[f'example_score_{task}_EM']
+    assert rows_EM.shape == (2, 2 * count)
+    for own_N, rows_M, score_M in zip(own_NE.T, rows_EM, score_EM, strict=True):
+      _close(score_M, own_N[rows_M], 1e-3)
+      _close(score_M, np.concatenate([np.sort(own_N)[::-1][:count], np.sort(own_N)[:count]]), 1e-3)
     # The bootstrap's error against the sandwich for a ratio of sums over documents; 50 resamples know it to 10 %.
     mean_NT = score_CNT.mean(axis=0)
     centred = mean_NT - mean_NT.mean(axis=1, keepdims=True)
@@ -125,6 +132,12 @@ def test_every_array_against_numpy(run):
   low_N, high_N = reader.interval_2N('docs')
   _close((low_N + high_N) / 2, reader.score_N('docs'))
   assert reader.groups_NG('docs').shape == (N, 3)
+
+
+def test_peaks_of_equal_scores_are_the_lower_rows():
+  rows_EM, score_EM = tables.peaks(np.array([[0.0, 1.0], [0, 1], [1, 1], [0, 1], [1, 1], [2, 1]]))
+  assert rows_EM.tolist() == [[5, 2, 4, 0, 1, 3], [0, 1, 2, 0, 1, 2]]
+  np.testing.assert_array_equal(score_EM[1], np.zeros(6))
 
 
 def test_unseen_average(run):

@@ -70,6 +70,7 @@ BAD: dict[str, list] = {
   'datamodel.gram': ['diagonal'],
   'datamodel.target_share': [-0.1, 1.0],
   'datamodel.average': ['seen'],
+  'datamodel.examples': [-1],
   'datamodel.groups': [0],
   'datamodel.bootstrap': [1, -1],
   'datamodel.confidence': [0.0, 1.0, 95.0],
