@@ -265,6 +265,49 @@ def _direct_labels(ax: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
     )  # fmt: skip
 
 
+def multiplier(curve: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], several: bool) -> Drawing:
+  """The ladder of random runs, log-probability against compute, and each arm at the compute of one of its trainings.
+
+  From an arm to the right runs the line to the compute random data would need, with its interval; an arrow goes on
+  where the ladder ends.
+
+  Args:
+    curve: of `multiplier.json`.
+    arms: of the same file and task.
+    several: whether names tell their target.
+  """
+  with matplotlib.rc_context(_STYLE):
+    figure, ax = _panel(3.1)
+    points = curve['points']
+    flop = [point['flop'] for point in points]
+    low_P, high_P = ([_end(p | {'difference': p['value']}, end) for p in points] for end in ('low', 'high'))
+    ax.fill_between(flop, low_P, high_P, color=COLOURS['neutral'], alpha=0.25, lw=0)
+    ax.plot(flop, [p['value'] for p in points], color=COLOURS['muted'], lw=1.6, marker='o', ms=4)
+    ax.set_xscale('log')
+    apart = -(-len(flop) // 4)  # no more than four labels have room
+    ax.set_xticks(flop, [words.scientific(x) if i % apart == 0 else '' for i, x in enumerate(flop)], fontsize=8)
+    ax.minorticks_off()
+    labels = [(points[-1]['value'], 'ladder of random data', COLOURS['muted'])]
+    for row in arms:
+      colour, read = method_colour(row['method']), row['equivalent']
+      start, value = row['flop_final'], row['value']
+      low, high = read['low'] or flop[0], read['high'] or flop[-1]
+      reached = read['estimate'] or (flop[-1] if read['text'].startswith('>') else flop[0])
+      ax.plot([start, reached], [value, value], color=colour, lw=1, ls=':')
+      ax.plot([low, high], [value, value], color=colour, lw=2.6, alpha=0.6, solid_capstyle='butt')
+      if read['high'] is None:
+        ax.plot(high, value, '>', color=colour, ms=6, clip_on=False)
+      ax.plot(start, value, 's', color=colour, ms=5.5, mec=COLOURS['paper'])
+      if read['estimate'] is not None:
+        ax.plot(reached, value, 'o', color=colour, ms=6, mec=COLOURS['paper'])
+      labels.append((value, words.arm_name(row['method'], row['target_mix'], several), colour))
+    _direct_labels(ax, labels)
+    _grid(ax)
+    ax.set_xlabel('operations of one training')
+    ax.set_title('log-probability of the right answer, nats', **_title())
+    return Drawing(figure)
+
+
 def composition(shares: Mapping[str, np.ndarray]) -> Drawing:
   """A stacked bar for each entry of `shares` (label → share of each source, summing to 1), from the top down."""
   with matplotlib.rc_context(_STYLE):

@@ -73,6 +73,8 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     facts=_facts(shown),
     svg=svg,
     forest={task: svg[f'forest-{task}'] for task in pictures.of_kind(drawings, 'forest')},
+    multiplier=_multiplier(shown),
+    ladders={task: svg[f'multiplier-{task}'] for task in pictures.of_kind(drawings, 'multiplier')},
     curves={mix: svg[f'losses-{mix}'] for mix in pictures.of_kind(drawings, 'losses')},
     means=_means(results, several),
     sources=_sources(shown),
@@ -119,6 +121,23 @@ def _means(results: Mapping[str, Any], several: bool) -> dict[str, Any]:
       for (method, target), cells in arms.items()
     ],
   }
+
+
+def _multiplier(shown: Evidence) -> dict[str, Any] | None:
+  """Rows of the table of compute multipliers; None where no ladder was run."""
+  found = shown.multiplier
+  if found is None:
+    return None
+  several = words.several_targets(row['target_mix'] for row in found['arms'])
+  rows = [
+    {
+      **row,
+      'name': words.arm_name(row['method'], row['target_mix'], several),
+      'task': words.task_name(words.asked(row['task'], row['split'])),
+    }
+    for row in found['arms']
+  ]
+  return {**found, 'rows': rows}
 
 
 def _sources(shown: Evidence) -> dict[str, Any]:

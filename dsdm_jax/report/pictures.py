@@ -12,6 +12,7 @@ from dsdm_jax.report.figures import Drawing
 def make(shown: Evidence) -> dict[str, Drawing]:
   """Name → figure. A name is 'kind' or 'kind-of what', and a file name as it is."""
   found = {f'forest-{task}': drawing for task, drawing in figures.forest(shown.results['comparisons']).items()}
+  found |= {f'multiplier-{task}': drawing for task, drawing in _multiplier(shown)}
   found |= {f'losses-{mix}': drawing for mix, drawing in _losses(shown)}
   found['sources'] = figures.composition(tables.sources(shown))
   overlap = tables.overlap(shown)
@@ -29,6 +30,16 @@ def of_kind(drawings: dict[str, Drawing], kind: str) -> dict[str, Drawing]:
 def targets(shown: Evidence) -> list[str]:
   """Targets that have scores, the mix first."""
   return sorted(shown.scores, key=lambda name: name != 'mix')
+
+
+def _multiplier(shown: Evidence) -> Iterator[tuple[str, Drawing]]:
+  """A ladder for each task, with the arms that were read off it."""
+  if shown.multiplier is None:
+    return
+  several = words.several_targets(row['target_mix'] for row in shown.multiplier['arms'])
+  for curve in shown.multiplier['curves']:
+    same = [a for a in shown.multiplier['arms'] if (a['task'], a['split']) == (curve['task'], curve['split'])]
+    yield words.asked(curve['task'], curve['split']), figures.multiplier(curve, same, several)
 
 
 def _losses(shown: Evidence) -> Iterator[tuple[str, Drawing]]:

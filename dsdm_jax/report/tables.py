@@ -98,6 +98,10 @@ def csv_files(shown: Evidence, row_N: np.ndarray) -> Iterator[tuple[str, str]]:
   """
   for name in ('summary', 'comparisons', 'arms'):
     yield f'{name}.csv', _records(shown.results[name])
+  if shown.multiplier is not None:
+    yield 'multiplier.csv', _records([_flat(row) for row in shown.multiplier['arms']])
+  if shown.lds is not None:
+    yield 'lds.csv', _records([{'level': k, **_flat(row)} for k, rows in shown.lds.items() for row in rows])
   yield (
     'losses.csv',
     _csv(
@@ -149,6 +153,14 @@ def _rows(shown: Evidence, row_N: np.ndarray) -> str:
     for n, *values in zip(row_N.tolist(), *lists, strict=True)
   )
   return _csv(('row', 'source', 'document', 'offset', *(name for name, _ in columns)), lines)
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+  """Records inside it become keys of their own: 'gross estimate'."""
+  flat: dict[str, Any] = {}
+  for key, value in record.items():
+    flat |= {f'{key} {k}': v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
+  return flat
 
 
 def _number(value: float) -> float | str:

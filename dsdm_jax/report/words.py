@@ -16,8 +16,12 @@ TASKS = {
   'api_qa': 'API questions',
   'cs_algorithms': 'CS algorithms',
   'mix': 'all targets together',
+  'mean': 'mean of all tasks',
+  'mean of benchmarks': 'mean of all benchmarks',
 }
 MINUS = '−'
+
+MEAN = 'mean'
 
 # The target of arms that ignore targets.
 UNTARGETED = 'any'
@@ -34,6 +38,11 @@ def method_name(method: str) -> str:
 
 def task_name(task: str) -> str:
   return TASKS.get(task, task)
+
+
+def asked(task: str, split: str) -> str:
+  """What tells a task and split apart from the others, also as a part of a file name: the mean occurs in two splits."""
+  return f'{task} of {split}s' if task == MEAN and split != 'holdout' else task
 
 
 def heading(text: str) -> str:

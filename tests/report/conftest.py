@@ -153,6 +153,29 @@ def hostile() -> str:
   return HOSTILE
 
 
+def multiplier() -> dict:
+  """`multiplier.json` of a made-up ladder: one reading inside it, one above its end."""
+  curve = [
+    {'flop': 1e12 * 2**i, 'value': -4.8 + 0.1 * i, 'low': -4.85 + 0.1 * i, 'high': -4.75 + 0.1 * i} for i in range(4)
+  ]
+  common = {
+    'target_mix': 'mix', 'split': 'holdout', 'metric': 'logprob', 'flop_final': 2e12, 'seconds_final': 9.0,
+    'flop_selection': 5e12, 'seconds_selection': 20.0, 'uses': 1, 'needs_flop_selection_below': 3e12,
+  }  # fmt: skip
+  inside = {'estimate': 5e12, 'low': 3e12, 'high': None, 'text': '5e12 [3e12, > 8e12]'}
+  above = {'estimate': None, 'low': 8e12, 'high': None, 'text': '> 8e12'}
+  arms = [
+    common | {'method': 'dsdm', 'task': task, 'value': value, 'equivalent': read, 'gross': read | {'text': text},
+              'net': read | {'text': '0.9 [0.6, > 1.5]'}}
+    for task, value, read, text in (('docs', -4.57, inside, '2.5 [1.5, > 4]'), ('mean', -4.3, above, '> 4'))
+  ]  # fmt: skip
+  curves = [{'task': task, 'split': 'holdout', 'metric': 'logprob', 'points': curve} for task in ('docs', 'mean')]
+  return {
+    'confidence': 0.95, 'uses': 1, 'unit': {}, 'rungs': [], 'curves': curves, 'arms': arms,
+    'notes': ['<i>Conditional</i> on one selection.'],
+  }  # fmt: skip
+
+
 @pytest.fixture(scope='session')
 def drawings(shown) -> dict:
   return pictures.make(shown)

@@ -14,7 +14,8 @@ from configs import base
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
-from dsdm_jax.report import explorer, page, pictures, report
+from dsdm_jax.report import explorer, page, pictures, report, tables
+from tests.report.conftest import multiplier
 
 
 class _Seen(HTMLParser):
@@ -163,6 +164,20 @@ def test_validation_is_shown_where_there_is_one(shown, drawings):
   part = html[html.index('<section id="lds">') :]
   assert part.index('&lt;b&gt;strong') < part.index('>weak<')
   assert '0.33 <small>0.10 to 0.50' in part
+
+
+def test_multiplier_is_shown_where_there_is_a_ladder(shown, html):
+  assert 'worth in compute' not in html
+  laddered = dataclasses.replace(shown, multiplier=multiplier())
+  drawn = {name: d for name, d in pictures.make(laddered).items() if name.startswith('multiplier')}
+  assert list(drawn) == ['multiplier-docs', 'multiplier-mean']
+  made = render(laddered, [*pictures.make(shown), *drawn])
+  part = made[made.index('<section id="multiplier">') : made.index('<section id="training">')]
+  assert '2.5 [1.5, &gt; 4]' in part
+  assert 'Mean of all tasks' in part
+  assert '&lt;i&gt;Conditional' in part
+  assert 'ladder of random data' in drawn['multiplier-docs'].svg('x')
+  assert 'multiplier.csv' in dict(tables.csv_files(laddered, np.arange(3)))
 
 
 def test_number_that_could_not_be_given(shown, drawings):
