@@ -32,7 +32,7 @@ def settings(name: str):
   config = begin()
   config.features.update(SETTINGS[name])
   if name == 'jvp':
-    config.datamodel.bootstrap, config.datamodel.groups = 0, 1
+    config.datamodel.bootstrap, config.datamodel.groups, config.datamodel.examples = 0, 1, 0
   return config
 
 
