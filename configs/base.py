@@ -202,7 +202,29 @@ def get_config() -> ConfigDict:
   c.pretraining.seeds = 3  # models per arm; at least 2, 3 for intervals worth reading
   c.pretraining.train = training()
 
+  # Ladder: models on random rows at several sizes, on which results are read as compute; none without rungs.
+  c.ladder = ConfigDict()
+  # compute of one run at each rung, in that of an arm's, as texts: ('0.25', '0.5', '1', '2', '4'). Parameters and
+  # tokens grow with its root; a pool with fewer rows than a rung takes is gone through again.
+  c.ladder.rungs = ()
+  c.ladder.seeds = 3  # models per rung
+
   c.evaluation = ConfigDict()
+  # What models are asked: targets (the run's own, both splits), benchmarks by the names of dsdm_jax/data/benchmarks.py,
+  # paths of JSONL files of LLM-Foundry's shapes.
+  c.evaluation.tasks = ('targets',)
+  c.evaluation.benchmark_folder = ''  # where the benchmarks' JSONL files lie; 'tfds' or 'tfds:FOLDER' takes TFDS's data
+  c.evaluation.max_items = 0  # of each benchmark, spread evenly over its file; 0 takes all
+  c.evaluation.file_shots = 0  # solved examples before each question of a file given by its path
+  c.evaluation.file_delimiter = ' '  # between context and answer in such a file
+  c.evaluation.generate_tokens = 16  # of a generated answer, at most; below pool.length
+  c.evaluation.begin_with_end_mark = True  # an end mark before each prompt, as before each document of the pool
+  # Further models to compare, as 'name=folder' with an Orbax checkpoint of `model` on the pool's vocabulary.
+  c.evaluation.checkpoints = ()
+  c.evaluation.bootstrap = (
+    10_000  # draws of the bootstrap over items, where one model stands for each arm; at least 100
+  )
+  c.evaluation.selection_uses = 1  # trainings that share the cost of choosing, in the net compute multiplier
   c.evaluation.batch_size = 64  # examples per step over all devices; a multiple of mesh.data
   # Compare models of one seed, which share their initialisation, instead of arms as wholes: right where two random
   # arms correlate over seeds above 0.6, as they do in short trainings (docs/quickstart.md).

@@ -20,6 +20,7 @@ from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data import tasks
+from dsdm_jax.evaluation import requests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +73,16 @@ STAGES = (
   Stage(
     'pretraining', ('pool', 'selection'), ('seed', 'model', 'pretraining'), 'training.pretraining:run', everywhere=True
   ),
-  # Every model on every task; differences with intervals.
+  # Models on random rows at several sizes: the scale on which results are read as compute.
   Stage(
-    'evaluation', ('pool', 'targets', 'selection', 'pretraining'),
-    ('evaluation', 'model', 'pretraining'), 'evaluation.evaluate:run', 2, everywhere=True,
+    'ladder', ('pool',),
+    ('seed', 'ladder', 'model', 'pretraining.train', 'selection.examples', 'selection.epochs'),
+    'training.ladder:run', everywhere=True,
+  ),
+  # Every model on every task; differences with intervals, and the compute multiplier.
+  Stage(
+    'evaluation', ('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'ladder'),
+    ('evaluation', 'model', 'pretraining', 'targets.seed'), 'evaluation.evaluate:run', 3, everywhere=True,
   ),
   # One page that shows it all.
   Stage(
@@ -116,6 +123,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
 
 def _run(config: ConfigDict, settings: Mapping, workdir: Path, only: str | None, rerun: bool) -> None:
   tasks.check_files(config.targets)
+  requests.check(config.evaluation, config.pool.length)
   with _held(workdir, config.features.job if config.features.jobs > 1 else None) as fresh:
     _run_in(workdir, fresh, config, settings, only, rerun)
 
@@ -189,6 +197,9 @@ def _identity(stage: Stage, settings: Mapping, inputs: Mapping[str, str]) -> Ide
   for task in chosen.get('targets.tasks', ()):
     if task.endswith('.jsonl'):  # the text counts, not only where it lies
       chosen[f'SHA-256 of {task}'] = hashlib.sha256(Path(task).read_bytes()).hexdigest()
+  if 'evaluation.tasks' in chosen:
+    files = requests.files(chosen['evaluation.tasks'], chosen['evaluation.benchmark_folder'])
+    chosen |= {f'SHA-256 of {file}': hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
   if chosen.get('pool.plant_targets'):  # planted are examples of the target split
     chosen |= select(settings, ('targets.holdout_share', 'targets.max_examples'))
   return Identity(stage.name, stage.format, chosen, inputs)

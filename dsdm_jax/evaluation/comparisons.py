@@ -115,7 +115,9 @@ def _comparison(
   labels: Mapping[str, Any],
 ) -> dict[str, Any]:
   method_rows, baseline_rows = rows(runs, method), rows(runs, baseline)
-  if options.paired_seeds:
+  # A checkpoint from elsewhere shares no initialisation with anything here.
+  paired = options.paired_seeds and all(runs[r].get('selection', '') is not None for r in method_rows + baseline_rows)
+  if paired:
     common = {runs[r]['seed'] for r in method_rows} & {runs[r]['seed'] for r in baseline_rows}
     if not common:
       raise UserError(
@@ -134,14 +136,13 @@ def _comparison(
     )  # fmt: skip
   else:
     interval = guarded(
-      labels, statistics.crossed_difference, method_SI, baseline_SI, options.paired_seeds, options.confidence,
-      documents_I,
+      labels, statistics.crossed_difference, method_SI, baseline_SI, paired, options.confidence, documents_I,
     )  # fmt: skip
   degrees = interval.degrees_of_freedom
   return {
     'method': method[0], 'target_mix': method[1], 'baseline': baseline[0], **labels,
     'difference': interval.difference, 'low': interval.low, 'high': interval.high,
-    'p_value': interval.p_value, 'basis': interval.basis, 'paired_seeds': options.paired_seeds,
+    'p_value': interval.p_value, 'basis': interval.basis, 'paired_seeds': paired,
     'seeds': [len(method_SI), len(baseline_SI)],
     'conditional': selected_once(runs, method) or selected_once(runs, baseline),
     'degrees_of_freedom': degrees if math.isfinite(degrees) else None,

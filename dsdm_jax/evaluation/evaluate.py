@@ -1,90 +1,114 @@
 """Stage `evaluation`: every model on every task and split, then differences between arms with intervals."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsdm_jax.core import atomic, distributed, flops
+from dsdm_jax.core import atomic, distributed
+from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.targets import Examples, Targets
-from dsdm_jax.evaluation import results
+from dsdm_jax.evaluation import compute, results, rules
+from dsdm_jax.evaluation.exam import Exam, exam, gather
+from dsdm_jax.evaluation.results import BENCHMARK, UNTARGETED
 from dsdm_jax.evaluation.scoring import Scorer
 from dsdm_jax.training.loop import load_state
-from dsdm_jax.training.step import TrainState, trainer
+from dsdm_jax.training.step import trainer
 
-SPLITS = ('target', 'holdout')
+
+def models(context: Context) -> list[dict[str, Any]]:
+  """Every model to evaluate: `name`, `method`, `target_mix`, `seed`, `selection`, and the `folder` it lies in.
+
+  Raises:
+    UserError: a folder that `evaluation.checkpoints` names is not there, or has the name of an arm.
+  """
+  index = json.loads((context.inputs['selection'].path / 'index.json').read_text())
+  pretrained = context.inputs['pretraining'].path
+  found = [
+    {
+      'name': e['name'], 'method': e['method'], 'target_mix': e['target'], 'seed': e['seed'],
+      'selection': e['selection'], 'folder': str(pretrained / e['name']),
+    } for e in index
+  ]  # fmt: skip
+  for spec in context.config.evaluation.checkpoints:
+    name, _, folder = spec.partition('=')
+    if name in {e['method'] for e in index}:
+      raise UserError(f'evaluation.checkpoints calls {folder} {name!r}, as an arm is called; give it another name')
+    if not Path(folder).is_dir():
+      raise UserError(f'evaluation.checkpoints names {folder}, which is no folder; give one that holds a checkpoint')
+    found.append({
+      'name': f'checkpoint--{name}', 'method': name, 'target_mix': UNTARGETED, 'seed': 0, 'selection': None,
+      'folder': folder,
+    })  # fmt: skip
+  return found
 
 
 def run(context: Context) -> dict:
-  """Leaves `runs/<name>.npz`, their union `items.npz`, `runs.json` and `results.json`."""
+  """Leaves `runs/<name>.npz`, together `items.npz`, `runs.json`, `results.json`, `answers/` (generated texts)."""
   config = context.config
-  pool, targets = Pool(context.inputs['pool']), Targets(context.inputs['targets'])
-  index = json.loads((context.inputs['selection'].path / 'index.json').read_text())
-  pretrained = context.inputs['pretraining'].path
+  pool = Pool(context.inputs['pool'])
   compiled = trainer(config.model, config.pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
   scorer = Scorer(compiled, config.evaluation.batch_size)
-  examples = {(t, s): targets.examples(t, s) for t in targets.tasks for s in SPLITS}
-  (context.out / 'runs').mkdir(exist_ok=True)
+  asked, entries = exam(context), models(context)
+  for folder in ('runs', 'answers'):
+    (context.out / folder).mkdir(exist_ok=True)
 
-  with context.log.bar(total=len(index), desc='evaluation', unit='model') as bar:
-    for entry in index:
+  with context.log.bar(total=len(entries), desc='evaluation', unit='model') as bar:
+    for entry in entries:
       file = context.out / 'runs' / f'{entry["name"]}.npz'
       if not distributed.decide(file.is_file):
-        state = load_state(pretrained / entry['name'], compiled)
-        arrays = {}
-        for (task, split), e in examples.items():
-          logprob_I, accuracy_I = scorer.score(state, e.tokens_TL, e.weights_TL)
-          arrays[f'logprob__{task}__{split}'], arrays[f'accuracy__{task}__{split}'] = logprob_I, accuracy_I
-        context.add_flop(_flop(scorer, state, examples))
+        before = scorer.flop
+        arrays, texts = asked.sit(scorer, load_state(Path(entry['folder']), compiled))
+        context.add_flop(scorer.flop - before)
         if context.first:
-          atomic.save_npz(file, **arrays)
+          _save(context.out, entry['name'], arrays, texts, asked)
       bar.update(1)
 
+  ladder_items = compute.examine(context, asked)
   if context.first:
-    _summarize(context, index, examples)
-  return {
-    'logprob': 'mean over the answer tokens of log p, nats; higher is better',
-    'accuracy': 'share of items whose every answer token is the argmax, teacher-forced',
-    'intervals': 'conditional on one selection: proxies and scores were made once',
-  }
+    _summarize(context, entries, asked, ladder_items)
+  return {**rules.METRICS, 'intervals': 'see notes in results.json'}
 
 
-def _summarize(context: Context, index: list[dict[str, Any]], examples: dict[tuple[str, str], Examples]) -> None:
-  config = context.config
-  items = _gather(context.out / 'runs', [entry['name'] for entry in index])
-  runs = [
-    {'method': e['method'], 'target_mix': e['target'], 'seed': e['seed'], 'selection': e['selection']} for e in index
-  ]
+def _save(out: Path, name: str, arrays: Mapping[str, np.ndarray], texts: Mapping[str, list[str]], asked: Exam) -> None:
+  for request in asked.requests:
+    task = request.benchmark.name
+    if task in texts:
+      right_I = arrays[f'accuracy__{task}__{BENCHMARK}']
+      lines = [
+        {'id': id, 'output': text, 'right': bool(right)}
+        for id, text, right in zip(request.item_ids_I, texts[task], right_I, strict=True)
+      ]
+      atomic.write_text(out / 'answers' / f'{name}--{task}.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
+  atomic.save_npz(out / 'runs' / f'{name}.npz', **arrays)
+
+
+def _summarize(
+  context: Context, entries: list[dict[str, Any]], asked: Exam, ladder_items: Mapping[str, np.ndarray] | None
+) -> None:
+  config = context.config.evaluation
+  items = gather(context.out / 'runs', [entry['name'] for entry in entries])
+  runs = [{key: e[key] for key in ('method', 'target_mix', 'seed', 'selection')} for e in entries]
   atomic.save_npz(context.out / 'items.npz', **items)
   atomic.write_json(context.out / 'runs.json', runs)
-  documents = {key: [record['document'] for record in e.records] for key, e in examples.items()}
   found = results.results(
     items,
     runs,
-    confidence=config.evaluation.confidence,
-    paired_seeds=config.evaluation.paired_seeds,
-    documents=documents,
+    confidence=config.confidence,
+    paired_seeds=config.paired_seeds,
+    resamples=config.bootstrap,
+    documents=asked.documents(),
+    categories=asked.categories(),
+    tasks=asked.tasks(),
     cost={},
     versions={},
     config={},
   )
+  found['multiplier'] = None if ladder_items is None else compute.read(context, asked, items, runs, ladder_items)
+  if found['multiplier'] is not None:
+    atomic.write_json(context.out / 'multiplier.json', found['multiplier'])
   atomic.write_json(context.out / 'results.json', found)
-
-
-def _flop(scorer: Scorer, state: TrainState, examples: dict[tuple[str, str], Examples]) -> float:
-  tokens = sum(len(e.tokens_TL) for e in examples.values())
-  e = next(iter(examples.values()))
-  return flops.count(scorer.apply, state.params, state.rest, e.tokens_TL, e.weights_TL) * tokens / len(e.tokens_TL)
-
-
-def _gather(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
-  """Per-run arrays [items] stacked into [runs, items]."""
-  loaded = []
-  for name in names:
-    with np.load(folder / f'{name}.npz', allow_pickle=False) as arrays:
-      loaded.append(dict(arrays))
-  return {key: np.stack([arrays[key] for arrays in loaded]) for key in loaded[0]}

@@ -140,7 +140,11 @@ class Decoder(nnx.Module):
     )
 
   def __call__(self, tokens_BL: jax.Array) -> jax.Array:
-    return self.logits(self._run_blocks(partition.batch_here(self.embed(tokens_BL))))
+    return self.logits(self.residual(tokens_BL))
+
+  def residual(self, tokens_BL: jax.Array) -> jax.Array:
+    """What the last block gives, [B, L, D]: for who needs the logits of some places only."""
+    return self._run_blocks(partition.batch_here(self.embed(tokens_BL)))
 
   def embed(self, tokens_BL: jax.Array, position_BL: jax.Array | None = None) -> jax.Array:
     """What the first block is given; `position_BL` as in `rotate`."""

@@ -22,16 +22,17 @@ CHANGES = [
   ('seed', 7, ALL),
   ('pool.max_bytes', 70_000, ALL),
   ('targets.tasks', ('docs', 'api_qa'), ALL),
-  ('targets.max_examples', 11, ALL - {'pool', 'proxies'}),
-  ('targets.holdout_share', 0.4, ALL - {'pool', 'proxies'}),
+  ('targets.max_examples', 11, ALL - {'pool', 'proxies', 'ladder'}),
+  ('targets.holdout_share', 0.4, ALL - {'pool', 'proxies', 'ladder'}),
   ('proxies.train.learning_rate', 0.01, AFTER_PROXIES),
   ('proxies.count', 3, AFTER_PROXIES),
   ('features.dimension', 32, AFTER_PROXIES - {'proxies'}),
   ('features.output_fn', 'dsdm_jax.lm.outputs:log_likelihood', AFTER_PROXIES - {'proxies'}),
   ('datamodel.damping', 0.2, {'datamodel', 'selection', 'pretraining', 'evaluation', 'report'}),
-  ('selection.examples', 31, {'selection', 'pretraining', 'evaluation', 'report'}),
+  ('selection.examples', 31, {'selection', 'pretraining', 'ladder', 'evaluation', 'report'}),
   ('pretraining.seeds', 3, {'selection', 'pretraining', 'evaluation', 'report'}),
-  ('pretraining.train.weight_decay', 0.1, {'pretraining', 'evaluation', 'report'}),
+  ('pretraining.train.weight_decay', 0.1, {'pretraining', 'ladder', 'evaluation', 'report'}),
+  ('ladder.seeds', 2, {'ladder', 'evaluation', 'report'}),
   ('evaluation.confidence', 0.9, {'evaluation', 'report'}),
   ('report.examples', 3, {'report'}),
   ('mesh.data', 1, set()),
@@ -114,7 +115,7 @@ def test_model_and_proxies_are_apart(made, ran):
     config.proxies.model[key] = config.proxies.model[key]  # no longer a reference
   config.model.layers = 2
   pipeline.run(config, made, rerun=True)
-  assert ran.stages == ['pretraining', 'evaluation', 'report']
+  assert ran.stages == ['pretraining', 'ladder', 'evaluation', 'report']
 
 
 def test_changed_words_of_a_target_file_count(tmp_path, ran):

@@ -1,0 +1,53 @@
+"""The evaluation stage alone, on a finished run: benchmarks of every shape, and a checkpoint given by its folder."""
+
+import json
+
+import numpy as np
+
+from tests.pipeline import runs
+
+ITEMS = {
+  'words': [{'context': f'The {i} cats saw the', 'continuation': 'dog', 'category': 'ab'[i % 2]} for i in range(4)],
+  'choose': [{'query': f'Is {i} odd?', 'choices': ['yes', 'no', 'perhaps'], 'gold': i % 2} for i in range(4)],
+  'schema': [{'context_options': [f'A{i}', f'The B{i}'], 'continuation': 'is big.', 'gold': 0} for i in range(4)],
+  'asked': [{'context': f'Question: {i}?\nAnswer:', 'answer': 'leek', 'aliases': ['a leek']} for i in range(4)],
+}
+
+
+def test_benchmarks_and_a_checkpoint(copied, tmp_path):
+  paths = []
+  for name, lines in ITEMS.items():
+    paths.append(str(tmp_path / f'{name}.jsonl'))
+    (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  flags = (
+    runs.TINY, f'--workdir={copied}', '--stage=evaluation', '--rerun', f'--config.evaluation.tasks={tuple(paths)}',
+    '--config.evaluation.file_shots=1', '--config.evaluation.generate_tokens=3',
+  )  # fmt: skip
+  message = runs.refused(*flags, '--config.evaluation.checkpoints=("mine=/no/such",)')
+  assert 'evaluation.checkpoints names /no/such, which is no folder' in message
+  flags += (f'--config.evaluation.checkpoints=("mine={copied}/pretraining/random--any--0",)',)
+  said = runs.succeed(*flags)
+  assert 'Accuracy on benchmarks' in said and 'choose' in said and 'mine' in said
+
+  found = json.loads((copied / 'results.json').read_text())
+  assert {(t['task'], t['split'], t['rule'], t['shots']) for t in found['tasks']} == {
+    ('words', 'benchmark', 'exact_argmax', 1), ('choose', 'benchmark', 'mean_cross_entropy', 1),
+    ('schema', 'benchmark', 'shared_continuation', 1), ('asked', 'benchmark', 'alias_prefix', 1),
+  }  # fmt: skip
+  rows = {(r['method'], r['seed'], r['task']): r for r in found['arms']}
+  assert {task for _, _, task in rows} == set(ITEMS)
+  for task in ITEMS:
+    mine, random = rows['mine', 0, task], rows['random', 0, task]
+    assert {k: v for k, v in mine.items() if k != 'method'} == {k: v for k, v in random.items() if k != 'method'}
+    assert mine['logprob'] < 0 and (mine['acc_norm'] is None) == (task in ('words', 'asked'))
+  pairs = [c for c in found['comparisons'] if c['method'] == 'mine' and c['baseline'] == 'random']
+  assert len(pairs) == 4 and not any(c['paired_seeds'] for c in pairs)
+  assert {row['task'] for row in found['means']['summary']} == {'mean'}
+  with np.load(copied / 'evaluation' / 'items.npz') as items:
+    assert items['acc__choose__benchmark'].shape == (9, 4)
+  lines = (copied / 'evaluation' / 'answers' / 'checkpoint--mine--asked.jsonl').read_text().splitlines()
+  assert [json.loads(line)['id'] for line in lines] == [f'line {i}' for i in range(1, 5)]
+
+  (tmp_path / 'words.jsonl').write_text('{"context": "The cat saw the", "continuation": "dog"}\n' * 2)
+  message = runs.refused(*[flag for flag in flags if flag != '--rerun'])
+  assert f'SHA-256 of {tmp_path}/words.jsonl was' in message
