@@ -8,6 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from dsdm_jax.core.rule import Rule
+from dsdm_jax.core.rule import above as _above
+from dsdm_jax.core.rule import at_least as _at_least
+from dsdm_jax.core.rule import one_of as _one_of
+from dsdm_jax.core.rule import some_of as _some_of
+from dsdm_jax.core.rule import within as _within
+
 SOURCES = ('installed_packages',)
 KINDS = ('source', 'docs', 'licences', 'metadata', 'data')
 TASKS = ('docs', 'api_qa', 'cs_algorithms')
@@ -24,47 +31,6 @@ MODELS = ('model', 'proxies.model')
 TRAINS = ('proxies.train', 'pretraining.train')
 BATCHES = (*(f'{train}.batch_size' for train in TRAINS), 'features.batch_size', 'evaluation.batch_size')
 CALLABLE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*')
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-  """What one key's value must be: `text` follows '<key> = <value>: '."""
-
-  holds: Callable[[Any], bool]
-  text: str
-
-
-def _at_least(low: float) -> Rule:
-  return Rule(lambda v: v >= low, f'must be at least {low}')
-
-
-def _above(low: float) -> Rule:
-  return Rule(lambda v: v > low, f'must be greater than {low}')
-
-
-def _within(low: float, high: float, ends: str = '[]') -> Rule:
-  """Range from `low` to `high`; '[' and ']' take in the end, '(' and ')' leave it out."""
-
-  def holds(v: float) -> bool:
-    return (v > low if ends[0] == '(' else v >= low) and (v < high if ends[1] == ')' else v <= high)
-
-  said = {'[]': 'both taken in', '()': 'both left out', '[)': f'{high} left out', '(]': f'{low} left out'}
-  return Rule(holds, f'must lie between {low} and {high} ({said[ends]})')
-
-
-def _one_of(*choices: str) -> Rule:
-  return Rule(lambda v: v in choices, f'must be one of {", ".join(choices)}')
-
-
-def _some_of(*choices: str, also: Rule | None = None) -> Rule:
-  """A tuple of at least one choice (or value for which `also` holds), none of them twice."""
-  text = f'must be one or more of {", ".join(choices)}' + (f' or {also.text}' if also else '') + ', each once'
-
-  def holds(values: tuple[str, ...]) -> bool:
-    known = all(v in choices or (also is not None and also.holds(v)) for v in values)
-    return known and 0 < len(values) == len(set(values))
-
-  return Rule(holds, text)
 
 
 def _is_regex(value: str) -> bool:

@@ -1,0 +1,46 @@
+"""What one value must be, and how that is said."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """What one key's value must be: `text` follows '<key> = <value>: '."""
+
+  holds: Callable[[Any], bool]
+  text: str
+
+
+def at_least(low: float) -> Rule:
+  return Rule(lambda v: v >= low, f'must be at least {low}')
+
+
+def above(low: float) -> Rule:
+  return Rule(lambda v: v > low, f'must be greater than {low}')
+
+
+def within(low: float, high: float, ends: str = '[]') -> Rule:
+  """Range from `low` to `high`; '[' and ']' take in the end, '(' and ')' leave it out."""
+
+  def holds(v: float) -> bool:
+    return (v > low if ends[0] == '(' else v >= low) and (v < high if ends[1] == ')' else v <= high)
+
+  said = {'[]': 'both taken in', '()': 'both left out', '[)': f'{high} left out', '(]': f'{low} left out'}
+  return Rule(holds, f'must lie between {low} and {high} ({said[ends]})')
+
+
+def one_of(*choices: str) -> Rule:
+  return Rule(lambda v: v in choices, f'must be one of {", ".join(choices)}')
+
+
+def some_of(*choices: str, also: Rule | None = None) -> Rule:
+  """A tuple of at least one choice (or value for which `also` holds), none of them twice."""
+  text = f'must be one or more of {", ".join(choices)}' + (f' or {also.text}' if also else '') + ', each once'
+
+  def holds(values: tuple[str, ...]) -> bool:
+    known = all(v in choices or (also is not None and also.holds(v)) for v in values)
+    return known and 0 < len(values) == len(set(values))
+
+  return Rule(holds, text)
