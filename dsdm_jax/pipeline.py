@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -34,6 +35,7 @@ class Stage:
     format: version of what it writes.
     everywhere: whether all processes run it together; process 0 alone runs the others.
     on_request: runs only where it is asked for by name.
+    also: stages whose artifacts it takes up where they stand; when that changes it is made anew without being asked.
   """
 
   name: str
@@ -43,6 +45,7 @@ class Stage:
   format: int = 1
   everywhere: bool = False
   on_request: bool = False
+  also: tuple[str, ...] = ()
 
 
 STAGES = (
@@ -87,7 +90,7 @@ STAGES = (
   # One page that shows it all.
   Stage(
     'report', ('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'evaluation'),
-    ('report',), 'report.report:run',
+    ('report',), 'report.report:run', also=('validation',),
   ),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES if not stage.on_request)
@@ -184,7 +187,9 @@ def _opened(workdir: Path, names: Iterable[str]) -> dict[str, Artifact]:
 def _stands(stage: Stage, settings: Mapping, workdir: Path, done: Mapping[str, Artifact]) -> bool:
   """Whether a stage whose inputs had to be made anew stands, because they came out the same."""
   found = artifacts.open_stage(workdir, stage.name)
-  if found is None or found.manifest['identity'] != _identity(stage, settings, _digests(stage, done)).as_json():
+  if (
+    found is None or found.manifest['identity'] != _identity(stage, settings, _digests(stage, workdir, done)).as_json()
+  ):
     return False
   found.verify()
   print(f'{stage.name}: reused from {found.path}')
@@ -205,8 +210,24 @@ def _identity(stage: Stage, settings: Mapping, inputs: Mapping[str, str]) -> Ide
   return Identity(stage.name, stage.format, chosen, inputs)
 
 
-def _digests(stage: Stage, done: Mapping[str, Artifact]) -> dict[str, str]:
-  return {name: done[name].digest for name in stage.reads}
+def _inputs(stage: Stage, workdir: Path, done: Mapping[str, Artifact]) -> dict[str, Artifact]:
+  """What `stage` reads, and what it takes up if that was made from the same."""
+  inputs = {name: done[name] for name in stage.reads}
+  for other in (s for s in STAGES if s.name in stage.also):
+    found = artifacts.open_stage(workdir, other.name)
+    if found is not None and found.manifest['identity']['inputs'] == {name: done[name].digest for name in other.reads}:
+      inputs[other.name] = found
+  return inputs
+
+
+def _digests(stage: Stage, workdir: Path, done: Mapping[str, Artifact]) -> dict[str, str]:
+  return {name: artifact.digest for name, artifact in _inputs(stage, workdir, done).items()}
+
+
+def _but_for(stage: Stage, identity: Mapping[str, Any]) -> dict[str, Any]:
+  """An identity without what the stage only takes up."""
+  inputs = {name: digest for name, digest in identity['inputs'].items() if name not in stage.also}
+  return {**identity, 'inputs': inputs}
 
 
 def _finished(workdir: Path, settings: Mapping, only: str | None, rerun: bool) -> dict[str, Artifact]:
@@ -223,7 +244,7 @@ def _finished(workdir: Path, settings: Mapping, only: str | None, rerun: bool) -
     found = artifacts.open_stage(workdir, stage.name)
     unfinished = artifacts.begun(workdir, stage.name)
     if not missing:
-      identity = _identity(stage, settings, _digests(stage, done))
+      identity = _identity(stage, settings, _digests(stage, workdir, done))
       if found is None and artifacts.pending_commit(workdir, identity):
         found = artifacts.finish_commit(workdir, stage.name)
       if found is not None and found.manifest['identity'] == identity.as_json():
@@ -239,7 +260,7 @@ def _finished(workdir: Path, settings: Mapping, only: str | None, rerun: bool) -
       wanted = _identity(stage, settings, known['inputs']).as_json()
     stale = found.manifest['identity'] if found is not None else unfinished
     if stale is not None and not rerun:
-      phrases = artifacts.differences(stale, wanted)
+      phrases = artifacts.differences(_but_for(stage, stale), _but_for(stage, wanted))
       # Where only what it read is gone, it is made anew after that, or stands if that comes out the same.
       if phrases:
         _refuse(workdir, stage, phrases)
@@ -274,7 +295,7 @@ def _run_stage(
   stage: Stage, config: ConfigDict, settings: Mapping, workdir: Path, done: Mapping[str, Artifact]
 ) -> Artifact | None:
   """The finished stage; None where the job has done its part and others have not."""
-  identity = _identity(stage, settings, _digests(stage, done))
+  identity = _identity(stage, settings, _digests(stage, workdir, done))
   first = distributed.is_first()
   resumed = distributed.decide(lambda: artifacts.begun(workdir, stage.name) == identity.as_json())
   out = Path(distributed.decide(lambda: str(artifacts.begin(workdir, identity))))
@@ -284,7 +305,7 @@ def _run_stage(
   began = time.monotonic()
   module, function = stage.code.split(':')
   try:
-    inputs = {name: done[name] for name in stage.reads}
+    inputs = _inputs(stage, workdir, done)
     run_stage = getattr(importlib.import_module(f'dsdm_jax.{module}'), function)
     context = Context(config, out, inputs, log, cost, first)
     semantics = run_stage(context) if stage.everywhere else distributed.decide(lambda: run_stage(context))

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 
 from dsdm_jax import pipeline
+from dsdm_jax.core import artifacts, atomic
 from tests.pipeline import runs
 
 SMALL = (
@@ -58,3 +59,20 @@ def test_a_pool_that_is_too_small_is_said(finished, tmp_path):
     shutil.copytree(finished / stage, tmp_path / 'run' / stage)
   said = runs.refused(runs.TINY, f'--workdir={tmp_path / "run"}', '--stage=validation')
   assert 'validation.rows = 2048' in said
+
+
+def test_report_takes_up_a_validation_of_the_same_pool(copied):
+  """One of another pool it leaves alone; when one comes the report is made anew, and nothing else is."""
+  record = {
+    'setting': 'plain', 'predictor': 'default', 'family': 'halves', 'subsets': 9, 'lds': 0.33, 'low': 0.1, 'high': 0.5
+  }  # fmt: skip
+  inputs = {name: artifacts.open_stage(copied, name).digest for name in ('pool', 'targets')}
+  for read, shown in ((inputs | {'pool': 'another'}, False), (inputs, True)):
+    identity = artifacts.Identity('validation', 1, {}, read)
+    out = artifacts.begin(copied, identity)
+    atomic.write_json(out / 'lds.json', {'by_example': [record], 'by_task': []})
+    artifacts.commit(copied, identity, {}, artifacts.Cost(out))
+    count = len(runs.events(copied))
+    runs.succeed(runs.TINY, f'--workdir={copied}')
+    assert runs.stages_run(copied, count) == (['report'] if shown else [])
+    assert ('Do the scores foretell' in (copied / 'report/index.html').read_text()) == shown
