@@ -15,14 +15,20 @@ def model() -> ConfigDict:
   c.factory = 'dsdm_jax.lm.decoder:build'
   # '' | 125M | 356M | 760M | 1.3B: the paper's layers, width, heads and (unless they are set) kv_heads and mlp_width
   c.size = ''
+  # folder with a GPT-2 or GPT-NeoX (Pythia) of Hugging Face, config.json and safetensors: its shape and its weights in
+  # place of an initialisation; '' for none
+  c.weights = ''
   c.layers = 2
   c.width = 64  # D; a multiple of heads
   c.heads = 2  # query heads
   c.kv_heads = 2  # key and value heads; divides heads; fewer than heads is grouped-query attention
   c.mlp_width = 256  # F
   c.positions = 'learned'  # learned | rope
+  c.rotary_share = 1.0  # of a head's size that rope turns; above 0, at most 1; an even number of it
+  c.rotary_base = 10_000.0  # of rope's frequencies; above 1
+  c.parallel_residual = False  # attention and MLP read the same input, as in GPT-NeoX
   c.norm = 'layernorm'  # layernorm | rmsnorm
-  c.mlp = 'gelu'  # gelu | swiglu
+  c.mlp = 'gelu'  # gelu (by tanh, as GPT-2) | gelu_exact | swiglu
   c.tied_embeddings = True  # one table for input embedding and output logits
   c.init_std = 0.02  # of weights and embeddings; narrow models learn faster with more, about 1/√width
   c.bias = True  # biases in linear layers and layer norms
@@ -112,7 +118,7 @@ def get_config() -> ConfigDict:
   c.proxies = ConfigDict()
   c.proxies.count = 2  # C, at least 1
   c.proxies.subset_share = 0.5  # of the pool's rows, drawn anew for each proxy
-  c.proxies.epochs = 2.0  # passes over the subset
+  c.proxies.epochs = 2.0  # passes over the subset; 0 takes proxies.model.weights as they are
   c.proxies.model = ConfigDict({k: c.model.get_oneway_ref(k) for k in c.model})
   c.proxies.train = training()
 
@@ -199,6 +205,7 @@ def get_config() -> ConfigDict:
 
   # Pretraining: one model per arm and seed.
   c.pretraining = ConfigDict()
+  c.pretraining.models_at_once = 1  # models trained side by side on one device: pays where one leaves it idle
   c.pretraining.seeds = 3  # models per arm; at least 2, 3 for intervals worth reading
   c.pretraining.train = training()
 

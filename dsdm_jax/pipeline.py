@@ -22,6 +22,7 @@ from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data import tasks
 from dsdm_jax.evaluation import requests
+from dsdm_jax.lm import hugging_face
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
       f'config key features.jobs = {config.features.jobs} shares one stage among processes, each started with '
       '--stage=features and without --rerun; finish the stages before it first, delete an old features folder by hand'
     )
-  config = resolve(config)
+  config = resolve(config, hugging_face.model_keys)
+  validate(config)
   settings = flatten(config)
   with distributed.running(config, settings):
     _run(config, settings, Path(workdir).absolute(), only, rerun)
@@ -205,6 +207,8 @@ def _identity(stage: Stage, settings: Mapping, inputs: Mapping[str, str]) -> Ide
   if 'evaluation.tasks' in chosen:
     files = requests.files(chosen['evaluation.tasks'], chosen['evaluation.benchmark_folder'])
     chosen |= {f'SHA-256 of {file}': hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+  for key in [key for key in chosen if key.endswith('model.weights') and chosen[key]]:
+    chosen[f'SHA-256 of {key}'] = hugging_face.digest(chosen[key])
   if chosen.get('pool.plant_targets'):  # planted are examples of the target split
     chosen |= select(settings, ('targets.holdout_share', 'targets.max_examples'))
   return Identity(stage.name, stage.format, chosen, inputs)

@@ -48,7 +48,7 @@ CASES = (
   'dense_j4096', 'jvp_score', 'jvp_score_4_targets', 'matmul_peak',
 )  # fmt: skip
 _ANY_J = re.compile(r'(two_sided|bare_matmul|dense|gram|stage_store|stage_stream)_j[1-9]\d*')
-_PEAK_SIZE = {'cpu': 2_048}  # of the square product that stands for the machine's peak; 8,192 elsewhere
+PEAK_SIZE = {'cpu': 2_048}  # of the square product that stands for the machine's peak; 8,192 elsewhere
 
 
 @dataclasses.dataclass
@@ -108,7 +108,7 @@ def run(flags: argparse.Namespace) -> None:
 
 def cases(names: Iterable[str], flags: argparse.Namespace) -> list[Case]:
   """Compiled programs of these names; `flags` has those of `add_flags`."""
-  mesh = _mesh(flags.devices)
+  mesh = mesh_of(flags.devices)
   if jax.default_backend() == 'cpu':
     memory.keep_freed_memory()  # as a run does
   return [_case(name, flags, mesh) for name in names]
@@ -122,7 +122,7 @@ def _needs(name: str) -> tuple[str, ...]:
   return (f'two_sided_j{j}', f'gram_j{j}') if kind == 'stage_stream' else ()
 
 
-def _mesh(devices: str) -> Mesh:
+def mesh_of(devices: str) -> Mesh:
   data, _, model = devices.partition('x')
   if not (data.isdecimal() and model.isdecimal()):
     raise UserError(f'--devices={devices} must be DATAxMODEL, such as 4x2')
@@ -159,7 +159,7 @@ def _case(name: str, flags: argparse.Namespace, mesh: Mesh) -> Case:
   j = int(size) if size.isdecimal() else None
 
   if name == 'matmul_peak':
-    side = _PEAK_SIZE.get(jax.default_backend(), 8_192)
+    side = PEAK_SIZE.get(jax.default_backend(), 8_192)
     x = jnp.ones((side, side), flags.dtype)
     return _compiled(name, lambda x: x @ x, (x,), 2.0 * side**3)
   trainer = Trainer(config, base.training(), vocab_size, flags.length, mesh)
@@ -234,7 +234,7 @@ def _compiled(
 ) -> Case:
   program = jax.jit(function).lower(*args).compile()
   return Case(
-    name, lambda: jax.block_until_ready(program(*args)), flops.count(function, *args), least, _peak(program), j
+    name, lambda: jax.block_until_ready(program(*args)), flops.count(function, *args), least, peak_bytes(program), j
   )
 
 
@@ -248,7 +248,9 @@ def _train_case(trainer: Trainer, key: jax.Array, tokens_BL: jax.Array, least: f
     jax.block_until_ready(metrics)
     jax.block_until_ready(held[0])
 
-  return Case('train_step', step, flops.count(trainer.step, state, tokens_BL, weight_B, steps), least, _peak(program))
+  return Case(
+    'train_step', step, flops.count(trainer.step, state, tokens_BL, weight_B, steps), least, peak_bytes(program)
+  )
 
 
 def _bare_matmul(name: str, params: nnx.State, batch: int, j: int) -> Case:
@@ -268,7 +270,7 @@ def _bare_matmul(name: str, params: nnx.State, batch: int, j: int) -> Case:
   return _compiled(name, product, (grads_BW, block_WJ), 2.0 * batch * parameters * j, j)
 
 
-def _peak(program: Any) -> int | None:
+def peak_bytes(program: Any) -> int | None:
   """Bytes of arguments, results and temporaries of a compiled program on one device; None where XLA does not say."""
   memory = program.memory_analysis()
   if memory is None:

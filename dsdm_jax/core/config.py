@@ -74,27 +74,38 @@ def validate(config: ConfigDict) -> None:
       raise _finding(relation.keys[0], values[0], relation.text.format(*values), relation.way_out.format(*values))
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
-  """`config` with the shapes that `model.size` and `proxies.model.size` name; itself where they name none.
+def resolve(config: ConfigDict, keys_of: Callable[[str], dict[str, Any]]) -> ConfigDict:
+  """`config` with the shapes that `size` or `weights` of a model name; itself where they name none.
+
+  Args:
+    config: the whole config, of the right types.
+    keys_of: folder of weights → keys of `model` and their values.
 
   Raises:
-    UserError: layers, width or heads were set as well, to something else.
+    UserError: such a key was set as well, to something else; or as `keys_of`.
   """
   flat = flatten(config)
-  if not any(flat[f'{model}.size'] for model in MODELS):
+  if not any(flat[f'{model}.{key}'] for model in MODELS for key in ('size', 'weights')):
     return config
   default = base.model()
   config = ConfigDict(config).copy_and_resolve_references()
   for model, section in zip(MODELS, (config.model, config.proxies.model), strict=True):
-    if not section.size:
+    named = 'weights' if section.weights else 'size'
+    if not section[named]:
       continue
-    shape = dict(zip(('layers', 'width', 'heads'), SIZES[section.size], strict=True))
+    free: dict[str, Any] = {}
+    if named == 'weights':
+      shape = keys_of(section.weights)
+    else:
+      shape = dict(zip(('layers', 'width', 'heads'), SIZES[section.size], strict=True))
+      free = {'kv_heads': shape['heads'], 'mlp_width': 4 * shape['width']}
+    # What nobody set for this model: the default, and for proxies what they follow.
+    unset = {key: (default[key], *([flat[f'model.{key}']] if model != 'model' else [])) for key in default}
     for key, value in shape.items():
-      if section[key] not in (value, default[key]):
-        rule = f'is {value} in {model}.size = {section.size!r}'
-        raise _finding(f'{model}.{key}', section[key], rule, f"leave one out: --config.{model}.size=''")
-    shape |= {'kv_heads': shape['heads'], 'mlp_width': 4 * shape['width']}
-    section.update({key: value for key, value in shape.items() if section[key] == default[key]})
+      if section[key] not in (value, *unset[key]):
+        rule = f'is {value} in {model}.{named} = {section[named]!r}'
+        raise _finding(f'{model}.{key}', section[key], rule, f"leave one out: --config.{model}.{named}=''")
+    section.update(shape | {key: value for key, value in free.items() if section[key] in unset[key]})
   return config
 
 

@@ -88,7 +88,10 @@ _MODEL_RULES = {
   'mlp_width': _POSITIVE,
   'positions': _one_of('learned', 'rope'),
   'norm': _one_of('layernorm', 'rmsnorm'),
-  'mlp': _one_of('gelu', 'swiglu'),
+  'mlp': _one_of('gelu', 'gelu_exact', 'swiglu'),
+  'rotary_share': _within(0, 1, '(]'),
+  'rotary_base': _above(1),
+  'weights': Rule(lambda v: v == v.strip(), 'must be a folder, or empty'),
   'init_std': _above(0),
   'attention': _one_of('xla', 'fused'),
   'compute_dtype': _one_of('float32', 'bfloat16'),
@@ -155,7 +158,7 @@ RULES: Mapping[str, Rule] = {
   **{f'{train}.{key}': rule for train in TRAINS for key, rule in _TRAIN_RULES.items()},
   'proxies.count': _POSITIVE,
   'proxies.subset_share': _within(0, 1, '(]'),
-  'proxies.epochs': _above(0),
+  'proxies.epochs': _COUNT,
   'features.output_fn': _NAME,
   'features.projection': _one_of('two_sided', 'dense'),
   'features.dimension': _POSITIVE,
@@ -200,6 +203,7 @@ RULES: Mapping[str, Rule] = {
   'selection.examples': _POSITIVE,
   'selection.epochs': _POSITIVE,
   'pretraining.seeds': _POSITIVE,
+  'pretraining.models_at_once': _POSITIVE,
   'ladder.rungs': Rule(
     lambda v: len(v) != 1 and len({float(x) for x in v if re.fullmatch(r'\d*\.?\d*[1-9]\d*\.?\d*', x)}) == len(v),
     'must be empty, or two or more different numbers above 0 as texts',
@@ -261,9 +265,9 @@ def model_relations(model: str) -> Iterator[Relation]:
     f'set --config.{kv_heads} to a divisor of {{1}}, for example 1',
   )
   yield Relation(
-    (f'{model}.positions', width, heads),
-    lambda p, w, h: p != 'rope' or (w // h) % 2 == 0,
-    f'needs an even head size, and {width} = {{1}} over {heads} = {{2}} is odd',
+    (f'{model}.positions', width, heads, f'{model}.rotary_share'),
+    lambda p, w, h, share: p != 'rope' or (int(w // h * share) >= 2 and int(w // h * share) % 2 == 0),
+    f'turns an even head size, and {model}.rotary_share = {{3}} of {width} = {{1}} over {heads} = {{2}} is not',
     f'set --config.{width} to a multiple of 2·{{2}}, or --config.{model}.positions=learned',
   )
 
@@ -314,6 +318,19 @@ def _targets_known(targets: Iterable[str], tasks: Iterable[str]) -> bool:
 
 
 RELATIONS: tuple[Relation, ...] = (
+  Relation(
+    ('pretraining.models_at_once', 'pretraining.train.evaluate_every_steps'),
+    lambda models, every: models == 1 or every == 0,
+    'trains models side by side, which have no rows in common to be evaluated on: needs '
+    'pretraining.train.evaluate_every_steps = 0, and it is {1}',
+    'set --config.pretraining.models_at_once=1',
+  ),
+  Relation(
+    ('proxies.epochs', 'proxies.model.weights', 'proxies.count'),
+    lambda epochs, weights, count: epochs > 0 or (weights != '' and count == 1),
+    'trains nothing: needs proxies.model.weights (it is {1!r}) and proxies.count = 1 ({2})',
+    'set --config.proxies.model.weights to a folder and --config.proxies.count=1, or --config.proxies.epochs=2',
+  ),
   Relation(
     ('distributed.process', 'distributed.processes'),
     lambda process, processes: process < processes,

@@ -30,13 +30,19 @@ def _norm(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
   return nnx.LayerNorm(config.width, epsilon=1e-5, use_bias=config.bias, rngs=rngs)
 
 
-def rotate(x_BLHK: jax.Array, position_BL: jax.Array | None = None) -> jax.Array:
-  """Rotary position embedding (arXiv 2104.09864) over the whole head (of even size), base 10,000, in float32.
+def rotate(
+  x_BLHK: jax.Array, position_BL: jax.Array | None = None, share: float = 1.0, base: float = 10_000.0
+) -> jax.Array:
+  """Rotary position embedding (arXiv 2104.09864) over the first `share` of a head (an even number), in float32.
 
   `position_BL`, int32, is where each token stands in its sequence; None takes 0…L−1 for every row.
   """
-  half = x_BLHK.shape[-1] // 2
-  frequency_K = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  turned = int(x_BLHK.shape[-1] * share)
+  if turned < x_BLHK.shape[-1]:
+    rest_BLHK = x_BLHK[..., turned:]
+    return jnp.concatenate([rotate(x_BLHK[..., :turned], position_BL, base=base), rest_BLHK], axis=-1)
+  half = turned // 2
+  frequency_K = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   if position_BL is None:
     position_BL = jnp.arange(x_BLHK.shape[1])[None]
   angle_BLHK = position_BL.astype(jnp.float32)[..., None, None] * frequency_K[None, None, None]
@@ -57,6 +63,7 @@ class Attention(nnx.Module):
     self.head_size = config.width // config.heads
     self.rope = config.positions == 'rope'
     self.fused = config.attention == 'fused'
+    self.rotary = {'share': config.rotary_share, 'base': config.rotary_base}
     outputs = (config.heads + 2 * config.kv_heads) * self.head_size
     self.qkv = _linear(config.width, outputs, config, rngs)
     self.out = _linear(config.width, config.width, config, rngs, scale=(2 * config.layers) ** -0.5)
@@ -78,15 +85,15 @@ class Attention(nnx.Module):
     q_BLHK = qkv[..., :group, :].reshape(batch, length, self.heads, self.head_size)
     k_BLHK, v_BLHK = qkv[..., group, :], qkv[..., group + 1, :]
     if self.rope:
-      q_BLHK, k_BLHK = rotate(q_BLHK, position_BL), rotate(k_BLHK, position_BL)
+      q_BLHK, k_BLHK = (rotate(x_BLHK, position_BL, **self.rotary) for x_BLHK in (q_BLHK, k_BLHK))
     return q_BLHK, k_BLHK, v_BLHK
 
 
 class Mlp(nnx.Module):
-  """GELU, or SwiGLU (arXiv 2002.05202) with gate and value from one matmul."""
+  """GELU, by tanh as in GPT-2 or exact; or SwiGLU (arXiv 2002.05202) with gate and value from one matmul."""
 
   def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
-    self.gated = config.mlp == 'swiglu'
+    self.gated, self.approximate = config.mlp == 'swiglu', config.mlp != 'gelu_exact'
     self.up = _linear(config.width, config.mlp_width * (2 if self.gated else 1), config, rngs)
     self.down = _linear(config.mlp_width, config.width, config, rngs, scale=(2 * config.layers) ** -0.5)
 
@@ -96,19 +103,20 @@ class Mlp(nnx.Module):
       # Gate and value alternate, so that a split over the `model` axis keeps each pair together.
       gate_BLF, value_BLF = h_BLF[..., 0::2], h_BLF[..., 1::2]
       return self.down(jax.nn.silu(gate_BLF) * value_BLF)
-    return self.down(jax.nn.gelu(h_BLF))
+    return self.down(jax.nn.gelu(h_BLF, approximate=self.approximate))
 
 
 class Block(nnx.Module):
   def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
+    self.parallel = config.parallel_residual
     self.attention_norm = _norm(config, rngs)
     self.attention = Attention(config, rngs)
     self.mlp_norm = _norm(config, rngs)
     self.mlp = Mlp(config, rngs)
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
-    x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
-    return x_BLD + self.mlp(self.mlp_norm(x_BLD))
+    attended_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
+    return attended_BLD + self.mlp(self.mlp_norm(x_BLD if self.parallel else attended_BLD))
 
 
 class Decoder(nnx.Module):

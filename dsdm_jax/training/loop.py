@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,24 @@ from dsdm_jax.core.errors import Stopped, UserError
 from dsdm_jax.core.mesh import place
 from dsdm_jax.core.stage import Context
 from dsdm_jax.training.meter import Meter
-from dsdm_jax.training.step import Trainer, TrainState
+from dsdm_jax.training.step import TrainState
 
-History = list[dict[str, float]]
+History = list[dict[str, Any]]
 Batches = Callable[[int], Iterator[dict[str, np.ndarray]]]
 Evaluate = Callable[[TrainState], dict[str, jax.Array]]
 
 
 def train(
   context: Context,
-  trainer: Trainer,
+  trainer: Any,
   name: str,
-  key: jax.Array,
+  key: Any,
   batches: Batches,
   steps: int,
   config: ConfigDict,
   bar: tqdm.tqdm,
   evaluate: Evaluate | None = None,
+  names: Sequence[str] = (),
 ) -> History:
   """Trains one model, or goes on with it, or finds it finished.
 
@@ -42,10 +43,12 @@ def train(
   folder. The JSONL file is written last: where it stands, the run is finished.
 
   Args:
-    key: of the initialisation.
+    trainer: a `Trainer`, or `together.Together`.
+    key: of the initialisation; of `Together` one for each model.
     batches: first step → iterator of {'tokens_BL', 'weight_B'} from that step on; position is arithmetic.
     steps: in all.
     bar: has `update(steps)`.
+    names: of the models, where the trainer trains several side by side (`together`): metrics are lists of theirs.
     evaluate: state → further metrics, scalars on the device; called every `evaluate_every_steps`.
 
   Returns:
@@ -58,17 +61,17 @@ def train(
   """
   record_file = context.out / f'{name}.jsonl'
   if distributed.decide(record_file.is_file):
-    bar.update(steps)
+    bar.update(steps * trainer.models)
     return read_history(record_file)
   keep = Keep(config.keep_checkpoints, config.keep_every_steps, config.keep_every_hours)
   with Checkpoints(context.out / name, keep) as checkpoints:
     restored = checkpoints.restore(trainer.abstract)
     state, history = (restored[0], restored[1]['history']) if restored else (trainer.init(key), [])
-    start = int(state.step)
-    bar.update(start)
+    start = _step_of(state)
+    bar.update(start * trainer.models)
     if start:
       context.log.event('resumed', run=name, step=start)
-    run = _Run(context, trainer, name, history, steps, config, bar, checkpoints, evaluate)
+    run = _Run(context, trainer, name, history, steps, config, bar, checkpoints, evaluate, names or [name])
     try:
       state = run.go(state, batches(start))
     finally:
@@ -77,7 +80,7 @@ def train(
       checkpoints.save(steps, state, {'history': history})
   if context.first:
     atomic.write_text(record_file, ''.join(json.dumps(line) + '\n' for line in history))
-  context.log.event('trained', run=name, steps=steps, loss=history[-1]['loss'])
+  context.log.event('trained', run=name, steps=steps, loss=history[-1]['loss'] if history else None)
   return history
 
 
@@ -85,9 +88,10 @@ class _Run:
   """One run from its first or a later step to its last; see `train` for the arguments."""
 
   def __init__(
-    self, context: Context, trainer: Trainer, name: str, history: History, steps: int, config: ConfigDict,
-    bar: tqdm.tqdm, checkpoints: Checkpoints, evaluate: Evaluate | None,
+    self, context: Context, trainer: Any, name: str, history: History, steps: int, config: ConfigDict,
+    bar: tqdm.tqdm, checkpoints: Checkpoints, evaluate: Evaluate | None, names: Sequence[str],
   ):  # fmt: skip
+    self.names = names
     self.context, self.trainer, self.name, self.history, self.steps = context, trainer, name, history, steps
     self.config, self.bar, self.checkpoints, self.evaluate = config, bar, checkpoints, evaluate
     self.meter = Meter(context, name, config.profile_steps)
@@ -95,7 +99,7 @@ class _Run:
     self.saved = time.monotonic()
 
   def go(self, state: TrainState, batches: Iterator[dict[str, np.ndarray]]) -> TrainState:
-    start, total = int(state.step), jax.numpy.int32(self.steps)
+    start, total = _step_of(state), jax.numpy.int32(self.steps)
     metrics: dict[str, jax.Array] | None = None
     step = start
     try:
@@ -108,7 +112,7 @@ class _Run:
             self.meter.tokens_per_step = tokens_BL.size
           state, metrics = self.trainer.step(state, tokens_BL, weight_B, total)
           self.meter.stepped(metrics)
-          self.bar.update(1)
+          self.bar.update(self.trainer.models)
           self._after(step, state, metrics, asked_to_stop)
     finally:
       self.context.add_flop(self.meter.flop_per_step * (step - start))
@@ -147,7 +151,7 @@ class _Run:
 
   def _save(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
     self._record()
-    _check_finite(self.name, step, metrics)  # a state that diverged must not be what a resume begins with
+    _check_finite(self.names, step, metrics)  # a state that diverged must not be what a resume begins with
     self.checkpoints.save(step, state, {'history': self.history})
     self.saved = time.monotonic()
 
@@ -156,22 +160,28 @@ class _Run:
       return
     step, metrics = self.pending
     self.pending = None
-    _check_finite(self.name, step, metrics)
-    line: dict[str, float] = {'step': step, 'tokens': step * self.meter.tokens_per_step}
+    _check_finite(self.names, step, metrics)
+    line: dict[str, Any] = {'step': step, 'tokens': step * self.meter.tokens_per_step // self.trainer.models}
     for metric, value in metrics.items():
-      line[metric] = float(value)
+      line[metric] = np.asarray(value).tolist()
     self.history.append(line)
-    shown = {k: v for k, v in line.items() if k != 'step'}
+    shown = {k: float(np.mean(v)) for k, v in line.items() if k != 'step'}
     speed = self.meter.speed()
     shown |= {k: speed[k] for k in ('tokens_per_second', 'mfu') if k in speed}
     self.context.log.scalars(step, shown, run=self.name)
 
 
-def _check_finite(name: str, step: int, metrics: Mapping[str, jax.Array]) -> None:
-  for metric, value in metrics.items():
-    if not math.isfinite(float(value)):
+def _step_of(state: TrainState) -> int:
+  return int(np.asarray(state.step).flat[0])
+
+
+def _check_finite(names: Sequence[str], step: int, metrics: Mapping[str, jax.Array]) -> None:
+  for metric, values in metrics.items():
+    for name, value in zip(names, np.atleast_1d(np.asarray(values)).tolist(), strict=True):
+      if math.isfinite(value):
+        continue
       raise UserError(
-        f'{metric} of {name} is {float(value)} at step {step}: training diverged; lower '
+        f'{metric} of {name} is {value} at step {step}: training diverged; lower '
         'learning_rate or raise warmup_steps of its train config, then start again'
       )
 
@@ -180,7 +190,7 @@ def read_history(file: Path) -> History:
   return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def load_state(directory: Path, trainer: Trainer) -> TrainState:
+def load_state(directory: Path, trainer: Any) -> TrainState:
   """The newest checkpoint in `directory`, on the trainer's mesh.
 
   Raises:

@@ -10,7 +10,7 @@ from dsdm_jax.data.batches import training_batches
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.schedule import Schedule
 from dsdm_jax.data.selection import Selection
-from dsdm_jax.training import loop
+from dsdm_jax.training import loop, together
 from dsdm_jax.training.held_out import held_out
 from dsdm_jax.training.step import trainer
 
@@ -27,19 +27,23 @@ def run(context: Context) -> dict:
   budget = selections.semantics['budget_examples']
   steps = budget // pretraining.train.batch_size
   compiled = trainer(config.model, pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
+  at_once = pretraining.models_at_once
   with context.log.bar(total=steps * len(index), desc='pretraining', unit='step') as bar:
-    for entry in index:
-      selection = Selection.load(selections.path, entry['selection'])
-      schedule = Schedule.single(
-        entry['name'],
-        selection.rows,
-        steps * pretraining.train.batch_size,
-        prng.derive(config.seed, 'order', entry['seed']),
-        selection.weights,
-      )
-      loop.train(
-        context, compiled, entry['name'], prng.stream(config.seed, 'init', 'final', entry['seed']),
-        functools.partial(training_batches, pool, schedule, pretraining.train.batch_size), steps,
-        pretraining.train, bar, held_out(compiled, pool, selection.rows, pretraining.train, config.seed),
-      )  # fmt: skip
+    for group in (index[start : start + at_once] for start in range(0, len(index), at_once)):
+      names = [entry['name'] for entry in group]
+      keys = [prng.stream(config.seed, 'init', 'final', entry['seed']) for entry in group]
+      chosen = [Selection.load(selections.path, entry['selection']) for entry in group]
+      batches = [_batches(context, pool, *pair, steps) for pair in zip(group, chosen, strict=True)]
+      if len(group) == 1:
+        beside = held_out(compiled, pool, chosen[0].rows, pretraining.train, config.seed)
+        loop.train(context, compiled, names[0], keys[0], batches[0], steps, pretraining.train, bar, beside)
+      else:
+        together.train(context, compiled, names, keys, batches, steps, pretraining.train, bar)
   return {'runs': len(index), 'steps': steps, 'tokens_per_run': steps * pretraining.train.batch_size * pool.length}
+
+
+def _batches(context: Context, pool: Pool, entry: dict, selection: Selection, steps: int) -> loop.Batches:
+  config, batch_size = context.config, context.config.pretraining.train.batch_size
+  order = prng.derive(config.seed, 'order', entry['seed'])
+  schedule = Schedule.single(entry['name'], selection.rows, steps * batch_size, order, selection.weights)
+  return functools.partial(training_batches, pool, schedule, batch_size)

@@ -22,7 +22,7 @@ def run(context: Context) -> dict:
   pool = Pool(context.inputs['pool'])
   size = round(proxies.subset_share * pool.num_rows)
   steps = round(proxies.epochs * size) // proxies.train.batch_size
-  if steps < 1:
+  if steps < 1 and proxies.epochs > 0:
     raise UserError(
       f'config.proxies: {proxies.epochs} epochs of {size} rows are less than one batch of '
       f'{proxies.train.batch_size}; raise proxies.epochs or the pool'
@@ -40,7 +40,7 @@ def run(context: Context) -> dict:
         functools.partial(training_batches, pool, schedule, proxies.train.batch_size), steps, proxies.train, bar,
         held_out(compiled, pool, rows, proxies.train, config.seed),
       )  # fmt: skip
-      losses.append(history[-1]['loss'])
+      losses.append(history[-1]['loss'] if history else None)
   return {'count': proxies.count, 'subset_rows': size, 'steps': steps, 'final_loss_nats': losses}
 
 

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from dsdm_jax.core.config import load_callable
-from dsdm_jax.core.mesh import batch_sharding, replicated
-from dsdm_jax.lm import attention_tpu, partition
+from dsdm_jax.core.mesh import batch_sharding, place, replicated
+from dsdm_jax.lm import attention_tpu, hugging_face, partition
 from dsdm_jax.lm.outputs import token_log_probability
 from dsdm_jax.training import optimizer
 
@@ -42,8 +43,8 @@ class Trainer:
 
   Attributes:
     mesh: where it runs.
+    models: how many it trains, one.
     abstract: TrainState of `ShapeDtypeStruct`s with shardings; what a checkpoint is restored into.
-    init: key → TrainState, laid out over the mesh from the first byte.
     step: (TrainState, tokens_BL, weight_B, steps) → (TrainState, {'loss', 'gradient_norm', 'learning_rate'}). Its
       first argument is donated. The loss is Σ_n weight_n · (mean nll of row n) / B: a row of weight zero is left out
       without the others weighing more, which is what datamodels are about. With `z_loss` > 0 that much of the mean
@@ -54,7 +55,7 @@ class Trainer:
     model = abstract_model(model_config, vocab_size, length)
     self.graphdef, _, _ = nnx.split(model, nnx.Param, ...)
     self._own = getattr(model, 'gathers', None)
-    self._config, self.mesh = config, mesh
+    self._config, self.mesh, self.models = config, mesh, 1
     self._optimizer = optimizer.make(config)
 
     def init(key: jax.Array) -> TrainState:
@@ -69,13 +70,32 @@ class Trainer:
     )
     batch = batch_sharding(mesh)
     self.batch_sharding = batch
-    self.init = jax.jit(init, out_shardings=self.shardings)
+    self._model_config, self._vocab_size, self._length = model_config, vocab_size, length
+    self._init = jax.jit(init, out_shardings=self.shardings)
     self.step = jax.jit(
       self.apply,
       in_shardings=(self.shardings, batch, batch, replicated(mesh)),
       out_shardings=(self.shardings, replicated(mesh)),
       donate_argnums=0,
     )
+
+  def init(self, key: jax.Array) -> TrainState:
+    """The state before the first step: drawn with `key`, or with the weights that `model.weights` names.
+
+    Raises:
+      UserError: those weights cannot be read, or do not fit the pool.
+    """
+    state = self._init(key)
+    if not self._model_config.weights or self._own is None:  # a stranger's model may read its own
+      return state
+    found = hugging_face.parameters(self._model_config.weights, self._model_config, self._vocab_size, self._length)
+
+    def put(path: tuple[Any, ...], x: jax.Array, sharding: NamedSharding) -> jax.Array:
+      return place(np.ascontiguousarray(found.pop(partition.path_name(path))).reshape(x.shape), sharding)
+
+    params = jax.tree_util.tree_map_with_path(put, state.params, self.shardings.params)
+    assert not found, f'tensors without a place: {sorted(found)}'
+    return state._replace(params=params)
 
   def logits(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array) -> jax.Array:
     """The model's forward pass: logits_BLV; pure."""

@@ -94,6 +94,7 @@ BAD: dict[str, list] = {
   'selection.examples': [0, 7],
   'selection.epochs': [0],
   'pretraining.seeds': [0],
+  'pretraining.models_at_once': [0],
   'ladder.rungs': [('1',), ('1', '1'), ('0', '1'), ('1', 'two'), ('1', 'inf')],
   'ladder.seeds': [0],
   'evaluation.tasks': [(), ('piqa', 'piqa')],
@@ -129,6 +130,9 @@ for _model in ('model', 'proxies.model'):
     f'{_model}.positions': ['alibi'],
     f'{_model}.norm': ['batchnorm'],
     f'{_model}.mlp': ['relu'],
+    f'{_model}.rotary_share': [0.0, 1.5],
+    f'{_model}.rotary_base': [1.0],
+    f'{_model}.weights': [' x'],
     f'{_model}.init_std': [0.0, -1.0],
     f'{_model}.compute_dtype': ['float16', 'bf16'],
   }
@@ -326,17 +330,22 @@ def test_proxies_follow_the_model_and_may_leave_it():
 
 
 def test_size_gives_the_shape():
-  config = checks.resolve(changed(model__size='356M', model__kv_heads=4))
+  def resolve(config: ConfigDict) -> ConfigDict:
+    return checks.resolve(config, dict)
+
+  config = resolve(changed(model__size='356M', model__kv_heads=4))
   assert (config.model.layers, config.model.width, config.model.heads) == (24, 1_024, 16)
   assert (config.model.kv_heads, config.model.mlp_width) == (4, 4_096)
   assert config.proxies.model.width == 1_024  # they follow
   checks.validate(config)
   same = base.get_config()
-  assert checks.resolve(same) is same
-  config = checks.resolve(changed(model__size='1.3B', proxies__model__size='125M'))
+  assert resolve(same) is same
+  config = resolve(changed(model__size='1.3B', proxies__model__size='125M'))
   assert (config.model.width, config.proxies.model.width) == (2_048, 768)
+  config = resolve(changed(model__width=96, model__heads=4, proxies__model__size='125M'))
+  assert (config.model.width, config.proxies.model.width, config.proxies.model.heads) == (96, 768, 12)
   with pytest.raises(UserError, match=r"model.width = 512 is 768 in model.size = '125M'; leave one out"):
-    checks.resolve(changed(model__size='125M', model__width=512))
+    resolve(changed(model__size='125M', model__width=512))
 
 
 def test_a_strangers_model_has_its_own_keys_and_words():

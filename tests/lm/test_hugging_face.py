@@ -1,0 +1,143 @@
+"""Hugging Face's GPT-2 and GPT-NeoX give the same logits here as there; what cannot be read is told."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import base
+from dsdm_jax.core import config as checks
+from dsdm_jax.core import mesh
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.lm import hugging_face
+from dsdm_jax.training.step import Trainer
+from tests.conftest import ROOT
+
+VOCAB, LENGTH = 96, 24
+
+
+def write_gpt2(folder: Path, vocab_size: int, width: int, mlp_width: int, positions: int) -> dict[str, np.ndarray]:
+  """A GPT-2 of one layer and two heads with random weights, written byte by byte; returns its tensors."""
+  shapes: dict[str, tuple[int, ...]] = {'wte.weight': (vocab_size, width), 'wpe.weight': (positions, width)}
+  for name, inputs, outputs in (
+    ('h.0.attn.c_attn', width, 3 * width), ('h.0.attn.c_proj', width, width),
+    ('h.0.mlp.c_fc', width, mlp_width), ('h.0.mlp.c_proj', mlp_width, width),
+  ):  # fmt: skip
+    shapes |= {f'{name}.weight': (inputs, outputs), f'{name}.bias': (outputs,)}
+  for name in ('h.0.ln_1', 'h.0.ln_2', 'ln_f'):
+    shapes |= {f'{name}.weight': (width,), f'{name}.bias': (width,)}
+  rng = np.random.default_rng(0)
+  tensors = {name: (0.2 * rng.normal(size=shape)).astype('<f4') for name, shape in shapes.items()}
+  header, data = {}, b''
+  for name, x in tensors.items():
+    header[name] = {'dtype': 'F32', 'shape': x.shape, 'data_offsets': [len(data), len(data) + x.nbytes]}
+    data += x.tobytes()
+  text = json.dumps(header).encode()
+  folder.mkdir()
+  (folder / 'model.safetensors').write_bytes(len(text).to_bytes(8, 'little') + text + data)
+  shape = {'vocab_size': vocab_size, 'n_embd': width, 'n_layer': 1, 'n_head': 2, 'n_positions': positions}
+  (folder / 'config.json').write_text(json.dumps(shape | {'model_type': 'gpt2', 'n_inner': mlp_width}))
+  return tensors
+
+
+@pytest.fixture(scope='module')
+def theirs(tmp_path_factory) -> Path:
+  """Folders gpt2, pythia and neox_in_a_row, each with <name>.npz beside it, as transformers made them."""
+  environment = ROOT / '.venv-peers'
+  python = Path(os.environ.get('DSDM_JAX_PEERS', environment / 'bin' / 'python'))
+  if 'DSDM_JAX_PEERS' not in os.environ and not (environment / 'installed.txt').is_file():
+    pytest.skip('no environment with requirements-peers.txt; launch/test.sh makes .venv-peers')
+  folder = tmp_path_factory.mktemp('theirs')
+  done = subprocess.run(
+    [python, Path(__file__).with_name('peer_logits.py'), folder],
+    env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'HF_HUB_OFFLINE': '1'},
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-2000:]
+  return folder
+
+
+def trainer_of(folder: Path, length: int = LENGTH, vocab_size: int = VOCAB, **keys) -> Trainer:
+  config = base.get_config()
+  config.model.weights = str(folder)
+  config = checks.resolve(config, hugging_face.model_keys)
+  checks.validate(config)
+  config.model.update(keys)
+  grid = mesh.make_mesh(config.mesh, jax.devices()[:1])
+  return Trainer(config.model, config.pretraining.train, vocab_size, length, grid)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+  ('name', 'deep'), [('gpt2', False), ('gpt2', True), ('pythia', False), ('neox_in_a_row', True)]
+)
+def test_logits_agree_with_transformers(theirs, name, deep):
+  trainer = trainer_of(theirs / name, scan_layers=deep)
+  state = trainer.init(jax.random.key(0))
+  with np.load(theirs / f'{name}.npz') as found:
+    logits_BLV = trainer.logits(state.params, state.rest, found['tokens_BL'])
+    np.testing.assert_allclose(logits_BLV, found['logits_BLV'], atol=1e-4)
+    assert np.abs(found['logits_BLV']).max() > 1  # so 1e-4 says something
+
+
+@pytest.mark.peers
+def test_what_cannot_be_read_is_told_in_a_line(theirs, tmp_path):
+  def refused(words: str, folder: Path, **keys) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+      trainer_of(folder, **keys).init(jax.random.key(0))
+    assert '\n' not in str(caught.value)
+
+  refused('config.json cannot be read', tmp_path / 'nowhere')
+  refused('has a vocabulary of 96 and the pool one of 64', theirs / 'gpt2', vocab_size=64)
+  refused('has 40 positions and rows have 64 tokens', theirs / 'gpt2', length=64)
+  copy = Path(shutil.copytree(theirs / 'pythia', tmp_path / 'pythia'))
+  file = copy / 'model.safetensors'
+  file.write_bytes(file.read_bytes()[:-1000])
+  refused('is no whole safetensors file', copy)
+  file.unlink()
+  refused('holds no .*safetensors file', copy)
+  config = json.loads((copy / 'config.json').read_text())
+  (copy / 'config.json').write_text(json.dumps(config | {'model_type': 'llama'}))
+  refused("model_type 'llama'", copy)
+  (copy / 'config.json').write_text(json.dumps(config | {'hidden_act': 'relu', 'layer_norm_eps': 1e-6}))
+  refused("epsilon 1e-06 and activation 'relu'", copy)
+
+
+@pytest.mark.peers
+def test_settings_against_the_model_are_told(theirs):
+  config = base.get_config()
+  config.model.weights, config.model.width = str(theirs / 'pythia'), 48
+  with pytest.raises(UserError, match=r'model.width = 48 is 32 in model.weights'):
+    checks.resolve(config, hugging_face.model_keys)
+
+
+def test_rotation_of_a_share_leaves_the_rest_and_keeps_lengths():
+  from dsdm_jax.lm.decoder import rotate
+
+  x_BLHK = np.random.default_rng(0).normal(size=(1, 5, 2, 8)).astype(np.float32)
+  y_BLHK = np.asarray(rotate(x_BLHK, share=0.5, base=100.0))
+  np.testing.assert_array_equal(y_BLHK[..., 4:], x_BLHK[..., 4:])
+  np.testing.assert_array_equal(y_BLHK[:, 0], x_BLHK[:, 0])
+  for place in range(5):  # pairs (0, 2) and (1, 3) turn by place · 100^(0, −1/2)
+    for pair, speed in ((0, 1.0), (1, 0.1)):
+      a, b = x_BLHK[0, place, 0, pair], x_BLHK[0, place, 0, pair + 2]
+      turned = complex(a, b) * np.exp(1j * place * speed)
+      found = complex(y_BLHK[0, place, 0, pair], y_BLHK[0, place, 0, pair + 2])
+      assert abs(found - turned) < 1e-6 * 5
+
+
+def test_parallel_residual_reads_the_same_input_twice():
+  from dsdm_jax.lm.decoder import Block
+
+  config = base.model()
+  config.update({'width': 16, 'heads': 2, 'kv_heads': 2, 'mlp_width': 32, 'parallel_residual': True})
+  block = Block(config, nnx.Rngs(0))
+  x_BLD = jax.random.normal(jax.random.key(1), (2, 6, 16))
+  wanted = x_BLD + block.attention(block.attention_norm(x_BLD)) + block.mlp(block.mlp_norm(x_BLD))
+  np.testing.assert_allclose(block(x_BLD), wanted, atol=1e-6)
