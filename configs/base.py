@@ -205,6 +205,8 @@ def get_config() -> ConfigDict:
 
   # Pretraining: one model per arm and seed.
   c.pretraining = ConfigDict()
+  # passes over an arm's rows that are allowed; 0 for as many as the budget takes, 1 forbids any repeat
+  c.pretraining.max_epochs = 0.0
   c.pretraining.models_at_once = 1  # models trained side by side on one device: pays where one leaves it idle
   c.pretraining.seeds = 3  # models per arm; at least 2, 3 for intervals worth reading
   c.pretraining.train = training()

@@ -203,6 +203,7 @@ RULES: Mapping[str, Rule] = {
   'selection.examples': _POSITIVE,
   'selection.epochs': _POSITIVE,
   'pretraining.seeds': _POSITIVE,
+  'pretraining.max_epochs': Rule(lambda v: v == 0 or v >= 1, 'must be 0 for any number, or at least 1'),
   'pretraining.models_at_once': _POSITIVE,
   'ladder.rungs': Rule(
     lambda v: len(v) != 1 and len({float(x) for x in v if re.fullmatch(r'\d*\.?\d*[1-9]\d*\.?\d*', x)}) == len(v),

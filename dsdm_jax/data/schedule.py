@@ -107,9 +107,12 @@ class Schedule:
           )
 
   @staticmethod
-  def single(name: str, rows: np.ndarray, length: int, seed: int, weights: np.ndarray | None = None) -> 'Schedule':
+  def single(
+    name: str, rows: np.ndarray, length: int, seed: int, weights: np.ndarray | None = None,
+    max_epochs: float | None = None,
+  ) -> 'Schedule':  # fmt: skip
     """The schedule of one selection: pass after pass over `rows`, the last broken off at `length` examples."""
-    return Schedule((Part(name, np.asarray(rows, np.int64), weights=weights),), length, seed)
+    return Schedule((Part(name, np.asarray(rows, np.int64), weights=weights),), length, seed, max_epochs)
 
   @functools.cached_property
   def counts(self) -> np.ndarray:

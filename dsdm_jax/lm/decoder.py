@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from dsdm_jax.core.errors import UserError
 from dsdm_jax.lm import attention_tpu, partition
 
 
@@ -160,7 +161,13 @@ class Decoder(nnx.Module):
     if self.positions is None:
       return x_BLD
     if position_BL is None:
-      position_BL = jnp.arange(tokens_BL.shape[1])[None]
+      length, most = tokens_BL.shape[1], self.positions.num_embeddings
+      if length > most:  # a lookup would repeat the last position and say nothing
+        raise UserError(
+          f'sequences of {length} tokens are longer than the {most} positions of the model; cut them, or train with '
+          '--config.model.positions=rope'
+        )
+      position_BL = jnp.arange(length)[None]
     return x_BLD + self.positions(position_BL)
 
   def hidden(self, tokens_BL: jax.Array) -> jax.Array:

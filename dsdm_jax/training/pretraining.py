@@ -27,6 +27,8 @@ def run(context: Context) -> dict:
   budget = selections.semantics['budget_examples']
   steps = budget // pretraining.train.batch_size
   compiled = trainer(config.model, pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
+  for entry in index:  # all of them before the first is trained: an arm may have too few rows for the budget
+    _schedule(context, entry, Selection.load(selections.path, entry['selection']), steps)
   at_once = pretraining.models_at_once
   with context.log.bar(total=steps * len(index), desc='pretraining', unit='step') as bar:
     for group in (index[start : start + at_once] for start in range(0, len(index), at_once)):
@@ -43,7 +45,12 @@ def run(context: Context) -> dict:
 
 
 def _batches(context: Context, pool: Pool, entry: dict, selection: Selection, steps: int) -> loop.Batches:
-  config, batch_size = context.config, context.config.pretraining.train.batch_size
-  order = prng.derive(config.seed, 'order', entry['seed'])
-  schedule = Schedule.single(entry['name'], selection.rows, steps * batch_size, order, selection.weights)
-  return functools.partial(training_batches, pool, schedule, batch_size)
+  schedule = _schedule(context, entry, selection, steps)
+  return functools.partial(training_batches, pool, schedule, context.config.pretraining.train.batch_size)
+
+
+def _schedule(context: Context, entry: dict, selection: Selection, steps: int) -> Schedule:
+  config, pretraining = context.config, context.config.pretraining
+  order, length = prng.derive(config.seed, 'order', entry['seed']), steps * pretraining.train.batch_size
+  epochs = pretraining.max_epochs or None
+  return Schedule.single(entry['name'], selection.rows, length, order, selection.weights, epochs)

@@ -94,6 +94,7 @@ BAD: dict[str, list] = {
   'selection.examples': [0, 7],
   'selection.epochs': [0],
   'pretraining.seeds': [0],
+  'pretraining.max_epochs': [-1.0, 0.5],
   'pretraining.models_at_once': [0],
   'ladder.rungs': [('1',), ('1', '1'), ('0', '1'), ('1', 'two'), ('1', 'inf')],
   'ladder.seeds': [0],

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -131,6 +132,14 @@ def test_damaged_artifact(copied, damage, words):
   for word in [str(file), f'delete {copied / "datamodel"}', *words]:
     assert word in message
   assert runs.fingerprint(copied) == before
+
+
+def test_mixture_too_small_for_the_budget_where_repeats_are_forbidden(copied):
+  shutil.rmtree(copied / 'pretraining')
+  flags = ('--rerun', '--stage=pretraining', '--config.pretraining.max_epochs=1')
+  message = runs.refused(runs.TINY, f'--workdir={copied}', *flags)
+  assert re.match(r"part '\S+' has 32 rows but is to give 64 examples, more than 1.0 ep", message)
+  assert not (copied / 'pretraining.part').exists()
 
 
 def _flip(file: Path) -> None:

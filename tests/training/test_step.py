@@ -8,6 +8,7 @@ from flax import nnx
 
 from configs import base
 from dsdm_jax.core import mesh
+from dsdm_jax.core.errors import UserError
 from dsdm_jax.training import optimizer
 from dsdm_jax.training.step import Trainer
 
@@ -186,3 +187,10 @@ def test_schedule_reaches_its_peak_and_its_floor(steps):
   if steps == 100:
     assert rate[0] == pytest.approx(config.learning_rate / config.warmup_steps, rel=1e-6)
     assert rate[-1] == pytest.approx(config.learning_rate * config.final_learning_rate, rel=0.02)
+
+
+def test_sequence_longer_than_the_positions_is_told():
+  trainer = make_trainer()
+  params, rest = (jax.eval_shape(lambda: trainer.init(jax.random.key(0)))[i] for i in (1, 2))
+  with pytest.raises(UserError, match=r'sequences of 13 tokens are longer than the 12 positions of the model; cut'):
+    jax.eval_shape(trainer.logits, params, rest, jnp.zeros((2, LENGTH + 1), jnp.int32))
