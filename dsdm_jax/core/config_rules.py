@@ -1,14 +1,12 @@
 """What `configs/base.py` asks of values in words, as rules: `RULES` look at one key, `RELATIONS` at several."""
 
-import ast
 import dataclasses
 import importlib.util
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePath
-from typing import Any
 
-from dsdm_jax.core.rule import Rule
+from dsdm_jax.core.rule import Rule, are_arguments
 from dsdm_jax.core.rule import above as _above
 from dsdm_jax.core.rule import at_least as _at_least
 from dsdm_jax.core.rule import one_of as _one_of
@@ -41,29 +39,6 @@ def _is_regex(value: str) -> bool:
   return True
 
 
-def arguments(text: str) -> dict[str, Any]:
-  """{'b1': 0.9, 'nesterov': True} of 'b1=0.9, nesterov=True'; values are Python literals.
-
-  Raises:
-    ValueError: the text is nothing of the kind.
-  """
-  try:
-    call = ast.parse(f'f({text})', mode='eval').body
-  except SyntaxError as error:
-    raise ValueError(str(error)) from error
-  if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
-    raise ValueError('keyword arguments are meant')
-  return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-
-
-def _are_arguments(value: str) -> bool:
-  try:
-    arguments(value)
-  except ValueError:
-    return False
-  return True
-
-
 def _either(a: Rule, b: Rule) -> Rule:
   return Rule(lambda v: a.holds(v) or b.holds(v), f'{a.text}, or {b.text}')
 
@@ -71,7 +46,7 @@ def _either(a: Rule, b: Rule) -> Rule:
 _POSITIVE = _at_least(1)
 _COUNT = _at_least(0)
 _JSONL = Rule(lambda v: v.endswith('.jsonl'), 'paths that end in .jsonl')
-_ARGUMENTS = Rule(_are_arguments, "must be keyword arguments with plain values, such as 'b1=0.9, nesterov=True'")
+_ARGUMENTS = Rule(are_arguments, "must be keyword arguments with plain values, such as 'b1=0.9, nesterov=True'")
 _REGEX = Rule(_is_regex, 'must be a regular expression')
 _NAME = Rule(
   lambda v: bool(CALLABLE.fullmatch(v)) and _module_exists(v),

@@ -1,5 +1,6 @@
 """What one value must be, and how that is said."""
 
+import ast
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -44,3 +45,26 @@ def some_of(*choices: str, also: Rule | None = None) -> Rule:
     return known and 0 < len(values) == len(set(values))
 
   return Rule(holds, text)
+
+
+def arguments(text: str) -> dict[str, Any]:
+  """{'b1': 0.9, 'nesterov': True} of 'b1=0.9, nesterov=True'; values are Python literals.
+
+  Raises:
+    ValueError: the text is nothing of the kind.
+  """
+  try:
+    call = ast.parse(f'f({text})', mode='eval').body
+  except SyntaxError as error:
+    raise ValueError(str(error)) from error
+  if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+    raise ValueError('keyword arguments are meant')
+  return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+
+
+def are_arguments(value: str) -> bool:
+  try:
+    arguments(value)
+  except ValueError:
+    return False
+  return True

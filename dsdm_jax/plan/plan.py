@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from dsdm_jax.core import atomic
 from dsdm_jax.core.config import check_callables, check_devices, flatten, resolve, validate
 from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.lm import hugging_face
 from dsdm_jax.plan import cost, page, programs, topology
 from dsdm_jax.plan.chips import chip
 from dsdm_jax.plan.programs import Work
@@ -26,7 +27,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
     UserError: bad config, an unknown topology, batches that the mesh does not divide.
   """
   validate(config)
-  found = make(resolve(config))
+  found = make(resolve(config, hugging_face.model_keys))
   name = f'plan_{config.plan.topology.replace(":", "_")}.json'
   folder = Path(workdir or '.')
   folder.mkdir(parents=True, exist_ok=True)

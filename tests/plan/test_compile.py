@@ -73,7 +73,7 @@ def test_the_papers_scale_compiles_and_fits(libtpu, tmp_path):
 def test_configs_are_valid_and_as_large_as_they_say(module):
   config = module.get_config()
   validate(config)
-  config = resolve(config)
+  config = resolve(config, dict)
   proxy, final = (
     programs.Model.of(model, config.pool.vocab_size, config.pool.length)
     for model in (config.proxies.model, config.model)
