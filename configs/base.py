@@ -196,12 +196,36 @@ def get_config() -> ConfigDict:
   c.validation.smooth_batch_size = 64  # of the same
   c.validation.resamples = 200  # of subsets and target documents, for intervals
 
-  # Selection: which rows each arm trains on.
+  # Selection: which rows each arm trains on. docs/selection.md says what each method does.
   c.selection = ConfigDict()
-  c.selection.methods = ('dsdm', 'random', 'random_one_epoch', 'bottom')  # arms
+  # arms: names of dsdm_jax/selection/, or 'package.module:function' of your own
+  c.selection.methods = ('dsdm', 'random', 'random_one_epoch', 'bottom')
   c.selection.targets = ('mix',)  # each a task, 'mix', or tasks joined by '+'
   c.selection.examples = 1_024  # k, rows of a targeted selection
   c.selection.epochs = 4  # passes over them; examples × epochs is every arm's budget
+  c.selection.repeat_cap = 16  # visits of one row in a whole training, at most; at least epochs
+  c.selection.document_cap = 0  # rows of one document in a ranked selection, at most; 0 for any number
+  c.selection.source_cap = 1.0  # share of a ranked selection that one source may give; above 0, 1 for all
+  c.selection.temperature = 1.0  # dsdm_gumbel, dsdm_boltzmann: standard deviations of the scores; > 0
+  c.selection.diversity = 1.0  # dsdm_greedy, dsdm_clusters: standard deviations that full redundancy costs; >= 0
+  c.selection.clusters = 0  # dsdm_clusters, semdedup: of k-means; 0 takes the square root of the rows
+  c.selection.duplicate_similarity = 0.95  # semdedup: cosine above which rows are near duplicates; above 0, up to 1
+  c.selection.ngrams = 'words'  # words (of the text) | tokens (stored ids, several times faster)
+  c.selection.ngram_buckets = 65_536  # that uni- and bigrams are hashed into: classifier, dsir, bm25, dsdm_distilled
+  c.selection.classifier_rows = 50_000  # classifier: rows of the pool that it learns from, at most
+  c.selection.conditional_steps = 50  # color_filter: steps of the first proxy on a task's examples
+  c.selection.conditional_learning_rate = 1e-3  # of these steps, at the peak
+  c.selection.distill_rows = 20_000  # dsdm_distilled: rows whose scores it learns from and is told by; at least 50
+  c.selection.imported = ''  # imported: file of one score a row (.npy, .parquet, .pt), higher is better
+
+  # Mixture: one more arm, 'mixture', of several selections at fixed rates and the same budget.
+  c.mixture = ConfigDict()
+  # () for no such arm, or parts 'method@target rate=R epochs=E cap=C': rate relative to the other parts (1); epochs
+  # passes over its rows (selection.epochs), or rows=K to say how many it gets; cap passes at most
+  # (selection.repeat_cap). A share of random pool is ('dsdm@docs rate=3', 'random epochs=1').
+  c.mixture.parts = ()
+  # drop (the others share its place, the budget stays) | repeat (another pass, whatever the cap) | refuse
+  c.mixture.when_empty = 'drop'
 
   # Pretraining: one model per arm and seed.
   c.pretraining = ConfigDict()

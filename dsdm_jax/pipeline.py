@@ -71,8 +71,11 @@ STAGES = (
     'validation', ('pool', 'targets'),
     ('seed', 'validation', 'proxies', 'features', 'datamodel'), 'validation.validate:run', on_request=True,
   ),
-  # Scores → rows for each arm.
-  Stage('selection', ('pool', 'datamodel'), ('seed', 'selection', 'pretraining.seeds'), 'selection.select:run'),
+  # Scores → rows for each arm. What a method does not need is not opened.
+  Stage(
+    'selection', ('pool', 'targets', 'proxies', 'features', 'datamodel'),
+    ('seed', 'selection', 'mixture', 'pretraining.seeds'), 'selection.select:run', format=2,
+  ),
   # One model per arm and seed, on a seqio mixture of its rows.
   Stage(
     'pretraining', ('pool', 'selection'), ('seed', 'model', 'pretraining'), 'training.pretraining:run', everywhere=True
@@ -209,6 +212,12 @@ def _identity(stage: Stage, settings: Mapping, inputs: Mapping[str, str]) -> Ide
     chosen |= {f'SHA-256 of {file}': hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
   for key in [key for key in chosen if key.endswith('model.weights') and chosen[key]]:
     chosen[f'SHA-256 of {key}'] = hugging_face.digest(chosen[key])
+  if chosen.get('selection.imported'):  # likewise
+    file = Path(chosen['selection.imported'])
+    if not file.is_file():
+      raise UserError(f'selection.imported = {str(file)!r} is no file; give a file of one score a row')
+    with open(file, 'rb') as opened:
+      chosen[f'SHA-256 of {file}'] = hashlib.file_digest(opened, 'sha256').hexdigest()
   if chosen.get('pool.plant_targets'):  # planted are examples of the target split
     chosen |= select(settings, ('targets.holdout_share', 'targets.max_examples'))
   return Identity(stage.name, stage.format, chosen, inputs)

@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from dsdm_jax.bench import features, peers, train
+from dsdm_jax.bench import features, peers, selection, train
 from dsdm_jax.core.errors import UserError
 
-_BENCHES = {'features': features, 'peers': peers, 'train': train}
+_BENCHES = {'features': features, 'peers': peers, 'selection': selection, 'train': train}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,9 +15,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import base
+from dsdm_jax.core import mixture_parts
 from dsdm_jax.core.config_rules import (
   BATCHES,
-  CALLABLE,
   MODELS,
   RELATIONS,
   RULES,
@@ -26,6 +26,7 @@ from dsdm_jax.core.config_rules import (
   model_relations,
 )  # fmt: skip
 from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.rule import CALLABLE
 
 _PASSWORD = re.compile(r'://[^/\s@:]*:[^/\s@]+@')
 _OUR_FACTORY = base.get_config().model.factory
@@ -150,6 +151,11 @@ def check_callables(config: ConfigDict) -> None:
   for key in ('pool.source', *(f'{model}.factory' for model in MODELS), 'features.output_fn'):
     if ':' in flat[key]:
       load_callable(flat[key], key)
+  parts = [part for part in map(mixture_parts.parse, flat['mixture.parts']) if part is not None]
+  for key, methods in (('selection.methods', flat['selection.methods']), ('mixture.parts', [p.method for p in parts])):
+    for method in methods:
+      if ':' in method:
+        load_callable(method, key)
 
 
 def load_callable(name: str, key: str = '') -> Callable[..., Any]:

@@ -1,24 +1,23 @@
 """What `configs/base.py` asks of values in words, as rules: `RULES` look at one key, `RELATIONS` at several."""
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePath
 
+from dsdm_jax.core.rule import NAME as _NAME
 from dsdm_jax.core.rule import Rule, are_arguments
 from dsdm_jax.core.rule import above as _above
 from dsdm_jax.core.rule import at_least as _at_least
+from dsdm_jax.core.rule import either as _either
 from dsdm_jax.core.rule import one_of as _one_of
 from dsdm_jax.core.rule import some_of as _some_of
 from dsdm_jax.core.rule import within as _within
+from dsdm_jax.core.selection_rules import SELECTION_RULES, part_key
 
 SOURCES = ('installed_packages',)
 KINDS = ('source', 'docs', 'licences', 'metadata', 'data')
 TASKS = ('docs', 'api_qa', 'cs_algorithms')
-METHODS = (
-  'dsdm', 'random', 'random_one_epoch', 'bottom', 'dsdm_shifted', 'dsdm_permuted', 'random_again',
-)  # fmt: skip
 MIX = 'mix'
 
 # Layers, width and heads of the paper's models.
@@ -28,7 +27,6 @@ SIZES: Mapping[str, tuple[int, int, int]] = {
 MODELS = ('model', 'proxies.model')
 TRAINS = ('proxies.train', 'pretraining.train')
 BATCHES = (*(f'{train}.batch_size' for train in TRAINS), 'features.batch_size', 'evaluation.batch_size')
-CALLABLE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*')
 
 
 def _is_regex(value: str) -> bool:
@@ -39,20 +37,11 @@ def _is_regex(value: str) -> bool:
   return True
 
 
-def _either(a: Rule, b: Rule) -> Rule:
-  return Rule(lambda v: a.holds(v) or b.holds(v), f'{a.text}, or {b.text}')
-
-
 _POSITIVE = _at_least(1)
 _COUNT = _at_least(0)
 _JSONL = Rule(lambda v: v.endswith('.jsonl'), 'paths that end in .jsonl')
 _ARGUMENTS = Rule(are_arguments, "must be keyword arguments with plain values, such as 'b1=0.9, nesterov=True'")
 _REGEX = Rule(_is_regex, 'must be a regular expression')
-_NAME = Rule(
-  lambda v: bool(CALLABLE.fullmatch(v)) and _module_exists(v),
-  "must be 'package.module:function' with a module that Python finds from here",
-)
-
 _MODEL_RULES = {
   'factory': _NAME,
   'size': _one_of('', *SIZES),
@@ -173,7 +162,7 @@ RULES: Mapping[str, Rule] = {
   'validation.smooth_eps_root': _above(0),
   'validation.smooth_batch_size': _POSITIVE,
   'validation.resamples': _at_least(20),
-  'selection.methods': _some_of(*METHODS),
+  **SELECTION_RULES,
   'selection.targets': Rule(lambda v: 0 < len(v) == len(set(v)), 'must name at least one target, each once'),
   'selection.examples': _POSITIVE,
   'selection.epochs': _POSITIVE,
@@ -386,6 +375,24 @@ RELATIONS: tuple[Relation, ...] = (
     'set --config.selection.targets="(\'mix\',)", or add the task to --config.targets.tasks',
   ),
   Relation(
+    ('mixture.parts', 'targets.tasks'),
+    lambda parts, tasks: _targets_known([part_key(text)[1] for text in parts], tasks),
+    "each target after '@' must be 'mix', a task of targets.tasks = {1}, or several of them joined by '+'",
+    'mend the target, or add the task to --config.targets.tasks',
+  ),
+  Relation(
+    ('selection.imported', 'selection.methods', 'mixture.parts'),
+    lambda file, methods, parts: bool(file) or 'imported' not in (*methods, *(part_key(text)[0] for text in parts)),
+    "must be a file where selection.methods or mixture.parts have 'imported'",
+    'set --config.selection.imported=scores.npy',
+  ),
+  Relation(
+    ('selection.repeat_cap', 'selection.epochs'),
+    lambda cap, epochs: cap >= epochs,
+    'must be at least selection.epochs = {1}',
+    'set --config.selection.repeat_cap={1}',
+  ),
+  Relation(
     ('selection.examples', 'selection.epochs', 'pretraining.train.batch_size'),
     lambda examples, epochs, batch: examples * epochs >= batch,
     'times selection.epochs = {1} must be at least pretraining.train.batch_size = {2}, one step of training',
@@ -417,11 +424,3 @@ RELATIONS: tuple[Relation, ...] = (
 def task_name(task: str) -> str:
   """The name that a task of `targets.tasks` goes by: a path's stem, any other as it is."""
   return PurePath(task).stem if _JSONL.holds(task) else task
-
-
-def _module_exists(name: str) -> bool:
-  """Whether Python finds the module of 'package.module:function'; imports the packages around it but not the module."""
-  try:
-    return importlib.util.find_spec(name.partition(':')[0]) is not None
-  except (ImportError, ValueError):
-    return False

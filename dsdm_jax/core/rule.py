@@ -1,7 +1,9 @@
-"""What one value must be, and how that is said."""
+"""What the value of one config key must be, in a form that says so to a person."""
 
 import ast
 import dataclasses
+import importlib.util
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -68,3 +70,22 @@ def are_arguments(value: str) -> bool:
   except ValueError:
     return False
   return True
+
+
+def either(a: Rule, b: Rule) -> Rule:
+  return Rule(lambda v: a.holds(v) or b.holds(v), f'{a.text}, or {b.text}')
+
+
+CALLABLE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*')
+NAME = Rule(
+  lambda v: bool(CALLABLE.fullmatch(v)) and _module_exists(v),
+  "must be 'package.module:function' with a module that Python finds from here",
+)
+
+
+def _module_exists(name: str) -> bool:
+  """Whether Python finds the module of 'package.module:function'; imports the packages around it but not the module."""
+  try:
+    return importlib.util.find_spec(name.partition(':')[0]) is not None
+  except (ImportError, ValueError):
+    return False

@@ -21,7 +21,8 @@ class Selection:
     name: names its files: '<method>--<target>--<seed>'.
     rows: int64 [k].
     weights: float32 [k], of each row's loss; 1 is usual.
-    provenance: JSON values: method, target, seed, settings, digests of what it was made from.
+    provenance: JSON values: method, target, seed, and what the method tells of how it chose.
+    scores: float32 [k], what the method ranked each row by, higher first; None where it does not rank.
 
   Raises:
     ValueError: shapes or dtypes are others, a row is negative, or a weight is negative or not finite.
@@ -31,6 +32,7 @@ class Selection:
   rows: np.ndarray
   weights: np.ndarray
   provenance: dict[str, Any]
+  scores: np.ndarray | None = None
 
   def __post_init__(self) -> None:
     if self.rows.ndim != 1 or self.rows.dtype != np.int64:
@@ -44,6 +46,16 @@ class Selection:
       raise ValueError(f'selection {self.name}: row {self.rows.min()} is negative')
     if not np.all(np.isfinite(self.weights)) or (len(self.weights) and self.weights.min() < 0):
       raise ValueError(f'selection {self.name}: weights must be finite and not negative')
+    if self.scores is not None and (self.scores.shape != self.rows.shape or self.scores.dtype != np.float32):
+      raise ValueError(
+        f'selection {self.name}: scores must be float32 {self.rows.shape}, got {self.scores.dtype} {self.scores.shape}'
+      )
+
+  @classmethod
+  def of(cls, rows: np.ndarray, scores: np.ndarray | None = None, **provenance: Any) -> 'Selection':
+    """What a selector returns: `rows` with weights of one, and no name yet."""
+    rows = np.asarray(rows, np.int64)
+    return cls('', rows, np.ones(len(rows), np.float32), provenance, scores)
 
   @property
   def size(self) -> int:
@@ -71,8 +83,11 @@ class Selection:
       )
 
   def save(self, folder: str | os.PathLike) -> None:
-    """Writes `<name>.npz` (rows, weights) and `<name>.json` (provenance) into `folder`."""
-    atomic.save_npz(Path(folder) / f'{self.name}.npz', rows=self.rows, weights=self.weights)
+    """Writes `<name>.npz` (rows, weights, scores if there are any) and `<name>.json` (provenance) into `folder`."""
+    arrays = {'rows': self.rows, 'weights': self.weights}
+    if self.scores is not None:
+      arrays['scores'] = self.scores
+    atomic.save_npz(Path(folder) / f'{self.name}.npz', **arrays)
     atomic.write_json(Path(folder) / f'{self.name}.json', self.provenance)
 
   @classmethod
@@ -82,9 +97,10 @@ class Selection:
     try:
       with np.load(arrays_file) as arrays:
         rows, weights = arrays['rows'], arrays['weights']
+        scores = arrays['scores'] if 'scores' in arrays.files else None
       provenance = json.loads(provenance_file.read_text())
     except FileNotFoundError as error:
       raise UserError(
         f'no selection {name!r} in {folder}: {error.filename} is missing; run the selection stage'
       ) from error
-    return cls(name, rows, weights, provenance)
+    return cls(name, rows, weights, provenance, scores)

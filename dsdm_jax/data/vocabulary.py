@@ -152,6 +152,10 @@ class Encoder:
     """Text of `ids`; padding and end marks are nothing, a character cut through at the edge becomes U+FFFD."""
     return self._processor.decode([int(i) for i in ids])
 
+  def decode_batch(self, ids_BL: np.ndarray) -> list[str]:
+    """Text of each row; other threads may run meanwhile."""
+    return self._processor.decode(ids_BL.tolist(), num_threads=1)
+
 
 @functools.lru_cache(maxsize=8)
 def load(path: str) -> 'seqio.SentencePieceVocabulary':

@@ -1,43 +1,45 @@
-"""What a selector is, and the selectors by name. A selector of your own is a file with one decorated function."""
+"""What a selector is, and the selectors by name.
+
+A selector of your own is one function in one file,
+
+    def shortest(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
+      ...
+      return Selection.of(rows, why='short')
+
+and one line of config: `selection.methods = ('dsdm', 'random', 'my_package.my_file:shortest')`. Under `@selector` it
+can also say that it ignores targets, or that it draws nothing.
+"""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import TypeVar
 
-import numpy as np
-
-from dsdm_jax.core.errors import UserError
-
-
-class ScoreTable(Protocol):
-  def score_N(self, target: str) -> np.ndarray: ...
+from dsdm_jax.core.config import load_callable
+from dsdm_jax.data.selection import Selection
+from dsdm_jax.selection.candidates import Candidates, Target
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-  """What a selector may use.
+class Budget:
+  """How much an arm may train on.
 
   Attributes:
-    num_rows: N, rows of the pool.
-    target: name of a task, 'mix', or tasks joined by '+'.
-    examples: rows wanted; epochs: passes over them. Their product is the budget of every arm.
-    seed: of whatever the selector draws.
-    scores: the datamodel's scores.
+    examples: rows of a targeted selection; epochs: passes over them.
+    repeat_cap: visits of one row in a whole training, at most.
   """
 
-  num_rows: int
-  target: str
   examples: int
   epochs: int
-  seed: int
-  scores: ScoreTable
+  repeat_cap: int
 
   @property
-  def budget(self) -> int:
+  def total(self) -> int:
+    """Examples that every arm trains on, repeats counted."""
     return self.examples * self.epochs
 
 
-Select = Callable[[Request], np.ndarray]
+Select = Callable[[Candidates, Target, Budget, int], Selection]
+_F = TypeVar('_F', bound=Select)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Selector:
   """A way to choose rows.
 
   Attributes:
-    select: Request → int64 rows.
+    select: (pool, target, budget, seed) → Selection, the same for the same arguments.
     targeted: it depends on the target.
     seeded: it draws, so that each seed has rows of its own.
   """
@@ -58,32 +60,24 @@ class Selector:
 SELECTORS: dict[str, Selector] = {}
 
 
-def selector(name: str, *, targeted: bool, seeded: bool) -> Callable[[Select], Select]:
-  """Registers a function Request → rows under `name`."""
+def selector(name: str, *, targeted: bool, seeded: bool) -> Callable[[_F], _F]:
+  """Registers a selector under `name`."""
 
-  def register(select: Select) -> Select:
+  def register(select: _F) -> _F:
     SELECTORS[name] = Selector(select, targeted, seeded)
     return select
 
   return register
 
 
-def top(score_N: np.ndarray, count: int) -> np.ndarray:
-  """The `count` rows of highest score, best first; equal scores go to the lower row.
+def find(method: str) -> Selector:
+  """The selector of an entry of `selection.methods`; a stranger's plain function counts as targeted and seeded.
 
   Raises:
-    UserError: more rows are wanted than there are, or a score is not a number.
+    UserError: the entry is 'package.module:function' and there is no such function.
   """
-  if count > len(score_N):
-    raise UserError(
-      f'{count} rows are wanted and the pool has {len(score_N)}; lower selection.examples or raise pool.max_bytes'
-    )
-  if not np.isfinite(score_N).all():
-    raise UserError(f'the score of row {int(np.argmin(np.isfinite(score_N)))} is not a number; make the datamodel anew')
-  order = np.argpartition(-score_N, count - 1)[:count] if count < len(score_N) else np.arange(len(score_N))
-  # argpartition cuts through ties as it likes: take all that are strictly better, then the lowest rows of the tie.
-  cut = score_N[order].min()
-  better = np.flatnonzero(score_N > cut)
-  tied = np.flatnonzero(score_N == cut)[: count - len(better)]
-  rows = np.concatenate([better, tied])
-  return rows[np.lexsort((rows, -score_N[rows].astype(np.float64)))].astype(np.int64)
+  if ':' not in method:
+    return SELECTORS[method]
+  function = load_callable(method, 'selection.methods')
+  known = (known for known in SELECTORS.values() if known.select is function)
+  return next(known, Selector(function, targeted=True, seeded=True))

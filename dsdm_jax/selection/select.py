@@ -1,66 +1,90 @@
 """Stage `selection`: which rows each arm trains on."""
 
+import dataclasses
 import importlib
+import math
+import pkgutil
 
-import numpy as np
-
-from dsdm_jax.attribution.scores import Scores
+from dsdm_jax import selection as package
 from dsdm_jax.core import atomic, prng
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.selection_rules import method_name
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.selection import Selection
-from dsdm_jax.selection.registry import SELECTORS, Request
-
-_MODULES = ('dsdm', 'random', 'controls')
+from dsdm_jax.selection import cards, mixture, registry
+from dsdm_jax.selection.candidates import Candidates
+from dsdm_jax.selection.registry import Budget
 
 
 def load_selectors() -> None:
-  """Imports every module that registers selectors."""
-  for module in _MODULES:
-    importlib.import_module(f'dsdm_jax.selection.{module}')
+  """Imports every module here, and so registers every selector."""
+  for module in pkgutil.iter_modules(package.__path__):
+    importlib.import_module(f'{package.__name__}.{module.name}')
 
 
 def run(context: Context) -> dict:
-  """Leaves `<method>--<target>--<seed>.npz` and `index.json`, one entry for each model to train.
+  """Leaves `<method>--<target>--<seed>.npz`, and `index.json` with one entry for each model to train.
 
   A method that draws has rows of its own for each seed; a deterministic one shares its rows between seeds.
   """
-  config, selection = context.config, context.config.selection
+  config, options = context.config, context.config.selection
   load_selectors()
-  pool, scores = Pool(context.inputs['pool']), Scores(context.inputs['datamodel'])
-  index, summary = [], []
-  for method in selection.methods:
-    chooser = SELECTORS[method]
-    for target in selection.targets if chooser.targeted else ('any',):
+  pool = Candidates(context)
+  budget = Budget(options.examples, options.epochs, options.repeat_cap)
+  index, arms = [], []
+  for method in options.methods:
+    chooser = registry.find(method)
+    for target in options.targets if chooser.targeted else ('any',):
       for seed in range(config.pretraining.seeds):
         drawn = seed if chooser.seeded else 0
-        name = f'{method}--{target}--{drawn}'
         if seed == drawn:
-          request = Request(
-            pool.num_rows, target, selection.examples, selection.epochs,
-            prng.derive(config.seed, 'selection', drawn), scores,
-          )  # fmt: skip
-          rows = chooser.select(request)
-          chosen = Selection(name, rows, np.ones(len(rows), np.float32), {
-            'method': method, 'target': target, 'seed': drawn, 'examples': len(rows),
-            'epochs': request.budget / len(rows),
-          })  # fmt: skip
-          chosen.check(pool.num_rows)
+          chosen = choose(pool, method, target, budget, config.seed, drawn)
           chosen.save(context.out)
-          summary.append(_card(chosen, pool))
+          if drawn == 0:
+            arms.append(chosen)
         index.append({
-          'name': f'{method}--{target}--{seed}', 'selection': name, 'method': method, 'target': target, 'seed': seed,
-          'examples': len(rows), 'epochs': request.budget / len(rows),
+          'name': f'{method_name(method)}--{target}--{seed}', 'selection': chosen.name, 'method': method_name(method),
+          'target': target, 'seed': seed, 'examples': chosen.size, 'epochs': budget.total / chosen.size,
         })  # fmt: skip
+  if config.mixture.parts:
+    for seed in range(config.pretraining.seeds):
+      entry, chosen = mixture.make(context, pool, budget, seed)
+      index.append(entry)
+      if seed == 0:
+        arms.append(chosen)
   atomic.write_json(context.out / 'index.json', index)
-  for card in summary:
-    if card['seed'] == 0:
-      context.log.say(f'  {card["method"]:>18} for {card["target"]}: {card["examples"]} rows, ' + ', '.join(
-        f'{share:.0%} {source}' for source, share in card['sources'].items()))  # fmt: skip
-  return {'budget_examples': selection.examples * selection.epochs, 'selections': summary}
+  found = cards.make(arms, pool.pool)
+  atomic.write_json(context.out / 'cards.json', found)
+  context.log.say(cards.table(found))
+  return {'budget_examples': budget.total, 'selections': found}
 
 
-def _card(selection: Selection, pool: Pool) -> dict:
-  counts = np.bincount(pool.source_N[selection.rows], minlength=len(pool.sources))
-  sources = {name: round(float(n) / len(selection.rows), 4) for name, n in zip(pool.sources, counts, strict=True)}
-  return {**selection.provenance, 'name': selection.name, 'sources': sources}
+def choose(pool: Candidates, method: str, target: str, budget: Budget, root: int, seed: int) -> Selection:
+  """What `method` selects, named and checked.
+
+  Args:
+    root: seed of the run; seed: of the models that train on it.
+
+  Raises:
+    UserError: a stranger's selector returned something else, or a row would be visited more than its cap.
+  """
+  wanted = pool.target('mix' if target == 'any' else target)
+  made = registry.find(method).select(pool, wanted, budget, prng.derive(root, 'selection', seed))
+  if not isinstance(made, Selection):
+    raise UserError(f'selector {method} returned a {type(made).__name__}; return Selection.of(rows)')
+  told = {'method': method_name(method), 'target': target, 'seed': seed, 'examples': made.size}
+  chosen = dataclasses.replace(
+    made, name=f'{method_name(method)}--{target}--{seed}',
+    provenance={**told, 'epochs': budget.total / max(made.size, 1), **made.provenance},
+  )  # fmt: skip
+  visits = math.ceil(budget.total / max(chosen.size, 1))
+  if visits > budget.repeat_cap:
+    raise UserError(
+      f'{chosen.name} has {chosen.size} rows, and {budget.total} examples of them are {visits} visits of a row where '
+      f'selection.repeat_cap allows {budget.repeat_cap}; raise it, or lower selection.epochs'
+    )
+  try:
+    chosen.check(pool.num_rows, budget.repeat_cap // visits)
+  except ValueError as error:
+    raise UserError(f'selector {method}: {error}; mend what it returns, or raise selection.repeat_cap') from error
+  return chosen

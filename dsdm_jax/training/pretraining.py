@@ -6,6 +6,7 @@ import json
 from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
+from dsdm_jax.data import arms
 from dsdm_jax.data.batches import training_batches
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.schedule import Schedule
@@ -28,14 +29,14 @@ def run(context: Context) -> dict:
   steps = budget // pretraining.train.batch_size
   compiled = trainer(config.model, pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
   for entry in index:  # all of them before the first is trained: an arm may have too few rows for the budget
-    _schedule(context, entry, Selection.load(selections.path, entry['selection']), steps)
+    _schedule(context, entry, steps)
   at_once = pretraining.models_at_once
   with context.log.bar(total=steps * len(index), desc='pretraining', unit='step') as bar:
     for group in (index[start : start + at_once] for start in range(0, len(index), at_once)):
       names = [entry['name'] for entry in group]
       keys = [prng.stream(config.seed, 'init', 'final', entry['seed']) for entry in group]
       chosen = [Selection.load(selections.path, entry['selection']) for entry in group]
-      batches = [_batches(context, pool, *pair, steps) for pair in zip(group, chosen, strict=True)]
+      batches = [_batches(context, pool, entry, steps) for entry in group]
       if len(group) == 1:
         beside = held_out(compiled, pool, chosen[0].rows, pretraining.train, config.seed)
         loop.train(context, compiled, names[0], keys[0], batches[0], steps, pretraining.train, bar, beside)
@@ -44,13 +45,12 @@ def run(context: Context) -> dict:
   return {'runs': len(index), 'steps': steps, 'tokens_per_run': steps * pretraining.train.batch_size * pool.length}
 
 
-def _batches(context: Context, pool: Pool, entry: dict, selection: Selection, steps: int) -> loop.Batches:
-  schedule = _schedule(context, entry, selection, steps)
+def _batches(context: Context, pool: Pool, entry: dict, steps: int) -> loop.Batches:
+  schedule = _schedule(context, entry, steps)
   return functools.partial(training_batches, pool, schedule, context.config.pretraining.train.batch_size)
 
 
-def _schedule(context: Context, entry: dict, selection: Selection, steps: int) -> Schedule:
+def _schedule(context: Context, entry: dict, steps: int) -> Schedule:
   config, pretraining = context.config, context.config.pretraining
   order, length = prng.derive(config.seed, 'order', entry['seed']), steps * pretraining.train.batch_size
-  epochs = pretraining.max_epochs or None
-  return Schedule.single(entry['name'], selection.rows, length, order, selection.weights, epochs)
+  return arms.schedule(context.inputs['selection'].path, entry, length, order, pretraining.max_epochs)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 from configs import base
 from dsdm_jax.core import config as checks
-from dsdm_jax.core import config_rules
+from dsdm_jax.core import config_rules, selection_rules
 from dsdm_jax.core.config_rules import RELATIONS, RULES, task_name
 from dsdm_jax.core.errors import UserError
 
@@ -89,10 +89,36 @@ BAD: dict[str, list] = {
   'validation.smooth_eps_root': [0.0],
   'validation.smooth_batch_size': [0],
   'validation.resamples': [0],
-  'selection.methods': [(), ('dsdm', 'dsdm'), ('dsir',)],
+  'selection.methods': [(), ('dsdm', 'dsdm'), ('doremi',), ('no_such_package:mine',), ('dsdm', 'json:dsdm')],
   'selection.targets': [(), ('mix', 'mix'), ('squad',), ('docs+squad',), ('docs+docs',), ('docs+',), ('mix+docs',)],
   'selection.examples': [0, 7],
   'selection.epochs': [0],
+  'selection.repeat_cap': [0, 3],
+  'selection.document_cap': [-1],
+  'selection.source_cap': [0.0, 1.01],
+  'selection.temperature': [0.0, -1.0],
+  'selection.diversity': [-0.5],
+  'selection.clusters': [-1],
+  'selection.duplicate_similarity': [0.0, 1.5],
+  'selection.ngrams': ['letters'],
+  'selection.ngram_buckets': [1, 2**32],
+  'selection.classifier_rows': [0],
+  'selection.conditional_steps': [0],
+  'selection.conditional_learning_rate': [0.0],
+  'selection.distill_rows': [49],
+  'selection.imported': ['scores.csv'],
+  'mixture.parts': [
+    ('doremi',),
+    ('dsdm', 'dsdm'),
+    ('dsdm@squad',),
+    ('dsdm rate=0',),
+    ('dsdm rate=1 rate=2',),
+    ('dsdm epochs=1 rows=5',),
+    ('dsdm rows=1.5',),
+    ('dsdm weight=3',),
+    ('',),
+  ],
+  'mixture.when_empty': ['stop'],
   'pretraining.seeds': [0],
   'pretraining.max_epochs': [-1.0, 0.5],
   'pretraining.models_at_once': [0],
@@ -295,6 +321,8 @@ def test_good_configs_pass(config):
     (changed(pool__max_document_bytes=9, pool__max_bytes=8), ['pool.max_document_bytes = 9', 'pool.max_bytes = 8']),
     (changed(pool__plant_targets=300), ['pool.plant_targets = 300', 'targets.max_examples = 256']),
     (changed(features__projection='dense', features__mode='jvp'), ["features.mode = 'jvp'", 'datamodel.bootstrap=0']),
+    (changed(selection__methods=('dsdm', 'imported')), ["selection.imported = ''", '--config.selection.imported=']),
+    (changed(mixture__parts=('imported rate=2',)), ["selection.imported = ''"]),
     (changed(selection__examples=7), ['selection.examples = 7', 'selection.epochs = 4', 'batch_size = 32']),
     (
       changed(targets__tasks=('docs',), selection__targets=('api_qa',)),
@@ -413,9 +441,8 @@ def test_names_are_those_of_the_registries():
   assert config_rules.KINDS == installed_packages.KINDS
   assert set(config_rules.SOURCES) == set(sources.SOURCES)
   assert config_rules.TASKS == tasks.BUILT_IN
-  for module in select._MODULES:
-    importlib.import_module(f'dsdm_jax.selection.{module}')
-  assert set(config_rules.METHODS) == set(registry.SELECTORS)
+  select.load_selectors()
+  assert set(selection_rules.METHODS) == set(registry.SELECTORS)
   assert [task_name(t) for t in ('docs', 'a/b.jsonl')] == [tasks.task_name(t) for t in ('docs', 'a/b.jsonl')]
 
 

@@ -141,6 +141,38 @@ def test_digest_names_the_stream():
   assert mixed().digest == mixed().digest
 
 
+@given(
+  st.lists(st.tuples(st.integers(1, 40), st.floats(0.1, 9), st.integers(1, 5_000)), min_size=1, max_size=4),
+  st.integers(0, 4_000), st.integers(0, 5),
+)  # fmt: skip
+def test_a_part_that_runs_out_leaves_its_place_to_the_others(parts, length: int, seed: int):
+  made = tuple(Part(f'{i}', np.arange(size) + 100 * i, rate, most=most) for i, (size, rate, most) in enumerate(parts))
+  made += (Part('endless', np.arange(7) + 1_000, 0.5),)
+  schedule = Schedule(made, length, seed, 'drop')
+  part_B, index_B = schedule.part_and_index(np.arange(length))
+  count_S = np.bincount(part_B, minlength=len(made))
+  assert all(part.most is None or count <= part.most for part, count in zip(made, count_S, strict=True))
+  for part in range(len(made)):  # each gives its examples in order and without a gap, phase after phase
+    np.testing.assert_array_equal(index_B[part_B == part], np.arange(count_S[part]))
+  for stop in (0, length // 3, length):
+    np.testing.assert_array_equal(schedule.visits(stop), np.bincount(part_B[:stop], minlength=len(made)))
+  middle = np.arange(length // 2, length)
+  np.testing.assert_array_equal(schedule.part_and_index(middle)[0], part_B[middle])
+
+
+def test_rates_among_those_that_are_left_stay():
+  parts = (Part('a', np.arange(5), 1.0, most=100), Part('b', np.arange(9), 1.0), Part('c', np.arange(9), 2.0))
+  part_B, _ = Schedule(parts, 9_000, 0, 'drop').part_and_index(np.arange(9_000))
+  assert (part_B == 0).sum() == 100
+  last = int(np.flatnonzero(part_B == 0)[-1])
+  after = np.bincount(part_B[last + 1 :][: 5 * BLOCK], minlength=3)
+  assert after.sum() == 5 * BLOCK
+  # Whole blocks of the second phase hold b and c as 1 to 2; the phase may begin some positions after `last`.
+  assert abs(after[1] - 5 * BLOCK / 3) <= 10
+  part_B, _ = Schedule(parts, 9_000, 0, 'repeat').part_and_index(np.arange(9_000))
+  assert (part_B == 0).sum() > 2_000
+
+
 def test_bad_schedules():
   rows = np.arange(3)
   with pytest.raises(UserError, match="'a' of a schedule has no rows"):
@@ -151,8 +183,14 @@ def test_bad_schedules():
     Schedule((Part('a', rows, 0.0),), 5, 0)
   with pytest.raises(UserError, match='3 rows and 2 weights'):
     Schedule.single('a', rows, 5, 0, np.ones(2, np.float32))
-  with pytest.raises(UserError, match="'a' has 3 rows but is to give 7 examples, more than 2 epochs"):
-    Schedule((Part('a', rows),), 7, 0, max_epochs=2)
-  Schedule((Part('a', rows),), 6, 0, max_epochs=2)
+  twice = Part('a', rows, most=6)
+  for when_empty in ('refuse', 'drop'):  # alone, it has nobody to take its place
+    with pytest.raises(UserError, match="'a' has 3 rows but is to give 7 examples, and 6 are the most"):
+      Schedule((twice,), 7, 0, when_empty)
+    Schedule((twice,), 6, 0, when_empty)
+  Schedule((twice,), 7, 0, 'repeat')
+  with pytest.raises(UserError, match='may give 20 examples and 21 are wanted'):
+    Schedule((twice, Part('b', rows, most=14)), 21, 0, 'drop')
+  assert Schedule((twice, Part('b', rows, most=14)), 20, 0, 'drop').visits(20).tolist() == [6, 14]
   with pytest.raises(IndexError):
     Schedule.single('a', rows, 5, 0).at(np.array([5]))

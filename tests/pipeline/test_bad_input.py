@@ -138,7 +138,7 @@ def test_mixture_too_small_for_the_budget_where_repeats_are_forbidden(copied):
   shutil.rmtree(copied / 'pretraining')
   flags = ('--rerun', '--stage=pretraining', '--config.pretraining.max_epochs=1')
   message = runs.refused(runs.TINY, f'--workdir={copied}', *flags)
-  assert re.match(r"part '\S+' has 32 rows but is to give 64 examples, more than 1.0 ep", message)
+  assert re.match(r"part '\S+' has 32 rows but is to give 64 examples, and 32 are the most; ", message)
   assert not (copied / 'pretraining.part').exists()
 
 

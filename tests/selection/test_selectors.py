@@ -1,4 +1,4 @@
-"""Selection is exact and seeded."""
+"""Selection is exact and seeded, within its caps and within the pool."""
 
 import numpy as np
 import pytest
@@ -7,26 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.selection import select
-from dsdm_jax.selection.registry import SELECTORS, Request, top
+from dsdm_jax.selection import dsdm_diverse, dsdm_sampled, ranking
+from dsdm_jax.selection.ranking import top
+from tests.selection.made import Features, Made, Rows, selected
 
-select.load_selectors()
-
-
-class Table:
-  """Scores of one target."""
-
-  def __init__(self, score_N):
-    self._score_N = np.asarray(score_N, np.float32)
-
-  def score_N(self, target: str) -> np.ndarray:
-    del target
-    return self._score_N
-
-
-def request(num_rows=100, examples=10, epochs=3, seed=0, score_N=None) -> Request:
-  scores = np.random.default_rng(0).normal(size=num_rows) if score_N is None else score_N
-  return Request(num_rows, 'mix', examples, epochs, seed, Table(scores))
+RANDOM = np.random.default_rng(0).normal(size=100).astype(np.float32)
 
 
 # Few distinct values, so that ties are the rule; extremes of float32 among them.
@@ -46,61 +31,196 @@ def test_top_is_a_full_sort_with_ties_by_lower_row(score_N, data):
 
 
 def test_bottom_is_the_other_end():
-  score_N = np.float32([3, 1, 2, 1, 5, 1])
-  assert SELECTORS['bottom'].select(request(6, 2, score_N=score_N)).tolist() == [1, 3]
-  assert SELECTORS['dsdm'].select(request(6, 2, score_N=score_N)).tolist() == [4, 0]
+  pool = Made(np.float32([3, 1, 2, 1, 5, 1]))
+  assert selected('bottom', pool, 2).rows.tolist() == [1, 3]
+  assert selected('dsdm', pool, 2).rows.tolist() == [4, 0]
+  assert selected('dsdm', pool, 2).scores.tolist() == [5, 3]
 
 
 @given(st.integers(1, 59), st.integers(1, 30))
 def test_shifted_scores_give_shifted_rows(shift, count):
   score_N = np.random.default_rng(shift).normal(size=60).astype(np.float32)
-  plain = SELECTORS['dsdm'].select(request(60, count, score_N=score_N))
-  shifted = SELECTORS['dsdm'].select(request(60, count, score_N=np.roll(score_N, shift)))
+  plain = selected('dsdm', Made(score_N), count).rows
+  shifted = selected('dsdm', Made(np.roll(score_N, shift)), count).rows
   assert shifted.tolist() == ((plain + shift) % 60).tolist()
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize('method', ['dsdm', 'bottom'])
+@pytest.mark.parametrize('method', ['dsdm', 'bottom', 'dsdm_gumbel', 'dsdm_boltzmann'])
 def test_score_that_is_no_number_is_an_error_that_names_its_row(bad, method):
   score_N = np.zeros(20)
   score_N[7] = bad
+  with pytest.raises(UserError, match=r'row \d+ is not a number'), np.errstate(invalid='ignore'):
+    selected(method, Made(score_N), 3)
   with pytest.raises(UserError, match='row 7 '):
-    SELECTORS[method].select(request(20, 3, score_N=score_N))
+    top(score_N, 3)
 
 
 @pytest.mark.parametrize(
-  ('method', 'examples', 'epochs'), [('dsdm', 21, 1), ('bottom', 21, 1), ('random', 21, 1), ('random_one_epoch', 7, 3)]
-)
+  ('method', 'examples', 'epochs'),
+  [('dsdm', 21, 1), ('bottom', 21, 1), ('random', 21, 1), ('random_one_epoch', 7, 3), ('dsdm_gumbel', 21, 1),
+   ('dsdm_boltzmann', 81, 4)],
+)  # fmt: skip
 def test_more_rows_than_the_pool_has(method, examples, epochs):
   with pytest.raises(UserError, match=r'selection\.examples') as caught:
-    SELECTORS[method].select(request(20, examples, epochs))
-  assert '20' in str(caught.value) and '21' in str(caught.value)
+    selected(method, Made(RANDOM[:20]), examples, epochs)
+  assert '20' in str(caught.value)
 
 
 @pytest.mark.parametrize(('method', 'size'), [('dsdm', 20), ('bottom', 20), ('random', 20), ('random_one_epoch', 20)])
 def test_as_many_rows_as_the_pool_has(method, size):
-  rows = SELECTORS[method].select(request(20, 20 if method != 'random_one_epoch' else 10, 2))
+  rows = selected(method, Made(RANDOM[:20]), 20 if method != 'random_one_epoch' else 10, 2).rows
   assert sorted(rows) == list(range(size))
 
 
 @pytest.mark.parametrize(('method', 'size'), [('random', 10), ('random_one_epoch', 30)])
 def test_random_is_seeded_without_replacement_and_ignores_scores(method, size):
-  chooser = SELECTORS[method]
-  rows = chooser.select(request(seed=1))
+  rows = selected(method, Made(RANDOM), seed=1).rows
   assert len(rows) == len(set(rows.tolist())) == size
   assert rows.min() >= 0 and rows.max() < 100
-  assert rows.tolist() == chooser.select(request(seed=1, score_N=np.arange(100))).tolist()
-  assert rows.tolist() != chooser.select(request(seed=2)).tolist()
+  assert rows.tolist() == selected(method, Made(np.arange(100)), seed=1).rows.tolist()
+  assert rows.tolist() != selected(method, Made(RANDOM), seed=2).rows.tolist()
 
 
 def test_random_takes_every_row_equally_often():
-  counts = np.zeros(20)
+  counts, pool = np.zeros(20), Made(RANDOM[:20])
   for seed in range(2_000):
-    counts[SELECTORS['random'].select(request(20, 5, 1, seed))] += 1
+    counts[selected('random', pool, 5, 1, seed).rows] += 1
   # Each row: binomial(2000, 1/4), sd 19.4; five sd over 20 rows fail by chance once in 90,000.
   assert np.abs(counts - 500).max() < 5 * np.sqrt(2_000 * 0.25 * 0.75)
 
 
 def test_random_arms_draw_apart():
-  a, b = (set(SELECTORS[m].select(request(1_000, 30, 1)).tolist()) for m in ('random', 'random_one_epoch'))
+  pool = Made(np.zeros(1_000))
+  a, b = (set(selected(m, pool, 30, 1, 1).rows.tolist()) for m in ('random', 'random_one_epoch'))
   assert a != b
+
+
+@given(SCORES, st.integers(0, 5), st.integers(1, 5), st.integers(1, 40), st.sampled_from([0.3, 0.5, 1.0]))
+def test_caps_hold_and_nothing_better_was_left_out(score_N, document_cap, documents, count, source_cap):
+  rows = np.arange(len(score_N))
+  pool = Made(
+    score_N, Rows(np.zeros((len(score_N), 8), np.int32), rows % 3, rows % documents),
+    document_cap=document_cap, source_cap=source_cap,
+  )  # fmt: skip
+  try:
+    found = selected('dsdm', pool, count).rows
+  except UserError:
+    assert (document_cap and document_cap * documents < count) or source_cap < 1 or count > len(score_N)
+    return
+  assert len(set(found.tolist())) == count
+  if document_cap:
+    assert np.bincount(found % documents).max() <= document_cap
+  if source_cap < 1:
+    assert np.bincount(found % 3).max() <= int(source_cap * count)
+  if source_cap == 1:  # one cap alone: the greedy choice, row after row
+    taken: list[int] = []
+    for row in sorted(rows, key=lambda row: (-float(score_N[row]), row)):
+      if len(taken) < count and (
+        not document_cap or sum(t % documents == row % documents for t in taken) < document_cap
+      ):
+        taken.append(row)
+    assert found.tolist() == taken
+
+
+@given(hnp.arrays(np.float32, 40, elements=st.floats(-8, 8, width=32)), st.integers(1, 40), st.integers(1, 6))
+def test_draws_fill_the_budget_within_the_cap(log_weight_N, total, cap):
+  count_N = dsdm_sampled.draw(log_weight_N, total, cap, np.random.default_rng(0))
+  assert count_N.sum() == total
+  assert count_N.max() <= cap
+  np.testing.assert_array_equal(count_N, dsdm_sampled.draw(log_weight_N, total, cap, np.random.default_rng(0)))
+
+
+def test_draws_when_weights_vanish():
+  count_N = dsdm_sampled.draw(np.float32([0, -1e6, -1e6]), 5, 2, np.random.default_rng(0))
+  assert count_N.sum() == 5 and count_N.max() == 2
+
+
+def test_gumbel_draws_by_the_weights():
+  """One row of two: the first with probability e^z₁/T / Σ; a binomial of 2,000, five sd."""
+  pool = Made(np.float32([1, 0]), temperature=2.0)
+  first = sum(selected('dsdm_gumbel', pool, 1, 1, seed).rows[0] == 0 for seed in range(2_000))
+  z = np.float64([1, -1]) / 2.0  # standardised, over the temperature
+  p = np.exp(z[0]) / np.exp(z).sum()
+  assert abs(first - 2_000 * p) < 5 * np.sqrt(2_000 * p * (1 - p))
+
+
+def test_temperature_goes_from_the_top_to_random():
+  cold, warm = (set(selected('dsdm_gumbel', Made(RANDOM, temperature=t)).rows.tolist()) for t in (1e-3, 1e3))
+  best = set(top(RANDOM, 10).tolist())
+  assert cold == best
+  assert len(warm & best) < 6
+
+
+def test_gumbel_noise_is_the_same_however_it_is_cut(monkeypatch):
+  whole = ranking.gumbel(1_000, 3, 'x')
+  assert ranking.gumbel(400, 3, 'x').tolist() == whole[:400].tolist()
+  # Mean 0.5772, variance π²/6: five standard errors.
+  many = ranking.gumbel(100_000, 0, 'x').astype(np.float64)
+  assert abs(many.mean() - 0.5772157) < 5 * np.sqrt(np.pi**2 / 6 / 1e5)
+  assert abs(many.var() - np.pi**2 / 6) < 0.06  # sd of the variance: sqrt((5.4 − 1) / 1e5) · π²/6 = 0.011
+
+
+def test_greedy_passes_over_what_repeats():
+  phi_MJ = np.float32([[1, 0], [1, 0], [0, 1], [-1, 0]])
+  z_M = np.float32([3.0, 2.9, 2.5, 2.0])
+  assert dsdm_diverse.greedy(z_M, phi_MJ, 3, 0.0).tolist() == [0, 1, 2]
+  # The copy of row 0 costs 1 and falls to 1.9; the opposite of row 0 costs nothing.
+  assert dsdm_diverse.greedy(z_M, phi_MJ, 4, 1.0).tolist() == [0, 2, 3, 1]
+
+
+@pytest.mark.parametrize('method', ['dsdm_greedy', 'dsdm_clusters'])
+def test_redundancy_in_feature_space_costs(method):
+  rng = np.random.default_rng(0)
+  # Twenty near copies with the best scores, and eighty rows of directions of their own a little below.
+  phi_NJ = rng.normal(size=(100, 64))
+  phi_NJ[:20] = phi_NJ[0] + 0.01 * rng.normal(size=(20, 64))
+  score_N = np.concatenate([np.full(20, 1.2), np.linspace(0.8, 1.0, 80)]) + 1e-3 * rng.random(100)
+  plain, free = (
+    selected(method, Made(score_N, features=Features(phi_NJ), diversity=d, clusters=40), 20).rows for d in (0.0, 5.0)
+  )
+  assert sorted(plain.tolist()) == list(range(20))
+  assert (free < 20).sum() <= 8 and len(set(free.tolist())) == 20
+  copies = {'dsdm_greedy': 1}
+  assert method not in copies or (free < 20).sum() == copies[method]
+
+
+def test_gradient_dot_is_the_mean_inner_product():
+  rng = np.random.default_rng(0)
+  phi_NJ, target_TJ = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(4, 6)).astype(np.float32)
+  found = selected('gradient', Made(np.zeros(50), features=Features(phi_NJ, target_TJ)), 50)
+  by_hand_N = np.array([sum(float(a @ b) for b in target_TJ.astype(float)) / 4 for a in phi_NJ.astype(float)])
+  assert found.rows.tolist() == np.argsort(-by_hand_N).tolist()
+  np.testing.assert_allclose(found.scores, np.sort(by_hand_N)[::-1], rtol=1e-4, atol=1e-5)  # float32 sums of six
+
+
+def test_imported_scores(tmp_path):
+  file = tmp_path / 'scores.npy'
+  np.save(file, RANDOM)
+  assert selected('imported', Made(RANDOM, imported=str(file))).rows.tolist() == top(RANDOM, 10).tolist()
+  np.save(file, RANDOM[:99])
+  with pytest.raises(UserError, match='99 scores and the pool 100 rows'):
+    selected('imported', Made(RANDOM, imported=str(file)))
+
+
+@pytest.mark.slow
+def test_ten_million_scores():
+  """A tenth of the size that is promised, in a tenth of its time: see `python -m dsdm_jax.bench selection`."""
+  import resource
+  import time
+
+  score_N = np.random.default_rng(0).normal(size=10_000_000).astype(np.float32)
+  score_N = np.round(score_N, 2)  # thousands of ties at every value
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  began = time.process_time()
+  rows = top(score_N, 2_500_000)
+  seconds = time.process_time() - began
+  grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1_024
+  assert seconds < 6.0  # of processor time: a tenth of a minute
+  assert grown < 400e6  # a tenth of 4 GB
+  key = score_N[rows]
+  assert (np.diff(key) <= 0).all()
+  assert (np.diff(rows)[np.diff(key) == 0] > 0).all()
+  cut = key[-1]
+  assert set(np.flatnonzero(score_N > cut).tolist()) <= set(rows.tolist())
+  assert np.flatnonzero(score_N == cut)[: (key == cut).sum()].tolist() == rows[key == cut].tolist()

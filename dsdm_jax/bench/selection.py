@@ -1,0 +1,127 @@
+"""Speed and memory of selecting: `python -m dsdm_jax.bench selection --rows 10000000 --megabytes 8`.
+
+Top-k, Gumbel top-k and top-k under a document cap of made-up scores, with seconds and memory scaled to 1e8 rows; then
+what DSIR and the classifier do over words and over stored ids of real text, the standard library's, in MB of UTF-8 a
+second.
+Prints one line of JSON.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.base import get_config
+from dsdm_jax.core import prng
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.data import vocabulary
+from dsdm_jax.selection import ngrams, ranking
+
+_LENGTH = 1_024
+_WANTED = 100_000_000
+
+
+class Made:
+  """What the measured functions ask of a pool."""
+
+  def __init__(self, tokens_NL: np.ndarray, encoder: vocabulary.Encoder):
+    self.tokens_NL, self.encoder = tokens_NL, encoder
+    self.num_rows, self.length = tokens_NL.shape
+
+  def tokens(self, rows: np.ndarray) -> np.ndarray:
+    return self.tokens_NL[rows].astype(np.int32)
+
+
+class Capped:
+  """Rows of documents, under a cap."""
+
+  def __init__(self, rows: int):
+    self.options = get_config().selection
+    self.options.document_cap = 2
+    self.document_N = prng.numpy_stream(0, 'bench', 'documents').integers(0, max(1, rows // 4), rows, np.int32)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+  began = time.perf_counter()
+  work()
+  return time.perf_counter() - began
+
+
+def _peak_gib() -> float:
+  scale = 1 if sys.platform == 'darwin' else 1_024  # ru_maxrss is in bytes there and in KiB here
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
+
+
+def ranks(rows: int) -> dict[str, float]:
+  """Choosing a quarter of the rows, a twentieth under a cap: seconds, and the largest memory beyond what was before."""
+  before = _peak_gib()
+  score_N = prng.numpy_stream(0, 'bench', 'scores').standard_normal(rows, np.float32)
+  found: dict[str, float] = {'rows': rows}
+  found['top_seconds'] = _seconds(lambda: ranking.top(score_N, rows // 4))
+  found['top_gib'] = _peak_gib() - before
+
+  def noisy() -> None:
+    key_N = ranking.gumbel(rows, 0, 'bench')
+    key_N += score_N
+    ranking.top(key_N, rows // 4)
+
+  found['gumbel_seconds'] = _seconds(noisy)
+  found['gumbel_gib'] = _peak_gib() - before
+  capped: Any = Capped(rows)
+  found['capped_seconds'] = _seconds(lambda: ranking.capped_order(score_N, rows // 20, capped))
+  found['capped_gib'] = _peak_gib() - before
+  # Sorting is n log n, all else in proportion to n.
+  more = _WANTED / rows * np.log(_WANTED) / np.log(rows)
+  for name in ('top', 'gumbel', 'capped'):
+    found[f'{name}_seconds_at_1e8'] = found[f'{name}_seconds'] * max(more, 1.0)
+    found[f'{name}_gib_at_1e8'] = found[f'{name}_gib'] * max(_WANTED / rows, 1.0)
+  return found
+
+
+def text(megabytes: float) -> dict[str, float]:
+  """MB/s of what DSIR and the classifier do to every row of a pool, by words and by ids.
+
+  Raises:
+    UserError: the standard library has less text.
+  """
+  texts, size = [], 0
+  for file in sorted(Path(sysconfig.get_path('stdlib')).rglob('*.py')):
+    if 'site-packages' not in file.parts and size < megabytes * 1e6:
+      texts.append(file.read_bytes().decode('utf-8', 'replace'))
+      size += len(texts[-1].encode())
+  if size < megabytes * 1e6:
+    raise UserError(f'--megabytes={megabytes}: the standard library has {size / 1e6:.1f} MB of text; give less')
+  encoder = vocabulary.Encoder(vocabulary.train(texts, 8_192, 0))
+  flat = np.concatenate([np.array(encoder.encode(t), np.uint16) for t in texts])
+  tokens_NL = flat[: len(flat) // _LENGTH * _LENGTH].reshape(-1, _LENGTH)
+  mega = sum(len(t.encode()) for t in encoder.decode_batch(tokens_NL)) / 1e6
+  pool: Any = Made(tokens_NL, encoder)
+  weight = prng.numpy_stream(0, 'bench', 'weights').standard_normal(65_536)
+  found: dict[str, float] = {'text_mb': mega}
+  for kind in ('words', 'tokens'):
+    for name, mean in (('dsir', False), ('classifier', True)):
+      grams = ngrams.PoolGrams(pool, kind, len(weight))
+      grams.rows(np.arange(8))  # tables that are made once
+      found[f'{name}_{kind}_mb_per_second'] = mega / _seconds(lambda: grams.sums(weight, mean))  # noqa: B023 at once
+    grams = ngrams.PoolGrams(pool, kind, len(weight))
+    found[f'counts_{kind}_mb_per_second'] = mega / _seconds(lambda: grams.counts)  # noqa: B023
+  return found
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--rows', type=int, default=10_000_000, help='scores to choose from (default: 1e7)')
+  parser.add_argument('--megabytes', type=float, default=8.0, help='of text (default: 8)')
+
+
+def run(flags: argparse.Namespace) -> None:
+  found = {**ranks(flags.rows), **text(flags.megabytes)}
+  rounded = {key: value if isinstance(value, int) else float(f'{value:.4g}') for key, value in found.items()}
+  print(json.dumps({**rounded, 'cpus': os.cpu_count()}))

@@ -1,0 +1,57 @@
+"""A classifier that tells target text from the pool's (GPT-3, arXiv 2005.14165, appendix A; DCLM, arXiv 2406.11794).
+
+Logistic regression by scikit-learn on the shares of hashed uni- and bigrams: target examples against a sample of rows,
+each task and both sides weighing the same.
+"""
+
+import numpy as np
+import scipy.sparse
+
+from dsdm_jax.core import prng
+from dsdm_jax.data.selection import Selection
+from dsdm_jax.selection import ngrams, ranking
+from dsdm_jax.selection.candidates import Candidates, Target
+from dsdm_jax.selection.registry import Budget, selector
+
+_PARETO = 9.0  # GPT-3's α: most of what is kept scores high
+
+
+@selector('classifier', targeted=True, seeded=False)
+def classifier(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
+  """The k rows that look most like target text."""
+  del seed
+  logit_N = pool.once(('classifier', target.name), lambda: _logits(pool, target))
+  return ranking.ranked(logit_N, pool, budget.examples)
+
+
+@selector('classifier_pareto', targeted=True, seeded=True)
+def classifier_pareto(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
+  """The k rows of highest p + Pareto(9) noise: GPT-3 keeps a row where that passes 1, here where it is among the k."""
+  logit_N = pool.once(('classifier', target.name), lambda: _logits(pool, target))
+  probability_N = 1 / (1 + np.exp(-logit_N.astype(np.float64)))
+  noise_N = prng.numpy_stream(seed, 'selection', 'classifier_pareto').pareto(_PARETO, len(logit_N))
+  return ranking.ranked(probability_N + noise_N, pool, budget.examples)
+
+
+def _logits(pool: Candidates, target: Target) -> np.ndarray:
+  from sklearn.linear_model import LogisticRegression
+
+  grams = ngrams.of_pool(pool)
+  negatives = min(pool.options.classifier_rows, pool.num_rows)
+  rng = prng.numpy_stream(0, 'selection', 'classifier')
+  rows = np.sort(rng.choice(pool.num_rows, negatives, replace=False))
+  sides = [grams.examples(target, task) for task in target.tasks] + [grams.rows(rows)]
+  features = scipy.sparse.vstack([shares(side) for side in sides])
+  sizes = [len(side.size_B) for side in sides]
+  share = [0.5 / len(target.tasks)] * len(target.tasks) + [0.5]
+  weight = np.repeat(np.array(share) / sizes, sizes)
+  label = np.repeat([1, 0], [sum(sizes[:-1]), negatives])
+  # scikit-learn's C = 1 is meant for rows of length one: relative to their mean square it is that here too.
+  scale = float(features.multiply(features).sum()) / features.shape[0]
+  model = LogisticRegression(C=1 / scale, max_iter=300).fit(features, label, sample_weight=weight * len(label))
+  return grams.sums(model.coef_[0], mean=True) + np.float32(model.intercept_[0])
+
+
+def shares(grams: ngrams.Grams) -> scipy.sparse.csr_array:
+  """Counts of n-grams over the text's number of them, sparse [B, buckets]."""
+  return scipy.sparse.csr_array(scipy.sparse.diags_array(1.0 / np.maximum(grams.size_B, 1)) @ grams.matrix())

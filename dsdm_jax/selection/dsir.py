@@ -1,0 +1,34 @@
+"""DSIR: importance resampling with hashed n-grams (arXiv 2302.03169, section 3)."""
+
+import numpy as np
+
+from dsdm_jax.data.selection import Selection
+from dsdm_jax.selection import ngrams, ranking
+from dsdm_jax.selection.candidates import Candidates, Target
+from dsdm_jax.selection.registry import Budget, selector
+
+_FLOOR = 1e-8  # added to each probability, so that what one side never saw has a logarithm
+
+
+@selector('dsir', targeted=True, seeded=True)
+def dsir(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
+  """k rows drawn without replacement by their importance weights: the highest of log-weight + Gumbel noise.
+
+  A row's log-weight is the sum over its uni- and bigrams of log p_target − log p_pool, both being bags of hashed
+  n-grams; in that of the target each task counts the same.
+  """
+  weight_N = pool.once(('dsir', target.name), lambda: _log_weights(pool, target))
+  return ranking.ranked(weight_N + ranking.gumbel(len(weight_N), seed, 'dsir'), pool, budget.examples)
+
+
+def log_ratio(target_counts: np.ndarray, pool_counts: np.ndarray) -> np.ndarray:
+  """log p_target − log p_pool of each bucket: float64."""
+  p_target, p_pool = (counts / max(counts.sum(), 1) for counts in (target_counts, pool_counts))
+  return np.log(p_target + _FLOOR) - np.log(p_pool + _FLOOR)
+
+
+def _log_weights(pool: Candidates, target: Target) -> np.ndarray:
+  grams = ngrams.of_pool(pool)
+  by_task = [grams.examples(target, task).counts() for task in target.tasks]
+  target_counts = np.sum([counts / max(counts.sum(), 1) for counts in by_task], axis=0)
+  return grams.sums(log_ratio(target_counts, grams.counts), mean=False)

@@ -1,0 +1,23 @@
+"""Rows that look like a target example to the proxy, after BETR (benchmark-targeted ranking, Apple 2025)."""
+
+import numpy as np
+
+from dsdm_jax.data.selection import Selection
+from dsdm_jax.selection import ranking
+from dsdm_jax.selection.candidates import BLOCK, Candidates, Target
+from dsdm_jax.selection.registry import Budget, selector
+
+
+@selector('embedding', targeted=True, seeded=False)
+def embedding(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
+  """The k rows of highest cosine to the nearest target example, in the first proxy's embedding."""
+  del seed
+  embedding_ND = pool.once('embeddings', pool.proxies.embeddings)
+
+  def nearest(task: str) -> np.ndarray:
+    tokens_TL = target.examples(task).tokens_TL
+    target_TD = pool.once(('target embeddings', task), lambda: pool.proxies.embeddings_of(tokens_TL))
+    parts = [(embedding_ND[i : i + BLOCK] @ target_TD.T).max(axis=1) for i in range(0, len(embedding_ND), BLOCK)]
+    return np.concatenate(parts)
+
+  return ranking.ranked(target.mixed(nearest), pool, budget.examples)

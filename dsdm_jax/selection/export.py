@@ -1,0 +1,193 @@
+"""A selection as files for others.
+
+    python -m dsdm_jax.selection.export --workdir RUN --arm dsdm--mix--0 --format parquet --out FOLDER
+
+Formats:
+  parquet, jsonl: one record a row: place, row, document, source, score (what the method ranked by), datamodel, low and
+    high (the datamodel's score for the arm's target and its interval), weight, text.
+  datasets: a folder that Hugging Face's `datasets.load_dataset(FOLDER)` opens: Parquet files and a card.
+  tfds: a TFDS dataset in TFRecord files, `selection:1.0.0`, that plain `tfds` and plain seqio open without this
+    package; records hold tokens, row and weight, in the order of the selection. The vocabulary lies beside it.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsdm_jax.attribution.scores import Scores
+from dsdm_jax.core import artifacts, atomic
+from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.selection import Selection
+
+FORMATS = ('parquet', 'jsonl', 'datasets', 'tfds')
+_BLOCK = 4_096  # rows that are read and written together
+_SHARD_ROWS = 65_536  # of one Parquet or TFRecord file
+
+
+class Export:
+  """One arm of a finished run, ready to be written.
+
+  Args:
+    workdir: of the run.
+    arm: name of a selection, '<method>--<target>--<seed>', or '<method>--<target>', whose first seed is taken.
+
+  Raises:
+    UserError: no such run or arm.
+  """
+
+  def __init__(self, workdir: Path, arm: str):
+    found = {stage: artifacts.open_stage(workdir, stage) for stage in ('pool', 'datamodel', 'selection')}
+    missing = [stage for stage, artifact in found.items() if artifact is None]
+    if missing:
+      raise UserError(f'{workdir} has no finished {" and ".join(missing)}; run these stages first')
+    opened = {stage: artifact for stage, artifact in found.items() if artifact is not None}
+    names = sorted(path.stem for path in opened['selection'].path.glob('*--*.npz'))
+    name = arm if arm in names else f'{arm}--0'
+    if name not in names:
+      raise UserError(f'--arm={arm}: {workdir} has {", ".join(names)}; name one')
+    self.selection = Selection.load(opened['selection'].path, name)
+    self.pool = Pool(opened['pool'])
+    self._columns = _scores(opened['datamodel'], self.selection)
+
+  def records(self) -> Iterator[dict[str, list[Any]]]:
+    """Columns of block after block of rows, in the order of the selection."""
+    chosen, pool = self.selection, self.pool
+    sources, documents = pool.sources, pool.documents
+    for start in range(0, chosen.size, _BLOCK):
+      rows = chosen.rows[start : start + _BLOCK]
+      here = slice(start, start + len(rows))
+      nothing = [None] * len(rows)
+      columns = {
+        'place': list(range(start, start + len(rows))),
+        'row': rows.tolist(),
+        'document': [documents[d]['id'] for d in pool.document_N[rows]],
+        'source': [sources[s] for s in pool.source_N[rows]],
+        'score': nothing if chosen.scores is None else chosen.scores[here].tolist(),
+      }
+      for name in ('datamodel', 'low', 'high'):
+        columns[name] = self._columns[name][rows].tolist() if name in self._columns else nothing
+      columns['weight'] = chosen.weights[here].tolist()
+      columns['text'] = [pool.text(row) for row in rows.tolist()]
+      yield columns
+
+  def jsonl(self, out: Path) -> None:
+    """Writes `<arm>.jsonl` in `out`."""
+    with open(out / f'{self.selection.name}.jsonl', 'w', encoding='utf-8') as file:
+      for columns in self.records():
+        for values in zip(*columns.values(), strict=True):
+          file.write(json.dumps(dict(zip(columns, values, strict=True)), ensure_ascii=False) + '\n')
+
+  def parquet(self, out: Path, name: str | None = None) -> None:
+    """Writes `<arm>-00000-of-0000n.parquet` in `out`."""
+    import pyarrow
+    from pyarrow import parquet
+
+    schema = pyarrow.schema({
+      'place': pyarrow.int64(), 'row': pyarrow.int64(), 'document': pyarrow.string(), 'source': pyarrow.string(),
+      'score': pyarrow.float32(), 'datamodel': pyarrow.float32(), 'low': pyarrow.float32(),
+      'high': pyarrow.float32(), 'weight': pyarrow.float32(), 'text': pyarrow.string(),
+    })  # fmt: skip
+    shards, blocks = -(-self.selection.size // _SHARD_ROWS), self.records()
+    for shard in range(shards):
+      path = out / f'{name or self.selection.name}-{shard:05d}-of-{shards:05d}.parquet'
+      with parquet.ParquetWriter(path, schema) as writer:
+        for _, columns in zip(range(_SHARD_ROWS // _BLOCK), blocks):  # noqa: B905 - the last shard is short
+          writer.write_table(pyarrow.table(columns, schema=schema))
+
+  def datasets(self, out: Path) -> None:
+    """Writes `data/train-*.parquet` and the card that tells `datasets` where they are."""
+    (out / 'data').mkdir(parents=True)
+    self.parquet(out / 'data', 'train')
+    told = json.dumps(self.selection.provenance, indent=2, ensure_ascii=False)
+    card = (
+      '---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet\n---\n\n'
+      f'# {self.selection.name}\n\n{self.selection.size} rows of {self.pool.length} tokens, selected by dsdm_jax:\n\n'
+      f'```json\n{told}\n```\n'
+    )
+    atomic.write_text(out / 'README.md', card)
+
+  def tfds(self, out: Path) -> None:
+    """Writes `selection/1.0.0/` (TFRecord, rows in the order of the selection) and `vocabulary.model`."""
+    import tensorflow_datasets as tfds
+
+    folder = out / 'selection' / '1.0.0'
+    folder.mkdir(parents=True)
+    tokens = tfds.features.Tensor(shape=(self.pool.length,), dtype=np.int32)
+    features = tfds.features.FeaturesDict({'tokens': tokens, 'row': np.int64, 'weight': np.float32})
+    info = tfds.core.DatasetInfo(
+      builder=tfds.core.dataset_info.DatasetIdentity(
+        name='selection', version=tfds.core.Version('1.0.0'), data_dir=str(folder), module_name='dsdm_jax.selection'
+      ),
+      description=json.dumps(self.selection.provenance),
+      features=features,
+      disable_shuffling=True,  # the order is the selection's
+    )
+    writer = tfds.core.SequentialWriter(
+      info, max_examples_per_shard=_SHARD_ROWS, file_format=tfds.core.FileFormat.TFRECORD
+    )
+    writer.initialize_splits(['train'])
+    for start in range(0, self.selection.size, _BLOCK):
+      rows = self.selection.rows[start : start + _BLOCK]
+      weights = self.selection.weights[start : start + _BLOCK]
+      examples = zip(self.pool.tokens(rows), rows, weights, strict=True)
+      writer.add_examples({'train': [{'tokens': t, 'row': r, 'weight': w} for t, r, w in examples]})
+    writer.close_splits(['train'])
+    info.write_to_directory(str(folder))
+    shutil.copyfile(self.pool.path / 'vocabulary.model', out / 'vocabulary.model')
+
+
+def _scores(datamodel: Artifact, selection: Selection) -> dict[str, np.ndarray]:
+  """The datamodel's score of every row for the arm's target, and its interval where there is one."""
+  scores = Scores(datamodel)
+  target = selection.provenance['target']
+  target = 'mix' if target == 'any' else target
+  found = {'datamodel': scores.score_N(target)}
+  if target in scores.tasks:
+    try:
+      found['low'], found['high'] = scores.interval_2N(target)
+    except UserError:  # made without resamples: a score without an interval
+      return found
+  return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Exit code 0; or 2 after one line on stderr."""
+  parser = argparse.ArgumentParser(
+    prog='python -m dsdm_jax.selection.export', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument('--workdir', type=Path, required=True, help='a run whose selection stage is finished')
+  parser.add_argument('--arm', required=True, help='<method>--<target>[--<seed>]')
+  parser.add_argument('--format', choices=FORMATS, required=True)
+  parser.add_argument('--out', type=Path, required=True, help='folder to write; it must not be there yet')
+  given = parser.parse_args(argv)
+  try:
+    sys.stdout.write(write(given.workdir, given.arm, given.format, given.out) + '\n')
+  except UserError as error:
+    sys.stderr.write(f'dsdm_jax: {error}\n')
+    return 2
+  return 0
+
+
+def write(workdir: Path, arm: str, form: str, out: Path) -> str:
+  """Writes an arm into the new folder `out`, whole or not at all, and says what was written."""
+  if out.exists():
+    raise UserError(f'--out={out} is there already; name a folder that is not')
+  export = Export(workdir, arm)
+  part = out.with_name(f'{out.name}.part')
+  shutil.rmtree(part, ignore_errors=True)
+  part.mkdir(parents=True)
+  getattr(export, form)(part)
+  part.rename(out)
+  return f'{export.selection.name}: {export.selection.size} rows as {form} in {out}'
+
+
+if __name__ == '__main__':
+  sys.exit(main())

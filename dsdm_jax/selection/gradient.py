@@ -1,0 +1,28 @@
+"""Gradient dot product without curvature: TracIn at the end of training (arXiv 2002.08484, eq. 1, one checkpoint)."""
+
+import numpy as np
+
+from dsdm_jax.attribution import datamodel
+from dsdm_jax.data.selection import Selection
+from dsdm_jax.selection import ranking
+from dsdm_jax.selection.candidates import Candidates, Target
+from dsdm_jax.selection.registry import Budget, selector
+
+
+@selector('gradient', targeted=True, seeded=False)
+def gradient(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
+  """The k rows of highest φ(n) · mean target φ, averaged over proxies: DsDm with the identity for a Gram matrix."""
+  del seed
+  features = pool.features
+
+  def dot(task: str) -> np.ndarray:
+    def make() -> np.ndarray:
+      total_N = np.zeros(pool.num_rows)
+      for checkpoint in range(features.checkpoints):
+        mean_J = features.target(task, checkpoint).astype(np.float64).mean(axis=0)
+        total_N += datamodel.scores(features.pool(checkpoint), mean_J[:, None])[:, 0]
+      return (total_N / features.checkpoints).astype(np.float32)
+
+    return pool.once(('gradient', task), make)
+
+  return ranking.ranked(target.mixed(dot), pool, budget.examples)

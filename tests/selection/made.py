@@ -1,0 +1,98 @@
+"""A pool in memory, with scores, features and targets that a test names: what selectors see, without the stages."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from configs.base import get_config
+from dsdm_jax.data.targets import Examples
+from dsdm_jax.selection.candidates import Candidates, Target
+from dsdm_jax.selection.registry import Budget, find
+from dsdm_jax.selection.select import load_selectors
+
+load_selectors()
+
+
+class Scores:
+  def __init__(self, score_N):
+    self._score_N = np.asarray(score_N, np.float32)
+
+  def score_N(self, target: str) -> np.ndarray:
+    del target
+    return self._score_N
+
+
+class Rows:
+  """What of a pool the selectors ask for."""
+
+  def __init__(self, tokens_NL: np.ndarray, source_N=None, document_N=None, texts: Sequence[str] | None = None):
+    self.tokens_NL, self.num_rows, self.length = tokens_NL, *tokens_NL.shape
+    self.source_N = np.zeros(self.num_rows, np.int8) if source_N is None else np.asarray(source_N, np.int8)
+    self.document_N = np.arange(self.num_rows) if document_N is None else np.asarray(document_N)
+    self.sources = [f'source{i}' for i in range(int(self.source_N.max(initial=0)) + 1)]
+    self.encoder = self
+    self._texts = texts
+
+  def tokens(self, rows) -> np.ndarray:
+    return self.tokens_NL[np.asarray(rows, np.int64)]
+
+  def decode_batch(self, tokens_BL) -> list[str]:
+    return [self.decode(tokens_L) for tokens_L in tokens_BL]
+
+  def decode(self, tokens_L) -> str:
+    """The text whose number is the row's first token; or words that spell the tokens."""
+    return ' '.join(f'w{t}' for t in tokens_L) if self._texts is None else self._texts[int(tokens_L[0])]
+
+
+class Features:
+  def __init__(self, phi_NJ: np.ndarray, target_TJ: np.ndarray | None = None):
+    self.phi_NJ, self._target_TJ = phi_NJ.astype(np.float32), target_TJ
+    self.dimension, self.checkpoints, self.semantics = phi_NJ.shape[1], 1, {'mode': 'store'}
+
+  def pool(self, checkpoint: int) -> Any:
+    del checkpoint
+    return self
+
+  rows = property(lambda self: len(self.phi_NJ))
+
+  def __iter__(self):
+    for start in range(0, len(self.phi_NJ), 7):
+      yield start, min(start + 7, len(self.phi_NJ)), self.phi_NJ[start : start + 7]
+
+  def target(self, task: str, checkpoint: int) -> np.ndarray:
+    del task, checkpoint
+    return self._target_TJ
+
+
+class Made(Candidates):
+  """Candidates of arrays; options are those of configs/base.py but for `options`."""
+
+  def __init__(self, score_N=None, rows: Rows | None = None, features: Features | None = None, proxies=None, **options):
+    self.options = get_config().selection
+    self.options.update(options)
+    self._made = {}
+    self.__dict__['pool'] = rows if rows is not None else Rows(np.zeros((len(score_N), 8), np.int32))
+    for name, value in (('scores', None if score_N is None else Scores(score_N)), ('features', features),
+                        ('proxies', proxies)):  # fmt: skip
+      if value is not None:
+        self.__dict__[name] = value
+
+
+def target(texts: Sequence[str] = (), sequences: Sequence[Sequence[int]] = ()) -> Target:
+  """A task of examples that are given by text, by token ids, or by both."""
+  size = max(len(texts), len(sequences))
+  length = max([8, *map(len, sequences)])
+  tokens_TL, weights_TL = np.zeros((size, length), np.int32), np.zeros((size, length), np.float32)
+  for i, sequence in enumerate(sequences):
+    tokens_TL[i, : len(sequence)] = sequence
+    weights_TL[i, 1 : len(sequence)] = 1
+  records = tuple({'id': str(i), 'context': '', 'answer': t, 'document': str(i)} for i, t in enumerate(texts))
+  return Target('docs', ('docs',), lambda task: Examples(tokens_TL, weights_TL, records), 'zscore')
+
+
+NO_TARGET = Target('mix', ('docs',), None, 'zscore')
+
+
+def selected(method: str, pool: Candidates, examples: int = 10, epochs: int = 3, seed: int = 0, wanted=NO_TARGET):
+  return find(method).select(pool, wanted, Budget(examples, epochs, pool.options.repeat_cap), seed)

@@ -1,0 +1,115 @@
+"""Selectors that ask the proxies: near duplicates, nearest target examples, perplexity."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.selection import clusters, semdedup
+from dsdm_jax.selection.cards import duplicates
+from tests.selection.made import Made, Rows, selected, target
+
+
+def unit(x_ND: np.ndarray) -> np.ndarray:
+  return (x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)).astype(np.float32)
+
+
+class Proxies:
+  """Embeddings and log-likelihoods that the test names."""
+
+  def __init__(self, x_ND: np.ndarray, target_TD: np.ndarray | None = None):
+    self._x_ND, self._target_TD = x_ND, target_TD
+
+  def embeddings(self) -> np.ndarray:
+    return self._x_ND
+
+  def embeddings_of(self, tokens_TL: np.ndarray) -> np.ndarray:
+    assert self._target_TD is not None and len(tokens_TL) == len(self._target_TD)
+    return self._target_TD
+
+  def log_likelihood_N(self) -> np.ndarray:
+    return self._x_ND[:, 0]
+
+
+@given(st.integers(0, 20), st.integers(2, 60), st.floats(0.2, 0.99))
+def test_in_one_cluster_what_is_kept_is_apart_and_what_is_dropped_has_its_like(seed, rows, similarity):
+  x_ND = unit(np.random.default_rng(seed).normal(size=(rows, 3)))
+  keep_N = semdedup.keep(x_ND, 1, similarity)
+  cosine_NN = x_ND.astype(np.float64) @ x_ND.T.astype(np.float64)
+  np.fill_diagonal(cosine_NN, -1)
+  kept = np.flatnonzero(keep_N)
+  assert len(kept) >= 1
+  assert cosine_NN[np.ix_(kept, kept)].max(initial=-1) <= similarity + 1e-5
+  assert (cosine_NN[~keep_N].max(axis=1, initial=-1) > similarity - 1e-5).all()
+
+
+def test_copies_are_dropped_in_any_number_of_clusters():
+  rng = np.random.default_rng(0)
+  apart_ND = unit(rng.normal(size=(300, 32)))
+  copies_ND = unit(apart_ND[:80] + 0.01 * rng.normal(size=(80, 32)))
+  for count in (0, 5, 40):
+    keep_N = semdedup.keep(np.concatenate([apart_ND, copies_ND]), count, 0.95)
+    # Of each pair one stays; a pair may be torn apart where two clusters meet.
+    assert (keep_N[:80] & keep_N[300:]).sum() <= 4
+    assert not (~keep_N[:80] & ~keep_N[300:]).any()
+    assert keep_N[80:300].all()
+
+
+def test_blocks_of_a_cluster_see_each_other(monkeypatch):
+  monkeypatch.setattr(semdedup, '_BLOCK', 7)
+  x_MD = unit(np.random.default_rng(0).normal(size=(50, 3)))
+  found = semdedup._near_an_earlier(x_MD, 0.8)
+  by_hand = [bool((x_MD[:i] @ x_MD[i] > 0.8).any()) for i in range(50)]
+  assert found.tolist() == by_hand
+
+
+def test_semdedup_draws_among_what_is_left():
+  rng = np.random.default_rng(0)
+  x_ND = unit(np.concatenate([np.tile(rng.normal(size=(1, 16)), (60, 1)), rng.normal(size=(40, 16))]))
+  pool = Made(np.zeros(100), proxies=Proxies(x_ND), clusters=4)
+  found = selected('semdedup', pool, 30)
+  assert found.provenance['dropped'] == 59
+  assert (found.rows < 60).sum() <= 1
+  assert found.rows.tolist() != selected('semdedup', pool, 30, seed=1).rows.tolist()
+  with pytest.raises(UserError, match='42 rows and 41 are left of the 100'):
+    selected('semdedup', pool, 42)
+
+
+def test_k_means_is_the_same_on_any_number_of_threads():
+  from threadpoolctl import threadpool_limits
+
+  x_ND = unit(np.random.default_rng(0).normal(size=(3_000, 16)))
+  found = []
+  for threads in (1, 2):
+    with threadpool_limits(threads):
+      found.append(clusters.centres(x_ND, 20, np.random.default_rng(1)))
+  np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_embedding_match_is_the_nearest_example():
+  rng = np.random.default_rng(0)
+  x_ND, target_TD = unit(rng.normal(size=(50, 8))), unit(rng.normal(size=(3, 8)))
+  pool = Made(np.zeros(50), proxies=Proxies(x_ND, target_TD))
+  found = selected('embedding', pool, 50, wanted=target(sequences=[[1, 2]] * 3))
+  nearest_N = (x_ND @ target_TD.T).max(axis=1)
+  assert found.rows.tolist() == np.argsort(-nearest_N, kind='stable').tolist()
+
+
+def test_perplexity_has_two_ends():
+  pool = Made(np.zeros(4), proxies=Proxies(np.float32([[-1.0], [-4.0], [-2.0], [-3.0]])))
+  assert selected('perplexity_low', pool, 2).rows.tolist() == [0, 2]
+  assert selected('perplexity_high', pool, 2).rows.tolist() == [1, 3]
+
+
+def test_duplicates_are_seen_through_a_shift():
+  stream = np.random.default_rng(0).integers(3, 500, 4_000)
+  apart = stream.reshape(-1, 100)
+  shifted = stream[17:3_917].reshape(-1, 100)
+  tokens_KL = np.concatenate([apart, shifted[:10], apart[:5]])
+  found = duplicates(tokens_KL)
+  assert not found[:40].any()
+  assert found[40:].mean() > 0.8  # text shifted by 17 of 100 tokens lies in two rows, which both came before
+  assert found[50:].all()
+  assert duplicates(np.zeros((3, 4), np.int32)).tolist() == [False, True, True]
+  assert Rows(apart).length == 100

@@ -1,0 +1,261 @@
+"""The stage with every method on a real run: what it leaves, on any number of devices, and what others can open."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from dsdm_jax import pipeline
+from dsdm_jax.core import artifacts
+from dsdm_jax.core.config_rules import METHODS
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.data import arms, mixtures
+from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.selection import Selection
+from dsdm_jax.selection import export
+from tests.conftest import ROOT
+from tests.pipeline import runs
+from tests.pipeline.tiny import get_config
+
+ONCE = {'random_one_epoch': 64}  # rows of those that do not take 32
+
+
+def shortest(pool, target, budget, seed):
+  """A stranger's selector: rows whose text is shortest."""
+  del target, seed
+  sizes = [len(pool.pool.text(row)) for row in range(pool.num_rows)]
+  return Selection.of(np.argsort(sizes, kind='stable')[: budget.examples], why='short')
+
+
+def repeats(pool, target, budget, seed):
+  del pool, target, seed
+  return Selection.of(np.zeros(budget.examples, np.int64))
+
+
+def config() -> ConfigDict:
+  c = get_config()
+  c.selection.methods = (*(m for m in METHODS if m != 'imported'), f'{__name__}:shortest')
+  c.selection.targets = ('docs',)
+  c.selection.conditional_steps = 2
+  c.selection.document_cap = 8
+  c.mixture.parts = ('dsdm@docs rate=2', 'dsdm@api_qa rows=3 cap=2', 'random epochs=1')
+  return c
+
+
+def select(source: Path, folder: Path, **changes) -> Path:
+  """A copy of a finished run whose selection is made anew."""
+  for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
+    shutil.copytree(source / stage, folder / stage)
+  made = config()
+  for key, value in changes.items():
+    section, _, name = key.partition('__')
+    made[section][name] = value
+  pipeline.run(made, folder, 'selection')
+  return folder
+
+
+@pytest.fixture(scope='module')
+def chosen(finished, tmp_path_factory) -> Path:
+  """Made by eight devices."""
+  return select(finished, tmp_path_factory.mktemp('chosen') / 'run')
+
+
+def test_every_arm_is_whole(chosen):
+  index = json.loads((chosen / 'selection/index.json').read_text())
+  assert {e['method'] for e in index} == {*METHODS, 'shortest', 'mixture'} - {'imported'}
+  pool = Pool(artifacts.open_stage(chosen, 'pool'))
+  for entry in index:
+    found = Selection.load(chosen / 'selection', entry['selection'])
+    found.check(pool.num_rows, cap=16)
+    assert found.size * entry['epochs'] == pytest.approx(64)
+    if entry['method'] not in ('dsdm_boltzmann', 'mixture'):
+      assert len(np.unique(found.rows)) == found.size == ONCE.get(entry['method'], 32)
+    assert (entry['target'] == 'docs') == (found.provenance['target'] == 'docs')
+  # Arms that draw have rows of their own for each seed, others share them.
+  by_seed = {(e['method'], e['seed']): e['selection'] for e in index}
+  assert by_seed['dsir', 0] != by_seed['dsir', 1]
+  assert by_seed['dsdm', 0] == by_seed['dsdm', 1] == 'dsdm--docs--0'
+  for name in {e['selection'] for e in index if e['method'] == 'bm25'}:
+    assert np.bincount(pool.document_N[Selection.load(chosen / 'selection', name).rows]).max() <= 8
+
+
+def test_cards_count_what_was_chosen(chosen):
+  cards = {c['name']: c for c in json.loads((chosen / 'selection/cards.json').read_text())}
+  pool = Pool(artifacts.open_stage(chosen, 'pool'))
+  dsdm, bottom = (Selection.load(chosen / 'selection', f'{m}--docs--0').rows for m in ('dsdm', 'bottom'))
+  card = cards['dsdm--docs--0']
+  assert card['tokens'] == 32 * 32
+  assert card['documents'] == len({int(pool.document_N[row]) for row in dsdm})
+  assert card['overlap']['bottom--docs--0'] == round(len(set(dsdm) & set(bottom)) / 32, 4)
+  assert sum(card['sources'].values()) == pytest.approx(1, abs=1e-3)
+  assert set(card['overlap']) == set(cards) - {'dsdm--docs--0'}
+  assert cards['shortest--any--0' if 'shortest--any--0' in cards else 'shortest--docs--0']['why'] == 'short'
+  # What a person sees.
+  from dsdm_jax.selection.cards import table
+
+  text = table(list(cards.values()))
+  assert '…' not in text
+  assert max(map(len, text.splitlines())) <= 160
+
+
+@pytest.mark.slow
+def test_rows_are_the_same_on_another_number_of_devices(chosen, finished, tmp_path):
+  code = (
+    'import sys; from pathlib import Path; from tests.selection import test_stage as t; '
+    't.select(*map(Path, sys.argv[1:]))'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', f"import os; n = os.environ['JAX_NUM_CPU_DEVICES']; import tests.conftest; "
+     f"os.environ['JAX_NUM_CPU_DEVICES'] = n; {code}", str(finished), str(tmp_path / 'run')],
+    cwd=ROOT, env=runs.environment(1), capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3_000:]
+  names = sorted(path.name for path in (chosen / 'selection').glob('*.npz'))
+  differ = []
+  for name in names:
+    with np.load(chosen / 'selection' / name) as a, np.load(tmp_path / 'run/selection' / name) as b:
+      differ += [name] if a['rows'].tolist() != b['rows'].tolist() else []
+  assert differ == []
+
+
+def test_the_mixture_is_what_trains_and_what_seqio_shows(chosen):
+  import seqio
+
+  entry = next(e for e in json.loads((chosen / 'selection/index.json').read_text()) if e['method'] == 'mixture')
+  assert [p['name'] for p in entry['parts']] == ['dsdm--docs--0', 'dsdm--api_qa--0', 'random--any--0']
+  assert [p['examples'] for p in entry['parts']] == [16, 3, 16]  # shares 32, 16, 16 of 64 in 2, ·, 1 passes
+  schedule = arms.schedule(chosen / 'selection', entry, 64, 5)
+  part_B, row_B, _ = schedule.at(np.arange(64))
+  assert np.bincount(part_B)[1] == 6, 'three rows twice, and then the others take its place'
+  assert np.bincount(part_B)[0] > np.bincount(part_B)[2]
+  every = Selection.load(chosen / 'selection', 'mixture--any--0').rows
+  assert set(row_B.tolist()) <= set(every.tolist())
+  for start in (0, 23):
+    name = mixtures.register(schedule, Pool(artifacts.open_stage(chosen, 'pool')), start)
+    stream = seqio.get_mixture_or_task(name).get_dataset(
+      sequence_length=None, split='train', shuffle=False, num_epochs=1, passthrough_features=('row',),
+      trim_output_features=False,
+    )  # fmt: skip
+    assert [int(x['row']) for x in stream.as_numpy_iterator()] == row_B[start:].tolist()
+  refused = {**entry, 'when_empty': 'refuse'}
+  with pytest.raises(UserError, match="'dsdm--api_qa--0' has 3 rows but is to give"):
+    arms.schedule(chosen / 'selection', refused, 64, 5)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'selection__methods': (f'{__name__}:repeats',)}, 'occurs 32 times, allowed are 8'),
+    ({'selection__methods': ('json:loads',)}, None),
+    ({'selection__methods': ('random',), 'mixture__parts': ('dsdm epochs=20',)}, 'epochs=20 and at most 16'),
+    ({'selection__methods': ('dsdm',), 'selection__document_cap': 1, 'selection__source_cap': 0.01}, 'leave 0 rows'),
+  ],
+)
+def test_refusals(finished, tmp_path, changes, words):
+  with pytest.raises(UserError if words else TypeError, match=words):
+    select(finished, tmp_path / 'run', **changes)
+
+
+def test_jsonl_and_parquet_hold_the_same(chosen, tmp_path):
+  from pyarrow import parquet
+
+  assert (
+    export.main(['--workdir', str(chosen), '--arm', 'dsdm--docs', '--format', 'jsonl', '--out', str(tmp_path / 'j')])
+    == 0
+  )
+  export.write(chosen, 'dsdm--docs--0', 'parquet', tmp_path / 'p')
+  records = [json.loads(line) for line in (tmp_path / 'j/dsdm--docs--0.jsonl').read_text('utf-8').split('\n') if line]
+  found = parquet.read_table(tmp_path / 'p/dsdm--docs--0-00000-of-00001.parquet').to_pylist()
+  assert len(found) == len(records) == 32
+  chosen_rows = Selection.load(chosen / 'selection', 'dsdm--docs--0')
+  pool = Pool(artifacts.open_stage(chosen, 'pool'))
+  with np.load(chosen / 'datamodel/scores.npz') as arrays:
+    score_N = arrays['score_docs_N']
+  for place, (a, b) in enumerate(zip(records, found, strict=True)):
+    row = int(chosen_rows.rows[place])
+    assert a.keys() == b.keys()
+    assert (a['place'], a['row'], a['text']) == (b['place'], b['row'], b['text']) == (place, row, pool.text(row))
+    assert a['score'] == a['datamodel'] == pytest.approx(float(score_N[row]), rel=1e-6)
+    assert a['low'] < a['datamodel'] < a['high']
+    assert a['document'] == pool.documents[pool.document_N[row]]['id']
+    assert a['source'] == pool.sources[pool.source_N[row]]
+
+
+def test_other_programs_open_the_dataset(chosen, tmp_path):
+  """Plain tfds and plain seqio, in a process that cannot import this package."""
+  export.write(chosen, 'dsdm--docs--0', 'tfds', tmp_path / 'd')
+  code = (
+    'import sys, json\n'
+    'import seqio, tensorflow as tf, tensorflow_datasets as tfds\n'
+    'folder = sys.argv[1]\n'
+    "builder = tfds.builder_from_directory(folder + '/selection/1.0.0')\n"
+    "read = [int(x['row']) for x in tfds.as_numpy(builder.as_dataset(split='train'))]\n"
+    "vocabulary = seqio.SentencePieceVocabulary(folder + '/vocabulary.model')\n"
+    "features = {'tokens': seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32)}\n"
+    "source = seqio.TfdsDataSource('selection:1.0.0', tfds_data_dir=folder)\n"
+    "task = seqio.TaskRegistry.add('mine', source=source, output_features=features)\n"
+    "data = task.get_dataset(split='train', shuffle=False, sequence_length=None)\n"
+    "tokens = [x['tokens'].tolist() for x in data.as_numpy_iterator()]\n"
+    "assert not any(name.startswith('dsdm_jax') for name in sys.modules)\n"
+    "print(json.dumps({'rows': read, 'tokens': tokens}))\n"
+  )
+  done = subprocess.run([sys.executable, '-P', '-c', code, str(tmp_path / 'd')], cwd=tmp_path, capture_output=True,
+                        text=True, check=False, env=runs.environment(1, PYTHONPATH=''))  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3_000:]
+  found = json.loads(done.stdout.splitlines()[-1])
+  rows = Selection.load(chosen / 'selection', 'dsdm--docs--0').rows
+  assert found['rows'] == rows.tolist()
+  assert found['tokens'] == Pool(artifacts.open_stage(chosen, 'pool')).tokens(rows).tolist()
+
+
+@pytest.mark.peers
+def test_hugging_face_opens_the_folder(chosen, tmp_path):
+  python = Path(os.environ.get('DSDM_JAX_PEERS', ROOT / '.venv-peers' / 'bin' / 'python'))
+  known = 'import importlib.util, sys; sys.exit(importlib.util.find_spec("datasets") is None)'
+  if not python.is_file() or subprocess.run([python, '-c', known], check=False).returncode:
+    pytest.skip('no environment with requirements-peers.txt; launch/test.sh makes .venv-peers')
+  export.write(chosen, 'random--any--1', 'datasets', tmp_path / 'h')
+  code = (
+    'import sys, datasets, json\n'
+    "d = datasets.load_dataset(sys.argv[1], split='train', cache_dir=sys.argv[2])\n"
+    "print(json.dumps(list(d['row'])))\n"
+  )
+  done = subprocess.run(
+    [python, '-c', code, str(tmp_path / 'h'), str(tmp_path / 'cache')], capture_output=True, text=True, check=False,
+    env=runs.environment(1, HF_HUB_OFFLINE='1', PYTHONPATH=''),
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3_000:]
+  rows = Selection.load(chosen / 'selection', 'random--any--1').rows
+  assert json.loads(done.stdout.splitlines()[-1]) == rows.tolist()
+
+
+def test_export_refuses(chosen, tmp_path, capsys):
+  (tmp_path / 'there').mkdir()
+  for flags, words in [
+    (('--workdir', str(chosen), '--arm', 'dsdm--docs', '--out', str(tmp_path / 'there')), 'is there already'),
+    (('--workdir', str(chosen), '--arm', 'dsdm--squad', '--out', str(tmp_path / 'new')), 'dsdm--docs--0'),
+    (('--workdir', str(tmp_path), '--arm', 'dsdm--docs', '--out', str(tmp_path / 'new')), 'has no finished pool'),
+  ]:
+    assert export.main([*flags, '--format', 'jsonl']) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count('\n') == 1
+  assert not (tmp_path / 'new').exists() and not (tmp_path / 'new.part').exists()
+
+
+def test_a_distilled_scorer_scores_another_pool(chosen, tmp_path, capsys):
+  from dsdm_jax.selection import distilled
+
+  out = tmp_path / 'scores.npy'
+  flags = ['--workdir', str(chosen), '--target', 'docs', '--out', str(out), '--buckets', '4096']
+  assert distilled.main([*flags, '--pool', str(chosen / 'pool')]) == 0
+  assert 'Spearman' in capsys.readouterr().out
+  score_N = np.load(out)
+  assert len(score_N) == Pool(artifacts.open_stage(chosen, 'pool')).num_rows and np.isfinite(score_N).all()
+  assert distilled.main([*flags[:2], '--target', 'squad', '--out', str(out)]) == 2
+  assert 'squad' in capsys.readouterr().err

@@ -1,0 +1,216 @@
+"""Selectors that read text: n-grams counted by hand, rankings by hand, and the published DSIR beside ours."""
+
+import collections
+import itertools
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.selection import bm25, distilled, dsir, ngrams
+from tests.conftest import ROOT
+from tests.selection.made import Made, Rows, selected, target
+
+KNOWN = 987410084  # written down, so that another process or machine that hashes otherwise shows
+TEXTS = ['The cat sat on the mat.', 'the cat', '', 'cat', "don't stop", 'ÄÖ äö! äö', 'x\ty\nz']
+
+
+def words(text: str) -> list[str]:
+  """Letters and digits together, other marks together, by hand."""
+  found, kind = [], None
+  for c in text.lower():
+    now = 'space' if c.isspace() else 'word' if c.isalnum() or c == '_' else 'mark'
+    if now != 'space':
+      if now == kind:
+        found[-1] += c
+      else:
+        found.append(c)
+    kind = now
+  return found
+
+
+def grams_by_hand(units: list) -> collections.Counter:
+  return collections.Counter([(u,) for u in units]) + collections.Counter(itertools.pairwise(units))
+
+
+@given(st.lists(st.one_of(st.text('ab c.d\n', max_size=20), st.text(max_size=8)), min_size=1, max_size=5))
+def test_words_and_pairs_are_counted(texts):
+  grams = ngrams.of_texts(texts, 1 << 30)
+  dense = [grams_by_hand(words(t)) for t in texts]
+  assert grams.size_B.tolist() == [sum(c.values()) for c in dense]
+  # So many buckets that none is shared: the multiset of counts is that of the n-grams.
+  for row, counts in enumerate(dense):
+    here = slice(*grams.first_B[row : row + 2])
+    buckets = np.concatenate([grams.uni_M[here], grams.bi_M[here]])
+    found = collections.Counter(buckets[buckets < grams.buckets].tolist())
+    assert sorted(found.values()) == sorted(counts.values())
+
+
+def test_sums_counts_and_matrix_agree():
+  grams = ngrams.of_texts(TEXTS, 1_000)
+  weight = np.random.default_rng(0).normal(size=1_000)
+  dense = grams.matrix().toarray()
+  assert dense.sum(axis=1).tolist() == grams.size_B.tolist()
+  np.testing.assert_array_equal(dense.sum(axis=0), grams.counts())
+  np.testing.assert_allclose(grams.sums(weight), dense @ weight, atol=1e-5)  # weights in float32
+  same = ngrams.of_sequences([np.array([5, 6, 7]), np.array([7, 6, 5])], 1_000)
+  rows = ngrams.of_rows(np.array([[5, 6, 7], [7, 6, 5]]), 1_000)
+  np.testing.assert_array_equal(same.bi_M, rows.bi_M)
+  assert rows.bi_M[0] != rows.bi_M[4], 'a pair has an order'
+  np.testing.assert_allclose(rows.sums(weight), rows.matrix() @ weight, atol=1e-5)
+  assert ngrams.of_texts(TEXTS, 1_000).units().toarray()[0].max() == 2, '"the" stands twice'
+
+
+def test_a_words_hash_is_its_own():
+  """Not that of its place, its text or its neighbours: the same words elsewhere fall into the same buckets."""
+  here = ngrams.of_texts(['one two'], 1 << 31)
+  there = ngrams.of_texts(['x ' * 1_000, '  ONE\ttwo three'], 1 << 31)
+  assert there.uni_M[1_000:1_002].tolist() == here.uni_M.tolist()
+  assert there.bi_M[1_000] == here.bi_M[0]
+  assert len(set(there.uni_M.tolist())) == 4
+  everything = ngrams.of_texts([' '.join(f'w{i} {i}x' for i in range(20_000))], 1 << 31)
+  # 40,000 words in 2³¹ buckets: 0.37 pairs share one by chance.
+  assert len(np.unique(everything.uni_M)) >= 40_000 - 4
+  assert ngrams.of_texts(['one'], 1 << 31).uni_M.tolist() == here.uni_M[:1].tolist() == [KNOWN]
+
+
+def pool_of(texts: list[str], **options) -> Made:
+  tokens_NL = np.zeros((len(texts), 8), np.int32)
+  tokens_NL[:, 0] = np.arange(len(texts))
+  return Made(np.zeros(len(texts)), Rows(tokens_NL, texts=texts), **options)
+
+
+def invented(seed: int, count: int, shift: float, length: int = 40) -> list[str]:
+  """Texts over 60 words; `shift` moves weight from the first words to the last."""
+  rng = np.random.default_rng(seed)
+  place = np.linspace(-1, 1, 60)
+  found = []
+  for _ in range(count):
+    p = np.exp(rng.normal(shift, 0.7) * place)
+    found.append(' '.join(f'w{i}' for i in rng.choice(60, length, p=p / p.sum())))
+  return found
+
+
+POOL, TARGET = invented(0, 300, 0.0), invented(1, 40, 2.0)
+LIKENESS_N = np.array([np.mean([int(w[1:]) for w in t.split()]) for t in POOL])
+
+
+@pytest.mark.parametrize('kind', ['words', 'tokens'])
+@pytest.mark.parametrize('method', ['dsir', 'classifier', 'classifier_pareto', 'bm25'])
+def test_rows_like_the_target_are_found(method, kind):
+  """By a property of the invented text that no method is told: where in the vocabulary its words lie."""
+  if kind == 'words':
+    pool, wanted = pool_of(POOL, ngram_buckets=4_096), target(texts=TARGET)
+  else:
+    ids = [[int(w[1:]) + 1 for w in t.split()] for t in POOL]
+    pool = Made(np.zeros(300), Rows(np.array(ids, np.int32)), ngrams='tokens', ngram_buckets=4_096)
+    wanted = target(sequences=[[int(w[1:]) + 1 for w in t.split()] for t in TARGET])
+  found = selected(method, pool, 60, wanted=wanted).rows
+  assert len(set(found.tolist())) == 60
+  best = np.sort(LIKENESS_N)[-60:].mean()
+  gained = (LIKENESS_N[found].mean() - LIKENESS_N.mean()) / (best - LIKENESS_N.mean())
+  assert gained > (0.75 if method != 'classifier_pareto' else 0.3)  # random rows gain 0, with an sd of 0.1
+
+
+def test_dsir_by_hand():
+  weights = dsir.log_ratio(np.array([3, 1, 0]), np.array([1, 2, 1]))
+  np.testing.assert_allclose(weights, np.log([0.75 + 1e-8, 0.25 + 1e-8, 1e-8]) - np.log([0.25, 0.5, 0.25]), rtol=1e-6)
+
+
+def test_bm25_by_hand():
+  texts, query = ['red fox red', 'blue fox', 'green green green green'], 'red fox'
+  pool = pool_of(texts)
+  found = selected('bm25', pool, 3, wanted=target(texts=[query]))
+  lengths = [3, 2, 4]
+  score = []
+  for text, length in zip(texts, lengths, strict=True):
+    total = 0.0
+    for term in query.split():
+      tf, holds = text.split().count(term), sum(term in t.split() for t in texts)
+      idf = math.log(1 + (3 - holds + 0.5) / (holds + 0.5))
+      total += idf * tf * 2.2 / (tf + 1.2 * (0.25 + 0.75 * length / 3))
+    score.append(total)
+  assert found.rows.tolist() == [0, 1, 2]
+  np.testing.assert_allclose(found.scores, sorted(score, reverse=True), rtol=1e-6)
+  assert bm25._K1 == 1.2
+
+
+def test_a_cheap_scorer_learns_scores_and_tells_how_well():
+  rng = np.random.default_rng(0)
+  texts = invented(2, 1_500, 0.0)
+  likeness_N = np.array([np.mean([int(w[1:]) for w in t.split()]) for t in texts])
+  learnt = distilled.fit(ngrams.PoolGrams(rows_of(texts), 'words', 4_096), likeness_N.astype(np.float32), 1_000)
+  noise = distilled.fit(
+    ngrams.PoolGrams(rows_of(texts), 'words', 4_096), rng.normal(size=1_500).astype(np.float32), 1_000
+  )
+  assert learnt.correlation > 0.9
+  assert abs(noise.correlation) < 4 / np.sqrt(noise.held_out)  # four sd of a rank correlation of nothing
+  assert (learnt.fitted, learnt.held_out) == (800, 100)
+  score_N = learnt.score(ngrams.PoolGrams(rows_of(texts), 'words', 4_096))
+  outside = np.setdiff1d(np.arange(1_500), _sample(1_500, 1_000))
+  assert scipy.stats.spearmanr(score_N[outside], likeness_N[outside]).statistic > 0.9
+  assert abs(score_N.mean() - likeness_N.mean()) < 0.1 * likeness_N.std(), 'in the scale of the scores'
+  with pytest.raises(UserError, match='at least 50'):
+    distilled.fit(ngrams.PoolGrams(rows_of(texts[:40]), 'words', 64), likeness_N[:40], 40)
+
+
+def rows_of(texts: list[str]) -> Rows:
+  return pool_of(texts).pool
+
+
+def _sample(rows: int, count: int) -> np.ndarray:
+  from dsdm_jax.core import prng
+
+  return prng.numpy_stream(0, 'selection', 'distilled').permutation(rows)[:count]
+
+
+@pytest.fixture
+def reference() -> Path:
+  """A Python that has data-selection: DSDM_JAX_PEERS, or the environment that launch/test.sh makes."""
+  if 'DSDM_JAX_PEERS' in os.environ:
+    return Path(os.environ['DSDM_JAX_PEERS'])
+  python = ROOT / '.venv-peers' / 'bin' / 'python'
+  found = python.is_file() and subprocess.run(
+    [python, '-c', 'import importlib.util as u; assert u.find_spec("data_selection")'], capture_output=True, check=False
+  )
+  if not found or found.returncode:
+    pytest.skip('no environment with requirements-peers.txt; launch/test.sh makes .venv-peers')
+  return python
+
+
+@pytest.mark.peers
+def test_dsir_ranks_as_the_published_one(reference, tmp_path):
+  """The same words, n-grams and smoothing; only the hash functions differ, so with many buckets the weights agree."""
+  rng = np.random.default_rng(5)
+  pool = [f"{t}. It's {' '.join(rng.choice(TEXTS[0].split(), 3))} ({i})!" for i, t in enumerate(POOL)]
+  for name, texts in (('raw', pool), ('target', TARGET)):
+    (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
+  code = (
+    'import sys, numpy as np\n'
+    'from data_selection import HashedNgramDSIR\n'
+    'd = sys.argv[1]\n'
+    "m = HashedNgramDSIR([d + '/raw.jsonl'], [d + '/target.jsonl'], d + '/cache', num_proc=1, num_buckets=200_000)\n"
+    'm.fit_importance_estimator(num_tokens_to_fit="all")\n'
+    'm.compute_importance_weights()\n'
+    'files = sorted(m.log_importance_weights_dir.iterdir(), key=lambda f: int(f.stem))\n'
+    "np.save(d + '/weights.npy', np.concatenate([np.load(f) for f in files]))\n"
+  )
+  done = subprocess.run(
+    [reference, '-c', code, str(tmp_path)], capture_output=True, text=True, check=False, cwd=tmp_path
+  )
+  assert done.returncode == 0, done.stderr[-2_000:]
+  theirs_N = np.load(tmp_path / 'weights.npy')
+  made, wanted = pool_of(pool, ngram_buckets=200_000), target(texts=TARGET)
+  ours_N = dsir._log_weights(made, wanted)
+  assert len(theirs_N) == len(ours_N) == 300
+  # Some 5,000 distinct n-grams in 200,000 buckets: one in forty meets another, in either program.
+  assert scipy.stats.spearmanr(ours_N, theirs_N).statistic > 0.99
+  assert len(set(np.argsort(-ours_N)[:50].tolist()) & set(np.argsort(-theirs_N)[:50].tolist())) >= 45
