@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from dsdm_jax import pipeline
 from dsdm_jax.core import artifacts
-from dsdm_jax.core.config_rules import METHODS
 from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.selection_rules import METHODS
 from dsdm_jax.data import arms, mixtures
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.selection import Selection
