@@ -304,6 +304,16 @@ def _refuse(workdir: Path, stage: Stage, phrases: list[str]) -> None:
   )
 
 
+def identity(stage: Stage, settings: Mapping, workdir: Path, done: Mapping[str, Artifact]) -> Identity:
+  """What `stage` is to be made from in `workdir`, where `done` holds all that it reads."""
+  return _identity(stage, settings, _digests(stage, workdir, done))
+
+
+def needed(name: str) -> list[str]:
+  """Stages that `name` stands on, and itself, in order."""
+  return [stage.name for stage in STAGES if stage.name == name or stage.name in _upstream(name)]
+
+
 def _run_stage(
   stage: Stage, config: ConfigDict, settings: Mapping, workdir: Path, done: Mapping[str, Artifact]
 ) -> Artifact | None:

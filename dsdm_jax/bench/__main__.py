@@ -3,10 +3,12 @@
 import argparse
 import sys
 
-from dsdm_jax.bench import features, peers, selection, train
+from dsdm_jax.bench import features, peers, selection, study, train
 from dsdm_jax.core.errors import UserError
 
-_BENCHES = {'features': features, 'peers': peers, 'selection': selection, 'train': train}
+_BENCHES = {
+  'features': features, 'peers': peers, 'selection': selection, 'study': study, 'train': train
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

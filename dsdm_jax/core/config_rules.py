@@ -120,6 +120,7 @@ RULES: Mapping[str, Rule] = {
   'targets.seed': _COUNT,
   **{f'{model}.{key}': rule for model in MODELS for key, rule in _MODEL_RULES.items()},
   **{f'{train}.{key}': rule for train in TRAINS for key, rule in _TRAIN_RULES.items()},
+  'proxies.seed': _COUNT,
   'proxies.count': _POSITIVE,
   'proxies.subset_share': _within(0, 1, '(]'),
   'proxies.epochs': _COUNT,

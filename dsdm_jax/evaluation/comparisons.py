@@ -30,12 +30,14 @@ class Options:
     paired_seeds: compare models of the same seed, see `statistics`; seeds that only one arm has are left out.
     resamples: draws of the bootstrap over items, which stands where both arms have one seed.
     seed: of these draws.
+    baselines: methods that every arm is compared with, and each other once.
   """
 
   confidence: float = 0.95
   paired_seeds: bool = False
   resamples: int = 10_000
   seed: int = 0
+  baselines: tuple[str, ...] = BASELINES
 
 
 def arms(runs: Runs) -> list[Arm]:
@@ -60,7 +62,9 @@ def compare(
     options: how.
     labels: further entries of each row: task, split, metric.
   """
-  found = [_comparison(values_RI, runs, *pair, documents_I, options, labels) for pair in _pairs(runs)]
+  found = [
+    _comparison(values_RI, runs, *pair, documents_I, options, labels) for pair in _pairs(runs, options.baselines)
+  ]
   adjusted = statistics.holm([c['p_value'] for c in found])
   for comparison, p_holm in zip(found, adjusted, strict=True):
     comparison['p_holm'] = float(p_holm)
@@ -77,11 +81,11 @@ def _verdict(comparison: Mapping[str, Any], alpha: float) -> str:
   return BETTER if comparison['difference'] > 0 else WORSE
 
 
-def _pairs(runs: Runs) -> Iterator[tuple[Arm, Arm]]:
+def _pairs(runs: Runs, baselines: Sequence[str]) -> Iterator[tuple[Arm, Arm]]:
   """Arms to compare: all against each baseline, the baselines with each other once, then EXTRA."""
   known = arms(runs)
   seen = set()
-  wanted = [(arm, name) for name in BASELINES for arm in known]
+  wanted = [(arm, name) for name in baselines for arm in known]
   wanted += [(arm, other) for method, other in EXTRA for arm in known if arm[0] == method]
   for arm, name in wanted:
     baseline = _baseline(known, name, arm[1])

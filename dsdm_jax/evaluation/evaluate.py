@@ -95,6 +95,8 @@ def _summarize(
   runs = [{key: e[key] for key in ('method', 'target_mix', 'seed', 'selection')} for e in entries]
   atomic.save_npz(context.out / 'items.npz', **items)
   atomic.write_json(context.out / 'runs.json', runs)
+  documents = {f'{task}__{split}': names for (task, split), names in asked.documents().items()}
+  atomic.write_json(context.out / 'documents.json', documents)
   found = results.results(
     items,
     runs,

@@ -59,6 +59,7 @@ def results(
   paired_seeds: bool = False,
   resamples: int = 10_000,
   seed: int = 0,
+  baselines: tuple[str, ...] = comparisons.BASELINES,
 ) -> dict[str, Any]:
   """The content of `results.json`.
 
@@ -78,12 +79,12 @@ def results(
     paired_seeds: compare models of the same seed, which share their initialisation, instead of arms as wholes. Both are
       valid; which is narrower depends on the correlation (see `statistics`), so it is to be fixed before looking. Seeds
       that only one of two arms has are then left out.
-    resamples: see `comparisons.Options`; seed: of the bootstrap.
+    resamples: see `comparisons.Options`; seed: of the bootstrap; baselines: likewise.
 
   Raises:
     UserError: rows that do not match `runs`, values that are not finite, or fewer than two items of a task.
   """
-  options = Options(confidence, paired_seeds, resamples, seed)
+  options = Options(confidence, paired_seeds, resamples, seed, baselines)
   tables = list(read_tables(items, len(runs), documents or {}, categories or {}))
   by_arm: list[dict[str, Any]] = []
   summary: list[dict[str, Any]] = []

@@ -27,16 +27,17 @@ def run(context: Context) -> dict:
       f'config.proxies: {proxies.epochs} epochs of {size} rows are less than one batch of '
       f'{proxies.train.batch_size}; raise proxies.epochs or the pool'
     )
+  seed = prng.derive(config.seed, 'proxies', proxies.seed) if proxies.seed else config.seed
   compiled = trainer(proxies.model, proxies.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
   losses = []
   with context.log.bar(total=steps * proxies.count, desc='proxies', unit='step') as bar:
     for checkpoint in range(proxies.count):
-      rows = subset(config.seed, checkpoint, pool.num_rows, size)
+      rows = subset(seed, checkpoint, pool.num_rows, size)
       if context.first:
         atomic.save_npy(context.out / f'subset_{checkpoint}.npy', rows)
-      schedule = Schedule.single(f'proxy_{checkpoint}', rows, steps * proxies.train.batch_size, config.seed)
+      schedule = Schedule.single(f'proxy_{checkpoint}', rows, steps * proxies.train.batch_size, seed)
       history = loop.train(
-        context, compiled, f'proxy_{checkpoint}', prng.stream(config.seed, 'init', 'proxy', checkpoint),
+        context, compiled, f'proxy_{checkpoint}', prng.stream(seed, 'init', 'proxy', checkpoint),
         functools.partial(training_batches, pool, schedule, proxies.train.batch_size), steps, proxies.train, bar,
         held_out(compiled, pool, rows, proxies.train, config.seed),
       )  # fmt: skip

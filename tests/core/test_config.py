@@ -47,6 +47,7 @@ BAD: dict[str, list] = {
   'targets.max_examples': [0],
   'targets.holdout_share': [0.0, 1.0, -0.5, 1.5],
   'targets.seed': [-1],
+  'proxies.seed': [-1],
   'proxies.count': [0],
   'proxies.subset_share': [0.0, 1.01, -0.1],
   'proxies.epochs': [0.0, -1.0],

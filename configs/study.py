@@ -1,0 +1,59 @@
+"""The study: the quickstart's arms, what each choice in the method is worth, and proxies trained anew.
+
+Run all of it, arm by arm, or one arm alone:
+
+    python -m dsdm_jax.bench study --config=configs/study.py --workdir=runs/study
+    python -m dsdm_jax.main --config=configs/study.py:J_512 --workdir=runs/J_512
+
+An arm is the quickstart with a few keys changed. `base` trains the baselines; every other arm trains DsDm alone and is
+compared with them. Arms of the name `again_…` are `base` with other proxies: together they show what intervals that
+are conditional on one selection leave out. Two CPU cores: about 6 minutes for `base`, 1 to 3 for every other arm.
+"""
+
+from configs import quickstart
+
+_DSDM = {'selection.methods': ('dsdm',)}
+
+# Arm → key → value. Pool, targets, evaluation and the size of the final models are the same for all.
+ARMS: dict[str, dict] = {
+  'base': {'selection.methods': ('dsdm', 'random', 'random_one_epoch', 'bottom')},
+  # Proxies: how many, how large, how long.
+  'proxies_1': {**_DSDM, 'proxies.count': 1},
+  'proxies_4': {**_DSDM, 'proxies.count': 4},
+  'proxy_narrow': {**_DSDM, 'proxies.model.width': 32, 'proxies.model.mlp_width': 128},
+  'proxy_half_epoch': {**_DSDM, 'proxies.epochs': 0.5},
+  'proxy_4_epochs': {**_DSDM, 'proxies.epochs': 4.0},
+  # Features.
+  'J_512': {**_DSDM, 'features.dimension': 512},
+  'J_4096': {**_DSDM, 'features.dimension': 4_096},
+  'dense': {**_DSDM, 'features.projection': 'dense', 'features.dimension': 512, 'features.microbatch': 16},
+  # Datamodel.
+  'damping_0.01': {**_DSDM, 'datamodel.damping': 0.01},
+  'damping_1': {**_DSDM, 'datamodel.damping': 1.0},
+  'gram_layers': {**_DSDM, 'datamodel.gram': 'layers'},
+  'gram_joint': {**_DSDM, 'datamodel.gram': 'joint'},
+  'unit_norm': {**_DSDM, 'datamodel.unit_norm': True},
+  'q': {**_DSDM, 'datamodel.q': True},
+  # Mix of targets.
+  'mix_mean': {**_DSDM, 'datamodel.mix': 'mean'},
+  'mix_rank': {**_DSDM, 'datamodel.mix': 'rank'},
+  # The same budget in fewer epochs of more rows, and the other way round.
+  'epochs_2': {**_DSDM, 'selection.examples': 1_536, 'selection.epochs': 2},
+  'epochs_8': {**_DSDM, 'selection.examples': 384, 'selection.epochs': 8},
+  # Other proxies: one more selection each.
+  **{f'again_{seed}': {**_DSDM, 'proxies.seed': seed} for seed in (1, 2, 3)},
+}
+
+
+def get_config(arm='base'):
+  """The config of one arm: `configs/study.py:damping_1`."""
+  if arm not in ARMS:
+    raise ValueError(f'{arm!r} is no arm of the study; arms are {", ".join(ARMS)}')
+  config = quickstart.get_config()
+  for key, value in ARMS[arm].items():
+    *sections, last = key.split('.')
+    section = config
+    for name in sections:
+      section = section[name]
+    section[last] = value
+  return config
