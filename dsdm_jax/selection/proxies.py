@@ -29,9 +29,8 @@ class Proxies:
   def __init__(self, context: Context, pool: Pool):
     self._context, self._pool = context, pool
     self._config, self._folder = context.config, context.inputs['proxies'].path
-    # Process 0 alone runs the stage, so the devices of others are out of reach.
-    alone = ConfigDict({'data': -1, 'model': 1})
-    self._mesh = make_mesh(self._config.mesh if jax.process_count() == 1 else alone, jax.local_devices())
+    # One device, whatever there is: batches cut otherwise would round otherwise, and rows be chosen otherwise.
+    self._mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
     self._trainer = self._trainer_of(self._config.proxies.train)
     self._batch = self._config.features.batch_size
     sharded = self._trainer.batch_sharding
