@@ -95,19 +95,37 @@ def get_config() -> ConfigDict:
 
   # Candidate pool: documents → tokens → rows of exactly `length` tokens.
   c.pool = ConfigDict()
-  c.pool.source = 'installed_packages'  # registered source, see dsdm_jax/data/sources.py
-  c.pool.kinds = ('source', 'docs', 'licences', 'metadata', 'data')  # kinds of file that are taken
-  c.pool.max_bytes = 1_100_000  # UTF-8 bytes of text kept, shared evenly over the kinds
-  c.pool.max_document_bytes = 8_192  # a longer document is cut here; bytes of UTF-8
+  # Sources, one line each: 'kind:glob or name | option=value', see docs/pools.md.
+  # installed_packages | text: | jsonl: | parquet: | hf: | tfds: | seqio: | tokens: | package.module:function
+  c.pool.sources = ('installed_packages',)
+  c.pool.kinds = ('source', 'docs', 'licences', 'metadata', 'data')  # kinds of file taken from installed_packages
+  # UTF-8 bytes of text kept, shared by weight over the sources (installed_packages: evenly over kinds); 0 takes all
+  c.pool.max_bytes = 1_100_000
+  c.pool.max_document_bytes = 8_192  # a longer document is cut here; bytes of UTF-8; 0 cuts none
+  c.pool.on_error = 'fail'  # fail | skip: bad input is an error, or left out, counted and listed
+  c.pool.drop_duplicates = True  # keep the first of documents that are the same to the byte
   c.pool.length = 128  # L, tokens of one row
-  c.pool.vocab_size = 1_024  # SentencePiece unigram, trained on the pool; pieces
+  # train (SentencePiece unigram, on the pool) | bytes | path of a SentencePiece .model or a Hugging Face tokenizer.json
+  c.pool.vocabulary = 'train'
+  c.pool.vocab_size = 1_024  # of a trained vocabulary; pieces
+  c.pool.end_piece = ''  # piece of a tokenizer.json that ends a document; '' takes the first usual one that it has
   c.pool.leakage_guard = True  # drop documents that hold target text
   c.pool.leakage_ngram = 12  # words in a row that count as the same text
+  # Benchmarks that the pool must not hold either: names of the table in dsdm_jax/data/benchmarks.py, or .jsonl files.
+  c.pool.leakage_benchmarks = ()
   c.pool.plant_targets = 0  # control: this many target examples of each task, verbatim, as further documents
+
+  # What this machine gives; results do not depend on it.
+  c.host = ConfigDict()
+  c.host.workers = 0  # processes that prepare the pool; 0 takes one for each core
+  c.host.beam = ''  # options of an Apache Beam pipeline that prepares the pool instead; see docs/pools.md; '' for none
 
   # Target tasks: what the trained model should be good at.
   c.targets = ConfigDict()
-  c.targets.tasks = ('docs', 'api_qa', 'cs_algorithms')  # registered tasks, or paths of JSONL files
+  # Built-in tasks, names of benchmarks (docs/benchmarks.md), or paths of JSONL files.
+  c.targets.tasks = ('docs', 'api_qa', 'cs_algorithms')
+  # Folder that holds the benchmarks' files under their names, or 'tfds' or 'tfds:DATA_DIR'.
+  c.targets.folder = ''
   c.targets.max_examples = 256  # of each task and split
   c.targets.holdout_share = 0.5  # of a task's documents; the rest is what the datamodel sees
   c.targets.seed = 0  # of generated tasks and of the split

@@ -4,7 +4,7 @@ See what it takes, on any machine with libtpu (requirements-tpu.txt), before it 
 
     python -m dsdm_jax.main --config=configs/c4_dsdm.py --stage=plan
 
-It has not been run as a whole, and the pool is yours to bring: pool.source is paper.py's. Batches are the paper's and
+It has not been run as a whole, and the pool is yours to bring: pool.sources is paper.py's. Batches are the paper's and
 suit slices of 256 to 1,024 chips; docs/scale.md has the plans. Features are two-sided, which is what makes the scale
 affordable; the paper's own are `features.projection=dense`.
 """

@@ -2,7 +2,7 @@
 
 Run it with:
 
-    python -m dsdm_jax.main --config=configs/paper.py --workdir=/shared/run --config.pool.source=mine:documents
+    python -m dsdm_jax.main --config=configs/paper.py --workdir=/shared/run --config.pool.sources="('mine:documents',)"
 
 A pod of accelerators; it has not been run as a whole. The paper's pool is C4 (`en.noblocklist`) in rows of 1,024
 tokens, its targets SQuAD, Jeopardy and LAMBADA beside CS-Algorithms. Dense features of J = 16,384 are what the paper

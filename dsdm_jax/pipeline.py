@@ -51,7 +51,9 @@ class Stage:
 
 STAGES = (
   # Documents → tokens → a TFDS dataset, without documents that hold target text.
-  Stage('pool', (), ('seed', 'pool', 'targets.tasks', 'targets.seed'), 'data.pool:run'),
+  Stage(
+    'pool', (), ('seed', 'pool', 'targets.tasks', 'targets.folder', 'targets.seed'), 'data.pool:run', format=2
+  ),
   # Tasks → examples that the datamodel sees, and a holdout that it never does.
   Stage('targets', ('pool',), ('targets',), 'data.targets:run'),
   # Small models on random subsets.
@@ -204,9 +206,8 @@ def _stands(stage: Stage, settings: Mapping, workdir: Path, done: Mapping[str, A
 def _identity(stage: Stage, settings: Mapping, inputs: Mapping[str, str]) -> Identity:
   """What `stage` is to be made from; `inputs` are the digests of what it reads."""
   chosen = {key: value for key, value in select(settings, stage.keys).items() if key not in _WHO}
-  for task in chosen.get('targets.tasks', ()):
-    if task.endswith('.jsonl'):  # the text counts, not only where it lies
-      chosen[f'SHA-256 of {task}'] = hashlib.sha256(Path(task).read_bytes()).hexdigest()
+  for task, held in tasks.files_of(chosen).items():  # the text counts, not only where it lies
+    chosen[f'SHA-256 of {task}'] = hashlib.sha256(Path(held).read_bytes()).hexdigest()
   if 'evaluation.tasks' in chosen:
     files = requests.files(chosen['evaluation.tasks'], chosen['evaluation.benchmark_folder'])
     chosen |= {f'SHA-256 of {file}': hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}

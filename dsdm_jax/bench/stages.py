@@ -22,6 +22,7 @@ from dsdm_jax.attribution.passes import PoolPass, Recomputed
 from dsdm_jax.attribution.rounding import Rounding
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core import atomic, prng
+from dsdm_jax.data import dataset, encoders
 from dsdm_jax.data import pool as pool_lib
 
 SHARD_ROWS = 1_024
@@ -33,9 +34,9 @@ def make_pool(rows: int, length: int, vocab_size: int) -> pool_lib.Pool:
   folder = tempfile.TemporaryDirectory(prefix='dsdm_bench_')
   atexit.register(folder.cleanup)
   path = Path(folder.name)
-  dtype = np.uint16 if vocab_size < 65_536 else np.int32
+  dtype = encoders.dtype_of(vocab_size)
   tokens_NL = prng.numpy_stream(0, 'bench', 'pool').integers(0, vocab_size, (rows, length), dtype=dtype)
-  pool_lib.write_dataset(path / 'dataset', tokens_NL)
+  dataset.write_array(path / 'dataset', tokens_NL)
   atomic.write_json(path / 'card.json', {'rows': rows, 'length': length, 'vocab_size': vocab_size})
   return pool_lib.Pool(path)
 

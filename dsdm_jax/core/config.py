@@ -26,6 +26,7 @@ from dsdm_jax.core.config_rules import (
   model_relations,
 )  # fmt: skip
 from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.pool_rules import SOURCE_KINDS
 from dsdm_jax.core.rule import CALLABLE
 
 _PASSWORD = re.compile(r'://[^/\s@:]*:[^/\s@]+@')
@@ -148,9 +149,12 @@ def check_callables(config: ConfigDict) -> None:
     UserError: as `load_callable`.
   """
   flat = flatten(config)
-  for key in ('pool.source', *(f'{model}.factory' for model in MODELS), 'features.output_fn'):
-    if ':' in flat[key]:
-      load_callable(flat[key], key)
+  for key in (*(f'{model}.factory' for model in MODELS), 'features.output_fn'):
+    load_callable(flat[key], key)
+  for line in flat['pool.sources']:
+    head = line.partition(' | ')[0].strip()
+    if ':' in head and head.partition(':')[0] not in SOURCE_KINDS:
+      load_callable(head, 'pool.sources')
   parts = [part for part in map(mixture_parts.parse, flat['mixture.parts']) if part is not None]
   for key, methods in (('selection.methods', flat['selection.methods']), ('mixture.parts', [p.method for p in parts])):
     for method in methods:

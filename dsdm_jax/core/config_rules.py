@@ -5,19 +5,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePath
 
+from dsdm_jax.core.pool_rules import JSONL, POOL_RULES
 from dsdm_jax.core.rule import NAME as _NAME
 from dsdm_jax.core.rule import Rule, are_arguments
 from dsdm_jax.core.rule import above as _above
 from dsdm_jax.core.rule import at_least as _at_least
 from dsdm_jax.core.rule import either as _either
 from dsdm_jax.core.rule import one_of as _one_of
-from dsdm_jax.core.rule import some_of as _some_of
 from dsdm_jax.core.rule import within as _within
 from dsdm_jax.core.selection_rules import SELECTION_RULES, part_key
 
-SOURCES = ('installed_packages',)
-KINDS = ('source', 'docs', 'licences', 'metadata', 'data')
-TASKS = ('docs', 'api_qa', 'cs_algorithms')
 MIX = 'mix'
 
 # Layers, width and heads of the paper's models.
@@ -39,7 +36,6 @@ def _is_regex(value: str) -> bool:
 
 _POSITIVE = _at_least(1)
 _COUNT = _at_least(0)
-_JSONL = Rule(lambda v: v.endswith('.jsonl'), 'paths that end in .jsonl')
 _ARGUMENTS = Rule(are_arguments, "must be keyword arguments with plain values, such as 'b1=0.9, nesterov=True'")
 _REGEX = Rule(_is_regex, 'must be a regular expression')
 _MODEL_RULES = {
@@ -106,18 +102,7 @@ RULES: Mapping[str, Rule] = {
   'distributed.process': _COUNT,
   'distributed.heartbeat_seconds': _at_least(5),
   'distributed.start_seconds': _POSITIVE,
-  'pool.source': _either(_one_of(*SOURCES), _NAME),
-  'pool.kinds': _some_of(*KINDS),
-  'pool.max_bytes': _POSITIVE,
-  'pool.max_document_bytes': _POSITIVE,
-  'pool.length': _at_least(8),
-  'pool.vocab_size': _at_least(300),  # 256 byte pieces, the control pieces and some to learn
-  'pool.leakage_ngram': _at_least(2),
-  'pool.plant_targets': _COUNT,
-  'targets.tasks': _some_of(*TASKS, also=_JSONL),
-  'targets.max_examples': _POSITIVE,
-  'targets.holdout_share': _within(0, 1, '()'),
-  'targets.seed': _COUNT,
+  **POOL_RULES,
   **{f'{model}.{key}': rule for model in MODELS for key, rule in _MODEL_RULES.items()},
   **{f'{train}.{key}': rule for train in TRAINS for key, rule in _TRAIN_RULES.items()},
   'proxies.seed': _COUNT,
@@ -353,7 +338,7 @@ RELATIONS: tuple[Relation, ...] = (
   ),
   Relation(
     ('pool.max_document_bytes', 'pool.max_bytes'),
-    lambda document, pool: document <= pool,
+    lambda document, pool: not pool or document <= pool,
     'must be at most pool.max_bytes = {1}',
     'set --config.pool.max_bytes to at least {0}',
   ),
@@ -424,4 +409,4 @@ RELATIONS: tuple[Relation, ...] = (
 
 def task_name(task: str) -> str:
   """The name that a task of `targets.tasks` goes by: a path's stem, any other as it is."""
-  return PurePath(task).stem if _JSONL.holds(task) else task
+  return PurePath(task).stem if JSONL.holds(task) else task

@@ -25,6 +25,7 @@ KINDS = ('source', 'docs', 'licences', 'metadata', 'data')
 
 # A single package gives at most this share of a kind's bytes, unless the others cannot fill it.
 PACKAGE_SHARE = 0.1
+_WHOLE = 2**40  # bytes; more than there are
 
 _EXTENSIONS = {
   'source': (
@@ -150,7 +151,7 @@ def _read(file: _File, limit: int) -> str | None:
 
 
 def installed_packages(config: ConfigDict, seed: int) -> Iterator[Document]:
-  """Documents of the installed packages, `config.max_bytes` of UTF-8 in all.
+  """Documents of the installed packages, `config.max_bytes` of UTF-8 in all; 0 takes all there is.
 
   The bytes are shared evenly over `config.kinds`; what a kind has too little of goes to the others. Inside a kind
   files come in the order of a seeded hash of (kind, package, path), so neither file system nor installer matters.
@@ -165,17 +166,17 @@ def installed_packages(config: ConfigDict, seed: int) -> Iterator[Document]:
   def place(file: _File) -> bytes:
     return hashlib.blake2b(f'{seed}\x1f{file.id}'.encode(), digest_size=16).digest()
 
+  limit, left = config.max_document_bytes or _WHOLE, config.max_bytes or _WHOLE
   files: dict[str, list[_File]] = {kind: [] for kind in config.kinds}
   for file in _files():
     if file.kind in files:
       files[file.kind].append(file)
-  supply = {kind: sum(min(file.size, config.max_document_bytes) for file in group) for kind, group in files.items()}
+  supply = {kind: sum(min(file.size, limit) for file in group) for kind, group in files.items()}
   duplicates = Duplicates()
-  left = config.max_bytes
   # Water-filling: the scarcest kind first, each gets an even share of what is left.
   for index, kind in enumerate(sorted(files, key=lambda kind: (supply[kind], kind))):
     budget = left // (len(files) - index)
-    for document in _of_kind(sorted(files[kind], key=place), budget, config.max_document_bytes, duplicates):
+    for document in _of_kind(sorted(files[kind], key=place), budget, limit, duplicates):
       left -= len(document.text.encode())
       yield document
 

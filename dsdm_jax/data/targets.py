@@ -17,8 +17,9 @@ from dsdm_jax.core import atomic, prng
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.stage import Context
+from dsdm_jax.data.encoders import Encoder, open_encoder
 from dsdm_jax.data.tasks import SPLITS, RawItem, RawTask, read_tasks, split_documents
-from dsdm_jax.data.vocabulary import EOS, PAD, Encoder
+from dsdm_jax.data.vocabulary import EOS, PAD
 
 Encode = Callable[[str], list[int]]
 
@@ -41,7 +42,9 @@ class Examples:
     return len(self.records)
 
 
-def sequence(encode: Encode, context: str, answer: str, length: int) -> tuple[np.ndarray, np.ndarray] | None:
+def sequence(
+  encode: Encode, context: str, answer: str, length: int, eos: int = EOS, pad: int = PAD
+) -> tuple[np.ndarray, np.ndarray] | None:
   """(tokens_L, weights_L) of one item; None where the answer has no tokens or does not fit into L − 1."""
   context = context.rstrip()
   answer_ids = encode(f' {answer.strip()}' if context else answer)
@@ -49,8 +52,8 @@ def sequence(encode: Encode, context: str, answer: str, length: int) -> tuple[np
     return None
   room = length - 1 - len(answer_ids)
   context_ids = encode(context)[-room:] if room else []
-  ids = [EOS, *context_ids, *answer_ids]
-  tokens_L = np.full(length, PAD, np.int32)
+  ids = [eos, *context_ids, *answer_ids]
+  tokens_L = np.full(length, pad, np.int32)
   tokens_L[: len(ids)] = ids
   weights_L = np.zeros(length, np.float32)
   weights_L[1 + len(context_ids) : len(ids)] = 1
@@ -105,13 +108,13 @@ def _spread(items: Sequence[RawItem], rng: np.random.Generator) -> list[RawItem]
 
 
 def build(
-  config: ConfigDict, encode: Encode, length: int, most: int | None = None
+  config: ConfigDict, encoder: Encoder, length: int, most: int | None = None
 ) -> tuple[dict[tuple[str, str], Examples], dict[str, Any]]:
   """Examples of every task and split, and a count of what was left out.
 
   Args:
     config: the `targets` part of the config.
-    encode: text to ids, without an end mark.
+    encoder: of the pool.
     length: L.
     most: examples of each task and split; None takes `config.max_examples`. Fewer are the first of more.
 
@@ -128,7 +131,7 @@ def build(
     by_split: dict[str, list[RawItem]] = {split: [] for split in SPLITS}
     seen: set[tuple[str, str]] = set()
     count = {'documents': len({i.document for i in task.items}), 'items': 0, 'duplicates': 0, 'unfit': 0}
-    for item in _items_in_pieces(task, encode, length):
+    for item in _items_in_pieces(task, encoder.encode, length):
       count['items'] += 1
       if (item.context, item.answer) in seen:
         count['duplicates'] += 1
@@ -137,7 +140,7 @@ def build(
       by_split[side[item.document]].append(item)
     for split, items in by_split.items():
       rng = prng.numpy_stream(config.seed, 'targets', task.name, split)
-      made, unfit = _examples(_spread(items, rng), encode, length, most or config.max_examples)
+      made, unfit = _examples(_spread(items, rng), encoder, length, most or config.max_examples)
       count['unfit'] += unfit
       count[split] = len(made)
       if not len(made):
@@ -150,7 +153,7 @@ def build(
   return examples, counts
 
 
-def _examples(items: Sequence[RawItem], encode: Encode, length: int, most: int) -> tuple[Examples, int]:
+def _examples(items: Sequence[RawItem], encoder: Encoder, length: int, most: int) -> tuple[Examples, int]:
   tokens: list[np.ndarray] = []
   weights: list[np.ndarray] = []
   records: list[dict[str, str]] = []
@@ -158,7 +161,7 @@ def _examples(items: Sequence[RawItem], encode: Encode, length: int, most: int) 
   for item in items:
     if len(records) == most:
       break
-    made = sequence(encode, item.context, item.answer, length)
+    made = sequence(encoder.encode, item.context, item.answer, length, encoder.eos, encoder.pad)
     if made is None:
       unfit += 1
       continue
@@ -175,8 +178,8 @@ def run(context: Context) -> dict[str, Any]:
   """The stage: reads the pool's vocabulary and length, writes `<task>.<split>.npz`, `.jsonl` and `tasks.json`."""
   pool = context.inputs['pool']
   length = json.loads((pool.path / 'card.json').read_text())['length']
-  encoder = Encoder(pool.path / 'vocabulary.model')
-  examples, counts = build(context.config.targets, encoder.encode, length)
+  encoder = open_encoder(pool.path)
+  examples, counts = build(context.config.targets, encoder, length)
   for (task, split), made in examples.items():
     stem = context.out / f'{task}.{split}'
     atomic.save_npz(f'{stem}.npz', tokens_TL=made.tokens_TL, weights_TL=made.weights_TL)

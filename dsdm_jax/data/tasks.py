@@ -1,25 +1,29 @@
 """Target tasks as raw text: what each asks and answers, before any vocabulary.
 
 A task gives items (context, answer, document). `docs` has no context and is language modelling; `api_qa` and
-`cs_algorithms` are questions; a path that ends in .jsonl is a file of the user's. Items of one document, and of
+`cs_algorithms` are questions; a benchmark of the table in `benchmarks` goes by its name; a path that ends in .jsonl is
+a file of the user's, of any shape that `shapes` knows. Items of one document, and of
 documents that share text, always fall on the same side of the split between target and holdout.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
-import json
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.data import cs_algorithms, standard_library
+from dsdm_jax.data import benchmarks, cs_algorithms, standard_library
 from dsdm_jax.data.leakage import TargetText, words
 
 BUILT_IN = ('docs', 'api_qa', 'cs_algorithms')
 SPLITS = ('target', 'holdout')
+_LABELS = re.compile(r'(?m)^(Question|Answer|Context|Passage):|\nAnswer:')
 GENERATED = 2_000  # items of cs_algorithms in all; BIG-bench has 1,320
 
 
@@ -42,9 +46,17 @@ class RawItem:
 
 @dataclasses.dataclass(frozen=True)
 class RawTask:
+  """Items of one task.
+
+  Attributes:
+    language_modelling: answers are whole documents, cut into pieces later.
+    halves: documents are split into halves of one size, rather than each by chance: the paper's splits.
+  """
+
   name: str
   items: tuple[RawItem, ...]
   language_modelling: bool = False
+  halves: bool = False
 
 
 def task_name(task: str) -> str:
@@ -53,24 +65,41 @@ def task_name(task: str) -> str:
 
 
 def read_jsonl(path: str) -> RawTask:
-  """A task of the user's: one JSON object a line with "context", "answer" (or "continuation"), maybe "document".
+  """A task of the user's: one JSON object a line, of a shape of `shapes` that the first line tells; maybe "document".
 
   Lines end at newline characters only. Without "document" each line is a document of its own.
 
   Raises:
     UserError: no such file, or a line is not such an object; it names the line.
   """
-  try:
-    lines = Path(path).read_bytes().split(b'\n')
-  except OSError as error:
-    raise UserError(f'targets.tasks names {path}, which cannot be read: {error.strerror}') from error
-  items = []
-  for number, line in enumerate(lines, 1):
-    if line.strip():
-      items.append(_parse_line(line, path, number))
-  if not items:
-    raise UserError(f'{path} holds no items; give one JSON object a line with "context" and "answer"')
-  return RawTask(task_name(path), tuple(items))
+  return benchmark_task(benchmarks.of_file(path), None, task_name(path))
+
+
+def benchmark_task(benchmark: benchmarks.Benchmark, folder: str | None, name: str) -> RawTask:
+  """The target task that a benchmark makes: its prompts, shots and delimiter included, and its right answers.
+
+  Raises:
+    UserError: no file, or a bad one, see `benchmarks.read_items`.
+  """
+  items = benchmarks.read_items(benchmark, folder)
+  made = []
+  for index, item in enumerate(items):
+    prompt = benchmarks.prompt(benchmark, items, index)
+    document = item.document if item.document != item.id else f'{name}/{item.id}'
+    made.append(RawItem(item.id, prompt.contexts[prompt.gold], item.continuation, document))
+  return RawTask(name, tuple(made), halves=any(benchmark.counts))
+
+
+def files_of(settings: Mapping[str, Any]) -> dict[str, str]:
+  """File of each benchmark and .jsonl path among the flat `settings`, as far as they are files."""
+  folder = settings.get('targets.folder') or '.'
+  found = {}
+  for name in (*settings.get('targets.tasks', ()), *settings.get('pool.leakage_benchmarks', ())):
+    if name.endswith('.jsonl'):
+      found[name] = name
+    elif name in benchmarks.BENCHMARKS and (file := benchmarks.find(benchmarks.BENCHMARKS[name], folder)):
+      found[name] = file
+  return found
 
 
 def check_files(config: ConfigDict) -> None:
@@ -82,28 +111,8 @@ def check_files(config: ConfigDict) -> None:
   for task in config.tasks:
     if task.endswith('.jsonl'):
       read_jsonl(task)
-
-
-def _parse_line(line: bytes, path: str, number: int) -> RawItem:
-  where = f'{path}, line {number}'
-  try:
-    record = json.loads(line.decode())
-  except UnicodeDecodeError as error:
-    raise UserError(f'{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8') from error
-  except json.JSONDecodeError as error:
-    raise UserError(f'{where}: not JSON ({error.msg} at column {error.colno}); one object a line is needed') from error
-  if not isinstance(record, dict):
-    raise UserError(f'{where}: a JSON object is needed, found {type(record).__name__}')
-  answer = 'continuation' if 'continuation' in record and 'answer' not in record else 'answer'
-  for key in ('context', answer):
-    if key not in record or not isinstance(record[key], str):
-      raise UserError(
-        f'{where}: "{key}" must be a string; each object needs "context" and "answer" (or "continuation")'
-      )
-  if not record[answer].strip():
-    raise UserError(f'{where}: "{answer}" is empty; give the text that is to be predicted or delete the line')
-  document = str(record['document']) if 'document' in record else f'{task_name(path)}/line {number}'
-  return RawItem(f'line {number}', record['context'], record[answer], document)
+    elif task in benchmarks.BENCHMARKS:
+      benchmarks.read_items(benchmarks.BENCHMARKS[task], config.folder or '.')
 
 
 def _docs() -> RawTask:
@@ -144,6 +153,8 @@ def read_tasks(config: ConfigDict) -> list[RawTask]:
   for task in config.tasks:
     if task.endswith('.jsonl'):
       tasks.append(read_jsonl(task))
+    elif task in benchmarks.BENCHMARKS:
+      tasks.append(benchmark_task(benchmarks.BENCHMARKS[task], config.folder or '.', task))
     elif task == 'docs':
       tasks.append(_docs())
     elif task == 'api_qa':
@@ -152,7 +163,8 @@ def read_tasks(config: ConfigDict) -> list[RawTask]:
       tasks.append(_cs_algorithms(config.seed))
     else:
       raise UserError(
-        f'targets.tasks holds {task!r}; it takes {", ".join(BUILT_IN)}, or the path of a file that ends in .jsonl'
+        f'targets.tasks holds {task!r}; it takes {", ".join(BUILT_IN)}, the name of a benchmark of '
+        'docs/benchmarks.md, or the path of a file that ends in .jsonl'
       )
   names = [task.name for task in tasks]
   for name in names:
@@ -168,13 +180,32 @@ def raw_texts(config: ConfigDict) -> list[TargetText]:
   """
   texts = []
   for task in read_tasks(config):
+    if task.name in config.tasks and task.name in benchmarks.BENCHMARKS:
+      texts += benchmark_texts((task.name,), config.folder or '.')
+      continue
     for item in task.items:
       context = '' if task.name == 'api_qa' else item.context
       texts.append(TargetText(task.name, f'{context} {item.answer}'))
   return texts
 
 
-def split_documents(tasks: Iterable[RawTask], holdout_share: float, seed: int) -> dict[str, str]:
+def benchmark_texts(names: Iterable[str], folder: str) -> list[TargetText]:
+  """Every question with its right answer of the named benchmarks or .jsonl files, without the words of the prompt.
+
+  Raises:
+    UserError: as `benchmarks.read_items`.
+  """
+  texts = []
+  for name in names:
+    known = benchmarks.BENCHMARKS.get(name)
+    items = benchmarks.read_items(known, folder) if known else benchmarks.read_items(benchmarks.of_file(name))
+    for item in items:
+      context = item.context_options[item.gold] if item.context_options else item.context
+      texts.append(TargetText(task_name(name), f'{_LABELS.sub("", context)} {item.continuation}'))
+  return texts
+
+
+def split_documents(tasks: Sequence[RawTask], holdout_share: float, seed: int) -> dict[str, str]:
   """Document → 'target' or 'holdout', by a seeded hash of the group it is in.
 
   Documents with a paragraph or an answer of eight words or more in common are one group, over all tasks: posixpath
@@ -198,9 +229,30 @@ def split_documents(tasks: Iterable[RawTask], holdout_share: float, seed: int) -
           holder = first_holder.setdefault(' '.join(key), item.document)
           a, b = sorted((find(holder), find(item.document)))
           parent[b] = a
-  return {document: _side(find(document), holdout_share, seed) for document in parent}
+  side = {document: _side(find(document), holdout_share, seed) for document in parent}
+  for task in tasks:
+    if task.halves:
+      _split_evenly(task, side, find, holdout_share, seed)
+  return side
+
+
+def _split_evenly(
+  task: RawTask, side: dict[str, str], find: Callable[[str], str], holdout_share: float, seed: int
+) -> None:
+  """Gives the holdout `holdout_share` of the task's items, to within one group of documents."""
+  group_of = {item.document: find(item.document) for item in task.items}
+  sizes = collections.Counter(group_of[item.document] for item in task.items)
+  left = round(holdout_share * len(task.items))
+  chosen = {}
+  for group in sorted(sizes, key=lambda group: (_draw(group, seed), group)):
+    chosen[group] = 'holdout' if left >= sizes[group] else 'target'
+    left -= sizes[group] if chosen[group] == 'holdout' else 0
+  side.update((document, chosen[find(document)]) for document in side if find(document) in chosen)
 
 
 def _side(group: str, holdout_share: float, seed: int) -> str:
-  digest = hashlib.blake2b(f'{seed}\x1f{group}'.encode(), digest_size=8).digest()
-  return 'holdout' if int.from_bytes(digest, 'little') < holdout_share * 2**64 else 'target'
+  return 'holdout' if _draw(group, seed) < holdout_share * 2**64 else 'target'
+
+
+def _draw(group: str, seed: int) -> int:
+  return int.from_bytes(hashlib.blake2b(f'{seed}\x1f{group}'.encode(), digest_size=8).digest(), 'little')

@@ -12,7 +12,7 @@ import functools
 import io
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,11 +34,21 @@ SAMPLE_BYTES = 400_000
 _SENTENCE_BYTES = 1_000
 
 
-def _sentences(texts: Sequence[str], seed: int, limit: int) -> Iterator[str]:
-  """Runs of whole lines of about a thousand characters, from texts in a seeded order, up to `limit` bytes."""
-  for index in prng.numpy_stream(seed, 'vocabulary').permutation(len(texts)):
+def sample_order(count: int, seed: int) -> np.ndarray:
+  """The order in which `count` texts are trained on, until there is enough of them."""
+  return prng.numpy_stream(seed, 'vocabulary').permutation(count)
+
+
+def sample_bytes(vocab_size: int) -> int:
+  """How much text a vocabulary of so many pieces is trained on."""
+  return max(SAMPLE_BYTES, 200 * vocab_size)
+
+
+def _sentences(texts: Iterable[str], limit: int) -> Iterator[str]:
+  """Runs of whole lines of about a thousand characters, from texts in their order, up to `limit` bytes."""
+  for text in texts:
     sentence = ''
-    for line in texts[index].splitlines(keepends=True):
+    for line in text.splitlines(keepends=True):
       sentence += line
       if len(sentence) >= _SENTENCE_BYTES:
         limit -= len(sentence.encode())
@@ -70,14 +80,12 @@ def _with_common_characters(sample: Sequence[str], most: int) -> list[str]:
   return [sentence.translate(rare) for sentence in sample] if rare else list(sample)
 
 
-def train(texts: Sequence[str], vocab_size: int, seed: int, sample_bytes: int | None = None) -> bytes:
-  """Trains a unigram model; the same texts, size and seed give the same bytes.
+def train(texts: Iterable[str], vocab_size: int) -> bytes:
+  """Trains a unigram model; the same texts in the same order and the same size give the same bytes.
 
   Args:
-    texts: documents.
+    texts: documents in the order of `sample_order`; those behind the first `sample_bytes` are not looked at.
     vocab_size: pieces in all, special ids and the 256 bytes included; at least `SMALLEST`.
-    seed: root seed of the sample's order.
-    sample_bytes: about how much of the text to train on; None takes `SAMPLE_BYTES` or 200 bytes a piece.
 
   Returns:
     The serialized model.
@@ -89,7 +97,7 @@ def train(texts: Sequence[str], vocab_size: int, seed: int, sample_bytes: int | 
 
   if vocab_size < SMALLEST:
     raise UserError(f'pool.vocab_size is {vocab_size}; the 256 bytes need at least {SMALLEST}')
-  sample = list(_sentences(texts, seed, sample_bytes or max(SAMPLE_BYTES, 200 * vocab_size)))
+  sample = list(_sentences(texts, sample_bytes(vocab_size)))
   sample = _with_common_characters(sample, most=(vocab_size - SMALLEST) // 2 + 20)
   model = io.BytesIO()
   try:
@@ -143,6 +151,16 @@ class Encoder:
   def size(self) -> int:
     """V: number of ids."""
     return self._processor.vocab_size()
+
+  @property
+  def eos(self) -> int:
+    """Id of the end mark; −1 where a foreign model has none."""
+    return self._processor.eos_id()
+
+  @property
+  def pad(self) -> int:
+    """Id of padding; 0 where a foreign model has none."""
+    return max(self._processor.pad_id(), 0)
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, without an end mark."""

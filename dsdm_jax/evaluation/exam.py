@@ -10,8 +10,8 @@ import numpy as np
 
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.stage import Context
+from dsdm_jax.data.encoders import Encoder, open_encoder
 from dsdm_jax.data.targets import Examples, Targets
-from dsdm_jax.data.vocabulary import Encoder
 from dsdm_jax.evaluation import requests
 from dsdm_jax.evaluation.requests import OWN, Request, Sequences
 from dsdm_jax.evaluation.results import BENCHMARK
@@ -79,7 +79,7 @@ def exam(context: Context) -> Exam:
   """What the config asks for, from the artifacts of the pool and the targets."""
   config, pool = context.config, context.inputs['pool']
   length = json.loads((pool.path / 'card.json').read_text())['length']
-  encoder = Encoder(pool.path / 'vocabulary.model')
+  encoder = open_encoder(pool.path)
   examples = {}
   if OWN in config.evaluation.tasks:
     targets = Targets(context.inputs['targets'])

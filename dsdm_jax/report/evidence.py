@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dsdm_jax.core.artifacts import Artifact, inside
+from dsdm_jax.data.pool import Documents
 
 STAGES = (
   'pool',
@@ -95,7 +96,7 @@ class Evidence:
   source_N: np.ndarray
   document_N: np.ndarray
   offset_N: np.ndarray
-  documents: list[Mapping[str, Any]]
+  documents: Sequence[Mapping[str, Any]]
   planted_N: np.ndarray
   scores: Mapping[str, np.ndarray]
   examples: Mapping[str, list[TargetExample]]
@@ -129,9 +130,9 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
     KeyError: an artifact lacks a part.
   """
   pool = inputs['pool'].path
-  with np.load(pool / 'rows.npz') as rows:
-    sources = tuple(str(name) for name in rows['sources'])
-    source_N, document_N, offset_N, planted_N = (rows[f'{k}_N'] for k in ('source', 'document', 'offset', 'planted'))
+  source_N, document_N, offset_N, planted_N = (
+    np.load(pool / 'rows' / f'{k}.npy', mmap_mode='r') for k in ('source', 'document', 'offset', 'planted')
+  )
   with np.load(inputs['datamodel'].path / 'scores.npz') as file:
     scores = {m[1]: file[key] for key in file.files if (m := _SCORES.fullmatch(key))}
     kept = {
@@ -141,11 +142,11 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
   curve_list, tokens = curves(inputs['pretraining'].path, runs)
   return Evidence(
     results=_json(inputs['evaluation'].path / 'results.json'),
-    sources=sources,
+    sources=tuple(_json(pool / 'sources.json')),
     source_N=source_N,
     document_N=document_N,
     offset_N=offset_N,
-    documents=list(_lines(pool / 'documents.jsonl')),
+    documents=Documents(pool),
     planted_N=planted_N,
     scores=scores,
     examples={task: _examples(inputs['targets'].path, task, *arrays) for task, arrays in kept.items()},

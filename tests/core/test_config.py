@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 from configs import base
 from dsdm_jax.core import config as checks
-from dsdm_jax.core import config_rules, selection_rules
+from dsdm_jax.core import pool_rules, selection_rules
 from dsdm_jax.core.config_rules import RELATIONS, RULES, task_name
 from dsdm_jax.core.errors import UserError
 
@@ -27,10 +27,16 @@ BAD: dict[str, list] = {
   'distributed.process': [-1, 1],
   'distributed.heartbeat_seconds': [4],
   'distributed.start_seconds': [0],
-  'pool.source': ['c4', 'no_such_package:documents', ''],
+  'pool.sources': [('c4',), ('no_such_package:documents',), ('jsonl:',), ()],
   'pool.kinds': [(), ('docs', 'docs'), ('poems',)],
-  'pool.max_bytes': [0, -1],
-  'pool.max_document_bytes': [0, -1],
+  'pool.max_bytes': [-1],
+  'pool.max_document_bytes': [-1],
+  'pool.on_error': ['warn'],
+  'pool.vocabulary': ['', 'gpt2'],
+  'pool.end_piece': ['a\nb'],
+  'pool.leakage_benchmarks': [('docs',), ('my.json',)],
+  'host.workers': [-1],
+  'host.beam': ['DirectRunner'],
   'pool.length': [7, 0, -128],
   'pool.vocab_size': [299, -1],
   'pool.leakage_ngram': [1, 0],
@@ -38,12 +44,13 @@ BAD: dict[str, list] = {
   'targets.tasks': [
     (),
     ('docs', 'docs'),
-    ('squad',),
+    ('poems',),
     ('docs', 'file.json'),
     ('docs', 'my/docs.jsonl'),
     ('mix.jsonl',),
     ('a+b.jsonl',),
   ],
+  'targets.folder': ['a\nb'],
   'targets.max_examples': [0],
   'targets.holdout_share': [0.0, 1.0, -0.5, 1.5],
   'targets.seed': [-1],
@@ -300,7 +307,8 @@ def test_value_in_the_place_of_a_section():
     changed(mesh__data=8),
     changed(targets__tasks=('docs', 'my/own.jsonl'), selection__targets=('mix', 'own', 'docs+own')),
     changed(features__output_fn='json:loads'),
-    changed(pool__source='json:loads'),
+    changed(pool__sources=('json:loads', 'jsonl:a/*.gz | weight=2')),
+    changed(targets__tasks=('lambada', 'docs'), pool__leakage_benchmarks=('piqa', 'my.jsonl')),
     FrozenConfigDict(base.get_config()),
   ],
 )
@@ -436,12 +444,13 @@ def test_select_takes_keys_and_sections_whole():
 
 def test_names_are_those_of_the_registries():
   """core/ may not ask the registries, so the names stand there a second time."""
-  from dsdm_jax.data import installed_packages, sources, tasks
+  from dsdm_jax.data import benchmarks, installed_packages, sources, tasks
   from dsdm_jax.selection import registry, select
 
-  assert config_rules.KINDS == installed_packages.KINDS
-  assert set(config_rules.SOURCES) == set(sources.SOURCES)
-  assert config_rules.TASKS == tasks.BUILT_IN
+  assert pool_rules.KINDS == installed_packages.KINDS
+  assert pool_rules.SOURCE_KINDS == sources.KINDS
+  assert set(pool_rules.BENCHMARKS) == set(benchmarks.BENCHMARKS)
+  assert pool_rules.TASKS == tasks.BUILT_IN
   select.load_selectors()
   assert set(selection_rules.METHODS) == set(registry.SELECTORS)
   assert [task_name(t) for t in ('docs', 'a/b.jsonl')] == [tasks.task_name(t) for t in ('docs', 'a/b.jsonl')]

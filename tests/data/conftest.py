@@ -39,7 +39,7 @@ def invented(config: ConfigDict, seed: int) -> Iterator[Document]:
 def small_config(**pool_keys: Any) -> ConfigDict:
   """The base config on invented documents, with two quick tasks."""
   config = get_config()
-  config.pool.source = f'{__name__}:invented'
+  config.pool.sources = (f'{__name__}:invented',)
   config.pool.max_bytes = 40_000
   config.pool.length = 48
   config.pool.vocab_size = 340

@@ -90,7 +90,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def read(seed: int = 0, **keys) -> list[documents.Document]:
   config = get_config().pool
   config.update(keys)
-  return list(sources.documents(config, seed))
+  return list(sources.generate(sources.parse('installed_packages'), config, seed))
 
 
 def text(mark: str, size: int) -> bytes:
@@ -178,10 +178,10 @@ def test_cut_never_splits_a_character():
 
 
 def test_bad_names():
-  with pytest.raises(UserError, match=r"pool\.source is 'web'.*installed_packages"):
-    read(source='web')
-  with pytest.raises(UserError, match=r"pool\.source = 'nowhere:f'.*cannot be imported"):
-    read(source='nowhere:f')
+  with pytest.raises(UserError, match=r"pool\.sources holds 'web'.*installed_packages"):
+    sources.parse('web')
+  with pytest.raises(UserError, match=r"pool\.sources = 'nowhere:f'.*cannot be imported"):
+    list(sources.generate(sources.parse('nowhere:f'), get_config().pool, 0))
   with pytest.raises(UserError, match=r"pool\.kinds holds 'poems'"):
     read(kinds=('poems',))
 

@@ -1,7 +1,10 @@
 """The leakage guard finds copies of target text, and nothing else."""
 
+import gzip
 import inspect
+import json
 import textwrap
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -91,3 +94,39 @@ def test_a_piece_of_the_standard_library_falls_out():
 def test_n_must_be_at_least_two():
   with pytest.raises(ValueError, match='at least 2'):
     Guard([], 1)
+
+
+def test_lambada_against_fiction(shared_data: Path):
+  """Novels hold no LAMBADA passage of twelve words; one that was put into them is found, and a part of one too."""
+  folder = shared_data / 'benchmarks'
+  texts = tasks.benchmark_texts(('lambada',), str(folder))
+  guard = Guard(texts, 12)
+  novels = []
+  with gzip.open(shared_data / 'pool' / 'mixed_text-00000-of-00008.jsonl.gz', 'rb') as file:
+    for record in map(json.loads, file):
+      if record['source'] == 'fiction':
+        novels.append(document(record['text'], 'fiction', len(novels)))
+  assert len(novels) > 300
+  assert [leak for novel in novels if (leak := guard.leak(novel))] == []
+  passage = leakage.words(texts[17].text)
+  for length, found in ((len(passage), True), (12, True), (11, False)):
+    halves = novels[5].text[:3_000], novels[5].text[3_000:]
+    planted = document('\n\n'.join((halves[0], ' '.join(passage[-length:]).upper(), halves[1])), 'fiction')
+    leak = guard.leak(planted)
+    assert (leak is not None) == found
+    assert leak is None or (leak.task == 'lambada' and leak.words in ' '.join(passage))
+
+
+def test_benchmark_texts_are_without_the_words_of_the_prompt(tmp_path: Path):
+  record = {'context': 'Question: Who wrote it?\nAnswer:', 'answer': 'Ada', 'aliases': []}
+  (tmp_path / 'mine.jsonl').write_text(json.dumps(record))
+  [text] = tasks.benchmark_texts((str(tmp_path / 'mine.jsonl'),), '')
+  assert (text.task, leakage.words(text.text)) == ('mine', ['who', 'wrote', 'it', 'ada'])
+
+
+def test_a_guard_in_another_process_is_the_same(tmp_path: Path):
+  guard = Guard([TargetText('a', SENTENCE), TargetText('b', 'return the name of that file')], 12)
+  guard.save(tmp_path / 'guard.npz')
+  again = Guard.load(tmp_path / 'guard.npz')
+  for text in (SENTENCE, f'x {SENTENCE}', 'They return the name of that file', 'nothing'):
+    assert again.leak(document(text)) == guard.leak(document(text))

@@ -104,14 +104,14 @@ def test_reading_needs_no_tensorflow(tiny_artifact: Artifact):
 
 def test_same_packages_same_bytes(tmp_path: Path):
   """In another process with other hash seeds, of the packages that are really installed, and over a broken attempt."""
-  config = small_config(source='installed_packages', max_bytes=120_000, leakage_guard=False)
+  config = small_config(sources=('installed_packages',), max_bytes=120_000, leakage_guard=False)
   here = run_pool(config, tmp_path / 'here')
   there = tmp_path / 'there'
   (there / 'pool' / 'dataset').mkdir(parents=True)
   (there / 'pool' / 'dataset' / 'pool-train.array_record-00007').write_bytes(b'half a file')
   code = (
     'import sys; from pathlib import Path; from tests.data.conftest import run_pool, small_config; '
-    'run_pool(small_config(source="installed_packages", max_bytes=120_000, leakage_guard=False), Path(sys.argv[1]))'
+    'run_pool(small_config(sources=("installed_packages",), max_bytes=120_000, leakage_guard=False), Path(sys.argv[1]))'
   )
   environment = os.environ | {'PYTHONHASHSEED': '77'}
   subprocess.run([sys.executable, '-c', code, str(there)], check=True, cwd=Path(__file__).parents[2], env=environment)
@@ -149,7 +149,7 @@ def leaky(config: ConfigDict, seed: int) -> Iterator[Document]:
 
 
 def test_leaks_and_duplicates_are_dropped_and_reported(tmp_path: Path):
-  artifact = run_pool(small_config(source=f'{__name__}:leaky'), tmp_path)
+  artifact = run_pool(small_config(sources=(f'{__name__}:leaky',)), tmp_path)
   dropped = [json.loads(line) for line in (artifact.path / 'dropped.jsonl').read_text().splitlines()]
   assert [(d['id'], d['task']) for d in dropped] == [('prose/leak', 'cs_algorithms')]
   assert len(dropped[0]['words'].split()) == 12
@@ -157,7 +157,7 @@ def test_leaks_and_duplicates_are_dropped_and_reported(tmp_path: Path):
   assert not {'prose/leak', 'prose/again'} & {d['id'] for d in pool.documents}
   assert (pool.card['dropped_for_leakage'], pool.card['exact_duplicates']) == (1, 1)
   assert pool.card['dropped_by_task'] == {'cs_algorithms': 1}
-  off = Pool(run_pool(small_config(source=f'{__name__}:leaky', leakage_guard=False), tmp_path / 'off'))
+  off = Pool(run_pool(small_config(sources=(f'{__name__}:leaky',), leakage_guard=False), tmp_path / 'off'))
   assert 'prose/leak' in {d['id'] for d in off.documents}
 
 
@@ -167,7 +167,7 @@ def nothing(config: ConfigDict, seed: int) -> Iterator[Document]:
 
 
 def test_empty_pools(tmp_path: Path):
-  with pytest.raises(UserError, match='the pool is empty: pool.source'):
-    run_pool(small_config(source=f'{__name__}:nothing'), tmp_path)
+  with pytest.raises(UserError, match='the pool is empty: pool.sources'):
+    run_pool(small_config(sources=(f'{__name__}:nothing',)), tmp_path)
   with pytest.raises(UserError, match='do not fill one row of pool.length 100000'):
     run_pool(small_config(length=100_000), tmp_path)

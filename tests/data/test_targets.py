@@ -11,12 +11,18 @@ from hypothesis import strategies as st
 
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.errors import UserError
+from dsdm_jax.data.encoders import ByteEncoder
 from dsdm_jax.data.targets import Targets, build, pieces, sequence
 from tests.data.conftest import run_pool, run_targets, small_config
 
 
 def by_bytes(text: str) -> list[int]:
   return [100 + b for b in text.encode()]
+
+
+class Bytes(ByteEncoder):
+  def encode(self, text: str) -> list[int]:
+    return by_bytes(text)
 
 
 def test_sequence_by_hand():
@@ -75,7 +81,7 @@ def test_build_splits_samples_and_counts(write_jsonl: Callable[[str], str]):
   config = small_config().targets
   config.tasks = (write_jsonl('\n'.join(map(json.dumps, records))),)
   config.max_examples = 1_000
-  examples, counts = build(config, by_bytes, 24)
+  examples, counts = build(config, Bytes(), 24)
   count = counts['mine']
   assert (count['documents'], count['items'], count['duplicates'], count['unfit']) == (40, 202, 1, 1)
   assert count['target'] + count['holdout'] == 200
@@ -84,7 +90,7 @@ def test_build_splits_samples_and_counts(write_jsonl: Callable[[str], str]):
   assert not documents['target'] & documents['holdout']
   # A sample takes from every document before it takes from one again, and is the beginning of a larger one.
   config.max_examples = len(documents['target'])
-  fewer, _ = build(config, by_bytes, 24)
+  fewer, _ = build(config, Bytes(), 24)
   assert len({r['document'] for r in fewer['mine', 'target'].records}) == len(documents['target'])
   assert fewer['mine', 'target'].records == examples['mine', 'target'].records[: config.max_examples]
 
@@ -93,7 +99,7 @@ def test_a_split_without_examples_is_an_error(write_jsonl: Callable[[str], str])
   config = small_config().targets
   config.tasks = (write_jsonl('{"context": "a", "answer": "b"}\n'),)
   with pytest.raises(UserError, match=r"'mine' has no example in its (target|holdout) split"):
-    build(config, by_bytes, 24)
+    build(config, Bytes(), 24)
 
 
 def test_stage(tiny_artifact: Artifact, tmp_path: Path):

@@ -51,8 +51,8 @@ def test_jsonl(write_jsonl: Callable[[str], str]):
   [
     ('{"context": "a", "answer"', r'not JSON'),
     ('[1, 2]', r'a JSON object is needed, found list'),
-    ('{"context": "a"}', r'"answer" must be a string'),
-    ('{"answer": "a"}', r'"context" must be a string'),
+    ('{"context": "a"}', r'"continuation" is missing'),
+    ('{"answer": "a"}', r'"context" is missing'),
     ('{"context": 3, "answer": "a"}', r'"context" must be a string'),
     ('{"context": "a", "answer": " "}', r'"answer" is empty'),
   ],
@@ -71,7 +71,7 @@ def test_file_that_is_no_text_or_empty_or_missing(write_jsonl: Callable[[str], s
     read_jsonl(str(tmp_path / 'latin.jsonl'))
   with pytest.raises(UserError, match='holds no items'):
     read_jsonl(write_jsonl('\n\n'))
-  with pytest.raises(UserError, match=r'gone\.jsonl, which cannot be read: No such file'):
+  with pytest.raises(UserError, match=r'gone\.jsonl cannot be read: No such file'):
     read_jsonl(str(tmp_path / 'gone.jsonl'))
 
 

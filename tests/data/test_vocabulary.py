@@ -71,29 +71,31 @@ def test_seqio_gives_the_same_ids(tiny_pool: Pool):
 
 def test_same_texts_same_bytes(tmp_path: Path):
   texts = [f'the river number {i} runs slowly\n  under stone {i % 7}\n' for i in range(400)]
-  first, second = (vocabulary.train(texts, 330, seed=5) for _ in range(2))
+  first, second = (vocabulary.train(texts, 330) for _ in range(2))
   assert first == second
   (tmp_path / 'm').write_bytes(first)
   assert vocabulary.Encoder(tmp_path / 'm').encode(texts[0]) == vocabulary.Encoder(first).encode(texts[0])
 
 
-def test_sample_is_a_seeded_part_of_the_texts():
+def test_a_sample_is_whole_lines_of_the_first_texts():
   texts = [f'{i}\n' * 100 for i in range(50)]
-  some = list(vocabulary._sentences(texts, 0, 1_000))
+  some = list(vocabulary._sentences(texts, 1_000))
   assert 1_000 <= sum(map(len, some)) < 1_500
-  assert some == list(vocabulary._sentences(texts, 0, 1_000))
-  assert some != list(vocabulary._sentences(texts, 1, 1_000))
-  assert sorted(''.join(vocabulary._sentences(texts, 0, 10**6))) == sorted(''.join(texts))
+  assert ''.join(texts).startswith(''.join(some))
+  assert ''.join(vocabulary._sentences(texts, 10**6)) == ''.join(texts)
+  order = vocabulary.sample_order(50, 0)
+  assert sorted(order) == list(range(50)) != order.tolist()
+  assert order.tolist() != vocabulary.sample_order(50, 1).tolist()
 
 
 def test_too_small_or_too_large_a_vocabulary():
   with pytest.raises(UserError, match=r'pool\.vocab_size is 100;'):
-    vocabulary.train(['some text\n'], 100, 0)
+    vocabulary.train(['some text\n'], 100)
   # More letters than pieces: the rare ones are written in bytes.
   alphabet = ''.join(chr(0x4E00 + i) for i in range(3_000))
   texts = [d.text + alphabet[i] for i, d in enumerate(invented(small_config().pool, 0))]
-  encoder = vocabulary.Encoder(vocabulary.train([*texts, alphabet], vocabulary.SMALLEST, 0))
+  encoder = vocabulary.Encoder(vocabulary.train([*texts, alphabet], vocabulary.SMALLEST))
   assert encoder.size == vocabulary.SMALLEST
   assert encoder.decode(encoder.encode(alphabet)) == alphabet
   with pytest.raises(UserError, match=r'pool\.vocab_size is 5000, but SentencePiece'):
-    vocabulary.train(['some text\n'], 5_000, 0)
+    vocabulary.train(['some text\n'], 5_000)

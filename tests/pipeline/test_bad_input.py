@@ -71,7 +71,7 @@ def test_batch_that_devices_do_not_divide(tmp_path):
 @pytest.mark.parametrize(
   ('flags', 'words'),
   [
-    (['--config.pool.source=tests.pipeline.strangers:no_documents'], ['the pool is empty', 'pool.source']),
+    (['--config.pool.sources=("tests.pipeline.strangers:no_documents",)'], ['the pool is empty', 'pool.sources']),
     (['--config.pool.max_bytes=20', '--config.pool.max_document_bytes=20'], ['pool.vocab_size is 320']),
   ],
 )
@@ -86,7 +86,7 @@ def test_empty_pool(tmp_path, flags, words):
   ('line', 'word'),
   [
     ('{"context": "a", "answer": }', 'not JSON'),
-    ('{"context": "a"}', '"answer" must be a string'),
+    ('{"context": "a"}', '"continuation" is missing'),
     ('{"context": "a", "answer": " "}', '"answer" is empty'),
     ('["a", "b"]', 'found list'),
   ],

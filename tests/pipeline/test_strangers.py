@@ -22,7 +22,7 @@ FLAGS = (
   '--config.proxies.train.save_every_steps=0',
 )
 # Where arrays lie is not what they are: results do not depend on the mesh, and what shows progress is nobody's input.
-FREE = ('mesh.', 'features.job')
+FREE = ('mesh.', 'features.job', 'host.')
 
 
 @pytest.fixture(scope='module')

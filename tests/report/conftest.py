@@ -8,6 +8,7 @@ import pytest
 
 from dsdm_jax.core import atomic
 from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.data import prepare
 from dsdm_jax.evaluation import results
 from dsdm_jax.report import evidence, explorer, page, pictures
 
@@ -45,11 +46,15 @@ def build(folder: Path) -> dict[str, Artifact]:
   pool = folder / 'pool'
   planted_N = np.full(ROWS, -1, np.int32)
   planted_N[11] = 0
-  atomic.save_npz(
-    pool / 'rows.npz', source_N=source_N, document_N=(np.arange(ROWS) // 10).astype(np.int32),
-    offset_N=np.zeros(ROWS, np.int32), planted_N=planted_N, sources=np.array(SOURCES),
-  )  # fmt: skip
-  _write_lines(pool / 'documents.jsonl', documents)
+  (pool / 'rows').mkdir()
+  origins = {
+    'source': source_N, 'document': (np.arange(ROWS) // 10).astype(np.int32), 'offset': np.zeros(ROWS, np.int32),
+    'planted': planted_N, 'order': np.arange(len(documents)),
+  }  # fmt: skip
+  for name, array in origins.items():
+    np.save(pool / 'rows' / f'{name}.npy', array)
+  atomic.write_json(pool / 'sources.json', list(SOURCES))
+  prepare.write_table(pool / 'documents' / '000000.parquet', documents)
   dropped = [
     {'id': f'docs/copy-{i}/a.md', 'task': 'docs', 'words': 'returns an iterator over <i>all</i>'} for i in range(3)
   ]

@@ -1,0 +1,266 @@
+"""Reads units of sources: each record becomes a document, or a problem that names file and line.
+
+Records of files end at newline characters only: text with Unicode line separators stays whole.
+"""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from dsdm_jax.core import tensorflow_start
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.data import files
+from dsdm_jax.data.documents import Document, cut
+from dsdm_jax.data.sources import Entry, Unit
+
+LARGEST = 16 * 2**20  # bytes of UTF-8 that are encoded at once: more would take gigabytes
+_BATCH = 1_024
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """Why there is no document: where (file and line) and what."""
+
+  where: str
+  what: str
+
+  def __str__(self) -> str:
+    return f'{self.where}: {self.what}'
+
+
+Found = Document | Problem
+
+
+def read(unit: Unit, most: int = 0) -> Iterator[Found]:
+  """Documents and problems of a unit, in order.
+
+  Args:
+    unit: what to read.
+    most: bytes of UTF-8 that a document is cut to, 0 for none.
+  """
+  for found in _READERS[unit.entry.kind](unit):
+    yield found if isinstance(found, Problem) else _checked(*found, most)
+
+
+Record = tuple[str, str, str, str]  # where, id, source, text
+
+
+def _checked(where: str, id: str, source: str, text: str, most: int) -> Found:
+  try:
+    data = text.encode()
+  except UnicodeEncodeError as error:
+    return Problem(where, f'not valid Unicode (a lone surrogate at character {error.start})')
+  if most and len(data) > most:
+    text = cut(data, most).decode()
+  elif len(data) > LARGEST:
+    return Problem(
+      where, f'a document of {len(data):,} bytes, above {LARGEST:,}; set --config.pool.max_document_bytes to cut it'
+    )
+  if not text.strip():
+    return Problem(where, 'a document without text')
+  return Document(id, source, text)
+
+
+def _ids(source: str, id: str) -> str:
+  return id if id.startswith(f'{source}/') else f'{source}/{id}'
+
+
+def _from_fields(entry: Entry, record: Mapping[str, Any], where: str, place: str) -> Record | Problem:
+  text = record.get(entry.text)
+  if not isinstance(text, str):
+    if entry.text in record:
+      return Problem(where, f'field {entry.text!r} holds {type(text).__name__}, not text')
+    has = ', '.join(sorted(record)) or 'none'
+    return Problem(where, f'no field {entry.text!r} among {has}; name it in pool.sources: | text=FIELD')
+  source = str(record[entry.source]) if record.get(entry.source) else entry.name
+  id = record[entry.id] if record.get(entry.id) is not None else place
+  return where, _ids(source, str(id)), source, text
+
+
+def _text(unit: Unit) -> Iterator[Record | Problem]:
+  for path in unit.paths:
+    name = unit.entry.name
+    try:
+      with files.open_bytes(path) as file:
+        data = file.read()
+      yield path, f'{name}/{path}', name, data.decode()
+    except UnicodeDecodeError as error:
+      yield Problem(path, f'not UTF-8 ({error.reason} at byte {error.start})')
+    except (OSError, EOFError, zlib.error) as error:
+      yield Problem(path, _broken(error))
+
+
+def _broken(error: Exception) -> str:
+  if isinstance(error, EOFError):
+    return 'the file ends in the middle of its packed data; copy it anew'
+  return f'cannot be read ({getattr(error, "strerror", None) or error})'
+
+
+def _jsonl(unit: Unit) -> Iterator[Record | Problem]:
+  import zstandard
+
+  [path] = unit.paths
+  number, short = 0, path.rsplit('/', 1)[-1]
+  try:
+    with files.open_bytes(path) as file:
+      for number, line in enumerate(file, 1):
+        if line.strip():
+          yield _json_line(unit.entry, line, f'{path}, line {number}', f'{short}:{number}')
+  except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+    where = path if isinstance(error, FileNotFoundError) else f'{path}, line {number + 1}'
+    yield Problem(where, _broken(error))
+    return
+  if not number:
+    yield Problem(path, 'the file is empty')
+
+
+def _json_line(entry: Entry, line: bytes, where: str, place: str) -> Record | Problem:
+  try:
+    record = json.loads(line.decode())
+  except UnicodeDecodeError as error:
+    return Problem(where, f'not UTF-8 ({error.reason} at byte {error.start})')
+  except json.JSONDecodeError as error:
+    return Problem(where, f'not JSON ({error.msg} at column {error.colno})')
+  if not isinstance(record, dict):
+    return Problem(where, f'a JSON object is needed, found {type(record).__name__}')
+  return _from_fields(entry, record, where, place)
+
+
+def _parquet(unit: Unit) -> Iterator[Record | Problem]:
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  [path] = unit.paths
+  row = 0
+  try:
+    with files.open_bytes(path) as file:
+      table = pq.ParquetFile(file)
+      names = table.schema_arrow.names
+      if unit.entry.text not in names:
+        yield Problem(path, f'no column {unit.entry.text!r} among {", ".join(names)}; name it: | text=COLUMN')
+        return
+      wanted = [name for name in (unit.entry.text, unit.entry.id, unit.entry.source) if name in names]
+      for batch in table.iter_batches(_BATCH, columns=wanted):
+        for record in batch.to_pylist():
+          row += 1
+          yield _from_fields(unit.entry, record, f'{path}, row {row}', f'{path.rsplit("/", 1)[-1]}:{row}')
+  except (OSError, pa.ArrowException) as error:
+    yield Problem(f'{path}, row {row + 1}', _broken(error))
+
+
+def _arrow(unit: Unit) -> Iterator[Record | Problem]:
+  import pyarrow as pa
+
+  [path] = unit.paths
+  row = 0
+  try:
+    with files.open_bytes(path) as file, pa.ipc.open_stream(file) as stream:
+      for batch in stream:
+        for record in batch.to_pylist():
+          row += 1
+          yield _from_fields(unit.entry, record, f'{path}, row {row}', f'{path.rsplit("/", 1)[-1]}:{row}')
+  except (OSError, pa.ArrowException) as error:
+    yield Problem(f'{path}, row {row + 1}', _broken(error))
+
+
+def tfds_builder(name: str) -> Any:
+  """The builder of a prepared TFDS dataset, by 'dataset/config' or by its folder.
+
+  Raises:
+    UserError: there is none.
+  """
+  tensorflow_start.start()
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.builder_from_directory(name) if name.startswith(('/', 'gs://')) else tfds.builder(name)
+    if builder.is_prepared() or name.startswith(('/', 'gs://')):
+      return builder
+  except (tfds.core.DatasetNotFoundError, FileNotFoundError, KeyError) as error:
+    raise UserError(f'pool.sources: TFDS has no dataset {name} ({" ".join(str(error).split())[:200]})') from error
+  raise UserError(f'pool.sources: the TFDS dataset {name} is not prepared in {builder.data_dir}; tfds build {name}')
+
+
+def tfds_records(builder: Any, split: str, first: int, stop: int) -> Iterator[Mapping[str, Any]]:
+  """Records `first` to `stop` − 1 of a split, in the order of its files."""
+  import tensorflow_datasets as tfds
+
+  part = f'{split}[{first}:{stop}]'
+  if 'array_record' in str(builder.info.file_format).lower():
+    yield from builder.as_data_source(split=part)
+  else:
+    yield from tfds.as_numpy(builder.as_dataset(split=part, shuffle_files=False))
+
+
+def _tfds(unit: Unit) -> Iterator[Record | Problem]:
+  entry = unit.entry
+  records = tfds_records(tfds_builder(entry.target), entry.split, unit.first, unit.stop)
+  for row, record in enumerate(records, unit.first):
+    plain = {key: record[key] for key in (entry.text, entry.id, entry.source) if key in record}
+    yield _from_fields(entry, _decoded(plain), f'{entry.target}:{entry.split}, row {row}', f'{entry.split}:{row}')
+
+
+def _decoded(record: Mapping[str, Any]) -> dict[str, Any]:
+  return {key: value.decode(errors='replace') if isinstance(value, bytes) else value for key, value in record.items()}
+
+
+def seqio_task(entry: Entry) -> Iterator[Document]:
+  """Documents of a seqio task's source, in its order: the field `entry.text` before any preprocessor.
+
+  Raises:
+    UserError: no such task; a record without that field.
+  """
+  tensorflow_start.start()
+  import importlib
+
+  import seqio
+
+  if entry.module:
+    importlib.import_module(entry.module)
+  if entry.target not in seqio.TaskRegistry.names():
+    raise UserError(
+      f'pool.sources: no seqio task {entry.target!r} is registered; name the module that does: | module=my.tasks'
+    )
+  dataset = seqio.TaskRegistry.get(entry.target).source.get_dataset(split=entry.split, shuffle=False)
+  for row, record in enumerate(dataset.as_numpy_iterator()):
+    where = f'{entry.target}:{entry.split}, row {row}'
+    found = _from_fields(entry, _decoded(record), where, f'{entry.split}:{row}')
+    if isinstance(found, Problem):
+      raise UserError(f'pool.sources: {found}')
+    yield Document(found[1], found[2], found[3])
+
+
+def spill(documents: Iterator[Document], path: str) -> None:
+  """Keeps documents of a source that can only be read from beginning to end, for units to read."""
+  import pyarrow as pa
+
+  schema = pa.schema([(name, pa.string()) for name in ('id', 'source', 'text')])
+  with pa.OSFile(path, 'wb') as file, pa.ipc.new_stream(file, schema) as stream:
+    batch: list[dict[str, str]] = []
+    for document in documents:
+      batch.append(dataclasses.asdict(document))
+      if len(batch) == _BATCH:
+        stream.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+        batch = []
+    stream.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+
+
+def _spilled(unit: Unit) -> Iterator[Record | Problem]:
+  import pyarrow as pa
+
+  with pa.OSFile(unit.paths[0], 'rb') as file, pa.ipc.open_stream(file) as stream:
+    for batch in stream:
+      for record in batch.to_pylist():
+        yield record['id'], record['id'], record['source'], record['text']
+
+
+_READERS: Mapping[str, Callable[[Unit], Iterator[Record | Problem]]] = {
+  **dict.fromkeys(('installed_packages', 'function', 'seqio'), _spilled),
+  'text': _text,
+  'jsonl': _jsonl,
+  'parquet': _parquet,
+  'hf': _arrow,
+  'tfds': _tfds,
+}

@@ -1,0 +1,238 @@
+"""Pools of files: every format gives the same documents, bad input is told with file and line, caps hold."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.data import sources
+from dsdm_jax.data.pool import Pool
+from tests.data.conftest import invented, run_pool, small_config
+
+RECORDS = [{'id': d.id, 'source': d.source, 'text': d.text} for d in invented(small_config(max_bytes=20_000).pool, 3)]
+
+
+def lines(records: list[dict]) -> bytes:
+  return ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records).encode()
+
+
+def build(folder: Path, *lines_: str, **keys) -> Pool:
+  keys = {'vocabulary': 'bytes', 'max_bytes': 0, 'max_document_bytes': 0, 'leakage_guard': False} | keys
+  return Pool(run_pool(small_config(sources=lines_, **keys), folder))
+
+
+def texts(pool: Pool) -> dict[str, str]:
+  """Text of every document that lies in rows as a whole."""
+  order = np.lexsort((pool.offset_N, pool.document_N))
+  stream = pool.tokens(order).ravel()
+  parts = np.split(stream, np.flatnonzero(stream == pool.encoder.eos) + 1)[:-1]
+  return {entry['id']: pool.encoder.decode(part) for entry, part in zip(pool.documents, parts, strict=False)}
+
+
+def write_jsonl(path: Path, data: bytes) -> None:
+  path.write_bytes(data)
+
+
+def write_gzip(path: Path, data: bytes) -> None:
+  path.write_bytes(gzip.compress(data))
+
+
+def write_zst(path: Path, data: bytes) -> None:
+  path.write_bytes(zstandard.compress(data))
+
+
+def write_parquet(path: Path, data: bytes) -> None:
+  pq.write_table(pa.Table.from_pylist([json.loads(line) for line in data.splitlines()]), path, row_group_size=7)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'ending', 'write'),
+  [
+    ('jsonl', 'jsonl', write_jsonl),
+    ('jsonl', 'jsonl.gz', write_gzip),
+    ('jsonl', 'jsonl.zst', write_zst),
+    ('parquet', 'parquet', write_parquet),
+  ],
+)
+def test_formats(kind: str, ending: str, write: Callable[[Path, bytes], None], tmp_path: Path):
+  half = len(RECORDS) // 2
+  write(tmp_path / f'b.{ending}', lines(RECORDS[half:]))
+  write(tmp_path / f'a.{ending}', lines(RECORDS[:half]))
+  found = texts(build(tmp_path, f'{kind}:{tmp_path}/*.{ending}'))
+  wanted = {r['id']: r['text'] for r in RECORDS}
+  assert len(found) >= len(wanted) - 1
+  assert found == {k: wanted[k] for k in found}
+
+
+def test_text_files_and_fields_by_name(tmp_path: Path):
+  (tmp_path / 'texts').mkdir()
+  for i, record in enumerate(RECORDS):
+    (tmp_path / 'texts' / f'{i:03d}.txt').write_text(record['text'])
+  pool = build(tmp_path / 'a', f'text:{tmp_path}/texts/*.txt | name=books')
+  assert pool.sources == ['books']
+  assert set(texts(pool).values()) <= {r['text'] for r in RECORDS}
+  renamed = [{'url': f'u{i}', 'domain': 'web', 'body': r['text']} for i, r in enumerate(RECORDS)]
+  (tmp_path / 'x.jsonl').write_bytes(lines(renamed))
+  pool = build(tmp_path / 'b', f'jsonl:{tmp_path}/x.jsonl | text=body | id=url | source=domain')
+  assert pool.sources == ['web']
+  assert {d['id'] for d in pool.documents} == {f'web/u{i}' for i in range(len(RECORDS))}
+
+
+def test_a_folder_of_hugging_face_datasets(tmp_path: Path):
+  """In the layout that `save_to_disk` writes: Arrow streams, a state file, one folder a split."""
+  folder = tmp_path / 'saved' / 'train'
+  folder.mkdir(parents=True)
+  (tmp_path / 'saved' / 'dataset_dict.json').write_text('{"splits": ["train"]}')
+  (folder / 'state.json').write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+  table = pa.Table.from_pylist(RECORDS)
+  with pa.OSFile(str(folder / 'data-00000-of-00001.arrow'), 'wb') as f, pa.ipc.new_stream(f, table.schema) as stream:
+    stream.write_table(table)
+  pool = build(tmp_path / 'pool', f'hf:{tmp_path}/saved')
+  assert {d['id'] for d in pool.documents} == {r['id'] for r in RECORDS}
+  with pytest.raises(UserError, match='has no state'):
+    build(tmp_path / 'no', f'hf:{tmp_path}')
+
+
+def test_tfds_and_seqio(tmp_path: Path):
+  import seqio
+  import tensorflow as tf
+  import tensorflow_datasets as tfds
+
+  folder = tmp_path / 'written'
+  folder.mkdir()
+  identity = tfds.core.dataset_info.DatasetIdentity(
+    name='mine', version=tfds.core.Version('1.0.0'), data_dir=str(folder), module_name='m'
+  )
+  features = tfds.features.FeaturesDict({'text': tfds.features.Text(), 'url': tfds.features.Text()})
+  info = tfds.core.DatasetInfo(builder=identity, features=features, disable_shuffling=True)
+  writer = tfds.core.SequentialWriter(info, max_examples_per_shard=20, file_format='array_record')
+  writer.initialize_splits(['train'])
+  writer.add_examples({'train': [{'text': r['text'], 'url': f'u{i}'} for i, r in enumerate(RECORDS)]})
+  writer.close_all()
+  pool = build(tmp_path / 'a', f'tfds:{folder} | name=c4 | id=url')
+  assert [d['id'] for d in sorted(pool.documents, key=lambda d: int(d['id'][4:]))] == [
+    f'c4/u{i}' for i in range(len(RECORDS))
+  ]
+  source = seqio.FunctionDataSource(
+    lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices({'text': [r['text'] for r in RECORDS]}),
+    splits=['train'],
+  )
+  name = 'test_sources_task'
+  seqio.TaskRegistry.add(name, source=source, output_features={'text': seqio.Feature(seqio.ByteVocabulary())})
+  pool = build(tmp_path / 'b', f'seqio:{name}')
+  assert {d['id'] for d in pool.documents} == {f'{name}/train:{i}' for i in range(len(RECORDS))}
+  with pytest.raises(UserError, match=r"no seqio task 'other' is registered"):
+    build(tmp_path / 'c', 'seqio:other')
+
+
+def broken(tmp_path: Path, name: str) -> str:
+  """Writes a file with something wrong in it and gives what must be said."""
+  good = lines(RECORDS)
+  third = lines(RECORDS[:2]) + b'%s\n' + lines(RECORDS[3:])
+  cases = {
+    'truncated.jsonl.gz': (gzip.compress(good)[:-40], 'line {n}: the file ends in the middle of its packed data'),
+    'no_json.jsonl': (third % b'{"text": ', 'line 3: not JSON'),
+    'field.jsonl': (third % b'{"body": "a", "id": "1"}', "line 3: no field 'text' among body, id"),
+    'number.jsonl': (third % b'{"text": 3}', "line 3: field 'text' holds int"),
+    'empty.jsonl': (b'', ': the file is empty'),
+    'encodings.jsonl': (third % '{"text": "café"}'.encode('latin-1'), 'line 3: not UTF-8'),
+    'huge.jsonl': (third % json.dumps({'text': 'ab ' * (50 * 2**20 // 3)}).encode(), 'line 3: a document of 52,428,'),
+    'blank.jsonl': (third % b'{"text": " \\n"}', 'line 3: a document without text'),
+    'surrogate.jsonl': (third % b'{"text": "a\\ud800"}', 'line 3: not valid Unicode'),
+    'latin.txt': ('café'.encode('latin-1'), ': not UTF-8'),
+    'no.parquet': (b'PAR1 and nothing', 'row 1: cannot be read'),
+  }
+  data, said = cases[name]
+  (tmp_path / name).write_bytes(data)
+  return said
+
+
+CASES = (
+  'truncated.jsonl.gz no_json.jsonl field.jsonl number.jsonl empty.jsonl encodings.jsonl huge.jsonl blank.jsonl '
+  'surrogate.jsonl latin.txt no.parquet'
+).split()
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_bad_input(name: str, tmp_path: Path):
+  said = broken(tmp_path, name)
+  kind = {'txt': 'text', 'parquet': 'parquet'}.get(name.rpartition('.')[2], 'jsonl')
+  line = f'{kind}:{tmp_path}/{name}'
+  with pytest.raises(UserError) as caught:
+    build(tmp_path / 'a', line)
+  message = str(caught.value)
+  where, what = said.split(': ', 1) if said.startswith(('line', 'row')) else ('', said[2:])
+  assert message.startswith(str(tmp_path / name)), message
+  assert where.replace('{n}', '') in message and what in message, message
+  assert '--config.pool.on_error=skip' in message and '\n' not in message
+  (tmp_path / 'good.jsonl').write_bytes(lines(RECORDS))
+  pool = build(tmp_path / 'b', line, f'jsonl:{tmp_path}/good.jsonl', on_error='skip')
+  assert pool.card['skipped'] == 1
+  [skipped] = [json.loads(entry) for entry in (pool.path / 'skipped.jsonl').read_text().splitlines()]
+  assert skipped['where'].startswith(str(tmp_path / name))
+  assert {d['id'] for d in pool.documents} >= {r['id'] for r in RECORDS}
+
+
+def test_a_glob_without_files(tmp_path: Path):
+  with pytest.raises(UserError, match=r'nothing-\*\.jsonl: matches no file'):
+    build(tmp_path / 'a', f'jsonl:{tmp_path}/nothing-*.jsonl')
+  (tmp_path / 'good.jsonl').write_bytes(lines(RECORDS))
+  pool = build(
+    tmp_path / 'b', f'jsonl:{tmp_path}/nothing-*.jsonl', f'jsonl:{tmp_path}/good.jsonl', on_error='skip'
+  )  # fmt: skip
+  assert pool.card['skipped'] == 1
+  with pytest.raises(UserError, match='the pool is empty'):
+    build(tmp_path / 'c', f'jsonl:{tmp_path}/nothing-*.jsonl', on_error='skip')
+
+
+def test_unicode_line_separators_stay_in_their_document(tmp_path: Path):
+  odd = [{'id': f'a/{i}', 'source': 'a', 'text': f'one\u2028two\u2029three\x85four\x0b {i}' * 9} for i in range(20)]
+  (tmp_path / 'odd.jsonl').write_bytes(lines(odd))
+  found = texts(build(tmp_path, f'jsonl:{tmp_path}/odd.jsonl'))
+  assert len(found) >= 19
+  assert set(found.items()) <= {(r['id'], r['text']) for r in odd}
+
+
+def test_caps_and_weights(tmp_path: Path):
+  for name in 'ab':
+    made = [{'id': f'{name}/{i}', 'source': name, 'text': f'{name} {i} ' + 'word ' * 18} for i in range(300)]
+    (tmp_path / f'{name}.jsonl').write_bytes(lines(made))
+  a, b = (f'jsonl:{tmp_path}/{name}.jsonl' for name in 'ab')
+  size = build(tmp_path / 'all', a, b).card['sources']
+  total = size['a']['bytes'] + size['b']['bytes']
+  card = build(tmp_path / 'weights', f'{a} | weight=3', b, max_bytes=total // 4).card
+  # 300 draws at a share of 3/8 and 1/8: five standard deviations, and never above.
+  for name, share in (('a', 3 / 8), ('b', 1 / 8)):
+    kept = card['sources'][name]
+    assert kept['bytes'] <= share * total / 2 * 1.0 + 1
+    assert abs(kept['documents'] - share * 300) <= 5 * (300 * share * (1 - share)) ** 0.5
+  assert card['above_caps'] == 600 - card['documents']
+  card = build(tmp_path / 'caps', f'{a} | max_documents=40', f'{b} | max_bytes=3e3').card
+  assert 0 < card['sources']['a']['documents'] <= 40
+  assert 0 < card['sources']['b']['bytes'] <= 3_000
+  # What one source has too little of goes to the other.
+  card = build(tmp_path / 'scarce', f'{a} | max_bytes=1e3', b, max_bytes=total // 2).card
+  assert card['sources']['b']['documents'] > 0.8 * 300
+
+
+@pytest.mark.parametrize(
+  ('line', 'said'),
+  [
+    ('jsonl:a | wieght=2', "option 'wieght=2' is none of name="),
+    ('jsonl:a | weight=much', 'weight=much is no number'),
+    ('jsonl:a | weight=0', 'weight must be above 0'),
+    ('csv/x', 'whose kind is none of'),
+    ('jsonl:', 'nothing behind jsonl:'),
+  ],
+)
+def test_bad_lines(line: str, said: str):
+  with pytest.raises(UserError, match=said) as caught:
+    sources.parse(line)
+  assert repr(line) in str(caught.value)
