@@ -288,7 +288,7 @@ def _finished(workdir: Path, settings: Mapping, only: str | None, rerun: bool) -
 
 def _holds_work(part: Path) -> bool:
   """Whether an unfinished stage left more than notes of its beginning."""
-  return not all(artifacts.is_note(path) for path in part.glob('*'))
+  return any(path.is_file() and not artifacts.is_note(path) for path in part.rglob('*'))
 
 
 def _upstream(name: str) -> set[str]:

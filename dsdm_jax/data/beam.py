@@ -5,7 +5,8 @@ give to them, and written through TFDS's Beam support under their row number, wh
 the folder of the run: what passes hand on lies in files there. Needs the packages of requirements-beam.txt.
 """
 
-import pickle
+import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from dsdm_jax.core import tensorflow_start
+from dsdm_jax.core import atomic, tensorflow_start
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.data import prepare
 from dsdm_jax.data.build import Builder
-from dsdm_jax.data.prepare import Plan, Task
+from dsdm_jax.data.prepare import Plan, Scanned, Task
 
 
 class BeamBuilder(Builder):
@@ -32,11 +33,7 @@ class BeamBuilder(Builder):
     with beam.Pipeline(options=self._options()) as pipeline:
       tasks = pipeline | beam.Create(numbered) | beam.Reshuffle()
       _ = tasks | function.__name__ >> beam.Map(_run, function, str(folder))
-    results = [pickle.loads((folder / f'{number}.pickle').read_bytes()) for number, _ in numbered]
-    for result in results:
-      if isinstance(result, UserError):
-        raise result
-    return results
+    return [_result(folder / f'{number}.json') for number, _ in numbered]
 
   def _options(self) -> Any:
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -70,9 +67,17 @@ def _run(numbered: tuple[int, Any], function: Callable, folder: str) -> None:
   number, task = numbered
   try:
     result = function(task)
+    said = {'scanned': dataclasses.asdict(result)} if isinstance(result, Scanned) else {'value': result}
   except UserError as error:
-    result = error
-  (Path(folder) / f'{number}.pickle').write_bytes(pickle.dumps(result))
+    said = {'error': str(error)}
+  atomic.write_json(Path(folder) / f'{number}.json', said)
+
+
+def _result(file: Path) -> Any:
+  said = json.loads(file.read_bytes())
+  if 'error' in said:
+    raise UserError(said['error'])
+  return Scanned(**said['scanned']) if 'scanned' in said else said['value']
 
 
 def _fragments(task: Task, plan: Plan) -> Iterator[tuple[int, tuple[int, bytes]]]:
