@@ -253,9 +253,14 @@ def run(context: Context) -> dict[str, Any]:
     from dsdm_jax.data import beam
 
     builder = beam.BeamBuilder(context)
-  entries, given, scanned = builder.scan()
-  given, kept = builder.decide(entries, given, scanned)
-  encoder = builder.vocabulary(given, kept)
+  try:
+    entries, given, scanned = builder.scan()
+    given, kept = builder.decide(entries, given, scanned)
+    encoder = builder.vocabulary(given, kept)
+  except UserError:
+    # Other settings or other files are needed, and nothing of this would serve them.
+    shutil.rmtree(builder.work, ignore_errors=True)
+    raise
   plan, planted, tokens = builder.rows(given, kept, encoder)
   out = context.out
   names = [*kept.names, PLANTED] if planted else kept.names

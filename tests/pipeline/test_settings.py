@@ -57,7 +57,7 @@ class Ran:
 
   def __call__(self, stage, config, settings, workdir, done):
     self.stages.append(stage.name)
-    identity = pipeline._identity(stage, settings, pipeline._digests(stage, done))
+    identity = pipeline._identity(stage, settings, pipeline._digests(stage, workdir, done))
     out = artifacts.begin(workdir, identity)
     atomic.write_json(out / 'made.json', identity.as_json())
     if stage.name == 'evaluation':
@@ -152,7 +152,7 @@ def test_a_deleted_stage_that_comes_out_otherwise_makes_anew_what_follows(made, 
 
 def _otherwise(ran, stage, config, settings, workdir, done):
   if stage.name == 'datamodel':
-    out = artifacts.begin(workdir, pipeline._identity(stage, settings, pipeline._digests(stage, done)))
+    out = artifacts.begin(workdir, pipeline._identity(stage, settings, pipeline._digests(stage, workdir, done)))
     atomic.write_json(out / 'other.json', 0)
   return ran(stage, config, settings, workdir, done)
 
@@ -162,7 +162,7 @@ def test_an_unfinished_stage_of_other_settings_is_not_thrown_away_unasked(made, 
   settings = flatten(config)
   stage = next(s for s in pipeline.STAGES if s.name == 'datamodel')
   done = {name: artifacts.open_stage(made, name) for name in stage.reads}
-  out = artifacts.begin(made, pipeline._identity(stage, settings, pipeline._digests(stage, done)))
+  out = artifacts.begin(made, pipeline._identity(stage, settings, pipeline._digests(stage, made, done)))
   (made / 'datamodel').rename(made / 'elsewhere')
   atomic.write_json(out / 'half.json', 1)
   with pytest.raises(UserError, match=r'datamodel.damping was 0.2, now 0.1'):
