@@ -1,7 +1,6 @@
 """Stage `report`: the page to read, its figures and data as files, and the picture of the result for a README."""
 
 from dsdm_jax.core import atomic
-from dsdm_jax.core.config import flatten
 from dsdm_jax.core.stage import Context
 from dsdm_jax.report import evidence, explorer, figures, page, pictures, tables
 
@@ -11,7 +10,8 @@ def run(context: Context) -> dict:
   from dsdm_jax.data.pool import Pool
 
   options = context.config.report
-  shown = evidence.load(context.inputs, flatten(context.config), Pool(context.inputs['pool']).text)
+  settings = {key: value for artifact in context.inputs.values() for key, value in artifact.settings.items()}
+  shown = evidence.load(context.inputs, settings, Pool(context.inputs['pool']).text)
   packed = explorer.pack(shown, options.explorer_rows, options.explorer_bytes)
   drawings = pictures.make(shown)
   atomic.write_text(context.out / 'index.html', page.render(shown, drawings, packed, options.examples))

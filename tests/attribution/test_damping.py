@@ -8,6 +8,7 @@ import scipy.stats
 
 from configs import base
 from dsdm_jax.attribution import columns, damping, datamodel, members
+from dsdm_jax.attribution.partials import Partials
 from tests.attribution.test_datamodel import Rows
 
 INPUTS, HIDDEN, CLASSES = 16, 16, 5
@@ -115,11 +116,11 @@ def test_auto_does_not_lose_to_the_best_damping_on_a_bank_of_trained_subsets():
   proxies = [jax.tree.map(lambda leaf, c=c: leaf[c], trained) for c in range(PROXIES)]
   phi = [[np.asarray(_features(p, *examples)) for p in proxies] for examples in (pool, target)]
   blocks = datamodel.whole(phi[0][0].shape[1])
-  ensemble = [members.Member(Rows(n, 128), [t], blocks) for n, t in zip(*phi, strict=True)]
+  ensemble = [members.Member(Rows(n, 128), [t], blocks, str(c)) for c, (n, t) in enumerate(zip(*phi, strict=True))]
   options = base.get_config().datamodel
   table = [columns.make([str(i) for i in range(TARGETS)], 1, 64, 0, 't')]
   solved = members.solve_auto(
-    ensemble, table, options, None, lambda rows: None, seen_CN[:PROXIES], [output_CT[:PROXIES]]
+    ensemble, table, options, None, lambda rows: None, Partials(None), seen_CN[:PROXIES], [output_CT[:PROXIES]]
   )
   assert len(solved.solutions) == PROXIES
 
