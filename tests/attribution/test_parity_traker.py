@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from dsdm_jax.attribution import columns, datamodel, rademacher, tables
+from dsdm_jax.attribution.partials import Partials
 from dsdm_jax.attribution.gradients import DenseFeatures
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.lm import outputs
@@ -89,7 +90,7 @@ def test_scores_equal_the_references(reference, one_device, tmp_path):
     for parts, phi_TJ in zip(grams, targets, strict=True)
   ]
   table = [columns.make(['x'], 1, 0, 0, str(t)) for t in range(T)]
-  tasks = tables.make(stores, u, table, np.zeros((C, N), bool), 'all', lambda rows: None)
+  tasks = tables.make(stores, u, table, np.zeros((C, N), bool), 'all', lambda rows: None, Partials(None))
   for task in tasks:
     task.multiply((1 - np.mean(probability, axis=0)).astype(np.float32), tables.sample_rows(N))
   ours_NT = ratio * np.stack([task.score_N for task in tasks], axis=1)
