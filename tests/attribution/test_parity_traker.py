@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from dsdm_jax.attribution import columns, datamodel, rademacher, tables
-from dsdm_jax.attribution.partials import Partials
 from dsdm_jax.attribution.gradients import DenseFeatures
+from dsdm_jax.attribution.partials import Partials
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.lm import outputs
 from tests.conftest import ROOT
