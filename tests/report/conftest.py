@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs import base
 from dsdm_jax.core import atomic
 from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.core.config import flatten
 from dsdm_jax.data import prepare
 from dsdm_jax.evaluation import results
 from dsdm_jax.report import evidence, explorer, page, pictures
@@ -114,6 +116,7 @@ def build(folder: Path) -> dict[str, Artifact]:
       {
         'cost': {'seconds': float(s), 'flop': float(f)},
         'semantics': {},
+        'identity': {'settings': flatten(base.get_config())},
         'versions': {'jax': '0.10.2'},
         'files': {'one': {'bytes': 1_500}, 'two': {'bytes': 2_000_000}},
       },
