@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from dsdm_jax.core import flops
-from dsdm_jax.core.mesh import fetch, place
+from dsdm_jax.core.mesh import assemble, fetch, place, share
 from dsdm_jax.data.batches import row_range_batches
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.lm.outputs import token_log_probability
@@ -55,8 +55,9 @@ class ProxyOutputs:
   def mean_probability(self, state: TrainState, pool: Pool, progress: Callable[[int], object]) -> np.ndarray:
     """Mean over the predicted tokens of each row of the probability of the right one, float32 [N]."""
     parts = []
-    for tokens_BL, _, valid_B in row_range_batches(pool, 0, pool.num_rows, self._batch_size):
-      tokens_BL = place(tokens_BL, self._trainer.batch_sharding)
+    sharding, size = self._trainer.batch_sharding, self._batch_size
+    for tokens, _, valid_B in row_range_batches(pool, 0, pool.num_rows, size, share(sharding, size)):
+      tokens_BL = assemble(tokens, sharding, size)
       parts.append(fetch(self._probability(state.params, state.rest, tokens_BL))[valid_B])
       progress(len(parts[-1]))
     self.flop += len(parts) * flops.count(self._apply_probability, state.params, state.rest, tokens_BL)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from dsdm_jax.attribution.rounding import Rounding
 from dsdm_jax.core import distributed, flops
-from dsdm_jax.core.mesh import batch_sharding, fetch, place
+from dsdm_jax.core.mesh import assemble, batch_sharding, fetch, place, share
 from dsdm_jax.data.batches import row_range_batches
 from dsdm_jax.data.pool import Pool
 
@@ -47,6 +47,7 @@ class PoolPass:
   ):
     self._step, self._prepared, self._pool, self._batch_size = step, prepared, pool, batch_size
     self._sharding, self._add_flop, self._check = batch_sharding(mesh), add_flop, check
+    self._share = share(self._sharding, batch_size)
     weights_BL = np.ones((batch_size, pool.length), np.float32)
     weights_BL[:, 0] = 0.0
     self._weights_BL = place(weights_BL, self._sharding)
@@ -64,8 +65,8 @@ class PoolPass:
 
   def _dispatch(self, start: int, stop: int) -> list[tuple[jax.Array, int]]:
     parts = []
-    for tokens, _, valid_B in _ahead(row_range_batches(self._pool, start, stop, self._batch_size)):
-      tokens_BL = place(tokens, self._sharding)
+    for tokens, _, valid_B in _ahead(row_range_batches(self._pool, start, stop, self._batch_size, self._share)):
+      tokens_BL = assemble(tokens, self._sharding, self._batch_size)
       if self._flop is None:
         self._flop = flops.count(self._step.apply, self._prepared, tokens_BL, self._weights_BL)
       parts.append((self._step(self._prepared, tokens_BL, self._weights_BL), int(valid_B.sum())))

@@ -9,15 +9,24 @@ from dsdm_jax.data import mixtures
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.schedule import Schedule
 
+AHEAD = 8  # batches that are ready before they are asked for
+
 
 def training_batches(
-  pool: Pool, schedule: Schedule, batch_size: int, start_step: int = 0
+  pool: Pool, schedule: Schedule, batch_size: int, start_step: int = 0, share: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches of `schedule` from step `start_step` on, read through its seqio Mixture ahead of their use.
 
+  Args:
+    pool: whose rows they are.
+    schedule: their order.
+    batch_size: examples of a batch, over all processes.
+    start_step: the first batch; which examples it holds is arithmetic, nothing before it is read.
+    share: positions in each batch that this process reads, ascending, see `core.mesh.share`; None for all.
+
   Yields:
-    {'tokens_BL': int32, 'row_B': int64, 'weight_B': float32} for each whole batch; positions left over at the end that
-    do not fill a batch are not visited.
+    {'tokens_BL': int32, 'row_B': int64, 'weight_B': float32} for each whole batch, of which they hold the share;
+    positions left over at the end that do not fill a batch are not visited.
 
   Raises:
     ValueError: `start_step` is past the end.
@@ -29,7 +38,10 @@ def training_batches(
   steps = schedule.length // batch_size
   if not 0 <= start_step <= steps:
     raise ValueError(f'start_step is {start_step}, but the schedule has {steps} steps of {batch_size}')
-  name = mixtures.register(schedule, pool, start_step * batch_size)
+  positions = np.arange(batch_size) if share is None else share
+  name = mixtures.register(
+    schedule, pool, start_step * batch_size, mixtures.Share(batch_size, tuple(positions.tolist()))
+  )
   dataset = seqio.get_mixture_or_task(name).get_dataset(
     sequence_length=None,
     split='train',
@@ -39,7 +51,7 @@ def training_batches(
     trim_output_features=False,
     try_in_mem_cache=False,
   )
-  iterator = dataset.batch(batch_size, drop_remainder=True).prefetch(8).as_numpy_iterator()
+  iterator = dataset.batch(len(positions), drop_remainder=True).prefetch(AHEAD).as_numpy_iterator()
   step = start_step
   for step, batch in zip(range(start_step, steps), iterator):  # noqa: B905 - checked below
     yield {'tokens_BL': batch['tokens'], 'row_B': batch['row'], 'weight_B': batch['weight']}
@@ -49,12 +61,19 @@ def training_batches(
 
 
 def row_range_batches(
-  pool: Pool, start: int, stop: int, batch_size: int
+  pool: Pool, start: int, stop: int, batch_size: int, share: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
   """Rows `start` to `stop` − 1 in order, without seqio.
 
+  Args:
+    pool: whose rows they are.
+    start, stop: the range.
+    batch_size: rows of a batch, over all processes.
+    share: positions in each batch whose tokens this process reads, ascending, see `core.mesh.share`; None for all.
+
   Yields:
-    (tokens_BL int32, rows_B int64, valid_B bool); the last batch is filled up with its last row, not valid.
+    (tokens_BL int32 of the share, rows_B int64, valid_B bool of the whole batch); the last batch is filled up with its
+    last row, not valid.
 
   Raises:
     IndexError: the range leaves the pool.
@@ -65,9 +84,10 @@ def row_range_batches(
   batches = max(1, mixtures.CHUNK // batch_size)
   for begin in range(start, stop, batches * batch_size):
     end = min(begin + batches * batch_size, stop)
-    tokens = pool.tokens(np.arange(begin, end))
-    for first in range(begin, end, batch_size):
-      rows_B = np.arange(first, first + batch_size, dtype=np.int64)
-      valid_B = rows_B < stop
-      rows_B = np.minimum(rows_B, stop - 1)
-      yield tokens[rows_B - begin], rows_B, valid_B
+    rows_SB = np.arange(begin, end, batch_size, dtype=np.int64)[:, None] + np.arange(batch_size)
+    valid_SB = rows_SB < stop
+    rows_SB = np.minimum(rows_SB, stop - 1)
+    mine_SB = rows_SB if share is None else rows_SB[:, share]
+    read = np.unique(mine_SB)  # a row that fills up the last batch is read once
+    tokens = pool.tokens(read)[np.searchsorted(read, mine_SB)]
+    yield from zip(tokens, rows_SB, valid_SB, strict=True)

@@ -5,9 +5,11 @@ from them by the schedule's own choices. So the Mixture's stream is the schedule
 seeks instead of replaying.
 """
 
+import dataclasses
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,8 +27,35 @@ CHUNK = 512
 PASSTHROUGH = ('row', 'weight')
 
 
-def register(schedule: Schedule, pool: Pool | str | os.PathLike, start: int = 0) -> str:
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """Some positions of every batch: what one of several processes reads. Positions that fill no batch are left out.
+
+  Attributes:
+    batch_size: positions of a batch.
+    within: those of the share, ascending.
+  """
+
+  batch_size: int = 1
+  within: tuple[int, ...] = (0,)
+
+  def count(self, positions: int) -> int:
+    """How many of so many positions, from the beginning of a batch on, are in it."""
+    return positions // self.batch_size * len(self.within)
+
+  def positions(self, first: int, stop: int) -> np.ndarray:
+    """Those numbered `first` to `stop` − 1 of the share, counted from the beginning of a batch: int64."""
+    batch, place = np.divmod(np.arange(first, stop, dtype=np.int64), len(self.within))
+    return batch * self.batch_size + np.asarray(self.within, np.int64)[place]
+
+
+WHOLE = Share()
+
+
+def register(schedule: Schedule, pool: Pool | str | os.PathLike, start: int = 0, share: Share = WHOLE) -> str:
   """Registers a Mixture whose stream is `schedule` from position `start` on, and returns its name.
+
+  A process that takes a `share` of each batch, the first of which begins at `start`, reads no other rows.
 
   `seqio.get_mixture_or_task(name).get_dataset(sequence_length=None, split='train', shuffle=False, num_epochs=1,
   passthrough_features=('row', 'weight'))` yields {'tokens': int32 [L], 'row': int64, 'weight': float32}. Tokens come as
@@ -42,45 +71,60 @@ def register(schedule: Schedule, pool: Pool | str | os.PathLike, start: int = 0)
   if not 0 <= start <= schedule.length:
     raise ValueError(f'start is {start}, but the schedule has {schedule.length} positions')
   pool = pool if isinstance(pool, Pool) else Pool(pool)
-  identity = hashlib.sha256(f'{schedule.digest}\x1f{pool.path.absolute()}\x1f{start}'.encode()).hexdigest()[:16]
+  identity = hashlib.sha256(f'{schedule.digest}\x1f{pool.path.absolute()}\x1f{start}\x1f{share}'.encode()).hexdigest()[
+    :16
+  ]
   name = f'dsdm_jax.{identity}'
   if name in seqio.MixtureRegistry.names():
     return name
-  from_visit_S, to_visit_S = schedule.visits(start), schedule.visits(schedule.length)
   subtasks = []
   for index, part in enumerate(schedule.parts):
     # A mixture sorts its tasks by name, and choices are indices into that order: hence the leading number.
     task = f'{name}.{index:04d}.{re.sub(r"[^A-Za-z0-9_]", "_", part.name)}'
-    _add_task(task, schedule, pool, index, int(from_visit_S[index]), int(to_visit_S[index]))
+    _add_task(task, schedule, pool, index, start, share)
     subtasks.append((task, float(schedule.counts[index])))
 
   def choose(datasets: list['tf.data.Dataset'], rates: Any, seed: Any) -> 'tf.data.Dataset':
     del rates, seed  # the schedule holds both
-    return _choose(datasets, schedule, start)
+    return _choose(datasets, schedule, start, share)
 
   seqio.MixtureRegistry.add(name, subtasks, sample_fn=choose)
   return name
 
 
-def _add_task(name: str, schedule: Schedule, pool: Pool, part: int, first: int, stop: int) -> None:
+def _add_task(name: str, schedule: Schedule, pool: Pool, part: int, start: int, share: Share) -> None:
   import seqio
   import tensorflow as tf
 
   if name in seqio.TaskRegistry.names():  # left by a registration that was broken off before its mixture
     return
   features = {'tokens': seqio.Feature(vocabulary=pool.vocabulary, add_eos=False, required=True, dtype=tf.int32, rank=1)}
-  source = _source(schedule, pool, part, first, stop)
+  source = _source(schedule, pool, part, start, share)
   seqio.TaskRegistry.add(name, source=source, output_features=features, shuffle_buffer_size=None)
 
 
-def _source(schedule: Schedule, pool: Pool, part: int, first: int, stop: int) -> 'seqio.DataSource':
-  """Examples number `first` to `stop` − 1 of a part, in order, read in chunks."""
+def _chunks(schedule: Schedule, start: int, share: Share) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
+  """(number of chunks, chunk → positions in the schedule) of the share of what is left from `start` on."""
+  count = share.count(schedule.length - start)
+  size = CHUNK * min(len(schedule.parts), 8)  # so that what falls to one part is worth a read
+
+  def positions(chunk: np.ndarray) -> np.ndarray:
+    first = int(chunk) * size
+    return start + share.positions(first, min(first + size, count))
+
+  return -(-count // size), positions
+
+
+def _source(schedule: Schedule, pool: Pool, part: int, start: int, share: Share) -> 'seqio.DataSource':
+  """Examples of a part at the positions of the share, in order, read in chunks."""
   import seqio
   import tensorflow as tf
 
+  count, positions = _chunks(schedule, start, share)
+
   def read(chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    begin = first + int(chunk) * CHUNK
-    row_B, weight_B = schedule.examples(part, np.arange(begin, min(begin + CHUNK, stop)))
+    part_B, index_B = schedule.part_and_index(positions(chunk))
+    row_B, weight_B = schedule.examples(part, index_B[part_B == part])
     return pool.tokens(row_B), row_B, weight_B
 
   def in_chunks(chunk: 'tf.Tensor') -> dict[str, 'tf.Tensor']:
@@ -95,26 +139,26 @@ def _source(schedule: Schedule, pool: Pool, part: int, first: int, stop: int) ->
     del split, seed
     if shuffle_files:
       raise ValueError('the order of a schedule is fixed; ask for the dataset with shuffle=False')
-    chunks = tf.data.Dataset.range(-(-(stop - first) // CHUNK))
-    return chunks.map(in_chunks, num_parallel_calls=1, deterministic=True).prefetch(1).unbatch()
+    return tf.data.Dataset.range(count).map(in_chunks, num_parallel_calls=1, deterministic=True).prefetch(1).unbatch()
 
   return seqio.FunctionDataSource(dataset_fn, splits=('train',), caching_permitted=False)
 
 
-def _choose(datasets: list['tf.data.Dataset'], schedule: Schedule, start: int) -> 'tf.data.Dataset':
+def _choose(datasets: list['tf.data.Dataset'], schedule: Schedule, start: int, share: Share) -> 'tf.data.Dataset':
   import tensorflow as tf
 
   if len(datasets) == 1:
     return datasets[0]
 
+  count, positions = _chunks(schedule, start, share)
+
   def read(chunk: np.ndarray) -> np.ndarray:
-    begin = start + int(chunk) * CHUNK
-    return schedule.part_and_index(np.arange(begin, min(begin + CHUNK, schedule.length)))[0]
+    return schedule.part_and_index(positions(chunk))[0]
 
   def in_chunks(chunk: 'tf.Tensor') -> 'tf.Tensor':
     return tf.ensure_shape(tf.numpy_function(read, [chunk], tf.int64), (None,))
 
-  choices = tf.data.Dataset.range(-(-(schedule.length - start) // CHUNK)).map(in_chunks).unbatch()
+  choices = tf.data.Dataset.range(count).map(in_chunks).unbatch()
   # Each task holds exactly as many examples as it is chosen for: one that ends early is an error in the schedule, and
   # would cut the stream short, which `batches.training_batches` notices.
   return tf.data.Dataset.choose_from_datasets(datasets, choices, stop_on_empty_dataset=True)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.core import atomic, flops, prng
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.core.mesh import make_mesh, share
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.batches import training_batches
 from dsdm_jax.data.pool import Pool
@@ -117,6 +117,7 @@ def run(context: Context) -> dict:
   with context.log.bar(total=sum(steps) * config.ladder.seeds, desc='ladder', unit='step') as bar:
     for number, r in enumerate(rungs):
       compiled = trainer(r.model, train, pool.vocab_size, pool.length, mesh)
+      mine = share(compiled.batch_sharding, train.batch_size)
       flop = steps[number] * flop_per_step(compiled, train.batch_size, pool.length)
       for seed in range(config.ladder.seeds):
         name = f'rung_{number}--{seed}'
@@ -128,7 +129,7 @@ def run(context: Context) -> dict:
         began = time.monotonic()
         loop.train(
           context, compiled, name, prng.stream(config.seed, 'init', 'ladder', number, seed),
-          functools.partial(training_batches, pool, schedule, train.batch_size), steps[number], train, bar,
+          functools.partial(training_batches, pool, schedule, train.batch_size, share=mine), steps[number], train, bar,
         )  # fmt: skip
         clock = context.out / f'{name}.seconds'
         if fresh and context.first:  # of a run that was interrupted nobody knows

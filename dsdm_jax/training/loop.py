@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dsdm_jax.core import atomic, distributed, flops, preemption
 from dsdm_jax.core.checkpoints import Checkpoints, Keep
 from dsdm_jax.core.errors import Stopped, UserError
-from dsdm_jax.core.mesh import place
+from dsdm_jax.core.mesh import assemble
 from dsdm_jax.core.stage import Context
 from dsdm_jax.training.meter import Meter
 from dsdm_jax.training.step import TrainState
@@ -45,7 +45,8 @@ def train(
   Args:
     trainer: a `Trainer`, or `together.Together`.
     key: of the initialisation; of `Together` one for each model.
-    batches: first step → iterator of {'tokens_BL', 'weight_B'} from that step on; position is arithmetic.
+    batches: first step → iterator of {'tokens_BL', 'weight_B'} from that step on, of which each process yields its
+      share (`core.mesh.share`); position is arithmetic.
     steps: in all.
     bar: has `update(steps)`.
     names: of the models, where the trainer trains several side by side (`together`): metrics are lists of theirs.
@@ -106,7 +107,7 @@ class _Run:
       with preemption.watched() as asked_to_stop:
         for step in range(start + 1, self.steps + 1):
           batch = self.meter.read(batches, metrics)
-          tokens_BL, weight_B = place((batch['tokens_BL'], batch['weight_B']), self.trainer.batch_sharding)
+          tokens_BL, weight_B = self._placed(batch['tokens_BL'], batch['weight_B'])
           if not self.meter.flop_per_step:
             self.meter.flop_per_step = flops.count(self.trainer.step, state, tokens_BL, weight_B, total)
             self.meter.tokens_per_step = tokens_BL.size
@@ -119,6 +120,9 @@ class _Run:
     self._record()
     self.context.log.event('speed', run=self.name, **self.meter.speed())
     return state
+
+  def _placed(self, *local: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    return assemble(local, self.trainer.batch_sharding, self.config.batch_size)
 
   def _after(
     self, step: int, state: TrainState, metrics: dict[str, jax.Array], asked_to_stop: Callable[[], bool]

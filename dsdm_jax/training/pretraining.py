@@ -3,8 +3,10 @@
 import functools
 import json
 
+import numpy as np
+
 from dsdm_jax.core import prng
-from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.core.mesh import make_mesh, share
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data import arms
 from dsdm_jax.data.batches import training_batches
@@ -28,6 +30,7 @@ def run(context: Context) -> dict:
   budget = selections.semantics['budget_examples']
   steps = budget // pretraining.train.batch_size
   compiled = trainer(config.model, pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
+  mine = share(compiled.batch_sharding, pretraining.train.batch_size)
   for entry in index:  # all of them before the first is trained: an arm may have too few rows for the budget
     _schedule(context, entry, steps)
   at_once = pretraining.models_at_once
@@ -36,7 +39,7 @@ def run(context: Context) -> dict:
       names = [entry['name'] for entry in group]
       keys = [prng.stream(config.seed, 'init', 'final', entry['seed']) for entry in group]
       chosen = [Selection.load(selections.path, entry['selection']) for entry in group]
-      batches = [_batches(context, pool, entry, steps) for entry in group]
+      batches = [_batches(context, pool, entry, steps, mine) for entry in group]
       if len(group) == 1:
         beside = held_out(compiled, pool, chosen[0].rows, pretraining.train, config.seed)
         loop.train(context, compiled, names[0], keys[0], batches[0], steps, pretraining.train, bar, beside)
@@ -45,9 +48,9 @@ def run(context: Context) -> dict:
   return {'runs': len(index), 'steps': steps, 'tokens_per_run': steps * pretraining.train.batch_size * pool.length}
 
 
-def _batches(context: Context, pool: Pool, entry: dict, steps: int) -> loop.Batches:
+def _batches(context: Context, pool: Pool, entry: dict, steps: int, mine: np.ndarray) -> loop.Batches:
   schedule = _schedule(context, entry, steps)
-  return functools.partial(training_batches, pool, schedule, context.config.pretraining.train.batch_size)
+  return functools.partial(training_batches, pool, schedule, context.config.pretraining.train.batch_size, share=mine)
 
 
 def _schedule(context: Context, entry: dict, steps: int) -> Schedule:

@@ -6,7 +6,7 @@ import numpy as np
 
 from dsdm_jax.core import atomic, prng
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.core.mesh import make_mesh, share
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.batches import training_batches
 from dsdm_jax.data.pool import Pool
@@ -29,6 +29,7 @@ def run(context: Context) -> dict:
     )
   seed = prng.derive(config.seed, 'proxies', proxies.seed) if proxies.seed else config.seed
   compiled = trainer(proxies.model, proxies.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
+  mine = share(compiled.batch_sharding, proxies.train.batch_size)
   losses = []
   with context.log.bar(total=steps * proxies.count, desc='proxies', unit='step') as bar:
     for checkpoint in range(proxies.count):
@@ -38,8 +39,8 @@ def run(context: Context) -> dict:
       schedule = Schedule.single(f'proxy_{checkpoint}', rows, steps * proxies.train.batch_size, seed)
       history = loop.train(
         context, compiled, f'proxy_{checkpoint}', prng.stream(seed, 'init', 'proxy', checkpoint),
-        functools.partial(training_batches, pool, schedule, proxies.train.batch_size), steps, proxies.train, bar,
-        held_out(compiled, pool, rows, proxies.train, config.seed),
+        functools.partial(training_batches, pool, schedule, proxies.train.batch_size, share=mine), steps,
+        proxies.train, bar, held_out(compiled, pool, rows, proxies.train, config.seed),
       )  # fmt: skip
       losses.append(history[-1]['loss'] if history else None)
   return {'count': proxies.count, 'subset_rows': size, 'steps': steps, 'final_loss_nats': losses}

@@ -1,10 +1,12 @@
 """What seqio streams is the schedule, from any position on, with tokens as the pool has them."""
 
+import time
+
 import numpy as np
 import pytest
 
 from dsdm_jax.data import mixtures
-from dsdm_jax.data.batches import row_range_batches, training_batches
+from dsdm_jax.data.batches import AHEAD, row_range_batches, training_batches
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.schedule import Part, Schedule
 
@@ -93,8 +95,66 @@ def test_training_batches_resume_anywhere(tiny_pool: Pool):
     next(training_batches(tiny_pool, schedule, 8, 34))
 
 
+def halves_and_thirds(batch_size: int) -> list[list[int]]:
+  """Shares of two processes, and of one whose devices do not lie side by side."""
+  first = list(range(batch_size // 2))
+  return [first, [i for i in range(batch_size) if i not in first], list(range(1, batch_size, 3))]
+
+
+@pytest.mark.parametrize('start', [0, 11])
+def test_a_process_reads_its_share_of_each_batch_and_no_other_row(
+  tiny_pool: Pool, start: int, monkeypatch: pytest.MonkeyPatch
+):
+  schedule = two_parts(tiny_pool, 1_000)
+  whole = list(training_batches(tiny_pool, schedule, 6, start))
+  assert len(whole) == 166 - start
+  for within in halves_and_thirds(6):
+    read: list[int] = []
+    tokens = Pool.tokens
+    with monkeypatch.context() as patch:
+      patch.setattr(
+        Pool, 'tokens', lambda pool, rows, read=read, tokens=tokens: read.extend(rows) or tokens(pool, rows)
+      )
+      mine = list(training_batches(tiny_pool, schedule, 6, start, np.array(within)))
+    for a, b in zip(mine, whole, strict=True):
+      for name in b:
+        np.testing.assert_array_equal(a[name], b[name][within])
+    assert sorted(read) == sorted(np.concatenate([batch['row_B'] for batch in mine]).tolist())
+
+
+def test_a_process_reads_its_share_of_a_row_range(tiny_pool: Pool, monkeypatch: pytest.MonkeyPatch):
+  whole = list(row_range_batches(tiny_pool, 3, 50, 6))
+  for within in halves_and_thirds(6):
+    read: list[int] = []
+    tokens = Pool.tokens
+    with monkeypatch.context() as patch:
+      patch.setattr(
+        Pool, 'tokens', lambda pool, rows, read=read, tokens=tokens: read.extend(rows) or tokens(pool, rows)
+      )
+      mine = list(row_range_batches(tiny_pool, 3, 50, 6, np.array(within)))
+    for (tokens_BL, rows_B, valid_B), (wanted_BL, wanted_B, wanted_valid_B) in zip(mine, whole, strict=True):
+      np.testing.assert_array_equal(tokens_BL, wanted_BL[within])
+      np.testing.assert_array_equal(rows_B, wanted_B)
+      np.testing.assert_array_equal(valid_B, wanted_valid_B)
+    assert read == sorted(set(np.concatenate([rows_B[within] for _, rows_B, _ in whole]).tolist()))
+
+
+def test_the_next_batches_are_read_before_they_are_asked_for(tiny_pool: Pool, monkeypatch: pytest.MonkeyPatch):
+  """With one batch taken, the stream goes on reading while its reader does nothing."""
+  read: list[int] = []
+  tokens = Pool.tokens
+  monkeypatch.setattr(Pool, 'tokens', lambda pool, rows: read.extend(rows) or tokens(pool, rows))
+  monkeypatch.setattr(mixtures, 'CHUNK', 4)
+  batches = training_batches(tiny_pool, Schedule.single('ahead', np.arange(50), 400, 8), 8)
+  next(batches)
+  deadline = time.monotonic() + 60
+  while len(read) < 8 * (1 + AHEAD) and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert 8 * (1 + AHEAD) <= len(read) < 400
+
+
 def test_a_stream_that_ends_early_is_noticed(tiny_pool: Pool, monkeypatch: pytest.MonkeyPatch):
-  monkeypatch.setattr(mixtures, '_choose', lambda datasets, schedule, start: datasets[0].take(20))
+  monkeypatch.setattr(mixtures, '_choose', lambda datasets, *_: datasets[0].take(20))
   schedule = Schedule.single('short', np.arange(10), 80, 8)
   with pytest.raises(RuntimeError, match='ended at step 2 of 10'):
     list(training_batches(tiny_pool, schedule, 8))

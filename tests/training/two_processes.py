@@ -11,8 +11,9 @@ import jax
 from configs import base
 from dsdm_jax.core import config as checks
 from dsdm_jax.core import distributed
+from dsdm_jax.core.mesh import share
 from tests.training import test_loop
-from tests.training.test_step import make_trainer
+from tests.training.test_step import BATCH, make_trainer
 
 
 def main() -> None:
@@ -27,9 +28,11 @@ def main() -> None:
       for step, batch in enumerate(test_loop.stream()(start), start):
         if step == kill_after and process == 1:
           os.kill(os.getpid(), signal.SIGKILL)
-        yield batch
+        yield {name: x[mine] for name, x in batch.items()}
 
     trainer = make_trainer(2, **test_loop.KEYS)
+    mine = share(trainer.batch_sharding, BATCH)
+    assert mine.tolist() == [process * BATCH // 2 + i for i in range(BATCH // 2)], 'half of each batch'
     params = jax.tree.leaves(trainer.init(test_loop.key()).params)
     assert not all(x.is_fully_addressable for x in params), 'some weights are split over processes'
     test_loop.train(folder, trainer, batches, first=distributed.is_first())
