@@ -8,27 +8,22 @@ See what it takes first, on any machine with libtpu (requirements-tpu.txt):
 
     python -m dsdm_jax.main --config=configs/v5e_8.py --stage=plan
 
-It has not been run as a whole.
+Bring a pool of your own (pool.sources, docs/pools.md) and targets (targets.tasks). It has not been run as a whole.
 """
 
 from configs import paper
 
 
 def get_config():
-  config = paper.get_config()
+  config = paper.two_sided(paper.get_config(), batch_size=64, shard_rows=8_192)
   for model in (config.model, config.proxies.model):
     model.size = '125M'
-    model.attention = 'fused'
     model.remat = False
   for train in (config.proxies.train, config.pretraining.train):
     train.batch_size = 256
     train.microbatches = 4  # eight rows a chip at a time
   config.proxies.count = 2
   config.proxies.subset_share = 0.25
-  config.features.projection = 'two_sided'
-  config.features.batch_size = 64
-  config.features.shard_rows = 8_192
-  config.features.store_dtype = 'int8'
   config.selection.examples = 600_000  # a quarter of 2.4 million rows, 20 tokens for each parameter
   config.pretraining.seeds = 2
   config.plan.topology = 'v5e:2x4'

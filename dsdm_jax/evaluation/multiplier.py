@@ -28,7 +28,8 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
   **dict.fromkeys(_FREE, ()),
   **dict.fromkeys(('classifier', 'classifier_pareto', 'dsir', 'bm25', 'imported'), ('selection',)),
   **dict.fromkeys(
-    ('semdedup', 'embedding', 'perplexity_low', 'perplexity_high', 'color_filter'), ('proxies', 'selection')
+    ('semdedup', 'semdedup_one_epoch', 'embedding', 'perplexity_low', 'perplexity_high', 'color_filter'),
+    ('proxies', 'selection'),
   ),
   'gradient': ('proxies', 'features', 'selection'),
 }

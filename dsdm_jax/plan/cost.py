@@ -5,6 +5,7 @@ perfectly, and at most their sum, where none do. Both ends are given.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -80,24 +81,37 @@ class Estimate:
   advice: str
 
 
-def compile_work(work: Work, batch: int | None = None) -> Compiled:
-  """Compiles ahead of time; a program that is too large comes back as refused.
+class Compiler:
+  """Compiles ahead of time for one slice, each program once: stages that train the same model share it."""
 
-  Raises:
-    jax.errors.JaxRuntimeError: libtpu fails for another reason.
-  """
-  with topology.quiet():
-    lowered = work.lower(batch)
-    try:
-      program = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-      if 'RESOURCE_EXHAUSTED' not in str(error):
-        raise
-      used = _USED.search(str(error))
-      return Compiled(float(used[1]) * _UNIT[used[2]] if used else float('inf'), 0.0, True, '')
+  def __init__(self) -> None:
+    self._known: dict[str, Compiled] = {}
+
+  def __call__(self, work: Work, batch: int | None = None) -> Compiled:
+    """The program of `work` at a global batch of `batch`; one that is too large comes back as refused.
+
+    Raises:
+      jax.errors.JaxRuntimeError: libtpu fails for another reason.
+    """
+    with topology.quiet():
+      lowered = work.lower(batch)
+      text = lowered.as_text()
+      if text not in self._known:
+        self._known[text] = _compile(lowered)
+    return self._known[text]
+
+
+def _compile(lowered: Any) -> Compiled:
+  try:
+    program = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    used = _USED.search(str(error))
+    return Compiled(float(used[1]) * _UNIT[used[2]] if used else float('inf'), 0.0, True, '')
   memory = program.memory_analysis()
   held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  text = program.as_text()
+  text = program.as_text() or ''
   return Compiled(float(held + memory.temp_size_in_bytes), float(memory.temp_size_in_bytes), False, text)
 
 
@@ -119,23 +133,43 @@ def fits(compiled: Compiled, chip: Chip) -> bool:
   return not compiled.refused and compiled.memory_bytes <= chip.hbm_bytes
 
 
-def largest(parts: int, does_fit: Callable[[int], bool]) -> int:
-  """The largest number of rows a chip, below `parts`, for which `does_fit` holds; 0 where none does.
+def _asked(compiled: Compiled, chip: Chip) -> float:
+  """Bytes that it takes, above the chip's where it was refused."""
+  return max(compiled.memory_bytes, chip.hbm_bytes * (1 + 1e-9)) if compiled.refused else compiled.memory_bytes
 
-  By bisection: with more rows a program never takes less memory.
+
+def largest(parts: int, memory: float, room: float, memory_of: Callable[[int], float]) -> int:
+  """The largest number of rows a chip, below `parts`, that takes at most `room` bytes; 0 where none does.
+
+  With more rows a program never takes less memory, and mostly so much more for each: a straight line through what is
+  known says where to look, and every other look halves what is left.
+
+  Args:
+    parts: rows that are too many; they take `memory` bytes, or infinity where nobody knows.
+    memory: of `parts` rows.
+    room: bytes.
+    memory_of: rows → bytes.
   """
   low, high = 0, parts
+  known, guess = {0: 0.0, parts: memory}, True
   while high - low > 1:
     middle = (low + high) // 2
-    low, high = (middle, high) if does_fit(middle) else (low, middle)
+    if guess:
+      (x, a), (y, b) = sorted(known.items(), key=lambda point: abs(point[1] - room))[:2]
+      if math.isfinite(a + b) and a != b:
+        middle = min(max(math.floor(x + (room - a) / (b - a) * (y - x)), low + 1), high - 1)
+    known[middle] = memory_of(middle)
+    low, high = (middle, high) if known[middle] <= room else (low, middle)
+    guess = not guess or high - low == 1
   return low
 
 
-def estimate(work: Work, chip: Chip, chips: int, share: int, calibration: float) -> Estimate:
+def estimate(work: Work, compiler: Compiler, chip: Chip, chips: int, share: int, calibration: float) -> Estimate:
   """Compiles `work` and models it.
 
   Args:
     work: the program.
+    compiler: of the slice.
     chip: kind of chip; `chips`: how many.
     share: devices that share a batch (mesh.data).
     calibration: seconds measured for one modelled.
@@ -147,11 +181,16 @@ def estimate(work: Work, chip: Chip, chips: int, share: int, calibration: float)
     raise UserError(
       f'config key {work.batch_key} = {work.batch} must be a multiple of {share}, the chips that share it'
     )
-  compiled = compile_work(work)
+  compiled = compiler(work)
   does_fit = fits(compiled, chip)
   best = None
   if not does_fit:
-    best = share * largest(work.batch // share, lambda rows: fits(compile_work(work, rows * share), chip))
+    best = share * largest(
+      work.batch // share,
+      compiled.memory_bytes,
+      chip.hbm_bytes,
+      lambda rows: _asked(compiler(work, rows * share), chip),
+    )
   program = hlo.analyse(compiled.text)
   flop = work.flop()
   time = seconds(flop / chips, work.passes, program, chip)

@@ -51,10 +51,10 @@ def make(config: ConfigDict) -> dict[str, Any]:
     mesh = make_mesh(mesh_config, devices)
     works = programs.works(config, mesh)
     share = count // config.mesh.model
-    estimates = []
+    estimates, compiler = [], cost.Compiler()
     for work in works if compiled else ():
       print(f'plan: compiles {work.stage}', flush=True)
-      estimates.append(cost.estimate(work, kind, count, share, config.plan.calibration))
+      estimates.append(cost.estimate(work, compiler, kind, count, share, config.plan.calibration))
     j = programs.dimension(config, mesh)
   return {
     'topology': config.plan.topology,

@@ -25,6 +25,7 @@ from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import DATA, batch_sharding
 from dsdm_jax.selection.registry import SELECTORS
 from dsdm_jax.selection.select import load_selectors
+from dsdm_jax.training import ladder
 from dsdm_jax.training.step import Trainer, abstract_model
 
 Arguments = tuple[Any, ...]
@@ -39,7 +40,7 @@ class Work:
   """One program and how often it runs.
 
   Attributes:
-    stage: of the pipeline; 'gram' and 'scores' are parts of the datamodel's.
+    stage: of the pipeline; 'gram' and 'scores' are parts of the datamodel's, 'ladder 2' is a rung of the ladder's.
     program: (jitted function, its abstract arguments) for a global batch.
     batch: rows a run of the program takes, over all chips; `batch_key` is the config key that says so.
     runs: of the program, in all.
@@ -99,7 +100,7 @@ def works(config: ConfigDict, mesh: Mesh) -> list[Work]:
   length, vocab_size = config.pool.length, config.pool.vocab_size
   proxy, final = (Model.of(m, vocab_size, length) for m in (config.proxies.model, config.model))
   made = [_proxies(config, mesh, proxy), _features(config, mesh, proxy)]
-  return [*made, *_datamodel(config, mesh, proxy), _pretraining(config, mesh, final)]
+  return [*made, *_datamodel(config, mesh, proxy), _pretraining(config, mesh, final), *_ladder(config, mesh)]
 
 
 def rows(config: ConfigDict) -> int:
@@ -167,6 +168,20 @@ def _pretraining(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
     'pretraining.train.batch_size', steps * final_runs(config), model.parameters, tokens,
     3 * model.forward_flop * tokens, remat_key='model.remat',
   )  # fmt: skip
+
+
+def _ladder(config: ConfigDict, mesh: Mesh) -> list[Work]:
+  """A program for each rung."""
+  length, vocab_size, train = config.pool.length, config.pool.vocab_size, config.pretraining.train
+  found = []
+  for rung in ladder.plan(config, vocab_size, length) if config.ladder.rungs else ():
+    model, tokens = Model.of(rung.model, vocab_size, length), train.batch_size * length
+    found.append(Work(
+      f'ladder {rung.factor:g}', _training(rung.model, train, config, mesh), train.batch_size,
+      'pretraining.train.batch_size', rung.examples // train.batch_size * config.ladder.seeds, model.parameters, tokens,
+      3 * model.forward_flop * tokens, remat_key='model.remat',
+    ))  # fmt: skip
+  return found
 
 
 def _features(config: ConfigDict, mesh: Mesh, model: Model) -> Work:

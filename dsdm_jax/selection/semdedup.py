@@ -21,6 +21,21 @@ _BLOCK = 2_048  # rows of a cluster that are compared at once
 def semdedup(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
   """k random rows among those that are nobody's near duplicate."""
   del target
+  return _drawn(pool, 'semdedup', budget.examples, seed)
+
+
+@selector('semdedup_one_epoch', targeted=False, seeded=True)
+def semdedup_one_epoch(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
+  """As many such rows as the budget holds, each seen once, as in the DsDm paper.
+
+  Raises:
+    UserError: fewer are left.
+  """
+  del target
+  return _drawn(pool, 'semdedup_one_epoch', budget.total, seed)
+
+
+def _drawn(pool: Candidates, name: str, count: int, seed: int) -> Selection:
   options = pool.options
 
   def survivors() -> np.ndarray:
@@ -28,7 +43,7 @@ def semdedup(pool: Candidates, target: Target, budget: Budget, seed: int) -> Sel
     return np.flatnonzero(keep(embedding_ND, options.clusters, options.duplicate_similarity))
 
   kept = pool.once('semdedup', survivors)
-  rows = draw(pool.num_rows, 'semdedup', budget.examples, seed, among=kept)
+  rows = draw(pool.num_rows, name, count, seed, among=kept)
   return Selection.of(rows, dropped=pool.num_rows - len(kept), similarity=options.duplicate_similarity)
 
 

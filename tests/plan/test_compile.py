@@ -9,7 +9,9 @@ import pytest
 
 from configs import c4_dsdm, v5e_8
 from dsdm_jax.core.config import resolve, validate
+from dsdm_jax.data import benchmarks
 from dsdm_jax.plan import programs
+from dsdm_jax.training import ladder
 from tests.conftest import ROOT
 
 
@@ -67,6 +69,22 @@ def test_the_papers_scale_compiles_and_fits(libtpu, tmp_path):
   if 'DSDM_JAX_LARGE_PLANS' not in os.environ:
     pytest.skip('takes minutes; set DSDM_JAX_LARGE_PLANS=1')
   _check(_plan(libtpu, tmp_path, '--config=configs/c4_dsdm.py'))
+
+
+def test_the_papers_config_is_the_papers():
+  c = c4_dsdm.get_config()
+  assert c.pool.sources == ('tfds:c4/en.noblocklist',)
+  assert (c.plan.rows, c.pool.length, c.proxies.count, c.features.dimension) == (216_948_746, 1_024, 4, 16_384)
+  assert {b.name for b in benchmarks.TABLE if b.role == 'target'} == set(c.targets.tasks)
+  assert {b.name for b in benchmarks.TABLE if b.role == 'held_out'} == set(c.evaluation.tasks) - {'targets'}
+  assert max(max(b.counts) for b in benchmarks.TABLE) <= c.targets.max_examples
+  assert (c.datamodel.mix, c.selection.targets) == ('mean', ('jeopardy+squad+lambada',))
+  assert programs.final_runs(c) == 5  # DsDm, Classifier, DSIR, SemDeDup, Random
+  assert round(0.38 * c.plan.rows) // c.proxies.train.batch_size == pytest.approx(80_000, rel=0.01)
+  assert c.selection.examples * c.selection.epochs // c.pretraining.train.batch_size == 25_000
+  rungs = ladder.plan(resolve(c, dict), c.pool.vocab_size, c.pool.length)
+  # Random at twice the compute: √2 times the parameters, to within the 32 of some 2,400 columns that widths go by.
+  assert rungs[1].parameters == pytest.approx(2**0.5 * rungs[0].parameters, rel=0.014)
 
 
 @pytest.mark.parametrize('module', [c4_dsdm, v5e_8])

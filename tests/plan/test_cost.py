@@ -22,16 +22,31 @@ def test_a_step_takes_between_the_longest_part_and_all_of_them():
   assert cost.seconds(0, 1, hlo.Program(sent, 0.0, 0, 0), v5e).bound == 'links'
 
 
-@given(st.integers(1, 300), st.integers(0, 300))
-def test_largest_batch(parts, capacity):
+@given(st.integers(2, 300), st.floats(1, 400), st.floats(0, 3), st.booleans())
+def test_largest_batch(parts, room, power, told):
+  """Memory a·rows^power + b: whatever its curve, and whether or not the first program's memory was told."""
   tried = []
 
-  def does_fit(rows):
+  def memory(rows):
     tried.append(rows)
-    return rows <= capacity
+    return 1.0 + rows**power
 
-  assert cost.largest(parts, does_fit) == min(capacity, parts - 1)
-  assert len(tried) <= parts.bit_length()
+  at_most = [rows for rows in range(1, parts) if 1.0 + rows**power <= room]
+  first = 1.0 + parts**power if told else float('inf')
+  assert cost.largest(parts, max(first, room + 1), room, memory) == max(at_most, default=0)
+  assert len(tried) <= 2 * parts.bit_length()  # every other look halves
+  assert len(set(tried)) == len(tried)
+
+
+def test_where_memory_grows_by_the_row_few_programs_are_compiled():
+  tried = []
+
+  def memory(rows):
+    tried.append(rows)
+    return 2.0 + 0.11 * rows
+
+  assert cost.largest(1_024, memory(1_024), 16.0, memory) == 127
+  assert len(tried) - 1 <= 6
 
 
 def _work(stage, runs, flop):

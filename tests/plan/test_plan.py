@@ -46,6 +46,15 @@ def test_without_libtpu_it_gives_what_can_be_counted_and_says_how_to_get_it(conf
   assert found['store_bytes'] == 3 * 10_000 * j
 
 
+def test_rungs_of_the_ladder_are_planned(config, monkeypatch):
+  monkeypatch.setattr(topology, 'available', lambda: False)
+  config.ladder.update({'rungs': ('1', '4'), 'seeds': 3})
+  flop = plan.make(config)['flop']
+  each = flop['pretraining'] / 6
+  assert flop['ladder 1'] == 3 * each
+  assert flop['ladder 4'] == pytest.approx(3 * 4 * each, rel=0.2)  # in this tiny model attention is no small part
+
+
 def test_rows_are_guessed_from_the_pools_bytes_or_must_be_given(config, monkeypatch):
   monkeypatch.setattr(topology, 'available', lambda: False)
   config.plan.rows, config.pool.max_bytes = 0, 64_000

@@ -76,6 +76,12 @@ def test_semdedup_draws_among_what_is_left():
     selected('semdedup', pool, 42)
 
 
+def test_semdedup_in_one_epoch_fills_the_budget_with_other_rows():
+  x_ND = unit(np.random.default_rng(0).normal(size=(100, 16)))
+  found = selected('semdedup_one_epoch', Made(np.zeros(100), proxies=Proxies(x_ND), clusters=4), 20, epochs=3)
+  assert len(np.unique(found.rows)) == 60
+
+
 def test_k_means_is_the_same_on_any_number_of_threads():
   from threadpoolctl import threadpool_limits
 
