@@ -171,25 +171,11 @@ def _hugging_face_vocabulary(encoder: HuggingFaceEncoder) -> 'seqio.Vocabulary':
   class HuggingFaceVocabulary(seqio.Vocabulary):
     """A tokenizer.json for seqio; `encode_tf` calls back into Python."""
 
-    @property
-    def bos_id(self) -> int | None:
-      return None
-
-    @property
-    def eos_id(self) -> int:
-      return encoder.eos
-
-    @property
-    def pad_id(self) -> int:
-      return encoder.pad
-
-    @property
-    def unk_id(self) -> int | None:
-      return None
-
-    @property
-    def _base_vocab_size(self) -> int:
-      return encoder.size
+    bos_id = unk_id = property(lambda self: None)
+    eos_id = property(lambda self: encoder.eos)
+    pad_id = property(lambda self: encoder.pad)
+    data = property(lambda self: encoder.data)
+    _base_vocab_size = property(lambda self: encoder.size)
 
     def _encode(self, s: str) -> list[int]:
       return encoder.encode(s)
@@ -210,10 +196,6 @@ def _hugging_face_vocabulary(encoder: HuggingFaceEncoder) -> 'seqio.Vocabulary':
 
     def __eq__(self, other: object) -> bool:
       return isinstance(other, HuggingFaceVocabulary) and other.data == self.data
-
-    @property
-    def data(self) -> bytes:
-      return encoder.data
 
   return HuggingFaceVocabulary()
 

@@ -36,7 +36,7 @@ def examine(context: Context, asked: Exam) -> dict[str, np.ndarray] | None:
       chosen = [entry for entry in index if entry['rung'] == number]
       model = ConfigDict(chosen[0]['model'])
       compiled = trainer(model, config.pretraining.train, pool.vocab_size, pool.length, mesh)
-      scorer = Scorer(compiled, config.evaluation.batch_size)
+      scorer = Scorer(compiled, config.evaluation.batch_size, pool.encoder.pad)
       for entry in chosen:
         file = context.out / 'runs' / f'ladder--{entry["name"]}.npz'
         if not distributed.decide(file.is_file):

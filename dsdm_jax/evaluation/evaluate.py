@@ -52,7 +52,7 @@ def run(context: Context) -> dict:
   config = context.config
   pool = Pool(context.inputs['pool'])
   compiled = trainer(config.model, config.pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
-  scorer = Scorer(compiled, config.evaluation.batch_size)
+  scorer = Scorer(compiled, config.evaluation.batch_size, pool.encoder.pad)
   asked, entries = exam(context), models(context)
   for folder in ('runs', 'answers'):
     (context.out / folder).mkdir(exist_ok=True)

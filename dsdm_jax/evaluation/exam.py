@@ -84,7 +84,7 @@ def exam(context: Context) -> Exam:
   if OWN in config.evaluation.tasks:
     targets = Targets(context.inputs['targets'])
     examples = {(t, s): targets.examples(t, s) for t in targets.tasks for s in SPLITS}
-  sequences = Sequences(encoder.encode, length, config.evaluation.begin_with_end_mark)
+  sequences = Sequences(encoder.encode, length, encoder.eos, config.evaluation.begin_with_end_mark)
   asked = tuple(requests.read(config.evaluation, sequences, config.targets.seed))
   for request in asked:
     if request.benchmark.name in {task for task, _ in examples}:

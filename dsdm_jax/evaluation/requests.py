@@ -16,7 +16,6 @@ from dsdm_jax.core.errors import UserError
 from dsdm_jax.data import benchmarks
 from dsdm_jax.data.benchmarks import Benchmark
 from dsdm_jax.data.shapes import GENERATION, LANGUAGE_MODELLING
-from dsdm_jax.data.vocabulary import EOS
 
 OWN = 'targets'  # the run's own target tasks, in evaluation.tasks
 Encode = Callable[[str], list[int]]
@@ -24,13 +23,14 @@ Encode = Callable[[str], list[int]]
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-  """How text becomes sequences: at most `length` tokens, after an end mark where `begin` says so.
+  """How text becomes sequences: at most `length` tokens, after the end mark `eos` where `begin` says so.
 
   Without a context there is an end mark in any case: the answer's first token needs something before it.
   """
 
   encode: Encode
   length: int
+  eos: int
   begin: bool = True
 
   def pair(self, context: str, answer: str) -> tuple[np.ndarray, int]:
@@ -40,7 +40,7 @@ class Sequences:
   def joined(self, context_ids: Sequence[int], answer_ids: Sequence[int]) -> tuple[np.ndarray, int]:
     """The same of ids."""
     answer_ids = list(answer_ids)[-(self.length - 1) :]
-    front = [EOS] if self.begin or not context_ids else []
+    front = [self.eos] if self.begin or not context_ids else []
     room = self.length - len(front) - len(answer_ids)
     ids = [*front, *(list(context_ids)[-room:] if room else []), *answer_ids]
     return np.asarray(ids, np.int32), len(answer_ids)

@@ -10,7 +10,6 @@ from flax import nnx
 
 from dsdm_jax.core import flops
 from dsdm_jax.core.mesh import fetch, place
-from dsdm_jax.data.vocabulary import PAD
 from dsdm_jax.evaluation import rules
 from dsdm_jax.evaluation.requests import Request, is_choice
 from dsdm_jax.lm.decoder import Decoder
@@ -24,12 +23,17 @@ class Scorer:
   A sequence is padded to a length that it alone decides, and every batch has `batch_size` rows: what a model gives to
   an item does not depend on the items around it.
 
+  Args:
+    trainer: of the model.
+    batch_size: rows.
+    pad: id that fills up sequences at their end.
+
   Attributes:
     flop: floating-point operations so far, padding included.
   """
 
-  def __init__(self, trainer: Trainer, batch_size: int):
-    self._trainer, self._batch_size = trainer, batch_size
+  def __init__(self, trainer: Trainer, batch_size: int, pad: int):
+    self._trainer, self._batch_size, self._pad = trainer, batch_size, pad
     batch = trainer.batch_sharding
     self._shardings = (trainer.shardings.params, trainer.shardings.rest)
     self._step = jax.jit(self.apply, in_shardings=(*self._shardings, batch, batch), out_shardings=batch)
@@ -77,7 +81,7 @@ class Scorer:
     for width, asked in sorted(set(zip(width_P, asked_P, strict=True))):
       chosen = np.flatnonzero((width_P == width) & (asked_P == asked))
       arrays = (
-        _padded([ids_P[i] for i in chosen.tolist()], width, PAD),
+        _padded([ids_P[i] for i in chosen.tolist()], width, self._pad),
         _padded([places[i] for i in chosen.tolist()], asked, 0),
       )
       total_P[chosen], greedy_P[chosen] = self._batched(self._step, state, arrays)
@@ -92,7 +96,7 @@ class Scorer:
     width_I = _widths(size_I, [-(-(length - steps) * part // 4) for part in range(1, 5)])
     for width in np.unique(width_I):
       chosen = np.flatnonzero(width_I == width)
-      arrays = (_padded([prompts_I[i] for i in chosen.tolist()], width, PAD), size_I[chosen])
+      arrays = (_padded([prompts_I[i] for i in chosen.tolist()], width, self._pad), size_I[chosen])
       (made_IN,) = self._batched(self._greedy(steps), state, arrays, np.asarray(stop_V))
       for index, made_N in zip(chosen.tolist(), made_IN, strict=True):
         outputs[index] = made_N

@@ -1,6 +1,7 @@
 """Every kind of vocabulary brings odd text back, with and without seqio, and stores ids as narrow as they go."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.data import encoders, vocabulary
 from dsdm_jax.data.pool import Pool
-from tests.data.conftest import invented, run_pool, run_targets, small_config
+from dsdm_jax.evaluation.exam import exam
+from tests.data.conftest import context, invented, run_pool, run_targets, small_config
 from tests.data.test_vocabulary import ODD, SPACE_SIGN
 
 KINDS = ('bytes', 'sentencepiece', 'tokenizer')
@@ -71,7 +73,9 @@ def test_a_tokenizer_inside_tensorflow(folders: dict[str, Path]):
   assert np.ravel(theirs.decode_tf(ids).numpy())[0].decode() == 'river stone é'
 
 
-def test_a_tokenizer_makes_a_pool_and_its_targets(folders: dict[str, Path], tmp_path: Path):
+def test_a_tokenizer_makes_a_pool_its_targets_and_the_questions_of_evaluation(
+  folders: dict[str, Path], write_jsonl: Callable[[str], str], tmp_path: Path
+):
   config = small_config(vocabulary=str(folders['tokenizer'] / 'tokenizer.json'))
   artifact = run_pool(config, tmp_path)
   pool = Pool(artifact)
@@ -79,9 +83,12 @@ def test_a_tokenizer_makes_a_pool_and_its_targets(folders: dict[str, Path], tmp_
   texts = {d.id: d.text for d in invented(config.pool, config.seed)}
   entry = pool.documents[pool.document_N[3]]
   assert pool.text(3).split('\n␄\n')[0].rstrip('\ufffd') in texts[entry['id']]
-  run_targets(config, tmp_path, artifact)
+  found = run_targets(config, tmp_path, artifact)
   with np.load(tmp_path / 'targets' / 'cs_algorithms.target.npz') as arrays:
     assert (arrays['tokens_TL'][:, 0] == pool.encoder.eos).all()
+  config.evaluation.tasks = (write_jsonl('{"context": "river", "continuation": "stone"}\n'),)
+  [request] = exam(context(config, tmp_path, 'evaluation', pool=artifact, targets=found)).requests
+  assert request.ids_P[0].tolist() == [pool.encoder.eos, *pool.encoder.encode('river'), *pool.encoder.encode(' stone')]
 
 
 def test_narrowest_integer():

@@ -85,7 +85,7 @@ def _text(g: np.random.Generator, low: int, high: int) -> str:
 def _continued(trainer, state, contexts: list[str]) -> list[str]:
   """What the model itself would say: right at every token."""
   ids_I = [np.asarray(encode(context), np.int32) for context in contexts]
-  made = Scorer(trainer, 8).generate(state, ids_I, 6, LENGTH, np.zeros(len(ALPHABET) + 1, bool))
+  made = Scorer(trainer, 8, 0).generate(state, ids_I, 6, LENGTH, np.zeros(len(ALPHABET) + 1, bool))
   return [''.join((' ' + ALPHABET)[int(i)] for i in out_N).strip() for out_N in made]
 
 
@@ -149,9 +149,9 @@ def test_scores_equal_the_harness_item_by_item(reference, trained, tmp_path):
   assert done.returncode == 0, done.stderr[-3000:]
   theirs = json.loads((tmp_path / 'out.json').read_text())
 
-  scorer, worst, right = Scorer(trainer, 8), 0.0, {}
+  scorer, worst, right = Scorer(trainer, 8, 0), 0.0, {}
   for name, (benchmark, items) in files.items():
-    request = requests.build(benchmark, items, requests.Sequences(encode, LENGTH, begin=False), 4, 0)
+    request = requests.build(benchmark, items, requests.Sequences(encode, LENGTH, 1, begin=False), 4, 0)
     answers = scorer.answers(state, request.ids_P, request.count_P, LENGTH)
     wanted = [answer for item in theirs[name] for answer in item['answers']]
     # Sums of at most 30 log-probabilities near −5 in float32 on both sides: seen 3e-5.

@@ -28,7 +28,7 @@ def said(ids: np.ndarray) -> str:
 
 
 def _build(name: str, items: list[Item], length: int = 200, begin: bool = True) -> requests.Request:
-  return requests.build(benchmarks.BENCHMARKS[name], items, Sequences(encode, length, begin), 4, seed=0)
+  return requests.build(benchmarks.BENCHMARKS[name], items, Sequences(encode, length, EOS, begin), 4, seed=0)
 
 
 def test_language_modelling():
@@ -89,13 +89,13 @@ def test_generation_leaves_room_for_the_answer():
   ],
 )
 def test_left_truncation_to_eight_tokens(begin, context, answer, wanted, count):
-  ids, found = Sequences(encode, 8, begin).pair(context, answer)
+  ids, found = Sequences(encode, 8, EOS, begin).pair(context, answer)
   assert (said(ids), found) == (wanted, count)
 
 
 @given(st.text('abc ', max_size=20), st.text('xyz', min_size=1, max_size=20), st.integers(2, 24), st.booleans())
 def test_truncation_keeps_the_end(context, answer, length, begin):
-  ids, count = Sequences(encode, length, begin).pair(context, answer)
+  ids, count = Sequences(encode, length, EOS, begin).pair(context, answer)
   assert count + 1 <= len(ids) <= length, 'something stands before the answer'
   text = said(ids)
   assert text[-count:] == answer[-count:] and count == min(len(answer), length - 1)

@@ -72,7 +72,7 @@ def test_answers_are_sums_of_log_probabilities(trained):
   count_P = np.append(count_P, 1)
   if len(ids_P[0]) >= L:
     ids_P[-1] = ids_P[-1][-L:]
-  found = Scorer(trainer, 4).answers(state, ids_P, count_P, L)
+  found = Scorer(trainer, 4, 0).answers(state, ids_P, count_P, L)
   wanted = [_oracle(trainer, state, ids, count) for ids, count in zip(ids_P, count_P, strict=True)]
   np.testing.assert_allclose(found.total_P, [total for total, _ in wanted], atol=1e-4)
   assert found.greedy_P.tolist() == [greedy for _, greedy in wanted]
@@ -83,15 +83,32 @@ def test_log_probabilities_do_not_depend_on_the_batch(trained):
   """Alone, in another order, and in batches of another size: to 1e-5 nats a token."""
   trainer, state = trained
   ids_P, count_P = _pairs(30)
-  whole = Scorer(trainer, 8).answers(state, ids_P, count_P, L)
+  whole = Scorer(trainer, 8, 0).answers(state, ids_P, count_P, L)
   order = np.random.default_rng(1).permutation(30)
-  shuffled = Scorer(trainer, 8).answers(state, [ids_P[i] for i in order], count_P[order], L)
-  single = [Scorer(trainer, 8).answers(state, [ids_P[i]], count_P[[i]], L).mean_P[0] for i in range(5)]
+  shuffled = Scorer(trainer, 8, 0).answers(state, [ids_P[i] for i in order], count_P[order], L)
+  single = [Scorer(trainer, 8, 0).answers(state, [ids_P[i]], count_P[[i]], L).mean_P[0] for i in range(5)]
   np.testing.assert_allclose(shuffled.mean_P, whole.mean_P[order], atol=1e-5, rtol=0)
   np.testing.assert_allclose(single, whole.mean_P[:5], atol=1e-5, rtol=0)
-  larger = Scorer(trainer, 30).answers(state, ids_P, count_P, L)
+  larger = Scorer(trainer, 30, 0).answers(state, ids_P, count_P, L)
   np.testing.assert_allclose(larger.mean_P, whole.mean_P, atol=1e-5, rtol=0)
   assert (shuffled.greedy_P == whole.greedy_P[order]).all()
+
+
+def test_sequences_are_filled_up_with_the_vocabularys_padding(trained):
+  seen = []
+
+  class Watched(Scorer):
+    def _batches(self, arrays):
+      seen.append(arrays[0])
+      return super()._batches(arrays)
+
+  trainer, state = trained
+  ids_P, count_P = _pairs(5)
+  Watched(trainer, 8, 2).answers(state, ids_P, count_P, L)
+  filled = [
+    row[len(ids) :] for table in seen for row in table for ids in ids_P if row[: len(ids)].tolist() == ids.tolist()
+  ]
+  assert set(np.concatenate(filled).tolist()) == {2}
 
 
 def test_score_reads_weights(trained):
@@ -100,7 +117,7 @@ def test_score_reads_weights(trained):
   tokens_IL, weights_IL = np.zeros((5, L), np.int32), np.zeros((5, L), np.float32)
   for row, (ids, count) in enumerate(zip(ids_P, count_P, strict=True)):
     tokens_IL[row, : len(ids)], weights_IL[row, len(ids) - count : len(ids)] = ids, 1
-  scorer = Scorer(trainer, 8)
+  scorer = Scorer(trainer, 8, 0)
   logprob_I, _ = scorer.score(state, tokens_IL, weights_IL)
   np.testing.assert_allclose(logprob_I, scorer.answers(state, ids_P, count_P, L).mean_P, atol=1e-5)
 
@@ -114,10 +131,10 @@ def test_generation_and_a_strangers_model(trained):
   items = [Item(str(i), f'Say {"x" * i} please:', 'ok', aliases=('ok',)) for i in range(6)]
   encode = lambda text: [byte + 3 for byte in text.encode()]  # noqa: E731
   decode = lambda ids: ''.join(chr(int(i) - 3) for i in ids if i > 2)  # noqa: E731
-  request = requests.build(benchmarks.BENCHMARKS['trivia_qa'], items, requests.Sequences(encode, L), 5, 0)
+  request = requests.build(benchmarks.BENCHMARKS['trivia_qa'], items, requests.Sequences(encode, L, 1), 5, 0)
   stop_V = np.arange(V) == 13
   found = [
-    score_request(Scorer(t, 4), s, request, L, 5, stop_V, decode)
+    score_request(Scorer(t, 4, 0), s, request, L, 5, stop_V, decode)
     for t, s in ((trainer, state), (other, state._replace(params=params, rest=rest)))
   ]
   assert found[0][1] == found[1][1] and len(set(found[0][1])) > 1
