@@ -124,7 +124,8 @@ def get_config() -> ConfigDict:
   c.targets = ConfigDict()
   # Built-in tasks, names of benchmarks (docs/benchmarks.md), or paths of JSONL files.
   c.targets.tasks = ('docs', 'api_qa', 'cs_algorithms')
-  # Folder that holds the benchmarks' files under their names, or 'tfds' or 'tfds:DATA_DIR'.
+  # Folder that holds the benchmarks' files under their names, or 'tfds' or 'tfds:DATA_DIR'; '' is the one that this is
+  # started in. The leakage guard and evaluation read it too.
   c.targets.folder = ''
   c.targets.max_examples = 256  # of each task and split
   c.targets.holdout_share = 0.5  # of a task's documents; the rest is what the datamodel sees
@@ -262,10 +263,9 @@ def get_config() -> ConfigDict:
   c.ladder.seeds = 3  # models per rung
 
   c.evaluation = ConfigDict()
-  # What models are asked: targets (the run's own, both splits), benchmarks by the names of dsdm_jax/data/benchmarks.py,
-  # paths of JSONL files of LLM-Foundry's shapes.
+  # What models are asked: targets (the run's own, both splits), benchmarks by the names of dsdm_jax/data/benchmarks.py
+  # (from targets.folder), paths of JSONL files of LLM-Foundry's shapes.
   c.evaluation.tasks = ('targets',)
-  c.evaluation.benchmark_folder = ''  # where the benchmarks' JSONL files lie; 'tfds' or 'tfds:FOLDER' takes TFDS's data
   c.evaluation.max_items = 0  # of each benchmark, spread evenly over its file; 0 takes all
   c.evaluation.file_shots = 0  # solved examples before each question of a file given by its path
   c.evaluation.file_delimiter = ' '  # between context and answer in such a file

@@ -43,7 +43,6 @@ def get_config():
     'targets', 'copa', 'openbook_qa', 'piqa', 'cbt', 'hellaswag', 'winogrande', 'boolq', 'coqa', 'news_qa',
     'bb_copy_logic', 'bb_dyck_languages', 'bb_operators', 'arc_easy', 'bb_qa_wikidata', 'trivia_qa',
   )  # fmt: skip
-  config.evaluation.benchmark_folder = FILES
   config.evaluation.batch_size = 1_024
   config.plan.topology = 'v5p:8x8x16'
   config.plan.price_per_chip_hour = 4.2  # v5p on demand

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from dsdm_jax.core import artifacts, atomic, distributed, lock, memory
@@ -91,7 +92,8 @@ STAGES = (
   # Every model on every task; differences with intervals, and the compute multiplier.
   Stage(
     'evaluation', ('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'ladder'),
-    ('evaluation', 'model', 'pretraining', 'targets.seed'), 'evaluation.evaluate:run', 3, everywhere=True,
+    ('evaluation', 'model', 'pretraining', 'targets.seed', 'targets.folder'), 'evaluation.evaluate:run', 3,
+    everywhere=True,
   ),
   # One page that shows it all.
   Stage(
@@ -133,7 +135,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
 
 def _run(config: ConfigDict, settings: Mapping, workdir: Path, only: str | None, rerun: bool) -> None:
   tasks.check_files(config.targets)
-  requests.check(config.evaluation, config.pool.length)
+  requests.check(config.evaluation, config.targets.folder, config.pool.length)
   with _held(workdir, config.features.job if config.features.jobs > 1 else None) as fresh:
     _run_in(workdir, fresh, config, settings, only, rerun)
 
@@ -206,11 +208,10 @@ def _stands(stage: Stage, settings: Mapping, workdir: Path, done: Mapping[str, A
 def _identity(stage: Stage, settings: Mapping, inputs: Mapping[str, str]) -> Identity:
   """What `stage` is to be made from; `inputs` are the digests of what it reads."""
   chosen = {key: value for key, value in select(settings, stage.keys).items() if key not in _WHO}
-  for task, held in tasks.files_of(chosen).items():  # the text counts, not only where it lies
-    chosen[f'SHA-256 of {task}'] = hashlib.sha256(Path(held).read_bytes()).hexdigest()
-  if 'evaluation.tasks' in chosen:
-    files = requests.files(chosen['evaluation.tasks'], chosen['evaluation.benchmark_folder'])
-    chosen |= {f'SHA-256 of {file}': hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+  if 'targets.folder' in chosen:  # what the files hold counts, and not where they lie
+    for task, held in tasks.files_of(chosen).items():
+      chosen[f'SHA-256 of {task}'] = hashlib.sha256(epath.Path(held).read_bytes()).hexdigest()
+    chosen['targets.folder'] = tasks.tfds_folder(chosen)
   for key in [key for key in chosen if key.endswith('model.weights') and chosen[key]]:
     chosen[f'SHA-256 of {key}'] = hugging_face.digest(chosen[key])
   if chosen.get('selection.imported'):  # likewise

@@ -162,7 +162,6 @@ RULES: Mapping[str, Rule] = {
   'ladder.seeds': _POSITIVE,
   'evaluation.selection_uses': _POSITIVE,
   'evaluation.tasks': Rule(lambda v: 0 < len(v) == len(set(v)), 'must name at least one task, each once'),
-  'evaluation.benchmark_folder': Rule(lambda v: v == v.strip(), 'must not begin or end with white space'),
   'evaluation.max_items': Rule(lambda v: v == 0 or v >= 2, 'must be 0 for all, or at least 2'),
   'evaluation.file_shots': _COUNT,
   'evaluation.file_delimiter': Rule(lambda v: v != '', 'must hold something, such as a space'),

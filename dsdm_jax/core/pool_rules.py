@@ -52,7 +52,9 @@ POOL_RULES: Mapping[str, Rule] = {
   'host.workers': at_least(0),
   'host.beam': Rule(lambda v: not v or v.startswith('--'), "must be options such as '--runner=DirectRunner', or empty"),
   'targets.tasks': some_of(*TASKS, *BENCHMARKS, also=JSONL),
-  'targets.folder': _LINE,
+  'targets.folder': Rule(
+    lambda v: '\n' not in v and v == v.strip(), 'must be one line that does not begin or end with white space'
+  ),
   'targets.max_examples': at_least(1),
   'targets.holdout_share': within(0, 1, '()'),
   'targets.seed': at_least(0),

@@ -49,6 +49,7 @@ class Benchmark:
     shots: solved examples before the question.
     delimiter: between context and answer; white space at its end belongs to the answer.
     scoring: the rule that decides what is right, one of `SCORING`'s values.
+    tfds_target: 'dataset/config:split' of the target's items, where TFDS keeps them apart from those of the holdout.
     role: 'target', 'held_out' or 'other'.
     per_category: averaged within each item's category first.
     left_out: categories of items that are dropped.
@@ -63,6 +64,7 @@ class Benchmark:
   delimiter: str
   scoring: str
   tfds: str = ''
+  tfds_target: str = ''
   role: str = 'held_out'
   per_category: bool = False
   left_out: tuple[str, ...] = ()
@@ -85,8 +87,8 @@ TABLE: tuple[Benchmark, ...] = (
     counts=(2_577, 2_570),
   ),
   _row(
-    'squad', _READING, LANGUAGE_MODELLING, 'squad.jsonl', 3, tfds='squad:train', role='target',
-    counts=(23_107, 10_557),
+    'squad', _READING, LANGUAGE_MODELLING, 'squad.jsonl', 3, tfds='squad:validation', role='target',
+    counts=(23_107, 10_557), tfds_target='squad:train',
   ),
   _row(
     'jeopardy', _KNOWLEDGE, LANGUAGE_MODELLING, 'jeopardy_all.jsonl', 3, ANSWER, role='target', per_category=True,
@@ -153,6 +155,18 @@ def find(benchmark: Benchmark, folder: str) -> str | None:
   return below[0] if below else None
 
 
+def target_items(benchmark: Benchmark, path: str | None) -> list[Item]:
+  """As many items as the paper's target has, from a split of TFDS that holds nothing else; [] where there is none."""
+  if not benchmark.tfds_target or path is None or not in_tfds(path):
+    return []
+  return read_items(dataclasses.replace(benchmark, tfds=benchmark.tfds_target), path, benchmark.counts[0])
+
+
+def in_tfds(path: str) -> bool:
+  """Whether `path` stands for TFDS's data: 'tfds' or 'tfds:DATA_DIR'."""
+  return path == 'tfds' or path.startswith('tfds:')
+
+
 def read_items(benchmark: Benchmark, path: str | None = None, limit: int | None = None) -> list[Item]:
   """Items of `benchmark`, in the order of their source, without its categories `left_out`.
 
@@ -166,7 +180,7 @@ def read_items(benchmark: Benchmark, path: str | None = None, limit: int | None 
     UserError: there is no such file or dataset, or a record is malformed; it says where, and what to get.
   """
   path = benchmark.source if path is None else path
-  if path == 'tfds' or path.startswith('tfds:'):
+  if in_tfds(path):
     if not benchmark.tfds:
       raise UserError(f'TFDS has no benchmark {benchmark.name}; give a folder that holds {benchmark.source}')
     items = list(tfds_items.read(benchmark.tfds, data_dir=path.partition(':')[2] or None))

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsdm_jax.core import tensorflow_start
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.data import files
+from dsdm_jax.data import files, tfds_items
 from dsdm_jax.data.documents import Document, cut
 from dsdm_jax.data.sources import Entry, Unit
 
@@ -180,7 +180,10 @@ def tfds_builder(name: str) -> Any:
       return builder
   except (tfds.core.DatasetNotFoundError, FileNotFoundError, KeyError) as error:
     raise UserError(f'pool.sources: TFDS has no dataset {name} ({" ".join(str(error).split())[:200]})') from error
-  raise UserError(f'pool.sources: the TFDS dataset {name} is not prepared in {builder.data_dir}; tfds build {name}')
+  raise UserError(
+    f'pool.sources: the TFDS dataset {name} is not prepared in {builder.data_dir}; where there is a network run: '
+    f'{tfds_items.prepare_command(name)}'
+  )
 
 
 def tfds_records(builder: Any, split: str, first: int, stop: int) -> Iterator[Mapping[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.data import benchmarks, cs_algorithms, standard_library
+from dsdm_jax.data import benchmarks, cs_algorithms, shapes, standard_library
 from dsdm_jax.data.leakage import TargetText, words
 
 BUILT_IN = ('docs', 'api_qa', 'cs_algorithms')
@@ -51,12 +51,14 @@ class RawTask:
   Attributes:
     language_modelling: answers are whole documents, cut into pieces later.
     halves: documents are split into halves of one size, rather than each by chance: the paper's splits.
+    holdout: documents of the holdout, where the source keeps them apart; None where the split is ours.
   """
 
   name: str
   items: tuple[RawItem, ...]
   language_modelling: bool = False
   halves: bool = False
+  holdout: frozenset[str] | None = None
 
 
 def task_name(task: str) -> str:
@@ -81,25 +83,45 @@ def benchmark_task(benchmark: benchmarks.Benchmark, folder: str | None, name: st
   Raises:
     UserError: no file, or a bad one, see `benchmarks.read_items`.
   """
-  items = benchmarks.read_items(benchmark, folder)
+  made = _prompted(benchmark, benchmarks.read_items(benchmark, folder), name)
+  learned = _prompted(benchmark, benchmarks.target_items(benchmark, folder), name)
+  if learned:
+    return RawTask(name, (*learned, *made), holdout=frozenset(item.document for item in made))
+  return RawTask(name, tuple(made), halves=any(benchmark.counts))
+
+
+def _prompted(benchmark: benchmarks.Benchmark, items: Sequence[shapes.Item], name: str) -> list[RawItem]:
   made = []
   for index, item in enumerate(items):
     prompt = benchmarks.prompt(benchmark, items, index)
     document = item.document if item.document != item.id else f'{name}/{item.id}'
     made.append(RawItem(item.id, prompt.contexts[prompt.gold], item.continuation, document))
-  return RawTask(name, tuple(made), halves=any(benchmark.counts))
+  return made
 
 
 def files_of(settings: Mapping[str, Any]) -> dict[str, str]:
   """File of each benchmark and .jsonl path among the flat `settings`, as far as they are files."""
-  folder = settings.get('targets.folder') or '.'
+  folder = settings['targets.folder'] or '.'
   found = {}
-  for name in (*settings.get('targets.tasks', ()), *settings.get('pool.leakage_benchmarks', ())):
+  for name in _asked(settings):
     if name.endswith('.jsonl'):
       found[name] = name
-    elif name in benchmarks.BENCHMARKS and (file := benchmarks.find(benchmarks.BENCHMARKS[name], folder)):
-      found[name] = file
+    elif name in benchmarks.BENCHMARKS and not benchmarks.in_tfds(folder):
+      file = benchmarks.find(benchmarks.BENCHMARKS[name], folder)
+      found |= {name: file} if file else {}
   return found
+
+
+def tfds_folder(settings: Mapping[str, Any]) -> str:
+  """`targets.folder` where a benchmark among the flat `settings` is read from TFDS, else ''."""
+  folder = settings['targets.folder']
+  asks = any(name in benchmarks.BENCHMARKS for name in _asked(settings))
+  return folder if asks and benchmarks.in_tfds(folder) else ''
+
+
+def _asked(settings: Mapping[str, Any]) -> list[str]:
+  keys = ('targets.tasks', 'pool.leakage_benchmarks', 'evaluation.tasks')
+  return [name for key in keys for name in settings.get(key, ())]
 
 
 def check_files(config: ConfigDict) -> None:
@@ -182,6 +204,8 @@ def raw_texts(config: ConfigDict) -> list[TargetText]:
   for task in read_tasks(config):
     if task.name in config.tasks and task.name in benchmarks.BENCHMARKS:
       texts += benchmark_texts((task.name,), config.folder or '.')
+      items = benchmarks.target_items(benchmarks.BENCHMARKS[task.name], config.folder)
+      texts += [_text(task.name, item) for item in items]
       continue
     for item in task.items:
       context = '' if task.name == 'api_qa' else item.context
@@ -199,10 +223,13 @@ def benchmark_texts(names: Iterable[str], folder: str) -> list[TargetText]:
   for name in names:
     known = benchmarks.BENCHMARKS.get(name)
     items = benchmarks.read_items(known, folder) if known else benchmarks.read_items(benchmarks.of_file(name))
-    for item in items:
-      context = item.context_options[item.gold] if item.context_options else item.context
-      texts.append(TargetText(task_name(name), f'{_LABELS.sub("", context)} {item.continuation}'))
+    texts += [_text(task_name(name), item) for item in items]
   return texts
+
+
+def _text(task: str, item: shapes.Item) -> TargetText:
+  context = item.context_options[item.gold] if item.context_options else item.context
+  return TargetText(task, f'{_LABELS.sub("", context)} {item.continuation}')
 
 
 def split_documents(tasks: Sequence[RawTask], holdout_share: float, seed: int) -> dict[str, str]:
@@ -233,6 +260,9 @@ def split_documents(tasks: Sequence[RawTask], holdout_share: float, seed: int) -
   for task in tasks:
     if task.halves:
       _split_evenly(task, side, find, holdout_share, seed)
+    if task.holdout is not None:
+      held, all_ = ({find(document) for document in some} for some in (task.holdout, {i.document for i in task.items}))
+      side.update((d, 'holdout' if find(d) in held else 'target') for d in side if find(d) in all_)
   return side
 
 

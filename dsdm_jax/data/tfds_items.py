@@ -1,7 +1,7 @@
 """Benchmarks that TFDS has, as items: each a function from a record of that dataset to the items it holds.
 
 Datasets are read through `as_data_source`, so a prepared dataset of either file format that TFDS can read by row will
-do; nothing is downloaded unless TFDS is asked to (`tfds build`).
+do; nothing is downloaded unless TFDS is asked to (`prepare_command`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +33,7 @@ def read(name: str, limit: int | None = None, data_dir: str | None = None) -> It
   if not present:
     raise UserError(
       f'the TFDS dataset {dataset} is not prepared in {data_dir or "~/tensorflow_datasets"}; where there is a '
-      f'network run: tfds build {dataset}' + (f' --data_dir={data_dir}' if data_dir else '')
+      f'network run: {prepare_command(dataset, data_dir)}'
     )
   count = 0
   for index, record in enumerate(_records(builder, split)):
@@ -42,6 +42,12 @@ def read(name: str, limit: int | None = None, data_dir: str | None = None) -> It
         return
       count += 1
       yield item
+
+
+def prepare_command(name: str, data_dir: str | None = None) -> str:
+  """What prepares a dataset; TFDS's own command `tfds build` does not start without apache_beam."""
+  where = f', data_dir={data_dir!r}' if data_dir else ''
+  return f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}{where}).download_and_prepare()"'
 
 
 def _records(builder: Any, split: str) -> Iterator[Mapping[str, Any]]:

@@ -85,7 +85,7 @@ def exam(context: Context) -> Exam:
     targets = Targets(context.inputs['targets'])
     examples = {(t, s): targets.examples(t, s) for t in targets.tasks for s in SPLITS}
   sequences = Sequences(encoder.encode, length, encoder.eos, config.evaluation.begin_with_end_mark)
-  asked = tuple(requests.read(config.evaluation, sequences, config.targets.seed))
+  asked = tuple(requests.read(config.evaluation, config.targets.folder, sequences, config.targets.seed))
   for request in asked:
     if request.benchmark.name in {task for task, _ in examples}:
       raise UserError(

@@ -108,11 +108,12 @@ def chosen(config: ConfigDict) -> list[Benchmark]:
   return found
 
 
-def check(config: ConfigDict, length: int) -> None:
+def check(config: ConfigDict, folder: str, length: int) -> None:
   """Reads what `config.tasks` names, so that a broken file is found before anything is written.
 
   Args:
     config: the `evaluation` part.
+    folder: `targets.folder`.
     length: of sequences, in tokens.
 
   Raises:
@@ -124,26 +125,19 @@ def check(config: ConfigDict, length: int) -> None:
       'prompt comes before it'
     )
   for benchmark in chosen(config):
-    benchmarks.read_items(benchmark, _path(benchmark, config))
+    benchmarks.read_items(benchmark, _path(benchmark, folder))
 
 
-def files(tasks: Sequence[str], folder: str) -> list[str]:
-  """The files behind the benchmarks of `evaluation.tasks`; what TFDS holds has none."""
-  known = [benchmarks.BENCHMARKS[task] for task in tasks if task in benchmarks.BENCHMARKS]
-  inside = [] if folder.startswith('tfds') else [benchmarks.find(benchmark, folder) for benchmark in known]
-  return [task for task in tasks if task.endswith('.jsonl')] + [file for file in inside if file is not None]
-
-
-def read(config: ConfigDict, sequences: Sequences, seed: int) -> Iterator[Request]:
-  """Every benchmark of `config.tasks`, in order; see `chosen`. `seed` is that of the shots."""
+def read(config: ConfigDict, folder: str, sequences: Sequences, seed: int) -> Iterator[Request]:
+  """Every benchmark of `config.tasks`, in order; see `chosen`. `folder` and `seed` are those of targets."""
   for benchmark in chosen(config):
     limit = config.max_items or None
-    items = benchmarks.read_items(benchmark, _path(benchmark, config), limit)
+    items = benchmarks.read_items(benchmark, _path(benchmark, folder), limit)
     yield build(benchmark, items, sequences, config.generate_tokens, seed)
 
 
-def _path(benchmark: Benchmark, config: ConfigDict) -> str | None:
-  return config.benchmark_folder if benchmarks.BENCHMARKS.get(benchmark.name) is benchmark else None
+def _path(benchmark: Benchmark, folder: str) -> str | None:
+  return (folder or '.') if benchmarks.BENCHMARKS.get(benchmark.name) is benchmark else None
 
 
 def build(

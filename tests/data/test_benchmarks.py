@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.base import get_config
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.data import benchmarks, shapes, tfds_items
+from dsdm_jax.data import benchmarks, shapes, tasks, tfds_items
 from dsdm_jax.data.benchmarks import BENCHMARKS, TABLE, Prompt, of_file, prompt, read_items
 
 PAPER = set(
@@ -110,7 +111,7 @@ def test_a_missing_file_is_said_and_where_else_to_look(tmp_path: Path):
     read_items(BENCHMARKS['piqa'], str(tmp_path))
   with pytest.raises(UserError, match='TFDS has no benchmark cbt'):
     read_items(BENCHMARKS['cbt'], 'tfds')
-  with pytest.raises(UserError, match='piqa is not prepared in .*tfds build piqa'):
+  with pytest.raises(UserError, match='piqa is not prepared in .*piqa.*download_and_prepare'):
     read_items(BENCHMARKS['piqa'], f'tfds:{tmp_path}')
 
 
@@ -135,6 +136,17 @@ TFDS = {
       'answers': {'text': ['Bees'], 'answer_start': [0]},
     },
     (('Context: Bees fly.\nQuestion: What flies?\nAnswer:',), (' Bees',), 0),
+  ),
+  'trivia_qa/rc.nocontext': (
+    {
+      'question': 'Who wrote notes on the engine?', 'question_id': 'q', 'question_source': 's', 'entity_pages': [],
+      'search_results': [],
+      'answer': {
+        'aliases': ['Ada Lovelace', 'Countess of Lovelace'], 'normalized_aliases': [], 'value': 'Ada Lovelace',
+        'matched_wiki_entity_name': '', 'normalized_matched_wiki_entity_name': '', 'normalized_value': '', 'type': 'x',
+      },
+    },
+    (('Question: Who wrote notes on the engine?\nAnswer:',), (' Ada Lovelace',), 0),
   ),
   'piqa': ({'id': '1', 'goal': 'Go', 'sol1': 'up', 'sol2': 'out', 'label': 1},
            (('Question: Go\nAnswer:',) * 2, (' up', ' out'), 1)),
@@ -174,21 +186,53 @@ TFDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('dataset', TFDS)
-def test_tfds_datasets(dataset: str, tmp_path: Path):
-  """Written with the features of TFDS's own builder, from a record of ours in the place of the download."""
+def write_tfds(folder: Path, dataset: str, **splits: list[dict]) -> None:
+  """A prepared dataset with the features of TFDS's own builder, and records of ours in the place of the download."""
   import tensorflow_datasets as tfds
 
-  raw, wanted = TFDS[dataset]
-  [benchmark] = [b for b in TABLE if b.tfds.partition(':')[0] == dataset]
-  builder = tfds.builder(dataset, data_dir=str(tmp_path), try_gcs=False, file_format='array_record')
-  split = benchmark.tfds.partition(':')[2]
+  builder = tfds.builder(dataset, data_dir=str(folder), try_gcs=False, file_format='array_record')
   Path(builder.data_dir).mkdir(parents=True)
   writer = tfds.core.SequentialWriter(builder.info, max_examples_per_shard=10, file_format='array_record')
-  writer.initialize_splits([split])
-  writer.add_examples({split: [raw]})
+  writer.initialize_splits(list(splits))
+  writer.add_examples(splits)
   writer.close_all()
+
+
+def test_every_tfds_dataset_of_the_table_is_read_here():
+  assert {b.tfds.partition(':')[0] for b in TABLE if b.tfds} - {'ai2_arc/ARC-Challenge'} == TFDS.keys()
+
+
+@pytest.mark.parametrize('dataset', TFDS)
+def test_tfds_datasets(dataset: str, tmp_path: Path):
+  raw, wanted = TFDS[dataset]
+  [benchmark] = [b for b in TABLE if b.tfds.partition(':')[0] == dataset]
+  write_tfds(tmp_path, dataset, **{benchmark.tfds.partition(':')[2]: [raw]})
   items = read_items(benchmark, f'tfds:{tmp_path}')
   found = prompt(benchmark, items, 0) if dataset != 'squad' else prompt(benchmark, items[:1], 0)
   assert (found.contexts, found.answers, found.gold) == wanted
   assert len(items) == (2 if dataset == 'coqa' else 1)
+  if benchmark.shape == shapes.GENERATION:
+    assert items[0].aliases == ('Ada Lovelace', 'Countess of Lovelace')
+
+
+def test_squad_from_tfds_has_the_papers_split(tmp_path: Path):
+  """The target is of the training split, the holdout and evaluation are the validation split; the guard knows both."""
+
+  def record(split: str, i: int) -> dict:
+    answers = {'text': [f'{split} {i}'], 'answer_start': [0]}
+    return {'id': f'{split}{i}', 'title': f'{split} {i % 3}', 'context': f'{split} {i} it is.',
+            'question': f'Which {i}?', 'answers': answers}  # fmt: skip
+
+  splits = {split: [record(split, i) for i in range(n)] for split, n in (('train', 12), ('validation', 5))}
+  write_tfds(tmp_path, 'squad', **splits)
+  config = get_config().targets
+  config.tasks, config.folder = ('squad',), f'tfds:{tmp_path}'
+  [task] = tasks.read_tasks(config)
+  side = tasks.split_documents([task], 0.5, 0)
+  found = {s: sorted(item.answer for item in task.items if side[item.document] == s) for s in ('target', 'holdout')}
+  assert found == {
+    'target': sorted(f'train {i}' for i in range(12)), 'holdout': sorted(f'validation {i}' for i in range(5)),
+  }  # fmt: skip
+  assert all(item.context.count('Question:') == 4 and item.answer.split()[0] in item.context for item in task.items)
+  assert len(read_items(BENCHMARKS['squad'], f'tfds:{tmp_path}')) == 5
+  assert len(tasks.raw_texts(config)) == 17

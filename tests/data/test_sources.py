@@ -236,3 +236,15 @@ def test_bad_lines(line: str, said: str):
   with pytest.raises(UserError, match=said) as caught:
     sources.parse(line)
   assert repr(line) in str(caught.value)
+
+
+def test_a_tfds_dataset_that_tfds_prepares(tmp_path: Path):
+  """TFDS's way of preparing a dataset works with what requirements.txt installs; TFRecord, its usual format."""
+  from tests.data.prepared import Lines
+
+  builder = Lines(data_dir=str(tmp_path / 'tfds'), file_format='tfrecord')
+  builder.download_and_prepare()
+  pool = build(tmp_path / 'pool', f'tfds:{builder.data_dir} | name=lines')
+  assert {d['bytes'] for d in pool.documents} == {29, 30} and len(pool.documents) == 20
+  with pytest.raises(UserError, match=r"piqa is not prepared in .*builder\('piqa'\)\.download_and_prepare"):
+    build(tmp_path / 'none', 'tfds:piqa | text=goal')

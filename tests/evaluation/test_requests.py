@@ -109,9 +109,9 @@ def test_cut_answers_are_counted():
   assert request.cut == 1
 
 
-def _config(*tasks: str, folder: str = ''):
+def _config(*tasks: str):
   config = base.get_config().evaluation
-  config.tasks, config.benchmark_folder = tasks, folder
+  config.tasks = tasks
   return config
 
 
@@ -122,13 +122,12 @@ def test_chosen_and_refused(tmp_path):
   assert [(b.name, b.shape, b.shots) for b in found] == [
     ('piqa', 'multiple_choice', 10), ('mine', 'multiple_choice', 0),
   ]  # fmt: skip
-  requests.check(_config('targets', str(mine)), 32)
+  requests.check(_config('targets', str(mine)), '', 32)
   (tmp_path / 'asked.jsonl').write_text('{"context": "q", "answer": "a", "aliases": []}\n')
   with pytest.raises(UserError, match='generate_tokens = 16 must be less than pool.length = 16'):
-    requests.check(_config(str(tmp_path / 'asked.jsonl')), 16)
-  assert requests.files(['targets', str(mine)], '') == [str(mine)]
+    requests.check(_config(str(tmp_path / 'asked.jsonl')), '', 16)
   for task, words in (('piqua', 'is it piqa?'), (str(tmp_path / 'none.jsonl'), 'No such file')):
     with pytest.raises(UserError, match=words):
-      requests.check(_config(task), 32)
+      requests.check(_config(task), '', 32)
   with pytest.raises(UserError, match=r'piqa\.jsonl'):
-    requests.check(_config('piqa', folder=str(tmp_path)), 32)
+    requests.check(_config('piqa'), str(tmp_path), 32)
