@@ -148,6 +148,7 @@ class ScoresView(Mapping[str, np.ndarray]):
   def __init__(self, artifact: Artifact, pool: PoolView, run: Run):
     with np.load(artifact.path / 'scores.npz', allow_pickle=False) as arrays:
       self.arrays: dict[str, np.ndarray] = dict(arrays)
+    self._artifact = artifact
     self.semantics = artifact.semantics
     self.tasks: tuple[str, ...] = tuple(artifact.semantics['tasks'])
     self._pool, self._run = pool, run
@@ -168,16 +169,16 @@ class ScoresView(Mapping[str, np.ndarray]):
     """A line for each row of the pool and a column for each target."""
     return _frame({target: self[target] for target in self}, index_name='row')
 
-  def interval(self, task: str) -> 'pd.DataFrame':
-    """`low`, `score` and `high` of each row for a task; over the task's documents, at `datamodel.confidence`.
+  def interval(self, target: str) -> 'pd.DataFrame':
+    """`low`, `score` and `high` of each row for a target; over its tasks' documents, at `datamodel.confidence`.
 
     Raises:
-      UserError: the run made no resamples.
+      UserError: the run made no resamples, or mixes tasks by rank.
     """
-    if f'error_{task}_N' not in self.arrays:
-      raise UserError(f'scores for {task} have no intervals; set datamodel.bootstrap to 2 or more and run again')
-    reach_N = self.semantics['half_width'][task] * self.arrays[f'error_{task}_N']
-    return _frame({'low': self[task] - reach_N, 'score': self[task], 'high': self[task] + reach_N}, index_name='row')
+    from dsdm_jax.attribution.scores import Scores
+
+    low_N, high_N = Scores(self._artifact).interval_2N(target)
+    return _frame({'low': low_N, 'score': self[target], 'high': high_N}, index_name='row')
 
   def top(self, target: str = 'mix', count: int = 10) -> 'pd.DataFrame':
     """The rows of the highest scores, best first, with source, document and text."""

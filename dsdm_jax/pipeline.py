@@ -77,7 +77,7 @@ STAGES = (
   # Scores → rows for each arm. What a method does not need is not opened.
   Stage(
     'selection', ('pool', 'targets', 'proxies', 'features', 'datamodel'),
-    ('seed', 'selection', 'mixture', 'pretraining.seeds'), 'selection.select:run', format=2,
+    ('seed', 'selection', 'mixture', 'pretraining.seeds'), 'selection.select:run', format=2, everywhere=True,
   ),
   # One model per arm and seed, on a seqio mixture of its rows.
   Stage(
@@ -97,8 +97,9 @@ STAGES = (
   ),
   # One page that shows it all.
   Stage(
-    'report', ('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'evaluation'),
-    ('report',), 'report.report:run', also=('validation',),
+    'report',
+    ('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'ladder', 'evaluation'),
+    ('report',), 'report.report:run', 2, also=('validation',),
   ),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES if not stage.on_request)

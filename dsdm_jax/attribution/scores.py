@@ -12,7 +12,7 @@ from dsdm_jax.attribution.features import Features
 from dsdm_jax.attribution.members import Member
 from dsdm_jax.attribution.outputs import ProxyOutputs
 from dsdm_jax.attribution.partials import Partials
-from dsdm_jax.attribution.tables import mix
+from dsdm_jax.attribution.tables import mix, mix_error
 from dsdm_jax.core import atomic
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.config import load_callable
@@ -165,17 +165,30 @@ class Scores:
       return self._arrays[f'score_{target}_N']
     return mix(np.stack([self._arrays[f'score_{t}_N'] for t in target.split('+')]), self._rule)
 
-  def interval_2N(self, task: str) -> np.ndarray:
-    """Lower and upper end of the interval of each row's score for a task, over that task's documents.
+  def interval_2N(self, target: str) -> np.ndarray:
+    """Lower and upper end of the interval of each row's score for a target, over the documents of its examples.
+
+    For several tasks their errors are added as of independent examples, and reach as far as those of the task with the
+    fewest documents.
 
     Raises:
-      UserError: the stage made no resamples.
+      UserError: the stage made no resamples, or tasks are mixed by rank, which has no standard error.
     """
-    if f'error_{task}_N' not in self._arrays:
-      raise UserError(f'scores for {task} have no intervals; set datamodel.bootstrap to 2 or more and run again')
-    reach_N = self._half_width[task] * self._arrays[f'error_{task}_N']
-    score_N = self._arrays[f'score_{task}_N']
+    reach_N, score_N = self.reach_N(target), self.score_N(target)
     return np.stack([score_N - reach_N, score_N + reach_N])
+
+  def reach_N(self, target: str) -> np.ndarray:
+    """Half the length of each row's interval; raises as `interval_2N`."""
+    tasks = self.tasks if target == 'mix' else tuple(target.split('+'))
+    if any(f'error_{task}_N' not in self._arrays for task in tasks):
+      raise UserError(f'scores for {target} have no intervals; set datamodel.bootstrap to 2 or more and run again')
+    if len(tasks) == 1 and target != 'mix':
+      return self._half_width[target] * self._arrays[f'error_{target}_N']
+    error_TN, score_TN = (np.stack([self._arrays[f'{kind}_{task}_N'] for task in tasks]) for kind in ('error', 'score'))
+    error_N = mix_error(error_TN, score_TN, self._rule)
+    if error_N is None:
+      raise UserError(f"scores for {target} are mean ranks, which have no intervals; set datamodel.mix to 'zscore'")
+    return max(self._half_width[task] for task in tasks) * error_N
 
   def examples_EM(self, task: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows with the highest, then the lowest scores for each of the task's first examples, and these scores.

@@ -22,6 +22,7 @@ STAGES = (
   'datamodel',
   'selection',
   'pretraining',
+  'ladder',
   'evaluation',
 )
 _SCORES = re.compile(r'score_(.+)_N')
@@ -82,7 +83,7 @@ class Evidence:
     curves: training loss by arm.
     dropped: one dict per document that the leakage guard dropped.
     tokens: tokens that each final model was trained on.
-    cost: stage → seconds, flop and bytes on disk.
+    cost: stage → seconds, flop and bytes on disk; without the ladder where it has no rungs.
     versions: package → version.
     environment: what is known of the machine that wrote the report, in words.
     multiplier: content of `multiplier.json` of the evaluation, or None.
@@ -140,6 +141,8 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
     }
   runs = _json(inputs['selection'].path / 'index.json')
   curve_list, tokens = curves(inputs['pretraining'].path, runs)
+  multiplier = _optional(inputs, 'evaluation', 'multiplier.json')
+  paid = [stage for stage in STAGES if stage != 'ladder' or multiplier is not None]
   return Evidence(
     results=_json(inputs['evaluation'].path / 'results.json'),
     sources=tuple(_json(pool / 'sources.json')),
@@ -154,10 +157,10 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
     curves=curve_list,
     dropped=list(_lines(pool / 'dropped.jsonl')),
     tokens=tokens,
-    cost={stage: dict(inputs[stage].manifest['cost']) | {'bytes': _bytes(inputs[stage])} for stage in STAGES},
+    cost={stage: dict(inputs[stage].manifest['cost']) | {'bytes': _bytes(inputs[stage])} for stage in paid},
     versions=inputs['evaluation'].manifest['versions'],
     environment=_environment(),
-    multiplier=_optional(inputs, 'evaluation', 'multiplier.json'),
+    multiplier=multiplier,
     lds=_optional(inputs, 'validation', 'lds.json'),
     config=config,
     text=text,

@@ -1,7 +1,7 @@
 """A classifier that tells target text from the pool's (GPT-3, arXiv 2005.14165, appendix A; DCLM, arXiv 2406.11794).
 
 Logistic regression by scikit-learn on the shares of hashed uni- and bigrams: target examples against a sample of rows,
-each task and both sides weighing the same.
+each task and both sides weighing the same: score(n) = w · x(n) + b, p(n) = 1 / (1 + exp(−score(n))).
 """
 
 import numpy as np

@@ -1,7 +1,9 @@
 """DsDm with a penalty on redundancy: a linear datamodel says the same of a row however many of its like are chosen.
 
 Likeness is the cosine of two rows' features φ at the first proxy: rows with parallel gradients teach the same. Scores
-are in standard deviations, and `selection.diversity` says how many of them full redundancy costs.
+are in standard deviations, and `selection.diversity` says how many of them full redundancy costs. The penalty is that
+of maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998): argmax over the rows that are left of
+z(n) − diversity · max over chosen m of cos(φ(n), φ(m)).
 """
 
 import numpy as np
@@ -20,8 +22,8 @@ SHORTLIST = 4
 
 @selector('dsdm_greedy', targeted=True, seeded=False)
 def dsdm_greedy(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """Row after row, the highest z − diversity · (largest cosine to a row already chosen), after Carbonell and
-  Goldstein's maximal marginal relevance (SIGIR 1998). k · 4k · J operations: for some ten thousand rows at the most.
+  """Row after row, the highest z − diversity · (largest cosine to a row already chosen). k · 4k · J operations: for
+  some ten thousand rows at the most.
   """
   del seed
   score_N, rows, phi_MJ = _shortlist(pool, target, budget)

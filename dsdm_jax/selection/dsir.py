@@ -1,4 +1,8 @@
-"""DSIR: importance resampling with hashed n-grams (arXiv 2302.03169, section 3)."""
+"""DSIR: importance resampling with hashed n-grams (arXiv 2302.03169, section 3).
+
+log w(n) = Σ_b count_b(n) · (log p_target(b) − log p_pool(b)) over hash buckets b of uni- and bigrams; the k rows of the
+highest log w(n) + Gumbel noise are k draws without replacement by w.
+"""
 
 import numpy as np
 

@@ -1,4 +1,8 @@
-"""Rows that look like a target example to the proxy, after BETR (benchmark-targeted ranking, Apple 2025)."""
+"""Rows that look like a target example to the proxy, after BETR (benchmark-targeted ranking, arXiv 2507.12466).
+
+score(n) = max over target examples t of e(n) · e(t), with e of length one. The paper scores a sample in this way and
+fits a classifier to it for the rest of the pool; here every row is embedded.
+"""
 
 import numpy as np
 

@@ -11,6 +11,7 @@ Formats:
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
@@ -150,11 +151,8 @@ def _scores(datamodel: Artifact, selection: Selection) -> dict[str, np.ndarray]:
   target = selection.provenance['target']
   target = 'mix' if target == 'any' else target
   found = {'datamodel': scores.score_N(target)}
-  if target in scores.tasks:
-    try:
-      found['low'], found['high'] = scores.interval_2N(target)
-    except UserError:  # made without resamples: a score without an interval
-      return found
+  with contextlib.suppress(UserError):  # made without resamples, or mean ranks: a score without an interval
+    found['low'], found['high'] = scores.interval_2N(target)
   return found
 
 

@@ -1,4 +1,7 @@
-"""Gradient dot product without curvature: TracIn at the end of training (arXiv 2002.08484, eq. 1, one checkpoint)."""
+"""Gradient dot product without curvature: TracIn at the end of training (arXiv 2002.08484, TracInCP of one checkpoint).
+
+score(n) = mean over target examples t of ∇f(n) · ∇f(t), both projected.
+"""
 
 import numpy as np
 

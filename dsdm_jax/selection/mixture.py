@@ -24,6 +24,8 @@ def make(context: Context, pool: Candidates, budget: Budget, seed: int) -> tuple
 
   The entry's `parts` are what `data.arms.schedule` makes the order of training from.
   """
+  from dsdm_jax.selection.select import keep
+
   config = context.config
   parts = [part for part in map(mixture_parts.parse, config.mixture.parts) if part is not None]
   total_rate = sum(part.rate for part in parts)
@@ -32,7 +34,7 @@ def make(context: Context, pool: Candidates, budget: Budget, seed: int) -> tuple
     share = part.rate / total_rate
     wanted = _part_budget(part, budget, share)
     chosen = _chosen(pool, part, wanted, config.seed, seed, number)
-    chosen.save(context.out)
+    keep(context, chosen)
     rows.append(chosen.rows)
     entries.append({
       'name': chosen.name.partition('--')[2], 'selection': chosen.name, 'method': method_name(part.method),
@@ -43,7 +45,7 @@ def make(context: Context, pool: Candidates, budget: Budget, seed: int) -> tuple
   shown = [{key: entry[key] for key in ('name', 'rate', 'examples', 'most')} for entry in entries]
   told = {'method': NAME, 'target': 'any', 'seed': seed, 'examples': every.size, 'epochs': budget.total / every.size}
   every = dataclasses.replace(every, name=f'{NAME}--any--{seed}', provenance={**told, 'parts': shown})
-  every.save(context.out)
+  keep(context, every)
   entry = {
     'name': every.name, 'selection': every.name, **{k: told[k] for k in ('method', 'target', 'seed', 'examples')},
     'epochs': told['epochs'], 'parts': entries, 'when_empty': config.mixture.when_empty,

@@ -1,4 +1,7 @@
-"""Rows by how hard the proxies find them (perplexity pruning, after arXiv 2309.04564 and 2405.20541)."""
+"""Rows by how hard the proxies find them: perplexity pruning (arXiv 2309.04564, 2405.20541).
+
+PPL(n) = exp(−1/L · Σ_l log p(token l | those before it)): the mean log-probability orders rows the other way round.
+"""
 
 from dsdm_jax.data.selection import Selection
 from dsdm_jax.selection import ranking

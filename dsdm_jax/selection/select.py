@@ -25,7 +25,8 @@ def load_selectors() -> None:
 def run(context: Context) -> dict:
   """Leaves `<method>--<target>--<seed>.npz`, and `index.json` with one entry for each model to train.
 
-  A method that draws has rows of its own for each seed; a deterministic one shares its rows between seeds.
+  A method that draws has rows of its own for each seed; a deterministic one shares its rows between seeds. All
+  processes choose, because proxies and streamed features are read by all together; what process 0 chose is kept.
   """
   config, options = context.config, context.config.selection
   load_selectors()
@@ -39,7 +40,7 @@ def run(context: Context) -> dict:
         drawn = seed if chooser.seeded else 0
         if seed == drawn:
           chosen = choose(pool, method, target, budget, config.seed, drawn)
-          chosen.save(context.out)
+          keep(context, chosen)
           if drawn == 0:
             arms.append(chosen)
         index.append({
@@ -52,11 +53,18 @@ def run(context: Context) -> dict:
       index.append(entry)
       if seed == 0:
         arms.append(chosen)
-  atomic.write_json(context.out / 'index.json', index)
   found = cards.make(arms, pool.pool)
-  atomic.write_json(context.out / 'cards.json', found)
-  context.log.say(cards.table(found))
+  if context.first:
+    atomic.write_json(context.out / 'index.json', index)
+    atomic.write_json(context.out / 'cards.json', found)
+    context.log.say(cards.table(found))
   return {'budget_examples': budget.total, 'selections': found}
+
+
+def keep(context: Context, chosen: Selection) -> None:
+  """Saves a selection, on process 0."""
+  if context.first:
+    chosen.save(context.out)
 
 
 def choose(pool: Candidates, method: str, target: str, budget: Budget, root: int, seed: int) -> Selection:

@@ -58,6 +58,12 @@ def test_scores(run, finished):
   low_N, high_N = scores.interval_2N('docs')
   assert np.array_equal(run.scores.interval('docs')['low'], low_N)
   assert np.array_equal(run.scores.interval('docs')['high'], high_N)
+  mixed = run.scores.interval('mix')
+  errors = [run.scores.arrays[f'error_{t}_N'] / run.scores[t].std() for t in scores.tasks]
+  widest = max(run.scores.semantics['half_width'].values())  # zscore: each task's errors in its standard deviations
+  np.testing.assert_allclose(
+    mixed['high'] - mixed['score'], widest * np.sqrt(np.sum(np.square(errors), axis=0)) / 3, rtol=1e-3, atol=1e-5
+  )
   top, bottom = run.scores.top('docs', 3), run.scores.bottom('docs', 3)
   assert top.index[0] == run.scores['docs'].argmax()
   assert bottom.index[0] == run.scores['docs'].argmin()

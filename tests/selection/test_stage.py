@@ -1,4 +1,6 @@
-"""The stage with every method on a real run: what it leaves, on any number of devices, and what others can open."""
+"""The stage with every method on a real run: what it leaves, on any number of devices and processes, and what others
+can open.
+"""
 
 import json
 import os
@@ -9,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from dsdm_jax import pipeline
 from dsdm_jax.core import artifacts
@@ -20,39 +21,18 @@ from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.selection import Selection
 from dsdm_jax.selection import export
 from tests.conftest import ROOT
+from tests.core.test_distributed import ends, free_port
 from tests.pipeline import runs
-from tests.pipeline.tiny import get_config
+from tests.selection import every
 
 ONCE = {'random_one_epoch': 64}  # rows of those that do not take 32
-
-
-def shortest(pool, target, budget, seed):
-  """A stranger's selector: rows whose text is shortest."""
-  del target, seed
-  sizes = [len(pool.pool.text(row)) for row in range(pool.num_rows)]
-  return Selection.of(np.argsort(sizes, kind='stable')[: budget.examples], why='short')
-
-
-def repeats(pool, target, budget, seed):
-  del pool, target, seed
-  return Selection.of(np.zeros(budget.examples, np.int64))
-
-
-def config() -> ConfigDict:
-  c = get_config()
-  c.selection.methods = (*(m for m in METHODS if m != 'imported'), f'{__name__}:shortest')
-  c.selection.targets = ('docs',)
-  c.selection.conditional_steps = 2
-  c.selection.document_cap = 8
-  c.mixture.parts = ('dsdm@docs rate=2', 'dsdm@api_qa rows=3 cap=2', 'random epochs=1')
-  return c
 
 
 def select(source: Path, folder: Path, **changes) -> Path:
   """A copy of a finished run whose selection is made anew."""
   for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
     shutil.copytree(source / stage, folder / stage)
-  made = config()
+  made = every.get_config()
   for key, value in changes.items():
     section, _, name = key.partition('__')
     made[section][name] = value
@@ -105,22 +85,37 @@ def test_cards_count_what_was_chosen(chosen):
 
 
 @pytest.mark.slow
-def test_rows_are_the_same_on_another_number_of_devices(chosen, finished, tmp_path):
-  code = (
-    'import sys; from pathlib import Path; from tests.selection import test_stage as t; '
-    't.select(*map(Path, sys.argv[1:]))'
-  )
-  done = subprocess.run(
-    [sys.executable, '-c', f"import os; n = os.environ['JAX_NUM_CPU_DEVICES']; import tests.conftest; "
-     f"os.environ['JAX_NUM_CPU_DEVICES'] = n; {code}", str(finished), str(tmp_path / 'run')],
-    cwd=ROOT, env=runs.environment(1), capture_output=True, text=True, check=False,
+def test_two_processes_choose_the_rows_of_one(chosen, finished, tmp_path):
+  """Two connected processes of one device each, beside one of eight: every method, from the stage's own command."""
+  folder = tmp_path / 'run'
+  for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
+    shutil.copytree(finished / stage, folder / stage)
+  flags = (
+    '--config=tests/selection/every.py', f'--workdir={folder}', '--stage=selection', '--config.distributed.processes=2',
+    f'--config.distributed.coordinator=127.0.0.1:{free_port()}',
   )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3_000:]
-  names = sorted(path.name for path in (chosen / 'selection').glob('*.npz'))
+  outputs = ends([
+    subprocess.Popen(
+      runs.command(*flags, f'--config.distributed.process={process}'),
+      cwd=ROOT, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for process in (0, 1)
+  ])  # fmt: skip
+  for code, _, err in outputs:
+    assert code == 0, err[-3_000:]
+  assert 'selection: done in' in outputs[0][1] and 'selection' not in outputs[1][1]
+  assert_same_rows(chosen, folder)
+
+
+def assert_same_rows(a: Path, b: Path) -> None:
+  """Every selection of two runs has the same rows in the same order, and there is at least one of every method."""
+  names = sorted(path.name for path in (a / 'selection').glob('*.npz'))
+  assert names == sorted(path.name for path in (b / 'selection').glob('*.npz'))
+  assert {*METHODS, 'shortest', 'mixture'} - {'imported'} <= {name.partition('--')[0] for name in names}
   differ = []
   for name in names:
-    with np.load(chosen / 'selection' / name) as a, np.load(tmp_path / 'run/selection' / name) as b:
-      differ += [name] if a['rows'].tolist() != b['rows'].tolist() else []
+    with np.load(a / 'selection' / name) as one, np.load(b / 'selection' / name) as other:
+      differ += [name] if one['rows'].tolist() != other['rows'].tolist() else []
   assert differ == []
 
 
@@ -151,7 +146,7 @@ def test_the_mixture_is_what_trains_and_what_seqio_shows(chosen):
 @pytest.mark.parametrize(
   ('changes', 'words'),
   [
-    ({'selection__methods': (f'{__name__}:repeats',)}, 'occurs 32 times, allowed are 8'),
+    ({'selection__methods': ('tests.selection.every:repeats',)}, 'occurs 32 times, allowed are 8'),
     ({'selection__methods': ('json:loads',)}, None),
     ({'selection__methods': ('random',), 'mixture__parts': ('dsdm epochs=20',)}, 'epochs=20 and at most 16'),
     ({'selection__methods': ('dsdm',), 'selection__document_cap': 1, 'selection__source_cap': 0.01}, 'leave 0 rows'),
@@ -182,7 +177,7 @@ def test_jsonl_and_parquet_hold_the_same(chosen, tmp_path):
     assert a.keys() == b.keys()
     assert (a['place'], a['row'], a['text']) == (b['place'], b['row'], b['text']) == (place, row, pool.text(row))
     assert a['score'] == a['datamodel'] == pytest.approx(float(score_N[row]), rel=1e-6)
-    assert a['low'] < a['datamodel'] < a['high']
+    assert a['low'] < a['datamodel'] < a['high'] and (a['low'], a['high']) == (b['low'], b['high'])
     assert a['document'] == pool.documents[pool.document_N[row]]['id']
     assert a['source'] == pool.sources[pool.source_N[row]]
 
@@ -259,3 +254,9 @@ def test_a_distilled_scorer_scores_another_pool(chosen, tmp_path, capsys):
   assert len(score_N) == Pool(artifacts.open_stage(chosen, 'pool')).num_rows and np.isfinite(score_N).all()
   assert distilled.main([*flags[:2], '--target', 'squad', '--out', str(out)]) == 2
   assert 'squad' in capsys.readouterr().err
+
+
+def test_the_mix_is_exported_with_its_interval(finished, tmp_path):
+  export.write(finished, 'dsdm--mix', 'jsonl', tmp_path / 'm')
+  records = [json.loads(line) for line in (tmp_path / 'm/dsdm--mix--0.jsonl').read_text('utf-8').split('\n') if line]
+  assert all(r['low'] < r['score'] == r['datamodel'] < r['high'] for r in records)
