@@ -25,7 +25,7 @@ from tests.core.test_distributed import ends, free_port
 from tests.pipeline import runs
 from tests.selection import every
 
-ONCE = {'random_one_epoch': 64}  # rows of those that do not take 32
+ONCE = {'random_one_epoch': 64, 'semdedup_one_epoch': 64}  # rows of those that do not take 32
 
 
 def select(source: Path, folder: Path, **changes) -> Path:
