@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Runs what CI runs: format, lint, types, known vulnerabilities, tests. Arguments go to pytest: bash launch/test.sh -k datamodel
+# With --faults as the first: the long version of the fault, load and hostile input suite alone (docs/failures.md).
 #
 # The tools live in .venv-test, which looks into .venv for everything else: the pool is the text of the packages in
 # .venv, and running the tests must not change what a run is made of. Peers that some tests compare with live in
@@ -59,5 +60,10 @@ status=0 # all five have their say, whatever the first ones find
 "$python" -m ruff check --output-format=concise . || status=1
 "$python" -m mypy || status=1
 audit || status=1
+if [[ ${1:-} == --faults ]]; then
+  shift
+  export DSDM_FAULTS=1
+  set -- tests/faults tests/test_security.py tests/core/test_lock.py tests/core/test_artifacts.py "$@"
+fi
 "$python" -m pytest -n 2 --dist loadscope "$@" || status=1
 exit "$status"

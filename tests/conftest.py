@@ -3,16 +3,19 @@
 Set through the environment, before JAX is imported, so that the processes which tests start have it too.
 """
 
+import collections
 import hashlib
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 _CACHE = ROOT / '.cache'
+FAULTS = bool(os.environ.get('DSDM_FAULTS'))  # as launch/test.sh --faults sets it: the long version of tests/faults
 
 
 def _machine() -> str:
@@ -42,7 +45,7 @@ os.environ |= {
 from hypothesis import settings  # noqa: E402  after the environment is set
 
 # Seeded, so that a run says the same twice; a deadline would fail on compilation.
-settings.register_profile('dsdm', deadline=None, derandomize=True, max_examples=50)
+settings.register_profile('dsdm', deadline=None, derandomize=True, max_examples=1_000 if FAULTS else 50)
 settings.load_profile('dsdm')
 
 
@@ -66,3 +69,25 @@ def workdir(tmp_path: Path) -> Path:
   folder = tmp_path / 'run'
   folder.mkdir()
   return folder
+
+
+@pytest.fixture
+def count(request: pytest.FixtureRequest) -> Callable[[str, int], None]:
+  """Adds to a number that the test run prints at its end: count('kills survived', 12)."""
+
+  def add(what: str, number: int = 1) -> None:
+    request.node.user_properties.append((f'counted: {what}', number))
+
+  return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+  totals: collections.Counter[str] = collections.Counter()
+  for report in terminalreporter.stats.get('passed', []):
+    for name, value in report.user_properties:
+      if name.startswith('counted: '):
+        totals[name.removeprefix('counted: ')] += value
+  if totals:
+    terminalreporter.section('counted')
+    for name, number in sorted(totals.items()):
+      terminalreporter.write_line(f'{name}: {number:,}')

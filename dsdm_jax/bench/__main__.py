@@ -3,11 +3,12 @@
 import argparse
 import sys
 
-from dsdm_jax.bench import data, features, peers, selection, study, train
+from dsdm_jax.bench import data, features, load, peers, selection, study, train
 from dsdm_jax.core.errors import UserError
 
 _BENCHES = {
-  'data': data, 'features': features, 'peers': peers, 'selection': selection, 'study': study, 'train': train
+  'data': data, 'features': features, 'load': load, 'peers': peers, 'selection': selection, 'study': study,
+  'train': train,
 }  # fmt: skip
 
 

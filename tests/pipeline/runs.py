@@ -94,4 +94,5 @@ def outcome(workdir: Path) -> dict[str, Any]:
 def assert_same_outcome(found: Path, wanted: Path) -> None:
   a, b = outcome(found), outcome(wanted)
   assert a.keys() == b.keys()
-  assert [key for key in b if a[key] != b[key]] == []
+  other = [key for key in b if a[key] != b[key]]
+  assert not other, other
