@@ -63,6 +63,28 @@ def shared_data() -> Path:
   return folder
 
 
+def _other_python(variable: str, environment: str, requirements: str) -> Path:
+  """The Python that `variable` names, or that of an environment which launch/test.sh makes; else a skipped test."""
+  if variable in os.environ:
+    return Path(os.environ[variable])
+  folder = ROOT / environment
+  if not (folder / 'installed.txt').is_file():  # written once all is installed
+    pytest.skip(f'no environment with {requirements}; launch/test.sh makes {environment}')
+  return folder / 'bin' / 'python'
+
+
+@pytest.fixture(scope='session')
+def peers() -> Path:
+  """A Python that has the packages which tests compare with."""
+  return _other_python('DSDM_JAX_PEERS', '.venv-peers', 'requirements-peers.txt')
+
+
+@pytest.fixture(scope='session')
+def libtpu() -> Path:
+  """A Python that compiles for TPUs."""
+  return _other_python('DSDM_JAX_TPU', '.venv-tpu', 'requirements-tpu.txt')
+
+
 @pytest.fixture
 def workdir(tmp_path: Path) -> Path:
   """An empty folder for one run."""

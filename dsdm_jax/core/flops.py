@@ -14,16 +14,18 @@ import jax
 from jax.extend import core as jex_core
 
 # Dense bfloat16 peak of one JAX device, FLOP/s, from the makers' data sheets (cloud.google.com/tpu/docs,
-# nvidia.com/data-center): a device's kind holds the name.
-_PEAKS = (
-  ('TPU v4', 275e12), ('TPU v5 lite', 197e12), ('TPU v5e', 197e12), ('TPU v5p', 459e12), ('TPU v5', 459e12),
-  ('TPU v6', 918e12), ('A100', 312e12), ('H100', 989e12), ('H200', 989e12),
-)  # fmt: skip
+# nvidia.com/data-center).
+PEAKS = {
+  'v4': 275e12, 'v5e': 197e12, 'v5p': 459e12, 'v6e': 918e12, 'A100': 312e12, 'H100': 989e12, 'H200': 989e12,
+}  # fmt: skip
+# Whose name is another than what JAX calls the device's kind, in which it stands; the first that fits.
+_KINDS = (('TPU v5 lite', 'v5e'), ('TPU v5e', 'v5e'), ('TPU v5', 'v5p'), ('TPU v6', 'v6e'), ('TPU v4', 'v4'))
 
 
 def peak(devices: Sequence[jax.Device]) -> float | None:
   """Dense bfloat16 FLOP/s of all `devices` together; None where a kind is not known, as on CPUs."""
-  found = [next((value for name, value in _PEAKS if name in device.device_kind), None) for device in devices]
+  names = (*_KINDS, *((name, name) for name in PEAKS))
+  found = [next((PEAKS[name] for kind, name in names if kind in device.device_kind), None) for device in devices]
   return None if None in found else float(sum(value for value in found if value is not None))
 
 

@@ -15,7 +15,6 @@ from dsdm_jax.attribution.gradients import DenseFeatures
 from dsdm_jax.attribution.partials import Partials
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.lm import outputs
-from tests.conftest import ROOT
 
 N, T, L, J, C = 120, 8, 10, 64, 2
 VOCAB, WIDTH, HIDDEN = 12, 6, 8
@@ -35,17 +34,6 @@ class Model(nnx.Module):
     return jnp.tanh(self.embedding[...][tokens_BL] @ self.inner[...]) @ self.outer[...]
 
 
-@pytest.fixture
-def reference() -> Path:
-  """A Python that has traker: DSDM_JAX_PEERS, or the environment that launch/test.sh makes."""
-  if 'DSDM_JAX_PEERS' in os.environ:
-    return Path(os.environ['DSDM_JAX_PEERS'])
-  environment = ROOT / '.venv-peers'
-  if not (environment / 'installed.txt').is_file():  # written once all is installed
-    pytest.skip('no environment with requirements-peers.txt; launch/test.sh makes .venv-peers')
-  return environment / 'bin' / 'python'
-
-
 def _projection(params, checkpoint):
   """The ±1 that `DenseFeatures` projects with, [J, W], parameters in the order of their names."""
   width = sum(x.size for x in jax.tree.leaves(params))
@@ -54,7 +42,7 @@ def _projection(params, checkpoint):
 
 
 @pytest.mark.peers
-def test_scores_equal_the_references(reference, one_device, tmp_path):
+def test_scores_equal_the_references(peers, one_device, tmp_path):
   rng = np.random.default_rng(0)
   tokens_NL, tokens_TL = (rng.integers(0, VOCAB, (n, L)).astype(np.int32) for n in (N, T))
   models = [Model(nnx.Rngs(c)) for c in range(C)]
@@ -104,7 +92,7 @@ def test_scores_equal_the_references(reference, one_device, tmp_path):
   script = Path(__file__).with_name('traker_scores.py')
   environment = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONWARNINGS')}
   done = subprocess.run(
-    [reference, script, tmp_path / 'in.npz', tmp_path / 'out.npz'],
+    [peers, script, tmp_path / 'in.npz', tmp_path / 'out.npz'],
     capture_output=True, text=True, check=False, timeout=300, env=environment,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-3000:]

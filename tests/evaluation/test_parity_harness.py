@@ -18,23 +18,10 @@ from dsdm_jax.data.shapes import LANGUAGE_MODELLING, MULTIPLE_CHOICE
 from dsdm_jax.evaluation import requests, rules
 from dsdm_jax.evaluation.scoring import Scorer
 from dsdm_jax.training.step import Trainer
-from tests.conftest import ROOT
 
 ALPHABET = ''.join(map(chr, range(32, 127))) + '\n'
 LENGTH = 128  # nothing is cut: the harness keeps a token more, the last one being no input
 WORDS = 'the cat and a dog saw no bird over there, where small fish swim by (slowly) until dawn; who knows why?'.split()
-
-
-@pytest.fixture
-def reference() -> Path:
-  """A Python that has lm-eval: DSDM_JAX_PEERS, or the environment that launch/test.sh makes."""
-  if 'DSDM_JAX_PEERS' in os.environ:
-    return Path(os.environ['DSDM_JAX_PEERS'])
-  python = ROOT / '.venv-peers' / 'bin' / 'python'
-  found = python.is_file() and subprocess.run([python, '-c', 'import lm_eval'], capture_output=True, check=False)
-  if not found or found.returncode:
-    pytest.skip('no environment with requirements-peers.txt; launch/test.sh makes .venv-peers')
-  return python
 
 
 def encode(text: str) -> list[int]:
@@ -131,7 +118,7 @@ def _their_task(benchmark: benchmarks.Benchmark) -> dict:
 
 
 @pytest.mark.peers
-def test_scores_equal_the_harness_item_by_item(reference, trained, tmp_path):
+def test_scores_equal_the_harness_item_by_item(peers, trained, tmp_path):
   trainer, state, config = trained
   files = _files(tmp_path, trained)
   np.savez(
@@ -142,7 +129,7 @@ def test_scores_equal_the_harness_item_by_item(reference, trained, tmp_path):
   (tmp_path / 'tasks.json').write_text(json.dumps([_their_task(benchmark) for benchmark, _ in files.values()]))
   environment = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONWARNINGS')}
   done = subprocess.run(
-    [reference, Path(__file__).with_name('harness_scores.py'), 'in.npz', 'tasks.json', 'out.json'],
+    [peers, Path(__file__).with_name('harness_scores.py'), 'in.npz', 'tasks.json', 'out.json'],
     cwd=tmp_path, capture_output=True, text=True, check=False, timeout=400,
     env=environment | {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'home'), 'TOKENIZERS_PARALLELISM': 'false'},
   )  # fmt: skip

@@ -17,7 +17,6 @@ from dsdm_jax.core import mesh
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.lm import hugging_face
 from dsdm_jax.training.step import Trainer
-from tests.conftest import ROOT
 
 VOCAB, LENGTH = 96, 24
 
@@ -47,15 +46,11 @@ def write_gpt2(folder: Path, vocab_size: int, width: int, mlp_width: int, positi
 
 
 @pytest.fixture(scope='module')
-def theirs(tmp_path_factory) -> Path:
+def theirs(peers, tmp_path_factory) -> Path:
   """Folders gpt2, pythia and neox_in_a_row, each with <name>.npz beside it, as transformers made them."""
-  environment = ROOT / '.venv-peers'
-  python = Path(os.environ.get('DSDM_JAX_PEERS', environment / 'bin' / 'python'))
-  if 'DSDM_JAX_PEERS' not in os.environ and not (environment / 'installed.txt').is_file():
-    pytest.skip('no environment with requirements-peers.txt; launch/test.sh makes .venv-peers')
   folder = tmp_path_factory.mktemp('theirs')
   done = subprocess.run(
-    [python, Path(__file__).with_name('peer_logits.py'), folder],
+    [peers, Path(__file__).with_name('peer_logits.py'), folder],
     env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'HF_HUB_OFFLINE': '1'},
     capture_output=True, text=True, check=False,
   )  # fmt: skip

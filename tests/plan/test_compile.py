@@ -15,17 +15,6 @@ from dsdm_jax.training import ladder
 from tests.conftest import ROOT
 
 
-@pytest.fixture
-def libtpu() -> Path:
-  """A Python that has libtpu: DSDM_JAX_TPU, or the environment that launch/test.sh makes."""
-  if 'DSDM_JAX_TPU' in os.environ:
-    return Path(os.environ['DSDM_JAX_TPU'])
-  environment = ROOT / '.venv-tpu'
-  if not (environment / 'installed.txt').is_file():  # written once all is installed
-    pytest.skip('no environment with requirements-tpu.txt; launch/test.sh makes .venv-tpu')
-  return environment / 'bin' / 'python'
-
-
 def _plan(python: Path, folder: Path, *arguments: str) -> dict:
   command = [python, '-m', 'dsdm_jax.main', '--stage=plan', f'--workdir={folder}', *arguments]
   environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1', 'JAX_NUMPY_RANK_PROMOTION': 'allow'}
