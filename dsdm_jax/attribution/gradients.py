@@ -155,7 +155,8 @@ class DenseFeatures:
     """(weights, keys of R, what each gradient entry is multiplied by: 1/(√v + ε), or one)."""
     weights = partition.shardings(params, self.mesh)
     # As plain numbers: keys themselves cannot be put where other processes have a part.
-    data = [np.asarray(jax.random.key_data(key)) for key in rademacher.keys(params, self.seed, checkpoint)]
+    with jax.ensure_compile_time_eval():  # where only shapes are asked for too
+      data = [np.asarray(jax.random.key_data(key)) for key in rademacher.keys(params, self.seed, checkpoint)]
     scale = jax.tree.map(jnp.ones_like, params) if second_moment is None else second_moment.scale(params)
     return (
       jax.device_put(params, weights),

@@ -46,6 +46,17 @@ def test_without_libtpu_it_gives_what_can_be_counted_and_says_how_to_get_it(conf
   assert found['store_bytes'] == 3 * 10_000 * j
 
 
+def test_dense_features_are_planned(config, monkeypatch):
+  monkeypatch.setattr(topology, 'available', lambda: False)
+  config.features.projection = 'dense'
+  found = plan.make(config)
+  parameters = 2 * (12 * 32**2 - 4 * 32**2) + 2 * (9 * 32 + 64) + 512 * 32 + 16 * 32 + 2 * 32
+  gradients = 6 * (2 * (32 * 128 + 2 * 32 * 64) + 512 * 32) + 3 * 2 * 4 * 16 * 32
+  rows = 3 * -(-10_000 // 64) * 64
+  # R fills blocks of 8,192 parameters, some of them in part.
+  assert found['flop']['features'] == rows * (gradients * 16 + 2 * -(-parameters // 8_192) * 8_192 * 128)
+
+
 def test_rungs_of_the_ladder_are_planned(config, monkeypatch):
   monkeypatch.setattr(topology, 'available', lambda: False)
   config.ladder.update({'rungs': ('1', '4'), 'seeds': 3})
