@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dsdm_jax.attribution.scores import Scores
-from dsdm_jax.core import artifacts, atomic
+from dsdm_jax.core import artifacts, atomic, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.data.pool import Pool
@@ -117,6 +117,7 @@ class Export:
 
   def tfds(self, out: Path) -> None:
     """Writes `selection/1.0.0/` (TFRecord, rows in the order of the selection) and `vocabulary.model`."""
+    tensorflow_start.start()
     import tensorflow_datasets as tfds
 
     folder = out / 'selection' / '1.0.0'
