@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +29,33 @@ def test_outputs_are_stripped():
   code = [cell for cell in cells if cell['cell_type'] == 'code']
   assert code
   assert [cell['id'] for cell in code if cell['outputs'] or cell['execution_count'] is not None] == []
+
+
+def _install(folder: Path, source: str) -> subprocess.CompletedProcess:
+  """The notebook's first cell in a folder that is no checkout, with SOURCE set as a reader would."""
+  cells = json.loads(NOTEBOOK.read_text())['cells']
+  (cell,) = (''.join(cell['source']) for cell in cells if cell['id'] == 'install')
+  assert cell.count("SOURCE = ''") == 1
+  script = cell.replace("SOURCE = ''", f'SOURCE = {source!r}') + '\nimport configs.base; print(configs.base.__file__)'
+  environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+  return subprocess.run(
+    [sys.executable, '-c', script], cwd=folder, env=environment, capture_output=True, text=True, check=False
+  )
+
+
+def test_without_a_checkout_it_says_what_to_set(tmp_path):
+  done = _install(tmp_path, '')
+  assert done.returncode == 1
+  assert done.stderr.strip() == 'Set SOURCE in this cell, above, and start it again.'
+
+
+def test_an_uploaded_archive_will_do(tmp_path):
+  with tarfile.open(tmp_path / 'uploaded.tar.gz', 'w:gz') as archive:
+    archive.add(ROOT / 'configs', 'dsdm_jax-main/configs')
+  for _ in range(2):  # a cell may be started again
+    done = _install(tmp_path, 'uploaded.tar.gz')
+    assert done.returncode == 0, done.stderr[-2_000:]
+    assert done.stdout.strip() == str(tmp_path / 'dsdm_jax_checkout/dsdm_jax-main/configs/base.py')
 
 
 @pytest.mark.slow
