@@ -229,7 +229,7 @@ def get_config() -> ConfigDict:
   c.selection.temperature = 1.0  # dsdm_gumbel, dsdm_boltzmann: standard deviations of the scores; > 0
   c.selection.diversity = 1.0  # dsdm_greedy, dsdm_clusters: standard deviations that full redundancy costs; >= 0
   c.selection.clusters = 0  # dsdm_clusters, semdedup: of k-means; 0 takes the square root of the rows
-  c.selection.duplicate_similarity = 0.95  # semdedup: cosine above which rows are near duplicates; above 0, up to 1
+  c.selection.duplicate_similarity = 0.8  # semdedup: cosine above which rows are near duplicates; above 0, up to 1
   c.selection.ngrams = 'words'  # words (of the text) | tokens (stored ids, several times faster)
   c.selection.ngram_buckets = 65_536  # that uni- and bigrams are hashed into: classifier, dsir, bm25, dsdm_distilled
   c.selection.classifier_rows = 50_000  # classifier: rows of the pool that it learns from, at most

@@ -3,12 +3,23 @@
 import argparse
 import sys
 
-from dsdm_jax.bench import data, features, load, peers, selection, study, train
+from dsdm_jax.bench import (
+  data,
+  evaluation,
+  features,
+  load,
+  near_duplicates,
+  peers,
+  report,
+  selection,
+  study,
+  train,
+)
 from dsdm_jax.core.errors import UserError
 
 _BENCHES = {
-  'data': data, 'features': features, 'load': load, 'peers': peers, 'selection': selection, 'study': study,
-  'train': train,
+  'data': data, 'evaluation': evaluation, 'features': features, 'load': load, 'near_duplicates': near_duplicates,
+  'peers': peers, 'report': report, 'selection': selection, 'study': study, 'train': train,
 }  # fmt: skip
 
 

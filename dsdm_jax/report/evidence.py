@@ -26,6 +26,7 @@ STAGES = (
   'evaluation',
 )
 _SCORES = re.compile(r'score_(.+)_N')
+_ERRORS = re.compile(r'error_(.+)_N')
 _EXAMPLES = re.compile(r'example_rows_(.+)_EM')
 
 
@@ -78,6 +79,7 @@ class Evidence:
     documents: one dict per document, with at least `id`.
     planted_N: int, -1 or the planted target example that covers the row.
     scores: target → float32 [N], higher = helps that target.
+    reach: target → float32 [N], half the length of each score's interval; targets without intervals are not there.
     examples: task → its target examples whose own scores were kept; empty where none were.
     selected: what each arm and seed trained on.
     curves: training loss by arm.
@@ -100,6 +102,7 @@ class Evidence:
   documents: Sequence[Mapping[str, Any]]
   planted_N: np.ndarray
   scores: Mapping[str, np.ndarray]
+  reach: Mapping[str, np.ndarray]
   examples: Mapping[str, list[TargetExample]]
   selected: list[Selected]
   curves: list[Curve]
@@ -139,6 +142,7 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
     kept = {
       m[1]: (file[key], file[f'example_score_{m[1]}_EM']) for key in file.files if (m := _EXAMPLES.fullmatch(key))
     }
+    reach = _reach(inputs['datamodel'], {m[1]: file[key] for key in file.files if (m := _ERRORS.fullmatch(key))})
   runs = _json(inputs['selection'].path / 'index.json')
   curve_list, tokens = curves(inputs['pretraining'].path, runs)
   multiplier = _optional(inputs, 'evaluation', 'multiplier.json')
@@ -152,6 +156,7 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
     documents=Documents(pool),
     planted_N=planted_N,
     scores=scores,
+    reach=reach,
     examples={task: _examples(inputs['targets'].path, task, *arrays) for task, arrays in kept.items()},
     selected=list(_selected(inputs['selection'].path, runs)),
     curves=curve_list,
@@ -165,6 +170,12 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
     config=config,
     text=text,
   )
+
+
+def _reach(datamodel: Artifact, errors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """As `attribution.scores.Scores.reach_N`: the mix reaches as far as the task with the fewest documents."""
+  width = datamodel.semantics.get('half_width', {})
+  return {t: np.float32(width.get(t, max(width.values()))) * error_N for t, error_N in errors.items() if width}
 
 
 def _selected(folder: Path, runs: list[Mapping[str, Any]]) -> Iterator[Selected]:

@@ -19,6 +19,7 @@ from dsdm_jax.report.evidence import Evidence
 
 _EXTREMES = 1_000  # best and as many worst rows of each target that are always there
 _QUANTILES = 513  # points at which the pool's scores are told, for percentiles
+_CODES = 254  # lengths of intervals that a byte tells apart, from the largest to a thousandth of it: in steps of 2.8 %
 _SHRINKS = 6  # characters for each byte in the page, at most
 _LEAST_CHARACTERS = 40  # of a row's text, however many rows there are
 
@@ -48,13 +49,16 @@ def pack(shown: Evidence, most_rows: int, most_bytes: int) -> Packed:
     most_bytes: of text in the page. Where it would be more, each row's text is cut at the same number of characters.
   """
   row_N = choose(shown, most_rows)
-  names = [str(document['id']) for document in shown.documents]
+  # Of a large pool only the documents of these rows are looked up.
+  document_D, inverse_N = np.unique(shown.document_N[row_N], return_inverse=True)
+  names = [str(shown.documents[d]['id']) for d in document_D]
   # Rows of one document side by side, then documents of like names: gzip sees what they have in common.
   rank_D = np.empty(len(names), np.int64)
   rank_D[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
-  row_N = row_N[np.lexsort((row_N, shown.offset_N[row_N], rank_D[shown.document_N[row_N]]))]
+  order_N = np.lexsort((row_N, shown.offset_N[row_N], rank_D[inverse_N]))
+  row_N, inverse_N = row_N[order_N], inverse_N[order_N]
   text, characters = _fitting([shown.text(int(n)).replace('\0', '\u2400') for n in row_N], most_bytes)
-  return Packed(_encoded(_columns(shown, row_N, names, characters)), text, row_N, characters)
+  return Packed(_encoded(_columns(shown, row_N, inverse_N, names, characters)), text, row_N, characters)
 
 
 def choose(shown: Evidence, most: int) -> np.ndarray:
@@ -78,14 +82,16 @@ def choose(shown: Evidence, most: int) -> np.ndarray:
   return np.sort(row_M[np.sort(first)[:most]])
 
 
-def _columns(shown: Evidence, row_N: np.ndarray, names: Sequence[str], characters: int | None) -> bytes:
-  document_N, inverse = np.unique(shown.document_N[row_N], return_inverse=True)
+def _columns(
+  shown: Evidence, row_N: np.ndarray, document_N: np.ndarray, names: Sequence[str], characters: int | None
+) -> bytes:
+  """`document_N` are indices into `names`."""
   columns: list[tuple[str, np.ndarray]] = [
     ('row', row_N.astype('<u4')),
-    ('document', inverse.astype('<u4')),
+    ('document', document_N.astype('<u4')),
   ]
   targets = sorted(shown.scores, key=lambda name: name != 'mix')
-  described = []
+  described: list[dict[str, Any]] = []
   for target in targets:
     z_N = figures.standardised(shown.scores[target])
     step = max(float(np.abs(z_N).max()), 1e-9) / 32_767
@@ -94,6 +100,11 @@ def _columns(shown: Evidence, row_N: np.ndarray, names: Sequence[str], character
     described.append(
       {'id': target, 'name': words.heading(words.task_name(target)), 'step': step, 'quantiles': _rounded(quantiles)}
     )
+  for found in described:
+    if found['id'] in shown.reach:
+      spread = float(np.std(shown.scores[found['id']], dtype=np.float64)) or 1.0
+      code_N, found['reach'] = _lengths(shown.reach[found['id']][row_N] / spread)
+      columns.append((f'reach {found["id"]}', code_N))
   columns += [('source', shown.source_N[row_N].astype('u1')), ('planted', (shown.planted_N[row_N] >= 0).astype('u1'))]
   arms: list[dict[str, Any]] = []
   for arm, label in tables.arms(shown).items():
@@ -106,7 +117,7 @@ def _columns(shown: Evidence, row_N: np.ndarray, names: Sequence[str], character
     'rows': len(row_N),
     'pool': len(shown.source_N),
     'characters': characters,
-    'documents': [names[d] for d in document_N],
+    'documents': names,
     'sources': [
       {'name': name, 'colour': figures.SOURCE_COLOURS[i % len(figures.SOURCE_COLOURS)]}
       for i, name in enumerate(shown.sources)
@@ -120,6 +131,14 @@ def _columns(shown: Evidence, row_N: np.ndarray, names: Sequence[str], character
   head = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
   head += b' ' * (-(len(head) + 4) % 4)  # arrays of four bytes an entry come first, so all are aligned
   return len(head).to_bytes(4, 'little') + head + b''.join(array.tobytes() for _, array in columns)
+
+
+def _lengths(length_N: np.ndarray) -> tuple[np.ndarray, float]:
+  """Codes, uint8, and the largest length: code c > 0 stands for largest · 1000^((c − 255) / 254), 0 for none."""
+  largest = max(float(length_N.max(initial=0)), 1e-9)
+  part_N = np.maximum(length_N / largest, 1e-3)
+  code_N = 1 + np.rint(_CODES * (1 + np.log10(part_N) / 3))
+  return np.where(length_N > 0, code_N, 0).astype('u1'), largest
 
 
 def _rounded(values: np.ndarray) -> list[float]:

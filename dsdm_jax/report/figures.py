@@ -71,6 +71,12 @@ class Drawing:
 
   figure: Figure
 
+  def __post_init__(self) -> None:
+    # Laid out once: done again for every file, the layout moves by rounding errors, and equal figures would differ.
+    with matplotlib.rc_context(_STYLE):
+      self.figure.draw_without_rendering()
+    self.figure.set_layout_engine('none')
+
   def _repr_png_(self) -> bytes:
     return self.png()
 

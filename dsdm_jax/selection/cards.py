@@ -47,11 +47,7 @@ def duplicates(tokens_KL: np.ndarray) -> np.ndarray:
   A run is looked at where its hash is a multiple of 8, so that rows whose text is shifted are compared by the same
   runs. A row with none of these is compared whole.
   """
-  runs = np.lib.stride_tricks.sliding_window_view(tokens_KL, min(_GRAM, tokens_KL.shape[1]), axis=1)
-  hash_KR = np.zeros(runs.shape[:2], np.uint64)
-  for place in range(runs.shape[2]):
-    hash_KR = (hash_KR ^ (runs[:, :, place].astype(np.uint64) + np.uint64(1))) * _ODD
-    hash_KR ^= hash_KR >> np.uint64(29)
+  hash_KR = run_hashes(tokens_KL)
   looked_KR = hash_KR % np.uint64(_KEPT) == 0
   bare = ~looked_KR.any(axis=1)
   looked_KR[bare, 0] = True
@@ -60,6 +56,16 @@ def duplicates(tokens_KL: np.ndarray) -> np.ndarray:
   _, first, inverse = np.unique(hash_KR[looked_KR], return_index=True, return_inverse=True)
   before = row[first][inverse] < row  # entries are in order of rows, so the first of a hash is in the first row
   return 2 * np.bincount(row, before, len(tokens_KL)) >= np.bincount(row, minlength=len(tokens_KL))
+
+
+def run_hashes(tokens_KL: np.ndarray) -> np.ndarray:
+  """A hash of each run of 8 tokens of each row: uint64 [K, R], R = L − 7 (of a shorter row, one of the whole)."""
+  runs = np.lib.stride_tricks.sliding_window_view(tokens_KL, min(_GRAM, tokens_KL.shape[1]), axis=1)
+  hash_KR = np.zeros(runs.shape[:2], np.uint64)
+  for place in range(runs.shape[2]):
+    hash_KR = (hash_KR ^ (runs[:, :, place].astype(np.uint64) + np.uint64(1))) * _ODD
+    hash_KR ^= hash_KR >> np.uint64(29)
+  return hash_KR
 
 
 def table(cards: Sequence[Mapping[str, Any]], width: int = 160) -> str:

@@ -78,6 +78,7 @@ def build(folder: Path) -> dict[str, Artifact]:
       {'id': str(e), 'context': f'What is {task} {e}? {HOSTILE}', 'answer': f'answer {e}', 'document': 'd'}
       for e in (0, 1)
     ])  # fmt: skip
+    arrays[f'error_{task}_N'] = g.uniform(0.01, 0.5, ROWS).astype(np.float32) * (np.arange(ROWS) != 5)
   atomic.save_npz(folder / 'datamodel' / 'scores.npz', **arrays, score_mix_N=mix_N.astype(np.float32))
 
   order_N = np.argsort(-mix_N)
@@ -115,7 +116,7 @@ def build(folder: Path) -> dict[str, Artifact]:
       folder / stage,
       {
         'cost': {'seconds': float(s), 'flop': float(f)},
-        'semantics': {},
+        'semantics': {'half_width': dict.fromkeys(TASKS, 2.0)} if stage == 'datamodel' else {},
         'identity': {'settings': flatten(base.get_config())},
         'versions': {'jax': '0.10.2'},
         'files': {'one': {'bytes': 1_500}, 'two': {'bytes': 2_000_000}},

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 
+import numpy as np
 import pytest
 
 from dsdm_jax.report import page
@@ -181,6 +182,24 @@ def test_sorting_by_target_and_source(explorer, shown):
   explorer.choose('source', '')
   explorer.choose('sort', 'row')
   assert '# row 0 ' in explorer.lines[0]
+
+
+def test_intervals_stand_beside_scores_and_order_rows(explorer, shown):
+  explorer.choose('target', 'docs')
+  row = shown.scores['docs'].argmax()
+  reach = float(shown.reach['docs'][row] / shown.scores['docs'].std())
+  told = explorer.js("return document.querySelector('.x-row .x-reach').textContent")
+  assert abs(float(told.removeprefix('± ')) - reach) <= 0.006 + 0.014 * reach
+  low_N = shown.scores['docs'] - shown.reach['docs']
+  explorer.choose('sort', 'sure')
+  order_N = np.argsort(-low_N)
+  assert f'# row {order_N[1]} ' in explorer.lines[1]
+  explorer.browser.find_element('css selector', '.x-row').click()
+  assert '±' in explorer.js("return document.getElementById('x-scores').textContent")
+  widths = explorer.js("return [...document.querySelectorAll('.x-bar span')].map(n => n.getBoundingClientRect().width)")
+  assert len(widths) == 3 and min(widths) > 0
+  explorer.choose('target', 'mix')
+  assert explorer.js("return document.querySelector('.x-row .x-reach')") is None
 
 
 def test_comparing_two_arms(explorer, shown):

@@ -40,6 +40,14 @@ def test_all_that_is_packed_comes_out(shown, packed, hostile):
     z_N = figures.standardised(shown.scores[target['id']])
     found_N = columns[f'score {target["id"]}'] * target['step']
     np.testing.assert_allclose(found_N, z_N[row_N], atol=target['step'] / 2 * (1 + 1e-9))
+    if target['id'] in shown.reach:  # the mix of this run has no intervals
+      wanted_N = shown.reach[target['id']][row_N] / shown.scores[target['id']].std()
+      code_N = columns[f'reach {target["id"]}'].astype(float)
+      found_N = np.where(code_N > 0, target['reach'] * 1000 ** ((code_N - 255) / 254), 0)
+      np.testing.assert_allclose(found_N, wanted_N, rtol=np.log(1000) / 254 / 2 * 1.02)
+      assert (wanted_N == 0).sum() == 1
+    else:
+      assert target['id'] == 'mix' and 'reach mix' not in columns
     assert target['quantiles'][256] == pytest.approx(np.median(z_N), abs=1e-3)
   random_rows = tables.draws(shown, ('random', 'any'))
   at = [arm['name'] for arm in header['arms']].index('Random, same epochs')
@@ -87,6 +95,26 @@ def test_a_little_of_each_text_stays():
   packed, characters = explorer._fitting(['x' * 50 + str(i) for i in range(1000)], 10)
   assert characters == explorer._LEAST_CHARACTERS
   assert len(packed) > 10
+
+
+def test_only_documents_of_the_chosen_rows_are_looked_up(shown):
+  asked = []
+
+  class Documents(list):
+    def __getitem__(self, index):
+      asked.append(int(index))
+      return list.__getitem__(self, index)
+
+    def __iter__(self):
+      raise AssertionError('all documents were read')
+
+  watched = dataclasses.replace(shown, documents=Documents(shown.documents), text=str)
+  packed = explorer.pack(watched, 20, 10_000_000)
+  assert sorted(asked) == sorted(set(shown.document_N[packed.row_N].tolist()))
+  header, columns, _ = unpack(packed)
+  names = [header['documents'][d] for d in columns['document']]
+  assert names == [shown.documents[shown.document_N[n]]['id'] for n in columns['row']]
+  assert names == sorted(names)
 
 
 def test_text_with_the_mark_between_texts(shown):

@@ -51,6 +51,11 @@
   const percent = (x) => (x > 0 && x < 0.0005 ? '< 0.1 %' : `${(100 * x).toFixed(x < 0.0995 ? 1 : 0)} %`);
   const target = () => data.targets[$('x-target').selectedIndex];
   const score = (t, i) => data.column[`score ${t.id}`][i] * t.step;
+  /** Half the length of the interval of a score, or null where there is none. */
+  const reach = (t, i) => {
+    const codes = data.column[`reach ${t.id}`];
+    return codes ? (codes[i] ? t.reach * 1000 ** ((codes[i] - 255) / 254) : 0) : null;
+  };
   const documentOf = (i) => data.documents[data.column.document[i]];
 
   /** Share of the pool's rows with a lower score, from the quantiles that the header tells. */
@@ -71,6 +76,10 @@
     if (!orders.has(key)) {
       const all = Uint32Array.from({ length: data.rows }, (_, i) => i);
       const column = data.column;
+      if (key.startsWith('sure ')) {
+        const t = data.targets.find((each) => `sure ${each.id}` === key);
+        column[key] = Float32Array.from(all, (i) => score(t, i) - (reach(t, i) || 0));
+      }
       const by = {
         row: () => 0,
         source: (a, b) => column.source[a] - column.source[b],
@@ -106,7 +115,7 @@
     if (query) found = data.documents.map((name) => name.toLowerCase().includes(query));
     const source = $('x-source').value, chosen = relation(), column = data.column;
     const key = $('x-sort').value;
-    const sorted = order(key === 'high' || key === 'low' ? `score ${target().id}` : key);
+    const sorted = order(key === 'high' || key === 'low' ? `score ${target().id}` : key === 'sure' ? `sure ${target().id}` : key);
     const kept = new Uint32Array(data.rows);
     let n = 0;
     for (let k = 0; k < sorted.length; k++) {
@@ -168,6 +177,12 @@
     return make('b', z >= 0 ? 'better' : 'worse', signed(z));
   }
 
+  /** A score's interval, as what is added and taken away; nothing where there is none. */
+  function reachNode(t, i) {
+    const r = reach(t, i);
+    return r === null ? [] : [make('small', 'x-reach', `± ${r.toFixed(2)}`)];
+  }
+
   /** The lines that can be seen, and some on either side; those that stay are kept, so that the focus is not lost. */
   function paint(anew) {
     const list = $('x-list'), rows = $('x-rows');
@@ -189,7 +204,7 @@
     node.dataset.at = at;
     node.style.top = `${at * ROW}px`;
     const head = make('span', 'x-head');
-    head.append(scoreNode(score(target(), i)), ...tags(i));
+    head.append(scoreNode(score(target(), i)), ...reachNode(target(), i), ...tags(i));
     for (const [arm] of arms(i)) head.append(make('span', 'x-arm', arm.name));
     head.append(make('span', 'id', documentOf(i)));
     node.append(head, make('span', 'x-text', texts ? texts[i].slice(0, 220).replace(/\s+/g, ' ') : '…'));
@@ -211,11 +226,19 @@
       const row = make('tr');
       row.append(make('th', '', t.name));
       const value = make('td', 'n');
-      value.append(scoreNode(z));
-      const bar = make('td', 'x-bar');
+      value.append(scoreNode(z), ' ', ...reachNode(t, i));
+      const bar = make('td', 'x-bar'), track = make('div');
+      const r = reach(t, i);
+      if (r !== null) {
+        const low = percentile(t, z - r), band = make('span');
+        band.style.left = `${100 * low}%`;
+        band.style.width = `${100 * (percentile(t, z + r) - low)}%`;
+        track.append(band);
+      }
       const mark = make('i');
       mark.style.left = `${100 * share}%`;
-      bar.append(mark);
+      track.append(mark);
+      bar.append(track);
       row.append(value, bar, make('td', 'n', share > 0.5 ? `top ${percent(1 - share)}` : `bottom ${percent(share)}`));
       return row;
     }));
@@ -269,6 +292,11 @@
     $('x-source').replaceChildren(option('', 'every source'), ...data.sources.map((s, i) => option(i, s.name)));
     for (const id of ['x-a', 'x-b']) {
       $(id).replaceChildren(...data.arms.map((arm, a) => option(a, `${arm.name} (${count(arm.rows)} rows)`)));
+    }
+    if (data.targets.some((t) => t.reach)) {
+      $('x-unsure').hidden = false;
+    } else {
+      $('x-sure').remove();
     }
     $('x-b').selectedIndex = Math.min(1, data.arms.length - 1);
     $('x-what').textContent = data.rows === data.pool

@@ -1,0 +1,61 @@
+"""Speed of evaluation: `python -m dsdm_jax.bench evaluation --folder FOLDER --tasks lambada`.
+
+Asks a model of the quickstart's size, as initialised, the benchmarks whose JSONL files lie in FOLDER (their names are
+in docs/benchmarks.md): what time that takes does not depend on the weights. Prints a line of JSON for each: items,
+seconds to tokenize, seconds to score with and without the first compilation, processor seconds, FLOP.
+"""
+
+import argparse
+import json
+import time
+
+import numpy as np
+
+from configs import quickstart
+from dsdm_jax.core import memory, prng
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.data import benchmarks, vocabulary
+from dsdm_jax.evaluation import requests
+from dsdm_jax.evaluation.scoring import Scorer, score_request
+from dsdm_jax.training.step import trainer
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--folder', required=True, help="of the benchmarks' JSONL files")
+  parser.add_argument('--tasks', default='lambada', help='names, joined by commas (default: lambada)')
+  parser.add_argument('--items', type=int, default=0, help='of each, at most; 0 takes all')
+
+
+def run(flags: argparse.Namespace) -> None:
+  """Measures and prints; see the module."""
+  config = quickstart.get_config()
+  config.evaluation.max_items = flags.items
+  tasks = tuple(flags.tasks.split(','))
+  unknown = [task for task in tasks if task not in benchmarks.BENCHMARKS]
+  if unknown:
+    raise UserError(f'--tasks={flags.tasks}: {unknown[0]} is no benchmark of docs/benchmarks.md')
+  memory.keep_freed_memory()  # as every run of the pipeline does
+  texts = [
+    f'{i.context} {i.continuation}' for i in benchmarks.read_items(benchmarks.BENCHMARKS[tasks[0]], flags.folder)
+  ]
+  encoder = vocabulary.Encoder(vocabulary.train(texts, config.pool.vocab_size))
+  compiled = trainer(config.model, config.pretraining.train, encoder.size, config.pool.length, make_mesh(config.mesh))
+  state = compiled.init(prng.stream(0, 'bench', 'evaluation'))
+  pieces = [encoder.decode([token]) for token in range(encoder.size)]
+  stop_V = np.array([not text or '\n' in text for text in pieces])
+  for task in tasks:
+    config.evaluation.tasks = (task,)
+    began = time.perf_counter()
+    sequences = requests.Sequences(encoder.encode, config.pool.length, encoder.eos)
+    (request,) = requests.read(config.evaluation, flags.folder, sequences, config.targets.seed)
+    found = {'task': task, 'items': len(request.item_ids_I), 'tokenize_s': time.perf_counter() - began}
+    scorer = Scorer(compiled, config.evaluation.batch_size, encoder.eos)
+    for name in ('first', 'again'):
+      before, began, busy = scorer.flop, time.perf_counter(), time.process_time()
+      score_request(
+        scorer, state, request, config.pool.length, config.evaluation.generate_tokens, stop_V, encoder.decode
+      )
+      found |= {f'score_{name}_s': time.perf_counter() - began, f'cpu_{name}_s': time.process_time() - busy}
+    found['flop'] = scorer.flop - before
+    print(json.dumps({k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in found.items()}), flush=True)
