@@ -18,6 +18,7 @@ _GROUP_FORMS = (
   re.compile(r'replica_groups=\[(\d+),(\d+)\]'),  # groups × members
   re.compile(r'replica_groups=\{\{([\d,]*)\}'),  # lists
 )
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 COLLECTIVES = (
   'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'ragged-all-to-all',
   'collective-broadcast',
@@ -175,10 +176,15 @@ class _Walk:
   def __init__(self, computations: dict[str, Computation]):
     self._computations = computations
     self._found: dict[tuple[str, int], list[float]] = {}
+    # One collective may be sent in parts while other things are computed, also over all turns of a loop. Each part
+    # has the whole of it in its text: it counts as often as the part that runs least, its beginning or its end.
+    self._chains: dict[tuple[str, str], tuple[tuple[str, int], float, int]] = {}
     self._hbm_bytes, self._kernels, self._unknown = 0.0, 0, 0
 
   def program(self) -> Program:
     self._computation('', 1)
+    for kind, received, times in self._chains.values():
+      self._add(kind, received, times)
     collectives = tuple(
       Collective(operation, group, int(count), received)
       for (operation, group), (count, received) in sorted(self._found.items())
@@ -223,13 +229,23 @@ class _Walk:
       group = members(instruction.attributes)
       if 'all-reduce-scatter' in name:
         operation = 'reduce-scatter'
-      entry = self._found.setdefault((operation, group), [0, 0.0])
-      entry[0] += times
-      entry[1] += times * _received(operation, sent, group)
+      if chain := _CHAIN.search(instruction.attributes):
+        channel = re.search(r'channel_id=(\d+)', instruction.attributes)
+        key = (chain[1], channel[1] if channel else instruction.name)
+        known = self._chains.get(key)
+        if known is None or times < known[2]:
+          self._chains[key] = ((operation, group), _received(operation, sent, group), times)
+        return
+      self._add((operation, group), _received(operation, sent, group), times)
     elif called := _attribute(instruction, 'calls'):
       inner = self._computations.get(called, {})
       for inside in inner.values():
         self._collectives(inner, inside, times, called)
+
+  def _add(self, kind: tuple[str, int], received: float, times: int) -> None:
+    entry = self._found.setdefault(kind, [0, 0.0])
+    entry[0] += times
+    entry[1] += times * received
 
   def _bytes(self, computation: Computation, instruction: Instruction) -> float:
     opcode = instruction.opcode

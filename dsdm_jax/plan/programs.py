@@ -149,13 +149,19 @@ def _training(
   return program
 
 
+def _remat_key(model: ConfigDict, section: str) -> str:
+  """'' where it is on already, and so no way out."""
+  return '' if model.remat else f'{section}.remat'
+
+
 def _proxies(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
   proxies, batch = config.proxies, config.proxies.train.batch_size
   steps = int(proxies.epochs * round(proxies.subset_share * rows(config))) // batch
   tokens = batch * config.pool.length
   return Work(
     'proxies', _training(proxies.model, proxies.train, config, mesh), batch, 'proxies.train.batch_size',
-    steps * proxies.count, model.parameters, tokens, 3 * model.forward_flop * tokens, remat_key='proxies.model.remat',
+    steps * proxies.count, model.parameters, tokens, 3 * model.forward_flop * tokens,
+    remat_key=_remat_key(proxies.model, 'proxies.model'),
   )  # fmt: skip
 
 
@@ -166,7 +172,7 @@ def _pretraining(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
   return Work(
     'pretraining', _training(config.model, config.pretraining.train, config, mesh), batch,
     'pretraining.train.batch_size', steps * final_runs(config), model.parameters, tokens,
-    3 * model.forward_flop * tokens, remat_key='model.remat',
+    3 * model.forward_flop * tokens, remat_key=_remat_key(config.model, 'model'),
   )  # fmt: skip
 
 
@@ -179,7 +185,7 @@ def _ladder(config: ConfigDict, mesh: Mesh) -> list[Work]:
     found.append(Work(
       f'ladder {rung.factor:g}', _training(rung.model, train, config, mesh), train.batch_size,
       'pretraining.train.batch_size', rung.examples // train.batch_size * config.ladder.seeds, model.parameters, tokens,
-      3 * model.forward_flop * tokens, remat_key='model.remat',
+      3 * model.forward_flop * tokens, remat_key=_remat_key(config.model, 'model'),
     ))  # fmt: skip
   return found
 
@@ -205,7 +211,7 @@ def _features(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
 
   return Work(
     'features', program, batch, 'features.batch_size', math.ceil(read / batch) * config.proxies.count,
-    model.parameters, tokens, least, remat_key='proxies.model.remat',
+    model.parameters, tokens, least, remat_key=_remat_key(config.proxies.model, 'proxies.model'),
   )  # fmt: skip
 
 

@@ -68,6 +68,18 @@ def test_what_a_loop_does_counts_as_often_as_it_runs():
   assert found.hbm_bytes == 12 * each + 2 * sums + 12 * 2 * 4  # and the loop's counter, twice
 
 
+def test_a_collective_that_is_sent_in_parts_over_a_loop_counts_once():
+  part = 'channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}'
+  chained = f'{part}, frontend_attributes={{chain_id="0"}}'
+  begins = (
+    f'  %mine.2 = f32[64,128]{{1,0}} broadcast(%start)\n  %begun = f32[256,128]{{1,0}} all-gather(%mine.2), {chained}\n'
+  )
+  text = PROGRAM.replace(part, chained).replace('  %loop = ', f'{begins}  %loop = ')
+  assert text.count('chain_id') == 2
+  (gather,) = (c for c in hlo.analyse(text).collectives if c.operation == 'all-gather')
+  assert (gather.count, gather.bytes) == (1, 3 * 64 * 128 * 4)
+
+
 def test_a_bound_that_is_no_constant_is_told():
   found = hlo.analyse(PROGRAM.replace('constant(12)', 'parameter(1)'))
   assert found.unknown_trips == 1
