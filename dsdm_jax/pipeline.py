@@ -150,6 +150,8 @@ def _held(workdir: Path, job: int | None) -> Iterator[bool]:
 
 def _run_in(workdir: Path, fresh: bool, config: ConfigDict, settings: Mapping, only: str | None, rerun: bool) -> None:
   """`run` in a workdir that nobody else has; where nothing was begun in a fresh one, nothing is left there."""
+  if config.features.jobs == 1:
+    distributed.decide(lambda: artifacts.sweep(workdir))
   done = _opened(workdir, distributed.decide(lambda: list(_finished(workdir, settings, only, rerun))))
   wanted = [s for s in STAGES if s.name not in done and (s.name == only or (only is None and not s.on_request))]
   for stage in STAGES:

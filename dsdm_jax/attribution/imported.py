@@ -12,6 +12,8 @@ from dsdm_jax.core.errors import UserError
 
 # Storage classes that a .pt file may name, and what they hold.
 _STORAGES = {'DoubleStorage': '<f8', 'FloatStorage': '<f4', 'HalfStorage': '<f2'}
+_LARGEST_PICKLE = 1 << 20  # bytes; that of one vector has about 400
+_LARGEST_PACKED = 1 << 30  # bytes of a packed vector, which is read whole
 _LOCAL_HEADER = struct.Struct('<26xHH')  # of a zip member: lengths of its name and of its extra field
 
 
@@ -32,9 +34,9 @@ def read(path: str | os.PathLike, rows: int | None = None, column: str = 'score'
     raise UserError(f'{path} must end in one of {", ".join(readers)}; save its scores in one of these forms')
   try:
     score_N = readers[path.suffix](path)
-  except (OSError, ValueError, zipfile.BadZipFile) as error:
-    if isinstance(error, UserError):
-      raise
+  except UserError:
+    raise
+  except Exception as error:  # what a torn or made-up file does to three packages' readers is as good as any
     raise UserError(f'{path} cannot be read ({" ".join(str(error).split())[:200]}); give a whole file') from error
   if score_N.ndim != 1 or score_N.dtype.kind != 'f':
     raise UserError(f'{path} holds {score_N.dtype} of shape {score_N.shape}; give one floating-point number a row')
@@ -79,11 +81,15 @@ def _read_pt(path: Path) -> np.ndarray:
     storages = [name for name in members if name.startswith('data/')]
     if 'data.pkl' not in members or len(storages) != 1:
       raise UserError(f'{path} holds {len(storages)} tensors; save one vector alone')
+    if 'data.pkl' in members and members['data.pkl'].file_size > _LARGEST_PICKLE:
+      raise UserError(f'{path} holds more than a vector; save one vector alone')
     if 'byteorder' in members and archive.read(members['byteorder']) != b'little':
       raise UserError(f'{path} is not little-endian; save it anew on a usual machine')
     dtype, length = _described(archive.read(members['data.pkl']), path)
     info = members[storages[0]]
     if info.compress_type != zipfile.ZIP_STORED:
+      if info.file_size > _LARGEST_PACKED:
+        raise UserError(f'{path} unpacks to {info.file_size:,} bytes; save it as torch.save does, which packs nothing')
       return np.frombuffer(archive.read(info), dtype)[:length]
   with open(path, 'rb') as file:
     file.seek(info.header_offset)

@@ -67,9 +67,14 @@ class FeatureStore:
     missing = []
     for shard in range(self.shards):
       marker = self._marker(shard)
-      if not marker.is_file():
+      try:
+        basis = dict(json.loads(marker.read_bytes())).get('basis', '')
+      except (OSError, ValueError, TypeError, RecursionError):  # none, or one that says nothing
         missing.append(shard)
-      elif self._basis and json.loads(marker.read_bytes()).get('basis') != self._basis:
+        continue
+      if not all(file.is_file() for file in self._chunks(shard)):
+        missing.append(shard)
+      elif self._basis and basis != self._basis:
         raise UserError(
           f'shard {shard} of {self._done.with_suffix(".zarr")} was made with another basis of eigenvectors: jobs with '
           f'disks of their own must begin with one copy of the basis_*.npz files; delete {marker} to make it anew'
@@ -118,14 +123,16 @@ class FeatureStore:
     start, stop = self.bounds(shard)
     try:
       json.loads(self._marker(shard).read_bytes())
+      for file in self._chunks(shard):
+        file.stat()  # a chunk that is not there would read as zeros
       codes_BJ = self._array[start:stop].read().result()
       scale_BK = None if self._scales is None else self._scales[start:stop].read().result()
       return self.rounding.decode(codes_BJ, scale_BK)
-    except (OSError, ValueError) as error:
-      reason = str(error).splitlines()[0][:160]
+    except (OSError, ValueError, RecursionError) as error:
+      reason = ' '.join(str(error).split())[:160]
       raise UserError(
         f'features of rows {start} to {stop - 1} in {self._done.with_suffix(".zarr")} cannot be read ({reason}); '
-        'delete the features folder of the workdir and start again'
+        'start the same command again, which makes this shard anew'
       ) from error
 
   def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -138,22 +145,33 @@ class FeatureStore:
       start, stop = self.bounds(shard)
       yield start, stop, self.read(shard)
 
+  def _chunks(self, shard: int) -> list[Path]:
+    """Files that hold a shard."""
+    arrays = ['.zarr'] if self._scales is None else ['.zarr', '.scales.zarr']
+    return [self._done.with_suffix(array) / 'c' / str(shard) / '0' for array in arrays]
+
   def _marker(self, shard: int) -> Path:
     return self._done / f'{shard:06d}.json'
 
 
 def _open(path: Path, shape: tuple[int, int], shard_rows: int, dtype: str) -> ts.TensorStore:
-  return ts.open(
-    {
-      'driver': 'zarr3',
-      'kvstore': {'driver': 'file', 'path': str(Path(path).absolute())},
-      'metadata': {
-        'shape': list(shape),
-        'data_type': dtype,
-        'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': [shard_rows, shape[1]]}},
-        'codecs': [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}],
-      },
+  spec = {
+    'driver': 'zarr3',
+    'kvstore': {'driver': 'file', 'path': str(Path(path).absolute())},
+    'store_data_equal_to_fill_value': True,  # so that a chunk which is not there was lost, and is not one of zeros
+    'metadata': {
+      'shape': list(shape),
+      'data_type': dtype,
+      'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': [shard_rows, shape[1]]}},
+      'codecs': [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}],
     },
-    open=True,
-    create=True,
-  ).result()
+  }
+  try:
+    return ts.open(spec, open=True, create=True).result()
+  except ValueError as error:
+    if found := as_os_error(error, path):
+      raise found from error
+    raise UserError(
+      f'{path}/zarr.json cannot be read or is of another store ({" ".join(str(error).split())[:160]}); delete it and '
+      'start again, shards that are whole are kept'
+    ) from error

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from dsdm_jax.core.errors import UserError
 MANIFEST = 'manifest.json'
 _BEGUN = 'begun.json'
 _COST = 'cost*.json'  # one for each job that shares the stage
+_TEMPORARY = re.compile(r'\..+\.[a-z0-9_]{8}')  # as tempfile names what `begin` and `atomic` are about to rename
 _PACKAGES = (
   'jax jaxlib flax optax orbax-checkpoint seqio tensorflow tensorflow-datasets ml_collections numpy scipy'
 ).split()
@@ -117,7 +119,7 @@ def inside(folder: Path, name: str) -> Path:
     UserError: it does not.
   """
   file = Path(folder) / name
-  if not file.resolve().is_relative_to(Path(folder).resolve()) or '\0' in name:
+  if '\0' in name or not file.resolve().is_relative_to(Path(folder).resolve()):
     raise UserError(
       f'{folder} names the file {name!r}, which lies outside of it; take a workdir from a source you trust'
     )
@@ -147,23 +149,41 @@ def _read_manifest(path: Path) -> Artifact:
   try:
     manifest = json.loads(file.read_bytes())
     for key in ('identity', 'files', 'semantics', 'cost', 'versions'):
-      manifest[key]
-    for name in manifest['files']:
-      if Path(name).is_absolute() or '..' in Path(name).parts:
+      if not isinstance(manifest[key], dict):
+        raise TypeError(f'{key} is no object')
+    if not _is_identity(manifest['identity']):
+      raise ValueError('identity lacks a part')
+    for key in ('seconds', 'flop'):
+      manifest['cost'][key] + 0.0
+    for name, entry in manifest['files'].items():
+      if Path(name).is_absolute() or '..' in Path(name).parts or '\0' in name:
         raise ValueError(f'path {name!r} leaves the folder')
-  except (OSError, ValueError, KeyError, TypeError) as error:
+      if type(entry['bytes']) is not int or type(entry['sha256']) is not str:
+        raise TypeError(f'{name} has no size or no checksum')
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise UserError(
-      f'{file} is unreadable ({type(error).__name__}: {error}); delete {path} and start again to make that stage anew'
+      f'{file} is unreadable ({type(error).__name__}: {_short(error)}); delete {path} and start again to make that '
+      'stage anew'
     ) from error
   return Artifact(path, manifest)
+
+
+def _short(error: Exception) -> str:
+  return ' '.join(str(error).split())[:200]
+
+
+def _is_identity(value: Any) -> bool:
+  kinds = {'stage': str, 'format': int, 'settings': dict, 'inputs': dict}
+  return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
 
 
 def begun(workdir: Path, stage: str) -> Mapping[str, Any] | None:
   """Identity of an unfinished attempt at `stage`; None where there is none or it cannot be told."""
   try:
-    return json.loads((part_folder(workdir, stage) / _BEGUN).read_bytes())
-  except (OSError, ValueError):
+    found = json.loads((part_folder(workdir, stage) / _BEGUN).read_bytes())
+  except (OSError, ValueError, RecursionError):
     return None
+  return found if _is_identity(found) else None
 
 
 def begin(workdir: Path, identity: Identity) -> Path:
@@ -190,6 +210,20 @@ def begin(workdir: Path, identity: Identity) -> Path:
           f'{part} was begun at this moment with other settings; start again when that run has ended'
         ) from error
   return part
+
+
+def sweep(workdir: Path) -> None:
+  """Deletes what a kill left half-written: folders and files that were to be renamed into place.
+
+  Only for a run that has the workdir for itself: in the hands of others such a thing may be in the making.
+  """
+  for path in workdir.glob('.*.part.*'):
+    if path.is_dir() and _TEMPORARY.fullmatch(path.name):
+      shutil.rmtree(path)
+  for part in workdir.glob('*.part'):
+    for path in part.rglob('.*'):
+      if path.is_file() and _TEMPORARY.fullmatch(path.name):
+        path.unlink()
 
 
 def is_note(path: Path) -> bool:
@@ -227,8 +261,9 @@ class Cost:
 
 def _spent(file: Path) -> dict[str, float]:
   try:
-    return json.loads(file.read_bytes())
-  except (OSError, ValueError):
+    found = json.loads(file.read_bytes())
+    return {key: float(found[key]) for key in ('seconds', 'flop')}
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
     return {'seconds': 0.0, 'flop': 0.0}
 
 

@@ -4,19 +4,20 @@ Records of files end at newline characters only: text with Unicode line separato
 """
 
 import dataclasses
-import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dsdm_jax.core import tensorflow_start
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.data import files, tfds_items
+from dsdm_jax.data import files, json_lines, tfds_items
 from dsdm_jax.data.documents import Document, cut
 from dsdm_jax.data.sources import Entry, Unit
 
 LARGEST = 16 * 2**20  # bytes of UTF-8 that are encoded at once: more would take gigabytes
 _BATCH = 1_024
+_ROWS = 64  # of Parquet, decoded at once: each may hold a long text
+_NAME = 1_000  # the most characters of an id or source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,13 @@ def _checked(where: str, id: str, source: str, text: str, most: int) -> Found:
     data = text.encode()
   except UnicodeEncodeError as error:
     return Problem(where, f'not valid Unicode (a lone surrogate at character {error.start})')
+  try:
+    f'{id}{source}'.encode()
+  except UnicodeEncodeError:
+    return Problem(where, 'not valid Unicode (a lone surrogate in its id or source)')
+  for name, value in (('id', id), ('source', source)):
+    if len(value) > _NAME:
+      return Problem(where, f'{name} has {len(value):,} characters, above {_NAME:,}')
   if most and len(data) > most:
     text = cut(data, most).decode()
   elif len(data) > LARGEST:
@@ -80,22 +88,25 @@ def _from_fields(entry: Entry, record: Mapping[str, Any], where: str, place: str
 
 
 def _text(unit: Unit) -> Iterator[Record | Problem]:
+  import zstandard
+
   for path in unit.paths:
     name = unit.entry.name
     try:
       with files.open_bytes(path) as file:
-        data = file.read()
+        data = cut(file.read(json_lines.LONGEST + 1), json_lines.LONGEST)  # `_checked` refuses or cuts what is longer
       yield path, f'{name}/{path}', name, data.decode()
     except UnicodeDecodeError as error:
       yield Problem(path, f'not UTF-8 ({error.reason} at byte {error.start})')
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
       yield Problem(path, _broken(error))
 
 
 def _broken(error: Exception) -> str:
   if isinstance(error, EOFError):
     return 'the file ends in the middle of its packed data; copy it anew'
-  return f'cannot be read ({getattr(error, "strerror", None) or error})'
+  said = ' '.join(str(getattr(error, 'strerror', None) or error).split())[:200]
+  return f'cannot be read ({said or type(error).__name__})'
 
 
 def _jsonl(unit: Unit) -> Iterator[Record | Problem]:
@@ -105,7 +116,7 @@ def _jsonl(unit: Unit) -> Iterator[Record | Problem]:
   number, short = 0, path.rsplit('/', 1)[-1]
   try:
     with files.open_bytes(path) as file:
-      for number, line in enumerate(file, 1):
+      for number, line in json_lines.lines(file):
         if line.strip():
           yield _json_line(unit.entry, line, f'{path}, line {number}', f'{short}:{number}')
   except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
@@ -118,14 +129,9 @@ def _jsonl(unit: Unit) -> Iterator[Record | Problem]:
 
 def _json_line(entry: Entry, line: bytes, where: str, place: str) -> Record | Problem:
   try:
-    record = json.loads(line.decode())
-  except UnicodeDecodeError as error:
-    return Problem(where, f'not UTF-8 ({error.reason} at byte {error.start})')
-  except json.JSONDecodeError as error:
-    return Problem(where, f'not JSON ({error.msg} at column {error.colno})')
-  if not isinstance(record, dict):
-    return Problem(where, f'a JSON object is needed, found {type(record).__name__}')
-  return _from_fields(entry, record, where, place)
+    return _from_fields(entry, json_lines.parse(line), where, place)
+  except json_lines.BadLineError as error:
+    return Problem(where, str(error))
 
 
 def _parquet(unit: Unit) -> Iterator[Record | Problem]:
@@ -142,11 +148,12 @@ def _parquet(unit: Unit) -> Iterator[Record | Problem]:
         yield Problem(path, f'no column {unit.entry.text!r} among {", ".join(names)}; name it: | text=COLUMN')
         return
       wanted = [name for name in (unit.entry.text, unit.entry.id, unit.entry.source) if name in names]
-      for batch in table.iter_batches(_BATCH, columns=wanted):
-        for record in batch.to_pylist():
+      for batch in table.iter_batches(_ROWS, columns=wanted):
+        for place in range(batch.num_rows):
+          record = {name: batch.column(name)[place].as_py() for name in wanted}
           row += 1
           yield _from_fields(unit.entry, record, f'{path}, row {row}', f'{path.rsplit("/", 1)[-1]}:{row}')
-  except (OSError, pa.ArrowException) as error:
+  except (OSError, pa.ArrowException, UnicodeDecodeError, OverflowError, ValueError) as error:
     yield Problem(f'{path}, row {row + 1}', _broken(error))
 
 
@@ -161,7 +168,7 @@ def _arrow(unit: Unit) -> Iterator[Record | Problem]:
         for record in batch.to_pylist():
           row += 1
           yield _from_fields(unit.entry, record, f'{path}, row {row}', f'{path.rsplit("/", 1)[-1]}:{row}')
-  except (OSError, pa.ArrowException) as error:
+  except (OSError, pa.ArrowException, UnicodeDecodeError, OverflowError, ValueError) as error:
     yield Problem(f'{path}, row {row + 1}', _broken(error))
 
 

@@ -103,4 +103,9 @@ class Selection:
       raise UserError(
         f'no selection {name!r} in {folder}: {error.filename} is missing; run the selection stage'
       ) from error
+    except Exception as error:  # a zip, arrays and JSON: each is torn in its own ways
+      raise UserError(
+        f'{arrays_file} or its .json cannot be read ({" ".join(str(error).split())[:200]}); delete the selection '
+        'folder and start again'
+      ) from error
     return cls(name, rows, weights, provenance, scores)

@@ -5,13 +5,13 @@ hold Unicode line separators.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from dsdm_jax.core.errors import UserError
+from dsdm_jax.data import json_lines
 
 LANGUAGE_MODELLING = 'language_modelling'  # "context", "continuation"; maybe "category"
 MULTIPLE_CHOICE = 'multiple_choice'  # "query", "choices", "gold"
@@ -61,22 +61,20 @@ def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
   except OSError as error:
     raise UserError(f'{path} cannot be read: {error.strerror or error}') from error
   with file:
-    for number, line in enumerate(file, 1):
-      if line.strip():
-        yield number, parse_object(line, f'{path}, line {number}')
+    try:
+      for number, line in json_lines.lines(file):
+        if line.strip():
+          yield number, parse_object(line, f'{path}, line {number}')
+    except OSError as error:
+      raise UserError(f'{path} cannot be read: {error.strerror or error}') from error
 
 
 def parse_object(line: bytes, where: str) -> dict[str, Any]:
   """The JSON object that a line holds; raises UserError with `where` in front."""
   try:
-    record = json.loads(line.decode())
-  except UnicodeDecodeError as error:
-    raise UserError(f'{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8') from error
-  except json.JSONDecodeError as error:
-    raise UserError(f'{where}: not JSON ({error.msg} at column {error.colno}); one object a line is needed') from error
-  if not isinstance(record, dict):
-    raise UserError(f'{where}: a JSON object is needed, found {type(record).__name__}')
-  return record
+    return json_lines.parse(line)
+  except json_lines.BadLineError as error:
+    raise UserError(f'{where}: {error}; each line is one JSON object in UTF-8') from error
 
 
 def shape_of(record: Mapping[str, Any]) -> str | None:

@@ -243,3 +243,15 @@ def test_equal_arrays_are_equal_bytes(tmp_path):
   assert (tmp_path / 'a.npz').read_bytes() == (tmp_path / 'b.npz').read_bytes()
   with np.load(tmp_path / 'a.npz') as found:
     np.testing.assert_array_equal(found['x_N'], arrays['x_N'])
+
+
+def test_what_a_kill_left_half_written_is_swept_away_and_nothing_else(workdir):
+  part = artifacts.begin(workdir, artifacts.Identity('pool', 1, {}, {}))
+  kept = {part / 'rows.npy', part / '.hidden', part / 'begun.json', workdir / '.mine.12345678'}
+  gone = {part / '.rows.npy.ab_34xyz', workdir / '.pool.part.0a1b2c3d' / 'begun.json'}
+  for file in kept | gone:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(file.read_text() if file.is_file() else 'x')
+  artifacts.sweep(workdir)
+  assert all(file.is_file() for file in kept)
+  assert not any(file.exists() or (file.parent.name.startswith('.') and file.parent.exists()) for file in gone)

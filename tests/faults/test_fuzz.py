@@ -1,0 +1,382 @@
+"""Files that nobody vouches for, cut, flipped, nested and swollen: readers give data, or one line that names the file.
+
+What a reader may raise is UserError (or, inside the pool, give a Problem); anything else fails here, as does a reader
+that takes more memory than its bound or hangs.
+"""
+
+import gzip
+import io
+import json
+import resource
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dsdm_jax.attribution import imported
+from dsdm_jax.attribution.store import FeatureStore
+from dsdm_jax.core import artifacts, lock
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.data import encoders, readers, shapes, sources, tasks, vocabulary
+from dsdm_jax.data.selection import Selection
+from tests.conftest import ROOT
+
+SECONDS = 20  # for one input; the slowest takes a tenth of a second
+BOUND = 1536 * 2**20  # bytes of memory for a bomb that unpacks to 2 GiB: the interpreter and its packages take 400 MiB
+fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@pytest.fixture(autouse=True)
+def no_hang():
+  def give_up(*_):
+    raise AssertionError('a reader hangs')
+
+  before = signal.signal(signal.SIGALRM, give_up)
+  yield
+  signal.alarm(0)
+  signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def tried(count):
+  """Counts inputs, and starts the clock of each."""
+
+  def one() -> None:
+    signal.alarm(SECONDS)
+    count('inputs tried')
+
+  return one
+
+
+@st.composite
+def damaged(draw, whole: bytes) -> bytes:
+  """`whole` with bits flipped, cut, with a piece repeated or overwritten; or any bytes."""
+  data = bytearray(whole)
+  for _ in range(draw(st.integers(0, 4))):
+    at = draw(st.integers(0, max(0, len(data) - 1)))
+    kind = draw(st.sampled_from(['flip', 'cut', 'insert', 'repeat', 'zeros']))
+    if kind == 'flip' and data:
+      data[at] ^= 1 << draw(st.integers(0, 7))
+    elif kind == 'cut':
+      del data[at:]
+    elif kind == 'insert':
+      data[at:at] = draw(st.binary(max_size=12))
+    elif kind == 'repeat':
+      data[at:at] = data[at : at + draw(st.integers(0, 64))]
+    else:
+      data[at : at + 8] = bytes(8)
+  return bytes(data)
+
+
+def anything(whole: bytes) -> st.SearchStrategy[bytes]:
+  return damaged(whole) | st.binary(max_size=300)
+
+
+# JSON as it may stand in a line: keys that readers look for, values of every kind, some that Python itself refuses.
+KEYS = st.sampled_from(['text', 'id', 'source', 'context', 'answer', 'choices', 'gold', 'query', 'answers', 'question',
+                        'document', 'category', 'continuation', 'context_options', 'aliases', 'x'])  # fmt: skip
+TEXT = st.text(max_size=12) | st.sampled_from(['', ' ', '\u2028', '\x00', 'a\ud800', '<script>', '../..', 'x' * 2_000])
+VALUES = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=6,
+)  # fmt: skip
+_ODD = (
+  b'[' * 100_000, b'{"text": ' * 50_000, b'{"text": "a", "id": ' + b'9' * 5_000 + b'}', b'{"text": NaN}', b'[]',
+  b'null', b'{"text": "a", "text": 1}', b'\xef\xbb\xbf{}', b'{"text": "\\uD83D"}',
+)  # fmt: skip
+ODD = st.integers(0, len(_ODD) - 1).map(lambda i: _ODD[i])  # by number: hypothesis writes out what it samples from
+SHORT = st.integers(3, len(_ODD) - 1).map(lambda i: _ODD[i])  # hypothesis would print the others in full
+LINES = st.lists(
+  st.dictionaries(KEYS, VALUES, max_size=5).map(lambda d: json.dumps(d).encode()) | ODD | st.binary(max_size=40),
+  max_size=4,
+).map(b'\n'.join)
+PLAIN = b'\n'.join(json.dumps({'text': f'one two three {i}', 'id': str(i)}).encode() for i in range(20)) + b'\n'
+
+
+def read_pool(path: Path, kind: str) -> None:
+  """As the pool stage reads: documents it can hash and write, problems that name the file."""
+  entry = sources.parse(f'{kind}:{path}')
+  for found in readers.read(sources.Unit(entry, (str(path),))):
+    if isinstance(found, readers.Problem):
+      assert str(found).startswith(str(path)) and '\n' not in str(found), found
+      assert len(str(found)) < 2_000
+    else:
+      f'{found.id}{found.source}{found.text}'.encode()
+      assert found.text.strip() and len(found.id) < 2_000
+
+
+def refused_by_name(path: Path, act) -> None:
+  try:
+    act()
+  except UserError as error:
+    said = str(error)
+    assert path.name.partition('.')[0] in said or 'pool.vocabulary' in said, said
+    assert '\n' not in said and len(said) < 2_000, said
+
+
+@fuzz
+@given(data=LINES | anything(PLAIN))
+def test_jsonl(data, tmp_path, tried):
+  tried()
+  path = tmp_path / 'mine.jsonl'
+  path.write_bytes(data)
+  read_pool(path, 'jsonl')
+  refused_by_name(path, lambda: list(shapes.read_jsonl(str(path))))
+  refused_by_name(path, lambda: tasks.read_jsonl(str(path)))
+
+
+@fuzz
+@given(data=anything(PLAIN))
+def test_text(data, tmp_path, tried):
+  tried()
+  path = tmp_path / 'mine.txt'
+  path.write_bytes(data)
+  read_pool(path, 'text')
+
+
+@pytest.mark.parametrize(('ending', 'pack'), [('gz', gzip.compress), ('zst', zstandard.compress)])
+@fuzz
+@given(data=st.data())
+def test_packed(data, tmp_path, tried, ending, pack):
+  tried()
+  for kind in ('jsonl', 'txt'):
+    path = tmp_path / f'mine.{kind}.{ending}'
+    path.write_bytes(data.draw(anything(pack(PLAIN))))
+    read_pool(path, 'jsonl' if kind == 'jsonl' else 'text')
+
+
+def parquet(**columns) -> bytes:
+  file = io.BytesIO()
+  pq.write_table(pa.table(columns), file)
+  return file.getvalue()
+
+
+@fuzz
+@given(data=anything(parquet(text=['one two', None, 'three'], id=[1, 2, 3])) | st.sampled_from([
+  parquet(text=[1, 2]), parquet(text=[['a'], []]), parquet(text=[b'\xff']), parquet(other=['a']), parquet(text=[]),
+  parquet(text=pa.array(['a', 'b']).dictionary_encode()), parquet(text=pa.array([None, None])),
+]))  # fmt: skip
+def test_parquet(data, tmp_path, tried):
+  tried()
+  path = tmp_path / 'mine.parquet'
+  path.write_bytes(data)
+  read_pool(path, 'parquet')
+
+
+BOMB = """
+import io, resource, sys
+from pathlib import Path
+from dsdm_jax.data import readers, sources
+kind, path = sys.argv[1:3]
+said = []
+for found in readers.read(sources.Unit(sources.parse(f'{kind}:{path}'), (path,)), 8192):
+  said.append(str(found)[:200] if isinstance(found, readers.Problem) else f'document of {len(found.text)}')
+print(said[:3], len(said))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def swollen(path: Path) -> None:
+  """2 GiB in a few MB; of Parquet 1e5 rows of one text of 4 MiB, 400 GB once they are written out."""
+  if path.suffix == '.parquet':
+    text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(100_000, np.int32)), pa.array(['ab ' * (2**22 // 3)]))
+    pq.write_table(pa.table({'text': text}), path, compression='zstd')
+    return
+  block = b'a' * 2**26
+  if path.suffix == '.gz':
+    member = gzip.compress(block, 1)  # members one after another are one file
+    path.write_bytes(member * 32)
+  else:
+    path.write_bytes(zstandard.compress(block) * 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['mine.jsonl.gz', 'mine.txt.zst', 'mine.parquet'])
+def test_memory_has_a_bound(name, tmp_path, tried):
+  path = tmp_path / name
+  swollen(path)
+  assert path.stat().st_size < 64 * 2**20
+  tried()
+  kind = {'jsonl': 'jsonl', 'txt': 'text', 'parquet': 'parquet'}[name.split('.')[1]]
+  signal.alarm(0)
+  code = BOMB if kind != 'parquet' else BOMB.replace('for found in', 'import itertools\nfor found in').replace(
+    'readers.read(', 'itertools.islice(readers.read(').replace('8192):', '8192), 500):')  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, '-c', code, kind, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, 16 * 2**30)),
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert int(done.stdout.splitlines()[-1]) < BOUND, done.stdout
+
+
+@pytest.fixture(scope='module')
+def manifest(tmp_path_factory) -> bytes:
+  workdir = tmp_path_factory.mktemp('made')
+  identity = artifacts.Identity('pool', 1, {'pool.length': 32}, {'targets': 'ab'})
+  part = artifacts.begin(workdir, identity)
+  (part / 'file').write_bytes(b'content')
+  return (artifacts.commit(workdir, identity, {}, artifacts.Cost(part)).path / artifacts.MANIFEST).read_bytes()
+
+
+@fuzz
+@given(data=st.data())
+def test_manifest(data, tmp_path, tried, manifest):
+  tried()
+  folder = tmp_path / 'pool'
+  folder.mkdir(exist_ok=True)
+  (folder / 'file').write_bytes(b'content')
+  text = data.draw(anything(manifest) | st.dictionaries(
+    st.sampled_from(['identity', 'files', 'semantics', 'cost', 'versions']), VALUES).map(
+      lambda d: json.dumps({**json.loads(manifest), **d}).encode()) | ODD)  # fmt: skip
+  (folder / artifacts.MANIFEST).write_bytes(text)
+
+  def act() -> None:
+    found = artifacts.open_stage(tmp_path, 'pool')
+    assert found is not None
+    artifacts.differences(found.manifest['identity'], json.loads(manifest)['identity'])
+    assert found.digest
+    found.verify()
+
+  refused_by_name(folder, act)
+
+
+NOTE = b'{"stage": "pool", "format": 1, "settings": {}, "inputs": {}, "seconds": 1, "flop": 2}'
+
+
+@fuzz
+@given(data=anything(NOTE) | SHORT)
+def test_notes_of_an_attempt(data, tmp_path, tried):
+  tried()
+  part = tmp_path / 'pool.part'
+  part.mkdir(exist_ok=True)
+  for name in ('begun.json', 'cost.json'):
+    (part / name).write_bytes(data)
+  found = artifacts.begun(tmp_path, 'pool')
+  if found is not None:
+    artifacts.differences(found, {'format': 1, 'settings': {}, 'inputs': {}})
+  assert isinstance(artifacts.Cost(part).seconds, float)
+  (tmp_path / lock.LOCK).write_bytes(data)
+  with lock.hold(tmp_path):
+    pass
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'int8'])
+@fuzz
+@given(data=st.data())
+def test_store(data, tmp_path_factory, tried, dtype):
+  tried()
+  folder = tmp_path_factory.mktemp('store')
+  phi_NJ = np.arange(80, dtype=np.float32).reshape(10, 8)
+
+  def open_store() -> FeatureStore:
+    return FeatureStore(folder / 'features_0.zarr', 10, 8, 4, dtype, ((0, 4), (4, 8)))
+
+  store = open_store()
+  for shard in range(store.shards):
+    store.write(shard, phi_NJ[slice(*store.bounds(shard))])
+  whole = [part for _, _, part in store]
+  file = data.draw(st.sampled_from(sorted(p for p in folder.rglob('*') if p.is_file())))
+  before = file.read_bytes()
+  if data.draw(st.booleans()):
+    file.write_bytes(data.draw(anything(before)))
+  else:
+    file.unlink()
+
+  def act() -> None:
+    read = open_store()
+    for shard in read.missing():
+      read.write(shard, phi_NJ[slice(*read.bounds(shard))])
+    for (_, _, part), wanted in zip(read, whole, strict=True):
+      np.testing.assert_array_equal(part, wanted)
+
+  refused_by_name(folder / 'features_0', act)
+
+
+def npy(array: np.ndarray) -> bytes:
+  file = io.BytesIO()
+  np.save(file, array)
+  return file.getvalue()
+
+
+def torch_file(member: bytes = bytes(12)) -> bytes:
+  """A vector of three float32 as torch.save lays it out."""
+  pickled = (
+    b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\x00((X\x07\x00\x00\x00storageq\x01ctorch\nFloatStorage\nq\x02X\x01'
+    b'\x00\x00\x000q\x03X\x03\x00\x00\x00cpuq\x04K\x03tq\x05QK\x00K\x03\x85q\x06K\x01\x85q\x07\x89ccollections\n'
+    b'OrderedDict\nq\x08)Rq\ttq\nRq\x0b.'
+  )
+  file = io.BytesIO()
+  with zipfile.ZipFile(file, 'w') as archive:
+    archive.writestr('a/data.pkl', pickled)
+    archive.writestr('a/data/0', member)
+  return file.getvalue()
+
+
+@pytest.mark.parametrize(('ending', 'whole'), [
+  ('npy', npy(np.ones(5, np.float32))), ('pt', torch_file()), ('parquet', parquet(score=[1.0, 2.0], row=[1, 0])),
+])  # fmt: skip
+@fuzz
+@given(data=st.data())
+def test_scores_of_others(data, tmp_path, tried, ending, whole):
+  tried()
+  path = tmp_path / f'mine.{ending}'
+  path.write_bytes(data.draw(anything(whole)))
+  refused_by_name(path, lambda: imported.read(path))
+
+
+@fuzz
+@given(data=st.data())
+def test_selection(data, tmp_path, tried):
+  tried()
+  Selection('mine', np.arange(4), np.ones(4, np.float32), {'seed': 0}).save(tmp_path)
+  file = data.draw(st.sampled_from([tmp_path / 'mine.npz', tmp_path / 'mine.json']))
+  file.write_bytes(data.draw(anything(file.read_bytes())))
+  try:
+    Selection.load(tmp_path, 'mine')
+  except ValueError as error:
+    said = str(error)
+  else:
+    said = 'mine'
+  assert 'mine' in said and '\n' not in said
+
+
+@pytest.fixture(scope='module')
+def sentencepiece_model() -> bytes:
+  return vocabulary.train([(ROOT / 'README.md').read_text()], 400)
+
+
+def tokenizer_json() -> bytes:
+  tokenizers = pytest.importorskip('tokenizers')
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<eos>': 0, 'a': 1, '[UNK]': 2}, unk_token='[UNK]'))
+  return made.to_str().encode()
+
+
+@pytest.mark.parametrize('ending', ['model', 'json'])
+@fuzz
+@given(data=st.data())
+def test_tokenizers(data, tmp_path, tried, ending, sentencepiece_model):
+  tried()
+  path = tmp_path / f'mine.{ending}'
+  path.write_bytes(data.draw(anything(sentencepiece_model if ending == 'model' else tokenizer_json())))
+  folder = tmp_path / 'saved'
+  folder.mkdir(exist_ok=True)
+  for old in folder.iterdir():
+    old.unlink()
+
+  def act() -> None:
+    encoders.save(str(path), folder)
+    encoder = encoders.open_encoder(folder)
+    ids = encoder.encode('a bc <eos> \u2028')
+    assert all(0 <= i < encoder.size for i in ids)
+    encoder.decode(ids)
+
+  refused_by_name(path, act)
