@@ -61,20 +61,16 @@ def _measured_backward(
 measured_matmul.defvjp(_measured_forward, _measured_backward)
 
 
-class MeasuredLinear(nnx.Module):
-  """Stands in for an `nnx.Linear` and shares its parameters."""
+class MeasuredLinear(probes.StandIn):
+  """Its moments' gradients are sums over tokens of outer products of the inputs, and of the output gradients."""
 
   def __init__(self, linear: nnx.Linear, layer: ProbedLayer):
-    self.kernel, self.bias = linear.kernel, linear.bias
-    self.dtype = linear.dtype
+    super().__init__(linear)
     self.in_moment = Moment(jnp.zeros((*layer.stack, layer.inputs, layer.inputs), jnp.float32))
     self.out_moment = Moment(jnp.zeros((*layer.stack, layer.outputs, layer.outputs), jnp.float32))
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    kernel, bias = jax.lax.stop_gradient((self.kernel[...], None if self.bias is None else self.bias[...]))
-    dtype = self.dtype or jnp.result_type(x, kernel)
-    y = measured_matmul(x.astype(dtype), kernel.astype(dtype), self.in_moment[...], self.out_moment[...])
-    return y if bias is None else y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+  def product(self, x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    return measured_matmul(x, kernel_IO, self.in_moment[...], self.out_moment[...])
 
 
 @dataclasses.dataclass

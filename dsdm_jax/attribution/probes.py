@@ -8,6 +8,7 @@ alone needs the layer's dx and never its dW, which is a third of a training step
 With entries of A Rademacher/√a and of B Rademacher/√b, E[⟨AᵀGB, AᵀG'B⟩] = ⟨G, G'⟩.
 """
 
+import abc
 import dataclasses
 import math
 import re
@@ -91,23 +92,36 @@ def _probed_backward(residuals: Residuals, dy: jax.Array) -> tuple[jax.Array, No
 probed_matmul.defvjp(_probed_forward, _probed_backward)
 
 
-class ProbedLinear(nnx.Module):
-  """Stands in for an `nnx.Linear` and shares its parameters. Used where features are made, and nowhere else."""
+class StandIn(nnx.Module):
+  """Stands in for an `nnx.Linear` and shares its parameters, of which no gradient is made. Subclasses say what the
+  product also leaves: `product(x, kernel_IO)`, both in the layer's dtype.
+  """
 
-  def __init__(self, linear: nnx.Linear, layer: ProbedLayer):
+  def __init__(self, linear: nnx.Linear):
     self.kernel, self.bias = linear.kernel, linear.bias
     self.dtype = linear.dtype
-    self.probe = Probe(jnp.zeros((*layer.stack, layer.a, layer.b), jnp.float32))
-    self.input_projection = Projection(jnp.zeros((*layer.stack, layer.inputs, layer.a), jnp.float32))
-    self.output_projection = Projection(jnp.zeros((*layer.stack, layer.outputs, layer.b), jnp.float32))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel, bias = jax.lax.stop_gradient((self.kernel[...], None if self.bias is None else self.bias[...]))
     dtype = self.dtype or jnp.result_type(x, kernel)
-    y = probed_matmul(
-      x.astype(dtype), kernel.astype(dtype), self.probe[...], self.input_projection[...], self.output_projection[...]
-    )
+    y = self.product(x.astype(dtype), kernel.astype(dtype))
     return y if bias is None else y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+  @abc.abstractmethod
+  def product(self, x: jax.Array, kernel_IO: jax.Array) -> jax.Array: ...
+
+
+class ProbedLinear(StandIn):
+  """Its probe's gradient is the projected gradient of the kernel. Used where features are made, and nowhere else."""
+
+  def __init__(self, linear: nnx.Linear, layer: ProbedLayer):
+    super().__init__(linear)
+    self.probe = Probe(jnp.zeros((*layer.stack, layer.a, layer.b), jnp.float32))
+    self.input_projection = Projection(jnp.zeros((*layer.stack, layer.inputs, layer.a), jnp.float32))
+    self.output_projection = Projection(jnp.zeros((*layer.stack, layer.outputs, layer.b), jnp.float32))
+
+  def product(self, x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    return probed_matmul(x, kernel_IO, self.probe[...], self.input_projection[...], self.output_projection[...])
 
 
 def plan(model: nnx.Module, pattern: str, dimension: int) -> tuple[ProbedLayer, ...]:

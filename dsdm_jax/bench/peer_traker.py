@@ -84,7 +84,6 @@ def main(config: dict[str, Any]) -> None:
       save_dir=folder, use_half_precision=False, logging_level=50,
     )  # fmt: skip
     traker.load_checkpoint(model.state_dict(), model_id=0)
-    print(json.dumps({'parameters': parameters}), flush=True)
     for _ in sys.stdin:
       tokens = torch.randint(0, config['vocab'], (batch, config['length']))
       began = time.perf_counter()

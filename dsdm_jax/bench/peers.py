@@ -1,9 +1,10 @@
 """Features side by side with other people's packages: the same shapes, the same batch, the same J, in one run.
 
-`python -m dsdm_jax.bench peers --traker-python=.venv-peers/bin/python` (launch/test.sh makes that environment from
-requirements-peers.txt). Rounds are interleaved; each case is one JSON line with its median.
-
-traker 0.3.2 is measured on the CPU with its own projector, which is what it has where there is no CUDA.
+`python -m dsdm_jax.bench peers --python=.venv-peers/bin/python` (launch/test.sh makes that environment from
+requirements-peers.txt). Rounds are interleaved; each case is one JSON line with its median. Peers run on the CPU:
+traker 0.3.2 with the projector that it has where there is no CUDA, bergson 2.5.1 with a two-sided projection of each
+linear layer, kept in memory. bergson asks for CUDA builds of packages that it does not use here, so it is installed
+by hand (docs/features.md).
 """
 
 import argparse
@@ -19,11 +20,12 @@ from pathlib import Path
 from dsdm_jax.bench import features
 from dsdm_jax.core.errors import UserError
 
-_TRAKER = Path(__file__).with_name('peer_traker.py')
+PEERS = ('traker', 'bergson')
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--traker-python', required=True, help='a Python with the packages of requirements-peers.txt')
+  parser.add_argument('--python', required=True, help='a Python with the packages of requirements-peers.txt')
+  parser.add_argument('--peers', default='traker', help=f'some of {", ".join(PEERS)}, joined by commas')
   parser.add_argument('--model', choices=features.MODELS, default='small')
   parser.add_argument('--batch', type=int, default=4, help='examples')
   parser.add_argument('--length', type=int, default=256, help='tokens of an example')
@@ -33,6 +35,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
   """Measures and prints; see the module."""
+  wanted = flags.peers.split(',')
+  for peer in wanted:
+    if peer not in PEERS:
+      raise UserError(f'--peers={flags.peers}: {peer} is no peer; peers are {", ".join(PEERS)}')
   layers, width, heads, vocab = features.MODELS[flags.model]
   given = {
     'layers': layers, 'width': width, 'heads': heads, 'vocab': vocab, 'length': flags.length, 'batch': flags.batch,
@@ -40,53 +46,56 @@ def run(flags: argparse.Namespace) -> None:
   }  # fmt: skip
   names = (f'dense_j{flags.j}', f'two_sided_j{flags.j}')
   ours = features.cases(names, argparse.Namespace(**vars(flags), devices='1x1', dtype='float32', remat=False))
-  with _traker(flags.traker_python, given) as (parameters, traker):
-    timed: dict[str, list[float]] = {name: [] for name in (*names, 'traker')}
+  with contextlib.ExitStack() as stack:
+    peers = {peer: stack.enter_context(_peer(peer, flags.python, given)) for peer in wanted}
+    timed: dict[str, list[float]] = {name: [] for name in (*names, *wanted)}
     for case in ours:
       case.run()
+    for featurize in peers.values():
+      featurize()
     for _ in range(flags.repeats):
       for case in ours:
         began = time.perf_counter()
         case.run()
         timed[case.name].append(time.perf_counter() - began)
-      timed['traker'].append(traker())
-  slowest = statistics.median(timed['traker'])
-  for name, seconds in timed.items():
-    median = statistics.median(seconds)
+      for peer, featurize in peers.items():
+        timed[peer].append(featurize())
+  medians = {name: statistics.median(seconds) for name, seconds in timed.items()}
+  for name, median in medians.items():
     print(json.dumps({
-      'case': name, 'seconds': round(median, 5), 'traker_seconds_over_this': round(slowest / median, 2), 'j': flags.j,
-      'model': flags.model, 'parameters': parameters, 'batch': flags.batch, 'length': flags.length,
+      'case': name, 'seconds': round(median, 5),
+      **{f'{peer}_seconds_over_this': round(medians[peer] / median, 2) for peer in wanted},
+      'j': flags.j, 'model': flags.model, 'batch': flags.batch, 'length': flags.length,
     }), flush=True)  # fmt: skip
 
 
 @contextlib.contextmanager
-def _traker(python: str, given: dict[str, int]) -> Iterator[tuple[int, Callable[[], float]]]:
-  """Its parameter count, and what featurizes one batch and tells the seconds."""
+def _peer(name: str, python: str, given: dict[str, int]) -> Iterator[Callable[[], float]]:
+  """What featurizes one batch with a peer, in a process of its own, and tells the seconds."""
+  script = Path(__file__).with_name(f'peer_{name}.py')
   try:
     process = subprocess.Popen(
-      [python, str(_TRAKER), json.dumps(given)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+      [python, str(script), json.dumps(given)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
   except OSError as error:
-    raise UserError(f'--traker-python={python} cannot be started ({error.strerror}); give a Python') from error
+    raise UserError(f'--python={python} cannot be started ({error.strerror}); give a Python') from error
   assert process.stdin is not None and process.stdout is not None
   said, asked = process.stdout, process.stdin
 
-  def hear(key: str) -> float:
+  def featurize() -> float:
+    with contextlib.suppress(BrokenPipeError):  # an ended process is told by what it no longer says
+      asked.write('\n')
+      asked.flush()
     line = said.readline()
     if not line:
       raise UserError(
-        f'--traker-python={python} ended with exit code {process.wait()}; see what it said above, and install '
-        'requirements-peers.txt there'
+        f'{name} under --python={python} ended with exit code {process.wait()}; see what it said above, and install '
+        'requirements-peers.txt there (bergson by hand, docs/features.md)'
       )
-    return json.loads(line)[key]
-
-  def featurize() -> float:
-    asked.write('\n')
-    asked.flush()
-    return hear('seconds')
+    return json.loads(line)['seconds']
 
   try:
-    yield int(hear('parameters')), featurize
+    yield featurize
   finally:
     asked.close()
     process.wait()

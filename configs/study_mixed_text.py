@@ -1,0 +1,69 @@
+"""The experiment: DsDm against every baseline on mixed real text, four target tasks and three that were not targeted.
+
+Run all of it, arm by arm; stopped, it goes on:
+
+    python -m dsdm_jax.bench study --config=configs/study_mixed_text.py --workdir=runs/mixed
+
+Put or link the text at `data/pool/*.jsonl.gz` (fields `id`, `source`, `text`) and the questions at
+`data/benchmarks/*.jsonl`, in LLM-Foundry's shapes. Every arm trains on as many tokens; targeted arms see a subset four
+times, as in the paper, random data both four times and once. Numbers and what they say: docs/results.md.
+"""
+
+from configs import base
+
+PAPER_MIX = 'lambada+squad_xquad+jeopardy'
+_DSDM = {'selection.methods': ('dsdm',), 'pretraining.seeds': 3, 'ladder.rungs': ()}
+_NARROW = {'proxies.model.width': 32, 'proxies.model.mlp_width': 128}
+_SINGLE = {**_DSDM, 'selection.targets': ('lambada', 'squad_xquad', 'jeopardy', 'bigbench_cs_algorithms')}
+_BASELINES = (
+  'random', 'random_one_epoch', 'bottom', 'classifier', 'dsir', 'semdedup', 'bm25', 'embedding', 'perplexity_low',
+  'perplexity_high', 'color_filter', 'gradient',
+)  # fmt: skip
+
+ARMS: dict[str, dict] = {
+  'base': {
+    'selection.methods': ('dsdm', *_BASELINES),
+    'pretraining.seeds': 5,
+    'ladder.rungs': ('0.5', '1', '2', '4'),
+  },
+  'single': _SINGLE,
+  'single_baselines': {**_SINGLE, 'selection.methods': ('classifier', 'dsir', 'bm25')},
+  'cheap': {**_DSDM, 'pretraining.seeds': 5, 'proxies.count': 1, **_NARROW},
+  'diverse': {**_DSDM, 'selection.methods': ('dsdm_greedy', 'dsdm_gumbel')},
+  'proxies_1': {**_DSDM, 'proxies.count': 1},
+  'proxies_4': {**_DSDM, 'proxies.count': 4},
+  'proxy_half_epoch': {**_DSDM, 'proxies.epochs': 0.5},
+  'J_512': {**_DSDM, 'features.dimension': 512},
+  'damping_0.01': {**_DSDM, 'datamodel.damping': 0.01},
+  'damping_1': {**_DSDM, 'datamodel.damping': 1.0},
+  'epochs_2': {**_DSDM, 'selection.examples': 3_072, 'selection.epochs': 2},
+  'epochs_8': {**_DSDM, 'selection.examples': 768, 'selection.epochs': 8},
+  'again_1': {**_DSDM, 'pretraining.seeds': 5, 'proxies.seed': 1},
+}
+
+
+def get_config(arm='base'):
+  """The config of one arm: `configs/study_mixed_text.py:cheap`."""
+  if arm not in ARMS:
+    raise ValueError(f'{arm!r} is no arm of the study; arms are {", ".join(ARMS)}')
+  config = base.get_config()
+  config.pool.sources = ('jsonl:data/pool/*.jsonl.gz',)
+  config.pool.max_bytes = 9_000_000
+  config.pool.vocab_size = 2_048
+  config.targets.tasks = ('lambada', 'squad_xquad', 'jeopardy', 'bigbench_cs_algorithms')
+  config.targets.folder = 'data/benchmarks'
+  config.targets.max_examples = 512
+  config.model.width, config.model.mlp_width = 96, 384
+  config.model.positions = 'rope'
+  config.model.init_std = 0.1
+  for training in (config.proxies.train, config.pretraining.train):
+    training.batch_size = 32
+    training.learning_rate = 1e-2
+  config.proxies.epochs = 1.0
+  config.selection.examples = 1_536
+  config.selection.targets = (PAPER_MIX,)
+  config.evaluation.tasks = ('targets', 'piqa', 'winograd', 'trivia_qa')
+  config.evaluation.benchmark_folder = 'data/benchmarks'
+  config.evaluation.max_items = 400
+  config.update_from_flattened_dict(ARMS[arm])
+  return config
