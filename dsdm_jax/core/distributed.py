@@ -24,7 +24,7 @@ _T = TypeVar('_T')
 
 AUTO = 'auto'
 _OWN = ('distributed.process',)  # settings that differ between the processes of one run
-_LEAVE_MILLISECONDS = 15_000  # for the others to say their last line before process 0 takes the connection down
+_LEAVE_MILLISECONDS = 30_000  # for the others to say their last line before process 0 takes the connection down
 _FOREVER_MILLISECONDS = 30 * 24 * 3_600 * 1_000  # a lost process ends a wait long before
 _turns = itertools.count()
 

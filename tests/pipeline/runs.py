@@ -33,7 +33,7 @@ def command(*flags: str) -> list[str]:
 
 def run(*flags: str, devices: int = 1, cwd: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
-    command(*flags), cwd=cwd, env=environment(devices, **more), capture_output=True, text=True, timeout=300, check=False
+    command(*flags), cwd=cwd, env=environment(devices, **more), capture_output=True, text=True, timeout=900, check=False
   )
 
 
