@@ -63,7 +63,6 @@ def get_config(arm='base'):
   config.selection.examples = 1_536
   config.selection.targets = (PAPER_MIX,)
   config.evaluation.tasks = ('targets', 'piqa', 'winograd', 'trivia_qa')
-  config.evaluation.benchmark_folder = 'data/benchmarks'
   config.evaluation.max_items = 400
   config.update_from_flattened_dict(ARMS[arm])
   return config
