@@ -7,7 +7,7 @@ Run all of it, arm by arm, or one arm alone:
 
 An arm is the quickstart with a few keys changed. `base` trains the baselines; every other arm trains DsDm alone and is
 compared with them. Arms of the name `again_…` are `base` with other proxies: together they show what intervals that
-are conditional on one selection leave out. Two CPU cores: about 6 minutes for `base`, 1 to 3 for every other arm.
+are conditional on one selection leave out. The command prints what each arm took.
 """
 
 from configs import quickstart
@@ -37,6 +37,9 @@ ARMS: dict[str, dict] = {
   # Mix of targets.
   'mix_mean': {**_DSDM, 'datamodel.mix': 'mean'},
   'mix_rank': {**_DSDM, 'datamodel.mix': 'rank'},
+  # Top-k against diverse selection.
+  'dsdm_greedy': {'selection.methods': ('dsdm_greedy',)},
+  'dsdm_clusters': {'selection.methods': ('dsdm_clusters',)},
   # The same budget in fewer epochs of more rows, and the other way round.
   'epochs_2': {**_DSDM, 'selection.examples': 1_536, 'selection.epochs': 2},
   'epochs_8': {**_DSDM, 'selection.examples': 384, 'selection.epochs': 8},

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--config', default='configs/study.py', help='file with ARMS and get_config(arm)')
   parser.add_argument('--workdir', required=True, help='folder of the study')
   parser.add_argument('--arms', default='', help=f'some of ARMS, joined by commas, {BASE} among them; else all')
+  parser.add_argument(
+    '--models-at-once', type=int, default=0, help="final models trained side by side; default: as the arms' configs say"
+  )
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -50,16 +54,18 @@ def run(flags: argparse.Namespace) -> None:
     raise UserError(f'--arms={flags.arms} lacks {BASE}, which trains what the others are compared with; add it')
   configs = {arm: module.get_config(arm) for arm in [BASE, *(arm for arm in arms if arm != BASE)]}
   for config in configs.values():  # all of them before the first is begun
+    config.pretraining.models_at_once = flags.models_at_once or config.pretraining.models_at_once
     validate(config)
   for number, (arm, config) in enumerate(configs.items(), 1):
     print(f'== {arm} ({number} of {len(configs)})', flush=True)
-    folder = workdir / 'arms' / arm
+    folder, began = workdir / 'arms' / arm, time.monotonic()
     share(config, folder, [workdir / 'arms' / other for other in configs if other != arm])
     for name in pipeline.needed(LAST):
       pipeline.run(config, folder, name)
     found = compare({name: workdir / 'arms' / name for name in list(configs)[:number]}, configs[BASE])
     atomic.write_json(workdir / 'study.json', found)
     atomic.write_text(workdir / 'study.csv', _csv(found))
+    print(f'== {arm}: {time.monotonic() - began:.0f} s', flush=True)
   print(terminal.table(found))
   print(f'study: {workdir / "study.json"}')
 

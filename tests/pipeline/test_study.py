@@ -17,7 +17,7 @@ ARMS = {'base': {}, 'damped': {}, 'again_1': {}}
 
 def get_config(arm='base'):
   config = tiny.get_config()
-  config.selection.methods = ('dsdm', 'random') if arm == 'base' else ('dsdm',)
+  config.selection.methods = {'base': ('dsdm', 'random'), 'damped': ('dsdm', 'dsdm_greedy')}.get(arm, ('dsdm',))
   config.datamodel.damping = 1.0 if arm == 'damped' else 0.1
   config.proxies.seed = 1 if arm == 'again_1' else 0
   return config
@@ -40,6 +40,27 @@ def test_every_arm_of_the_study_is_a_config():
     checks.validate(study.get_config(arm))
 
 
+def test_the_study_varies_every_choice_of_the_method():
+  def flat(arm: str) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in checks.flatten(study.get_config(arm)).items()}
+
+  base = flat('base')
+  varied: dict[str, set] = {}
+  for arm in study.ARMS:
+    for key, value in flat(arm).items():
+      if value != base[key]:
+        varied.setdefault(key, {base[key]}).add(value)
+  assert {
+    'proxies.count', 'proxies.model.width', 'proxies.epochs', 'proxies.seed', 'features.dimension',
+    'features.projection', 'datamodel.damping', 'datamodel.gram', 'datamodel.mix', 'selection.examples',
+    'selection.epochs', 'selection.methods',
+  } <= set(varied)  # fmt: skip
+  assert {'full', 'layers', 'joint'} == varied['datamodel.gram'] and {'mean', 'rank'} <= varied['datamodel.mix']
+  assert ('dsdm_greedy',) in varied['selection.methods'] and ('dsdm_clusters',) in varied['selection.methods']
+  budgets = {c.selection.examples * c.selection.epochs for c in map(study.get_config, study.ARMS)}
+  assert len(budgets) == 1, 'every arm trains as long as every other'
+
+
 def test_study(tmp_path):
   done = _study(tmp_path, '--arms=base,nothing')
   assert done.returncode == 2 and '--arms=nothing is no arm' in done.stderr
@@ -47,7 +68,7 @@ def test_study(tmp_path):
   assert done.returncode == 0, done.stderr[-3000:]
   arms = tmp_path / 'study' / 'arms'
   before = runs.fingerprint(arms)
-  done = _study(tmp_path)
+  done = _study(tmp_path)  # some of its stages are finished, and are not made again
   assert done.returncode == 0, done.stderr[-3000:]
   after = runs.fingerprint(arms)
   kept = {file for file in before if file.endswith('.npz')}
@@ -63,6 +84,7 @@ def test_study(tmp_path):
   assert pairs == {
     ('dsdm', 'random'), ('dsdm/damped', 'random'), ('dsdm/again_1', 'random'), ('dsdm/again', 'random'),
     ('dsdm/damped', 'dsdm'), ('dsdm/again_1', 'dsdm'), ('dsdm/again', 'dsdm'),
+    ('dsdm_greedy/damped', 'random'), ('dsdm_greedy/damped', 'dsdm'),
   }  # fmt: skip
   conditional = {c['method']: c['conditional'] for c in found['comparisons'] if c['baseline'] == 'random'}
   assert conditional['dsdm'] and conditional['dsdm/again_1'] and not conditional['dsdm/again']
@@ -71,4 +93,4 @@ def test_study(tmp_path):
   assert means['dsdm/again', 0, *place] == means['dsdm', 0, *place]
   assert means['dsdm/again', 1, *place] == means['dsdm/again_1', 1, *place] != means['dsdm', 1, *place]
   with (tmp_path / 'study' / 'study.csv').open() as file:
-    assert len(list(csv.DictReader(file))) == 2 * (len(found['comparisons']) + 7)
+    assert len(list(csv.DictReader(file))) == 2 * (len(found['comparisons']) + len(pairs))
