@@ -291,6 +291,39 @@ class ResultsView:
     return _frame(self.raw['comparisons'])
 
   @property
+  def multiplier(self) -> 'pd.DataFrame':
+    """What each arm is worth in compute on random data: a line for each arm, task and split, `gross …` and `net …`.
+
+    Raises:
+      UserError: the run has no ladder.
+    """
+    return _frame(tables.multipliers(self._multiplier))
+
+  @property
+  def ladder(self) -> 'pd.DataFrame':
+    """The random models that multipliers are read off: compute and log-probability of each rung, task and split.
+
+    Raises:
+      UserError: the run has no ladder.
+    """
+    return _frame(tables.ladder(self._multiplier))
+
+  @property
+  def _multiplier(self) -> dict[str, Any]:
+    if self.raw['multiplier'] is None:
+      raise UserError('the run has no ladder to read compute off; set ladder.rungs and run again')
+    return self.raw['multiplier']
+
+  def plot_multiplier(self, task: str = 'mean', split: str = 'holdout') -> Drawing:
+    """The ladder on one task, or on their mean, with the arms that were read off it."""
+    found = self._multiplier
+    curves = [c for c in found['curves'] if (c['task'], c['split']) == (task, split)]
+    if not curves:
+      raise KeyError(f'no ladder on {task!r}; there are {", ".join(c["task"] for c in found["curves"])}')
+    same = [a for a in found['arms'] if (a['task'], a['split']) == (task, split)]
+    return figures.multiplier(curves[0], same, words.several_targets(a['target_mix'] for a in found['arms']))
+
+  @property
   def headline(self) -> str:
     """The result in words, as the report begins."""
     return ' '.join(words.headlines(self.raw)).replace('\u00a0', ' ')

@@ -96,10 +96,11 @@ def csv_files(shown: Evidence, row_N: np.ndarray) -> Iterator[tuple[str, str]]:
     shown: what the report was made of.
     row_N: rows of the pool that `rows.csv` lists.
   """
-  for name in ('summary', 'comparisons', 'arms'):
+  for name in ('summary', 'comparisons', 'accuracy_comparisons', 'arms'):
     yield f'{name}.csv', _records(shown.results[name])
   if shown.multiplier is not None:
-    yield 'multiplier.csv', _records([_flat(row) for row in shown.multiplier['arms']])
+    yield 'multiplier.csv', _records(multipliers(shown.multiplier))
+    yield 'ladder.csv', _records(ladder(shown.multiplier))
   if shown.lds is not None:
     yield 'lds.csv', _records([{'level': k, **_flat(row)} for k, rows in shown.lds.items() for row in rows])
   yield (
@@ -130,6 +131,16 @@ def csv_files(shown: Evidence, row_N: np.ndarray) -> Iterator[tuple[str, str]]:
   yield 'rows.csv', _rows(shown, row_N)
 
 
+def multipliers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """A flat record for each arm, task and split of `multiplier.json`: 'gross estimate', 'gross low' and so on."""
+  return [_flat(row) for row in found['arms']]
+
+
+def ladder(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """A flat record for each task, split and rung of `multiplier.json`."""
+  return [{**{k: v for k, v in c.items() if k != 'points'}, **point} for c in found['curves'] for point in c['points']]
+
+
 def _overlap_csv(found: Overlap) -> str:
   lines = (
     (a, b, _number(found.share_AB[i, j]), _number(found.chance_AB[i, j]))
@@ -140,8 +151,11 @@ def _overlap_csv(found: Overlap) -> str:
 
 
 def _rows(shown: Evidence, row_N: np.ndarray) -> str:
-  """A line for each row: where it is from, its scores, and how many of each arm's selections hold it."""
+  """A line for each row: where it is from, its scores, half the lengths of their intervals, and how many of each arm's
+  selections hold it.
+  """
   columns: list[tuple[str, np.ndarray]] = [(f'score {target}', score_N) for target, score_N in shown.scores.items()]
+  columns += [(f'reach {target}', reach_N) for target, reach_N in shown.reach.items()]
   for arm, label in arms(shown).items():
     times_N = np.zeros(len(shown.source_N), np.int64)
     for rows in draws(shown, arm):

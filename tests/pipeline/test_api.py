@@ -97,6 +97,8 @@ def test_results(run, finished):
   logged = (finished / 'pretraining' / 'dsdm--mix--0.jsonl').read_text().split('\n')[0]
   assert json.loads(logged)['loss'] == first['loss']
   assert run.config['datamodel.damping'] == 0.1
+  with pytest.raises(UserError, match='no ladder'):
+    _ = run.results.multiplier
 
 
 def test_plots(run, tmp_path):

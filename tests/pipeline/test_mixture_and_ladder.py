@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+import dsdm_jax
 from dsdm_jax.core import artifacts, prng
 from dsdm_jax.data import arms, mixtures
 from dsdm_jax.data.pool import Pool
@@ -115,3 +116,15 @@ def test_the_report_shows_multipliers_and_what_the_ladder_cost(trained):
   assert (folder / 'report/figures/multiplier-mean.png').read_bytes().startswith(b'\x89PNG')
   gross = [line['gross text'] for line in table(folder, 'multiplier')]
   assert gross == [arm['gross']['text'] for arm in read['arms']]
+  points = [float(line['value']) for line in table(folder, 'ladder')]
+  assert points == [p['value'] for curve in read['curves'] for p in curve['points']] and len(points) == 2 * 4
+
+
+def test_the_notebook_has_multipliers_and_their_plot(trained):
+  pytest.importorskip('pandas')
+  found = dsdm_jax.load(trained[0]).results
+  assert found.multiplier['gross text'].tolist() == [a['gross']['text'] for a in found.raw['multiplier']['arms']]
+  assert found.ladder['flop'].nunique() == 2
+  assert found.plot_multiplier('docs')._repr_png_().startswith(b'\x89PNG')
+  with pytest.raises(KeyError, match='no ladder on'):
+    found.plot_multiplier('poems')

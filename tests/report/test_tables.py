@@ -44,7 +44,7 @@ def files(shown):
 
 def test_csv_reads_back(shown, files):
   assert set(files) == {
-    f'{name}.csv' for name in 'summary comparisons arms losses sources overlap cost rows'.split()
+    f'{name}.csv' for name in 'summary comparisons accuracy_comparisons arms losses sources overlap cost rows'.split()
   }  # fmt: skip
   read = {name: list(csv.DictReader(io.StringIO(text))) for name, text in files.items()}
   assert [float(c['difference']) for c in read['comparisons.csv']] == [
@@ -53,6 +53,7 @@ def test_csv_reads_back(shown, files):
   rows = read['rows.csv']
   assert [row['row'] for row in rows] == ['5', '7', '11']
   assert [np.float32(row['score docs']) for row in rows] == shown.scores['docs'][[5, 7, 11]].tolist()
+  assert [np.float32(row['reach docs']) for row in rows] == shown.reach['docs'][[5, 7, 11]].tolist()
   assert rows[1]['document'] == shown.documents[0]['id']  # which holds markup
   assert int(rows[2]['selections of DsDm']) == 1
   assert sum(float(r['share']) for r in read['sources.csv'] if r['selection'] == tables.POOL) == pytest.approx(1)
