@@ -21,7 +21,7 @@ from dsdm_jax.core.config import check_callables, check_devices, flatten, resolv
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data import tasks
+from dsdm_jax.data import sources, tasks
 from dsdm_jax.evaluation import requests
 from dsdm_jax.lm import hugging_face
 
@@ -138,7 +138,16 @@ def _run(config: ConfigDict, settings: Mapping, workdir: Path, only: str | None,
   tasks.check_files(config.targets)
   requests.check(config.evaluation, config.targets.folder, config.pool.length)
   with _held(workdir, config.features.job if config.features.jobs > 1 else None) as fresh:
+    settings = {**settings, **distributed.decide(lambda: _source_files(settings, workdir))}
     _run_in(workdir, fresh, config, settings, only, rerun)
+
+
+def _source_files(settings: Mapping, workdir: Path) -> dict[str, str]:
+  """The state of the pool's source files, as settings of its stage; where they are gone, that of the finished pool."""
+  pool = artifacts.open_stage(workdir, 'pool')
+  known = pool.manifest['identity']['settings'] if pool is not None else {}
+  found = {f'pool.files of {source}': state for source, state in sources.states(settings['pool.sources']).items()}
+  return {key: state or known.get(key, '') for key, state in found.items()}
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ the order of sources, units and records, which depends on nothing but the settin
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -114,9 +115,31 @@ def units(entry: Entry) -> list[Unit]:
   """The units of a source that is not `generated`; empty where a glob matches nothing."""
   if entry.kind == 'tfds':
     return _tfds_units(entry)
-  found = _hf_files(entry) if entry.kind == 'hf' else files.matches(entry.target)
+  found = _files(entry)
   step = _TEXT_FILES if entry.kind == 'text' else 1
   return [Unit(entry, tuple(found[i : i + step])) for i in range(0, len(found), step)]
+
+
+def _files(entry: Entry) -> list[str]:
+  return _hf_files(entry) if entry.kind == 'hf' else files.matches(entry.target)
+
+
+def states(lines: Iterable[str]) -> dict[str, str]:
+  """For each line whose source is files: how many they are now and a digest of their names, sizes and times.
+
+  '' where none is there, or where they cannot be listed: whether they have changed is then not known.
+  """
+  found = {}
+  for entry in map(parse, lines):
+    if entry.kind in (*FILES, 'tokens'):
+      try:
+        paths = _files(entry)
+        noted = [f'{path}\x1f{files.version(path)}' for path in paths]
+      except (OSError, UserError):  # a finished pool serves without its files; one that needs them says what is missing
+        noted = []
+      digest = hashlib.blake2b('\x1e'.join(noted).encode(), digest_size=8).hexdigest()
+      found[f'{entry.kind}:{entry.target}'] = f'{len(noted)} files, state {digest}' if noted else ''
+  return found
 
 
 def _tfds_units(entry: Entry) -> list[Unit]:

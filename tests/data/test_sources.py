@@ -248,3 +248,56 @@ def test_a_tfds_dataset_that_tfds_prepares(tmp_path: Path):
   assert {d['bytes'] for d in pool.documents} == {29, 30} and len(pool.documents) == 20
   with pytest.raises(UserError, match=r"piqa is not prepared in .*builder\('piqa'\)\.download_and_prepare"):
     build(tmp_path / 'none', 'tfds:piqa | text=goal')
+
+
+@pytest.mark.parametrize(
+  ('kind', 'ending', 'write'),
+  [('jsonl', 'jsonl.gz', gzip.compress), ('jsonl', 'jsonl.zst', zstandard.compress), ('parquet', 'parquet', None)],
+)
+def test_files_behind_an_address(kind: str, ending: str, write: Callable[[bytes], bytes] | None, tmp_path: Path):
+  """fsspec's file system in memory: the way of gs://, hf:// and all others."""
+  import fsspec
+
+  local = tmp_path / f'a.{ending}'
+  if write is None:
+    write_parquet(local, lines(RECORDS))
+  else:
+    local.write_bytes(write(lines(RECORDS)))
+  memory = fsspec.filesystem('memory')
+  memory.pipe(f'/{tmp_path.name}/a.{ending}', local.read_bytes())
+  memory.pipe(f'/{tmp_path.name}/b.other', b'not this one')
+  there = build(tmp_path / 'there', f'{kind}:memory://{tmp_path.name}/*.{ending}')
+  here = build(tmp_path / 'here', f'{kind}:{local}')
+  np.testing.assert_array_equal(there.tokens(range(there.num_rows)), here.tokens(range(here.num_rows)))
+  assert list(there.documents) == list(here.documents)
+  memory.pipe(f'/{tmp_path.name}/c.{ending}', local.read_bytes()[:-40])
+  with pytest.raises(UserError, match=rf'^memory://.*c\.{ending}'):
+    build(tmp_path / 'bad', f'{kind}:memory://{tmp_path.name}/c.{ending}')
+
+
+def test_an_address_that_cannot_be_reached_is_one_line(tmp_path: Path):
+  import importlib.util
+
+  for address, said in (
+    ('ftp://127.0.0.1:9/x-*.jsonl', r'cannot be (reached|listed) \(ConnectionRefusedError'),
+    ('nosuch://x-*.jsonl', r'cannot be reached \(ValueError Protocol not known'),
+    ('gs://bucket/x-*.jsonl', r'gs:// need gcsfs; pip install it'),
+  ):
+    if address.startswith('gs') and importlib.util.find_spec('gcsfs'):
+      continue
+    with pytest.raises(UserError, match=said) as caught:
+      build(tmp_path / 'a', f'jsonl:{address}')
+    assert '\n' not in str(caught.value)
+
+
+def test_states_of_source_files(tmp_path: Path):
+  line = f'jsonl:{tmp_path}/*.jsonl'
+  assert sources.states([line, 'installed_packages']) == {line: ''}
+  (tmp_path / 'a.jsonl').write_bytes(lines(RECORDS))
+  [first] = sources.states([f'{line} | weight=2']).values()
+  assert first.startswith('1 files, state ') and sources.states([line]) == {line: first}
+  (tmp_path / 'a.jsonl').write_bytes(lines(RECORDS[1:]))
+  [second] = sources.states([line]).values()
+  (tmp_path / 'b.jsonl').write_bytes(b'')
+  [third] = sources.states([line]).values()
+  assert len({first, second, third}) == 3

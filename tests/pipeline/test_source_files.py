@@ -1,0 +1,35 @@
+"""A pool of files is made anew, or refused, where they have changed; where they are gone, it serves."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsdm_jax import pipeline
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.data.pool import Pool
+from tests.data.conftest import small_config
+from tests.data.test_sources import RECORDS, lines
+
+
+def test_changed_files_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+  file, workdir = tmp_path / 'a.jsonl', tmp_path / 'run'
+  file.write_bytes(lines(RECORDS))
+  config = small_config(sources=(f'jsonl:{file}',), vocabulary='bytes', leakage_guard=False)
+
+  def run(**keys: bool) -> str:
+    pipeline.run(config, workdir, 'pool', **keys)
+    return capsys.readouterr().out
+
+  run()
+  assert 'pool: reused' in run()
+  file.write_bytes(lines([*RECORDS, {'text': 'one more'}]))
+  with pytest.raises(UserError, match=rf'pool\.files of jsonl:{file}.*1 files, state'):
+    run()
+  assert Pool(workdir / 'pool').card['documents'] == len(RECORDS)
+  assert 'reused' not in run(rerun=True)
+  assert Pool(workdir / 'pool').card['documents'] == len(RECORDS) + 1
+  file.unlink()
+  assert 'pool: reused' in run()
+  settings = json.loads((workdir / 'pool' / 'manifest.json').read_text())['identity']['settings']
+  assert settings[f'pool.files of jsonl:{file}'].startswith('1 files')
