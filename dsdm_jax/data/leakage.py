@@ -102,12 +102,25 @@ def word_hashes(text: str) -> np.ndarray:
 
 def run_hashes(ids: np.ndarray, n: int) -> np.ndarray:
   """Hash of each run of `n` words: uint64 [len(ids) − n + 1], empty where the text is shorter."""
-  if len(ids) < n:
-    return np.empty(0, np.uint64)
-  power, inverse = _powers_for(len(ids) + 1)
+  return _runs(_run_prefix(ids), n)
+
+
+def _run_prefix(ids: np.ndarray) -> np.ndarray:
+  """Sums of the words' numbers times B^place up to each word: what runs of every length are read from."""
+  power, _ = _powers_for(len(ids) + 1)
   prefix = np.zeros(len(ids) + 1, np.uint64)
   np.cumsum(ids * power[: len(ids)], out=prefix[1:])
-  return _mix((prefix[n:] - prefix[:-n]) * inverse[: len(ids) - n + 1])
+  return prefix
+
+
+def _runs(prefix: np.ndarray, n: int) -> np.ndarray:
+  # Words' numbers are mixed and B is odd, so sums of them are as even in their high bits as another mixing makes them.
+  if len(prefix) <= n:
+    return np.empty(0, np.uint64)
+  _, inverse = _powers_for(len(prefix))
+  runs = prefix[n:] - prefix[:-n]
+  runs *= inverse[: len(runs)]
+  return runs
 
 
 class Guard:
@@ -171,13 +184,13 @@ class Guard:
     """The first of the longest copies in `document`, or None."""
     if not self._tables:
       return None
-    ids = word_hashes(document.text)
+    prefix = _run_prefix(word_hashes(document.text))
     for length, (table, owner) in self._tables.items():
-      runs = run_hashes(ids, length)
+      runs = _runs(prefix, length)
       if not len(table) or not len(runs):
         continue
       marks = self._marks[length]
-      maybe = np.flatnonzero(marks[(runs >> np.uint64(65 - len(marks).bit_length())).astype(np.int64)])
+      maybe = np.flatnonzero(marks[(runs >> np.uint64(65 - len(marks).bit_length())).view(np.int64)])
       if not len(maybe):
         continue
       place = np.minimum(np.searchsorted(table, runs[maybe]), len(table) - 1)
