@@ -30,6 +30,7 @@ from dsdm_jax.core.pool_rules import SOURCE_KINDS
 from dsdm_jax.core.rule import CALLABLE
 
 _PASSWORD = re.compile(r'://[^/\s@:]*:[^/\s@]+@')
+_WIDEST, _LARGEST = 2**63, 1e300
 _OUR_FACTORY = base.get_config().model.factory
 
 
@@ -223,9 +224,11 @@ def _check_type(key: str, value: Any, default: Any) -> None:
       isinstance(v, (int, float) if numbers else str) and not isinstance(v, bool) for v in value
     )
   elif isinstance(default, float):
-    right = type(value) in (int, float) and math.isfinite(value)
+    right = type(value) in (int, float) and -_LARGEST <= value <= _LARGEST  # NaN is neither; an int may be wider
   else:
     right = type(value) is type(default)
+    if right and type(value) is int and not -_WIDEST <= value < _WIDEST:
+      raise UserError(f'config key {key} = {hex(value)[:20]}… is wider than 64 bits; {_suggest(key, default)}')
   if not right:
     raise _finding(key, value, f'must be {kind}, and is {_kind(value)}', _suggest(key, default))
 
