@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from dsdm_jax.core import tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data import encoders
@@ -91,8 +90,7 @@ class Pool:
 
   @functools.cached_property
   def _reader(self) -> Any:
-    tensorflow_start.start()
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets as tfds  # which reads rows without TensorFlow, as a test holds
 
     return tfds.builder_from_directory(str(self.path / 'dataset')).as_data_source(split='train')
 
