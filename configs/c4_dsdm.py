@@ -6,7 +6,7 @@ See what it takes, on any machine with libtpu (requirements-tpu.txt), before it 
 
 It needs three things that it does not fetch:
 
-    C4 without the blocklist, prepared by TFDS: tfds build c4 --config=en.noblocklist
+    C4 without the blocklist, as TFDS prepares it under the name c4/en.noblocklist
     data/pythia/tokenizer.json, of any Pythia model on Hugging Face
     data/llm_foundry/, LLM-Foundry's JSONL files of targets and benchmarks (docs/benchmarks.md)
 
@@ -15,13 +15,11 @@ plans. Features are two-sided, which is what makes the scale affordable; the pap
 `features.projection=dense`. Where the paper is silent, or cannot be followed:
 
 - documents that hold text of a target are dropped, so that there are some rows fewer than the paper's;
-- SQuAD is split into halves as the other targets are (the paper: 23,107 for the datamodel, 10,557 held out);
+- SQuAD from LLM-Foundry's file is split into halves; TFDS's has the paper's 23,107 items (docs/benchmarks.md);
 - SemDeDup keeps what is no near duplicate (the paper: a fifth of the pool).
 """
 
 from configs import paper
-
-FILES = 'data/llm_foundry'
 
 
 def get_config():
@@ -31,7 +29,7 @@ def get_config():
   config.pool.vocabulary = 'data/pythia/tokenizer.json'
   config.pool.vocab_size = 50_277  # of that tokenizer
   config.targets.tasks = ('lambada', 'squad', 'jeopardy', 'bigbench_cs_algorithms')
-  config.targets.folder = FILES
+  config.targets.folder = 'data/llm_foundry'
   config.targets.max_examples = 24_000  # all there are
   # The mix that the paper's large models are trained for: the mean of raw scores.
   config.selection.targets = ('jeopardy+squad+lambada',)
