@@ -42,6 +42,9 @@ METHOD_COLOURS = {
   'random': 'muted',
   'random_one_epoch': 'neutral',
   'bottom': 'orange',
+  'dsdm_greedy': 'sky',
+  'dsir': 'green',
+  'mixture': 'purple',
 }
 _FURTHER = ('green', 'purple', 'yellow', 'sky')
 SOURCE_COLOURS = ('blue', 'sky', 'green', 'yellow', 'purple', 'orange', 'neutral')

@@ -9,6 +9,16 @@ METHODS = {
   'random': 'random, same epochs',
   'random_one_epoch': 'random, one epoch',
   'bottom': 'bottom-ranked',
+  'dsdm_greedy': 'DsDm, greedy',
+  'dsdm_clusters': 'DsDm, clusters',
+  'dsdm_gumbel': 'DsDm, Gumbel',
+  'dsdm_boltzmann': 'DsDm, Boltzmann',
+  'dsdm_distilled': 'DsDm, distilled',
+  'dsir': 'DSIR',
+  'semdedup': 'SemDeDup',
+  'semdedup_one_epoch': 'SemDeDup, one epoch',
+  'bm25': 'BM25',
+  'color_filter': 'CoLoR-Filter',
 }
 # As they stand inside a sentence; headings capitalise them.
 TASKS = {
