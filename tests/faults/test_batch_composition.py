@@ -1,4 +1,4 @@
-"""A row's features do not depend on what else is in its batch, on its place there, or on what stands behind its tokens."""
+"""Features of a row do not depend on what else is in its batch, on its place there, or on what follows its tokens."""
 
 import jax
 import jax.numpy as jnp
