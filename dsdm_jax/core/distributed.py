@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ _T = TypeVar('_T')
 AUTO = 'auto'
 _OWN = ('distributed.process',)  # settings that differ between the processes of one run
 _LEAVE_MILLISECONDS = 30_000  # for the others to say their last line before process 0 takes the connection down
+_LAST_WORD_SECONDS = 2.0  # for the others to print and end after that
 _FOREVER_MILLISECONDS = 30 * 24 * 3_600 * 1_000  # a lost process ends a wait long before
 _turns = itertools.count()
 
@@ -202,6 +204,8 @@ def _part() -> None:
   # The coordinator lives in process 0: when that ends, the others are killed within a fraction of a second.
   with contextlib.suppress(Exception):  # a lost process does not come, and that is no news any more
     _client().wait_at_barrier('dsdm_jax/leave', _LEAVE_MILLISECONDS)
+    if is_first():
+      time.sleep(_LAST_WORD_SECONDS)
 
 
 def _say(error: BaseException) -> None:

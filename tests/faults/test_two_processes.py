@@ -1,0 +1,68 @@
+"""A job of two processes: SIGTERM to one saves and ends both, a killed one ends the other, and the job resumes."""
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import FAULTS
+from tests.core.test_distributed import free_port
+from tests.pipeline import runs
+from tests.pipeline.runs import ROOT
+
+
+def start(workdir: Path) -> list[subprocess.Popen[str]]:
+  flags = (
+    runs.TINY, f'--workdir={workdir}', '--stage=proxies', '--config.proxies.epochs=2.0',
+    f'--config.distributed.coordinator=127.0.0.1:{free_port()}', '--config.distributed.processes=2',
+    '--config.distributed.heartbeat_seconds=20',
+  )  # fmt: skip
+  return [
+    subprocess.Popen(
+      runs.command(*flags, f'--config.distributed.process={process}'), cwd=ROOT, env=runs.environment(),
+      stdout=subprocess.DEVNULL, stderr=open(workdir.with_suffix(f'.{process}'), 'w'), text=True,
+    )
+    for process in (0, 1)
+  ]  # fmt: skip
+
+
+def steps(workdir: Path) -> set[str]:
+  return {p.name for p in workdir.glob('proxies.part/proxy_*/*') if p.name.isdecimal()}
+
+
+def wait_for_a_save(workdir: Path, before: set[str]) -> None:
+  limit = time.monotonic() + 120
+  while steps(workdir) <= before:
+    assert time.monotonic() < limit, workdir.with_suffix('.0').read_text()[-2000:]
+    time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not FAULTS, reason='launch/test.sh --faults runs it; tests/training/test_processes.py kills one too'
+)
+def test_terminated_then_killed_then_resumed(finished, tmp_path, count):
+  workdir = tmp_path / 'run'
+  for stage in ('pool', 'targets'):
+    shutil.copytree(finished / stage, workdir / stage)
+  processes = start(workdir)
+  wait_for_a_save(workdir, set())
+  processes[1].send_signal(signal.SIGTERM)
+  assert [p.wait(60) for p in processes] == [143, 143]
+  for process in (0, 1):
+    assert 'stopped by SIGTERM at step ' in workdir.with_suffix(f'.{process}').read_text()
+  saved = steps(workdir)
+  assert saved
+  processes = start(workdir)
+  wait_for_a_save(workdir, saved)
+  processes[1].kill()
+  assert processes[0].wait(60) not in (0, -signal.SIGABRT)
+  assert 'dsdm_jax: process 0: a step that all processes take together failed' in workdir.with_suffix('.0').read_text()
+  processes[1].wait()
+  processes = start(workdir)
+  assert [p.wait(200) for p in processes] == [0, 0], workdir.with_suffix('.0').read_text()[-2000:]
+  assert (workdir / 'proxies' / 'manifest.json').is_file()
+  count('kills survived', 2)
