@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.core import rendezvous
 from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.last_word import LastWord
 
 _T = TypeVar('_T')
 
@@ -35,6 +36,7 @@ class _State:
   """Where this process stands in the run that `running` connected."""
 
   processes, process = 1, 0
+  last_word: LastWord | None = None
 
 
 @contextlib.contextmanager
@@ -57,6 +59,10 @@ def running(config: ConfigDict, settings: Mapping[str, Any]) -> Iterator[None]:
     return
   _connect(wanted)
   _State.processes, _State.process = _connection().num_processes, _connection().process_id
+  _State.last_word = LastWord(
+    f'dsdm_jax: process {_State.process} was ended: another process of the run was lost, or this one was killed; see '
+    'what the others said last, then start all of them again: work goes on where it stopped'
+  )
   try:
     _check(wanted, settings)
     yield
@@ -71,6 +77,7 @@ def running(config: ConfigDict, settings: Mapping[str, Any]) -> Iterator[None]:
   import jax
 
   jax.distributed.shutdown()
+  _withdraw()
   _State.processes, _State.process = 1, 0
 
 
@@ -195,9 +202,16 @@ def leave(code: int) -> None:
   jax = sys.modules.get('jax')
   if jax is None or not jax.distributed.is_initialized():
     sys.exit(code)
+  _withdraw()
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
+
+
+def _withdraw() -> None:
+  if _State.last_word is not None:
+    _State.last_word.withdraw()
+    _State.last_word = None
 
 
 def _part() -> None:

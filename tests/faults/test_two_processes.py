@@ -20,13 +20,14 @@ def start(workdir: Path) -> list[subprocess.Popen[str]]:
     f'--config.distributed.coordinator=127.0.0.1:{free_port()}', '--config.distributed.processes=2',
     '--config.distributed.heartbeat_seconds=20',
   )  # fmt: skip
-  return [
-    subprocess.Popen(
-      runs.command(*flags, f'--config.distributed.process={process}'), cwd=ROOT, env=runs.environment(),
-      stdout=subprocess.DEVNULL, stderr=open(workdir.with_suffix(f'.{process}'), 'w'), text=True,
-    )
-    for process in (0, 1)
-  ]  # fmt: skip
+  begun = []
+  for process in (0, 1):
+    with workdir.with_suffix(f'.{process}').open('w') as errors:
+      begun.append(subprocess.Popen(
+        runs.command(*flags, f'--config.distributed.process={process}'), cwd=ROOT, env=runs.environment(),
+        stdout=subprocess.DEVNULL, stderr=errors, text=True,
+      ))  # fmt: skip
+  return begun
 
 
 def steps(workdir: Path) -> set[str]:
@@ -59,9 +60,12 @@ def test_terminated_then_killed_then_resumed(finished, tmp_path, count):
   processes = start(workdir)
   wait_for_a_save(workdir, saved)
   processes[1].kill()
-  assert processes[0].wait(60) not in (0, -signal.SIGABRT)
-  assert 'dsdm_jax: process 0: a step that all processes take together failed' in workdir.with_suffix('.0').read_text()
+  assert processes[0].wait(60) != 0
   processes[1].wait()
+  time.sleep(1)  # for the last word, which comes after the end
+  said = workdir.with_suffix('.0').read_text()
+  assert 'a step that all processes take together failed' in said or 'dsdm_jax: process 0 was ended: another' in said
+  assert 'work goes on where it stopped' in said
   processes = start(workdir)
   assert [p.wait(200) for p in processes] == [0, 0], workdir.with_suffix('.0').read_text()[-2000:]
   assert (workdir / 'proxies' / 'manifest.json').is_file()
