@@ -9,7 +9,6 @@ paint, until search and sort work, of a search for a new word and of an order th
 import argparse
 import json
 import os
-import random
 import shutil
 import statistics
 import sysconfig
@@ -108,7 +107,7 @@ def _texts(rows: int, characters: int) -> tuple[list[str], list[str], np.ndarray
     Path(at, name) for folder in folders for at, _, names in os.walk(folder) for name in names
     if name.endswith(_SUFFIXES)
   })  # fmt: skip
-  random.Random(0).shuffle(files)
+  files = [files[i] for i in prng.numpy_stream(0, 'bench', 'files').permutation(len(files))]
   pieces: list[tuple[str, int, int]] = []
   names: list[str] = []
   for file in files:

@@ -7,7 +7,6 @@ that takes more memory than its bound or hangs.
 import gzip
 import io
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -176,6 +175,7 @@ BOMB = """
 import io, resource, sys
 from pathlib import Path
 from dsdm_jax.data import readers, sources
+resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, 16 * 2**30))
 kind, path = sys.argv[1:3]
 said = []
 for found in readers.read(sources.Unit(sources.parse(f'{kind}:{path}'), (path,)), 8192):
@@ -211,9 +211,8 @@ def test_memory_has_a_bound(name, tmp_path, tried):
   code = BOMB if kind != 'parquet' else BOMB.replace('for found in', 'import itertools\nfor found in').replace(
     'readers.read(', 'itertools.islice(readers.read(').replace('8192):', '8192), 500):')  # fmt: skip
   done = subprocess.run(
-    [sys.executable, '-c', code, kind, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, 16 * 2**30)),
-  )  # fmt: skip
+    [sys.executable, '-c', code, kind, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+  )
   assert done.returncode == 0, done.stderr[-2000:]
   assert int(done.stdout.splitlines()[-1]) < BOUND, done.stdout
 
