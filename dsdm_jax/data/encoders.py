@@ -125,7 +125,7 @@ def save(choice: str, folder: Path, end: str = '') -> None:
     return
   try:
     encoder = vocabulary.Encoder(data)
-  except RuntimeError as error:
+  except (RuntimeError, UnicodeDecodeError) as error:  # the second: SentencePiece's complaint quotes bytes of the file
     raise UserError(f'pool.vocabulary = {choice!r} is no SentencePiece model ({error})') from error
   if encoder.eos < 0:
     raise UserError(f'pool.vocabulary = {choice!r} has no end piece; train it with an eos_id')

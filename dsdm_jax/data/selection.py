@@ -95,7 +95,8 @@ class Selection:
     """Raises UserError where `folder` has no such selection, ValueError where it is malformed."""
     arrays_file, provenance_file = (inside(Path(folder), f'{name}.{kind}') for kind in ('npz', 'json'))
     try:
-      with np.load(arrays_file) as arrays:
+      # numpy leaves a file open that it opened itself and found to be no zip.
+      with open(arrays_file, 'rb') as file, np.load(file) as arrays:
         rows, weights = arrays['rows'], arrays['weights']
         scores = arrays['scores'] if 'scores' in arrays.files else None
       provenance = json.loads(provenance_file.read_text())
