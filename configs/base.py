@@ -178,7 +178,8 @@ def get_config() -> ConfigDict:
   # on the targets; needs three proxies. The fixed one stays where no other is clearly better.
   c.datamodel.damping_rule = 'fixed'
   # full | layers (one block per layer, two_sided only: admits a larger J) | joint (one over the columns of all proxies)
-  c.datamodel.gram = 'full'
+  # | auto: layers for two_sided, full for dense (docs/validation.md has the evidence)
+  c.datamodel.gram = 'auto'
   c.datamodel.target_share = 0.0  # share of the Gram's trace that comes from the targets' own examples; 0 to below 1
   c.datamodel.unit_norm = False  # features of rows and of target examples brought to norm one
   c.datamodel.recentre = False  # each inverse divided by its mean absolute entry, as TRAK's code does; changes scales

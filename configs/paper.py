@@ -33,6 +33,7 @@ def get_config():
   config.proxies.epochs = 1.0
   config.features.projection = 'dense'
   config.features.dimension = 16_384
+  config.datamodel.gram = 'full'
   config.datamodel.mix = 'mean'
   config.selection.examples = 6_400_000  # a quarter of the 25,000 steps of 1,024 that a 1.3B model gets
   config.selection.epochs = 4

@@ -30,7 +30,7 @@ ARMS: dict[str, dict] = {
   # Datamodel.
   'damping_0.01': {**_DSDM, 'datamodel.damping': 0.01},
   'damping_1': {**_DSDM, 'datamodel.damping': 1.0},
-  'gram_layers': {**_DSDM, 'datamodel.gram': 'layers'},
+  'gram_full': {**_DSDM, 'datamodel.gram': 'full'},
   'gram_joint': {**_DSDM, 'datamodel.gram': 'joint'},
   'unit_norm': {**_DSDM, 'datamodel.unit_norm': True},
   'q': {**_DSDM, 'datamodel.q': True},

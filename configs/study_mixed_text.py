@@ -16,19 +16,22 @@ _DSDM = {'selection.methods': ('dsdm',), 'pretraining.seeds': 3, 'ladder.rungs':
 _NARROW = {'proxies.model.width': 32, 'proxies.model.mlp_width': 128}
 _SINGLE = {**_DSDM, 'selection.targets': ('lambada', 'squad_xquad', 'jeopardy', 'bigbench_cs_algorithms')}
 _BASELINES = (
-  'random', 'random_one_epoch', 'bottom', 'classifier', 'dsir', 'semdedup', 'bm25', 'embedding', 'perplexity_low',
-  'perplexity_high', 'color_filter', 'gradient',
+  'bottom', 'classifier', 'dsir', 'semdedup', 'bm25', 'embedding', 'perplexity_low', 'perplexity_high', 'color_filter',
+  'gradient',
 )  # fmt: skip
 
 ARMS: dict[str, dict] = {
   'base': {
-    'selection.methods': ('dsdm', *_BASELINES),
+    'selection.methods': ('dsdm', 'random', 'random_one_epoch'),
     'pretraining.seeds': 5,
-    'ladder.rungs': ('0.5', '1', '2', '4'),
+    'ladder.rungs': ('1', '2', '4'),
   },
+  'baselines': {**_DSDM, 'selection.methods': _BASELINES},
   'single': _SINGLE,
   'single_baselines': {**_SINGLE, 'selection.methods': ('classifier', 'dsir', 'bm25')},
   'cheap': {**_DSDM, 'pretraining.seeds': 5, 'proxies.count': 1, **_NARROW},
+  'paper': {**_DSDM, 'features.projection': 'dense', 'features.dimension': 512, 'datamodel.gram': 'full'},
+  'gram_full': {**_DSDM, 'datamodel.gram': 'full'},
   'diverse': {**_DSDM, 'selection.methods': ('dsdm_greedy', 'dsdm_gumbel')},
   'proxies_1': {**_DSDM, 'proxies.count': 1},
   'proxies_4': {**_DSDM, 'proxies.count': 4},

@@ -55,9 +55,15 @@ def open_members(features: Features, tasks: Sequence[str], gram: str, unit_norm:
       joint, phi, datamodel.whole(joint.dimension), 'joint', tuple(zip([0, *stops[:-1]], stops, strict=True))
     )
     return
-  blocks = layer_blocks(features.semantics) if gram == 'layers' else datamodel.whole(features.dimension)
+  layered = by_layers(gram, features.semantics['projection'])
+  blocks = layer_blocks(features.semantics) if layered else datamodel.whole(features.dimension)
   for checkpoint in range(features.checkpoints):
     yield Member(source(checkpoint), [target(t, checkpoint) for t in tasks], blocks, f'{checkpoint}')
+
+
+def by_layers(gram: str, projection: str) -> bool:
+  """Whether `datamodel.gram` asks for one block per layer of features of `features.projection`."""
+  return gram == 'layers' or (gram == 'auto' and projection == 'two_sided')
 
 
 def layer_blocks(semantics: Mapping[str, Any]) -> Blocks:

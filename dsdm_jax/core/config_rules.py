@@ -126,7 +126,7 @@ RULES: Mapping[str, Rule] = {
   'features.store_dtype': _one_of('float32', 'bfloat16', 'int8'),
   'datamodel.damping': _above(0),
   'datamodel.damping_rule': _one_of('fixed', 'auto'),
-  'datamodel.gram': _one_of('full', 'layers', 'joint'),
+  'datamodel.gram': _one_of('auto', 'full', 'layers', 'joint'),
   'datamodel.target_share': _within(0, 1, '[)'),
   'datamodel.average': _one_of('auto', 'all', 'unseen'),
   'datamodel.groups': _POSITIVE,
@@ -309,11 +309,11 @@ RELATIONS: tuple[Relation, ...] = (
       'datamodel.gram',
     ),
     lambda mode, bootstrap, groups, examples, unit, gram: (
-      mode != 'jvp' or (bootstrap == examples == 0 and groups == 1 and not unit and gram == 'full')
+      mode != 'jvp' or (bootstrap == examples == 0 and groups == 1 and not unit and gram in ('auto', 'full'))
     ),
     'pays for each direction and has no features to scale or join: needs datamodel.bootstrap = 0 (it is {1}), '
     'datamodel.groups = 1 ({2}), datamodel.examples = 0 ({3}), datamodel.unit_norm = False ({4}) and datamodel.gram = '
-    "'full' ({5!r})",
+    "'auto' ({5!r})",
     'set --config.datamodel.bootstrap=0, --config.datamodel.groups=1 and --config.datamodel.examples=0, or '
     '--config.features.mode=stream',
   ),
@@ -387,13 +387,13 @@ RELATIONS: tuple[Relation, ...] = (
     ('datamodel.gram', 'features.projection'),
     lambda gram, projection: gram != 'layers' or projection == 'two_sided',
     "needs features.projection = 'two_sided', and it is {1!r}, whose columns belong to no layer",
-    'set --config.datamodel.gram=full, or --config.features.projection=two_sided',
+    'set --config.datamodel.gram=auto, or --config.features.projection=two_sided',
   ),
   Relation(
     ('datamodel.average', 'datamodel.gram'),
     lambda average, gram: average != 'unseen' or gram != 'joint',
     "needs scores of each proxy, and datamodel.gram = 'joint' has none",
-    'set --config.datamodel.average=auto, or --config.datamodel.gram=full',
+    'set --config.datamodel.average=auto, or --config.datamodel.gram=auto',
   ),
   Relation(
     ('datamodel.damping_rule', 'datamodel.gram', 'proxies.count'),

@@ -19,6 +19,7 @@ from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.features import blocks, feature_step, without_kernels
 from dsdm_jax.attribution.gradients import TwoSidedFeatures
+from dsdm_jax.attribution.members import by_layers
 from dsdm_jax.core import flops
 from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.errors import UserError
@@ -223,7 +224,7 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
   features = config.features
   step = feature_step(config, config.pool.vocab_size, config.pool.length, mesh)
   j, shard = step.dimension, features.shard_rows
-  columns = blocks(step.describe(), j) if config.datamodel.gram == 'layers' else ((0, j),)
+  columns = blocks(step.describe(), j) if by_layers(config.datamodel.gram, features.projection) else ((0, j),)
   dtype = jnp.bfloat16 if features.store_dtype == 'bfloat16' else jnp.float32
   add_shard = datamodel._partial_gram(columns, mesh)
   sampled = min(features.gram_rows or rows(config), rows(config)) if features.mode == 'jvp' else rows(config)

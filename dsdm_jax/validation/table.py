@@ -66,7 +66,7 @@ def _record(
   return {
     'setting': setting, 'predictor': name, 'family': family, 'subsets': size,
     'lds': fit.lds, 'low': fit.low, 'high': fit.high, 'lds_single_seed': single, 'ceiling': top,
-    'gain': None if gain is None else {'over_default': gain.lds, 'low': gain.low, 'high': gain.high},
+    'gain': None if gain is None else {'over_reference': gain.lds, 'low': gain.low, 'high': gain.high},
   }  # fmt: skip
 
 

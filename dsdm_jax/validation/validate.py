@@ -20,11 +20,12 @@ from dsdm_jax.data.targets import Targets
 from dsdm_jax.validation import agreement, bank, cheap, subsets, table
 from dsdm_jax.validation.metagradient import Metagradient
 from dsdm_jax.validation.scanned import ScannedTraining, TargetOutputs
-from dsdm_jax.validation.variants import DEFAULT, STOPS, VARIANTS, Proxy, Scorer, scaled
+from dsdm_jax.validation.variants import BEST, REFERENCE, STOPS, VARIANTS, Proxy, Scorer, scaled
 
 PLAIN, METASMOOTH = 'plain', 'metasmooth'
 ORACLE = 'oracle (metagradient)'
-_SMOOTH_VARIANTS = ('default', 'no curvature')  # what stands beside the oracle where training is smooth
+# What stands beside the oracle where training is smooth.
+_SMOOTH_VARIANTS = ('reference', 'no curvature', 'Gram by layers', BEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +111,11 @@ class Setting:
       return {f: agreement.Resamples(seed, s, documents, count, confidence) for f, s in sizes.items() if s}
 
     by_example = table.records(
-      self._name, scores, truth_RST, self._subsets, resamples(self._examples.document_T), DEFAULT.name
+      self._name, scores, truth_RST, self._subsets, resamples(self._examples.document_T), REFERENCE.name
     )
     by_task = table.records(
       self._name, {name: s @ mean_TK for name, s in scores.items()}, truth_RST @ mean_TK, self._subsets,
-      resamples(list(self._examples.tasks)), DEFAULT.name,
+      resamples(list(self._examples.tasks)), REFERENCE.name,
       {ORACLE: self._oracle().transpose(0, 2, 1)} if self._options.oracle else None,
     )  # fmt: skip
     return by_example, by_task
@@ -130,7 +131,7 @@ class Setting:
 
   @functools.cached_property
   def _subsets(self) -> subsets.Subsets:
-    score_NT = self._score_of(DEFAULT.name, lambda: self._scorer(DEFAULT))
+    score_NT = self._score_of(REFERENCE.name, lambda: self._scorer(REFERENCE))
     sorted_by = {t: score_NT[:, m].mean(1) for t, m in zip(self._examples.tasks, self._examples.member_KT, strict=True)}
     o, smooth = self._options, self._name == METASMOOTH
     return subsets.make(
@@ -170,7 +171,7 @@ class Setting:
       v for v in VARIANTS if v.proxies <= self._options.proxies and (self._name == PLAIN or v.name in _SMOOTH_VARIANTS)
     ]
     makers = {v.name: functools.partial(self._scorer, v) for v in chosen} | dict(self._cheap())
-    makers = {n: make for n, make in makers.items() if n == DEFAULT.name or wanted.search(n)}
+    makers = {n: make for n, make in makers.items() if n == REFERENCE.name or wanted.search(n)}
     with self._context.log.bar(makers.items(), desc=f'{self._name} scores', unit='variant') as bar:
       return {name: self._score_of(name, make) for name, make in bar}
 

@@ -1,4 +1,7 @@
-"""Datamodels that differ from the project's default in one way each, and their scores for every target example."""
+"""Datamodels that differ from a reference in one way each, the best ways together, and their scores of every example.
+
+The reference is the plain one: two proxies, their last checkpoints, the full Gram matrix.
+"""
 
 import dataclasses
 import functools
@@ -53,10 +56,11 @@ class Variant:
   width: float = 1.0
 
 
-DEFAULT = Variant('default')
+REFERENCE = Variant('reference')
+BEST = 'Gram by layers, 4 proxies, three checkpoints'
 
 VARIANTS: tuple[Variant, ...] = (
-  DEFAULT,
+  REFERENCE,
   Variant('1 proxy', proxies=1),
   Variant('4 proxies', proxies=4),
   Variant('early checkpoint', checkpoints=(EARLY,)),
@@ -76,6 +80,11 @@ VARIANTS: tuple[Variant, ...] = (
   Variant('damping × 10', damping=10.0),
   Variant('damping × 100', damping=100.0),
   Variant('Gram by layers', gram='layers'),
+  Variant('Gram by layers, damping × 10', gram='layers', damping=10.0),
+  Variant('Gram by layers, J = 8,192', gram='layers', features=(('dimension', 8_192),)),
+  Variant('Gram by layers, 4 proxies', gram='layers', proxies=4),
+  Variant('Gram by layers, three checkpoints', gram='layers', checkpoints=(EARLY, MIDDLE, LATE)),
+  Variant(BEST, gram='layers', proxies=4, checkpoints=(EARLY, MIDDLE, LATE)),
   Variant('joint Gram', gram='joint'),
   Variant('no curvature', gram='none'),
   Variant('no curvature, unit norm', gram='none', unit_norm=True),

@@ -50,7 +50,7 @@ def run(tmp_path):
   def run(count=C, change=None, **settings):
     config = base.get_config()
     config.proxies.count = count
-    config.datamodel.update(settings)
+    config.datamodel.update({'gram': 'full'} | settings)
     phi = phi_CNJ[:count].copy()
     if change:
       change(phi)

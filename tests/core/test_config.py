@@ -338,7 +338,7 @@ def test_good_configs_pass(config):
     ),
     (
       changed(datamodel__gram='layers', features__projection='dense'),
-      ["datamodel.gram = 'layers'", "it is 'dense'", '--config.datamodel.gram=full'],
+      ["datamodel.gram = 'layers'", "it is 'dense'", '--config.datamodel.gram=auto'],
     ),
     (
       changed(datamodel__gram='joint', datamodel__average='unseen'),

@@ -55,7 +55,7 @@ def test_the_study_varies_every_choice_of_the_method():
     'features.projection', 'datamodel.damping', 'datamodel.gram', 'datamodel.mix', 'selection.examples',
     'selection.epochs', 'selection.methods',
   } <= set(varied)  # fmt: skip
-  assert {'full', 'layers', 'joint'} == varied['datamodel.gram'] and {'mean', 'rank'} <= varied['datamodel.mix']
+  assert {'auto', 'full', 'joint'} == varied['datamodel.gram'] and {'mean', 'rank'} <= varied['datamodel.mix']
   assert ('dsdm_greedy',) in varied['selection.methods'] and ('dsdm_clusters',) in varied['selection.methods']
   budgets = {c.selection.examples * c.selection.epochs for c in map(study.get_config, study.ARMS)}
   assert len(budgets) == 1, 'every arm trains as long as every other'
