@@ -9,8 +9,8 @@ from dsdm_jax.core.rule import NAME, Rule, above, at_least, one_of, within
 METHODS = (
   'dsdm', 'random', 'random_one_epoch', 'bottom', 'dsdm_gumbel', 'dsdm_boltzmann', 'dsdm_greedy', 'dsdm_clusters',
   'dsdm_distilled', 'classifier', 'classifier_pareto', 'dsir', 'semdedup', 'semdedup_one_epoch', 'bm25',
-  'embedding', 'perplexity_low', 'perplexity_high', 'color_filter', 'gradient', 'imported', 'dsdm_shifted',
-  'dsdm_permuted', 'random_again',
+  'embedding', 'perplexity_low', 'perplexity_high', 'color_filter', 'gradient', 'oracle', 'imported',
+  'dsdm_shifted', 'dsdm_permuted', 'random_again',
 )  # fmt: skip
 
 

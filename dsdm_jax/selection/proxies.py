@@ -11,13 +11,17 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.attribution import ensemble
 from dsdm_jax.core import flops, prng
+from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.batches import row_range_batches
 from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.targets import Examples
 from dsdm_jax.lm.outputs import token_log_probability
 from dsdm_jax.training.loop import load_state
+from dsdm_jax.training.metagradient import LEAST_EPS_ROOT, Metagradient
+from dsdm_jax.training.scanned import ScannedTraining, TargetOutputs
 from dsdm_jax.training.step import Trainer, TrainState, trainer
 
 BLOCK = 65_536  # rows that are whitened together
@@ -122,6 +126,25 @@ class Proxies:
     if not np.isfinite(float(metrics['loss'])):
       raise UserError('training on the target diverged; lower selection.conditional_learning_rate')
     return state
+
+  def metagradient_N(self, examples: Examples) -> np.ndarray:
+    """Derivative of the examples' mean output with respect to each row's weight, through the proxies' training.
+
+    One training on every row, `proxies.epochs` times; float32 [N].
+
+    Raises:
+      UserError: a derivative is not finite.
+    """
+    pool, proxies = self._pool, self._config.proxies
+    train = ConfigDict(proxies.train.to_dict())
+    train.adam_eps_root = max(train.adam_eps_root, LEAST_EPS_ROOT)
+    training = ScannedTraining(
+      proxies.model, train, pool.vocab_size, pool.tokens(np.arange(pool.num_rows)), proxies.epochs, self._config.seed
+    )
+    function = load_callable(self._config.features.output_fn)
+    outputs = TargetOutputs(training, function, examples.tokens_TL, examples.weights_TL)
+    members_KT = np.ones((1, len(examples)), bool)
+    return Metagradient(training, outputs, members_KT)(0, np.ones(pool.num_rows))[1][0]
 
   def _over_pool(self, apply: Callable[[np.ndarray], jax.Array], name: str) -> np.ndarray:
     parts: list[np.ndarray] = []

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from dsdm_jax.core import atomic
+from dsdm_jax.training.scanned import ScannedTraining, TargetOutputs
 from dsdm_jax.training.step import TrainState
-from dsdm_jax.validation.scanned import ScannedTraining, TargetOutputs
 
 
 def truth(

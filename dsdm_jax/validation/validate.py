@@ -17,9 +17,9 @@ from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.targets import Targets
+from dsdm_jax.training.metagradient import Metagradient
+from dsdm_jax.training.scanned import ScannedTraining, TargetOutputs
 from dsdm_jax.validation import agreement, bank, cheap, subsets, table
-from dsdm_jax.validation.metagradient import Metagradient
-from dsdm_jax.validation.scanned import ScannedTraining, TargetOutputs
 from dsdm_jax.validation.variants import BEST, REFERENCE, STOPS, VARIANTS, Proxy, Scorer, scaled
 
 PLAIN, METASMOOTH = 'plain', 'metasmooth'

@@ -21,8 +21,8 @@ from dsdm_jax.attribution.gradients import FeatureStep, TwoSidedFeatures
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.lm.outputs import token_log_probability
+from dsdm_jax.training.scanned import ScannedTraining
 from dsdm_jax.training.step import TrainState
-from dsdm_jax.validation.scanned import ScannedTraining
 
 EARLY, MIDDLE, LATE = range(3)  # places among the checkpoints of one proxy
 STOPS = (1 / 3, 2 / 3, 1.0)

@@ -34,6 +34,10 @@ class Proxies:
   def log_likelihood_N(self) -> np.ndarray:
     return self._x_ND[:, 0].copy()
 
+  def metagradient_N(self, examples) -> np.ndarray:
+    del examples
+    return self._x_ND[:, 1].copy()
+
   def state(self, checkpoint: int) -> int:
     return checkpoint
 

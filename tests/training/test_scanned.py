@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dsdm_jax.lm.outputs import margin
-from dsdm_jax.validation.metagradient import Metagradient
-from dsdm_jax.validation.scanned import ScannedTraining, TargetOutputs
+from dsdm_jax.training.metagradient import Metagradient
+from dsdm_jax.training.scanned import ScannedTraining, TargetOutputs
 from tests.training.test_step import LENGTH, VOCAB, base, flat
 
 ROWS, TARGETS = 40, 6
