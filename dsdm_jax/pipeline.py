@@ -323,6 +323,12 @@ def identity(stage: Stage, settings: Mapping, workdir: Path, done: Mapping[str, 
   return _identity(stage, settings, _digests(stage, workdir, done))
 
 
+def settings_of(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+  """What `identity` wants to know of a config: its keys, those that stand for others put in, and its source files."""
+  settings = flatten(resolve(config, hugging_face.model_keys))
+  return {**settings, **_source_files(settings, workdir)}
+
+
 def needed(name: str) -> list[str]:
   """Stages that `name` stands on, and itself, in order."""
   return [stage.name for stage in STAGES if stage.name == name or stage.name in _upstream(name)]

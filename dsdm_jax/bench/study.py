@@ -83,7 +83,7 @@ def _load(path: str) -> ModuleType:
 
 def share(config: Any, workdir: Path, others: Sequence[Path]) -> list[str]:
   """Links into `workdir` every finished stage of `others` that this config would make likewise; their names."""
-  settings, linked = flatten(config), []
+  settings, linked = pipeline.settings_of(config, workdir), []
   done: dict[str, artifacts.Artifact] = {}
   for stage in pipeline.STAGES:
     if stage.name not in pipeline.needed(LAST):

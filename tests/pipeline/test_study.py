@@ -17,6 +17,7 @@ ARMS = {'base': {}, 'damped': {}, 'again_1': {}}
 
 def get_config(arm='base'):
   config = tiny.get_config()
+  config.pool.sources = (*config.pool.sources, 'jsonl:MORE')
   config.selection.methods = {'base': ('dsdm', 'random'), 'damped': ('dsdm', 'dsdm_greedy')}.get(arm, ('dsdm',))
   config.datamodel.damping = 1.0 if arm == 'damped' else 0.1
   config.proxies.seed = 1 if arm == 'again_1' else 0
@@ -25,7 +26,10 @@ def get_config(arm='base'):
 
 
 def _study(tmp_path, *flags: str) -> subprocess.CompletedProcess[str]:
-  (tmp_path / 'arms.py').write_text(CONFIG)
+  more = tmp_path / 'more.jsonl'  # a source whose files have a state, which is part of what makes pools alike
+  if not more.exists():
+    more.write_text(json.dumps({'text': 'One more document, of a file. ' * 40}) + '\n')
+  (tmp_path / 'arms.py').write_text(CONFIG.replace('MORE', str(more)))
   return subprocess.run(
     [
       sys.executable, '-m', 'dsdm_jax.bench', 'study', f'--config={tmp_path / "arms.py"}',
