@@ -22,7 +22,7 @@ OutputFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class ScannedTraining:
-  """Trainings of one model on one table of rows, by one learning algorithm, on the first device.
+  """Trainings of one model on one table of rows, by one learning algorithm, on this process's first device.
 
   Args:
     model, train: configs of the model and of its training.
@@ -35,7 +35,7 @@ class ScannedTraining:
   def __init__(
     self, model: ConfigDict, train: ConfigDict, vocab_size: int, tokens_NL: np.ndarray, epochs: float, seed: int
   ):
-    mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.devices()[:1])
+    mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
     self.trainer: Trainer = trainer(model, train, vocab_size, tokens_NL.shape[1], mesh)
     self.rows = len(tokens_NL)
     self.batch_size = train.batch_size

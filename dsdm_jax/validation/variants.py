@@ -139,7 +139,7 @@ class Scorer:
     weights_TL: np.ndarray,
   ):
     self._config, self._proxies, self._vocab_size = config, proxies, vocab_size
-    self._mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.devices()[:1])
+    self._mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
     weights_NL = np.ones(tokens_NL.shape, np.float32)
     weights_NL[:, 0] = 0.0
     self._tokens = np.concatenate([tokens_NL, tokens_TL]).astype(np.int32)
