@@ -25,7 +25,7 @@ def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path):
   assert 'validation: done' in out
   found = json.loads((workdir / 'validation/lds.json').read_text())
   names = {r['predictor'] for r in found['by_example']}
-  assert names == {'default', 'no curvature', 'BM25'}
+  assert names == {'reference', 'no curvature', 'BM25'}
   assert {r['predictor'] for r in found['by_task']} == names | {'oracle (metagradient)'}
   assert {r['family'] for r in found['by_example']} == {'halves', 'stratified', 'deciles', 'drops'}
   assert all(-1 <= r['low'] <= r['high'] <= 1 for level in found.values() for r in level)
