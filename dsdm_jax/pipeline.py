@@ -92,7 +92,7 @@ STAGES = (
   # Every model on every task; differences with intervals, and the compute multiplier.
   Stage(
     'evaluation', ('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'ladder'),
-    ('evaluation', 'model', 'pretraining', 'targets.seed', 'targets.folder'), 'evaluation.evaluate:run', 3,
+    ('evaluation', 'model', 'pretraining', 'targets.seed', 'targets.folder'), 'evaluation.evaluate:run', 4,
     everywhere=True,
   ),
   # One page that shows it all.

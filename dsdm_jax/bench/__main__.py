@@ -11,6 +11,7 @@ from dsdm_jax.bench import (
   near_duplicates,
   peers,
   report,
+  results,
   selection,
   study,
   train,
@@ -19,7 +20,7 @@ from dsdm_jax.core.errors import UserError
 
 _BENCHES = {
   'data': data, 'evaluation': evaluation, 'features': features, 'load': load, 'near_duplicates': near_duplicates,
-  'peers': peers, 'report': report, 'selection': selection, 'study': study, 'train': train,
+  'peers': peers, 'report': report, 'results': results, 'selection': selection, 'study': study, 'train': train,
 }  # fmt: skip
 
 

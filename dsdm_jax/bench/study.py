@@ -1,15 +1,16 @@
 """A study: many arms that differ in a few keys, each a run of its own, compared on the same questions.
 
 Arms share what they have in common: a stage that an earlier arm finished with the same settings is linked, not made
-again. Started again, the command goes on where it stopped, arm by arm and inside an arm. Leaves `arms/<name>/`, and
-`study.json` (as `results.json`, `docs/evaluation.md`) and `study.csv` of all arms that are finished.
+again. Started again, the command goes on where it stopped, arm by arm and inside an arm. Leaves `arms/<name>/`, of each
+that is finished the small file `finished/<name>.json`, and `study.json` (as `results.json`, `docs/evaluation.md`) and
+`study.csv` of all of them. Those of other sittings and machines (`--also`) join the table.
 """
 
 import argparse
 import csv
+import glob
 import importlib.util
 import io
-import json
 import os
 import shutil
 import time
@@ -21,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from dsdm_jax import pipeline
+from dsdm_jax.bench import arm_file
+from dsdm_jax.bench.arm_file import ArmFile
 from dsdm_jax.core import artifacts, atomic
 from dsdm_jax.core.config import flatten, validate
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.evaluation import results, terminal
+from dsdm_jax.evaluation import compute, results, terminal
 from dsdm_jax.evaluation.comparisons import BASELINES
 
 BASE, AGAIN = 'base', 'again_'
@@ -42,6 +45,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--models-at-once', type=int, default=0, help="final models trained side by side; default: as the arms' configs say"
   )
+  parser.add_argument('--also', default='', help='pattern of arms that other sittings finished: FOLDER/*.json')
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -53,6 +57,11 @@ def run(flags: argparse.Namespace) -> None:
   if BASE not in arms:
     raise UserError(f'--arms={flags.arms} lacks {BASE}, which trains what the others are compared with; add it')
   configs = {arm: module.get_config(arm) for arm in [BASE, *(arm for arm in arms if arm != BASE)]}
+  others = [arm_file.read(Path(path)) for path in sorted(glob.glob(flags.also))]
+  if flags.also and not others:
+    raise UserError(f'--also={flags.also} matches no file; give a pattern of files that an earlier sitting left')
+  finished = workdir / 'finished'
+  finished.mkdir(parents=True, exist_ok=True)
   for config in configs.values():  # all of them before the first is begun
     config.pretraining.models_at_once = flags.models_at_once or config.pretraining.models_at_once
     validate(config)
@@ -62,9 +71,10 @@ def run(flags: argparse.Namespace) -> None:
     share(config, folder, [workdir / 'arms' / other for other in configs if other != arm])
     for name in pipeline.needed(LAST):
       pipeline.run(config, folder, name)
-    found = compare({name: workdir / 'arms' / name for name in list(configs)[:number]}, configs[BASE])
-    atomic.write_json(workdir / 'study.json', found)
-    atomic.write_text(workdir / 'study.csv', _csv(found))
+    arm_file.write(folder, arm, flatten(config), finished / f'{arm}.json')
+    done = [arm_file.read(finished / f'{name}.json') for name in list(configs)[:number]]
+    found = compare([*done, *(arm for arm in others if arm.name not in configs)])
+    save(found, workdir)
     print(f'== {arm}: {time.monotonic() - began:.0f} s', flush=True)
   print(terminal.table(found))
   print(f'study: {workdir / "study.json"}')
@@ -120,80 +130,82 @@ def _same_file(source: str, target: str) -> None:
     shutil.copy2(source, target)
 
 
-def compare(folders: Mapping[str, Path], config: Any) -> dict[str, Any]:
+def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:
   """The content of `study.json`: all arms' models on the same items, each against the baselines and DsDm of `base`.
 
   An arm's methods are called `<method>/<arm>`. Of `base` and the arms `again_…` together the method `dsdm/again` is
-  made, a model of its own seed for each: its interval holds for new proxies too.
+  made, a model of its own seed for each: its interval holds for new proxies too. Where `base` has a ladder, every arm
+  is read off it as compute and charged with its own stages.
 
   Raises:
-    UserError: an arm was asked other questions than `base`.
+    UserError: `base` is not among them, two have one name, or an arm was asked other questions than `base`.
   """
-  items: dict[str, list[np.ndarray]] = {}
+  by_name = {arm.name: arm for arm in arms}
+  if BASE not in by_name or len(by_name) < len(arms):
+    raise UserError(f'arms {", ".join(arm.name for arm in arms)}: each name once, and {BASE} among them')
+  base = by_name[BASE]
   runs: list[dict[str, Any]] = []
   again: list[tuple[str, int]] = []
-  base = folders[BASE] / LAST
-  for arm, folder in folders.items():
-    _check_same_questions(arm, folder, folders[BASE])
-    own = json.loads((folder / LAST / 'runs.json').read_text())
-    with np.load(folder / LAST / 'items.npz') as arrays:
-      for key in arrays.files:
-        items.setdefault(key, []).append(arrays[key])
-    for run in own:
-      name = run['method'] if arm == BASE else f'{run["method"]}/{arm}'
-      selection = None if run['selection'] is None else f'{arm}/{run["selection"]}'
+  for arm in arms:
+    _check_same_questions(arm, base)
+    for run in arm.runs:
+      name = run['method'] if arm is base else f'{run["method"]}/{arm.name}'
+      selection = None if run['selection'] is None else f'{arm.name}/{run["selection"]}'
       runs.append({**run, 'method': name, 'selection': selection})
-      if run['method'] == 'dsdm' and (arm == BASE or arm.startswith(AGAIN)):
-        again.append((arm, len(runs) - 1))
-  tables = {key: np.concatenate(parts) for key, parts in items.items()}
+      if run['method'] == 'dsdm' and (arm is base or arm.name.startswith(AGAIN)):
+        again.append((arm.name, len(runs) - 1))
+  items = {key: np.concatenate([arm.items[key] for arm in arms]) for key in base.items}
   chosen = _one_of_each(again, runs)
   if len(chosen) > 1:
     runs += [{**runs[row], 'method': 'dsdm/again'} for row in chosen]
-    tables = {key: np.concatenate([values, values[chosen]]) for key, values in tables.items()}
-  stated = json.loads((base / 'results.json').read_text())
-  return results.results(
-    tables, runs, confidence=config.evaluation.confidence, paired_seeds=config.evaluation.paired_seeds,
-    resamples=config.evaluation.bootstrap, documents=_documents(base), tasks=stated['tasks'],
-    baselines=(*BASELINES, 'dsdm'),
-    cost={
-      f'{arm}/{name}': found.manifest['cost']
-      for arm, folder in folders.items() for name in pipeline.NAMES
-      if (found := artifacts.open_stage(folder, name)) is not None
-    },
-    versions=artifacts.versions(), config=flatten(config),
+    items = {key: np.concatenate([values, values[chosen]]) for key, values in items.items()}
+  confidence = base.config['evaluation.confidence']
+  found = results.results(
+    items, runs, confidence=confidence, paired_seeds=base.config['evaluation.paired_seeds'],
+    resamples=base.config['evaluation.bootstrap'], documents=base.documents, categories=base.categories,
+    tasks=base.tasks, baselines=(*BASELINES, 'dsdm'),
+    cost={f'{arm.name}/{stage}': spent for arm in arms for stage, spent in arm.cost.items()},
+    versions=base.versions, config=base.config,
   )  # fmt: skip
+  found['multiplier'] = None
+  if base.ladder is not None:
+    index, ladder_items = base.ladder
+    names = base.documents, base.categories
+    found['multiplier'] = compute.content(
+      compute.tables_of(items, runs, *names), runs, compute.tables_of(ladder_items, runs, *names, len(index)), index,
+      lambda name: _charge(name, by_name), confidence, base.config['evaluation.selection_uses'],
+    )  # fmt: skip
+  return found
+
+
+def _charge(name: str, arms: Mapping[str, ArmFile]) -> compute.Charge:
+  method, _, of = name.partition('/')
+  arm = arms[of] if of in arms else arms[BASE]  # 'dsdm/again' is of several arms alike
+  return compute.Charge(method, arm.final, arm.cost)
 
 
 def _one_of_each(again: Sequence[tuple[str, int]], runs: Sequence[Mapping[str, Any]]) -> list[int]:
   """Of each arm one model, each of another seed and target, as far as there are seeds."""
   found = []
-  for number, arm in enumerate(dict.fromkeys(arm for arm, _ in again)):
+  for number, arm in enumerate(sorted({arm for arm, _ in again}, key=lambda name: (name != BASE, name))):
     found += [row for of, row in again if of == arm and runs[row]['seed'] == number]
   return found
 
 
-def _check_same_questions(arm: str, folder: Path, base: Path) -> None:
-  for name in ('targets', LAST):
-    ours, theirs = artifacts.open_stage(folder, name), artifacts.open_stage(base, name)
-    assert ours is not None and theirs is not None
-    if name == 'targets':
-      same = ours.digest == theirs.digest
-    else:
-      same = _questions(ours.settings) == _questions(theirs.settings)
-    if not same:
-      raise UserError(f'arm {arm} of the study was asked other questions than {BASE}: its {name} differ; leave it out')
+def _check_same_questions(arm: ArmFile, base: ArmFile) -> None:
+  differ = [key for key in {**base.asked, **arm.asked} if arm.asked.get(key) != base.asked.get(key)]
+  if differ:
+    told = ', '.join(sorted(differ)[:3])
+    raise UserError(f'arm {arm.name} of the study was asked other questions than {BASE}: {told}; leave it out')
 
 
-def _questions(settings: Mapping[str, Any]) -> dict[str, Any]:
-  return {key: value for key, value in settings.items() if key.startswith(('evaluation.', 'targets.', 'SHA-256'))}
+def save(found: Mapping[str, Any], folder: Path) -> None:
+  """Leaves `study.json` and `study.csv`."""
+  atomic.write_json(folder / 'study.json', found)
+  atomic.write_text(folder / 'study.csv', as_csv(found))
 
 
-def _documents(evaluation: Path) -> dict[tuple[str, str], list[str]]:
-  found = json.loads((evaluation / 'documents.json').read_text())
-  return {tuple(key.rsplit('__', 1)): names for key, names in found.items()}
-
-
-def _csv(found: Mapping[str, Any]) -> str:
+def as_csv(found: Mapping[str, Any]) -> str:
   text = io.StringIO()
   table = csv.DictWriter(text, _COLUMNS, extrasaction='ignore', lineterminator='\n')
   table.writeheader()

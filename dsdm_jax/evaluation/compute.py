@@ -1,13 +1,15 @@
 """The ladder's models on the questions of the arms, and every arm's result read off as compute: `multiplier.json`."""
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from dsdm_jax.core import atomic, distributed
+from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import Pool
@@ -53,38 +55,86 @@ def examine(context: Context, asked: Exam) -> dict[str, np.ndarray] | None:
   return items
 
 
+@dataclasses.dataclass(frozen=True)
+class Charge:
+  """What an arm is charged for.
+
+  Attributes:
+    method: whose stages it bears, see `multiplier.selection_cost`.
+    final: 'flop' and 'seconds' of one of its trainings.
+    costs: stage → 'flop' and 'seconds', at least for `multiplier.STAGES`.
+  """
+
+  method: str
+  final: Mapping[str, float]
+  costs: Mapping[str, Mapping[str, float]]
+
+
 def read(
   context: Context, asked: Exam, items: Mapping[str, np.ndarray], runs: Runs, ladder_items: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
   """The content of `multiplier.json`, see `docs/evaluation.md`."""
   index = json.loads((context.inputs['ladder'].path / 'index.json').read_text())
   pretraining = context.inputs['pretraining']
-  final = {unit: pretraining.manifest['cost'][unit] / pretraining.semantics['runs'] for unit in ('flop', 'seconds')}
+  final = final_cost(pretraining)
   costs = {stage: context.inputs[stage].manifest['cost'] for stage in multiplier.STAGES}
-  config = context.config.evaluation
-  tables = _tables(items, len(runs), asked)
-  ladder_tables = _tables(ladder_items, len(index), asked)
+  names, config = (asked.documents(), asked.categories()), context.config.evaluation
+  return content(
+    tables_of(items, runs, *names), runs, tables_of(ladder_items, runs, *names, len(index)), index,
+    lambda method: Charge(method, final, costs), config.confidence, config.selection_uses,
+  )  # fmt: skip
+
+
+def final_cost(pretraining: Artifact) -> dict[str, float]:
+  """'flop' and 'seconds' of one training of the stage."""
+  return {unit: pretraining.manifest['cost'][unit] / pretraining.semantics['runs'] for unit in ('flop', 'seconds')}
+
+
+def content(
+  tables: Sequence[Table],
+  runs: Runs,
+  ladder_tables: Sequence[Table],
+  index: Sequence[Mapping[str, Any]],
+  charge: Callable[[str], Charge],
+  confidence: float,
+  uses: int,
+) -> dict[str, Any]:
+  """`multiplier.json` from values alone.
+
+  Args:
+    tables: of the arms, and `ladder_tables` of the ladder's models, at the same items.
+    runs: whose row is whose.
+    index: of the ladder's models.
+    charge: what an arm of this name is charged for.
+    confidence: of intervals.
+    uses: trainings that share a choice.
+  """
   return {
-    'confidence': config.confidence, 'uses': config.selection_uses, 'unit': {'compute': 'FLOP', 'time': 'seconds'},
+    'confidence': confidence, 'uses': uses, 'unit': {'compute': 'FLOP', 'time': 'seconds'},
     'rungs': _rungs(index),
-    'curves': [_curve(table, index, config.confidence) for table in ladder_tables],
+    'curves': [_curve(table, index, confidence) for table in ladder_tables],
     'arms': [
       row
       for table, ladder_table in zip(tables, ladder_tables, strict=True)
-      for row in _arms(table, runs, ladder_table, index, config, final, costs)
+      for row in _arms(table, runs, ladder_table, index, charge, confidence, uses)
     ],
     'notes': _notes(runs),
   }  # fmt: skip
 
 
-def _tables(items: Mapping[str, np.ndarray], runs: int, asked: Exam) -> list[Table]:
-  """Held-out tasks and benchmarks, then the mean over each kind."""
+def tables_of(
+  items: Mapping[str, np.ndarray],
+  runs: Runs,
+  documents: Mapping[tuple[str, str], Sequence[str]],
+  categories: Mapping[tuple[str, str], Sequence[str]],
+  models: int | None = None,
+) -> list[Table]:
+  """Held-out tasks and benchmarks, then the means of `results.means`; of so many `models`, else one for each run."""
   every = [
-    table for table in results.read_tables(items, runs, asked.documents(), asked.categories())
+    table for table in results.read_tables(items, models or len(runs), documents, categories)
     if table.split in results.COMPARED_SPLITS
   ]  # fmt: skip
-  means = (results.mean_table(every, split) for split in results.COMPARED_SPLITS)
-  return every + [table for table in means if table is not None]
+  return every + results.means(every, runs)
 
 
 def _rungs(index: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -124,9 +174,9 @@ def _arms(
   runs: Runs,
   ladder_table: Table,
   index: Sequence[Mapping[str, Any]],
-  config: ConfigDict,
-  final: Mapping[str, float],
-  costs: Mapping[str, Mapping[str, float]],
+  charge: Callable[[str], Charge],
+  confidence: float,
+  uses: int,
 ) -> list[dict[str, Any]]:
   compute, steps = _steps(ladder_table, index)
   found = []
@@ -135,10 +185,12 @@ def _arms(
     if any(runs[r]['selection'] is None for r in chosen):
       continue  # a checkpoint from elsewhere: nobody knows what it cost
     values_SI = table.values['logprob'][chosen]
-    reading = multiplier.read_off(values_SI, steps, compute, config.confidence, table.documents_I)
+    reading = multiplier.read_off(values_SI, steps, compute, confidence, table.documents_I)
+    borne = charge(method)
     found.append({
       'method': method, 'target_mix': target, 'task': table.task, 'split': table.split, 'metric': 'logprob',
-      'value': float(values_SI.mean()), **multiplier.arm(reading, method, final, costs, config.selection_uses),
+      'value': float(values_SI.mean()),
+      **multiplier.arm(reading, borne.method, borne.final, borne.costs, uses),
     })  # fmt: skip
   return found
 

@@ -48,7 +48,10 @@ def models(context: Context) -> list[dict[str, Any]]:
 
 
 def run(context: Context) -> dict:
-  """Leaves `runs/<name>.npz`, together `items.npz`, `runs.json`, `results.json`, `answers/` (generated texts)."""
+  """Leaves `runs/<name>.npz`, together `items.npz`, `runs.json`, `results.json`, `answers/` (generated texts).
+
+  And `documents.json` and `categories.json`: those of each item, by task and split.
+  """
   config = context.config
   pool = Pool(context.inputs['pool'])
   compiled = trainer(config.model, config.pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
@@ -95,8 +98,8 @@ def _summarize(
   runs = [{key: e[key] for key in ('method', 'target_mix', 'seed', 'selection')} for e in entries]
   atomic.save_npz(context.out / 'items.npz', **items)
   atomic.write_json(context.out / 'runs.json', runs)
-  documents = {f'{task}__{split}': names for (task, split), names in asked.documents().items()}
-  atomic.write_json(context.out / 'documents.json', documents)
+  for name, told in (('documents', asked.documents()), ('categories', asked.categories())):
+    atomic.write_json(context.out / f'{name}.json', {f'{t}__{s}': of_each for (t, s), of_each in told.items()})
   found = results.results(
     items,
     runs,

@@ -95,8 +95,7 @@ def results(
     if table.split in COMPARED_SPLITS:
       for metric in METRICS:
         compared[metric] += _compare(table, metric, runs, options)
-  means = [mean_table(tables, split) for split in COMPARED_SPLITS]
-  several = [table for table in means if table is not None]
+  several = means(tables, runs)
   return {
     'arms': by_arm,
     'summary': summary,
@@ -146,7 +145,21 @@ def read_tables(
     yield Table(task, split, values, documents_I, count)
 
 
-def mean_table(tables: Sequence[Table], split: str) -> Table | None:
+def means(tables: Sequence[Table], runs: Runs) -> list[Table]:
+  """The mean over all tasks of each split, and over the held-out tasks of each mix that some arm was chosen for.
+
+  The latter bear the mix's name, such as 'lambada+squad'; there is none for a mix of all tasks.
+  """
+  found = [mean_table(tables, split) for split in COMPARED_SPLITS]
+  held_out = {table.task for table in tables if table.split == HOLDOUT}
+  for mix in sorted({run['target_mix'] for run in runs if '+' in run['target_mix']}):
+    tasks = set(mix.split('+'))
+    if tasks < held_out:
+      found.append(mean_table([table for table in tables if table.task in tasks], HOLDOUT, mix))
+  return [table for table in found if table is not None]
+
+
+def mean_table(tables: Sequence[Table], split: str, name: str = MEAN) -> Table | None:
   """All tasks of a split as one Table, each task weighing the same; None where there are fewer than two.
 
   A model's seed moves all tasks at once, so the interval of a mean is not that of independent tasks.
@@ -165,7 +178,7 @@ def mean_table(tables: Sequence[Table], split: str) -> Table | None:
     count = table.values['logprob'].shape[1]
     own_I = np.arange(count) if table.documents_I is None else table.documents_I
     documents += [f'{table.task}/{document}' for document in own_I]
-  return Table(MEAN, split, values, np.asarray(documents), len(chosen))
+  return Table(name, split, values, np.asarray(documents), len(chosen))
 
 
 def _arm_rows(table: Table, runs: Runs) -> Iterator[dict[str, Any]]:

@@ -225,6 +225,24 @@ def test_mean_over_tasks_weighs_tasks_alike():
   assert together['high'] - together['low'] > 0.9 * min(widths), 'independent tasks would make it 0.7 of one'
 
 
+def test_a_mix_of_some_tasks_has_a_mean_of_its_own():
+  """Over its held-out tasks alone; a mix of all tasks, or of a task that was not held out, has none."""
+  mixes = ('docs+api_qa', 'docs+api_qa+puzzles', 'docs+elsewhere')
+  runs = [{'method': 'dsdm', 'target_mix': mix, 'seed': seed} for mix in mixes for seed in range(3)]
+  g = np.random.default_rng(8)
+  items = {}
+  for task, split in (('docs', 'holdout'), ('api_qa', 'holdout'), ('puzzles', 'holdout'), ('docs', 'target')):
+    items[f'logprob__{task}__{split}'] = g.normal(-4, 1, (len(runs), 20))
+    items[f'accuracy__{task}__{split}'] = np.zeros((len(runs), 20))
+  found = _results(items, runs)
+  rows = found['means']['summary']
+  assert {row['task'] for row in rows} == {'mean', 'docs+api_qa'}
+  single = {(r['target_mix'], r['task']): r['logprob'] for r in found['summary'] if r['split'] == 'holdout'}
+  for row in rows:
+    tasks = ('docs', 'api_qa', 'puzzles') if row['task'] == 'mean' else ('docs', 'api_qa')
+    assert row['logprob'] == pytest.approx(np.mean([single[row['target_mix'], task] for task in tasks]), rel=1e-9)
+
+
 def test_random_arms_rarely_get_a_verdict():
   """Forty comparisons of arms that are alike, as `results.json` judges them, five to a task: at most five verdicts."""
   runs = [
