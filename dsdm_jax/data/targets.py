@@ -18,7 +18,7 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.encoders import Encoder, open_encoder
-from dsdm_jax.data.tasks import SPLITS, RawItem, RawTask, read_tasks, split_documents
+from dsdm_jax.data.tasks import SPLITS, RawItem, RawTask, read_tasks, split_documents, with_shots
 from dsdm_jax.data.vocabulary import EOS, PAD
 
 Encode = Callable[[str], list[int]]
@@ -138,7 +138,8 @@ def build(
         continue
       seen.add((item.context, item.answer))
       by_split[side[item.document]].append(item)
-    for split, items in by_split.items():
+    for split, alone in by_split.items():
+      items = with_shots(task, alone, config.seed)
       rng = prng.numpy_stream(config.seed, 'targets', task.name, split)
       made, unfit = _examples(_spread(items, rng), encoder, length, most or config.max_examples)
       count['unfit'] += unfit

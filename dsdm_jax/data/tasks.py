@@ -52,6 +52,7 @@ class RawTask:
     language_modelling: answers are whole documents, cut into pieces later.
     halves: documents are split into halves of one size, rather than each by chance: the paper's splits.
     holdout: documents of the holdout, where the source keeps them apart; None where the split is ours.
+    benchmark: that it is made of, whose shots go before each item once it is split; None for other tasks.
   """
 
   name: str
@@ -59,6 +60,7 @@ class RawTask:
   language_modelling: bool = False
   halves: bool = False
   holdout: frozenset[str] | None = None
+  benchmark: benchmarks.Benchmark | None = None
 
 
 def task_name(task: str) -> str:
@@ -78,25 +80,42 @@ def read_jsonl(path: str) -> RawTask:
 
 
 def benchmark_task(benchmark: benchmarks.Benchmark, folder: str | None, name: str) -> RawTask:
-  """The target task that a benchmark makes: its prompts, shots and delimiter included, and its right answers.
+  """The target task that a benchmark makes: its questions with delimiter and right answers, without shots as yet.
 
   Raises:
     UserError: no file, or a bad one, see `benchmarks.read_items`.
   """
-  made = _prompted(benchmark, benchmarks.read_items(benchmark, folder), name)
-  learned = _prompted(benchmark, benchmarks.target_items(benchmark, folder), name)
+  made = _asked_alone(benchmark, benchmarks.read_items(benchmark, folder), name)
+  learned = _asked_alone(benchmark, benchmarks.target_items(benchmark, folder), name)
   if learned:
-    return RawTask(name, (*learned, *made), holdout=frozenset(item.document for item in made))
-  return RawTask(name, tuple(made), halves=any(benchmark.counts))
+    holdout = frozenset(item.document for item in made)
+    return RawTask(name, (*learned, *made), holdout=holdout, benchmark=benchmark)
+  return RawTask(name, tuple(made), halves=any(benchmark.counts), benchmark=benchmark)
 
 
-def _prompted(benchmark: benchmarks.Benchmark, items: Sequence[shapes.Item], name: str) -> list[RawItem]:
-  made = []
+def _asked_alone(benchmark: benchmarks.Benchmark, items: Sequence[shapes.Item], name: str) -> list[RawItem]:
+  alone, made = dataclasses.replace(benchmark, shots=0), []
   for index, item in enumerate(items):
-    prompt = benchmarks.prompt(benchmark, items, index)
+    prompt = benchmarks.prompt(alone, items, index)
     document = item.document if item.document != item.id else f'{name}/{item.id}'
     made.append(RawItem(item.id, prompt.contexts[prompt.gold], item.continuation, document))
   return made
+
+
+def with_shots(task: RawTask, items: Sequence[RawItem], seed: int) -> list[RawItem]:
+  """`items` of one split, each after solved others of them, as many as the task's benchmark shows.
+
+  Shots come from the item's own split: a holdout's question and answer in the prompt of a target example would tell
+  the datamodel, and selectors that read text, of what they are judged by.
+  """
+  if task.benchmark is None or not task.benchmark.shots:
+    return list(items)
+  found = []
+  for index, item in enumerate(items):
+    shown = [items[i] for i in benchmarks.shots(task.benchmark, len(items), index, seed)]
+    preamble = ''.join(f'{other.context.rstrip()} {other.answer.strip()}\n' for other in shown)
+    found.append(dataclasses.replace(item, context=preamble + item.context))
+  return found
 
 
 def files_of(settings: Mapping[str, Any]) -> dict[str, str]:

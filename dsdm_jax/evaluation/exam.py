@@ -10,6 +10,7 @@ import numpy as np
 
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.stage import Context
+from dsdm_jax.data.benchmarks import BENCHMARKS
 from dsdm_jax.data.encoders import Encoder, open_encoder
 from dsdm_jax.data.targets import Examples, Targets
 from dsdm_jax.evaluation import requests
@@ -62,8 +63,10 @@ class Exam:
   def tasks(self) -> list[dict[str, Any]]:
     """What `results.json` says of each task."""
     own = [
-      {'task': t, 'split': s, 'rule': 'exact_argmax', 'shots': 0, 'n_items': len(e), 'categories': []}
-      for (t, s), e in self.examples.items()
+      {
+        'task': t, 'split': s, 'rule': 'exact_argmax', 'shots': BENCHMARKS[t].shots if t in BENCHMARKS else 0,
+        'n_items': len(e), 'categories': [],
+      } for (t, s), e in self.examples.items()
     ]  # fmt: skip
     return own + [requests.describe(request) for request in self.requests]
 

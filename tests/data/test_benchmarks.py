@@ -81,6 +81,25 @@ def test_shots_are_others_of_the_file_and_joined_by_newlines(tmp_path: Path):
   assert len(benchmarks.shots(benchmark, 2, 0, seed=0)) == 1
 
 
+def test_a_targets_shots_are_of_its_own_split(tmp_path: Path):
+  """No holdout's question or answer stands in the prompt of a target example, nor the other way round."""
+  records = [{'context': f'Question {i}?', 'continuation': f'answer{i}.', 'document': f'd{i}'} for i in range(40)]
+  path = write(tmp_path / 'mine.jsonl', *records)
+  task = tasks.benchmark_task(of_file(path, shots=3, delimiter='\nAnswer: '), None, 'mine')
+  side = tasks.split_documents([task], 0.5, 0)
+  by_split = {s: [item for item in task.items if side[item.document] == s] for s in tasks.SPLITS}
+  assert all(len(items) > 10 for items in by_split.values())
+  for split, items in by_split.items():
+    shown = tasks.with_shots(task, items, 3)
+    other = next(items_ for s, items_ in by_split.items() if s != split)
+    for alone, item in zip(items, shown, strict=True):
+      assert item.context.endswith(f'\n{alone.context}') and item.context.count('\nAnswer: answer') == 3
+      assert alone.answer not in item.context
+      assert not any(o.answer in item.context for o in other)
+    assert shown == tasks.with_shots(task, items, 3) != tasks.with_shots(task, items, 4)
+  assert tasks.with_shots(task, [], 0) == [] and len(tasks.with_shots(task, by_split['target'][:1], 0)) == 1
+
+
 def test_unicode_line_separators_stay_inside_a_record(tmp_path: Path):
   path = write(tmp_path / 'mine.jsonl', {'context': 'a\u2028b\x85c', 'continuation': 'd'})
   assert read_items(of_file(path))[0].context == 'a\u2028b\x85c'
@@ -233,6 +252,13 @@ def test_squad_from_tfds_has_the_papers_split(tmp_path: Path):
   assert found == {
     'target': sorted(f'train {i}' for i in range(12)), 'holdout': sorted(f'validation {i}' for i in range(5)),
   }  # fmt: skip
-  assert all(item.context.count('Question:') == 4 and item.answer.split()[0] in item.context for item in task.items)
+  assert all(item.context.count('Question:') == 1 and item.answer.split()[0] in item.context for item in task.items)
+  for split in found:
+    own = [item for item in task.items if side[item.document] == split]
+    shown = tasks.with_shots(task, own, 0)
+    assert [item.answer for item in shown] == [item.answer for item in own]
+    assert all(item.context.count('Question:') == 4 for item in shown)
+    other = {'target': 'validation', 'holdout': 'train'}[split]
+    assert not any(other in item.context for item in shown), 'shots of one split stay in it'
   assert len(read_items(BENCHMARKS['squad'], f'tfds:{tmp_path}')) == 5
   assert len(tasks.raw_texts(config)) == 17
