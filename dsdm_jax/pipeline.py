@@ -56,7 +56,7 @@ STAGES = (
     'pool', (), ('seed', 'pool', 'targets.tasks', 'targets.folder', 'targets.seed'), 'data.pool:run', format=2
   ),
   # Tasks → examples that the datamodel sees, and a holdout that it never does.
-  Stage('targets', ('pool',), ('targets',), 'data.targets:run'),
+  Stage('targets', ('pool',), ('targets',), 'data.targets:run', format=2),
   # Small models on random subsets.
   Stage('proxies', ('pool',), ('seed', 'proxies'), 'training.proxies:run', everywhere=True),
   # Projected per-example gradients, of the pool and of the targets.
