@@ -72,18 +72,17 @@ def repeated(tasks: Sequence[Task], begin: Sequence[int]) -> np.ndarray:
 def shares(entries: Sequence[Entry], supply: Sequence[int], budget: int) -> list[float]:
   """Bytes that each source may give: its cap, and its part of `budget` (0 for no limit) by weight.
 
-  What a source has too little of goes to the others, in proportion to their weights.
+  What a source has too little of goes to the others, in proportion to their weights. A `sized` source that is alone
+  has kept to the budget itself, to within a document.
   """
-  limit = [min(s, e.max_bytes or s) if not e.generated else s for e, s in zip(entries, supply, strict=True)]
-  free = [i for i, e in enumerate(entries) if not e.generated]
-  left = float(budget)
-  if not budget or sum(limit[i] for i in free) <= budget:
-    return [float(value) for value in limit]
-  given = [float(value) for value in limit]
+  limit = [float(min(s, e.max_bytes or s)) for e, s in zip(entries, supply, strict=True)]
+  if not budget or sum(limit) <= budget or (len(entries) == 1 and entries[0].sized):
+    return limit
+  given, left = limit.copy(), float(budget)
   # The source that needs least of its weight first: what it leaves goes to those after it.
-  for place, i in enumerate(sorted(free, key=lambda i: limit[i] / entries[i].weight)):
-    order = sorted(free, key=lambda i: limit[i] / entries[i].weight)[place:]
-    given[i] = min(limit[i], left * entries[i].weight / sum(entries[j].weight for j in order))
+  order = sorted(range(len(entries)), key=lambda i: limit[i] / entries[i].weight)
+  for place, i in enumerate(order):
+    given[i] = min(limit[i], left * entries[i].weight / sum(entries[j].weight for j in order[place:]))
     left -= given[i]
   return given
 
@@ -137,7 +136,7 @@ def _cap(
   for index, entry in enumerate(entries):
     mine = [(task, first) for task, first in zip(tasks, begin, strict=False) if task.unit.entry is entry]
     count = sum(int(keep_M[first : first + task.end - task.begin].sum()) for task, first in mine)
-    most = entry.max_documents if entry.max_documents and not entry.generated else count
+    most = entry.max_documents or count
     share = min(allowed[index] / max(supply[index], 1), most / max(count, 1))
     if share >= 1:
       continue

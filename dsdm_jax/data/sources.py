@@ -22,6 +22,7 @@ from dsdm_jax.data.installed_packages import installed_packages
 Source = Callable[[ConfigDict, int], Iterator[Document]]
 FILES = ('text', 'jsonl', 'parquet', 'hf')
 KINDS = (*FILES, 'tfds', 'seqio', 'tokens')
+SIZED = ('installed_packages', 'function')
 _TEXT_FILES = 256  # small files that are read as one unit
 _TFDS_ROWS = 65_536  # rows of a unit
 
@@ -36,7 +37,7 @@ class Entry:
     name: what documents are counted under that do not say it themselves.
     text, id, source: fields of a record; `id` and `source` may be missing in it.
     split: of a TFDS dataset, seqio task or dataset dict.
-    weight: share of pool.max_bytes, relative to the other sources.
+    weight: share of pool.max_bytes, relative to the other sources; above 0.
     max_bytes, max_documents: caps; 0 for none.
     module: imported first, where it registers a seqio task.
   """
@@ -56,7 +57,12 @@ class Entry:
   @property
   def generated(self) -> bool:
     """Whether it can only be read from beginning to end, by this process."""
-    return self.kind in ('installed_packages', 'function', 'seqio')
+    return self.kind in ('seqio', *SIZED)
+
+  @property
+  def sized(self) -> bool:
+    """Whether it is told pool.max_bytes and yields about as much by itself."""
+    return self.kind in SIZED
 
 
 @dataclasses.dataclass(frozen=True)

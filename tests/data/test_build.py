@@ -107,14 +107,18 @@ def test_duplicates_are_found_in_groups_of_hashes_too(tmp_path: Path, monkeypatc
 
 
 def test_shares_of_a_budget():
-  def entry(weight: float = 1.0, cap: int = 0) -> SimpleNamespace:
-    return SimpleNamespace(weight=weight, max_bytes=cap, generated=False)
+  def entry(weight: float = 1.0, cap: int = 0, sized: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(weight=weight, max_bytes=cap, sized=sized)
 
   assert layout.shares([entry(), entry()], [100, 50], 0) == [100, 50]
   assert layout.shares([entry(), entry()], [100, 100], 100) == [50, 50]
   assert layout.shares([entry(3), entry(1)], [100, 100], 100) == [75, 25]
   assert layout.shares([entry(3), entry(1)], [30, 100], 100) == [30, 70]
   assert layout.shares([entry(1, 10), entry(1)], [100, 100], 100) == [10, 90]
+  # A source that was told the budget overshoots it by a document, and is bound by its cap and by what others may give.
+  assert layout.shares([entry(sized=True)], [105], 100) == [105]
+  assert layout.shares([entry(cap=10, sized=True)], [100], 0) == [10]
+  assert layout.shares([entry(3, sized=True), entry()], [105, 105], 100) == [75, 25]
 
 
 def test_a_document_table_of_many_groups(tiny_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

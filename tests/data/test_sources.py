@@ -222,6 +222,35 @@ def test_caps_and_weights(tmp_path: Path):
   assert card['sources']['b']['documents'] > 0.8 * 300
 
 
+def test_caps_and_weights_hold_for_sources_that_are_read_from_beginning_to_end(tmp_path: Path):
+  import seqio
+  import tensorflow as tf
+
+  def made(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    return tf.data.Dataset.from_tensor_slices({'text': [f'seqio {i} ' + 'word ' * 18 for i in range(300)]})
+
+  name = 'test_caps_task'
+  source = seqio.FunctionDataSource(made, splits=['train'])
+  seqio.TaskRegistry.add(name, source=source, output_features={'text': seqio.Feature(seqio.ByteVocabulary())})
+  size = build(tmp_path / 'all', f'seqio:{name}').card['bytes']
+  assert build(tmp_path / 'bytes', f'seqio:{name} | max_bytes=3e3').card['bytes'] <= 3_000
+  assert 0 < build(tmp_path / 'documents', f'seqio:{name} | max_documents=40').card['documents'] <= 40
+  card = build(tmp_path / 'budget', f'seqio:{name}', max_bytes=size // 4).card
+  assert 0.15 * size < card['bytes'] <= size // 4 and card['above_caps'] == 300 - card['documents']
+  other = [{'id': f'b/{i}', 'source': 'b', 'text': f'other {i} ' + 'word ' * 18} for i in range(300)]
+  (tmp_path / 'b.jsonl').write_bytes(lines(other))
+  card = build(tmp_path / 'weights', f'seqio:{name} | weight=3', f'jsonl:{tmp_path}/b.jsonl', max_bytes=size // 2).card
+  # 300 draws at a share of 3/8 and 1/8: five standard deviations.
+  for source_name, share in ((name, 3 / 8), ('b', 1 / 8)):
+    kept = card['sources'][source_name]
+    assert kept['bytes'] <= share * size
+    assert abs(kept['documents'] - share * 300) <= 5 * (300 * share * (1 - share)) ** 0.5
+  functions = 'tests.data.conftest:invented'
+  assert build(tmp_path / 'few', f'{functions} | max_documents=5', max_bytes=9_000).card['documents'] <= 5
+  card = build(tmp_path / 'mixed', functions, f'seqio:{name}', max_bytes=20_000).card
+  assert 15_000 < card['bytes'] <= 20_000
+
+
 @pytest.mark.parametrize(
   ('line', 'said'),
   [
