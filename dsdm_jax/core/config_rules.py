@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePath
 
-from dsdm_jax.core.pool_rules import JSONL, POOL_RULES
+from dsdm_jax.core.pool_rules import JSONL, POOL_RULES, weights_differ
 from dsdm_jax.core.rule import NAME as _NAME
 from dsdm_jax.core.rule import Rule, are_arguments
 from dsdm_jax.core.rule import above as _above
@@ -340,6 +340,12 @@ RELATIONS: tuple[Relation, ...] = (
     lambda document, pool: not pool or document <= pool,
     'must be at most pool.max_bytes = {1}',
     'set --config.pool.max_bytes to at least {0}',
+  ),
+  Relation(
+    ('pool.sources', 'pool.max_bytes'),
+    lambda lines, pool: pool > 0 or not weights_differ(lines),
+    'has a weight, which is a share of pool.max_bytes, and that is 0 and takes all',
+    "set --config.pool.max_bytes to the bytes wanted, or leave 'weight=' out",
   ),
   Relation(
     ('pool.plant_targets', 'targets.max_examples'),

@@ -1,6 +1,7 @@
 """Rules of the `pool`, `host` and `targets` parts of a config, and the names that they take."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from dsdm_jax.core.rule import NAME, Rule, at_least, one_of, some_of, within
 
@@ -24,6 +25,12 @@ def _is_source(line: str) -> bool:
   if kind in SOURCE_KINDS:
     return bool(target)
   return head == 'installed_packages' or NAME.holds(head)
+
+
+def weights_differ(lines: Iterable[str]) -> bool:
+  """Whether lines of `pool.sources` ask for unequal shares; what is no number is refused where lines are read."""
+  given = (re.search(r' \| *weight *= *(\d*\.?\d+(?:e[+-]?\d+)?)', line) for line in lines)
+  return len({float(found.group(1)) if found else 1.0 for found in given}) > 1
 
 
 POOL_RULES: Mapping[str, Rule] = {

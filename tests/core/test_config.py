@@ -307,6 +307,7 @@ def test_value_in_the_place_of_a_section():
     changed(targets__tasks=('docs', 'my/own.jsonl'), selection__targets=('mix', 'own', 'docs+own')),
     changed(features__output_fn='json:loads'),
     changed(pool__sources=('json:loads', 'jsonl:a/*.gz | weight=2')),
+    changed(pool__sources=('jsonl:a', 'jsonl:b | weight=1.0'), pool__max_bytes=0),
     changed(targets__tasks=('lambada', 'docs'), pool__leakage_benchmarks=('piqa', 'my.jsonl')),
     FrozenConfigDict(base.get_config()),
   ],
@@ -327,6 +328,10 @@ def test_good_configs_pass(config):
       ["model.positions = 'rope'", 'even head size', '--config.model.positions=learned'],
     ),
     (changed(pool__max_document_bytes=9, pool__max_bytes=8), ['pool.max_document_bytes = 9', 'pool.max_bytes = 8']),
+    (
+      changed(pool__sources=('jsonl:a', 'jsonl:b | weight=3'), pool__max_bytes=0, pool__max_document_bytes=0),
+      ["pool.sources = ('jsonl:a', 'jsonl:b | weight=3')", 'pool.max_bytes', '--config.pool.max_bytes'],
+    ),
     (changed(pool__plant_targets=300), ['pool.plant_targets = 300', 'targets.max_examples = 256']),
     (changed(features__projection='dense', features__mode='jvp'), ["features.mode = 'jvp'", 'datamodel.bootstrap=0']),
     (changed(selection__methods=('dsdm', 'imported')), ["selection.imported = ''", '--config.selection.imported=']),
