@@ -5,6 +5,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 self=launch/$(basename "$0")
+lock=$root/requirements.lock # what `install` holds versions to
 
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # so that it runs from any folder
 export PYTHONDONTWRITEBYTECODE=1 # no __pycache__ among the sources; packages are compiled when installed
@@ -59,15 +60,15 @@ install() { # into environment $1 the files of requirements $2 …, unless they 
     names+=${names:+ and }$(basename "$file")
     arguments+=(-r "$file")
   done
-  if cat "$@" "$root/requirements.lock" | cmp -s - "$stamp"; then
+  if cat "$@" "$lock" | cmp -s - "$stamp"; then
     return
   fi
   printf '%s: installing %s (the first time takes some minutes and 2 GB)\n' "$self" "$names" >&2
   rm -f "$stamp"
   "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
-    "${arguments[@]}" -c "$root/requirements.lock" >&2 ||
+    "${arguments[@]}" -c "$lock" >&2 ||
     fail "installing $names failed; see above (no network, or a full disk?)"
-  cat "$@" "$root/requirements.lock" >"$stamp"
+  cat "$@" "$lock" >"$stamp"
 }
 
 # What may stand in front of /sys and /dev: tests set it.

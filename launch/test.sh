@@ -4,7 +4,8 @@
 #
 # The tools live in .venv-test, which looks into .venv for everything else: the pool is the text of the packages in
 # .venv, and running the tests must not change what a run is made of. Peers that some tests compare with live in
-# .venv-peers, and what compiles for TPUs in .venv-tpu, which those tests start as processes of their own.
+# .venv-peers, what compiles for TPUs in .venv-tpu and Apache Beam in .venv-beam, which those tests start as processes of
+# their own.
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -24,6 +25,9 @@ install "$root/.venv-test" "$root/requirements-test.txt"
 (make_environment "$root/.venv-tpu" "$root/.venv/bin/python" && look_into_venv "$root/.venv-tpu" &&
   install "$root/.venv-tpu" "$root/requirements-tpu.txt") ||
   printf '%s: could not, so tests that compile for TPUs are skipped\n' "$self" >&2
+(lock=$root/requirements-beam.lock && make_environment "$root/.venv-beam" "$root/.venv/bin/python" &&
+  install "$root/.venv-beam" "$root/requirements-beam.txt") ||
+  printf '%s: could not, so the test that needs Apache Beam is skipped\n' "$self" >&2
 
 if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
   packages=()

@@ -85,6 +85,12 @@ def libtpu() -> Path:
   return _other_python('DSDM_JAX_TPU', '.venv-tpu', 'requirements-tpu.txt')
 
 
+@pytest.fixture(scope='session')
+def beam() -> Path:
+  """A Python that has Apache Beam."""
+  return _other_python('DSDM_JAX_BEAM', '.venv-beam', 'requirements-beam.txt')
+
+
 @pytest.fixture
 def workdir(tmp_path: Path) -> Path:
   """An empty folder for one run."""

@@ -1,14 +1,28 @@
 """The pool on Apache Beam is the pool made here, row by row."""
 
+import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dsdm_jax.core.config import flatten
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.data.pool import Pool
 from tests.data.conftest import run_pool, small_config
 from tests.data.test_sources import RECORDS, lines
+
+# What --stage=pool runs.
+IN_THE_OTHER_PYTHON = """
+import json, sys
+from configs.base import get_config
+from dsdm_jax import pipeline
+config = get_config()
+for key, value in json.load(open(sys.argv[1])).items():
+  config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+pipeline.run(config, sys.argv[2], only='pool')
+"""
 
 
 def test_without_beam_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -22,20 +36,25 @@ def test_without_beam_it_says_what_to_install(tmp_path: Path, monkeypatch: pytes
     run_pool(config, tmp_path / 'beam')
 
 
-@pytest.mark.filterwarnings('ignore')
-def test_the_direct_runner_gives_the_same_rows(tmp_path: Path):
-  pytest.importorskip('apache_beam', reason='apache_beam is not installed (requirements-beam.txt)')
+def test_the_direct_runner_gives_the_same_rows(beam: Path, repo_root: Path, tmp_path: Path):
   for i in range(3):
     (tmp_path / f'{i}.jsonl').write_bytes(lines(RECORDS[i::3] + RECORDS[:1]))
-  pools = []
-  for options in ('', '--runner=DirectRunner'):
-    config = small_config(sources=(f'jsonl:{tmp_path}/*.jsonl',), max_bytes=0, vocabulary='bytes', plant_targets=2)
-    config.host.beam, config.host.workers = options, 1
-    pools.append(Pool(run_pool(config, tmp_path / f'run{options}')))
-  here, beam = pools
-  assert here.num_rows == beam.num_rows > 100
-  np.testing.assert_array_equal(beam.tokens(range(beam.num_rows)), here.tokens(range(here.num_rows)))
-  assert list(beam.documents) == list(here.documents)
-  assert beam.card == here.card
+  config = small_config(
+    sources=(f'jsonl:{tmp_path}/*.jsonl',), max_bytes=15_000, max_document_bytes=0, vocabulary='bytes', plant_targets=2
+  )
+  config.host.workers = 1
+  here = Pool(run_pool(config, tmp_path / 'here'))
+  config.host.beam = '--runner=DirectRunner'
+  (tmp_path / 'config.json').write_text(json.dumps(flatten(config)))
+  made = subprocess.run(
+    [beam, '-W', 'ignore', '-c', IN_THE_OTHER_PYTHON, tmp_path / 'config.json', tmp_path / 'there'],
+    cwd=repo_root, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert made.returncode == 0, made.stderr[-2_000:]
+  there = Pool(tmp_path / 'there' / 'pool')
+  assert here.num_rows == there.num_rows > 50
+  np.testing.assert_array_equal(there.tokens(range(there.num_rows)), here.tokens(range(here.num_rows)))
+  assert list(there.documents) == list(here.documents)
+  assert there.card == here.card and there.card['exact_duplicates'] == 3 and there.card['above_caps'] > 0
   for name in ('document_N', 'offset_N', 'source_N', 'planted_N'):
-    np.testing.assert_array_equal(getattr(beam, name), getattr(here, name))
+    np.testing.assert_array_equal(getattr(there, name), getattr(here, name))
