@@ -124,8 +124,6 @@ class Builder:
         f'{sum(s.documents for s in scanned)} documents and the leakage guard dropped {len(kept.leaks)}; '
         'take other kinds or raise pool.max_bytes'
       )
-    if len(kept.names) > np.iinfo(np.int16).max:
-      raise UserError(f'the pool has {len(kept.names):,} sources; name a coarser field: | source=FIELD')
     np.save(self.work / 'keep.npy', kept.keep_M)
     self.bytes = kept.bytes
     return [dataclasses.replace(task, first=kept.first[i]) for i, task in enumerate(given)], kept
@@ -168,10 +166,17 @@ class Builder:
     }
     return [text_of[number] for number in order_K.tolist()]
 
-  def rows(self, given: list[Task], kept: Kept, encoder: encoders.Encoder) -> tuple[Plan, list[dict], int]:
-    """Encodes, cuts and writes the rows; gives their plan, what was planted, and the number of tokens."""
-    c, seed = self.pool_config, self.config.seed
+  def encode(self, given: list[Task], kept: Kept) -> tuple[list[Task], Kept, int]:
+    """Makes ids of what is kept; gives what has any, and the number of tokens."""
     tokens = sum(self.execute(prepare.encode, given, 'tokens', 'B', self.bytes))
+    given, kept = layout.without_tokens(given, kept)
+    if not kept.count:
+      raise UserError('the pool is empty: no document has a token of pool.vocabulary; take another vocabulary')
+    return given, kept, tokens
+
+  def rows(self, given: list[Task], kept: Kept, encoder: encoders.Encoder, tokens: int) -> tuple[Plan, list[dict]]:
+    """Cuts and writes the rows; gives their plan and what was planted."""
+    c, seed = self.pool_config, self.config.seed
     order = layout.join(given, kept.count, seed, self.work)
     total = int(order.begin[-1])
     if total < c.length:
@@ -189,7 +194,7 @@ class Builder:
     for index, (entry, ids) in enumerate(zip(planted, sequences, strict=True)):
       entry['document'] = kept.count + index
       entry['tokens'], entry['text'] = len(ids), encoder.decode(ids)
-    return plan, planted, tokens
+    return plan, planted
 
   def write_rows(self, given: list[Task], plan: Plan, last: Sequence[np.ndarray]) -> None:
     """Writes the dataset: the rows of the stream where they belong, and behind them the rows `last`."""
@@ -257,11 +262,12 @@ def run(context: Context) -> dict[str, Any]:
     entries, given, scanned = builder.scan()
     given, kept = builder.decide(entries, given, scanned)
     encoder = builder.vocabulary(given, kept)
+    given, kept, tokens = builder.encode(given, kept)
   except UserError:
     # Other settings or other files are needed, and nothing of this would serve them.
     shutil.rmtree(builder.work, ignore_errors=True)
     raise
-  plan, planted, tokens = builder.rows(given, kept, encoder)
+  plan, planted = builder.rows(given, kept, encoder, tokens)
   out = context.out
   names = [*kept.names, PLANTED] if planted else kept.names
   extra = [

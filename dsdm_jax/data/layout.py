@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from dsdm_jax.core import prng
+from dsdm_jax.core.errors import UserError
 from dsdm_jax.data.prepare import Plan, Scanned, Task, read_json, row_order
 from dsdm_jax.data.shuffle import Shuffle
 from dsdm_jax.data.sources import Entry
 
 _GROUP = 2**22  # documents whose hashes are compared at once
 _ROWS = 2**16  # rows whose origin is found at once
+_SOURCES = np.iinfo(np.int16).max  # that an index of int16 tells apart, beside planted rows
 
 
 @dataclasses.dataclass
@@ -90,7 +92,11 @@ def shares(entries: Sequence[Entry], supply: Sequence[int], budget: int) -> list
 def decide(
   entries: Sequence[Entry], tasks: Sequence[Task], scanned: Sequence[Scanned], duplicates: bool, budget: int, seed: int
 ) -> Kept:
-  """Drops duplicates and leaks, then what is above caps and budget: a sample by a seeded hash of the text."""
+  """Drops duplicates and leaks, then what is above caps and budget: a sample by a seeded hash of the text.
+
+  Raises:
+    UserError: more sources than an int16 can tell apart.
+  """
   begin = bounds(scanned)
   again_M = repeated(tasks, begin) if duplicates else np.zeros(begin[-1], np.bool_)
   keep_M = ~again_M
@@ -116,16 +122,43 @@ def decide(
       mine = keep_M[first : first + len(arrays['leak_M'])]
       present, code = np.unique(arrays['source_M'][mine], return_inverse=True)
       mapping = np.array([names.setdefault(said[i], len(names)) for i in present], np.int64)
+      if len(names) > _SOURCES:
+        raise UserError(
+          f'{entries[owner[id(task.unit.entry)]].target} brings the pool to more than {_SOURCES:,} sources; '
+          'name a coarser field in pool.sources: | source=FIELD'
+        )
       sources.append(mapping[code].astype(np.int16) if len(present) else np.empty(0, np.int16))
       total += int(arrays['bytes_M'][mine].sum())
       counts.append(counts[-1] + int(mine.sum()))
   ordered = sorted(names)
-  rank = np.array([ordered.index(name) for name in names], np.int16)
+  place = {name: index for index, name in enumerate(ordered)}
+  rank = np.array([place[name] for name in names], np.int16)
   source_K = rank[np.concatenate(sources)] if len(names) else np.empty(0, np.int16)
   return Kept(
     keep_M, counts, ordered, source_K, total, int(again_M.sum()), leaks, problems,
     sum(s.problems for s in scanned), before - counts[-1],
   )  # fmt: skip
+
+
+def without_tokens(tasks: Sequence[Task], kept: Kept) -> tuple[list[Task], Kept]:
+  """`tasks` and `kept` without the documents that `encode` left out as they have no tokens."""
+  keep_M, gone, problems, lost, first = kept.keep_M.copy(), [np.empty(0, np.int64)], list(kept.problems), 0, [0]
+  for task in tasks:
+    notes = read_json(task.file('encode', 'json'))
+    empty_E = np.array(notes['empty'], np.int64)
+    place_E = np.flatnonzero(keep_M[task.begin : task.end])[empty_E]
+    with np.load(task.file('scan', 'npz')) as arrays:
+      lost += int(arrays['bytes_M'][place_E].sum())
+    keep_M[task.begin + place_E] = False
+    gone.append(task.first + empty_E)
+    problems += notes['problems']
+    first.append(first[-1] + int(keep_M[task.begin : task.end].sum()))
+  gone_E = np.concatenate(gone)
+  changed = dataclasses.replace(
+    kept, keep_M=keep_M, first=first, source_K=np.delete(kept.source_K, gone_E), bytes=kept.bytes - lost,
+    problems=problems, problem_count=kept.problem_count + len(gone_E),
+  )  # fmt: skip
+  return [dataclasses.replace(task, first=begin) for task, begin in zip(tasks, first, strict=False)], changed
 
 
 def _cap(

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import numpy as np
 from dsdm_jax.core import atomic, prng
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.data import encoders, readers, workers
+from dsdm_jax.data.documents import Document
 from dsdm_jax.data.leakage import Guard
 from dsdm_jax.data.readers import Problem
 from dsdm_jax.data.shuffle import Shuffle
@@ -121,17 +123,17 @@ def _kept(work: Path) -> np.ndarray:
   return np.load(work / 'keep.npy', mmap_mode='r')
 
 
-def kept_documents(task: Task) -> Any:
-  """Documents of a unit that are kept, in order."""
+def kept_documents(task: Task) -> Iterator[tuple[str, Document]]:
+  """Documents of a unit that are kept, in order, each with where it stands."""
   keep_M = np.asarray(_kept(task.work)[task.begin : task.end])
   number = 0
-  for found in readers.read(task.unit, task.most):
+  for where, found in readers.placed(task.unit, task.most):
     if isinstance(found, Problem):
       continue
     if number >= len(keep_M):
       raise UserError(f'{task.unit.paths or task.unit.entry.target} has changed while it was read; start again')
     if keep_M[number]:
-      yield found
+      yield where, found
     number += 1
 
 
@@ -139,7 +141,7 @@ def texts(task_numbers: tuple[Task, np.ndarray]) -> list[str]:
   """Texts of the kept documents of a unit whose numbers within it are given, in ascending order."""
   task, wanted = task_numbers
   left = set(wanted.tolist())
-  return [document.text for number, document in enumerate(kept_documents(task)) if number in left]
+  return [document.text for number, (_, document) in enumerate(kept_documents(task)) if number in left]
 
 
 @functools.lru_cache(maxsize=1)
@@ -186,16 +188,29 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def encode(task: Task) -> int:
-  """Writes ids of the kept documents one after another, how many each has, and the document table; gives their sum."""
+  """Writes ids of the kept documents one after another, how many each has, and the document table; gives their sum.
+
+  Documents without tokens are in none of these; `encode-*.json` has their numbers among the kept ones of the unit.
+
+  Raises:
+    UserError: there is such a document, unless `task.skip`; it names file and line.
+  """
   encoder = _encoder(task.out)
   dtype = encoders.dtype_of(encoder.size)
   table = _Table(task.out / 'documents' / f'{task.index:06d}.parquet')
-  counts = []
+  counts: list[int] = []
+  empty: list[int] = []
+  problems: list[dict[str, str]] = []
   with open(task.file('tokens', 'bin'), 'wb') as file:
-    for document in kept_documents(task):
+    for number, (where, document) in enumerate(kept_documents(task)):
       ids = encoder.encode(document.text)
-      if not ids and not task.skip:
-        raise fail(Problem(document.id, 'a document of zero tokens'))
+      if not ids:
+        problem = Problem(where, 'a document of zero tokens')
+        if not task.skip:
+          raise fail(problem)
+        empty.append(number)
+        problems += [dataclasses.asdict(problem)] * (len(problems) < _LISTED)
+        continue
       file.write(np.array(ids, dtype).tobytes())
       counts.append(len(ids))
       size = len(document.text.encode())
@@ -203,6 +218,7 @@ def encode(task: Task) -> int:
       workers.tick(size)
   table.close()
   atomic.save_npy(task.file('counts', 'npy'), np.array(counts, np.int64))
+  atomic.write_json(task.file('encode', 'json'), {'empty': empty, 'problems': problems})
   return sum(counts)
 
 

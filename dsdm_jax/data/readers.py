@@ -41,8 +41,13 @@ def read(unit: Unit, most: int = 0) -> Iterator[Found]:
     unit: what to read.
     most: bytes of UTF-8 that a document is cut to, 0 for none.
   """
+  return (found for _, found in placed(unit, most))
+
+
+def placed(unit: Unit, most: int = 0) -> Iterator[tuple[str, Found]]:
+  """`read`, each with where it stands: file and line."""
   for found in _READERS[unit.entry.kind](unit):
-    yield found if isinstance(found, Problem) else _checked(*found, most)
+    yield (found.where, found) if isinstance(found, Problem) else (found[0], _checked(*found, most))
 
 
 Record = tuple[str, str, str, str]  # where, id, source, text

@@ -200,6 +200,44 @@ def test_unicode_line_separators_stay_in_their_document(tmp_path: Path):
   assert set(found.items()) <= {(r['id'], r['text']) for r in odd}
 
 
+def test_a_document_of_zero_tokens(tmp_path: Path):
+  """A tokenizer without an unknown piece drops what it does not know: nothing is left of some texts."""
+  tokenizers = pytest.importorskip('tokenizers')
+  letters = {letter: i for i, letter in enumerate('abcdefghijklmnopqrstuvwxyz')}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
+  tokenizer.add_special_tokens(['<|endoftext|>'])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  records = [*RECORDS[:5], {'id': 'none/1', 'source': 'none', 'text': '你好'}, *RECORDS[5:]]
+  (tmp_path / 'a.jsonl').write_bytes(lines(records))
+  (tmp_path / 'b.jsonl').write_bytes(lines([{'id': 'prose/x', 'source': 'prose', 'text': '再见'}, *RECORDS[:1]]))
+  keys = {'vocabulary': str(tmp_path / 'tokenizer.json')}
+  with pytest.raises(UserError, match=r'a\.jsonl, line 6: a document of zero tokens; .*on_error=skip'):
+    build(tmp_path / 'fail', f'jsonl:{tmp_path}/*.jsonl', **keys)
+  pool = build(tmp_path / 'skip', f'jsonl:{tmp_path}/*.jsonl', on_error='skip', **keys)
+  (tmp_path / 'a.jsonl').write_bytes(lines(RECORDS))
+  (tmp_path / 'b.jsonl').write_bytes(lines(RECORDS[:1]))
+  wanted = build(tmp_path / 'wanted', f'jsonl:{tmp_path}/*.jsonl', **keys)
+  np.testing.assert_array_equal(pool.tokens(range(pool.num_rows)), wanted.tokens(range(wanted.num_rows)))
+  assert list(pool.documents) == list(wanted.documents)
+  assert pool.card['skipped'] == 2 and pool.card['sources'].pop('none') == {'documents': 0, 'bytes': 0, 'rows': 0}
+  assert {**pool.card, 'skipped': 0} == wanted.card
+  skipped = [json.loads(entry) for entry in (pool.path / 'skipped.jsonl').read_text().splitlines()]
+  assert [s['where'] for s in skipped] == [f'{tmp_path}/a.jsonl, line 6', f'{tmp_path}/b.jsonl, line 1']
+  (tmp_path / 'none.jsonl').write_bytes(lines(records[5:6]))
+  with pytest.raises(UserError, match='no document has a token'):
+    build(tmp_path / 'empty', f'jsonl:{tmp_path}/none.jsonl', on_error='skip', **keys)
+
+
+def test_more_sources_than_can_be_told_apart(tmp_path: Path):
+  made = [{'id': str(i), 'source': f's{i}', 'text': 'a'} for i in range(32_768)]
+  (tmp_path / 'a.jsonl').write_bytes(lines(made))
+  with pytest.raises(
+    UserError, match=r'a\.jsonl brings the pool to more than 32,767 sources; .*source=FIELD'
+  ) as caught:
+    build(tmp_path / 'pool', f'jsonl:{tmp_path}/a.jsonl', drop_duplicates=False)
+  assert '\n' not in str(caught.value)
+
+
 def test_caps_and_weights(tmp_path: Path):
   for name in 'ab':
     made = [{'id': f'{name}/{i}', 'source': name, 'text': f'{name} {i} ' + 'word ' * 18} for i in range(300)]
