@@ -9,7 +9,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,16 @@ class Builder:
 
   def _spilled(self, entry: sources.Entry, index: int) -> list[Unit]:
     path = str(self.work / f'source-{index}.arrow')
-    readers.spill(sources.generate(entry, self.pool_config, self.config.seed), path)
+    readers.spill(self._sound(readers.whole(entry, self.pool_config, self.config.seed)), path)
     self.bytes = Path(path).stat().st_size if len(self.pool_config.sources) == 1 else 0
     return [Unit(entry, (path,))]
+
+  def _sound(self, found: Iterator[readers.Record | Problem]) -> Iterator[readers.Record | Problem]:
+    """What is `found`, up to the first problem where they are errors: the rest may be long."""
+    for item in found:
+      if isinstance(item, Problem) and self.pool_config.on_error != 'skip':
+        raise prepare.fail(item)
+      yield item
 
   def _guard(self, units: Sequence[Unit]) -> str:
     self.boilerplate = 0

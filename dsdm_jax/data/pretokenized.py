@@ -25,7 +25,7 @@ def wanted(config: ConfigDict) -> bool:
   """Whether `pool.sources` asks for such a pool.
 
   Raises:
-    UserError: it mixes such rows with text, or gives no vocabulary to read them with.
+    UserError: it mixes such rows with text, gives no vocabulary to read them with, or asks to leave bad rows out.
   """
   kinds = {sources.parse(line).kind for line in config.sources}
   if 'tokens' not in kinds:
@@ -34,6 +34,11 @@ def wanted(config: ConfigDict) -> bool:
     raise UserError('pool.sources has a tokens: source, whose rows are kept as they are; it must be the only one')
   if config.vocabulary == 'train':
     raise UserError('pool.sources has ids and no text; say of which vocabulary: --config.pool.vocabulary=PATH')
+  if config.on_error == 'skip':
+    raise UserError(
+      'pool.on_error=skip would leave rows out and move the numbers of those behind them, and the rows of a tokens: '
+      'source keep theirs; set --config.pool.on_error=fail'
+    )
   if config.plant_targets:
     raise UserError('pool.plant_targets needs text, and pool.sources has ids; set --config.pool.plant_targets=0')
   return True
@@ -111,6 +116,12 @@ def _rows_of(path: str, column: str) -> int:
       table = pq.ParquetFile(file)
       if column not in table.schema_arrow.names:
         raise UserError(f'{path} has columns {", ".join(table.schema_arrow.names)}; name the ids: | text=COLUMN')
+      kind = table.schema_arrow.field(column).type
+      lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+      if not lists or not pa.types.is_integer(kind.value_type):
+        raise UserError(
+          f'{path}: column {column!r} holds {kind}, not lists of whole numbers; name the ids: | text=COLUMN'
+        )
       return table.metadata.num_rows
   except (OSError, pa.ArrowException) as error:
     raise UserError(f'{path} cannot be read as Parquet ({" ".join(str(error).split())})') from error
@@ -133,7 +144,8 @@ def _write(part: _Part) -> int:
 def _rows(part: _Part) -> Any:
   import pyarrow.parquet as pq
 
-  for path, number in part.held:
+  for path, begin in part.held:
+    number = begin
     with files.open_bytes(path) as file:
       table = pq.ParquetFile(file)
       for group in range(table.num_row_groups):
@@ -141,18 +153,32 @@ def _rows(part: _Part) -> Any:
         low, high = max(part.first - number, 0), min(part.stop - number, count)
         if low < high:
           column = table.read_row_group(group, [part.column]).column(0).combine_chunks()
-          yield from _checked(part, column.slice(low, high - low), f'{path}, row group {group}')
+          yield from _checked(part, column.slice(low, high - low), path, number + low - begin)
         number += count
 
 
-def _checked(part: _Part, column: Any, where: str) -> np.ndarray:
-  ids = column.flatten().to_numpy(zero_copy_only=False)
-  sizes = np.diff(column.offsets.to_numpy()) if hasattr(column, 'offsets') else np.full(len(column), part.length)
-  if column.null_count or (sizes != part.length).any() or len(ids) != len(column) * part.length:
-    raise UserError(f'{where}: rows of {sizes.min()} to {sizes.max()} ids where pool.length is {part.length}')
-  if ids.min() < 0 or ids.max() >= part.vocab_size:
-    raise UserError(f'{where}: ids from {ids.min()} to {ids.max()}, but pool.vocabulary has {part.vocab_size}')
-  return ids.astype(part.dtype).reshape(len(column), part.length)
+def _checked(part: _Part, column: Any, path: str, number: int) -> np.ndarray:
+  """Lists of ids as rows [rows, L]; `number` is that of the first among the rows of the file, from 0."""
+  import pyarrow as pa
+  import pyarrow.compute as pc
+
+  def wrong(bad_R: np.ndarray, what: str) -> UserError:
+    row = int(np.flatnonzero(bad_R)[0])
+    return UserError(f'{path}, row {number + row + 1}: {what}; such rows are kept as they are, so mend the file')
+
+  size_R = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+  if (size_R != part.length).any():
+    size = int(size_R[size_R != part.length][0])
+    raise wrong(size_R != part.length, f'{size} ids where pool.length is {part.length}')
+  flat = column.flatten()
+  missing_RL = pc.is_null(flat).to_numpy(zero_copy_only=False).reshape(len(column), part.length)
+  if missing_RL.any():
+    raise wrong(missing_RL.any(axis=1), 'an id is null')
+  ids_RL = pc.cast(flat, pa.int64(), safe=False).to_numpy(zero_copy_only=False).reshape(len(column), part.length)
+  outside_RL = (ids_RL < 0) | (ids_RL >= part.vocab_size)
+  if outside_RL.any():
+    raise wrong(outside_RL.any(axis=1), f'id {ids_RL[outside_RL][0]}, but pool.vocabulary has {part.vocab_size}')
+  return ids_RL.astype(part.dtype)
 
 
 def _write_origins(out: Path, found: Sequence[str], counts: Sequence[int], name: str, length: int) -> None:

@@ -5,14 +5,16 @@ Records of files end at newline characters only: text with Unicode line separato
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from dsdm_jax.core import tensorflow_start
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.data import files, json_lines, tfds_items
 from dsdm_jax.data.documents import Document, cut
-from dsdm_jax.data.sources import Entry, Unit
+from dsdm_jax.data.sources import Entry, Unit, generate, is_folder
 
 LARGEST = 16 * 2**20  # bytes of UTF-8 that are encoded at once: more would take gigabytes
 _BATCH = 1_024
@@ -187,8 +189,8 @@ def tfds_builder(name: str) -> Any:
   import tensorflow_datasets as tfds
 
   try:
-    builder = tfds.builder_from_directory(name) if name.startswith(('/', 'gs://')) else tfds.builder(name)
-    if builder.is_prepared() or name.startswith(('/', 'gs://')):
+    builder = tfds.builder_from_directory(name) if is_folder(name) else tfds.builder(name)
+    if builder.is_prepared() or is_folder(name):
       return builder
   except (tfds.core.DatasetNotFoundError, FileNotFoundError, KeyError) as error:
     raise UserError(f'pool.sources: TFDS has no dataset {name} ({" ".join(str(error).split())[:200]})') from error
@@ -213,19 +215,24 @@ def _tfds(unit: Unit) -> Iterator[Record | Problem]:
   entry = unit.entry
   records = tfds_records(tfds_builder(entry.target), entry.split, unit.first, unit.stop)
   for row, record in enumerate(records, unit.first):
-    plain = {key: record[key] for key in (entry.text, entry.id, entry.source) if key in record}
-    yield _from_fields(entry, _decoded(plain), f'{entry.target}:{entry.split}, row {row}', f'{entry.split}:{row}')
+    yield _tensorflow_record(entry, record, row)
 
 
-def _decoded(record: Mapping[str, Any]) -> dict[str, Any]:
-  return {key: value.decode(errors='replace') if isinstance(value, bytes) else value for key, value in record.items()}
+def _tensorflow_record(entry: Entry, record: Mapping[str, Any], row: int) -> Record | Problem:
+  where = f'{entry.target}:{entry.split}, row {row}'
+  wanted = {entry.text, entry.id, entry.source}
+  try:
+    plain = {key: v.decode() if isinstance(v, bytes) and key in wanted else v for key, v in record.items()}
+  except UnicodeDecodeError as error:
+    return Problem(where, f'not UTF-8 ({error.reason} at byte {error.start})')
+  return _from_fields(entry, plain, where, f'{entry.split}:{row}')
 
 
-def seqio_task(entry: Entry) -> Iterator[Document]:
-  """Documents of a seqio task's source, in its order: the field `entry.text` before any preprocessor.
+def seqio_task(entry: Entry) -> Iterator[Record | Problem]:
+  """What a seqio task's source holds, in its order: the field `entry.text` before any preprocessor.
 
   Raises:
-    UserError: no such task; a record without that field.
+    UserError: no such task or split.
   """
   tensorflow_start.start()
   import importlib
@@ -238,24 +245,41 @@ def seqio_task(entry: Entry) -> Iterator[Document]:
     raise UserError(
       f'pool.sources: no seqio task {entry.target!r} is registered; name the module that does: | module=my.tasks'
     )
-  dataset = seqio.TaskRegistry.get(entry.target).source.get_dataset(split=entry.split, shuffle=False)
-  for row, record in enumerate(dataset.as_numpy_iterator()):
-    where = f'{entry.target}:{entry.split}, row {row}'
-    found = _from_fields(entry, _decoded(record), where, f'{entry.split}:{row}')
-    if isinstance(found, Problem):
-      raise UserError(f'pool.sources: {found}')
-    yield Document(found[1], found[2], found[3])
+  source = seqio.TaskRegistry.get(entry.target).source
+  if entry.split.partition('[')[0] not in source.splits:
+    raise no_split(entry, source.splits)
+  for row, record in enumerate(source.get_dataset(split=entry.split, shuffle=False).as_numpy_iterator()):
+    yield _tensorflow_record(entry, record, row)
 
 
-def spill(documents: Iterator[Document], path: str) -> None:
-  """Keeps documents of a source that can only be read from beginning to end, for units to read."""
+def whole(entry: Entry, config: ConfigDict, seed: int) -> Iterator[Record | Problem]:
+  """What a `generated` source gives, from beginning to end; arguments and errors as `sources.generate`."""
+  if entry.kind == 'seqio':
+    yield from seqio_task(entry)
+  else:
+    for document in generate(entry, config, seed):
+      yield document.id, document.id, document.source, document.text
+
+
+def no_split(entry: Entry, splits: Iterable[str]) -> UserError:
+  return UserError(
+    f'pool.sources: {entry.target} has no split {entry.split!r} but {", ".join(splits) or "none"}; '
+    'name one: | split=SPLIT'
+  )
+
+
+_SPILLED = ('where', 'id', 'source', 'text')  # and what is wrong, where there is no document
+
+
+def spill(found: Iterator[Record | Problem], path: str) -> None:
+  """Keeps what a source gave that can only be read from beginning to end, for units to read."""
   import pyarrow as pa
 
-  schema = pa.schema([(name, pa.string()) for name in ('id', 'source', 'text')])
+  schema = pa.schema([(name, pa.string()) for name in (*_SPILLED, 'what')])
   with pa.OSFile(path, 'wb') as file, pa.ipc.new_stream(file, schema) as stream:
     batch: list[dict[str, str]] = []
-    for document in documents:
-      batch.append(dataclasses.asdict(document))
+    for item in found:
+      batch.append(dataclasses.asdict(item) if isinstance(item, Problem) else dict(zip(_SPILLED, item, strict=True)))
       if len(batch) == _BATCH:
         stream.write_batch(pa.RecordBatch.from_pylist(batch, schema))
         batch = []
@@ -268,7 +292,11 @@ def _spilled(unit: Unit) -> Iterator[Record | Problem]:
   with pa.OSFile(unit.paths[0], 'rb') as file, pa.ipc.open_stream(file) as stream:
     for batch in stream:
       for record in batch.to_pylist():
-        yield record['id'], record['id'], record['source'], record['text']
+        if record['what'] is None:
+          where, id, source, text = (record[name] for name in _SPILLED)
+          yield where, id, source, text
+        else:
+          yield Problem(record['where'], record['what'])
 
 
 _READERS: Mapping[str, Callable[[Unit], Iterator[Record | Problem]]] = {

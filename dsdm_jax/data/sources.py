@@ -7,6 +7,7 @@ the order of sources, units and records, which depends on nothing but the settin
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -108,13 +109,23 @@ def parse(line: str) -> Entry:
     except ValueError as error:
       raise UserError(f'{said}: {key}={value} is no number') from error
   entry = Entry(kind, target, **options)
+  if not entry.name:
+    raise UserError(f'{said}: name= is empty; give one or leave it out')
   if not entry.weight > 0 or entry.max_bytes < 0 or entry.max_documents < 0:
     raise UserError(f'{said}: weight must be above 0, max_bytes and max_documents at least 0')
   return entry
 
 
 def _name(kind: str, target: str) -> str:
+  if kind == 'tfds' and is_folder(target):  # .../c4/en/3.1.0 goes by what stands before its version
+    parts = [part for part in target.split('/')[1:] if part and not re.fullmatch(r'\d+\.\d+\.\d+', part)]
+    return parts[-1] if parts else kind
   return target.partition('/')[0].partition(':')[0] if kind in ('tfds', 'seqio') else kind
+
+
+def is_folder(target: str) -> bool:
+  """Whether the target of a tfds: source is the folder of a dataset and not its name."""
+  return target.startswith(('/', 'gs://'))
 
 
 def units(entry: Entry) -> list[Unit]:
@@ -151,7 +162,10 @@ def states(lines: Iterable[str]) -> dict[str, str]:
 def _tfds_units(entry: Entry) -> list[Unit]:
   from dsdm_jax.data import readers
 
-  rows = readers.tfds_builder(entry.target).info.splits[entry.split].num_examples
+  splits = readers.tfds_builder(entry.target).info.splits
+  if entry.split not in splits:
+    raise readers.no_split(entry, splits)
+  rows = splits[entry.split].num_examples
   return [Unit(entry, (), i, min(i + _TFDS_ROWS, rows)) for i in range(0, rows, _TFDS_ROWS)]
 
 
@@ -174,7 +188,7 @@ def _folders(pattern: str) -> list[str]:
 
 
 def generate(entry: Entry, config: ConfigDict, seed: int) -> Iterator[Document]:
-  """Documents of a `generated` source, in an order that depends on nothing but settings and text.
+  """Documents of a `sized` source, in an order that depends on nothing but settings and text.
 
   Args:
     entry: the source; a cap of its own stands in the place of `config.max_bytes`.
@@ -182,13 +196,8 @@ def generate(entry: Entry, config: ConfigDict, seed: int) -> Iterator[Document]:
     seed: the root seed; sources draw their order from it.
 
   Raises:
-    UserError: no such function or task.
+    UserError: no such function.
   """
-  if entry.kind == 'seqio':
-    from dsdm_jax.data import readers
-
-    yield from readers.seqio_task(entry)
-    return
   if entry.max_bytes:
     config = config.copy_and_resolve_references()
     config.max_bytes = entry.max_bytes

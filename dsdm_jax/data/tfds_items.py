@@ -35,6 +35,11 @@ def read(name: str, limit: int | None = None, data_dir: str | None = None) -> It
       f'the TFDS dataset {dataset} is not prepared in {data_dir or "~/tensorflow_datasets"}; where there is a '
       f'network run: {prepare_command(dataset, data_dir)}'
     )
+  if split not in builder.info.splits:
+    raise UserError(
+      f'the TFDS dataset {dataset} in {builder.data_dir} has no split {split} but '
+      f'{", ".join(builder.info.splits) or "none"}; prepare it anew with that split'
+    )
   count = 0
   for index, record in enumerate(_records(builder, split)):
     for item in convert(f'{split}/{index}', record):

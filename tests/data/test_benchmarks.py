@@ -1,5 +1,6 @@
 """The table of benchmarks, records of every shape, prompts by hand, and TFDS datasets that are really written."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -261,4 +262,6 @@ def test_squad_from_tfds_has_the_papers_split(tmp_path: Path):
     other = {'target': 'validation', 'holdout': 'train'}[split]
     assert not any(other in item.context for item in shown), 'shots of one split stay in it'
   assert len(read_items(BENCHMARKS['squad'], f'tfds:{tmp_path}')) == 5
+  with pytest.raises(UserError, match='squad in .* has no split test but train, validation; prepare'):
+    read_items(dataclasses.replace(BENCHMARKS['squad'], tfds='squad:test'), f'tfds:{tmp_path}')
   assert len(tasks.raw_texts(config)) == 17

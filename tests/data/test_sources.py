@@ -130,6 +130,55 @@ def test_tfds_and_seqio(tmp_path: Path):
   assert {d['id'] for d in pool.documents} == {f'{name}/train:{i}' for i in range(len(RECORDS))}
   with pytest.raises(UserError, match=r"no seqio task 'other' is registered"):
     build(tmp_path / 'c', 'seqio:other')
+  for line in (f'tfds:{folder}', f'seqio:{name}'):
+    with pytest.raises(UserError, match=r"has no split 'test' but train; name one: \| split=SPLIT"):
+      build(tmp_path / 'd', f'{line} | split=test')
+
+
+def test_bad_records_of_tfds_and_seqio(tmp_path: Path):
+  """They are problems like those of files: told with the row, or left out, counted and listed."""
+  import seqio
+  import tensorflow as tf
+  import tensorflow_datasets as tfds
+
+  texts_ = ['river ' * 40, 'café '.encode('latin-1') * 40, ' ', 'stone ' * 40]
+  identity = tfds.core.dataset_info.DatasetIdentity(
+    name='mine', version=tfds.core.Version('1.0.0'), data_dir=str(tmp_path), module_name='m'
+  )
+  info = tfds.core.DatasetInfo(
+    builder=identity, features=tfds.features.FeaturesDict({'text': tfds.features.Text()}),
+    disable_shuffling=True,
+  )  # fmt: skip
+  writer = tfds.core.SequentialWriter(info, max_examples_per_shard=20, file_format='array_record')
+  writer.initialize_splits(['train'])
+  writer.add_examples({'train': [{'text': text} for text in texts_]})
+  writer.close_all()
+  source = seqio.FunctionDataSource(
+    lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices({'text': texts_}), splits=['train']
+  )
+  name = 'test_bad_records_task'
+  seqio.TaskRegistry.add(name, source=source, output_features={'text': seqio.Feature(seqio.ByteVocabulary())})
+  for line, kind in ((f'tfds:{tmp_path}', 'tfds'), (f'seqio:{name}', 'seqio')):
+    target = line.partition(':')[2]
+    with pytest.raises(UserError, match=rf'^{target}:train, row 1: not UTF-8 .*on_error=skip'):
+      build(tmp_path / f'{kind}_fail', line)
+    pool = build(tmp_path / f'{kind}_skip', line, on_error='skip')
+    assert pool.card['skipped'] == 2 and len(pool.documents) == 2
+    skipped = [json.loads(entry) for entry in (pool.path / 'skipped.jsonl').read_text().splitlines()]
+    assert [s['where'] for s in skipped] == [f'{target}:train, row 1', f'{target}:train, row 2']
+  with pytest.raises(UserError, match=rf"^{name}:train, row 0: no field 'body' among text"):
+    build(tmp_path / 'field', f'seqio:{name} | text=body')
+
+
+@pytest.mark.parametrize(
+  ('line', 'name'),
+  [
+    ('tfds:c4/en.noblocklist:3.1.0', 'c4'), ('tfds:/data/lines/1.0.0', 'lines'), ('tfds:gs://bucket/mine/', 'mine'),
+    ('tfds:/', 'tfds'), ('tfds:/data/lines/1.0.0 | name=web', 'web'), ('seqio:my_task', 'my_task'),
+  ],
+)  # fmt: skip
+def test_names_of_sources(line: str, name: str):
+  assert sources.parse(line).name == name
 
 
 def broken(tmp_path: Path, name: str) -> str:
@@ -297,6 +346,7 @@ def test_caps_and_weights_hold_for_sources_that_are_read_from_beginning_to_end(t
     ('jsonl:a | weight=0', 'weight must be above 0'),
     ('csv/x', 'whose kind is none of'),
     ('jsonl:', 'nothing behind jsonl:'),
+    ('jsonl:a | name=', 'name= is empty'),
   ],
 )
 def test_bad_lines(line: str, said: str):
