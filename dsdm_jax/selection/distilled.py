@@ -25,7 +25,7 @@ from dsdm_jax.core import artifacts, atomic, prng
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.selection import Selection
-from dsdm_jax.selection import ngrams, ranking
+from dsdm_jax.selection import ngrams, ranking, vocabularies
 from dsdm_jax.selection.candidates import Candidates, Target
 from dsdm_jax.selection.classifier import shares
 from dsdm_jax.selection.registry import Budget, selector
@@ -142,8 +142,7 @@ def _run(given: argparse.Namespace) -> str:
   pool = Pool(own)
   grams = ngrams.PoolGrams(pool, given.ngrams, given.buckets)
   other = grams if given.pool is None else ngrams.PoolGrams(_open(given.pool), given.ngrams, given.buckets)
-  vocabularies = {(grams_.pool.path / 'vocabulary.model').read_bytes() for grams_ in (grams, other)}
-  if given.ngrams == 'tokens' and len(vocabularies) > 1:
+  if given.ngrams == 'tokens' and vocabularies.read(pool.path) != vocabularies.read(other.pool.path):
     raise UserError(f'{given.pool} has a vocabulary of its own, so its ids mean other text; take --ngrams=words')
   scorer = fit(grams, scores.score_N(given.target), given.rows)
   score_N = scorer.score(other)

@@ -7,7 +7,8 @@ Formats:
     high (the datamodel's score for the arm's target and its interval), weight, text.
   datasets: a folder that Hugging Face's `datasets.load_dataset(FOLDER)` opens: Parquet files and a card.
   tfds: a TFDS dataset in TFRecord files, `selection:1.0.0`, that plain `tfds` and plain seqio open without this
-    package; records hold tokens, row and weight, in the order of the selection. The vocabulary lies beside it.
+    package; records hold tokens, row and weight, in the order of the selection. The vocabulary lies beside it:
+    vocabulary.model, tokenizer.json or bytes.json, as in the pool.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.selection import Selection
+from dsdm_jax.selection import vocabularies
 
 FORMATS = ('parquet', 'jsonl', 'datasets', 'tfds')
 _BLOCK = 4_096  # rows that are read and written together
@@ -116,7 +118,7 @@ class Export:
     atomic.write_text(out / 'README.md', card)
 
   def tfds(self, out: Path) -> None:
-    """Writes `selection/1.0.0/` (TFRecord, rows in the order of the selection) and `vocabulary.model`."""
+    """Writes `selection/1.0.0/` (TFRecord, rows in the order of the selection) and the files of the vocabulary."""
     tensorflow_start.start()
     import tensorflow_datasets as tfds
 
@@ -143,7 +145,8 @@ class Export:
       writer.add_examples({'train': [{'tokens': t, 'row': r, 'weight': w} for t, r, w in examples]})
     writer.close_splits(['train'])
     info.write_to_directory(str(folder))
-    shutil.copyfile(self.pool.path / 'vocabulary.model', out / 'vocabulary.model')
+    for name, data in vocabularies.read(self.pool.path).items():
+      atomic.write_bytes(out / name, data)
 
 
 def _scores(datamodel: Artifact, selection: Selection) -> dict[str, np.ndarray]:
