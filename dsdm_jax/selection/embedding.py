@@ -19,8 +19,7 @@ def embedding(pool: Candidates, target: Target, budget: Budget, seed: int) -> Se
   embedding_ND = pool.once('embeddings', pool.proxies.embeddings)
 
   def nearest(task: str) -> np.ndarray:
-    tokens_TL = target.examples(task).tokens_TL
-    target_TD = pool.once(('target embeddings', task), lambda: pool.proxies.embeddings_of(tokens_TL))
+    target_TD = pool.once(('target embeddings', task), lambda: pool.proxies.embeddings_of(target.sequences(task)))
     parts = [(embedding_ND[i : i + BLOCK] @ target_TD.T).max(axis=1) for i in range(0, len(embedding_ND), BLOCK)]
     return np.concatenate(parts)
 

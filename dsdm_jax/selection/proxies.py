@@ -1,7 +1,7 @@
 """What the proxy models say about rows: log-likelihoods, embeddings, and what fine-tuning on a target changes."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -86,14 +86,14 @@ class Proxies:
     self._white_DD = whitening((raw_ND - self._mean_D)[:: -(-len(raw_ND) // FIT_ROWS)])
     return self._whitened(raw_ND)
 
-  def embeddings_of(self, tokens_TL: np.ndarray) -> np.ndarray:
-    """Of examples padded with 0, after `embeddings`, and whitened as these: float32 [T, D]."""
+  def embeddings_of(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
+    """Of token ids without padding, after `embeddings`, and whitened as these: float32 [T, D]."""
     state = self.state(0)
     parts = []
-    for tokens_BL in _padded(tokens_TL, self._batch):
-      mask_BL = (tokens_BL != 0).astype(np.float32)
+    for start in range(0, len(sequences), self._batch):
+      tokens_BL, mask_BL = _padded(sequences[start : start + self._batch], self._batch, self._pool.length)
       parts.append(np.asarray(self._embed(state.params, state.rest, tokens_BL, mask_BL)))
-    return self._whitened(np.concatenate(parts)[: len(tokens_TL)])
+    return self._whitened(np.concatenate(parts)[: len(sequences)])
 
   def _whitened(self, raw_ND: np.ndarray) -> np.ndarray:
     found_ND = np.empty_like(raw_ND)
@@ -198,7 +198,10 @@ def _unit(x_ND: np.ndarray) -> np.ndarray:
   return x_ND / np.where(norm_N > 0, norm_N, 1)
 
 
-def _padded(tokens_TL: np.ndarray, batch: int) -> Iterator[np.ndarray]:
-  for start in range(0, len(tokens_TL), batch):
-    part = tokens_TL[start : start + batch]
-    yield np.pad(part, ((0, batch - len(part)), (0, 0)))
+def _padded(sequences: Sequence[np.ndarray], batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens_BL int32, mask_BL float32): 1 where a token is, told by lengths: the id of padding may be a token's too."""
+  tokens_BL, mask_BL = np.zeros((batch, length), np.int32), np.zeros((batch, length), np.float32)
+  for row, tokens_L in enumerate(sequences):
+    tokens_BL[row, : len(tokens_L)] = tokens_L
+    mask_BL[row, : len(tokens_L)] = 1
+  return tokens_BL, mask_BL

@@ -230,31 +230,33 @@ class Scorer:
 
   def _probability(self, proxy: Proxy) -> np.ndarray:
     """Mean predicted-token probability of each row under one proxy."""
-    return self._forward(proxy, self._tokens[: self._rows], lambda model, t: jnp.exp(_likelihood(model, t)).mean(1))
+    return self._forward(proxy, lambda model, t: jnp.exp(_likelihood(model, t)).mean(1), self._tokens[: self._rows])
 
   def loss(self, proxy: Proxy) -> np.ndarray:
     """Nats per token of each row under one proxy, float32 [N]."""
-    return self._forward(proxy, self._tokens[: self._rows], lambda model, t: -_likelihood(model, t).mean(1))
+    return self._forward(proxy, lambda model, t: -_likelihood(model, t).mean(1), self._tokens[: self._rows])
 
   def embeddings(self, proxy: Proxy) -> tuple[np.ndarray, np.ndarray]:
     """Mean of the model's last states over a text's tokens, of rows and of target examples; float32 [N, D], [T, D]."""
 
-    def mean(model: nnx.Module, tokens_BL: jax.Array) -> jax.Array:
-      here_BL = (tokens_BL != 0).astype(jnp.float32)
+    def mean(model: nnx.Module, tokens_BL: jax.Array, here_BL: jax.Array) -> jax.Array:
       x_BLD = model.hidden(tokens_BL).astype(jnp.float32)
       return jnp.einsum('bld,bl->bd', x_BLD, here_BL) / jnp.maximum(here_BL.sum(axis=1), 1)[:, None]
 
-    embedding_XD = self._forward(proxy, self._tokens, mean)
+    # A text ends with the last token that counts: no id tells padding, which may be a vocabulary's end mark.
+    after_XL = np.cumsum(self._weights[:, ::-1] > 0, axis=1)[:, ::-1]
+    embedding_XD = self._forward(proxy, mean, self._tokens, (after_XL > 0).astype(np.float32))
     return embedding_XD[: self._rows], embedding_XD[self._rows :]
 
-  def _forward(self, proxy: Proxy, tokens_XL: np.ndarray, function: Callable) -> np.ndarray:
-    """`function`(model, tokens_BL), a batch at a time."""
+  def _forward(self, proxy: Proxy, function: Callable, *arrays: np.ndarray) -> np.ndarray:
+    """`function`(model, *arrays_BL), a batch at a time."""
     graphdef, state = proxy.training.trainer.graphdef, proxy.states[LATE]
-    step = jax.jit(lambda params, rest, tokens_BL: function(nnx.merge(graphdef, params, rest), tokens_BL))
-    batch = self._config.features.batch_size
-    starts = range(0, len(tokens_XL), batch)
-    parts = [step(state.params, state.rest, _filled(tokens_XL[s : s + batch], batch)) for s in starts]
-    return np.concatenate([np.asarray(part) for part in parts])[: len(tokens_XL)]
+    step = jax.jit(lambda params, rest, *arrays_BL: function(nnx.merge(graphdef, params, rest), *arrays_BL))
+    batch, size = self._config.features.batch_size, len(arrays[0])
+    parts = [
+      step(state.params, state.rest, *(_filled(x[s : s + batch], batch) for x in arrays)) for s in range(0, size, batch)
+    ]
+    return np.concatenate([np.asarray(part) for part in parts])[:size]
 
 
 def _likelihood(model: nnx.Module, tokens_BL: jax.Array) -> jax.Array:

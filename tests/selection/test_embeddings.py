@@ -24,8 +24,8 @@ class Proxies:
   def embeddings(self) -> np.ndarray:
     return self._x_ND
 
-  def embeddings_of(self, tokens_TL: np.ndarray) -> np.ndarray:
-    assert self._target_TD is not None and len(tokens_TL) == len(self._target_TD)
+  def embeddings_of(self, sequences) -> np.ndarray:
+    assert self._target_TD is not None and len(sequences) == len(self._target_TD)
     return self._target_TD
 
   def log_likelihood_N(self) -> np.ndarray:

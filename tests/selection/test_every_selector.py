@@ -28,8 +28,8 @@ class Proxies:
   def embeddings(self) -> np.ndarray:
     return self._x_ND
 
-  def embeddings_of(self, tokens_TL: np.ndarray) -> np.ndarray:
-    return self._x_ND[: len(tokens_TL)]
+  def embeddings_of(self, sequences) -> np.ndarray:
+    return self._x_ND[: len(sequences)]
 
   def log_likelihood_N(self) -> np.ndarray:
     return self._x_ND[:, 0].copy()
