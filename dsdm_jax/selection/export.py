@@ -4,7 +4,7 @@
 
 Formats:
   parquet, jsonl: one record a row: place, row, document, source, score (what the method ranked by), datamodel, low and
-    high (the datamodel's score for the arm's target and its interval), weight, text.
+    high (the datamodel's score for the arm's target and its interval), weight (1; of a mixture, visits), text.
   datasets: a folder that Hugging Face's `datasets.load_dataset(FOLDER)` opens: Parquet files and a card.
   tfds: a TFDS dataset in TFRecord files, `selection:1.0.0`, that plain `tfds` and plain seqio open without this
     package; records hold tokens, row and weight, in the order of the selection. The vocabulary lies beside it:
