@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policy
 
 from dsdm_jax.core import distributed
-from dsdm_jax.core.errors import UserError, as_os_error
+from dsdm_jax.core.errors import Stopped, UserError, as_os_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +110,9 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
-    # A save in flight ends when all processes have written; after a failure the others may be gone.
-    if kind is None or distributed.count() == 1:
+    # A save in flight ends when all processes have written. After a failure the others may be gone; where they agreed
+    # to stop they are all here, and say that the step is saved.
+    if kind is None or issubclass(kind, Stopped) or distributed.count() == 1:
       self.close()
 
 

@@ -65,23 +65,28 @@ def train(
     bar.update(steps * trainer.models)
     return read_history(record_file)
   keep = Keep(config.keep_checkpoints, config.keep_every_steps, config.keep_every_hours)
-  with Checkpoints(context.out / name, keep) as checkpoints:
-    restored = checkpoints.restore(trainer.abstract)
-    state, history = (restored[0], restored[1]['history']) if restored else (trainer.init(key), [])
-    start = _step_of(state)
-    bar.update(start * trainer.models)
-    if start:
-      context.log.event('resumed', run=name, step=start)
-    run = _Run(context, trainer, name, history, steps, config, bar, checkpoints, evaluate, names or [name])
-    try:
-      state = run.go(state, batches(start))
-    finally:
-      run.meter.stop_profile()
-    if checkpoints.latest != steps:
-      checkpoints.save(steps, state, {'history': history})
-  if context.first:
-    atomic.write_text(record_file, ''.join(json.dumps(line) + '\n' for line in history))
-  context.log.event('trained', run=name, steps=steps, loss=history[-1]['loss'] if history else None)
+  with preemption.watched() as asked_to_stop:
+    with Checkpoints(context.out / name, keep) as checkpoints:
+      restored = checkpoints.restore(trainer.abstract)
+      state, history = (restored[0], restored[1]['history']) if restored else (trainer.init(key), [])
+      start = _step_of(state)
+      bar.update(start * trainer.models)
+      if start:
+        context.log.event('resumed', run=name, step=start)
+      run = _Run(context, trainer, name, history, steps, config, bar, checkpoints, evaluate, names or [name])
+      try:
+        state = run.go(state, batches(start), asked_to_stop)
+      finally:
+        run.meter.stop_profile()
+      if checkpoints.latest != steps:
+        checkpoints.save(steps, state, {'history': history})
+    if context.first:
+      atomic.write_text(record_file, ''.join(json.dumps(line) + '\n' for line in history))
+    context.log.event('trained', run=name, steps=steps, loss=history[-1]['loss'] if history else None)
+    # Asked in the last step or while it was saved: the run is finished, and what comes after it must not begin.
+    stop = any(distributed.gather(asked_to_stop()))
+  if stop:
+    raise _stopped(name, steps, steps)
   return history
 
 
@@ -99,22 +104,23 @@ class _Run:
     self.pending: tuple[int, dict[str, Any]] | None = None
     self.saved = time.monotonic()
 
-  def go(self, state: TrainState, batches: Iterator[dict[str, np.ndarray]]) -> TrainState:
+  def go(
+    self, state: TrainState, batches: Iterator[dict[str, np.ndarray]], asked_to_stop: Callable[[], bool]
+  ) -> TrainState:
     start, total = _step_of(state), jax.numpy.int32(self.steps)
     metrics: dict[str, jax.Array] | None = None
     step = start
     try:
-      with preemption.watched() as asked_to_stop:
-        for step in range(start + 1, self.steps + 1):
-          batch = self.meter.read(batches, metrics)
-          tokens_BL, weight_B = self._placed(batch['tokens_BL'], batch['weight_B'])
-          if not self.meter.flop_per_step:
-            self.meter.flop_per_step = flops.count(self.trainer.step, state, tokens_BL, weight_B, total)
-            self.meter.tokens_per_step = tokens_BL.size
-          state, metrics = self.trainer.step(state, tokens_BL, weight_B, total)
-          self.meter.stepped(metrics)
-          self.bar.update(self.trainer.models)
-          self._after(step, state, metrics, asked_to_stop)
+      for step in range(start + 1, self.steps + 1):
+        batch = self.meter.read(batches, metrics)
+        tokens_BL, weight_B = self._placed(batch['tokens_BL'], batch['weight_B'])
+        if not self.meter.flop_per_step:
+          self.meter.flop_per_step = flops.count(self.trainer.step, state, tokens_BL, weight_B, total)
+          self.meter.tokens_per_step = tokens_BL.size
+        state, metrics = self.trainer.step(state, tokens_BL, weight_B, total)
+        self.meter.stepped(metrics)
+        self.bar.update(self.trainer.models)
+        self._after(step, state, metrics, asked_to_stop)
     finally:
       self.context.add_flop(self.meter.flop_per_step * (step - start))
     self._record()
@@ -148,10 +154,7 @@ class _Run:
     if save or stop:
       self._save(step, state, metrics)
     if stop:
-      raise Stopped(
-        f'stopped by SIGTERM at step {step} of {self.steps} of {self.name}, which is saved; start the same command '
-        'again to go on from there'
-      )
+      raise _stopped(self.name, step, self.steps)
 
   def _save(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
     self._record()
@@ -173,6 +176,13 @@ class _Run:
     speed = self.meter.speed()
     shown |= {k: speed[k] for k in ('tokens_per_second', 'mfu') if k in speed}
     self.context.log.scalars(step, shown, run=self.name)
+
+
+def _stopped(name: str, step: int, steps: int) -> Stopped:
+  return Stopped(
+    f'stopped by SIGTERM at step {step} of {steps} of {name}, which is saved; start the same command again to go on '
+    'from there'
+  )
 
 
 def _step_of(state: TrainState) -> int:

@@ -190,24 +190,26 @@ def test_history_has_what_curves_need(undisturbed):
   assert [line['tokens'] for line in lines] == [BATCH * 12 * (i + 1) for i in range(STEPS)]
 
 
-def test_sigterm_saves_and_the_run_goes_on_as_the_undisturbed_one(trainer, undisturbed, tmp_path):
+@pytest.mark.parametrize('at', [4, STEPS])
+def test_sigterm_saves_and_the_run_goes_on_as_the_undisturbed_one(trainer, undisturbed, tmp_path, at):
   data = stream()
 
   def terminated(start: int):
     for step, batch in enumerate(data(start), start + 1):
-      if step == 4:
+      if step == at:
         os.kill(os.getpid(), signal.SIGTERM)
       yield batch
 
   keys = {'save_every_steps': 0, 'log_every_steps': 1}
   before = signal.getsignal(signal.SIGTERM)
-  with pytest.raises(Stopped, match='stopped by SIGTERM at step 4 of 6 of model, which is saved') as caught:
+  with pytest.raises(Stopped, match=f'stopped by SIGTERM at step {at} of 6 of model, which is saved') as caught:
     train(tmp_path, trainer, terminated, **keys)
   assert caught.value.exit_code == 143
   assert signal.getsignal(signal.SIGTERM) == before
+  assert steps_kept(tmp_path) == [at]
   asked: list[int] = []
   train(tmp_path, trainer, stream(asked), **keys)
-  assert asked == [4]
+  assert asked == ([4] if at == 4 else []), 'a run that was stopped in its last step is finished'
   assert_same(tmp_path, undisturbed, trainer)
 
 

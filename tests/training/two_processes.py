@@ -1,4 +1,7 @@
-"""Trains on two processes; started by test_processes.py as `two_processes.py ADDRESS PROCESS FOLDER KILL_AFTER`."""
+"""Trains on two processes; started by test_processes.py as `two_processes.py ADDRESS PROCESS FOLDER SIGNAL AFTER`.
+
+Process 1 sends itself that signal after so many steps.
+"""
 
 import os
 import signal
@@ -11,32 +14,39 @@ import jax
 from configs import base
 from dsdm_jax.core import config as checks
 from dsdm_jax.core import distributed
+from dsdm_jax.core.errors import Stopped
 from dsdm_jax.core.mesh import share
 from tests.training import test_loop
 from tests.training.test_step import BATCH, make_trainer
 
 
 def main() -> None:
-  address, process, folder, kill_after = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+  address, process, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+  sent, after = signal.Signals[sys.argv[4]], int(sys.argv[5])
   config = base.get_config()
   wanted = {'coordinator': address, 'processes': 2, 'process': process, 'heartbeat_seconds': 10}
   config.distributed.update(wanted)
   jax.config.update('jax_num_cpu_devices', 1)
-  with distributed.running(config, checks.flatten(config)):
+  code = 0
+  try:
+    with distributed.running(config, checks.flatten(config)):
 
-    def batches(start: int):
-      for step, batch in enumerate(test_loop.stream()(start), start):
-        if step == kill_after and process == 1:
-          os.kill(os.getpid(), signal.SIGKILL)
-        yield {name: x[mine] for name, x in batch.items()}
+      def batches(start: int):
+        for step, batch in enumerate(test_loop.stream()(start), start):
+          if step == after and process == 1:
+            os.kill(os.getpid(), sent)
+          yield {name: x[mine] for name, x in batch.items()}
 
-    trainer = make_trainer(2, **test_loop.KEYS)
-    mine = share(trainer.batch_sharding, BATCH)
-    assert mine.tolist() == [process * BATCH // 2 + i for i in range(BATCH // 2)], 'half of each batch'
-    params = jax.tree.leaves(trainer.init(test_loop.key()).params)
-    assert not all(x.is_fully_addressable for x in params), 'some weights are split over processes'
-    test_loop.train(folder, trainer, batches, first=distributed.is_first())
-  distributed.leave(0)
+      trainer = make_trainer(2, **test_loop.KEYS)
+      mine = share(trainer.batch_sharding, BATCH)
+      assert mine.tolist() == [process * BATCH // 2 + i for i in range(BATCH // 2)], 'half of each batch'
+      params = jax.tree.leaves(trainer.init(test_loop.key()).params)
+      assert not all(x.is_fully_addressable for x in params), 'some weights are split over processes'
+      test_loop.train(folder, trainer, batches, first=distributed.is_first())
+  except Stopped as stopped:
+    print(stopped, file=sys.stderr)
+    code = stopped.exit_code
+  distributed.leave(code)
 
 
 if __name__ == '__main__':
