@@ -60,13 +60,16 @@ class Checkpoints:
 
     Raises:
       OSError: the disk is full, found now or while the save before this one was written.
+      RuntimeError: a checkpoint of this or of a later step stands there, see `drop_after`.
     """
     distributed.decide(lambda: self._want_room(state))
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record)))
     try:
-      self._manager.save(step, args=args)
+      saved = self._manager.save(step, args=args)
     except ValueError as error:
       raise as_os_error(error, self._directory) or error from error
+    if not saved:  # Orbax says it by its return value alone
+      raise RuntimeError(f'step {step} is not saved in {self._directory}, where step {self.latest} stands already')
 
   def _want_room(self, state: Any) -> None:
     # Looked up beforehand: a write that fails half-way has Orbax print pages from its threads before it says so.
@@ -97,6 +100,11 @@ class Checkpoints:
       f'no checkpoint in {self._directory} can be restored into this model ({reason}); '
       'it is torn or belongs to another model: delete that folder and start again'
     ) from failure
+
+  def drop_after(self, step: int) -> None:
+    """Removes the checkpoints of later steps: the run goes on from `step` and saves those anew."""
+    for later in [found for found in self._manager.all_steps() if found > step]:
+      self._manager.delete(later)
 
   def close(self) -> None:
     """Waits until all that was saved is on disk."""

@@ -73,6 +73,9 @@ def train(
       bar.update(start * trainer.models)
       if start:
         context.log.event('resumed', run=name, step=start)
+      if restored and checkpoints.latest != start:
+        context.log.say(f'the checkpoint of step {checkpoints.latest} of {name} is torn: it goes on from step {start}')
+        checkpoints.drop_after(start)
       run = _Run(context, trainer, name, history, steps, config, bar, checkpoints, evaluate, names or [name])
       try:
         state = run.go(state, batches(start), asked_to_stop)
@@ -208,10 +211,16 @@ def load_state(directory: Path, trainer: Any) -> TrainState:
   """The newest checkpoint in `directory`, on the trainer's mesh.
 
   Raises:
-    UserError: there is none, or it belongs to another model.
+    UserError: there is none, it is torn, or it belongs to another model.
   """
   with Checkpoints(directory) as checkpoints:
-    restored = checkpoints.restore(trainer.abstract)
+    restored, newest = checkpoints.restore(trainer.abstract), checkpoints.latest
   if restored is None:
     raise UserError(f'{directory} holds no checkpoint; delete the stage folder above it and start again')
-  return restored[0]
+  state = restored[0]
+  if _step_of(state) != newest:  # an earlier one serves to go on from, and is not what the run came to
+    raise UserError(
+      f'the checkpoint of step {newest} in {directory} is torn, and step {_step_of(state)} before it is not the end of '
+      'that run; delete the stage folder above it and start again'
+    )
+  return state

@@ -15,6 +15,7 @@ import pytest
 
 from dsdm_jax.core import flops
 from dsdm_jax.core.artifacts import Cost
+from dsdm_jax.core.checkpoints import Checkpoints
 from dsdm_jax.core.errors import Stopped, UserError
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
@@ -244,22 +245,61 @@ def test_run_goes_on_on_another_mesh(trainer, undisturbed, tmp_path):
     assert line['loss'] != pytest.approx(wanted[0]['loss'], rel=1e-4)
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # Orbax drops reads beside the torn one
+def tear(checkpoint: Path, damage: str = 'cut') -> None:
+  if damage == 'missing':
+    (checkpoint / 'state/_METADATA').unlink()
+    return
+  files = [path for path in checkpoint.rglob('*') if path.is_file() and '/d/' in path.as_posix()]
+  assert files
+  for file in files:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+torn = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # Orbax drops reads beside it
+
+
+@torn
 @pytest.mark.parametrize('damage', ['cut', 'missing'])
 def test_torn_checkpoint_falls_back_to_the_one_before_it(trainer, undisturbed, tmp_path, damage):
   with pytest.raises(Stop):
     train(tmp_path, trainer, stream(stop_before=4), keep_checkpoints=2)
   assert steps_kept(tmp_path) == [2, 4]
-  newest = tmp_path / 'model/4/state'
-  if damage == 'missing':
-    (newest / '_METADATA').unlink()
-  else:
-    for file in [path for path in newest.rglob('*') if path.is_file() and '/d/' in path.as_posix()]:
-      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+  tear(tmp_path / 'model/4', damage)
   asked: list[int] = []
   train(tmp_path, trainer, stream(asked), keep_checkpoints=2)
   assert asked == [2]
   assert_same(tmp_path, undisturbed, trainer)
+
+
+@torn
+@pytest.mark.parametrize('damage', ['cut', 'missing'])
+def test_torn_last_checkpoint_is_made_anew(trainer, undisturbed, tmp_path, damage):
+  train(tmp_path, trainer, stream(), keep_checkpoints=2)
+  (tmp_path / 'model.jsonl').unlink()  # as where the machine fails just before it is written
+  tear(tmp_path / 'model/6', damage)
+  log = Told(tmp_path)
+  where = Context(None, tmp_path, {}, log, Cost(tmp_path))
+  asked: list[int] = []
+  loop.train(where, trainer, 'model', key(), stream(asked), STEPS, config(keep_checkpoints=2), Bar())
+  assert log.said == ['the checkpoint of step 6 of model is torn: it goes on from step 4']
+  assert asked == [4]
+  assert steps_kept(tmp_path) == [4, 6]
+  assert_same(tmp_path, undisturbed, trainer)
+
+
+@torn
+def test_finished_run_whose_last_checkpoint_is_torn_is_not_read_at_an_earlier_step(trainer, tmp_path):
+  train(tmp_path, trainer, stream(), keep_checkpoints=2)
+  tear(tmp_path / 'model/6')
+  with pytest.raises(UserError, match=r'the checkpoint of step 6 in .*/model is torn, and step 4 before it') as caught:
+    loop.load_state(tmp_path / 'model', trainer)
+  assert '\n' not in str(caught.value)
+  assert steps_kept(tmp_path) == [4, 6], 'reading removes nothing'
+
+
+def test_step_that_would_not_be_saved_is_told(trainer, undisturbed):
+  with Checkpoints(undisturbed / 'model') as checkpoints, pytest.raises(RuntimeError, match='step 5 is not saved'):
+    checkpoints.save(5, trainer.init(key()), {})
 
 
 def test_evaluation_is_told_in_its_steps_and_does_not_change_the_run(trainer, undisturbed, tmp_path):
