@@ -35,13 +35,13 @@ def model_keys(folder: str) -> dict[str, Any]:
   kind = found.get('model_type')
   if kind not in ('gpt2', 'gpt_neox'):
     raise UserError(f'{folder}: config.json says model_type {kind!r}; gpt2 and gpt_neox (Pythia) can be read')
-  keys = _gpt2_keys(found) if kind == 'gpt2' else _neox_keys(found)
+  keys = (_gpt2_keys if kind == 'gpt2' else _neox_keys)(found, folder)
   epsilon = found.get('layer_norm_epsilon' if kind == 'gpt2' else 'layer_norm_eps', _EPSILON)
   gelu = found.get('activation_function' if kind == 'gpt2' else 'hidden_act', 'gelu_new' if kind == 'gpt2' else 'gelu')
   odd = [
     said for said, wrong in (
       (f'layer norms with epsilon {epsilon}', epsilon != _EPSILON),
-      (f'activation {gelu!r}', gelu not in _GELUS),
+      (f'activation {gelu!r}', gelu not in tuple(_GELUS)),
       ('attention weights that are scaled by layer', found.get('scale_attn_by_inverse_layer_idx', False)),
       ('attention weights that are not scaled', not found.get('scale_attn_weights', True)),
       ('attention without biases', not found.get('attention_bias', True)),
@@ -52,28 +52,43 @@ def model_keys(folder: str) -> dict[str, Any]:
   return keys | {'mlp': _GELUS[gelu], 'norm': 'layernorm', 'bias': True, 'kv_heads': keys['heads']}
 
 
-def _gpt2_keys(found: Mapping[str, Any]) -> dict[str, Any]:
+def _gpt2_keys(found: Mapping[str, Any], folder: str) -> dict[str, Any]:
+  layers, width, heads = (_whole(found, name, folder) for name in ('n_layer', 'n_embd', 'n_head'))
   return {
-    'layers': found['n_layer'], 'width': found['n_embd'], 'heads': found['n_head'],
-    'mlp_width': found.get('n_inner') or 4 * found['n_embd'], 'positions': 'learned', 'parallel_residual': False,
-    'tied_embeddings': found.get('tie_word_embeddings', True),
+    'layers': layers, 'width': width, 'heads': heads,
+    'mlp_width': _whole(found, 'n_inner', folder) if found.get('n_inner') else 4 * width, 'positions': 'learned',
+    'parallel_residual': False, 'tied_embeddings': found.get('tie_word_embeddings', True),
   }  # fmt: skip
 
 
-def _neox_keys(found: Mapping[str, Any]) -> dict[str, Any]:
+def _neox_keys(found: Mapping[str, Any], folder: str) -> dict[str, Any]:
   rope = found.get('rope_parameters') or {}
-  if rope.get('rope_type', 'default') != 'default' or found.get('rope_scaling'):
-    raise UserError(
-      f'config.json asks for rotary positions of type {rope.get("rope_type")!r}; default ones can be read'
-    )
+  kind = rope.get('rope_type', 'default') if isinstance(rope, dict) else rope
+  if kind != 'default' or found.get('rope_scaling'):
+    raise UserError(f'{folder}: config.json asks for rotary positions of type {kind!r}; default ones can be read')
+  turned = {
+    'rotary_share': rope.get('partial_rotary_factor', found.get('rotary_pct', 0.25)),
+    'rotary_base': rope.get('rope_theta', found.get('rotary_emb_base', 10_000)),
+  }
+  for key, value in turned.items():
+    if type(value) not in (int, float):
+      raise UserError(f'{folder}: config.json has {value!r} for {key}, which is a number; copy it again')
+  names = ('num_hidden_layers', 'hidden_size', 'num_attention_heads', 'intermediate_size')
+  layers, width, heads, mlp_width = (_whole(found, name, folder) for name in names)
   return {
-    'layers': found['num_hidden_layers'], 'width': found['hidden_size'], 'heads': found['num_attention_heads'],
-    'mlp_width': found['intermediate_size'], 'positions': 'rope',
-    'rotary_share': float(rope.get('partial_rotary_factor', found.get('rotary_pct', 0.25))),
-    'rotary_base': float(rope.get('rope_theta', found.get('rotary_emb_base', 10_000))),
+    'layers': layers, 'width': width, 'heads': heads, 'mlp_width': mlp_width, 'positions': 'rope',
+    **{key: float(value) for key, value in turned.items()},
     'parallel_residual': found.get('use_parallel_residual', True),
     'tied_embeddings': found.get('tie_word_embeddings', False),
   }  # fmt: skip
+
+
+def _whole(found: Mapping[str, Any], name: str, folder: str) -> int:
+  value = found.get(name)
+  if type(value) is not int or value < 1:
+    said = f'has {name} = {value!r}, which is no whole number above 0' if name in found else f'has no {name}'
+    raise UserError(f'{folder}: config.json {said}; copy it again from where the model was saved')
+  return value
 
 
 def parameters(folder: str, config: ConfigDict, vocab_size: int, length: int) -> dict[str, np.ndarray]:
@@ -89,15 +104,17 @@ def parameters(folder: str, config: ConfigDict, vocab_size: int, length: int) ->
   """
   tensors = _Tensors(Path(folder))
   gpt2 = _config(Path(folder))['model_type'] == 'gpt2'
-  embedding = tensors.get('transformer.wte.weight' if gpt2 else 'gpt_neox.embed_in.weight')
-  if len(embedding) != vocab_size:
+  width = config.width
+  embedding = tensors.get('transformer.wte.weight' if gpt2 else 'gpt_neox.embed_in.weight', None, width)
+  rows = len(embedding)
+  if rows != vocab_size:
     raise UserError(
-      f'model.weights = {folder!r} has a vocabulary of {len(embedding)} and the pool one of {vocab_size}; tokenize the '
+      f'model.weights = {folder!r} has a vocabulary of {rows} and the pool one of {vocab_size}; tokenize the '
       "pool with that model's own vocabulary"
     )
   found = {'embedding/embedding': embedding}
   if gpt2:
-    positions = tensors.get('transformer.wpe.weight')
+    positions = tensors.get('transformer.wpe.weight', None, width)
     if len(positions) < length:
       raise UserError(
         f'model.weights = {folder!r} has {len(positions)} positions and rows have {length} tokens; set --config.pool.'
@@ -105,56 +122,59 @@ def parameters(folder: str, config: ConfigDict, vocab_size: int, length: int) ->
       )
     found['positions/embedding'] = positions[:length]
   read: Callable[[_Tensors, int, ConfigDict], dict[str, np.ndarray]] = _gpt2_block if gpt2 else _neox_block
-  found |= _norm(tensors, 'transformer.ln_f' if gpt2 else 'gpt_neox.final_layer_norm', 'norm')
+  found |= _norm(tensors, 'transformer.ln_f' if gpt2 else 'gpt_neox.final_layer_norm', 'norm', width)
   blocks = [read(tensors, layer, config) for layer in range(config.layers)]
   if config.scan_layers:
     found |= {f'blocks/{path}': np.stack([block[path] for block in blocks]) for path in blocks[0]}
   else:
     found |= {f'blocks/{layer}/{path}': value for layer, block in enumerate(blocks) for path, value in block.items()}
   if not config.tied_embeddings:
-    found['head/kernel'] = tensors.get('lm_head.weight' if gpt2 else 'embed_out.weight').T
+    found['head/kernel'] = tensors.get('lm_head.weight' if gpt2 else 'embed_out.weight', rows, width).T
   return {path: np.asarray(value, np.float32) for path, value in found.items()}
 
 
 def _gpt2_block(tensors: '_Tensors', layer: int, config: ConfigDict) -> dict[str, np.ndarray]:
   """GPT-2 keeps its matrices [inputs, outputs], and queries, keys and values of all heads one after another."""
-  at, heads = f'transformer.h.{layer}', config.heads
+  at, heads, width, mlp_width = f'transformer.h.{layer}', config.heads, config.width, config.mlp_width
 
   def by_head(x: np.ndarray) -> np.ndarray:
     return x.reshape(*x.shape[:-1], 3, heads, -1).swapaxes(-3, -2).reshape(x.shape)
 
   return {
-    **_norm(tensors, f'{at}.ln_1', 'attention_norm'),
-    **_norm(tensors, f'{at}.ln_2', 'mlp_norm'),
-    'attention/qkv/kernel': by_head(tensors.get(f'{at}.attn.c_attn.weight')),
-    'attention/qkv/bias': by_head(tensors.get(f'{at}.attn.c_attn.bias')),
-    **_linear(tensors, f'{at}.attn.c_proj', 'attention/out', False),
-    **_linear(tensors, f'{at}.mlp.c_fc', 'mlp/up', False),
-    **_linear(tensors, f'{at}.mlp.c_proj', 'mlp/down', False),
+    **_norm(tensors, f'{at}.ln_1', 'attention_norm', width),
+    **_norm(tensors, f'{at}.ln_2', 'mlp_norm', width),
+    'attention/qkv/kernel': by_head(tensors.get(f'{at}.attn.c_attn.weight', width, 3 * width)),
+    'attention/qkv/bias': by_head(tensors.get(f'{at}.attn.c_attn.bias', 3 * width)),
+    **_linear(tensors, f'{at}.attn.c_proj', 'attention/out', width, width, False),
+    **_linear(tensors, f'{at}.mlp.c_fc', 'mlp/up', width, mlp_width, False),
+    **_linear(tensors, f'{at}.mlp.c_proj', 'mlp/down', mlp_width, width, False),
   }
 
 
 def _neox_block(tensors: '_Tensors', layer: int, config: ConfigDict) -> dict[str, np.ndarray]:
   """GPT-NeoX keeps its matrices [outputs, inputs], and query, key and value head by head as we do."""
-  del config
-  at = f'gpt_neox.layers.{layer}'
+  at, width, mlp_width = f'gpt_neox.layers.{layer}', config.width, config.mlp_width
   return {
-    **_norm(tensors, f'{at}.input_layernorm', 'attention_norm'),
-    **_norm(tensors, f'{at}.post_attention_layernorm', 'mlp_norm'),
-    **_linear(tensors, f'{at}.attention.query_key_value', 'attention/qkv', True),
-    **_linear(tensors, f'{at}.attention.dense', 'attention/out', True),
-    **_linear(tensors, f'{at}.mlp.dense_h_to_4h', 'mlp/up', True),
-    **_linear(tensors, f'{at}.mlp.dense_4h_to_h', 'mlp/down', True),
+    **_norm(tensors, f'{at}.input_layernorm', 'attention_norm', width),
+    **_norm(tensors, f'{at}.post_attention_layernorm', 'mlp_norm', width),
+    **_linear(tensors, f'{at}.attention.query_key_value', 'attention/qkv', width, 3 * width, True),
+    **_linear(tensors, f'{at}.attention.dense', 'attention/out', width, width, True),
+    **_linear(tensors, f'{at}.mlp.dense_h_to_4h', 'mlp/up', width, mlp_width, True),
+    **_linear(tensors, f'{at}.mlp.dense_4h_to_h', 'mlp/down', mlp_width, width, True),
   }
 
 
-def _norm(tensors: '_Tensors', theirs: str, ours: str) -> dict[str, np.ndarray]:
-  return {f'{ours}/scale': tensors.get(f'{theirs}.weight'), f'{ours}/bias': tensors.get(f'{theirs}.bias')}
+def _norm(tensors: '_Tensors', theirs: str, ours: str, width: int) -> dict[str, np.ndarray]:
+  return {
+    f'{ours}/scale': tensors.get(f'{theirs}.weight', width), f'{ours}/bias': tensors.get(f'{theirs}.bias', width),
+  }  # fmt: skip
 
 
-def _linear(tensors: '_Tensors', theirs: str, ours: str, turned: bool) -> dict[str, np.ndarray]:
-  kernel = tensors.get(f'{theirs}.weight')
-  return {f'{ours}/kernel': kernel.T if turned else kernel, f'{ours}/bias': tensors.get(f'{theirs}.bias')}
+def _linear(
+  tensors: '_Tensors', theirs: str, ours: str, inputs: int, outputs: int, turned: bool
+) -> dict[str, np.ndarray]:
+  kernel = tensors.get(f'{theirs}.weight', *((outputs, inputs) if turned else (inputs, outputs)))
+  return {f'{ours}/kernel': kernel.T if turned else kernel, f'{ours}/bias': tensors.get(f'{theirs}.bias', outputs)}
 
 
 class _Tensors:
@@ -168,11 +188,22 @@ class _Tensors:
     if not self._found:
       raise UserError(f'{folder} holds no *.safetensors file; save the model there with safe_serialization')
 
-  def get(self, name: str) -> np.ndarray:
+  def get(self, name: str, *shape: int | None) -> np.ndarray:
+    """The tensor of that name and shape; None stands for any length.
+
+    Raises:
+      UserError: it is missing, or has another shape.
+    """
     bare = name.partition('.')[2]
     found = self._found.get(name, self._found.get(bare))
     if found is None:
       raise UserError(f'{self._folder}: no tensor {name}; the files are not all there, or of another model')
+    if len(found.shape) != len(shape) or any(n not in (None, m) for m, n in zip(found.shape, shape, strict=True)):
+      wanted = ' × '.join('any' if n is None else str(n) for n in shape)
+      raise UserError(
+        f'{self._folder}: tensor {name} is {" × ".join(map(str, found.shape))} and config.json asks for {wanted}; the '
+        'files are of another model'
+      )
     return found
 
 

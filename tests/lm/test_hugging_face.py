@@ -104,6 +104,46 @@ def test_what_cannot_be_read_is_told_in_a_line(theirs, tmp_path):
   refused("epsilon 1e-06 and activation 'relu'", copy)
 
 
+@pytest.mark.parametrize(
+  ('change', 'words'),
+  [
+    ({'n_head': None}, 'config.json has n_head = None, which is no whole number above 0; copy it again'),
+    ({'n_layer': '1'}, "config.json has n_layer = '1', which is no whole number above 0"),
+    ({'activation_function': ['gelu']}, "asks for activation \\['gelu'\\]"),
+    ({'n_inner': 40}, r'tensor transformer.h.0.mlp.c_fc.weight is 16 × 48 and config.json asks for 16 × 40; the files'),
+    ({'n_embd': 32}, 'tensor transformer.wte.weight is 96 × 16 and config.json asks for any × 32; the files'),
+    ({}, 'config.json has no n_head; copy it again'),
+  ],
+)
+def test_config_that_does_not_fit_the_tensors_is_told_in_a_line(tmp_path, change, words):
+  write_gpt2(tmp_path / 'model', vocab_size=VOCAB, width=16, mlp_width=48, positions=40)
+  file = tmp_path / 'model/config.json'
+  config = json.loads(file.read_text())
+  if not change:
+    del config['n_head']
+  file.write_text(json.dumps(config | change))
+  with pytest.raises(UserError, match=words) as caught:
+    trainer_of(tmp_path / 'model').init(jax.random.key(0))
+  assert '\n' not in str(caught.value)
+  assert str(tmp_path / 'model') in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('change', 'words'),
+  [
+    ({}, 'has no num_hidden_layers; copy it again'),
+    ({'rotary_pct': 'a quarter'}, "has 'a quarter' for rotary_share, which is a number"),
+    ({'rope_parameters': {'rope_type': 'yarn'}}, "asks for rotary positions of type 'yarn'"),
+    ({'rope_parameters': 'yarn'}, "asks for rotary positions of type 'yarn'"),
+  ],
+)
+def test_neox_config_that_lacks_something_is_told_in_a_line(tmp_path, change, words):
+  (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt_neox'} | change))
+  with pytest.raises(UserError, match=words) as caught:
+    hugging_face.model_keys(str(tmp_path))
+  assert str(tmp_path) in str(caught.value)
+
+
 @pytest.mark.peers
 def test_settings_against_the_model_are_told(theirs):
   config = base.get_config()
