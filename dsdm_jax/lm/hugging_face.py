@@ -22,6 +22,7 @@ from dsdm_jax.core.errors import UserError
 _DTYPES = {'F32': np.dtype('<f4'), 'F16': np.dtype('<f2'), 'BF16': np.dtype(ml_dtypes.bfloat16)}
 _GELUS = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_exact'}
 _EPSILON = 1e-5  # of our layer norms
+_PADDING = 10  # a table whose rows exceed the vocabulary by one in so many, or less, is a padded one
 _OUTER = 65_536  # bytes hashed of either end of a file
 
 
@@ -64,7 +65,7 @@ def _gpt2_keys(found: Mapping[str, Any], folder: str) -> dict[str, Any]:
 def _neox_keys(found: Mapping[str, Any], folder: str) -> dict[str, Any]:
   rope = found.get('rope_parameters') or {}
   kind = rope.get('rope_type', 'default') if isinstance(rope, dict) else rope
-  if kind != 'default' or found.get('rope_scaling'):
+  if not isinstance(rope, dict) or kind != 'default' or found.get('rope_scaling'):
     raise UserError(f'{folder}: config.json asks for rotary positions of type {kind!r}; default ones can be read')
   turned = {
     'rotary_share': rope.get('partial_rotary_factor', found.get('rotary_pct', 0.25)),
@@ -96,7 +97,7 @@ def parameters(folder: str, config: ConfigDict, vocab_size: int, length: int) ->
 
   Args:
     config: of the model, with the keys that `model_keys` gives.
-    vocab_size: of the pool.
+    vocab_size: of the pool. Tables of up to a tenth more rows are padded ones, as Pythia's, and lose their last rows.
     length: tokens of a row; learned positions beyond it are left out.
 
   Raises:
@@ -107,12 +108,13 @@ def parameters(folder: str, config: ConfigDict, vocab_size: int, length: int) ->
   width = config.width
   embedding = tensors.get('transformer.wte.weight' if gpt2 else 'gpt_neox.embed_in.weight', None, width)
   rows = len(embedding)
-  if rows != vocab_size:
+  if not vocab_size <= rows <= vocab_size + vocab_size // _PADDING:
+    more = f' (a padded table has up to {vocab_size // _PADDING} rows more)' if rows > vocab_size else ''
     raise UserError(
-      f'model.weights = {folder!r} has a vocabulary of {rows} and the pool one of {vocab_size}; tokenize the '
+      f'model.weights = {folder!r} has a vocabulary of {rows} and the pool one of {vocab_size}{more}; tokenize the '
       "pool with that model's own vocabulary"
     )
-  found = {'embedding/embedding': embedding}
+  found = {'embedding/embedding': embedding[:vocab_size]}
   if gpt2:
     positions = tensors.get('transformer.wpe.weight', None, width)
     if len(positions) < length:
@@ -129,7 +131,7 @@ def parameters(folder: str, config: ConfigDict, vocab_size: int, length: int) ->
   else:
     found |= {f'blocks/{layer}/{path}': value for layer, block in enumerate(blocks) for path, value in block.items()}
   if not config.tied_embeddings:
-    found['head/kernel'] = tensors.get('lm_head.weight' if gpt2 else 'embed_out.weight', rows, width).T
+    found['head/kernel'] = tensors.get('lm_head.weight' if gpt2 else 'embed_out.weight', rows, width)[:vocab_size].T
   return {path: np.asarray(value, np.float32) for path, value in found.items()}
 
 

@@ -23,6 +23,12 @@ SHAPES = {
       max_position_embeddings=64, use_parallel_residual=False, hidden_act='gelu_new',
     )
   ),
+  'padded': lambda: transformers.GPTNeoXForCausalLM(  # tokens are below 96
+    transformers.GPTNeoXConfig(
+      vocab_size=104, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+      max_position_embeddings=64,
+    )
+  ),
 }  # fmt: skip
 
 

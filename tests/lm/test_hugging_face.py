@@ -17,6 +17,7 @@ from dsdm_jax.core import mesh
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.lm import hugging_face
 from dsdm_jax.training.step import Trainer
+from tests.training.test_step import flat
 
 VOCAB, LENGTH = 96, 24
 
@@ -47,7 +48,7 @@ def write_gpt2(folder: Path, vocab_size: int, width: int, mlp_width: int, positi
 
 @pytest.fixture(scope='module')
 def theirs(peers, tmp_path_factory) -> Path:
-  """Folders gpt2, pythia and neox_in_a_row, each with <name>.npz beside it, as transformers made them."""
+  """Folders of the models in peer_logits.py, each with <name>.npz beside it, as transformers made them."""
   folder = tmp_path_factory.mktemp('theirs')
   done = subprocess.run(
     [peers, Path(__file__).with_name('peer_logits.py'), folder],
@@ -70,14 +71,15 @@ def trainer_of(folder: Path, length: int = LENGTH, vocab_size: int = VOCAB, **ke
 
 @pytest.mark.peers
 @pytest.mark.parametrize(
-  ('name', 'deep'), [('gpt2', False), ('gpt2', True), ('pythia', False), ('neox_in_a_row', True)]
+  ('name', 'deep'), [('gpt2', False), ('gpt2', True), ('pythia', False), ('neox_in_a_row', True), ('padded', False)]
 )
 def test_logits_agree_with_transformers(theirs, name, deep):
   trainer = trainer_of(theirs / name, scan_layers=deep)
   state = trainer.init(jax.random.key(0))
   with np.load(theirs / f'{name}.npz') as found:
     logits_BLV = trainer.logits(state.params, state.rest, found['tokens_BL'])
-    np.testing.assert_allclose(logits_BLV, found['logits_BLV'], atol=1e-4)
+    assert found['logits_BLV'].shape[-1] == (104 if name == 'padded' else VOCAB)
+    np.testing.assert_allclose(logits_BLV, found['logits_BLV'][..., :VOCAB], atol=1e-4)
     assert np.abs(found['logits_BLV']).max() > 1  # so 1e-4 says something
 
 
@@ -102,6 +104,18 @@ def test_what_cannot_be_read_is_told_in_a_line(theirs, tmp_path):
   refused("model_type 'llama'", copy)
   (copy / 'config.json').write_text(json.dumps(config | {'hidden_act': 'relu', 'layer_norm_eps': 1e-6}))
   refused("epsilon 1e-06 and activation 'relu'", copy)
+
+
+def test_vocabulary_that_is_larger_than_the_table_or_much_smaller_is_refused(tmp_path):
+  tensors = write_gpt2(tmp_path / 'model', vocab_size=VOCAB, width=16, mlp_width=48, positions=40)
+  found = flat(trainer_of(tmp_path / 'model', vocab_size=88).init(jax.random.key(0)).params)
+  np.testing.assert_array_equal(found['embedding/embedding'], tensors['wte.weight'][:88])
+  for vocab_size, words in (
+    (97, 'has a vocabulary of 96 and the pool one of 97; tokenize'),
+    (87, r'has a vocabulary of 96 and the pool one of 87 \(a padded table has up to 8 rows more\); tokenize'),
+  ):
+    with pytest.raises(UserError, match=words):
+      trainer_of(tmp_path / 'model', vocab_size=vocab_size).init(jax.random.key(0))
 
 
 @pytest.mark.parametrize(
