@@ -67,7 +67,7 @@ def training() -> ConfigDict:
   c.microbatches = 1  # parts of a batch whose gradients are added up, for memory; batch_size is a multiple of it × data
   c.save_every_steps = 200  # an Orbax checkpoint to resume from; 0 saves only the end
   c.save_every_minutes = 0.0  # and one when the last is older than this; 0 for none
-  c.keep_checkpoints = 1  # the newest ones; at least 1
+  c.keep_checkpoints = 2  # the newest ones; at least 1. With 1 nothing is left where that one is torn
   c.keep_every_steps = 0  # and each whose step this divides; 0 for none
   c.keep_every_hours = 0.0  # and one for each span of so many hours; 0 for none
   c.log_every_steps = 10
