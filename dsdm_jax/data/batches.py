@@ -39,18 +39,17 @@ def training_batches(
   if not 0 <= start_step <= steps:
     raise ValueError(f'start_step is {start_step}, but the schedule has {steps} steps of {batch_size}')
   positions = np.arange(batch_size) if share is None else share
-  name = mixtures.register(
-    schedule, pool, start_step * batch_size, mixtures.Share(batch_size, tuple(positions.tolist()))
-  )
-  dataset = seqio.get_mixture_or_task(name).get_dataset(
-    sequence_length=None,
-    split='train',
-    shuffle=False,
-    num_epochs=1,
-    passthrough_features=mixtures.PASSTHROUGH,
-    trim_output_features=False,
-    try_in_mem_cache=False,
-  )
+  share_of_each = mixtures.Share(batch_size, tuple(positions.tolist()))
+  with mixtures.registered(schedule, pool, start_step * batch_size, share_of_each) as name:
+    dataset = seqio.get_mixture_or_task(name).get_dataset(
+      sequence_length=None,
+      split='train',
+      shuffle=False,
+      num_epochs=1,
+      passthrough_features=mixtures.PASSTHROUGH,
+      trim_output_features=False,
+      try_in_mem_cache=False,
+    )
   iterator = dataset.batch(len(positions), drop_remainder=True).prefetch(AHEAD).as_numpy_iterator()
   step = start_step
   for step, batch in zip(range(start_step, steps), iterator):  # noqa: B905 - checked below

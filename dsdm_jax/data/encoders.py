@@ -150,7 +150,6 @@ def _end_piece(folder: Path) -> str:
   return json.loads((folder / 'end_piece.json').read_text())['end_piece']
 
 
-@functools.lru_cache(maxsize=8)
 def seqio_vocabulary(folder: str) -> 'seqio.Vocabulary':
   """The vocabulary in `folder` as seqio knows it. Imports seqio and TensorFlow."""
   tensorflow_start.start()
@@ -161,12 +160,15 @@ def seqio_vocabulary(folder: str) -> 'seqio.Vocabulary':
     return vocabulary.load(str(path / MODEL))
   if (path / BYTES).is_file():
     return seqio.ByteVocabulary(extra_ids=0)
-  return _hugging_face_vocabulary(HuggingFaceEncoder((path / TOKENIZER).read_bytes(), _end_piece(path)))
+  return _hugging_face_vocabulary((path / TOKENIZER).read_bytes(), _end_piece(path))
 
 
-def _hugging_face_vocabulary(encoder: HuggingFaceEncoder) -> 'seqio.Vocabulary':
+@functools.lru_cache(maxsize=8)
+def _hugging_face_vocabulary(data: bytes, end: str) -> 'seqio.Vocabulary':
   import seqio
   import tensorflow as tf
+
+  encoder = HuggingFaceEncoder(data, end)
 
   class HuggingFaceVocabulary(seqio.Vocabulary):
     """A tokenizer.json for seqio; `encode_tf` calls back into Python."""

@@ -5,11 +5,13 @@ from them by the schedule's own choices. So the Mixture's stream is the schedule
 seeks instead of replaying.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 # Examples of one read: single reads cost four times as much an example as reads of hundreds.
 CHUNK = 512
 PASSTHROUGH = ('row', 'weight')
+_registering = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +74,7 @@ def register(schedule: Schedule, pool: Pool | str | os.PathLike, start: int = 0,
   if not 0 <= start <= schedule.length:
     raise ValueError(f'start is {start}, but the schedule has {schedule.length} positions')
   pool = pool if isinstance(pool, Pool) else Pool(pool)
-  identity = hashlib.sha256(f'{schedule.digest}\x1f{pool.path.absolute()}\x1f{start}\x1f{share}'.encode()).hexdigest()[
-    :16
-  ]
-  name = f'dsdm_jax.{identity}'
+  name = _name(schedule, pool, start, share)
   if name in seqio.MixtureRegistry.names():
     return name
   subtasks = []
@@ -90,6 +90,33 @@ def register(schedule: Schedule, pool: Pool | str | os.PathLike, start: int = 0,
 
   seqio.MixtureRegistry.add(name, subtasks, sample_fn=choose)
   return name
+
+
+def _name(schedule: Schedule, pool: Pool, start: int, share: Share) -> str:
+  # The path too: a pool is read when its rows are asked for, and an equal one elsewhere may be gone by then.
+  parts = (schedule.digest, pool.digest, pool.path.absolute(), start, share)
+  return f'dsdm_jax.{hashlib.sha256(chr(0x1F).join(map(str, parts)).encode()).hexdigest()[:16]}'
+
+
+@contextlib.contextmanager
+def registered(schedule: Schedule, pool: Pool, start: int, share: Share) -> Iterator[str]:
+  """What `register` does, until the end of the block: seqio keeps what is registered, and the pool with it, for ever.
+
+  What was registered before stays. Threads take turns. A dataset made in the block may be read after it.
+  """
+  tensorflow_start.start()
+  import seqio
+
+  with _registering:
+    stood = _name(schedule, pool, start, share) in seqio.MixtureRegistry.names()
+    name = register(schedule, pool, start, share)
+    try:
+      yield name
+    finally:
+      if not stood:
+        for task in seqio.MixtureRegistry.get(name).tasks:
+          seqio.TaskRegistry.remove(task.name)
+        seqio.MixtureRegistry.remove(name)
 
 
 def _add_task(name: str, schedule: Schedule, pool: Pool, part: int, start: int, share: Share) -> None:

@@ -1,6 +1,7 @@
 """The pool stage and the pool as others see it: N rows of exactly L tokens, addressed by row."""
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from dsdm_jax.core import artifacts
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data import encoders
@@ -87,6 +89,8 @@ class Pool:
     self.num_rows: int = self.card['rows']
     self.length: int = self.card['length']
     self.vocab_size: int = self.card['vocab_size']
+    manifest = self.path / artifacts.MANIFEST
+    self._files = json.loads(manifest.read_bytes())['files'] if manifest.is_file() else None
 
   @functools.cached_property
   def _reader(self) -> Any:
@@ -146,10 +150,16 @@ class Pool:
     return Documents(self.path)
 
   @functools.cached_property
+  def digest(self) -> str:
+    """SHA-256 of what was in the folder when it was opened; a folder without a manifest is read for it."""
+    files = artifacts.checksums(self.path) if self._files is None else self._files
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+  @functools.cached_property
   def encoder(self) -> encoders.Encoder:
     return encoders.open_encoder(self.path)
 
-  @property
+  @functools.cached_property
   def vocabulary(self) -> 'seqio.Vocabulary':
     """The vocabulary for seqio; imports TensorFlow. `encoder` gives the same ids without."""
     return encoders.seqio_vocabulary(str(self.path))

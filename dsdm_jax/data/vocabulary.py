@@ -9,6 +9,7 @@ Encode with Python's `encode` only. The TensorFlow op of seqio's vocabularies gi
 
 import collections
 import functools
+import hashlib
 import io
 import itertools
 import os
@@ -175,10 +176,19 @@ class Encoder:
     return self._processor.decode(ids_BL.tolist(), num_threads=1)
 
 
-@functools.lru_cache(maxsize=8)
 def load(path: str) -> 'seqio.SentencePieceVocabulary':
   """The vocabulary as seqio knows it. Imports seqio and TensorFlow."""
+  return _load(path, hashlib.sha256(Path(path).read_bytes()).hexdigest())
+
+
+@functools.lru_cache(maxsize=8)
+def _load(path: str, digest: str) -> 'seqio.SentencePieceVocabulary':
+  del digest  # tells apart what lay at one path at two times
   tensorflow_start.start()
   import seqio
 
-  return seqio.SentencePieceVocabulary(path)
+  # seqio keeps models by path for ever, and reads one when it is first used.
+  seqio.vocabularies._load_model_internal.cache_clear()
+  found = seqio.SentencePieceVocabulary(path)
+  found.tokenizer  # noqa: B018  reads it now
+  return found

@@ -1,6 +1,7 @@
 """Every kind of vocabulary brings odd text back, with and without seqio, and stores ids as narrow as they go."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,17 @@ def test_round_trip(folders: dict[str, Path], kind: str, text: str):
   ids = encoder.encode(text)
   assert encoder.decode(ids) == text
   assert all(0 <= i < encoder.size for i in ids)
+
+
+def test_a_vocabulary_that_took_the_place_of_another_is_read_anew(folders: dict[str, Path], tmp_path: Path):
+  """seqio keeps SentencePiece models by path."""
+  text = 'river stone é'
+  for kind in (*KINDS, *KINDS):
+    shutil.rmtree(tmp_path / 'one', ignore_errors=True)
+    shutil.copytree(folders[kind], tmp_path / 'one')
+    encoder = encoders.open_encoder(folders[kind])
+    assert encoders.seqio_vocabulary(str(tmp_path / 'one')).encode(text) == encoder.encode(text)
+  assert encoders.seqio_vocabulary(str(folders['tokenizer'])) == encoders.seqio_vocabulary(str(folders['tokenizer']))
 
 
 def test_a_tokenizer_inside_tensorflow(folders: dict[str, Path]):

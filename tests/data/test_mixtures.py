@@ -1,6 +1,8 @@
 """What seqio streams is the schedule, from any position on, with tokens as the pool has them."""
 
+import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from dsdm_jax.data import mixtures
 from dsdm_jax.data.batches import AHEAD, row_range_batches, training_batches
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.schedule import Part, Schedule
+from tests.data.conftest import run_pool, small_config
 
 
 def stream(name: str) -> list[dict]:
@@ -64,6 +67,43 @@ def test_registering_again_is_the_same_name_and_another_stream_is_another(tiny_p
   assert mixtures.register(schedule, tiny_pool, 6) != name
   with pytest.raises(ValueError, match='start is 301'):
     mixtures.register(schedule, tiny_pool, 301)
+
+
+def test_a_pool_that_took_the_place_of_another_is_read_anew(tmp_path: Path):
+  """Two pools of one shape at one path, one after the other in one process, with vocabularies of their own."""
+  import seqio
+
+  rows, seen, vocabularies = 40, [], []
+  for seed in (0, 1):
+    config = small_config()
+    config.seed = seed
+    pool = Pool(run_pool(config, tmp_path))
+    schedule = Schedule.single('arm', np.arange(rows), rows, 8)
+    before = {*seqio.MixtureRegistry.names()}, {*seqio.TaskRegistry.names()}
+    for _ in range(2):
+      (batch,) = training_batches(pool, schedule, rows)
+      np.testing.assert_array_equal(batch['tokens_BL'], pool.tokens(batch['row_B']))
+    # Nothing is left behind in seqio, which would keep the pool.
+    assert before == ({*seqio.MixtureRegistry.names()}, {*seqio.TaskRegistry.names()})
+    assert pool.vocabulary.encode('river stone') == pool.encoder.encode('river stone')
+    # By name, as a user of seqio reads it, with what was registered before still there.
+    found = stream(mixtures.register(schedule, pool))
+    np.testing.assert_array_equal(np.stack([e['tokens'] for e in found]), pool.tokens([int(e['row']) for e in found]))
+    seen.append(pool.tokens(np.arange(rows)))
+    vocabularies.append(pool.vocabulary.sp_model)
+    shutil.rmtree(pool.path)
+  assert (seen[0] != seen[1]).any()
+  assert vocabularies[0] != vocabularies[1]
+
+
+def test_what_a_user_registered_stays(tiny_pool: Pool):
+  import seqio
+
+  schedule = Schedule.single('arm', np.arange(6), 6, 1)
+  name = mixtures.register(schedule, tiny_pool)
+  assert len(list(training_batches(tiny_pool, schedule, 1))) == 6
+  assert name in seqio.MixtureRegistry.names()
+  assert len(stream(name)) == 6
 
 
 def test_shuffling_is_refused(tiny_pool: Pool):

@@ -18,9 +18,10 @@ def main() -> None:
   from tests.pipeline.tiny import get_config
 
   folder, times = Path(sys.argv[1]), int(sys.argv[2])
-  for _ in range(times):
-    pipeline.run(get_config(), folder / 'run')
-    shutil.rmtree(folder / 'run')
+  for number in range(times):
+    # A folder of its own: what is kept by path would be found again in one that serves all.
+    pipeline.run(get_config(), folder / f'run_{number}')
+    shutil.rmtree(folder / f'run_{number}')
     gc.collect()
     threads = len(os.listdir('/proc/self/task'))
     sys.stderr.write(
