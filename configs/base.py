@@ -209,7 +209,7 @@ def get_config() -> ConfigDict:
   c.validation.drops = (0.02, 0.05, 0.1)  # shares of the rows that are dropped: of highest score, of lowest, random
   c.validation.proxies = 4  # models that variants of the datamodel are made from; at least 2
   c.validation.models_at_once = 4  # trained in one program, by vmap
-  c.validation.variants = '.*'  # regex over names of predictors; the default is always there
+  c.validation.variants = '.*'  # regex over names of predictors; the reference is always there
   c.validation.oracle = True  # derivatives through training, beside the scores
   # adam_eps_root of all models here, where the config's is less: without it derivatives through training are infinite
   c.validation.least_eps_root = 1e-8
