@@ -42,6 +42,7 @@ class ArmFile:
     tasks: as in `results.json`.
     ladder: index and items of the ladder's models; None where none was run.
     cost: stage → 'flop' and 'seconds'.
+    choices: selection → what it took by itself, 'flop' and 'seconds'; empty in files of before that was measured.
     final: 'flop' and 'seconds' of one training.
     cards: of its selections, as `selection/cards.json`, without overlaps.
     pool: 'rows' and 'sources' (share of rows) of the pool that was chosen from.
@@ -58,6 +59,7 @@ class ArmFile:
   tasks: Sequence[Mapping[str, Any]]
   ladder: tuple[Sequence[Mapping[str, Any]], Mapping[str, np.ndarray]] | None
   cost: Mapping[str, Mapping[str, float]]
+  choices: Mapping[str, Mapping[str, float]]
   final: Mapping[str, float]
   cards: Sequence[Mapping[str, Any]]
   pool: Mapping[str, Any]
@@ -86,6 +88,7 @@ def write(workdir: Path, name: str, config: Mapping[str, Any], path: Path) -> No
     'tasks': json.loads((evaluation / 'results.json').read_text())['tasks'],
     'ladder': {'index': index, 'items': _packed_items(evaluation / 'ladder_items.npz')} if index else None,
     'cost': {stage: found.manifest['cost'] for stage, found in stages.items()},
+    'choices': stages['selection'].semantics.get('cost', {}),
     'final': compute.final_cost(stages['pretraining']),
     'cards': [{key: found[key] for key in _CARD} for found in cards],
     'pool': {'rows': card['rows'], 'sources': {s: n['rows'] / card['rows'] for s, n in card['sources'].items()}},
@@ -137,7 +140,8 @@ def read(path: Path) -> ArmFile:
     return ArmFile(
       found['arm'], found['asked'], found['runs'], _items(found['items']), _names(found['documents']),
       _names(found['categories']), found['tasks'], ladder and (ladder['index'], _items(ladder['items'])),
-      *(found[key] for key in ('cost', 'final', 'cards', 'pool', 'config', 'versions')),
+      found['cost'], found.get('choices', {}),
+      *(found[key] for key in ('final', 'cards', 'pool', 'config', 'versions')),
     )  # fmt: skip
   except OSError as error:
     raise UserError(f'{path} cannot be read ({error.strerror}); give files that bench study left') from error

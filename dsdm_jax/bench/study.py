@@ -173,15 +173,16 @@ def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:
     names = base.documents, base.categories
     found['multiplier'] = compute.content(
       compute.tables_of(items, runs, *names), runs, compute.tables_of(ladder_items, runs, *names, len(index)), index,
-      lambda name: _charge(name, by_name), confidence, base.config['evaluation.selection_uses'],
+      lambda name, selections: _charge(name, selections, by_name), confidence, base.config['evaluation.selection_uses'],
     )  # fmt: skip
   return found
 
 
-def _charge(name: str, arms: Mapping[str, ArmFile]) -> compute.Charge:
+def _charge(name: str, selections: Sequence[str], arms: Mapping[str, ArmFile]) -> compute.Charge:
   method, _, of = name.partition('/')
   arm = arms[of] if of in arms else arms[BASE]  # 'dsdm/again' is of several arms alike
-  return compute.Charge(method, arm.final, arm.cost)
+  own = [made for of, _, made in (s.partition('/') for s in selections) if of == arm.name]
+  return compute.charge(method, own, arm.final, arm.cost, arm.choices)
 
 
 def _one_of_each(again: Sequence[tuple[str, int]], runs: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -70,6 +70,26 @@ class Charge:
   costs: Mapping[str, Mapping[str, float]]
 
 
+def charge(
+  method: str,
+  names: Sequence[str],
+  final: Mapping[str, float],
+  costs: Mapping[str, Mapping[str, float]],
+  choices: Mapping[str, Mapping[str, float]],
+) -> Charge:
+  """Of the selection stage an arm bears what one selection of its own took, the mean over those that it has.
+
+  Args:
+    names: of the arm's selections.
+    choices: selection → its 'flop' and 'seconds'; where one is not there, the arm bears the whole stage.
+  """
+  distinct = set(names)
+  if distinct and distinct <= choices.keys():
+    own = {unit: float(np.mean([choices[name][unit] for name in sorted(distinct)])) for unit in ('flop', 'seconds')}
+    costs = {**costs, 'selection': own}
+  return Charge(method, final, costs)
+
+
 def read(
   context: Context, asked: Exam, items: Mapping[str, np.ndarray], runs: Runs, ladder_items: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
@@ -78,10 +98,11 @@ def read(
   pretraining = context.inputs['pretraining']
   final = final_cost(pretraining)
   costs = {stage: context.inputs[stage].manifest['cost'] for stage in multiplier.STAGES}
+  choices = context.inputs['selection'].semantics.get('cost', {})
   names, config = (asked.documents(), asked.categories()), context.config.evaluation
   return content(
     tables_of(items, runs, *names), runs, tables_of(ladder_items, runs, *names, len(index)), index,
-    lambda method: Charge(method, final, costs), config.confidence, config.selection_uses,
+    lambda method, names: charge(method, names, final, costs, choices), config.confidence, config.selection_uses,
   )  # fmt: skip
 
 
@@ -95,7 +116,7 @@ def content(
   runs: Runs,
   ladder_tables: Sequence[Table],
   index: Sequence[Mapping[str, Any]],
-  charge: Callable[[str], Charge],
+  charged: Callable[[str, Sequence[str]], Charge],
   confidence: float,
   uses: int,
 ) -> dict[str, Any]:
@@ -105,7 +126,7 @@ def content(
     tables: of the arms, and `ladder_tables` of the ladder's models, at the same items.
     runs: whose row is whose.
     index: of the ladder's models.
-    charge: what an arm of this name is charged for.
+    charged: what an arm of this method and these selections is charged for.
     confidence: of intervals.
     uses: trainings that share a choice.
   """
@@ -116,7 +137,7 @@ def content(
     'arms': [
       row
       for table, ladder_table in zip(tables, ladder_tables, strict=True)
-      for row in _arms(table, runs, ladder_table, index, charge, confidence, uses)
+      for row in _arms(table, runs, ladder_table, index, charged, confidence, uses)
     ],
     'notes': _notes(runs),
   }  # fmt: skip
@@ -174,7 +195,7 @@ def _arms(
   runs: Runs,
   ladder_table: Table,
   index: Sequence[Mapping[str, Any]],
-  charge: Callable[[str], Charge],
+  charged: Callable[[str, Sequence[str]], Charge],
   confidence: float,
   uses: int,
 ) -> list[dict[str, Any]]:
@@ -186,7 +207,7 @@ def _arms(
       continue  # a checkpoint from elsewhere: nobody knows what it cost
     values_SI = table.values['logprob'][chosen]
     reading = multiplier.read_off(values_SI, steps, compute, confidence, table.documents_I)
-    borne = charge(method)
+    borne = charged(method, [runs[r]['selection'] for r in chosen])
     found.append({
       'method': method, 'target_mix': target, 'task': table.task, 'split': table.split, 'metric': 'logprob',
       'value': float(values_SI.mean()),
@@ -199,8 +220,8 @@ def _notes(runs: Runs) -> list[str]:
   notes = [
     'Equivalent compute is read off straight lines between rungs in the logarithm of compute; its interval holds every '
     'compute at which random data are not told apart from the method.',
-    'C_selection is charged whole to each arm that uses it, divided by the trainings that share it '
-    '(evaluation.selection_uses).',
+    'C_selection is what choosing would cost an arm alone: proxies, features and datamodel whole where it stands on '
+    'them, and one selection of its own; divided by the trainings that share it (evaluation.selection_uses).',
   ]
   if any('dsdm' in run['method'] for run in runs):
     notes.append('Intervals are conditional on one selection: proxies and scores were made once.')

@@ -26,7 +26,7 @@ _POINTS = 32  # of a line between two rungs, at which the interval is looked up:
 _FREE = ('random', 'random_one_epoch', 'random_again')
 _NEEDS: Mapping[str, tuple[str, ...]] = {
   **dict.fromkeys(_FREE, ()),
-  **dict.fromkeys(('classifier', 'classifier_pareto', 'dsir', 'bm25', 'imported'), ('selection',)),
+  **dict.fromkeys(('classifier', 'classifier_pareto', 'dsir', 'bm25', 'imported', 'oracle'), ('selection',)),
   **dict.fromkeys(
     ('semdedup', 'semdedup_one_epoch', 'embedding', 'perplexity_low', 'perplexity_high', 'color_filter'),
     ('proxies', 'selection'),
@@ -142,7 +142,7 @@ def _crossing(places: Sequence[float], differences: Sequence[float]) -> float | 
 def selection_cost(method: str, costs: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
   """FLOP and seconds that went into the choice of an arm: {'flop', 'seconds'}.
 
-  The stages that a method stands on are charged whole, although other arms may use them too.
+  The stages that a method stands on are charged as they stand in `costs`, whole although other arms may use them too.
 
   Args:
     method: name of the arm.

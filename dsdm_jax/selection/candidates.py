@@ -15,6 +15,7 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.targets import Examples, Targets
+from dsdm_jax.selection.ledger import Ledger
 from dsdm_jax.selection.proxies import Proxies
 
 BLOCK = 4_096  # rows that are read together
@@ -29,12 +30,13 @@ class Candidates:
 
   Attributes:
     options: the `selection` part of the config.
+    ledger: of what selections cost.
   """
 
   def __init__(self, context: Context):
     self._context = context
     self.options: ConfigDict = context.config.selection
-    self._made: dict[Any, Any] = {}
+    self.ledger = Ledger(lambda: context.cost.flop)
 
   @property
   def _inputs(self) -> Mapping[str, Artifact]:
@@ -81,10 +83,8 @@ class Candidates:
     return Target(name, tasks, lambda task: found.examples(task, 'target'), self._context.config.datamodel.mix)
 
   def once(self, key: Any, make: Callable[[], _T]) -> _T:
-    """`make()`, kept: what does not depend on the seed is made once for all arms."""
-    if key not in self._made:
-      self._made[key] = make()
-    return self._made[key]
+    """`make()`, kept: what does not depend on the seed is made once for all arms, and charged to each that asks."""
+    return self.ledger.once(key, make)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,9 +119,11 @@ class Proxies:
     old = self.state(0)
     state = compiled.init(prng.stream(seed, 'selection', 'tuned'))._replace(params=old.params, rest=old.rest)
     weight_B = np.ones(train.batch_size, np.float32)
-    for _ in range(steps):
+    for step in range(steps):
       tokens_BL = tokens_NL[rng.integers(rows, size=train.batch_size)]
       batch = jax.device_put((tokens_BL, weight_B), compiled.batch_sharding)
+      if step == 0:
+        self._context.add_flop(flops.count(compiled.step, state, *batch, jnp.int32(steps)) * steps)
       state, metrics = compiled.step(state, *batch, jnp.int32(steps))
     if not np.isfinite(float(metrics['loss'])):
       raise UserError('training on the target diverged; lower selection.conditional_learning_rate')
@@ -144,7 +146,9 @@ class Proxies:
     function = load_callable(self._config.features.output_fn)
     outputs = TargetOutputs(training, function, examples.tokens_TL, examples.weights_TL)
     members_KT = np.ones((1, len(examples)), bool)
-    return Metagradient(training, outputs, members_KT)(0, np.ones(pool.num_rows))[1][0]
+    metagradient = Metagradient(training, outputs, members_KT)
+    self._context.add_flop(metagradient.flop(0))
+    return metagradient(0, np.ones(pool.num_rows))[1][0]
 
   def _over_pool(self, apply: Callable[[np.ndarray], jax.Array], name: str) -> np.ndarray:
     parts: list[np.ndarray] = []

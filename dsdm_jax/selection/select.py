@@ -1,6 +1,7 @@
 """Stage `selection`: which rows each arm trains on."""
 
 import dataclasses
+import functools
 import importlib
 import math
 import pkgutil
@@ -27,20 +28,24 @@ def run(context: Context) -> dict:
 
   A method that draws has rows of its own for each seed; a deterministic one shares its rows between seeds. All
   processes choose, because proxies and streamed features are read by all together; what process 0 chose is kept.
+  Returns what is in the files, and under 'cost' what each selection took by itself.
   """
   config, options = context.config, context.config.selection
   load_selectors()
   pool = Candidates(context)
   budget = Budget(options.examples, options.epochs, options.repeat_cap)
-  index, arms = [], []
+  index, arms, cost = [], [], {}
   for method in options.methods:
     chooser = registry.find(method)
     for target in options.targets if chooser.targeted else ('any',):
       for seed in range(config.pretraining.seeds):
         drawn = seed if chooser.seeded else 0
         if seed == drawn:
-          chosen = choose(pool, method, target, budget, config.seed, drawn)
+          chosen, spent = pool.ledger.charged(
+            functools.partial(choose, pool, method, target, budget, config.seed, drawn)
+          )
           keep(context, chosen)
+          cost[chosen.name] = spent
           if drawn == 0:
             arms.append(chosen)
         index.append({
@@ -49,8 +54,9 @@ def run(context: Context) -> dict:
         })  # fmt: skip
   if config.mixture.parts:
     for seed in range(config.pretraining.seeds):
-      entry, chosen = mixture.make(context, pool, budget, seed)
+      (entry, chosen), spent = pool.ledger.charged(functools.partial(mixture.make, context, pool, budget, seed))
       index.append(entry)
+      cost[chosen.name] = spent
       if seed == 0:
         arms.append(chosen)
   found = cards.make(arms, pool.pool)
@@ -58,7 +64,7 @@ def run(context: Context) -> dict:
     atomic.write_json(context.out / 'index.json', index)
     atomic.write_json(context.out / 'cards.json', found)
     context.log.say(cards.table(found))
-  return {'budget_examples': budget.total, 'selections': found}
+  return {'budget_examples': budget.total, 'selections': found, 'cost': cost}
 
 
 def keep(context: Context, chosen: Selection) -> None:

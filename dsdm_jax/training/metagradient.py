@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsdm_jax.core import flops
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.training.scanned import ScannedTraining, TargetOutputs
 from dsdm_jax.training.step import TrainState
@@ -45,6 +46,11 @@ class Metagradient:
         'or lower proxies.train.learning_rate'
       )
     return np.asarray(output_K), np.asarray(derivative_KN)
+
+  def flop(self, run: int | str) -> float:
+    """Operations of one call, the passes made anew on the way back among them."""
+    weight_N = jax.ShapeDtypeStruct((self._training.rows,), jnp.float32)
+    return flops.count(self._gradient, weight_N, *self._begin(run))
 
   def output(self, run: int | str, weight_N: np.ndarray) -> np.ndarray:
     """output_K alone, float32: what a finite difference is made of."""

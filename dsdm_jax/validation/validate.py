@@ -160,6 +160,7 @@ class Setting:
       for seed in seeds:
         file = self._folder / f'oracle-{seed}.npy'
         if not file.is_file():
+          self._context.add_flop(compute.flop(seed))
           atomic.save_npy(file, compute(seed, weight_N)[1])
         found.append(np.load(file, allow_pickle=False))
     return np.stack(found)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dsdm_jax.evaluation import multiplier
+from dsdm_jax.evaluation import compute, multiplier
 
 COMPUTE = [1.0, 2.0, 4.0, 8.0]
 COSTS = {stage: {'flop': flop, 'seconds': flop / 10} for stage, flop in
@@ -87,10 +87,25 @@ def test_gross_and_net_by_hand():
 
 
 @pytest.mark.parametrize(
-  ('method', 'flop'), [('dsir', 1), ('semdedup', 31), ('gradient', 51), ('dsdm_gumbel', 56), ('my.own:selector', 56)]
+  ('method', 'flop'),
+  [('dsir', 1), ('oracle', 1), ('semdedup', 31), ('gradient', 51), ('dsdm_gumbel', 56), ('my.own:selector', 56)],
 )
 def test_every_method_bears_the_stages_it_stands_on(method, flop):
   assert multiplier.selection_cost(method, COSTS)['flop'] == flop
+
+
+def test_an_arm_bears_the_selections_of_its_own():
+  choices = {'dsir--mix--0': {'flop': 0.2, 'seconds': 3.0}, 'dsir--mix--1': {'flop': 0.4, 'seconds': 5.0}}
+  final = {'flop': 2.0, 'seconds': 1.0}
+
+  def spent(method: str, *names: str) -> dict[str, float]:
+    found = compute.charge(method, names, final, COSTS, choices)
+    return multiplier.selection_cost(found.method, found.costs)
+
+  assert spent('dsir', 'dsir--mix--0', 'dsir--mix--1', 'dsir--mix--1') == pytest.approx({'flop': 0.3, 'seconds': 4.0})
+  assert spent('dsdm', 'dsir--mix--0')['flop'] == pytest.approx(30 + 20 + 5 + 0.2)
+  assert spent('dsdm', 'dsdm--mix--0')['flop'] == 56, 'the whole stage where it was not measured'
+  assert spent('dsdm')['flop'] == 56
 
 
 def test_net_is_above_one_exactly_where_choosing_costs_less_than_it_saves():

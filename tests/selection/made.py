@@ -8,6 +8,7 @@ import numpy as np
 from configs.base import get_config
 from dsdm_jax.data.targets import Examples
 from dsdm_jax.selection.candidates import Candidates, Target
+from dsdm_jax.selection.ledger import Ledger
 from dsdm_jax.selection.registry import Budget, find
 from dsdm_jax.selection.select import load_selectors
 
@@ -71,7 +72,7 @@ class Made(Candidates):
   def __init__(self, score_N=None, rows: Rows | None = None, features: Features | None = None, proxies=None, **options):
     self.options = get_config().selection
     self.options.update(options)
-    self._made = {}
+    self.ledger = Ledger()
     self.__dict__['pool'] = rows if rows is not None else Rows(np.zeros((len(score_N), 8), np.int32))
     for name, value in (('scores', None if score_N is None else Scores(score_N)), ('features', features),
                         ('proxies', proxies)):  # fmt: skip

@@ -85,6 +85,27 @@ def test_cards_count_what_was_chosen(chosen):
 
 
 @pytest.mark.slow
+def test_each_selection_bears_what_it_asked_for(chosen):
+  found = artifacts.open_stage(chosen, 'selection')
+  flop = {name: spent['flop'] for name, spent in found.semantics['cost'].items()}
+  assert {f'{name}.npz' for name in flop} <= found.manifest['files'].keys()
+  free = ('random', 'dsir', 'bm25', 'classifier', 'dsdm')
+  assert all(flop[name] == 0 for name in flop if name.partition('--')[0] in free)
+  # Embeddings were made once, and whoever uses them bears them.
+  embedded = {flop[f'{method}--any--{seed}'] for method in ('semdedup', 'semdedup_one_epoch') for seed in (0, 1)}
+  assert len(embedded) == 1 and 0 < flop['embedding--docs--0'] == embedded.pop()
+  assert flop['perplexity_low--any--0'] == flop['perplexity_high--any--0'] > 0
+  # CoLoR-Filter passes over the pool with two models, as perplexity does, and takes two steps of 16 rows.
+  rows = -(-Pool(artifacts.open_stage(chosen, 'pool')).num_rows // every.get_config().features.batch_size)
+  forward = flop['perplexity_low--any--0'] / (2 * rows * every.get_config().features.batch_size)
+  steps = flop['color_filter--docs--0'] - flop['perplexity_low--any--0']
+  assert 2.5 * forward < steps / (2 * 16) < 3.5 * forward
+  # The oracle costs about five trainings of three forward passes each: one, two made anew on the way back, and that way.
+  trained = every.get_config().proxies.epochs * rows * every.get_config().features.batch_size
+  assert 4 * 3 * forward < flop['oracle--docs--0'] / trained < 6 * 3 * forward
+  assert all(spent['seconds'] > 0 for spent in found.semantics['cost'].values())
+
+
 def test_two_processes_choose_the_rows_of_one(chosen, finished, tmp_path):
   """Two connected processes of one device each, beside one of eight: every method, from the stage's own command."""
   folder = tmp_path / 'run'
