@@ -9,14 +9,13 @@ import argparse
 import json
 import time
 
-import numpy as np
-
 from configs import quickstart
 from dsdm_jax.core import memory, prng
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data import benchmarks, vocabulary
 from dsdm_jax.evaluation import requests
+from dsdm_jax.evaluation.exam import stops
 from dsdm_jax.evaluation.scoring import Scorer, score_request
 from dsdm_jax.training.step import trainer
 
@@ -42,8 +41,7 @@ def run(flags: argparse.Namespace) -> None:
   encoder = vocabulary.Encoder(vocabulary.train(texts, config.pool.vocab_size))
   compiled = trainer(config.model, config.pretraining.train, encoder.size, config.pool.length, make_mesh(config.mesh))
   state = compiled.init(prng.stream(0, 'bench', 'evaluation'))
-  pieces = [encoder.decode([token]) for token in range(encoder.size)]
-  stop_V = np.array([not text or '\n' in text for text in pieces])
+  stop_V = stops(encoder)
   for task in tasks:
     config.evaluation.tasks = (task,)
     began = time.perf_counter()

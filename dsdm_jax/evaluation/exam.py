@@ -40,18 +40,13 @@ class Exam:
   length: int
   generate: int
 
-  def stops(self) -> np.ndarray:
-    """bool [V]: tokens that end a generated answer: what holds a newline, and the end mark (which has no text)."""
-    texts = [self.encoder.decode([token]) for token in range(self.encoder.size)]
-    return np.array([not text or '\n' in text for text in texts])
-
   def sit(self, scorer: Scorer, state: TrainState) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     """(`<metric>__<task>__<split>` → values [items], benchmark → generated texts) of one model."""
     arrays, texts = {}, {}
     for (task, split), e in self.examples.items():
       logprob_I, accuracy_I = scorer.score(state, e.tokens_TL, e.weights_TL)
       arrays[f'logprob__{task}__{split}'], arrays[f'accuracy__{task}__{split}'] = logprob_I, accuracy_I
-    stop_V = self.stops() if any(request.prompts_I for request in self.requests) else np.zeros(0, bool)
+    stop_V = stops(self.encoder) if any(request.prompts_I for request in self.requests) else np.zeros(0, bool)
     for request in self.requests:
       name = request.benchmark.name
       values, made = score_request(scorer, state, request, self.length, self.generate, stop_V, self.encoder.decode)
@@ -76,6 +71,16 @@ class Exam:
 
   def categories(self) -> dict[tuple[str, str], list[str]]:
     return {(r.benchmark.name, BENCHMARK): list(r.category_I) for r in self.requests if any(r.category_I)}
+
+
+def stops(encoder: Encoder) -> np.ndarray:
+  """bool [V]: tokens that end a generated answer: the end mark, padding, and what holds a newline.
+
+  Others without text of their own do not: a lone space of SentencePiece has none until a piece follows.
+  """
+  stop_V = np.array(['\n' in encoder.decode([token]) for token in range(encoder.size)])
+  stop_V[[encoder.eos, encoder.pad]] = True
+  return stop_V
 
 
 def exam(context: Context) -> Exam:
