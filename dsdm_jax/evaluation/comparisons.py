@@ -82,14 +82,17 @@ def _verdict(comparison: Mapping[str, Any], alpha: float) -> str:
 
 
 def _pairs(runs: Runs, baselines: Sequence[str]) -> Iterator[tuple[Arm, Arm]]:
-  """Arms to compare: all against each baseline, the baselines with each other once, then EXTRA."""
+  """Arms to compare: all against each baseline, the baselines with each other once, then EXTRA.
+
+  Two arms that have a model in common are no comparison: what it does would stand on both sides.
+  """
   known = arms(runs)
   seen = set()
   wanted = [(arm, name) for name in baselines for arm in known]
   wanted += [(arm, other) for method, other in EXTRA for arm in known if arm[0] == method]
   for arm, name in wanted:
     baseline = _baseline(known, name, arm[1])
-    if baseline is None or arm[0] == name or (baseline, arm) in seen:
+    if baseline is None or arm[0] == name or (baseline, arm) in seen or _models(runs, arm) & _models(runs, baseline):
       continue
     seen.add((arm, baseline))
     yield arm, baseline
@@ -101,6 +104,11 @@ def _baseline(known: Sequence[Arm], name: str, target: str) -> Arm | None:
   if not found:
     return None
   return (name, target) if (name, target) in found else found[0]
+
+
+def _models(runs: Runs, arm: Arm) -> set[tuple[str, int]]:
+  """(selection, seed) of the arm's models, of those whose selection is known."""
+  return {(runs[r]['selection'], runs[r]['seed']) for r in rows(runs, arm) if runs[r].get('selection') is not None}
 
 
 def selected_once(runs: Runs, arm: Arm) -> bool:

@@ -19,7 +19,7 @@ from dsdm_jax.report.explorer import Packed
 from dsdm_jax.report.figures import Drawing
 
 # Stages that random data do without.
-SELECTING = ('proxies', 'features', 'datamodel')
+SELECTING = ('proxies', 'features', 'datamodel', 'selection')
 _TEMPLATES = Path(__file__).parent / 'templates'
 
 

@@ -194,6 +194,24 @@ def test_conditional_on_one_selection():
     assert any('one selection' in note for note in found['notes']) == conditional
 
 
+def test_arms_that_share_a_model_are_not_compared():
+  """As `dsdm/again` of a study, whose first model is one of `dsdm`: with a model on both sides noise would cancel."""
+
+  def pairs(joined: list[str]) -> set[tuple[str, str]]:
+    selections = {'dsdm': ['a', 'b', 'c'], 'random': ['d', 'e', 'f'], 'random_one_epoch': joined}
+    runs = [
+      {'method': method, 'target_mix': 'mix', 'seed': seed, 'selection': name}
+      for method, names in selections.items()
+      for seed, name in enumerate(names)
+    ]
+    return {(c['method'], c['baseline']) for c in _results(_items(runs), runs)['comparisons']}
+
+  alone = {('dsdm', 'random'), ('random_one_epoch', 'random'), ('dsdm', 'random_one_epoch')}
+  assert pairs(['g', 'h', 'i']) == pairs(['g', 'a', 'd']) == alone, 'the same rows by another seed are another model'
+  assert pairs(['g', 'b', 'i']) == alone - {('dsdm', 'random_one_epoch')}
+  assert pairs(['g', 'b', 'f']) == {('dsdm', 'random')}
+
+
 def test_macro_average_over_categories():
   items = _items()
   category = ['few'] * 4 + ['many'] * 36
