@@ -100,7 +100,7 @@ def test_each_selection_bears_what_it_asked_for(chosen):
   forward = flop['perplexity_low--any--0'] / (2 * rows * every.get_config().features.batch_size)
   steps = flop['color_filter--docs--0'] - flop['perplexity_low--any--0']
   assert 2.5 * forward < steps / (2 * 16) < 3.5 * forward
-  # The oracle costs about five trainings of three forward passes each: one, two made anew on the way back, and that way.
+  # The oracle costs about five trainings of three forward passes each: one, two made anew going back, and that way.
   trained = every.get_config().proxies.epochs * rows * every.get_config().features.batch_size
   assert 4 * 3 * forward < flop['oracle--docs--0'] / trained < 6 * 3 * forward
   assert all(spent['seconds'] > 0 for spent in found.semantics['cost'].values())
