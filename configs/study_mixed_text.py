@@ -15,9 +15,9 @@ PAPER_MIX = 'lambada+squad_xquad+jeopardy'
 _DSDM = {'selection.methods': ('dsdm',), 'pretraining.seeds': 3, 'ladder.rungs': ()}
 _NARROW = {'proxies.model.width': 32, 'proxies.model.mlp_width': 128}
 _SINGLE = {**_DSDM, 'selection.targets': ('lambada', 'squad_xquad', 'jeopardy', 'bigbench_cs_algorithms')}
-# Apart, as each arm is charged with all that its selection stage computed.
 _OF_TEXT = ('bottom', 'classifier', 'dsir', 'bm25')
-_OF_PROXIES = ('semdedup', 'embedding', 'perplexity_low', 'perplexity_high', 'color_filter', 'gradient')
+_OF_PROXIES = ('semdedup', 'embedding', 'gradient')
+_OF_LIKELIHOOD = ('perplexity_low', 'perplexity_high', 'color_filter')
 
 # What is most wanted stands first: a sitting does as many as it can, and leaves the files of those that are finished.
 ARMS: dict[str, dict] = {
@@ -28,6 +28,7 @@ ARMS: dict[str, dict] = {
   },
   'baselines_of_text': {**_DSDM, 'selection.methods': _OF_TEXT},
   'baselines_of_proxies': {**_DSDM, 'selection.methods': _OF_PROXIES},
+  'baselines_of_likelihood': {**_DSDM, 'selection.methods': _OF_LIKELIHOOD},
   'single': _SINGLE,
   'single_baselines': {**_SINGLE, 'selection.methods': ('classifier', 'dsir', 'bm25')},
   'cheap': {**_DSDM, 'pretraining.seeds': 5, 'proxies.count': 1, **_NARROW},
