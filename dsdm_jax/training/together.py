@@ -85,8 +85,8 @@ def train(
   states = loop.load_state(context.out / group, many)
   for index, name in enumerate(names):
     with Checkpoints(context.out / name) as checkpoints:
-      if checkpoints.latest != steps:
-        checkpoints.save(steps, many.unstack(states, index), {'history': _of_one(history, index)})
+      checkpoints.drop_after(-1)  # what a kill left here may be torn, and all of it is at hand
+      checkpoints.save(steps, many.unstack(states, index), {'history': _of_one(history, index)})
   if context.first:
     for index, file in enumerate(files):
       atomic.write_text(file, ''.join(json.dumps(line) + '\n' for line in _of_one(history, index)))

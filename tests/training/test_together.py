@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from dsdm_jax.core.checkpoints import Checkpoints
 from dsdm_jax.training import loop, together
 from tests.training.test_loop import KEYS, STEPS, Bar, Stop, config, context, stream
 from tests.training.test_step import flat, make_trainer
@@ -27,6 +28,8 @@ def test_three_at_once_are_the_three_one_by_one(trainer, tmp_path):
   with pytest.raises(Stop):
     train(tmp_path / 'many', trainer, bar, stop_before=3)
   assert not list((tmp_path / 'many').glob('*.jsonl'))
+  with Checkpoints(tmp_path / 'many/a') as checkpoints:  # left by a kill while states were written one by one, and torn
+    checkpoints.save(STEPS, trainer.init(jax.random.key(9)), {'history': []})
   bar = Bar()
   train(tmp_path / 'many', trainer, bar)
   assert bar.done == 3 * STEPS
