@@ -29,6 +29,12 @@ SHAPES = {
       max_position_embeddings=64,
     )
   ),
+  'llama': lambda: transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+      intermediate_size=48, max_position_embeddings=64, rms_norm_eps=1e-6, tie_word_embeddings=False,
+    )
+  ),
 }  # fmt: skip
 
 

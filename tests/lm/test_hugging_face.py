@@ -15,7 +15,7 @@ from configs import base
 from dsdm_jax.core import config as checks
 from dsdm_jax.core import mesh
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.lm import hugging_face
+from dsdm_jax.lm import hugging_face, partition
 from dsdm_jax.training.step import Trainer
 from tests.training.test_step import flat
 
@@ -81,6 +81,61 @@ def test_logits_agree_with_transformers(theirs, name, deep):
     assert found['logits_BLV'].shape[-1] == (104 if name == 'padded' else VOCAB)
     np.testing.assert_allclose(logits_BLV, found['logits_BLV'][..., :VOCAB], atol=1e-4)
     assert np.abs(found['logits_BLV']).max() > 1  # so 1e-4 says something
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize('deep', [False, True])
+def test_modern_variant_is_the_llama_of_transformers(theirs, deep):
+  """Rotary positions, RMSNorm, SwiGLU, an untied head, and four heads of queries on two of keys."""
+  config = base.get_config()
+  config.model.update({
+    'layers': 2, 'width': 32, 'heads': 4, 'kv_heads': 2, 'mlp_width': 48, 'positions': 'rope', 'norm': 'rmsnorm',
+    'mlp': 'swiglu', 'bias': False, 'tied_embeddings': False, 'scan_layers': deep,
+  })  # fmt: skip
+  grid = mesh.make_mesh(config.mesh, jax.devices()[:1])
+  trainer = Trainer(config.model, config.pretraining.train, VOCAB, LENGTH, grid)
+  tensors = hugging_face._mapped(theirs / 'llama' / 'model.safetensors')
+  found = {
+    'embedding/embedding': tensors.pop('model.embed_tokens.weight'),
+    'norm/scale': tensors.pop('model.norm.weight'),
+    'head/kernel': tensors.pop('lm_head.weight').T,
+  }
+  blocks = [_llama_block(tensors, f'model.layers.{layer}') for layer in range(2)]
+  for path in blocks[0]:
+    if deep:
+      found[f'blocks/{path}'] = np.stack([block[path] for block in blocks])
+    else:
+      found |= {f'blocks/{layer}/{path}': block[path] for layer, block in enumerate(blocks)}
+  assert not tensors, 'all of the model has its place'
+  state = trainer.init(jax.random.key(0))
+
+  def put(path, x):
+    value = found.pop(partition.path_name(path))
+    assert value.shape == x.shape
+    return jax.numpy.asarray(value)
+
+  params = jax.tree_util.tree_map_with_path(put, state.params)
+  assert not found
+  with np.load(theirs / 'llama.npz') as wanted:
+    logits_BLV = trainer.logits(params, state.rest, wanted['tokens_BL'])
+    np.testing.assert_allclose(logits_BLV, wanted['logits_BLV'], atol=1e-4)
+    assert np.abs(wanted['logits_BLV']).max() > 1
+
+
+def _llama_block(tensors: dict[str, np.ndarray], at: str) -> dict[str, np.ndarray]:
+  """Takes a layer out of `tensors` and lays it out as ours, written out row by row."""
+  q, k, v = (tensors.pop(f'{at}.self_attn.{name}_proj.weight') for name in 'qkv')  # [outputs, inputs]
+  heads_of_8 = [q[:8], q[8:16], k[:8], v[:8], q[16:24], q[24:], k[8:], v[8:]]  # two queries, their key, their value
+  gate, up = (tensors.pop(f'{at}.mlp.{name}_proj.weight') for name in ('gate', 'up'))
+  alternating = [row for pair in zip(gate, up, strict=True) for row in pair]
+  return {
+    'attention_norm/scale': tensors.pop(f'{at}.input_layernorm.weight'),
+    'attention/qkv/kernel': np.concatenate(heads_of_8).T,
+    'attention/out/kernel': tensors.pop(f'{at}.self_attn.o_proj.weight').T,
+    'mlp_norm/scale': tensors.pop(f'{at}.post_attention_layernorm.weight'),
+    'mlp/up/kernel': np.stack(alternating).T,
+    'mlp/down/kernel': tensors.pop(f'{at}.mlp.down_proj.weight').T,
+  }
 
 
 @pytest.mark.peers
