@@ -1,5 +1,6 @@
 """Stage `features`: φ of every row of the pool and of every target example, for each proxy."""
 
+import functools
 import hashlib
 import json
 import math
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dsdm_jax.attribution import markers
 from dsdm_jax.attribution.covariances import Basis, MomentStep
 from dsdm_jax.attribution.datamodel import RowSource
 from dsdm_jax.attribution.directional import DirectionalScores
@@ -21,7 +23,7 @@ from dsdm_jax.attribution.passes import DirectionalSource, PoolPass, Recomputed
 from dsdm_jax.attribution.rounding import Blocks, Rounding
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.attribution.store import FeatureStore
-from dsdm_jax.core import atomic, distributed, flops
+from dsdm_jax.core import artifacts, atomic, distributed, flops
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.errors import UserError
@@ -46,25 +48,26 @@ def run(context: Context) -> dict | None:
   step = proxies.step
   context.log.event('features', **step.describe(), dimension=step.dimension)
   context.log.say(f'  {_picked(step, config.features.dimension)}')
-  stored = config.features.mode == 'store'
+  stored, origin = config.features.mode == 'store', _origin(context)
   total = config.proxies.count * pool.num_rows if stored else 0
   notes = []
   with context.log.bar(total=total, desc='features', unit='row') as bar:
     for checkpoint in range(config.proxies.count):
       prepared, note = proxies.prepare(checkpoint)
       notes.append(note)
-      _target_features(context, step, prepared, checkpoint, targets, proxies.mesh)
+      _target_features(context, step, prepared, checkpoint, targets, proxies.mesh, origin)
       if stored:
-        _pool_features(context, step, proxies.source(checkpoint, prepared), checkpoint, bar)
+        _pool_features(context, step, proxies.source(checkpoint, prepared), checkpoint, bar, origin)
   # Only now: by the time that this job has ended, others may have filled what was missing when it began.
   count = config.proxies.count
-  if not distributed.decide(lambda: all(_complete(context, targets, pool.num_rows, step, c) for c in range(count))):
+  rows = pool.num_rows
+  if not distributed.decide(lambda: all(_complete(context, targets, rows, step, c, origin) for c in range(count))):
     return None
   store = {k: config.features[k] for k in ('mode', 'shard_rows', 'store_dtype', 'precondition', 'basis')}
   for name in notes[0]:
     store[name] = [note[name] for note in notes]
   if stored:
-    found = [context.out / f'fidelity_{checkpoint}.json' for checkpoint in range(config.proxies.count)]
+    found = [_fidelity_file(context.out, checkpoint) for checkpoint in range(config.proxies.count)]
     store['fidelity'] = [json.loads(file.read_text()) for file in found]
   return {
     **step.describe(),
@@ -190,16 +193,24 @@ def _picked(step: FeatureStep, wished: int) -> str:
   return f'two-sided projection: {shapes} for each linear layer, J = {step.dimension} (wished for {wished})'
 
 
-def _pool_features(context: Context, step: FeatureStep, source: Recomputed, checkpoint: int, bar: tqdm.tqdm) -> None:
+def _origin(context: Context) -> str:
+  """Digest of what this run of the stage was begun from; marks all that it makes."""
+  begun = artifacts.begun(context.out.parent, context.out.name.removesuffix('.part'))
+  return hashlib.sha256(json.dumps(begun, sort_keys=True).encode()).hexdigest()
+
+
+def _pool_features(
+  context: Context, step: FeatureStep, source: Recomputed, checkpoint: int, bar: tqdm.tqdm, origin: str
+) -> None:
   """Computes what is not there yet of this job's shards; a shard is written while the next one is computed."""
   features = context.config.features
   columns = blocks(step.describe(), step.dimension)
 
   def open_() -> FeatureStore:
-    return open_store(context.out, checkpoint, source.rows, step.dimension, features, columns)
+    return open_store(context.out, checkpoint, source.rows, step.dimension, features, columns, origin)
 
   # Process 0 opens it first, and makes it where there is none.
-  lacking, store = distributed.decide(lambda: open_().missing()), open_()
+  lacking, store = distributed.decide(lambda: _lacking(open_(), context.out, checkpoint)), open_()
   mine = _share(store.shards, features)
   missing = [shard for shard in lacking if shard in mine]
   bar.update(source.rows - sum(stop - start for start, stop in map(store.bounds, missing)))
@@ -210,8 +221,19 @@ def _pool_features(context: Context, step: FeatureStep, source: Recomputed, chec
     return
   for shard, phi_BJ in store.fill(missing, coming):
     if shard == 0:
-      atomic.write_json(context.out / f'fidelity_{checkpoint}.json', store.rounding.fidelity(phi_BJ[:_FIDELITY_ROWS]))
+      fidelity = store.rounding.fidelity(phi_BJ[:_FIDELITY_ROWS])
+      atomic.write_json(_fidelity_file(context.out, checkpoint), fidelity)
     bar.update(len(phi_BJ))
+
+
+def _lacking(store: FeatureStore, folder: Path, checkpoint: int) -> list[int]:
+  """Shards to be made: with the first one goes the report of fidelity."""
+  missing = store.missing()
+  return missing if 0 in missing or _fidelity_file(folder, checkpoint).is_file() else [0, *missing]
+
+
+def _fidelity_file(folder: Path, checkpoint: int) -> Path:
+  return folder / f'fidelity_{checkpoint}.json'
 
 
 def _share(count: int, features: ConfigDict) -> range:
@@ -219,24 +241,35 @@ def _share(count: int, features: ConfigDict) -> range:
   return range(count * features.job // features.jobs, count * (features.job + 1) // features.jobs)
 
 
-def _complete(context: Context, targets: Targets, rows: int, step: FeatureStep, checkpoint: int) -> bool:
-  if not all((context.out / f'{task}_{checkpoint}.npy').is_file() for task in targets.tasks):
+def _complete(context: Context, targets: Targets, rows: int, step: FeatureStep, checkpoint: int, origin: str) -> bool:
+  if not all(_target_stands(context.out, task, checkpoint, origin) for task in targets.tasks):
     return False
   features = context.config.features
   if features.mode != 'store':
     return True
   columns = blocks(step.describe(), step.dimension)
-  return not open_store(context.out, checkpoint, rows, step.dimension, features, columns).missing()
+  store = open_store(context.out, checkpoint, rows, step.dimension, features, columns, origin)
+  return not _lacking(store, context.out, checkpoint)
+
+
+def _target_files(folder: Path, task: str, checkpoint: int) -> tuple[Path, Path]:
+  """(features of a target's examples, their marker)."""
+  return folder / f'{task}_{checkpoint}.npy', folder / 'targets.done' / f'{task}_{checkpoint}.json'
+
+
+def _target_stands(folder: Path, task: str, checkpoint: int, origin: str) -> bool:
+  file, marker = _target_files(folder, task, checkpoint)
+  return markers.read(marker, [file], origin) is not None
 
 
 def _target_features(
-  context: Context, step: FeatureStep, prepared: Any, checkpoint: int, targets: Targets, mesh: Mesh
+  context: Context, step: FeatureStep, prepared: Any, checkpoint: int, targets: Targets, mesh: Mesh, origin: str
 ) -> None:
   features = context.config.features
   batch = features.batch_size
   for number, task in enumerate(targets.tasks, start=checkpoint * len(targets.tasks)):
-    file = context.out / f'{task}_{checkpoint}.npy'
-    if number % features.jobs != features.job or distributed.decide(file.is_file):
+    stands = functools.partial(_target_stands, context.out, task, checkpoint, origin)
+    if number % features.jobs != features.job or distributed.decide(stands):
       continue
     examples = targets.examples(task, 'target')
     parts = []
@@ -250,7 +283,10 @@ def _target_features(
     phi_TJ = np.concatenate(parts)[: len(examples.tokens_TL)]
     check_finite(step, phi_TJ, 0, checkpoint, f'example of target {task}')
     if context.first:
+      file, marker = _target_files(context.out, task, checkpoint)
       atomic.save_npy(file, phi_TJ)
+      marker.parent.mkdir(exist_ok=True)
+      markers.write(marker, [file], origin)
 
 
 def _padded(array: np.ndarray, batch: int) -> np.ndarray:
@@ -270,11 +306,11 @@ def check_finite(step: FeatureStep, phi_BJ: np.ndarray, first: int, checkpoint: 
 
 
 def open_store(
-  folder: Path, checkpoint: int, rows: int, dimension: int, features: ConfigDict, columns: Blocks
+  folder: Path, checkpoint: int, rows: int, dimension: int, features: ConfigDict, columns: Blocks, origin: str
 ) -> FeatureStore:
   path, basis = folder / f'features_{checkpoint}.zarr', basis_file(folder, checkpoint)
   digest = hashlib.sha256(basis.read_bytes()).hexdigest() if features.basis == 'eigenvectors' else ''
-  return FeatureStore(path, rows, dimension, features.shard_rows, features.store_dtype, columns, digest)
+  return FeatureStore(path, rows, dimension, features.shard_rows, features.store_dtype, columns, digest, origin)
 
 
 def basis_file(folder: Path, checkpoint: int) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
+from dsdm_jax.attribution import markers
 from dsdm_jax.attribution.rounding import Blocks, Rounding
-from dsdm_jax.core import atomic
 from dsdm_jax.core.errors import UserError, as_os_error
 
 Shard = tuple[int, int, np.ndarray]
@@ -18,7 +18,8 @@ Shard = tuple[int, int, np.ndarray]
 class FeatureStore:
   """Rows of features in a zarr3 array with one checksummed (crc32c) chunk per shard.
 
-  A shard counts as written only once its marker stands beside the array, since zarr reads a missing chunk as zeros.
+  A shard counts as written only once its marker stands beside the array, since zarr reads a missing chunk as zeros, and
+  only while its bytes are those that were marked.
 
   Args:
     path: folder of the array.
@@ -27,6 +28,7 @@ class FeatureStore:
     dtype: 'bfloat16', 'float32' or 'int8', as stored.
     blocks: columns that share a scale in int8; None is one block of all.
     basis: names what the columns are, where seed and settings do not; stands in each shard's marker.
+    origin: names the run; stands there too. '' takes shards of any.
   """
 
   def __init__(
@@ -38,8 +40,9 @@ class FeatureStore:
     dtype: str,
     blocks: Blocks | None = None,
     basis: str = '',
+    origin: str = '',
   ):
-    self._basis = basis
+    self._basis, self._origin = basis, origin
     self.rows, self.dimension, self.shard_rows = rows, dimension, shard_rows
     self.rounding = Rounding(dtype, blocks or ((0, dimension),))
     self._done = Path(path).absolute().with_suffix('.done')
@@ -59,22 +62,18 @@ class FeatureStore:
     return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows)
 
   def missing(self) -> list[int]:
-    """Shards that are not written yet.
+    """Shards that are not written yet, or whose bytes have changed since; all files are read for it.
 
     Raises:
-      UserError: some were written with another basis.
+      UserError: some are of another run, or were written with another basis.
     """
     missing = []
     for shard in range(self.shards):
       marker = self._marker(shard)
-      try:
-        basis = dict(json.loads(marker.read_bytes())).get('basis', '')
-      except (OSError, ValueError, TypeError, RecursionError):  # none, or one that says nothing
+      said = markers.read(marker, self._chunks(shard), self._origin)
+      if said is None:
         missing.append(shard)
-        continue
-      if not all(file.is_file() for file in self._chunks(shard)):
-        missing.append(shard)
-      elif self._basis and basis != self._basis:
+      elif self._basis and said.get('basis', '') != self._basis:
         raise UserError(
           f'shard {shard} of {self._done.with_suffix(".zarr")} was made with another basis of eigenvectors: jobs with '
           f'disks of their own must begin with one copy of the basis_*.npz files; delete {marker} to make it anew'
@@ -88,15 +87,19 @@ class FeatureStore:
       OSError: the disk is full, or will not take it for another reason.
     """
     start, stop = self.bounds(shard)
+    marker = self._marker(shard)
     try:
+      # What a damaged shard left: of a short one TensorStore would read the old chunk first, and fail.
+      for file in (marker, *self._chunks(shard)):
+        file.unlink(missing_ok=True)
       codes_BJ, scale_BK = self.rounding.encode(phi_BJ)
       self._array[start:stop].write(codes_BJ).result()
       if self._scales is not None and scale_BK is not None:
         self._scales[start:stop].write(scale_BK).result()
     except ValueError as error:
       raise as_os_error(error, self._done.with_suffix('.zarr')) or error from error
-    marker = {'rows': [start, stop]} | ({'basis': self._basis} if self._basis else {})
-    atomic.write_json(self._marker(shard), marker)
+    basis = {'basis': self._basis} if self._basis else {}
+    markers.write(marker, self._chunks(shard), self._origin, rows=[start, stop], **basis)
 
   def fill(self, shards: Sequence[int], coming: Iterable[Shard]) -> Iterator[tuple[int, np.ndarray]]:
     """Writes `shards` as they come, each while the next one is made; yields each and its features beforehand.

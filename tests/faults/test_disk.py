@@ -49,30 +49,62 @@ def test_fault_is_named_and_one_stage_made_anew(server, finished, copied, tmp_pa
   count('faults injected')
 
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'int8'])
-def test_one_shard_of_a_store_is_made_anew(tmp_path, count, dtype):
+FAULTS_OF_A_SHARD = {
+  'flipped bit': _flip,
+  'cut to ten bytes': lambda file: file.write_bytes(file.read_bytes()[:10]),
+  'lost': Path.unlink,
+}
+
+
+@pytest.mark.parametrize('fault', FAULTS_OF_A_SHARD)
+@pytest.mark.parametrize(('dtype', 'shard', 'rows'), [('bfloat16', 1, '4 to 7'), ('int8', 2, '8 to 9')])
+def test_one_shard_of_a_store_is_made_anew(tmp_path, count, dtype, shard, rows, fault):
+  phi_NJ = np.random.default_rng(0).normal(size=(10, 8)).astype(np.float32)
+
   def opened() -> FeatureStore:
-    return FeatureStore(tmp_path / 'features_0.zarr', 12, 8, 4, dtype)
+    return FeatureStore(tmp_path / 'features_0.zarr', 10, 8, 4, dtype)
+
+  def mend() -> None:
+    store = opened()
+    assert store.missing() == [shard]
+    store.write(shard, phi_NJ[slice(*store.bounds(shard))])
+    assert opened().missing() == []
 
   store = opened()
-  for shard in range(3):
-    store.write(shard, np.ones((4, 8), np.float32))
-  others = {k: v for k, v in runs.fingerprint(tmp_path).items() if '/1' not in k and '000001' not in k}
-  chunk = tmp_path / 'features_0.zarr' / 'c' / '1' / '0'
-  _flip(chunk)
-  with pytest.raises(UserError, match=r'rows 4 to 7 in .*features_0.zarr cannot be read'):
-    opened().read(1)
-  chunk.unlink()
-  with pytest.raises(UserError, match='rows 4 to 7'):  # and not zeros
-    opened().read(1)
-  assert opened().missing() == [1]
-  (tmp_path / 'features_0.done' / '000001.json').write_text('{"ro')
-  assert opened().missing() == [1]
-  opened().write(1, store.read(0))
-  assert opened().missing() == []
+  for number in store.missing():
+    store.write(number, phi_NJ[slice(*store.bounds(number))])
+  wanted = store.read(shard)
+  others = {k: v for k, v in runs.fingerprint(tmp_path).items() if f'/{shard}' not in k and f'00{shard}' not in k}
+  for array in ('features_0.zarr', 'features_0.scales.zarr')[: 2 if dtype == 'int8' else 1]:
+    FAULTS_OF_A_SHARD[fault](tmp_path / array / 'c' / str(shard) / '0')
+    with pytest.raises(UserError, match=rf'rows {rows} in .*features_0.zarr cannot be read'):  # and not zeros
+      opened().read(shard)
+    mend()
+    np.testing.assert_array_equal(opened().read(shard), wanted)
+  (tmp_path / 'features_0.done' / f'00000{shard}.json').write_text('{"ro')
+  mend()
   after = runs.fingerprint(tmp_path)
   assert {k: after[k] for k in others} == others
-  count('faults injected', 3)
+  count('faults injected', 2)
+
+
+def test_shards_of_another_run_are_refused_by_name(tmp_path):
+  """As where folders of jobs are laid over each other: markers say whose a shard is, whichever notes came last."""
+
+  def opened(folder: Path, origin: str) -> FeatureStore:
+    return FeatureStore(folder / 'features_0.zarr', 12, 8, 4, 'bfloat16', origin=origin)
+
+  mine, theirs = (opened(tmp_path / name, name) for name in ('mine', 'theirs'))
+  mine.write(0, np.ones((4, 8), np.float32))
+  theirs.write(2, np.ones((4, 8), np.float32))
+  shutil.copytree(tmp_path / 'theirs', tmp_path / 'mine', dirs_exist_ok=True)
+  with pytest.raises(
+    UserError, match=r'mine/features_0.zarr/c/2/0 is of a run with other settings.*000002.json'
+  ) as error:
+    opened(tmp_path / 'mine', 'mine').missing()
+  assert 'delete that marker' in str(error.value)
+  (tmp_path / 'mine/features_0.done/000002.json').unlink()
+  assert opened(tmp_path / 'mine', 'mine').missing() == [1, 2]
 
 
 def test_store_of_zeros_is_whole(tmp_path):

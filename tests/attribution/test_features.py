@@ -1,0 +1,110 @@
+"""What the features stage makes anew, with a step that costs nothing."""
+
+import dataclasses
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from dsdm_jax.attribution import features
+from dsdm_jax.core import artifacts
+from dsdm_jax.core.artifacts import Cost, Identity
+from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.core.progress import Log
+from dsdm_jax.core.stage import Context
+from tests.pipeline.test_bad_input import _flip
+
+ROWS, LENGTH, J = 10, 6, 4
+
+
+class Step:
+  """φ of a row: its first tokens."""
+
+  dimension = J
+
+  def apply(self, prepared, tokens_BL, weights_BL):
+    del prepared, weights_BL
+    return tokens_BL[:, :J].astype(jnp.float32)
+
+  __call__ = apply
+
+  def describe(self):
+    return {'projection': 'dense'}
+
+
+@dataclasses.dataclass
+class Source:
+  """Rows of the pool; notes which were made."""
+
+  rows: int = ROWS
+  made: list = dataclasses.field(default_factory=list)
+
+  def ranges(self, bounds):
+    for start, stop in bounds:
+      self.made.append((start, stop))
+      yield start, stop, np.arange(start * J, stop * J, dtype=np.float32).reshape(-1, J)
+
+
+class Targets:
+  tasks = ('docs', 'code')
+
+  def examples(self, task, split):
+    assert split == 'target'
+    tokens_TL = np.full((3, LENGTH), len(task), np.int32)
+    return types.SimpleNamespace(tokens_TL=tokens_TL, weights_TL=np.ones((3, LENGTH), np.float32))
+
+
+def _context(workdir, seed: int) -> Context:
+  config = base.get_config()
+  config.features.shard_rows, config.features.batch_size, config.mesh.data = 4, 8, 8
+  out = artifacts.begin(workdir, Identity('features', 2, {'seed': seed}, {}))
+  return Context(config, out, {}, Log(workdir, 'features', enabled=False), Cost(out))
+
+
+def _make(context: Context) -> list[tuple[int, int]]:
+  """One proxy's features; which rows of the pool were made."""
+  source, step, bar = Source(), Step(), types.SimpleNamespace(update=lambda _: None)
+  mesh, origin = make_mesh(context.config.mesh), features._origin(context)
+  features._target_features(context, step, None, 0, Targets(), mesh, origin)
+  features._pool_features(context, step, source, 0, bar, origin)
+  assert features._complete(context, Targets(), ROWS, step, 0, origin)
+  return source.made
+
+
+def _cut(file):
+  file.write_bytes(file.read_bytes()[:10])
+
+
+@pytest.mark.parametrize('fault', [_flip, _cut])
+def test_what_a_disk_has_changed_is_made_anew_alone(tmp_path, fault):
+  context = _context(tmp_path, 0)
+  out = context.out
+  assert _make(context) == [(0, 4), (4, 8), (8, 10)]
+  wanted = {file: file.read_bytes() for file in out.rglob('*') if file.is_file()}
+  assert _make(context) == []
+  fault(out / 'features_0.zarr/c/2/0')
+  fault(out / 'docs_0.npy')
+  times = {file: file.stat().st_mtime_ns for file in wanted}
+  assert _make(context) == [(8, 10)]
+  changed = {str(file.relative_to(out)) for file in wanted if file.stat().st_mtime_ns != times[file]}
+  remade = {'features_0.zarr/c/2/0', 'features_0.done/000002.json', 'docs_0.npy', 'targets.done/docs_0.json'}
+  assert changed - {'cost.json'} == remade
+  assert all(file.read_bytes() == data for file, data in wanted.items() if file.name != 'cost.json')
+  (out / 'fidelity_0.json').unlink()
+  assert _make(context) == [(0, 4)]
+
+
+@pytest.mark.parametrize('file', ['docs_0.npy', 'features_0.zarr/c/1/0'])
+def test_what_another_run_made_is_refused_by_name(tmp_path, file):
+  """A folder of another seed laid over this one, without its notes of how it was begun."""
+  (mine, theirs) = (_context(tmp_path / name, seed) for name, seed in (('mine', 0), ('theirs', 1)))
+  _make(mine)
+  _make(theirs)
+  marker = {'docs_0.npy': 'targets.done/docs_0.json'}.get(file, 'features_0.done/000001.json')
+  for name in (file, marker):
+    (mine.out / name).write_bytes((theirs.out / name).read_bytes())
+  with pytest.raises(UserError, match=rf'{file} is of a run with other settings.*{marker}'):
+    _make(mine)
