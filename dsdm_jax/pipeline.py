@@ -38,6 +38,7 @@ class Stage:
     everywhere: whether all processes run it together; process 0 alone runs the others.
     on_request: runs only where it is asked for by name.
     also: stages whose artifacts it takes up where they stand; when that changes it is made anew without being asked.
+    mends: whether a damaged artifact is mended: started where files are missing, it makes these and nothing else.
   """
 
   name: str
@@ -48,6 +49,7 @@ class Stage:
   everywhere: bool = False
   on_request: bool = False
   also: tuple[str, ...] = ()
+  mends: bool = False
 
 
 STAGES = (
@@ -62,7 +64,7 @@ STAGES = (
   # Projected per-example gradients, of the pool and of the targets.
   Stage(
     'features', ('pool', 'targets', 'proxies'), ('seed', 'features', 'proxies'), 'attribution.features:run', 2,
-    everywhere=True,
+    everywhere=True, mends=True,
   ),
   # Features → one score per row and target, in closed form.
   Stage(
@@ -212,9 +214,25 @@ def _stands(stage: Stage, settings: Mapping, workdir: Path, done: Mapping[str, A
     found is None or found.manifest['identity'] != _identity(stage, settings, _digests(stage, workdir, done)).as_json()
   ):
     return False
-  found.verify()
+  if not _whole(stage, found, settings, workdir):
+    return False
   print(f'{stage.name}: reused from {found.path}')
   return True
+
+
+def _whole(stage: Stage, found: Artifact, settings: Mapping, workdir: Path) -> bool:
+  """Whether all files of a finished stage are as they were written; a stage that mends itself is opened anew if not.
+
+  Raises:
+    UserError: they are not, and nothing can be mended, as by one of several jobs, which do not know of each other.
+  """
+  if not stage.mends or settings['features.jobs'] > 1:
+    found.verify()
+    return True
+  damage = artifacts.reopen(workdir, found)
+  for said in damage:
+    print(f'{stage.name}: {said}; it is made anew, and what is whole stays')
+  return not damage
 
 
 def _identity(stage: Stage, settings: Mapping, inputs: Mapping[str, str]) -> Identity:
@@ -275,9 +293,10 @@ def _finished(workdir: Path, settings: Mapping, only: str | None, rerun: bool) -
       if found is None and artifacts.pending_commit(workdir, identity):
         found = artifacts.finish_commit(workdir, stage.name)
       if found is not None and found.manifest['identity'] == identity.as_json():
-        found.verify()
-        done[stage.name] = found
-        continue
+        if _whole(stage, found, settings, workdir):
+          done[stage.name] = found
+          continue
+        found, unfinished = None, artifacts.begun(workdir, stage.name)
       if stage.name == only and found is None and unfinished in (None, identity.as_json()):
         continue
       wanted = identity.as_json()

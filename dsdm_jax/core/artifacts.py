@@ -17,7 +17,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +99,23 @@ class Artifact:
       UserError: a file is missing, has another size or other bytes, or is a link that leads out of the folder; it names
         the first such file.
     """
+    for _, said in self.damaged():
+      raise UserError(f'{said}; {self._repair()}')
+
+  def damaged(self) -> Iterator[tuple[Path, str]]:
+    """Files that are not as they were written, each with a phrase that says so.
+
+    Raises:
+      UserError: one is a link that leads out of the folder.
+    """
     for name, entry in self.manifest['files'].items():
       file = inside(self.path, name)
       if not file.is_file():
-        raise UserError(f'{file} is missing; {self._repair()}')
-      if file.stat().st_size != entry['bytes']:
-        raise UserError(f'{file} has {file.stat().st_size} bytes where {entry["bytes"]} were written; {self._repair()}')
-      if _sha256(file) != entry['sha256']:
-        raise UserError(f'{file} has changed since it was written; {self._repair()}')
+        yield file, f'{file} is missing'
+      elif file.stat().st_size != entry['bytes']:
+        yield file, f'{file} has {file.stat().st_size} bytes where {entry["bytes"]} were written'
+      elif _sha256(file) != entry['sha256']:
+        yield file, f'{file} has changed since it was written'
 
   def _repair(self) -> str:
     return f'delete {self.path} and start again to make that stage anew'
@@ -297,6 +306,26 @@ def finish_commit(workdir: Path, stage: str) -> Artifact:
   else:
     part.rename(final)
   return _read_manifest(final)
+
+
+def reopen(workdir: Path, artifact: Artifact) -> list[str]:
+  """Makes a finished stage an unfinished one that lacks its damaged files; for stages that make what is missing.
+
+  Returns:
+    A phrase for each damaged file; nothing was done where there is none.
+  """
+  damaged = list(artifact.damaged())
+  if damaged:
+    identity, part = artifact.manifest['identity'], part_folder(workdir, artifact.path.name)
+    # Until the manifest is gone, a kill leaves a finished stage that lacks files, and this begins again.
+    atomic.write_json(artifact.path / _BEGUN, identity)
+    atomic.write_json(artifact.path / _COST.replace('*', ''), artifact.manifest['cost'])
+    for file, _ in damaged:
+      file.unlink(missing_ok=True)
+    shutil.rmtree(part, ignore_errors=True)
+    artifact.path.rename(part)
+    (part / MANIFEST).unlink()
+  return [said for _, said in damaged]
 
 
 def pending_commit(workdir: Path, identity: Identity) -> bool:

@@ -255,3 +255,21 @@ def test_what_a_kill_left_half_written_is_swept_away_and_nothing_else(workdir):
   artifacts.sweep(workdir)
   assert all(file.is_file() for file in kept)
   assert not any(file.exists() or (file.parent.name.startswith('.') and file.parent.exists()) for file in gone)
+
+
+def test_a_damaged_stage_is_opened_anew_without_what_is_damaged(workdir):
+  made = make(workdir, one='text', two='text', three='text')
+  assert artifacts.reopen(workdir, made) == []
+  (workdir / 'pool/two').write_text('next')
+  (workdir / 'pool/three').unlink()
+  said = artifacts.reopen(workdir, made)
+  assert [phrase.split('pool/')[1] for phrase in said] == ['three is missing', 'two has changed since it was written']
+  part = artifacts.part_folder(workdir, 'pool')
+  assert artifacts.open_stage(workdir, 'pool') is None and artifacts.begun(workdir, 'pool') == IDENTITY.as_json()
+  assert not artifacts.pending_commit(workdir, IDENTITY)
+  assert artifacts.begin(workdir, IDENTITY) == part
+  assert {p.name for p in part.iterdir() if not artifacts.is_note(p)} == {'one', 'deep'}
+  for name in ('two', 'three'):
+    (part / name).write_text('text')
+  again = artifacts.commit(workdir, IDENTITY, {'rows': 3}, Cost(part))
+  assert again.digest == made.digest and again.manifest['cost'] == made.manifest['cost']

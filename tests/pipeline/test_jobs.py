@@ -109,6 +109,22 @@ def test_of_two_jobs_that_end_at_once_the_slower_takes_what_the_faster_put_in_pl
     pipeline._commit(workdir, artifacts.Identity('pool', 2, {}, {}), {}, costs[1])
 
 
+def test_a_damaged_stage_that_mends_itself_is_opened_anew_but_not_by_one_of_several_jobs(workdir, capsys):
+  identity = artifacts.Identity('features', 1, {}, {})
+  for name in ('one', 'two'):
+    (artifacts.begin(workdir, identity) / name).write_text(name)
+  out = artifacts.part_folder(workdir, 'features')
+  made = artifacts.commit(workdir, identity, {}, artifacts.Cost(out))
+  stage = next(stage for stage in pipeline.STAGES if stage.name == 'features')
+  assert pipeline._whole(stage, made, {'features.jobs': 1}, workdir)
+  (workdir / 'features' / 'two').write_text('owt')
+  with pytest.raises(UserError, match='features/two has changed since it was written; delete'):
+    pipeline._whole(stage, made, {'features.jobs': 2}, workdir)
+  assert not pipeline._whole(stage, made, {'features.jobs': 1}, workdir)
+  assert 'features/two has changed since it was written; it is made anew' in capsys.readouterr().out
+  assert (out / 'one').is_file() and not (out / 'two').exists() and not (workdir / 'features').exists()
+
+
 @pytest.mark.parametrize(('only', 'rerun'), [(None, False), ('datamodel', False), ('features', True)])
 def test_jobs_are_for_the_features_stage_alone(workdir, only, rerun):
   with pytest.raises(UserError, match=r'features\.jobs = 3 shares one stage .* --stage=features'):
