@@ -37,7 +37,8 @@ class FeatureStep(Protocol):
 
   def describe(self) -> dict[str, Any]: ...
 
-  def column_owner(self, column: int) -> str: ...
+  def column_owner(self, column: int) -> str:
+    """The layer that a column of φ is of, as a message names it."""
 
 
 @dataclasses.dataclass
@@ -120,7 +121,11 @@ class TwoSidedFeatures:
     return {'projection': 'two_sided', 'layers': [dataclasses.asdict(layer) for layer in self.layers]}
 
   def column_owner(self, column: int) -> str:
-    return next(layer.path for layer in self.layers if column < layer.stop)
+    layer = next(layer for layer in self.layers if column < layer.stop)
+    if not layer.stack:
+      return layer.path
+    at = np.unravel_index((column - layer.start) // (layer.a * layer.b), layer.stack)
+    return f'{layer.path}, layer {".".join(map(str, at))} of the stack'
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ import pytest
 
 from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.directional import DirectionalScores
-from dsdm_jax.attribution.features import blocks
+from dsdm_jax.attribution.features import blocks, check_finite
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
 from dsdm_jax.attribution.passes import DirectionalSource, PoolPass, Recomputed
 from dsdm_jax.attribution.rounding import Rounding
@@ -106,3 +106,28 @@ def test_what_a_check_or_a_read_raises_is_told(rows, one_device):
   rows.tokens_NL = rows.tokens_NL[:40]
   with pytest.raises(IndexError):
     list(_source(step, rows, one_device))
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_feature_that_is_not_finite_is_named_and_nothing_of_its_shard_is_kept(value, rows, one_device, tmp_path):
+  """Row 21, in shard 1, in the second layer of a scanned stack."""
+  step = TwoSidedFeatures(make_problem(scan_layers=True).model, outputs.margin, 'attention/out', J, 0, one_device)
+  (layer,) = step.layers
+  assert layer.stack == (2,)
+
+  def check(phi_BJ, first):
+    phi_BJ = phi_BJ.copy()
+    if first <= 21 < first + len(phi_BJ):
+      phi_BJ[21 - first, layer.start + layer.a * layer.b :] = value
+    check_finite(step, phi_BJ, first, 3)
+
+  params = make_problem(scan_layers=True).params
+  rows_pass = PoolPass(step, step.prepare(params, 3), rows, BATCH, one_device, lambda _: None, check)
+  columns = blocks(step.describe(), step.dimension)
+  source = Recomputed(rows_pass, ROWS, step.dimension, SHARD, Rounding('bfloat16', columns))
+  store = FeatureStore(tmp_path / 'f.zarr', ROWS, step.dimension, SHARD, 'bfloat16', columns)
+  words = rf'row 21 is {value} in blocks/attention/out, layer 1 of the stack of proxy 3'
+  with pytest.raises(UserError, match=words):
+    list(store.fill([0, 1, 2], source.ranges(map(store.bounds, range(3)))))
+  assert store.missing() == [1, 2]
+  assert not (tmp_path / 'f.zarr/c/1').exists()
