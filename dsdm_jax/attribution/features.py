@@ -164,7 +164,7 @@ class _Proxies:
     if config.features.precondition == 'none':
       return state.params, None
     train = config.proxies.train
-    return state.params, SecondMoment.of_state(state.opt_state, train.adam_b2, train.adam_eps)
+    return state.params, SecondMoment.of_state(state.opt_state, train.adam_b2, train.adam_eps, train.adam_eps_root)
 
 
 def without_kernels(model: ConfigDict) -> ConfigDict:

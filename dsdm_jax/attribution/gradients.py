@@ -150,23 +150,23 @@ class DenseFeatures:
     columns = MODEL if self.dimension % self.mesh.shape[MODEL] == 0 else None
     self._layout = NamedSharding(self.mesh, PartitionSpec(DATA, columns))
     weights = partition.shardings(params, self.mesh)
+    # Of the scale, which may be none, what `prepare` made of it.
     self.jitted = jax.jit(
-      self.apply, in_shardings=((weights, replicated(self.mesh), weights), batch, batch), out_shardings=self._layout
+      self.apply, in_shardings=((weights, replicated(self.mesh), None), batch, batch), out_shardings=self._layout
     )
 
   def prepare(
     self, params: nnx.State, checkpoint: int, second_moment: SecondMoment | None = None
-  ) -> tuple[nnx.State, list[jax.Array], nnx.State]:
-    """(weights, keys of R, what each gradient entry is multiplied by: 1/(√v + ε), or one)."""
+  ) -> tuple[nnx.State, list[jax.Array], nnx.State | None]:
+    """(weights, keys of R, what each gradient entry is multiplied by: 1/(√v + ε), or None)."""
     weights = partition.shardings(params, self.mesh)
     # As plain numbers: keys themselves cannot be put where other processes have a part.
     with jax.ensure_compile_time_eval():  # where only shapes are asked for too
       data = [np.asarray(jax.random.key_data(key)) for key in rademacher.keys(params, self.seed, checkpoint)]
-    scale = jax.tree.map(jnp.ones_like, params) if second_moment is None else second_moment.scale(params)
     return (
       jax.device_put(params, weights),
       [jax.random.wrap_key_data(x) for x in place(data, replicated(self.mesh))],
-      jax.device_put(scale, weights),
+      None if second_moment is None else jax.device_put(second_moment.scale(params), weights),
     )
 
   def __call__(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
@@ -187,7 +187,8 @@ class DenseFeatures:
     gradients = jax.vmap(jax.grad(output), in_axes=(None, 0, 0), spmd_axis_name=DATA)
     with attention_tpu.on_mesh(self.mesh):
       grads = gradients(params, tokens_BL, weights_BL)
-    grads = jax.tree.map(lambda g, s: g * s[None], grads, scale)
+    if scale is not None:
+      grads = jax.tree.map(lambda g, s: g * s[None], grads, scale)
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=self._layout)
     return rademacher.project(grads, leaf_keys, self.dimension, place)
 

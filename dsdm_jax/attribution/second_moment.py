@@ -20,7 +20,8 @@ from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import fetch
 from dsdm_jax.lm.partition import path_name
 
-_FLOOR = 1e-12  # of the mean of v: an input that never fired would be divided by zero
+# Of the mean of v: the least that v counts as. A token that no proxy met has v = 0, and 1/ε = 1e8 would drown all else.
+_FLOOR = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +31,15 @@ class SecondMoment:
   Attributes:
     of_path: path of the parameter → v, float32, freed of its bias towards zero.
     epsilon: Adam's ε.
+    epsilon_root: what Adam adds to v under the root.
   """
 
   of_path: Mapping[str, jax.Array]
   epsilon: float
+  epsilon_root: float = 0.0
 
   @classmethod
-  def of_state(cls, opt_state: Any, b2: float, epsilon: float) -> 'SecondMoment':
+  def of_state(cls, opt_state: Any, b2: float, epsilon: float, epsilon_root: float = 0.0) -> 'SecondMoment':
     """From an optax state that holds one `ScaleByAdamState`.
 
     Raises:
@@ -51,13 +54,17 @@ class SecondMoment:
       )
     correction = 1 - b2 ** int(found[0].count)
     leaves = jax.tree_util.tree_leaves_with_path(found[0].nu)
-    return cls({path_name(path): v / correction for path, v in leaves}, epsilon)
+    return cls({path_name(path): v / correction for path, v in leaves}, epsilon, epsilon_root)
 
   def scale(self, params: Any) -> Any:
-    """1/(√v + ε), a pytree like `params`."""
-    return jax.tree_util.tree_map_with_path(
-      lambda path, _: 1 / (jnp.sqrt(self.of_path[path_name(path)]) + self.epsilon), params
-    )
+    """1/(√v + ε), v at least `_FLOOR` of its mean over the last two axes; a pytree like `params`."""
+
+    def one(path: Any, _: Any) -> jax.Array:
+      v = self.of_path[path_name(path)]
+      v = jnp.maximum(v, _FLOOR * v.mean(axis=tuple(range(v.ndim))[-2:], keepdims=True))
+      return 1 / (jnp.sqrt(v + self.epsilon_root) + self.epsilon)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
   def into(self, layers: Sequence[ProbedLayer], projections: Projections) -> Projections:
     """A and B that take the rank-one root of v along: (D_r A)ᵀ G (D_c B) with D_r D_c entries √(Σr/(r_i c_o))."""
@@ -77,15 +84,15 @@ class SecondMoment:
     for layer in layers:
       row_I, column_O = self.factors(layer)
       root = np.sqrt(np.asarray(fetch(self.of_path[f'{layer.path}/kernel']), np.float64))
-      exact = root / (root + self.epsilon)
+      exact = root / (np.sqrt(root**2 + self.epsilon_root) + self.epsilon)
       approximate = root / (row_I[..., :, None].astype(np.float64) * column_O[..., None, :])
       errors[layer.path] = float(np.linalg.norm(approximate - exact) / (np.linalg.norm(exact) or 1.0))
     return errors
 
   def factors(self, layer: ProbedLayer) -> tuple[np.ndarray, np.ndarray]:
     """float32 [*stack, I] and [*stack, O] whose outer product is √(r cᵀ/Σr) + ε, nearly."""
-    v = np.asarray(fetch(self.of_path[f'{layer.path}/kernel']), np.float64) + self.epsilon**2
-    v = v + _FLOOR * v.mean(axis=(-2, -1), keepdims=True)
+    v = np.asarray(fetch(self.of_path[f'{layer.path}/kernel']), np.float64)
+    v = np.maximum(v, _FLOOR * v.mean(axis=(-2, -1), keepdims=True)) + self.epsilon_root + self.epsilon**2
     row_I, column_O = v.mean(axis=-1), v.mean(axis=-2)
     mean = row_I.mean(axis=-1, keepdims=True)
     return np.sqrt(row_I).astype(np.float32), np.sqrt(column_O / mean).astype(np.float32)

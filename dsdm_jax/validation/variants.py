@@ -197,7 +197,7 @@ class Scorer:
     moment = None
     if config.features.precondition == 'adam':
       train = config.proxies.train
-      moment = SecondMoment.of_state(state.opt_state, train.adam_b2, train.adam_eps)
+      moment = SecondMoment.of_state(state.opt_state, train.adam_b2, train.adam_eps, train.adam_eps_root)
     batch = config.features.batch_size
     prepared = self._prepare(step, config, state, proxy * len(STOPS) + checkpoint, moment)
     parts = []

@@ -93,3 +93,39 @@ def test_moments_of_an_optimizer_state():
   np.testing.assert_allclose(moment.of_path['a/kernel'], expected, rtol=1e-6)
   with pytest.raises(UserError, match='not trained by Adam'):
     SecondMoment.of_state(optax.sgd(0.1).init(params), 0.95, EPSILON)
+
+
+def test_what_adam_never_moved_counts_for_a_thousand_typical_entries_and_not_for_more():
+  """As the rows of tokens that no proxy met: dense and two-sided have one floor, 1e-6 of the mean of v."""
+  v_IO = np.full((4, 8), 1e-2, np.float32)
+  v_IO[1] = 0
+  moment = SecondMoment({'a/kernel': jnp.asarray(v_IO)}, EPSILON)
+  scale_IO = np.asarray(moment.scale({'a': {'kernel': jnp.ones((4, 8))}})['a']['kernel'])
+  np.testing.assert_allclose(scale_IO[0], 10, rtol=1e-5)
+  np.testing.assert_allclose(scale_IO[1], 1 / np.sqrt(1e-6 * 0.75e-2), rtol=1e-3)
+  row_I, column_O = moment.factors(probes.ProbedLayer('a', (), 4, 8, 2, 2, 0))
+  np.testing.assert_allclose(1 / (row_I[:, None] * column_O[None]), scale_IO, rtol=1e-3)
+
+
+def test_epsilon_under_the_root_is_taken_along():
+  v_IO = jnp.full((2, 3), 3e-4)
+  moment = SecondMoment({'a/kernel': v_IO}, EPSILON, 1e-4)
+  np.testing.assert_allclose(moment.scale({'a': {'kernel': v_IO}})['a']['kernel'], 50, rtol=1e-4)
+  layer = probes.ProbedLayer('a', (), 2, 3, 2, 2, 0)
+  row_I, column_O = moment.factors(layer)
+  np.testing.assert_allclose(row_I[:, None] * column_O[None], 0.02, rtol=1e-5)
+  assert moment.rank_one_error([layer])['a'] < 1e-4
+  optimizer = optax.scale_by_adam(b2=0.95, eps_root=1e-4)
+  gradient = {'a': {'kernel': jnp.asarray([[0.02, 0.0, 0.1]])}}
+  update, state = optimizer.update(gradient, optimizer.init(gradient))
+  scale = SecondMoment.of_state(state, 0.95, EPSILON, 1e-4).scale(gradient)
+  moved = jax.tree.map(lambda g, s: g * s, gradient, scale)
+  np.testing.assert_allclose(moved['a']['kernel'], update['a']['kernel'], rtol=1e-4)  # as Adam itself moves
+
+
+def test_without_preconditioning_dense_features_hold_no_scale(plain_problem, one_device):
+  p = plain_problem
+  step = DenseFeatures(p.model, outputs.margin, 32, 3, one_device)
+  prepared = step.prepare(p.params, 0)
+  held = sum(x.nbytes for x in jax.tree.leaves(prepared[::2]))  # keys are a few bytes, and have no `nbytes`
+  assert held == sum(x.nbytes for x in jax.tree.leaves(p.params))
