@@ -1,0 +1,42 @@
+"""`python -m dsdm_jax.bench features` on the smallest shapes: what it prints."""
+
+import argparse
+import json
+
+import pytest
+
+from dsdm_jax.bench import __main__ as bench
+from dsdm_jax.bench import features
+
+KEYS = (
+  'case seconds ratio_to_train_step ratio_to_floor tokens_per_s peak_bytes flop share_of_matmul_peak model batch '
+  'length j rows microbatch devices'
+).split()
+
+
+def test_features_prints_a_line_for_each_case(capsys, monkeypatch):
+  monkeypatch.setattr('dsdm_jax.bench.features.memory.keep_freed_memory', lambda: None)  # not in this process
+  monkeypatch.setattr(features, 'PEAK_SIZE', {'cpu': 64})
+  cases = 'train_step,forward,two_sided_j64,dense_j32,jvp_score'
+  flags = f'--model quickstart --batch 2 --length 16 --repeats 1 --cases {cases}'
+  assert bench.main(['features', *flags.split()]) == 0
+  lines = {line['case']: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+  assert list(lines) == [*cases.split(','), 'matmul_peak']
+  for name, line in lines.items():
+    assert list(line) == KEYS
+    assert line['seconds'] > 0 and line['flop'] > 0 and line['share_of_matmul_peak'] > 0
+    assert (line['tokens_per_s'] is None) == (name == 'matmul_peak')
+  assert lines['train_step']['ratio_to_train_step'] == 1
+  assert lines['two_sided_j64']['ratio_to_floor'] > 0
+  assert (lines['two_sided_j64']['j'], lines['dense_j32']['j'], lines['jvp_score']['microbatch']) == (64, 32, 1)
+
+
+def test_share_of_the_peak_is_of_all_devices(monkeypatch):
+  """A product on one device, and a step on four that does four times as much in the same time: both at the peak."""
+  made = [
+    features.Case('matmul_peak', lambda: None, 1e9, None, None, seconds=[1.0]),
+    features.Case('forward', lambda: None, 4e9, None, None, seconds=[1.0]),
+  ]
+  flags = argparse.Namespace(devices='2x2', model='small', batch=4, length=8)
+  monkeypatch.setattr('dsdm_jax.bench.features.jax.default_backend', lambda: 'gpu')
+  assert [line['share_of_matmul_peak'] for line in features._lines(made, flags)] == [pytest.approx(1.0)] * 2
