@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import base
 from dsdm_jax.attribution import probes, rademacher
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.mesh import DATA
+from dsdm_jax.core.mesh import DATA, make_mesh
 from dsdm_jax.lm import outputs
 from dsdm_jax.lm.partition import path_name
 
@@ -119,6 +120,45 @@ def test_same_features_on_any_mesh(kind, plain_problem, one_device, eight_device
   assert eight.sharding.spec[0] == DATA
   for row in range(BATCH):
     assert _relative(eight[row], one[row]) < 1e-5
+
+
+@pytest.mark.parametrize('devices', [2, 4])
+@pytest.mark.parametrize('kind', ['two_sided', 'dense'])
+def test_same_features_on_2_and_4_devices(kind, devices, plain_problem, one_device):
+  """‖Δφ‖/‖φ‖ ≤ 1e-5 per row."""
+
+  def features(mesh):
+    if kind == 'dense':
+      step = DenseFeatures(plain_problem.model, outputs.margin, 96, 0, mesh)
+    else:
+      step = _two_sided(plain_problem, mesh)
+    return step(step.prepare(plain_problem.params, 0), plain_problem.tokens_BL, plain_problem.weights_BL)
+
+  few = features(make_mesh(base.get_config().mesh, jax.devices()[:devices]))
+  assert len(few.sharding.device_set) == devices
+  one = features(one_device)
+  for row in range(BATCH):
+    assert _relative(few[row], one[row]) < 1e-5
+
+
+@pytest.mark.parametrize(
+  ('variant', 'bound'),
+  [
+    ({'scan_layers': True}, 1e-5),
+    ({'compute_dtype': 'bfloat16'}, 3 * 2**-8),  # three roundings a term, as in test_bfloat16.py
+    ({'compute_dtype': 'bfloat16', 'scan_layers': True}, 3 * 2**-8),
+  ],
+)
+def test_same_two_sided_features_scanned_and_in_bfloat16_on_a_mesh(variant, bound, one_device):
+  problem, config = make_problem(**variant), base.get_config().mesh
+  config.data, config.model = 4, 2
+  one, eight = (
+    step(step.prepare(problem.params, 0), problem.tokens_BL, problem.weights_BL)
+    for step in (_two_sided(problem, mesh) for mesh in (one_device, make_mesh(config)))
+  )
+  assert eight.dtype == np.float32 and len(eight.sharding.device_set) == 8
+  for row in range(BATCH):
+    assert _relative(eight[row], one[row]) < bound
 
 
 def test_weights_are_split_over_the_mesh(plain_problem, eight_devices):
