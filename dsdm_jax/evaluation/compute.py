@@ -220,6 +220,8 @@ def _notes(runs: Runs) -> list[str]:
   notes = [
     'Equivalent compute is read off straight lines between rungs in the logarithm of compute; its interval holds every '
     'compute at which random data are not told apart from the method.',
+    'Rungs train at the learning rate of the arms, not tuned for their width: where a tuned one would make the larger '
+    'rungs better, multipliers are flattered.',
     'C_selection is what choosing would cost an arm alone: proxies, features and datamodel whole where it stands on '
     'them, and one selection of its own; divided by the trainings that share it (evaluation.selection_uses).',
   ]
