@@ -5,6 +5,8 @@ from typing import Any
 
 from dsdm_jax.evaluation.results import BENCHMARK, HOLDOUT, UNTARGETED
 
+_INTERVAL = len('0.000 [-0.00, 0.00]')  # characters of a cell
+
 
 def table(results: Mapping[str, Any], width: int = 110) -> str:
   """Each arm's mean log-probability per task, accuracies on benchmarks, then differences with their intervals."""
@@ -18,9 +20,9 @@ def table(results: Mapping[str, Any], width: int = 110) -> str:
   with console.capture() as captured:
     for split, metric, title in (
       (HOLDOUT, 'logprob', 'Log-probability of the right answer on held-out items (nats per token; higher is better)'),
-      (BENCHMARK, 'accuracy', 'Accuracy on benchmarks'),
+      (BENCHMARK, 'accuracy', f'Accuracy on benchmarks, with {percent} intervals where they fit'),
     ):
-      means = _means(Table(box=box.SIMPLE), results, split, metric, several)
+      means = _means(Table(box=box.SIMPLE), results, split, metric, several, width)
       if means is not None:
         console.print(title)
         console.print(means)
@@ -32,7 +34,7 @@ def table(results: Mapping[str, Any], width: int = 110) -> str:
   return '\n'.join(line.rstrip() for line in captured.get().splitlines()).strip('\n') + '\n'
 
 
-def _means(means: Any, results: Mapping[str, Any], split: str, metric: str, several: bool) -> Any:
+def _means(means: Any, results: Mapping[str, Any], split: str, metric: str, several: bool, width: int) -> Any:
   rows = [row for row in results['summary'] if row['split'] == split]
   tasks = list(dict.fromkeys(row['task'] for row in rows))
   if not tasks:
@@ -40,10 +42,18 @@ def _means(means: Any, results: Mapping[str, Any], split: str, metric: str, seve
   means.add_column('trained on', no_wrap=True)
   for task in tasks:
     means.add_column(task, justify='right')
-  for method, target in dict.fromkeys((row['method'], row['target_mix']) for row in rows):
-    cells = {r['task']: r for r in rows if (r['method'], r['target_mix']) == (method, target)}
-    means.add_row(_arm_name(method, target, several), *(f'{cells[task][metric]:.3f}' for task in tasks))
+  names = {arm: _arm_name(*arm, several) for arm in dict.fromkeys((row['method'], row['target_mix']) for row in rows)}
+  # Intervals of log-probabilities hold how much items differ, by far the most: those of differences are told instead.
+  broad = metric == 'accuracy' and max(map(len, names.values())) + len(tasks) * (_INTERVAL + 2) <= width - 4
+  for arm, name in names.items():
+    cells = {r['task']: r for r in rows if (r['method'], r['target_mix']) == arm}
+    means.add_row(name, *(_cell(cells[task], metric, broad) for task in tasks))
   return means
+
+
+def _cell(row: Mapping[str, Any], metric: str, broad: bool) -> str:
+  low, high = row[f'{metric}_low'] if broad else None, row[f'{metric}_high'] if broad else None
+  return f'{row[metric]:.3f}' + ('' if low is None or high is None else f' [{low:.2f}, {high:.2f}]')
 
 
 def _differences(differences: Any, results: Mapping[str, Any], several: bool) -> Any:

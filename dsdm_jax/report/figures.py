@@ -156,20 +156,23 @@ def forest_standalone(comparisons: Sequence[Mapping[str, Any]], confidence: floa
     comparisons = [c for c in comparisons if c['target_mix'] in ('mix', words.UNTARGETED)]
   several = words.several_targets(c['target_mix'] for c in comparisons)
   tasks = list(dict.fromkeys(c['task'] for c in comparisons))
+  names = {c['task']: words.asked_name(c) for c in comparisons}
+  benchmarks = any(c['split'] == words.BENCHMARK for c in comparisons)
+  items = 'held-out items and benchmarks' if benchmarks else 'held-out items'
   lines = {task: _forest_lines([c for c in comparisons if c['task'] == task]) for task in tasks}
   with matplotlib.rc_context(_STYLE | {'svg.fonttype': 'path'}):
     height = 1.35 + 0.4 * max(len(r) for r in lines.values())
     figure = Figure(figsize=(0.4 + 3.3 * len(tasks), height), facecolor='white')
     figure.set_layout_engine('constrained', w_pad=0.14, h_pad=0.08, wspace=0.06)
     figure.suptitle(
-      'How much better than random data: log-probability of the right answer on held-out items, '
+      f'How much better than random data: log-probability of the right answer on {items}, '
       f'{100 * confidence:g} % intervals', x=0.015, ha='left', fontsize=10,
       color=COLOURS['muted'],
     )  # fmt: skip
     axes = figure.subplots(1, len(tasks), squeeze=False, sharex=True)[0]
     for ax, task in zip(axes, tasks, strict=True):
       _forest_rows(ax, lines[task], several)
-      ax.set_title(words.heading(words.task_name(task)), loc='left', fontsize=11, fontweight='bold')
+      ax.set_title(words.heading(names[task]), loc='left', fontsize=11, fontweight='bold')
       ax.set_xlabel('nats per token')
     axes[0].set_xlim(*_forest_limits(comparisons))
     return _raw_svg(figure)
@@ -209,7 +212,7 @@ def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bo
       ax.plot([0, 1], [y + 0.26] * 2, transform=across, color=COLOURS['grid'], lw=0.8)
       y += 0.62
       continue
-    # Full colour only where the interval leaves zero out.
+    # Full colour only for a verdict, which an interval that leaves zero out may not have: Holm's rule, three seeds.
     colour = COLOURS[{'better': 'blue', 'worse': 'orange'}.get(line['verdict'], 'muted')]
     ax.text(
       0, y, words.arm_name(line['method'], line['target_mix'], several), transform=across,

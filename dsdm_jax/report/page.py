@@ -52,6 +52,7 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     signed=words.signed, plain=words.plain, count=words.count, duration=words.duration, size=words.size,
     scientific=words.scientific, p=words.p_value, task=words.task_name, method=words.method_name,
     json=json.dumps, heading=words.heading,
+    asked=words.asked_name, percent=words.percent,
   )  # fmt: skip
   results = shown.results
   several = words.several_targets(row['target_mix'] for row in results['summary'])
@@ -76,7 +77,9 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     multiplier=_multiplier(shown),
     ladders={task: svg[f'multiplier-{task}'] for task in pictures.of_kind(drawings, 'multiplier')},
     curves={mix: svg[f'losses-{mix}'] for mix in pictures.of_kind(drawings, 'losses')},
-    means=_means(results, several),
+    compared=_compared(results),
+    means=_means(results, several, 'holdout'),
+    benchmarks=_means(results, several, 'benchmark'),
     sources=_sources(shown),
     overlap=tables.overlap(shown),
     targets=list(_targets(shown, examples)),
@@ -105,16 +108,25 @@ def _facts(shown: Evidence) -> list[tuple[str, str]]:
   ]
 
 
-def _means(results: Mapping[str, Any], several: bool) -> dict[str, Any]:
-  """Rows of the table of means: arm × task on the held-out split."""
-  rows = [row for row in results['summary'] if row['split'] == 'holdout']
+def _compared(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+  """Every comparison by what is compared, those of means over tasks last."""
+  means = results['means']['comparisons']
+  return {
+    'Log-probability, nats per token': results['comparisons'] + [c for c in means if c['metric'] == 'logprob'],
+    'Accuracy, share of items': results['accuracy_comparisons'] + [c for c in means if c['metric'] == 'accuracy'],
+  }
+
+
+def _means(results: Mapping[str, Any], several: bool, split: str) -> dict[str, Any]:
+  """Rows of a table of means: arm × task of a split, means over tasks last."""
+  rows = [row for row in [*results['summary'], *results['means']['summary']] if row['split'] == split]
   tasks = list(dict.fromkeys(row['task'] for row in rows))
   arms: dict[tuple[str, str], dict[str, Any]] = {}
   for row in rows:
     arms.setdefault((row['method'], row['target_mix']), {})[row['task']] = row
-  best = {task: max(cells[task]['logprob'] for cells in arms.values()) for task in tasks}
+  best = {task: max(row['logprob'] for row in rows if row['task'] == task) for task in tasks}
   return {
-    'tasks': tasks,
+    'tasks': {task: words.task_name(words.asked(task, split)) for task in tasks},
     'best': best,
     'arms': [
       {'name': words.arm_name(method, target, several), 'method': method, 'cells': cells}

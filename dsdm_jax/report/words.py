@@ -32,6 +32,7 @@ TASKS = {
 MINUS = '−'
 
 MEAN = 'mean'
+BENCHMARK = 'benchmark'  # a split
 
 # The target of arms that ignore targets.
 UNTARGETED = 'any'
@@ -53,6 +54,12 @@ def task_name(task: str) -> str:
 def asked(task: str, split: str) -> str:
   """What tells a task and split apart from the others, also as a part of a file name: the mean occurs in two splits."""
   return f'{task} of {split}s' if task == MEAN and split != 'holdout' else task
+
+
+def asked_name(row: Mapping[str, Any]) -> str:
+  """The task of a row of results; of a benchmark it is said that it is one."""
+  name = task_name(asked(row['task'], row['split']))
+  return f'{name} (benchmark)' if row['split'] == BENCHMARK and row['task'] != MEAN else name
 
 
 def heading(text: str) -> str:
@@ -79,6 +86,11 @@ def signed(value: float | None, digits: int = 2) -> str:
 
 def plain(value: float | None, digits: int = 2) -> str:
   return signed(value, digits).removeprefix('+')
+
+
+def percent(share: float | None) -> str:
+  """A share in per cent, without the sign."""
+  return plain(None if share is None else 100 * share, 1)
 
 
 def interval(low: float | None, high: float | None, digits: int = 2) -> str:
@@ -163,14 +175,12 @@ def _headline(rows: Sequence[Mapping[str, Any]], subject: str, against: str) -> 
   phrases = []
   for verdict in ('better', 'worse'):
     shares = [
-      f'{abs(c["difference"]):.2f}\u00a0nats {_span(c)} on {task_name(c["task"])}'
-      for c in rows
-      if c['verdict'] == verdict
+      f'{abs(c["difference"]):.2f}\u00a0nats {_span(c)} on {asked_name(c)}' for c in rows if c['verdict'] == verdict
     ]
     if shares:
       phrases.append(f'{verdict} by {joined(shares)}')
   undecided = joined(
-    [f'{task_name(c["task"])} {interval(c["low"], c["high"])}' for c in rows if c['verdict'] == 'no evidence']
+    [f'{asked_name(c)} {interval(c["low"], c["high"])}' for c in rows if c['verdict'] == 'no evidence']
   )
   if not phrases:
     return f'{subject} does not measurably differ from one trained {against}: {undecided}.'
@@ -185,17 +195,18 @@ def verdict_word(results: Mapping[str, Any]) -> str:
   rows = _of_dsdm(results, 'random')
   better = sum(c['verdict'] == 'better' for c in rows)
   worse = sum(c['verdict'] == 'worse' for c in rows)
+  kind = 'tasks' if any(c['split'] == BENCHMARK for c in rows) else 'targets'
   if not rows:
     return 'Dataset selection with datamodels'
   if worse == len(rows):
-    return 'DsDm loses to random data' + (f' on all {worse} targets' if worse > 1 else '')
+    return 'DsDm loses to random data' + (f' on all {worse} {kind}' if worse > 1 else '')
   if worse:
-    return f'DsDm beats random data on {better} and loses on {worse} of {len(rows)} targets'
+    return f'DsDm beats random data on {better} and loses on {worse} of {len(rows)} {kind}'
   if not better:
     return 'DsDm and random data: no difference that this run can show'
   if better == len(rows):
-    return 'DsDm beats random data' + (f' on all {better} targets' if better > 1 else '')
-  return f'DsDm beats random data on {better} of {len(rows)} targets'
+    return 'DsDm beats random data' + (f' on all {better} {kind}' if better > 1 else '')
+  return f'DsDm beats random data on {better} of {len(rows)} {kind}'
 
 
 def _span(comparison: Mapping[str, Any]) -> str:

@@ -137,6 +137,24 @@ def test_table_shows_every_comparison_unbroken():
   assert '…' not in ''.join(lines)
 
 
+def test_accuracies_on_benchmarks_have_intervals_where_they_fit():
+  def lines(tasks: int) -> list[str]:
+    items = {}
+    for metric in ('logprob', 'accuracy'):
+      for task in range(tasks):
+        items[f'{metric}__task{task}__benchmark'] = _items()[f'{metric}__docs__holdout']
+    found = _results(items)
+    said = terminal.table(found).splitlines()
+    assert max(map(len, said)) <= 110 and '…' not in ''.join(said)
+    (row,) = (r for r in found['summary'] if (r['method'], r['task']) == ('random', 'task0'))
+    value, end = f'{row["accuracy"]:.3f}', f' [{row["accuracy_low"]:.2f}, {row["accuracy_high"]:.2f}]'
+    (line,) = (line for line in said if line.strip().startswith('random ') and value in line and '−' not in line)
+    return [line.count(value + end), line.count(value)]
+
+  assert lines(3) == [3, 3]
+  assert lines(6) == [0, 6]
+
+
 @pytest.mark.parametrize(
   ('spoil', 'said'),
   [

@@ -14,7 +14,8 @@ from configs import base
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
-from dsdm_jax.report import explorer, page, pictures, report, tables
+from dsdm_jax.evaluation import results
+from dsdm_jax.report import explorer, figures, page, pictures, report, tables
 from tests.report.conftest import multiplier
 
 
@@ -214,10 +215,62 @@ def test_arms_of_several_targets_are_told_apart(shown, drawings):
   assert len(ids) == len(set(ids))
 
 
-def test_price_of_selecting(html):
+def with_benchmarks(shown):
+  """The run asked two benchmarks besides, one of them with choices."""
+  arms = list(dict.fromkeys((s.method, s.target_mix) for s in shown.selected))
+  runs = [{'method': m, 'target_mix': t, 'seed': seed} for m, t in arms for seed in range(3)]
+  g, items = np.random.default_rng(0), {}
+  for name in ('docs__holdout', 'piqa__benchmark', 'winograd__benchmark'):
+    items[f'logprob__{name}'] = g.normal(-4, 1, (len(runs), 30))
+    items[f'accuracy__{name}'] = (g.random((len(runs), 30)) < 0.4).astype(float)
+  for metric in ('acc', 'acc_norm'):
+    items[f'{metric}__piqa__benchmark'] = (g.random((len(runs), 30)) < 0.6).astype(float)
+  found = results.results(items, runs, confidence=0.95, cost={}, versions={}, config={})
+  return dataclasses.replace(shown, results=found)
+
+
+def test_benchmarks_have_a_table_and_are_not_called_held_out(shown):
+  asked = with_benchmarks(shown)
+  html = render(asked, pictures.make(asked))
+  assert '<figcaption>Piqa (benchmark)</figcaption>' in html and '<figcaption>Documentation prose</figcaption>' in html
+  assert '<a href="#benchmarks">' in html and 'and on those of benchmarks' in html
+  section = html[html.index('<section id="benchmarks"') : html.index('<section id="training"')]
+  assert '<th class="n">Mean of all benchmarks</th>' in section
+  for row in (r for r in asked.results['summary'] if r['split'] == 'benchmark'):
+    assert f'{100 * row["accuracy"]:.1f}\n        <small>' in section
+    assert f'{100 * row["accuracy_low"]:.1f} to {100 * row["accuracy_high"]:.1f}' in section.replace('−', '-')
+    if row['task'] == 'piqa':
+      assert f'acc {100 * row["acc"]:.1f}, acc_norm {100 * row["acc_norm"]:.1f}' in section
+  assert section.count('acc_norm') == 1 + len({r['method'] for r in asked.results['summary']})
+
+
+def test_means_over_tasks_and_accuracies_are_compared(shown, html):
+  table = html[html.index('<summary>The same as tables') : html.index('<section id="means"')]
+  every = [
+    *shown.results['comparisons'],
+    *shown.results['accuracy_comparisons'],
+    *shown.results['means']['comparisons'],
+  ]
+  assert table.count('<span class="verdict') == len(every)
+  assert table.count('<td>mean of all tasks</td>') == len(shown.results['means']['comparisons']) > 0
+
+
+def test_colour_is_for_verdicts(shown, html):
+  """Not for intervals that leave out zero: Holm's rule may refuse these a verdict."""
+  c = {**shown.results['comparisons'][0], 'difference': 0.2, 'low': 0.1, 'high': 0.3}
+  blue = figures.COLOURS['blue']
+  for verdict, coloured in (('no evidence', False), ('better', True)):
+    svg = figures.forest_standalone([{**c, 'verdict': verdict}], 0.95, 'random')
+    assert (blue in svg) == coloured
+  assert 'even where an interval by itself leaves out zero' in html and 'grey ones do not' not in html
+
+
+def test_price_of_selecting(html, shown, drawings):
   """(3.1 + 2.2 + 0.04)e12 for proxies, features and datamodel, against 6.2e12 for twelve final models."""
   assert '5.3\u202f×\u202f10¹²' in html
   assert f'{5.34 / (6.2 / 12):.1f} of the final models' in html
+  cost = {**shown.cost, 'selection': {**shown.cost['selection'], 'flop': 4e12}}
+  assert f'{9.34 / (6.2 / 12):.1f} of the final models' in render(dataclasses.replace(shown, cost=cost), drawings)
 
 
 def test_guard_that_was_off_is_not_called_clean(shown, drawings):

@@ -44,11 +44,17 @@ def files(shown):
 
 def test_csv_reads_back(shown, files):
   assert set(files) == {
-    f'{name}.csv' for name in 'summary comparisons accuracy_comparisons arms losses sources overlap cost rows'.split()
+    f'{name}.csv'
+    for name in (
+      'summary comparisons accuracy_comparisons arms mean_summary mean_comparisons losses sources overlap cost rows'
+    ).split()
   }  # fmt: skip
   read = {name: list(csv.DictReader(io.StringIO(text))) for name, text in files.items()}
   assert [float(c['difference']) for c in read['comparisons.csv']] == [
     c['difference'] for c in shown.results['comparisons']
+  ]
+  assert [(c['task'], c['metric'], float(c['difference'])) for c in read['mean_comparisons.csv']] == [
+    (c['task'], c['metric'], c['difference']) for c in shown.results['means']['comparisons']
   ]
   rows = read['rows.csv']
   assert [row['row'] for row in rows] == ['5', '7', '11']

@@ -5,10 +5,10 @@ import pytest
 from dsdm_jax.report import words
 
 
-def _comparison(task, difference, half, verdict, baseline='random', target='mix'):
+def _comparison(task, difference, half, verdict, baseline='random', target='mix', split='holdout'):
   return {
-    'method': 'dsdm', 'target_mix': target, 'baseline': baseline, 'task': task, 'difference': difference,
-    'low': difference - half, 'high': difference + half, 'verdict': verdict,
+    'method': 'dsdm', 'target_mix': target, 'baseline': baseline, 'task': task, 'split': split,
+    'difference': difference, 'low': difference - half, 'high': difference + half, 'verdict': verdict,
   }  # fmt: skip
 
 
@@ -69,6 +69,13 @@ def test_headline_of_single_targets_speaks_of_their_own_task():
 def test_title_follows_the_verdicts(verdicts, title):
   rows = [_comparison(f't{i}', 0.0, 1.0, verdict) for i, verdict in enumerate(verdicts)]
   assert words.verdict_word({'comparisons': rows}) == title
+
+
+def test_benchmarks_are_called_so():
+  rows = [_comparison('docs', 0.17, 0.05, 'better'), _comparison('piqa', 0.2, 0.05, 'better', split='benchmark')]
+  assert words.verdict_word({'comparisons': rows}) == 'DsDm beats random data on all 2 tasks'
+  assert '[0.15, 0.25] on piqa (benchmark) than' in _said(*rows)[0]
+  assert words.asked_name({'task': 'mean', 'split': 'benchmark'}) == 'mean of all benchmarks'
 
 
 @pytest.mark.parametrize(
