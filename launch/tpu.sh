@@ -6,7 +6,8 @@
 #   create   make the TPU and wait until it is there
 #   setup    send this checkout (what is committed) to every worker and install it there
 #   run      start launch/run.sh with ARGUMENTS on every worker, in the background
-#   watch    show how it goes until it ends; a preempted TPU is made anew and the run goes on
+#   watch    show how it goes until it ends; a preempted TPU is made anew, asked for until there is one, and the run
+#            goes on
 #   resume   delete what is left of the TPU, then create, setup, run and watch
 #   all      create, setup, run and watch
 #   logs     fetch every worker's log into logs/NAME
@@ -107,20 +108,27 @@ tpus() { # gcloud compute tpus …, or its text under --dry-run
   fi
 }
 
-state() { # prints READY, GONE, or what Google calls it
-  local found
+state() { # prints READY, GONE (no such TPU), UNKNOWN (nobody could say), or what Google calls it
+  local found error format='value(state)'
+  [[ -z $queued ]] || format='value(state.state)'
   if [[ -n $dry_run ]]; then
     tpus "$kind" describe "$name" "${where[@]}" --format='value(state)' >&2
     echo READY
     return
   fi
-  if [[ -n $queued ]]; then
-    found=$(tpus "$kind" describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null) || found=GONE
-  else
-    found=$(tpus "$kind" describe "$name" "${where[@]}" --format='value(state)' 2>/dev/null) || found=GONE
+  error=$(mktemp)
+  # A question that fails says nothing about the TPU, unless the answer is that there is none.
+  if ! found=$(tpus "$kind" describe "$name" "${where[@]}" --format="$format" 2>"$error"); then
+    if grep -q NOT_FOUND "$error"; then
+      found=GONE
+    else
+      found=UNKNOWN
+      cat "$error" >&2
+    fi
   fi
+  rm -f "$error"
   [[ $found != ACTIVE ]] || found=READY
-  printf '%s\n' "$found"
+  printf '%s\n' "${found:-UNKNOWN}"
 }
 
 lost() { # whether state $1 is one that no TPU comes back from
@@ -130,7 +138,7 @@ lost() { # whether state $1 is one that no TPU comes back from
   esac
 }
 
-create() {
+request() { # asks for the TPU; a queued one then waits in line
   local options=("--accelerator-type=$type")
   [[ -z $spot ]] || options+=(--spot)
   if [[ -z $queued ]]; then
@@ -143,6 +151,11 @@ create() {
     options+=("--node-id=$name")
   fi
   tpus queued-resources create "$name" "${where[@]}" "${options[@]}" "--runtime-version=$version"
+}
+
+create() {
+  request
+  [[ -n $queued ]] || return 0
   local found
   until found=$(state) && [[ $found == READY ]]; do
     case $found in
@@ -165,7 +178,7 @@ setup() {
     mkdir -p "$root/.cache"
     git -C "$root" archive --format=tar.gz -o "$archive" HEAD || fail "cannot pack $root; it must be a git checkout"
   fi
-  tpus "$kind" scp "$archive" "$name:dsdm_jax.tar.gz" "${where[@]}" "${every[@]}"
+  tpus "$kind" scp "$archive" "$name:dsdm_jax.tar.gz" "${where[@]}" "${every[@]}" || return
   local steps='mkdir -p dsdm_jax && tar -xzf dsdm_jax.tar.gz -C dsdm_jax'
   if [[ -n $nfs ]]; then
     steps+=' && sudo apt-get install -qq -y nfs-common && sudo mkdir -p /mnt/dsdm_jax'
@@ -187,10 +200,24 @@ run() {
 }
 
 watch() { # ends with the run's own exit code
-  local found code
+  local found code started=yes
   while :; do
     found=$(state)
-    if [[ $found == READY ]]; then
+    if lost "$found"; then
+      [[ -n $spot ]] || fail "$name is $found; bash launch/tpu.sh resume makes it anew"
+      started=''
+      say "$name is $found: made anew, and the run goes on"
+      # Either may fail while the old one goes or nothing is free: the next look finds out, and tries again.
+      [[ $found == GONE ]] || delete || true
+      request || say "$name cannot be had now; asking again in $poll s"
+    elif [[ $found == READY && -z $started ]]; then
+      if setup; then
+        run || fail "the run may not have been started on every worker of $name; bash launch/tpu.sh resume starts anew"
+        started=yes
+      else
+        say "$name cannot be set up now; trying again in $poll s"
+      fi
+    elif [[ $found == READY ]]; then
       on_first 'tail -n 3 dsdm_jax/run.log' || true # it may be lost since its state was asked for
       [[ -z $dry_run ]] || return 0
       code=$(on_first 'cat dsdm_jax/exit_code 2>/dev/null' 2>/dev/null) || code=''
@@ -198,10 +225,8 @@ watch() { # ends with the run's own exit code
         say "the run on $name ended with exit code $code"
         return "$code"
       fi
-    elif lost "$found"; then
-      [[ -n $spot ]] || fail "$name is $found; bash launch/tpu.sh resume makes it anew"
-      say "$name is $found: made anew, and the run goes on"
-      again
+    else
+      say "$name is $found"
     fi
     sleep "$poll"
   done

@@ -1,33 +1,38 @@
 """launch/tpu.sh, with a gcloud that writes down what it is asked and answers from a script."""
 
-import json
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-# One JSON list a line. `describe` gives the next line of the file `states` (the last one for ever; none is an error),
-# and reading the exit code gives what stands in `exit_code` once the run was started `runs` times.
-GCLOUD = """#!{python} -SE
-import json, pathlib, sys
-here = pathlib.Path({log!r})
-with open(here / 'calls', 'a') as f:
-  f.write(json.dumps(sys.argv[1:]) + '\\n')
-text = ' '.join(sys.argv)
-if ' describe ' in text:
-  states = (here / 'states').read_text().split()
-  if not states or states[0] == 'GONE':
-    sys.exit(1)
-  (here / 'states').write_text(' '.join(states[1:] or states))
-  print(states[0])
-if 'cat dsdm_jax/exit_code' in text:
-  calls = (here / 'calls').read_text()
-  if calls.count('nohup') >= int((here / 'runs').read_text()):
-    print((here / 'exit_code').read_text())
+# One call a line, its words apart by a character that none has in it. `describe`, `create` and `scp` each give the next
+# word of the file of their name (the last one for ever): OK, a state, or an error as gcloud words it. Reading the exit
+# code gives what stands in `exit_code` once the run was started `runs` times.
+GCLOUD = """#!/usr/bin/env bash
+printf '%s\\x1f' "$@" >>{log}/calls
+echo >>{log}/calls
+if [[ $4 == describe || $4 == create || $4 == scp ]]; then
+  read -r word more <{log}/$4
+  echo "${{more:-$word}}" >{log}/$4
+  if [[ -f {log}/error_$word ]]; then
+    printf 'ERROR: (gcloud.compute.tpus.%s.%s) %s\\n' "$3" "$4" "$(<{log}/error_$word)" >&2
+    exit 1
+  fi
+  [[ $4 != describe ]] || echo "$word"
+fi
+if [[ $* == *'cat dsdm_jax/exit_code'* ]]; then
+  calls=$(<{log}/calls) started=0
+  while [[ $calls == *nohup* ]]; do calls=${{calls#*nohup}} started=$((started + 1)); done
+  ((started < $(<{log}/runs))) || cat {log}/exit_code
+fi
 """
+ERRORS = {
+  'GONE': "NOT_FOUND: Resource 'projects/p/locations/us-west4-a/nodes/mine' was not found",
+  'OFFLINE': 'UNAVAILABLE: failed to connect to all addresses',
+  'FULL': '{"code": 8, "message": "There is no more capacity in the zone \\"us-west4-a\\"; try another zone"}',
+}
 WHERE = ('--zone=us-west4-a',)
 
 
@@ -37,23 +42,28 @@ class Cloud:
     self.log.mkdir()
     (folder / 'bin').mkdir()
     stand_in = folder / 'bin' / 'gcloud'
-    stand_in.write_text(GCLOUD.format(python=sys.executable, log=str(self.log)))
+    stand_in.write_text(GCLOUD.format(log=shlex.quote(str(self.log))))
     stand_in.chmod(0o755)
+    for word, error in ERRORS.items():
+      (self.log / f'error_{word}').write_text(error)
     self.environment = {**os.environ, 'PATH': f'{folder / "bin"}:{os.environ["PATH"]}'}
     self.answer()
 
-  def answer(self, states: str = 'READY', exit_code: int = 0, runs: int = 1) -> None:
-    for name, value in (('states', states), ('exit_code', exit_code), ('runs', runs)):
-      (self.log / name).write_text(str(value))
+  def answer(
+    self, states: str = 'READY', exit_code: int = 0, runs: int = 1, create: str = 'OK', scp: str = 'OK'
+  ) -> None:
+    given = {'describe': states, 'exit_code': exit_code, 'runs': runs, 'create': create, 'scp': scp}
+    for name, value in given.items():
+      (self.log / name).write_text(f'{value}\n')
 
   def run(self, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-      ['bash', self.script, *arguments], env=self.environment, capture_output=True, text=True, check=False, timeout=60
+      ['bash', self.script, *arguments], env=self.environment, capture_output=True, text=True, check=False, timeout=600
     )
 
   def calls(self) -> list[list[str]]:
     file = self.log / 'calls'
-    return [json.loads(line)[2:] for line in file.read_text().splitlines()] if file.exists() else []
+    return [line.split('\x1f')[2:-1] for line in file.read_text().splitlines()] if file.exists() else []
 
   def verbs(self) -> list[str]:
     """'tpu-vm create' and so on, without what only looks."""
@@ -145,6 +155,53 @@ def test_a_preempted_spot_tpu_is_made_anew_and_the_run_goes_on(cloud):
   looked = ['tpu-vm ssh']  # at the exit code
   assert cloud.verbs() == [*made, *looked, 'tpu-vm delete', *made, *looked]
   assert 'mine is PREEMPTED: made anew, and the run goes on' in done.stderr
+
+
+MADE = ['tpu-vm scp', 'tpu-vm ssh', 'tpu-vm ssh', 'tpu-vm ssh']  # installed, started, its exit code read
+
+
+def test_a_question_that_fails_deletes_nothing(cloud):
+  """A network that is down for a while says nothing about the TPU."""
+  cloud.answer('OFFLINE OFFLINE READY', runs=0)
+  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
+  assert done.returncode == 0, done.stderr
+  assert set(cloud.verbs()) == {'tpu-vm ssh'}
+  assert 'mine is UNKNOWN' in done.stderr
+  assert ERRORS['OFFLINE'] in done.stderr
+
+
+def test_a_preempted_tpu_is_asked_for_until_there_is_one(cloud):
+  cloud.answer('PREEMPTED GONE GONE CREATING READY', create='FULL FULL OK', runs=1)
+  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
+  assert done.returncode == 0, done.stderr
+  # What is gone is not deleted again.
+  assert cloud.verbs() == ['tpu-vm delete', *['tpu-vm create'] * 3, *MADE]
+  assert done.stderr.count('mine cannot be had now; asking again in 0 s') == 2
+  assert 'There is no more capacity' in done.stderr
+
+
+def test_a_queued_request_that_fails_after_a_preemption_is_made_anew(cloud):
+  cloud.answer('SUSPENDED FAILED WAITING_FOR_RESOURCES ACTIVE', runs=1)
+  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--queued', '--spot', '--poll=0')
+  assert done.returncode == 0, done.stderr
+  made = [verb.replace('tpu-vm', 'queued-resources') for verb in MADE]
+  assert cloud.verbs() == [*['queued-resources delete', 'queued-resources create'] * 2, *made]
+
+
+def test_one_that_is_taken_away_again_while_it_is_set_up_is_made_anew(cloud):
+  cloud.answer('PREEMPTED READY PREEMPTED READY', scp='OFFLINE OK', runs=1)
+  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
+  assert done.returncode == 0, done.stderr
+  anew = ['tpu-vm delete', 'tpu-vm create']
+  assert cloud.verbs() == [*anew, 'tpu-vm scp', *anew, *MADE]
+  assert 'mine cannot be set up now; trying again in 0 s' in done.stderr
+
+
+def test_a_first_creation_that_fails_ends_it(cloud):
+  cloud.answer(create='FULL OK')
+  done = cloud.run('all', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
+  assert done.returncode != 0
+  assert cloud.verbs() == ['tpu-vm create']
 
 
 def test_one_on_demand_that_is_lost_is_told(cloud):
