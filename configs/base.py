@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
   c.distributed.coordinator = ''  # '' (one process) | 'host:port' of process 0 | auto (TPU pods, Slurm, Open MPI)
   c.distributed.processes = 1  # how many are started; with auto, how many must find each other
   c.distributed.process = 0  # which of them this is, from 0; not looked at with auto
-  c.distributed.heartbeat_seconds = 100  # a process that is not heard of for so long is lost, and ends the others
+  c.distributed.heartbeat_seconds = 40  # a process that is not heard of for so long is lost, and ends the others; >= 5
   c.distributed.start_seconds = 300  # for all processes to come together
 
   # Candidate pool: documents → tokens → rows of exactly `length` tokens.

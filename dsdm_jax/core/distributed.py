@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -86,6 +87,7 @@ def _connect(wanted: ConfigDict) -> None:
 
   beats = {'heartbeat_timeout_seconds': wanted.heartbeat_seconds, 'initialization_timeout': wanted.start_seconds}
   if wanted.coordinator == AUTO:
+    _check_slurm(os.environ)
     try:
       jax.distributed.initialize(**beats)
     except (ValueError, RuntimeError, OSError) as error:
@@ -99,6 +101,26 @@ def _connect(wanted: ConfigDict) -> None:
   jax.distributed.initialize(
     wanted.coordinator, wanted.processes, wanted.process, cluster_detection_method='deactivate', **beats
   )
+
+
+def _check_slurm(environment: Mapping[str, str]) -> None:
+  """Refuses a step with fewer tasks than GPUs on its node: under Slurm, JAX takes one GPU a task.
+
+  Raises:
+    UserError: GPUs would stay idle.
+  """
+  gpus, tasks = environment.get('SLURM_GPUS_ON_NODE', ''), environment.get('SLURM_STEP_TASKS_PER_NODE', '')
+  counts: list[int] = []  # of each node; Slurm writes '8(x4),2'
+  for count_, times in re.findall(r'(\d+)(?:\(x(\d+)\))?', tasks):
+    counts += [int(count_)] * int(times or 1)
+  node = int(environment.get('SLURM_NODEID', 0))
+  if not gpus.isdecimal() or node >= len(counts) or environment.get('JAX_PLATFORMS', '').startswith('cpu'):
+    return
+  if counts[node] < int(gpus):
+    raise UserError(
+      f"distributed.coordinator = 'auto': Slurm started {counts[node]} tasks on this node for its {gpus} GPUs, and JAX "
+      f'takes one GPU a task; set srun --ntasks-per-node={gpus}, and distributed.processes to the tasks of all nodes'
+    )
 
 
 def _check(wanted: ConfigDict, settings: Mapping[str, Any]) -> None:

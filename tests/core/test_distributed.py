@@ -1,6 +1,8 @@
 """Processes find each other, or all say in one line why not; process 0 decides."""
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 
 import pytest
 
+from configs import base
 from dsdm_jax.core import distributed, rendezvous
 from dsdm_jax.core.errors import UserError
 from tests.conftest import ROOT
@@ -161,3 +164,64 @@ def test_settings_that_differ_are_named_by_both():
   for code, out, err in ends(start('pass', before='config.seed = process')):
     assert code == 2, err
     assert out == 'seed is 0 on process 0 and 1 on process 1; start all processes with the same config\n'
+
+
+def test_when_process_0_is_killed_the_other_ends_with_a_last_word():
+  """The coordinator lives in process 0, and JAX aborts the others from a thread of its own."""
+  program = (
+    'import os, signal, time\n'
+    'distributed.wait()\n'
+    'os.kill(os.getpid(), signal.SIGKILL) if process == 0 else time.sleep(200)\n'
+  )
+  began = time.monotonic()
+  (killed, _, _), (code, _, err) = ends(start(program))
+  assert killed == -signal.SIGKILL
+  assert code != 0
+  assert 'dsdm_jax: process 1 was ended: another process of the run was lost' in err
+  assert 'work goes on where it stopped' in err
+  assert time.monotonic() - began < 200
+
+
+SLURM = {'SLURM_NODEID': '1', 'SLURM_GPUS_ON_NODE': '8'}
+
+
+@pytest.mark.parametrize(
+  ('environment', 'refused'),
+  [
+    (SLURM | {'SLURM_STEP_TASKS_PER_NODE': '1(x4)'}, True),
+    (SLURM | {'SLURM_STEP_TASKS_PER_NODE': '8(x4)'}, False),
+    (SLURM | {'SLURM_STEP_TASKS_PER_NODE': '8,2'}, True),
+    (SLURM | {'SLURM_STEP_TASKS_PER_NODE': '2,8(x3)'}, False),
+    (SLURM | {'SLURM_STEP_TASKS_PER_NODE': '1(x4)', 'JAX_PLATFORMS': 'cpu'}, False),
+    ({'SLURM_NODEID': '0', 'SLURM_STEP_TASKS_PER_NODE': '1(x4)'}, False),  # nodes without GPUs
+    ({}, False),
+  ],
+)
+def test_gpus_that_slurm_would_leave_idle_are_told(environment, refused):
+  if not refused:
+    distributed._check_slurm(environment)
+    return
+  with pytest.raises(UserError, match='for its 8 GPUs, and JAX takes one GPU a task.*--ntasks-per-node=8'):
+    distributed._check_slurm(environment)
+
+
+def test_the_line_for_slurm_gives_each_gpu_a_process(monkeypatch):
+  line = next(
+    part for part in (ROOT / 'docs' / 'scale.md').read_text().split('\n\n') if part.lstrip().startswith('srun')
+  )
+  given = dict(re.findall(r'--([\w.-]+)=(\w+)', line))
+  nodes, tasks, gpus = (int(given[key]) for key in ('nodes', 'ntasks-per-node', 'gpus-per-node'))
+  assert tasks == gpus
+  assert int(given['config.distributed.processes']) == nodes * tasks
+  # What JAX makes of such a step: each task takes the GPU of its local number.
+  from jax._src import clusters
+
+  variables = {'JOB_ID': '7', 'STEP_NODELIST': 'n[1-4]', 'NTASKS': str(nodes * tasks), 'PROCID': '13', 'LOCALID': '5'}
+  for key, value in variables.items():
+    monkeypatch.setenv(f'SLURM_{key}', value)
+  found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, 'slurm', 60)
+  assert found[1:] == (32, 13, [5])
+
+
+def test_a_lost_process_is_noticed_within_a_minute():
+  assert base.get_config().distributed.heartbeat_seconds <= 40
