@@ -79,6 +79,7 @@ class Estimate:
   tokens_per_second: list[float]
   hours: list[float]
   advice: str
+  unknown_trips: int  # loops that were counted once, as the program does not say how often they run
 
 
 class Compiler:
@@ -204,7 +205,7 @@ def estimate(work: Work, compiler: Compiler, chip: Chip, chips: int, share: int,
     least_flop_per_run=work.least_flop, hbm_bytes_per_run=program.hbm_bytes, link_bytes_per_run=program.link_bytes,
     seconds_per_run=ends, bound=time.bound, mfu=[least / s for s in reversed(ends)],
     tokens_per_second=[work.tokens / s for s in reversed(ends)], hours=[work.runs * s / 3_600 for s in ends],
-    advice='' if does_fit else advice(work, best or 0),
+    advice='' if does_fit else advice(work, best or 0), unknown_trips=program.unknown_trips,
   )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ _GROUP_FORMS = (
   re.compile(r'replica_groups=\[(\d+),(\d+)\]'),  # groups × members
   re.compile(r'replica_groups=\{\{([\d,]*)\}'),  # lists
 )
+_ALL = 'replica_groups={}'  # one group of all devices
+_DEVICES = re.compile(r'\b(?:num_partitions|replica_count)=(\d+)')
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 COLLECTIVES = (
   'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'ragged-all-to-all',
@@ -80,7 +82,8 @@ def analyse(text: str) -> Program:
   """Walks the program from its entry; no text is a program that does nothing."""
   if not text:
     return Program((), 0.0, 0, 0)
-  return _Walk(parse(text)).program()
+  devices = math.prod(int(count) for count in _DEVICES.findall(text.partition('\n')[0]))
+  return _Walk(parse(text), devices).program()
 
 
 def parse(text: str) -> dict[str, Computation]:
@@ -158,8 +161,10 @@ def _attribute(instruction: Instruction, key: str) -> str:
   return found[1] if found else ''
 
 
-def members(attributes: str) -> int:
-  """How many chips take part in each group of a collective; 0 where the text does not say."""
+def members(attributes: str, devices: int) -> int:
+  """How many of the program's `devices` take part in each group of a collective; 0 where the text does not say."""
+  if _ALL in attributes:
+    return devices
   if found := _GROUP_FORMS[0].search(attributes):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
@@ -173,8 +178,8 @@ def members(attributes: str) -> int:
 class _Walk:
   """Adds up over the computations that the entry reaches."""
 
-  def __init__(self, computations: dict[str, Computation]):
-    self._computations = computations
+  def __init__(self, computations: dict[str, Computation], devices: int):
+    self._computations, self._devices = computations, devices
     self._found: dict[tuple[str, int], list[float]] = {}
     # One collective may be sent in parts while other things are computed, also over all turns of a loop. Each part
     # has the whole of it in its text: it counts as often as the part that runs least, its beginning or its end.
@@ -226,7 +231,7 @@ class _Walk:
     operation = instruction.opcode.removesuffix('-start')
     if operation in COLLECTIVES:
       sent = sum(_values(computation[o].type) for o in instruction.operands if o in computation)
-      group = members(instruction.attributes)
+      group = members(instruction.attributes, self._devices)
       if 'all-reduce-scatter' in name:
         operation = 'reduce-scatter'
       if chain := _CHAIN.search(instruction.attributes):

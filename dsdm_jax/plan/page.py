@@ -10,7 +10,13 @@ def text(plan: Mapping[str, Any]) -> str:
   """The plan as `plan.make` gives it: whether choosing pays, a table of stages, what to change, totals."""
   parts = [_pays(plan['multiplier']), '', _head(plan)]
   if plan['stages']:
-    parts += [_table(plan), *_sending(plan), *(s['advice'] for s in plan['stages'] if s['advice']), _totals(plan)]
+    parts += [
+      _table(plan),
+      *_sending(plan),
+      *_uncounted(plan['stages']),
+      *(s['advice'] for s in plan['stages'] if s['advice']),
+      _totals(plan),
+    ]
   else:
     parts += [_analytic(plan), f'Memory, collectives and times need libtpu: {topology.HOW_TO_GET_LIBTPU}.']
   return '\n'.join(parts)
@@ -63,6 +69,16 @@ def _sending(plan: Mapping[str, Any]) -> list[str]:
     said = ', '.join(f'{c["count"]} × {c["operation"]} {c["bytes"] / 1e6:.1f} MB' for c in s['collectives'])
     lines.append(f'{s["stage"]} sends a step: {said or "nothing"}')
   return lines
+
+
+def _uncounted(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+  """One line for each stage with loops that were counted once because nothing says how often they run."""
+  return [
+    f'{s["stage"]} has loops ({s["unknown_trips"]}) whose turns the compiled program does not say: counted once, so '
+    'its bytes, HBM time and links may be more'
+    for s in stages
+    if s['unknown_trips']
+  ]
 
 
 def _analytic(plan: Mapping[str, Any]) -> str:

@@ -1,13 +1,16 @@
 """The roofline, the search for a batch that fits, and whether choosing pays, by hand."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import base
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.plan import cost, hlo, plan, programs, topology
+from dsdm_jax.plan import cost, hlo, page, plan, programs, topology
 from dsdm_jax.plan.chips import CHIPS, chip
+from tests.plan.test_hlo import PROGRAM
 
 
 def test_a_step_takes_between_the_longest_part_and_all_of_them():
@@ -78,3 +81,41 @@ def test_slices(name, count, type_):
 def test_a_chip_that_is_not_known_is_told():
   with pytest.raises(UserError, match=r'plan.topology.*v5e'):
     topology.chips('v7:2x2')
+
+
+def _estimate(monkeypatch, memory, text=PROGRAM, remat=''):
+  """Of a program of 32 rows on eight chips, which takes `memory(rows)` bytes."""
+  monkeypatch.setattr(programs.Work, 'flop', lambda work: work.least_flop)
+  work = dataclasses.replace(_work('features', 3, 1e12), batch=32, batch_key='features.batch_size', remat_key=remat)
+  compiler = lambda work, batch=None: cost.Compiled(memory(batch or work.batch), 0.0, False, text)  # noqa: E731
+  return cost.estimate(work, compiler, CHIPS['v5e'], 8, 8, 1.0)
+
+
+def test_loops_of_unknown_length_are_told(monkeypatch):
+  known = _estimate(monkeypatch, lambda rows: 1e9)
+  unknown = _estimate(monkeypatch, lambda rows: 1e9, PROGRAM.replace('constant(12)', 'parameter(1)'))
+  assert (known.unknown_trips, unknown.unknown_trips) == (0, 1)
+  (line,) = page._uncounted([dataclasses.asdict(e) for e in (known, unknown)])
+  assert line.startswith('features has loops (1) whose turns the compiled program does not say: counted once')
+
+
+@pytest.mark.parametrize(
+  ('remat', 'said'),
+  [
+    ('', 'set --config.features.batch_size=16, or a larger --config.mesh.model'),
+    (
+      'model.remat',
+      'set --config.features.batch_size=16, or --config.model.remat=True, or a larger --config.mesh.model',
+    ),
+  ],
+)
+def test_what_does_not_fit_says_what_to_change(monkeypatch, remat, said):
+  """7 GB for each row of a chip: two fit 16 GB, four do not."""
+  found = _estimate(monkeypatch, lambda rows: 7e9 * rows / 8, remat=remat)
+  assert (found.fits, found.largest_batch, found.hours) == (False, 16, [])
+  assert found.advice == f'features does not fit: {said}'
+
+
+def test_where_no_batch_fits_none_is_advised(monkeypatch):
+  found = _estimate(monkeypatch, lambda rows: 2e10)
+  assert (found.largest_batch, found.advice) == (0, 'features does not fit: set a larger --config.mesh.model')

@@ -80,6 +80,13 @@ def test_a_collective_that_is_sent_in_parts_over_a_loop_counts_once():
   assert (gather.count, gather.bytes) == (1, 3 * 64 * 128 * 4)
 
 
+def test_a_collective_without_groups_is_one_of_all_devices():
+  text = PROGRAM.replace('replica_groups={{0,1,2,3}}', 'replica_groups={}')
+  text = text.replace('is_scheduled=true', 'is_scheduled=true, replica_count=2, num_partitions=4')
+  gather = hlo.analyse(text).collectives[0]
+  assert (gather.operation, gather.members, gather.bytes) == ('all-gather', 8, 12 * 7 * 64 * 128 * 4)
+
+
 def test_a_bound_that_is_no_constant_is_told():
   found = hlo.analyse(PROGRAM.replace('constant(12)', 'parameter(1)'))
   assert found.unknown_trips == 1
@@ -111,8 +118,9 @@ def test_bytes_of_types(type_, values, padded):
     ("replica_groups=mesh['axis_0'=16,'axis_1'=4] {'axis_0','axis_1'}", 64),
     ('replica_groups=[2,4]<=[8]', 4),
     ('replica_groups={{0,2},{1,3}}', 2),
+    ('replica_groups={}, dimensions={0}', 8),
     ('source_target_pairs={{0,1},{1,0}}', 0),
   ],
 )
 def test_members_of_a_group(text, count):
-  assert hlo.members(text) == count
+  assert hlo.members(text, 8) == count
