@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policy
 
-from dsdm_jax.core import distributed
+from dsdm_jax.core import distributed, memory
 from dsdm_jax.core.errors import Stopped, UserError, as_os_error
 
 
@@ -40,6 +40,7 @@ class Checkpoints:
   """
 
   def __init__(self, directory: Path, keep: Keep = Keep()):
+    memory.drop_storage_metrics()
     self._directory = Path(directory).absolute()
     policies: list[Any] = [policy.LatestN(keep.newest)]
     if keep.every_steps:

@@ -1,6 +1,7 @@
 """Runs the smallest pipeline again and again in one process: `python -m tests.faults.soak FOLDER TIMES`.
 
-Prints {"gib", "handles", "threads"} after each run, as one line of JSON.
+Prints {"gib", "kept_gib", "handles", "threads"} after each run, as one line of JSON: memory in use, and what glibc kept
+besides (`core.memory`).
 """
 
 import gc
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from dsdm_jax import pipeline
 from dsdm_jax.bench.load import open_handles, resident_bytes
+from dsdm_jax.core import memory
 
 
 def main() -> None:
@@ -23,10 +25,11 @@ def main() -> None:
     pipeline.run(get_config(), folder / f'run_{number}')
     shutil.rmtree(folder / f'run_{number}')
     gc.collect()
-    threads = len(os.listdir('/proc/self/task'))
-    sys.stderr.write(
-      json.dumps({'gib': resident_bytes() / 2**30, 'handles': open_handles(), 'threads': threads}) + '\n'
-    )
+    resident = resident_bytes()
+    memory.give_back_freed_memory()
+    used = resident_bytes()
+    seen = {'gib': used / 2**30, 'kept_gib': (resident - used) / 2**30, 'handles': open_handles()}
+    sys.stderr.write(json.dumps(seen | {'threads': len(os.listdir('/proc/self/task'))}) + '\n')
 
 
 if __name__ == '__main__':
