@@ -1,5 +1,7 @@
 """From scores to rows: exact top-k, caps, noise. Ties go to the lower row, never to the order of arrival."""
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -41,7 +43,8 @@ def top(score_N: np.ndarray, count: int) -> np.ndarray:
 def capped_order(score_N: np.ndarray, count: int, pool: Candidates, most: int | None = None) -> np.ndarray:
   """Rows, best first, that `selection.document_cap` and `selection.source_cap` admit into a selection of `count`.
 
-  First no document keeps more than its cap of rows, the best; then no source gives more than its share of `count`.
+  First no document keeps more than its cap of rows, the best; then no source gives more than its share of `count`,
+  which is rounded down to whole rows.
 
   Args:
     most: rows that are wanted of this order; None for `count`. There may be fewer, but not fewer than `count`.
@@ -58,7 +61,7 @@ def capped_order(score_N: np.ndarray, count: int, pool: Candidates, most: int | 
     if documents:
       order = order[rank_in_group(pool.document_N[order]) < documents]
     if share < 1:
-      order = order[rank_in_group(pool.source_N[order]) < int(share * count)]
+      order = order[rank_in_group(pool.source_N[order]) < rows_of_share(share, count)]
     if len(order) >= wanted or looked_at == len(score_N):
       break
     looked_at = min(4 * looked_at, len(score_N))
@@ -68,6 +71,11 @@ def capped_order(score_N: np.ndarray, count: int, pool: Candidates, most: int | 
       f'{count} wanted; raise them, lower selection.examples or raise pool.max_bytes'
     )
   return order[:wanted]
+
+
+def rows_of_share(share: float, count: int) -> int:
+  """The whole rows in a share of `count`: 0.29 of 100 are 29, though no binary fraction is 0.29."""
+  return math.floor(Fraction(str(share)) * count)
 
 
 def top_capped(score_N: np.ndarray, count: int, pool: Candidates) -> np.ndarray:

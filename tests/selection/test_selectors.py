@@ -111,8 +111,8 @@ def test_caps_hold_and_nothing_better_was_left_out(score_N, document_cap, docume
   assert len(set(found.tolist())) == count
   if document_cap:
     assert np.bincount(found % documents).max() <= document_cap
-  if source_cap < 1:
-    assert np.bincount(found % 3).max() <= int(source_cap * count)
+  tenths = {0.3: 3, 0.5: 5, 1.0: 10}[source_cap]
+  assert 10 * np.bincount(found % 3).max() <= tenths * count
   if source_cap == 1:  # one cap alone: the greedy choice, row after row
     taken: list[int] = []
     for row in sorted(rows, key=lambda row: (-float(score_N[row]), row)):
@@ -121,6 +121,24 @@ def test_caps_hold_and_nothing_better_was_left_out(score_N, document_cap, docume
       ):
         taken.append(row)
     assert found.tolist() == taken
+
+
+@pytest.mark.parametrize(
+  ('share', 'count', 'rows'),
+  [(0.29, 100, 29), (0.57, 100, 57), (0.3, 10, 3), (0.5, 5, 2), (0.7, 10, 7), (1 / 3, 10, 3), (0.999, 100, 99),
+   (0.1, 9, 0), (0.07, 100_000_000, 7_000_000)],
+)  # fmt: skip
+def test_a_source_gives_its_share_in_whole_rows(share, count, rows):
+  assert ranking.rows_of_share(share, count) == rows
+
+
+def test_a_source_gives_all_of_its_share():
+  # All of source 0 are better than all of source 1: 29 of 100 is what it may give, and gives.
+  pool = Made(np.arange(400)[::-1], Rows(np.zeros((400, 8), np.int32), np.arange(400) // 200), source_cap=0.29)
+  with pytest.raises(UserError, match='leave 58 rows of the 100 wanted'):
+    selected('dsdm', pool, 100)
+  pool.options.source_cap = 0.57
+  assert np.bincount(selected('dsdm', pool, 100).rows // 200).tolist() == [57, 43]
 
 
 @given(hnp.arrays(np.float32, 40, elements=st.floats(-8, 8, width=32)), st.integers(1, 40), st.integers(1, 6))
