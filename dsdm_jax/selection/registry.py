@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from dsdm_jax.core.config import load_callable
+from dsdm_jax.core.errors import UserError
 from dsdm_jax.data.selection import Selection
 from dsdm_jax.selection.candidates import Candidates, Target
 
@@ -61,13 +62,20 @@ SELECTORS: dict[str, Selector] = {}
 
 
 def selector(name: str, *, targeted: bool, seeded: bool) -> Callable[[_F], _F]:
-  """Registers a selector under `name`."""
+  """Registers a selector under `name`; UserError where another function has it."""
 
   def register(select: _F) -> _F:
+    known = SELECTORS.get(name)
+    if known is not None and _place(known.select) != _place(select):
+      raise UserError(f'{_place(select)} is called {name!r} as {_place(known.select)} is; rename the one that is yours')
     SELECTORS[name] = Selector(select, targeted, seeded)
     return select
 
   return register
+
+
+def _place(select: Select) -> str:
+  return f'{select.__module__}:{select.__qualname__}'
 
 
 def find(method: str) -> Selector:

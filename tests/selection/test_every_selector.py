@@ -11,7 +11,7 @@ from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.selection_rules import METHODS
 from dsdm_jax.selection import clusters
 from dsdm_jax.selection.candidates import Candidates
-from dsdm_jax.selection.registry import SELECTORS, Budget, find
+from dsdm_jax.selection.registry import SELECTORS, Budget, find, selector
 from tests.selection.made import Features, Made, Rows, target
 
 WORDS = [f'w{i}' for i in range(12)]
@@ -83,6 +83,18 @@ WANTED = target([' '.join(WORDS[:5]), ' '.join(WORDS[3:9])], [[1, 2, 3], [4, 5]]
 
 def test_every_method_is_here():
   assert set(SELECTORS) == set(METHODS)
+
+
+def test_a_built_in_selector_is_not_replaced():
+  def mine(pool, target, budget, seed):
+    raise AssertionError
+
+  there = SELECTORS['random']
+  with pytest.raises(UserError, match="is called 'random' as dsdm_jax.selection.random:random is; rename") as caught:
+    selector('random', targeted=False, seeded=True)(mine)
+  assert '\n' not in str(caught.value)
+  assert SELECTORS['random'] is there
+  selector('random', targeted=False, seeded=True)(there.select)  # a module that is read again
 
 
 @pytest.mark.parametrize('method', METHODS)
