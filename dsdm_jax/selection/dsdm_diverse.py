@@ -27,8 +27,9 @@ def dsdm_greedy(pool: Candidates, target: Target, budget: Budget, seed: int) -> 
   """
   del seed
   score_N, rows, phi_MJ = _shortlist(pool, target, budget)
-  z_M = ranking.standardised(score_N)[rows]
-  chosen = greedy(z_M, phi_MJ, budget.examples, pool.options.diversity)
+  by_row = np.argsort(rows)  # so that equals go to the lower row
+  rows, phi_MJ = rows[by_row], phi_MJ[by_row]
+  chosen = greedy(ranking.standardised(score_N)[rows], phi_MJ, budget.examples, pool.options.diversity)
   return _selection(score_N, rows[chosen], pool)
 
 

@@ -242,3 +242,11 @@ def test_ten_million_scores():
   cut = key[-1]
   assert set(np.flatnonzero(score_N > cut).tolist()) <= set(rows.tolist())
   assert np.flatnonzero(score_N == cut)[: (key == cut).sum()].tolist() == rows[key == cut].tolist()
+def test_greedy_gives_equals_to_the_lower_row():
+  # Mean 0 and variance 1. Row 5 is the best; row 4 repeats it, which costs what it is better than row 0.
+  score_N = np.float32([0, -1, -2, 0, 1, 2, 0, 0, 0, 0])
+  phi_NJ = np.eye(10)
+  phi_NJ[4] = phi_NJ[5]
+  assert selected('dsdm_greedy', Made(score_N, features=Features(phi_NJ), diversity=1.0), 3).rows.tolist() == [5, 0, 3]
+
+
