@@ -40,9 +40,9 @@ def _logits(pool: Candidates, target: Target) -> np.ndarray:
   negatives = min(pool.options.classifier_rows, pool.num_rows)
   rng = prng.numpy_stream(0, 'selection', 'classifier')
   rows = np.sort(rng.choice(pool.num_rows, negatives, replace=False))
-  sides = [grams.examples(target, task) for task in target.tasks] + [grams.rows(rows)]
-  features = scipy.sparse.vstack([shares(side) for side in sides])
-  sizes = [len(side.size_B) for side in sides]
+  tasks = [shares(grams.examples(target, task)) for task in target.tasks]
+  features = scipy.sparse.vstack([*tasks, *map(shares, grams.each(rows))])
+  sizes = [*(task.shape[0] for task in tasks), negatives]
   share = [0.5 / len(target.tasks)] * len(target.tasks) + [0.5]
   weight = np.repeat(np.array(share) / sizes, sizes)
   label = np.repeat([1, 0], [sum(sizes[:-1]), negatives])

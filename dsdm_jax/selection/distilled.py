@@ -80,7 +80,8 @@ def fit(grams: ngrams.PoolGrams, score_N: np.ndarray, sample: int) -> Scorer:
   order = prng.numpy_stream(0, 'selection', 'distilled').permutation(len(score_N))[:sample]
   held = max(10, round(_HELD_OUT / 2 * len(order)))
   tell, choose, learn = np.split(order, [held, 2 * held])
-  x = {name: shares(grams.rows(rows)) for name, rows in (('tell', tell), ('choose', choose), ('learn', learn))}
+  sides = {'tell': tell, 'choose': choose, 'learn': learn}
+  x = {name: scipy.sparse.vstack([*map(shares, grams.each(rows))]) for name, rows in sides.items()}
   y_M = score_N[learn].astype(np.float64)
   mean_V = np.asarray(x['learn'].mean(axis=0)).reshape(-1)
   best: tuple[float, float, np.ndarray] | None = None

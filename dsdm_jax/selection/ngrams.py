@@ -173,6 +173,10 @@ class PoolGrams:
       return of_rows(tokens_BL, self.buckets)
     return of_texts(self.pool.encoder.decode_batch(tokens_BL), self.buckets)
 
+  def each(self, rows: np.ndarray) -> Iterator[Grams]:
+    """The same, block after block: beside what a caller keeps, of any number of rows no more than a few blocks."""
+    return (grams for _, _, grams in self._over(rows))
+
   def examples(self, target: Target, task: str) -> Grams:
     """Of each target example: its words, or the ids of the sequence that the models see."""
     if self.kind == 'tokens':
@@ -212,7 +216,7 @@ class PoolGrams:
   def sample(self) -> Iterator[Grams]:
     """Of at most 65,536 rows, evenly over the pool: enough to count by."""
     rows = np.arange(0, self.pool.num_rows, -(-self.pool.num_rows // _SAMPLE))
-    return (grams for _, _, grams in self._over(rows))
+    return self.each(rows)
 
   @functools.cached_property
   def counts(self) -> np.ndarray:

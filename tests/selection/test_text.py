@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.selection import bm25, distilled, dsir, ngrams
+from dsdm_jax.selection.classifier import shares
 from tests.conftest import ROOT
 from tests.selection.made import Made, Rows, selected, target
 
@@ -118,6 +120,32 @@ def test_rows_like_the_target_are_found(method, kind):
   best = np.sort(LIKENESS_N)[-60:].mean()
   gained = (LIKENESS_N[found].mean() - LIKENESS_N.mean()) / (best - LIKENESS_N.mean())
   assert gained > (0.75 if method != 'classifier_pareto' else 0.3)  # random rows gain 0, with an sd of 0.1
+
+
+class InBlocks(Rows):
+  """Rows that are never asked for all at once."""
+
+  def tokens(self, rows):
+    assert len(rows) <= 64
+    return super().tokens(rows)
+
+
+@pytest.mark.parametrize('kind', ['words', 'tokens'])
+def test_what_is_fitted_to_is_read_in_blocks_and_is_the_same(monkeypatch, kind):
+  tokens_NL = np.random.default_rng(0).integers(0, 40, (300, 16)).astype(np.int32)
+  rows = np.random.default_rng(1).permutation(300)[:200]
+  at_once = shares(ngrams.PoolGrams(Rows(tokens_NL), kind, 512).rows(rows))
+  monkeypatch.setattr(ngrams, 'BLOCK', 64)
+  monkeypatch.setattr(ngrams, '_BLOCK_TOKENS', 16 * 20)  # 20 rows are hashed together
+  grams = ngrams.PoolGrams(InBlocks(tokens_NL), kind, 512)
+  blocks = [shares(block) for block in grams.each(rows)]
+  assert len(blocks) == 13  # four reads: 20 + 20 + 20 + 4 three times, and 8
+  np.testing.assert_array_equal(scipy.sparse.vstack(blocks).toarray(), at_once.toarray())
+  # Both that fit to a sample of the pool.
+  pool = Made(np.zeros(300), InBlocks(tokens_NL), ngrams=kind, ngram_buckets=512)
+  wanted = target(texts=['w1 w2 w3', 'w2 w1'], sequences=[[1, 2, 3], [2, 1]])
+  assert selected('classifier', pool, 5, wanted=wanted).size == 5
+  assert distilled.fit(grams, np.arange(300, dtype=np.float32), 300).fitted == 240
 
 
 def test_dsir_by_hand():
