@@ -1,8 +1,8 @@
 """Speed and memory of selecting: `python -m dsdm_jax.bench selection --rows 10000000 --megabytes 8`.
 
-Top-k, Gumbel top-k and top-k under a document cap of made-up scores, with seconds and memory scaled to 1e8 rows; then
-what DSIR and the classifier do over words and over stored ids of real text, the standard library's, in MB of UTF-8 a
-second.
+Top-k, Gumbel top-k, top-k under a document cap and `dsdm_boltzmann` of made-up scores, with seconds and memory scaled
+to 1e8 rows; then what DSIR and the classifier do over words and over stored ids of real text, the standard library's,
+in MB of UTF-8 a second.
 Prints one line of JSON.
 """
 
@@ -13,6 +13,7 @@ import resource
 import sys
 import sysconfig
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from configs.base import get_config
 from dsdm_jax.core import prng
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.data import vocabulary
-from dsdm_jax.selection import ngrams, ranking
+from dsdm_jax.selection import dsdm_sampled, ngrams, ranking
+from dsdm_jax.selection.registry import Budget
 
 _LENGTH = 1_024
 _WANTED = 100_000_000
@@ -49,6 +51,17 @@ class Capped:
     self.document_N = prng.numpy_stream(0, 'bench', 'documents').integers(0, max(1, rows // 4), rows, np.int32)
 
 
+class Scored:
+  """Rows with scores, the same for every target."""
+
+  def __init__(self, score_N: np.ndarray):
+    self.options, self.num_rows, self.scores, self._score_N = get_config().selection, len(score_N), self, score_N
+
+  def score_N(self, target: str) -> np.ndarray:
+    del target
+    return self._score_N
+
+
 def _seconds(work: Callable[[], object]) -> float:
   began = time.perf_counter()
   work()
@@ -61,7 +74,10 @@ def _peak_gib() -> float:
 
 
 def ranks(rows: int) -> dict[str, float]:
-  """Choosing a quarter of the rows, a twentieth under a cap: seconds, and the largest memory beyond what was before."""
+  """Choosing a quarter of the rows, a twentieth under a cap, and drawing as many as a quarter with replacement.
+
+  Seconds, and the largest memory beyond what was before, that of the steps above included.
+  """
   before = _peak_gib()
   score_N = prng.numpy_stream(0, 'bench', 'scores').standard_normal(rows, np.float32)
   found: dict[str, float] = {'rows': rows}
@@ -78,9 +94,14 @@ def ranks(rows: int) -> dict[str, float]:
   capped: Any = Capped(rows)
   found['capped_seconds'] = _seconds(lambda: ranking.capped_order(score_N, rows // 20, capped))
   found['capped_gib'] = _peak_gib() - before
+  scored: Any = Scored(score_N)
+  target: Any = types.SimpleNamespace(name='mix')
+  budget = Budget(rows // 4, 1, 16)
+  found['draws_seconds'] = _seconds(lambda: dsdm_sampled.dsdm_boltzmann(scored, target, budget, 0))
+  found['draws_gib'] = _peak_gib() - before
   # Sorting is n log n, all else in proportion to n.
   more = _WANTED / rows * np.log(_WANTED) / np.log(rows)
-  for name in ('top', 'gumbel', 'capped'):
+  for name in ('top', 'gumbel', 'capped', 'draws'):
     found[f'{name}_seconds_at_1e8'] = found[f'{name}_seconds'] * max(more, 1.0)
     found[f'{name}_gib_at_1e8'] = found[f'{name}_gib'] * max(_WANTED / rows, 1.0)
   return found

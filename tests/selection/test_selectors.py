@@ -143,14 +143,76 @@ def test_a_source_gives_all_of_its_share():
 
 @given(hnp.arrays(np.float32, 40, elements=st.floats(-8, 8, width=32)), st.integers(1, 40), st.integers(1, 6))
 def test_draws_fill_the_budget_within_the_cap(log_weight_N, total, cap):
-  count_N = dsdm_sampled.draw(log_weight_N, total, cap, np.random.default_rng(0))
+  count_N = dsdm_sampled.draw(log_weight_N, total, cap, 0)
   assert count_N.sum() == total
   assert count_N.max() <= cap
-  np.testing.assert_array_equal(count_N, dsdm_sampled.draw(log_weight_N, total, cap, np.random.default_rng(0)))
+  np.testing.assert_array_equal(count_N, dsdm_sampled.draw(log_weight_N, total, cap, 0))
+
+
+def one_by_one(log_weight_N, total, cap, rng):
+  """Drawn as the definition says: each among the rows that are below the cap, by their weights."""
+  count_N = np.zeros(len(log_weight_N), int)
+  for _ in range(total):
+    p_N = np.exp(log_weight_N) * (count_N < cap)
+    count_N[rng.choice(len(p_N), p=p_N / p_N.sum())] += 1
+  return count_N
+
+
+@pytest.mark.parametrize('chunk', [64, 1 << 20])
+def test_draws_follow_the_law_of_one_after_the_other(monkeypatch, chunk):
+  monkeypatch.setattr(dsdm_sampled, '_CHUNK', chunk)
+  # Three kinds of rows, and so much of the heaviest that the cap of 3 decides.
+  log_weight_N = np.log(np.repeat([1.0, 4.0, 16.0], 50)).astype(np.float32)
+  rng, tries, total, cap = np.random.default_rng(0), 150, 200, 3
+
+  def kinds(count_N):
+    assert count_N.sum() == total and count_N.max() <= cap
+    return count_N.reshape(3, 50).sum(axis=1), np.bincount(count_N, minlength=cap + 1)
+
+  ours = [kinds(dsdm_sampled.draw(log_weight_N, total, cap, seed)) for seed in range(tries)]
+  theirs = [kinds(one_by_one(log_weight_N.astype(float), total, cap, rng)) for _ in range(tries)]
+  for a, b in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True):
+    a, b = np.array(a), np.array(b)
+    error = np.sqrt((a.var(axis=0) + b.var(axis=0)) / tries)
+    # Seven means; five standard errors fail by chance once in 250,000.
+    assert (np.abs(a.mean(axis=0) - b.mean(axis=0)) <= 5 * error).all()
+    # Of variances too: the standard error of either is √(2/tries) of it.
+    assert (np.abs(a.var(axis=0) / b.var(axis=0) - 1) < 5 * np.sqrt(4 / tries)).all()
+
+
+@pytest.mark.parametrize('temperature', [1e-6, 1e-3, 0.05, 30.0])
+@pytest.mark.parametrize('share', [0.001, 0.25, 3.0, 4.0])
+def test_many_draws_at_any_temperature(temperature, share):
+  z_N = np.random.default_rng(0).normal(size=20_000)
+  log_weight_N = (z_N / temperature).astype(np.float32)
+  total = int(share * 20_000)
+  count_N = dsdm_sampled.draw(log_weight_N, total, 4, 0)
+  assert count_N.sum() == total and count_N.max() <= 4
+  if temperature <= 1e-3:  # so cold that the best rows are filled up, and next to nothing else is drawn
+    best = np.argsort(-z_N)[: total // 4]
+    assert count_N[best].sum() > 0.98 * total
+
+
+def test_a_bracket_that_is_missed_is_widened(monkeypatch):
+  tried, log_time = [], dsdm_sampled._Weighing.log_time
+  monkeypatch.setattr(dsdm_sampled, '_SPREAD', 0.01)
+  monkeypatch.setattr(
+    dsdm_sampled._Weighing, 'log_time', lambda *args, **end: tried.append(1) or log_time(*args, **end)
+  )
+  for seed in range(20):
+    count_N = dsdm_sampled.draw(RANDOM, 90, 3, seed)
+    assert count_N.sum() == 90 and count_N.max() <= 3
+  assert len(tried) > 2 * 20
+
+
+def test_draws_of_a_seed_are_its_own():
+  log_weight_N = np.zeros(500, np.float32)
+  one, same, other = (dsdm_sampled.draw(log_weight_N, 300, 2, seed).tolist() for seed in (0, 0, 1))
+  assert one == same != other
 
 
 def test_draws_when_weights_vanish():
-  count_N = dsdm_sampled.draw(np.float32([0, -1e6, -1e6]), 5, 2, np.random.default_rng(0))
+  count_N = dsdm_sampled.draw(np.float32([0, -1e6, -1e6]), 5, 2, 0)
   assert count_N.sum() == 5 and count_N.max() == 2
 
 
@@ -185,6 +247,14 @@ def test_greedy_passes_over_what_repeats():
   assert dsdm_diverse.greedy(z_M, phi_MJ, 3, 0.0).tolist() == [0, 1, 2]
   # The copy of row 0 costs 1 and falls to 1.9; the opposite of row 0 costs nothing.
   assert dsdm_diverse.greedy(z_M, phi_MJ, 4, 1.0).tolist() == [0, 2, 3, 1]
+
+
+def test_greedy_gives_equals_to_the_lower_row():
+  # Mean 0 and variance 1. Row 5 is the best; row 4 repeats it, which costs what it is better than row 0.
+  score_N = np.float32([0, -1, -2, 0, 1, 2, 0, 0, 0, 0])
+  phi_NJ = np.eye(10)
+  phi_NJ[4] = phi_NJ[5]
+  assert selected('dsdm_greedy', Made(score_N, features=Features(phi_NJ), diversity=1.0), 3).rows.tolist() == [5, 0, 3]
 
 
 @pytest.mark.parametrize('method', ['dsdm_greedy', 'dsdm_clusters'])
@@ -242,11 +312,3 @@ def test_ten_million_scores():
   cut = key[-1]
   assert set(np.flatnonzero(score_N > cut).tolist()) <= set(rows.tolist())
   assert np.flatnonzero(score_N == cut)[: (key == cut).sum()].tolist() == rows[key == cut].tolist()
-def test_greedy_gives_equals_to_the_lower_row():
-  # Mean 0 and variance 1. Row 5 is the best; row 4 repeats it, which costs what it is better than row 0.
-  score_N = np.float32([0, -1, -2, 0, 1, 2, 0, 0, 0, 0])
-  phi_NJ = np.eye(10)
-  phi_NJ[4] = phi_NJ[5]
-  assert selected('dsdm_greedy', Made(score_N, features=Features(phi_NJ), diversity=1.0), 3).rows.tolist() == [5, 0, 3]
-
-
