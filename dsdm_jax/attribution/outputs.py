@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsdm_jax.attribution.passes import ahead
 from dsdm_jax.core import flops
 from dsdm_jax.core.mesh import assemble, fetch, place, share
 from dsdm_jax.data.batches import row_range_batches
@@ -56,7 +57,7 @@ class ProxyOutputs:
     """Mean over the predicted tokens of each row of the probability of the right one, float32 [N]."""
     parts = []
     sharding, size = self._trainer.batch_sharding, self._batch_size
-    for tokens, _, valid_B in row_range_batches(pool, 0, pool.num_rows, size, share(sharding, size)):
+    for tokens, _, valid_B in ahead(row_range_batches(pool, 0, pool.num_rows, size, share(sharding, size))):
       tokens_BL = assemble(tokens, sharding, size)
       parts.append(fetch(self._probability(state.params, state.rest, tokens_BL))[valid_B])
       progress(len(parts[-1]))

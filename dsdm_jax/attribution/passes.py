@@ -65,7 +65,7 @@ class PoolPass:
 
   def _dispatch(self, start: int, stop: int) -> list[tuple[jax.Array, int]]:
     parts = []
-    for tokens, _, valid_B in _ahead(row_range_batches(self._pool, start, stop, self._batch_size, self._share)):
+    for tokens, _, valid_B in ahead(row_range_batches(self._pool, start, stop, self._batch_size, self._share)):
       tokens_BL = assemble(tokens, self._sharding, self._batch_size)
       if self._flop is None:
         self._flop = flops.count(self._step.apply, self._prepared, tokens_BL, self._weights_BL)
@@ -85,7 +85,7 @@ class PoolPass:
     return fetch(jnp.stack([part for part, _ in parts]))  # processes exchange once for a range, not for each batch
 
 
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+def ahead(items: Iterator[Any]) -> Iterator[Any]:
   """The same items, the next one read while the caller works on this one."""
   with ThreadPoolExecutor(1) as reader:
     end = object()

@@ -10,6 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dsdm_jax.attribution import ensemble
+from dsdm_jax.attribution.passes import ahead
 from dsdm_jax.core import flops, prng
 from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.errors import UserError
@@ -154,7 +155,7 @@ class Proxies:
     parts: list[np.ndarray] = []
     pool = self._pool
     with self._context.log.bar(total=pool.num_rows, desc=name, unit='row') as bar:
-      for tokens_BL, _, valid_B in row_range_batches(pool, 0, pool.num_rows, self._batch):
+      for tokens_BL, _, valid_B in ahead(row_range_batches(pool, 0, pool.num_rows, self._batch)):
         if not parts:
           self._context.add_flop(flops.count(apply, tokens_BL) * -(-pool.num_rows // self._batch))
         parts.append(np.asarray(apply(tokens_BL))[valid_B])

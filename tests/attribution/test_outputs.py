@@ -1,5 +1,7 @@
 """What the proxies themselves say, example by example."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -18,9 +20,10 @@ class InMemory:
   """A pool of rows in memory."""
 
   def __init__(self, tokens_NL):
-    self._tokens_NL, self.num_rows = tokens_NL, len(tokens_NL)
+    self._tokens_NL, self.num_rows, self.threads = tokens_NL, len(tokens_NL), set()
 
   def tokens(self, rows):
+    self.threads.add(threading.current_thread())
     return self._tokens_NL[rows]
 
 
@@ -42,7 +45,9 @@ def test_outputs_and_probabilities_one_by_one(proxies):
   weights_NL[:, 5] = 1
   told = []
   output_T = passes.of_examples(state, tokens_NL, weights_NL)
-  mean_N = passes.mean_probability(state, InMemory(tokens_NL), told.append)
+  pool = InMemory(tokens_NL)
+  mean_N = passes.mean_probability(state, pool, told.append)
+  assert threading.main_thread() not in pool.threads, 'rows are read ahead'
   assert sum(told) == 11 and passes.flop > 0
   for n, tokens_L in enumerate(tokens_NL):
     logits_LV = np.asarray(model(tokens_L[None])[0])

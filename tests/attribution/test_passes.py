@@ -1,6 +1,8 @@
 """Features that are stored, made anew and never made give the same scores."""
 
 import dataclasses
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.features import blocks, check_finite
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
-from dsdm_jax.attribution.passes import DirectionalSource, PoolPass, Recomputed
+from dsdm_jax.attribution.passes import DirectionalSource, PoolPass, Recomputed, ahead
 from dsdm_jax.attribution.rounding import Rounding
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core.errors import UserError
@@ -132,3 +134,39 @@ def test_a_feature_that_is_not_finite_is_named_and_nothing_of_its_shard_is_kept(
     list(store.fill([0, 1, 2], source.ranges(map(store.bounds, range(3)))))
   assert store.missing() == [1, 2]
   assert not (tmp_path / 'f.zarr/c/1').exists()
+
+
+def test_ahead_keeps_the_order():
+  assert list(ahead(iter(range(50)))) == list(range(50))
+  assert list(ahead(iter([None, False, ()]))) == [None, False, ()]
+  assert list(ahead(iter(()))) == []
+
+
+def test_ahead_is_one_ahead():
+  read, second = [], threading.Event()
+
+  def items():
+    for item in range(4):
+      read.append(item)
+      if item == 1:
+        second.set()
+      yield item
+
+  coming = ahead(items())
+  assert next(coming) == 0
+  assert second.wait(60), 'the second is read while the first is in hand'
+  time.sleep(0.05)
+  assert read == [0, 1], 'and not the third'
+  assert list(coming) == [1, 2, 3]
+
+
+def test_ahead_raises_what_reading_raised_after_what_came_before():
+  def items():
+    yield 0
+    yield 1
+    raise OSError('torn')
+
+  coming = ahead(items())
+  assert [next(coming), next(coming)] == [0, 1]
+  with pytest.raises(OSError, match='torn'):
+    next(coming)

@@ -1,5 +1,6 @@
 """The proxies' own passes, with a model of random weights."""
 
+import threading
 import types
 
 import numpy as np
@@ -46,6 +47,23 @@ def padded(sequences, pad: int) -> Target:
     tokens_TL[i, : len(sequence)] = sequence
     weights_TL[i, len(sequence) - 2 : len(sequence)] = 1
   return Target('docs', ('docs',), lambda task: Examples(tokens_TL, weights_TL, ()), 'zscore')
+
+
+def test_likelihoods_one_by_one_while_rows_are_read_ahead(proxies, monkeypatch):
+  made, rows, model = proxies
+  threads, read = set(), rows.tokens
+
+  def tokens(asked):
+    threads.add(threading.current_thread())
+    return read(asked)
+
+  monkeypatch.setattr(rows, 'tokens', tokens)
+  found_N = made.log_likelihood_of(made.state(0))
+  assert threads and threading.main_thread() not in threads
+  for tokens_L, found in zip(rows.tokens_NL, found_N, strict=True):
+    logit_LV = np.asarray(model(tokens_L[None])[0], np.float64)
+    p_L = [np.exp(x_V[t]) / np.exp(x_V).sum() for x_V, t in zip(logit_LV, tokens_L[1:], strict=False)]
+    assert found == pytest.approx(np.log(p_L).mean(), rel=1e-4)
 
 
 @pytest.mark.parametrize('pad', [0, END])
