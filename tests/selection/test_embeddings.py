@@ -120,6 +120,29 @@ def test_perplexity_has_two_ends():
   assert selected('perplexity_high', pool, 2).rows.tolist() == [1, 3]
 
 
+def test_color_filter_by_hand():
+  class Tuned:
+    """Log-likelihoods before (state 0) and after (state 1); keeps what it was tuned on."""
+
+    def state(self, checkpoint):
+      return checkpoint
+
+    def tuned(self, sequences, steps, learning_rate, seed):
+      self.told = [s.tolist() for s in sequences], steps, learning_rate
+      return 1
+
+    def log_likelihood_of(self, state):
+      return np.float32([[-3.0, -2.0, -1.0, -4.0], [-1.0, -2.0, -2.5, -1.0]])[state]
+
+  made = Tuned()
+  pool = Made(np.zeros(4), proxies=made, conditional_steps=7, conditional_learning_rate=0.5)
+  found = selected('color_filter', pool, 4, wanted=target(sequences=[[1, 5, 6], [1, 9]]))
+  # After − before: 2, 0, −1.5, 3.
+  assert found.rows.tolist() == [3, 0, 1, 2]
+  assert found.scores.tolist() == [3, 2, 0, -1.5]
+  assert made.told == ([[1, 5, 6], [1, 9]], 7, 0.5)
+
+
 def test_duplicates_are_seen_through_a_shift():
   stream = np.random.default_rng(0).integers(3, 500, 4_000)
   apart = stream.reshape(-1, 100)
