@@ -109,9 +109,11 @@ def get_config() -> ConfigDict:
   c.pool.vocabulary = 'train'
   c.pool.vocab_size = 1_024  # of a trained vocabulary; pieces
   c.pool.end_piece = ''  # piece of a tokenizer.json that ends a document; '' takes the first usual one that it has
-  c.pool.leakage_guard = True  # drop documents that hold target text
+  c.pool.leakage_guard = True  # look for documents that hold target text, and list them
+  c.pool.drop_leaks = True  # and drop them
   c.pool.leakage_ngram = 12  # words in a row that count as the same text
-  # Benchmarks that the pool must not hold either: names of the table in dsdm_jax/data/benchmarks.py, or .jsonl files.
+  # Benchmarks that the pool must not hold either: names of the table in dsdm_jax/data/benchmarks.py, .jsonl files, or
+  # 'evaluated', which stands for those of evaluation.tasks.
   c.pool.leakage_benchmarks = ()
   c.pool.plant_targets = 0  # control: this many target examples of each task, verbatim, as further documents
 

@@ -14,7 +14,7 @@ It has not been run as a whole. Batches are the paper's and suit slices of 256 t
 plans. Features are two-sided, which is what makes the scale affordable; the paper's own are
 `features.projection=dense`. Where the paper is silent, or cannot be followed:
 
-- documents that hold text of a target are dropped, so that there are some rows fewer than the paper's;
+- documents that hold text of a target or a benchmark are dropped, so that there are some rows fewer than the paper's;
 - SQuAD from LLM-Foundry's file is split into halves; TFDS's has the paper's 23,107 items (docs/benchmarks.md);
 - SemDeDup keeps what is no near duplicate (the paper: a fifth of the pool).
 """
@@ -25,6 +25,7 @@ from configs import paper
 def get_config():
   config = paper.two_sided(paper.get_config(), batch_size=4_096, shard_rows=65_536)
   config.pool.sources = ('tfds:c4/en.noblocklist',)
+  config.pool.leakage_benchmarks = ('evaluated',)
   config.pool.drop_duplicates = False  # C4 has none, and the paper dropped none
   config.pool.vocabulary = 'data/pythia/tokenizer.json'
   config.pool.vocab_size = 50_277  # of that tokenizer

@@ -106,6 +106,8 @@ STAGES = (
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES if not stage.on_request)
 ON_REQUEST = tuple(stage.name for stage in STAGES if stage.on_request)
+# Keys that came after pools without them: a pool that was made before stands where they have these values.
+_LATER = {'pool.drop_leaks': True}
 _WHO = ('features.job', 'features.jobs')  # keys that say who works and not what is made: no stage depends on them
 
 
@@ -137,7 +139,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
 
 
 def _run(config: ConfigDict, settings: Mapping, workdir: Path, only: str | None, rerun: bool) -> None:
-  tasks.check_files(config.targets)
+  tasks.check_files(config.targets, config.pool.leakage_benchmarks if config.pool.leakage_guard else ())
   requests.check(config.evaluation, config.targets.folder, config.pool.length)
   with _held(workdir, config.features.job if config.features.jobs > 1 else None) as fresh:
     settings = {**settings, **distributed.decide(lambda: _source_files(settings, workdir))}
@@ -237,7 +239,11 @@ def _whole(stage: Stage, found: Artifact, settings: Mapping, workdir: Path) -> b
 
 def _identity(stage: Stage, settings: Mapping, inputs: Mapping[str, str]) -> Identity:
   """What `stage` is to be made from; `inputs` are the digests of what it reads."""
-  chosen = {key: value for key, value in select(settings, stage.keys).items() if key not in _WHO}
+  chosen = {
+    key: value
+    for key, value in select(settings, stage.keys).items()
+    if key not in _WHO and not (key in _LATER and value == _LATER[key])
+  }
   if 'targets.folder' in chosen:  # what the files hold counts, and not where they lie
     for task, held in tasks.files_of(chosen).items():
       chosen[f'SHA-256 of {task}'] = hashlib.sha256(epath.Path(held).read_bytes()).hexdigest()

@@ -26,7 +26,7 @@ from dsdm_jax.core.config_rules import (
   model_relations,
 )  # fmt: skip
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.pool_rules import SOURCE_KINDS
+from dsdm_jax.core.pool_rules import EVALUATED, SOURCE_KINDS, guarded
 from dsdm_jax.core.rule import CALLABLE
 
 _PASSWORD = re.compile(r'://[^/\s@:]*:[^/\s@]+@')
@@ -78,7 +78,9 @@ def validate(config: ConfigDict) -> None:
 
 
 def resolve(config: ConfigDict, keys_of: Callable[[str], dict[str, Any]]) -> ConfigDict:
-  """`config` with the shapes that `size` or `weights` of a model name; itself where they name none.
+  """`config` with what stands for something else put in; itself where there is nothing of the kind.
+
+  These are the shapes that `size` or `weights` of a model name, and 'evaluated' in `pool.leakage_benchmarks`.
 
   Args:
     config: the whole config, of the right types.
@@ -88,6 +90,9 @@ def resolve(config: ConfigDict, keys_of: Callable[[str], dict[str, Any]]) -> Con
     UserError: such a key was set as well, to something else; or as `keys_of`.
   """
   flat = flatten(config)
+  if EVALUATED in flat['pool.leakage_benchmarks']:
+    config = ConfigDict(config).copy_and_resolve_references()
+    config.pool.leakage_benchmarks = guarded(flat['pool.leakage_benchmarks'], flat['evaluation.tasks'])
   if not any(flat[f'{model}.{key}'] for model in MODELS for key in ('size', 'weights')):
     return config
   default = base.model()

@@ -15,6 +15,8 @@ BENCHMARKS = (
   'bb_qa_wikidata', 'trivia_qa', 'winograd', 'arc_challenge', 'squad_xquad',
 )  # fmt: skip
 
+EVALUATED = 'evaluated'  # in pool.leakage_benchmarks
+
 JSONL = Rule(lambda v: v.endswith('.jsonl'), 'paths that end in .jsonl')
 _LINE = Rule(lambda v: '\n' not in v, 'must be one line')
 
@@ -25,6 +27,16 @@ def _is_source(line: str) -> bool:
   if kind in SOURCE_KINDS:
     return bool(target)
   return head == 'installed_packages' or NAME.holds(head)
+
+
+def guarded(named: Iterable[str], evaluated: Iterable[str]) -> tuple[str, ...]:
+  """`pool.leakage_benchmarks` with those of `evaluation.tasks` in the place of 'evaluated', in an order of their own.
+
+  What `evaluation.tasks` holds besides is refused where it is asked.
+  """
+  of = {name for name in evaluated if name in BENCHMARKS or JSONL.holds(name)}
+  named = set(named)
+  return tuple(sorted((named - {EVALUATED}) | (of if EVALUATED in named else set())))
 
 
 def weights_differ(lines: Iterable[str]) -> bool:
@@ -52,8 +64,8 @@ POOL_RULES: Mapping[str, Rule] = {
   'pool.end_piece': _LINE,
   'pool.leakage_ngram': at_least(2),
   'pool.leakage_benchmarks': Rule(
-    lambda v: all(b in BENCHMARKS or JSONL.holds(b) for b in v),
-    f'must be names of {", ".join(BENCHMARKS)}, or paths that end in .jsonl',
+    lambda v: all(b in (EVALUATED, *BENCHMARKS) or JSONL.holds(b) for b in v),
+    f"must be '{EVALUATED}', names of {', '.join(BENCHMARKS)}, or paths that end in .jsonl",
   ),
   'pool.plant_targets': at_least(0),
   'host.workers': at_least(0),

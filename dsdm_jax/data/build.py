@@ -18,6 +18,7 @@ import tqdm
 
 from dsdm_jax.core import atomic, prng
 from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.pool_rules import EVALUATED, guarded
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data import (
   dataset,
@@ -106,6 +107,13 @@ class Builder:
     self.boilerplate = 0
     if not self.pool_config.leakage_guard:
       return ''
+    asked = guarded((EVALUATED,), self.config.evaluation.tasks)
+    others = [name for name in asked if name not in (*self.pool_config.leakage_benchmarks, *self.config.targets.tasks)]
+    if others:
+      self.context.log.say(
+        f'  evaluation asks {", ".join(others)}, whose text is not looked for in the pool; '
+        f'--config.pool.leakage_benchmarks="(\'{EVALUATED}\',)" does'
+      )
     texts = tasks.raw_texts(self.config.targets) + tasks.benchmark_texts(
       self.pool_config.leakage_benchmarks, self.config.targets.folder or '.'
     )
@@ -124,11 +132,12 @@ class Builder:
   def decide(self, entries: list[sources.Entry], given: list[Task], scanned: list) -> tuple[list[Task], Kept]:
     """What stays; leaves the lists of what does not."""
     c = self.pool_config
-    kept = layout.decide(entries, given, scanned, c.drop_duplicates, c.max_bytes, self.config.seed)
+    kept = layout.decide(entries, given, scanned, c.drop_duplicates, c.drop_leaks, c.max_bytes, self.config.seed)
     if not kept.count:
       raise UserError(
         f'the pool is empty: pool.sources {tuple(c.sources)} with pool.kinds {tuple(c.kinds)} gave '
-        f'{sum(s.documents for s in scanned)} documents and the leakage guard dropped {len(kept.leaks)}; '
+        f'{sum(s.documents for s in scanned)} documents and the leakage guard dropped '
+        f'{len(kept.leaks) if c.drop_leaks else 0}; '
         'take other kinds or raise pool.max_bytes'
       )
     np.save(self.work / 'keep.npy', kept.keep_M)
@@ -290,7 +299,10 @@ def run(context: Context) -> dict[str, Any]:
     prepare.write_table(out / 'documents' / f'{len(given):06d}.parquet', extra)
   atomic.write_json(out / 'planted.json', [{k: p[k] for k in ('task', 'index', 'id')} for p in planted])
   atomic.write_json(out / 'sources.json', names)
-  _write_jsonl(out / 'dropped.jsonl', [{k: leak[k] for k in ('id', 'task', 'words')} for leak in kept.leaks])
+  leaks = [{k: leak[k] for k in ('id', 'task', 'words')} for leak in kept.leaks]
+  dropped, leaking = (leaks, []) if context.config.pool.drop_leaks else ([], leaks)
+  _write_jsonl(out / 'dropped.jsonl', dropped)
+  _write_jsonl(out / 'leaking.jsonl', leaking)
   problems = [dataclasses.asdict(problem) for problem in builder.missing] + kept.problems
   _write_jsonl(out / 'skipped.jsonl', problems)
   card = {
@@ -302,8 +314,9 @@ def run(context: Context) -> dict[str, Any]:
     'tokens': tokens + sum(e['tokens'] for e in extra),
     'sources': _per_source(given, kept, builder.rows_of, names, extra),
     'planted': plan.planted,
-    'dropped_for_leakage': len(kept.leaks),
-    'dropped_by_task': dict(collections.Counter(leak['task'] for leak in kept.leaks)),
+    'dropped_for_leakage': len(dropped),
+    'dropped_by_task': dict(collections.Counter(leak['task'] for leak in dropped)),
+    'leaks_kept': len(leaking),
     'boilerplate_runs': builder.boilerplate,
     'exact_duplicates': kept.duplicates,
     'above_caps': kept.over_cap,
@@ -349,7 +362,8 @@ def tell(context: Context, card: dict[str, Any], seconds: float) -> None:
   context.log.say(
     f'  {card["rows"]:,} rows of {card["length"]} tokens from {card["documents"]:,} documents '
     f'({card["bytes"] / 1e6:,.1f} MB, {card["tokens"]:,} tokens, {card["bytes_per_token"]:.2f} bytes a token)\n'
-    f'  {card["exact_duplicates"]:,} exact duplicates and {card["dropped_for_leakage"]:,} leaks dropped, '
+    f'  {card["exact_duplicates"]:,} exact duplicates and {card["dropped_for_leakage"]:,} leaks dropped'
+    f'{", " + format(card["leaks_kept"], ",") + " leaks listed and kept" if card["leaks_kept"] else ""}, '
     f'{card["above_caps"]:,} above caps, {card["skipped"]:,} bad inputs skipped; {seconds:.1f} s, {rate:.1f} MB/s'
   )
   for name, s in sorted(card['sources'].items(), key=lambda item: -item[1]['rows'])[:20]:

@@ -28,6 +28,7 @@ class Kept:
     names: sources of kept documents, sorted.
     source_K: int16, of each kept document, index into `names`.
     bytes: of kept text.
+    leaks: documents with text of a target: those that were dropped, or those among the kept where none is dropped.
   """
 
   keep_M: np.ndarray
@@ -90,9 +91,12 @@ def shares(entries: Sequence[Entry], supply: Sequence[int], budget: int) -> list
 
 
 def decide(
-  entries: Sequence[Entry], tasks: Sequence[Task], scanned: Sequence[Scanned], duplicates: bool, budget: int, seed: int
-) -> Kept:
-  """Drops duplicates and leaks, then what is above caps and budget: a sample by a seeded hash of the text.
+  entries: Sequence[Entry], tasks: Sequence[Task], scanned: Sequence[Scanned], duplicates: bool, drop_leaks: bool,
+  budget: int, seed: int,
+) -> Kept:  # fmt: skip
+  """Drops duplicates and leaks, where that is wanted, then what is above caps and budget.
+
+  Above these a sample is kept, by a seeded hash of the text.
 
   Raises:
     UserError: more sources than an int16 can tell apart.
@@ -107,10 +111,12 @@ def decide(
   owner = {id(entry): index for index, entry in enumerate(entries)}
   for task, first in zip(tasks, begin, strict=False):
     notes = read_json(task.file('scan', 'json'))
-    leaks += [leak for leak in notes['leaks'] if not again_M[first + leak['document']]]
+    found = ({**leak, 'document': first + leak['document']} for leak in notes['leaks'])
+    leaks += [leak for leak in found if not again_M[leak['document']]]
     problems += notes['problems']
     with np.load(task.file('scan', 'npz')) as arrays:
-      keep_M[first : first + len(arrays['leak_M'])] &= ~arrays['leak_M']
+      if drop_leaks:
+        keep_M[first : first + len(arrays['leak_M'])] &= ~arrays['leak_M']
       supply[owner[id(task.unit.entry)]] += int(arrays['bytes_M'][keep_M[first : first + len(arrays['leak_M'])]].sum())
   before = int(keep_M.sum())
   allowed = shares(entries, supply, budget)
@@ -130,6 +136,8 @@ def decide(
       sources.append(mapping[code].astype(np.int16) if len(present) else np.empty(0, np.int16))
       total += int(arrays['bytes_M'][mine].sum())
       counts.append(counts[-1] + int(mine.sum()))
+  if not drop_leaks:
+    leaks = [leak for leak in leaks if keep_M[leak['document']]]
   ordered = sorted(names)
   place = {name: index for index, name in enumerate(ordered)}
   rank = np.array([place[name] for name in names], np.int16)

@@ -94,7 +94,7 @@ def run(context: Context) -> dict[str, Any]:
   card = {
     'rows': first[-1], 'length': c.length, 'vocab_size': encoder.size, 'documents': len(found), 'bytes': 0,
     'tokens': tokens, 'bytes_per_token': 0.0, 'planted': 0, 'dropped_for_leakage': 0, 'dropped_by_task': {},
-    'boilerplate_runs': 0, 'exact_duplicates': 0, 'above_caps': 0, 'skipped': 0,
+    'leaks_kept': 0, 'boilerplate_runs': 0, 'exact_duplicates': 0, 'above_caps': 0, 'skipped': 0,
     'sources': {entry.name: {'documents': len(found), 'bytes': 0, 'rows': first[-1]}},
     'special_ids': {'pad': encoder.pad, 'eos': encoder.eos},
   }  # fmt: skip
@@ -204,5 +204,5 @@ def _write_origins(out: Path, found: Sequence[str], counts: Sequence[int], name:
   prepare.write_table(out / 'documents' / '000000.parquet', rows)
   atomic.write_json(out / 'sources.json', [name])
   atomic.write_json(out / 'planted.json', [])
-  for empty in ('dropped.jsonl', 'skipped.jsonl'):
+  for empty in ('dropped.jsonl', 'leaking.jsonl', 'skipped.jsonl'):
     atomic.write_text(out / empty, '')

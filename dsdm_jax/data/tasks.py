@@ -143,8 +143,12 @@ def _asked(settings: Mapping[str, Any]) -> list[str]:
   return [name for key in keys for name in settings.get(key, ())]
 
 
-def check_files(config: ConfigDict) -> None:
-  """Reads every file that `config.tasks` names, so that a broken one is found before anything is written.
+def check_files(config: ConfigDict, guarded: Iterable[str] = ()) -> None:
+  """Reads every file that `config.tasks` or `guarded` names, so that a broken one is found before anything is written.
+
+  Args:
+    config: the `targets` part of the config.
+    guarded: `pool.leakage_benchmarks`, where the guard is on.
 
   Raises:
     UserError: as `read_jsonl`.
@@ -154,6 +158,10 @@ def check_files(config: ConfigDict) -> None:
       read_jsonl(task)
     elif task in benchmarks.BENCHMARKS:
       benchmarks.read_items(benchmarks.BENCHMARKS[task], config.folder or '.')
+  try:
+    benchmark_texts(guarded, config.folder or '.')
+  except UserError as error:
+    raise UserError(f'pool.leakage_benchmarks: {error}; or leave it out of --config.pool.leakage_benchmarks') from error
 
 
 def _docs() -> RawTask:

@@ -390,6 +390,18 @@ def test_size_gives_the_shape():
     resolve(changed(model__size='125M', model__width=512))
 
 
+def test_the_benchmarks_of_evaluation_may_be_guarded_by_one_word():
+  config = changed(
+    evaluation__tasks=('targets', 'piqa', 'b.jsonl', 'cbt', 'poems'),
+    pool__leakage_benchmarks=('evaluated', 'squad', 'cbt'),
+  )
+  checks.validate(config)
+  found = checks.resolve(config, dict)
+  assert found.pool.leakage_benchmarks == ('b.jsonl', 'cbt', 'piqa', 'squad')
+  assert config.pool.leakage_benchmarks == ('evaluated', 'squad', 'cbt')
+  assert checks.resolve(changed(pool__leakage_benchmarks=('evaluated',)), dict).pool.leakage_benchmarks == ()
+
+
 def test_a_strangers_model_has_its_own_keys_and_words():
   config = changed(model__factory='json:loads', model__positions='alibi', model__heads=5, model__experts=3)
   checks.validate(config)  # proxies.model.factory follows

@@ -6,13 +6,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.core.config import resolve
 from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.progress import Log
 from dsdm_jax.data import pool as pool_lib
 from dsdm_jax.data import tasks
 from dsdm_jax.data.documents import Document
@@ -159,6 +162,44 @@ def test_leaks_and_duplicates_are_dropped_and_reported(tmp_path: Path):
   assert pool.card['dropped_by_task'] == {'cs_algorithms': 1}
   off = Pool(run_pool(small_config(sources=(f'{__name__}:leaky',), leakage_guard=False), tmp_path / 'off'))
   assert 'prose/leak' in {d['id'] for d in off.documents}
+
+
+ASKED = 'Which of the seven lanterns did the keeper of the green river leave burning last'
+
+
+def asked_about(config: ConfigDict, seed: int) -> Iterator[Document]:
+  yield from invented(config, seed)
+  yield Document('prose/leak', 'prose', f'It is said: {ASKED} night?\n')
+
+
+def test_leaks_of_benchmarks_are_found_and_may_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  said: list[str] = []
+  monkeypatch.setattr(Log, 'say', lambda self, text: said.append(text))
+  benchmark = tmp_path / 'asked.jsonl'
+  benchmark.write_text(json.dumps({'context': ASKED, 'continuation': 'night'}))
+
+  def run(name: str, *named: str, **keys: Any) -> Pool:
+    config = small_config(sources=(f'{__name__}:asked_about',), leakage_benchmarks=named, **keys)
+    config.evaluation.tasks = ('targets', str(benchmark))
+    return Pool(run_pool(resolve(config, dict), tmp_path / name))
+
+  def listed(pool: Pool, file: str) -> list[tuple[str, str]]:
+    found = [json.loads(line) for line in (pool.path / file).read_text().splitlines()]
+    return [(leak['id'], leak['task']) for leak in found]
+
+  leak = ('prose/leak', 'asked')
+  for name, named in (('file', str(benchmark)), ('word', 'evaluated')):
+    pool = run(name, named)
+    assert listed(pool, 'dropped.jsonl') == [leak] and listed(pool, 'leaking.jsonl') == []
+    assert (pool.card['dropped_by_task'], pool.card['leaks_kept']) == ({'asked': 1}, 0)
+    assert 'prose/leak' not in {d['id'] for d in pool.documents}
+  kept = run('kept', 'evaluated', drop_leaks=False)
+  assert listed(kept, 'dropped.jsonl') == [] and listed(kept, 'leaking.jsonl') == [leak]
+  assert (kept.card['dropped_for_leakage'], kept.card['dropped_by_task'], kept.card['leaks_kept']) == (0, {}, 1)
+  assert 'prose/leak' in {d['id'] for d in kept.documents}
+  assert not any('is not looked for' in text for text in said)
+  assert listed(run('none'), 'dropped.jsonl') == []
+  assert any(f'evaluation asks {benchmark}, whose text is not looked for in the pool' in text for text in said)
 
 
 def nothing(config: ConfigDict, seed: int) -> Iterator[Document]:

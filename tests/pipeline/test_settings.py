@@ -21,6 +21,7 @@ AFTER_PROXIES = {'proxies', 'features', 'datamodel', 'selection', 'pretraining',
 CHANGES = [
   ('seed', 7, ALL),
   ('pool.max_bytes', 70_000, ALL),
+  ('pool.leakage_benchmarks', ('evaluated',), set()),  # evaluation asks targets alone
   ('targets.tasks', ('docs', 'api_qa'), ALL),
   ('targets.max_examples', 11, ALL - {'pool', 'proxies', 'ladder'}),
   ('targets.holdout_share', 0.4, ALL - {'pool', 'proxies', 'ladder'}),
@@ -102,6 +103,13 @@ def test_changed_key(made, ran, key, value, stages):
   ran.stages.clear()
   pipeline.run(config, made)
   assert ran.stages == [], 'and then it stands'
+
+
+def test_a_pool_from_before_a_key_stands(made: Path):
+  """Where the key has the value that says what was done before it."""
+  assert 'pool.drop_leaks' not in json.loads((made / 'pool' / 'manifest.json').read_text())['identity']['settings']
+  with pytest.raises(UserError, match=r'pool\.drop_leaks was absent, now false'):
+    pipeline.run(changed('pool.drop_leaks', False), made)
 
 
 def test_every_stage_has_a_key_that_makes_it_the_first_to_run():

@@ -22,7 +22,13 @@ HOSTILE = (
 SOURCES = ('source', 'docs', 'licences', 'metadata', 'data')
 TASKS = ('docs', 'api_qa', 'cs_algorithms')
 METHODS = {'dsdm': 0.17, 'random': 0.0, 'random_one_epoch': 0.04, 'bottom': -0.38}
-CONFIG = {'seed': 0, 'pool.leakage_guard': True, 'targets.tasks': list(TASKS), 'model.factory': '<script>:x'}
+CONFIG = {
+  'seed': 0,
+  'pool.leakage_guard': True,
+  'pool.drop_leaks': True,
+  'targets.tasks': list(TASKS),
+  'model.factory': '<script>:x',
+}
 ROWS, PICKED, SEEDS, ITEMS, PEAKS = 3000, 400, 3, 90, 5
 
 

@@ -276,6 +276,8 @@ def test_price_of_selecting(html, shown, drawings):
 def test_guard_that_was_off_is_not_called_clean(shown, drawings):
   html = render(dataclasses.replace(shown, config={**shown.config, 'pool.leakage_guard': False}), drawings)
   assert 'did not look' in html
+  html = render(dataclasses.replace(shown, config={**shown.config, 'pool.drop_leaks': False}, dropped=[]), drawings)
+  assert 'left in' in html and 'were dropped' not in html
 
 
 def test_nothing_dropped_and_no_text(shown, drawings):
