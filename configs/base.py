@@ -126,8 +126,9 @@ def get_config() -> ConfigDict:
   c.targets = ConfigDict()
   # Built-in tasks, names of benchmarks (docs/benchmarks.md), or paths of JSONL files.
   c.targets.tasks = ('docs', 'api_qa', 'cs_algorithms')
-  # Folder that holds the benchmarks' files under their names, or 'tfds' or 'tfds:DATA_DIR'; '' is the one that this is
-  # started in. The leakage guard and evaluation read it too.
+  # Folder that holds the benchmarks' files under their names, or 'tfds' or 'tfds:DATA_DIR', or several of these: the
+  # first that has a benchmark gives it, 'tfds:data/tfds | data/eval'; '' is the folder that this is started in. The
+  # leakage guard and evaluation read it too.
   c.targets.folder = ''
   c.targets.max_examples = 256  # of each task and split
   c.targets.holdout_share = 0.5  # of a task's documents; the rest is what the datamodel sees

@@ -8,14 +8,15 @@ It needs three things that it does not fetch:
 
     C4 without the blocklist, as TFDS prepares it under the name c4/en.noblocklist
     data/pythia/tokenizer.json, of any Pythia model on Hugging Face
-    data/llm_foundry/, LLM-Foundry's JSONL files of targets and benchmarks (docs/benchmarks.md)
+    data/llm_foundry/, LLM-Foundry's JSONL files of targets and benchmarks (docs/benchmarks.md), and in data/tfds/ SQuAD
+      as TFDS prepares it
 
 It has not been run as a whole. Batches are the paper's and suit slices of 256 to 1,024 chips; docs/scale.md has the
 plans. Features are two-sided, which is what makes the scale affordable; the paper's own are
 `features.projection=dense`. Where the paper is silent, or cannot be followed:
 
 - documents that hold text of a target or a benchmark are dropped, so that there are some rows fewer than the paper's;
-- SQuAD from LLM-Foundry's file is split into halves; TFDS's has the paper's 23,107 items (docs/benchmarks.md);
+- SQuAD has the paper's 23,107 items where data/tfds holds it; LLM-Foundry's file would be split into halves;
 - SemDeDup keeps what is no near duplicate (the paper: a fifth of the pool).
 """
 
@@ -30,7 +31,7 @@ def get_config():
   config.pool.vocabulary = 'data/pythia/tokenizer.json'
   config.pool.vocab_size = 50_277  # of that tokenizer
   config.targets.tasks = ('lambada', 'squad', 'jeopardy', 'bigbench_cs_algorithms')
-  config.targets.folder = 'data/llm_foundry'
+  config.targets.folder = 'tfds:data/tfds | data/llm_foundry'
   config.targets.max_examples = 24_000  # all there are
   # The mix that the paper's large models are trained for: the mean of raw scores.
   config.selection.targets = ('jeopardy+squad+lambada',)

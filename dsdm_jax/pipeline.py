@@ -21,7 +21,7 @@ from dsdm_jax.core.config import check_callables, check_devices, flatten, resolv
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data import sources, tasks
+from dsdm_jax.data import benchmarks, sources, tasks
 from dsdm_jax.evaluation import requests
 from dsdm_jax.lm import hugging_face
 
@@ -245,9 +245,12 @@ def _identity(stage: Stage, settings: Mapping, inputs: Mapping[str, str]) -> Ide
     if key not in _WHO and not (key in _LATER and value == _LATER[key])
   }
   if 'targets.folder' in chosen:  # what the files hold counts, and not where they lie
-    for task, held in tasks.files_of(chosen).items():
-      chosen[f'SHA-256 of {task}'] = hashlib.sha256(epath.Path(held).read_bytes()).hexdigest()
-    chosen['targets.folder'] = tasks.tfds_folder(chosen)
+    for task, held in tasks.places_of(chosen).items():
+      if benchmarks.in_tfds(held):
+        chosen[f'TFDS of {task}'] = held
+      else:
+        chosen[f'SHA-256 of {task}'] = hashlib.sha256(epath.Path(held).read_bytes()).hexdigest()
+    chosen['targets.folder'] = ''
   for key in [key for key in chosen if key.endswith('model.weights') and chosen[key]]:
     chosen[f'SHA-256 of {key}'] = hugging_face.digest(chosen[key])
   if chosen.get('selection.imported'):  # likewise

@@ -72,7 +72,8 @@ POOL_RULES: Mapping[str, Rule] = {
   'host.beam': Rule(lambda v: not v or v.startswith('--'), "must be options such as '--runner=DirectRunner', or empty"),
   'targets.tasks': some_of(*TASKS, *BENCHMARKS, also=JSONL),
   'targets.folder': Rule(
-    lambda v: '\n' not in v and v == v.strip(), 'must be one line that does not begin or end with white space'
+    lambda v: '\n' not in v and v == v.strip() and (not v or all(part.strip() for part in v.split(' | '))),
+    "must be one line that does not begin or end with white space; several places are joined by ' | '",
   ),
   'targets.max_examples': at_least(1),
   'targets.holdout_share': within(0, 1, '()'),

@@ -146,25 +146,51 @@ def of_file(path: str, shots: int = 0, delimiter: str = ' ') -> Benchmark:
   raise UserError(f'{path} holds no items; give one JSON object a line')
 
 
-def find(benchmark: Benchmark, folder: str) -> str | None:
-  """The benchmark's file in `folder` or one folder below it (LLM-Foundry sorts by category), None where it is not."""
-  root = epath.Path(folder)
+def places(path: str) -> tuple[str, ...]:
+  """The places that a path such as 'tfds:data/tfds | data/eval' names, in the order in which they are tried."""
+  return tuple(part.strip() or '.' for part in path.split(' | '))
+
+
+def place(benchmark: Benchmark, tried: Sequence[str]) -> str | None:
+  """The first of the places that has `benchmark`: its file, or 'tfds' or 'tfds:DATA_DIR'; None where none has it.
+
+  Whether TFDS has prepared it is looked up only where another place is left.
+  """
+  for number, path in enumerate(tried, 1):
+    if not in_tfds(path):
+      if file := find(benchmark, path):
+        return file
+    elif benchmark.tfds and (number == len(tried) or tfds_items.is_prepared(benchmark.tfds, _data_dir(path))):
+      return path
+  return None
+
+
+def find(benchmark: Benchmark, path: str) -> str | None:
+  """The benchmark's file: `path`, or in that folder or one below it (LLM-Foundry sorts by category); else None."""
+  root = epath.Path(path)
+  if root.is_file():
+    return path
   if (root / benchmark.source).is_file():
     return str(root / benchmark.source)
-  below = sorted(str(path) for path in root.glob(f'*/{benchmark.source}')) if root.is_dir() else []
+  below = sorted(str(file) for file in root.glob(f'*/{benchmark.source}')) if root.is_dir() else []
   return below[0] if below else None
 
 
 def target_items(benchmark: Benchmark, path: str | None) -> list[Item]:
   """As many items as the paper's target has, from a split of TFDS that holds nothing else; [] where there is none."""
-  if not benchmark.tfds_target or path is None or not in_tfds(path):
+  held = place(benchmark, places(path)) if benchmark.tfds_target and path is not None else None
+  if held is None or not in_tfds(held):
     return []
-  return read_items(dataclasses.replace(benchmark, tfds=benchmark.tfds_target), path, benchmark.counts[0])
+  return read_items(dataclasses.replace(benchmark, tfds=benchmark.tfds_target), held, benchmark.counts[0])
 
 
 def in_tfds(path: str) -> bool:
   """Whether `path` stands for TFDS's data: 'tfds' or 'tfds:DATA_DIR'."""
   return path == 'tfds' or path.startswith('tfds:')
+
+
+def _data_dir(path: str) -> str | None:
+  return path.partition(':')[2] or None
 
 
 def read_items(benchmark: Benchmark, path: str | None = None, limit: int | None = None) -> list[Item]:
@@ -173,37 +199,39 @@ def read_items(benchmark: Benchmark, path: str | None = None, limit: int | None 
   Args:
     benchmark: a row of `TABLE`, or of `of_file`.
     path: the file; or a folder that holds it, by its name in the table, itself or one folder below; or 'tfds' or
-      'tfds:DATA_DIR' for TFDS. None takes `source` as it is.
+      'tfds:DATA_DIR' for TFDS; or several of these, see `places`. None takes `source` as it is.
     limit: no more than so many, evenly spread over the file, because some files are sorted by category.
 
   Raises:
     UserError: there is no such file or dataset, or a record is malformed; it says where, and what to get.
   """
-  path = benchmark.source if path is None else path
-  if in_tfds(path):
-    if not benchmark.tfds:
-      raise UserError(f'TFDS has no benchmark {benchmark.name}; give a folder that holds {benchmark.source}')
-    items = list(tfds_items.read(benchmark.tfds, data_dir=path.partition(':')[2] or None))
+  tried = (benchmark.source,) if path is None else places(path)
+  held = place(benchmark, tried)
+  if held is None:
+    raise _missing(benchmark, tried)
+  if in_tfds(held):
+    items = list(tfds_items.read(benchmark.tfds, data_dir=_data_dir(held)))
   else:
-    items = list(_items_of_file(benchmark, _resolve(benchmark, path)))
+    items = list(_items_of_file(benchmark, held))
   items = [item for item in items if item.category not in benchmark.left_out]
   if not items:
-    raise UserError(f'benchmark {benchmark.name}: {path} holds no items')
+    raise UserError(f'benchmark {benchmark.name}: {held} holds no items')
   if limit is None or limit >= len(items):
     return items
   return [items[i] for i in (np.arange(limit) * len(items)) // limit]
 
 
-def _resolve(benchmark: Benchmark, path: str) -> str:
-  if not epath.Path(path).is_dir():
-    if epath.Path(path).is_file():
-      return path
-  elif found := find(benchmark, path):
-    return found
+def _missing(benchmark: Benchmark, tried: Sequence[str]) -> UserError:
+  if all(map(in_tfds, tried)):
+    return UserError(f'TFDS has no benchmark {benchmark.name}; give a folder that holds {benchmark.source}')
   also = f", or prepare TFDS's {benchmark.tfds.partition(':')[0]} and give the path 'tfds'" if benchmark.tfds else ''
-  raise UserError(
-    f'benchmark {benchmark.name}: {path} is no file and holds no {benchmark.source}; put the file of that name '
-    f'(shape {benchmark.shape}, as in LLM-Foundry) there{also}'
+  if len(tried) == 1:
+    said, there = f'{tried[0]} is no file and holds no {benchmark.source}', 'there'
+  else:
+    said, there = f'none of {", ".join(tried)} holds {benchmark.source}', 'into one of them'
+  return UserError(
+    f'benchmark {benchmark.name}: {said}; put the file of that name (shape {benchmark.shape}, as in LLM-Foundry) '
+    f'{there}{also}'
   )
 
 

@@ -118,24 +118,20 @@ def with_shots(task: RawTask, items: Sequence[RawItem], seed: int) -> list[RawIt
   return found
 
 
-def files_of(settings: Mapping[str, Any]) -> dict[str, str]:
-  """File of each benchmark and .jsonl path among the flat `settings`, as far as they are files."""
-  folder = settings['targets.folder'] or '.'
+def places_of(settings: Mapping[str, Any]) -> dict[str, str]:
+  """Where each benchmark and .jsonl path among the flat `settings` is read from, as far as it is there.
+
+  That is a file, or a place of TFDS, see `benchmarks.in_tfds`.
+  """
+  tried = benchmarks.places(settings['targets.folder'])
   found = {}
   for name in _asked(settings):
     if name.endswith('.jsonl'):
       found[name] = name
-    elif name in benchmarks.BENCHMARKS and not benchmarks.in_tfds(folder):
-      file = benchmarks.find(benchmarks.BENCHMARKS[name], folder)
-      found |= {name: file} if file else {}
+    elif name in benchmarks.BENCHMARKS:
+      held = benchmarks.place(benchmarks.BENCHMARKS[name], tried)
+      found |= {name: held} if held else {}
   return found
-
-
-def tfds_folder(settings: Mapping[str, Any]) -> str:
-  """`targets.folder` where a benchmark among the flat `settings` is read from TFDS, else ''."""
-  folder = settings['targets.folder']
-  asks = any(name in benchmarks.BENCHMARKS for name in _asked(settings))
-  return folder if asks and benchmarks.in_tfds(folder) else ''
 
 
 def _asked(settings: Mapping[str, Any]) -> list[str]:

@@ -18,19 +18,12 @@ def read(name: str, limit: int | None = None, data_dir: str | None = None) -> It
   Raises:
     UserError: it is not prepared where TFDS looks, or there is no reader for it.
   """
-  tensorflow_start.start()
-  import tensorflow_datasets as tfds
-
   dataset, _, split = name.partition(':')
   convert = READERS.get(dataset)
   if convert is None:
     raise UserError(f'no reader for the TFDS dataset {dataset!r}; there is one for {", ".join(READERS)}')
-  try:
-    builder = tfds.builder(dataset, data_dir=data_dir, try_gcs=False)
-    present = builder.is_prepared()
-  except (tfds.core.DatasetNotFoundError, FileNotFoundError):
-    present = False
-  if not present:
+  builder = _prepared(dataset, data_dir)
+  if builder is None:
     raise UserError(
       f'the TFDS dataset {dataset} is not prepared in {data_dir or "~/tensorflow_datasets"}; where there is a '
       f'network run: {prepare_command(dataset, data_dir)}'
@@ -47,6 +40,22 @@ def read(name: str, limit: int | None = None, data_dir: str | None = None) -> It
         return
       count += 1
       yield item
+
+
+def is_prepared(name: str, data_dir: str | None = None) -> bool:
+  """Whether the dataset that 'dataset/config:split' names is prepared where TFDS looks."""
+  return _prepared(name.partition(':')[0], data_dir) is not None
+
+
+def _prepared(dataset: str, data_dir: str | None) -> Any:
+  tensorflow_start.start()
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.builder(dataset, data_dir=data_dir, try_gcs=False)
+    return builder if builder.is_prepared() else None
+  except (tfds.core.DatasetNotFoundError, FileNotFoundError):
+    return None
 
 
 def prepare_command(name: str, data_dir: str | None = None) -> str:

@@ -50,7 +50,7 @@ BAD: dict[str, list] = {
     ('mix.jsonl',),
     ('a+b.jsonl',),
   ],
-  'targets.folder': ['a\nb', ' data', 'data '],
+  'targets.folder': ['a\nb', ' data', 'data ', 'a |  | b'],
   'targets.max_examples': [0],
   'targets.holdout_share': [0.0, 1.0, -0.5, 1.5],
   'targets.seed': [-1],

@@ -135,6 +135,24 @@ def test_a_missing_file_is_said_and_where_else_to_look(tmp_path: Path):
     read_items(BENCHMARKS['piqa'], f'tfds:{tmp_path}')
 
 
+def test_a_benchmark_that_none_of_several_places_has(tmp_path: Path):
+  with pytest.raises(UserError, match=rf'benchmark cbt: none of tfds:{tmp_path}, {tmp_path} holds cbt\.jsonl; put'):
+    read_items(BENCHMARKS['cbt'], f'tfds:{tmp_path} | {tmp_path}')
+
+
+def test_the_papers_splits(shared_data: Path):
+  """Of LAMBADA the paper's holdout has six items fewer, and does not say which."""
+  config = get_config().targets
+  config.tasks, config.folder = ('lambada', 'jeopardy', 'bigbench_cs_algorithms'), str(shared_data / 'benchmarks')
+  found = tasks.read_tasks(config)
+  side = tasks.split_documents(found, config.holdout_share, config.seed)
+  counts = {
+    task.name: tuple(sum(side[item.document] == split for item in task.items) for split in tasks.SPLITS)
+    for task in found
+  }
+  assert counts == {'lambada': (2_577, 2_576), 'jeopardy': (876, 876), 'bigbench_cs_algorithms': (660, 660)}
+
+
 def test_real_files(shared_data: Path):
   folder = str(shared_data / 'benchmarks')
   count = {'lambada': 5_153, 'jeopardy': 1_752, 'bigbench_cs_algorithms': 1_320, 'piqa': 1_838, 'trivia_qa': 3_000}
@@ -265,3 +283,16 @@ def test_squad_from_tfds_has_the_papers_split(tmp_path: Path):
   with pytest.raises(UserError, match='squad in .* has no split test but train, validation; prepare'):
     read_items(dataclasses.replace(BENCHMARKS['squad'], tfds='squad:test'), f'tfds:{tmp_path}')
   assert len(tasks.raw_texts(config)) == 17
+  # Beside a folder that holds what TFDS does not have.
+  question = {'context': 'HISTORY: It was', 'continuation': 'Rome', 'category': 'history'}
+  (tmp_path / 'files').mkdir()
+  write(tmp_path / 'files' / 'jeopardy_all.jsonl', *([question] * 4))
+  write(tmp_path / 'files' / 'squad.jsonl', {'context': 'not', 'continuation': 'this'})
+  config.tasks, config.folder = ('squad', 'jeopardy'), f'tfds:{tmp_path} | {tmp_path}/files'
+  assert [len(task.items) for task in tasks.read_tasks(config)] == [17, 4]
+  settings = {'targets.folder': config.folder, 'targets.tasks': config.tasks}
+  assert tasks.places_of(settings) == {
+    'squad': f'tfds:{tmp_path}', 'jeopardy': f'{tmp_path}/files/jeopardy_all.jsonl'
+  }  # fmt: skip
+  config.folder = f'tfds:{tmp_path}/none | {tmp_path}/files'  # where it is not prepared, the next place is asked
+  assert [len(task.items) for task in tasks.read_tasks(config)] == [1, 4]

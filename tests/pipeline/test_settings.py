@@ -112,6 +112,30 @@ def test_a_pool_from_before_a_key_stands(made: Path):
     pipeline.run(changed('pool.drop_leaks', False), made)
 
 
+def test_what_benchmark_files_hold_counts_and_not_which_place_holds_them(tmp_path: Path):
+  """Where there are several places, what is found in the first that has it."""
+  stage = next(stage for stage in pipeline.STAGES if stage.name == 'targets')
+  first, second = tmp_path / 'a' / 'jeopardy_all.jsonl', tmp_path / 'b' / 'jeopardy_all.jsonl'
+  second.parent.mkdir()
+  second.write_text('{"context": "a", "continuation": "b"}')
+
+  def identity(folder: str) -> dict:
+    config = changed('targets.tasks', ('jeopardy',))
+    config.targets.folder = folder
+    return pipeline._identity(stage, flatten(config), {}).as_json()
+
+  alone = identity(str(second.parent))
+  both = f'{first.parent} | {second.parent}'
+  assert identity(both) == alone
+  first.parent.mkdir()
+  first.write_bytes(second.read_bytes())
+  assert identity(both) == alone
+  first.write_text('{"context": "a", "continuation": "c"}')
+  assert identity(both) != alone
+  of_tfds = identity('tfds:data')  # which has no Jeopardy
+  assert not any(key.endswith('jeopardy') for key in of_tfds['settings'])
+
+
 def test_every_stage_has_a_key_that_makes_it_the_first_to_run():
   first = {next(name for name in pipeline.NAMES if name in stages) for _, _, stages in CHANGES if stages}
   assert first == ALL
