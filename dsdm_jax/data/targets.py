@@ -1,6 +1,7 @@
 """The targets stage: tasks become token sequences with weights on what is to be predicted.
 
-A sequence is [end mark] + context tokens + answer tokens, padded with 0 to L. Context and answer are tokenized apart,
+A sequence is [end mark] + context tokens + answer tokens, padded to L with the vocabulary's padding, which is the end
+mark in a tokenizer.json without one: weights say what counts. Context and answer are tokenized apart,
 so the answer's tokens are the same under any context; the answer begins with the space that joins them. A context
 that is too long loses its beginning.
 """
@@ -29,7 +30,7 @@ class Examples:
   """Target examples of one task and split.
 
   Attributes:
-    tokens_TL: int32, padded with 0.
+    tokens_TL: int32, padded with the encoder's `pad`.
     weights_TL: float32, 1 where the token at that position is to be predicted and counts; column 0 is all 0.
     records: for each example {"id", "context", "answer", "document"}.
   """
@@ -192,7 +193,7 @@ def run(context: Context) -> dict[str, Any]:
     'tasks': list(counts),
     'counts': counts,
     'length': length,
-    'sequence': '[EOS] + context + answer, padded with 0; weight 1 where a token is to be predicted',
+    'sequence': f'[EOS] + context + answer, padded with {encoder.pad}; weight 1 where a token is to be predicted',
   }
 
 

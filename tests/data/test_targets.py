@@ -32,6 +32,12 @@ def test_sequence_by_hand():
   assert (tokens_L.dtype, weights_L.dtype) == (np.int32, np.float32)
 
 
+def test_padding_is_the_vocabularys():
+  tokens_L, weights_L = sequence(by_bytes, 'Q:', 'yes', 10, eos=7, pad=9)
+  assert tokens_L.tolist() == [7, *by_bytes('Q: yes'), 9, 9, 9]
+  assert weights_L.tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
+
+
 def test_white_space_where_context_and_answer_meet_is_one_space():
   assert sequence(by_bytes, 'Q: \n', '  yes ', 10)[0].tolist() == [1, *by_bytes('Q: yes'), 0, 0, 0]
 
@@ -107,6 +113,7 @@ def test_stage(tiny_artifact: Artifact, tmp_path: Path):
   artifact = run_targets(config, tmp_path, tiny_artifact)
   found = Targets(artifact)
   assert found.tasks == ['cs_algorithms']
+  assert 'padded with 0;' in artifact.semantics['sequence']  # of a trained vocabulary
   for split in ('target', 'holdout'):
     examples = found.examples('cs_algorithms', split)
     assert examples.tokens_TL.shape == examples.weights_TL.shape == (len(examples), 48)
