@@ -7,13 +7,14 @@ of the clock, for machines that others use too.
 """
 
 import argparse
+import contextlib
 import gzip
 import json
 import os
-import resource
 import tempfile
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,17 +66,57 @@ def _build(folder: Path, files: str, flags: argparse.Namespace) -> Pool:
   out = folder / 'pool'
   out.mkdir()
   began, used = time.perf_counter(), _cpu_seconds()
-  build.run(Context(config, out, {}, Log(folder, 'pool', enabled=False), Cost(out)))
+  with memory_watched() as most:
+    build.run(Context(config, out, {}, Log(folder, 'pool', enabled=False), Cost(out)))
   seconds = time.perf_counter() - began
   pool = Pool(out)
-  peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
   _print(
     case='build', megabytes_per_second=pool.card['bytes'] / seconds / 1e6, seconds=seconds,
     cpu_seconds=_cpu_seconds() - used, workers=workers.count(
       flags.workers), megabytes=pool.card['bytes'] / 1e6, rows=pool.num_rows, tokens=pool.card['tokens'],
-    self_and_largest_child_gigabytes=peak / 1e6,
+    gigabytes_of_all_processes=max(most) / 1e9,
   )  # fmt: skip
   return pool
+
+
+@contextlib.contextmanager
+def memory_watched() -> Iterator[list[int]]:
+  """Yields a list of `family_bytes`, looked at four times a second while the block runs, and once at its beginning."""
+  seen, ended = [family_bytes()], threading.Event()
+
+  def watch() -> None:
+    while not ended.wait(0.25):
+      seen.append(family_bytes())
+
+  watcher = threading.Thread(target=watch, daemon=True)
+  watcher.start()
+  try:
+    yield seen
+  finally:
+    ended.set()
+    watcher.join()
+
+
+def family_bytes() -> int:
+  """Memory of this process and of all below it, what several of them share counted once (PSS)."""
+  parent: dict[int, int] = {}
+  for stat in Path('/proc').glob('[0-9]*/stat'):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+      parent[int(stat.parent.name)] = int(stat.read_text().rpartition(')')[2].split()[1])
+  family: set[int] = set()
+  found = {os.getpid()}
+  while found:
+    family |= found
+    found = {pid for pid, its in parent.items() if its in found}
+  return sum(map(_proportional_bytes, family))
+
+
+def _proportional_bytes(pid: int) -> int:
+  try:
+    lines = Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines()
+  except (FileNotFoundError, ProcessLookupError):
+    return 0
+  return next((int(line.split()[1]) * 1_024 for line in lines if line.startswith('Pss:')), 0)
 
 
 def _read(pool: Pool, flags: argparse.Namespace) -> None:
