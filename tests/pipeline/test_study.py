@@ -193,9 +193,11 @@ def test_files_that_do_not_fit_are_refused(studied, tmp_path, capsys):
     assert said.count('\n') == 1
     return said
 
-  assert 'arm damped of the study was asked other questions than base: targets.max_examples' in refused(
-    asked={**whole['asked'], 'targets.max_examples': 13}
+  assert 'arm damped of the study was asked other questions than base: evaluation.max_items' in refused(
+    asked={**whole['asked'], 'evaluation.max_items': 13}
   )
+  (file, *_) = (name for name in whole['asked'] if name.startswith('targets/'))
+  assert f'asked other questions than base: {file}' in refused(asked={**whole['asked'], file: '0' * 64})
   assert 'is of format 2, and this version reads 1' in refused(format=2)
   assert 'each name once' in refused(arm='base')
   bomb = base64.b64encode(zlib.compress(b'\0' * 2**24, 9)).decode()
