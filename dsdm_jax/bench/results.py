@@ -147,7 +147,7 @@ def _arms(arms: Sequence[ArmFile]) -> str:
   base = next(arm for arm in arms if arm.name == study.BASE)
 
   def changed(arm: ArmFile) -> str:
-    keys = sorted(key for key in arm.config if arm.config[key] != base.config.get(key))
+    keys = sorted(key for key in arm.config if key not in base.config or arm.config[key] != base.config[key])
     return ', '.join(f'`{key}={arm.config[key]}`' for key in keys) or _NONE
 
   rows = [
