@@ -1,7 +1,7 @@
 """Tables and figures of a study from the small files of its arms: no workdir is needed.
 
-Leaves `tables.md`, `study.csv`, and figures as SVG: `effect.svg` (differences from random data), `multiplier.svg`
-(results read as compute) and `sources.svg` (what was selected).
+Leaves `tables.md`, `study.csv`, and figures as SVG: `effect.svg` (differences from random data) and `multiplier.svg`
+(results read as compute).
 """
 
 import argparse
@@ -10,8 +10,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dsdm_jax.bench import arm_file, study
 from dsdm_jax.bench.arm_file import ArmFile
@@ -40,7 +38,7 @@ def run(flags: argparse.Namespace) -> None:
   found = study.compare(arms)
   atomic.write_text(out / 'study.csv', study.as_csv(found))
   atomic.write_text(out / 'tables.md', tables(found, arms, flags.files))
-  for name, drawing in pictures(found, arms).items():
+  for name, drawing in pictures(found).items():
     drawing.save(out / f'{name}.svg')
   print(f'results: {out / "tables.md"}')
 
@@ -176,7 +174,7 @@ def _arm(method: str, target: str) -> str:
   return method if target == words.UNTARGETED else f'{method} for {target.replace("+", " + ")}'
 
 
-def pictures(found: Mapping[str, Any], arms: Sequence[ArmFile]) -> dict[str, figures.Drawing]:
+def pictures(found: Mapping[str, Any]) -> dict[str, figures.Drawing]:
   """Name → figure."""
   first = headline_task(found)
   meant = (words.UNTARGETED, 'mix' if first == MEAN else first)  # arms for another target stand in the tables alone
@@ -185,10 +183,14 @@ def pictures(found: Mapping[str, Any], arms: Sequence[ArmFile]) -> dict[str, fig
     if (c['task'], c['baseline'], c['metric'], c['split']) == (first, _RANDOM, 'logprob', HOLDOUT)
     and c['target_mix'] in meant
   ]  # fmt: skip
-  best = sorted(compared, key=lambda c: -c['difference'])
+  methods = [c['method'].partition('/')[0] for c in compared]
+
+  def labelled(c: Mapping[str, Any]) -> str:
+    method, _, arm = c['method'].partition('/')
+    return words.method_name(method) + (f', {arm}' if arm and methods.count(method) > 1 else '')
+
+  best = [{**c, 'method': labelled(c)} for c in sorted(compared, key=lambda c: -c['difference'])]
   made = {'effect': next(iter(figures.forest(best).values()))} if best else {}
-  shares = {'pool': arms[0].pool['sources'], **_shares(arms)}
-  made['sources'] = figures.composition({label: np.asarray(list(share.values())) for label, share in shares.items()})
   if found['multiplier'] is not None:
     here = [
       [row for row in found['multiplier'][kind] if (row['task'], row['split']) == (first, HOLDOUT)]

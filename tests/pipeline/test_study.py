@@ -163,7 +163,7 @@ def test_arms_of_other_sittings_join_the_table(studied, tmp_path):
   assert sorted(ours) == sorted(theirs), 'whatever the order of the files'
   text = (tmp_path / 'out/tables.md').read_text()
   assert '| dsdm/damped for mix |' in text and '`datamodel.damping=1.0`' in text and 'pays from' in text
-  for name in ('effect', 'multiplier', 'sources'):
+  for name in ('effect', 'multiplier'):
     assert (tmp_path / f'out/{name}.svg').read_text().count('<svg') == 1
   # Another sitting that has nothing of the first but its files: the base arm's models are not trained again for it.
   shutil.copytree(studied / 'arms/base', tmp_path / 'study/arms/base')
