@@ -145,8 +145,9 @@ def test_same_features_on_2_and_4_devices(kind, devices, plain_problem, one_devi
   ('variant', 'bound'),
   [
     ({'scan_layers': True}, 1e-5),
-    ({'compute_dtype': 'bfloat16'}, 3 * 2**-8),  # three roundings a term, as in test_bfloat16.py
-    ({'compute_dtype': 'bfloat16', 'scan_layers': True}, 3 * 2**-8),
+    # Three roundings a term, as in test_bfloat16.py, on both sides: their difference has √2 times the spread of one.
+    ({'compute_dtype': 'bfloat16'}, 2**0.5 * 3 * 2**-8),
+    ({'compute_dtype': 'bfloat16', 'scan_layers': True}, 2**0.5 * 3 * 2**-8),
   ],
 )
 def test_same_two_sided_features_scanned_and_in_bfloat16_on_a_mesh(variant, bound, one_device):
