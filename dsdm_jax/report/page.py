@@ -205,7 +205,8 @@ def _guard(shown: Evidence, most: int = 8) -> dict[str, Any]:
   by_task = collections.Counter(str(d['task']) for d in shown.dropped)
   return {
     'on': shown.config['pool.leakage_guard'],
-    'drops': shown.config['pool.drop_leaks'],
+    # A pool's settings leave it out where it is as it was before there was a choice.
+    'drops': 'pool.drop_leaks' not in shown.config or shown.config['pool.drop_leaks'],
     'total': len(shown.dropped),
     'kept': len(shown.documents),
     'by_task': sorted(by_task.items()),

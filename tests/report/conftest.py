@@ -25,7 +25,6 @@ METHODS = {'dsdm': 0.17, 'random': 0.0, 'random_one_epoch': 0.04, 'bottom': -0.3
 CONFIG = {
   'seed': 0,
   'pool.leakage_guard': True,
-  'pool.drop_leaks': True,
   'targets.tasks': list(TASKS),
   'model.factory': '<script>:x',
 }
