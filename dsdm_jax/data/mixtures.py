@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -148,11 +149,16 @@ def _source(schedule: Schedule, pool: Pool, part: int, start: int, share: Share)
   import tensorflow as tf
 
   count, positions = _chunks(schedule, start, share)
+  # TensorFlow's default graph keeps every function that NumPy runs for ever, and would keep the pool's files open; the
+  # dataset itself holds the pool, by `in_chunks`.
+  held = weakref.ref(pool)
 
   def read(chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     part_B, index_B = schedule.part_and_index(positions(chunk))
     row_B, weight_B = schedule.examples(part, index_B[part_B == part])
-    return pool.tokens(row_B), row_B, weight_B
+    rows = held()
+    assert rows is not None, 'a dataset outlived its pool'
+    return rows.tokens(row_B), row_B, weight_B
 
   def in_chunks(chunk: 'tf.Tensor') -> dict[str, 'tf.Tensor']:
     tokens_BL, row_B, weight_B = tf.numpy_function(read, [chunk], (tf.int32, tf.int64, tf.float32))
