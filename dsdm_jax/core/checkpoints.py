@@ -1,5 +1,6 @@
 """Orbax checkpoints of a pytree and a JSON record beside it, by step."""
 
+import copy
 import dataclasses
 import errno
 import os
@@ -64,7 +65,8 @@ class Checkpoints:
       RuntimeError: a checkpoint of this or of a later step stands there, see `drop_after`.
     """
     distributed.decide(lambda: self._want_room(state))
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record)))
+    # The record is written later by a thread, when a history in it may have gained lines.
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(copy.deepcopy(dict(record))))
     try:
       saved = self._manager.save(step, args=args)
     except ValueError as error:
