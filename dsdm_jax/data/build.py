@@ -18,7 +18,6 @@ import tqdm
 
 from dsdm_jax.core import atomic, prng
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.pool_rules import EVALUATED, guarded
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data import (
   dataset,
@@ -107,13 +106,6 @@ class Builder:
     self.boilerplate = 0
     if not self.pool_config.leakage_guard:
       return ''
-    asked = guarded((EVALUATED,), self.config.evaluation.tasks)
-    others = [name for name in asked if name not in (*self.pool_config.leakage_benchmarks, *self.config.targets.tasks)]
-    if others:
-      self.context.log.say(
-        f'  evaluation asks {", ".join(others)}, whose text is not looked for in the pool; '
-        f'--config.pool.leakage_benchmarks="(\'{EVALUATED}\',)" does'
-      )
     texts = tasks.raw_texts(self.config.targets) + tasks.benchmark_texts(
       self.pool_config.leakage_benchmarks, self.config.targets.folder or '.'
     )

@@ -50,7 +50,7 @@ BAD: dict[str, list] = {
     ('mix.jsonl',),
     ('a+b.jsonl',),
   ],
-  'targets.folder': ['a\nb', ' data', 'data ', 'a |  | b'],
+  'targets.folder': ['a\nb', ' data', 'data '],
   'targets.max_examples': [0],
   'targets.holdout_share': [0.0, 1.0, -0.5, 1.5],
   'targets.seed': [-1],
@@ -238,6 +238,12 @@ def test_every_key_of_base_has_a_rule_and_no_other():
   assert set(RULES) == {key for key, value in FLAT.items() if not isinstance(value, bool)}
   assert set(RULES) == set(BAD)
   assert {key for relation in RELATIONS for key in relation.keys} <= set(FLAT)
+
+
+def test_places_of_targets_have_names():
+  config = base.get_config()
+  put(config, 'targets.folder', 'a |  | b')
+  assert "several places are joined by ' | '" in finding(config)
 
 
 @pytest.mark.parametrize(('key', 'value'), [(key, value) for key, values in BAD.items() for value in values])

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.config import resolve
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.progress import Log
 from dsdm_jax.data import pool as pool_lib
 from dsdm_jax.data import tasks
 from dsdm_jax.data.documents import Document
@@ -172,9 +171,7 @@ def asked_about(config: ConfigDict, seed: int) -> Iterator[Document]:
   yield Document('prose/leak', 'prose', f'It is said: {ASKED} night?\n')
 
 
-def test_leaks_of_benchmarks_are_found_and_may_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-  said: list[str] = []
-  monkeypatch.setattr(Log, 'say', lambda self, text: said.append(text))
+def test_leaks_of_benchmarks_are_found_and_may_be_kept(tmp_path: Path):
   benchmark = tmp_path / 'asked.jsonl'
   benchmark.write_text(json.dumps({'context': ASKED, 'continuation': 'night'}))
 
@@ -197,9 +194,7 @@ def test_leaks_of_benchmarks_are_found_and_may_be_kept(tmp_path: Path, monkeypat
   assert listed(kept, 'dropped.jsonl') == [] and listed(kept, 'leaking.jsonl') == [leak]
   assert (kept.card['dropped_for_leakage'], kept.card['dropped_by_task'], kept.card['leaks_kept']) == (0, {}, 1)
   assert 'prose/leak' in {d['id'] for d in kept.documents}
-  assert not any('is not looked for' in text for text in said)
   assert listed(run('none'), 'dropped.jsonl') == []
-  assert any(f'evaluation asks {benchmark}, whose text is not looked for in the pool' in text for text in said)
 
 
 def nothing(config: ConfigDict, seed: int) -> Iterator[Document]:
