@@ -54,12 +54,14 @@ def run(flags: argparse.Namespace) -> None:
   for arm in arms:
     if arm not in module.ARMS:
       raise UserError(f'--arms={arm} is no arm of {flags.config}; arms are {", ".join(module.ARMS)}')
-  if BASE not in arms:
-    raise UserError(f'--arms={flags.arms} lacks {BASE}, which trains what the others are compared with; add it')
-  configs = {arm: module.get_config(arm) for arm in [BASE, *(arm for arm in arms if arm != BASE)]}
   others = [arm_file.read(Path(path)) for path in sorted(glob.glob(flags.also))]
   if flags.also and not others:
     raise UserError(f'--also={flags.also} matches no file; give a pattern of files that an earlier sitting left')
+  if BASE not in (*arms, *(arm.name for arm in others)):
+    raise UserError(
+      f'--arms={flags.arms} lacks {BASE}, which trains what the others are compared with; add it, or --also'
+    )
+  configs = {arm: module.get_config(arm) for arm in sorted(arms, key=lambda arm: arm != BASE)}
   finished = workdir / 'finished'
   finished.mkdir(parents=True, exist_ok=True)
   for config in configs.values():  # all of them before the first is begun

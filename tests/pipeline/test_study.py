@@ -166,18 +166,17 @@ def test_arms_of_other_sittings_join_the_table(studied, tmp_path):
   for name in ('effect', 'multiplier'):
     assert (tmp_path / f'out/{name}.svg').read_text().count('<svg') == 1
   # Another sitting that has nothing of the first but its files: the base arm's models are not trained again for it.
-  shutil.copytree(studied / 'arms/base', tmp_path / 'study/arms/base')
-  shutil.copy(studied.parent / 'more.jsonl', tmp_path / 'more.jsonl')
-  config = (studied.parent / 'arms.py').read_text()
-  (tmp_path / 'arms.py').write_text(
-    config.replace("ARMS = {'base': {}, 'damped': {}, 'again_1': {}}", "ARMS = {'base': {}}")
-  )
+  (tmp_path / 'finished/damped.json').unlink()
+  for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
+    shutil.copytree(studied / 'arms/damped' / stage, tmp_path / 'study/arms/damped' / stage)
+  (tmp_path / 'arms.py').write_text((studied.parent / 'arms.py').read_text())
   said = subprocess.run(
     [sys.executable, '-m', 'dsdm_jax.bench', 'study', f'--config={tmp_path / "arms.py"}', f'--workdir={tmp_path}/study',
-     f'--also={tmp_path}/finished/*.json'],
+     '--arms=damped', f'--also={tmp_path}/finished/*.json'],
     cwd=ROOT, env=runs.environment(), capture_output=True, text=True, timeout=400, check=False,
   )  # fmt: skip
   assert said.returncode == 0, said.stderr[-3000:]
+  assert [path.name for path in (tmp_path / 'study/arms').iterdir()] == ['damped']
   joined = json.loads((tmp_path / 'study/study.json').read_text())
   assert {row['method'] for row in joined['arms']} >= {'dsdm', 'dsdm/damped', 'dsdm/again_1'}
 
