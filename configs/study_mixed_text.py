@@ -13,7 +13,9 @@ from configs import base
 
 PAPER_MIX = 'lambada+squad_xquad+jeopardy'
 _DSDM = {'selection.methods': ('dsdm',), 'pretraining.seeds': 3, 'ladder.rungs': ()}
+_ONE_PROXY = {**_DSDM, 'pretraining.seeds': 5, 'proxies.count': 1}
 _NARROW = {'proxies.model.width': 32, 'proxies.model.mlp_width': 128}
+_NARROWER = {'proxies.model.width': 16, 'proxies.model.mlp_width': 64}
 _SINGLE = {**_DSDM, 'selection.targets': ('lambada', 'squad_xquad', 'jeopardy', 'bigbench_cs_algorithms')}
 _OF_TEXT = ('bottom', 'classifier', 'dsir', 'bm25')
 _OF_PROXIES = ('semdedup', 'embedding', 'gradient')
@@ -31,7 +33,9 @@ ARMS: dict[str, dict] = {
   'baselines_of_likelihood': {**_DSDM, 'selection.methods': _OF_LIKELIHOOD},
   'single': _SINGLE,
   'single_baselines': {**_SINGLE, 'selection.methods': ('classifier', 'dsir', 'bm25')},
-  'cheap': {**_DSDM, 'pretraining.seeds': 5, 'proxies.count': 1, **_NARROW},
+  'cheap': {**_ONE_PROXY, **_NARROW},
+  'cheaper': {**_ONE_PROXY, **_NARROWER},
+  'cheapest': {**_ONE_PROXY, **_NARROWER, 'proxies.model.layers': 1, 'proxies.epochs': 0.5},
   'paper': {**_DSDM, 'features.projection': 'dense', 'features.dimension': 512, 'datamodel.gram': 'full'},
   'gram_full': {**_DSDM, 'datamodel.gram': 'full'},
   'diverse': {**_DSDM, 'selection.methods': ('dsdm_greedy', 'dsdm_gumbel')},
@@ -43,7 +47,9 @@ ARMS: dict[str, dict] = {
   'damping_1': {**_DSDM, 'datamodel.damping': 1.0},
   'epochs_2': {**_DSDM, 'selection.examples': 3_072, 'selection.epochs': 2},
   'epochs_8': {**_DSDM, 'selection.examples': 768, 'selection.epochs': 8},
-  'again_1': {**_DSDM, 'pretraining.seeds': 5, 'proxies.seed': 1},
+  # Proxies trained anew: of each such arm `dsdm/again` takes the model of one seed, the arm's own number.
+  'again_1': {**_DSDM, 'proxies.seed': 1},
+  'again_2': {**_DSDM, 'proxies.seed': 2},
 }
 
 
