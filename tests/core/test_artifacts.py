@@ -168,6 +168,40 @@ def test_kill_while_checksums_are_taken_keeps_the_work(workdir, monkeypatch):
   assert (artifacts.begin(workdir, IDENTITY) / 'one').read_text() == 'work'
 
 
+def test_attempt_of_other_packages_is_another(workdir, monkeypatch):
+  out = artifacts.begin(workdir, IDENTITY)
+  (out / 'half').write_text('x')
+  mine = artifacts.versions()
+
+  def now(**changed):
+    monkeypatch.setattr(artifacts, 'versions', lambda: {k: v for k, v in {**mine, **changed}.items() if v})
+
+  # What decides nothing, a mended Python, and a package that came or went with no part in the work.
+  now(ml_collections='9', tensorstore='9', python=f'{mine["python"]}9', libtpu='9', scipy=None)
+  assert artifacts.other_versions(workdir, 'pool') == {}
+  artifacts.check_versions(workdir, IDENTITY)
+  assert (artifacts.begin(workdir, IDENTITY) / 'half').exists()
+  now(jaxlib='9', python='4.0.1')
+  assert artifacts.other_versions(workdir, 'pool') == {
+    'python': ('.'.join(mine['python'].split('.')[:2]), '4.0'), 'jaxlib': (mine['jaxlib'], '9')
+  }  # fmt: skip
+  with pytest.raises(UserError, match=f'jaxlib was {mine["jaxlib"]}, now 9; install these again'):
+    artifacts.check_versions(workdir, IDENTITY)
+  artifacts.check_versions(workdir, Identity('pool', 2, {}, {}))  # other settings are told as such
+  assert not (artifacts.begin(workdir, IDENTITY) / 'half').exists()
+
+
+@pytest.mark.parametrize('versions', [None, 7, [], {}, {'jax': 7}, {'jax': None}])
+def test_attempt_that_does_not_say_its_packages_is_gone_on_with(workdir, versions):
+  out = artifacts.begin(workdir, IDENTITY)
+  (out / 'half').write_text('x')
+  note = IDENTITY.as_json() if versions is None else {**IDENTITY.as_json(), 'versions': versions}
+  (out / 'begun.json').write_text(json.dumps(note))
+  artifacts.check_versions(workdir, IDENTITY)
+  assert artifacts.begun(workdir, 'pool') == IDENTITY.as_json()
+  assert (artifacts.begin(workdir, IDENTITY) / 'half').exists()
+
+
 def test_commit_over_an_older_artifact(workdir):
   make(workdir, one='old')
   newer = Identity('pool', 1, {'pool.length': 9}, {})
@@ -266,6 +300,7 @@ def test_a_damaged_stage_is_opened_anew_without_what_is_damaged(workdir):
   assert [phrase.split('pool/')[1] for phrase in said] == ['three is missing', 'two has changed since it was written']
   part = artifacts.part_folder(workdir, 'pool')
   assert artifacts.open_stage(workdir, 'pool') is None and artifacts.begun(workdir, 'pool') == IDENTITY.as_json()
+  assert json.loads((part / 'begun.json').read_text())['versions'] == made.manifest['versions']
   assert not artifacts.pending_commit(workdir, IDENTITY)
   assert artifacts.begin(workdir, IDENTITY) == part
   assert {p.name for p in part.iterdir() if not artifacts.is_note(p)} == {'one', 'deep'}
