@@ -95,14 +95,14 @@ def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
 def outcome(workdir: Path) -> dict[str, Any]:
   """All that two runs of the same settings must agree on to the last bit: scores, selections, items, results."""
   found: dict[str, Any] = {}
-  for file in (workdir / 'datamodel/scores.npz', workdir / 'evaluation/items.npz'):
-    with np.load(file) as arrays:
-      found |= {f'{file.name}/{key}': value.tobytes() for key, value in arrays.items()}
-  for file in sorted((workdir / 'selection').glob('*.npz')):
+  stages = (workdir / name for name in ('selection', 'evaluation'))
+  for file in [workdir / 'datamodel/scores.npz', *(f for s in stages for f in sorted(s.glob('*.npz')))]:
     with np.load(file) as arrays:
       found |= {f'{file.name}/{key}': value.tobytes() for key, value in arrays.items()}
   results: Mapping[str, Any] = json.loads((workdir / 'results.json').read_text())
-  return found | {f'results/{key}': value for key, value in results.items() if key != 'cost'}
+  found |= {f'results/{key}': value for key, value in results.items() if key not in ('cost', 'multiplier')}
+  # Multipliers are of the cost, which counts the work of every attempt; what they are read off does not.
+  return found | {'curves': results['multiplier'] and results['multiplier']['curves']}
 
 
 def assert_same_outcome(found: Path, wanted: Path) -> None:
