@@ -92,8 +92,14 @@ class Artifact:
 
   @property
   def digest(self) -> str:
-    """SHA-256 over identity and file checksums: changes whenever identity or content does."""
-    content = {k: self.manifest[k] for k in ('identity', 'files')}
+    """SHA-256 over identity and file checksums: changes whenever identity or content does.
+
+    Two saves of the same weights differ in names and bytes: for a model stands the record of its training, `NAME.jsonl`
+    beside its folder. Manifests from before that have no 'models', and all of their files count.
+    """
+    models = set(self.manifest.get('models', ()))
+    files = {name: entry for name, entry in self.manifest['files'].items() if name.partition('/')[0] not in models}
+    content = {'identity': self.manifest['identity'], 'files': files}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
   def verify(self) -> None:
@@ -168,6 +174,8 @@ def _read_manifest(path: Path) -> Artifact:
       raise ValueError('identity lacks a part')
     for key in ('seconds', 'flop'):
       manifest['cost'][key] + 0.0
+    if not all(isinstance(name, str) for name in manifest.get('models', ())):
+      raise TypeError('models holds what is no name')
     for name, entry in manifest['files'].items():
       if Path(name).is_absolute() or '..' in Path(name).parts or '\0' in name:
         raise ValueError(f'path {name!r} leaves the folder')
@@ -332,9 +340,12 @@ def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost
   """Writes the manifest, syncs it and puts the folder in place, over an older one of that stage."""
   part = part_folder(workdir, identity.stage)
   spent = cost.of_all_jobs()
+  files = {name: entry for name, entry in checksums(part).items() if not is_note(Path(name))}
+  folders = {name.partition('/')[0] for name in files if '/' in name}
   manifest = {
     'identity': identity.as_json(),
-    'files': {name: entry for name, entry in checksums(part).items() if not is_note(Path(name))},
+    'files': files,
+    'models': sorted(folder for folder in folders if f'{folder}.jsonl' in files),
     'semantics': dict(semantics),
     'cost': {'seconds': round(spent['seconds'], 3), 'flop': spent['flop']},
     'versions': versions(),

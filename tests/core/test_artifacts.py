@@ -1,6 +1,8 @@
 """Artifacts: whole or absent, and refused when they are not what was asked for."""
 
+import dataclasses
 import errno
+import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -131,6 +133,28 @@ def test_digest_depends_on_settings_and_content_and_not_on_cost(workdir, tmp_pat
     others.append(make(folder, identity, **files).digest)
   assert others[0] == a.digest
   assert len({a.digest, *others}) == 4
+
+
+def test_digest_of_models_is_that_of_their_training_and_not_of_the_bytes_of_a_save(tmp_path):
+  def trained(name: str, record: str, saved: str):
+    (tmp_path / name).mkdir()
+    out = artifacts.begin(tmp_path / name, IDENTITY)
+    (out / 'proxy_0/12/d').mkdir(parents=True)
+    (out / f'proxy_0/12/d/{saved}').write_text(saved)
+    return make(tmp_path / name, **{'proxy_0.jsonl': record, 'subset_0.npy': 'rows'})
+
+  one, again, other = trained('a', 'loss 3', 'f00'), trained('b', 'loss 3', 'ba5'), trained('c', 'loss 4', 'f00')
+  assert one.digest == again.digest != other.digest
+  (again.path / 'proxy_0/12/d/ba5').write_text('bad')
+  with pytest.raises(UserError, match='proxy_0/12/d/ba5 has changed'):
+    again.verify()
+  # Of what was committed before the key was there, which later stages know by its digest, all files count.
+  before = [
+    dataclasses.replace(a, manifest={k: v for k, v in a.manifest.items() if k != 'models'}) for a in (one, again)
+  ]
+  content = {k: one.manifest[k] for k in ('identity', 'files')}
+  assert before[0].digest == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+  assert before[0].digest != before[1].digest
 
 
 def test_unfinished_attempt_of_the_same_settings_is_gone_on_with_and_any_other_discarded(workdir):

@@ -26,12 +26,15 @@ CASES = {
   'flipped bit in the pool': ('pool', 'dataset/*.array_record*', _flip, 'has changed'),
   'manifest cut short': ('targets', 'manifest.json', cut, 'is unreadable'),
   'file missing': ('targets', '*.target.npz', Path.unlink, 'is missing'),
+  'flipped bit in a model': ('proxies', 'proxy_0/*/state/d/*', _flip, 'has changed'),
   'write torn': ('datamodel', 'scores.npz', cut, 'bytes where'),
+  'arm lost': ('selection', '*.npz', Path.unlink, 'is missing'),
+  'model torn': ('pretraining', '*/*/state/d/*', cut, 'bytes where'),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('case', CASES if FAULTS else list(CASES)[1:3])
+@pytest.mark.parametrize('case', CASES if FAULTS else list(CASES)[1:4])
 def test_fault_is_named_and_one_stage_made_anew(server, finished, copied, tmp_path, count, case):
   stage, pattern, fault, words = CASES[case]
   file = sorted((copied / stage).glob(pattern))[0]
