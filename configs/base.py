@@ -1,6 +1,7 @@
 """Every key of a run, with its unit and its constraint. The other configs change a few lines each.
 
-Nothing here is meant to be run as it stands: `configs/quickstart.py` is the place to begin.
+Nothing here is meant to be run as it stands: `configs/quickstart.py` is the place to begin. No number is larger than
+`dsdm_jax/core/bounds.py` says, and no text longer than 10,000 characters.
 Override any key on the command line: `--config.datamodel.damping=0.03`.
 """
 

@@ -177,6 +177,8 @@ def _run_in(workdir: Path, fresh: bool, config: ConfigDict, settings: Mapping, o
       if distributed.decide(lambda: _stands(stage, settings, workdir, done)):  # noqa: B023  called at once
         done |= _opened(workdir, [stage.name])
         continue
+      if not rerun:
+        distributed.decide(lambda: artifacts.check_versions(workdir, identity(stage, settings, workdir, done)))  # noqa: B023
       made = _run_stage(stage, config, settings, workdir, done)
       if made is not None:
         done[stage.name] = made
@@ -306,6 +308,8 @@ def _finished(workdir: Path, settings: Mapping, only: str | None, rerun: bool) -
           done[stage.name] = found
           continue
         found, unfinished = None, artifacts.begun(workdir, stage.name)
+      if found is None and not rerun:
+        artifacts.check_versions(workdir, identity)
       if stage.name == only and found is None and unfinished in (None, identity.as_json()):
         continue
       wanted = identity.as_json()
@@ -325,11 +329,6 @@ def _finished(workdir: Path, settings: Mapping, only: str | None, rerun: bool) -
         f'run --stage={stage.name} first, or leave --stage out to run what is missing'
       )
   return done
-
-
-def _holds_work(part: Path) -> bool:
-  """Whether an unfinished stage left more than notes of its beginning."""
-  return any(path.is_file() and not artifacts.is_note(path) for path in part.rglob('*'))
 
 
 def _upstream(name: str) -> set[str]:
@@ -368,7 +367,7 @@ def _run_stage(
   """The finished stage; None where the job has done its part and others have not."""
   identity = _identity(stage, settings, _digests(stage, workdir, done))
   first = distributed.is_first()
-  resumed = distributed.decide(lambda: artifacts.begun(workdir, stage.name) == identity.as_json())
+  resumed = distributed.decide(lambda: artifacts.goes_on(workdir, identity))
   out = Path(distributed.decide(lambda: str(artifacts.begin(workdir, identity))))
   log, cost = Log(workdir, stage.name, enabled=first), artifacts.Cost(out, config.features.job, enabled=first)
   log.event('begin', resumed=resumed)
@@ -383,7 +382,7 @@ def _run_stage(
     distributed.wait()
   except UserError:
     # An empty attempt is taken away: other settings need not be told apart from these.
-    if first and config.features.jobs == 1 and not _holds_work(out):
+    if first and config.features.jobs == 1 and not artifacts.holds_work(out):
       shutil.rmtree(out)
     raise
   finally:

@@ -27,10 +27,14 @@ from dsdm_jax.core.errors import UserError
 MANIFEST = 'manifest.json'
 _BEGUN = 'begun.json'
 _COST = 'cost*.json'  # one for each job that shares the stage
+_IDENTITY = {'stage': str, 'format': int, 'settings': dict, 'inputs': dict}
 _TEMPORARY = re.compile(r'\..+\.[a-z0-9_]{8}')  # as tempfile names what `begin` and `atomic` are about to rename
-_PACKAGES = (
-  'jax jaxlib flax optax orbax-checkpoint seqio tensorflow tensorflow-datasets ml_collections numpy scipy'
+# What results depend on to the bit: work that was begun with one version of these is not gone on with by another.
+_DECIDE = (
+  'jax jaxlib libtpu jax-cuda12-pjrt flax optax seqio sentencepiece tokenizers tensorflow tensorflow-datasets '
+  'array_record numpy ml_dtypes scipy scikit-learn'
 ).split()
+_PACKAGES = (*_DECIDE, 'orbax-checkpoint', 'tensorstore', 'ml_collections')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +92,14 @@ class Artifact:
 
   @property
   def digest(self) -> str:
-    """SHA-256 over identity and file checksums: changes whenever identity or content does."""
-    content = {k: self.manifest[k] for k in ('identity', 'files')}
+    """SHA-256 over identity and file checksums: changes whenever identity or content does.
+
+    Two saves of the same weights differ in names and bytes: for a model stands the record of its training, `NAME.jsonl`
+    beside its folder. Manifests from before that have no 'models', and all of their files count.
+    """
+    models = set(self.manifest.get('models', ()))
+    files = {name: entry for name, entry in self.manifest['files'].items() if name.partition('/')[0] not in models}
+    content = {'identity': self.manifest['identity'], 'files': files}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
   def verify(self) -> None:
@@ -164,6 +174,8 @@ def _read_manifest(path: Path) -> Artifact:
       raise ValueError('identity lacks a part')
     for key in ('seconds', 'flop'):
       manifest['cost'][key] + 0.0
+    if not all(isinstance(name, str) for name in manifest.get('models', ())):
+      raise TypeError('models holds what is no name')
     for name, entry in manifest['files'].items():
       if Path(name).is_absolute() or '..' in Path(name).parts or '\0' in name:
         raise ValueError(f'path {name!r} leaves the folder')
@@ -182,12 +194,54 @@ def _short(error: Exception) -> str:
 
 
 def _is_identity(value: Any) -> bool:
-  kinds = {'stage': str, 'format': int, 'settings': dict, 'inputs': dict}
-  return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
+  return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in _IDENTITY.items())
 
 
 def begun(workdir: Path, stage: str) -> Mapping[str, Any] | None:
   """Identity of an unfinished attempt at `stage`; None where there is none or it cannot be told."""
+  found = _note(workdir, stage)
+  return None if found is None else {key: found[key] for key in _IDENTITY}
+
+
+def other_versions(workdir: Path, stage: str) -> dict[str, tuple[str, str]]:
+  """Package that decides results → its version when an unfinished attempt was begun, and now, where these differ.
+
+  A package that only is there now, or only was, gave nothing to the attempt; one that the attempt's note does not name
+  is taken as it is.
+  """
+  noted = (_note(workdir, stage) or {}).get('versions')
+  old = {k: ' '.join(v.split())[:50] for k, v in noted.items() if isinstance(v, str)} if isinstance(noted, dict) else {}
+  new = versions()
+  for found in (old, new):
+    if 'python' in found:
+      found['python'] = '.'.join(found['python'].split('.')[:2])  # what follows 3.11 mends, and changes no result
+  return {n: (old[n], new[n]) for n in ('python', *_DECIDE) if n in old and n in new and old[n] != new[n]}
+
+
+def check_versions(workdir: Path, identity: Identity) -> None:
+  """Looks whether an unfinished attempt of `identity` can be gone on with by these packages.
+
+  Raises:
+    UserError: it holds work of others. One result would be half of each, and no run of one kind would give it again.
+  """
+  part, stage = part_folder(workdir, identity.stage), identity.stage
+  others = other_versions(workdir, stage)
+  if others and begun(workdir, stage) == identity.as_json() and holds_work(part):
+    said = ', '.join(f'{name} was {old}, now {new}' for name, (old, new) in others.items())
+    pins = ' '.join(f'{name}=={old}' for name, (old, _) in others.items() if name != 'python')
+    back = f'install these again (pip install {pins})' if pins else 'start it with that Python'
+    raise UserError(
+      f'{part} was begun with other packages: {said}; {back} and start the same command to go on with it, or add '
+      f'--rerun to make {stage} anew'
+    )
+
+
+def goes_on(workdir: Path, identity: Identity) -> bool:
+  """Whether there is an unfinished attempt that `begin` goes on with."""
+  return begun(workdir, identity.stage) == identity.as_json() and not other_versions(workdir, identity.stage)
+
+
+def _note(workdir: Path, stage: str) -> dict[str, Any] | None:
   try:
     found = json.loads((part_folder(workdir, stage) / _BEGUN).read_bytes())
   except (OSError, ValueError, RecursionError):
@@ -198,25 +252,26 @@ def begun(workdir: Path, stage: str) -> Mapping[str, Any] | None:
 def begin(workdir: Path, identity: Identity) -> Path:
   """Opens the folder to write in: goes on with an unfinished attempt of the same identity, discards any other.
 
-  Several jobs may begin at once: the folder appears with its identity in it, and one of them makes it.
+  One that was begun with other versions of what decides results is another. Several jobs may begin at once: the folder
+  appears with its identity in it, and one of them makes it.
   """
   part = part_folder(workdir, identity.stage)
-  if part.is_dir() and begun(workdir, identity.stage) != identity.as_json():
+  if part.is_dir() and not goes_on(workdir, identity):
     shutil.rmtree(part)
   if not part.is_dir():
     part.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=part.parent, prefix=f'.{part.name}.'))
     made.chmod(0o777 & ~atomic.umask())  # a temporary folder is for its owner alone, a stage is not
-    atomic.write_json(made / _BEGUN, identity.as_json())
+    atomic.write_json(made / _BEGUN, {**identity.as_json(), 'versions': versions()})
     try:
       made.rename(part)
     except OSError as error:
       shutil.rmtree(made)
       if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
         raise
-      if begun(workdir, identity.stage) != identity.as_json():
+      if not goes_on(workdir, identity):
         raise UserError(
-          f'{part} was begun at this moment with other settings; start again when that run has ended'
+          f'{part} was begun at this moment with other settings or packages; start again when that run has ended'
         ) from error
   return part
 
@@ -233,6 +288,11 @@ def sweep(workdir: Path) -> None:
     for path in part.rglob('.*'):
       if path.is_file() and _TEMPORARY.fullmatch(path.name):
         path.unlink()
+
+
+def holds_work(part: Path) -> bool:
+  """Whether an unfinished stage left more than notes of its beginning."""
+  return any(path.is_file() and not is_note(path) for path in part.rglob('*'))
 
 
 def is_note(path: Path) -> bool:
@@ -280,9 +340,12 @@ def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost
   """Writes the manifest, syncs it and puts the folder in place, over an older one of that stage."""
   part = part_folder(workdir, identity.stage)
   spent = cost.of_all_jobs()
+  files = {name: entry for name, entry in checksums(part).items() if not is_note(Path(name))}
+  folders = {name.partition('/')[0] for name in files if '/' in name}
   manifest = {
     'identity': identity.as_json(),
-    'files': {name: entry for name, entry in checksums(part).items() if not is_note(Path(name))},
+    'files': files,
+    'models': sorted(folder for folder in folders if f'{folder}.jsonl' in files),
     'semantics': dict(semantics),
     'cost': {'seconds': round(spent['seconds'], 3), 'flop': spent['flop']},
     'versions': versions(),
@@ -318,7 +381,7 @@ def reopen(workdir: Path, artifact: Artifact) -> list[str]:
   if damaged:
     identity, part = artifact.manifest['identity'], part_folder(workdir, artifact.path.name)
     # Until the manifest is gone, a kill leaves a finished stage that lacks files, and this begins again.
-    atomic.write_json(artifact.path / _BEGUN, identity)
+    atomic.write_json(artifact.path / _BEGUN, {**identity, 'versions': artifact.manifest['versions']})
     atomic.write_json(artifact.path / _COST.replace('*', ''), artifact.manifest['cost'])
     for file, _ in damaged:
       file.unlink(missing_ok=True)

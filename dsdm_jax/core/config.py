@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import base
-from dsdm_jax.core import mixture_parts
+from dsdm_jax.core import bounds, mixture_parts
 from dsdm_jax.core.config_rules import (
   BATCHES,
   MODELS,
@@ -30,7 +30,14 @@ from dsdm_jax.core.pool_rules import EVALUATED, SOURCE_KINDS, guarded
 from dsdm_jax.core.rule import CALLABLE
 
 _PASSWORD = re.compile(r'://[^/\s@:]*:[^/\s@]+@')
+# What addresses carry in their query to be let in: ?access_token=, &X-Amz-Signature=, ?api-key=, &sig= of Azure.
+_TOKEN = re.compile(
+  r'://\S*?[?&;#]([\w.-]*(?:token|secret|password|passwd|signature|credential|(?:api|access|secret|account)[_-]?key(?:id)?)'
+  r'|sig|key|pwd|pass|auth)=[^&;#\s]',
+  re.IGNORECASE,
+)
 _WIDEST, _LARGEST = 2**63, 1e300
+_SHOWN = 200  # characters of a value that are repeated
 _OUR_FACTORY = base.get_config().model.factory
 
 
@@ -61,10 +68,13 @@ def validate(config: ConfigDict) -> None:
     UserError: the first finding, in one line that names the key, its value, the rule and the way out.
   """
   found, wanted = dict(_leaves(config, '')), dict(_leaves(base.get_config(), ''))
+  for key, value in found.items():  # first, as what is said of other slips repeats the value
+    _check_no_secret(key, value)
   _check_keys(found, wanted)
   for key, value in found.items():
     _check_type(key, value, wanted.get(key, value))
-    _check_no_password(key, value)
+    if said := bounds.too_large(key, value):
+      raise _finding(key, value, said, _suggest(key, wanted.get(key, value)))
   theirs = tuple(f'{model}.' for model in MODELS if found[f'{model}.factory'] != _OUR_FACTORY)
   for key, rule in RULES.items():
     free = key.startswith(theirs) and isinstance(wanted[key], str) and not key.endswith('.factory')
@@ -74,7 +84,8 @@ def validate(config: ConfigDict) -> None:
   for relation in (*RELATIONS, *(relation for model in ours for relation in model_relations(model))):
     values = [found[key] for key in relation.keys]
     if not relation.holds(*values):
-      raise _finding(relation.keys[0], values[0], relation.text.format(*values), relation.way_out.format(*values))
+      shown = [_brief(value) for value in values]
+      raise _finding(relation.keys[0], values[0], relation.text.format(*shown), relation.way_out.format(*shown))
 
 
 def resolve(config: ConfigDict, keys_of: Callable[[str], dict[str, Any]]) -> ConfigDict:
@@ -238,13 +249,19 @@ def _check_type(key: str, value: Any, default: Any) -> None:
     raise _finding(key, value, f'must be {kind}, and is {_kind(value)}', _suggest(key, default))
 
 
-def _check_no_password(key: str, value: Any) -> None:
+def _check_no_secret(key: str, value: Any) -> None:
   """Every value ends up in manifests, logs and the report."""
   for text in value if isinstance(value, (tuple, list)) else (value,):
-    if isinstance(text, str) and _PASSWORD.search(text):
+    if not isinstance(text, str):
+      continue
+    looked_at = text[: bounds.CHARACTERS]  # a longer one is refused
+    what = 'a password (…://user:password@…)' if _PASSWORD.search(looked_at) else ''
+    if found := _TOKEN.search(looked_at):
+      what = f'a secret in an address (…?{found.group(1)}=…)'
+    if what:
       raise UserError(
-        f'config key {key} holds a password (…://user:password@…), which would be written into manifests and the '
-        "report; leave it out and give it by the environment, as that service's client asks"
+        f'config key {key} holds {what}, which would be written into manifests and the report; leave it out and give '
+        "it by the environment, as that service's client asks"
       )
 
 
@@ -258,5 +275,22 @@ def _suggest(key: str, default: Any) -> str:
 
 
 def _finding(key: str, value: Any, rule: str, way_out: str) -> UserError:
-  shown = ' '.join(repr(value).split())
-  return UserError(f'config key {key} = {shown} {rule}; {way_out}')
+  return UserError(f'config key {key} = {_cut(_repr(value))} {rule}; {way_out}')
+
+
+def _repr(value: Any) -> str:
+  try:
+    return ' '.join(repr(value).split())
+  except ValueError:  # Python writes out no number of thousands of digits
+    return f'{type(value).__name__} with a number of thousands of digits'
+
+
+def _cut(text: str) -> str:
+  return text if len(text) <= _SHOWN else f'{text[:_SHOWN]}…'
+
+
+def _brief(value: Any) -> Any:
+  """`value`, or what is shown of it where it is long."""
+  if isinstance(value, str):
+    return _cut(value)
+  return _cut(_repr(value)) if isinstance(value, (tuple, list)) else value

@@ -29,11 +29,22 @@ BATCHES = (*(f'{train}.batch_size' for train in TRAINS), 'features.batch_size', 
 def _is_regex(value: str) -> bool:
   try:
     re.compile(value)
-  except re.error:
+  except (re.error, OverflowError, RecursionError):  # the latter of 'a{9999999999}' and of brackets in brackets
     return False
   return True
 
 
+def _is_address(value: str) -> bool:
+  found = re.fullmatch(r'[^\s/]+:([1-9]\d{0,4})', value)
+  return found is not None and int(found[1]) < 2**16
+
+
+def _are_rungs(values: tuple[str, ...]) -> bool:
+  plain = [float(x) for x in values if re.fullmatch(r'\d{0,9}\.?\d*', x) and re.search(r'[1-9]', x)]
+  return len(values) != 1 and len(set(plain)) == len(values) and all(0 < x <= _RUNG for x in plain)
+
+
+_RUNG = 1_000_000  # of a training's compute
 _POSITIVE = _at_least(1)
 _COUNT = _at_least(0)
 _ARGUMENTS = Rule(are_arguments, "must be keyword arguments with plain values, such as 'b1=0.9, nesterov=True'")
@@ -95,8 +106,8 @@ RULES: Mapping[str, Rule] = {
   'mesh.data': Rule(lambda v: v == -1 or v >= 1, 'must be at least 1, or -1 for all devices that mesh.model leaves'),
   'mesh.model': _POSITIVE,
   'distributed.coordinator': Rule(
-    lambda v: v in ('', 'auto') or bool(re.fullmatch(r'[^\s/]+:[1-9]\d{0,4}', v)),
-    "must be 'host:port' of process 0, auto, or '' for one process",
+    lambda v: v in ('', 'auto') or _is_address(v),
+    "must be 'host:port' of process 0 (a port is at most 65,535), auto, or '' for one process",
   ),
   'distributed.processes': _POSITIVE,
   'distributed.process': _COUNT,
@@ -156,8 +167,8 @@ RULES: Mapping[str, Rule] = {
   'pretraining.max_epochs': Rule(lambda v: v == 0 or v >= 1, 'must be 0 for any number, or at least 1'),
   'pretraining.models_at_once': _POSITIVE,
   'ladder.rungs': Rule(
-    lambda v: len(v) != 1 and len({float(x) for x in v if re.fullmatch(r'\d*\.?\d*[1-9]\d*\.?\d*', x)}) == len(v),
-    'must be empty, or two or more different numbers above 0 as texts',
+    _are_rungs,
+    f'must be empty, or two or more different numbers above 0 and at most {_RUNG:,} as texts',
   ),
   'ladder.seeds': _POSITIVE,
   'evaluation.selection_uses': _POSITIVE,
@@ -176,7 +187,10 @@ RULES: Mapping[str, Rule] = {
   'report.examples': _POSITIVE,
   'report.explorer_rows': _at_least(100),
   'report.explorer_bytes': _at_least(10_000),
-  'plan.topology': Rule(lambda v: bool(re.fullmatch(r'\w+:\d+(x\d+){1,2}', v)), 'must be CHIP:AxB or CHIP:AxBxC'),
+  'plan.topology': Rule(
+    lambda v: bool(re.fullmatch(r'\w+:\d{1,4}(x\d{1,4}){1,2}', v)),
+    'must be CHIP:AxB or CHIP:AxBxC, with numbers of at most four digits',
+  ),
   'plan.rows': _COUNT,
   'plan.price_per_chip_hour': _COUNT,
   'plan.multiplier': _above(0),

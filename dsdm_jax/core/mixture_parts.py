@@ -1,11 +1,15 @@
 """One line of `mixture.parts`: 'dsdm@docs rate=2 epochs=4 cap=8' or 'random epochs=1'."""
 
 import dataclasses
-import math
 import re
+
+from dsdm_jax.core import bounds
 
 _PART = re.compile(r'(?P<method>[^@\s]+)(@(?P<target>\S+))?(?P<options>( +\S+)*)')
 _OPTIONS = {'rate': float, 'epochs': float, 'rows': int, 'cap': int}
+_MOST = {name: bounds.KINDS[kind][0] for name, kind in (
+  ('rate', 'factor'), ('epochs', 'passes'), ('rows', 'rows'), ('cap', 'passes'),
+)}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class MixturePart:
 
 
 def parse(text: str) -> MixturePart | None:
-  """The part that `text` names; None where it is not of the form, a number is not positive, or a key comes twice."""
+  """The part that `text` names; None where it is not of the form, a number is out of range, or a key comes twice."""
   found = _PART.fullmatch(text)
   if found is None:
     return None
@@ -43,7 +47,7 @@ def parse(text: str) -> MixturePart | None:
       number = _OPTIONS[key](value)
     except ValueError:
       return None
-    if not (number > 0 and math.isfinite(number)):
+    if not 0 < number <= _MOST[key]:  # nor a NaN
       return None
     values[key] = number
   if values['epochs'] is not None and values['rows'] is not None:

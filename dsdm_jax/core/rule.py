@@ -57,11 +57,11 @@ def arguments(text: str) -> dict[str, Any]:
   """
   try:
     call = ast.parse(f'f({text})', mode='eval').body
-  except SyntaxError as error:
+    if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+      raise ValueError('keyword arguments are meant')
+    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+  except (SyntaxError, RecursionError, MemoryError) as error:  # the latter two of what is nested too deep
     raise ValueError(str(error)) from error
-  if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
-    raise ValueError('keyword arguments are meant')
-  return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
 
 
 def are_arguments(value: str) -> bool:

@@ -56,7 +56,8 @@ SELECTION_RULES: Mapping[str, Rule] = {
   ),
   'mixture.parts': Rule(
     lambda v: all(is_part(text) for text in v) and len({part_key(text) for text in v}) == len(v),
-    "must be parts like 'dsdm@docs rate=2 epochs=4 cap=8' or 'random rows=500', each method and target once",
+    "must be parts like 'dsdm@docs rate=2 epochs=4 cap=8' or 'random rows=500', each method and target once, with "
+    'numbers above 0 and at most 1,000,000 (rows: 1,000,000,000,000)',
   ),
   'mixture.when_empty': one_of('drop', 'repeat', 'refuse'),
 }

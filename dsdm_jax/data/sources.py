@@ -14,6 +14,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from dsdm_jax.core import bounds
 from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.data import files
@@ -26,6 +27,11 @@ KINDS = (*FILES, 'tfds', 'seqio', 'tokens')
 SIZED = ('installed_packages', 'function')
 _TEXT_FILES = 256  # small files that are read as one unit
 _TFDS_ROWS = 65_536  # rows of a unit
+_MOST = {
+  'weight': bounds.KINDS['factor'][0],
+  'max_bytes': bounds.KINDS['bytes'][0],
+  'max_documents': bounds.KINDS['rows'][0],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +112,16 @@ def parse(line: str) -> Entry:
       raise UserError(f'{said}: option {part!r} is none of {", ".join(f"{key}=" for key in _OPTIONS)}')
     try:
       options[key] = _OPTIONS[key](value)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # the latter of 1e999
       raise UserError(f'{said}: {key}={value} is no number') from error
   entry = Entry(kind, target, **options)
   if not entry.name:
     raise UserError(f'{said}: name= is empty; give one or leave it out')
-  if not entry.weight > 0 or entry.max_bytes < 0 or entry.max_documents < 0:
-    raise UserError(f'{said}: weight must be above 0, max_bytes and max_documents at least 0')
+  for key, most in _MOST.items():
+    number = getattr(entry, key)
+    if not 0 <= number <= most or (key == 'weight' and not number):
+      least = 'above' if key == 'weight' else 'at least'
+      raise UserError(f'{said}: {key} must be {least} 0 and at most {most:,}; give another')
   return entry
 
 

@@ -1,6 +1,8 @@
 """Artifacts: whole or absent, and refused when they are not what was asked for."""
 
+import dataclasses
 import errno
+import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -133,6 +135,28 @@ def test_digest_depends_on_settings_and_content_and_not_on_cost(workdir, tmp_pat
   assert len({a.digest, *others}) == 4
 
 
+def test_digest_of_models_is_that_of_their_training_and_not_of_the_bytes_of_a_save(tmp_path):
+  def trained(name: str, record: str, saved: str):
+    (tmp_path / name).mkdir()
+    out = artifacts.begin(tmp_path / name, IDENTITY)
+    (out / 'proxy_0/12/d').mkdir(parents=True)
+    (out / f'proxy_0/12/d/{saved}').write_text(saved)
+    return make(tmp_path / name, **{'proxy_0.jsonl': record, 'subset_0.npy': 'rows'})
+
+  one, again, other = trained('a', 'loss 3', 'f00'), trained('b', 'loss 3', 'ba5'), trained('c', 'loss 4', 'f00')
+  assert one.digest == again.digest != other.digest
+  (again.path / 'proxy_0/12/d/ba5').write_text('bad')
+  with pytest.raises(UserError, match='proxy_0/12/d/ba5 has changed'):
+    again.verify()
+  # Of what was committed before the key was there, which later stages know by its digest, all files count.
+  before = [
+    dataclasses.replace(a, manifest={k: v for k, v in a.manifest.items() if k != 'models'}) for a in (one, again)
+  ]
+  content = {k: one.manifest[k] for k in ('identity', 'files')}
+  assert before[0].digest == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+  assert before[0].digest != before[1].digest
+
+
 def test_unfinished_attempt_of_the_same_settings_is_gone_on_with_and_any_other_discarded(workdir):
   out = artifacts.begin(workdir, IDENTITY)
   (out / 'half').write_text('x')
@@ -166,6 +190,40 @@ def test_kill_while_checksums_are_taken_keeps_the_work(workdir, monkeypatch):
     with pytest.raises(ZeroDivisionError):
       make(workdir, one='work')
   assert (artifacts.begin(workdir, IDENTITY) / 'one').read_text() == 'work'
+
+
+def test_attempt_of_other_packages_is_another(workdir, monkeypatch):
+  out = artifacts.begin(workdir, IDENTITY)
+  (out / 'half').write_text('x')
+  mine = artifacts.versions()
+
+  def now(**changed):
+    monkeypatch.setattr(artifacts, 'versions', lambda: {k: v for k, v in {**mine, **changed}.items() if v})
+
+  # What decides nothing, a mended Python, and a package that came or went with no part in the work.
+  now(ml_collections='9', tensorstore='9', python=f'{mine["python"]}9', libtpu='9', scipy=None)
+  assert artifacts.other_versions(workdir, 'pool') == {}
+  artifacts.check_versions(workdir, IDENTITY)
+  assert (artifacts.begin(workdir, IDENTITY) / 'half').exists()
+  now(jaxlib='9', python='4.0.1')
+  assert artifacts.other_versions(workdir, 'pool') == {
+    'python': ('.'.join(mine['python'].split('.')[:2]), '4.0'), 'jaxlib': (mine['jaxlib'], '9')
+  }  # fmt: skip
+  with pytest.raises(UserError, match=f'jaxlib was {mine["jaxlib"]}, now 9; install these again'):
+    artifacts.check_versions(workdir, IDENTITY)
+  artifacts.check_versions(workdir, Identity('pool', 2, {}, {}))  # other settings are told as such
+  assert not (artifacts.begin(workdir, IDENTITY) / 'half').exists()
+
+
+@pytest.mark.parametrize('versions', [None, 7, [], {}, {'jax': 7}, {'jax': None}])
+def test_attempt_that_does_not_say_its_packages_is_gone_on_with(workdir, versions):
+  out = artifacts.begin(workdir, IDENTITY)
+  (out / 'half').write_text('x')
+  note = IDENTITY.as_json() if versions is None else {**IDENTITY.as_json(), 'versions': versions}
+  (out / 'begun.json').write_text(json.dumps(note))
+  artifacts.check_versions(workdir, IDENTITY)
+  assert artifacts.begun(workdir, 'pool') == IDENTITY.as_json()
+  assert (artifacts.begin(workdir, IDENTITY) / 'half').exists()
 
 
 def test_commit_over_an_older_artifact(workdir):
@@ -266,6 +324,7 @@ def test_a_damaged_stage_is_opened_anew_without_what_is_damaged(workdir):
   assert [phrase.split('pool/')[1] for phrase in said] == ['three is missing', 'two has changed since it was written']
   part = artifacts.part_folder(workdir, 'pool')
   assert artifacts.open_stage(workdir, 'pool') is None and artifacts.begun(workdir, 'pool') == IDENTITY.as_json()
+  assert json.loads((part / 'begun.json').read_text())['versions'] == made.manifest['versions']
   assert not artifacts.pending_commit(workdir, IDENTITY)
   assert artifacts.begin(workdir, IDENTITY) == part
   assert {p.name for p in part.iterdir() if not artifacts.is_note(p)} == {'one', 'deep'}

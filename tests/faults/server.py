@@ -92,6 +92,7 @@ def _run(flags: list[str], log: str) -> None:
       os.dup2(file.fileno(), stream)
   from dsdm_jax import main
 
+  sys.argv = flags  # ml_collections looks there for the overrides
   code = 1
   try:
     code = main.main(flags)

@@ -1,11 +1,16 @@
 """What a disk does to finished work: the next run names the file, and one stage, or one shard, is made anew."""
 
+import contextlib
+import os
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dsdm_jax import pipeline
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core.errors import UserError
 from tests.conftest import FAULTS
@@ -21,12 +26,15 @@ CASES = {
   'flipped bit in the pool': ('pool', 'dataset/*.array_record*', _flip, 'has changed'),
   'manifest cut short': ('targets', 'manifest.json', cut, 'is unreadable'),
   'file missing': ('targets', '*.target.npz', Path.unlink, 'is missing'),
+  'flipped bit in a model': ('proxies', 'proxy_0/*/state/d/*', _flip, 'has changed'),
   'write torn': ('datamodel', 'scores.npz', cut, 'bytes where'),
+  'arm lost': ('selection', '*.npz', Path.unlink, 'is missing'),
+  'model torn': ('pretraining', '*/*/state/d/*', cut, 'bytes where'),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('case', CASES if FAULTS else list(CASES)[1:3])
+@pytest.mark.parametrize('case', CASES if FAULTS else list(CASES)[1:4])
 def test_fault_is_named_and_one_stage_made_anew(server, finished, copied, tmp_path, count, case):
   stage, pattern, fault, words = CASES[case]
   file = sorted((copied / stage).glob(pattern))[0]
@@ -46,6 +54,24 @@ def test_fault_is_named_and_one_stage_made_anew(server, finished, copied, tmp_pa
   assert run() == 0, log.read_text()[-2000:]
   assert runs.stages_run(copied, events) == [stage]
   runs.assert_same_outcome(copied, finished)
+  count('faults injected')
+
+
+@pytest.mark.slow
+def test_a_damaged_shard_of_finished_features_is_named_and_made_anew_alone(server, finished, copied, tmp_path, count):
+  shard = copied / 'features/features_1.zarr/c/1/0'
+  _flip(shard)
+  before, events, log = runs.fingerprint(copied), len(runs.events(copied)), tmp_path / 'log'
+  assert server.start(log, runs.TINY, f'--workdir={copied}').wait(300) == 0, log.read_text()[-2000:]
+  assert f'{shard} has changed since it was written; it is made anew, and what is whole stays' in log.read_text()
+  assert runs.stages_run(copied, events) == ['features']
+  runs.assert_same_outcome(copied, finished)
+  after = runs.fingerprint(copied)
+  written = {name for name in before if after[name] != before[name] and name.startswith('features/')}
+  assert written == {
+    'features/features_1.zarr/c/1/0', 'features/features_1.done/000001.json', 'features/manifest.json'
+  }  # fmt: skip
+  assert after[str(shard.relative_to(copied))][0] == runs.fingerprint(finished)[str(shard.relative_to(copied))][0]
   count('faults injected')
 
 
@@ -112,3 +138,55 @@ def test_store_of_zeros_is_whole(tmp_path):
   store.write(0, np.zeros((4, 8), np.float32))
   assert store.missing() == []
   assert not store.read(0).any()
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+  """A small file system in memory; the test is skipped where this user may not mount one."""
+  folder.mkdir()
+  if os.geteuid() != 0:
+    pytest.skip('mounting a small file system takes root')
+  done = subprocess.run(
+    ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)], capture_output=True, text=True, check=False
+  )
+  if done.returncode:
+    pytest.skip(f'no file system can be mounted here: {done.stderr.strip()}')
+  try:
+    yield folder
+  finally:
+    subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+def test_read_only_disk(tmp_path, count):
+  with mounted(tmp_path / 'disk', 'ro,size=1m') as disk:
+    message = runs.refused(runs.TINY, f'--workdir={disk / "run"}')
+    assert f'cannot write {disk / "run"}: Read-only file system' in message
+    assert '--workdir' in message
+    assert list(disk.iterdir()) == []
+  count('faults injected')
+
+
+@pytest.mark.parametrize('stage', ['pool', 'proxies', 'features'])
+def test_full_disk_keeps_what_is_finished_and_goes_on_when_there_is_room(finished, tmp_path, count, stage):
+  kept = pipeline.NAMES[: pipeline.NAMES.index(stage)]
+  size = sum(f.stat().st_size for name in kept for f in (finished / name).rglob('*') if f.is_file())
+  room = {'pool': 60, 'proxies': 40, 'features': 60}[stage] * 1024 + int(size * 1.3)
+  with mounted(tmp_path / 'disk', f'size={room}') as disk:
+    for name in kept:
+      shutil.copytree(finished / name, disk / name)
+    before = runs.fingerprint(disk)
+    flags = (runs.TINY, f'--workdir={disk}', f'--stage={stage}')
+    done = runs.run(*flags)
+    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+    assert 'Traceback' not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith('dsdm_jax: cannot write ')
+    assert 'No space left on device' in last
+    assert 'finished stages are kept' in last
+    after = runs.fingerprint(disk)
+    assert {f: after[f] for f in before} == before
+    assert not (disk / stage).exists()
+    subprocess.run(['mount', '-o', 'remount,size=64m', str(disk)], check=True)
+    runs.succeed(*flags)
+    assert (disk / stage / 'manifest.json').is_file()
+  count('faults injected')

@@ -5,17 +5,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import base
+from dsdm_jax.core import bounds
 from dsdm_jax.core import config as checks
+from dsdm_jax.core.config_rules import RULES
 from dsdm_jax.core.errors import UserError
 from tests.conftest import FAULTS
 from tests.core.test_config import FLAT, put
 
 HUGE = 2**63
 ODD = (
-  None, True, 0, -1, 1, HUGE, -HUGE - 1, 10**400, 0.0, -1.0, 0.5, 1e300, -1e300, float('nan'), float('inf'), '', ' ',
-  'a\nb', 'x' * 10_000, '../..', '$(reboot)', 'a:b', b'a', (), ('',), ('a', 'a'), (None,), (1.0, -1.0), ('x:y',),
-  [['a']], {'a': 1}, object(),
+  None, True, 0, -1, 1, 2**62, HUGE, -HUGE - 1, 10**400, 0.0, -1.0, 0.5, 1e30, 1e300, -1e300, float('nan'),
+  float('inf'), '', ' ', 'a\nb', 'x' * 9_000, 'x' * 20_000, '../..', '$(reboot)', 'a:b', b'a', (), ('',), ('a', 'a'),
+  (None,), (1.0, -1.0), ('x:y',), ('docs',) * 20_000, ('x' * 20_000,), '(' * 9_000, 'a{9999999999}',
+  'b1=' + '-' * 9_000 + '1', 'b1=\0', ('9' * 400, '1'), ('dsdm rows=' + '9' * 400,), 'host:99999',
+  'v5e:99999x99999', [['a']], {'a': 1}, object(),
 )  # fmt: skip
+NUMBERS = {key: value for key, value in FLAT.items() if type(value) in (int, float)}
 
 
 def said(values: dict[str, object]) -> str:
@@ -31,21 +36,68 @@ def said(values: dict[str, object]) -> str:
   except UserError as error:
     line = str(error)
     assert '\n' not in line and '; ' in line, line
-    assert len(line) < 25_000
+    assert len(line) < 4_000, line
     return line
   return ''
 
 
+def wrong(key: str) -> dict[str, tuple[object, str]]:
+  """A value of another type, sign and size, each with what must be said of it; a text has no sign, a flag no size."""
+  default, shown = FLAT[key], f'config key {key} = '
+  other = {bool: 2, int: 1.5, float: '0.1', str: 7, list: 7}[type(default)]
+  found = {'type': (other, f'{shown}{other!r} must be ')}
+  if key in NUMBERS:
+    number = type(default)  # ConfigDict makes it one of the key's
+    below = number(-2 if key == 'mesh.data' else -1)  # where -1 is all devices
+    found['sign'] = (below, f'{shown}{below} ')
+    large = 2**62 if number is int else 1e31
+    found['size'] = (large, f'{shown}{large} must ')
+    if key in bounds.BOUNDS:
+      most, words = bounds.KINDS[bounds.BOUNDS[key]]
+      above = number(most + 1 if isinstance(most, int) else 2 * most)
+      found['size above the bound'] = (above, f'{shown}{above!r} must be at most {bounds.said(most)}{words}; ')
+    elif isinstance(default, int):
+      found['size above the rule'] = (2**31 + 1, f'{shown}{2**31 + 1} must lie between ')
+  elif isinstance(default, str):
+    found['size'] = (
+      'x' * 20_000,
+      f'{shown}{"x" * 199!r}'[:-1] + '… has 20,000 characters and must have at most 10,000; ',
+    )
+  elif isinstance(default, list):
+    part = 0.1 if key == 'validation.drops' else 'docs'
+    found['size'] = ((part,) * 20_000, 'has 20,000 parts and must have at most 10,000; ')
+    if part == 'docs':
+      found['size of a part'] = (('x' * 20_000,), 'has 20,000 characters and must have at most 10,000; ')
+  return found
+
+
+@pytest.mark.parametrize('key', FLAT)
+def test_wrong_type_sign_and_size_of_every_key(key, count):
+  for kind, (value, words) in wrong(key).items():
+    line = said({key: value})
+    assert line.startswith(f'config key {key} = ') and words in line, (kind, line)
+    count('config values tried')
+
+
+def test_every_number_is_bounded_and_its_default_far_below():
+  """By the table or by its rule; and what the bound itself says is not refused for its size."""
+  assert set(bounds.BOUNDS) <= set(NUMBERS)
+  for key in NUMBERS.keys() - bounds.BOUNDS.keys():
+    assert not RULES[key].holds(10**12) and 'must lie between' in RULES[key].text, key
+  for key, kind in bounds.BOUNDS.items():
+    most, _ = bounds.KINDS[kind]
+    assert 0 <= 100 * abs(FLAT[key]) <= most, key
+    assert 'must be at most ' + bounds.said(most) not in said({key: most}), key
+    assert isinstance(FLAT[key], float) or isinstance(most, int), key
+
+
 @pytest.mark.parametrize(('number', 'key'), list(enumerate(FLAT)))
 def test_one_key(number, key, count):
-  wrong = 0
+  refused = 0
   values = ODD if FAULTS else ODD[number % 4 :: 4]
   for value in values:
-    line = said({key: value})
-    wrong += bool(line)
-    if type(value) is int and abs(value) >= HUGE and isinstance(FLAT[key], int) and not isinstance(FLAT[key], bool):
-      assert line.startswith(f'config key {key} = '), (value, line)
-  assert wrong >= len(values) // 3
+    refused += bool(said({key: value}))
+  assert refused >= len(values) // 3
   count('config values tried', len(values))
 
 

@@ -14,13 +14,19 @@ import pytest
 
 from dsdm_jax import pipeline
 from tests.conftest import FAULTS
+from tests.faults.conftest import LADDER
 from tests.pipeline import runs
+from tests.pipeline.test_validation import SMALL
 
-# Killed once in each stage but the ladder, which this config leaves empty, and three times more in the longest.
-NORMAL = ['pool', 'targets', *['proxies'] * 2, *['features'] * 2, 'datamodel', 'selection', *['pretraining'] * 2,
+# Killed once in each stage, and once more in two of the longest; validation has a test of its own.
+NORMAL = ['pool', 'targets', *['proxies'] * 2, *['features'] * 2, 'datamodel', 'selection', 'pretraining', 'ladder',
           'evaluation', 'report']  # fmt: skip
-STAGES = [name for name in pipeline.NAMES if name != 'ladder']
-RUNS = 6 if FAULTS else 1
+RUNS = 5 if FAULTS else 1
+# Without derivatives through training in the normal tests, which take most of the stage's time.
+VALIDATION = SMALL if FAULTS else (
+  *SMALL, '--config.validation.oracle=False', '--config.validation.seeds=1', '--config.validation.halves=4',
+  '--config.validation.stratified=0',
+)  # fmt: skip
 ORPHAN_SECONDS = 20
 
 
@@ -31,15 +37,16 @@ class Killer:
     server, workdir: who starts the run, and where.
     seconds: of each stage, guessed; shortened where a stage turns out to take less.
     rng: of the moments.
+    flags: of the run, beside the config and the workdir.
   """
 
-  def __init__(self, server, workdir: Path, seconds: dict[str, float], rng: random.Random):
-    self.server, self.workdir, self.rng = server, workdir, rng
+  def __init__(self, server, workdir: Path, seconds: dict[str, float], rng: random.Random, flags: tuple[str, ...]):
+    self.server, self.workdir, self.rng, self.flags = server, workdir, rng, flags
     self.seconds, self.log = dict(seconds), workdir.with_suffix('.log')
     self.moments: list[str] = []
 
   def start(self):
-    return self.server.start(self.log, runs.TINY, f'--workdir={self.workdir}')
+    return self.server.start(self.log, runs.TINY, f'--workdir={self.workdir}', *self.flags)
 
   def kill_in(self, stage: str) -> bool:
     """Starts the run and kills it at a random moment of `stage`; False where it ended before."""
@@ -92,18 +99,22 @@ def stage_seconds(finished: Path) -> dict[str, float]:
   return {e['stage']: e['seconds'] for e in runs.events(finished) if e['event'] == 'end'}
 
 
+def left_over(workdir: Path) -> list[str]:
+  return [p.name for p in workdir.iterdir() if p.suffix in ('.part', '.old') or p.name.startswith('.')]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('attempt', range(RUNS))
-def test_run_that_is_killed_again_and_again(server, finished, tmp_path, count, attempt):
-  killer = Killer(server, tmp_path / 'run', stage_seconds(finished), random.Random(attempt))
-  plan = NORMAL if not FAULTS else [stage for stage in STAGES for _ in range(2)]
+def test_run_that_is_killed_again_and_again(server, with_ladder, tmp_path, count, attempt):
+  killer = Killer(server, tmp_path / 'run', stage_seconds(with_ladder), random.Random(attempt), LADDER)
+  plan = NORMAL if not FAULTS else [stage for stage in pipeline.NAMES for _ in range(2)]
+  assert set(plan) == set(pipeline.NAMES)
   killed = sum(killer.kill_in(stage) for stage in plan)
   print('\n'.join(killer.moments))
   assert killed == len(plan)
   killer.finish()
-  runs.assert_same_outcome(tmp_path / 'run', finished)
-  left = [p.name for p in (tmp_path / 'run').iterdir() if p.suffix in ('.part', '.old') or p.name.startswith('.')]
-  assert left == []
+  runs.assert_same_outcome(tmp_path / 'run', with_ladder)
+  assert left_over(tmp_path / 'run') == []
   count('kills survived', killed)
 
 
@@ -114,10 +125,46 @@ def test_kill_where_data_is_made_again(server, finished, tmp_path, count, stage)
   """Data comes out the same byte for byte, so all that was made of it stands."""
   workdir = Path(shutil.copytree(finished, tmp_path / 'run'))
   shutil.rmtree(workdir / stage)
-  killer = Killer(server, workdir, stage_seconds(finished), random.Random(stage))
+  killer = Killer(server, workdir, stage_seconds(finished), random.Random(stage), ())
   killed = killer.kill_in(stage)
   events = len(runs.events(workdir))
   killer.finish()
   assert set(runs.stages_run(workdir, events)) <= {stage}
   runs.assert_same_outcome(workdir, finished)
   count('kills survived', int(killed))
+
+
+def without_validation(finished: Path, workdir: Path) -> Path:
+  """What validation stands on: it runs alone, when it is asked for."""
+  for stage in ('pool', 'targets'):
+    shutil.copytree(finished / stage, workdir / stage)
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def validated(server, finished, tmp_path_factory) -> Path:
+  folder = without_validation(finished, tmp_path_factory.mktemp('validated') / 'run')
+  Killer(server, folder, {}, random.Random(), VALIDATION).finish()
+  return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('attempt', range(2 if FAULTS else 1))
+def test_validation_that_is_killed(server, finished, validated, tmp_path, count, attempt):
+  """Models of the bank, scores and tables, all files byte for byte."""
+  workdir = without_validation(finished, tmp_path / 'run')
+  killer = Killer(server, workdir, stage_seconds(validated), random.Random(f'validation {attempt}'), VALIDATION)
+  killed = wanted = 4 if FAULTS else 1
+  for _ in range(wanted):
+    while not killer.kill_in('validation'):
+      shutil.rmtree(workdir / 'validation')  # the run was faster: the next moment is drawn from the time it took
+  print('\n'.join(killer.moments))
+  killer.finish()
+
+  def files(folder: Path) -> dict[str, str]:
+    found = runs.fingerprint(folder / 'validation')
+    return {name: digest for name, (digest, _) in found.items() if name != 'manifest.json'}  # it has the time taken
+
+  assert files(workdir) == files(validated)
+  assert left_over(workdir) == []
+  count('kills survived', killed)

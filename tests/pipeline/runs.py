@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 TINY = '--config=tests/pipeline/tiny.py'
 SECRET = 'dsdm-no-secret-0d1e5f'  # what the shared run is given where clouds and hubs look for keys
-_KEYS = ('HF_TOKEN', 'AWS_SECRET_ACCESS_KEY', 'GITHUB_TOKEN', 'WANDB_API_KEY')
+KEYS = ('HF_TOKEN', 'AWS_SECRET_ACCESS_KEY', 'GITHUB_TOKEN', 'WANDB_API_KEY')
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
@@ -57,8 +57,22 @@ def refused(*flags: str, **options: Any) -> str:
 def finished(base: Path) -> Path:
   """A run of the tiny config from the first stage to the last, in a process of its own. Copy it before changing it."""
   folder = base / 'finished'
-  (base / 'finished.out').write_text(succeed(TINY, f'--workdir={folder}', **dict.fromkeys(_KEYS, SECRET)))
+  done = run(TINY, f'--workdir={folder}', **dict.fromkeys(KEYS, SECRET))
+  assert done.returncode == 0, done.stderr[-3000:]
+  keep_said(done, folder)
   return folder
+
+
+def keep_said(done: subprocess.CompletedProcess[str], folder: Path) -> None:
+  """Writes what a run said beside its folder."""
+  folder.with_suffix('.out').write_text(done.stdout)
+  folder.with_suffix('.err').write_text(done.stderr)
+
+
+def secrets_in(folder: Path) -> list[str]:
+  """Files of a run, and of what it said, that hold SECRET."""
+  every = [*folder.rglob('*'), folder.with_suffix('.out'), folder.with_suffix('.err')]
+  return [str(path) for path in every if path.is_file() and SECRET.encode() in path.read_bytes()]
 
 
 def events(workdir: Path) -> list[dict[str, Any]]:
@@ -81,14 +95,14 @@ def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
 def outcome(workdir: Path) -> dict[str, Any]:
   """All that two runs of the same settings must agree on to the last bit: scores, selections, items, results."""
   found: dict[str, Any] = {}
-  for file in (workdir / 'datamodel/scores.npz', workdir / 'evaluation/items.npz'):
-    with np.load(file) as arrays:
-      found |= {f'{file.name}/{key}': value.tobytes() for key, value in arrays.items()}
-  for file in sorted((workdir / 'selection').glob('*.npz')):
+  stages = (workdir / name for name in ('selection', 'evaluation'))
+  for file in [workdir / 'datamodel/scores.npz', *(f for s in stages for f in sorted(s.glob('*.npz')))]:
     with np.load(file) as arrays:
       found |= {f'{file.name}/{key}': value.tobytes() for key, value in arrays.items()}
   results: Mapping[str, Any] = json.loads((workdir / 'results.json').read_text())
-  return found | {f'results/{key}': value for key, value in results.items() if key != 'cost'}
+  found |= {f'results/{key}': value for key, value in results.items() if key not in ('cost', 'multiplier')}
+  # Multipliers are of the cost, which counts the work of every attempt; what they are read off does not.
+  return found | {'curves': results['multiplier'] and results['multiplier']['curves']}
 
 
 def assert_same_outcome(found: Path, wanted: Path) -> None:

@@ -1,11 +1,8 @@
 """What a user may get wrong: one line on stderr, exit code 2, nothing written."""
 
-import contextlib
 import os
 import re
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,8 @@ from tests.pipeline import runs
     (['--config.pool.length=long'], ['pool.length', 'long']),
     (['--config.datamodel.damping=much'], ['datamodel.damping', 'much']),
     (['--config.datamodel.damping=0'], ['config key datamodel.damping = 0.0', 'greater than 0']),
+    (['--config.proxies.count=4611686018427387904'], ['proxies.count = 4611686018427387904', 'at most 100,000 models']),
+    (['--config.seed=4294967296'], ['seed = 4294967296 must be at most 4,294,967,295', '--config.seed=0']),
     (['--config.pool.kinds=("poems",)'], ['pool.kinds', 'poems', 'licences']),
     (['--config.selection.targets=("squad",)'], ['selection.targets', 'squad']),
     (['--config.model.factory=no_such_module:build'], ['model.factory', 'no_such_module']),
@@ -164,72 +163,41 @@ def test_workdir_is_a_file(tmp_path):
   assert (tmp_path / 'run').read_text() == 'mine'
 
 
-@contextlib.contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-  """A small file system in memory; the test is skipped where this user may not mount one."""
-  folder.mkdir()
-  if os.geteuid() != 0:
-    pytest.skip('mounting a small file system takes root')
-  done = subprocess.run(
-    ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)], capture_output=True, text=True, check=False
-  )
-  if done.returncode:
-    pytest.skip(f'no file system can be mounted here: {done.stderr.strip()}')
-  try:
-    yield folder
-  finally:
-    subprocess.run(['umount', '-l', str(folder)], check=True)
-
-
-def test_read_only_disk(tmp_path):
-  with mounted(tmp_path / 'disk', 'ro,size=1m') as disk:
-    message = runs.refused(runs.TINY, f'--workdir={disk / "run"}')
-    assert f'cannot write {disk / "run"}: Read-only file system' in message
-    assert '--workdir' in message
-    assert list(disk.iterdir()) == []
-
-
-@pytest.mark.parametrize('stage', ['pool', 'proxies', 'features'])
-def test_full_disk_keeps_what_is_finished_and_goes_on_when_there_is_room(finished, tmp_path, stage):
-  kept = pipeline.NAMES[: pipeline.NAMES.index(stage)]
-  size = sum(f.stat().st_size for name in kept for f in (finished / name).rglob('*') if f.is_file())
-  room = {'pool': 60, 'proxies': 40, 'features': 60}[stage] * 1024 + int(size * 1.3)
-  with mounted(tmp_path / 'disk', f'size={room}') as disk:
-    for name in kept:
-      shutil.copytree(finished / name, disk / name)
-    before = runs.fingerprint(disk)
-    flags = (runs.TINY, f'--workdir={disk}', f'--stage={stage}')
-    done = runs.run(*flags)
-    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
-    assert 'Traceback' not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith('dsdm_jax: cannot write ')
-    assert 'No space left on device' in last
-    assert 'finished stages are kept' in last
-    after = runs.fingerprint(disk)
-    assert {f: after[f] for f in before} == before
-    assert not (disk / stage).exists()
-    subprocess.run(['mount', '-o', 'remount,size=64m', str(disk)], check=True)
-    runs.succeed(*flags)
-    assert (disk / stage / 'manifest.json').is_file()
-
-
 def test_secrets_of_the_environment_are_written_nowhere(finished):
-  """The run was given them in variables that clouds and hubs use."""
-  secret = runs.SECRET.encode()
-  assert [str(p) for p in [*finished.rglob('*'), finished.parent / 'finished.out'] if _holds(p, secret)] == []
-  assert _holds(finished / 'results.json', b'datamodel.damping')  # the look itself finds what is there
+  """The run was given them in variables that clouds and hubs use; neither its files nor what it said holds them."""
+  assert runs.secrets_in(finished) == []
+  assert 'features: done' in finished.with_suffix('.out').read_text()
+  assert 'features' in finished.with_suffix('.err').read_text(), 'its bars'
 
 
-def _holds(path: Path, text: bytes) -> bool:
-  return path.is_file() and text in path.read_bytes()
+@pytest.mark.parametrize('stream', ['stdout', 'stderr'])
+def test_a_run_that_says_a_secret_is_found(tmp_path, stream):
+  """A config of the user's that prints its environment: the look above sees it, on either stream."""
+  config = tmp_path / 'chatty.py'
+  config.write_text(
+    f'import os, sys\nfrom tests.pipeline import tiny\n\n\ndef get_config():\n'
+    f'  print({{k: os.environ[k] for k in {runs.KEYS}}}, file=sys.{stream}, flush=True)\n  return tiny.get_config()\n'
+  )
+  done = runs.run(
+    f'--config={config}', f'--workdir={tmp_path / "run"}', '--config.seed=-1', **dict.fromkeys(runs.KEYS, runs.SECRET)
+  )
+  assert done.returncode == 2
+  runs.keep_said(done, tmp_path / 'run')
+  assert runs.secrets_in(tmp_path / 'run') == [str(tmp_path / f'run.{stream.removeprefix("std")}')]
 
 
 @pytest.mark.parametrize(
-  'path', ['https://ann:s3cret@hub.example/task.jsonl', 's3://key:s3cret@bucket/a.jsonl'], ids=['https', 's3']
+  ('path', 'words'),
+  [
+    ('https://ann:s3cret@hub.example/task.jsonl', 'a password'),
+    ('s3://key:s3cret@bucket/a.jsonl', 'a password'),
+    ('https://hub.example/task.jsonl?access_token=s3cret', 'a secret in an address (…?access_token=…)'),
+    ('https://b.example/a.jsonl?v=2&X-Amz-Signature=s3cret', 'a secret in an address (…?X-Amz-Signature=…)'),
+  ],
+  ids=['https', 's3', 'token', 'signature'],
 )
-def test_password_in_the_config_is_refused_and_not_repeated(tmp_path, path):
+def test_password_in_the_config_is_refused_and_not_repeated(tmp_path, path, words):
   message = runs.refused(runs.TINY, f'--workdir={tmp_path / "run"}', f'--config.targets.tasks=("{path}",)')
-  assert 'config key targets.tasks holds a password' in message
+  assert f'config key targets.tasks holds {words}' in message
   assert 's3cret' not in message
   assert not (tmp_path / 'run').exists()

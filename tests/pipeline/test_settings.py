@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,60 @@ def test_an_unfinished_stage_of_other_settings_is_not_thrown_away_unasked(made, 
   with pytest.raises(UserError, match=r'datamodel.damping was 0.2, now 0.1'):
     pipeline.run(get_config(), made)
   assert (out / 'half.json').is_file()
+
+
+def other_packages(part: Path, **versions: str) -> None:
+  """Has an unfinished stage say that it was begun with `versions`."""
+  note = json.loads((part / 'begun.json').read_text())
+  note['versions'] |= versions
+  atomic.write_json(part / 'begun.json', note)
+
+
+@pytest.mark.parametrize('only', [None, 'datamodel'])
+def test_an_unfinished_stage_of_other_packages_is_refused_with_the_difference(made, ran, only):
+  """By name, before anything is written; what is finished stands whatever it was made with."""
+  settings, now = flatten(get_config()), artifacts.versions()
+  stage = next(s for s in pipeline.STAGES if s.name == 'datamodel')
+  done = {name: artifacts.open_stage(made, name) for name in stage.reads}
+  for name in pipeline.NAMES:
+    manifest = json.loads((made / name / 'manifest.json').read_text())
+    atomic.write_json(made / name / 'manifest.json', manifest | {'versions': {'jax': '0.1.0', 'numpy': '1.0'}})
+  pipeline.run(get_config(), made)
+  assert ran.stages == []
+  (made / 'datamodel').rename(made / 'elsewhere')
+  out = artifacts.begin(made, pipeline._identity(stage, settings, pipeline._digests(stage, made, done)))
+  other_packages(out, jax='0.1.0', numpy='1.0', orbax_checkpoint='0.1', python=f'{now["python"]}1')
+  pipeline.run(get_config(), made, only)  # only notes: nothing is lost with them
+  assert ran.stages == ['datamodel']
+  shutil.rmtree(made / 'datamodel')
+  out = artifacts.begin(made, pipeline._identity(stage, settings, pipeline._digests(stage, made, done)))
+  atomic.write_json(out / 'half.json', 1)
+  other_packages(out, jax='0.1.0', numpy='1.0')
+  before = runs.fingerprint(made)
+  with pytest.raises(UserError) as caught:
+    pipeline.run(get_config(), made, only)
+  said = str(caught.value)
+  assert (
+    f'{out} was begun with other packages: jax was 0.1.0, now {now["jax"]}, numpy was 1.0, now {now["numpy"]}; ' in said
+  )
+  assert 'pip install jax==0.1.0 numpy==1.0' in said and '--rerun to make datamodel anew' in said and '\n' not in said
+  assert runs.fingerprint(made) == before
+  pipeline.run(get_config(), made, only, rerun=True)
+  assert not (made / 'datamodel/half.json').exists()
+
+
+def test_work_of_other_packages_is_refused_too_where_its_inputs_had_to_be_made_anew(made, ran):
+  settings = flatten(get_config())
+  stage = next(s for s in pipeline.STAGES if s.name == 'pretraining')
+  done = {name: artifacts.open_stage(made, name) for name in stage.reads}
+  for name in ('pretraining', 'selection'):
+    (made / name).rename(made / f'old_{name}')
+  out = artifacts.begin(made, pipeline._identity(stage, settings, pipeline._digests(stage, made, done)))
+  atomic.write_json(out / 'half.json', 1)
+  other_packages(out, flax='0.1.0')
+  with pytest.raises(UserError, match=r'pretraining.part was begun with other packages: flax was 0.1.0, now '):
+    pipeline.run(get_config(), made)
+  assert ran.stages == ['selection'] and (out / 'half.json').is_file()
 
 
 def test_a_real_rerun(finished, copied):
