@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution import markers
+from dsdm_jax.attribution import covariances, markers
 from dsdm_jax.attribution.covariances import Basis, MomentStep
 from dsdm_jax.attribution.datamodel import RowSource
 from dsdm_jax.attribution.directional import DirectionalScores
@@ -27,7 +27,7 @@ from dsdm_jax.core import artifacts, atomic, distributed, flops
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.mesh import batch_sharding, fetch, make_mesh, place
+from dsdm_jax.core.mesh import DATA, batch_sharding, fetch, make_mesh, place
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.targets import Targets
@@ -46,7 +46,7 @@ def run(context: Context) -> dict | None:
   pool, targets = Pool(context.inputs['pool']), Targets(context.inputs['targets'])
   proxies = _Proxies(context, pool, context.out)
   step = proxies.step
-  context.log.event('features', **step.describe(), dimension=step.dimension)
+  context.log.event('features', **step.describe(), dimension=step.dimension, batch_size=proxies.batch_size)
   context.log.say(f'  {_picked(step, config.features.dimension)}')
   stored, origin = config.features.mode == 'store', _origin(context)
   total = config.proxies.count * pool.num_rows if stored else 0
@@ -90,6 +90,7 @@ class _Proxies:
     self._context, self._pool, self._folder, self.mesh = context, pool, folder, make_mesh(config.mesh)
     self._compiled = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, self.mesh)
     self.step = feature_step(config, pool.vocab_size, pool.length, self.mesh)
+    self.batch_size, self._microbatch = step_rows(config.features, self.mesh)
 
   def prepare(self, checkpoint: int) -> tuple[Any, dict[str, Any]]:
     """The step's own form of proxy `checkpoint`, and what is to be said of it in the manifest.
@@ -114,23 +115,26 @@ class _Proxies:
     """Eigenvectors from the stage's folder, made where there are none. Rounding may turn them: all jobs must share."""
     file = basis_file(self._folder, checkpoint)
     if not distributed.decide(file.is_file):
-      settings, length = self._context.config.features, self._pool.length
-      size = settings.batch_size
-      rows = -(-min(settings.basis_rows, self._pool.num_rows) // size) * size
-      tokens_NL = self._pool.tokens(np.arange(rows) % self._pool.num_rows)
-      weights_BL = np.ones((size, length), np.float32)
-      weights_BL[:, 0] = 0
-      where = batch_sharding(self.mesh)
+      settings = self._context.config.features
+      tokens_NL, weights_NL = self._first_rows(settings.basis_rows)
       step = MomentStep(features.model, features.output_fn, features.layers, self.mesh)
       prepared = step.prepare(params)
-      batches = [place((tokens_NL[i : i + size], weights_BL), where) for i in range(0, rows, size)]
-      moments = step.sums(prepared, batches)
-      self._context.add_flop(flops.count(step.apply, prepared, *batches[0]) * len(batches))
+      parts = covariances.batches(len(tokens_NL), self.batch_size, self.mesh.shape[DATA])
+      moments = step.sums(prepared, [(tokens_NL[part], weights_NL[part]) for part in parts])
+      row = tokens_NL[:1], weights_NL[:1]
+      self._context.add_flop(flops.count(step.apply, prepared, *row) * len(tokens_NL))
       basis = Basis.leading(features.layers, moments, moment)
       if self._context.first:
         basis.save(file, features.layers)
       distributed.wait()
     return Basis.load(file, features.layers)
+
+  def _first_rows(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and weights of the pool's first rows, a sample, as their order is random."""
+    tokens_BL = self._pool.tokens(np.arange(min(count, self._pool.num_rows)))
+    weights_BL = np.ones(tokens_BL.shape, np.float32)
+    weights_BL[:, 0] = 0
+    return tokens_BL, weights_BL
 
   def source(self, checkpoint: int, prepared: Any) -> Recomputed:
     """Features of the pool's rows, made whenever they are read."""
@@ -139,7 +143,7 @@ class _Proxies:
     def check(phi_BJ: np.ndarray, first: int) -> None:
       check_finite(self.step, phi_BJ, first, checkpoint)
 
-    rows = PoolPass(self.step, prepared, self._pool, features.batch_size, self.mesh, self._context.add_flop, check)
+    rows = PoolPass(self.step, prepared, self._pool, self.batch_size, self.mesh, self._context.add_flop, check)
     rounding = Rounding(features.store_dtype, blocks(self.step.describe(), self.step.dimension))
     return Recomputed(rows, self._pool.num_rows, self.step.dimension, features.shard_rows, rounding)
 
@@ -149,12 +153,12 @@ class _Proxies:
     features = config.features
     model = abstract_model(without_kernels(config.proxies.model), self._pool.vocab_size, self._pool.length)
     output_fn = load_callable(features.output_fn)
-    scorer = DirectionalScores(model, output_fn, config.seed, self.mesh, features.microbatch)
+    scorer = DirectionalScores(model, output_fn, config.seed, self.mesh, self._microbatch)
     params, moment = self._weights(checkpoint)
 
     def start(u_JT: np.ndarray) -> PoolPass:
       prepared = scorer.prepare(params, u_JT, checkpoint, moment)
-      return PoolPass(scorer, prepared, self._pool, features.batch_size, self.mesh, self._context.add_flop)
+      return PoolPass(scorer, prepared, self._pool, self.batch_size, self.mesh, self._context.add_flop)
 
     return DirectionalSource(source, features.gram_rows or self._pool.num_rows, start)
 
@@ -175,12 +179,27 @@ def without_kernels(model: ConfigDict) -> ConfigDict:
   return plain
 
 
+def step_rows(features: ConfigDict, mesh: Mesh) -> tuple[int, int]:
+  """Rows of a step and of its microbatches (0: not cut) on this mesh, over all devices.
+
+  They are `features.batch_size` and `features.microbatch`, made up to what the devices of `data` share evenly: what
+  fills a step up is computed and thrown away. So a stage may go on with any number of devices.
+  """
+  microbatch = _made_up(features.microbatch, mesh.shape[DATA])
+  return _made_up(features.batch_size, microbatch or mesh.shape[DATA]), microbatch
+
+
+def _made_up(rows: int, parts: int) -> int:
+  return -(-rows // parts) * parts
+
+
 def feature_step(config: ConfigDict, vocab_size: int, length: int, mesh: Mesh) -> FeatureStep:
   """The step that `features.projection` names, for the proxies' model."""
   model = abstract_model(config.proxies.model, vocab_size, length)
   output_fn = load_callable(config.features.output_fn)
   if config.features.projection == 'dense':
-    return DenseFeatures(model, output_fn, config.features.dimension, config.seed, mesh, config.features.microbatch)
+    _, microbatch = step_rows(config.features, mesh)
+    return DenseFeatures(model, output_fn, config.features.dimension, config.seed, mesh, microbatch)
   return TwoSidedFeatures(model, output_fn, config.features.layers, config.features.dimension, config.seed, mesh)
 
 
@@ -194,9 +213,7 @@ def _picked(step: FeatureStep, wished: int) -> str:
 
 
 def _origin(context: Context) -> str:
-  """Digest of what this run of the stage was begun from; marks all that it makes."""
-  begun = artifacts.begun(context.out.parent, context.out.name.removesuffix('.part'))
-  return hashlib.sha256(json.dumps(begun, sort_keys=True).encode()).hexdigest()
+  return artifacts.origin(context.out.parent, context.out.name.removesuffix('.part'))
 
 
 def _pool_features(
@@ -266,7 +283,7 @@ def _target_features(
   context: Context, step: FeatureStep, prepared: Any, checkpoint: int, targets: Targets, mesh: Mesh, origin: str
 ) -> None:
   features = context.config.features
-  batch = features.batch_size
+  batch, _ = step_rows(features, mesh)
   for number, task in enumerate(targets.tasks, start=checkpoint * len(targets.tasks)):
     stands = functools.partial(_target_stands, context.out, task, checkpoint, origin)
     if number % features.jobs != features.job or distributed.decide(stands):

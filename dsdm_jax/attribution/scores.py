@@ -8,7 +8,7 @@ import tqdm
 from ml_collections import ConfigDict
 
 from dsdm_jax.attribution import columns, damping, ensemble, members, tables
-from dsdm_jax.attribution.features import Features
+from dsdm_jax.attribution.features import Features, step_rows
 from dsdm_jax.attribution.members import Member
 from dsdm_jax.attribution.outputs import ProxyOutputs
 from dsdm_jax.attribution.partials import Partials
@@ -113,8 +113,9 @@ def _mean_probability(context: Context, bar: tqdm.tqdm) -> np.ndarray:
 def _proxies(context: Context) -> tuple[ProxyOutputs, Any]:
   """The compiled forward passes, and the proxies' states one after the other."""
   config, pool = context.config, Pool(context.inputs['pool'])
-  compiled = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
-  passes = ProxyOutputs(compiled, load_callable(config.features.output_fn), config.features.batch_size)
+  mesh = make_mesh(config.mesh)
+  compiled = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, mesh)
+  passes = ProxyOutputs(compiled, load_callable(config.features.output_fn), step_rows(config.features, mesh)[0])
   folder = context.inputs['proxies'].path
   return passes, (load_state(folder / f'proxy_{c}', compiled) for c in range(config.proxies.count))
 

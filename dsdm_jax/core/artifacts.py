@@ -25,6 +25,9 @@ from dsdm_jax.core import atomic
 from dsdm_jax.core.errors import UserError
 
 MANIFEST = 'manifest.json'
+# Keys that say how a stage is worked on and not what it makes: no identity holds them. In those written before batches
+# followed the devices the last two stand, and are passed over.
+HOW = ('features.job', 'features.jobs', 'features.batch_size', 'features.microbatch')
 _BEGUN = 'begun.json'
 _COST = 'cost*.json'  # one for each job that shares the stage
 _TEMPORARY = re.compile(r'\..+\.[a-z0-9_]{8}')  # as tempfile names what `begin` and `atomic` are about to rename
@@ -54,6 +57,11 @@ class Identity:
     return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
+def settled(identity: Mapping[str, Any]) -> dict[str, Any]:
+  """What an identity that was read says of what the stage makes."""
+  return {**identity, 'settings': {key: value for key, value in identity['settings'].items() if key not in HOW}}
+
+
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
   """One phrase for each way in which identity `found` is not `wanted`; empty if they agree."""
   phrases = []
@@ -81,6 +89,11 @@ class Artifact:
   @property
   def semantics(self) -> Mapping[str, Any]:
     return self.manifest['semantics']
+
+  @property
+  def identity(self) -> Mapping[str, Any]:
+    """What it was made from, to be compared with `Identity.as_json`."""
+    return settled(self.manifest['identity'])
 
   @property
   def settings(self) -> Mapping[str, Any]:
@@ -188,6 +201,16 @@ def _is_identity(value: Any) -> bool:
 
 def begun(workdir: Path, stage: str) -> Mapping[str, Any] | None:
   """Identity of an unfinished attempt at `stage`; None where there is none or it cannot be told."""
+  found = _begun_as_written(workdir, stage)
+  return None if found is None else settled(found)
+
+
+def origin(workdir: Path, stage: str) -> str:
+  """Digest of what an unfinished attempt at `stage` was begun from; marks all that it makes."""
+  return hashlib.sha256(json.dumps(_begun_as_written(workdir, stage), sort_keys=True).encode()).hexdigest()
+
+
+def _begun_as_written(workdir: Path, stage: str) -> dict[str, Any] | None:
   try:
     found = json.loads((part_folder(workdir, stage) / _BEGUN).read_bytes())
   except (OSError, ValueError, RecursionError):
@@ -240,6 +263,11 @@ def is_note(path: Path) -> bool:
   return path.name == _BEGUN or fnmatch.fnmatch(path.name, _COST)
 
 
+def holds_work(part: Path) -> bool:
+  """Whether an unfinished stage left more than notes of its beginning."""
+  return any(path.is_file() and not is_note(path) for path in part.rglob('*'))
+
+
 class Cost:
   """Seconds and floating-point operations spent on a stage, over all attempts at it.
 
@@ -280,8 +308,11 @@ def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost
   """Writes the manifest, syncs it and puts the folder in place, over an older one of that stage."""
   part = part_folder(workdir, identity.stage)
   spent = cost.of_all_jobs()
+  written = _begun_as_written(workdir, identity.stage)
+  same = written is not None and settled(written) == identity.as_json()
   manifest = {
-    'identity': identity.as_json(),
+    # As it was begun: a stage that is mended keeps the digest by which others know it.
+    'identity': written if same else identity.as_json(),
     'files': {name: entry for name, entry in checksums(part).items() if not is_note(Path(name))},
     'semantics': dict(semantics),
     'cost': {'seconds': round(spent['seconds'], 3), 'flop': spent['flop']},
@@ -333,7 +364,7 @@ def pending_commit(workdir: Path, identity: Identity) -> bool:
   part = part_folder(workdir, identity.stage)
   if not (part / MANIFEST).is_file():
     return False
-  return _read_manifest(part).manifest['identity'] == identity.as_json()
+  return _read_manifest(part).identity == identity.as_json()
 
 
 def checksums(path: Path) -> dict[str, dict[str, Any]]:
