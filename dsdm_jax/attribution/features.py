@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution import covariances, markers
+from dsdm_jax.attribution import covariances, markers, unprobed
 from dsdm_jax.attribution.covariances import Basis, MomentStep
 from dsdm_jax.attribution.datamodel import RowSource
 from dsdm_jax.attribution.directional import DirectionalScores
@@ -23,6 +23,7 @@ from dsdm_jax.attribution.passes import DirectionalSource, PoolPass, Recomputed
 from dsdm_jax.attribution.rounding import Blocks, Rounding
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.attribution.store import FeatureStore
+from dsdm_jax.attribution.unprobed import Unprobed
 from dsdm_jax.core import artifacts, atomic, distributed, flops
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.config import load_callable
@@ -49,12 +50,15 @@ def run(context: Context) -> dict | None:
   context.log.event('features', **step.describe(), dimension=step.dimension, batch_size=proxies.batch_size)
   context.log.say(f'  {_picked(step, config.features.dimension)}')
   stored, origin = config.features.mode == 'store', _origin(context)
+  two_sided = isinstance(step, TwoSidedFeatures)
   total = config.proxies.count * pool.num_rows if stored else 0
   notes = []
   with context.log.bar(total=total, desc='features', unit='row') as bar:
     for checkpoint in range(config.proxies.count):
       prepared, note = proxies.prepare(checkpoint)
       notes.append(note)
+      if two_sided:
+        _unprobed(context, proxies, checkpoint)
       _target_features(context, step, prepared, checkpoint, targets, proxies.mesh, origin)
       if stored:
         _pool_features(context, step, proxies.source(checkpoint, prepared), checkpoint, bar, origin)
@@ -66,9 +70,9 @@ def run(context: Context) -> dict | None:
   store = {k: config.features[k] for k in ('mode', 'shard_rows', 'store_dtype', 'precondition', 'basis')}
   for name in notes[0]:
     store[name] = [note[name] for note in notes]
-  if stored:
-    found = [_fidelity_file(context.out, checkpoint) for checkpoint in range(config.proxies.count)]
-    store['fidelity'] = [json.loads(file.read_text()) for file in found]
+  for name, file_of, here in (('fidelity', _fidelity_file, stored), ('unprobed', _unprobed_file, two_sided)):
+    if here:
+      store[name] = [json.loads(file_of(context.out, checkpoint).read_text()) for checkpoint in range(count)]
   return {
     **step.describe(),
     'dimension': step.dimension,
@@ -128,6 +132,15 @@ class _Proxies:
         basis.save(file, features.layers)
       distributed.wait()
     return Basis.load(file, features.layers)
+
+  def unprobed(self, checkpoint: int) -> dict[str, Any]:
+    """What parameters without a probe carry of the gradient, see `Unprobed.share`."""
+    assert isinstance(self.step, TwoSidedFeatures)
+    params, moment = self._weights(checkpoint)
+    step = Unprobed(self.step.model, self.step.output_fn, self.step.layers, self.mesh)
+    tokens_BL, weights_BL = self._first_rows(unprobed.ROWS)
+    self._context.add_flop(flops.count(step.apply, (params, None), tokens_BL[0], weights_BL[0]) * len(tokens_BL))
+    return step.share(params, tokens_BL, weights_BL, moment)
 
   def _first_rows(self, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and weights of the pool's first rows, a sample, as their order is random."""
@@ -253,6 +266,26 @@ def _fidelity_file(folder: Path, checkpoint: int) -> Path:
   return folder / f'fidelity_{checkpoint}.json'
 
 
+def _unprobed(context: Context, proxies: _Proxies, checkpoint: int) -> None:
+  """Says and keeps what parameters without a probe carry, once for a proxy: by one of the jobs."""
+  file, features = _unprobed_file(context.out, checkpoint), context.config.features
+  if checkpoint % features.jobs != features.job or distributed.decide(file.is_file):
+    return
+  found = proxies.unprobed(checkpoint)
+  if context.first:
+    atomic.write_json(file, found)
+  context.log.event('unprobed', checkpoint=checkpoint, share=found['share'])
+  largest = ', '.join(f'{path} {share:.0%}' for path, share in list(found['parameters'].items())[:2])
+  context.log.say(
+    f'  proxy {checkpoint}: parameters without a probe carry {found["share"]:.0%} of ‖g‖² of {found["rows"]} rows, and '
+    f'features do not see it ({largest})'
+  )
+
+
+def _unprobed_file(folder: Path, checkpoint: int) -> Path:
+  return folder / f'unprobed_{checkpoint}.json'
+
+
 def _share(count: int, features: ConfigDict) -> range:
   """Which of `count` shards are this job's: neighbours, and for no job more than one beyond any other's."""
   return range(count * features.job // features.jobs, count * (features.job + 1) // features.jobs)
@@ -260,6 +293,8 @@ def _share(count: int, features: ConfigDict) -> range:
 
 def _complete(context: Context, targets: Targets, rows: int, step: FeatureStep, checkpoint: int, origin: str) -> bool:
   if not all(_target_stands(context.out, task, checkpoint, origin) for task in targets.tasks):
+    return False
+  if isinstance(step, TwoSidedFeatures) and not _unprobed_file(context.out, checkpoint).is_file():
     return False
   features = context.config.features
   if features.mode != 'store':
