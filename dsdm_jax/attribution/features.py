@@ -45,7 +45,7 @@ def run(context: Context) -> dict | None:
   """
   config = context.config
   pool, targets = Pool(context.inputs['pool']), Targets(context.inputs['targets'])
-  proxies = _Proxies(context, pool, context.out)
+  proxies = ProxySteps(context, pool, context.out)
   step = proxies.step
   context.log.event('features', **step.describe(), dimension=step.dimension, batch_size=proxies.batch_size)
   context.log.say(f'  {_picked(step, config.features.dimension)}')
@@ -82,7 +82,7 @@ def run(context: Context) -> dict | None:
   }
 
 
-class _Proxies:
+class ProxySteps:
   """What makes features of one run's proxies.
 
   Args:
@@ -102,7 +102,7 @@ class _Proxies:
     'rank_one_error': each layer's error of a rank-one second moment; 'basis_kept': share of the traces of each layer's
     two second moments that eigenvectors keep. Both where there are such.
     """
-    params, moment = self._weights(checkpoint)
+    params, moment = self.weights(checkpoint)
     if not isinstance(self.step, TwoSidedFeatures):
       return self.step.prepare(params, checkpoint, moment), {}
     notes: dict[str, Any] = {}
@@ -136,7 +136,7 @@ class _Proxies:
   def unprobed(self, checkpoint: int) -> dict[str, Any]:
     """What parameters without a probe carry of the gradient, see `Unprobed.share`."""
     assert isinstance(self.step, TwoSidedFeatures)
-    params, moment = self._weights(checkpoint)
+    params, moment = self.weights(checkpoint)
     step = Unprobed(self.step.model, self.step.output_fn, self.step.layers, self.mesh)
     tokens_BL, weights_BL = self._first_rows(unprobed.ROWS)
     self._context.add_flop(flops.count(step.apply, (params, None), tokens_BL[0], weights_BL[0]) * len(tokens_BL))
@@ -167,7 +167,7 @@ class _Proxies:
     model = abstract_model(without_kernels(config.proxies.model), self._pool.vocab_size, self._pool.length)
     output_fn = load_callable(features.output_fn)
     scorer = DirectionalScores(model, output_fn, config.seed, self.mesh, self._microbatch)
-    params, moment = self._weights(checkpoint)
+    params, moment = self.weights(checkpoint)
 
     def start(u_JT: np.ndarray) -> PoolPass:
       prepared = scorer.prepare(params, u_JT, checkpoint, moment)
@@ -175,7 +175,8 @@ class _Proxies:
 
     return DirectionalSource(source, features.gram_rows or self._pool.num_rows, start)
 
-  def _weights(self, checkpoint: int) -> tuple[nnx.State, SecondMoment | None]:
+  def weights(self, checkpoint: int) -> tuple[nnx.State, SecondMoment | None]:
+    """Of proxy `checkpoint`, and Adam's second moments where features are divided by their root."""
     config = self._context.config
     state = load_state(self._context.inputs['proxies'].path / f'proxy_{checkpoint}', self._compiled)
     if config.features.precondition == 'none':
@@ -266,7 +267,7 @@ def _fidelity_file(folder: Path, checkpoint: int) -> Path:
   return folder / f'fidelity_{checkpoint}.json'
 
 
-def _unprobed(context: Context, proxies: _Proxies, checkpoint: int) -> None:
+def _unprobed(context: Context, proxies: ProxySteps, checkpoint: int) -> None:
   """Says and keeps what parameters without a probe carry, once for a proxy: by one of the jobs."""
   file, features = _unprobed_file(context.out, checkpoint), context.config.features
   if checkpoint % features.jobs != features.job or distributed.decide(file.is_file):
@@ -399,7 +400,7 @@ class Features:
     if mode != 'store':
       if self._context is None:
         raise ValueError(f'features of mode {mode} are made from pool and proxies, and no context was given')
-      proxies = _Proxies(self._context, Pool(self._context.inputs['pool']), self._path)
+      proxies = ProxySteps(self._context, Pool(self._context.inputs['pool']), self._path)
       source = proxies.source(checkpoint, proxies.prepare(checkpoint)[0])
       return source if mode == 'stream' else proxies.directional(checkpoint, source)
     path = self._path / f'features_{checkpoint}.zarr'

@@ -198,6 +198,18 @@ def load_callable(name: str, key: str = '') -> Callable[..., Any]:
   return function
 
 
+def nested(flat: Mapping[str, Any]) -> ConfigDict:
+  """A config of these keys: what `flatten` makes flat."""
+  config: dict[str, Any] = {}
+  for key, value in flat.items():
+    *sections, name = key.split('.')
+    section = config
+    for part in sections:
+      section = section.setdefault(part, {})
+    section[name] = value
+  return ConfigDict(config)
+
+
 def _leaves(config: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
   for key, value in config.items():
     if isinstance(value, ConfigDict):

@@ -516,3 +516,10 @@ def test_validation_touches_no_device_and_starts_fast():
   )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert done.stdout.strip() == '[]'
+
+
+def test_nested_is_the_inverse_of_flatten():
+  flat = checks.flatten(base.get_config())
+  nested = checks.nested(flat)
+  assert nested.proxies.model.width == base.get_config().model.width
+  assert checks.flatten(nested) == flat
