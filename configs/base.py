@@ -156,7 +156,7 @@ def get_config() -> ConfigDict:
   # random | eigenvectors (two_sided only: of the second moments of each layer's inputs and output gradients, over the
   # first basis_rows rows of the pool)
   c.features.basis = 'random'
-  c.features.basis_rows = 512  # at least 1; made up to whole batches
+  c.features.basis_rows = 512  # at least 1
   c.features.layers = '.*'  # regex over paths of linear layers (two_sided)
   # store (features kept on disk) | stream (made anew for each pass of the datamodel, nothing kept) | jvp (dense only:
   # made for the Gram matrix of gram_rows, and rows scored by directional derivatives)
@@ -164,10 +164,11 @@ def get_config() -> ConfigDict:
   # first rows of the pool, whose order is random, that the Gram matrix is of in mode jvp; 0 takes all
   c.features.gram_rows = 0
   c.features.precondition = 'none'  # none | adam: gradients divided by the root of the proxy's second moments
-  c.features.batch_size = 32  # examples per step over all devices; a multiple of mesh.data
-  # examples whose gradients are held at once, over all devices (dense, jvp): memory is near microbatch × parameters;
-  # a multiple of mesh.data that divides batch_size, or 0 for the whole batch
-  c.features.microbatch = 0
+  # Examples per step over all devices, and of these whose gradients are held at once (dense, jvp): memory is near
+  # microbatch × parameters. Each run takes the least that its devices share evenly and that is no less, so both may
+  # differ from start to start; features then differ by rounding.
+  c.features.batch_size = 32
+  c.features.microbatch = 0  # at most batch_size; 0 for the whole batch
   c.features.shard_rows = 1_024  # rows of one shard: the unit of work, of storage and of resume
   # Several processes may share the stage, each started with --stage=features and its own number: jobs in all, and
   # which of them this is, from 0. The features do not depend on either.

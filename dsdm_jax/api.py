@@ -24,6 +24,8 @@ from dsdm_jax.report.figures import Drawing
 if TYPE_CHECKING:
   import pandas as pd
 
+  from dsdm_jax.attribution.tokens import TokenScores
+
 
 def load(workdir: str | os.PathLike, verify: bool = True) -> 'Run':
   """Opens a workdir, finished or not.
@@ -152,6 +154,7 @@ class ScoresView(Mapping[str, np.ndarray]):
     self.semantics = artifact.semantics
     self.tasks: tuple[str, ...] = tuple(artifact.semantics['tasks'])
     self._pool, self._run = pool, run
+    self._token_scores: dict[int, TokenScores] = {}
 
   def __getitem__(self, target: str) -> np.ndarray:
     if target not in (*self.tasks, 'mix'):
@@ -187,6 +190,29 @@ class ScoresView(Mapping[str, np.ndarray]):
   def bottom(self, target: str = 'mix', count: int = 10) -> 'pd.DataFrame':
     """The rows of the lowest scores, worst first."""
     return self._ranked(target, np.argsort(self[target], kind='stable')[:count])
+
+  def tokens(self, target: str, rows: Sequence[int] | np.ndarray, batch_size: int = 8) -> np.ndarray:
+    """What each token of some rows adds to their scores for a task, float32 [rows, L]; the first adds nothing.
+
+    They sum up to the rows' scores, but for how a store rounds features. The proxies pass over the rows for it,
+    `batch_size` at a time, on whatever devices there are.
+
+    Args:
+      target: one task; the mix of several is no sum over tokens.
+      rows: as `run.pool.tokens` takes them; its columns are those of the result.
+      batch_size: rows at a time.
+
+    Raises:
+      UserError: the run does not tell it, see `attribution.tokens`.
+    """
+    if target not in self.tasks:
+      raise KeyError(f'no scores of tokens for {target!r}; there are {", ".join(self.tasks)}')
+    if batch_size not in self._token_scores:
+      from dsdm_jax.attribution.tokens import TokenScores
+
+      inputs = {stage: self._run.artifact(stage) for stage in ('pool', 'proxies', 'features', 'datamodel')}
+      self._token_scores = {batch_size: TokenScores(inputs, batch_size)}
+    return self._token_scores[batch_size](target, rows)
 
   def _ranked(self, target: str, row_B: np.ndarray) -> 'pd.DataFrame':
     found = self._pool.show(row_B)

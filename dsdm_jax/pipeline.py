@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Stage:
     on_request: runs only where it is asked for by name.
     also: stages whose artifacts it takes up where they stand; when that changes it is made anew without being asked.
     mends: whether a damaged artifact is mended: started where files are missing, it makes these and nothing else.
+    batches: keys of batches that it shares evenly among devices, since what it makes depends on their size.
   """
 
   name: str
@@ -50,6 +51,7 @@ class Stage:
   on_request: bool = False
   also: tuple[str, ...] = ()
   mends: bool = False
+  batches: tuple[str, ...] = ()
 
 
 STAGES = (
@@ -60,7 +62,10 @@ STAGES = (
   # Tasks → examples that the datamodel sees, and a holdout that it never does.
   Stage('targets', ('pool',), ('targets',), 'data.targets:run', format=2),
   # Small models on random subsets.
-  Stage('proxies', ('pool',), ('seed', 'proxies'), 'training.proxies:run', everywhere=True),
+  Stage(
+    'proxies', ('pool',), ('seed', 'proxies'), 'training.proxies:run', everywhere=True,
+    batches=('proxies.train.batch_size',),
+  ),
   # Projected per-example gradients, of the pool and of the targets.
   Stage(
     'features', ('pool', 'targets', 'proxies'), ('seed', 'features', 'proxies'), 'attribution.features:run', 2,
@@ -83,19 +88,20 @@ STAGES = (
   ),
   # One model per arm and seed, on a seqio mixture of its rows.
   Stage(
-    'pretraining', ('pool', 'selection'), ('seed', 'model', 'pretraining'), 'training.pretraining:run', everywhere=True
+    'pretraining', ('pool', 'selection'), ('seed', 'model', 'pretraining'), 'training.pretraining:run',
+    everywhere=True, batches=('pretraining.train.batch_size',),
   ),
   # Models on random rows at several sizes: the scale on which results are read as compute.
   Stage(
     'ladder', ('pool',),
     ('seed', 'ladder', 'model', 'pretraining.train', 'selection.examples', 'selection.epochs'),
-    'training.ladder:run', everywhere=True,
+    'training.ladder:run', everywhere=True, batches=('pretraining.train.batch_size',),
   ),
   # Every model on every task; differences with intervals, and the compute multiplier.
   Stage(
     'evaluation', ('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'ladder'),
     ('evaluation', 'model', 'pretraining', 'targets.seed', 'targets.folder'), 'evaluation.evaluate:run', 4,
-    everywhere=True,
+    everywhere=True, batches=('evaluation.batch_size',),
   ),
   # One page that shows it all.
   Stage(
@@ -108,7 +114,6 @@ NAMES = tuple(stage.name for stage in STAGES if not stage.on_request)
 ON_REQUEST = tuple(stage.name for stage in STAGES if stage.on_request)
 # Keys that came after pools without them: a pool that was made before stands where they have these values.
 _LATER = {'pool.drop_leaks': True}
-_WHO = ('features.job', 'features.jobs')  # keys that say who works and not what is made: no stage depends on them
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None, rerun: bool = False) -> None:
@@ -149,7 +154,7 @@ def _run(config: ConfigDict, settings: Mapping, workdir: Path, only: str | None,
 def _source_files(settings: Mapping, workdir: Path) -> dict[str, str]:
   """The state of the pool's source files, as settings of its stage; where they are gone, that of the finished pool."""
   pool = artifacts.open_stage(workdir, 'pool')
-  known = pool.manifest['identity']['settings'] if pool is not None else {}
+  known = pool.settings if pool is not None else {}
   found = {f'pool.files of {source}': state for source, state in sources.states(settings['pool.sources']).items()}
   return {key: state or known.get(key, '') for key, state in found.items()}
 
@@ -171,7 +176,7 @@ def _run_in(workdir: Path, fresh: bool, config: ConfigDict, settings: Mapping, o
     if stage.name in done and only in (None, stage.name):
       _tell(f'{stage.name}: reused from {done[stage.name].path}')
   if wanted:
-    _start_jax(config, workdir)
+    _start_jax(config, workdir, [key for stage in wanted for key in stage.batches])
   try:
     for stage in wanted:
       if distributed.decide(lambda: _stands(stage, settings, workdir, done)):  # noqa: B023  called at once
@@ -214,9 +219,7 @@ def _opened(workdir: Path, names: Iterable[str]) -> dict[str, Artifact]:
 def _stands(stage: Stage, settings: Mapping, workdir: Path, done: Mapping[str, Artifact]) -> bool:
   """Whether a stage whose inputs had to be made anew stands, because they came out the same."""
   found = artifacts.open_stage(workdir, stage.name)
-  if (
-    found is None or found.manifest['identity'] != _identity(stage, settings, _digests(stage, workdir, done)).as_json()
-  ):
+  if found is None or found.identity != _identity(stage, settings, _digests(stage, workdir, done)).as_json():
     return False
   if not _whole(stage, found, settings, workdir):
     return False
@@ -244,7 +247,7 @@ def _identity(stage: Stage, settings: Mapping, inputs: Mapping[str, str]) -> Ide
   chosen = {
     key: value
     for key, value in select(settings, stage.keys).items()
-    if key not in _WHO and not (key in _LATER and value == _LATER[key])
+    if key not in artifacts.HOW and not (key in _LATER and value == _LATER[key])
   }
   if 'targets.folder' in chosen:  # what the files hold counts, and not where they lie
     for task, held in tasks.places_of(chosen).items():
@@ -271,7 +274,7 @@ def _inputs(stage: Stage, workdir: Path, done: Mapping[str, Artifact]) -> dict[s
   inputs = {name: done[name] for name in stage.reads}
   for other in (s for s in STAGES if s.name in stage.also):
     found = artifacts.open_stage(workdir, other.name)
-    if found is not None and found.manifest['identity']['inputs'] == {name: done[name].digest for name in other.reads}:
+    if found is not None and found.identity['inputs'] == {name: done[name].digest for name in other.reads}:
       inputs[other.name] = found
   return inputs
 
@@ -303,7 +306,7 @@ def _finished(workdir: Path, settings: Mapping, only: str | None, rerun: bool) -
       identity = _identity(stage, settings, _digests(stage, workdir, done))
       if found is None and artifacts.pending_commit(workdir, identity):
         found = artifacts.finish_commit(workdir, stage.name)
-      if found is not None and found.manifest['identity'] == identity.as_json():
+      if found is not None and found.identity == identity.as_json():
         if _whole(stage, found, settings, workdir):
           done[stage.name] = found
           continue
@@ -315,9 +318,9 @@ def _finished(workdir: Path, settings: Mapping, only: str | None, rerun: bool) -
       wanted = identity.as_json()
     else:
       # What it reads is not there, so whatever stands here was made from something else; only settings can be compared.
-      known = (found.manifest['identity'] if found else unfinished) or {'inputs': {}}
+      known = (found.identity if found else unfinished) or {'inputs': {}}
       wanted = _identity(stage, settings, known['inputs']).as_json()
-    stale = found.manifest['identity'] if found is not None else unfinished
+    stale = found.identity if found is not None else unfinished
     if stale is not None and not rerun:
       phrases = artifacts.differences(_but_for(stage, stale), _but_for(stage, wanted))
       # Where only what it read is gone, it is made anew after that, or stands if that comes out the same.
@@ -406,7 +409,7 @@ def _commit(workdir: Path, identity: Identity, semantics: Mapping, cost: artifac
   except FileNotFoundError:
     # Two jobs may both see that nothing is missing; what the faster one put in place is the same.
     found = artifacts.open_stage(workdir, identity.stage)
-    if found is None or found.manifest['identity'] != identity.as_json():
+    if found is None or found.identity != identity.as_json():
       raise
     return found
 
@@ -424,7 +427,7 @@ def _publish(workdir: Path, settings: Mapping, done: Mapping[str, Artifact]) -> 
   print(f'results: {workdir / "results.json"}')
 
 
-def _start_jax(config: ConfigDict, workdir: Path) -> None:
+def _start_jax(config: ConfigDict, workdir: Path, batches: Sequence[str]) -> None:
   """Settings that hold for the whole process, before the first array; then what can only be checked with devices."""
   import jax
 
@@ -437,7 +440,7 @@ def _start_jax(config: ConfigDict, workdir: Path) -> None:
     jax.config.update('jax_cpu_enable_async_dispatch', False)
     os.environ.setdefault('PJRT_NPROC', '128')
   distributed.check_devices_are_ours()
-  check_devices(config, jax.device_count())
+  check_devices(config, jax.device_count(), batches)
   check_callables(config)
   distributed.decide(lambda: workdir.mkdir(parents=True, exist_ok=True))
   distributed.check_shared(workdir)

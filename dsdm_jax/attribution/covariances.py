@@ -25,7 +25,7 @@ from dsdm_jax.attribution import probes
 from dsdm_jax.attribution.probes import ProbedLayer, Projections
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core import atomic
-from dsdm_jax.core.mesh import batch_sharding, fetch, replicated
+from dsdm_jax.core.mesh import DATA, batch_sharding, fetch, place, replicated
 from dsdm_jax.lm import partition
 
 OutputFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -93,9 +93,12 @@ class MomentStep:
     self._model_graphdef, state = nnx.split(self.model)
     abstract = nnx.eval_shape(lambda s: self._instrumented(nnx.merge(self._model_graphdef, s)), state)
     self._graphdef, self._moments, rest = nnx.split(abstract, Moment, ...)
-    batch = batch_sharding(self.mesh)
+    self._batch, self._alone = batch_sharding(self.mesh), replicated(self.mesh)
     weights = partition.shardings(rest, self.mesh)
-    self._step = jax.jit(self.apply, in_shardings=(weights, batch, batch), out_shardings=replicated(self.mesh))
+    self._split, self._single = (
+      jax.jit(self.apply, in_shardings=(weights, rows, rows), out_shardings=self._alone)
+      for rows in (self._batch, self._alone)
+    )
 
   def _instrumented(self, model: nnx.Module) -> nnx.Module:
     return probes.instrument(model, self.layers, MeasuredLinear)
@@ -119,17 +122,29 @@ class MomentStep:
     grads = {'/'.join(map(str, path)): g[...] for path, g in nnx.to_flat_state(jax.grad(total)(zeros))}
     return {x.path: (grads[f'{x.path}/in_moment'], grads[f'{x.path}/out_moment']) for x in self.layers}
 
-  def sums(self, prepared: nnx.State, batches: Iterable[tuple[jax.Array, jax.Array]]) -> Moments:
-    """Sums over (tokens_BL, weights_BL) batches, float64."""
+  def sums(self, prepared: nnx.State, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Moments:
+    """Sums over (tokens_BL, weights_BL) batches, float64; one that `data` does not divide is made by every device."""
     total: Moments = {
       x.path: (np.zeros((*x.stack, x.inputs, x.inputs)), np.zeros((*x.stack, x.outputs, x.outputs)))
       for x in self.layers
     }
     for batch in batches:
-      for path, sides in fetch(self._step(prepared, *batch)).items():
+      alone = len(batch[0]) % self.mesh.shape[DATA]
+      step, rows = (self._single, self._alone) if alone else (self._split, self._batch)
+      for path, sides in fetch(step(prepared, *place(batch, rows))).items():
         for into, part in zip(total[path], sides, strict=True):
           into += part
     return total
+
+
+def batches(count: int, size: int, devices: int) -> list[slice]:
+  """`count` rows and not one more, since a row that fills up would count: batches of `size`, then what `devices` can
+  share of the rest, then single rows.
+  """
+  whole, rest = divmod(count, size)
+  sizes = [size] * whole + [rest - rest % devices] * (rest >= devices) + [1] * (rest % devices)
+  stops = np.cumsum(sizes).tolist()
+  return [slice(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution import markers
+from dsdm_jax.attribution import covariances, markers, unprobed
 from dsdm_jax.attribution.covariances import Basis, MomentStep
 from dsdm_jax.attribution.datamodel import RowSource
 from dsdm_jax.attribution.directional import DirectionalScores
@@ -23,11 +23,12 @@ from dsdm_jax.attribution.passes import DirectionalSource, PoolPass, Recomputed
 from dsdm_jax.attribution.rounding import Blocks, Rounding
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.attribution.store import FeatureStore
+from dsdm_jax.attribution.unprobed import Unprobed
 from dsdm_jax.core import artifacts, atomic, distributed, flops
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.mesh import batch_sharding, fetch, make_mesh, place
+from dsdm_jax.core.mesh import DATA, batch_sharding, fetch, make_mesh, place
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.targets import Targets
@@ -44,17 +45,20 @@ def run(context: Context) -> dict | None:
   """
   config = context.config
   pool, targets = Pool(context.inputs['pool']), Targets(context.inputs['targets'])
-  proxies = _Proxies(context, pool, context.out)
+  proxies = ProxySteps(context, pool, context.out)
   step = proxies.step
-  context.log.event('features', **step.describe(), dimension=step.dimension)
+  context.log.event('features', **step.describe(), dimension=step.dimension, batch_size=proxies.batch_size)
   context.log.say(f'  {_picked(step, config.features.dimension)}')
   stored, origin = config.features.mode == 'store', _origin(context)
+  two_sided = isinstance(step, TwoSidedFeatures)
   total = config.proxies.count * pool.num_rows if stored else 0
   notes = []
   with context.log.bar(total=total, desc='features', unit='row') as bar:
     for checkpoint in range(config.proxies.count):
       prepared, note = proxies.prepare(checkpoint)
       notes.append(note)
+      if two_sided:
+        _unprobed(context, proxies, checkpoint)
       _target_features(context, step, prepared, checkpoint, targets, proxies.mesh, origin)
       if stored:
         _pool_features(context, step, proxies.source(checkpoint, prepared), checkpoint, bar, origin)
@@ -66,9 +70,10 @@ def run(context: Context) -> dict | None:
   store = {k: config.features[k] for k in ('mode', 'shard_rows', 'store_dtype', 'precondition', 'basis')}
   for name in notes[0]:
     store[name] = [note[name] for note in notes]
+  for name, file_of, here in (('fidelity', _fidelity_file, stored), ('unprobed', _unprobed_file, two_sided)):
+    if here:
+      store[name] = [json.loads(file_of(context.out, checkpoint).read_text()) for checkpoint in range(count)]
   if stored:
-    found = [_fidelity_file(context.out, checkpoint) for checkpoint in range(config.proxies.count)]
-    store['fidelity'] = [json.loads(file.read_text()) for file in found]
     kept = min(fidelity['top_overlap'] for fidelity in store['fidelity'])
     context.log.say(f'  {config.features.store_dtype} keeps {kept:.1%} of what is closest to each row in float32')
   return {
@@ -80,7 +85,7 @@ def run(context: Context) -> dict | None:
   }
 
 
-class _Proxies:
+class ProxySteps:
   """What makes features of one run's proxies.
 
   Args:
@@ -92,6 +97,7 @@ class _Proxies:
     self._context, self._pool, self._folder, self.mesh = context, pool, folder, make_mesh(config.mesh)
     self._compiled = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, self.mesh)
     self.step = feature_step(config, pool.vocab_size, pool.length, self.mesh)
+    self.batch_size, self._microbatch = step_rows(config.features, self.mesh)
 
   def prepare(self, checkpoint: int) -> tuple[Any, dict[str, Any]]:
     """The step's own form of proxy `checkpoint`, and what is to be said of it in the manifest.
@@ -99,7 +105,7 @@ class _Proxies:
     'rank_one_error': each layer's error of a rank-one second moment; 'basis_kept': share of the traces of each layer's
     two second moments that eigenvectors keep. Both where there are such.
     """
-    params, moment = self._weights(checkpoint)
+    params, moment = self.weights(checkpoint)
     if not isinstance(self.step, TwoSidedFeatures):
       return self.step.prepare(params, checkpoint, moment), {}
     notes: dict[str, Any] = {}
@@ -116,23 +122,35 @@ class _Proxies:
     """Eigenvectors from the stage's folder, made where there are none. Rounding may turn them: all jobs must share."""
     file = basis_file(self._folder, checkpoint)
     if not distributed.decide(file.is_file):
-      settings, length = self._context.config.features, self._pool.length
-      size = settings.batch_size
-      rows = -(-min(settings.basis_rows, self._pool.num_rows) // size) * size
-      tokens_NL = self._pool.tokens(np.arange(rows) % self._pool.num_rows)
-      weights_BL = np.ones((size, length), np.float32)
-      weights_BL[:, 0] = 0
-      where = batch_sharding(self.mesh)
+      settings = self._context.config.features
+      tokens_NL, weights_NL = self._first_rows(settings.basis_rows)
       step = MomentStep(features.model, features.output_fn, features.layers, self.mesh)
       prepared = step.prepare(params)
-      batches = [place((tokens_NL[i : i + size], weights_BL), where) for i in range(0, rows, size)]
-      moments = step.sums(prepared, batches)
-      self._context.add_flop(flops.count(step.apply, prepared, *batches[0]) * len(batches))
+      parts = covariances.batches(len(tokens_NL), self.batch_size, self.mesh.shape[DATA])
+      moments = step.sums(prepared, [(tokens_NL[part], weights_NL[part]) for part in parts])
+      row = tokens_NL[:1], weights_NL[:1]
+      self._context.add_flop(flops.count(step.apply, prepared, *row) * len(tokens_NL))
       basis = Basis.leading(features.layers, moments, moment)
       if self._context.first:
         basis.save(file, features.layers)
       distributed.wait()
     return Basis.load(file, features.layers)
+
+  def unprobed(self, checkpoint: int) -> dict[str, Any]:
+    """What parameters without a probe carry of the gradient, see `Unprobed.share`."""
+    assert isinstance(self.step, TwoSidedFeatures)
+    params, moment = self.weights(checkpoint)
+    step = Unprobed(self.step.model, self.step.output_fn, self.step.layers, self.mesh)
+    tokens_BL, weights_BL = self._first_rows(unprobed.ROWS)
+    self._context.add_flop(flops.count(step.apply, (params, None), tokens_BL[0], weights_BL[0]) * len(tokens_BL))
+    return step.share(params, tokens_BL, weights_BL, moment)
+
+  def _first_rows(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and weights of the pool's first rows, a sample, as their order is random."""
+    tokens_BL = self._pool.tokens(np.arange(min(count, self._pool.num_rows)))
+    weights_BL = np.ones(tokens_BL.shape, np.float32)
+    weights_BL[:, 0] = 0
+    return tokens_BL, weights_BL
 
   def source(self, checkpoint: int, prepared: Any) -> Recomputed:
     """Features of the pool's rows, made whenever they are read."""
@@ -141,7 +159,7 @@ class _Proxies:
     def check(phi_BJ: np.ndarray, first: int) -> None:
       check_finite(self.step, phi_BJ, first, checkpoint)
 
-    rows = PoolPass(self.step, prepared, self._pool, features.batch_size, self.mesh, self._context.add_flop, check)
+    rows = PoolPass(self.step, prepared, self._pool, self.batch_size, self.mesh, self._context.add_flop, check)
     rounding = Rounding(features.store_dtype, blocks(self.step.describe(), self.step.dimension))
     return Recomputed(rows, self._pool.num_rows, self.step.dimension, features.shard_rows, rounding)
 
@@ -151,16 +169,17 @@ class _Proxies:
     features = config.features
     model = abstract_model(without_kernels(config.proxies.model), self._pool.vocab_size, self._pool.length)
     output_fn = load_callable(features.output_fn)
-    scorer = DirectionalScores(model, output_fn, config.seed, self.mesh, features.microbatch)
-    params, moment = self._weights(checkpoint)
+    scorer = DirectionalScores(model, output_fn, config.seed, self.mesh, self._microbatch)
+    params, moment = self.weights(checkpoint)
 
     def start(u_JT: np.ndarray) -> PoolPass:
       prepared = scorer.prepare(params, u_JT, checkpoint, moment)
-      return PoolPass(scorer, prepared, self._pool, features.batch_size, self.mesh, self._context.add_flop)
+      return PoolPass(scorer, prepared, self._pool, self.batch_size, self.mesh, self._context.add_flop)
 
     return DirectionalSource(source, features.gram_rows or self._pool.num_rows, start)
 
-  def _weights(self, checkpoint: int) -> tuple[nnx.State, SecondMoment | None]:
+  def weights(self, checkpoint: int) -> tuple[nnx.State, SecondMoment | None]:
+    """Of proxy `checkpoint`, and Adam's second moments where features are divided by their root."""
     config = self._context.config
     state = load_state(self._context.inputs['proxies'].path / f'proxy_{checkpoint}', self._compiled)
     if config.features.precondition == 'none':
@@ -177,12 +196,27 @@ def without_kernels(model: ConfigDict) -> ConfigDict:
   return plain
 
 
+def step_rows(features: ConfigDict, mesh: Mesh) -> tuple[int, int]:
+  """Rows of a step and of its microbatches (0: not cut) on this mesh, over all devices.
+
+  They are `features.batch_size` and `features.microbatch`, made up to what the devices of `data` share evenly: what
+  fills a step up is computed and thrown away. So a stage may go on with any number of devices.
+  """
+  microbatch = _made_up(features.microbatch, mesh.shape[DATA])
+  return _made_up(features.batch_size, microbatch or mesh.shape[DATA]), microbatch
+
+
+def _made_up(rows: int, parts: int) -> int:
+  return -(-rows // parts) * parts
+
+
 def feature_step(config: ConfigDict, vocab_size: int, length: int, mesh: Mesh) -> FeatureStep:
   """The step that `features.projection` names, for the proxies' model."""
   model = abstract_model(config.proxies.model, vocab_size, length)
   output_fn = load_callable(config.features.output_fn)
   if config.features.projection == 'dense':
-    return DenseFeatures(model, output_fn, config.features.dimension, config.seed, mesh, config.features.microbatch)
+    _, microbatch = step_rows(config.features, mesh)
+    return DenseFeatures(model, output_fn, config.features.dimension, config.seed, mesh, microbatch)
   return TwoSidedFeatures(model, output_fn, config.features.layers, config.features.dimension, config.seed, mesh)
 
 
@@ -196,9 +230,7 @@ def _picked(step: FeatureStep, wished: int) -> str:
 
 
 def _origin(context: Context) -> str:
-  """Digest of what this run of the stage was begun from; marks all that it makes."""
-  begun = artifacts.begun(context.out.parent, context.out.name.removesuffix('.part'))
-  return hashlib.sha256(json.dumps(begun, sort_keys=True).encode()).hexdigest()
+  return artifacts.origin(context.out.parent, context.out.name.removesuffix('.part'))
 
 
 def _pool_features(
@@ -238,6 +270,26 @@ def _fidelity_file(folder: Path, checkpoint: int) -> Path:
   return folder / f'fidelity_{checkpoint}.json'
 
 
+def _unprobed(context: Context, proxies: ProxySteps, checkpoint: int) -> None:
+  """Says and keeps what parameters without a probe carry, once for a proxy: by one of the jobs."""
+  file, features = _unprobed_file(context.out, checkpoint), context.config.features
+  if checkpoint % features.jobs != features.job or distributed.decide(file.is_file):
+    return
+  found = proxies.unprobed(checkpoint)
+  if context.first:
+    atomic.write_json(file, found)
+  context.log.event('unprobed', checkpoint=checkpoint, share=found['share'])
+  largest = ', '.join(f'{path} {share:.0%}' for path, share in list(found['parameters'].items())[:2])
+  context.log.say(
+    f'  proxy {checkpoint}: parameters without a probe carry {found["share"]:.0%} of ‖g‖² of {found["rows"]} rows, and '
+    f'features do not see it ({largest})'
+  )
+
+
+def _unprobed_file(folder: Path, checkpoint: int) -> Path:
+  return folder / f'unprobed_{checkpoint}.json'
+
+
 def _share(count: int, features: ConfigDict) -> range:
   """Which of `count` shards are this job's: neighbours, and for no job more than one beyond any other's."""
   return range(count * features.job // features.jobs, count * (features.job + 1) // features.jobs)
@@ -245,6 +297,8 @@ def _share(count: int, features: ConfigDict) -> range:
 
 def _complete(context: Context, targets: Targets, rows: int, step: FeatureStep, checkpoint: int, origin: str) -> bool:
   if not all(_target_stands(context.out, task, checkpoint, origin) for task in targets.tasks):
+    return False
+  if isinstance(step, TwoSidedFeatures) and not _unprobed_file(context.out, checkpoint).is_file():
     return False
   features = context.config.features
   if features.mode != 'store':
@@ -268,7 +322,7 @@ def _target_features(
   context: Context, step: FeatureStep, prepared: Any, checkpoint: int, targets: Targets, mesh: Mesh, origin: str
 ) -> None:
   features = context.config.features
-  batch = features.batch_size
+  batch, _ = step_rows(features, mesh)
   for number, task in enumerate(targets.tasks, start=checkpoint * len(targets.tasks)):
     stands = functools.partial(_target_stands, context.out, task, checkpoint, origin)
     if number % features.jobs != features.job or distributed.decide(stands):
@@ -349,7 +403,7 @@ class Features:
     if mode != 'store':
       if self._context is None:
         raise ValueError(f'features of mode {mode} are made from pool and proxies, and no context was given')
-      proxies = _Proxies(self._context, Pool(self._context.inputs['pool']), self._path)
+      proxies = ProxySteps(self._context, Pool(self._context.inputs['pool']), self._path)
       source = proxies.source(checkpoint, proxies.prepare(checkpoint)[0])
       return source if mode == 'stream' else proxies.directional(checkpoint, source)
     path = self._path / f'features_{checkpoint}.zarr'

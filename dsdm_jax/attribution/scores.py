@@ -8,7 +8,8 @@ import tqdm
 from ml_collections import ConfigDict
 
 from dsdm_jax.attribution import columns, damping, ensemble, members, tables
-from dsdm_jax.attribution.features import Features
+from dsdm_jax.attribution.columns import Columns
+from dsdm_jax.attribution.features import Features, step_rows
 from dsdm_jax.attribution.members import Member
 from dsdm_jax.attribution.outputs import ProxyOutputs
 from dsdm_jax.attribution.partials import Partials
@@ -24,9 +25,11 @@ from dsdm_jax.data.targets import Examples, Targets
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import trainer
 
+SOLUTION = 'solution.npz'  # u_<task>_CJ of each task, and q_N where scores are multiplied by it
+
 
 def run(context: Context) -> dict:
-  """Leaves `scores.npz` and `report.json`; `docs/datamodel.md` says what each array and number is."""
+  """Leaves `scores.npz`, `report.json` and `solution.npz`; `docs/datamodel.md` says what each array and number is."""
   options = context.config.datamodel
   features, targets = Features(context.inputs['features'], context), Targets(context.inputs['targets'])
   names, examples = targets.tasks, [targets.examples(task, 'target') for task in targets.tasks]
@@ -38,7 +41,8 @@ def run(context: Context) -> dict:
   ]
   partials = Partials(context.out)
   ensemble_ = list(members.open_members(features, names, options.gram, options.unit_norm))
-  seen_CN, mesh = _seen(context.inputs['proxies'], features), make_mesh(context.config.mesh)
+  seen_CN = seen(context.inputs['proxies'], features.checkpoints, features.rows)
+  mesh, q_N = make_mesh(context.config.mesh), None
   total = (2 * len(ensemble_) + (features.checkpoints if options.q else 0)) * features.rows
   with context.log.bar(total=total, desc='datamodel', unit='row') as bar:
     if options.damping_rule == 'auto':
@@ -60,6 +64,8 @@ def run(context: Context) -> dict:
   partials.clear()
   if context.first:
     atomic.save_npz(context.out / 'scores.npz', **tables.arrays(names, tasks, table, options.mix))
+    kept = {} if q_N is None else {'q_N': q_N}
+    atomic.save_npz(context.out / SOLUTION, **_solution(names, table, u, features.checkpoints), **kept)
   report = tables.report(names, tasks, options.mix) | {
     'tasks': list(names),
     'spectrum': solved.spectra,
@@ -88,6 +94,17 @@ def run(context: Context) -> dict:
   }
 
 
+def _solution(
+  names: Sequence[str], table: Sequence[Columns], u: Sequence[np.ndarray], checkpoints: int
+) -> dict[str, np.ndarray]:
+  """u_CJ of the mean of each task's examples; a joint datamodel has the columns of all checkpoints side by side."""
+  first = np.cumsum([0, *(len(c.weight_KT) for c in table)])
+  return {
+    f'u_{name}_CJ': np.concatenate([u_JK[:, at] for u_JK in u]).reshape(checkpoints, -1)
+    for name, at in zip(names, first, strict=False)
+  }
+
+
 def _scale(options: ConfigDict) -> str:
   scale = 'goes with the square of the features' if options.recentre else 'invariant to the scale of features'
   return f'{scale}; ' + ('one datamodel of all proxies' if options.gram == 'joint' else 'mean over proxies')
@@ -113,8 +130,9 @@ def _mean_probability(context: Context, bar: tqdm.tqdm) -> np.ndarray:
 def _proxies(context: Context) -> tuple[ProxyOutputs, Any]:
   """The compiled forward passes, and the proxies' states one after the other."""
   config, pool = context.config, Pool(context.inputs['pool'])
-  compiled = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
-  passes = ProxyOutputs(compiled, load_callable(config.features.output_fn), config.features.batch_size)
+  mesh = make_mesh(config.mesh)
+  compiled = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, mesh)
+  passes = ProxyOutputs(compiled, load_callable(config.features.output_fn), step_rows(config.features, mesh)[0])
   folder = context.inputs['proxies'].path
   return passes, (load_state(folder / f'proxy_{c}', compiled) for c in range(config.proxies.count))
 
@@ -141,10 +159,10 @@ def _flop(member: Member, targets: int, solves: int) -> float:
   return grams + 2.0 * rows * member.source.dimension * targets
 
 
-def _seen(proxies: Artifact, features: Features) -> np.ndarray:
+def seen(proxies: Artifact, checkpoints: int, rows: int) -> np.ndarray:
   """Whether proxy c trained on row n, bool [C, N]."""
-  seen_CN = np.zeros((features.checkpoints, features.rows), bool)
-  for checkpoint in range(features.checkpoints):
+  seen_CN = np.zeros((checkpoints, rows), bool)
+  for checkpoint in range(checkpoints):
     seen_CN[checkpoint, np.load(proxies.path / f'subset_{checkpoint}.npy', allow_pickle=False)] = True
   return seen_CN
 

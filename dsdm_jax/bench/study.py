@@ -107,12 +107,12 @@ def share(config: Any, workdir: Path, others: Sequence[Path]) -> list[str]:
     if here is None:
       for other in others:
         there = artifacts.open_stage(other, stage.name)
-        if there is not None and there.manifest['identity'] == wanted:
+        if there is not None and there.identity == wanted:
           _link(there.path, workdir / stage.name)
           linked.append(stage.name)
           here = artifacts.open_stage(workdir, stage.name)
           break
-    if here is not None and here.manifest['identity'] == wanted:
+    if here is not None and here.identity == wanted:
       done[stage.name] = here
   return linked
 

@@ -25,6 +25,9 @@ from dsdm_jax.core import atomic
 from dsdm_jax.core.errors import UserError
 
 MANIFEST = 'manifest.json'
+# Keys that say how a stage is worked on and not what it makes: no identity holds them. In those written before batches
+# followed the devices the last two stand, and are passed over.
+HOW = ('features.job', 'features.jobs', 'features.batch_size', 'features.microbatch')
 _BEGUN = 'begun.json'
 _COST = 'cost*.json'  # one for each job that shares the stage
 _IDENTITY = {'stage': str, 'format': int, 'settings': dict, 'inputs': dict}
@@ -58,6 +61,11 @@ class Identity:
     return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
+def settled(identity: Mapping[str, Any]) -> dict[str, Any]:
+  """What an identity that was read says of what the stage makes."""
+  return {**identity, 'settings': {key: value for key, value in identity['settings'].items() if key not in HOW}}
+
+
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
   """One phrase for each way in which identity `found` is not `wanted`; empty if they agree."""
   phrases = []
@@ -85,6 +93,11 @@ class Artifact:
   @property
   def semantics(self) -> Mapping[str, Any]:
     return self.manifest['semantics']
+
+  @property
+  def identity(self) -> Mapping[str, Any]:
+    """What it was made from, to be compared with `Identity.as_json`."""
+    return settled(self.manifest['identity'])
 
   @property
   def settings(self) -> Mapping[str, Any]:
@@ -199,6 +212,16 @@ def _is_identity(value: Any) -> bool:
 
 def begun(workdir: Path, stage: str) -> Mapping[str, Any] | None:
   """Identity of an unfinished attempt at `stage`; None where there is none or it cannot be told."""
+  found = _begun_as_written(workdir, stage)
+  return None if found is None else settled(found)
+
+
+def origin(workdir: Path, stage: str) -> str:
+  """Digest of what an unfinished attempt at `stage` was begun from; marks all that it makes."""
+  return hashlib.sha256(json.dumps(_begun_as_written(workdir, stage), sort_keys=True).encode()).hexdigest()
+
+
+def _begun_as_written(workdir: Path, stage: str) -> dict[str, Any] | None:
   found = _note(workdir, stage)
   return None if found is None else {key: found[key] for key in _IDENTITY}
 
@@ -342,8 +365,11 @@ def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost
   spent = cost.of_all_jobs()
   files = {name: entry for name, entry in checksums(part).items() if not is_note(Path(name))}
   folders = {name.partition('/')[0] for name in files if '/' in name}
+  written = _begun_as_written(workdir, identity.stage)
+  same = written is not None and settled(written) == identity.as_json()
   manifest = {
-    'identity': identity.as_json(),
+    # As it was begun: a stage that is mended keeps the digest by which others know it.
+    'identity': written if same else identity.as_json(),
     'files': files,
     'models': sorted(folder for folder in folders if f'{folder}.jsonl' in files),
     'semantics': dict(semantics),
@@ -396,7 +422,7 @@ def pending_commit(workdir: Path, identity: Identity) -> bool:
   part = part_folder(workdir, identity.stage)
   if not (part / MANIFEST).is_file():
     return False
-  return _read_manifest(part).manifest['identity'] == identity.as_json()
+  return _read_manifest(part).identity == identity.as_json()
 
 
 def checksums(path: Path) -> dict[str, dict[str, Any]]:

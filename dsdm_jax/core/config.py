@@ -9,7 +9,7 @@ import difflib
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -128,8 +128,13 @@ def resolve(config: ConfigDict, keys_of: Callable[[str], dict[str, Any]]) -> Con
   return config
 
 
-def check_devices(config: ConfigDict, device_count: int) -> None:
+def check_devices(config: ConfigDict, device_count: int, batches: Collection[str] = BATCHES) -> None:
   """Checks mesh and batch sizes against a machine of `device_count` devices, all processes together.
+
+  Args:
+    config: a valid one.
+    device_count: of the machine.
+    batches: keys of the batches that its devices are to share.
 
   Raises:
     UserError: the mesh does not take all devices, or a batch does not divide over `mesh.data`.
@@ -144,7 +149,7 @@ def check_devices(config: ConfigDict, device_count: int) -> None:
     rule = f'times mesh.model = {model} must be the number of devices, {device_count}'
     raise _finding('mesh.data', data, rule, 'set --config.mesh.data=-1 to take them all')
   flat = flatten(config)
-  for key in BATCHES:
+  for key in (key for key in BATCHES if key in batches):
     batch = flat[key]
     if batch % data:
       near = max(data, round(batch / data) * data)
@@ -152,7 +157,7 @@ def check_devices(config: ConfigDict, device_count: int) -> None:
       raise _finding(key, batch, rule, f'set --config.{key}={near}, or a larger --config.mesh.model')
   for train in TRAINS:
     parts, batch = flat[f'{train}.microbatches'], flat[f'{train}.batch_size']
-    if batch % (parts * data):
+    if f'{train}.batch_size' in batches and batch % (parts * data):
       rule = (
         f'must cut {train}.batch_size = {batch} into multiples of the {data} devices that share a batch (mesh.data)'
       )
@@ -202,6 +207,18 @@ def load_callable(name: str, key: str = '') -> Callable[..., Any]:
     near = difflib.get_close_matches(function_name, [n for n in dir(module) if callable(getattr(module, n))], n=1)
     raise UserError(f'{said}: {module.__file__} {what}; ' + (f'is it {near[0]}?' if near else 'name one that is there'))
   return function
+
+
+def nested(flat: Mapping[str, Any]) -> ConfigDict:
+  """A config of these keys: what `flatten` makes flat."""
+  config: dict[str, Any] = {}
+  for key, value in flat.items():
+    *sections, name = key.split('.')
+    section = config
+    for part in sections:
+      section = section.setdefault(part, {})
+    section[name] = value
+  return ConfigDict(config)
 
 
 def _leaves(config: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:

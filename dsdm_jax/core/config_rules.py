@@ -23,7 +23,8 @@ SIZES: Mapping[str, tuple[int, int, int]] = {
 }  # fmt: skip
 MODELS = ('model', 'proxies.model')
 TRAINS = ('proxies.train', 'pretraining.train')
-BATCHES = (*(f'{train}.batch_size' for train in TRAINS), 'features.batch_size', 'evaluation.batch_size')
+# Of batches that devices share evenly. That of features is made up to a multiple of them.
+BATCHES = (*(f'{train}.batch_size' for train in TRAINS), 'evaluation.batch_size')
 
 
 def _is_regex(value: str) -> bool:
@@ -332,9 +333,9 @@ RELATIONS: tuple[Relation, ...] = (
     '--config.features.mode=stream',
   ),
   Relation(
-    ('features.microbatch', 'features.batch_size', 'mesh.data'),
-    lambda rows, batch, data: not rows or (batch % rows == 0 and (data == -1 or rows % data == 0)),
-    'must divide features.batch_size = {1} and be a multiple of mesh.data = {2}',
+    ('features.microbatch', 'features.batch_size'),
+    lambda rows, batch: rows <= batch,
+    'must be at most features.batch_size = {1}',
     'set --config.features.microbatch=0 to take whole batches',
   ),
   Relation(

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.directional import DirectionalScores
-from dsdm_jax.attribution.features import blocks, feature_step, without_kernels
+from dsdm_jax.attribution.features import blocks, feature_step, step_rows, without_kernels
 from dsdm_jax.attribution.gradients import TwoSidedFeatures
 from dsdm_jax.attribution.members import by_layers
 from dsdm_jax.core import flops
@@ -192,7 +192,8 @@ def _ladder(config: ConfigDict, mesh: Mesh) -> list[Work]:
 
 
 def _features(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
-  features, batch, length = config.features, config.features.batch_size, config.pool.length
+  features, length = config.features, config.pool.length
+  batch, _ = step_rows(features, mesh)
   step = feature_step(config, config.pool.vocab_size, length, mesh)
   abstract = nnx.state(abstract_model(config.proxies.model, config.pool.vocab_size, length), nnx.Param)
   prepared = jax.eval_shape(lambda params: step.prepare(params, 0), abstract)
@@ -250,10 +251,11 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
 
 
 def _directional(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
-  length, batch, targets = config.pool.length, config.features.batch_size, len(config.targets.tasks)
+  length, targets = config.pool.length, len(config.targets.tasks)
+  batch, microbatch = step_rows(config.features, mesh)
   abstract = abstract_model(without_kernels(config.proxies.model), config.pool.vocab_size, length)
   output_fn = load_callable(config.features.output_fn)
-  scorer = DirectionalScores(abstract, output_fn, config.seed, mesh, config.features.microbatch)
+  scorer = DirectionalScores(abstract, output_fn, config.seed, mesh, microbatch)
   params = nnx.state(abstract, nnx.Param)
   u_JT = jax.ShapeDtypeStruct((config.features.dimension, targets), jnp.float32)
   prepared = jax.eval_shape(lambda params, u_JT: scorer.prepare(params, u_JT, 0), params, u_JT)

@@ -27,19 +27,21 @@ from dsdm_jax.training.step import Trainer, TrainState, trainer
 
 BLOCK = 65_536  # rows that are whitened together
 FIT_ROWS = 65_536  # of a larger pool, so many rows at even distances tell the variances
+# Tokens of a batch. Not a setting: batches cut otherwise would round otherwise, and rows be chosen otherwise.
+_TOKENS = 4_096
 _WIDTH = 256  # columns of an embedding made of logits
 
 
 class Proxies:
-  """Forward passes of the proxies over the pool and over examples, `features.batch_size` at a time."""
+  """Forward passes of the proxies over the pool and over examples."""
 
   def __init__(self, context: Context, pool: Pool):
     self._context, self._pool = context, pool
     self._config, self._folder = context.config, context.inputs['proxies'].path
-    # One device, whatever there is: batches cut otherwise would round otherwise, and rows be chosen otherwise.
+    # One device, whatever there is, for the reason of _TOKENS.
     self._mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
     self._trainer = self._trainer_of(self._config.proxies.train)
-    self._batch = self._config.features.batch_size
+    self._batch = max(1, _TOKENS // pool.length)
     sharded = self._trainer.batch_sharding
     states = self._trainer.shardings.params, self._trainer.shardings.rest
     self._likelihood = jax.jit(self._mean_log_probability, in_shardings=(*states, sharded), out_shardings=sharded)

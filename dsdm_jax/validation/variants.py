@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution import datamodel
+from dsdm_jax.attribution import covariances, datamodel
 from dsdm_jax.attribution.covariances import Basis, MomentStep
-from dsdm_jax.attribution.features import blocks, feature_step
+from dsdm_jax.attribution.features import blocks, feature_step, step_rows
 from dsdm_jax.attribution.gradients import FeatureStep, TwoSidedFeatures
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core.mesh import make_mesh
@@ -198,7 +198,7 @@ class Scorer:
     if config.features.precondition == 'adam':
       train = config.proxies.train
       moment = SecondMoment.of_state(state.opt_state, train.adam_b2, train.adam_eps, train.adam_eps_root)
-    batch = config.features.batch_size
+    batch, _ = step_rows(config.features, self._mesh)
     prepared = self._prepare(step, config, state, proxy * len(STOPS) + checkpoint, moment)
     parts = []
     for start in range(0, len(self._tokens), batch):
@@ -213,10 +213,9 @@ class Scorer:
     if config.features.basis == 'random' or not isinstance(step, TwoSidedFeatures):
       return step.prepare(state.params, place, moment)
     measure = MomentStep(step.model, step.output_fn, step.layers, self._mesh)
-    size = config.features.batch_size
-    starts = range(0, min(config.features.basis_rows, self._rows) // size * size, size)
-    batches = [(jnp.asarray(self._tokens[s : s + size]), jnp.asarray(self._weights[s : s + size])) for s in starts]
-    moments = measure.sums(measure.prepare(state.params), batches)
+    count, size = min(config.features.basis_rows, self._rows), config.features.batch_size
+    parts = covariances.batches(count, size, devices=1)
+    moments = measure.sums(measure.prepare(state.params), [(self._tokens[p], self._weights[p]) for p in parts])
     return step.prepare(state.params, place, moment, Basis.leading(step.layers, moments, moment).projections)
 
   def _make_step(self, features: Changes, width: float) -> FeatureStep:

@@ -46,16 +46,16 @@ class Problem:
     return {'/'.join(map(str, path)): np.asarray(v[...]) for path, v in nnx.to_flat_state(grads)}
 
 
-def make_problem(seed: int = 0, **overrides) -> Problem:
+def make_problem(seed: int = 0, length: int = LENGTH, **overrides) -> Problem:
   config = base.model()
   config.update({'width': 32, 'mlp_width': 64, 'layers': 2, **overrides})
-  model = decoder.build(config, VOCAB, LENGTH, nnx.Rngs(seed))
+  model = decoder.build(config, VOCAB, length, nnx.Rngs(seed))
   # Weights of the initialisation make attention nearly uniform; larger ones exercise every path.
   for _, module in nnx.iter_modules(model):
     if isinstance(module, nnx.Linear):
       module.kernel[...] = module.kernel[...] * 8
-  tokens_BL = jax.random.randint(jax.random.key(seed), (BATCH, LENGTH), 0, VOCAB)
-  weights_BL = jnp.ones((BATCH, LENGTH)).at[:, 0].set(0).at[0, 5:9].set(0)
+  tokens_BL = jax.random.randint(jax.random.key(seed), (BATCH, length), 0, VOCAB)
+  weights_BL = jnp.ones((BATCH, length)).at[:, 0].set(0).at[0, 5:9].set(0)
   return Problem(model, nnx.state(model, nnx.Param), tokens_BL, weights_BL)
 
 

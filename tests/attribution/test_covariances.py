@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsdm_jax.attribution import probes
+from configs import base
+from dsdm_jax.attribution import covariances, probes
 from dsdm_jax.attribution.covariances import Basis, MomentStep
 from dsdm_jax.attribution.gradients import TwoSidedFeatures
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.mesh import batch_sharding
+from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.lm import outputs
 from dsdm_jax.lm.partition import path_name
 
@@ -53,8 +54,8 @@ def _moments(problem, mesh, batches=1, dimension=512):
   layers = probes.plan(problem.model, '.*', dimension)
   step = MomentStep(problem.model, outputs.margin, layers, mesh)
   size = BATCH // batches
-  split = [(problem.tokens_BL[i : i + size], problem.weights_BL[i : i + size]) for i in range(0, BATCH, size)]
-  return layers, step.sums(step.prepare(problem.params), [jax.device_put(b, batch_sharding(mesh)) for b in split])
+  parts = covariances.batches(BATCH, size, mesh.shape['data'])
+  return layers, step.sums(step.prepare(problem.params), [(problem.tokens_BL[p], problem.weights_BL[p]) for p in parts])
 
 
 def _close(a, b):
@@ -68,6 +69,27 @@ def test_moments_against_explicit_inputs_and_output_gradients(remat, batches, on
   wanted = explicit(make_problem(), layers, monkeypatch)
   assert wanted.keys() == moments.keys()
   for path, sides in moments.items():
+    for got, expected in zip(sides, wanted[path], strict=True):
+      _close(got, expected)
+
+
+def test_each_row_counts_once_whatever_devices_and_batches_are(plain_problem, one_device):
+  """Eight rows on three devices, in batches of six: one of six, and two rows that each device makes."""
+  three = make_mesh(base.get_config().mesh, jax.devices()[:3])
+  assert covariances.batches(8, 6, 3) == [slice(0, 6), slice(6, 7), slice(7, 8)]
+  assert covariances.batches(23, 6, 3) == [
+    slice(0, 6),
+    slice(6, 12),
+    slice(12, 18),
+    slice(18, 21),
+    slice(21, 22),
+    slice(22, 23),
+  ]
+  assert covariances.batches(2, 6, 1) == [slice(0, 2)]
+  layers, wanted = _moments(plain_problem, one_device)
+  step = MomentStep(plain_problem.model, outputs.margin, layers, three)
+  rows = [(plain_problem.tokens_BL[p], plain_problem.weights_BL[p]) for p in covariances.batches(8, 6, 3)]
+  for path, sides in step.sums(step.prepare(plain_problem.params), rows).items():
     for got, expected in zip(sides, wanted[path], strict=True):
       _close(got, expected)
 

@@ -4,17 +4,20 @@ import dataclasses
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
+from configs import base
 from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.directional import DirectionalScores
-from dsdm_jax.attribution.features import blocks, check_finite
+from dsdm_jax.attribution.features import blocks, check_finite, step_rows
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
 from dsdm_jax.attribution.passes import DirectionalSource, PoolPass, Recomputed, ahead
 from dsdm_jax.attribution.rounding import Rounding
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core.errors import UserError
+from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.lm import outputs
 
 from .conftest import LENGTH, VOCAB, make_problem
@@ -67,6 +70,34 @@ def test_stored_and_made_anew_are_the_same_bits(kind, dtype, rows, one_device, t
   u_JT = np.random.default_rng(1).normal(size=(source.dimension, 2))
   np.testing.assert_array_equal(datamodel.gram(source)[0], datamodel.gram(store)[0])
   np.testing.assert_array_equal(datamodel.scores(source, u_JT), datamodel.scores(store, u_JT))
+
+
+@pytest.mark.parametrize(
+  ('devices', 'batch', 'microbatch', 'wanted'),
+  [(1, 8, 0, (8, 0)), (3, 8, 0, (9, 0)), (3, 8, 4, (12, 6)), (4, 2, 0, (4, 0)), (2, 8, 3, (8, 4)), (1, 8, 3, (9, 3))],
+)
+def test_a_step_is_the_least_that_devices_share_evenly(devices, batch, microbatch, wanted):
+  config = base.get_config()
+  config.features.update({'batch_size': batch, 'microbatch': microbatch})
+  assert step_rows(config.features, make_mesh(config.mesh, jax.devices()[:devices])) == wanted
+
+
+@pytest.mark.parametrize('kind', ['two_sided', 'dense'])
+def test_three_devices_make_the_features_of_one(kind, rows, one_device):
+  """45 rows in shards of 16 and batches of 12, so that every shard's last batch is filled up."""
+  mesh = make_mesh(base.get_config().mesh, jax.devices()[:3])
+  model, found = make_problem().model, []
+  for place, batch, microbatch in ((one_device, BATCH, 4), (mesh, 12, 6)):
+    step = (
+      DenseFeatures(model, outputs.margin, J, 0, place, microbatch)
+      if kind == 'dense'
+      else TwoSidedFeatures(model, outputs.margin, '.*', J, 0, place)
+    )
+    rows_pass = PoolPass(step, step.prepare(make_problem().params, 0), rows, batch, place, lambda _: None)
+    found.append(np.concatenate([phi for _, _, phi in rows_pass.ranges([(0, 16), (16, 32), (32, 45)])]))
+  one_NJ, three_NJ = found
+  assert three_NJ.shape == (ROWS, step.dimension)
+  assert np.all(np.linalg.norm(three_NJ - one_NJ, axis=1) < 1e-5 * np.linalg.norm(one_NJ, axis=1))
 
 
 def test_scores_by_jvp_are_those_of_features(rows, one_device):

@@ -439,7 +439,6 @@ def test_devices():
     (changed(mesh__data=4), 8, ['mesh.data = 4', 'devices, 8', '--config.mesh.data=-1']),
     (changed(), 3, ['proxies.train.batch_size = 32', 'multiple of the 3 devices', 'batch_size=33']),
     (changed(pretraining__train__microbatches=8), 8, ['pretraining.train.microbatches = 8', 'multiples of the 8']),
-    (changed(features__batch_size=4), 8, ['features.batch_size = 4', 'features.batch_size=8']),
     (changed(evaluation__batch_size=63), 2, ['evaluation.batch_size = 63', 'evaluation.batch_size=64']),
   ],
 )
@@ -448,6 +447,14 @@ def test_devices_refuse(config, count, words):
     checks.check_devices(config, count)
   for word in words:
     assert word in str(caught.value)
+
+
+def test_devices_are_held_to_the_batches_that_they_are_to_share():
+  """Features follow the devices: nothing is asked of their batch, nor of those of stages that are not to run."""
+  checks.check_devices(changed(features__batch_size=4, features__microbatch=3), 8)
+  checks.check_devices(changed(pretraining__train__microbatches=8), 3, ())
+  with pytest.raises(UserError, match='pretraining.train.batch_size = 32'):
+    checks.check_devices(changed(), 3, ['pretraining.train.batch_size'])
 
 
 def test_flatten_is_json_with_every_leaf():
@@ -511,3 +518,10 @@ def test_validation_touches_no_device_and_starts_fast():
   )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert done.stdout.strip() == '[]'
+
+
+def test_nested_is_the_inverse_of_flatten():
+  flat = checks.flatten(base.get_config())
+  nested = checks.nested(flat)
+  assert nested.proxies.model.width == base.get_config().model.width
+  assert checks.flatten(nested) == flat

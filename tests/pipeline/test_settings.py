@@ -29,6 +29,8 @@ CHANGES = [
   ('proxies.train.learning_rate', 0.01, AFTER_PROXIES),
   ('proxies.count', 3, AFTER_PROXIES),
   ('features.dimension', 32, AFTER_PROXIES - {'proxies'}),
+  ('features.batch_size', 48, set()),
+  ('features.microbatch', 16, set()),
   ('features.output_fn', 'dsdm_jax.lm.outputs:log_likelihood', AFTER_PROXIES - {'proxies'}),
   ('datamodel.damping', 0.2, {'datamodel', 'selection', 'pretraining', 'evaluation', 'report'}),
   ('selection.examples', 31, {'selection', 'pretraining', 'ladder', 'evaluation', 'report'}),
@@ -111,6 +113,25 @@ def test_a_pool_from_before_a_key_stands(made: Path):
   assert 'pool.drop_leaks' not in json.loads((made / 'pool' / 'manifest.json').read_text())['identity']['settings']
   with pytest.raises(UserError, match=r'pool\.drop_leaks was absent, now false'):
     pipeline.run(changed('pool.drop_leaks', False), made)
+
+
+def test_stages_from_before_batches_followed_the_devices_stand(made: Path, ran: Ran):
+  """Their identities hold the batch of features, and their digests go on being those that others were made from."""
+  digests: dict[str, str] = {}
+  for stage in pipeline.STAGES:
+    if stage.on_request:
+      continue
+    file = made / stage.name / 'manifest.json'
+    manifest = json.loads(file.read_bytes())
+    if 'features' in stage.keys:
+      manifest['identity']['settings'] |= {'features.batch_size': 8, 'features.microbatch': 4}
+    manifest['identity']['inputs'] = {name: digests[name] for name in manifest['identity']['inputs']}
+    file.write_text(json.dumps(manifest))
+    digests[stage.name] = artifacts.open_stage(made, stage.name).digest
+  pipeline.run(get_config(), made)
+  assert ran.stages == []
+  with pytest.raises(UserError, match=r'features\.dimension was 64, now 32\. Add'):
+    pipeline.run(changed('features.dimension', 32), made)
 
 
 def test_what_benchmark_files_hold_counts_and_not_which_place_holds_them(tmp_path: Path):

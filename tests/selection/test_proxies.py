@@ -26,7 +26,7 @@ def proxies(tmp_path, monkeypatch):
   """(Proxies over a pool in memory, the pool, the model of the first one)."""
   config = get_config()
   config.proxies.model.update({'width': 16, 'mlp_width': 32, 'layers': 1, 'heads': 2, 'kv_heads': 2})
-  config.features.batch_size = 4
+  monkeypatch.setattr('dsdm_jax.selection.proxies._TOKENS', 4 * LENGTH)  # several batches
   rows = Rows(np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32))
   rows.vocab_size = VOCAB
   inputs = {'proxies': types.SimpleNamespace(path=tmp_path)}

@@ -20,6 +20,7 @@ from dsdm_jax.data import arms, mixtures
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.selection import Selection
 from dsdm_jax.selection import export
+from dsdm_jax.selection.proxies import _TOKENS
 from tests.conftest import ROOT
 from tests.core.test_distributed import ends, free_port
 from tests.pipeline import runs
@@ -96,12 +97,14 @@ def test_each_selection_bears_what_it_asked_for(chosen):
   assert len(embedded) == 1 and 0 < flop['embedding--docs--0'] == embedded.pop()
   assert flop['perplexity_low--any--0'] == flop['perplexity_high--any--0'] > 0
   # CoLoR-Filter passes over the pool with two models, as perplexity does, and takes two steps of 16 rows.
-  rows = -(-Pool(artifacts.open_stage(chosen, 'pool')).num_rows // every.get_config().features.batch_size)
-  forward = flop['perplexity_low--any--0'] / (2 * rows * every.get_config().features.batch_size)
+  pool = Pool(artifacts.open_stage(chosen, 'pool'))
+  batch = _TOKENS // pool.length
+  rows = -(-pool.num_rows // batch) * batch
+  forward = flop['perplexity_low--any--0'] / (2 * rows)
   steps = flop['color_filter--docs--0'] - flop['perplexity_low--any--0']
   assert 2.5 * forward < steps / (2 * 16) < 3.5 * forward
   # The oracle costs about five trainings of three forward passes each: one, two made anew going back, and that way.
-  trained = every.get_config().proxies.epochs * rows * every.get_config().features.batch_size
+  trained = every.get_config().proxies.epochs * pool.num_rows
   assert 4 * 3 * forward < flop['oracle--docs--0'] / trained < 6 * 3 * forward
   assert all(spent['seconds'] > 0 for spent in found.semantics['cost'].values())
 

@@ -1,0 +1,93 @@
+"""The features stage is killed on four devices and goes on with three, in batches of another size."""
+
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from dsdm_jax.attribution.features import Features
+from dsdm_jax.core import artifacts
+from tests.pipeline import runs
+
+SHARD_ROWS = 32
+FLAGS = (
+  runs.TINY, '--config.proxies.count=1', '--config.features.store_dtype=float32',
+  f'--config.features.shard_rows={SHARD_ROWS}',
+)  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def begun(finished, tmp_path_factory):
+  """A run of one proxy that stands as far as it."""
+  folder = tmp_path_factory.mktemp('elastic') / 'begun'
+  for stage in ('pool', 'targets'):
+    shutil.copytree(finished / stage, folder / stage)
+  runs.succeed(*FLAGS, f'--workdir={folder}', '--stage=proxies')
+  return folder
+
+
+def _stage(name, folder, flags, devices):
+  return runs.succeed(*FLAGS, *flags, f'--workdir={folder}', f'--stage={name}', devices=devices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('kind', 'first', 'second'),
+  [
+    ({}, ['batch_size=32'], ['batch_size=40']),
+    (
+      {'basis': 'eigenvectors', 'basis_rows': 41, 'precondition': 'adam'},
+      ['batch_size=8'], ['batch_size=33', 'microbatch=5'],
+    ),
+    ({'projection': 'dense', 'dimension': 48}, ['batch_size=16', 'microbatch=8'], ['batch_size=20', 'microbatch=4']),
+  ],
+  ids=['two_sided', 'eigenvectors', 'dense'],
+)  # fmt: skip
+def test_a_killed_stage_goes_on_with_other_devices_and_batches(kind, first, second, begun, tmp_path):
+  kept = [f'--config.features.{key}={value}' for key, value in kind.items()]
+  one, other = ([*kept, *(f'--config.features.{flag}' for flag in flags)] for flags in (first, second))
+  elastic, undisturbed = (shutil.copytree(begun, tmp_path / name) for name in ('elastic', 'undisturbed'))
+
+  process = subprocess.Popen(
+    runs.command(*FLAGS, *one, f'--workdir={elastic}', '--stage=features'), cwd=runs.ROOT,
+    env=runs.environment(devices=4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+  )  # fmt: skip
+  marker = elastic / 'features.part/features_0.done/000002.json'
+  while not marker.is_file() and process.poll() is None:
+    time.sleep(0.005)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert not (elastic / 'features').exists()
+  by_four = sorted(marker.parent.glob('*.json'))
+  said = {file: file.read_bytes() for file in by_four}
+  assert len(by_four) >= 3
+  basis = [file.read_bytes() for file in (elastic / 'features.part').glob('basis_*.npz')]
+  assert len(basis) == ('basis' in kind)
+  (undisturbed / 'features.part').mkdir()
+  for file in (elastic / 'features.part/begun.json', *(elastic / 'features.part').glob('basis_*.npz')):
+    shutil.copy(file, undisturbed / 'features.part')  # rounding could turn eigenvectors of another machine's own
+
+  assert 'goes on where it stopped' in _stage('features', elastic, other, devices=3)
+  _stage('features', undisturbed, one, devices=1)
+  mine, wanted = (artifacts.open_stage(folder, 'features') for folder in (elastic, undisturbed))
+  mine.verify()
+  assert mine.identity == wanted.identity
+  assert all((elastic / 'features/features_0.done' / file.name).read_bytes() == data for file, data in said.items())
+  assert [file.read_bytes() for file in (elastic / 'features').glob('basis_*.npz')] == basis
+  a, b = Features(mine), Features(wanted)
+  shards = list(zip(a.pool(0), b.pool(0), strict=True))
+  assert len(shards) > len(by_four), 'something was left for three devices'
+  pairs = [(x, y) for (_, _, x), (_, _, y) in shards]
+  pairs += [(a.target(task, 0), b.target(task, 0)) for task in ('docs', 'api_qa', 'cs_algorithms')]
+  for x_BJ, y_BJ in pairs:
+    assert np.all(np.linalg.norm(x_BJ - y_BJ, axis=1) <= 1e-5 * np.linalg.norm(y_BJ, axis=1))
+
+  _stage('datamodel', elastic, other, devices=3)
+  _stage('datamodel', undisturbed, one, devices=1)
+  with np.load(elastic / 'datamodel/scores.npz') as x, np.load(undisturbed / 'datamodel/scores.npz') as y:
+    for task in ('docs', 'api_qa', 'cs_algorithms'):
+      x_N, y_N = x[f'score_{task}_N'], y[f'score_{task}_N']
+      assert np.linalg.norm(x_N - y_N) <= 1e-5 * np.linalg.norm(y_N)
