@@ -106,8 +106,8 @@ STAGES = (
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES if not stage.on_request)
 ON_REQUEST = tuple(stage.name for stage in STAGES if stage.on_request)
-# Keys that came after pools without them: a pool that was made before stands where they have these values.
-_LATER = {'pool.drop_leaks': True}
+# Keys that came after artifacts without them: what was made before stands where they have these values.
+_LATER = {'pool.drop_leaks': True, 'proxies.checkpoints': 1}
 _WHO = ('features.job', 'features.jobs')  # keys that say who works and not what is made: no stage depends on them
 
 
