@@ -67,23 +67,10 @@ def run(context: Context) -> dict:
       monotone = setting.monotone()
   atomic.write_json(context.out / 'lds.json', {'by_example': found, 'by_task': by_task})
   atomic.write_json(context.out / 'monotone.json', monotone)
-  text = _page(found, by_task, monotone)
+  text = table.page(found, by_task, monotone)
   atomic.write_text(context.out / 'lds.md', text)
   context.log.say(text)
   return {'rows': len(examples.tokens_NL), 'targets': list(examples.tasks), 'settings': [PLAIN, METASMOOTH]}
-
-
-def _page(found: list[dict[str, Any]], by_task: list[dict[str, Any]], monotone: Mapping[str, Any]) -> str:
-  parts = []
-  for setting in (PLAIN, METASMOOTH):
-    for level, records in (('each target example', found), ('mean of each task', by_task)):
-      parts.append(f'### {setting}, {level}\n\n' + table.markdown(r for r in records if r['setting'] == setting))
-  lines = ['| task | seed | decile 1 | decile 5 | decile 10 | ordered |', '|---|---|---|---|---|---|']
-  for task, runs in monotone.items():
-    for seed, run_ in enumerate(runs):
-      losses = ' | '.join(f'{x:.3f}' for x in run_['loss'])
-      lines.append(f'| {task} | {seed} | {losses} | {"yes" if run_["ordered"] else "no"} |')
-  return '\n'.join([*parts, '### Loss after training on one decile of scores\n', *lines]) + '\n'
 
 
 class Setting:

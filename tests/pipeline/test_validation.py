@@ -8,6 +8,7 @@ import numpy as np
 from dsdm_jax import pipeline
 from dsdm_jax.bench import __main__ as bench
 from dsdm_jax.core import artifacts, atomic
+from dsdm_jax.validation import table
 from tests.pipeline import runs
 
 SMALL = (
@@ -18,7 +19,7 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path):
+def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path, capsys):
   workdir = tmp_path / 'run'
   for stage in ('pool', 'targets'):
     shutil.copytree(finished / stage, workdir / stage)
@@ -32,6 +33,12 @@ def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path):
   assert all(-1 <= r['low'] <= r['high'] <= 1 for level in found.values() for r in level)
   monotone = json.loads((workdir / 'validation/monotone.json').read_text())
   assert {len(runs_) for runs_ in monotone.values()} == {2}
+
+  # The tables can be made from the numbers alone.
+  assert table.main([str(workdir / 'validation')]) == 0
+  assert capsys.readouterr().out == (workdir / 'validation/lds.md').read_text()
+  assert table.main([str(tmp_path)]) == 2
+  assert 'does not hold a validation' in capsys.readouterr().err
 
   # What a killed attempt left is taken up, and the rest made anew, to the same table.
   whole = (workdir / 'validation/lds.md').read_text()
