@@ -140,7 +140,10 @@ def get_config() -> ConfigDict:
   # Proxies: small models on random subsets, whose gradients make the datamodel.
   c.proxies = ConfigDict()
   c.proxies.seed = 0  # other proxies (subsets, initialisation, order) on the same pool, for the same root seed; >= 0
-  c.proxies.count = 2  # C, at least 1
+  c.proxies.count = 2  # at least 1
+  # states of each proxy, at equal distances along its training, the last included, that scores are averaged over;
+  # features, store and passes of the datamodel grow with it; at least 1
+  c.proxies.checkpoints = 1
   c.proxies.subset_share = 0.5  # of the pool's rows, drawn anew for each proxy
   c.proxies.epochs = 2.0  # passes over the subset; 0 takes proxies.model.weights as they are
   c.proxies.model = ConfigDict({k: c.model.get_oneway_ref(k) for k in c.model})

@@ -112,8 +112,8 @@ STAGES = (
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES if not stage.on_request)
 ON_REQUEST = tuple(stage.name for stage in STAGES if stage.on_request)
-# Keys that came after pools without them: a pool that was made before stands where they have these values.
-_LATER = {'pool.drop_leaks': True}
+# Keys that came after artifacts without them: what was made before stands where they have these values.
+_LATER = {'pool.drop_leaks': True, 'proxies.checkpoints': 1}
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None, rerun: bool = False) -> None:

@@ -38,11 +38,12 @@ class Choice:
     return dataclasses.asdict(self) | {'agreement': agreement, 'gain_error': error}
 
 
-def held_out_pairs(checkpoints: int) -> list[tuple[int, int, int]]:
-  """(scorer, a, b) with all three different: who predicts which difference."""
+def held_out_pairs(proxies: int, each: int = 1) -> list[tuple[int, int, int]]:
+  """(scorer, a, b): which checkpoint, of `each` for a proxy, predicts how two other proxies differ."""
   return [
-    (c, a, b) for c in range(checkpoints) for a, b in itertools.combinations(range(checkpoints), 2) if c not in (a, b)
-  ]
+    (c, a, b)
+    for c in range(proxies * each) for a, b in itertools.combinations(range(proxies), 2) if c // each not in (a, b)
+  ]  # fmt: skip
 
 
 def choose(

@@ -64,10 +64,11 @@ class SubsetEffect:
     mean_CK = self.total.sum(axis=0) / count_C1
     return np.sqrt(np.maximum(self.square.sum(axis=0) / count_C1 - mean_CK**2, 0))
 
-  def describe(self, column: int) -> dict[str, float]:
+  def describe(self, column: int, each: int = 1) -> dict[str, float]:
     """Inside and outside means of one column, in standard deviations of the scores, over checkpoints.
 
-    `shift_sd` is their difference, `shift_error_sd` its standard error if rows are independent.
+    `shift_sd` is their difference, `shift_error_sd` its standard error if rows are independent, and `each` checkpoints
+    of one proxy say no more than one.
     """
     deviation_C = np.maximum(self.deviation_CK[:, column], 1e-300)
     middle_C = self.total.sum(axis=0)[:, column] / self.count.sum(axis=0)
@@ -79,7 +80,7 @@ class SubsetEffect:
       'inside_mean_sd': sides[0],
       'outside_mean_sd': sides[1],
       'shift_sd': sides[0] - sides[1],
-      'shift_error_sd': float(np.sqrt((1 / rows).sum())),
+      'shift_error_sd': float(np.sqrt((each / rows).sum())),
     }
 
 
@@ -100,9 +101,14 @@ def level(score_NK: np.ndarray, seen_CN: np.ndarray, difference_CK: np.ndarray) 
   return score_NK
 
 
-def agreement(score_CN: np.ndarray) -> float:
-  """Mean Spearman correlation between the scores of two checkpoints; 1 if there is only one."""
-  count = len(score_CN)
+def by_proxy(score_CN: np.ndarray, each: int) -> np.ndarray:
+  """score_PN: means over the `each` checkpoints of one proxy, which stand one after the other."""
+  return score_CN.reshape(-1, each, score_CN.shape[1]).mean(axis=1)
+
+
+def agreement(score_PN: np.ndarray) -> float:
+  """Mean Spearman correlation between the scores of two proxies; 1 if there is only one."""
+  count = len(score_PN)
   pairs = [(i, j) for i in range(count) for j in range(i)]
-  values = [scipy.stats.spearmanr(score_CN[i], score_CN[j]).statistic for i, j in pairs]
+  values = [scipy.stats.spearmanr(score_PN[i], score_PN[j]).statistic for i, j in pairs]
   return float(np.mean(values)) if values else 1.0

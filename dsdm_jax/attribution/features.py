@@ -1,4 +1,4 @@
-"""Stage `features`: φ of every row of the pool and of every target example, for each proxy."""
+"""Stage `features`: φ of every row of the pool and of every target example, for each checkpoint of each proxy."""
 
 import functools
 import hashlib
@@ -33,13 +33,15 @@ from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.targets import Targets
 from dsdm_jax.training.loop import load_state
+from dsdm_jax.training.proxies import checkpoint_steps, checkpoints
 from dsdm_jax.training.step import abstract_model, trainer
 
 _FIDELITY_ROWS = 512  # of the first shard, whose inner products are compared before and after rounding
 
 
 def run(context: Context) -> dict | None:
-  """Leaves `<task>_<c>.npy` [T, J] (float32) for each proxy c, and in mode `store` `features_<c>.zarr` [N, J].
+  """Leaves, for each checkpoint c of a proxy, `<task>_<c>.npy` [T, J] (float32) and in mode `store` `features_<c>.zarr`
+  [N, J].
 
   None where this is one of several jobs and what the others make is not all there.
   """
@@ -51,10 +53,11 @@ def run(context: Context) -> dict | None:
   context.log.say(f'  {_picked(step, config.features.dimension)}')
   stored, origin = config.features.mode == 'store', _origin(context)
   two_sided = isinstance(step, TwoSidedFeatures)
-  total = config.proxies.count * pool.num_rows if stored else 0
+  count, rows = checkpoints(config), pool.num_rows
+  total = count * rows if stored else 0
   notes = []
   with context.log.bar(total=total, desc='features', unit='row') as bar:
-    for checkpoint in range(config.proxies.count):
+    for checkpoint in range(count):
       prepared, note = proxies.prepare(checkpoint)
       notes.append(note)
       if two_sided:
@@ -63,8 +66,6 @@ def run(context: Context) -> dict | None:
       if stored:
         _pool_features(context, step, proxies.source(checkpoint, prepared), checkpoint, bar, origin)
   # Only now: by the time that this job has ended, others may have filled what was missing when it began.
-  count = config.proxies.count
-  rows = pool.num_rows
   if not distributed.decide(lambda: all(_complete(context, targets, rows, step, c, origin) for c in range(count))):
     return None
   store = {k: config.features[k] for k in ('mode', 'shard_rows', 'store_dtype', 'precondition', 'basis')}
@@ -79,8 +80,8 @@ def run(context: Context) -> dict | None:
   return {
     **step.describe(),
     'dimension': step.dimension,
-    'rows': pool.num_rows,
-    'checkpoints': config.proxies.count,
+    'rows': rows,
+    'checkpoints': count,
     **store,
   }
 
@@ -100,7 +101,7 @@ class ProxySteps:
     self.batch_size, self._microbatch = step_rows(config.features, self.mesh)
 
   def prepare(self, checkpoint: int) -> tuple[Any, dict[str, Any]]:
-    """The step's own form of proxy `checkpoint`, and what is to be said of it in the manifest.
+    """The step's own form of checkpoint `checkpoint`, and what is to be said of it in the manifest.
 
     'rank_one_error': each layer's error of a rank-one second moment; 'basis_kept': share of the traces of each layer's
     two second moments that eigenvectors keep. Both where there are such.
@@ -157,7 +158,7 @@ class ProxySteps:
     features = self._context.config.features
 
     def check(phi_BJ: np.ndarray, first: int) -> None:
-      check_finite(self.step, phi_BJ, first, checkpoint)
+      check_finite(self.step, phi_BJ, first, _name(self._context.config, checkpoint))
 
     rows = PoolPass(self.step, prepared, self._pool, self.batch_size, self.mesh, self._context.add_flop, check)
     rounding = Rounding(features.store_dtype, blocks(self.step.describe(), self.step.dimension))
@@ -181,7 +182,10 @@ class ProxySteps:
   def weights(self, checkpoint: int) -> tuple[nnx.State, SecondMoment | None]:
     """Of proxy `checkpoint`, and Adam's second moments where features are divided by their root."""
     config = self._context.config
-    state = load_state(self._context.inputs['proxies'].path / f'proxy_{checkpoint}', self._compiled)
+    made, each = self._context.inputs['proxies'], config.proxies.checkpoints
+    proxy, place = divmod(checkpoint, each)
+    step = checkpoint_steps(made.semantics['steps'], each)[place] if place < each - 1 else None  # the end is the newest
+    state = load_state(made.path / f'proxy_{proxy}', self._compiled, step)
     if config.features.precondition == 'none':
       return state.params, None
     train = config.proxies.train
@@ -281,8 +285,8 @@ def _unprobed(context: Context, proxies: ProxySteps, checkpoint: int) -> None:
   context.log.event('unprobed', checkpoint=checkpoint, share=found['share'])
   largest = ', '.join(f'{path} {share:.0%}' for path, share in list(found['parameters'].items())[:2])
   context.log.say(
-    f'  proxy {checkpoint}: parameters without a probe carry {found["share"]:.0%} of ‖g‖² of {found["rows"]} rows, and '
-    f'features do not see it ({largest})'
+    f'  proxy {_name(context.config, checkpoint)}: parameters without a probe carry {found["share"]:.0%} of ‖g‖² of '
+    f'{found["rows"]} rows, and features do not see it ({largest})'
   )
 
 
@@ -337,7 +341,7 @@ def _target_features(
       parts.append(fetch(step(prepared, tokens_BL, weights_BL)))
     context.add_flop(flops.count(step.apply, prepared, tokens_BL, weights_BL) * len(parts))
     phi_TJ = np.concatenate(parts)[: len(examples.tokens_TL)]
-    check_finite(step, phi_TJ, 0, checkpoint, f'example of target {task}')
+    check_finite(step, phi_TJ, 0, _name(context.config, checkpoint), f'example of target {task}')
     if context.first:
       file, marker = _target_files(context.out, task, checkpoint)
       atomic.save_npy(file, phi_TJ)
@@ -349,14 +353,20 @@ def _padded(array: np.ndarray, batch: int) -> np.ndarray:
   return np.pad(array, [(0, batch - len(array))] + [(0, 0)] * (array.ndim - 1))
 
 
-def check_finite(step: FeatureStep, phi_BJ: np.ndarray, first: int, checkpoint: int, what: str = 'row') -> None:
-  """Raises UserError naming the first row, its layer and the checkpoint if anything is NaN or infinite."""
+def _name(config: ConfigDict, checkpoint: int) -> str:
+  each = config.proxies.checkpoints
+  proxy, place = divmod(checkpoint, each)
+  return f'{proxy}' if each == 1 else f'{proxy}, checkpoint {place + 1} of {each}'
+
+
+def check_finite(step: FeatureStep, phi_BJ: np.ndarray, first: int, proxy: int | str, what: str = 'row') -> None:
+  """Raises UserError naming the first row, its layer and the proxy if anything is NaN or infinite."""
   bad = np.argwhere(~np.isfinite(phi_BJ))
   if len(bad):
     row, column = bad[0]
     raise UserError(
       f'feature of {what} {first + row} is {phi_BJ[row, column]} in {step.column_owner(int(column))} of proxy '
-      f'{checkpoint}; nothing of its shard was kept: look at that text, or lower proxies.train.learning_rate and train '
+      f'{proxy}; nothing of its shard was kept: look at that text, or lower proxies.train.learning_rate and train '
       'the proxies anew'
     )
 

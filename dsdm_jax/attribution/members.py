@@ -113,38 +113,38 @@ def solve_auto(
   mesh: Mesh | None,
   progress: Progress,
   partials: Partials,
-  seen_CN: np.ndarray,
-  output_CT: Sequence[np.ndarray],
+  seen_PN: np.ndarray,
+  output_PT: Sequence[np.ndarray],
 ) -> Solved:
   """Solutions at the damping that agrees best with differences in output between held-out proxies (see `damping`).
 
   Args:
-    members: one for each checkpoint, at least three.
-    seen_CN: whether proxy c trained on row n.
-    output_CT: for each task, the output of each of its examples at each checkpoint.
+    members: one for each checkpoint, as many for each of at least three proxies, those of one after the other.
+    seen_PN: whether proxy p trained on row n.
+    output_PT: for each task, the output of each of its examples at the end of each proxy's training.
   """
   candidates = [options.damping * factor for factor in damping.FACTORS]
-  pairs = damping.held_out_pairs(len(members))
+  pairs = damping.held_out_pairs(len(seen_PN), len(members) // len(seen_PN))
   by_candidate: list[list[Solution]] = [[] for _ in candidates]
   predicted: list[list[np.ndarray]] = [[] for _ in table]  # of each task: [K, pairs of one scorer, T]
   spectra = []
   for index, member in enumerate(members):
     system = _System(member, table, options, mesh, progress, partials)
     spectra.append(system.spectra)
-    sum_CJ = datamodel.sums(member.source, seen_CN)
-    difference_PJ = np.stack([sum_CJ[a] - sum_CJ[b] for scorer, a, b in pairs if scorer == index])
+    sum_PJ = datamodel.sums(member.source, seen_PN)
+    difference_DJ = np.stack([sum_PJ[a] - sum_PJ[b] for scorer, a, b in pairs if scorer == index])
     found = []
     for solutions, candidate in zip(by_candidate, candidates, strict=True):
-      solution, u_JP = system.solve(candidate, difference_PJ, overwrite=candidate == candidates[-1])
+      solution, u_JD = system.solve(candidate, difference_DJ, overwrite=candidate == candidates[-1])
       solutions.append(solution)
-      found.append(u_JP)
+      found.append(u_JD)
     for task, phi_TJ in zip(predicted, member.targets, strict=True):
-      task.append(np.stack([(phi_TJ.astype(np.float64) @ u_JP).T for u_JP in found]))
+      task.append(np.stack([(phi_TJ.astype(np.float64) @ u_JD).T for u_JD in found]))
   choice = damping.choose(
     candidates[damping.FIXED],
     candidates,
     [np.concatenate(task, axis=1) for task in predicted],
-    [np.stack([o[a] - o[b] for _, a, b in pairs]) for o in output_CT],
+    [np.stack([o[a] - o[b] for _, a, b in pairs]) for o in output_PT],
     [c.weight_KT[c.resample_rows] for c in table],
   )
   return Solved(by_candidate[candidates.index(choice.damping)], spectra, choice.damping, choice)
@@ -176,10 +176,10 @@ class _System:
     return phi if self._scale_J is None else phi * self._scale_J
 
   def solve(
-    self, relative: float, more_PJ: np.ndarray | None = None, *, overwrite: bool = False
+    self, relative: float, more_DJ: np.ndarray | None = None, *, overwrite: bool = False
   ) -> tuple[Solution, np.ndarray]:
-    """The solution for the targets' columns, to be multiplied with features as stored; and u_JP of `more_PJ`."""
-    right = self._right_KJ if more_PJ is None else np.concatenate([self._right_KJ, self._scaled(more_PJ)])
+    """The solution for the targets' columns, to be multiplied with features as stored; and u_JD of `more_DJ`."""
+    right = self._right_KJ if more_DJ is None else np.concatenate([self._right_KJ, self._scaled(more_DJ)])
     found = datamodel.solve(self._parts, self._blocks, right, relative, recentre=self._recentre, overwrite=overwrite)
     u_JK = found.u_JK if self._scale_J is None else found.u_JK * self._scale_J[:, None]
     count = len(self._right_KJ)

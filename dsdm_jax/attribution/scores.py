@@ -41,17 +41,19 @@ def run(context: Context) -> dict:
   ]
   partials = Partials(context.out)
   ensemble_ = list(members.open_members(features, names, options.gram, options.unit_norm))
-  seen_CN = seen(context.inputs['proxies'], features.checkpoints, features.rows)
-  mesh, q_N = make_mesh(context.config.mesh), None
-  total = (2 * len(ensemble_) + (features.checkpoints if options.q else 0)) * features.rows
+  proxies, mesh, q_N = context.config.proxies, make_mesh(context.config.mesh), None
+  seen_PN = seen(context.inputs['proxies'], proxies.count, features.rows)
+  total = (2 * len(ensemble_) + (proxies.count if options.q else 0)) * features.rows
   with context.log.bar(total=total, desc='datamodel', unit='row') as bar:
     if options.damping_rule == 'auto':
       observed = _outputs(context, examples)
-      solved = members.solve_auto(ensemble_, table, options, mesh, bar.update, partials, seen_CN, observed)
+      solved = members.solve_auto(ensemble_, table, options, mesh, bar.update, partials, seen_PN, observed)
     else:
       solved = members.solve(ensemble_, table, options, mesh, bar.update, partials)
     u = [solution.u_JK for solution in solved.solutions]
-    tasks = tables.make([m.source for m in ensemble_], u, table, seen_CN, options.average, bar.update, partials)
+    tasks = tables.make(
+      [m.source for m in ensemble_], u, table, seen_PN, options.average, bar.update, partials, proxies.checkpoints
+    )
     if options.q:
       q_N = 1 - _mean_probability(context, bar)
       for task in tasks:
@@ -82,7 +84,7 @@ def run(context: Context) -> dict:
   return {
     'sign': 'higher: training on the row raises the output function of the target',
     'output_fn': context.inputs['features'].settings['features.output_fn'],
-    'scale': _scale(options),
+    'scale': _scale(options, proxies.checkpoints),
     'q': 'times 1 − mean predicted-token probability, which is averaged over proxies' if options.q else 'none',
     'average': report['average'],
     'damping': solved.damping,
@@ -105,13 +107,15 @@ def _solution(
   }
 
 
-def _scale(options: ConfigDict) -> str:
+def _scale(options: ConfigDict, each: int) -> str:
   scale = 'goes with the square of the features' if options.recentre else 'invariant to the scale of features'
-  return f'{scale}; ' + ('one datamodel of all proxies' if options.gram == 'joint' else 'mean over proxies')
+  if options.gram == 'joint':
+    return f'{scale}; one datamodel of all proxies'
+  return f'{scale}; mean over ' + ('proxies' if each == 1 else f'{each} checkpoints of each proxy')
 
 
 def _outputs(context: Context, examples: Sequence[Examples]) -> list[np.ndarray]:
-  """output_CT of each task: the output function of its examples at each proxy."""
+  """output_PT of each task: the output function of its examples at each proxy."""
   passes, states = _proxies(context)
   by_proxy = [[passes.of_examples(state, e.tokens_TL, e.weights_TL) for e in examples] for state in states]
   context.add_flop(passes.flop)
@@ -159,12 +163,12 @@ def _flop(member: Member, targets: int, solves: int) -> float:
   return grams + 2.0 * rows * member.source.dimension * targets
 
 
-def seen(proxies: Artifact, checkpoints: int, rows: int) -> np.ndarray:
-  """Whether proxy c trained on row n, bool [C, N]."""
-  seen_CN = np.zeros((checkpoints, rows), bool)
-  for checkpoint in range(checkpoints):
-    seen_CN[checkpoint, np.load(proxies.path / f'subset_{checkpoint}.npy', allow_pickle=False)] = True
-  return seen_CN
+def seen(proxies: Artifact, count: int, rows: int) -> np.ndarray:
+  """Whether proxy p trained on row n, bool [P, N]."""
+  seen_PN = np.zeros((count, rows), bool)
+  for proxy in range(count):
+    seen_PN[proxy, np.load(proxies.path / f'subset_{proxy}.npy', allow_pickle=False)] = True
+  return seen_PN
 
 
 class Scores:

@@ -43,6 +43,7 @@ class Task:
 
   Attributes:
     by_member_CN: of each datamodel of the ensemble.
+    by_proxy_PN: the same, averaged over the checkpoints of each proxy; of the joint datamodel alone, where it is one.
     groups_NG: of groups of its examples, averaged over members.
     examples_NE: of its first examples one by one, averaged over members.
     score_N: of all its examples.
@@ -53,6 +54,7 @@ class Task:
   """
 
   by_member_CN: np.ndarray
+  by_proxy_PN: np.ndarray
   groups_NG: np.ndarray
   examples_NE: np.ndarray
   score_N: np.ndarray
@@ -63,7 +65,7 @@ class Task:
 
   def multiply(self, q_N: np.ndarray, sample_S: np.ndarray) -> None:
     """Multiplies each score of row n by q(n), in place."""
-    for array in (self.by_member_CN, self.score_N, self.error_N):
+    for array in (self.by_member_CN, self.by_proxy_PN, self.score_N, self.error_N):
       array *= q_N
     self.groups_NG *= q_N[:, None]
     self.examples_NE *= q_N[:, None]
@@ -88,10 +90,11 @@ def make(
   sources: Sequence[RowSource],
   u: Sequence[np.ndarray],
   table: Sequence[Columns],
-  seen_CN: np.ndarray,
+  seen_PN: np.ndarray,
   average: str,
   progress: Progress,
   partials: Partials,
+  each: int = 1,
 ) -> list[Task]:
   """Scores all rows for all columns of all tasks in one pass.
 
@@ -99,15 +102,17 @@ def make(
     sources: features of the pool, of each member.
     u: u_JK of each member, for the columns of all tasks in order.
     table: the columns.
-    seen_CN: whether proxy c trained on row n; not asked where there is one joint member.
+    seen_PN: whether proxy p trained on row n; not asked where there is one joint member.
     average: 'all', 'unseen' or 'auto'.
     progress: told the rows of each shard, once for each member.
     partials: keep the scores of shards, and those that an earlier attempt kept are not made anew.
+    each: members of one proxy, one after the other.
   """
   rows, members = sources[0].rows, len(sources)
-  joint = members < len(seen_CN)
+  joint = members < each * len(seen_PN)
   if joint:  # there is no proxy to leave out
-    seen_CN, average = np.zeros((members, rows), bool), ensemble.ALL
+    seen_PN, average, each = np.zeros((members, rows), bool), ensemble.ALL, 1
+  seen_CN = np.repeat(seen_PN, each, axis=0)
   first = np.cumsum([0, *(len(c.weight_KT) for c in table)])
   kept = np.concatenate([np.arange(f, f + c.resample_rows.start) for f, c in zip(first, table, strict=False)])
   resampled = [np.arange(f + c.resample_rows.start, f + len(c.weight_KT)) for f, c in zip(first, table, strict=False)]
@@ -146,12 +151,12 @@ def make(
   tasks = []
   begin = 0
   for index, c in enumerate(table):
-    described = effect.describe(int(first[index]))
+    described = effect.describe(int(first[index]), each)
     taken = ensemble.choose(average, described)
     mode, end = modes[taken], begin + c.resample_rows.start
-    kept_NK = mode.kept_NK[:, begin:end]
+    kept_NK, score_CN = mode.kept_NK[:, begin:end], score_CNT[:, :, index].copy()
     tasks.append(Task(
-      score_CNT[:, :, index].copy(), kept_NK[:, c.group_rows].copy(), kept_NK[:, c.example_rows].copy(),
+      score_CN, ensemble.by_proxy(score_CN, each), kept_NK[:, c.group_rows].copy(), kept_NK[:, c.example_rows].copy(),
       kept_NK[:, 0].copy(), mode.error_NT[:, index].copy(), mode.sample_SK[:, resampled[index]].copy(), taken,
       None if joint else described,
     ))  # fmt: skip
@@ -172,8 +177,8 @@ def arrays(names: Sequence[str], tasks: Sequence[Task], table: Sequence[Columns]
       found[f'example_rows_{name}_EM'], found[f'example_score_{name}_EM'] = rows_EM, score_EM
     if c.resamples > 1:
       found[f'error_{name}_N'] = task.error_N
-    if len(task.by_member_CN) > 1:
-      found[f'spread_{name}_N'] = task.by_member_CN.std(axis=0, ddof=1)
+    if len(task.by_proxy_PN) > 1:
+      found[f'spread_{name}_N'] = task.by_proxy_PN.std(axis=0, ddof=1)
   score_TN = np.stack([task.score_N for task in tasks])
   found['score_mix_N'] = mix(score_TN, rule)
   error_N = mix_error(np.stack([task.error_N for task in tasks]), score_TN, rule)
@@ -220,6 +225,6 @@ def report(names: Sequence[str], tasks: Sequence[Task], rule: str) -> dict[str, 
   return {
     'subset_effect': {n: t.subset_effect for n, t in zip(names, tasks, strict=True)},
     'average': {n: t.average for n, t in zip(names, tasks, strict=True)},
-    'checkpoint_agreement': {n: ensemble.agreement(t.by_member_CN) for n, t in zip(names, tasks, strict=True)},
+    'checkpoint_agreement': {n: ensemble.agreement(t.by_proxy_PN) for n, t in zip(names, tasks, strict=True)},
     'top_overlap_over_targets': stable,
   }

@@ -56,6 +56,7 @@ class TokenScores:
     with config.unlocked():
       config.features.update({'batch_size': batch_size, 'microbatch': 0})
       config.mesh = {'data': -1, 'model': 1}
+      config.proxies.setdefault('checkpoints', 1)  # features of before this key
     self._output_fn = _shares(config.features.output_fn)
     self._config, self._pool = config, Pool(inputs['pool'])
     folder = inputs['features'].path
@@ -74,21 +75,21 @@ class TokenScores:
     with np.load(self._datamodel.path / SOLUTION, allow_pickle=False) as arrays:
       u_CJ = arrays[f'u_{task}_CJ']
       q_B = arrays['q_N'][rows_B] if 'q_N' in arrays else np.ones(len(rows_B))
-    if said['gram'] == 'joint':  # one datamodel, whose scores are sums over proxies
+    if said['gram'] == 'joint':  # one datamodel, whose scores are sums over checkpoints
       weight_CB = np.ones((len(u_CJ), len(rows_B)))
     else:
-      weight_CB = ensemble.weights(
-        seen(self._proxies, len(u_CJ), self._pool.num_rows)[:, rows_B], said['average'][task]
-      )
+      proxies = self._config.proxies
+      seen_PB = seen(self._proxies, proxies.count, self._pool.num_rows)[:, rows_B]
+      weight_CB = ensemble.weights(np.repeat(seen_PB, proxies.checkpoints, axis=0), said['average'][task])
     total_BL = np.zeros((len(rows_B), self._pool.length))
     tokens_BL = self._pool.tokens(rows_B)
     for checkpoint, (u_J, weight_B) in enumerate(zip(u_CJ, weight_CB, strict=True)):
       scale = max(float(np.abs(u_J).max()), np.finfo(np.float64).tiny)  # float32 stays far from its limits
-      share_BL = self._of_proxy(checkpoint, (u_J / scale).astype(np.float32), tokens_BL)
+      share_BL = self._of_checkpoint(checkpoint, (u_J / scale).astype(np.float32), tokens_BL)
       total_BL[:, 1:] += share_BL * scale * (weight_B * q_B)[:, None]
     return total_BL.astype(np.float32)
 
-  def _of_proxy(self, checkpoint: int, u_J: np.ndarray, tokens_NL: np.ndarray) -> np.ndarray:
+  def _of_checkpoint(self, checkpoint: int, u_J: np.ndarray, tokens_NL: np.ndarray) -> np.ndarray:
     """Shares [N, L−1] of tokens 1…L−1."""
     step, size = self._steps.step, self._steps.batch_size
     params, moment = self._steps.weights(checkpoint)

@@ -5,6 +5,7 @@ import sys
 
 from dsdm_jax.bench import (
   data,
+  derivative,
   evaluation,
   features,
   load,
@@ -19,8 +20,9 @@ from dsdm_jax.bench import (
 from dsdm_jax.core.errors import UserError
 
 _BENCHES = {
-  'data': data, 'evaluation': evaluation, 'features': features, 'load': load, 'near_duplicates': near_duplicates,
-  'peers': peers, 'report': report, 'results': results, 'selection': selection, 'study': study, 'train': train,
+  'data': data, 'derivative': derivative, 'evaluation': evaluation, 'features': features, 'load': load,
+  'near_duplicates': near_duplicates, 'peers': peers, 'report': report, 'results': results, 'selection': selection,
+  'study': study, 'train': train,
 }  # fmt: skip
 
 

@@ -25,11 +25,13 @@ class Keep:
     newest: so many of the newest.
     every_steps: and each step that this divides; 0 for none.
     every_hours: and one for each span of so many hours; 0 for none.
+    steps: and these.
   """
 
   newest: int = 1
   every_steps: int = 0
   every_hours: float = 0.0
+  steps: tuple[int, ...] = ()
 
 
 class Checkpoints:
@@ -48,6 +50,8 @@ class Checkpoints:
       policies.append(policy.EveryNSteps(keep.every_steps))
     if keep.every_hours:
       policies.append(policy.EveryNSeconds(max(1, round(keep.every_hours * 3_600))))
+    if keep.steps:
+      policies.append(policy.CustomSteps(keep.steps))
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policy.AnyPreservationPolicy(policies), create=True, enable_async_checkpointing=True
     )
@@ -80,8 +84,12 @@ class Checkpoints:
     if shutil.disk_usage(self._directory).free < needed:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
 
-  def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+  def restore(self, like: Any, only: int | None = None) -> tuple[Any, dict[str, Any]] | None:
     """The newest checkpoint that can be read, with the shapes, dtypes and shardings of `like`; None if there is none.
+
+    Args:
+      like: pytree of arrays or of their shapes.
+      only: step of the checkpoint that is wanted and no other.
 
     Raises:
       UserError: there are checkpoints and none of them fits `like`.
@@ -91,6 +99,8 @@ class Checkpoints:
     )
     failure: Exception | None = None
     for step in sorted(self._manager.all_steps(), reverse=True):
+      if only not in (None, step):
+        continue
       try:
         found = self._manager.restore(step, args=args)
         return found['state'], found['record']

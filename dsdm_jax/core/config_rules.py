@@ -119,6 +119,7 @@ RULES: Mapping[str, Rule] = {
   **{f'{train}.{key}': rule for train in TRAINS for key, rule in _TRAIN_RULES.items()},
   'proxies.seed': _COUNT,
   'proxies.count': _POSITIVE,
+  'proxies.checkpoints': _POSITIVE,
   'proxies.subset_share': _within(0, 1, '(]'),
   'proxies.epochs': _COUNT,
   'features.output_fn': _NAME,
@@ -291,10 +292,12 @@ RELATIONS: tuple[Relation, ...] = (
     'set --config.pretraining.models_at_once=1',
   ),
   Relation(
-    ('proxies.epochs', 'proxies.model.weights', 'proxies.count'),
-    lambda epochs, weights, count: epochs > 0 or (weights != '' and count == 1),
-    'trains nothing: needs proxies.model.weights (it is {1!r}) and proxies.count = 1 ({2})',
-    'set --config.proxies.model.weights to a folder and --config.proxies.count=1, or --config.proxies.epochs=2',
+    ('proxies.epochs', 'proxies.model.weights', 'proxies.count', 'proxies.checkpoints'),
+    lambda epochs, weights, count, checkpoints: epochs > 0 or (weights != '' and count == checkpoints == 1),
+    'trains nothing: needs proxies.model.weights (it is {1!r}), proxies.count = 1 ({2}) and proxies.checkpoints = 1 '
+    '({3})',
+    'set --config.proxies.model.weights to a folder, --config.proxies.count=1 and --config.proxies.checkpoints=1, or '
+    '--config.proxies.epochs=2',
   ),
   Relation(
     ('distributed.process', 'distributed.processes'),

@@ -35,11 +35,12 @@ def _pays(multiplier: Mapping[str, float]) -> str:
 
 
 def _head(plan: Mapping[str, Any]) -> str:
-  mesh = plan['mesh']
+  mesh, each = plan['mesh'], plan['config']['proxies.checkpoints']
+  proxies = f'{plan["config"]["proxies.count"]} proxies' + (f' at {each} checkpoints' if each > 1 else '')
   return (
     f'{plan["topology"]}: {plan["chips"]} chips ({plan["accelerator_type"]}), mesh {mesh["data"]} × {mesh["model"]}; '
     f'{plan["rows"]:,} rows of {plan["config"]["pool.length"]:,} tokens, J = {plan["dimension"]:,}, '
-    f'{plan["config"]["proxies.count"]} proxies, {plan["final_runs"]} final models'
+    f'{proxies}, {plan["final_runs"]} final models'
   )
 
 

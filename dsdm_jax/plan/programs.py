@@ -27,6 +27,7 @@ from dsdm_jax.core.mesh import DATA, batch_sharding
 from dsdm_jax.selection.registry import SELECTORS
 from dsdm_jax.selection.select import load_selectors
 from dsdm_jax.training import ladder
+from dsdm_jax.training.proxies import checkpoints
 from dsdm_jax.training.step import Trainer, abstract_model
 
 Arguments = tuple[Any, ...]
@@ -116,10 +117,10 @@ def rows(config: ConfigDict) -> int:
 
 
 def stored_bytes(config: ConfigDict, dimension: int) -> float:
-  """Of the feature store, all proxies together."""
+  """Of the feature store, all checkpoints of all proxies together."""
   if config.features.mode != 'store':
     return 0.0
-  return float(config.proxies.count * rows(config) * dimension * _STORED_BYTES[config.features.store_dtype])
+  return float(checkpoints(config) * rows(config) * dimension * _STORED_BYTES[config.features.store_dtype])
 
 
 def final_runs(config: ConfigDict) -> int:
@@ -212,7 +213,7 @@ def _features(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
     return step.jitted, (prepared, *_rows_of(mesh, batch, length))
 
   return Work(
-    'features', program, batch, 'features.batch_size', math.ceil(read / batch) * config.proxies.count,
+    'features', program, batch, 'features.batch_size', math.ceil(read / batch) * checkpoints(config),
     model.parameters, tokens, least, remat_key=_remat_key(config.proxies.model, 'proxies.model'),
   )  # fmt: skip
 
@@ -236,7 +237,7 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
 
   runs, least = math.ceil(sampled / shard), 2.0 * shard * sum((stop - start) ** 2 for start, stop in columns)
   work = functools.partial(Work, batch=shard, batch_key='features.shard_rows', parameters=model.parameters, tokens=0)
-  count, passes = config.proxies.count, _HIGHEST_PASSES
+  count, passes = checkpoints(config), _HIGHEST_PASSES
   added = work('gram', gram, runs=runs * count, least_flop=least, passes=passes)
   if features.mode == 'jvp':
     return [added, _directional(config, mesh, model)]
@@ -265,6 +266,6 @@ def _directional(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
 
   tokens = batch * length
   return Work(
-    'scores', program, batch, 'features.batch_size', math.ceil(rows(config) / batch) * config.proxies.count,
+    'scores', program, batch, 'features.batch_size', math.ceil(rows(config) / batch) * checkpoints(config),
     model.parameters, tokens, (1 + 2 * targets) * model.forward_flop * tokens,
   )  # fmt: skip

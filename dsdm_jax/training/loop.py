@@ -36,6 +36,7 @@ def train(
   bar: tqdm.tqdm,
   evaluate: Evaluate | None = None,
   names: Sequence[str] = (),
+  kept: tuple[int, ...] = (),
 ) -> History:
   """Trains one model, or goes on with it, or finds it finished.
 
@@ -51,6 +52,7 @@ def train(
     bar: has `update(steps)`.
     names: of the models, where the trainer trains several side by side (`together`): metrics are lists of theirs.
     evaluate: state → further metrics, scalars on the device; called every `evaluate_every_steps`.
+    kept: steps whose state stays in `<name>/`, beside the last.
 
   Returns:
     The logged lines: step (1-based), loss in nats per token, gradient norm, learning rate, tokens so far, and what
@@ -64,7 +66,7 @@ def train(
   if distributed.decide(record_file.is_file):
     bar.update(steps * trainer.models)
     return read_history(record_file)
-  keep = Keep(config.keep_checkpoints, config.keep_every_steps, config.keep_every_hours)
+  keep = Keep(config.keep_checkpoints, config.keep_every_steps, config.keep_every_hours, kept)
   with preemption.watched() as asked_to_stop:
     with Checkpoints(context.out / name, keep) as checkpoints:
       restored = checkpoints.restore(trainer.abstract)
@@ -76,7 +78,7 @@ def train(
       if restored and checkpoints.latest != start:
         context.log.say(f'the checkpoint of step {checkpoints.latest} of {name} is torn: it goes on from step {start}')
         checkpoints.drop_after(start)
-      run = _Run(context, trainer, name, history, steps, config, bar, checkpoints, evaluate, names or [name])
+      run = _Run(context, trainer, name, history, steps, config, bar, checkpoints, evaluate, names or [name], kept)
       try:
         state = run.go(state, batches(start), asked_to_stop)
       finally:
@@ -98,9 +100,9 @@ class _Run:
 
   def __init__(
     self, context: Context, trainer: Any, name: str, history: History, steps: int, config: ConfigDict,
-    bar: tqdm.tqdm, checkpoints: Checkpoints, evaluate: Evaluate | None, names: Sequence[str],
+    bar: tqdm.tqdm, checkpoints: Checkpoints, evaluate: Evaluate | None, names: Sequence[str], kept: tuple[int, ...],
   ):  # fmt: skip
-    self.names = names
+    self.names, self.kept = names, kept
     self.context, self.trainer, self.name, self.history, self.steps = context, trainer, name, history, steps
     self.config, self.bar, self.checkpoints, self.evaluate = config, bar, checkpoints, evaluate
     self.meter = Meter(context, name, config.profile_steps)
@@ -147,7 +149,7 @@ class _Run:
       self.pending = (step, seen)
     if step == self.steps:
       return
-    save = bool(config.save_every_steps) and step % config.save_every_steps == 0
+    save = step in self.kept or (bool(config.save_every_steps) and step % config.save_every_steps == 0)
     stop = False
     # Several processes must go the same way, and agree on it only now and then: it takes a message to each.
     if distributed.count() == 1 or logged:
@@ -207,14 +209,18 @@ def read_history(file: Path) -> History:
   return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def load_state(directory: Path, trainer: Any) -> TrainState:
-  """The newest checkpoint in `directory`, on the trainer's mesh.
+def load_state(directory: Path, trainer: Any, step: int | None = None) -> TrainState:
+  """The newest checkpoint in `directory`, or that of `step`, on the trainer's mesh.
 
   Raises:
     UserError: there is none, it is torn, or it belongs to another model.
   """
   with Checkpoints(directory) as checkpoints:
-    restored, newest = checkpoints.restore(trainer.abstract), checkpoints.latest
+    restored, newest = checkpoints.restore(trainer.abstract, step), checkpoints.latest if step is None else step
+  if restored is None and step is not None:
+    raise UserError(
+      f'{directory} lacks the checkpoint of step {step}; delete the stage folder above it and start again'
+    )
   if restored is None:
     raise UserError(f'{directory} holds no checkpoint; delete the stage folder above it and start again')
   state = restored[0]

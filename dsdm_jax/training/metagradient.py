@@ -19,7 +19,11 @@ LEAST_EPS_ROOT = 1e-8  # `adam_eps_root` below which derivatives through Adam ar
 
 
 class Metagradient:
-  """Args: training; outputs: what is measured; member_KT: bool, which examples each task has."""
+  """Args: training; outputs: what is measured; member_KT: bool, which examples each task has.
+
+  Attributes:
+    apply: (weight_N, state before training, order_SB) → output_K; pure.
+  """
 
   def __init__(self, training: ScannedTraining, outputs: TargetOutputs, member_KT: np.ndarray):
     mean_KT = jnp.asarray(member_KT / member_KT.sum(axis=1, keepdims=True), jnp.float32)
@@ -31,7 +35,8 @@ class Metagradient:
       output_K, backward = jax.vjp(lambda w: final(w, state, order_SB), weight_N)
       return output_K, jax.vmap(backward)(jnp.eye(len(output_K)))[0]
 
-    self._training, self._gradient, self._final = training, jax.jit(gradient), jax.jit(final)
+    self._training, self.apply = training, final
+    self._gradient, self._final = jax.jit(gradient), jax.jit(final)
 
   def __call__(self, run: int | str, weight_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(output_K, derivative_KN) at the weights `weight_N`, float32.

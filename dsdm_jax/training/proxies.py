@@ -3,6 +3,7 @@
 import functools
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from dsdm_jax.core import atomic, prng
 from dsdm_jax.core.errors import UserError
@@ -17,7 +18,10 @@ from dsdm_jax.training.step import trainer
 
 
 def run(context: Context) -> dict:
-  """Trains `proxies.count` models; leaves `proxy_<c>/`, `proxy_<c>.jsonl` and `subset_<c>.npy` (sorted rows)."""
+  """Trains `proxies.count` models; leaves `proxy_<p>/`, `proxy_<p>.jsonl` and `subset_<p>.npy` (sorted rows).
+
+  Each folder holds `proxies.checkpoints` states of its training (see `checkpoint_steps`).
+  """
   config, proxies = context.config, context.config.proxies
   pool = Pool(context.inputs['pool'])
   size = round(proxies.subset_share * pool.num_rows)
@@ -27,26 +31,42 @@ def run(context: Context) -> dict:
       f'config.proxies: {proxies.epochs} epochs of {size} rows are less than one batch of '
       f'{proxies.train.batch_size}; raise proxies.epochs or the pool'
     )
+  if 0 < steps < proxies.checkpoints:
+    raise UserError(
+      f'config.proxies: {steps} steps are fewer than proxies.checkpoints = {proxies.checkpoints}; lower that, or raise '
+      'proxies.epochs or the pool'
+    )
   seed = prng.derive(config.seed, 'proxies', proxies.seed) if proxies.seed else config.seed
   compiled = trainer(proxies.model, proxies.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
   mine = share(compiled.batch_sharding, proxies.train.batch_size)
   losses = []
   with context.log.bar(total=steps * proxies.count, desc='proxies', unit='step') as bar:
-    for checkpoint in range(proxies.count):
-      rows = subset(seed, checkpoint, pool.num_rows, size)
+    for proxy in range(proxies.count):
+      rows = subset(seed, proxy, pool.num_rows, size)
       if context.first:
-        atomic.save_npy(context.out / f'subset_{checkpoint}.npy', rows)
-      schedule = Schedule.single(f'proxy_{checkpoint}', rows, steps * proxies.train.batch_size, seed)
+        atomic.save_npy(context.out / f'subset_{proxy}.npy', rows)
+      schedule = Schedule.single(f'proxy_{proxy}', rows, steps * proxies.train.batch_size, seed)
       history = loop.train(
-        context, compiled, f'proxy_{checkpoint}', prng.stream(seed, 'init', 'proxy', checkpoint),
+        context, compiled, f'proxy_{proxy}', prng.stream(seed, 'init', 'proxy', proxy),
         functools.partial(training_batches, pool, schedule, proxies.train.batch_size, share=mine), steps,
         proxies.train, bar, held_out(compiled, pool, rows, proxies.train, config.seed),
+        kept=checkpoint_steps(steps, proxies.checkpoints)[:-1],
       )  # fmt: skip
       losses.append(history[-1]['loss'] if history else None)
   return {'count': proxies.count, 'subset_rows': size, 'steps': steps, 'final_loss_nats': losses}
 
 
-def subset(seed: int, checkpoint: int, num_rows: int, size: int) -> np.ndarray:
-  """Sorted int64 rows of proxy `checkpoint`, drawn without replacement."""
-  rows = prng.numpy_stream(seed, 'proxy_subset', checkpoint).choice(num_rows, size, replace=False)
+def checkpoint_steps(steps: int, count: int) -> tuple[int, ...]:
+  """The steps of a proxy whose state is kept: `count` of them, at equal distances, the last included."""
+  return tuple(round(steps * (i + 1) / count) for i in range(count))
+
+
+def checkpoints(config: ConfigDict) -> int:
+  """C, of all proxies together. Checkpoint c is of proxy c // `proxies.checkpoints`, its earliest first."""
+  return config.proxies.count * config.proxies.checkpoints
+
+
+def subset(seed: int, proxy: int, num_rows: int, size: int) -> np.ndarray:
+  """Sorted int64 rows of proxy `proxy`, drawn without replacement."""
+  rows = prng.numpy_stream(seed, 'proxy_subset', proxy).choice(num_rows, size, replace=False)
   return np.sort(rows).astype(np.int64)

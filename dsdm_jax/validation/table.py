@@ -1,6 +1,13 @@
-"""What the bank found, as JSON records and as a table to read."""
+"""What the bank found, as JSON records and as tables to read.
 
+`python -m dsdm_jax.validation.table FOLDER` prints the tables of the `lds.json` and `monotone.json` in a folder.
+"""
+
+import argparse
+import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +77,22 @@ def _record(
   }  # fmt: skip
 
 
+def page(
+  by_example: Sequence[Mapping[str, Any]], by_task: Sequence[Mapping[str, Any]], monotone: Mapping[str, Any]
+) -> str:
+  """Markdown: a table for each setting and level, and the losses after training on deciles."""
+  parts = []
+  for setting in dict.fromkeys(r['setting'] for r in by_example):
+    for level, records in (('each target example', by_example), ('mean of each task', by_task)):
+      parts.append(f'### {setting}, {level}\n\n' + markdown(r for r in records if r['setting'] == setting))
+  lines = ['| task | seed | decile 1 | decile 5 | decile 10 | ordered |', '|---|---|---|---|---|---|']
+  for task, runs in monotone.items():
+    for seed, run in enumerate(runs):
+      losses = ' | '.join(f'{x:.3f}' for x in run['loss'])
+      lines.append(f'| {task} | {seed} | {losses} | {"yes" if run["ordered"] else "no"} |')
+  return '\n'.join([*parts, '### Loss after training on one decile of scores\n', *lines]) + '\n'
+
+
 def markdown(found: Iterable[Mapping[str, Any]]) -> str:
   """One row for each predictor, one column for each family; best first by the mean over families."""
   found = list(found)
@@ -92,3 +115,21 @@ def _line(name: str, cells: Sequence[Mapping[str, Any] | None]) -> str:
 
 def _number(value: float | None) -> str:
   return NO_SCORE if value is None else f'{value:.2f}'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Exit code 0; or 2 after one line on stderr."""
+  parser = argparse.ArgumentParser(prog='python -m dsdm_jax.validation.table', description=__doc__)
+  parser.add_argument('folder', type=Path, help='holds lds.json and monotone.json')
+  folder = parser.parse_args(argv).folder
+  try:
+    lds, monotone = (json.loads((folder / f'{name}.json').read_text()) for name in ('lds', 'monotone'))
+  except (OSError, ValueError) as error:
+    sys.stderr.write(f'dsdm_jax: {folder} does not hold a validation ({error}); give its folder\n')
+    return 2
+  sys.stdout.write(page(lds['by_example'], lds['by_task'], monotone))
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

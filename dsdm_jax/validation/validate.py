@@ -11,21 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import atomic, flops, prng
+from dsdm_jax.core import atomic, flops
 from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.targets import Targets
 from dsdm_jax.training.metagradient import Metagradient
-from dsdm_jax.training.scanned import ScannedTraining, TargetOutputs
+from dsdm_jax.training.scanned import TargetOutputs
 from dsdm_jax.validation import agreement, bank, cheap, subsets, table
-from dsdm_jax.validation.variants import BEST, REFERENCE, STOPS, VARIANTS, Proxy, Scorer, scaled
+from dsdm_jax.validation.proxies import USUAL, Proxies
+from dsdm_jax.validation.variants import BEST, REFERENCE, VARIANTS, Scorer
 
 PLAIN, METASMOOTH = 'plain', 'metasmooth'
 ORACLE = 'oracle (metagradient)'
 # What stands beside the oracle where training is smooth.
-_SMOOTH_VARIANTS = ('reference', 'no curvature', 'Gram by layers', BEST)
+_SMOOTH_VARIANTS = (
+  'reference', 'no curvature', '4 proxies', 'three checkpoints', 'early checkpoint', 'half the epochs',
+  'twice the epochs', 'damping × 10', 'Gram by layers', 'Gram by layers, damping × 10', 'Gram by layers, J = 8,192',
+  'Gram by layers, 4 proxies', 'Gram by layers, three checkpoints', BEST,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +53,13 @@ class Examples:
 
 def run(context: Context) -> dict:
   """Leaves `lds.json`, `lds.md`, `monotone.json` and the trained bank's outputs; `docs/validation.md` says more."""
-  config, examples = context.config, _examples(context)
+  config = context.config
+  examples = examples_of(config.validation, Pool(context.inputs['pool']), Targets(context.inputs['targets']))
   found: list[dict[str, Any]] = []
   by_task: list[dict[str, Any]] = []
   monotone: dict[str, Any] = {}
   for name in (PLAIN, METASMOOTH):
-    setting = Setting(context, name, _train_config(config, name), examples)
+    setting = Setting(context, name, train_config(config, name), examples)
     example_level, task_level = setting.table()
     found += example_level
     by_task += task_level
@@ -61,23 +67,10 @@ def run(context: Context) -> dict:
       monotone = setting.monotone()
   atomic.write_json(context.out / 'lds.json', {'by_example': found, 'by_task': by_task})
   atomic.write_json(context.out / 'monotone.json', monotone)
-  text = _page(found, by_task, monotone)
+  text = table.page(found, by_task, monotone)
   atomic.write_text(context.out / 'lds.md', text)
   context.log.say(text)
   return {'rows': len(examples.tokens_NL), 'targets': list(examples.tasks), 'settings': [PLAIN, METASMOOTH]}
-
-
-def _page(found: list[dict[str, Any]], by_task: list[dict[str, Any]], monotone: Mapping[str, Any]) -> str:
-  parts = []
-  for setting in (PLAIN, METASMOOTH):
-    for level, records in (('each target example', found), ('mean of each task', by_task)):
-      parts.append(f'### {setting}, {level}\n\n' + table.markdown(r for r in records if r['setting'] == setting))
-  lines = ['| task | seed | decile 1 | decile 5 | decile 10 | ordered |', '|---|---|---|---|---|---|']
-  for task, runs in monotone.items():
-    for seed, run_ in enumerate(runs):
-      losses = ' | '.join(f'{x:.3f}' for x in run_['loss'])
-      lines.append(f'| {task} | {seed} | {losses} | {"yes" if run_["ordered"] else "no"} |')
-  return '\n'.join([*parts, '### Loss after training on one decile of scores\n', *lines]) + '\n'
 
 
 class Setting:
@@ -90,10 +83,10 @@ class Setting:
     config.proxies.train = train
     self._config = config
     self._folder = context.out / name
-    self._training = self._training_of(1.0)
+    self._proxies = Proxies(config, examples.vocab_size, examples.tokens_NL)
+    self._training = self._proxies.training(USUAL)
     function = load_callable(config.features.output_fn)
     self._outputs = TargetOutputs(self._training, function, examples.tokens_TL, examples.weights_TL)
-    self._proxies = functools.lru_cache(maxsize=None)(self._train_proxies)
     self._scorer = Scorer(
       config, self._proxies, examples.vocab_size, examples.tokens_NL, examples.tokens_TL, examples.weights_TL
     )
@@ -184,26 +177,11 @@ class Setting:
     return np.load(file, allow_pickle=False)
 
   def _cheap(self) -> Mapping[str, Any]:
-    e, proxy = self._examples, self._proxies(1.0)[0]
+    e = self._examples
     return cheap.predictors(
       e.tokens_NL, e.tokens_TL, e.task_T, e.vocab_size,
-      lambda: self._scorer.loss(proxy), lambda: self._scorer.embeddings(proxy),
+      lambda: self._scorer.loss(self._proxies(USUAL, 0)), lambda: self._scorer.embeddings(self._proxies(USUAL, 0)),
     )  # fmt: skip
-
-  def _train_proxies(self, width: float) -> tuple[Proxy, ...]:
-    training, rows, found = self._training_of(width), self._training.rows, []
-    for place in range(self._options.proxies):
-      weight_MN = np.zeros((1, rows), np.float32)
-      chosen = prng.numpy_stream(self._config.seed, 'validation', 'proxy', place).permutation(rows)
-      weight_MN[0, chosen[: round(self._config.proxies.subset_share * rows)]] = 1
-      states = training.train(f'proxy {place}', weight_MN, STOPS)
-      found.append(Proxy(training, tuple(bank.one(s) for s in states)))
-    return tuple(found)
-
-  def _training_of(self, width: float) -> ScannedTraining:
-    proxies, e = self._config.proxies, self._examples
-    model = scaled(proxies.model, width)
-    return ScannedTraining(model, proxies.train, e.vocab_size, e.tokens_NL, self._options.epochs, self._config.seed)
 
   def _flop_of_training(self) -> float:
     training = self._training
@@ -213,7 +191,8 @@ class Setting:
     return flops.count(training.trainer.apply, state, tokens, weight, jnp.int32(1)) * training.steps
 
 
-def _train_config(config: ConfigDict, name: str) -> ConfigDict:
+def train_config(config: ConfigDict, name: str) -> ConfigDict:
+  """How the models of one setting are trained."""
   train, options = ConfigDict(config.proxies.train.to_dict()), config.validation
   train.adam_eps_root = max(train.adam_eps_root, options.least_eps_root)
   if name == METASMOOTH:
@@ -221,9 +200,12 @@ def _train_config(config: ConfigDict, name: str) -> ConfigDict:
   return train
 
 
-def _examples(context: Context) -> Examples:
-  options = context.config.validation
-  pool, targets = Pool(context.inputs['pool']), Targets(context.inputs['targets'])
+def examples_of(options: ConfigDict, pool: Pool, targets: Targets) -> Examples:
+  """The first `validation.rows` of the pool, and `validation.target_examples` of each task.
+
+  Raises:
+    UserError: the pool is smaller.
+  """
   if pool.num_rows < options.rows:
     raise UserError(
       f'validation.rows = {options.rows} and the pool has {pool.num_rows}; lower it, or raise pool.max_bytes'

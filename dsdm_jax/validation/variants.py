@@ -21,11 +21,10 @@ from dsdm_jax.attribution.gradients import FeatureStep, TwoSidedFeatures
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.lm.outputs import token_log_probability
-from dsdm_jax.training.scanned import ScannedTraining
 from dsdm_jax.training.step import TrainState
+from dsdm_jax.validation.proxies import EARLY, LATE, MIDDLE, STOPS, USUAL, Kind, Proxy, scaled
 
-EARLY, MIDDLE, LATE = range(3)  # places among the checkpoints of one proxy
-STOPS = (1 / 3, 2 / 3, 1.0)
+_KEPT = 16  # features of one checkpoint each that stay in memory for the variants to come
 
 Changes = tuple[tuple[str, Any], ...]
 
@@ -42,7 +41,7 @@ class Variant:
     damping: times `datamodel.damping`.
     gram: full, layers, joint, or none for the gradient's dot product.
     unit_norm, q: as in `config.datamodel`.
-    width: times the width of the model.
+    kind: of the proxies.
   """
 
   name: str
@@ -53,7 +52,7 @@ class Variant:
   gram: str = 'full'
   unit_norm: bool = False
   q: bool = False
-  width: float = 1.0
+  kind: Kind = USUAL
 
 
 REFERENCE = Variant('reference')
@@ -67,8 +66,10 @@ VARIANTS: tuple[Variant, ...] = (
   Variant('middle checkpoint', checkpoints=(MIDDLE,)),
   Variant('three checkpoints', checkpoints=(EARLY, MIDDLE, LATE)),
   Variant('4 proxies, three checkpoints', proxies=4, checkpoints=(EARLY, MIDDLE, LATE)),
-  Variant('half the width', width=0.5),
-  Variant('twice the width', width=2.0),
+  Variant('half the width', kind=Kind(width=0.5)),
+  Variant('twice the width', kind=Kind(width=2.0)),
+  Variant('half the epochs', kind=Kind(length=0.5)),
+  Variant('twice the epochs', kind=Kind(length=2.0)),
   Variant('J = 256', features=(('dimension', 256),)),
   Variant('J = 8,192', features=(('dimension', 8_192),)),
   Variant('eigenvectors', features=(('basis', 'eigenvectors'),)),
@@ -110,20 +111,12 @@ class Rows:
       yield start, stop, self.phi_NJ[start:stop]
 
 
-@dataclasses.dataclass(frozen=True)
-class Proxy:
-  """Attributes: training that it comes from; its state at each of `STOPS`."""
-
-  training: ScannedTraining
-  states: tuple[TrainState, ...]
-
-
 class Scorer:
   """Scores of all rows for each target example, by any variant.
 
   Args:
     config: of the run.
-    proxies: width factor → trained proxies.
+    proxies: (kind, place) → the trained proxy.
     vocab_size: of the tokens.
     tokens_NL: the rows.
     tokens_TL, weights_TL: the target examples.
@@ -132,7 +125,7 @@ class Scorer:
   def __init__(
     self,
     config: ConfigDict,
-    proxies: Callable[[float], Sequence[Proxy]],
+    proxies: Callable[[Kind, int], Proxy],
     vocab_size: int,
     tokens_NL: np.ndarray,
     tokens_TL: np.ndarray,
@@ -146,17 +139,17 @@ class Scorer:
     self._weights = np.concatenate([weights_NL, weights_TL]).astype(np.float32)
     self._rows = len(tokens_NL)
     self._step = functools.lru_cache(maxsize=None)(self._make_step)
-    self._features = functools.lru_cache(maxsize=4)(self._make_features)
+    self._features = functools.lru_cache(maxsize=_KEPT)(self._make_features)
 
   def __call__(self, variant: Variant) -> np.ndarray:
     """score_NT, float32; higher is better."""
-    proxies = self._proxies(variant.width)[: variant.proxies]
-    parts = [(p, c) for p in range(len(proxies)) for c in variant.checkpoints]
+    parts = [(p, c) for p in range(variant.proxies) for c in variant.checkpoints]
     if variant.gram == 'joint':
       score_NT = self._joint(variant, parts)
     else:
       score_NT = np.mean([self._one(variant, *part) for part in parts], axis=0)
     if variant.q:
+      proxies = [self._proxies(variant.kind, place) for place in range(variant.proxies)]
       score_NT = score_NT * (1 - np.mean([self._probability(p) for p in proxies], axis=0))[:, None]
     return score_NT.astype(np.float32)
 
@@ -186,14 +179,14 @@ class Scorer:
     return variant.damping * self._config.datamodel.damping
 
   def _features_of(self, variant: Variant, proxy: int, checkpoint: int) -> tuple[np.ndarray, datamodel.Blocks]:
-    phi_XJ, columns = self._features(variant.features, variant.width, proxy, checkpoint)
+    phi_XJ, columns = self._features(variant.features, variant.kind, proxy, checkpoint)
     return (datamodel.unit_rows(phi_XJ) if variant.unit_norm else phi_XJ), columns
 
   def _make_features(
-    self, features: Changes, width: float, proxy: int, checkpoint: int
+    self, features: Changes, kind: Kind, proxy: int, checkpoint: int
   ) -> tuple[np.ndarray, datamodel.Blocks]:
-    step, config = self._step(features, width), self._changed(features, width)
-    state = self._proxies(width)[proxy].states[checkpoint]
+    step, config = self._step(features, kind.width), self._changed(features, kind.width)
+    state = self._proxies(kind, proxy).states[checkpoint]
     moment = None
     if config.features.precondition == 'adam':
       train = config.proxies.train
@@ -260,13 +253,6 @@ class Scorer:
 
 def _likelihood(model: nnx.Module, tokens_BL: jax.Array) -> jax.Array:
   return jax.vmap(token_log_probability)(model(tokens_BL), tokens_BL)
-
-
-def scaled(model: ConfigDict, width: float) -> ConfigDict:
-  """The model's config at `width` times the width; heads keep their number."""
-  model = ConfigDict(model.to_dict())
-  model.width, model.mlp_width = round(model.width * width), round(model.mlp_width * width)
-  return model
 
 
 def _filled(array: np.ndarray, batch: int) -> np.ndarray:

@@ -19,6 +19,8 @@ def test_the_scorer_takes_no_part_in_the_pair():
   assert damping.held_out_pairs(2) == []
   assert damping.held_out_pairs(3) == [(0, 1, 2), (1, 0, 2), (2, 0, 1)]
   assert len(damping.held_out_pairs(4)) == 4 * 3
+  # Two checkpoints for each of three proxies: those of the third tell how two differ.
+  assert damping.held_out_pairs(3, 2) == [(0, 1, 2), (1, 1, 2), (2, 0, 2), (3, 0, 2), (4, 0, 1), (5, 0, 1)]
 
 
 def test_agreement_is_the_rank_correlation():

@@ -31,6 +31,11 @@ def run(tmp_path):
   phi_CNJ = (common_NJ + rng.normal(size=(C, N, J))).astype(np.float32)
   target = {t: (x + rng.normal(size=(C, *x.shape))).astype(np.float32) for t, x in common_TJ.items()}
   subsets = [np.sort(rng.choice(N, 24, replace=False)) for _ in range(C)]
+  # As many again, for those who want two checkpoints of each proxy.
+  phi_CNJ = np.concatenate([phi_CNJ, (common_NJ + rng.normal(size=(C, N, J))).astype(np.float32)])
+  target = {
+    t: np.concatenate([x, (common_TJ[t] + rng.normal(size=x.shape)).astype(np.float32)]) for t, x in target.items()
+  }
   documents = {t: [f'{t}/{i // 2}' for i in range(n)] for t, n in TASKS.items()}
 
   def make(name, semantics=None, settings=None):
@@ -47,16 +52,16 @@ def run(tmp_path):
     lines = [json.dumps({'id': f'{i}', 'context': '', 'answer': 'x', 'document': d}) for i, d in enumerate(names)]
     (folder / f'{task}.target.jsonl').write_text('\n'.join(lines))
 
-  def run(count=C, change=None, **settings):
+  def run(count=C, change=None, each=1, **settings):
     config = base.get_config()
-    config.proxies.count = count
+    config.proxies.count, config.proxies.checkpoints = count // each, each
     config.datamodel.update({'gram': 'full'} | settings)
     phi = phi_CNJ[:count].copy()
     if change:
       change(phi)
     proxies, folder = make('proxies')
-    for c in range(count):
-      atomic.save_npy(folder / f'subset_{c}.npy', subsets[c])
+    for p in range(count // each):
+      atomic.save_npy(folder / f'subset_{p}.npy', subsets[p])
     semantics = {
       'projection': 'two_sided', 'layers': LAYERS, 'dimension': J, 'mode': 'store', 'rows': N, 'checkpoints': count,
       'shard_rows': 10, 'store_dtype': 'float32',
@@ -78,7 +83,8 @@ def run(tmp_path):
     run.artifact = Artifact(out, {'semantics': made})
     return arrays, json.loads((out / 'report.json').read_text()), made
 
-  run.phi_CNJ, run.target, run.documents = phi_CNJ, target, documents
+  run.phi_CNJ, run.target, run.documents = phi_CNJ[:C], {t: x[:C] for t, x in target.items()}, documents
+  run.twice_phi_CNJ, run.twice_target = phi_CNJ, target
   run.seen_CN = np.array([np.isin(np.arange(N), s) for s in subsets])
   return run
 
@@ -152,6 +158,35 @@ def test_unseen_average(run):
     assert everywhere.any()
     _close(arrays[f'score_{task}_N'], expected)
   assert report['average'] == dict.fromkeys(TASKS, 'unseen')
+
+
+def test_checkpoints_of_a_proxy_are_averaged_over_and_share_its_subset(run):
+  """Six members, two for each of three proxies."""
+  arrays, report, made = run(count=6, each=2, average='unseen')
+  assert made['scale'].endswith('mean over 2 checkpoints of each proxy')
+  unseen_CN = ~np.repeat(run.seen_CN, 2, axis=0)
+  for task, target in run.twice_target.items():
+    score_CN = np.stack([_one(p, t).mean(axis=1) for p, t in zip(run.twice_phi_CNJ, target, strict=True)])
+    _close(arrays[f'score_{task}_CN'], score_CN)
+    expected = np.where(unseen_CN, score_CN, 0).sum(axis=0) / np.maximum(unseen_CN.sum(axis=0), 1)
+    everywhere = ~unseen_CN.any(axis=0)
+    difference = np.mean([s[~u].mean() - s[u].mean() for s, u in zip(score_CN, unseen_CN, strict=True)])
+    expected[everywhere] = score_CN.mean(axis=0)[everywhere] - difference
+    _close(arrays[f'score_{task}_N'], expected)
+    by_proxy_PN = (score_CN[::2] + score_CN[1::2]) / 2
+    _close(arrays[f'spread_{task}_N'], by_proxy_PN.std(axis=0, ddof=1))
+    agreement = [scipy.stats.spearmanr(by_proxy_PN[a], by_proxy_PN[b]).statistic for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert report['checkpoint_agreement'][task] == pytest.approx(np.mean(agreement), abs=1e-3)
+  # Two checkpoints of a proxy are no further draw of rows: the error is that of three proxies' rows.
+  rows = np.array([run.seen_CN.sum(), (~run.seen_CN).sum()])
+  assert report['subset_effect']['docs']['shift_error_sd'] == pytest.approx(np.sqrt((1 / rows).sum()))
+
+
+def test_joint_gram_is_of_all_checkpoints(run):
+  arrays, report, _ = run(count=4, each=2, gram='joint')
+  assert report['average'] == dict.fromkeys(TASKS, 'all')
+  assert arrays['score_docs_CN'].shape == (1, N)
+  assert 'spread_docs_N' not in arrays
 
 
 def test_auto_average_follows_the_shift_of_each_task(run):

@@ -56,6 +56,7 @@ BAD: dict[str, list] = {
   'targets.seed': [-1],
   'proxies.seed': [-1],
   'proxies.count': [0],
+  'proxies.checkpoints': [0],
   'proxies.subset_share': [0.0, 1.01, -0.1],
   'proxies.epochs': [0.0, -1.0],
   'features.output_fn': ['margin', 'no_such_package:margin', 'dsdm_jax.no_such_module:margin', 'a b:c', 'a:b:c', ':'],
@@ -356,6 +357,10 @@ def test_good_configs_pass(config):
     (
       changed(datamodel__gram='joint', datamodel__average='unseen'),
       ["datamodel.average = 'unseen'", "datamodel.gram = 'joint'"],
+    ),
+    (
+      changed(proxies__epochs=0.0, proxies__count=1, proxies__checkpoints=3, proxies__model__weights='gpt2'),
+      ['proxies.epochs = 0.0 trains nothing', 'proxies.checkpoints = 1 (3)', '--config.proxies.checkpoints=1'],
     ),
     (changed(datamodel__damping_rule='auto'), ["datamodel.damping_rule = 'auto'", 'proxies.count = 2']),
     (

@@ -108,11 +108,13 @@ def test_changed_key(made, ran, key, value, stages):
   assert ran.stages == [], 'and then it stands'
 
 
-def test_a_pool_from_before_a_key_stands(made: Path):
+def test_what_was_made_before_a_key_stands(made: Path):
   """Where the key has the value that says what was done before it."""
   assert 'pool.drop_leaks' not in json.loads((made / 'pool' / 'manifest.json').read_text())['identity']['settings']
   with pytest.raises(UserError, match=r'pool\.drop_leaks was absent, now false'):
     pipeline.run(changed('pool.drop_leaks', False), made)
+  with pytest.raises(UserError, match=r'proxies\.checkpoints was absent, now 3'):
+    pipeline.run(changed('proxies.checkpoints', 3), made)
 
 
 def test_stages_from_before_batches_followed_the_devices_stand(made: Path, ran: Ran):

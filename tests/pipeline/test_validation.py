@@ -6,18 +6,20 @@ import shutil
 import numpy as np
 
 from dsdm_jax import pipeline
+from dsdm_jax.bench import __main__ as bench
 from dsdm_jax.core import artifacts, atomic
+from dsdm_jax.validation import table
 from tests.pipeline import runs
 
 SMALL = (
   '--stage=validation', '--config.validation.rows=120', '--config.validation.target_examples=4',
   '--config.validation.epochs=1.0', '--config.validation.halves=8', '--config.validation.stratified=3',
   '--config.validation.drops=(0.1,)', '--config.validation.proxies=2', '--config.validation.models_at_once=8',
-  '--config.validation.variants=^BM25|^no curvature$', '--config.validation.resamples=20',
+  '--config.validation.variants=^BM25|^no curvature$|epochs$', '--config.validation.resamples=20',
 )  # fmt: skip
 
 
-def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path):
+def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path, capsys):
   workdir = tmp_path / 'run'
   for stage in ('pool', 'targets'):
     shutil.copytree(finished / stage, workdir / stage)
@@ -25,12 +27,18 @@ def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path):
   assert 'validation: done' in out
   found = json.loads((workdir / 'validation/lds.json').read_text())
   names = {r['predictor'] for r in found['by_example']}
-  assert names == {'reference', 'no curvature', 'BM25'}
+  assert names == {'reference', 'no curvature', 'BM25', 'half the epochs', 'twice the epochs'}
   assert {r['predictor'] for r in found['by_task']} == names | {'oracle (metagradient)'}
   assert {r['family'] for r in found['by_example']} == {'halves', 'stratified', 'deciles', 'drops'}
   assert all(-1 <= r['low'] <= r['high'] <= 1 for level in found.values() for r in level)
   monotone = json.loads((workdir / 'validation/monotone.json').read_text())
   assert {len(runs_) for runs_ in monotone.values()} == {2}
+
+  # The tables can be made from the numbers alone.
+  assert table.main([str(workdir / 'validation')]) == 0
+  assert capsys.readouterr().out == (workdir / 'validation/lds.md').read_text()
+  assert table.main([str(tmp_path)]) == 2
+  assert 'does not hold a validation' in capsys.readouterr().err
 
   # What a killed attempt left is taken up, and the rest made anew, to the same table.
   whole = (workdir / 'validation/lds.md').read_text()
@@ -47,6 +55,21 @@ def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path):
   assert 'goes on where it stopped' in runs.succeed(runs.TINY, f'--workdir={workdir}', *SMALL)
   assert (workdir / 'validation/lds.md').read_text() == whole
   assert (workdir / 'validation/plain/0-8.npz').stat().st_mtime_ns == before
+
+
+def test_bench_holds_the_derivative_to_finite_differences(finished, tmp_path, capsys):
+  flags = ['--rows', '192', '--epochs', '1', '--directions', '2', '--steps', '0.001', '--settings', 'metasmooth']
+  assert bench.main(['derivative', '--workdir', str(finished), *flags]) == 0
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert {x['setting'] for x in lines} == {'metasmooth'}
+  assert [(x['step'], x['of']) for x in lines] == [(h, of) for h in (0.001, 'dropped') for of in ('rows', 'groups')]
+  for line in lines:
+    assert line['values'] == 2 * 3  # directions × tasks
+    if line['step'] == 0.001:
+      assert line['correlation'] > 0.999
+      assert line['relative_error'] < 0.01
+  assert bench.main(['derivative', '--workdir', str(tmp_path)]) == 2
+  assert 'has no finished stage pool' in capsys.readouterr().err
 
 
 def test_it_is_no_part_of_a_whole_run(finished):

@@ -46,6 +46,17 @@ def test_without_libtpu_it_gives_what_can_be_counted_and_says_how_to_get_it(conf
   assert found['store_bytes'] == 3 * 10_000 * j
 
 
+def test_each_checkpoint_of_a_proxy_has_features_and_a_datamodel(config, monkeypatch):
+  monkeypatch.setattr(topology, 'available', lambda: False)
+  one = plan.make(config)
+  config.proxies.checkpoints = 3
+  three = plan.make(config)
+  for stage in ('features', 'gram', 'scores'):
+    assert three['flop'][stage] == 3 * one['flop'][stage]
+  assert three['flop']['proxies'] == one['flop']['proxies']
+  assert three['store_bytes'] == 3 * one['store_bytes']
+
+
 def test_dense_features_are_planned(config, monkeypatch):
   monkeypatch.setattr(topology, 'available', lambda: False)
   config.features.projection = 'dense'

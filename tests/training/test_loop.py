@@ -77,9 +77,9 @@ def trainer():
   return make_trainer(**KEYS)
 
 
-def train(folder: Path, trainer, batches_from, bar=None, first: bool = True, evaluate=None, **keys):
+def train(folder: Path, trainer, batches_from, bar=None, first: bool = True, evaluate=None, kept=(), **keys):
   where, bar = context(folder, first), bar or Bar()
-  return loop.train(where, trainer, 'model', key(), batches_from, STEPS, config(**keys), bar, evaluate)
+  return loop.train(where, trainer, 'model', key(), batches_from, STEPS, config(**keys), bar, evaluate, kept=kept)
 
 
 @pytest.fixture(scope='module')
@@ -131,6 +131,25 @@ def test_state_on_disk_is_the_last_one(trainer, undisturbed):
   a, b = flat(state.params), flat(once_more.params)
   for k in a:
     np.testing.assert_array_equal(a[k], b[k])
+
+
+@pytest.mark.parametrize('at', [1, 2, 4])
+def test_kept_steps_stay_and_are_of_the_undisturbed_run(trainer, undisturbed, tmp_path, at):
+  kept = (1, 3)
+  with pytest.raises(Stop):
+    train(tmp_path, trainer, stream(stop_before=at), kept=kept)
+  train(tmp_path, trainer, stream(), kept=kept)
+  assert_same(tmp_path, undisturbed, trainer)
+  assert steps_kept(tmp_path) == [1, 3, STEPS]
+  state = trainer.init(key())
+  for batch in list(stream()(0))[:3]:
+    pair = jax.device_put((batch['tokens_BL'], batch['weight_B']), trainer.batch_sharding)
+    state, _ = trainer.step(state, *pair, np.int32(STEPS))
+  found = loop.load_state(tmp_path / 'model', trainer, 3)
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+  with pytest.raises(UserError, match=r'model lacks the checkpoint of step 2; delete'):
+    loop.load_state(tmp_path / 'model', trainer, 2)
 
 
 def test_divergence_names_metric_step_and_run(trainer, tmp_path):

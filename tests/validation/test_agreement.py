@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from dsdm_jax.core import atomic
 from dsdm_jax.validation import agreement, subsets, table
 from dsdm_jax.validation.agreement import Resamples
 
@@ -101,3 +102,22 @@ def test_table_puts_the_truth_first():
   assert all(r['gain']['low'] > 0 for r in records if r['predictor'] == 'right' and r['family'] == 'halves')
   lines = table.markdown(records).splitlines()
   assert [line.split('|')[1].strip() for line in lines[2:]][-2:] == ['noise', '*highest that seeds allow*']
+
+
+def test_tables_are_made_from_the_numbers_alone(tmp_path, capsys):
+  record = {'setting': 'plain', 'predictor': 'BM25', 'family': 'halves', 'lds': 0.125, 'low': -0.1, 'high': 0.3}
+  records = [record | {'ceiling': 0.5}, record | {'predictor': 'reference', 'lds': 0.2, 'ceiling': 0.5}]
+  by_task = [record | {'ceiling': None}]
+  atomic.write_json(tmp_path / 'lds.json', {'by_example': records, 'by_task': by_task})
+  assert table.main([str(tmp_path)]) == 2
+  assert 'does not hold a validation' in capsys.readouterr().err
+  atomic.write_json(tmp_path / 'monotone.json', {'docs': [{'loss': [1.0, 2.0, 3.5], 'ordered': True}]})
+  assert table.main([str(tmp_path)]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line for line in lines if line.startswith('###')] == [
+    '### plain, each target example', '### plain, mean of each task', '### Loss after training on one decile of scores'
+  ]  # fmt: skip
+  assert lines[4:7] == [
+    '| reference | 0.20 [-0.10, 0.30] |', '| BM25 | 0.12 [-0.10, 0.30] |', '| *highest that seeds allow* | 0.50 |'
+  ]  # fmt: skip
+  assert lines[-1] == '| docs | 0 | 1.000 | 2.000 | 3.500 | yes |'

@@ -1,4 +1,4 @@
-"""What the variants' model says of texts."""
+"""What the variants' models are, and what they say of texts."""
 
 import types
 
@@ -12,7 +12,8 @@ from configs import base
 from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.training.step import trainer
-from dsdm_jax.validation.variants import Proxy, Scorer
+from dsdm_jax.validation.proxies import Kind, Proxies, Proxy
+from dsdm_jax.validation.variants import REFERENCE, Scorer, Variant
 
 VOCAB, LENGTH = 32, 10
 
@@ -32,7 +33,7 @@ def test_embeddings_leave_padding_out(pad):
   for i, sequence in enumerate(sequences):
     tokens_TL[i, : len(sequence)] = sequence
     weights_TL[i, len(sequence) - 1] = 1
-  scorer = Scorer(config, lambda width: [], VOCAB, tokens_NL, tokens_TL, weights_TL)
+  scorer = Scorer(config, Proxies(config, VOCAB, tokens_NL), VOCAB, tokens_NL, tokens_TL, weights_TL)
   proxy = Proxy(types.SimpleNamespace(trainer=compiled), (state, state, state))
   for found, texts in zip(scorer.embeddings(proxy), (tokens_NL, sequences), strict=True):
     for x_D, tokens in zip(found, texts, strict=True):
@@ -40,3 +41,42 @@ def test_embeddings_leave_padding_out(pad):
       np.testing.assert_allclose(x_D, hidden_LD.mean(axis=0), rtol=1e-4, atol=1e-4)
   nats_N = scorer.loss(proxy)
   assert nats_N.shape == (6,) and (nats_N > 0).all()
+
+
+@pytest.fixture(scope='module')
+def made():
+  """(proxies, what makes a scorer of some): 24 rows, in two epochs of batches of four."""
+  config = base.get_config()
+  config.proxies.model.update({'width': 16, 'mlp_width': 32, 'layers': 1, 'heads': 2, 'kv_heads': 2})
+  config.proxies.train.update({'batch_size': 4, 'warmup_steps': 1})
+  config.features.update({'batch_size': 4, 'dimension': 32})
+  config.validation.epochs = 2.0
+  rng = np.random.default_rng(1)
+  tokens_NL, tokens_TL = (rng.integers(1, VOCAB, (rows, LENGTH)).astype(np.int32) for rows in (24, 3))
+  weights_TL = np.ones((3, LENGTH), np.float32)
+  weights_TL[:, 0] = 0
+  proxies = Proxies(config, VOCAB, tokens_NL)
+  return proxies, lambda proxies: Scorer(config, proxies, VOCAB, tokens_NL, tokens_TL, weights_TL)
+
+
+@pytest.mark.parametrize(('length', 'steps'), [(0.5, 6), (1.0, 12), (2.0, 24)])
+def test_proxies_of_other_lengths_see_the_same_rows_for_other_numbers_of_steps(made, length, steps):
+  proxies = made[0]
+  proxy = proxies(Kind(length=length), 1)
+  assert [int(state.step) for state in proxy.states] == [steps // 3, 2 * steps // 3, steps]
+  usual_SB, order_SB = (proxies.training(Kind(length=x)).order('proxy 1') for x in (1.0, length))
+  shorter = min(steps, 12)
+  np.testing.assert_array_equal(order_SB[:shorter], usual_SB[:shorter])
+
+
+def test_proxies_of_other_widths_are_wider(made):
+  half, usual = (made[0](Kind(width=width), 0).states[0].params for width in (0.5, 1.0))
+  assert [p.embedding.embedding.shape for p in (half, usual)] == [(VOCAB, 8), (VOCAB, 16)]
+
+
+def test_a_variant_is_made_from_proxies_of_its_own_kind(made):
+  proxies, scorer = made
+  found_NT = scorer(proxies)(Variant('half the epochs', kind=Kind(length=0.5)))
+  wanted_NT = scorer(lambda kind, place: proxies(Kind(length=0.5), place))(REFERENCE)
+  np.testing.assert_array_equal(found_NT, wanted_NT)
+  assert np.abs(found_NT - scorer(proxies)(REFERENCE)).max() > 1e-3 * np.abs(wanted_NT).max()
