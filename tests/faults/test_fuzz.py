@@ -235,7 +235,7 @@ def test_manifest(data, tmp_path, tried, manifest):
   folder.mkdir(exist_ok=True)
   (folder / 'file').write_bytes(b'content')
   text = data.draw(anything(manifest) | st.dictionaries(
-    st.sampled_from(['identity', 'files', 'semantics', 'cost', 'versions']), VALUES).map(
+    st.sampled_from(['identity', 'files', 'semantics', 'cost', 'versions', 'models']), VALUES).map(
       lambda d: json.dumps({**json.loads(manifest), **d}).encode()) | ODD)  # fmt: skip
   (folder / artifacts.MANIFEST).write_bytes(text)
 
@@ -249,7 +249,9 @@ def test_manifest(data, tmp_path, tried, manifest):
   refused_by_name(folder, act)
 
 
-NOTE = b'{"stage": "pool", "format": 1, "settings": {}, "inputs": {}, "seconds": 1, "flop": 2}'
+NOTE = (
+  b'{"stage": "pool", "format": 1, "settings": {}, "inputs": {}, "versions": {"jax": "0.1"}, "seconds": 1, "flop": 2}'
+)
 
 
 @fuzz
@@ -260,6 +262,7 @@ def test_notes_of_an_attempt(data, tmp_path, tried):
   part.mkdir(exist_ok=True)
   for name in ('begun.json', 'cost.json'):
     (part / name).write_bytes(data)
+  assert '\n' not in str(artifacts.other_versions(tmp_path, 'pool'))
   found = artifacts.begun(tmp_path, 'pool')
   if found is not None:
     artifacts.differences(found, {'format': 1, 'settings': {}, 'inputs': {}})
