@@ -4,7 +4,8 @@ Each case is timed once in each of `--repeats` rounds, so that all see the same 
 one JSON line. FLOP are those of matrix products (see `core.flops`). `ratio_to_floor` compares seconds with the least
 that the method can take: the training step's time by the share of its FLOP that cannot be done without; for dense
 features the time of per-example gradients and of a bare matrix product of the same shape, measured as cases; for whole
-passes over a pool (`stage_store_j4096`, `stage_stream_j4096`) the time of their compiled steps alone.
+passes over a pool (`stage_store_j4096`, `stage_stream_j4096`) the time of their compiled steps alone, in their pauses.
+`cpu_ratio_to_floor` is the same of processor seconds, which others on the machine hardly change.
 """
 
 import argparse
@@ -54,10 +55,10 @@ PEAK_SIZE = {'cpu': 2_048}  # of the square product that stands for the machine'
 
 @dataclasses.dataclass
 class Case:
-  """One compiled program. `run` calls it and waits."""
+  """One compiled program, or a pass of many rows. `run` calls it and waits; of a pass it tells what it spent."""
 
   name: str
-  run: Callable[[], None]
+  run: Callable[[], Any]
   flop: float
   least_flop: float | None
   peak_bytes: int | None
@@ -65,6 +66,7 @@ class Case:
   rows: int | None = None
   microbatch: int | None = None
   seconds: list[float] = dataclasses.field(default_factory=list)
+  over_floor: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # of a pass: by the clock, processors
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -94,15 +96,20 @@ def run(flags: argparse.Namespace) -> None:
       raise UserError(
         f'--cases={flags.cases}: {name} is no case; cases are {", ".join(CASES)}, with any number after _j'
       )
-  wanted = tuple(dict.fromkeys((*(n for name in wanted for n in _needs(name)), *wanted, 'matmul_peak')))
-  made = cases(wanted, flags)
+  made = cases(dict.fromkeys((*wanted, 'matmul_peak')), flags)
   for case in made:
-    case.run()
+    if case.rows is None:  # passes have compiled what they run
+      case.run()
   for _ in range(flags.repeats):
     for case in made:
       began = time.perf_counter()
-      case.run()
-      case.seconds.append(time.perf_counter() - began)
+      told = case.run()
+      if case.rows is None:
+        case.seconds.append(time.perf_counter() - began)
+      else:
+        spent, floor = told
+        case.seconds.append(spent.clock)
+        case.over_floor.append((spent.clock / floor.clock, spent.processors / floor.processors))
   for line in _lines(made, flags):
     print(json.dumps(line), flush=True)
 
@@ -113,14 +120,6 @@ def cases(names: Iterable[str], flags: argparse.Namespace) -> list[Case]:
   if jax.default_backend() == 'cpu':
     memory.keep_freed_memory()  # as a run does
   return [_case(name, flags, mesh) for name in names]
-
-
-def _needs(name: str) -> tuple[str, ...]:
-  """Cases that this one is held to."""
-  kind, _, j = name.partition('_j')
-  if kind == 'stage_store':
-    return (f'two_sided_j{j}',)
-  return (f'two_sided_j{j}', f'gram_j{j}') if kind == 'stage_stream' else ()
 
 
 def mesh_of(devices: str) -> Mesh:
@@ -289,12 +288,13 @@ def _lines(cases: list[Case], flags: argparse.Namespace) -> list[dict[str, Any]]
   lines = []
   for case in cases:
     mine = seconds[case.name]
-    floor = _floor(case, of_name, seconds, flags)
+    floor = _floor(case, of_name, seconds)
     lines.append({
       'case': case.name,
       'seconds': round(mine, 5),
       'ratio_to_train_step': round(mine / seconds['train_step'], 4) if 'train_step' in seconds else None,
       'ratio_to_floor': round(mine / floor, 4) if floor else None,
+      'cpu_ratio_to_floor': round(statistics.median(x for _, x in case.over_floor), 4) if case.over_floor else None,
       'tokens_per_s': round(tokens / mine) if (tokens := _tokens(case, flags)) else None,
       'peak_bytes': case.peak_bytes,
       'flop': case.flop,
@@ -320,11 +320,10 @@ def _tokens(case: Case, flags: argparse.Namespace) -> int:
   return (case.rows or flags.batch) * flags.length
 
 
-def _floor(case: Case, of_name: dict[str, Case], seconds: dict[str, float], flags: argparse.Namespace) -> float | None:
-  if case.rows:
-    kind, _, j = case.name.partition('_j')
-    features = seconds[f'two_sided_j{j}'] * _batches(flags)
-    return features if kind == 'stage_store' else 2 * features + seconds[f'gram_j{j}'] * flags.rows / stages.SHARD_ROWS
+def _floor(case: Case, of_name: dict[str, Case], seconds: dict[str, float]) -> float | None:
+  mine = seconds[case.name]
+  if case.over_floor:
+    return mine / statistics.median(clock for clock, _ in case.over_floor)
   if case.name.startswith('dense'):
     parts = ('per_example_gradient', case.name.replace('dense', 'bare_matmul'))
     return sum(seconds[p] for p in parts) if seconds.keys() >= set(parts) else None

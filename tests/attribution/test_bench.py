@@ -6,11 +6,11 @@ import json
 import pytest
 
 from dsdm_jax.bench import __main__ as bench
-from dsdm_jax.bench import features
+from dsdm_jax.bench import features, stages
 
 KEYS = (
-  'case seconds ratio_to_train_step ratio_to_floor tokens_per_s peak_bytes flop share_of_matmul_peak model batch '
-  'length j rows microbatch devices'
+  'case seconds ratio_to_train_step ratio_to_floor cpu_ratio_to_floor tokens_per_s peak_bytes flop '
+  'share_of_matmul_peak model batch length j rows microbatch devices'
 ).split()
 
 
@@ -40,3 +40,25 @@ def test_share_of_the_peak_is_of_all_devices(monkeypatch):
   flags = argparse.Namespace(devices='2x2', model='small', batch=4, length=8)
   monkeypatch.setattr('dsdm_jax.bench.features.jax.default_backend', lambda: 'gpu')
   assert [line['share_of_matmul_peak'] for line in features._lines(made, flags)] == [pytest.approx(1.0)] * 2
+
+
+def test_passes_are_held_to_their_steps_in_pauses(capsys, monkeypatch):
+  """Five shards of 64 rows: pauses after the first and the fifth."""
+  monkeypatch.setattr('dsdm_jax.bench.features.memory.keep_freed_memory', lambda: None)
+  monkeypatch.setattr(features, 'PEAK_SIZE', {'cpu': 64})
+  monkeypatch.setattr(stages, 'SHARD_ROWS', 64)
+  pauses = []
+  at_rest = stages._at_rest
+  monkeypatch.setattr(stages, '_at_rest', lambda: pauses.append(1) or at_rest())
+  flags = (
+    '--model quickstart --batch 16 --length 16 --repeats 1 --rows 300 --cases stage_store_j32,stage_stream_j32'.split()
+  )
+  assert bench.main(['features', *flags]) == 0
+  lines = {line['case']: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+  store, stream = lines['stage_store_j32'], lines['stage_stream_j32']
+  assert stream['flop'] == 2 * store['flop']
+  assert all(
+    line['cpu_ratio_to_floor'] > 0 and line['ratio_to_floor'] > 0 and line['seconds'] > 0 and line['rows'] == 300
+    for line in (store, stream)
+  )
+  assert len(pauses) == 2 + 2 + 2 * 2  # before each case, then in one pass and in two
