@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dsdm_jax.core import prng
+from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.lm.outputs import log_likelihood
 from dsdm_jax.training.step import Trainer, TrainState, trainer
@@ -30,6 +31,9 @@ class ScannedTraining:
     tokens_NL: all rows that may be trained on.
     epochs: passes over them.
     seed: root of the streams.
+
+  Raises:
+    UserError: that makes no step.
   """
 
   def __init__(
@@ -40,6 +44,11 @@ class ScannedTraining:
     self.rows = len(tokens_NL)
     self.batch_size = train.batch_size
     self.steps = round(epochs * self.rows) // train.batch_size
+    if self.steps < 1:
+      raise UserError(
+        f'{epochs:g} epochs of {self.rows} rows are less than one batch of {train.batch_size}; raise the epochs or the '
+        'rows of this training, or lower its batch_size'
+      )
     self._tokens_NL, self._seed = jnp.asarray(tokens_NL, jnp.int32), seed
     self._many = jax.jit(jax.vmap(self.advance, in_axes=(0, 0, None)))
     self._spread = jax.jit(lambda state, many: jax.tree.map(lambda x: jnp.broadcast_to(x, (many, *x.shape)), state),

@@ -86,7 +86,7 @@ def page(
     for level, records in (('each target example', by_example), ('mean of each task', by_task)):
       parts.append(f'### {setting}, {level}\n\n' + markdown(r for r in records if r['setting'] == setting))
   lines = ['| task | seed | decile 1 | decile 5 | decile 10 | ordered |', '|---|---|---|---|---|---|']
-  for task, runs in monotone.items():
+  for task, runs in sorted(monotone.items()):  # as the file has them
     for seed, run in enumerate(runs):
       losses = ' | '.join(f'{x:.3f}' for x in run['loss'])
       lines.append(f'| {task} | {seed} | {losses} | {"yes" if run["ordered"] else "no"} |')

@@ -13,7 +13,7 @@ from tests.pipeline import runs
 
 SMALL = (
   '--stage=validation', '--config.validation.rows=120', '--config.validation.target_examples=4',
-  '--config.validation.epochs=1.0', '--config.validation.halves=8', '--config.validation.stratified=3',
+  '--config.validation.epochs=1.2', '--config.validation.halves=8', '--config.validation.stratified=3',
   '--config.validation.drops=(0.1,)', '--config.validation.proxies=2', '--config.validation.models_at_once=8',
   '--config.validation.variants=^BM25|^no curvature$|epochs$', '--config.validation.resamples=20',
 )  # fmt: skip

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsdm_jax.core.errors import UserError
 from dsdm_jax.lm.outputs import margin
 from dsdm_jax.training.metagradient import Metagradient
 from dsdm_jax.training.scanned import ScannedTraining, TargetOutputs
@@ -57,6 +58,12 @@ def test_each_epoch_holds_every_row_once_and_runs_differ(training):
   for epoch in range(2):
     assert sorted(flat_order[epoch * ROWS : (epoch + 1) * ROWS]) == list(range(ROWS))
   assert (training.order('a') != training.order('b')).any()
+
+
+@pytest.mark.parametrize('epochs', [0.0, 0.17])
+def test_a_training_without_a_step_is_told(data, epochs):
+  with pytest.raises(UserError, match=f'^{epochs:g} epochs of 40 rows are less than one batch of 8; raise the epochs'):
+    make(data[0], epochs)
 
 
 def test_a_row_of_weight_zero_is_not_there(training, data):

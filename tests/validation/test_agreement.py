@@ -111,9 +111,13 @@ def test_tables_are_made_from_the_numbers_alone(tmp_path, capsys):
   atomic.write_json(tmp_path / 'lds.json', {'by_example': records, 'by_task': by_task})
   assert table.main([str(tmp_path)]) == 2
   assert 'does not hold a validation' in capsys.readouterr().err
-  atomic.write_json(tmp_path / 'monotone.json', {'docs': [{'loss': [1.0, 2.0, 3.5], 'ordered': True}]})
+  runs = {name: [{'loss': [1.0, 2.0, 3.5], 'ordered': True}] for name in ('docs', 'api_qa')}
+  text = table.page(records, by_task, runs)
+  atomic.write_json(tmp_path / 'monotone.json', runs)
   assert table.main([str(tmp_path)]) == 0
-  lines = capsys.readouterr().out.splitlines()
+  found = capsys.readouterr().out
+  assert found == text, 'whatever order the tasks had'
+  lines = found.splitlines()
   assert [line for line in lines if line.startswith('###')] == [
     '### plain, each target example', '### plain, mean of each task', '### Loss after training on one decile of scores'
   ]  # fmt: skip
