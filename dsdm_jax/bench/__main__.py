@@ -8,6 +8,7 @@ from dsdm_jax.bench import (
   evaluation,
   features,
   load,
+  loop,
   near_duplicates,
   peers,
   report,
@@ -19,8 +20,9 @@ from dsdm_jax.bench import (
 from dsdm_jax.core.errors import UserError
 
 _BENCHES = {
-  'data': data, 'evaluation': evaluation, 'features': features, 'load': load, 'near_duplicates': near_duplicates,
-  'peers': peers, 'report': report, 'results': results, 'selection': selection, 'study': study, 'train': train,
+  'data': data, 'evaluation': evaluation, 'features': features, 'load': load, 'loop': loop,
+  'near_duplicates': near_duplicates, 'peers': peers, 'report': report, 'results': results, 'selection': selection,
+  'study': study, 'train': train,
 }  # fmt: skip
 
 
