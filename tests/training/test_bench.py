@@ -1,15 +1,20 @@
 """The benches of training on the smallest shapes: what they print adds up."""
 
 import json
+import subprocess
 
+import jax
 import pytest
 
 from dsdm_jax.bench import __main__ as bench
+from dsdm_jax.bench import peers as peers_bench
+from tests.conftest import ROOT
+from tests.training.test_step import LENGTH, VOCAB, make_trainer
 
 
 @pytest.fixture(autouse=True)
 def memory_as_it_is(monkeypatch):
-  for module in ('train', 'loop'):
+  for module in ('train', 'loop', 'features'):
     monkeypatch.setattr(f'dsdm_jax.bench.{module}.memory.keep_freed_memory', lambda: None)  # not in this process
 
 
@@ -47,3 +52,35 @@ def test_loop_refuses_what_it_cannot_measure(capsys, tmp_path):
   assert 'inptu is no case; cases are first_step, input' in capsys.readouterr().err
   assert bench.main(['loop', f'--config={tmp_path / "no.py"}']) == 2
   assert 'is no Python file' in capsys.readouterr().err
+
+
+@pytest.mark.peers
+def test_gpt2_is_timed_beside_a_training_step(peers, capsys):
+  flags = '--peers=gpt2_eager,gpt2_sdpa --model=quickstart --batch=2 --length=16 --repeats=1'
+  assert bench.main(['peers', f'--python={peers}', *flags.split()]) == 0
+  lines = {line['case']: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+  assert list(lines) == ['train_step', 'gpt2_eager', 'gpt2_sdpa']
+  ours = lines['train_step']
+  for peer in ('gpt2_eager', 'gpt2_sdpa'):
+    ratio = lines[peer]['seconds'] / ours['seconds']
+    assert ours[f'{peer}_seconds_over_this'] == pytest.approx(ratio, rel=0.02)
+    assert lines[peer][f'{peer}_seconds_over_this'] == 1
+    assert lines[peer]['cpu_s'] > 0 and ours['cpu_s'] > 0
+
+
+@pytest.mark.peers
+def test_gpt2_beside_it_has_as_many_parameters(peers):
+  """So that what is timed is the same model; the script is what the bench starts."""
+  shape = {'layers': 1, 'width': 16, 'heads': 2, 'vocab': VOCAB, 'length': LENGTH, 'batch': 2, 'threads': 1}
+  optimizer = {'learning_rate': 1e-3, 'weight_decay': 0.1, 'adam_b1': 0.9, 'adam_b2': 0.95, 'adam_eps': 1e-8}
+  given = {**shape, **optimizer, 'gradient_clip': 1.0, 'attention': 'eager'}
+  script = ROOT / 'dsdm_jax/bench/peer_gpt2.py'
+  done = subprocess.run([peers, script, json.dumps(given)], input='\n', capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr[-2000:]
+  params = make_trainer(model={'mlp_width': 64}).abstract.params
+  assert json.loads(done.stdout)['parameters'] == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_no_peer_of_that_name(capsys):
+  assert bench.main(['peers', '--python=python3', '--peers=gpt3']) == 2
+  assert f'gpt3 is no peer; peers are {", ".join(peers_bench.PEERS)}' in capsys.readouterr().err
