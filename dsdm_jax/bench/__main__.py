@@ -9,6 +9,7 @@ from dsdm_jax.bench import (
   evaluation,
   features,
   load,
+  loop,
   near_duplicates,
   peers,
   report,
@@ -20,7 +21,7 @@ from dsdm_jax.bench import (
 from dsdm_jax.core.errors import UserError
 
 _BENCHES = {
-  'data': data, 'derivative': derivative, 'evaluation': evaluation, 'features': features, 'load': load,
+  'data': data, 'derivative': derivative, 'evaluation': evaluation, 'features': features, 'load': load, 'loop': loop,
   'near_duplicates': near_duplicates, 'peers': peers, 'report': report, 'results': results, 'selection': selection,
   'study': study, 'train': train,
 }  # fmt: skip

@@ -1,10 +1,16 @@
-"""Features side by side with other people's packages: the same shapes, the same batch, the same J, in one run.
+"""Features and training steps side by side with other people's packages: the same shapes and batch, in one run.
 
 `python -m dsdm_jax.bench peers --python=.venv-peers/bin/python` (launch/test.sh makes that environment from
-requirements-peers.txt). Rounds are interleaved; each case is one JSON line with its median. Peers run on the CPU:
-traker 0.3.2 with the projector that it has where there is no CUDA, bergson 2.5.1 with a two-sided projection of each
-linear layer, kept in memory. bergson asks for CUDA builds of packages that it does not use here, so it is installed
-by hand (docs/features.md).
+requirements-peers.txt). Rounds are interleaved; each case is one JSON line with its median, its least, its processor
+time where it is known, and how many times as long the peers took, round by round in the median. Peers run on the CPU.
+
+Features, of the same J: traker 0.3.2 with the projector that it has where there is no CUDA, bergson 2.5.1 with a
+two-sided projection of each linear layer, kept in memory. bergson asks for CUDA builds of packages that it does not use
+here, so it is installed by hand (docs/features.md).
+
+Training steps: GPT-2 of transformers 5.23.0 on PyTorch 2.13.0 in float32, with the attention that it has written out
+(`gpt2_eager`) and with PyTorch's own (`gpt2_sdpa`):
+`--peers=gpt2_eager,gpt2_sdpa --batch=16 --repeats=9`.
 """
 
 import argparse
@@ -16,11 +22,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from configs import base
 from dsdm_jax.bench import features
 from dsdm_jax.core.errors import UserError
 
-PEERS = ('traker', 'bergson')
+PEERS = {'traker': 'features', 'bergson': 'features', 'gpt2_eager': 'training', 'gpt2_sdpa': 'training'}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -39,50 +47,71 @@ def run(flags: argparse.Namespace) -> None:
   for peer in wanted:
     if peer not in PEERS:
       raise UserError(f'--peers={flags.peers}: {peer} is no peer; peers are {", ".join(PEERS)}')
-  layers, width, heads, vocab = features.MODELS[flags.model]
-  given = {
-    'layers': layers, 'width': width, 'heads': heads, 'vocab': vocab, 'length': flags.length, 'batch': flags.batch,
-    'j': flags.j, 'repeats': flags.repeats + 1, 'threads': len(os.sched_getaffinity(0)),
-  }  # fmt: skip
-  names = (f'dense_j{flags.j}', f'two_sided_j{flags.j}')
+  names = {name: kind for kind in dict.fromkeys(PEERS[peer] for peer in wanted) for name in _ours(kind, flags.j)}
   ours = features.cases(names, argparse.Namespace(**vars(flags), devices='1x1', dtype='float32', remat=False))
   with contextlib.ExitStack() as stack:
-    peers = {peer: stack.enter_context(_peer(peer, flags.python, given)) for peer in wanted}
+    peers = {peer: stack.enter_context(_peer(peer, flags)) for peer in wanted}
     timed: dict[str, list[float]] = {name: [] for name in (*names, *wanted)}
+    used: dict[str, list[float]] = {name: [] for name in timed}
     for case in ours:
       case.run()
-    for featurize in peers.values():
-      featurize()
+    for run_peer in peers.values():
+      run_peer()
     for _ in range(flags.repeats):
       for case in ours:
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         case.run()
         timed[case.name].append(time.perf_counter() - began)
-      for peer, featurize in peers.items():
-        timed[peer].append(featurize())
-  medians = {name: statistics.median(seconds) for name, seconds in timed.items()}
-  for name, median in medians.items():
+        used[case.name].append(time.process_time() - began_cpu)
+      for peer, run_peer in peers.items():
+        spent = run_peer()
+        timed[peer].append(spent['seconds'])
+        used[peer] += [spent['cpu_s']] if 'cpu_s' in spent else []
+  for name, kind in {**names, **{peer: PEERS[peer] for peer in wanted}}.items():
     print(json.dumps({
-      'case': name, 'seconds': round(median, 5),
-      **{f'{peer}_seconds_over_this': round(medians[peer] / median, 2) for peer in wanted},
-      'j': flags.j, 'model': flags.model, 'batch': flags.batch, 'length': flags.length,
+      'case': name, 'seconds': round(statistics.median(timed[name]), 5), 'least_s': round(min(timed[name]), 5),
+      'cpu_s': round(statistics.median(used[name]), 5) if used[name] else None,
+      **{f'{peer}_seconds_over_this': _ratio(timed[peer], timed[name]) for peer in wanted if PEERS[peer] == kind},
+      'j': flags.j if kind == 'features' else None, 'model': flags.model, 'batch': flags.batch, 'length': flags.length,
     }), flush=True)  # fmt: skip
 
 
+def _ours(kind: str, j: int) -> tuple[str, ...]:
+  return ('train_step',) if kind == 'training' else (f'dense_j{j}', f'two_sided_j{j}')
+
+
+def _ratio(theirs: list[float], these: list[float]) -> float:
+  return round(statistics.median(a / b for a, b in zip(theirs, these, strict=True)), 3)
+
+
+def _given(peer: str, flags: argparse.Namespace) -> dict[str, Any]:
+  layers, width, heads, vocab = features.MODELS[flags.model]
+  given = {
+    'layers': layers, 'width': width, 'heads': heads, 'vocab': vocab, 'length': flags.length, 'batch': flags.batch,
+    'threads': len(os.sched_getaffinity(0)),
+  }  # fmt: skip
+  if PEERS[peer] == 'features':
+    return given | {'j': flags.j, 'repeats': flags.repeats + 1}
+  train = base.training()
+  of_step = ('learning_rate', 'weight_decay', 'adam_b1', 'adam_b2', 'adam_eps', 'gradient_clip')
+  return given | {'attention': peer.partition('_')[2]} | {key: train[key] for key in of_step}
+
+
 @contextlib.contextmanager
-def _peer(name: str, python: str, given: dict[str, int]) -> Iterator[Callable[[], float]]:
-  """What featurizes one batch with a peer, in a process of its own, and tells the seconds."""
-  script = Path(__file__).with_name(f'peer_{name}.py')
+def _peer(name: str, flags: argparse.Namespace) -> Iterator[Callable[[], dict[str, float]]]:
+  """What puts one batch through a peer, in a process of its own, and tells the seconds, maybe the processor's too."""
+  python = flags.python
+  script = Path(__file__).with_name(f'peer_{name.partition("_")[0]}.py')
   try:
     process = subprocess.Popen(
-      [python, str(script), json.dumps(given)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+      [python, str(script), json.dumps(_given(name, flags))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
   except OSError as error:
     raise UserError(f'--python={python} cannot be started ({error.strerror}); give a Python') from error
   assert process.stdin is not None and process.stdout is not None
   said, asked = process.stdout, process.stdin
 
-  def featurize() -> float:
+  def run_one() -> dict[str, float]:
     with contextlib.suppress(BrokenPipeError):  # an ended process is told by what it no longer says
       asked.write('\n')
       asked.flush()
@@ -92,10 +121,11 @@ def _peer(name: str, python: str, given: dict[str, int]) -> Iterator[Callable[[]
         f'{name} under --python={python} ended with exit code {process.wait()}; see what it said above, and install '
         'requirements-peers.txt there (bergson by hand, docs/features.md)'
       )
-    return json.loads(line)['seconds']
+    return json.loads(line)
 
   try:
-    yield featurize
+    yield run_one
   finally:
     asked.close()
     process.wait()
+    said.close()

@@ -9,7 +9,6 @@ that is finished the small file `finished/<name>.json`, and `study.json` (as `re
 import argparse
 import csv
 import glob
-import importlib.util
 import io
 import os
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dsdm_jax import pipeline
-from dsdm_jax.bench import arm_file
+from dsdm_jax.bench import arm_file, config_file
 from dsdm_jax.bench.arm_file import ArmFile
 from dsdm_jax.core import artifacts, atomic
 from dsdm_jax.core.config import flatten, validate
@@ -83,13 +82,9 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def _load(path: str) -> ModuleType:
-  spec = importlib.util.spec_from_file_location('study_config', path)
-  if not Path(path).is_file() or spec is None or spec.loader is None:
-    raise UserError(f'--config={path} is no Python file; give one such as configs/study.py')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if BASE not in getattr(module, 'ARMS', {}) or not hasattr(module, 'get_config'):
-    raise UserError(f'--config={path} has no ARMS with an arm {BASE!r}, or no get_config(arm); see configs/study.py')
+  module = config_file.load(path, 'configs/study.py')
+  if BASE not in getattr(module, 'ARMS', {}):
+    raise UserError(f'--config={path} has no ARMS with an arm {BASE!r}; see configs/study.py')
   return module
 
 

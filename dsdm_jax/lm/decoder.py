@@ -10,7 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.lm import attention_tpu, partition
+from dsdm_jax.lm import attention_tpu, partition, products
 
 
 def build(config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs) -> 'Decoder':
@@ -21,8 +21,9 @@ def build(config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs) -> '
 def _linear(inputs: int, outputs: int, config: ConfigDict, rngs: nnx.Rngs, scale: float = 1.0) -> nnx.Linear:
   init = nnx.initializers.normal(config.init_std * scale)
   return nnx.Linear(
-    inputs, outputs, use_bias=config.bias, kernel_init=init, dtype=jnp.dtype(config.compute_dtype), rngs=rngs
-  )
+    inputs, outputs, use_bias=config.bias, kernel_init=init, dtype=jnp.dtype(config.compute_dtype),
+    dot_general=products.dot_general, rngs=rngs,
+  )  # fmt: skip
 
 
 def _norm(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
@@ -145,8 +146,11 @@ class Decoder(nnx.Module):
     self.head = (
       None
       if tied
-      else nnx.Linear(config.width, vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype, rngs=rngs)
-    )
+      else nnx.Linear(
+        config.width, vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype, dot_general=products.dot_general,
+        rngs=rngs,
+      )
+    )  # fmt: skip
 
   def __call__(self, tokens_BL: jax.Array) -> jax.Array:
     return self.logits(self.residual(tokens_BL))
@@ -179,7 +183,8 @@ class Decoder(nnx.Module):
     x_BLD = self.norm(x_BLD).astype(self.dtype)
     if self.head is not None:
       return self.head(x_BLD).astype(jnp.float32)
-    return self.embedding.attend(x_BLD).astype(jnp.float32)
+    table_DV = self.embedding.embedding[...].astype(self.dtype).T
+    return products.dot_general(x_BLD, table_DV, (((2,), (0,)), ((), ()))).astype(jnp.float32)
 
   def _run_blocks(self, x_BLD: jax.Array) -> jax.Array:
     # Blocks run as pure functions of their state: graph references do not survive remat or scan under vmap(grad).

@@ -10,7 +10,7 @@ import numpy as np
 from dsdm_jax.core import flops
 from dsdm_jax.core.stage import Context
 
-_WARM_STEPS = 2  # the first ones compile and fill queues, and are left out
+WARM_STEPS = 2  # the first ones compile and fill queues, and are left out
 _EARLY_STEPS = 20  # after which it is said that a run waits for its input
 _WAITING_SHARE = 0.1  # of the time
 
@@ -37,23 +37,26 @@ class Meter:
     """The next batch; `last` are the metrics of the step before it, which show whether the device is idle."""
     began = time.monotonic()
     batch = next(batches)
-    if last is not None and self._steps >= _WARM_STEPS and _ready(last):
+    if last is not None and self._steps >= WARM_STEPS and _ready(last):
       self._starved += time.monotonic() - began
     return batch
 
   def stepped(self, metrics: dict[str, jax.Array]) -> None:
     """Counts a step that was dispatched."""
     self._steps += 1
-    if self._steps == _WARM_STEPS:
+    if self._steps == 1:
+      jax.block_until_ready(metrics)
+      self._context.log.event('first_step', run=self._name)
+    if self._steps == WARM_STEPS:
       jax.block_until_ready(metrics)
       self._began = time.monotonic()
       if self._profile:
         jax.profiler.start_trace(str(self._context.log.curves(self._name)))
         self._profiling = True
-    if self._profiling and self._steps == _WARM_STEPS + self._profile:
+    if self._profiling and self._steps == WARM_STEPS + self._profile:
       jax.block_until_ready(metrics)
       self.stop_profile()
-    if self._steps == _WARM_STEPS + _EARLY_STEPS:
+    if self._steps == WARM_STEPS + _EARLY_STEPS:
       self._warn()
 
   def stop_profile(self) -> None:
@@ -65,7 +68,7 @@ class Meter:
   def speed(self) -> dict[str, Any]:
     """Tokens per second, share of the devices' dense bfloat16 peak where that is known, share of time starved."""
     seconds = time.monotonic() - self._began
-    steps = self._steps - _WARM_STEPS
+    steps = self._steps - WARM_STEPS
     if steps < 1 or seconds <= 0:
       return {}
     found: dict[str, Any] = {

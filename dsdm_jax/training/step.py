@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.mesh import batch_sharding, place, replicated
-from dsdm_jax.lm import attention_tpu, hugging_face, partition
+from dsdm_jax.lm import attention_tpu, hugging_face, partition, products
 from dsdm_jax.lm.outputs import token_log_probability
 from dsdm_jax.training import optimizer
 
@@ -133,7 +133,8 @@ class Trainer:
     count = self._config.microbatches
 
     def loss_fn(params: nnx.State, tokens_BL: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-      return self._loss(params, state.rest, tokens_BL, weight_B, tokens_BL.shape[0] * count)
+      with products.in_training():
+        return self._loss(params, state.rest, tokens_BL, weight_B, tokens_BL.shape[0] * count)
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     if count == 1:
