@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policy
 
 from dsdm_jax.core import distributed, memory
@@ -102,6 +103,7 @@ class Checkpoints:
       if only not in (None, step):
         continue
       try:
+        self._check_shapes(step, like)
         found = self._manager.restore(step, args=args)
         return found['state'], found['record']
       except (ValueError, OSError, KeyError, TypeError) as error:  # Orbax's ways to say torn or of another shape
@@ -113,6 +115,16 @@ class Checkpoints:
       f'no checkpoint in {self._directory} can be restored into this model ({reason}); '
       'it is torn or belongs to another model: delete that folder and start again'
     ) from failure
+
+  def _check_shapes(self, step: int, like: Any) -> None:
+    # Before Orbax reads: where one array is of another shape, it gives up the rest with pages from its threads.
+    saved = ocp.StandardCheckpointHandler().metadata(epath.Path(self._directory) / f'{step}' / 'state')
+    stored = {leaf.name: tuple(leaf.shape) for leaf in jax.tree.leaves(saved)}
+    wanted = {'.'.join(path): tuple(leaf.shape) for path, leaf in ocp.tree.to_flat_dict(like).items()}
+    for name in {**wanted, **stored}:
+      if stored.get(name) != wanted.get(name):
+        here, there = wanted.get(name, 'not there'), stored.get(name, 'not there')
+        raise ValueError(f'{name} is {here} in the model and {there} in the checkpoint')
 
   def drop_after(self, step: int) -> None:
     """Removes the checkpoints of later steps: the run goes on from `step` and saves those anew."""

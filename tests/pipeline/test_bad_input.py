@@ -1,15 +1,20 @@
 """What a user may get wrong: one line on stderr, exit code 2, nothing written."""
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 
 from dsdm_jax import pipeline
 from dsdm_jax.core import lock
+from dsdm_jax.core.checkpoints import Checkpoints
+from tests.lm.test_hugging_face import write_gpt2
 from tests.pipeline import runs
+from tests.training.test_step import make_trainer
 
 
 @pytest.mark.parametrize(
@@ -148,6 +153,72 @@ def test_mixture_too_small_for_the_budget_where_repeats_are_forbidden(copied):
   message = runs.refused(runs.TINY, f'--workdir={copied}', *flags)
   assert re.match(r"part '\S+' has 32 rows but is to give 64 examples, and 32 are the most; ", message)
   assert not (copied / 'pretraining.part').exists()
+
+
+def unfinished_proxies(workdir: Path) -> Path:
+  """Puts the stage back to where its first proxy has its checkpoints and its last lines are not written."""
+  part = workdir / 'proxies.part'
+  (workdir / 'proxies').rename(part)
+  manifest = part / 'manifest.json'
+  (part / 'begun.json').write_text(json.dumps(json.loads(manifest.read_text())['identity']))
+  manifest.unlink()
+  (part / 'proxy_0.jsonl').unlink()
+  return part
+
+
+def refused_after_a_bar(*flags: str) -> str:
+  """The one line on stderr that is no progress bar."""
+  done = runs.run(*flags)
+  assert done.returncode == 2, done.stderr[-3000:]
+  lines = [line for line in re.split(r'[\r\n]+', done.stderr) if line and not re.match(r'\s+proxies: .*step', line)]
+  assert len(lines) == 1, done.stderr[-3000:]
+  return lines[0].removeprefix('dsdm_jax: ')
+
+
+def halve(checkpoint: Path) -> None:
+  files = [path for path in checkpoint.rglob('*') if path.is_file() and '/d/' in path.as_posix()]
+  assert files
+  for file in files:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_checkpoint_of_another_model(copied):
+  part = unfinished_proxies(copied)
+  shutil.rmtree(part / 'proxy_0')
+  with Checkpoints(part / 'proxy_0') as checkpoints:
+    checkpoints.save(2, make_trainer(model={'width': 32}).init(jax.random.key(0)), {'history': []})
+  before = runs.fingerprint(part / 'proxy_0') | runs.fingerprint(part / 'proxy_1')
+  message = refused_after_a_bar(runs.TINY, f'--workdir={copied}', '--stage=proxies')
+  assert message.startswith(f'no checkpoint in {part / "proxy_0"} can be restored into this model (')
+  assert 'is (16,) in the model and (32,) in the checkpoint' in message
+  assert message.endswith('it is torn or belongs to another model: delete that folder and start again')
+  assert runs.fingerprint(part / 'proxy_0') | runs.fingerprint(part / 'proxy_1') == before
+
+
+def test_half_written_checkpoint(copied):
+  wanted = runs.fingerprint(copied / 'proxies')
+  part = unfinished_proxies(copied)
+  steps = sorted((path for path in (part / 'proxy_0').iterdir() if path.name.isdecimal()), key=lambda p: int(p.name))
+  assert len(steps) == 2
+  halve(steps[1])
+  done = runs.run(runs.TINY, f'--workdir={copied}', '--stage=proxies')
+  assert done.returncode == 0, done.stderr[-3000:]
+  said = f'the checkpoint of step {steps[1].name} of proxy_0 is torn: it goes on from step {steps[0].name}\n'
+  assert said in done.stderr
+  found = runs.fingerprint(copied / 'proxies')
+  assert found['proxy_0.jsonl'][0] == wanted['proxy_0.jsonl'][0], 'the curve is that of the undisturbed run'
+
+
+def test_sequence_longer_than_the_positions(copied, tmp_path):
+  write_gpt2(tmp_path / 'gpt2', vocab_size=320, width=16, mlp_width=48, positions=24)
+  for stage in pipeline.NAMES[pipeline.NAMES.index('proxies') :]:
+    shutil.rmtree(copied / stage, ignore_errors=True)
+  before = runs.fingerprint(copied / 'pool')
+  weights = f'--config.proxies.model.weights={tmp_path / "gpt2"}'
+  message = refused_after_a_bar(runs.TINY, f'--workdir={copied}', '--stage=proxies', weights)
+  assert 'has 24 positions and rows have 32 tokens; set --config.pool.length=24 or less' in message
+  assert runs.fingerprint(copied / 'pool') == before
+  assert not (copied / 'proxies').exists()
 
 
 def _flip(file: Path) -> None:
