@@ -56,7 +56,8 @@ class TokenScores:
     with config.unlocked():
       config.features.update({'batch_size': batch_size, 'microbatch': 0})
       config.mesh = {'data': -1, 'model': 1}
-      config.proxies.setdefault('checkpoints', 1)  # features of before this key
+      if 'checkpoints' not in config.proxies:  # features of before this key
+        config.proxies.checkpoints = 1
     self._output_fn = _shares(config.features.output_fn)
     self._config, self._pool = config, Pool(inputs['pool'])
     folder = inputs['features'].path

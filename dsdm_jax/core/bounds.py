@@ -68,6 +68,7 @@ BOUNDS: Mapping[str, str] = {
   **{f'{train}.{key}': kind for train in ('proxies.train', 'pretraining.train') for key, kind in _TRAIN.items()},
   'proxies.seed': 'seed',
   'proxies.count': 'models',
+  'proxies.checkpoints': 'few',
   'proxies.epochs': 'passes',
   'features.dimension': 'columns',
   'features.basis_rows': 'rows',
