@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.lm import attention_tpu, partition, products
+from dsdm_jax.lm import attention, attention_tpu, partition, products
 
 
 def build(config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs) -> 'Decoder':
@@ -74,9 +73,10 @@ class Attention(nnx.Module):
     q_BLHK, k_BLHK, v_BLHK = self.project(x_BLD)
     if self.fused and attention_tpu.serves(x_BLD.shape[1]):
       y_BLHK = attention_tpu.causal(q_BLHK, k_BLHK, v_BLHK)
+    elif self.fused and jax.default_backend() == 'gpu':
+      y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, is_causal=True, implementation='cudnn')
     else:
-      kernel: Literal['xla', 'cudnn'] = 'cudnn' if self.fused and jax.default_backend() == 'gpu' else 'xla'
-      y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, is_causal=True, implementation=kernel)
+      y_BLHK = attention.causal(q_BLHK, k_BLHK, v_BLHK)
     return self.out(y_BLHK.reshape(*x_BLD.shape[:2], -1))
 
   def project(self, x_BLD: jax.Array, position_BL: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -24,6 +24,8 @@ from dsdm_jax.core import flops
 from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import DATA, batch_sharding
+from dsdm_jax.lm import attention
+from dsdm_jax.lm.decoder import Decoder
 from dsdm_jax.selection.registry import SELECTORS
 from dsdm_jax.selection.select import load_selectors
 from dsdm_jax.training import ladder
@@ -87,9 +89,13 @@ class Model:
     plain = without_kernels(config)
     with plain.unlocked():
       plain.remat = False
-    graphdef, state = nnx.split(abstract_model(plain, vocab_size, length))
+    model = abstract_model(plain, vocab_size, length)
+    graphdef, state = nnx.split(model)
     tokens_BL = jax.ShapeDtypeStruct((1, length), jnp.int32)
     forward = flops.count(lambda state, tokens_BL: nnx.merge(graphdef, state)(tokens_BL), state, tokens_BL)
+    if isinstance(model, Decoder):  # what its attention leaves out belongs to the square all the same
+      square = 4 * config.layers * length**2 * config.width
+      forward += square * (1 - attention.computed_share(length))
     leaves = jax.tree_util.tree_leaves_with_path(nnx.state(nnx.merge(graphdef, state), nnx.Param))
     kernels = sum(x.size for path, x in leaves if x.ndim > 1 and "'kernel'" in str(path))
     tied = all("'head'" not in str(path) for path, _ in leaves)
