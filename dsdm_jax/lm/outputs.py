@@ -21,10 +21,26 @@ def _right_token(logits_LV: jax.Array, tokens_L: jax.Array) -> tuple[jax.Array, 
   return logits_LV, right_LV, jnp.sum(jnp.where(right_LV, logits_LV, 0.0), axis=-1)
 
 
+@jax.custom_jvp
+def _log_sum_exp(x_LV: jax.Array) -> jax.Array:
+  """log Σ exp over the vocabulary.
+
+  JAX's own keeps exp(x − max), as large as the logits, for its derivative; exp(x − result) is made where it is used.
+  """
+  return jax.nn.logsumexp(x_LV, axis=-1)
+
+
+@_log_sum_exp.defjvp
+def _log_sum_exp_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+  (x_LV,), (tangent_LV,) = primals, tangents
+  result_L = _log_sum_exp(x_LV)
+  return result_L, jnp.sum(jnp.exp(x_LV - result_L[..., None]) * tangent_LV, axis=-1)
+
+
 def token_log_probability(logits_LV: jax.Array, tokens_L: jax.Array) -> jax.Array:
   """log p of tokens 1…L−1 given those before, in nats, float32, shape [L−1]."""
   logits_LV, _, right_L = _right_token(logits_LV, tokens_L)
-  return (right_L - jax.nn.logsumexp(logits_LV, axis=-1))[:-1]
+  return (right_L - _log_sum_exp(logits_LV))[:-1]
 
 
 def token_margin(logits_LV: jax.Array, tokens_L: jax.Array) -> jax.Array:
@@ -33,7 +49,7 @@ def token_margin(logits_LV: jax.Array, tokens_L: jax.Array) -> jax.Array:
   Taking p first would lose everything once p rounds to one.
   """
   logits_LV, right_LV, right_L = _right_token(logits_LV, tokens_L)
-  return (right_L - jax.nn.logsumexp(jnp.where(right_LV, -jnp.inf, logits_LV), axis=-1))[:-1]
+  return (right_L - _log_sum_exp(jnp.where(right_LV, -jnp.inf, logits_LV)))[:-1]
 
 
 def _shares(values_L: jax.Array, weights_L: jax.Array) -> jax.Array:
