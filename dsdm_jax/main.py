@@ -1,5 +1,11 @@
 """Command line: flags → config → pipeline. Short on purpose: logic lives where tests and notebooks can import it."""
 
+# The process may start anew first, so nothing that takes time comes before.
+from dsdm_jax.core import memory
+
+if __name__ == '__main__':
+  memory.use_huge_pages()
+
 import sys
 
 from absl import flags

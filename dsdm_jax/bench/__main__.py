@@ -1,7 +1,14 @@
 """What is measured, as commands: `python -m dsdm_jax.bench features --help`."""
 
-import argparse
 import sys
+
+# The process may start anew first, so nothing that takes time comes before.
+from dsdm_jax.core import memory
+
+if __name__ == '__main__':
+  memory.use_huge_pages(one_arena=sys.argv[1:2] in (['features'], ['peers']))  # why: `bench.features`
+
+import argparse
 
 from dsdm_jax.bench import (
   data,

@@ -6,6 +6,9 @@ that the method can take: the training step's time by the share of its FLOP that
 features the time of per-example gradients and of a bare matrix product of the same shape, measured as cases; for whole
 passes over a pool (`stage_store_j4096`, `stage_stream_j4096`) the time of their compiled steps alone, in their pauses.
 `cpu_ratio_to_floor` is the same of processor seconds, which others on the machine hardly change.
+
+On CPU all threads allocate from one pool of memory that keeps what is freed. In a run step follows step; here seconds
+may pass before a case runs again, in which the system would take its pages back, the more the larger it is.
 """
 
 import argparse

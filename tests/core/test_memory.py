@@ -1,10 +1,20 @@
-"""What other packages would leak is not asked of them."""
+"""What is freed is kept where that pays, and what other packages would leak is not asked of them."""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tensorstore
 
+from dsdm_jax.core import memory
 from dsdm_jax.core.checkpoints import Checkpoints
+from tests.conftest import ROOT
 
 
 def test_saving_and_restoring_lists_no_metrics_of_tensorstore(tmp_path, monkeypatch):
@@ -18,3 +28,86 @@ def test_saving_and_restoring_lists_no_metrics_of_tensorstore(tmp_path, monkeypa
   np.testing.assert_array_equal(restored['w'], state['w'])
   assert record == {'step': 1}
   assert asked == []
+
+
+_STEPS = """
+import sys
+from dsdm_jax.core import memory
+
+if sys.argv[1] == 'huge':
+  memory.use_huge_pages()
+import resource
+import jax, jax.numpy as jnp
+
+x = jnp.ones((6_000, 8))  # whose products take 144 MB
+step = jax.jit(lambda x: jnp.cos(x @ x.T).sum()).lower(x).compile()
+step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(2):
+  step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, sys.argv[1:])
+"""
+
+
+def _page_faults(how: str) -> int:
+  """Of two steps of a program with temporary buffers that no thread's own arena can hold."""
+  environment = os.environ | {'JAX_CPU_ENABLE_ASYNC_DISPATCH': 'true', 'JAX_NUM_CPU_DEVICES': '1'}
+  environment.pop('GLIBC_TUNABLES', None)
+  arguments = [how, 'two words', '']
+  done = subprocess.run(
+    [sys.executable, '-c', _STEPS, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+  )
+  faults, _, said = done.stdout.partition(' ')
+  assert said.strip() == str(arguments), 'the second start has the arguments of the first'
+  return int(faults)
+
+
+def _kernel_has_huge_pages() -> bool:
+  setting = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+  return setting.is_file() and '[madvise]' in setting.read_text()
+
+
+@pytest.mark.skipif(
+  platform.libc_ver() < ('glibc', '2.35') or not _kernel_has_huge_pages(),
+  reason='glibc before 2.35, or a kernel that gives huge pages to none or all',
+)
+def test_steps_with_large_temporary_buffers_clear_few_pages():
+  pages = 2 * 6_000 * 6_000 * 4 // resource.getpagesize()
+  assert _page_faults('plain') > pages / 2, 'the program shows what it should'
+  assert _page_faults('huge') < pages / 20
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='a setting of glibc')
+@pytest.mark.parametrize('module', ['dsdm_jax.main', 'dsdm_jax.bench'])
+def test_a_program_starts_again_with_huge_pages_and_what_else_was_set(module):
+  found = _started(module, GLIBC_TUNABLES='glibc.malloc.tcache_count=3')
+  assert found == 'glibc.malloc.tcache_count=3:glibc.malloc.hugetlb=1'
+  assert _started(module, GLIBC_TUNABLES='glibc.malloc.hugetlb=0') == 'glibc.malloc.hugetlb=0', 'as the user says'
+
+
+def _started(module: str, **environment: str) -> str:
+  """GLIBC_TUNABLES as the program has it when it goes to work."""
+  code = (
+    'import os, sys; from absl import flags\n'
+    'sys.setprofile(lambda frame, event, _: frame.f_code.co_name == "main" and event == "call" and '
+    '(print(os.environ["GLIBC_TUNABLES"], flush=True), os._exit(0)))\n'
+    f'import runpy; sys.argv[:] = ["{module}"]; runpy.run_module("{module}", run_name="__main__")'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, check=True
+  )
+  return done.stdout.strip()
+
+
+def test_a_host_with_an_accelerator_is_left_as_it_is(monkeypatch, tmp_path):
+  (tmp_path / 'nvidia0').touch()
+  started = []
+  monkeypatch.setattr(memory.os, 'execv', lambda *given: started.append(given))
+  monkeypatch.setattr(memory, '_ACCELERATORS', (str(tmp_path / 'nvidia[0-9]*'),))
+  monkeypatch.setenv('GLIBC_TUNABLES', '')
+  monkeypatch.delenv('JAX_PLATFORMS')
+  memory.use_huge_pages()
+  assert started == []
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')  # the accelerator is not for this run
+  memory.use_huge_pages()
+  assert started == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
