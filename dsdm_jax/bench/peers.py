@@ -102,10 +102,10 @@ def _peer(name: str, flags: argparse.Namespace) -> Iterator[Callable[[], dict[st
   """What puts one batch through a peer, in a process of its own, and tells the seconds, maybe the processor's too."""
   python = flags.python
   script = Path(__file__).with_name(f'peer_{name.partition("_")[0]}.py')
+  command = [python, str(script), json.dumps(_given(name, flags))]
+  environment = {key: value for key, value in os.environ.items() if key != 'GLIBC_TUNABLES'}  # set for ours alone
   try:
-    process = subprocess.Popen(
-      [python, str(script), json.dumps(_given(name, flags))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
   except OSError as error:
     raise UserError(f'--python={python} cannot be started ({error.strerror}); give a Python') from error
   assert process.stdin is not None and process.stdout is not None
@@ -126,6 +126,7 @@ def _peer(name: str, flags: argparse.Namespace) -> Iterator[Callable[[], dict[st
   try:
     yield run_one
   finally:
-    asked.close()
+    with contextlib.suppress(BrokenPipeError):  # of what an ended process has not read
+      asked.close()
     process.wait()
     said.close()
