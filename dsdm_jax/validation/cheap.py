@@ -61,9 +61,15 @@ def cosine(embedding_ND: np.ndarray, embedding_TD: np.ndarray) -> np.ndarray:
   return unit_ND @ unit_TD.T
 
 
+def text_XL(weights_XL: np.ndarray) -> np.ndarray:
+  """True up to the last token that counts, with which a text ends: no id tells padding, which may be an end mark."""
+  return np.cumsum(weights_XL[:, ::-1] > 0, axis=1)[:, ::-1] > 0
+
+
 def predictors(
   tokens_NL: np.ndarray,
   tokens_TL: np.ndarray,
+  weights_TL: np.ndarray,
   task_T: np.ndarray,
   vocab_size: int,
   loss_N: Callable[[], np.ndarray],
@@ -72,13 +78,14 @@ def predictors(
   """Name → what makes score_NT, higher being better.
 
   Args:
-    tokens_NL, tokens_TL: of rows, and of target examples with padding 0, which counts for nothing.
+    tokens_NL, tokens_TL: of rows, and of target examples, whose padding counts for nothing.
+    weights_TL: above 0 where a token of a target example is to be predicted.
     task_T: task of each target example.
     vocab_size: V.
     loss_N: nats per token of each row under the proxies.
     embeddings: of rows and of target examples.
   """
-  ones_NL, filled_TL = np.ones(tokens_NL.shape), tokens_TL != 0
+  ones_NL, filled_TL = np.ones(tokens_NL.shape), text_XL(weights_TL)
 
   def counts(size: int, pairs: bool) -> tuple[scipy.sparse.csr_array, scipy.sparse.csr_array]:
     return count(tokens_NL, ones_NL, size, pairs), count(tokens_TL, filled_TL, size, pairs)

@@ -179,7 +179,7 @@ class Setting:
   def _cheap(self) -> Mapping[str, Any]:
     e = self._examples
     return cheap.predictors(
-      e.tokens_NL, e.tokens_TL, e.task_T, e.vocab_size,
+      e.tokens_NL, e.tokens_TL, e.weights_TL, e.task_T, e.vocab_size,
       lambda: self._scorer.loss(self._proxies(USUAL, 0)), lambda: self._scorer.embeddings(self._proxies(USUAL, 0)),
     )  # fmt: skip
 

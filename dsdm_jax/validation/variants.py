@@ -22,6 +22,7 @@ from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.lm.outputs import token_log_probability
 from dsdm_jax.training.step import TrainState
+from dsdm_jax.validation.cheap import text_XL
 from dsdm_jax.validation.proxies import EARLY, LATE, MIDDLE, STOPS, USUAL, Kind, Proxy, scaled
 
 _KEPT = 16  # features of one checkpoint each that stay in memory for the variants to come
@@ -235,9 +236,7 @@ class Scorer:
       x_BLD = model.hidden(tokens_BL).astype(jnp.float32)
       return jnp.einsum('bld,bl->bd', x_BLD, here_BL) / jnp.maximum(here_BL.sum(axis=1), 1)[:, None]
 
-    # A text ends with the last token that counts: no id tells padding, which may be a vocabulary's end mark.
-    after_XL = np.cumsum(self._weights[:, ::-1] > 0, axis=1)[:, ::-1]
-    embedding_XD = self._forward(proxy, mean, self._tokens, (after_XL > 0).astype(np.float32))
+    embedding_XD = self._forward(proxy, mean, self._tokens, text_XL(self._weights).astype(np.float32))
     return embedding_XD[: self._rows], embedding_XD[self._rows :]
 
   def _forward(self, proxy: Proxy, function: Callable, *arrays: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.sparse
 
 from dsdm_jax.validation import cheap
 
@@ -31,6 +32,21 @@ def test_log_ratio_by_hand_and_by_task():
   assert score[:, 0] == pytest.approx([ratio[[1, 1, 2, 2]].mean(), ratio[3]], rel=1e-5)
   assert score[0, 0] > score[1, 0]
   assert score[0, 1] < score[1, 1]
+
+
+def test_targets_end_with_their_last_counted_token_whatever_the_padding_is():
+  """Token 0 is a text's too, and the padding, 5, is the end mark that texts begin with."""
+  rows = np.array([[1, 0, 2, 3], [4, 4, 5, 1]])
+  found = {}
+  for padding in (5, 0):
+    targets, weights = np.array([[5, 0, 1, padding], [5, 4, padding, padding]]), np.array([[0, 0, 1, 0], [0, 1, 0, 0]])
+    made = cheap.predictors(rows, targets, weights, np.array(['a', 'b']), 6, lambda: np.zeros(2), lambda: ())
+    found[padding] = [made[name]() for name in ('BM25', 'n-gram ratio (DSIR)')]
+  query = np.array([[1, 1, 0, 0, 0, 1], [0, 0, 0, 0, 1, 1]])
+  by_hand = cheap.bm25(cheap.count(rows, np.ones(rows.shape), 6, False), scipy.sparse.csr_array(query))
+  np.testing.assert_allclose(found[5][0], by_hand)
+  for a, b in zip(found[5], found[0], strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_cosine_takes_the_common_direction_off():
