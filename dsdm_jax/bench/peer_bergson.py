@@ -16,19 +16,12 @@ from typing import Any
 import torch
 from bergson import CollectorComputer, GradientProcessor, IndexConfig, InMemoryCollector
 from datasets import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel
+from peer_model import gpt2
 
 
 def main(config: dict[str, Any]) -> None:
   logging.disable(logging.INFO)
-  torch.set_num_threads(config['threads'])
-  torch.manual_seed(0)
-  model = GPT2LMHeadModel(
-    GPT2Config(
-      vocab_size=config['vocab'], n_positions=config['length'], n_embd=config['width'], n_layer=config['layers'],
-      n_head=config['heads'], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )
-  )  # fmt: skip
+  model = gpt2(config)
   model.requires_grad_(False)
   model.get_input_embeddings().requires_grad_(True)
   tokens = torch.randint(0, config['vocab'], (config['batch'], config['length']))

@@ -12,20 +12,12 @@ import time
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from peer_model import gpt2
 
 
 def main(config: dict[str, Any]) -> None:
   logging.disable(logging.INFO)
-  torch.set_num_threads(config['threads'])
-  torch.manual_seed(0)
-  model = GPT2LMHeadModel(
-    GPT2Config(
-      vocab_size=config['vocab'], n_positions=config['length'], n_embd=config['width'], n_layer=config['layers'],
-      n_head=config['heads'], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-      bos_token_id=0, eos_token_id=0, attn_implementation=config['attention'],
-    )
-  )  # fmt: skip
+  model = gpt2(config, use_cache=False, bos_token_id=0, eos_token_id=0, attn_implementation=config['attention'])
   model.train()
   parameters = list(model.parameters())
   optimizer = torch.optim.AdamW(
