@@ -19,8 +19,8 @@ def use_huge_pages(one_arena: bool = False) -> None:
   × 256, a fifth of its time. With pages of 2 MiB it is a twentieth. glibc (2.35 and later) reads the setting when a
   process starts and never again, hence the second start; call this first, and only as a program.
 
-  Does nothing where GLIBC_TUNABLES has the setting, whatever it says, on other systems than Linux, and where there is
-  an accelerator.
+  Does nothing where GLIBC_TUNABLES has the setting, whatever it says, on other systems than Linux, where there is an
+  accelerator, and where another program, such as a notebook's kernel, runs this one's module.
 
   Args:
     one_arena: all threads allocate from one pool of memory, from which nothing is unmapped (`keep_freed_memory`). No
@@ -28,7 +28,9 @@ def use_huge_pages(one_arena: bool = False) -> None:
       several times what it uses.
   """
   tunables = os.environ.get('GLIBC_TUNABLES', '')
-  if sys.platform != 'linux' or _HUGE_PAGES in tunables or not _on_cpu():
+  of_program = getattr(sys.modules['__main__'], '__spec__', None)
+  is_ours = of_program is not None and of_program.name.startswith('dsdm_jax.')
+  if sys.platform != 'linux' or _HUGE_PAGES in tunables or not is_ours or not _on_cpu():
     return
   wanted = [tunables, f'{_HUGE_PAGES}=1', f'{_ARENAS}=1' if one_arena else '']
   os.environ['GLIBC_TUNABLES'] = ':'.join(filter(None, wanted))

@@ -1,5 +1,6 @@
 """What is freed is kept where that pays, and what other packages would leak is not asked of them."""
 
+import importlib.util
 import os
 import platform
 import resource
@@ -31,10 +32,11 @@ def test_saving_and_restoring_lists_no_metrics_of_tensorstore(tmp_path, monkeypa
 
 
 _STEPS = """
-import sys
+import importlib.machinery, sys
 from dsdm_jax.core import memory
 
 if sys.argv[1] == 'huge':
+  sys.modules['__main__'].__spec__ = importlib.machinery.ModuleSpec('dsdm_jax.main', None)
   memory.use_huge_pages()
 import resource
 import jax, jax.numpy as jnp
@@ -79,24 +81,39 @@ def test_steps_with_large_temporary_buffers_clear_few_pages():
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='a setting of glibc')
 @pytest.mark.parametrize('module', ['dsdm_jax.main', 'dsdm_jax.bench'])
-def test_a_program_starts_again_with_huge_pages_and_what_else_was_set(module):
-  found = _started(module, GLIBC_TUNABLES='glibc.malloc.tcache_count=3')
+def test_a_program_starts_again_with_huge_pages_and_what_else_was_set(module, tmp_path):
+  found = _started(module, tmp_path, GLIBC_TUNABLES='glibc.malloc.tcache_count=3')
   assert found == 'glibc.malloc.tcache_count=3:glibc.malloc.hugetlb=1'
-  assert _started(module, GLIBC_TUNABLES='glibc.malloc.hugetlb=0') == 'glibc.malloc.hugetlb=0', 'as the user says'
+  said = 'glibc.malloc.hugetlb=0'
+  assert _started(module, tmp_path, GLIBC_TUNABLES=said) == said
 
 
-def _started(module: str, **environment: str) -> str:
+def _started(module: str, folder: Path, **environment: str) -> str:
   """GLIBC_TUNABLES as the program has it when it goes to work."""
-  code = (
-    'import os, sys; from absl import flags\n'
-    'sys.setprofile(lambda frame, event, _: frame.f_code.co_name == "main" and event == "call" and '
-    '(print(os.environ["GLIBC_TUNABLES"], flush=True), os._exit(0)))\n'
-    f'import runpy; sys.argv[:] = ["{module}"]; runpy.run_module("{module}", run_name="__main__")'
+  (folder / 'sitecustomize.py').write_text(
+    'import os, sys\n'
+    'def told(frame, event, argument):\n'
+    '  if event == "call" and frame.f_code.co_name == "main" and "dsdm_jax" in frame.f_code.co_filename:\n'
+    '    print(os.environ["GLIBC_TUNABLES"], flush=True)\n'
+    '    os._exit(0)\n'
+    'sys.setprofile(told)\n'
   )
+  environment = os.environ | environment | {'PYTHONPATH': str(folder)}
   done = subprocess.run(
-    [sys.executable, '-c', code], env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, check=True
+    [sys.executable, '-m', module], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
   )
   return done.stdout.strip()
+
+
+def test_another_program_that_runs_a_module_of_this_one_goes_on():
+  code = 'import runpy; runpy.run_module("dsdm_jax.main", run_name="__main__")'
+  environment = os.environ | {'GLIBC_TUNABLES': ''}
+  done = subprocess.run(
+    [sys.executable, '-c', f'print("once", flush=True); {code}'], env=environment, cwd=ROOT, capture_output=True,
+    text=True, check=False,
+  )  # fmt: skip
+  assert (done.returncode, done.stdout) == (2, 'once\n')
+  assert '--config is missing' in done.stderr
 
 
 def test_a_host_with_an_accelerator_is_left_as_it_is(monkeypatch, tmp_path):
@@ -105,6 +122,7 @@ def test_a_host_with_an_accelerator_is_left_as_it_is(monkeypatch, tmp_path):
   monkeypatch.setattr(memory.os, 'execv', lambda *given: started.append(given))
   monkeypatch.setattr(memory, '_ACCELERATORS', (str(tmp_path / 'nvidia[0-9]*'),))
   monkeypatch.setenv('GLIBC_TUNABLES', '')
+  monkeypatch.setattr(sys.modules['__main__'], '__spec__', importlib.util.find_spec('dsdm_jax.main'))
   monkeypatch.delenv('JAX_PLATFORMS')
   memory.use_huge_pages()
   assert started == []
