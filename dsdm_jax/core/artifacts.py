@@ -131,17 +131,22 @@ class Artifact:
     Raises:
       UserError: one is a link that leads out of the folder.
     """
-    for name, entry in self.manifest['files'].items():
-      file = inside(self.path, name)
-      if not file.is_file():
-        yield file, f'{file} is missing'
-      elif file.stat().st_size != entry['bytes']:
-        yield file, f'{file} has {file.stat().st_size} bytes where {entry["bytes"]} were written'
-      elif _sha256(file) != entry['sha256']:
-        yield file, f'{file} has changed since it was written'
+    yield from damaged(self.path, self.manifest['files'])
 
   def _repair(self) -> str:
     return f'delete {self.path} and start again to make that stage anew'
+
+
+def damaged(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Path, str]]:
+  """Which of `files`, as `checksums` gave them, are not as they were written, each with a phrase that says so."""
+  for name, entry in files.items():
+    file = inside(folder, name)
+    if not file.is_file():
+      yield file, f'{file} is missing'
+    elif file.stat().st_size != entry['bytes']:
+      yield file, f'{file} has {file.stat().st_size} bytes where {entry["bytes"]} were written'
+    elif _sha256(file) != entry['sha256']:
+      yield file, f'{file} has changed since it was written'
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import errno
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,8 +15,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policy
 
-from dsdm_jax.core import distributed, memory
+from dsdm_jax.core import artifacts, atomic, distributed, memory
 from dsdm_jax.core.errors import Stopped, UserError, as_os_error
+
+_CHECKSUMS = 'checksums.json'  # of the files of the two items; what Orbax notes beside them it writes later
+_ITEMS = ('state', 'record')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +58,9 @@ class Checkpoints:
     if keep.steps:
       policies.append(policy.CustomSteps(keep.steps))
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=policy.AnyPreservationPolicy(policies), create=True, enable_async_checkpointing=True
-    )
+      preservation_policy=policy.AnyPreservationPolicy(policies), create=True, enable_async_checkpointing=True,
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._note_checksums),
+    )  # fmt: skip
     self._manager = ocp.CheckpointManager(self._directory, options=options)
 
   @property
@@ -103,6 +108,7 @@ class Checkpoints:
       if only not in (None, step):
         continue
       try:
+        self._check_files(step)
         self._check_shapes(step, like)
         found = self._manager.restore(step, args=args)
         return found['state'], found['record']
@@ -115,6 +121,31 @@ class Checkpoints:
       f'no checkpoint in {self._directory} can be restored into this model ({reason}); '
       'it is torn or belongs to another model: delete that folder and start again'
     ) from failure
+
+  def _note_checksums(self) -> None:
+    # Orbax calls it in its thread, when all of a checkpoint is written and its folder has not yet its name.
+    if not distributed.is_first():
+      return
+    for folder in self._directory.glob('*.orbax-checkpoint-tmp*'):
+      if not (folder / _CHECKSUMS).exists():
+        atomic.write_json(folder / _CHECKSUMS, {item: artifacts.checksums(folder / item) for item in _ITEMS})
+
+  def _check_files(self, step: int) -> None:
+    # Before Orbax reads: a flipped bit it does not see, and over a file that is cut or missing its threads print pages.
+    said = distributed.decide(lambda: self._damage(self._directory / f'{step}'))
+    if said is not None:
+      raise ValueError(said)
+
+  def _damage(self, folder: Path) -> str | None:
+    noted = folder / _CHECKSUMS
+    if not noted.is_file():  # of before checksums were noted
+      return None
+    try:
+      files = json.loads(noted.read_text())
+      found = (said for item in _ITEMS for _, said in artifacts.damaged(folder / item, files[item]))
+      return next(found, None)
+    except (ValueError, KeyError, TypeError, AttributeError):
+      return f'{noted} is damaged'
 
   def _check_shapes(self, step: int, like: Any) -> None:
     # Before Orbax reads: where one array is of another shape, it gives up the rest with pages from its threads.

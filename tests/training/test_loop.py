@@ -271,14 +271,21 @@ def tear(checkpoint: Path, damage: str = 'cut') -> None:
   files = [path for path in checkpoint.rglob('*') if path.is_file() and '/d/' in path.as_posix()]
   assert files
   for file in files:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    data = bytearray(file.read_bytes())
+    if damage == 'no checksums':  # one of before they were noted: Orbax finds by itself what is cut
+      (checkpoint / 'checksums.json').unlink(missing_ok=True)
+    if damage == 'flipped':
+      data[len(data) // 2] ^= 1
+    else:
+      del data[len(data) // 2 :]
+    file.write_bytes(data)
 
 
 torn = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # Orbax drops reads beside it
 
 
 @torn
-@pytest.mark.parametrize('damage', ['cut', 'missing'])
+@pytest.mark.parametrize('damage', ['cut', 'missing', 'flipped', 'no checksums'])
 def test_torn_checkpoint_falls_back_to_the_one_before_it(trainer, undisturbed, tmp_path, damage):
   with pytest.raises(Stop):
     train(tmp_path, trainer, stream(stop_before=4), keep_checkpoints=2)
@@ -314,6 +321,28 @@ def test_finished_run_whose_last_checkpoint_is_torn_is_not_read_at_an_earlier_st
     loop.load_state(tmp_path / 'model', trainer)
   assert '\n' not in str(caught.value)
   assert steps_kept(tmp_path) == [4, 6], 'reading removes nothing'
+
+
+@pytest.mark.parametrize('damage', ['cut', 'missing', 'flipped'])
+def test_damage_is_named_and_nothing_else_is_said(tmp_path, damage):
+  code = (
+    'import sys; from pathlib import Path; import jax.numpy as jnp, numpy as np\n'
+    'from dsdm_jax.core.checkpoints import Checkpoints\n'
+    'state = {f"w{i}": jnp.asarray(np.random.default_rng(i).random((200, 200))) for i in range(8)}\n'
+    'with Checkpoints(Path(sys.argv[1])) as checkpoints:\n'
+    '  checkpoints.restore(state) if checkpoints.latest else checkpoints.save(1, state, {})\n'
+  )
+  save = [sys.executable, '-c', code, str(tmp_path)]
+  subprocess.run(save, cwd=ROOT, check=True)
+  data = max((p for p in (tmp_path / '1/state').rglob('*') if '/d/' in p.as_posix()), key=lambda p: p.stat().st_size)
+  if damage == 'missing':
+    data.unlink()
+  else:
+    tear(tmp_path / '1', damage)
+  done = subprocess.run(save, cwd=ROOT, capture_output=True, text=True, check=False)
+  wanted = {'cut': 'bytes where', 'missing': 'is missing', 'flipped': 'has changed since it was written'}[damage]
+  assert f'{wanted}' in done.stderr.splitlines()[-1] and '/1/state/' in done.stderr.splitlines()[-1]
+  assert 'Event loop' not in done.stderr and 'Exception in' not in done.stderr
 
 
 def test_step_that_would_not_be_saved_is_told(trainer, undisturbed):
