@@ -1,25 +1,21 @@
 """Command line: flags → config → pipeline. Short on purpose: logic lives where tests and notebooks can import it."""
 
-# The process may start anew first, so nothing that takes time comes before.
-from dsdm_jax.core import memory
-
-if __name__ == '__main__':
-  memory.use_huge_pages()
-
 import sys
+
+from dsdm_jax.core import distributed, memory
+
+memory.use_huge_pages()  # the process may start anew here, so nothing that takes time comes before
 
 from absl import flags
 from ml_collections import config_flags
 
 from dsdm_jax import pipeline
-from dsdm_jax.core import distributed
 from dsdm_jax.core.command_line import DISK, cannot_write, explain
 from dsdm_jax.core.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'File with get_config(), such as configs/quickstart.py.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-_STAGES = (*pipeline.NAMES, *pipeline.ON_REQUEST, 'plan')
-_STAGE = flags.DEFINE_enum('stage', None, _STAGES, 'Run one stage alone; plan: what TPUs would take.')
+_STAGE = flags.DEFINE_enum('stage', None, (*pipeline.NAMES, *pipeline.ON_REQUEST, 'plan'), 'One stage; plan: its cost.')
 _RERUN = flags.DEFINE_bool('rerun', False, 'Make stages anew that stand there with other settings.')
 
 

@@ -2,11 +2,10 @@
 
 import sys
 
-# The process may start anew first, so nothing that takes time comes before.
 from dsdm_jax.core import memory
 
-if __name__ == '__main__':
-  memory.use_huge_pages(one_arena=sys.argv[1:2] in (['features'], ['peers']))  # why: `bench.features`
+# The process may start anew here, so nothing that takes time comes before. Why one arena: `bench.features`.
+memory.use_huge_pages(one_arena=sys.argv[1:2] in (['features'], ['peers']))
 
 import argparse
 

@@ -126,19 +126,15 @@ class Artifact:
       raise UserError(f'{said}; {self._repair()}')
 
   def damaged(self) -> Iterator[tuple[Path, str]]:
-    """Files that are not as they were written, each with a phrase that says so.
-
-    Raises:
-      UserError: one is a link that leads out of the folder.
-    """
-    yield from damaged(self.path, self.manifest['files'])
+    """Files that are not as they were written, see `damaged`."""
+    return damaged(self.path, self.manifest['files'])
 
   def _repair(self) -> str:
     return f'delete {self.path} and start again to make that stage anew'
 
 
 def damaged(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Path, str]]:
-  """Which of `files`, as `checksums` gave them, are not as they were written, each with a phrase that says so."""
+  """Which of `files`, as of `checksums`, are not as they were written, and a phrase that says so; see `inside`."""
   for name, entry in files.items():
     file = inside(folder, name)
     if not file.is_file():
