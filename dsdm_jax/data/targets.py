@@ -43,6 +43,14 @@ class Examples:
     return len(self.records)
 
 
+def text_mask(weights_XL: np.ndarray) -> np.ndarray:
+  """Bool [X, L], True up to the last weight above 0 of each row of float [X, L], where a sequence's answer ends.
+
+  No token id tells padding: it may be the end mark, which begins each sequence.
+  """
+  return np.cumsum(weights_XL[:, ::-1] > 0, axis=1)[:, ::-1] > 0
+
+
 def sequence(
   encode: Encode, context: str, answer: str, length: int, eos: int = EOS, pad: int = PAD
 ) -> tuple[np.ndarray, np.ndarray] | None:

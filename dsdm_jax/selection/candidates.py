@@ -14,7 +14,7 @@ from dsdm_jax.attribution.tables import mix
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.targets import Examples, Targets
+from dsdm_jax.data.targets import Examples, Targets, text_mask
 from dsdm_jax.selection.ledger import Ledger
 from dsdm_jax.selection.proxies import Proxies
 
@@ -110,8 +110,7 @@ class Target:
   def sequences(self, task: str) -> list[np.ndarray]:
     """Token ids of each target example, int32, from its end mark to the last token of the answer."""
     made = self.examples(task)
-    last_T = [int(np.flatnonzero(weights_L)[-1]) for weights_L in made.weights_TL]
-    return [tokens_L[: last + 1] for tokens_L, last in zip(made.tokens_TL, last_T, strict=True)]
+    return [tokens_L[here_L] for tokens_L, here_L in zip(made.tokens_TL, text_mask(made.weights_TL), strict=True)]
 
   def mixed(self, score: Callable[[str], np.ndarray]) -> np.ndarray:
     """One score a row, float32: `score(task)` of the one task, or of all of them mixed as the datamodel's are."""

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import scipy.sparse
 
+from dsdm_jax.data.targets import text_mask
+
 _BINS = 2**14  # of hashed pairs of tokens
 _K1, _B = 1.2, 0.75  # of BM25
 
@@ -61,11 +63,6 @@ def cosine(embedding_ND: np.ndarray, embedding_TD: np.ndarray) -> np.ndarray:
   return unit_ND @ unit_TD.T
 
 
-def text_XL(weights_XL: np.ndarray) -> np.ndarray:
-  """True up to the last token that counts, with which a text ends: no id tells padding, which may be an end mark."""
-  return np.cumsum(weights_XL[:, ::-1] > 0, axis=1)[:, ::-1] > 0
-
-
 def predictors(
   tokens_NL: np.ndarray,
   tokens_TL: np.ndarray,
@@ -85,7 +82,7 @@ def predictors(
     loss_N: nats per token of each row under the proxies.
     embeddings: of rows and of target examples.
   """
-  ones_NL, filled_TL = np.ones(tokens_NL.shape), text_XL(weights_TL)
+  ones_NL, filled_TL = np.ones(tokens_NL.shape), text_mask(weights_TL)
 
   def counts(size: int, pairs: bool) -> tuple[scipy.sparse.csr_array, scipy.sparse.csr_array]:
     return count(tokens_NL, ones_NL, size, pairs), count(tokens_TL, filled_TL, size, pairs)

@@ -20,9 +20,9 @@ from dsdm_jax.attribution.features import blocks, feature_step, step_rows
 from dsdm_jax.attribution.gradients import FeatureStep, TwoSidedFeatures
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.data.targets import text_mask
 from dsdm_jax.lm.outputs import token_log_probability
 from dsdm_jax.training.step import TrainState
-from dsdm_jax.validation.cheap import text_XL
 from dsdm_jax.validation.proxies import EARLY, LATE, MIDDLE, STOPS, USUAL, Kind, Proxy, scaled
 
 _KEPT = 16  # features of one checkpoint each that stay in memory for the variants to come
@@ -236,7 +236,7 @@ class Scorer:
       x_BLD = model.hidden(tokens_BL).astype(jnp.float32)
       return jnp.einsum('bld,bl->bd', x_BLD, here_BL) / jnp.maximum(here_BL.sum(axis=1), 1)[:, None]
 
-    embedding_XD = self._forward(proxy, mean, self._tokens, text_XL(self._weights).astype(np.float32))
+    embedding_XD = self._forward(proxy, mean, self._tokens, text_mask(self._weights).astype(np.float32))
     return embedding_XD[: self._rows], embedding_XD[self._rows :]
 
   def _forward(self, proxy: Proxy, function: Callable, *arrays: np.ndarray) -> np.ndarray:
