@@ -15,7 +15,8 @@ from dsdm_jax.core.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'File with get_config(), such as configs/quickstart.py.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-_STAGE = flags.DEFINE_enum('stage', None, (*pipeline.NAMES, *pipeline.ON_REQUEST, 'plan'), 'One stage; plan: its cost.')
+_STAGES = (*pipeline.NAMES, *pipeline.ON_REQUEST, 'plan')
+_STAGE = flags.DEFINE_enum('stage', None, _STAGES, 'Run one stage alone; plan: what TPUs would take.')
 _RERUN = flags.DEFINE_bool('rerun', False, 'Make stages anew that stand there with other settings.')
 
 
@@ -26,9 +27,8 @@ def _parse(argv: list[str]) -> None:
       _CONFIG.value.keys()  # a file that could not be loaded says so when it is looked into
   except Exception as error:  # a config file is a program of the user's and may fail in any way
     raise UserError(explain(error, argv)) from error
-  for name, value, example in (
-    ('--config', _CONFIG.value, 'configs/quickstart.py'), ('--workdir', _WORKDIR.value, 'runs/quickstart'),
-  ):  # fmt: skip
+  wanted = {'--config': (_CONFIG.value, 'configs/quickstart.py'), '--workdir': (_WORKDIR.value, 'runs/quickstart')}
+  for name, (value, example) in wanted.items():
     if value is None and (name, _STAGE.value) != ('--workdir', 'plan'):
       raise UserError(f'{name} is missing; give one, such as {name}={example}')
   if extra:
