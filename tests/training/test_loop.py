@@ -341,7 +341,7 @@ def test_damage_is_named_and_nothing_else_is_said(tmp_path, damage):
     tear(tmp_path / '1', damage)
   done = subprocess.run(save, cwd=ROOT, capture_output=True, text=True, check=False)
   wanted = {'cut': 'bytes where', 'missing': 'is missing', 'flipped': 'has changed since it was written'}[damage]
-  assert f'{wanted}' in done.stderr.splitlines()[-1] and '/1/state/' in done.stderr.splitlines()[-1]
+  assert wanted in done.stderr.splitlines()[-1] and '/1/state/' in done.stderr.splitlines()[-1]
   assert 'Event loop' not in done.stderr and 'Exception in' not in done.stderr
 
 
