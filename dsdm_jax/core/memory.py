@@ -15,7 +15,7 @@ def use_huge_pages(one_arena: bool = False) -> None:
   """Starts this program again, as the same process, with glibc told to ask the kernel for huge pages.
 
   XLA on CPU allocates the temporary buffers of a step anew each time. What is larger than 64 MiB glibc maps and unmaps,
-  and the kernel clears each page of 4 KiB on first touch: 151,000 faults and 0.31 s of processor time for the features of
+  and the kernel clears each page of 4 KiB on first touch: 151,000 faults and 0.31 s of processor time for features of
   4,096 tokens at 4 layers × 256, in 0.76 s; with pages of 2 MiB 660 and 0.05 s, in 0.57 s. glibc (2.35 and later) reads
   the setting when a process starts and never again, hence the second start; call this first, and only as a program.
 
