@@ -1,13 +1,17 @@
 """Files by glob, on this machine or wherever fsspec finds them (gs://, hf://, s3://, …), opened for reading bytes."""
 
 import gzip
+import hashlib
 import io
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dsdm_jax.core.errors import UserError
 
 _BUFFER = 2**20
+_READ_WHOLE = 2**28  # bytes of files whose content is looked at at each start: 0.2 s where the kernel has them cached
 _PACKAGES = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 'hf': 'huggingface_hub', 'az': 'adlfs'}
 
 
@@ -116,23 +120,34 @@ def open_bytes(path: str) -> BinaryIO:
   return raw
 
 
-def version(path: str) -> str:
-  """What tells one state of a file from another without reading it: its size and when it changed, or its checksum.
+def versions(paths: Sequence[str]) -> list[str]:
+  """For each file what tells one state of it from another: its size, with its content, time of change or checksum.
+
+  The content (a SHA-256 of it) where all of them together have at most 256 MiB on this machine: the same text, copied
+  or unpacked again, is the same state. Else the time, which costs no reading; of a URL what its server says.
 
   Raises:
     OSError: there is no such file.
   """
-  if is_remote(path):
-    system, inside = _system(path)
-    try:
-      info = system.info(inside)
-    except OSError:
-      raise
-    except Exception as error:  # as above
-      raise OSError(_line(error)) from error
-    marks = [
-      info[key] for key in ('etag', 'ETag', 'md5Hash', 'blob_id', 'mtime', 'updated', 'created') if info.get(key)
-    ]
-    return f'{info["size"]} bytes, {marks[0]}' if marks else f'{info["size"]} bytes'
-  stat = Path(path).stat()
-  return f'{stat.st_size} bytes, changed {stat.st_mtime_ns}'
+  local = [path for path in paths if not is_remote(path)]
+  read = sum(Path(path).stat().st_size for path in local) <= _READ_WHOLE
+  return [_remote_version(path) if is_remote(path) else _local_version(path, read) for path in paths]
+
+
+def _local_version(path: str, read: bool) -> str:
+  with Path(path).open('rb') as file:
+    stat = os.fstat(file.fileno())
+    mark = hashlib.file_digest(file, 'sha256').hexdigest() if read else f'changed {stat.st_mtime_ns}'
+  return f'{stat.st_size} bytes, {mark}'
+
+
+def _remote_version(path: str) -> str:
+  system, inside = _system(path)
+  try:
+    info = system.info(inside)
+  except OSError:
+    raise
+  except Exception as error:  # as above
+    raise OSError(_line(error)) from error
+  marks = [info[key] for key in ('etag', 'ETag', 'md5Hash', 'blob_id', 'mtime', 'updated', 'created') if info.get(key)]
+  return f'{info["size"]} bytes, {marks[0]}' if marks else f'{info["size"]} bytes'

@@ -151,7 +151,7 @@ def _files(entry: Entry) -> list[str]:
 
 
 def states(lines: Iterable[str]) -> dict[str, str]:
-  """For each line whose source is files: how many they are now and a digest of their names, sizes and times.
+  """For each line whose source is files: how many they are now and a digest of their names and states.
 
   '' where none is there, or where they cannot be listed: whether they have changed is then not known.
   """
@@ -160,7 +160,7 @@ def states(lines: Iterable[str]) -> dict[str, str]:
     if entry.kind in (*FILES, 'tokens'):
       try:
         paths = _files(entry)
-        noted = [f'{path}\x1f{files.version(path)}' for path in paths]
+        noted = [f'{path}\x1f{version}' for path, version in zip(paths, files.versions(paths), strict=True)]
       except (OSError, UserError):  # a finished pool serves without its files; one that needs them says what is missing
         noted = []
       digest = hashlib.blake2b('\x1e'.join(noted).encode(), digest_size=8).hexdigest()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import zstandard
 
 from dsdm_jax.core.errors import UserError
-from dsdm_jax.data import sources
+from dsdm_jax.data import files, sources
 from dsdm_jax.data.pool import Pool
 from tests.data.conftest import invented, run_pool, small_config
 
@@ -421,3 +422,22 @@ def test_states_of_source_files(tmp_path: Path):
   (tmp_path / 'b.jsonl').write_bytes(b'')
   [third] = sources.states([line]).values()
   assert len({first, second, third}) == 3
+
+
+def test_state_is_the_content_of_small_files_and_the_time_of_large_ones(tmp_path: Path, monkeypatch):
+  """A pool is not made anew because its text was unpacked or copied again; large files are not read at each start."""
+  file, line = tmp_path / 'a.jsonl', f'jsonl:{tmp_path}/*.jsonl'
+  text = lines(RECORDS)
+
+  def state(text: bytes, time: int) -> str:
+    file.write_bytes(text)
+    os.utime(file, ns=(time, time))
+    [found] = sources.states([line]).values()
+    return found
+
+  first = state(text, 10**18)
+  assert state(text, 2 * 10**18) == first
+  assert state(text.swapcase(), 10**18) != first
+  monkeypatch.setattr(files, '_READ_WHOLE', len(text) - 1)
+  large = state(text, 10**18)
+  assert state(text.swapcase(), 10**18) == large != state(text, 2 * 10**18)
