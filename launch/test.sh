@@ -16,18 +16,20 @@ look_into_venv() { # lets environment $1 import what .venv holds
 }
 
 prepare
-make_environment "$root/.venv-test" "$root/.venv/bin/python"
+python=$root/.venv/bin/python
+# Side by side with the tools, format, lint and types: tests wait for them.
+(make_environment "$root/.venv-peers" "$python" && install "$root/.venv-peers" "$root/requirements-peers.txt") ||
+  printf '%s: could not, so tests that need peers are skipped\n' "$self" >&2 &
+(make_environment "$root/.venv-tpu" "$python" && look_into_venv "$root/.venv-tpu" &&
+  install "$root/.venv-tpu" "$root/requirements-tpu.txt") ||
+  printf '%s: could not, so tests that compile for TPUs are skipped\n' "$self" >&2 &
+(lock=$root/requirements-beam.lock && make_environment "$root/.venv-beam" "$python" &&
+  install "$root/.venv-beam" "$root/requirements-beam.txt") ||
+  printf '%s: could not, so the test that needs Apache Beam is skipped\n' "$self" >&2 &
+
+make_environment "$root/.venv-test" "$python"
 look_into_venv "$root/.venv-test"
 install "$root/.venv-test" "$root/requirements-test.txt"
-(make_environment "$root/.venv-peers" "$root/.venv/bin/python" &&
-  install "$root/.venv-peers" "$root/requirements-peers.txt") ||
-  printf '%s: could not, so tests that need peers are skipped\n' "$self" >&2
-(make_environment "$root/.venv-tpu" "$root/.venv/bin/python" && look_into_venv "$root/.venv-tpu" &&
-  install "$root/.venv-tpu" "$root/requirements-tpu.txt") ||
-  printf '%s: could not, so tests that compile for TPUs are skipped\n' "$self" >&2
-(lock=$root/requirements-beam.lock && make_environment "$root/.venv-beam" "$root/.venv/bin/python" &&
-  install "$root/.venv-beam" "$root/requirements-beam.txt") ||
-  printf '%s: could not, so the test that needs Apache Beam is skipped\n' "$self" >&2
 
 if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
   packages=()
@@ -64,6 +66,7 @@ status=0 # all five have their say, whatever the first ones find
 "$python" -m ruff check --output-format=concise . || status=1
 "$python" -m mypy || status=1
 audit || status=1
+wait # for the environments
 if [[ ${1:-} == --faults ]]; then
   shift
   export DSDM_FAULTS=1
