@@ -18,8 +18,8 @@ from orbax.checkpoint import checkpoint_managers as policy
 from dsdm_jax.core import artifacts, atomic, distributed, memory
 from dsdm_jax.core.errors import Stopped, UserError, as_os_error
 
-_CHECKSUMS = 'checksums.json'  # of the files of the two items; what Orbax notes beside them it writes later
-_ITEMS = ('state', 'record')
+_CHECKSUMS = 'checksums.json'  # of the files of the items; what Orbax notes beside them it writes later
+_ITEMS = ('state', 'record', 'shapes')  # checkpoints of before have no shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +75,12 @@ class Checkpoints:
       RuntimeError: a checkpoint of this or of a later step stands there, see `drop_after`.
     """
     distributed.decide(lambda: self._want_room(state))
-    # The record is written later by a thread, when a history in it may have gained lines.
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(copy.deepcopy(dict(record))))
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      # Written later by a thread, when a history in it may have gained lines.
+      record=ocp.args.JsonSave(copy.deepcopy(dict(record))),
+      shapes=ocp.args.JsonSave(_shapes(state)),
+    )
     try:
       saved = self._manager.save(step, args=args)
     except ValueError as error:
@@ -128,7 +132,7 @@ class Checkpoints:
       return
     for folder in self._directory.glob('*.orbax-checkpoint-tmp*'):
       if not (folder / _CHECKSUMS).exists():
-        atomic.write_json(folder / _CHECKSUMS, {item: artifacts.checksums(folder / item) for item in _ITEMS})
+        atomic.write_json(folder / _CHECKSUMS, {item: artifacts.checksums(folder / item) for item in _items(folder)})
 
   def _check_files(self, step: int) -> None:
     # Before Orbax reads: a flipped bit it does not see, and over a file that is cut or missing its threads print pages.
@@ -142,20 +146,26 @@ class Checkpoints:
       return None
     try:
       files = json.loads(noted.read_text())
-      found = (said for item in _ITEMS for _, said in artifacts.damaged(folder / item, files[item]))
+      found = (said for item in _items(folder) for _, said in artifacts.damaged(folder / item, files[item]))
       return next(found, None)
     except (ValueError, KeyError, TypeError, AttributeError):
       return f'{noted} is damaged'
 
   def _check_shapes(self, step: int, like: Any) -> None:
     # Before Orbax reads: where one array is of another shape, it gives up the rest with pages from its threads.
-    saved = ocp.StandardCheckpointHandler().metadata(epath.Path(self._directory) / f'{step}' / 'state')
-    stored = {leaf.name: tuple(leaf.shape) for leaf in jax.tree.leaves(saved)}
-    wanted = {'.'.join(path): tuple(leaf.shape) for path, leaf in ocp.tree.to_flat_dict(like).items()}
+    stored, wanted = self._stored_shapes(step), _shapes(like)
     for name in {**wanted, **stored}:
       if stored.get(name) != wanted.get(name):
-        here, there = wanted.get(name, 'not there'), stored.get(name, 'not there')
+        here, there = (tuple(shapes[name]) if name in shapes else 'not there' for shapes in (wanted, stored))
         raise ValueError(f'{name} is {here} in the model and {there} in the checkpoint')
+
+  def _stored_shapes(self, step: int) -> dict[str, list[int]]:
+    folder = self._directory / f'{step}'
+    if 'shapes' in _items(folder):
+      return self._manager.restore(step, args=ocp.args.Composite(shapes=ocp.args.JsonRestore()))['shapes']
+    # Of before they were noted. Orbax opens each array for it, and each time TensorStore leaks some kilobytes.
+    saved = ocp.StandardCheckpointHandler().metadata(epath.Path(folder) / 'state')
+    return {leaf.name: list(leaf.shape) for leaf in jax.tree.leaves(saved)}
 
   def drop_after(self, step: int) -> None:
     """Removes the checkpoints of later steps: the run goes on from `step` and saves those anew."""
@@ -178,6 +188,15 @@ class Checkpoints:
     # to stop they are all here, and say that the step is saved.
     if kind is None or issubclass(kind, Stopped) or distributed.count() == 1:
       self.close()
+
+
+def _items(folder: Path) -> list[str]:
+  return [item for item in _ITEMS if item != 'shapes' or (folder / item).is_dir()]
+
+
+def _shapes(state: Any) -> dict[str, list[int]]:
+  """Name of each array, as Orbax has it → its whole shape."""
+  return {'.'.join(path): list(leaf.shape) for path, leaf in ocp.tree.to_flat_dict(state).items()}
 
 
 def _abstract(x: Any) -> Any:

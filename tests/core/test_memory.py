@@ -10,11 +10,13 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore
 
 from dsdm_jax.core import memory
 from dsdm_jax.core.checkpoints import Checkpoints
+from dsdm_jax.core.errors import UserError
 from tests.conftest import ROOT
 
 
@@ -29,6 +31,33 @@ def test_saving_and_restoring_lists_no_metrics_of_tensorstore(tmp_path, monkeypa
   np.testing.assert_array_equal(restored['w'], state['w'])
   assert record == {'step': 1}
   assert asked == []
+
+
+def test_restoring_opens_no_array_to_learn_its_shape(tmp_path, monkeypatch):
+  """TensorStore leaks 5 kB each time that Orbax describes one; in checkpoints of before shapes stand nowhere else."""
+  state = {'layer': {'w': jnp.ones((2, 3)), 'b': jnp.ones(3)}, 'step': jnp.int32(1)}
+  other = {**state, 'layer': {'w': jnp.ones((2, 4)), 'b': jnp.ones(3)}}
+  said = r'\(layer.w is \(2, 4\) in the model and \(2, 3\) in the checkpoint\); it is torn or belongs to another model'
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    with pytest.raises(UserError, match=said):
+      checkpoints.restore(other)
+    with pytest.raises(UserError, match=r'step is not there in the model and \(\) in the checkpoint'):
+      checkpoints.restore({'layer': state['layer']})
+    described: list[str] = []
+    describe = ocp.StandardCheckpointHandler.metadata
+    monkeypatch.setattr(
+      ocp.StandardCheckpointHandler, 'metadata', lambda self, path: described.append(path.name) or describe(self, path)
+    )
+    np.testing.assert_array_equal(checkpoints.restore(state)[0]['layer']['w'], state['layer']['w'])
+    assert described == []
+    for noted in ('shapes', 'checksums.json'):
+      (tmp_path / '1' / noted).rename(tmp_path / noted)
+    np.testing.assert_array_equal(checkpoints.restore(state)[0]['layer']['w'], state['layer']['w'])
+    with pytest.raises(UserError, match=said):
+      checkpoints.restore(other)
+    assert described == ['state', 'state']
 
 
 _STEPS = """

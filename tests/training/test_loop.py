@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,6 +275,7 @@ def tear(checkpoint: Path, damage: str = 'cut') -> None:
     data = bytearray(file.read_bytes())
     if damage == 'no checksums':  # one of before they were noted: Orbax finds by itself what is cut
       (checkpoint / 'checksums.json').unlink(missing_ok=True)
+      shutil.rmtree(checkpoint / 'shapes', ignore_errors=True)
     if damage == 'flipped':
       data[len(data) // 2] ^= 1
     else:
