@@ -12,8 +12,9 @@ from tests.pipeline import runs
 from tests.pipeline.runs import ROOT
 
 TIMES = 20 if FAULTS else 3
-# GiB a run, half as much again as was measured (docs/limits.md). A run that leaked nothing would stay below 0.002.
-GROWTH = 0.01
+# GiB a run; 0.0023 were measured, of a figure that goes up and down by 0.01 (docs/limits.md). Before Orbax was kept from
+# describing arrays through TensorStore it was 0.0065 on a quiet machine and 0.0103 on a busy one.
+GROWTH = 0.005
 
 
 @pytest.mark.slow
