@@ -57,18 +57,20 @@ def tables(found: Mapping[str, Any], arms: Sequence[ArmFile], files: str) -> str
   held_out = [c for c in [*means, *found['comparisons']] if c['split'] == HOLDOUT and c['metric'] == 'logprob']
   elsewhere = [c for c in [*means, *found['comparisons']] if c['split'] == BENCHMARK and c['metric'] == 'logprob']
   columns = [first, *(c for c in dict.fromkeys(c['task'] for c in held_out) if c not in (first, MEAN))]
+  random = f'random data of {next(arm for arm in arms if arm.name == study.BASE).config["selection.epochs"]:g} epochs'
   parts = [
     f'Made by `python -m dsdm_jax.bench results --files {files!r} --out FOLDER`. Differences are in nats per token, '
     f'with {percent} intervals over seeds and items crossed; bold where the verdict stands after Holm over the '
-    "comparisons of the column. An arm `method/x` is of the study's arm `x`; the last table has what that changes.",
-    '## Held-out items of the targets, against random data of as many epochs',
+    "comparisons of the column. An arm `method/x` is of the study's arm `x`; the last table has what that changes. "
+    'The random data is that of the arm `base`, for arms that change the epochs too.',
+    f'## Held-out items of the targets, against {random}',
     _differences(held_out, columns, _RANDOM),
     '## The same against DsDm of the arm `base`',
     _differences(held_out, columns, 'dsdm'),
   ]  # fmt: skip
   if elsewhere:
     columns = list(dict.fromkeys(c['task'] for c in elsewhere))
-    parts += ['## Benchmarks that were not targeted, against random data of as many epochs',
+    parts += [f'## Benchmarks that were not targeted, against {random}',
               _differences(elsewhere, columns, _RANDOM)]  # fmt: skip
   if found['multiplier'] is not None:
     parts += [f'## Compute multiplier on {_task(first)}', _multiplier(found['multiplier'], first)]
