@@ -12,8 +12,8 @@ from tests.pipeline import runs
 from tests.pipeline.runs import ROOT
 
 TIMES = 20 if FAULTS else 3
-# GiB a run; 0.0023 were measured, of a figure that goes up and down by 0.01 (docs/limits.md). While Orbax had TensorStore
-# describe arrays it was 0.0065 on a quiet machine and 0.0103 on a busy one.
+# GiB a run; 0.0023 were measured, of a figure that goes up and down by 0.01 (docs/limits.md). It was 0.0065 to 0.0103
+# while Orbax had TensorStore describe arrays.
 GROWTH = 0.005
 
 
