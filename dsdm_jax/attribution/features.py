@@ -125,7 +125,7 @@ class ProxySteps:
     if not distributed.decide(file.is_file):
       settings = self._context.config.features
       tokens_NL, weights_NL = self._first_rows(settings.basis_rows)
-      step = MomentStep(features.model, features.output_fn, features.layers, self.mesh)
+      step = self._moments
       prepared = step.prepare(params)
       parts = covariances.batches(len(tokens_NL), self.batch_size, self.mesh.shape[DATA])
       moments = step.sums(prepared, [(tokens_NL[part], weights_NL[part]) for part in parts])
@@ -139,12 +139,23 @@ class ProxySteps:
 
   def unprobed(self, checkpoint: int) -> dict[str, Any]:
     """What parameters without a probe carry of the gradient, see `Unprobed.share`."""
-    assert isinstance(self.step, TwoSidedFeatures)
     params, moment = self.weights(checkpoint)
-    step = Unprobed(self.step.model, self.step.output_fn, self.step.layers, self.mesh)
+    step = self._whole_gradient
     tokens_BL, weights_BL = self._first_rows(unprobed.ROWS)
     self._context.add_flop(flops.count(step.apply, (params, None), tokens_BL[0], weights_BL[0]) * len(tokens_BL))
     return step.share(params, tokens_BL, weights_BL, moment)
+
+  # Both are compiled once, and serve all proxies.
+
+  @functools.cached_property
+  def _moments(self) -> MomentStep:
+    assert isinstance(self.step, TwoSidedFeatures)
+    return MomentStep(self.step.model, self.step.output_fn, self.step.layers, self.mesh)
+
+  @functools.cached_property
+  def _whole_gradient(self) -> Unprobed:
+    assert isinstance(self.step, TwoSidedFeatures)
+    return Unprobed(self.step.model, self.step.output_fn, self.step.layers, self.mesh)
 
   def _first_rows(self, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and weights of the pool's first rows, a sample, as their order is random."""

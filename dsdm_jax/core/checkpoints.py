@@ -48,7 +48,7 @@ class Checkpoints:
   """
 
   def __init__(self, directory: Path, keep: Keep = Keep()):
-    memory.drop_storage_metrics()
+    memory.avoid_storage_leaks()
     self._directory = Path(directory).absolute()
     policies: list[Any] = [policy.LatestN(keep.newest)]
     if keep.every_steps:

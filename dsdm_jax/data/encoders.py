@@ -163,7 +163,7 @@ def seqio_vocabulary(folder: str) -> 'seqio.Vocabulary':
   return _hugging_face_vocabulary((path / TOKENIZER).read_bytes(), _end_piece(path))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)
 def _hugging_face_vocabulary(data: bytes, end: str) -> 'seqio.Vocabulary':
   import seqio
   import tensorflow as tf

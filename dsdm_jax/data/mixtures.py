@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -143,25 +143,44 @@ def _chunks(schedule: Schedule, start: int, share: Share) -> tuple[int, Callable
   return -(-count // size), positions
 
 
+def _chunkwise(
+  count: int, read: Callable[[np.ndarray], Any], dtypes: Any, finish: Callable[..., Any]
+) -> 'tf.data.Dataset':
+  """`finish` of what `read` returns, arrays of `dtypes`, for each chunk from 0 to `count` − 1.
+
+  TensorFlow's default graph keeps every function that NumPy runs for ever. It is given one that holds nothing, and the
+  dataset holds `read`: so a schedule's rows, and the files of its pool, go with the dataset.
+  """
+  import tensorflow as tf
+
+  held = weakref.ref(read)
+
+  def call(chunk: np.ndarray) -> Any:
+    function = held()
+    assert function is not None, 'a dataset is gone, and is read'
+    return function(chunk)
+
+  dataset = tf.data.Dataset.range(count).map(
+    lambda chunk: finish(tf.numpy_function(call, [chunk], dtypes)), num_parallel_calls=1, deterministic=True
+  )
+  dataset.read = read
+  return dataset
+
+
 def _source(schedule: Schedule, pool: Pool, part: int, start: int, share: Share) -> 'seqio.DataSource':
   """Examples of a part at the positions of the share, in order, read in chunks."""
   import seqio
   import tensorflow as tf
 
   count, positions = _chunks(schedule, start, share)
-  # TensorFlow's default graph keeps every function that NumPy runs for ever, and would keep the pool's files open; the
-  # dataset itself holds the pool, by `in_chunks`.
-  held = weakref.ref(pool)
 
   def read(chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     part_B, index_B = schedule.part_and_index(positions(chunk))
     row_B, weight_B = schedule.examples(part, index_B[part_B == part])
-    rows = held()
-    assert rows is not None, 'a dataset outlived its pool'
-    return rows.tokens(row_B), row_B, weight_B
+    return pool.tokens(row_B), row_B, weight_B
 
-  def in_chunks(chunk: 'tf.Tensor') -> dict[str, 'tf.Tensor']:
-    tokens_BL, row_B, weight_B = tf.numpy_function(read, [chunk], (tf.int32, tf.int64, tf.float32))
+  def named(arrays: Sequence['tf.Tensor']) -> dict[str, 'tf.Tensor']:
+    tokens_BL, row_B, weight_B = arrays
     return {
       'tokens': tf.ensure_shape(tokens_BL, (None, pool.length)),
       'row': tf.ensure_shape(row_B, (None,)),
@@ -172,7 +191,7 @@ def _source(schedule: Schedule, pool: Pool, part: int, start: int, share: Share)
     del split, seed
     if shuffle_files:
       raise ValueError('the order of a schedule is fixed; ask for the dataset with shuffle=False')
-    return tf.data.Dataset.range(count).map(in_chunks, num_parallel_calls=1, deterministic=True).prefetch(1).unbatch()
+    return _chunkwise(count, read, (tf.int32, tf.int64, tf.float32), named).prefetch(1).unbatch()
 
   return seqio.FunctionDataSource(dataset_fn, splits=('train',), caching_permitted=False)
 
@@ -188,10 +207,9 @@ def _choose(datasets: list['tf.data.Dataset'], schedule: Schedule, start: int, s
   def read(chunk: np.ndarray) -> np.ndarray:
     return schedule.part_and_index(positions(chunk))[0]
 
-  def in_chunks(chunk: 'tf.Tensor') -> 'tf.Tensor':
-    return tf.ensure_shape(tf.numpy_function(read, [chunk], tf.int64), (None,))
-
-  choices = tf.data.Dataset.range(count).map(in_chunks).unbatch()
+  choices = _chunkwise(count, read, tf.int64, lambda part_B: tf.ensure_shape(part_B, (None,))).unbatch()
   # Each task holds exactly as many examples as it is chosen for: one that ends early is an error in the schedule, and
   # would cut the stream short, which `batches.training_batches` notices.
-  return tf.data.Dataset.choose_from_datasets(datasets, choices, stop_on_empty_dataset=True)
+  chosen = tf.data.Dataset.choose_from_datasets(datasets, choices, stop_on_empty_dataset=True)
+  chosen.read = read  # it does not keep `choices`, which does
+  return chosen

@@ -9,6 +9,7 @@ it. Orders are keyed permutations that are computed and not stored, so a resume 
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -201,8 +202,11 @@ class Schedule:
   def _key(self, *names: str | int) -> np.ndarray:
     return prng.numpy_stream(self.seed, 'schedule', *names).integers(0, 2**64, _ROUNDS, np.uint64)
 
-  @functools.lru_cache(maxsize=64)  # noqa: B019 - schedules are few and live as long as the run
-  def _block(self, number: int, counts: tuple[int, ...], block: int) -> tuple[np.ndarray, np.ndarray]:
+  @functools.cached_property
+  def _block(self) -> Callable[[int, tuple[int, ...], int], tuple[np.ndarray, np.ndarray]]:
+    return functools.lru_cache(maxsize=64)(self._make_block)  # of this schedule, and gone with it
+
+  def _make_block(self, number: int, counts: tuple[int, ...], block: int) -> tuple[np.ndarray, np.ndarray]:
     """(part, rank among the block's examples of that part) for each position of a block of phase `number`."""
     bound_S = np.cumsum(counts)
     slot = permute(np.arange(BLOCK), BLOCK, self._key('block', *([number] if number else []), block))

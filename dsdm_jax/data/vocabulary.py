@@ -181,7 +181,7 @@ def load(path: str) -> 'seqio.SentencePieceVocabulary':
   return _load(path, hashlib.sha256(Path(path).read_bytes()).hexdigest())
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)
 def _load(path: str, digest: str) -> 'seqio.SentencePieceVocabulary':
   del digest  # tells apart what lay at one path at two times
   tensorflow_start.start()

@@ -47,7 +47,7 @@ def _bounds(length: int) -> list[tuple[int, int]]:
 
 def _block(q_BGHTK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, start: int) -> jax.Array:
   """Of the queries start…start+T, which see keys 0…S."""
-  scores = jnp.einsum('bghtk,bgsk->bghts', q_BGHTK, k_BGSK, preferred_element_type=jnp.float32)
+  scores = _product(q_BGHTK, k_BGSK, 3)
   queries, keys = scores.shape[-2:]
   sees_TS = jnp.arange(keys)[None] <= start + jnp.arange(queries)[:, None]
   # Added and not selected, which is faster on CPUs; no score comes near it.
@@ -55,5 +55,14 @@ def _block(q_BGHTK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, start: int)
   # Any constant of a row cancels: no derivative of this one is needed.
   largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
   weights = jnp.exp(scores - largest)
-  y = jnp.einsum('bghts,bgsk->bghtk', weights.astype(v_BGSK.dtype), v_BGSK, preferred_element_type=jnp.float32)
+  y = _product(weights.astype(v_BGSK.dtype), v_BGSK, 2)
   return (y / weights.sum(axis=-1, keepdims=True)).astype(q_BGHTK.dtype)
+
+
+def _product(x_BGHTX: jax.Array, y_BGXX: jax.Array, axis: int) -> jax.Array:
+  """Head by head, the last axis of `x` with `axis` of `y`: float32.
+
+  The same as `jnp.einsum`, which makes a jitted function in each call and so leaves an entry in one of JAX's caches.
+  """
+  dimensions = ((4,), (axis,)), ((0, 1), (0, 1))
+  return jax.lax.dot_general(x_BGHTX, y_BGXX, dimensions, preferred_element_type=jnp.float32)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import atomic, flops, prng
+from dsdm_jax.core import atomic, prng
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import make_mesh, share
 from dsdm_jax.core.stage import Context
@@ -24,7 +24,7 @@ from dsdm_jax.data.batches import training_batches
 from dsdm_jax.data.pool import Pool
 from dsdm_jax.data.schedule import Schedule
 from dsdm_jax.training import loop
-from dsdm_jax.training.step import Trainer, abstract_model, trainer
+from dsdm_jax.training.step import abstract_model, trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def run(context: Context) -> dict:
     for number, r in enumerate(rungs):
       compiled = trainer(r.model, train, pool.vocab_size, pool.length, mesh)
       mine = share(compiled.batch_sharding, train.batch_size)
-      flop = steps[number] * flop_per_step(compiled, train.batch_size, pool.length)
+      flop = steps[number] * compiled.flop_per_step
       for seed in range(config.ladder.seeds):
         name = f'rung_{number}--{seed}'
         count = steps[number] * train.batch_size
@@ -142,14 +142,3 @@ def run(context: Context) -> dict:
   if context.first:
     atomic.write_text(context.out / 'index.json', json.dumps(index, indent=1))
   return {'rungs': [{'parameters': r.parameters, 'examples': r.examples, 'factor': r.factor} for r in rungs]}
-
-
-def flop_per_step(compiled: Trainer, batch_size: int, length: int) -> float:
-  """FLOP of a training step, counted over its jaxpr."""
-  return flops.count(
-    compiled.step,
-    compiled.abstract,
-    jax.ShapeDtypeStruct((batch_size, length), np.int32),
-    jax.ShapeDtypeStruct((batch_size,), np.float32),
-    jax.ShapeDtypeStruct((), np.int32),
-  )

@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import atomic, distributed, flops, preemption
+from dsdm_jax.core import atomic, distributed, preemption
 from dsdm_jax.core.checkpoints import Checkpoints, Keep
 from dsdm_jax.core.errors import Stopped, UserError
 from dsdm_jax.core.mesh import assemble
@@ -120,7 +120,7 @@ class _Run:
         batch = self.meter.read(batches, metrics)
         tokens_BL, weight_B = self._placed(batch['tokens_BL'], batch['weight_B'])
         if not self.meter.flop_per_step:
-          self.meter.flop_per_step = flops.count(self.trainer.step, state, tokens_BL, weight_B, total)
+          self.meter.flop_per_step = self.trainer.flop_per_step
           self.meter.tokens_per_step = tokens_BL.size
         state, metrics = self.trainer.step(state, tokens_BL, weight_B, total)
         self.meter.stepped(metrics)

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from dsdm_jax.core import flops
 from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.mesh import batch_sharding, place, replicated
 from dsdm_jax.lm import attention_tpu, hugging_face, partition, products
@@ -78,6 +79,14 @@ class Trainer:
       out_shardings=(self.shardings, replicated(mesh)),
       donate_argnums=0,
     )
+
+  @functools.cached_property
+  def flop_per_step(self) -> float:
+    """FLOP of a step over a whole batch, counted over its jaxpr, which the first step does not trace again."""
+    rows, batch = self._config.batch_size, self.batch_sharding
+    tokens_BL = jax.ShapeDtypeStruct((rows, self._length), jnp.int32, sharding=batch)
+    weight_B = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=batch)
+    return flops.count(self.step, self.abstract, tokens_BL, weight_B, jax.ShapeDtypeStruct((), jnp.int32))
 
   def init(self, key: jax.Array) -> TrainState:
     """The state before the first step: drawn with `key`, or with the weights that `model.weights` names.

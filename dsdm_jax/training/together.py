@@ -29,6 +29,7 @@ class Together:
 
   def __init__(self, trainer: Trainer, models: int):
     self.mesh, self.models = trainer.mesh, models
+    self.flop_per_step = models * trainer.flop_per_step
 
     def stacked(sharding: NamedSharding) -> NamedSharding:
       return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))

@@ -1,7 +1,9 @@
 """What seqio streams is the schedule, from any position on, with tokens as the pool has them."""
 
+import gc
 import shutil
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +193,16 @@ def test_the_next_batches_are_read_before_they_are_asked_for(tiny_pool: Pool, mo
   while len(read) < 8 * (1 + AHEAD) and time.monotonic() < deadline:
     time.sleep(0.01)
   assert 8 * (1 + AHEAD) <= len(read) < 400
+
+
+def test_a_schedule_goes_with_the_batches_that_were_read_of_it(tiny_pool: Pool):
+  """TensorFlow's default graph keeps each function that NumPy runs, and would keep every schedule's rows with it."""
+  schedule = two_parts(tiny_pool)
+  held = weakref.ref(schedule)
+  assert len(list(training_batches(tiny_pool, schedule, 16))) == schedule.length // 16
+  del schedule
+  gc.collect()
+  assert held() is None
 
 
 def test_a_stream_that_ends_early_is_noticed(tiny_pool: Pool, monkeypatch: pytest.MonkeyPatch):

@@ -1,7 +1,7 @@
 """Runs the smallest pipeline again and again in one process: `python -m tests.faults.soak FOLDER TIMES`.
 
-Prints {"gib", "kept_gib", "handles", "threads"} after each run, as one line of JSON: memory in use, and what glibc kept
-besides (`core.memory`).
+Prints {"gib", "kept_gib", "handles", "threads", "objects"} after each run, as one line of JSON: memory in use, what
+glibc kept besides (`core.memory`), and how many objects Python's garbage collector knows.
 """
 
 import gc
@@ -29,7 +29,8 @@ def main() -> None:
     memory.give_back_freed_memory()
     used = resident_bytes()
     seen = {'gib': used / 2**30, 'kept_gib': (resident - used) / 2**30, 'handles': open_handles()}
-    sys.stderr.write(json.dumps(seen | {'threads': len(os.listdir('/proc/self/task'))}) + '\n')
+    seen |= {'threads': len(os.listdir('/proc/self/task')), 'objects': len(gc.get_objects())}
+    sys.stderr.write(json.dumps(seen) + '\n')
 
 
 if __name__ == '__main__':

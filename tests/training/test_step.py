@@ -45,6 +45,17 @@ def run_steps(trainer: Trainer, tokens, weights=None, steps: int = 6):
   return flat(state.params), seen
 
 
+@pytest.mark.parametrize('devices', [1, 8])
+def test_the_step_whose_flop_are_counted_is_not_traced_again(devices, monkeypatch):
+  traced = []
+  apply = Trainer.apply
+  monkeypatch.setattr(Trainer, 'apply', lambda self, *given: traced.append(given) or apply(self, *given))
+  trainer = make_trainer(devices)
+  assert trainer.flop_per_step == trainer.flop_per_step > 0
+  run_steps(trainer, batches(2), steps=2)
+  assert len(traced) == 1
+
+
 def oracle(trainer: Trainer, tokens, weights, steps: int, c) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
   """AdamW, clip and schedule written out in NumPy float64; only the gradient of one row's mean loss is JAX's."""
   state = trainer.init(jax.random.key(3))
