@@ -2,12 +2,41 @@
 
 import errno
 import os
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
 # What an OSError may be about that a user can mend.
 DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+
+
+_USAGE = """usage: python -m dsdm_jax.main --config=FILE --workdir=FOLDER [--stage=STAGE] [--config.KEY=VALUE ...]
+
+configs/quickstart.py is the place to begin, and configs/base.py has every key with its unit.
+"""
+
+
+class _Help(flags.BooleanFlag):
+  """--help, which says what the flags are and ends the program with code 0."""
+
+  def __init__(self) -> None:
+    super().__init__('help', False, 'Say this, and do nothing.', short_name='h')
+
+  def parse(self, argument: Any) -> None:
+    super().parse(argument)
+    if self.value:
+      _, _, of_program = flags.FLAGS.main_module_help().partition(':\n')
+      try:
+        sys.stdout.write(f'{_USAGE}\n{of_program}\n')
+        sys.stdout.flush()
+      except BrokenPipeError:  # head has seen enough; so that nothing is flushed when the program ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      sys.exit(0)
+
+
+flags.DEFINE_flag(_Help())
 
 
 def cannot_write(error: OSError, workdir: str | None) -> str:

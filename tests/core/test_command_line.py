@@ -1,9 +1,12 @@
 """What parsing raises becomes one line that names the flag."""
 
+import subprocess
+
 import pytest
 from absl import flags
 
 from dsdm_jax.core.command_line import explain
+from tests.pipeline import runs
 
 ARGV = ['dsdm_jax', '--config=mine.py', '--config.pool.lenght=3', '--workdir=w']
 
@@ -24,3 +27,20 @@ def test_line(error, start):
   assert line.startswith(start)
   assert '\n' not in line
   assert '; ' in line
+
+
+def test_help_names_the_flags_and_is_no_error():
+  said = runs.succeed('--help')
+  assert said == runs.succeed('-h')
+  assert said.startswith('usage: python -m dsdm_jax.main --config=FILE --workdir=FOLDER ')
+  for flag in ('--config', '--workdir', '--stage', '--[no]rerun'):
+    assert f'\n  {flag}: ' in said
+
+
+def test_help_into_a_pipe_that_is_closed_is_silent():
+  with subprocess.Popen(
+    runs.command('--help'), cwd=runs.ROOT, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  ) as process:
+    process.stdout.close()
+    assert process.stderr.read() == b''
+  assert process.returncode == 0
