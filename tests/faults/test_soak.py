@@ -12,7 +12,7 @@ from tests.pipeline import runs
 from tests.pipeline.runs import ROOT
 
 TIMES = 20 if FAULTS else 3
-# A run. GiB: 0.0005 measured, in a figure that goes up and down by 0.005. Objects: 640 measured, those of JAX's and
+# A run. GiB: 0.0005 measured, in a figure that goes up and down by 0.005. Objects: 565 measured, those of JAX's and
 # TFDS's caches, the same in every run (docs/limits.md).
 GROWTH, OBJECTS = 0.002, 1_000
 
