@@ -1,4 +1,4 @@
-"""What is wrong with a command line, or with the disk, in one line."""
+"""What is wrong with a command line, or with the disk, in one line; and --help."""
 
 import errno
 import os

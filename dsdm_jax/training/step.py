@@ -46,6 +46,7 @@ class Trainer:
     mesh: where it runs.
     models: how many it trains, one.
     abstract: TrainState of `ShapeDtypeStruct`s with shardings; what a checkpoint is restored into.
+    abstract_batch: tokens_BL (int32) and weight_B (float32) likewise.
     step: (TrainState, tokens_BL, weight_B, steps) → (TrainState, {'loss', 'gradient_norm', 'learning_rate'}). Its
       first argument is donated. The loss is Σ_n weight_n · (mean nll of row n) / B: a row of weight zero is left out
       without the others weighing more, which is what datamodels are about. With `z_loss` > 0 that much of the mean
@@ -71,6 +72,10 @@ class Trainer:
     )
     batch = batch_sharding(mesh)
     self.batch_sharding = batch
+    self.abstract_batch = (
+      jax.ShapeDtypeStruct((config.batch_size, length), jnp.int32, sharding=batch),
+      jax.ShapeDtypeStruct((config.batch_size,), jnp.float32, sharding=batch),
+    )
     self._model_config, self._vocab_size, self._length = model_config, vocab_size, length
     self._init = jax.jit(init, out_shardings=self.shardings)
     self.step = jax.jit(
@@ -82,11 +87,8 @@ class Trainer:
 
   @functools.cached_property
   def flop_per_step(self) -> float:
-    """FLOP of a step over a whole batch, counted over its jaxpr, which the first step does not trace again."""
-    rows, batch = self._config.batch_size, self.batch_sharding
-    tokens_BL = jax.ShapeDtypeStruct((rows, self._length), jnp.int32, sharding=batch)
-    weight_B = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=batch)
-    return flops.count(self.step, self.abstract, tokens_BL, weight_B, jax.ShapeDtypeStruct((), jnp.int32))
+    """FLOP of a step over a whole batch, which the first step does not trace again."""
+    return flops.count(self.step, self.abstract, *self.abstract_batch, jax.ShapeDtypeStruct((), jnp.int32))
 
   def init(self, key: jax.Array) -> TrainState:
     """The state before the first step: drawn with `key`, or with the weights that `model.weights` names.

@@ -17,7 +17,7 @@ import tqdm
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import atomic, distributed
+from dsdm_jax.core import atomic, distributed, flops
 from dsdm_jax.core.checkpoints import Checkpoints
 from dsdm_jax.core.stage import Context
 from dsdm_jax.training import loop
@@ -29,16 +29,18 @@ class Together:
 
   def __init__(self, trainer: Trainer, models: int):
     self.mesh, self.models = trainer.mesh, models
-    self.flop_per_step = models * trainer.flop_per_step
 
     def stacked(sharding: NamedSharding) -> NamedSharding:
       return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
     self.shardings = jax.tree.map(stacked, trainer.shardings)
     self.batch_sharding = stacked(trainer.batch_sharding)
-    self.abstract = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct((models, *x.shape), x.dtype, sharding=s), trainer.abstract, self.shardings
-    )
+
+    def many(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct((models, *x.shape), x.dtype, sharding=sharding)
+
+    self.abstract = jax.tree.map(many, trainer.abstract, self.shardings)
+    self.abstract_batch = tuple(many(x, self.batch_sharding) for x in trainer.abstract_batch)
     self._stack = jax.jit(lambda *states: jax.tree.map(lambda *x: jnp.stack(x), *states), out_shardings=self.shardings)
     self._init = trainer.init
     self.unstack = jax.jit(lambda states, i: jax.tree.map(lambda x: x[i], states), out_shardings=trainer.shardings)
@@ -47,6 +49,11 @@ class Together:
       in_shardings=(self.shardings, self.batch_sharding, self.batch_sharding, None),
       donate_argnums=0,
     )
+
+  @functools.cached_property
+  def flop_per_step(self) -> float:
+    """FLOP of a step of all models."""
+    return flops.count(self.step, self.abstract, *self.abstract_batch, jax.ShapeDtypeStruct((), jnp.int32))
 
   def init(self, keys: Sequence[jax.Array]) -> Any:
     return self._stack(*(self._init(key) for key in keys))

@@ -11,6 +11,7 @@ from dsdm_jax.core import mesh
 from dsdm_jax.core.errors import UserError
 from dsdm_jax.training import optimizer
 from dsdm_jax.training.step import Trainer
+from dsdm_jax.training.together import Together
 
 VOCAB, LENGTH, BATCH = 48, 12, 8
 
@@ -45,15 +46,22 @@ def run_steps(trainer: Trainer, tokens, weights=None, steps: int = 6):
   return flat(state.params), seen
 
 
-@pytest.mark.parametrize('devices', [1, 8])
-def test_the_step_whose_flop_are_counted_is_not_traced_again(devices, monkeypatch):
+@pytest.mark.parametrize(('devices', 'models'), [(1, 1), (8, 1), (1, 3), (8, 3)])
+def test_the_step_whose_flop_are_counted_is_not_traced_again(devices, models, monkeypatch):
   traced = []
   apply = Trainer.apply
   monkeypatch.setattr(Trainer, 'apply', lambda self, *given: traced.append(given) or apply(self, *given))
-  trainer = make_trainer(devices)
-  assert trainer.flop_per_step == trainer.flop_per_step > 0
-  run_steps(trainer, batches(2), steps=2)
+  one = make_trainer(devices)
+  trainer = one if models == 1 else Together(one, models)
+  flop = trainer.flop_per_step
+  assert trainer.flop_per_step == flop > 0
+  state = one.init(jax.random.key(3)) if models == 1 else trainer.init([jax.random.key(i) for i in range(models)])
+  axis = (models,) if models > 1 else ()
+  pair = np.ones((*axis, BATCH, LENGTH), np.int32), np.ones((*axis, BATCH), np.float32)
+  for _ in range(2):
+    state, _ = trainer.step(state, *jax.device_put(pair, trainer.batch_sharding), jnp.int32(2))
   assert len(traced) == 1
+  assert flop == models * make_trainer(devices).flop_per_step
 
 
 def oracle(trainer: Trainer, tokens, weights, steps: int, c) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
