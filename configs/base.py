@@ -1,7 +1,7 @@
 """Every key of a run, with its unit and its constraint. The other configs change a few lines each.
 
 Nothing here is meant to be run as it stands: `configs/quickstart.py` is the place to begin. No number is larger than
-`dsdm_jax/core/bounds.py` says, and no text longer than 10,000 characters.
+`dsdm_jax/config/bounds.py` says, and no text longer than 10,000 characters.
 Override any key on the command line: `--config.datamodel.damping=0.03`.
 """
 
@@ -113,7 +113,7 @@ def get_config() -> ConfigDict:
   c.pool.leakage_guard = True  # look for documents that hold target text, and list them
   c.pool.drop_leaks = True  # and drop them
   c.pool.leakage_ngram = 12  # words in a row that count as the same text
-  # Benchmarks that the pool must not hold either: names of the table in dsdm_jax/data/benchmarks.py, .jsonl files, or
+  # Benchmarks that the pool must not hold either: names of the table in data/targets/benchmarks.py, .jsonl files, or
   # 'evaluated', which stands for those of evaluation.tasks.
   c.pool.leakage_benchmarks = ()
   c.pool.plant_targets = 0  # control: this many target examples of each task, verbatim, as further documents
@@ -272,7 +272,7 @@ def get_config() -> ConfigDict:
   c.ladder.seeds = 3  # models per rung
 
   c.evaluation = ConfigDict()
-  # What models are asked: targets (the run's own, both splits), benchmarks by the names of dsdm_jax/data/benchmarks.py
+  # What models are asked: targets (the run's own, both splits), benchmarks by the names of data/targets/benchmarks.py
   # (from targets.folder), paths of JSONL files of LLM-Foundry's shapes.
   c.evaluation.tasks = ('targets',)
   c.evaluation.max_items = 0  # of each benchmark, spread evenly over its file; 0 takes all

@@ -15,10 +15,10 @@ import numpy as np
 
 from dsdm_jax.core import artifacts
 from dsdm_jax.core.artifacts import Artifact
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.data import pool as pool_lib
-from dsdm_jax.data import selection as selection_lib
-from dsdm_jax.report import evidence, figures, tables, words
+from dsdm_jax.data.order import selection as selection_lib
+from dsdm_jax.data.pool import pool as pool_lib
+from dsdm_jax.errors import UserError
+from dsdm_jax.report import figures, formatting, report_data, tables
 from dsdm_jax.report.figures import Drawing
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def load(workdir: str | os.PathLike, verify: bool = True) -> 'Run':
     >>> run.results.plot('docs')  # shows itself in a notebook; .save('docs.png') writes it
   """
   workdir = Path(workdir).absolute()
-  stages = tuple(stage for stage in evidence.STAGES if (workdir / stage / artifacts.MANIFEST).is_file())
+  stages = tuple(stage for stage in report_data.STAGES if (workdir / stage / artifacts.MANIFEST).is_file())
   if not stages:
     raise UserError(f'{workdir} holds no finished stage; give the folder that a run was started with as --workdir')
   return Run(workdir, stages, verify)
@@ -119,7 +119,7 @@ class Run:
 
 
 class PoolView(pool_lib.Pool):
-  """The candidate pool: `dsdm_jax.data.pool.Pool`, and a table of its rows."""
+  """The candidate pool: `dsdm_jax.data.pool.pool.Pool`, and a table of its rows."""
 
   @functools.cached_property
   def table(self) -> 'pd.DataFrame':
@@ -255,10 +255,10 @@ class SelectionsView(Mapping[str, selection_lib.Selection]):
     return _frame(self._index)
 
   @functools.cached_property
-  def entries(self) -> list[evidence.Selected]:
+  def entries(self) -> list[report_data.Selected]:
     """What every model trains on; models may share a selection."""
     return [
-      evidence.Selected(e['method'], e['target'], e['seed'], self[e['selection']].rows, e['epochs'], e['selection'])
+      report_data.Selected(e['method'], e['target'], e['seed'], self[e['selection']].rows, e['epochs'], e['selection'])
       for e in self._index
     ]
 
@@ -287,7 +287,7 @@ class SelectionsView(Mapping[str, selection_lib.Selection]):
 class _Chosen:
   sources: tuple[str, ...]
   source_N: np.ndarray
-  selected: list[evidence.Selected]
+  selected: list[report_data.Selected]
 
 
 class ResultsView:
@@ -347,12 +347,12 @@ class ResultsView:
     if not curves:
       raise KeyError(f'no ladder on {task!r}; there are {", ".join(c["task"] for c in found["curves"])}')
     same = [a for a in found['arms'] if (a['task'], a['split']) == (task, split)]
-    return figures.multiplier(curves[0], same, words.several_targets(a['target_mix'] for a in found['arms']))
+    return figures.multiplier(curves[0], same, formatting.several_targets(a['target_mix'] for a in found['arms']))
 
   @property
   def headline(self) -> str:
     """The result in words, as the report begins."""
-    return ' '.join(words.headlines(self.raw)).replace('\u00a0', ' ')
+    return ' '.join(formatting.headlines(self.raw)).replace('\u00a0', ' ')
 
   def plot(self, task: str) -> Drawing:
     """The differences on one task, with their intervals."""
@@ -362,9 +362,9 @@ class ResultsView:
     return found[task]
 
   @functools.cached_property
-  def _curves(self) -> list[evidence.Curve]:
+  def _curves(self) -> list[report_data.Curve]:
     index = json.loads((self._run.artifact('selection').path / 'index.json').read_bytes())
-    return evidence.curves(self._run.artifact('pretraining').path, index)[0]
+    return report_data.curves(self._run.artifact('pretraining').path, index)[0]
 
   @property
   def losses(self) -> 'pd.DataFrame':

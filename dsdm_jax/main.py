@@ -2,7 +2,7 @@
 
 import sys
 
-from dsdm_jax.core import distributed, memory
+from dsdm_jax.core import memory, processes
 
 memory.use_huge_pages()  # the process may start anew here, so nothing that takes time comes before
 
@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from dsdm_jax import pipeline
 from dsdm_jax.core.command_line import DISK, cannot_write, explain
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'File with get_config(), such as configs/quickstart.py.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
@@ -57,4 +57,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  distributed.leave(main())
+  processes.leave(main())

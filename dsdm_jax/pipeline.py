@@ -15,14 +15,15 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import artifacts, atomic, distributed, lock, memory
+from dsdm_jax.config.validate import check_callables, check_devices, flatten, resolve, select, validate
+from dsdm_jax.core import artifacts, lock, memory, processes, storage
 from dsdm_jax.core.artifacts import Artifact, Identity
-from dsdm_jax.core.config import check_callables, check_devices, flatten, resolve, select, validate
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data import benchmarks, sources, tasks
-from dsdm_jax.evaluation import requests
+from dsdm_jax.data.pool import sources
+from dsdm_jax.data.targets import benchmarks, tasks
+from dsdm_jax.errors import UserError
+from dsdm_jax.evaluation import questions
 from dsdm_jax.lm import hugging_face
 
 
@@ -57,10 +58,10 @@ class Stage:
 STAGES = (
   # Documents → tokens → a TFDS dataset, without documents that hold target text.
   Stage(
-    'pool', (), ('seed', 'pool', 'targets.tasks', 'targets.folder', 'targets.seed'), 'data.pool:run', format=2
+    'pool', (), ('seed', 'pool', 'targets.tasks', 'targets.folder', 'targets.seed'), 'data.pool.pool:run', format=2
   ),
   # Tasks → examples that the datamodel sees, and a holdout that it never does.
-  Stage('targets', ('pool',), ('targets',), 'data.targets:run', format=2),
+  Stage('targets', ('pool',), ('targets',), 'data.targets.targets:run', format=2),
   # Small models on random subsets.
   Stage(
     'proxies', ('pool',), ('seed', 'proxies'), 'training.proxies:run', everywhere=True,
@@ -139,15 +140,15 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
   config = resolve(config, hugging_face.model_keys)
   validate(config)
   settings = flatten(config)
-  with distributed.running(config, settings):
+  with processes.running(config, settings):
     _run(config, settings, Path(workdir).absolute(), only, rerun)
 
 
 def _run(config: ConfigDict, settings: Mapping, workdir: Path, only: str | None, rerun: bool) -> None:
   tasks.check_files(config.targets, config.pool.leakage_benchmarks if config.pool.leakage_guard else ())
-  requests.check(config.evaluation, config.targets.folder, config.pool.length)
+  questions.check(config.evaluation, config.targets.folder, config.pool.length)
   with _held(workdir, config.features.job if config.features.jobs > 1 else None) as fresh:
-    settings = {**settings, **distributed.decide(lambda: _source_files(settings, workdir))}
+    settings = {**settings, **processes.decide(lambda: _source_files(settings, workdir))}
     _run_in(workdir, fresh, config, settings, only, rerun)
 
 
@@ -163,14 +164,14 @@ def _source_files(settings: Mapping, workdir: Path) -> dict[str, str]:
 def _held(workdir: Path, job: int | None) -> Iterator[bool]:
   """The workdir for all processes, by the lock that process 0 has; yields whether it was made."""
   with contextlib.ExitStack() as stack:
-    yield distributed.decide(lambda: stack.enter_context(lock.hold(workdir, job)))
+    yield processes.decide(lambda: stack.enter_context(lock.hold(workdir, job)))
 
 
 def _run_in(workdir: Path, fresh: bool, config: ConfigDict, settings: Mapping, only: str | None, rerun: bool) -> None:
   """`run` in a workdir that nobody else has; where nothing was begun in a fresh one, nothing is left there."""
   if config.features.jobs == 1:
-    distributed.decide(lambda: artifacts.sweep(workdir))
-  done = _opened(workdir, distributed.decide(lambda: list(_finished(workdir, settings, only, rerun))))
+    processes.decide(lambda: artifacts.sweep(workdir))
+  done = _opened(workdir, processes.decide(lambda: list(_finished(workdir, settings, only, rerun))))
   wanted = [s for s in STAGES if s.name not in done and (s.name == only or (only is None and not s.on_request))]
   for stage in STAGES:
     if stage.name in done and only in (None, stage.name):
@@ -179,20 +180,20 @@ def _run_in(workdir: Path, fresh: bool, config: ConfigDict, settings: Mapping, o
     _start_jax(config, workdir, [key for stage in wanted for key in stage.batches])
   try:
     for stage in wanted:
-      if distributed.decide(lambda: _stands(stage, settings, workdir, done)):  # noqa: B023  called at once
+      if processes.decide(lambda: _stands(stage, settings, workdir, done)):  # noqa: B023  called at once
         done |= _opened(workdir, [stage.name])
         continue
       if not rerun:
-        distributed.decide(lambda: artifacts.check_versions(workdir, identity(stage, settings, workdir, done)))  # noqa: B023
+        processes.decide(lambda: artifacts.check_versions(workdir, identity(stage, settings, workdir, done)))  # noqa: B023
       made = _run_stage(stage, config, settings, workdir, done)
       if made is not None:
         done[stage.name] = made
   except UserError:
     left = any(artifacts.part_folder(workdir, name).exists() for name in (*NAMES, *ON_REQUEST))
-    if distributed.is_first() and fresh and not done and not left:
+    if processes.is_first() and fresh and not done and not left:
       _clear(workdir)
     raise
-  if 'evaluation' in done and only in (None, 'evaluation') and distributed.is_first():
+  if 'evaluation' in done and only in (None, 'evaluation') and processes.is_first():
     _publish(workdir, settings, done)
   if 'report' in done and only in (None, 'report'):
     _tell(f'report: {done["report"].path / "index.html"}')
@@ -207,7 +208,7 @@ def _clear(workdir: Path) -> None:
 
 
 def _tell(text: str) -> None:
-  if distributed.is_first():
+  if processes.is_first():
     print(text, flush=True)
 
 
@@ -369,9 +370,9 @@ def _run_stage(
 ) -> Artifact | None:
   """The finished stage; None where the job has done its part and others have not."""
   identity = _identity(stage, settings, _digests(stage, workdir, done))
-  first = distributed.is_first()
-  resumed = distributed.decide(lambda: artifacts.goes_on(workdir, identity))
-  out = Path(distributed.decide(lambda: str(artifacts.begin(workdir, identity))))
+  first = processes.is_first()
+  resumed = processes.decide(lambda: artifacts.goes_on(workdir, identity))
+  out = Path(processes.decide(lambda: str(artifacts.begin(workdir, identity))))
   log, cost = Log(workdir, stage.name, enabled=first), artifacts.Cost(out, config.features.job, enabled=first)
   log.event('begin', resumed=resumed)
   _tell(f'{stage.name}: {"goes on where it stopped" if resumed else "runs"}')
@@ -381,8 +382,8 @@ def _run_stage(
     inputs = _inputs(stage, workdir, done)
     run_stage = getattr(importlib.import_module(f'dsdm_jax.{module}'), function)
     context = Context(config, out, inputs, log, cost, first)
-    semantics = run_stage(context) if stage.everywhere else distributed.decide(lambda: run_stage(context))
-    distributed.wait()
+    semantics = run_stage(context) if stage.everywhere else processes.decide(lambda: run_stage(context))
+    processes.wait()
   except UserError:
     # An empty attempt is taken away: other settings need not be told apart from these.
     if first and config.features.jobs == 1 and not artifacts.holds_work(out):
@@ -396,7 +397,7 @@ def _run_stage(
     log.event('shared', job=config.features.job, seconds=cost.seconds, flop=cost.flop)
     _tell(f'{stage.name}: this job has done its part; the last one to end, or a run without jobs, finishes the stage')
     return None
-  distributed.decide(lambda: _commit(workdir, identity, semantics, cost).digest)
+  processes.decide(lambda: _commit(workdir, identity, semantics, cost).digest)
   artifact = _opened(workdir, [stage.name])[stage.name]
   log.event('end', seconds=artifact.manifest['cost']['seconds'], flop=artifact.manifest['cost']['flop'])
   _tell(f'{stage.name}: done in {time.monotonic() - began:.1f} s')
@@ -422,7 +423,7 @@ def _publish(workdir: Path, settings: Mapping, done: Mapping[str, Artifact]) -> 
   found['cost'] = {name: done[name].manifest['cost'] for name in NAMES if name in done}
   found['versions'] = done['evaluation'].manifest['versions']
   found['config'] = dict(settings)
-  atomic.write_json(workdir / 'results.json', found)
+  storage.write_json(workdir / 'results.json', found)
   print(terminal.table(found))
   print(f'results: {workdir / "results.json"}')
 
@@ -434,16 +435,16 @@ def _start_jax(config: ConfigDict, workdir: Path, batches: Sequence[str]) -> Non
   simulated = jax.config.values['jax_num_cpu_devices'] > 1 or 'host_platform_device_count' in os.environ.get(
     'XLA_FLAGS', ''
   )
-  if simulated or distributed.count() > 1:
+  if simulated or processes.count() > 1:
     # A collective waits on a thread for each device. XLA's pool has no more threads than devices or cores, so one that
     # anything else holds, as a copy or a second program, leaves the others waiting for ever.
     jax.config.update('jax_cpu_enable_async_dispatch', False)
     os.environ.setdefault('PJRT_NPROC', '128')
-  distributed.check_devices_are_ours()
+  processes.check_devices_are_ours()
   check_devices(config, jax.device_count(), batches)
   check_callables(config)
-  distributed.decide(lambda: workdir.mkdir(parents=True, exist_ok=True))
-  distributed.check_shared(workdir)
+  processes.decide(lambda: workdir.mkdir(parents=True, exist_ok=True))
+  processes.check_shared(workdir)
   if jax.default_backend() == 'cpu':
     memory.keep_freed_memory()
   if jax.config.values['jax_compilation_cache_dir'] is None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 
-from dsdm_jax.attribution import columns, imported
+from dsdm_jax.attribution import score_files, target_weights
 from dsdm_jax.attribution.scores import Scores
 from dsdm_jax.core import artifacts
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 
 MIX = 'mix'
 
@@ -27,7 +27,7 @@ def load(path: Path, target: str) -> dict[str, np.ndarray]:
     UserError: nothing there, or it is damaged.
   """
   if path.is_file():
-    return {target: imported.read(path)}
+    return {target: score_files.read(path)}
   for folder in (path / 'datamodel', path):
     if (folder / artifacts.MANIFEST).is_file() and (folder / 'scores.npz').is_file():
       artifact = artifacts.open_stage(folder.parent, folder.name)
@@ -47,10 +47,10 @@ def compare(a_N: np.ndarray, b_N: np.ndarray) -> dict[str, float]:
   if len(a_N) != len(b_N):
     raise UserError(f'{len(a_N)} scores against {len(b_N)}; compare scores of one pool')
   found = {'spearman': float(scipy.stats.spearmanr(a_N, b_N).statistic)}
-  for share in columns.SHARES:
+  for share in target_weights.SHARES:
     count = round(share * len(a_N))
     if count:
-      found[f'{share:g}'] = columns.overlap(a_N, b_N, count)
+      found[f'{share:g}'] = target_weights.overlap(a_N, b_N, count)
   return found
 
 

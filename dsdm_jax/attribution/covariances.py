@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from dsdm_jax.attribution import probes
 from dsdm_jax.attribution.probes import ProbedLayer, Projections
 from dsdm_jax.attribution.second_moment import SecondMoment
-from dsdm_jax.core import atomic
+from dsdm_jax.core import storage
 from dsdm_jax.core.mesh import DATA, batch_sharding, fetch, place, replicated
 from dsdm_jax.lm import partition
 
@@ -179,7 +179,7 @@ class Basis:
     for number, layer in enumerate(layers):
       for side, projection in zip(('in', 'out'), self.projections[layer.path], strict=True):
         arrays[f'{side}_{number}'] = np.asarray(projection)
-    atomic.save_first_npz(file, **arrays)
+    storage.save_first_npz(file, **arrays)
 
   @classmethod
   def load(cls, file: Path, layers: Sequence[ProbedLayer]) -> 'Basis':

@@ -24,11 +24,11 @@ import scipy.linalg
 import scipy.sparse.linalg
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsdm_jax.attribution.partials import Partials
-from dsdm_jax.attribution.passes import DirectionalSource
-from dsdm_jax.core import distributed
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.attribution.accumulators import Partials
+from dsdm_jax.attribution.sources import DirectionalSource
+from dsdm_jax.core import processes
 from dsdm_jax.core.mesh import DATA, MODEL, batch_sharding, fetch, place, replicated
+from dsdm_jax.errors import UserError
 
 Progress = Callable[[int], object]
 Shard = tuple[int, int, np.ndarray]
@@ -113,7 +113,7 @@ def _starting(source: RowSource, row: int) -> Iterator[Shard]:
 def _ahead(source: RowSource, row: int = 0) -> Iterator[Shard]:
   """The shards of `source` from `row` on, the next one read while the caller works on this one."""
   shards = _starting(source, row)
-  if distributed.count() > 1:  # steps that processes take together must come in one order on all, so in one thread
+  if processes.count() > 1:  # steps that processes take together must come in one order on all, so in one thread
     yield from shards
     return
   with ThreadPoolExecutor(1) as reader:

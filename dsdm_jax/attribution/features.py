@@ -14,24 +14,24 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution import covariances, markers, unprobed
+from dsdm_jax.attribution import completion_markers, covariances, coverage
 from dsdm_jax.attribution.covariances import Basis, MomentStep
+from dsdm_jax.attribution.coverage import Unprobed
 from dsdm_jax.attribution.datamodel import RowSource
 from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.gradients import DenseFeatures, FeatureStep, TwoSidedFeatures
-from dsdm_jax.attribution.passes import DirectionalSource, PoolPass, Recomputed
-from dsdm_jax.attribution.rounding import Blocks, Rounding
+from dsdm_jax.attribution.quantization import Blocks, Rounding
 from dsdm_jax.attribution.second_moment import SecondMoment
+from dsdm_jax.attribution.sources import DirectionalSource, PoolPass, Recomputed
 from dsdm_jax.attribution.store import FeatureStore
-from dsdm_jax.attribution.unprobed import Unprobed
-from dsdm_jax.core import artifacts, atomic, distributed, flops
+from dsdm_jax.config.validate import load_callable
+from dsdm_jax.core import artifacts, flops, processes, storage
 from dsdm_jax.core.artifacts import Artifact
-from dsdm_jax.core.config import load_callable
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import DATA, batch_sharding, fetch, make_mesh, place
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.targets import Targets
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets.targets import Targets
+from dsdm_jax.errors import UserError
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.proxies import checkpoint_steps, checkpoints
 from dsdm_jax.training.step import abstract_model, trainer
@@ -66,7 +66,7 @@ def run(context: Context) -> dict | None:
       if stored:
         _pool_features(context, step, proxies.source(checkpoint, prepared), checkpoint, bar, origin)
   # Only now: by the time that this job has ended, others may have filled what was missing when it began.
-  if not distributed.decide(lambda: all(_complete(context, targets, rows, step, c, origin) for c in range(count))):
+  if not processes.decide(lambda: all(_complete(context, targets, rows, step, c, origin) for c in range(count))):
     return None
   store = {k: config.features[k] for k in ('mode', 'shard_rows', 'store_dtype', 'precondition', 'basis')}
   for name in notes[0]:
@@ -122,7 +122,7 @@ class ProxySteps:
   ) -> Basis:
     """Eigenvectors from the stage's folder, made where there are none. Rounding may turn them: all jobs must share."""
     file = basis_file(self._folder, checkpoint)
-    if not distributed.decide(file.is_file):
+    if not processes.decide(file.is_file):
       settings = self._context.config.features
       tokens_NL, weights_NL = self._first_rows(settings.basis_rows)
       step = self._moments
@@ -134,14 +134,14 @@ class ProxySteps:
       basis = Basis.leading(features.layers, moments, moment)
       if self._context.first:
         basis.save(file, features.layers)
-      distributed.wait()
+      processes.wait()
     return Basis.load(file, features.layers)
 
   def unprobed(self, checkpoint: int) -> dict[str, Any]:
     """What parameters without a probe carry of the gradient, see `Unprobed.share`."""
     params, moment = self.weights(checkpoint)
     step = self._whole_gradient
-    tokens_BL, weights_BL = self._first_rows(unprobed.ROWS)
+    tokens_BL, weights_BL = self._first_rows(coverage.ROWS)
     self._context.add_flop(flops.count(step.apply, (params, None), tokens_BL[0], weights_BL[0]) * len(tokens_BL))
     return step.share(params, tokens_BL, weights_BL, moment)
 
@@ -259,7 +259,7 @@ def _pool_features(
     return open_store(context.out, checkpoint, source.rows, step.dimension, features, columns, origin)
 
   # Process 0 opens it first, and makes it where there is none.
-  lacking, store = distributed.decide(lambda: _lacking(open_(), context.out, checkpoint)), open_()
+  lacking, store = processes.decide(lambda: _lacking(open_(), context.out, checkpoint)), open_()
   mine = _share(store.shards, features)
   missing = [shard for shard in lacking if shard in mine]
   bar.update(source.rows - sum(stop - start for start, stop in map(store.bounds, missing)))
@@ -271,7 +271,7 @@ def _pool_features(
   for shard, phi_BJ in store.fill(missing, coming):
     if shard == 0:
       fidelity = store.rounding.fidelity(phi_BJ[:_FIDELITY_ROWS])
-      atomic.write_json(_fidelity_file(context.out, checkpoint), fidelity)
+      storage.write_json(_fidelity_file(context.out, checkpoint), fidelity)
     bar.update(len(phi_BJ))
 
 
@@ -288,11 +288,11 @@ def _fidelity_file(folder: Path, checkpoint: int) -> Path:
 def _unprobed(context: Context, proxies: ProxySteps, checkpoint: int) -> None:
   """Says and keeps what parameters without a probe carry, once for a proxy: by one of the jobs."""
   file, features = _unprobed_file(context.out, checkpoint), context.config.features
-  if checkpoint % features.jobs != features.job or distributed.decide(file.is_file):
+  if checkpoint % features.jobs != features.job or processes.decide(file.is_file):
     return
   found = proxies.unprobed(checkpoint)
   if context.first:
-    atomic.write_json(file, found)
+    storage.write_json(file, found)
   context.log.event('unprobed', checkpoint=checkpoint, share=found['share'])
   largest = ', '.join(f'{path} {share:.0%}' for path, share in list(found['parameters'].items())[:2])
   context.log.say(
@@ -330,7 +330,7 @@ def _target_files(folder: Path, task: str, checkpoint: int) -> tuple[Path, Path]
 
 def _target_stands(folder: Path, task: str, checkpoint: int, origin: str) -> bool:
   file, marker = _target_files(folder, task, checkpoint)
-  return markers.read(marker, [file], origin) is not None
+  return completion_markers.read(marker, [file], origin) is not None
 
 
 def _target_features(
@@ -340,7 +340,7 @@ def _target_features(
   batch, _ = step_rows(features, mesh)
   for number, task in enumerate(targets.tasks, start=checkpoint * len(targets.tasks)):
     stands = functools.partial(_target_stands, context.out, task, checkpoint, origin)
-    if number % features.jobs != features.job or distributed.decide(stands):
+    if number % features.jobs != features.job or processes.decide(stands):
       continue
     examples = targets.examples(task, 'target')
     parts = []
@@ -355,9 +355,9 @@ def _target_features(
     check_finite(step, phi_TJ, 0, _name(context.config, checkpoint), f'example of target {task}')
     if context.first:
       file, marker = _target_files(context.out, task, checkpoint)
-      atomic.save_npy(file, phi_TJ)
+      storage.save_npy(file, phi_TJ)
       marker.parent.mkdir(exist_ok=True)
-      markers.write(marker, [file], origin)
+      completion_markers.write(marker, [file], origin)
 
 
 def _padded(array: np.ndarray, batch: int) -> np.ndarray:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsdm_jax.attribution.passes import ahead
+from dsdm_jax.attribution.sources import ahead
 from dsdm_jax.core import flops
 from dsdm_jax.core.mesh import assemble, fetch, place, share
-from dsdm_jax.data.batches import row_range_batches
-from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.order.batches import row_range_batches
+from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.lm.outputs import token_log_probability
 from dsdm_jax.training.step import Trainer, TrainState
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsdm_jax.core import prng
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 
 
 class Probe(nnx.Variable):

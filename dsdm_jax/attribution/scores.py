@@ -7,21 +7,21 @@ import numpy as np
 import tqdm
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution import columns, damping, ensemble, members, tables
-from dsdm_jax.attribution.columns import Columns
+from dsdm_jax.attribution import damping, ensemble, score_table, solve, target_weights
+from dsdm_jax.attribution.accumulators import Partials
 from dsdm_jax.attribution.features import Features, step_rows
-from dsdm_jax.attribution.members import Member
 from dsdm_jax.attribution.outputs import ProxyOutputs
-from dsdm_jax.attribution.partials import Partials
-from dsdm_jax.attribution.tables import mix, mix_error
-from dsdm_jax.core import atomic
+from dsdm_jax.attribution.score_table import mix, mix_error
+from dsdm_jax.attribution.solve import Member
+from dsdm_jax.attribution.target_weights import Columns
+from dsdm_jax.config.validate import load_callable
+from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact
-from dsdm_jax.core.config import load_callable
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.targets import Examples, Targets
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets.targets import Examples, Targets
+from dsdm_jax.errors import UserError
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import trainer
 
@@ -34,30 +34,30 @@ def run(context: Context) -> dict:
   features, targets = Features(context.inputs['features'], context), Targets(context.inputs['targets'])
   names, examples = targets.tasks, [targets.examples(task, 'target') for task in targets.tasks]
   table = [
-    columns.make(
+    target_weights.make(
       [r['document'] for r in e.records], options.groups, options.bootstrap, context.config.seed, name, options.examples
     )
     for name, e in zip(names, examples, strict=True)
   ]
   partials = Partials(context.out)
-  ensemble_ = list(members.open_members(features, names, options.gram, options.unit_norm))
+  ensemble_ = list(solve.open_members(features, names, options.gram, options.unit_norm))
   proxies, mesh, q_N = context.config.proxies, make_mesh(context.config.mesh), None
   seen_PN = seen(context.inputs['proxies'], proxies.count, features.rows)
   total = (2 * len(ensemble_) + (proxies.count if options.q else 0)) * features.rows
   with context.log.bar(total=total, desc='datamodel', unit='row') as bar:
     if options.damping_rule == 'auto':
       observed = _outputs(context, examples)
-      solved = members.solve_auto(ensemble_, table, options, mesh, bar.update, partials, seen_PN, observed)
+      solved = solve.solve_auto(ensemble_, table, options, mesh, bar.update, partials, seen_PN, observed)
     else:
-      solved = members.solve(ensemble_, table, options, mesh, bar.update, partials)
+      solved = solve.solve(ensemble_, table, options, mesh, bar.update, partials)
     u = [solution.u_JK for solution in solved.solutions]
-    tasks = tables.make(
+    tasks = score_table.make(
       [m.source for m in ensemble_], u, table, seen_PN, options.average, bar.update, partials, proxies.checkpoints
     )
     if options.q:
       q_N = 1 - _mean_probability(context, bar)
       for task in tasks:
-        task.multiply(q_N, tables.sample_rows(features.rows))
+        task.multiply(q_N, score_table.sample_rows(features.rows))
   for member, solution in zip(ensemble_, solved.solutions, strict=True):
     context.add_flop(_flop(member, solution.u_JK.shape[1], 1 if solved.choice is None else len(damping.FACTORS)))
   for name, task in zip(names, tasks, strict=True):
@@ -65,10 +65,10 @@ def run(context: Context) -> dict:
 
   partials.clear()
   if context.first:
-    atomic.save_npz(context.out / 'scores.npz', **tables.arrays(names, tasks, table, options.mix))
+    storage.save_npz(context.out / 'scores.npz', **score_table.arrays(names, tasks, table, options.mix))
     kept = {} if q_N is None else {'q_N': q_N}
-    atomic.save_npz(context.out / SOLUTION, **_solution(names, table, u, features.checkpoints), **kept)
-  report = tables.report(names, tasks, options.mix) | {
+    storage.save_npz(context.out / SOLUTION, **_solution(names, table, u, features.checkpoints), **kept)
+  report = score_table.report(names, tasks, options.mix) | {
     'tasks': list(names),
     'spectrum': solved.spectra,
     'condition': [list(s.condition) for s in solved.solutions],
@@ -76,7 +76,7 @@ def run(context: Context) -> dict:
     'damping_choice': None if solved.choice is None else solved.choice.as_json(),
   }
   if context.first:
-    atomic.write_json(context.out / 'report.json', report)
+    storage.write_json(context.out / 'report.json', report)
   for name, task in zip(names, tasks, strict=True):
     if task.subset_effect and task.average == ensemble.UNSEEN and options.average == ensemble.AUTO:
       shift = task.subset_effect['shift_sd']
@@ -89,7 +89,9 @@ def run(context: Context) -> dict:
     'average': report['average'],
     'damping': solved.damping,
     'confidence': options.confidence,
-    'half_width': {n: columns.half_width(c.clusters, options.confidence) for n, c in zip(names, table, strict=True)},
+    'half_width': {
+      n: target_weights.half_width(c.clusters, options.confidence) for n, c in zip(names, table, strict=True)
+    },
     'mix': options.mix,
     'tasks': list(names),
     **{key: options[key] for key in ('damping_rule', 'gram', 'target_share', 'unit_norm', 'recentre')},

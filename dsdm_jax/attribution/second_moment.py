@@ -16,8 +16,8 @@ import numpy as np
 import optax
 
 from dsdm_jax.attribution.probes import ProbedLayer, Projections
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import fetch
+from dsdm_jax.errors import UserError
 from dsdm_jax.lm.partition import path_name
 
 # Of the mean of v: the least that v counts as. A token that no proxy met has v = 0, and 1/ε = 1e8 would drown all else.

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from dsdm_jax.attribution import markers
-from dsdm_jax.attribution.rounding import Blocks, Rounding
-from dsdm_jax.core.errors import UserError, as_os_error
+from dsdm_jax.attribution import completion_markers
+from dsdm_jax.attribution.quantization import Blocks, Rounding
+from dsdm_jax.errors import UserError, as_os_error
 
 Shard = tuple[int, int, np.ndarray]
 
@@ -70,7 +70,7 @@ class FeatureStore:
     missing = []
     for shard in range(self.shards):
       marker = self._marker(shard)
-      said = markers.read(marker, self._chunks(shard), self._origin)
+      said = completion_markers.read(marker, self._chunks(shard), self._origin)
       if said is None:
         missing.append(shard)
       elif self._basis and said.get('basis', '') != self._basis:
@@ -99,7 +99,7 @@ class FeatureStore:
     except ValueError as error:
       raise as_os_error(error, self._done.with_suffix('.zarr')) or error from error
     basis = {'basis': self._basis} if self._basis else {}
-    markers.write(marker, self._chunks(shard), self._origin, rows=[start, stop], **basis)
+    completion_markers.write(marker, self._chunks(shard), self._origin, rows=[start, stop], **basis)
 
   def fill(self, shards: Sequence[int], coming: Iterable[Shard]) -> Iterator[tuple[int, np.ndarray]]:
     """Writes `shards` as they come, each while the next one is made; yields each and its features beforehand.

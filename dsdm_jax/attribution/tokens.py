@@ -18,14 +18,14 @@ from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.features import ProxySteps, without_kernels
 from dsdm_jax.attribution.gradients import TwoSidedFeatures
 from dsdm_jax.attribution.scores import SOLUTION, seen
-from dsdm_jax.core import config as config_lib
+from dsdm_jax.config import validate as config_lib
+from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core.artifacts import Artifact, Cost
-from dsdm_jax.core.config import load_callable
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import batch_sharding, fetch, place
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
 from dsdm_jax.lm import partition
 from dsdm_jax.training.step import abstract_model
 

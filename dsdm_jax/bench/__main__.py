@@ -19,12 +19,11 @@ from dsdm_jax.bench import (
   near_duplicates,
   peers,
   report,
-  results,
   selection,
-  study,
   train,
 )
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
+from dsdm_jax.study import results, study
 
 _BENCHES = {
   'data': data, 'derivative': derivative, 'evaluation': evaluation, 'features': features, 'load': load, 'loop': loop,

@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 
 
 def load(path: str, example: str) -> ModuleType:

@@ -23,9 +23,10 @@ from configs import base
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data import batches, build, sources, workers
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.schedule import Schedule
+from dsdm_jax.data.order import batches
+from dsdm_jax.data.order.schedule import Schedule
+from dsdm_jax.data.pool import build, sources, workers
+from dsdm_jax.data.pool.pool import Pool
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -25,14 +25,14 @@ from ml_collections import ConfigDict
 
 from configs import validation
 from dsdm_jax.bench.float64 import widened
+from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import artifacts, prng
 from dsdm_jax.core.artifacts import Artifact
-from dsdm_jax.core.config import load_callable
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.targets import Targets
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets.targets import Targets
+from dsdm_jax.errors import UserError
+from dsdm_jax.training.differentiable import ScannedTraining, TargetOutputs
 from dsdm_jax.training.metagradient import Metagradient
-from dsdm_jax.training.scanned import ScannedTraining, TargetOutputs
 from dsdm_jax.validation.validate import METASMOOTH, PLAIN, Examples, examples_of, train_config
 
 DROPPED = 'dropped'

@@ -11,12 +11,13 @@ import time
 
 from configs import quickstart
 from dsdm_jax.core import memory, prng
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import make_mesh
-from dsdm_jax.data import benchmarks, vocabulary
-from dsdm_jax.evaluation import requests
-from dsdm_jax.evaluation.exam import stops
+from dsdm_jax.data.pool import vocabulary
+from dsdm_jax.data.targets import benchmarks
+from dsdm_jax.errors import UserError
+from dsdm_jax.evaluation import questions
 from dsdm_jax.evaluation.scoring import Scorer, score_request
+from dsdm_jax.evaluation.suite import stops
 from dsdm_jax.training.step import trainer
 
 
@@ -45,8 +46,8 @@ def run(flags: argparse.Namespace) -> None:
   for task in tasks:
     config.evaluation.tasks = (task,)
     began = time.perf_counter()
-    sequences = requests.Sequences(encoder.encode, config.pool.length, encoder.eos)
-    (request,) = requests.read(config.evaluation, flags.folder, sequences, config.targets.seed)
+    sequences = questions.Sequences(encoder.encode, config.pool.length, encoder.eos)
+    (request,) = questions.read(config.evaluation, flags.folder, sequences, config.targets.seed)
     found = {'task': task, 'items': len(request.item_ids_I), 'tokenize_s': time.perf_counter() - began}
     scorer = Scorer(compiled, config.evaluation.batch_size, encoder.eos)
     for name in ('first', 'again'):

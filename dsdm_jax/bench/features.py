@@ -34,8 +34,8 @@ from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
 from dsdm_jax.bench import stages
 from dsdm_jax.core import flops, memory, prng
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import batch_sharding, make_mesh
+from dsdm_jax.errors import UserError
 from dsdm_jax.lm import outputs
 from dsdm_jax.training.step import Trainer, abstract_model
 

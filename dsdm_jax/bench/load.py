@@ -24,11 +24,11 @@ from dsdm_jax.core import prng
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data import build
-from dsdm_jax.data.batches import training_batches
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.schedule import Schedule
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.batches import training_batches
+from dsdm_jax.data.order.schedule import Schedule
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.pool import build
+from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.selection import ranking
 
 _LENGTH = 64

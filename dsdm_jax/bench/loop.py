@@ -30,16 +30,16 @@ import tqdm
 from ml_collections import ConfigDict
 
 from dsdm_jax.bench import config_file
+from dsdm_jax.config.validate import resolve, validate
 from dsdm_jax.core import memory, prng
 from dsdm_jax.core.artifacts import Cost
-from dsdm_jax.core.config import resolve, validate
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import make_mesh, share
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.batches import training_batches
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.schedule import Part, Schedule
+from dsdm_jax.data.order.batches import training_batches
+from dsdm_jax.data.order.schedule import Part, Schedule
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
 from dsdm_jax.lm import hugging_face
 from dsdm_jax.training import loop
 from dsdm_jax.training.meter import WARM_STEPS

@@ -31,12 +31,12 @@ from configs import quickstart
 from dsdm_jax import pipeline
 from dsdm_jax.core import artifacts
 from dsdm_jax.core.artifacts import Cost
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.selection import cards, ngrams, semdedup
-from dsdm_jax.selection.proxies import Proxies
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
+from dsdm_jax.selection import ngrams, semdedup, summaries
+from dsdm_jax.selection.proxy_signals import Proxies
 
 SIMILARITIES = (0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 SHARES = (0.5, 0.8)
@@ -117,7 +117,7 @@ def _runs_of_words(texts: list[str]) -> list[np.ndarray]:
 def _hashes(unit_M: np.ndarray) -> np.ndarray:
   if len(unit_M) < _RUN:
     return np.zeros(0, np.uint64)
-  return cards.run_hashes(unit_M[None])[0]
+  return summaries.run_hashes(unit_M[None])[0]
 
 
 def _matrix(rows: list[np.ndarray], columns: list[np.ndarray]) -> scipy.sparse.csr_matrix:
@@ -151,7 +151,7 @@ def measure(config: ConfigDict, workdir: Path, copies: str) -> None:
   context = Context(config, scratch, inputs, Log(workdir, 'near_duplicates'), Cost(scratch))
   x_ND = Proxies(context, pool).embeddings()
   shutil.rmtree(scratch)
-  hashes = cards.run_hashes(pool.tokens(np.arange(pool.num_rows)))
+  hashes = summaries.run_hashes(pool.tokens(np.arange(pool.num_rows)))
   runs = [np.unique(row) for row in hashes]
   shared = _matrix(runs, runs).tolil()
   shared.setdiag(0)

@@ -26,7 +26,7 @@ from typing import Any
 
 from configs import base
 from dsdm_jax.bench import features
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 
 PEERS = {'traker': 'features', 'bergson': 'features', 'gpt2_eager': 'training', 'gpt2_sdpa': 'training'}
 

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from configs import base
+from dsdm_jax.config.validate import flatten
 from dsdm_jax.core import prng
-from dsdm_jax.core.config import flatten
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import results
-from dsdm_jax.report import evidence, explorer, page, pictures
-from dsdm_jax.report.evidence import Evidence, Selected
+from dsdm_jax.report import explorer, page, pictures, report_data
+from dsdm_jax.report.report_data import Evidence, Selected
 
 _SOURCES = ('source', 'docs', 'licences', 'metadata', 'data')
 _TASKS = ('docs', 'api_qa', 'cs_algorithms')
@@ -95,7 +95,7 @@ def made_up(rows: int, characters: int) -> Evidence:
     results=_results(selected, g), sources=_SOURCES, source_N=source_N, document_N=document_N, offset_N=offset_N,
     documents=[{'id': name} for name in names], planted_N=np.full(rows, -1), scores=scores, reach=reach, examples={},
     selected=selected, curves=[], dropped=[], tokens=10_000_000, multiplier=None, lds=None,
-    cost={stage: {'seconds': 60.0, 'flop': 1e12, 'bytes': 1_000_000} for stage in evidence.STAGES},
+    cost={stage: {'seconds': 60.0, 'flop': 1e12, 'bytes': 1_000_000} for stage in report_data.STAGES},
     versions={}, environment={}, config=flatten(base.get_config()), text=texts.__getitem__,
   )  # fmt: skip
 

@@ -22,8 +22,8 @@ import numpy as np
 
 from configs.base import get_config
 from dsdm_jax.core import prng
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.data import vocabulary
+from dsdm_jax.data.pool import vocabulary
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection import dsdm_sampled, ngrams, ranking
 from dsdm_jax.selection.registry import Budget
 

@@ -22,13 +22,13 @@ from jax.sharding import Mesh
 from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.features import blocks
 from dsdm_jax.attribution.gradients import TwoSidedFeatures
-from dsdm_jax.attribution.passes import PoolPass, Recomputed
-from dsdm_jax.attribution.rounding import Rounding
+from dsdm_jax.attribution.quantization import Rounding
+from dsdm_jax.attribution.sources import PoolPass, Recomputed
 from dsdm_jax.attribution.store import FeatureStore
-from dsdm_jax.core import atomic, prng
+from dsdm_jax.core import prng, storage
 from dsdm_jax.core.mesh import batch_sharding
-from dsdm_jax.data import dataset, encoders
-from dsdm_jax.data import pool as pool_lib
+from dsdm_jax.data.pool import dataset, encoders
+from dsdm_jax.data.pool import pool as pool_lib
 
 SHARD_ROWS = 1_024
 _EVERY = 4  # shards between two pauses
@@ -100,7 +100,7 @@ def make_pool(rows: int, length: int, vocab_size: int) -> pool_lib.Pool:
   dtype = encoders.dtype_of(vocab_size)
   tokens_NL = prng.numpy_stream(0, 'bench', 'pool').integers(0, vocab_size, (rows, length), dtype=dtype)
   dataset.write_array(path / 'dataset', tokens_NL)
-  atomic.write_json(path / 'card.json', {'rows': rows, 'length': length, 'vocab_size': vocab_size})
+  storage.write_json(path / 'card.json', {'rows': rows, 'length': length, 'vocab_size': vocab_size})
   return pool_lib.Pool(path)
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from configs import base
 from dsdm_jax.bench import features
 from dsdm_jax.core import flops, memory, prng
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import place
+from dsdm_jax.errors import UserError
 from dsdm_jax.training.step import Trainer
-from dsdm_jax.training.together import Together
+from dsdm_jax.training.vmapped import Together
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

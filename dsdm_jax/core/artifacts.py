@@ -21,8 +21,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsdm_jax.core import atomic
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.core import storage
+from dsdm_jax.errors import UserError
 
 MANIFEST = 'manifest.json'
 # Keys that say how a stage is worked on and not what it makes: no identity holds them. In those written before batches
@@ -285,8 +285,8 @@ def begin(workdir: Path, identity: Identity) -> Path:
   if not part.is_dir():
     part.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=part.parent, prefix=f'.{part.name}.'))
-    made.chmod(0o777 & ~atomic.umask())  # a temporary folder is for its owner alone, a stage is not
-    atomic.write_json(made / _BEGUN, {**identity.as_json(), 'versions': versions()})
+    made.chmod(0o777 & ~storage.umask())  # a temporary folder is for its owner alone, a stage is not
+    storage.write_json(made / _BEGUN, {**identity.as_json(), 'versions': versions()})
     try:
       made.rename(part)
     except OSError as error:
@@ -349,7 +349,7 @@ class Cost:
     self.seconds += seconds
     self.flop += flop
     if self._enabled:
-      atomic.write_json(self._file, {'seconds': self.seconds, 'flop': self.flop})
+      storage.write_json(self._file, {'seconds': self.seconds, 'flop': self.flop})
 
 
 def _spent(file: Path) -> dict[str, float]:
@@ -377,7 +377,7 @@ def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost
     'cost': {'seconds': round(spent['seconds'], 3), 'flop': spent['flop']},
     'versions': versions(),
   }
-  atomic.write_json(part / MANIFEST, manifest)
+  storage.write_json(part / MANIFEST, manifest)
   return finish_commit(workdir, identity.stage)
 
 
@@ -408,8 +408,8 @@ def reopen(workdir: Path, artifact: Artifact) -> list[str]:
   if damaged:
     identity, part = artifact.manifest['identity'], part_folder(workdir, artifact.path.name)
     # Until the manifest is gone, a kill leaves a finished stage that lacks files, and this begins again.
-    atomic.write_json(artifact.path / _BEGUN, {**identity, 'versions': artifact.manifest['versions']})
-    atomic.write_json(artifact.path / _COST.replace('*', ''), artifact.manifest['cost'])
+    storage.write_json(artifact.path / _BEGUN, {**identity, 'versions': artifact.manifest['versions']})
+    storage.write_json(artifact.path / _COST.replace('*', ''), artifact.manifest['cost'])
     for file, _ in damaged:
       file.unlink(missing_ok=True)
     shutil.rmtree(part, ignore_errors=True)

@@ -15,8 +15,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policy
 
-from dsdm_jax.core import artifacts, atomic, distributed, memory
-from dsdm_jax.core.errors import Stopped, UserError, as_os_error
+from dsdm_jax.core import artifacts, memory, processes, storage
+from dsdm_jax.errors import Stopped, UserError, as_os_error
 
 _CHECKSUMS = 'checksums.json'  # of the files of the items; what Orbax notes beside them it writes later
 _ITEMS = ('state', 'record', 'shapes')  # checkpoints of before have no shapes
@@ -74,7 +74,7 @@ class Checkpoints:
       OSError: the disk is full, found now or while the save before this one was written.
       RuntimeError: a checkpoint of this or of a later step stands there, see `drop_after`.
     """
-    distributed.decide(lambda: self._want_room(state))
+    processes.decide(lambda: self._want_room(state))
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
       # Written later by a thread, when a history in it may have gained lines.
@@ -128,15 +128,15 @@ class Checkpoints:
 
   def _note_checksums(self) -> None:
     # Orbax calls it in its thread, when all of a checkpoint is written and its folder has not yet its name.
-    if not distributed.is_first():
+    if not processes.is_first():
       return
     for folder in self._directory.glob('*.orbax-checkpoint-tmp*'):
       if not (folder / _CHECKSUMS).exists():
-        atomic.write_json(folder / _CHECKSUMS, {item: artifacts.checksums(folder / item) for item in _items(folder)})
+        storage.write_json(folder / _CHECKSUMS, {item: artifacts.checksums(folder / item) for item in _items(folder)})
 
   def _check_files(self, step: int) -> None:
     # Before Orbax reads: a flipped bit it does not see, and over a file that is cut or missing its threads print pages.
-    said = distributed.decide(lambda: self._damage(self._directory / f'{step}'))
+    said = processes.decide(lambda: self._damage(self._directory / f'{step}'))
     if said is not None:
       raise ValueError(said)
 
@@ -186,7 +186,7 @@ class Checkpoints:
   def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
     # A save in flight ends when all processes have written. After a failure the others may be gone; where they agreed
     # to stop they are all here, and say that the step is saved.
-    if kind is None or issubclass(kind, Stopped) or distributed.count() == 1:
+    if kind is None or issubclass(kind, Stopped) or processes.count() == 1:
       self.close()
 
 

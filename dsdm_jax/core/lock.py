@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsdm_jax.core import atomic
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.core import storage
+from dsdm_jax.errors import UserError
 
 LOCK = 'lock.json'
 _JOBS = 'lock_job_*.json'  # of jobs, which share a workdir with each other and with no whole run
@@ -75,7 +75,7 @@ def _take(file: Path, token: str) -> None:
         raise UserError(_refusal(other, owner))
       sys.stdout.write(f'{file.parent}: the run that had it, {_name(owner)}, is dead; this one goes on from there\n')
       other.unlink(missing_ok=True)
-    atomic.write_json(file, {
+    storage.write_json(file, {
       'token': token, 'user': _user(), 'host': socket.gethostname(), 'machine': _machine(), 'pid': os.getpid(),
       'started': _started(os.getpid()), 'since': round(time.time(), 1),
     })  # fmt: skip

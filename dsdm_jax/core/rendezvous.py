@@ -9,7 +9,7 @@ import json
 import socket
 import time
 
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 
 _RETRY_SECONDS = 0.1
 _LINE_BYTES = 4_096  # the most that one side says

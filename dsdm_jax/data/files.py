@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 
 _BUFFER = 2**20
 _READ_WHOLE = 2**28  # bytes of files whose content is looked at at each start: 0.2 s where the kernel has them cached

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dsdm_jax.core import prng
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import statistics
 
 BASELINES = ('random', 'random_one_epoch')

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import atomic, distributed
+from dsdm_jax.core import processes, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.evaluation import multiplier, results, statistics
 from dsdm_jax.evaluation.comparisons import Runs, arms, guarded, rows
-from dsdm_jax.evaluation.exam import Exam, gather
 from dsdm_jax.evaluation.results import Table
 from dsdm_jax.evaluation.scoring import Scorer
+from dsdm_jax.evaluation.suite import Exam, gather
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import trainer
 
@@ -41,17 +41,17 @@ def examine(context: Context, asked: Exam) -> dict[str, np.ndarray] | None:
       scorer = Scorer(compiled, config.evaluation.batch_size, pool.encoder.pad)
       for entry in chosen:
         file = context.out / 'runs' / f'ladder--{entry["name"]}.npz'
-        if not distributed.decide(file.is_file):
+        if not processes.decide(file.is_file):
           before = scorer.flop
           arrays, _ = asked.sit(scorer, load_state(ladder / entry['name'], compiled))
           context.add_flop(scorer.flop - before)
           if context.first:
-            atomic.save_npz(file, **arrays)
+            storage.save_npz(file, **arrays)
         bar.update(1)
   if not context.first:
     return {}
   items = gather(context.out / 'runs', [f'ladder--{entry["name"]}' for entry in index])
-  atomic.save_npz(context.out / 'ladder_items.npz', **items)
+  storage.save_npz(context.out / 'ladder_items.npz', **items)
   return items
 
 

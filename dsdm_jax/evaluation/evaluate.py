@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from dsdm_jax.core import atomic, distributed
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.core import processes, storage
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import compute, results, rules
-from dsdm_jax.evaluation.exam import Exam, exam, gather
 from dsdm_jax.evaluation.results import BENCHMARK, UNTARGETED
 from dsdm_jax.evaluation.scoring import Scorer
+from dsdm_jax.evaluation.suite import Exam, exam, gather
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import trainer
 
@@ -63,7 +63,7 @@ def run(context: Context) -> dict:
   with context.log.bar(total=len(entries), desc='evaluation', unit='model') as bar:
     for entry in entries:
       file = context.out / 'runs' / f'{entry["name"]}.npz'
-      if not distributed.decide(file.is_file):
+      if not processes.decide(file.is_file):
         before = scorer.flop
         arrays, texts = asked.sit(scorer, load_state(Path(entry['folder']), compiled))
         context.add_flop(scorer.flop - before)
@@ -86,8 +86,8 @@ def _save(out: Path, name: str, arrays: Mapping[str, np.ndarray], texts: Mapping
         {'id': id, 'output': text, 'right': bool(right)}
         for id, text, right in zip(request.item_ids_I, texts[task], right_I, strict=True)
       ]
-      atomic.write_text(out / 'answers' / f'{name}--{task}.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
-  atomic.save_npz(out / 'runs' / f'{name}.npz', **arrays)
+      storage.write_text(out / 'answers' / f'{name}--{task}.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
+  storage.save_npz(out / 'runs' / f'{name}.npz', **arrays)
 
 
 def _summarize(
@@ -96,10 +96,10 @@ def _summarize(
   config = context.config.evaluation
   items = gather(context.out / 'runs', [entry['name'] for entry in entries])
   runs = [{key: e[key] for key in ('method', 'target_mix', 'seed', 'selection')} for e in entries]
-  atomic.save_npz(context.out / 'items.npz', **items)
-  atomic.write_json(context.out / 'runs.json', runs)
+  storage.save_npz(context.out / 'items.npz', **items)
+  storage.write_json(context.out / 'runs.json', runs)
   for name, told in (('documents', asked.documents()), ('categories', asked.categories())):
-    atomic.write_json(context.out / f'{name}.json', {f'{t}__{s}': of_each for (t, s), of_each in told.items()})
+    storage.write_json(context.out / f'{name}.json', {f'{t}__{s}': of_each for (t, s), of_each in told.items()})
   found = results.results(
     items,
     runs,
@@ -115,5 +115,5 @@ def _summarize(
   )
   found['multiplier'] = None if ladder_items is None else compute.read(context, asked, items, runs, ladder_items)
   if found['multiplier'] is not None:
-    atomic.write_json(context.out / 'multiplier.json', found['multiplier'])
-  atomic.write_json(context.out / 'results.json', found)
+    storage.write_json(context.out / 'multiplier.json', found['multiplier'])
+  storage.write_json(context.out / 'results.json', found)

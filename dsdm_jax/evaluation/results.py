@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import comparisons, statistics
 from dsdm_jax.evaluation.comparisons import Options, Runs, arms, rows
 

@@ -11,7 +11,7 @@ from flax import nnx
 from dsdm_jax.core import flops
 from dsdm_jax.core.mesh import fetch, place
 from dsdm_jax.evaluation import rules
-from dsdm_jax.evaluation.requests import Request, is_choice
+from dsdm_jax.evaluation.questions import Request, is_choice
 from dsdm_jax.lm.decoder import Decoder
 from dsdm_jax.lm.decoding import greedy
 from dsdm_jax.training.step import Trainer, TrainState

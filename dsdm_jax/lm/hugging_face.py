@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from ml_collections import ConfigDict
 
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 
 _DTYPES = {'F32': np.dtype('<f4'), 'F16': np.dtype('<f2'), 'BF16': np.dtype(ml_dtypes.bfloat16)}
 _GELUS = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_exact'}

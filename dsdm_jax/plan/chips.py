@@ -6,7 +6,7 @@ The pages give link bandwidth for both directions together; here it is what a ch
 import dataclasses
 
 from dsdm_jax.core import flops
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from dsdm_jax.plan import hlo, topology
 from dsdm_jax.plan.chips import Chip
 from dsdm_jax.plan.programs import Work

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import atomic
-from dsdm_jax.core.config import check_callables, check_devices, flatten, resolve, validate
+from dsdm_jax.config.validate import check_callables, check_devices, flatten, resolve, validate
+from dsdm_jax.core import storage
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.lm import hugging_face
 from dsdm_jax.plan import cost, page, programs, topology
@@ -31,7 +31,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
   name = f'plan_{config.plan.topology.replace(":", "_")}.json'
   folder = Path(workdir or '.')
   folder.mkdir(parents=True, exist_ok=True)
-  atomic.write_text(folder / name, json.dumps(found, indent=2) + '\n')
+  storage.write_text(folder / name, json.dumps(found, indent=2) + '\n')
   print(page.text(found))
   print(f'plan: {folder / name}')
 

@@ -19,11 +19,11 @@ from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.features import blocks, feature_step, step_rows, without_kernels
 from dsdm_jax.attribution.gradients import TwoSidedFeatures
-from dsdm_jax.attribution.members import by_layers
+from dsdm_jax.attribution.solve import by_layers
+from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops
-from dsdm_jax.core.config import load_callable
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import DATA, batch_sharding
+from dsdm_jax.errors import UserError
 from dsdm_jax.lm import attention
 from dsdm_jax.lm.decoder import Decoder
 from dsdm_jax.selection.registry import SELECTORS

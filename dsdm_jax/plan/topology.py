@@ -7,8 +7,8 @@ import os
 
 import jax
 
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.tensorflow_start import held_stderr
+from dsdm_jax.errors import UserError
 from dsdm_jax.plan.chips import chip
 
 HOW_TO_GET_LIBTPU = 'pip install -r requirements-tpu.txt (libtpu is on the Python package index and needs no TPU)'

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dsdm_jax.report import figures, tables, words
-from dsdm_jax.report.evidence import Evidence
+from dsdm_jax.report import figures, formatting, tables
+from dsdm_jax.report.report_data import Evidence
 
 _EXTREMES = 1_000  # best and as many worst rows of each target that are always there
 _QUANTILES = 513  # points at which the pool's scores are told, for percentiles
@@ -98,7 +98,12 @@ def _columns(
     columns.append((f'score {target}', np.rint(z_N[row_N] / step).astype('<i2')))
     quantiles = np.quantile(z_N, np.linspace(0, 1, _QUANTILES))
     described.append(
-      {'id': target, 'name': words.heading(words.task_name(target)), 'step': step, 'quantiles': _rounded(quantiles)}
+      {
+        'id': target,
+        'name': formatting.heading(formatting.task_name(target)),
+        'step': step,
+        'quantiles': _rounded(quantiles),
+      }
     )
   for found in described:
     if found['id'] in shown.reach:
@@ -111,7 +116,7 @@ def _columns(
     draws = tables.draws(shown, arm)
     columns.append((f'arm {len(arms)}', _times_selected(draws, len(shown.source_N))[row_N]))
     arms.append({
-      'name': words.heading(label), 'selections': len(draws), 'rows': len(np.unique(np.concatenate(draws)))
+      'name': formatting.heading(label), 'selections': len(draws), 'rows': len(np.unique(np.concatenate(draws)))
     })  # fmt: skip
   header = {
     'rows': len(row_N),

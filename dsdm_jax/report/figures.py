@@ -19,9 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dsdm_jax.core import atomic
-from dsdm_jax.report import words
-from dsdm_jax.report.evidence import Curve
+from dsdm_jax.core import storage
+from dsdm_jax.report import formatting
+from dsdm_jax.report.report_data import Curve
 
 # Okabe and Ito's palette (told apart by people who do not see red and green alike), darkened where it was pale.
 COLOURS = {
@@ -87,9 +87,9 @@ class Drawing:
     """As PNG, or as SVG where `path` ends so."""
     if Path(path).suffix == '.svg':
       with matplotlib.rc_context(_STYLE | {'svg.fonttype': 'path'}):
-        atomic.write_text(path, _raw_svg(self.figure))
+        storage.write_text(path, _raw_svg(self.figure))
     else:
-      atomic.write_bytes(path, self.png())
+      storage.write_bytes(path, self.png())
 
   def svg(self, name: str) -> str:
     """SVG to set into HTML: no prologue, ids that begin with `name`, colours as CSS variables, text as text."""
@@ -132,7 +132,7 @@ def source_colour(index: int) -> str:
 
 def forest(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
   """Task → its differences with intervals, one line each, all tasks on the same scale."""
-  several = words.several_targets(c['target_mix'] for c in comparisons)
+  several = formatting.several_targets(c['target_mix'] for c in comparisons)
   limits = _forest_limits(comparisons)
   panels: dict[str, Drawing] = {}
   for task in dict.fromkeys(c['task'] for c in comparisons):
@@ -153,11 +153,11 @@ def forest_standalone(comparisons: Sequence[Mapping[str, Any]], confidence: floa
   """
   comparisons = [c for c in comparisons if c['baseline'] == baseline] or comparisons
   if 'mix' in {c['target_mix'] for c in comparisons}:
-    comparisons = [c for c in comparisons if c['target_mix'] in ('mix', words.UNTARGETED)]
-  several = words.several_targets(c['target_mix'] for c in comparisons)
+    comparisons = [c for c in comparisons if c['target_mix'] in ('mix', formatting.UNTARGETED)]
+  several = formatting.several_targets(c['target_mix'] for c in comparisons)
   tasks = list(dict.fromkeys(c['task'] for c in comparisons))
-  names = {c['task']: words.asked_name(c) for c in comparisons}
-  benchmarks = any(c['split'] == words.BENCHMARK for c in comparisons)
+  names = {c['task']: formatting.asked_name(c) for c in comparisons}
+  benchmarks = any(c['split'] == formatting.BENCHMARK for c in comparisons)
   items = 'held-out items and benchmarks' if benchmarks else 'held-out items'
   lines = {task: _forest_lines([c for c in comparisons if c['task'] == task]) for task in tasks}
   with matplotlib.rc_context(_STYLE | {'svg.fonttype': 'path'}):
@@ -172,7 +172,7 @@ def forest_standalone(comparisons: Sequence[Mapping[str, Any]], confidence: floa
     axes = figure.subplots(1, len(tasks), squeeze=False, sharex=True)[0]
     for ax, task in zip(axes, tasks, strict=True):
       _forest_rows(ax, lines[task], several)
-      ax.set_title(words.heading(names[task]), loc='left', fontsize=11, fontweight='bold')
+      ax.set_title(formatting.heading(names[task]), loc='left', fontsize=11, fontweight='bold')
       ax.set_xlabel('nats per token')
     axes[0].set_xlim(*_forest_limits(comparisons))
     return _raw_svg(figure)
@@ -207,7 +207,7 @@ def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bo
   for line in lines:
     if isinstance(line, str):
       y += 0.12
-      label = f'against {words.method_name(line)}'
+      label = f'against {formatting.method_name(line)}'
       ax.text(0, y, label, transform=across, fontsize=8.8, va='center', color=COLOURS['muted'])
       ax.plot([0, 1], [y + 0.26] * 2, transform=across, color=COLOURS['grid'], lw=0.8)
       y += 0.62
@@ -215,12 +215,12 @@ def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bo
     # Full colour only for a verdict, which an interval that leaves zero out may not have: Holm's rule, three seeds.
     colour = COLOURS[{'better': 'blue', 'worse': 'orange'}.get(line['verdict'], 'muted')]
     ax.text(
-      0, y, words.arm_name(line['method'], line['target_mix'], several), transform=across,
+      0, y, formatting.arm_name(line['method'], line['target_mix'], several), transform=across,
       fontsize=9.2, va='center',
     )  # fmt: skip
-    value = words.signed(line['difference'])
+    value = formatting.signed(line['difference'])
     if line['low'] is not None:
-      value += f'  {words.interval(line["low"], line["high"])}'
+      value += f'  {formatting.interval(line["low"], line["high"])}'
     ax.text(1, y, value, transform=across, fontsize=9.2, va='center', ha='right', color=colour)
     y += 0.42
     # Zero is marked beside each interval only, so that it does not cross the labels.
@@ -247,7 +247,7 @@ def losses(curves: Sequence[Curve]) -> Drawing:
       dashes = (0, (4, 2)) if curve.method == 'random_one_epoch' else '-'
       ax.fill_between(step_P, loss_SP.min(0), loss_SP.max(0), color=colour, alpha=0.18, lw=0)
       ax.plot(step_P, mean_P, color=colour, lw=1.8, ls=dashes, marker='o' if len(step_P) < 3 else None)
-      labels.append((float(mean_P[-1]), words.method_name(curve.method), colour))
+      labels.append((float(mean_P[-1]), formatting.method_name(curve.method), colour))
     _direct_labels(ax, labels)
     _grid(ax)
     ax.set_xlabel('training step')
@@ -297,7 +297,7 @@ def multiplier(curve: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], seve
     ax.plot(flop, [p['value'] for p in points], color=COLOURS['muted'], lw=1.6, marker='o', ms=4)
     ax.set_xscale('log')
     apart = -(-len(flop) // 4)  # no more than four labels have room
-    ax.set_xticks(flop, [words.scientific(x) if i % apart == 0 else '' for i, x in enumerate(flop)], fontsize=8)
+    ax.set_xticks(flop, [formatting.scientific(x) if i % apart == 0 else '' for i, x in enumerate(flop)], fontsize=8)
     ax.minorticks_off()
     labels = [(points[-1]['value'], 'ladder of random data', COLOURS['muted'])]
     for row in arms:
@@ -312,7 +312,7 @@ def multiplier(curve: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], seve
       ax.plot(start, value, 's', color=colour, ms=5.5, mec=COLOURS['paper'])
       if read['estimate'] is not None:
         ax.plot(reached, value, 'o', color=colour, ms=6, mec=COLOURS['paper'])
-      labels.append((value, words.arm_name(row['method'], row['target_mix'], several), colour))
+      labels.append((value, formatting.arm_name(row['method'], row['target_mix'], several), colour))
     _direct_labels(ax, labels)
     _grid(ax)
     ax.set_xlabel('operations of one training')
@@ -382,7 +382,7 @@ def histogram(z_N: np.ndarray, top_k: np.ndarray | None, bottom_k: np.ndarray | 
     figure, ax = _panel(2.3)
     layers = [(z_N, 'grid', 'pool')]
     layers += [(z_N[rows], colour, label) for rows, colour, label in (
-      (bottom_k, 'orange', words.method_name('bottom')), (top_k, 'blue', 'chosen by DsDm'),
+      (bottom_k, 'orange', formatting.method_name('bottom')), (top_k, 'blue', 'chosen by DsDm'),
     ) if rows is not None]  # fmt: skip
     for values, colour, label in layers:
       counts = np.histogram(np.clip(values, -reach, reach), edges)[0]

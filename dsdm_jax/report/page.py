@@ -13,10 +13,10 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from dsdm_jax.report import figures, pictures, tables, words
-from dsdm_jax.report.evidence import Evidence
+from dsdm_jax.report import figures, formatting, pictures, tables
 from dsdm_jax.report.explorer import Packed
 from dsdm_jax.report.figures import Drawing
+from dsdm_jax.report.report_data import Evidence
 
 # Stages that random data do without.
 SELECTING = ('proxies', 'features', 'datamodel', 'selection')
@@ -49,28 +49,29 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     lstrip_blocks=True,
   )
   environment.filters.update(
-    signed=words.signed, plain=words.plain, count=words.count, duration=words.duration, size=words.size,
-    scientific=words.scientific, p=words.p_value, task=words.task_name, method=words.method_name,
-    json=json.dumps, heading=words.heading,
-    asked=words.asked_name, percent=words.percent,
+    signed=formatting.signed, plain=formatting.plain, count=formatting.count, duration=formatting.duration,
+    size=formatting.size,
+    scientific=formatting.scientific, p=formatting.p_value, task=formatting.task_name, method=formatting.method_name,
+    json=json.dumps, heading=formatting.heading,
+    asked=formatting.asked_name, percent=formatting.percent,
   )  # fmt: skip
   results = shown.results
-  several = words.several_targets(row['target_mix'] for row in results['summary'])
+  several = formatting.several_targets(row['target_mix'] for row in results['summary'])
   script = (_TEMPLATES / 'explorer.js').read_text('utf-8')
   svg = {name: Markup(drawing.svg(f'f{i}')) for i, (name, drawing) in enumerate(drawings.items())}
   return environment.get_template('report.html').render(
     policy=policy(script),
     script=Markup(script),
     packed=packed,
-    title=words.verdict_word(results),
-    headlines=words.headlines(results),
+    title=formatting.verdict_word(results),
+    headlines=formatting.headlines(results),
     results=results,
     config=shown.config,
     versions=shown.versions,
     environment=shown.environment,
     percent=f'{100 * results["confidence"]:g} %',
     several=several,
-    arm=lambda row: words.arm_name(row['method'], row['target_mix'], several),
+    arm=lambda row: formatting.arm_name(row['method'], row['target_mix'], several),
     facts=_facts(shown),
     svg=svg,
     forest={task: svg[f'forest-{task}'] for task in pictures.of_kind(drawings, 'forest')},
@@ -97,14 +98,14 @@ def _facts(shown: Evidence) -> list[tuple[str, str]]:
   items = {r['task']: r['n_items'] for r in results['summary'] if r['split'] == 'holdout'}
   seconds = sum(spent['seconds'] for spent in shown.cost.values())
   return [
-    ('rows in the candidate pool', words.count(len(shown.source_N))),
-    ('tokens each model was trained on', words.count(shown.tokens)),
+    ('rows in the candidate pool', formatting.count(len(shown.source_N))),
+    ('tokens each model was trained on', formatting.count(shown.tokens)),
     (
       'models for each arm',
       str(min(seeds)) if min(seeds) == max(seeds) else f'{min(seeds)}–{max(seeds)}',
     ),
-    ('held-out items, all tasks', words.count(sum(items.values()))),
-    ('for the whole run', words.duration(seconds)),
+    ('held-out items, all tasks', formatting.count(sum(items.values()))),
+    ('for the whole run', formatting.duration(seconds)),
   ]
 
 
@@ -126,10 +127,10 @@ def _means(results: Mapping[str, Any], several: bool, split: str) -> dict[str, A
     arms.setdefault((row['method'], row['target_mix']), {})[row['task']] = row
   best = {task: max(row['logprob'] for row in rows if row['task'] == task) for task in tasks}
   return {
-    'tasks': {task: words.task_name(words.asked(task, split)) for task in tasks},
+    'tasks': {task: formatting.task_name(formatting.asked(task, split)) for task in tasks},
     'best': best,
     'arms': [
-      {'name': words.arm_name(method, target, several), 'method': method, 'cells': cells}
+      {'name': formatting.arm_name(method, target, several), 'method': method, 'cells': cells}
       for (method, target), cells in arms.items()
     ],
   }
@@ -140,12 +141,12 @@ def _multiplier(shown: Evidence) -> dict[str, Any] | None:
   found = shown.multiplier
   if found is None:
     return None
-  several = words.several_targets(row['target_mix'] for row in found['arms'])
+  several = formatting.several_targets(row['target_mix'] for row in found['arms'])
   rows = [
     {
       **row,
-      'name': words.arm_name(row['method'], row['target_mix'], several),
-      'task': words.task_name(words.asked(row['task'], row['split'])),
+      'name': formatting.arm_name(row['method'], row['target_mix'], several),
+      'task': formatting.task_name(formatting.asked(row['task'], row['split'])),
     }
     for row in found['arms']
   ]
@@ -182,7 +183,7 @@ def _lds(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         rows.setdefault(r['predictor'], {})[r['family']] = r
       order = sorted(rows, key=lambda name: -float(np.mean([r['lds'] for r in rows[name].values()])))
       made.append({
-        'heading': f'{words.heading(setting)} setting, {heading}',
+        'heading': f'{formatting.heading(setting)} setting, {heading}',
         'families': list(dict.fromkeys(r['family'] for r in records if r['setting'] == setting)),
         'rows': {name: rows[name] for name in order},
       })  # fmt: skip

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dsdm_jax.report import figures, tables, words
-from dsdm_jax.report.evidence import Evidence
+from dsdm_jax.report import figures, formatting, tables
 from dsdm_jax.report.figures import Drawing
+from dsdm_jax.report.report_data import Evidence
 
 
 def make(shown: Evidence) -> dict[str, Drawing]:
@@ -36,16 +36,16 @@ def _multiplier(shown: Evidence) -> Iterator[tuple[str, Drawing]]:
   """A ladder for each task, with the arms that were read off it."""
   if shown.multiplier is None:
     return
-  several = words.several_targets(row['target_mix'] for row in shown.multiplier['arms'])
+  several = formatting.several_targets(row['target_mix'] for row in shown.multiplier['arms'])
   for curve in shown.multiplier['curves']:
     same = [a for a in shown.multiplier['arms'] if (a['task'], a['split']) == (curve['task'], curve['split'])]
-    yield words.asked(curve['task'], curve['split']), figures.multiplier(curve, same, several)
+    yield formatting.asked(curve['task'], curve['split']), figures.multiplier(curve, same, several)
 
 
 def _losses(shown: Evidence) -> Iterator[tuple[str, Drawing]]:
   """For each target mix its own arms beside those that ignore targets."""
-  common = [c for c in shown.curves if c.target_mix == words.UNTARGETED]
-  targeted = [c for c in shown.curves if c.target_mix != words.UNTARGETED]
+  common = [c for c in shown.curves if c.target_mix == formatting.UNTARGETED]
+  targeted = [c for c in shown.curves if c.target_mix != formatting.UNTARGETED]
   for mix in dict.fromkeys(c.target_mix for c in targeted or common):
     yield mix, figures.losses([c for c in targeted if c.target_mix == mix] + common)
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dsdm_jax.report import words
-from dsdm_jax.report.evidence import Evidence, Selected
+from dsdm_jax.report import formatting
+from dsdm_jax.report.report_data import Evidence, Selected
 
 
 class Chosen(Protocol):
@@ -32,8 +32,8 @@ POOL = 'whole pool'
 def arms(shown: Chosen) -> dict[Arm, str]:
   """Every arm and its name, in the order of the selections."""
   found = list(dict.fromkeys((s.method, s.target_mix) for s in shown.selected))
-  several = words.several_targets(target for _, target in found)
-  return {arm: words.arm_name(*arm, several) for arm in found}
+  several = formatting.several_targets(target for _, target in found)
+  return {arm: formatting.arm_name(*arm, several) for arm in found}
 
 
 def draws(shown: Chosen, arm: Arm) -> list[np.ndarray]:

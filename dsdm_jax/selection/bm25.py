@@ -6,7 +6,7 @@ Terms are hashed words or token ids, no bigrams. idf is Lucene's log(1 + (N − 
 import numpy as np
 import scipy.sparse
 
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ngrams, ranking
 from dsdm_jax.selection.candidates import Candidates, Target
 from dsdm_jax.selection.registry import Budget, selector

@@ -9,14 +9,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dsdm_jax.attribution.features import Features
+from dsdm_jax.attribution.score_table import mix
 from dsdm_jax.attribution.scores import Scores
-from dsdm_jax.attribution.tables import mix
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.targets import Examples, Targets, text_mask
-from dsdm_jax.selection.ledger import Ledger
-from dsdm_jax.selection.proxies import Proxies
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets.targets import Examples, Targets, text_mask
+from dsdm_jax.selection.cost_accounting import Ledger
+from dsdm_jax.selection.proxy_signals import Proxies
 
 BLOCK = 4_096  # rows that are read together
 _T = TypeVar('_T')

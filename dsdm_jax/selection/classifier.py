@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse
 
 from dsdm_jax.core import prng
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ngrams, ranking
 from dsdm_jax.selection.candidates import Candidates, Target
 from dsdm_jax.selection.registry import Budget, selector

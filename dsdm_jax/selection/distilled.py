@@ -21,10 +21,10 @@ import scipy.sparse.linalg
 import scipy.stats
 
 from dsdm_jax.attribution.scores import Scores
-from dsdm_jax.core import artifacts, atomic, prng
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.core import artifacts, prng, storage
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection import ngrams, ranking, vocabularies
 from dsdm_jax.selection.candidates import Candidates, Target
 from dsdm_jax.selection.classifier import shares
@@ -147,7 +147,7 @@ def _run(given: argparse.Namespace) -> str:
     raise UserError(f'{given.pool} has a vocabulary of its own, so its ids mean other text; take --ngrams=words')
   scorer = fit(grams, scores.score_N(given.target), given.rows)
   score_N = scorer.score(other)
-  atomic.save_npy(given.out, score_N)
+  storage.save_npy(given.out, score_N)
   return (
     f'fitted to {scorer.fitted} rows; Spearman {scorer.correlation:+.3f} with the datamodel on {scorer.held_out} '
     f'others; wrote {len(score_N)} scores to {given.out}'

@@ -1,6 +1,6 @@
 """DsDm: the rows that the datamodel predicts to help the target most (Engstrom et al. 2024, section 3.2, eq. 5)."""
 
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ranking
 from dsdm_jax.selection.candidates import Candidates, Target
 from dsdm_jax.selection.registry import Budget, selector

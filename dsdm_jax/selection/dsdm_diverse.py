@@ -10,8 +10,8 @@ import numpy as np
 
 from dsdm_jax.attribution.datamodel import unit_rows
 from dsdm_jax.core import prng
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection import clusters, ranking
 from dsdm_jax.selection.candidates import Candidates, Target
 from dsdm_jax.selection.registry import Budget, selector

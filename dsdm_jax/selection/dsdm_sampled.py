@@ -12,8 +12,8 @@ what comes before the bracket is counted, and of what falls inside it the earlie
 import numpy as np
 
 from dsdm_jax.core import prng
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection import ranking
 from dsdm_jax.selection.candidates import Candidates, Target
 from dsdm_jax.selection.registry import Budget, selector

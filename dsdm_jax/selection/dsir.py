@@ -6,7 +6,7 @@ highest log w(n) + Gumbel noise are k draws without replacement by w.
 
 import numpy as np
 
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ngrams, ranking
 from dsdm_jax.selection.candidates import Candidates, Target
 from dsdm_jax.selection.registry import Budget, selector

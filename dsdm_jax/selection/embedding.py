@@ -6,7 +6,7 @@ fits a classifier to it for the rest of the pool; here every row is embedded.
 
 import numpy as np
 
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ranking
 from dsdm_jax.selection.candidates import BLOCK, Candidates, Target
 from dsdm_jax.selection.registry import Budget, selector

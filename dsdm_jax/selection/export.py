@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from dsdm_jax.attribution.scores import Scores
-from dsdm_jax.core import artifacts, atomic, tensorflow_start
+from dsdm_jax.core import artifacts, storage, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection import vocabularies
 
 FORMATS = ('parquet', 'jsonl', 'datasets', 'tfds')
@@ -115,7 +115,7 @@ class Export:
       f'# {self.selection.name}\n\n{self.selection.size} rows of {self.pool.length} tokens, selected by dsdm_jax:\n\n'
       f'```json\n{told}\n```\n'
     )
-    atomic.write_text(out / 'README.md', card)
+    storage.write_text(out / 'README.md', card)
 
   def tfds(self, out: Path) -> None:
     """Writes `selection/1.0.0/` (TFRecord, rows in the order of the selection) and the files of the vocabulary."""
@@ -146,7 +146,7 @@ class Export:
     writer.close_splits(['train'])
     info.write_to_directory(str(folder))
     for name, data in vocabularies.read(self.pool.path).items():
-      atomic.write_bytes(out / name, data)
+      storage.write_bytes(out / name, data)
 
 
 def _scores(datamodel: Artifact, selection: Selection) -> dict[str, np.ndarray]:

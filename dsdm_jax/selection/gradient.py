@@ -6,7 +6,7 @@ score(n) = mean over target examples t of ∇f(n) · ∇f(t), both projected.
 import numpy as np
 
 from dsdm_jax.attribution import datamodel
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ranking
 from dsdm_jax.selection.candidates import Candidates, Target
 from dsdm_jax.selection.registry import Budget, selector

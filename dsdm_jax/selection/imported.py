@@ -1,7 +1,7 @@
 """Scores made elsewhere, as a selector like any other."""
 
-from dsdm_jax.attribution import imported as files
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.attribution import score_files as files
+from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ranking
 from dsdm_jax.selection.candidates import Candidates, Target
 from dsdm_jax.selection.registry import Budget, selector

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from dsdm_jax.core import mixture_parts, prng
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.mixture_parts import MixturePart
-from dsdm_jax.core.selection_rules import method_name
+from dsdm_jax.config import mixture_parts
+from dsdm_jax.config.mixture_parts import MixturePart
+from dsdm_jax.config.selection_rules import method_name
+from dsdm_jax.core import prng
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.schedule import Part, Schedule
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.schedule import Part, Schedule
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection import registry
 from dsdm_jax.selection.candidates import Candidates
 from dsdm_jax.selection.registry import Budget

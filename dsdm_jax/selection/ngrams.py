@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import scipy.sparse
 
-from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.selection.candidates import BLOCK, Candidates, Target
 
 _BLOCK_TOKENS = 1 << 15  # hashed together: what stays in a core's cache is hashed three times as fast

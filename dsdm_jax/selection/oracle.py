@@ -6,7 +6,7 @@ it does not scale, as each task costs about five trainings of a proxy on the who
 
 import numpy as np
 
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ranking
 from dsdm_jax.selection.candidates import Candidates, Target
 from dsdm_jax.selection.registry import Budget, selector

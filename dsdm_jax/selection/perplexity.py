@@ -3,7 +3,7 @@
 PPL(n) = exp(−1/L · Σ_l log p(token l | those before it)): the mean log-probability orders rows the other way round.
 """
 
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ranking
 from dsdm_jax.selection.candidates import Candidates, Target
 from dsdm_jax.selection.registry import Budget, selector

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from dsdm_jax.core import prng
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection.candidates import Candidates
 
 CHUNK = 1 << 22  # scores that are looked at, or drawn, together

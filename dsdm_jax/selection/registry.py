@@ -14,9 +14,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
-from dsdm_jax.core.config import load_callable
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.config.validate import load_callable
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection.candidates import Candidates, Target
 
 

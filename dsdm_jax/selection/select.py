@@ -7,12 +7,12 @@ import math
 import pkgutil
 
 from dsdm_jax import selection as package
-from dsdm_jax.core import atomic, prng
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.selection_rules import method_name
+from dsdm_jax.config.selection_rules import method_name
+from dsdm_jax.core import prng, storage
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.selection import Selection
-from dsdm_jax.selection import cards, mixture, registry
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.errors import UserError
+from dsdm_jax.selection import mixture, registry, summaries
 from dsdm_jax.selection.candidates import Candidates
 from dsdm_jax.selection.registry import Budget
 
@@ -59,11 +59,11 @@ def run(context: Context) -> dict:
       cost[chosen.name] = spent
       if seed == 0:
         arms.append(chosen)
-  found = cards.make(arms, pool.pool)
+  found = summaries.make(arms, pool.pool)
   if context.first:
-    atomic.write_json(context.out / 'index.json', index)
-    atomic.write_json(context.out / 'cards.json', found)
-    context.log.say(cards.table(found))
+    storage.write_json(context.out / 'index.json', index)
+    storage.write_json(context.out / 'cards.json', found)
+    context.log.say(summaries.table(found))
   return {'budget_examples': budget.total, 'selections': found, 'cost': cost}
 
 

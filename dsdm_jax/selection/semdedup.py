@@ -8,7 +8,7 @@ within neighbourhoods. A row is dropped if its cosine to a row that comes before
 import numpy as np
 
 from dsdm_jax.core import prng
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import clusters
 from dsdm_jax.selection.candidates import Candidates, Target
 from dsdm_jax.selection.random import draw

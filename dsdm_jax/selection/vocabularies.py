@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.data.encoders import BYTES, MODEL, TOKENIZER
+from dsdm_jax.data.pool.encoders import BYTES, MODEL, TOKENIZER
+from dsdm_jax.errors import UserError
 
 _FILES = (MODEL, TOKENIZER, 'end_piece.json', BYTES)
 

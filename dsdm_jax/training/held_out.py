@@ -7,9 +7,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dsdm_jax.core import prng
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import place, replicated
-from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
 from dsdm_jax.lm.outputs import token_log_probability
 from dsdm_jax.training.step import Trainer, TrainState
 

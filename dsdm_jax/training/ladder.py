@@ -16,13 +16,13 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import atomic, prng
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.core import prng, storage
 from dsdm_jax.core.mesh import make_mesh, share
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.batches import training_batches
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.schedule import Schedule
+from dsdm_jax.data.order.batches import training_batches
+from dsdm_jax.data.order.schedule import Schedule
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
 from dsdm_jax.training import loop
 from dsdm_jax.training.step import abstract_model, trainer
 
@@ -133,12 +133,12 @@ def run(context: Context) -> dict:
         )  # fmt: skip
         clock = context.out / f'{name}.seconds'
         if fresh and context.first:  # of a run that was interrupted nobody knows
-          atomic.write_text(clock, f'{time.monotonic() - began:.3f}')
+          storage.write_text(clock, f'{time.monotonic() - began:.3f}')
         index.append({
           'name': name, 'rung': number, 'seed': seed, 'factor': r.factor, 'model': r.model.to_dict(),
           'parameters': r.parameters, 'examples': count, 'tokens': count * pool.length, 'epochs': count / len(rows),
           'flop': flop, 'seconds': float(clock.read_text()) if clock.is_file() else None,
         })  # fmt: skip
   if context.first:
-    atomic.write_text(context.out / 'index.json', json.dumps(index, indent=1))
+    storage.write_text(context.out / 'index.json', json.dumps(index, indent=1))
   return {'rungs': [{'parameters': r.parameters, 'examples': r.examples, 'factor': r.factor} for r in rungs]}

@@ -12,11 +12,11 @@ import numpy as np
 import tqdm
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import atomic, distributed, preemption
+from dsdm_jax.core import preemption, processes, storage
 from dsdm_jax.core.checkpoints import Checkpoints, Keep
-from dsdm_jax.core.errors import Stopped, UserError
 from dsdm_jax.core.mesh import assemble
 from dsdm_jax.core.stage import Context
+from dsdm_jax.errors import Stopped, UserError
 from dsdm_jax.training.meter import Meter
 from dsdm_jax.training.step import TrainState
 
@@ -63,7 +63,7 @@ def train(
     UserError: a metric is not finite, or the checkpoint is another model's.
   """
   record_file = context.out / f'{name}.jsonl'
-  if distributed.decide(record_file.is_file):
+  if processes.decide(record_file.is_file):
     bar.update(steps * trainer.models)
     return read_history(record_file)
   keep = Keep(config.keep_checkpoints, config.keep_every_steps, config.keep_every_hours, kept)
@@ -86,10 +86,10 @@ def train(
       if checkpoints.latest != steps:
         checkpoints.save(steps, state, {'history': history})
     if context.first:
-      atomic.write_text(record_file, ''.join(json.dumps(line) + '\n' for line in history))
+      storage.write_text(record_file, ''.join(json.dumps(line) + '\n' for line in history))
     context.log.event('trained', run=name, steps=steps, loss=history[-1]['loss'] if history else None)
     # Asked in the last step or while it was saved: the run is finished, and what comes after it must not begin.
-    stop = any(distributed.gather(asked_to_stop()))
+    stop = any(processes.gather(asked_to_stop()))
   if stop:
     raise _stopped(name, steps, steps)
   return history
@@ -152,9 +152,9 @@ class _Run:
     save = step in self.kept or (bool(config.save_every_steps) and step % config.save_every_steps == 0)
     stop = False
     # Several processes must go the same way, and agree on it only now and then: it takes a message to each.
-    if distributed.count() == 1 or logged:
+    if processes.count() == 1 or logged:
       overdue = bool(config.save_every_minutes) and time.monotonic() - self.saved > 60 * config.save_every_minutes
-      said = distributed.gather([asked_to_stop(), overdue])
+      said = processes.gather([asked_to_stop(), overdue])
       stop, save = any(s for s, _ in said), save or any(o for _, o in said)
     if save or stop:
       self._save(step, state, metrics)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsdm_jax.core import flops
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.training.scanned import ScannedTraining, TargetOutputs
+from dsdm_jax.errors import UserError
+from dsdm_jax.training.differentiable import ScannedTraining, TargetOutputs
 from dsdm_jax.training.step import TrainState
 
 LEAST_EPS_ROOT = 1e-8  # `adam_eps_root` below which derivatives through Adam are useless

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from dsdm_jax.core.config import load_callable
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.rule import arguments as arguments_of
+from dsdm_jax.config.rule import arguments as arguments_of
+from dsdm_jax.config.validate import load_callable
+from dsdm_jax.errors import UserError
 from dsdm_jax.lm.partition import path_name
 
 _MOMENTS = ('mu', 'nu')  # what optax calls first and second moments in all its states

@@ -8,12 +8,12 @@ import numpy as np
 from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh, share
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data import arms
-from dsdm_jax.data.batches import training_batches
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.schedule import Schedule
-from dsdm_jax.data.selection import Selection
-from dsdm_jax.training import loop, together
+from dsdm_jax.data.order import arms
+from dsdm_jax.data.order.batches import training_batches
+from dsdm_jax.data.order.schedule import Schedule
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.training import loop, vmapped
 from dsdm_jax.training.held_out import held_out
 from dsdm_jax.training.step import trainer
 
@@ -44,7 +44,7 @@ def run(context: Context) -> dict:
         beside = held_out(compiled, pool, chosen[0].rows, pretraining.train, config.seed)
         loop.train(context, compiled, names[0], keys[0], batches[0], steps, pretraining.train, bar, beside)
       else:
-        together.train(context, compiled, names, keys, batches, steps, pretraining.train, bar)
+        vmapped.train(context, compiled, names, keys, batches, steps, pretraining.train, bar)
   return {'runs': len(index), 'steps': steps, 'tokens_per_run': steps * pretraining.train.batch_size * pool.length}
 
 

@@ -5,13 +5,13 @@ import functools
 import numpy as np
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import atomic, prng
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.core import prng, storage
 from dsdm_jax.core.mesh import make_mesh, share
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.batches import training_batches
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.schedule import Schedule
+from dsdm_jax.data.order.batches import training_batches
+from dsdm_jax.data.order.schedule import Schedule
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
 from dsdm_jax.training import loop
 from dsdm_jax.training.held_out import held_out
 from dsdm_jax.training.step import trainer
@@ -44,7 +44,7 @@ def run(context: Context) -> dict:
     for proxy in range(proxies.count):
       rows = subset(seed, proxy, pool.num_rows, size)
       if context.first:
-        atomic.save_npy(context.out / f'subset_{proxy}.npy', rows)
+        storage.save_npy(context.out / f'subset_{proxy}.npy', rows)
       schedule = Schedule.single(f'proxy_{proxy}', rows, steps * proxies.train.batch_size, seed)
       history = loop.train(
         context, compiled, f'proxy_{proxy}', prng.stream(seed, 'init', 'proxy', proxy),

@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops
-from dsdm_jax.core.config import load_callable
 from dsdm_jax.core.mesh import batch_sharding, place, replicated
 from dsdm_jax.lm import attention_tpu, hugging_face, partition, products
 from dsdm_jax.lm.outputs import token_log_probability

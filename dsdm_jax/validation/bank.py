@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dsdm_jax.core import atomic
-from dsdm_jax.training.scanned import ScannedTraining, TargetOutputs
+from dsdm_jax.core import storage
+from dsdm_jax.training.differentiable import ScannedTraining, TargetOutputs
 from dsdm_jax.training.step import TrainState
 
 
@@ -35,7 +35,7 @@ def truth(
         folder.mkdir(parents=True, exist_ok=True)
         padded = np.pad(weight_MN, ((0, at_once - len(weight_MN)), (0, 0)))  # one shape, one compilation
         output_MT, log_likelihood_MT = outputs(training.train(seed, padded)[0])
-        atomic.save_npz(file, output=output_MT[: len(weight_MN)], log_likelihood=log_likelihood_MT[: len(weight_MN)])
+        storage.save_npz(file, output=output_MT[: len(weight_MN)], log_likelihood=log_likelihood_MT[: len(weight_MN)])
       with np.load(file, allow_pickle=False) as arrays:
         found.append((arrays['output'], arrays['log_likelihood']))
       progress(len(weight_MN))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import scipy.sparse
 
-from dsdm_jax.data.targets import text_mask
+from dsdm_jax.data.targets.targets import text_mask
 
 _BINS = 2**14  # of hashed pairs of tokens
 _K1, _B = 1.2, 0.75  # of BM25

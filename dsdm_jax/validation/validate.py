@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import atomic, flops
-from dsdm_jax.core.config import load_callable
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.config.validate import load_callable
+from dsdm_jax.core import flops, storage
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.targets import Targets
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets.targets import Targets
+from dsdm_jax.errors import UserError
+from dsdm_jax.training.differentiable import TargetOutputs
 from dsdm_jax.training.metagradient import Metagradient
-from dsdm_jax.training.scanned import TargetOutputs
 from dsdm_jax.validation import agreement, bank, cheap, subsets, table
-from dsdm_jax.validation.proxies import USUAL, Proxies
+from dsdm_jax.validation.proxy_pool import USUAL, Proxies
 from dsdm_jax.validation.variants import BEST, REFERENCE, VARIANTS, Scorer
 
 PLAIN, METASMOOTH = 'plain', 'metasmooth'
@@ -65,10 +65,10 @@ def run(context: Context) -> dict:
     by_task += task_level
     if name == PLAIN:
       monotone = setting.monotone()
-  atomic.write_json(context.out / 'lds.json', {'by_example': found, 'by_task': by_task})
-  atomic.write_json(context.out / 'monotone.json', monotone)
+  storage.write_json(context.out / 'lds.json', {'by_example': found, 'by_task': by_task})
+  storage.write_json(context.out / 'monotone.json', monotone)
   text = table.page(found, by_task, monotone)
-  atomic.write_text(context.out / 'lds.md', text)
+  storage.write_text(context.out / 'lds.md', text)
   context.log.say(text)
   return {'rows': len(examples.tokens_NL), 'targets': list(examples.tasks), 'settings': [PLAIN, METASMOOTH]}
 
@@ -154,7 +154,7 @@ class Setting:
         file = self._folder / f'oracle-{seed}.npy'
         if not file.is_file():
           self._context.add_flop(compute.flop(seed))
-          atomic.save_npy(file, compute(seed, weight_N)[1])
+          storage.save_npy(file, compute(seed, weight_N)[1])
         found.append(np.load(file, allow_pickle=False))
     return np.stack(found)
 
@@ -173,7 +173,7 @@ class Setting:
     file = self._folder / f'score-{re.sub("[^A-Za-z0-9]+", "-", name)}.npy'
     if not file.is_file():
       self._folder.mkdir(parents=True, exist_ok=True)
-      atomic.save_npy(file, make().astype(np.float32))
+      storage.save_npy(file, make().astype(np.float32))
     return np.load(file, allow_pickle=False)
 
   def _cheap(self) -> Mapping[str, Any]:

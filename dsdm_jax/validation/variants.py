@@ -20,10 +20,10 @@ from dsdm_jax.attribution.features import blocks, feature_step, step_rows
 from dsdm_jax.attribution.gradients import FeatureStep, TwoSidedFeatures
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core.mesh import make_mesh
-from dsdm_jax.data.targets import text_mask
+from dsdm_jax.data.targets.targets import text_mask
 from dsdm_jax.lm.outputs import token_log_probability
 from dsdm_jax.training.step import TrainState
-from dsdm_jax.validation.proxies import EARLY, LATE, MIDDLE, STOPS, USUAL, Kind, Proxy, scaled
+from dsdm_jax.validation.proxy_pool import EARLY, LATE, MIDDLE, STOPS, USUAL, Kind, Proxy, scaled
 
 _KEPT = 16  # features of one checkpoint each that stay in memory for the variants to come
 

@@ -11,8 +11,8 @@ from dsdm_jax.attribution.covariances import Basis, MomentStep
 from dsdm_jax.attribution.gradients import TwoSidedFeatures
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.attribution.store import FeatureStore
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.errors import UserError
 from dsdm_jax.lm import outputs
 from dsdm_jax.lm.partition import path_name
 

@@ -8,8 +8,8 @@ import pytest
 
 from dsdm_jax.attribution import datamodel, scores
 from dsdm_jax.attribution.store import FeatureStore
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import MODEL
+from dsdm_jax.errors import UserError
 
 N, J, T = 70, 24, 3
 BLOCKS = ((0, 10), (10, 16), (16, 24))

@@ -11,10 +11,10 @@ from configs import base
 from dsdm_jax.attribution import features
 from dsdm_jax.core import artifacts
 from dsdm_jax.core.artifacts import Cost, Identity
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
+from dsdm_jax.errors import UserError
 from tests.pipeline.test_bad_input import _flip
 
 ROWS, LENGTH, J = 10, 6, 4

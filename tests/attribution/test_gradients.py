@@ -8,8 +8,8 @@ from flax import nnx
 from configs import base
 from dsdm_jax.attribution import probes, rademacher
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.mesh import DATA, make_mesh
+from dsdm_jax.errors import UserError
 from dsdm_jax.lm import outputs
 from dsdm_jax.lm.partition import path_name
 

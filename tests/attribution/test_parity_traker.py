@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsdm_jax.attribution import columns, datamodel, rademacher, tables
+from dsdm_jax.attribution import datamodel, rademacher, score_table, target_weights
+from dsdm_jax.attribution.accumulators import Partials
 from dsdm_jax.attribution.gradients import DenseFeatures
-from dsdm_jax.attribution.partials import Partials
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.lm import outputs
 
@@ -77,10 +77,10 @@ def test_scores_equal_the_references(peers, one_device, tmp_path):
     ).u_JK.repeat(2, axis=1)  # a target's mean, and its only group
     for parts, phi_TJ in zip(grams, targets, strict=True)
   ]
-  table = [columns.make(['x'], 1, 0, 0, str(t)) for t in range(T)]
-  tasks = tables.make(stores, u, table, np.zeros((C, N), bool), 'all', lambda rows: None, Partials(None))
+  table = [target_weights.make(['x'], 1, 0, 0, str(t)) for t in range(T)]
+  tasks = score_table.make(stores, u, table, np.zeros((C, N), bool), 'all', lambda rows: None, Partials(None))
   for task in tasks:
-    task.multiply((1 - np.mean(probability, axis=0)).astype(np.float32), tables.sample_rows(N))
+    task.multiply((1 - np.mean(probability, axis=0)).astype(np.float32), score_table.sample_rows(N))
   ours_NT = ratio * np.stack([task.score_N for task in tasks], axis=1)
 
   names = ('embedding', 'inner', 'outer')

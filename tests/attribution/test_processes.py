@@ -12,7 +12,7 @@ from dsdm_jax.attribution.features import Features
 from dsdm_jax.core import artifacts
 from tests.attribution.two_processes import SETTINGS, begin, run, settings
 from tests.conftest import ROOT
-from tests.core.test_distributed import ends, free_port
+from tests.core.test_processes import ends, free_port
 from tests.pipeline import runs
 
 

@@ -7,13 +7,13 @@ import pytest
 import scipy.stats
 
 from configs import base
-from dsdm_jax.attribution import scores, tables
+from dsdm_jax.attribution import score_table, scores
 from dsdm_jax.attribution.store import FeatureStore
-from dsdm_jax.core import atomic
+from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact, Cost
-from dsdm_jax.core.errors import UserError
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
+from dsdm_jax.errors import UserError
 
 N, J, C = 64, 24, 3
 TASKS = {'docs': 9, 'api_qa': 6}
@@ -45,10 +45,10 @@ def run(tmp_path):
     return Artifact(folder, manifest), folder
 
   targets, folder = make('targets')
-  atomic.write_json(folder / 'tasks.json', list(TASKS))
+  storage.write_json(folder / 'tasks.json', list(TASKS))
   for task, names in documents.items():
     length = np.zeros((len(names), 4))
-    atomic.save_npz(folder / f'{task}.target.npz', tokens_TL=length.astype(np.int32), weights_TL=length)
+    storage.save_npz(folder / f'{task}.target.npz', tokens_TL=length.astype(np.int32), weights_TL=length)
     lines = [json.dumps({'id': f'{i}', 'context': '', 'answer': 'x', 'document': d}) for i, d in enumerate(names)]
     (folder / f'{task}.target.jsonl').write_text('\n'.join(lines))
 
@@ -61,7 +61,7 @@ def run(tmp_path):
       change(phi)
     proxies, folder = make('proxies')
     for p in range(count // each):
-      atomic.save_npy(folder / f'subset_{p}.npy', subsets[p])
+      storage.save_npy(folder / f'subset_{p}.npy', subsets[p])
     semantics = {
       'projection': 'two_sided', 'layers': LAYERS, 'dimension': J, 'mode': 'store', 'rows': N, 'checkpoints': count,
       'shard_rows': 10, 'store_dtype': 'float32',
@@ -73,7 +73,7 @@ def run(tmp_path):
       for shard in store.missing():
         store.write(shard, phi[c, slice(*store.bounds(shard))])
       for task in TASKS:
-        atomic.save_npy(folder / f'{task}_{c}.npy', target[task][c])
+        storage.save_npy(folder / f'{task}_{c}.npy', target[task][c])
     out = tmp_path / f'out_{name}'
     out.mkdir()
     inputs = {'targets': targets, 'proxies': proxies, 'features': features}
@@ -141,7 +141,7 @@ def test_every_array_against_numpy(run):
 
 
 def test_peaks_of_equal_scores_are_the_lower_rows():
-  rows_EM, score_EM = tables.peaks(np.array([[0.0, 1.0], [0, 1], [1, 1], [0, 1], [1, 1], [2, 1]]))
+  rows_EM, score_EM = score_table.peaks(np.array([[0.0, 1.0], [0, 1], [1, 1], [0, 1], [1, 1], [2, 1]]))
   assert rows_EM.tolist() == [[5, 2, 4, 0, 1, 3], [0, 1, 2, 0, 1, 2]]
   np.testing.assert_array_equal(score_EM[1], np.zeros(6))
 
@@ -284,11 +284,11 @@ def test_mixes(rule):
     'zscore': [0.0, -np.sqrt(1.5) / 2, np.sqrt(1.5) / 2],
     'rank': [0.5, 0.25, 0.75],
   }[rule]
-  np.testing.assert_allclose(tables.mix(score_TN, rule), expected, atol=1e-6)
+  np.testing.assert_allclose(score_table.mix(score_TN, rule), expected, atol=1e-6)
 
 
 def test_error_of_mixes():
   score_TN, error_TN = np.array([[0.0, 2.0], [0.0, 20.0]]), np.array([[3.0, 0.0], [4.0, 1.0]])
-  np.testing.assert_allclose(tables.mix_error(error_TN, score_TN, 'mean'), [2.5, 0.5])
-  np.testing.assert_allclose(tables.mix_error(error_TN, score_TN, 'zscore'), [np.hypot(3, 0.4) / 2, 0.05])
-  assert tables.mix_error(error_TN, score_TN, 'rank') is None
+  np.testing.assert_allclose(score_table.mix_error(error_TN, score_TN, 'mean'), [2.5, 0.5])
+  np.testing.assert_allclose(score_table.mix_error(error_TN, score_TN, 'zscore'), [np.hypot(3, 0.4) / 2, 0.05])
+  assert score_table.mix_error(error_TN, score_TN, 'rank') is None

@@ -10,7 +10,7 @@ from dsdm_jax.attribution import probes, rademacher
 from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
 from dsdm_jax.attribution.second_moment import SecondMoment
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from dsdm_jax.lm import outputs
 from dsdm_jax.lm.partition import path_name
 

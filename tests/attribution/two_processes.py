@@ -10,8 +10,8 @@ import tests.conftest  # isort: skip  # noqa: F401  sets the environment before 
 import jax
 
 from dsdm_jax import pipeline
-from dsdm_jax.core import config as checks
-from dsdm_jax.core import distributed
+from dsdm_jax.config import validate as checks
+from dsdm_jax.core import processes
 from tests.pipeline.tiny import get_config
 
 SETTINGS = {
@@ -47,10 +47,10 @@ def main() -> None:
   jax.config.update('jax_num_cpu_devices', 1)
   config = begin()
   config.distributed.update(wanted)
-  with distributed.running(config, checks.flatten(config)):
+  with processes.running(config, checks.flatten(config)):
     for folder in folders:
       run(settings(folder.name), folder)
-  distributed.leave(0)
+  processes.leave(0)
 
 
 if __name__ == '__main__':

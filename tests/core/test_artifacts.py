@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from dsdm_jax.core import artifacts, atomic
+from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Cost, Identity
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 
 IDENTITY = Identity('pool', 1, {'pool.length': 8, 'pool.kinds': ('a', 'b')}, {})
 
@@ -276,9 +276,9 @@ def test_kill_inside_the_commit_loses_nothing(workdir, monkeypatch, point):
 
 def test_atomic_write_replaces_or_leaves_alone(tmp_path, monkeypatch):
   file = tmp_path / 'a.json'
-  atomic.write_json(file, {'b': 1, 'a': [1.5]})
+  storage.write_json(file, {'b': 1, 'a': [1.5]})
   first = file.read_bytes()
-  atomic.write_json(file, {'a': [1.5], 'b': 1})
+  storage.write_json(file, {'a': [1.5], 'b': 1})
   assert file.read_bytes() == first, 'equal values are equal bytes'
 
   def full(_):
@@ -286,18 +286,18 @@ def test_atomic_write_replaces_or_leaves_alone(tmp_path, monkeypatch):
 
   monkeypatch.setattr(os, 'fsync', full)
   with pytest.raises(OSError, match='No space'):
-    atomic.write_json(file, {'a': 2})
+    storage.write_json(file, {'a': 2})
   assert file.read_bytes() == first
   assert [p.name for p in tmp_path.iterdir()] == ['a.json'], 'no temporary file is left'
   with pytest.raises(ValueError, match='JSON compliant'):
-    atomic.write_json(file, {'a': float('nan')})
+    storage.write_json(file, {'a': float('nan')})
   assert file.read_bytes() == first
 
 
 def test_equal_arrays_are_equal_bytes(tmp_path):
   arrays = {'x_N': np.arange(5, dtype=np.int32), 'y': np.array(['a', 'b'])}
-  atomic.save_npz(tmp_path / 'a.npz', **arrays)
-  atomic.save_npz(tmp_path / 'b.npz', **arrays)
+  storage.save_npz(tmp_path / 'a.npz', **arrays)
+  storage.save_npz(tmp_path / 'b.npz', **arrays)
   assert (tmp_path / 'a.npz').read_bytes() == (tmp_path / 'b.npz').read_bytes()
   with np.load(tmp_path / 'a.npz') as found:
     np.testing.assert_array_equal(found['x_N'], arrays['x_N'])

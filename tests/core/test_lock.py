@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dsdm_jax.core import lock
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from tests.conftest import ROOT
 
 HOLDER = """

@@ -18,7 +18,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from dsdm_jax.core import memory
 from dsdm_jax.core.checkpoints import Checkpoints
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from tests.conftest import ROOT
 
 

@@ -12,8 +12,9 @@ from configs.base import get_config
 from dsdm_jax.core.artifacts import Artifact, Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data import pool, targets
-from dsdm_jax.data.documents import Document
+from dsdm_jax.data.pool import pool
+from dsdm_jax.data.pool.documents import Document
+from dsdm_jax.data.targets import targets
 
 WORDS = (
   'river stone lantern copper walked slowly over under bright green paper window seven many it was and the'.split()

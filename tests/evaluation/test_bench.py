@@ -4,7 +4,7 @@ import json
 import random
 
 from dsdm_jax.bench import __main__ as bench
-from dsdm_jax.data.benchmarks import BENCHMARKS
+from dsdm_jax.data.targets.benchmarks import BENCHMARKS
 
 NAMES = [''.join(random.Random(i).choices('abcdefghijklmnopqrst', k=2 + i % 6)) for i in range(2_000)]
 

@@ -13,9 +13,9 @@ from flax import nnx
 
 from configs import base
 from dsdm_jax.core.mesh import make_mesh
-from dsdm_jax.data import benchmarks
-from dsdm_jax.data.shapes import LANGUAGE_MODELLING, MULTIPLE_CHOICE
-from dsdm_jax.evaluation import requests, rules
+from dsdm_jax.data.targets import benchmarks
+from dsdm_jax.data.targets.shapes import LANGUAGE_MODELLING, MULTIPLE_CHOICE
+from dsdm_jax.evaluation import questions, rules
 from dsdm_jax.evaluation.scoring import Scorer
 from dsdm_jax.training.step import Trainer
 
@@ -138,7 +138,7 @@ def test_scores_equal_the_harness_item_by_item(peers, trained, tmp_path):
 
   scorer, worst, right = Scorer(trainer, 8, 0), 0.0, {}
   for name, (benchmark, items) in files.items():
-    request = requests.build(benchmark, items, requests.Sequences(encode, LENGTH, 1, begin=False), 4, 0)
+    request = questions.build(benchmark, items, questions.Sequences(encode, LENGTH, 1, begin=False), 4, 0)
     answers = scorer.answers(state, request.ids_P, request.count_P, LENGTH)
     wanted = [answer for item in theirs[name] for answer in item['answers']]
     # Sums of at most 30 log-probabilities near −5 in float32 on both sides: seen 3e-5.

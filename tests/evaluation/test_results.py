@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import results, statistics, terminal
 
 RUNS = [

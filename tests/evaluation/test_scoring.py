@@ -8,9 +8,9 @@ from flax import nnx
 from configs import base
 from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh
-from dsdm_jax.data import benchmarks
-from dsdm_jax.data.shapes import Item
-from dsdm_jax.evaluation import requests
+from dsdm_jax.data.targets import benchmarks
+from dsdm_jax.data.targets.shapes import Item
+from dsdm_jax.evaluation import questions
 from dsdm_jax.evaluation.scoring import Scorer, score_request
 from dsdm_jax.training.step import Trainer
 
@@ -131,7 +131,7 @@ def test_generation_and_a_strangers_model(trained):
   items = [Item(str(i), f'Say {"x" * i} please:', 'ok', aliases=('ok',)) for i in range(6)]
   encode = lambda text: [byte + 3 for byte in text.encode()]  # noqa: E731
   decode = lambda ids: ''.join(chr(int(i) - 3) for i in ids if i > 2)  # noqa: E731
-  request = requests.build(benchmarks.BENCHMARKS['trivia_qa'], items, requests.Sequences(encode, L, 1), 5, 0)
+  request = questions.build(benchmarks.BENCHMARKS['trivia_qa'], items, questions.Sequences(encode, L, 1), 5, 0)
   stop_V = np.arange(V) == 13
   found = [
     score_request(Scorer(t, 4, 0), s, request, L, 5, stop_V, decode)

@@ -12,7 +12,7 @@ import pytest
 
 from dsdm_jax import pipeline
 from dsdm_jax.attribution.store import FeatureStore
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from tests.conftest import FAULTS
 from tests.pipeline import runs
 from tests.pipeline.test_bad_input import _flip

@@ -5,12 +5,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import base
-from dsdm_jax.core import bounds
-from dsdm_jax.core import config as checks
-from dsdm_jax.core.config_rules import RULES
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.config import bounds
+from dsdm_jax.config import validate as checks
+from dsdm_jax.config.config_rules import RULES
+from dsdm_jax.errors import UserError
+from tests.config.test_config import FLAT, put
 from tests.conftest import FAULTS
-from tests.core.test_config import FLAT, put
 
 HUGE = 2**63
 ODD = (

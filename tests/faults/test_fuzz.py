@@ -21,12 +21,13 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsdm_jax.attribution import imported
+from dsdm_jax.attribution import score_files
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core import artifacts, lock
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.data import encoders, readers, shapes, sources, tasks, vocabulary
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.pool import encoders, readers, sources, vocabulary
+from dsdm_jax.data.targets import shapes, tasks
+from dsdm_jax.errors import UserError
 from tests.conftest import ROOT
 
 SECONDS = 20  # for one input; the slowest takes a tenth of a second
@@ -333,7 +334,7 @@ def test_scores_of_others(data, tmp_path, tried, ending, whole):
   tried()
   path = tmp_path / f'mine.{ending}'
   path.write_bytes(data.draw(anything(whole)))
-  refused_by_name(path, lambda: imported.read(path))
+  refused_by_name(path, lambda: score_files.read(path))
 
 
 @fuzz

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import FAULTS
-from tests.core.test_distributed import free_port
+from tests.core.test_processes import free_port
 from tests.pipeline import runs
 from tests.pipeline.runs import ROOT
 

@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 from configs import base
-from dsdm_jax.core import config as checks
+from dsdm_jax.config import validate as checks
 from dsdm_jax.core import mesh
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from dsdm_jax.lm import hugging_face, partition
 from dsdm_jax.training.step import Trainer
 from tests.training.test_step import flat

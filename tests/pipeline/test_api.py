@@ -10,9 +10,9 @@ import pytest
 import dsdm_jax
 from dsdm_jax.attribution.scores import Scores
 from dsdm_jax.core.artifacts import open_stage
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
 
 pandas = pytest.importorskip('pandas', reason='pandas is not installed')
 

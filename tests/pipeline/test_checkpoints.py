@@ -9,8 +9,8 @@ import numpy as np
 from dsdm_jax import pipeline
 from dsdm_jax.attribution.features import Features, feature_step
 from dsdm_jax.core import artifacts, mesh
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.targets import Targets
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import Trainer
 from tests.pipeline import runs

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dsdm_jax import pipeline
-from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.pool.pool import Pool
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
 

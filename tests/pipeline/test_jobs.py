@@ -9,7 +9,7 @@ import pytest
 from dsdm_jax import pipeline
 from dsdm_jax.attribution.features import Features
 from dsdm_jax.core import artifacts
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
 

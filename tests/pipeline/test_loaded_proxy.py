@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from dsdm_jax.core import config as checks
+from dsdm_jax.config import validate as checks
 from dsdm_jax.core import mesh
 from dsdm_jax.lm import hugging_face
 from dsdm_jax.training.loop import load_state

@@ -9,9 +9,9 @@ import pytest
 
 import dsdm_jax
 from dsdm_jax.core import artifacts, prng
-from dsdm_jax.data import arms, mixtures
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order import arms, mixtures
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.evaluation import multiplier
 from tests.pipeline import runs
 

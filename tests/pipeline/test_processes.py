@@ -6,7 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from tests.core.test_distributed import ends, free_port
+from tests.core.test_processes import ends, free_port
 from tests.pipeline import runs
 from tests.pipeline.runs import ROOT
 

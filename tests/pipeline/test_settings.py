@@ -9,9 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from dsdm_jax import pipeline
-from dsdm_jax.core import artifacts, atomic
-from dsdm_jax.core.config import flatten
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.config.validate import flatten
+from dsdm_jax.core import artifacts, storage
+from dsdm_jax.errors import UserError
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
 
@@ -63,9 +63,9 @@ class Ran:
     self.stages.append(stage.name)
     identity = pipeline._identity(stage, settings, pipeline._digests(stage, workdir, done))
     out = artifacts.begin(workdir, identity)
-    atomic.write_json(out / 'made.json', identity.as_json())
+    storage.write_json(out / 'made.json', identity.as_json())
     if stage.name == 'evaluation':
-      atomic.write_json(out / 'results.json', {'summary': [], 'comparisons': [], 'confidence': 0.95})
+      storage.write_json(out / 'results.json', {'summary': [], 'comparisons': [], 'confidence': 0.95})
     return artifacts.commit(workdir, identity, {}, artifacts.Cost(out))
 
 
@@ -209,7 +209,7 @@ def test_a_deleted_stage_that_comes_out_otherwise_makes_anew_what_follows(made, 
 def _otherwise(ran, stage, config, settings, workdir, done):
   if stage.name == 'datamodel':
     out = artifacts.begin(workdir, pipeline._identity(stage, settings, pipeline._digests(stage, workdir, done)))
-    atomic.write_json(out / 'other.json', 0)
+    storage.write_json(out / 'other.json', 0)
   return ran(stage, config, settings, workdir, done)
 
 
@@ -220,7 +220,7 @@ def test_an_unfinished_stage_of_other_settings_is_not_thrown_away_unasked(made, 
   done = {name: artifacts.open_stage(made, name) for name in stage.reads}
   out = artifacts.begin(made, pipeline._identity(stage, settings, pipeline._digests(stage, made, done)))
   (made / 'datamodel').rename(made / 'elsewhere')
-  atomic.write_json(out / 'half.json', 1)
+  storage.write_json(out / 'half.json', 1)
   with pytest.raises(UserError, match=r'datamodel.damping was 0.2, now 0.1'):
     pipeline.run(get_config(), made)
   assert (out / 'half.json').is_file()
@@ -230,7 +230,7 @@ def other_packages(part: Path, **versions: str) -> None:
   """Has an unfinished stage say that it was begun with `versions`."""
   note = json.loads((part / 'begun.json').read_text())
   note['versions'] |= versions
-  atomic.write_json(part / 'begun.json', note)
+  storage.write_json(part / 'begun.json', note)
 
 
 @pytest.mark.parametrize('only', [None, 'datamodel'])
@@ -241,7 +241,7 @@ def test_an_unfinished_stage_of_other_packages_is_refused_with_the_difference(ma
   done = {name: artifacts.open_stage(made, name) for name in stage.reads}
   for name in pipeline.NAMES:
     manifest = json.loads((made / name / 'manifest.json').read_text())
-    atomic.write_json(made / name / 'manifest.json', manifest | {'versions': {'jax': '0.1.0', 'numpy': '1.0'}})
+    storage.write_json(made / name / 'manifest.json', manifest | {'versions': {'jax': '0.1.0', 'numpy': '1.0'}})
   pipeline.run(get_config(), made)
   assert ran.stages == []
   (made / 'datamodel').rename(made / 'elsewhere')
@@ -251,7 +251,7 @@ def test_an_unfinished_stage_of_other_packages_is_refused_with_the_difference(ma
   assert ran.stages == ['datamodel']
   shutil.rmtree(made / 'datamodel')
   out = artifacts.begin(made, pipeline._identity(stage, settings, pipeline._digests(stage, made, done)))
-  atomic.write_json(out / 'half.json', 1)
+  storage.write_json(out / 'half.json', 1)
   other_packages(out, jax='0.1.0', numpy='1.0')
   before = runs.fingerprint(made)
   with pytest.raises(UserError) as caught:
@@ -273,7 +273,7 @@ def test_work_of_other_packages_is_refused_too_where_its_inputs_had_to_be_made_a
   for name in ('pretraining', 'selection'):
     (made / name).rename(made / f'old_{name}')
   out = artifacts.begin(made, pipeline._identity(stage, settings, pipeline._digests(stage, made, done)))
-  atomic.write_json(out / 'half.json', 1)
+  storage.write_json(out / 'half.json', 1)
   other_packages(out, flax='0.1.0')
   with pytest.raises(UserError, match=r'pretraining.part was begun with other packages: flax was 0.1.0, now '):
     pipeline.run(get_config(), made)

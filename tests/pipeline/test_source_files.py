@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from dsdm_jax import pipeline
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
 from tests.data.conftest import small_config
-from tests.data.test_sources import RECORDS, lines
+from tests.data.pool.test_sources import RECORDS, lines
 
 
 def test_changed_files_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -8,7 +8,7 @@ import pytest
 import dsdm_jax
 from dsdm_jax import pipeline
 from dsdm_jax.attribution.tokens import TokenScores
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from tests.pipeline.tiny import get_config
 
 ROWS = [5, 0, 17, 3, 100]

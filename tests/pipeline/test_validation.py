@@ -7,7 +7,7 @@ import numpy as np
 
 from dsdm_jax import pipeline
 from dsdm_jax.bench import __main__ as bench
-from dsdm_jax.core import artifacts, atomic
+from dsdm_jax.core import artifacts, storage
 from dsdm_jax.validation import table
 from tests.pipeline import runs
 
@@ -93,7 +93,7 @@ def test_report_takes_up_a_validation_of_the_same_pool(copied):
   for read, shown in ((inputs | {'pool': 'another'}, False), (inputs, True)):
     identity = artifacts.Identity('validation', 1, {}, read)
     out = artifacts.begin(copied, identity)
-    atomic.write_json(out / 'lds.json', {'by_example': [record], 'by_task': []})
+    storage.write_json(out / 'lds.json', {'by_example': [record], 'by_task': []})
     artifacts.commit(copied, identity, {}, artifacts.Cost(out))
     count = len(runs.events(copied))
     runs.succeed(runs.TINY, f'--workdir={copied}')

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from configs import c4_dsdm, v5e_8
-from dsdm_jax.core.config import resolve, validate
-from dsdm_jax.data import benchmarks
+from dsdm_jax.config.validate import resolve, validate
+from dsdm_jax.data.targets import benchmarks
 from dsdm_jax.plan import programs
 from dsdm_jax.training import ladder
 from tests.conftest import ROOT

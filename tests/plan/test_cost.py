@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import base
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from dsdm_jax.plan import cost, hlo, page, plan, programs, topology
 from dsdm_jax.plan.chips import CHIPS, chip
 from tests.plan.test_hlo import PROGRAM

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import base
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from dsdm_jax.plan import plan, topology
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from configs import base
-from dsdm_jax.core import atomic
+from dsdm_jax.config.validate import flatten
+from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact
-from dsdm_jax.core.config import flatten
-from dsdm_jax.data import prepare
+from dsdm_jax.data.pool import passes
 from dsdm_jax.evaluation import results
-from dsdm_jax.report import evidence, explorer, page, pictures
+from dsdm_jax.report import explorer, page, pictures, report_data
 
 HOSTILE = (
   '<script>document.title = "owned"; console.error("ran")</script>'
@@ -42,7 +42,7 @@ def texts(row: int) -> str:
 def build(folder: Path) -> dict[str, Artifact]:
   """Writes the artifacts below `folder` and returns them by stage."""
   g = np.random.Generator(np.random.Philox(5))
-  for stage in evidence.STAGES:
+  for stage in report_data.STAGES:
     (folder / stage).mkdir()
   source_N = g.choice(5, ROWS, p=(0.35, 0.2, 0.15, 0.1, 0.2)).astype(np.int8)
   documents = [
@@ -60,8 +60,8 @@ def build(folder: Path) -> dict[str, Artifact]:
   }  # fmt: skip
   for name, array in origins.items():
     np.save(pool / 'rows' / f'{name}.npy', array)
-  atomic.write_json(pool / 'sources.json', list(SOURCES))
-  prepare.write_table(pool / 'documents' / '000000.parquet', documents)
+  storage.write_json(pool / 'sources.json', list(SOURCES))
+  passes.write_table(pool / 'documents' / '000000.parquet', documents)
   dropped = [
     {'id': f'docs/copy-{i}/a.md', 'task': 'docs', 'words': 'returns an iterator over <i>all</i>'} for i in range(3)
   ]
@@ -84,7 +84,7 @@ def build(folder: Path) -> dict[str, Artifact]:
       for e in (0, 1)
     ])  # fmt: skip
     arrays[f'error_{task}_N'] = g.uniform(0.01, 0.5, ROWS).astype(np.float32) * (np.arange(ROWS) != 5)
-  atomic.save_npz(folder / 'datamodel' / 'scores.npz', **arrays, score_mix_N=mix_N.astype(np.float32))
+  storage.save_npz(folder / 'datamodel' / 'scores.npz', **arrays, score_mix_N=mix_N.astype(np.float32))
 
   order_N = np.argsort(-mix_N)
   runs, logs = [], np.arange(10, 201, 10)
@@ -98,7 +98,7 @@ def build(folder: Path) -> dict[str, Artifact]:
         'random_one_epoch': g.permutation(ROWS)[: 4 * PICKED],
       }[method]  # fmt: skip
       if seed == drawn:
-        atomic.save_npz(
+        storage.save_npz(
           folder / 'selection' / f'{name}.npz', rows=np.sort(rows), weights=np.ones(len(rows), np.float32)
         )
       runs.append({
@@ -112,7 +112,7 @@ def build(folder: Path) -> dict[str, Artifact]:
         {'step': int(s), 'loss': float(x), 'learning_rate': 1e-3, 'seconds': 0.1, 'tokens': int(s) * 4096}
         for s, x in zip(logs, losses, strict=True)
       ])  # fmt: skip
-  atomic.write_json(folder / 'selection' / 'index.json', runs)
+  storage.write_json(folder / 'selection' / 'index.json', runs)
   _evaluation(folder, runs, g)
   spent = (4, 1.2, 61, 38, 2.4, 0.8, 118, 0.1, 14)
   flop = (0, 0, 3.1e12, 2.2e12, 4e10, 0, 6.2e12, 0, 9e11)
@@ -127,7 +127,7 @@ def build(folder: Path) -> dict[str, Artifact]:
         'files': {'one': {'bytes': 1_500}, 'two': {'bytes': 2_000_000}},
       },
     )
-    for stage, s, f in zip(evidence.STAGES, spent, flop, strict=True)
+    for stage, s, f in zip(report_data.STAGES, spent, flop, strict=True)
   }
 
 
@@ -143,13 +143,13 @@ def _evaluation(folder: Path, runs: list[dict], g: np.random.Generator) -> None:
         + g.normal(0, 0.15, ITEMS) for r in rows
       ]).astype(np.float32)  # fmt: skip
       items[f'accuracy__{task}__{split}'] = (g.random((len(rows), ITEMS)) < 0.1).astype(np.float32)
-  atomic.write_json(folder / 'evaluation' / 'results.json', results.results(
+  storage.write_json(folder / 'evaluation' / 'results.json', results.results(
     items, rows, confidence=0.95, cost={}, versions={}, config={},
   ))  # fmt: skip
 
 
 def _write_lines(path: Path, records: list[dict]) -> None:
-  atomic.write_text(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records))
+  storage.write_text(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records))
 
 
 @pytest.fixture(scope='session')
@@ -158,8 +158,8 @@ def inputs(tmp_path_factory) -> dict[str, Artifact]:
 
 
 @pytest.fixture(scope='session')
-def shown(inputs) -> evidence.Evidence:
-  return evidence.load(inputs, CONFIG, texts)
+def shown(inputs) -> report_data.Evidence:
+  return report_data.load(inputs, CONFIG, texts)
 
 
 @pytest.fixture(scope='session')

@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from dsdm_jax.report import figures, pictures
-from dsdm_jax.report.evidence import Curve
+from dsdm_jax.report.report_data import Curve
 
 
 def test_standalone_picture_is_repeatable_and_undated(shown):

@@ -142,7 +142,7 @@ def test_stage_writes_page_and_picture(inputs, tmp_path, monkeypatch):
     def text(self, row):
       return f'text of row {row}'
 
-  monkeypatch.setattr('dsdm_jax.data.pool.Pool', Pool)
+  monkeypatch.setattr('dsdm_jax.data.pool.pool.Pool', Pool)
   log, cost = Log(tmp_path, 'report', enabled=False), Cost(tmp_path)
   report.run(Context(base.get_config(), tmp_path, inputs, log, cost))
   written = (tmp_path / 'index.html').read_text('utf-8')

@@ -3,8 +3,8 @@
 import numpy as np
 from ml_collections import ConfigDict
 
-from dsdm_jax.core.selection_rules import METHODS
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.config.selection_rules import METHODS
+from dsdm_jax.data.order.selection import Selection
 from tests.pipeline import tiny
 
 

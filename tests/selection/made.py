@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from configs.base import get_config
-from dsdm_jax.data.targets import Examples
+from dsdm_jax.data.targets.targets import Examples
 from dsdm_jax.selection.candidates import Candidates, Target
-from dsdm_jax.selection.ledger import Ledger
+from dsdm_jax.selection.cost_accounting import Ledger
 from dsdm_jax.selection.registry import Budget, find
 from dsdm_jax.selection.select import load_selectors
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.selection import clusters, proxies, semdedup
-from dsdm_jax.selection.cards import duplicates
+from dsdm_jax.errors import UserError
+from dsdm_jax.selection import clusters, proxy_signals, semdedup
+from dsdm_jax.selection.summaries import duplicates
 from tests.selection.made import Made, Rows, selected, target
 
 
@@ -97,12 +97,12 @@ def test_whitened_embeddings_have_the_same_variance_in_every_direction():
   rng = np.random.default_rng(0)
   x_ND = rng.normal(size=(4_000, 6)) * [30, 10, 3, 1, 0.3, 0.3] @ np.linalg.qr(rng.normal(size=(6, 6)))[0]
   x_ND = (x_ND - x_ND.mean(axis=0)).astype(np.float32)
-  white_DD = proxies.whitening(x_ND)
+  white_DD = proxy_signals.whitening(x_ND)
   np.testing.assert_allclose(white_DD, white_DD.T, atol=1e-6)
   variance_D = np.linalg.eigvalsh(np.cov((x_ND @ white_DD).T))
   # ε is 1e-3 of the mean variance, 168: of the smallest, 0.09, a third is left.
   assert variance_D[-3:] == pytest.approx(1, rel=0.02) and 0.2 < variance_D[0] < 0.5
-  np.testing.assert_array_equal(proxies.whitening(np.zeros((3, 2), np.float32)), np.eye(2))
+  np.testing.assert_array_equal(proxy_signals.whitening(np.zeros((3, 2), np.float32)), np.eye(2))
 
 
 def test_embedding_match_is_the_nearest_example():

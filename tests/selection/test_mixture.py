@@ -7,9 +7,9 @@ import pytest
 
 from configs.base import get_config
 from dsdm_jax.core import prng
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.data import arms
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order import arms
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection import mixture
 from dsdm_jax.selection.registry import Budget
 from tests.selection.made import NO_TARGET, Made

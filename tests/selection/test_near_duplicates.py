@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dsdm_jax.bench import near_duplicates
-from dsdm_jax.selection import cards
+from dsdm_jax.selection import summaries
 
 
 def words(first: int, count: int) -> str:
@@ -24,5 +24,5 @@ def test_shared_runs_are_counted_once():
   tokens_KL = np.array(
     [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [0, 0, 2, 3, 4, 5, 6, 7, 8, 9], [5, 5, 5, 5, 5, 5, 5, 5, 5, 5]]
   )
-  runs = [np.unique(row) for row in cards.run_hashes(tokens_KL)]
+  runs = [np.unique(row) for row in summaries.run_hashes(tokens_KL)]
   assert near_duplicates._matrix(runs, runs).toarray().tolist() == [[3, 1, 0], [1, 3, 0], [0, 0, 1]]

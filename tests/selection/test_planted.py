@@ -18,7 +18,7 @@ from dsdm_jax import pipeline
 from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.features import Features
 from dsdm_jax.core import artifacts
-from dsdm_jax.data.pool import Pool
+from dsdm_jax.data.pool.pool import Pool
 from tests.conftest import ROOT
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection import dsdm_diverse, dsdm_sampled, ranking
 from dsdm_jax.selection.ranking import top
 from tests.selection.made import Features, Made, Rows, selected

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 from dsdm_jax import pipeline
+from dsdm_jax.config.selection_rules import METHODS
 from dsdm_jax.core import artifacts
-from dsdm_jax.core.errors import UserError
-from dsdm_jax.core.selection_rules import METHODS
-from dsdm_jax.data import arms, mixtures
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.data.order import arms, mixtures
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection import export
-from dsdm_jax.selection.proxies import _TOKENS
+from dsdm_jax.selection.proxy_signals import _TOKENS
 from tests.conftest import ROOT
-from tests.core.test_distributed import ends, free_port
+from tests.core.test_processes import ends, free_port
 from tests.pipeline import runs
 from tests.selection import every
 
@@ -78,7 +78,7 @@ def test_cards_count_what_was_chosen(chosen):
   assert set(card['overlap']) == set(cards) - {'dsdm--docs--0'}
   assert cards['shortest--any--0' if 'shortest--any--0' in cards else 'shortest--docs--0']['why'] == 'short'
   # What a person sees.
-  from dsdm_jax.selection.cards import table
+  from dsdm_jax.selection.summaries import table
 
   text = table(list(cards.values()))
   assert '…' not in text

@@ -15,7 +15,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection import bm25, distilled, dsir, ngrams
 from dsdm_jax.selection.classifier import shares
 from tests.conftest import ROOT

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsdm_jax.core import artifacts, atomic
-from dsdm_jax.data import encoders, pool
-from dsdm_jax.data.pool import Pool
-from dsdm_jax.data.selection import Selection
+from dsdm_jax.core import artifacts, storage
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.pool import encoders, pool
+from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.selection import distilled, export
 from tests.data import conftest as small
 
@@ -40,7 +40,7 @@ def run_of(folder: Path, vocabulary: str) -> Path:
   score_N = np.random.default_rng(0).normal(size=rows).astype(np.float32)
   identity = artifacts.Identity('datamodel', 1, {}, {})
   part = artifacts.begin(folder, identity)
-  atomic.save_npz(part / 'scores.npz', score_docs_N=score_N, score_mix_N=score_N)
+  storage.save_npz(part / 'scores.npz', score_docs_N=score_N, score_mix_N=score_N)
   artifacts.commit(folder, identity, {'tasks': ['docs'], 'mix': 'mean', 'half_width': {}}, cost)
   identity = artifacts.Identity('selection', 1, {}, {})
   part = artifacts.begin(folder, identity)

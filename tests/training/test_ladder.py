@@ -5,7 +5,7 @@ import math
 import pytest
 
 from configs import quickstart
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from dsdm_jax.training import ladder
 
 FACTORS = ('0.25', '0.5', '1', '2', '4')

@@ -17,9 +17,9 @@ import pytest
 from dsdm_jax.core import flops
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.checkpoints import Checkpoints
-from dsdm_jax.core.errors import Stopped, UserError
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
+from dsdm_jax.errors import Stopped, UserError
 from dsdm_jax.training import loop
 from dsdm_jax.training.held_out import HeldOut
 from dsdm_jax.training.meter import Meter
@@ -188,7 +188,7 @@ def test_checkpoint_of_another_model_is_refused_in_one_line(undisturbed):
   """In a process of its own: Orbax drops reads beside the one that failed, and Python warns of them late."""
   code = (
     'import sys; from pathlib import Path; from tests.training.test_step import make_trainer;'
-    'from dsdm_jax.core.errors import UserError; from dsdm_jax.training import loop\n'
+    'from dsdm_jax.errors import UserError; from dsdm_jax.training import loop\n'
     "try: loop.load_state(Path(sys.argv[1]), make_trainer(model={'width': 32}))\n"
     'except UserError as error: print(error)'
   )

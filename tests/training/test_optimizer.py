@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from configs import base
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from dsdm_jax.training import optimizer
 from tests.training.test_step import BATCH, LENGTH, batches, make_trainer, run_steps
 

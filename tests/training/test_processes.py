@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.core.test_distributed import ends, free_port
+from tests.core.test_processes import ends, free_port
 from tests.training import test_loop
 from tests.training.test_step import make_trainer
 

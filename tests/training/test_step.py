@@ -8,10 +8,10 @@ from flax import nnx
 
 from configs import base
 from dsdm_jax.core import mesh
-from dsdm_jax.core.errors import UserError
+from dsdm_jax.errors import UserError
 from dsdm_jax.training import optimizer
 from dsdm_jax.training.step import Trainer
-from dsdm_jax.training.together import Together
+from dsdm_jax.training.vmapped import Together
 
 VOCAB, LENGTH, BATCH = 48, 12, 8
 

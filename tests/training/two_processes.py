@@ -12,10 +12,10 @@ import tests.conftest  # isort: skip  # noqa: F401  sets the environment before 
 import jax
 
 from configs import base
-from dsdm_jax.core import config as checks
-from dsdm_jax.core import distributed
-from dsdm_jax.core.errors import Stopped
+from dsdm_jax.config import validate as checks
+from dsdm_jax.core import processes
 from dsdm_jax.core.mesh import share
+from dsdm_jax.errors import Stopped
 from tests.training import test_loop
 from tests.training.test_step import BATCH, make_trainer
 
@@ -29,7 +29,7 @@ def main() -> None:
   jax.config.update('jax_num_cpu_devices', 1)
   code = 0
   try:
-    with distributed.running(config, checks.flatten(config)):
+    with processes.running(config, checks.flatten(config)):
 
       def batches(start: int):
         for step, batch in enumerate(test_loop.stream()(start), start):
@@ -42,11 +42,11 @@ def main() -> None:
       assert mine.tolist() == [process * BATCH // 2 + i for i in range(BATCH // 2)], 'half of each batch'
       params = jax.tree.leaves(trainer.init(test_loop.key()).params)
       assert not all(x.is_fully_addressable for x in params), 'some weights are split over processes'
-      test_loop.train(folder, trainer, batches, first=distributed.is_first())
+      test_loop.train(folder, trainer, batches, first=processes.is_first())
   except Stopped as stopped:
     print(stopped, file=sys.stderr)
     code = stopped.exit_code
-  distributed.leave(code)
+  processes.leave(code)
 
 
 if __name__ == '__main__':

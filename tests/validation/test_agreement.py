@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dsdm_jax.core import atomic
+from dsdm_jax.core import storage
 from dsdm_jax.validation import agreement, subsets, table
 from dsdm_jax.validation.agreement import Resamples
 
@@ -108,12 +108,12 @@ def test_tables_are_made_from_the_numbers_alone(tmp_path, capsys):
   record = {'setting': 'plain', 'predictor': 'BM25', 'family': 'halves', 'lds': 0.125, 'low': -0.1, 'high': 0.3}
   records = [record | {'ceiling': 0.5}, record | {'predictor': 'reference', 'lds': 0.2, 'ceiling': 0.5}]
   by_task = [record | {'ceiling': None}]
-  atomic.write_json(tmp_path / 'lds.json', {'by_example': records, 'by_task': by_task})
+  storage.write_json(tmp_path / 'lds.json', {'by_example': records, 'by_task': by_task})
   assert table.main([str(tmp_path)]) == 2
   assert 'does not hold a validation' in capsys.readouterr().err
   runs = {name: [{'loss': [1.0, 2.0, 3.5], 'ordered': True}] for name in ('docs', 'api_qa')}
   text = table.page(records, by_task, runs)
-  atomic.write_json(tmp_path / 'monotone.json', runs)
+  storage.write_json(tmp_path / 'monotone.json', runs)
   assert table.main([str(tmp_path)]) == 0
   found = capsys.readouterr().out
   assert found == text, 'whatever order the tasks had'

@@ -1,0 +1,209 @@
+"""Pools whose rows exist already: Parquet files with a column of lists of ids, each list one row of the pool.
+
+Rows are kept as they are and in their order: row numbers are those of the files, sorted by name, one after another.
+So scores and selections that others published for such rows can be used. There are no documents to drop or shuffle; a
+file stands for a document in the table.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dsdm_jax.core import storage
+from dsdm_jax.core.stage import Context
+from dsdm_jax.data import files
+from dsdm_jax.data.pool import build, dataset, encoders, passes, sources, workers
+from dsdm_jax.errors import UserError
+
+
+def wanted(config: ConfigDict) -> bool:
+  """Whether `pool.sources` asks for such a pool.
+
+  Raises:
+    UserError: it mixes such rows with text, gives no vocabulary to read them with, or asks to leave bad rows out.
+  """
+  kinds = {sources.parse(line).kind for line in config.sources}
+  if 'tokens' not in kinds:
+    return False
+  if len(config.sources) > 1:
+    raise UserError('pool.sources has a tokens: source, whose rows are kept as they are; it must be the only one')
+  if config.vocabulary == 'train':
+    raise UserError('pool.sources has ids and no text; say of which vocabulary: --config.pool.vocabulary=PATH')
+  if config.on_error == 'skip':
+    raise UserError(
+      'pool.on_error=skip would leave rows out and move the numbers of those behind them, and the rows of a tokens: '
+      'source keep theirs; set --config.pool.on_error=fail'
+    )
+  if config.plant_targets:
+    raise UserError('pool.plant_targets needs text, and pool.sources has ids; set --config.pool.plant_targets=0')
+  return True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """Rows of a shard, and the files that hold them: (path, number of its first row)."""
+
+  path: str
+  first: int
+  stop: int
+  head: bytes
+  column: str
+  length: int
+  dtype: str
+  vocab_size: int
+  held: tuple[tuple[str, int], ...]
+
+
+def run(context: Context) -> dict[str, Any]:
+  """The stage for such pools.
+
+  Raises:
+    UserError: no files, no such column, a row of another length or an id that the vocabulary does not have.
+  """
+  began = time.monotonic()
+  c, out = context.config.pool, context.out
+  entry = sources.parse(c.sources[0])
+  found = files.matches(entry.target)
+  if not found:
+    raise UserError(f'pool.sources: {entry.target} matches no file')
+  encoders.save(c.vocabulary, out, c.end_piece)
+  encoder = encoders.open_encoder(out)
+  dtype = encoders.dtype_of(encoder.size)
+  counts = [_rows_of(path, entry.text) for path in found]
+  first = [0, *np.cumsum(counts).tolist()]
+  if not first[-1]:
+    raise UserError(f'the pool is empty: {entry.target} holds no rows')
+  column = entry.text
+
+  def write_shards(shards: Sequence[tuple[str, int, int]], head: bytes) -> list[int]:
+    parts = []
+    for path, begin, stop in shards:
+      held = tuple((f, first[i]) for i, f in enumerate(found) if first[i] < stop and first[i + 1] > begin)
+      parts.append(_Part(path, begin, stop, head, column, c.length, dtype.name, encoder.size, held))
+    with context.log.bar(total=first[-1] * c.length, desc='rows', unit='tokens') as bar:
+      return workers.run(_write, parts, workers.count(context.config.host.workers), bar)
+
+  dataset.write(out / 'dataset', first[-1], c.length, dtype, write_shards)
+  _write_origins(out, found, counts, entry.name, c.length)
+  tokens = first[-1] * c.length
+  card = {
+    'rows': first[-1], 'length': c.length, 'vocab_size': encoder.size, 'documents': len(found), 'bytes': 0,
+    'tokens': tokens, 'bytes_per_token': 0.0, 'planted': 0, 'dropped_for_leakage': 0, 'dropped_by_task': {},
+    'leaks_kept': 0, 'boilerplate_runs': 0, 'exact_duplicates': 0, 'above_caps': 0, 'skipped': 0,
+    'sources': {entry.name: {'documents': len(found), 'bytes': 0, 'rows': first[-1]}},
+    'special_ids': {'pad': encoder.pad, 'eos': encoder.eos},
+  }  # fmt: skip
+  storage.write_json(out / 'card.json', card)
+  build.tell(context, card, time.monotonic() - began)
+  return {
+    'rows': first[-1], 'length': c.length, 'vocab_size': encoder.size, 'special_ids': card['special_ids'],
+    'row_order': 'an id is the row of the dataset: rows of the files, sorted by name, in their order; not checked '
+    'for leaks or duplicates',
+  }  # fmt: skip
+
+
+def _rows_of(path: str, column: str) -> int:
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  try:
+    with files.open_bytes(path) as file:
+      table = pq.ParquetFile(file)
+      if column not in table.schema_arrow.names:
+        raise UserError(f'{path} has columns {", ".join(table.schema_arrow.names)}; name the ids: | text=COLUMN')
+      kind = table.schema_arrow.field(column).type
+      lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+      if not lists or not pa.types.is_integer(kind.value_type):
+        raise UserError(
+          f'{path}: column {column!r} holds {kind}, not lists of whole numbers; name the ids: | text=COLUMN'
+        )
+      return table.metadata.num_rows
+  except (OSError, pa.ArrowException) as error:
+    raise UserError(f'{path} cannot be read as Parquet ({" ".join(str(error).split())})') from error
+
+
+def _write(part: _Part) -> int:
+  from array_record.python import array_record_module
+
+  writer = array_record_module.ArrayRecordWriter(part.path, 'group_size:1')
+  total = 0
+  for row in _rows(part):
+    record = part.head + row.tobytes()
+    writer.write(record)
+    total += len(record)
+    workers.tick(part.length)
+  writer.close()
+  return total
+
+
+def _rows(part: _Part) -> Any:
+  import pyarrow.parquet as pq
+
+  for path, begin in part.held:
+    number = begin
+    with files.open_bytes(path) as file:
+      table = pq.ParquetFile(file)
+      for group in range(table.num_row_groups):
+        count = table.metadata.row_group(group).num_rows
+        low, high = max(part.first - number, 0), min(part.stop - number, count)
+        if low < high:
+          column = table.read_row_group(group, [part.column]).column(0).combine_chunks()
+          yield from _checked(part, column.slice(low, high - low), path, number + low - begin)
+        number += count
+
+
+def _checked(part: _Part, column: Any, path: str, number: int) -> np.ndarray:
+  """Lists of ids as rows [rows, L]; `number` is that of the first among the rows of the file, from 0."""
+  import pyarrow as pa
+  import pyarrow.compute as pc
+
+  def wrong(bad_R: np.ndarray, what: str) -> UserError:
+    row = int(np.flatnonzero(bad_R)[0])
+    return UserError(f'{path}, row {number + row + 1}: {what}; such rows are kept as they are, so mend the file')
+
+  size_R = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+  if (size_R != part.length).any():
+    size = int(size_R[size_R != part.length][0])
+    raise wrong(size_R != part.length, f'{size} ids where pool.length is {part.length}')
+  flat = column.flatten()
+  missing_RL = pc.is_null(flat).to_numpy(zero_copy_only=False).reshape(len(column), part.length)
+  if missing_RL.any():
+    raise wrong(missing_RL.any(axis=1), 'an id is null')
+  ids_RL = pc.cast(flat, pa.int64(), safe=False).to_numpy(zero_copy_only=False).reshape(len(column), part.length)
+  outside_RL = (ids_RL < 0) | (ids_RL >= part.vocab_size)
+  if outside_RL.any():
+    raise wrong(outside_RL.any(axis=1), f'id {ids_RL[outside_RL][0]}, but pool.vocabulary has {part.vocab_size}')
+  return ids_RL.astype(part.dtype)
+
+
+def _write_origins(out: Path, found: Sequence[str], counts: Sequence[int], name: str, length: int) -> None:
+  shutil.rmtree(out / 'rows', ignore_errors=True)
+  (out / 'rows').mkdir()
+  total = sum(counts)
+  offset_type = np.int32 if max(counts) * length < 2**31 else np.int64
+  types = {'document': np.int32, 'offset': offset_type, 'source': np.int8, 'planted': np.int32}
+  arrays = {k: np.lib.format.open_memmap(out / 'rows' / f'{k}.npy', 'w+', t, (total,)) for k, t in types.items()}
+  arrays['planted'][:] = -1
+  begin = 0
+  for index, count in enumerate(counts):
+    arrays['document'][begin : begin + count] = index
+    arrays['offset'][begin : begin + count] = np.arange(count) * length
+    begin += count
+  for array in arrays.values():
+    array.flush()
+  np.save(out / 'rows' / 'order.npy', np.arange(len(found), dtype=np.int64))
+  rows = [
+    {'id': f'{name}/{path}', 'source': name, 'bytes': 0, 'tokens': count * length}
+    for path, count in zip(found, counts, strict=True)
+  ]
+  passes.write_table(out / 'documents' / '000000.parquet', rows)
+  storage.write_json(out / 'sources.json', [name])
+  storage.write_json(out / 'planted.json', [])
+  for empty in ('dropped.jsonl', 'leaking.jsonl', 'skipped.jsonl'):
+    storage.write_text(out / empty, '')

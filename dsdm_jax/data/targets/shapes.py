@@ -1,0 +1,182 @@
+"""Items of benchmarks and targets: one type for the four shapes of evaluation files, and the readers of their records.
+
+The shapes are those of LLM-Foundry's JSONL files, plus SQuAD's own. Lines end at newline characters only: some records
+hold Unicode line separators.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from dsdm_jax.data import json_lines
+from dsdm_jax.errors import UserError
+
+LANGUAGE_MODELLING = 'language_modelling'  # "context", "continuation"; maybe "category"
+MULTIPLE_CHOICE = 'multiple_choice'  # "query", "choices", "gold"
+SCHEMA = 'schema'  # "context_options", "continuation", "gold"
+GENERATION = 'generation'  # "context", "answer", "aliases"
+SHAPES = (LANGUAGE_MODELLING, MULTIPLE_CHOICE, SCHEMA, GENERATION)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """One question of a benchmark.
+
+  Attributes:
+    id: unique in its benchmark.
+    context: what the model is given; '' for a schema, which has `context_options` instead.
+    continuation: the right answer in text: of multiple choice the gold choice, of generation the first answer.
+    choices: answers to choose from (multiple choice), else empty.
+    context_options: contexts to choose from (schema), else empty.
+    gold: index of the right one of `choices` or `context_options`; −1 where there is nothing to choose.
+    aliases: answers that count as right (generation), `continuation` among them; else empty.
+    category: results of a benchmark may be averaged per category first; '' where there is none.
+    document: items of one document are never split between target and holdout.
+  """
+
+  id: str
+  context: str
+  continuation: str
+  choices: tuple[str, ...] = ()
+  context_options: tuple[str, ...] = ()
+  gold: int = -1
+  aliases: tuple[str, ...] = ()
+  category: str = ''
+  document: str = ''
+
+
+def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+  """(line number from 1, object) of every line that is not blank, as they are asked for.
+
+  Args:
+    path: local or of a bucket ('gs://').
+
+  Raises:
+    UserError: the file cannot be read, or a line is not a JSON object in UTF-8; it names file and line.
+  """
+  try:
+    file = epath.Path(path).open('rb')
+  except OSError as error:
+    raise UserError(f'{path} cannot be read: {error.strerror or error}') from error
+  with file:
+    try:
+      for number, line in json_lines.lines(file):
+        if line.strip():
+          yield number, parse_object(line, f'{path}, line {number}')
+    except OSError as error:
+      raise UserError(f'{path} cannot be read: {error.strerror or error}') from error
+
+
+def parse_object(line: bytes, where: str) -> dict[str, Any]:
+  """The JSON object that a line holds; raises UserError with `where` in front."""
+  try:
+    return json_lines.parse(line)
+  except json_lines.BadLineError as error:
+    raise UserError(f'{where}: {error}; each line is one JSON object in UTF-8') from error
+
+
+def shape_of(record: Mapping[str, Any]) -> str | None:
+  """The shape that a record's fields tell, or None."""
+  if 'choices' in record:
+    return MULTIPLE_CHOICE
+  if 'context_options' in record:
+    return SCHEMA
+  if 'question' in record or 'aliases' in record:
+    return GENERATION if 'aliases' in record else LANGUAGE_MODELLING
+  return LANGUAGE_MODELLING if 'continuation' in record or 'answer' in record else None
+
+
+def parse(record: Mapping[str, Any], shape: str, id: str, where: str) -> Item:
+  """An item from a record of the shape `shape`.
+
+  Args:
+    record: the object.
+    shape: one of `SHAPES`.
+    id: the item's.
+    where: file and line, for messages.
+
+  Raises:
+    UserError: a field is missing, of another type or empty.
+  """
+  fields = _Fields(record, shape, where)
+  if shape == LANGUAGE_MODELLING and 'question' in record and 'answers' in record:
+    item = _squad(fields)
+  else:
+    item = _PARSERS[shape](fields)
+  document = str(record['document']) if 'document' in record else (item.document or id)
+  return dataclasses.replace(item, id=id, category=str(record.get('category', '')), document=document)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+  record: Mapping[str, Any]
+  shape: str
+  where: str
+
+  def fail(self, text: str) -> UserError:
+    return UserError(f'{self.where}: {text} (shape {self.shape})')
+
+  def text(self, *keys: str, filled: bool = True) -> str:
+    for key in keys:
+      if key in self.record:
+        value = self.record[key]
+        if not isinstance(value, str):
+          raise self.fail(f'"{key}" must be a string, found {type(value).__name__}')
+        if filled and not value.strip():
+          raise self.fail(f'"{key}" is empty; give the text or delete the line')
+        return value
+    raise self.fail(f'"{keys[0]}" is missing; it has {", ".join(sorted(self.record)) or "no fields"}')
+
+  def texts(self, key: str, least: int) -> tuple[str, ...]:
+    value = self.record.get(key)
+    if not isinstance(value, list) or len(value) < least or not all(isinstance(v, str) for v in value):
+      raise self.fail(f'"{key}" must be a list of at least {least} strings')
+    return tuple(value)
+
+  def gold(self, count: int) -> int:
+    value = self.record.get('gold')
+    if type(value) is not int or not 0 <= value < count:
+      raise self.fail(f'"gold" must be the index of the right one, 0 to {count - 1}, found {value!r}')
+    return value
+
+
+def _language_modelling(fields: _Fields) -> Item:
+  return Item('', fields.text('context', filled=False), fields.text('continuation', 'answer'))
+
+
+def _multiple_choice(fields: _Fields) -> Item:
+  choices = fields.texts('choices', 2)
+  gold = fields.gold(len(choices))
+  return Item('', fields.text('query', 'context', filled=False), choices[gold], choices=choices, gold=gold)
+
+
+def _schema(fields: _Fields) -> Item:
+  options = fields.texts('context_options', 2)
+  gold = fields.gold(len(options))
+  return Item('', '', fields.text('continuation'), context_options=options, gold=gold)
+
+
+def _generation(fields: _Fields) -> Item:
+  answer = fields.text('answer')
+  aliases = fields.texts('aliases', 0) if 'aliases' in fields.record else ()
+  return Item('', fields.text('context', filled=False), answer, aliases=tuple(dict.fromkeys((answer, *aliases))))
+
+
+def _squad(fields: _Fields) -> Item:
+  passage, question, answers = fields.text('context'), fields.text('question'), fields.texts('answers', 1)
+  return Item('', squad_prompt(passage, question), answers[0], document=passage)
+
+
+def squad_prompt(passage: str, question: str) -> str:
+  """The prompt of a question about a passage, as LLM-Foundry's SQuAD file has it."""
+  return f'Context: {passage.strip()}\nQuestion: {question.strip()}\nAnswer:'
+
+
+_PARSERS: Mapping[str, Callable[[_Fields], Item]] = {
+  LANGUAGE_MODELLING: _language_modelling,
+  MULTIPLE_CHOICE: _multiple_choice,
+  SCHEMA: _schema,
+  GENERATION: _generation,
+}

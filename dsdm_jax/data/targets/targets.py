@@ -1,0 +1,224 @@
+"""The targets stage: tasks become token sequences with weights on what is to be predicted.
+
+A sequence is [end mark] + context tokens + answer tokens, padded to L with the vocabulary's padding, which is the end
+mark in a tokenizer.json without one: weights say what counts. Context and answer are tokenized apart,
+so the answer's tokens are the same under any context; the answer begins with the space that joins them. A context
+that is too long loses its beginning.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dsdm_jax.core import prng, storage
+from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.core.stage import Context
+from dsdm_jax.data.pool.encoders import Encoder, open_encoder
+from dsdm_jax.data.pool.vocabulary import EOS, PAD
+from dsdm_jax.data.targets.tasks import SPLITS, RawItem, RawTask, read_tasks, split_documents, with_shots
+from dsdm_jax.errors import UserError
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """Target examples of one task and split.
+
+  Attributes:
+    tokens_TL: int32, padded with the encoder's `pad`.
+    weights_TL: float32, 1 where the token at that position is to be predicted and counts; column 0 is all 0.
+    records: for each example {"id", "context", "answer", "document"}.
+  """
+
+  tokens_TL: np.ndarray
+  weights_TL: np.ndarray
+  records: tuple[dict[str, str], ...]
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+
+def text_mask(weights_XL: np.ndarray) -> np.ndarray:
+  """Bool [X, L], True up to the last weight above 0 of each row of float [X, L], where a sequence's answer ends.
+
+  No token id tells padding: it may be the end mark, which begins each sequence.
+  """
+  return np.cumsum(weights_XL[:, ::-1] > 0, axis=1)[:, ::-1] > 0
+
+
+def sequence(
+  encode: Encode, context: str, answer: str, length: int, eos: int = EOS, pad: int = PAD
+) -> tuple[np.ndarray, np.ndarray] | None:
+  """(tokens_L, weights_L) of one item; None where the answer has no tokens or does not fit into L − 1."""
+  context = context.rstrip()
+  answer_ids = encode(f' {answer.strip()}' if context else answer)
+  if not answer.strip() or len(answer_ids) > length - 1:
+    return None
+  room = length - 1 - len(answer_ids)
+  context_ids = encode(context)[-room:] if room else []
+  ids = [eos, *context_ids, *answer_ids]
+  tokens_L = np.full(length, pad, np.int32)
+  tokens_L[: len(ids)] = ids
+  weights_L = np.zeros(length, np.float32)
+  weights_L[1 + len(context_ids) : len(ids)] = 1
+  return tokens_L, weights_L
+
+
+def pieces(encode: Encode, text: str, length: int) -> Iterator[str]:
+  """Cuts prose into runs of whole lines of at most `length` tokens, at a blank line where one is in the second half.
+
+  Lines too long by themselves, and pieces of less than a quarter of `length`, are left out.
+  """
+  lines = text.split('\n')
+  # The newline is a piece of its own, so lines can be counted apart.
+  sizes = [len(encode(line)) + 1 for line in lines]
+  start = 0
+  while start < len(lines):
+    end, used = start, 0
+    while end < len(lines) and used + sizes[end] <= length + 1:  # the last newline is not part of the piece
+      used += sizes[end]
+      end += 1
+    if end == start:
+      start += 1
+      continue
+    if end < len(lines):
+      blank = next((i for i in range(end, start, -1) if not lines[i].strip()), start)
+      if sum(sizes[start:blank]) >= used / 2:
+        end = blank
+    piece = '\n'.join(lines[start:end]).strip('\n')
+    if length // 4 <= len(encode(piece)) <= length:
+      yield piece
+    start = end
+
+
+def _items_in_pieces(task: RawTask, encode: Encode, length: int) -> Iterator[RawItem]:
+  for item in task.items:
+    if task.language_modelling:
+      for index, piece in enumerate(pieces(encode, item.answer, length - 1)):
+        yield dataclasses.replace(item, id=f'{item.id}#{index}', answer=piece)
+    else:
+      yield item
+
+
+def _spread(items: Sequence[RawItem], rng: np.random.Generator) -> list[RawItem]:
+  """A seeded order that takes one item of each document, then a second of each, and so on."""
+  order = rng.permutation(len(items))
+  taken: dict[str, int] = {}
+  turns = []
+  for place, index in enumerate(order):
+    turn = taken[items[index].document] = taken.get(items[index].document, 0) + 1
+    turns.append((turn, place, index))
+  return [items[index] for _, _, index in sorted(turns)]
+
+
+def build(
+  config: ConfigDict, encoder: Encoder, length: int, most: int | None = None
+) -> tuple[dict[tuple[str, str], Examples], dict[str, Any]]:
+  """Examples of every task and split, and a count of what was left out.
+
+  Args:
+    config: the `targets` part of the config.
+    encoder: of the pool.
+    length: L.
+    most: examples of each task and split; None takes `config.max_examples`. Fewer are the first of more.
+
+  Returns:
+    {(task, split): Examples} and {task: {"documents", "items", "duplicates", "unfit", "target", "holdout"}}.
+
+  Raises:
+    UserError: a task leaves one of its splits empty; or a bad task, see `read_tasks`.
+  """
+  tasks = read_tasks(config)
+  side = split_documents(tasks, config.holdout_share, config.seed)
+  examples, counts = {}, {}
+  for task in tasks:
+    by_split: dict[str, list[RawItem]] = {split: [] for split in SPLITS}
+    seen: set[tuple[str, str]] = set()
+    count = {'documents': len({i.document for i in task.items}), 'items': 0, 'duplicates': 0, 'unfit': 0}
+    for item in _items_in_pieces(task, encoder.encode, length):
+      count['items'] += 1
+      if (item.context, item.answer) in seen:
+        count['duplicates'] += 1
+        continue
+      seen.add((item.context, item.answer))
+      by_split[side[item.document]].append(item)
+    for split, alone in by_split.items():
+      items = with_shots(task, alone, config.seed)
+      rng = prng.numpy_stream(config.seed, 'targets', task.name, split)
+      made, unfit = _examples(_spread(items, rng), encoder, length, most or config.max_examples)
+      count['unfit'] += unfit
+      count[split] = len(made)
+      if not len(made):
+        raise UserError(
+          f'target task {task.name!r} has no example in its {split} split ({len(items)} items, {unfit} do not fit into '
+          f'pool.length {length}); give it more documents, or change targets.holdout_share or pool.length'
+        )
+      examples[task.name, split] = made
+    counts[task.name] = count
+  return examples, counts
+
+
+def _examples(items: Sequence[RawItem], encoder: Encoder, length: int, most: int) -> tuple[Examples, int]:
+  tokens: list[np.ndarray] = []
+  weights: list[np.ndarray] = []
+  records: list[dict[str, str]] = []
+  unfit = 0
+  for item in items:
+    if len(records) == most:
+      break
+    made = sequence(encoder.encode, item.context, item.answer, length, encoder.eos, encoder.pad)
+    if made is None:
+      unfit += 1
+      continue
+    tokens.append(made[0])
+    weights.append(made[1])
+    records.append(dataclasses.asdict(item))
+  empty = (0, length)
+  tokens_TL = np.stack(tokens) if tokens else np.zeros(empty, np.int32)
+  weights_TL = np.stack(weights) if weights else np.zeros(empty, np.float32)
+  return Examples(tokens_TL, weights_TL, tuple(records)), unfit
+
+
+def run(context: Context) -> dict[str, Any]:
+  """The stage: reads the pool's vocabulary and length, writes `<task>.<split>.npz`, `.jsonl` and `tasks.json`."""
+  pool = context.inputs['pool']
+  length = json.loads((pool.path / 'card.json').read_text())['length']
+  encoder = open_encoder(pool.path)
+  examples, counts = build(context.config.targets, encoder, length)
+  for (task, split), made in examples.items():
+    stem = context.out / f'{task}.{split}'
+    storage.save_npz(f'{stem}.npz', tokens_TL=made.tokens_TL, weights_TL=made.weights_TL)
+    lines = [json.dumps(record, sort_keys=True) + '\n' for record in made.records]
+    storage.write_bytes(f'{stem}.jsonl', ''.join(lines).encode())
+  storage.write_json(context.out / 'tasks.json', list(counts))
+  context.log.event('targets', counts=counts)
+  return {
+    'tasks': list(counts),
+    'counts': counts,
+    'length': length,
+    'sequence': f'[EOS] + context + answer, padded with {encoder.pad}; weight 1 where a token is to be predicted',
+  }
+
+
+class Targets:
+  """Reads the artifact of the targets stage."""
+
+  def __init__(self, artifact: Artifact):
+    self._path = artifact.path
+    self.tasks: list[str] = json.loads((self._path / 'tasks.json').read_text())
+
+  def examples(self, task: str, split: str) -> Examples:
+    """Raises KeyError for an unknown task or split."""
+    if task not in self.tasks or split not in SPLITS:
+      raise KeyError(f'no target examples {task!r}, {split!r}')
+    stem = f'{task}.{split}'
+    with np.load(self._path / f'{stem}.npz') as arrays:
+      tokens_TL, weights_TL = arrays['tokens_TL'], arrays['weights_TL']
+    lines = (self._path / f'{stem}.jsonl').read_bytes().split(b'\n')
+    records = tuple(json.loads(line) for line in lines if line)
+    return Examples(tokens_TL, weights_TL, records)

@@ -1,0 +1,176 @@
+"""Benchmarks that TFDS has, as items: each a function from a record of that dataset to the items it holds.
+
+Datasets are read through `as_data_source`, so a prepared dataset of either file format that TFDS can read by row will
+do; nothing is downloaded unless TFDS is asked to (`prepare_command`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from dsdm_jax.core import tensorflow_start
+from dsdm_jax.data.targets.shapes import Item, squad_prompt
+from dsdm_jax.errors import UserError
+
+
+def read(name: str, limit: int | None = None, data_dir: str | None = None) -> Iterator[Item]:
+  """Items of the dataset that 'dataset/config:split' names.
+
+  Raises:
+    UserError: it is not prepared where TFDS looks, or there is no reader for it.
+  """
+  dataset, _, split = name.partition(':')
+  convert = READERS.get(dataset)
+  if convert is None:
+    raise UserError(f'no reader for the TFDS dataset {dataset!r}; there is one for {", ".join(READERS)}')
+  builder = _prepared(dataset, data_dir)
+  if builder is None:
+    raise UserError(
+      f'the TFDS dataset {dataset} is not prepared in {data_dir or "~/tensorflow_datasets"}; where there is a '
+      f'network run: {prepare_command(dataset, data_dir)}'
+    )
+  if split not in builder.info.splits:
+    raise UserError(
+      f'the TFDS dataset {dataset} in {builder.data_dir} has no split {split} but '
+      f'{", ".join(builder.info.splits) or "none"}; prepare it anew with that split'
+    )
+  count = 0
+  for index, record in enumerate(_records(builder, split)):
+    for item in convert(f'{split}/{index}', record):
+      if count == limit:
+        return
+      count += 1
+      yield item
+
+
+def is_prepared(name: str, data_dir: str | None = None) -> bool:
+  """Whether the dataset that 'dataset/config:split' names is prepared where TFDS looks."""
+  return _prepared(name.partition(':')[0], data_dir) is not None
+
+
+def _prepared(dataset: str, data_dir: str | None) -> Any:
+  tensorflow_start.start()
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.builder(dataset, data_dir=data_dir, try_gcs=False)
+    return builder if builder.is_prepared() else None
+  except (tfds.core.DatasetNotFoundError, FileNotFoundError):
+    return None
+
+
+def prepare_command(name: str, data_dir: str | None = None) -> str:
+  """What prepares a dataset; TFDS's own command `tfds build` does not start without apache_beam."""
+  where = f', data_dir={data_dir!r}' if data_dir else ''
+  return f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}{where}).download_and_prepare()"'
+
+
+def _records(builder: Any, split: str) -> Iterator[Mapping[str, Any]]:
+  import tensorflow_datasets as tfds
+
+  # ArrayRecord cannot be read as a tf.data dataset, TFRecord only so.
+  if 'array_record' in str(builder.info.file_format).lower():
+    yield from builder.as_data_source(split=split)
+  else:
+    yield from tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
+
+
+def _text(value: Any) -> str:
+  return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _texts(values: Any) -> list[str]:
+  return [_text(value) for value in values]
+
+
+def _choice(id: str, query: str, choices: list[str], gold: int) -> Iterator[Item]:
+  if 0 <= gold < len(choices):  # test splits without answers have −1
+    yield Item(id, query, choices[gold], choices=tuple(choices), gold=gold, document=id)
+
+
+def _lambada(id: str, record: Mapping[str, Any]) -> Iterator[Item]:
+  context, _, word = _text(record['passage']).strip().rpartition(' ')
+  yield Item(id, context, word, document=id)
+
+
+def _squad(id: str, record: Mapping[str, Any]) -> Iterator[Item]:
+  prompt = squad_prompt(_text(record['context']), _text(record['question']))
+  answers = _texts(record['answers']['text'])
+  if answers:
+    yield Item(id, prompt, answers[0], document=_text(record['title']))
+
+
+def _trivia_qa(id: str, record: Mapping[str, Any]) -> Iterator[Item]:
+  answer = _text(record['answer']['value'])
+  aliases = tuple(dict.fromkeys((answer, *_texts(record['answer']['aliases']))))
+  yield Item(id, f'Question: {_text(record["question"])}\nAnswer:', answer, aliases=aliases, document=id)
+
+
+def _piqa(id: str, record: Mapping[str, Any]) -> Iterator[Item]:
+  choices = [_text(record['sol1']), _text(record['sol2'])]
+  yield from _choice(id, f'Question: {_text(record["goal"])}', choices, int(record['label']))
+
+
+def _hellaswag(id: str, record: Mapping[str, Any]) -> Iterator[Item]:
+  context = f'{_text(record["activity_label"])}: {_text(record["context"])}'
+  yield from _choice(id, context, _texts(record['endings']), int(record['label']))
+
+
+def _winogrande(id: str, record: Mapping[str, Any]) -> Iterator[Item]:
+  before, _, after = _text(record['sentence']).partition('_')
+  options = tuple(before + _text(record[key]) for key in ('option1', 'option2'))
+  gold = int(record['label'])
+  if gold >= 0 and after.strip():
+    yield Item(id, '', after.strip(), context_options=options, gold=gold, document=id)
+
+
+def _bool_q(id: str, record: Mapping[str, Any]) -> Iterator[Item]:
+  query = f'Passage: {_text(record["passage"])}\nQuestion: {_text(record["question"])}?'
+  yield from _choice(id, query, ['no', 'yes'], int(bool(record['answer'])))
+
+
+def _openbookqa(id: str, record: Mapping[str, Any]) -> Iterator[Item]:
+  question = record['question']
+  choices = [_text(question[f'choice_{letter}']) for letter in 'ABCD']
+  yield from _choice(id, _text(question['stem']), choices, int(record['answerKey']))
+
+
+def _coqa(id: str, record: Mapping[str, Any]) -> Iterator[Item]:
+  """One item a question; the ones before it and their answers stand in the prompt."""
+  prompt = f'Passage: {_text(record["story"])}'
+  answers = _texts(record['answers']['input_text'])
+  for turn, (question, answer) in enumerate(zip(_texts(record['questions']), answers, strict=True)):
+    prompt += f'\nQuestion: {question}\nAnswer:'
+    if answer.strip():
+      yield Item(f'{id}/{turn}', prompt, answer, document=id)
+    prompt += f' {answer}'
+
+
+def _arc(id: str, record: Mapping[str, Any]) -> Iterator[Item]:
+  labels = [int(label) for label in record['choices']['label']]
+  key = int(record['answerKey'])
+  gold = labels.index(key) if key in labels else -1
+  yield from _choice(id, f'Question: {_text(record["question"])}', _texts(record['choices']['text']), gold)
+
+
+def _copa(id: str, record: Mapping[str, Any]) -> Iterator[Item]:
+  joined = {'cause': 'because', 'effect': 'therefore'}[_text(record['question'])]
+  choices = [_text(record[key]) for key in ('choice1', 'choice2')]
+  choices = [choice[:1].lower() + choice[1:] for choice in choices]
+  query = f'{_text(record["premise"]).strip().rstrip(".")} {joined}'
+  yield from _choice(id, query, choices, int(record['label']))
+
+
+READERS: Mapping[str, Callable[[str, Mapping[str, Any]], Iterator[Item]]] = {
+  'lambada': _lambada,
+  'squad': _squad,
+  'trivia_qa/rc.nocontext': _trivia_qa,
+  'piqa': _piqa,
+  'hellaswag': _hellaswag,
+  'winogrande': _winogrande,
+  'bool_q': _bool_q,
+  'openbookqa': _openbookqa,
+  'coqa': _coqa,
+  'ai2_arc/ARC-Easy': _arc,
+  'ai2_arc/ARC-Challenge': _arc,
+  'super_glue/copa': _copa,
+}

@@ -1,0 +1,243 @@
+"""Reads from the artifacts of the other stages what the report shows. The only part of the report that knows files."""
+
+import dataclasses
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsdm_jax.core.artifacts import Artifact, inside
+from dsdm_jax.data.pool.pool import Documents
+
+STAGES = (
+  'pool',
+  'targets',
+  'proxies',
+  'features',
+  'datamodel',
+  'selection',
+  'pretraining',
+  'ladder',
+  'evaluation',
+)
+_SCORES = re.compile(r'score_(.+)_N')
+_ERRORS = re.compile(r'error_(.+)_N')
+_EXAMPLES = re.compile(r'example_rows_(.+)_EM')
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+  """The rows that one arm and seed trained on."""
+
+  method: str
+  target_mix: str
+  seed: int
+  rows: np.ndarray  # int64 [k]
+  epochs: float
+  name: str  # of the selection; seeds of a deterministic method share one
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetExample:
+  """A target example, and the rows with the highest and the lowest scores for it alone.
+
+  `rows_M` and `score_M` (standard deviations of the example's own scores): best first, then, in the second half, worst
+  first.
+  """
+
+  context: str
+  answer: str
+  rows_M: np.ndarray
+  score_M: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """Training loss of one arm: nats per token at `step_P` (logged steps) for each seed."""
+
+  method: str
+  target_mix: str
+  step_P: np.ndarray
+  loss_SP: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+  """Everything that the report shows, read but not yet worded or drawn.
+
+  Attributes:
+    results: the content of `results.json` of the evaluation.
+    sources: names of the kinds of document.
+    source_N: int, index into `sources` for each row of the pool.
+    document_N: int, index into `documents` for each row.
+    offset_N: int, place of the row's first token in its document.
+    documents: one dict per document, with at least `id`.
+    planted_N: int, -1 or the planted target example that covers the row.
+    scores: target → float32 [N], higher = helps that target.
+    reach: target → float32 [N], half the length of each score's interval; targets without intervals are not there.
+    examples: task → its target examples whose own scores were kept; empty where none were.
+    selected: what each arm and seed trained on.
+    curves: training loss by arm.
+    dropped: one dict per document that the leakage guard dropped.
+    tokens: tokens that each final model was trained on.
+    cost: stage → seconds, flop and bytes on disk; without the ladder where it has no rungs.
+    versions: package → version.
+    environment: what is known of the machine that wrote the report, in words.
+    multiplier: content of `multiplier.json` of the evaluation, or None.
+    lds: content of `lds.json` of the validation, or None.
+    config: flat key → value.
+    text: row → its text.
+  """
+
+  results: Mapping[str, Any]
+  sources: tuple[str, ...]
+  source_N: np.ndarray
+  document_N: np.ndarray
+  offset_N: np.ndarray
+  documents: Sequence[Mapping[str, Any]]
+  planted_N: np.ndarray
+  scores: Mapping[str, np.ndarray]
+  reach: Mapping[str, np.ndarray]
+  examples: Mapping[str, list[TargetExample]]
+  selected: list[Selected]
+  curves: list[Curve]
+  dropped: list[Mapping[str, Any]]
+  tokens: int
+  cost: Mapping[str, Mapping[str, float]]
+  versions: Mapping[str, str]
+  environment: Mapping[str, str]
+  multiplier: Mapping[str, Any] | None
+  lds: Mapping[str, Any] | None
+  config: Mapping[str, Any]
+  text: Callable[[int], str]
+
+  def selections(self, method: str, target_mix: str) -> list[Selected]:
+    """Of all seeds of one arm."""
+    return [s for s in self.selected if (s.method, s.target_mix) == (method, target_mix)]
+
+
+def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callable[[int], str]) -> Evidence:
+  """Reads the artifacts of `STAGES`.
+
+  Args:
+    inputs: an artifact for each of `STAGES`.
+    config: flat key → value, shown as it is.
+    text: row of the pool → its text; called only for the rows that are shown.
+
+  Raises:
+    FileNotFoundError: a selection that the index names is not there.
+    KeyError: an artifact lacks a part.
+  """
+  pool = inputs['pool'].path
+  source_N, document_N, offset_N, planted_N = (
+    np.load(pool / 'rows' / f'{k}.npy', mmap_mode='r') for k in ('source', 'document', 'offset', 'planted')
+  )
+  with np.load(inputs['datamodel'].path / 'scores.npz') as file:
+    scores = {m[1]: file[key] for key in file.files if (m := _SCORES.fullmatch(key))}
+    kept = {
+      m[1]: (file[key], file[f'example_score_{m[1]}_EM']) for key in file.files if (m := _EXAMPLES.fullmatch(key))
+    }
+    reach = _reach(inputs['datamodel'], {m[1]: file[key] for key in file.files if (m := _ERRORS.fullmatch(key))})
+  runs = _json(inputs['selection'].path / 'index.json')
+  curve_list, tokens = curves(inputs['pretraining'].path, runs)
+  multiplier = _optional(inputs, 'evaluation', 'multiplier.json')
+  paid = [stage for stage in STAGES if stage != 'ladder' or multiplier is not None]
+  return Evidence(
+    results=_json(inputs['evaluation'].path / 'results.json'),
+    sources=tuple(_json(pool / 'sources.json')),
+    source_N=source_N,
+    document_N=document_N,
+    offset_N=offset_N,
+    documents=Documents(pool),
+    planted_N=planted_N,
+    scores=scores,
+    reach=reach,
+    examples={task: _examples(inputs['targets'].path, task, *arrays) for task, arrays in kept.items()},
+    selected=list(_selected(inputs['selection'].path, runs)),
+    curves=curve_list,
+    dropped=list(_lines(pool / 'dropped.jsonl')),
+    tokens=tokens,
+    cost={stage: dict(inputs[stage].manifest['cost']) | {'bytes': _bytes(inputs[stage])} for stage in paid},
+    versions=inputs['evaluation'].manifest['versions'],
+    environment=_environment(),
+    multiplier=multiplier,
+    lds=_optional(inputs, 'validation', 'lds.json'),
+    config=config,
+    text=text,
+  )
+
+
+def _reach(datamodel: Artifact, errors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """As `attribution.scores.Scores.reach_N`: the mix reaches as far as the task with the fewest documents."""
+  width = datamodel.semantics.get('half_width', {})
+  return {t: np.float32(width.get(t, max(width.values()))) * error_N for t, error_N in errors.items() if width}
+
+
+def _selected(folder: Path, runs: list[Mapping[str, Any]]) -> Iterator[Selected]:
+  for run in runs:
+    # A deterministic method has one selection, which all its seeds train on.
+    with np.load(inside(folder, f'{run["selection"]}.npz')) as arrays:
+      rows = arrays['rows']
+    yield Selected(run['method'], run['target'], run['seed'], rows, run['epochs'], run['selection'])
+
+
+def _examples(folder: Path, task: str, rows_EM: np.ndarray, score_EM: np.ndarray) -> list[TargetExample]:
+  records = list(_lines(folder / f'{task}.target.jsonl'))
+  return [
+    TargetExample(record['context'], record['answer'], rows_M, score_M)
+    for record, rows_M, score_M in zip(records, rows_EM, score_EM, strict=False)
+  ]
+
+
+def _bytes(artifact: Artifact) -> int:
+  return sum(entry['bytes'] for entry in artifact.manifest['files'].values())
+
+
+def _environment() -> dict[str, str]:
+  import jax
+
+  devices = jax.devices()
+  return {
+    'system': platform.platform(),
+    'processor': f'{platform.machine()}, {os.cpu_count()} cores',
+    'devices': f'{len(devices)} × {devices[0].device_kind} ({devices[0].platform})',
+  }
+
+
+def _optional(inputs: Mapping[str, Artifact], stage: str, name: str) -> Any:
+  """A JSON file that not every run has; None where it is missing."""
+  file = inputs[stage].path / name if stage in inputs else None
+  return _json(file) if file is not None and file.is_file() else None
+
+
+def curves(folder: Path, runs: Sequence[Mapping[str, Any]]) -> tuple[list[Curve], int]:
+  """Curves by arm, and the tokens of the longest run."""
+  seeds: dict[tuple[str, str], list[dict[int, float]]] = {}
+  tokens = 0
+  for run in runs:
+    records = list(_lines(inside(folder, f'{run["name"]}.jsonl')))
+    # A resumed run may have logged a step twice; the later line is the one that counts.
+    seeds.setdefault((run['method'], run['target']), []).append({r['step']: r['loss'] for r in records})
+    tokens = max([tokens, *(int(r['tokens']) for r in records)])
+  found = []
+  for (method, target), by_seed in seeds.items():
+    steps = sorted(set.intersection(*(set(losses) for losses in by_seed)))
+    loss_SP = np.array([[losses[s] for s in steps] for losses in by_seed], np.float64)
+    found.append(Curve(method, target, np.array(steps, np.int64), loss_SP))
+  return found, tokens
+
+
+def _json(path: Path) -> Any:
+  return json.loads(path.read_bytes())
+
+
+def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
+  # Text may hold U+2028 and the like: only "\n" ends a record.
+  for line in path.read_text('utf-8').split('\n'):
+    if line:
+      yield json.loads(line)

@@ -1,0 +1,213 @@
+"""What the proxy models say about rows: log-likelihoods, embeddings, and what fine-tuning on a target changes."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from dsdm_jax.attribution import ensemble
+from dsdm_jax.attribution.sources import ahead
+from dsdm_jax.config.validate import load_callable
+from dsdm_jax.core import flops, prng
+from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.core.stage import Context
+from dsdm_jax.data.order.batches import row_range_batches
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets.targets import Examples
+from dsdm_jax.errors import UserError
+from dsdm_jax.lm.outputs import token_log_probability
+from dsdm_jax.training.differentiable import ScannedTraining, TargetOutputs
+from dsdm_jax.training.loop import load_state
+from dsdm_jax.training.metagradient import LEAST_EPS_ROOT, Metagradient
+from dsdm_jax.training.step import Trainer, TrainState, trainer
+
+BLOCK = 65_536  # rows that are whitened together
+FIT_ROWS = 65_536  # of a larger pool, so many rows at even distances tell the variances
+# Tokens of a batch. Not a setting: batches cut otherwise would round otherwise, and rows be chosen otherwise.
+_TOKENS = 4_096
+_WIDTH = 256  # columns of an embedding made of logits
+
+
+class Proxies:
+  """Forward passes of the proxies over the pool and over examples."""
+
+  def __init__(self, context: Context, pool: Pool):
+    self._context, self._pool = context, pool
+    self._config, self._folder = context.config, context.inputs['proxies'].path
+    # One device, whatever there is, for the reason of _TOKENS.
+    self._mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
+    self._trainer = self._trainer_of(self._config.proxies.train)
+    self._batch = max(1, _TOKENS // pool.length)
+    sharded = self._trainer.batch_sharding
+    states = self._trainer.shardings.params, self._trainer.shardings.rest
+    self._likelihood = jax.jit(self._mean_log_probability, in_shardings=(*states, sharded), out_shardings=sharded)
+    self._embed = jax.jit(self._mean_hidden, in_shardings=(*states, sharded, sharded), out_shardings=sharded)
+
+  def _trainer_of(self, train: ConfigDict) -> Trainer:
+    return trainer(self._config.proxies.model, train, self._pool.vocab_size, self._pool.length, self._mesh)
+
+  @functools.cached_property
+  def _seen_CN(self) -> np.ndarray:
+    seen_CN = np.zeros((self._config.proxies.count, self._pool.num_rows), bool)
+    for checkpoint in range(self._config.proxies.count):
+      seen_CN[checkpoint, np.load(self._folder / f'subset_{checkpoint}.npy', allow_pickle=False)] = True
+    return seen_CN
+
+  def state(self, checkpoint: int) -> TrainState:
+    return load_state(self._folder / f'proxy_{checkpoint}', self._trainer)
+
+  def log_likelihood_N(self) -> np.ndarray:
+    """Mean log-probability of each row's tokens given those before, nats per token; float32 [N].
+
+    Averaged over the proxies that did not train on the row: those that did find it easier than it is.
+    """
+    count = self._config.proxies.count
+    by_proxy_CN = np.stack([self.log_likelihood_of(self.state(c)) for c in range(count)])
+    weight_CN = ensemble.weights(self._seen_CN, ensemble.UNSEEN)
+    return np.einsum('cn,cn->n', by_proxy_CN.astype(np.float64), weight_CN).astype(np.float32)
+
+  def log_likelihood_of(self, state: TrainState) -> np.ndarray:
+    """The same by one model."""
+    return self._over_pool(lambda tokens_BL: self._likelihood(state.params, state.rest, tokens_BL), 'log-likelihood')
+
+  def embeddings(self) -> np.ndarray:
+    """Of every row by the first proxy: mean over its positions, whitened by the pool, of length one; float32 [N, D].
+
+    D is the model's width where it has a method `hidden` (tokens_BL → x_BLD, before the head); the logits of any other
+    model are projected by random signs to at most 256 columns.
+    """
+    state = self.state(0)
+    ones_BL = np.ones((self._batch, self._pool.length), np.float32)
+    raw_ND = self._over_pool(lambda t: self._embed(state.params, state.rest, t, ones_BL), 'embeddings')
+    self._mean_D = raw_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
+    # Texts differ in a few directions by far the most (of 64, two hold 60 % of the variance), in which many are near
+    # each other that have no word in common.
+    self._white_DD = whitening((raw_ND - self._mean_D)[:: -(-len(raw_ND) // FIT_ROWS)])
+    return self._whitened(raw_ND)
+
+  def embeddings_of(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
+    """Of token ids without padding, after `embeddings`, and whitened as these: float32 [T, D]."""
+    state = self.state(0)
+    parts = []
+    for start in range(0, len(sequences), self._batch):
+      tokens_BL, mask_BL = _padded(sequences[start : start + self._batch], self._batch, self._pool.length)
+      parts.append(np.asarray(self._embed(state.params, state.rest, tokens_BL, mask_BL)))
+    return self._whitened(np.concatenate(parts)[: len(sequences)])
+
+  def _whitened(self, raw_ND: np.ndarray) -> np.ndarray:
+    found_ND = np.empty_like(raw_ND)
+    for start in range(0, len(raw_ND), BLOCK):
+      found_ND[start : start + BLOCK] = _unit((raw_ND[start : start + BLOCK] - self._mean_D) @ self._white_DD)
+    return found_ND
+
+  def tuned(self, sequences: Sequence[np.ndarray], steps: int, learning_rate: float, seed: int) -> TrainState:
+    """The first proxy after `steps` steps on `sequences`, joined and cut into rows as the pool is.
+
+    Raises:
+      UserError: the sequences hold no token.
+    """
+    stream = np.concatenate([np.zeros(0, np.int32), *sequences])
+    if not len(stream):
+      raise UserError('the target has no tokens to train on; give it examples, or leave color_filter out')
+    length, train = self._pool.length, ConfigDict(self._config.proxies.train.to_dict())
+    train.learning_rate = learning_rate
+    compiled = self._trainer_of(train)
+    rows = -(-len(stream) // length)
+    tokens_NL = np.resize(stream, rows * length).reshape(rows, length)  # the last is filled up from the beginning
+    rng = prng.numpy_stream(seed, 'selection', 'tuned')
+    old = self.state(0)
+    state = compiled.init(prng.stream(seed, 'selection', 'tuned'))._replace(params=old.params, rest=old.rest)
+    weight_B = np.ones(train.batch_size, np.float32)
+    for _ in range(steps):
+      tokens_BL = tokens_NL[rng.integers(rows, size=train.batch_size)]
+      batch = jax.device_put((tokens_BL, weight_B), compiled.batch_sharding)
+      state, metrics = compiled.step(state, *batch, jnp.int32(steps))
+    self._context.add_flop(compiled.flop_per_step * steps)
+    if not np.isfinite(float(metrics['loss'])):
+      raise UserError('training on the target diverged; lower selection.conditional_learning_rate')
+    return state
+
+  def metagradient_N(self, examples: Examples) -> np.ndarray:
+    """Derivative of the examples' mean output with respect to each row's weight, through the proxies' training.
+
+    One training on every row, `proxies.epochs` times; float32 [N].
+
+    Raises:
+      UserError: a derivative is not finite.
+    """
+    pool, proxies = self._pool, self._config.proxies
+    train = ConfigDict(proxies.train.to_dict())
+    train.adam_eps_root = max(train.adam_eps_root, LEAST_EPS_ROOT)
+    training = ScannedTraining(
+      proxies.model, train, pool.vocab_size, pool.tokens(np.arange(pool.num_rows)), proxies.epochs, self._config.seed
+    )
+    function = load_callable(self._config.features.output_fn)
+    outputs = TargetOutputs(training, function, examples.tokens_TL, examples.weights_TL)
+    members_KT = np.ones((1, len(examples)), bool)
+    metagradient = Metagradient(training, outputs, members_KT)
+    self._context.add_flop(metagradient.flop(0))
+    return metagradient(0, np.ones(pool.num_rows))[1][0]
+
+  def _over_pool(self, apply: Callable[[np.ndarray], jax.Array], name: str) -> np.ndarray:
+    parts: list[np.ndarray] = []
+    pool = self._pool
+    with self._context.log.bar(total=pool.num_rows, desc=name, unit='row') as bar:
+      for tokens_BL, _, valid_B in ahead(row_range_batches(pool, 0, pool.num_rows, self._batch)):
+        if not parts:
+          self._context.add_flop(flops.count(apply, tokens_BL) * -(-pool.num_rows // self._batch))
+        parts.append(np.asarray(apply(tokens_BL))[valid_B])
+        bar.update(len(parts[-1]))
+    return np.concatenate(parts)
+
+  def _model(self, params: nnx.State, rest: nnx.State) -> nnx.Module:
+    return nnx.merge(self._trainer.graphdef, params, rest)
+
+  def _mean_log_probability(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array) -> jax.Array:
+    logits_BLV = self._model(params, rest)(tokens_BL)
+    return jnp.mean(jax.vmap(token_log_probability)(logits_BLV, tokens_BL), axis=1)
+
+  def _mean_hidden(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
+    model = self._model(params, rest)
+    if hasattr(model, 'hidden'):
+      x_BLD = model.hidden(tokens_BL).astype(jnp.float32)
+    else:
+      logits_BLV = model(tokens_BL).astype(jnp.float32)
+      size = logits_BLV.shape[-1]
+      signs_VD = jax.random.rademacher(prng.stream(0, 'embedding'), (size, min(size, _WIDTH)), jnp.float32)
+      x_BLD = jnp.einsum('blv,vd->bld', jax.nn.log_softmax(logits_BLV), signs_VD)
+    total_BD = jnp.einsum('bld,bl->bd', x_BLD, mask_BL)
+    return total_BD / jnp.maximum(mask_BL.sum(axis=1, keepdims=True), 1.0)
+
+
+def whitening(x_ND: np.ndarray) -> np.ndarray:
+  """The symmetric matrix that brings every direction of centred rows to the same variance: (Σ + εI)^(−1/2), float32.
+
+  ε is a thousandth of the mean variance: directions with next to none are noise.
+  """
+  from threadpoolctl import threadpool_limits
+
+  with threadpool_limits(1):  # threads would add floating-point numbers in another order
+    wide_ND = x_ND.astype(np.float64)
+    variance_D, turn_DD = np.linalg.eigh(wide_ND.T @ wide_ND / max(1, len(wide_ND)))
+    variance_D = np.maximum(variance_D, 0) + 1e-3 * variance_D.mean()
+    if not variance_D.max() > 0:  # one row, or all alike
+      return np.eye(x_ND.shape[1], dtype=np.float32)
+    return ((turn_DD / np.sqrt(variance_D)) @ turn_DD.T).astype(np.float32)
+
+
+def _unit(x_ND: np.ndarray) -> np.ndarray:
+  norm_N = np.linalg.norm(x_ND, axis=1, keepdims=True)
+  return x_ND / np.where(norm_N > 0, norm_N, 1)
+
+
+def _padded(sequences: Sequence[np.ndarray], batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens_BL int32, mask_BL float32): 1 where a token is, told by lengths: the id of padding may be a token's too."""
+  tokens_BL, mask_BL = np.zeros((batch, length), np.int32), np.zeros((batch, length), np.float32)
+  for row, tokens_L in enumerate(sequences):
+    tokens_BL[row, : len(tokens_L)] = tokens_L
+    mask_BL[row, : len(tokens_L)] = 1
+  return tokens_BL, mask_BL

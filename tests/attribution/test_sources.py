@@ -1,0 +1,203 @@
+"""Features that are stored, made anew and never made give the same scores."""
+
+import dataclasses
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from dsdm_jax.attribution import datamodel
+from dsdm_jax.attribution.directional import DirectionalScores
+from dsdm_jax.attribution.features import blocks, check_finite, step_rows
+from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
+from dsdm_jax.attribution.quantization import Rounding
+from dsdm_jax.attribution.sources import DirectionalSource, PoolPass, Recomputed, ahead
+from dsdm_jax.attribution.store import FeatureStore
+from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.errors import UserError
+from dsdm_jax.lm import outputs
+
+from .conftest import LENGTH, VOCAB, make_problem
+
+ROWS, SHARD, BATCH, J = 45, 16, 8, 96
+
+
+@dataclasses.dataclass
+class Rows:
+  """As much of a pool as a pass reads; counts what was read."""
+
+  tokens_NL: np.ndarray
+  length: int = LENGTH
+  num_rows: int = ROWS
+  read: int = 0
+
+  def tokens(self, rows):
+    self.read += len(rows)
+    return self.tokens_NL[rows]
+
+
+@pytest.fixture
+def rows() -> Rows:
+  return Rows(np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32))
+
+
+def _source(step, rows, mesh, dtype='bfloat16', check=None, flop=lambda _: None):
+  rows_pass = PoolPass(step, step.prepare(make_problem().params, 0), rows, BATCH, mesh, flop, check)
+  return Recomputed(rows_pass, ROWS, step.dimension, SHARD, Rounding(dtype, blocks(step.describe(), step.dimension)))
+
+
+def _step(kind, mesh):
+  model = make_problem().model
+  if kind == 'dense':
+    return DenseFeatures(model, outputs.margin, J, 0, mesh, microbatch=4)
+  return TwoSidedFeatures(model, outputs.margin, '.*', J, 0, mesh)
+
+
+@pytest.mark.parametrize(('kind', 'dtype'), [('two_sided', 'bfloat16'), ('two_sided', 'int8'), ('dense', 'bfloat16')])
+def test_stored_and_made_anew_are_the_same_bits(kind, dtype, rows, one_device, tmp_path):
+  step = _step(kind, one_device)
+  source, columns = _source(step, rows, one_device, dtype), blocks(step.describe(), step.dimension)
+  store = FeatureStore(tmp_path / 'f.zarr', ROWS, source.dimension, SHARD, dtype, columns)
+  for shard in (2, 0, 1):  # as a resumed run may
+    ((_, _, phi_BJ),) = source.ranges([store.bounds(shard)])
+    store.write(shard, phi_BJ)
+  for (*bounds, phi_BJ), (*stored_bounds, stored_BJ) in zip(source, store, strict=True):
+    assert bounds == stored_bounds and phi_BJ.dtype == stored_BJ.dtype
+    np.testing.assert_array_equal(phi_BJ, stored_BJ)
+  u_JT = np.random.default_rng(1).normal(size=(source.dimension, 2))
+  np.testing.assert_array_equal(datamodel.gram(source)[0], datamodel.gram(store)[0])
+  np.testing.assert_array_equal(datamodel.scores(source, u_JT), datamodel.scores(store, u_JT))
+
+
+@pytest.mark.parametrize(
+  ('devices', 'batch', 'microbatch', 'wanted'),
+  [(1, 8, 0, (8, 0)), (3, 8, 0, (9, 0)), (3, 8, 4, (12, 6)), (4, 2, 0, (4, 0)), (2, 8, 3, (8, 4)), (1, 8, 3, (9, 3))],
+)
+def test_a_step_is_the_least_that_devices_share_evenly(devices, batch, microbatch, wanted):
+  config = base.get_config()
+  config.features.update({'batch_size': batch, 'microbatch': microbatch})
+  assert step_rows(config.features, make_mesh(config.mesh, jax.devices()[:devices])) == wanted
+
+
+@pytest.mark.parametrize('kind', ['two_sided', 'dense'])
+def test_three_devices_make_the_features_of_one(kind, rows, one_device):
+  """45 rows in shards of 16 and batches of 12, so that every shard's last batch is filled up."""
+  mesh = make_mesh(base.get_config().mesh, jax.devices()[:3])
+  model, found = make_problem().model, []
+  for place, batch, microbatch in ((one_device, BATCH, 4), (mesh, 12, 6)):
+    step = (
+      DenseFeatures(model, outputs.margin, J, 0, place, microbatch)
+      if kind == 'dense'
+      else TwoSidedFeatures(model, outputs.margin, '.*', J, 0, place)
+    )
+    rows_pass = PoolPass(step, step.prepare(make_problem().params, 0), rows, batch, place, lambda _: None)
+    found.append(np.concatenate([phi for _, _, phi in rows_pass.ranges([(0, 16), (16, 32), (32, 45)])]))
+  one_NJ, three_NJ = found
+  assert three_NJ.shape == (ROWS, step.dimension)
+  assert np.all(np.linalg.norm(three_NJ - one_NJ, axis=1) < 1e-5 * np.linalg.norm(one_NJ, axis=1))
+
+
+def test_scores_by_jvp_are_those_of_features(rows, one_device):
+  step, params = _step('dense', one_device), make_problem().params
+  features = _source(step, rows, one_device, dtype='float32')
+  scorer = DirectionalScores(make_problem().model, outputs.margin, 0, one_device)
+
+  def start(u_JT):
+    return PoolPass(scorer, scorer.prepare(params, u_JT, 0), rows, BATCH, one_device, lambda _: None)
+
+  source = DirectionalSource(features, 20, start)
+  (gram_JJ,) = datamodel.gram(source)
+  phi_NJ = np.concatenate([phi for _, _, phi in features]).astype(np.float64)
+  np.testing.assert_allclose(gram_JJ, phi_NJ[:20].T @ phi_NJ[:20] / 20, rtol=0, atol=1e-5 * np.abs(gram_JJ).max())
+  u_JT = np.random.default_rng(1).normal(size=(J, 3)) * 1e9
+  seen = []
+  got_NT = datamodel.scores(source, u_JT, seen.append)
+  assert sum(seen) == ROWS
+  assert np.abs(got_NT - phi_NJ @ u_JT).max() < 1e-5 * np.abs(phi_NJ @ u_JT).max()
+
+
+def test_a_range_is_checked_counted_and_read_once(rows, one_device):
+  flop, checked = [], []
+  step = _step('two_sided', one_device)
+  source = _source(step, rows, one_device, check=lambda phi, first: checked.append((first, len(phi))), flop=flop.append)
+  assert [stop - start for start, stop, _ in source] == [16, 16, 13]
+  assert checked == [(0, 16), (16, 16), (32, 13)]
+  assert step.jitted._cache_size() == 1  # the last shard is short, and is made by the same program
+  assert rows.read == ROWS
+  assert len(flop) == 3 and len(set(flop)) == 1 and flop[0] > 0
+
+
+def test_what_a_check_or_a_read_raises_is_told(rows, one_device):
+  def refuse(phi_BJ, first):
+    raise UserError(f'row {first} is bad')
+
+  step = _step('two_sided', one_device)
+  with pytest.raises(UserError, match='row 0 is bad'):
+    list(_source(step, rows, one_device, check=refuse))
+  rows.tokens_NL = rows.tokens_NL[:40]
+  with pytest.raises(IndexError):
+    list(_source(step, rows, one_device))
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_feature_that_is_not_finite_is_named_and_nothing_of_its_shard_is_kept(value, rows, one_device, tmp_path):
+  """Row 21, in shard 1, in the second layer of a scanned stack."""
+  step = TwoSidedFeatures(make_problem(scan_layers=True).model, outputs.margin, 'attention/out', J, 0, one_device)
+  (layer,) = step.layers
+  assert layer.stack == (2,)
+
+  def check(phi_BJ, first):
+    phi_BJ = phi_BJ.copy()
+    if first <= 21 < first + len(phi_BJ):
+      phi_BJ[21 - first, layer.start + layer.a * layer.b :] = value
+    check_finite(step, phi_BJ, first, 3)
+
+  params = make_problem(scan_layers=True).params
+  rows_pass = PoolPass(step, step.prepare(params, 3), rows, BATCH, one_device, lambda _: None, check)
+  columns = blocks(step.describe(), step.dimension)
+  source = Recomputed(rows_pass, ROWS, step.dimension, SHARD, Rounding('bfloat16', columns))
+  store = FeatureStore(tmp_path / 'f.zarr', ROWS, step.dimension, SHARD, 'bfloat16', columns)
+  words = rf'row 21 is {value} in blocks/attention/out, layer 1 of the stack of proxy 3'
+  with pytest.raises(UserError, match=words):
+    list(store.fill([0, 1, 2], source.ranges(map(store.bounds, range(3)))))
+  assert store.missing() == [1, 2]
+  assert not (tmp_path / 'f.zarr/c/1').exists()
+
+
+def test_ahead_keeps_the_order():
+  assert list(ahead(iter(range(50)))) == list(range(50))
+  assert list(ahead(iter([None, False, ()]))) == [None, False, ()]
+  assert list(ahead(iter(()))) == []
+
+
+def test_ahead_is_one_ahead():
+  read, second = [], threading.Event()
+
+  def items():
+    for item in range(4):
+      read.append(item)
+      if item == 1:
+        second.set()
+      yield item
+
+  coming = ahead(items())
+  assert next(coming) == 0
+  assert second.wait(60), 'the second is read while the first is in hand'
+  time.sleep(0.05)
+  assert read == [0, 1], 'and not the third'
+  assert list(coming) == [1, 2, 3]
+
+
+def test_ahead_raises_what_reading_raised_after_what_came_before():
+  def items():
+    yield 0
+    yield 1
+    raise OSError('torn')
+
+  coming = ahead(items())
+  assert [next(coming), next(coming)] == [0, 1]
+  with pytest.raises(OSError, match='torn'):
+    next(coming)

@@ -1,0 +1,60 @@
+"""The pool on Apache Beam is the pool made here, row by row."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsdm_jax.config.validate import flatten
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
+from tests.data.conftest import run_pool, small_config
+from tests.data.pool.test_sources import RECORDS, lines
+
+# What --stage=pool runs.
+IN_THE_OTHER_PYTHON = """
+import json, sys
+from configs.base import get_config
+from dsdm_jax import pipeline
+config = get_config()
+for key, value in json.load(open(sys.argv[1])).items():
+  config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+pipeline.run(config, sys.argv[2], only='pool')
+"""
+
+
+def test_without_beam_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  import sys
+
+  monkeypatch.setitem(sys.modules, 'apache_beam', None)
+  config = small_config(sources=(f'jsonl:{tmp_path}/*.jsonl',), max_bytes=0)
+  (tmp_path / '0.jsonl').write_bytes(lines(RECORDS))
+  config.host.beam = '--runner=DirectRunner'
+  with pytest.raises(UserError, match='apache_beam is not installed; install requirements-beam.txt'):
+    run_pool(config, tmp_path / 'beam')
+
+
+def test_the_direct_runner_gives_the_same_rows(beam: Path, repo_root: Path, tmp_path: Path):
+  for i in range(3):
+    (tmp_path / f'{i}.jsonl').write_bytes(lines(RECORDS[i::3] + RECORDS[:1]))
+  config = small_config(
+    sources=(f'jsonl:{tmp_path}/*.jsonl',), max_bytes=15_000, max_document_bytes=0, vocabulary='bytes', plant_targets=2
+  )
+  config.host.workers = 1
+  here = Pool(run_pool(config, tmp_path / 'here'))
+  config.host.beam = '--runner=DirectRunner'
+  (tmp_path / 'config.json').write_text(json.dumps(flatten(config)))
+  made = subprocess.run(
+    [beam, '-W', 'ignore', '-c', IN_THE_OTHER_PYTHON, tmp_path / 'config.json', tmp_path / 'there'],
+    cwd=repo_root, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert made.returncode == 0, made.stderr[-2_000:]
+  there = Pool(tmp_path / 'there' / 'pool')
+  assert here.num_rows == there.num_rows > 50
+  np.testing.assert_array_equal(there.tokens(range(there.num_rows)), here.tokens(range(here.num_rows)))
+  assert list(there.documents) == list(here.documents)
+  assert there.card == here.card and there.card['exact_duplicates'] == 3 and there.card['above_caps'] > 0
+  for name in ('document_N', 'offset_N', 'source_N', 'planted_N'):
+    np.testing.assert_array_equal(getattr(there, name), getattr(here, name))

@@ -1,0 +1,209 @@
+"""The pool stage: what it leaves on disk, read back in other ways than it was written."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from dsdm_jax.config.validate import resolve
+from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.data.pool import pool as pool_lib
+from dsdm_jax.data.pool.documents import Document
+from dsdm_jax.data.pool.pool import END_OF_DOCUMENT, Pool
+from dsdm_jax.data.targets import tasks
+from dsdm_jax.data.targets.targets import Targets
+from dsdm_jax.errors import UserError
+from tests.data.conftest import invented, run_pool, run_targets, small_config
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+  return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+def test_plain_tfds_reads_the_rows_in_order(tiny_artifact: Artifact, tiny_pool: Pool):
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder_from_directory(str(tiny_artifact.path / 'dataset'))
+  assert builder.info.disable_shuffling
+  source = builder.as_data_source(split='train')
+  assert len(source) == tiny_pool.num_rows
+  assert source[3]['tokens'].dtype == np.uint16
+  np.testing.assert_array_equal(source[3]['tokens'], tiny_pool.tokens([3])[0])
+
+
+def test_text_of_the_pool_is_the_documents(tiny_pool: Pool):
+  config = small_config()
+  texts = {d.id: d.text for d in invented(config.pool, config.seed)}
+  in_order = np.lexsort((tiny_pool.offset_N, tiny_pool.document_N))
+  assert in_order.tolist() != list(range(tiny_pool.num_rows))  # rows are shuffled
+  stream = tiny_pool.tokens(in_order).ravel()
+  assert stream.dtype == np.int32
+  documents = np.split(stream, np.flatnonzero(stream == 1) + 1)
+  # The last one is cut off where the last row ends.
+  for entry, ids in zip(tiny_pool.documents, documents[:-1], strict=False):
+    assert tiny_pool.encoder.decode(ids) == texts[entry['id']]
+    assert entry['tokens'] == len(ids) - 1
+    assert entry['bytes'] == len(texts[entry['id']].encode())
+  assert {entry['id'] for entry in tiny_pool.documents} == set(texts)
+  assert [entry['id'] for entry in tiny_pool.documents] != list(texts)  # shuffled
+
+
+def test_rows_know_where_they_are_from(tiny_pool: Pool):
+  assert tiny_pool.sources == ['code', 'prose']
+  texts = {d.id: d.text for d in invented(small_config().pool, 0)}
+  for row in range(0, tiny_pool.num_rows, 7):
+    entry = tiny_pool.documents[tiny_pool.document_N[row]]
+    ids = tiny_pool.encoder.encode(texts[entry['id']])[tiny_pool.offset_N[row] :][:10]
+    assert tiny_pool.tokens([row])[0][: len(ids)].tolist() == ids
+  assert set(tiny_pool.source_N.tolist()) == {0, 1}
+  card = tiny_pool.card
+  assert sum(s['rows'] for s in card['sources'].values()) == card['rows'] == tiny_pool.num_rows
+  assert card['tokens'] == sum(entry['tokens'] for entry in tiny_pool.documents)
+
+
+def test_any_rows_in_any_order(tiny_pool: Pool):
+  everything = tiny_pool.tokens(range(tiny_pool.num_rows))
+  rows = np.array([5, 0, 5, tiny_pool.num_rows - 1])
+  np.testing.assert_array_equal(tiny_pool.tokens(rows), everything[rows])
+  assert tiny_pool.tokens([]).shape == (0, tiny_pool.length)
+  for bad in (-1, tiny_pool.num_rows):
+    with pytest.raises(IndexError):
+      tiny_pool.tokens([bad])
+
+
+def test_a_large_pool_is_read_row_by_row(tiny_pool: Pool, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(pool_lib, '_RESIDENT_BYTES', 0)
+  large = Pool(tiny_pool.path)
+  rows = np.array([5, 0, 5, 17])
+  np.testing.assert_array_equal(large.tokens(rows), tiny_pool.tokens(rows))
+  assert large._resident_NL is None
+  assert tiny_pool._resident_NL is not None
+
+
+def test_text_of_a_row_shows_where_documents_end(tiny_pool: Pool):
+  row = next(n for n in range(tiny_pool.num_rows) if 1 in tiny_pool.tokens([n])[0][1:-1])
+  ids = tiny_pool.tokens([row])[0].tolist()
+  first = ids[: ids.index(1)]
+  assert tiny_pool.text(row).startswith(tiny_pool.encoder.decode(first) + END_OF_DOCUMENT)
+  assert tiny_pool.text(row).count(END_OF_DOCUMENT) == ids.count(1)
+
+
+def test_reading_needs_no_tensorflow(tiny_artifact: Artifact):
+  code = (
+    'import sys; from dsdm_jax.data.pool.pool import Pool; from dsdm_jax.data.order.batches import row_range_batches; '
+    f'p = Pool({str(tiny_artifact.path)!r}); p.text(0); list(row_range_batches(p, 0, 9, 4)); '
+    'assert "tensorflow" not in sys.modules and "seqio" not in sys.modules'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_same_packages_same_bytes(tmp_path: Path):
+  """In another process with other hash seeds, of the packages that are really installed, and over a broken attempt."""
+  config = small_config(sources=('installed_packages',), max_bytes=120_000, leakage_guard=False)
+  here = run_pool(config, tmp_path / 'here')
+  there = tmp_path / 'there'
+  (there / 'pool' / 'dataset').mkdir(parents=True)
+  (there / 'pool' / 'dataset' / 'pool-train.array_record-00007').write_bytes(b'half a file')
+  code = (
+    'import sys; from pathlib import Path; from tests.data.conftest import run_pool, small_config; '
+    'run_pool(small_config(sources=("installed_packages",), max_bytes=120_000, leakage_guard=False), Path(sys.argv[1]))'
+  )
+  environment = os.environ | {'PYTHONHASHSEED': '77'}
+  subprocess.run([sys.executable, '-c', code, str(there)], check=True, cwd=Path(__file__).parents[2], env=environment)
+  assert contents(here.path) == contents(there / 'pool')
+
+
+def test_planted_examples_are_found(tmp_path: Path):
+  config = small_config(plant_targets=5)
+  artifact = run_pool(config, tmp_path)
+  pool = Pool(artifact)
+  examples = Targets(run_targets(config, tmp_path, artifact)).examples('cs_algorithms', 'target')
+  rows = np.flatnonzero(pool.planted_N >= 0)
+  assert len(rows) == len(pool.planted) == 5
+  assert rows.tolist() == list(range(pool.num_rows - 5, pool.num_rows))
+  for row in rows:
+    entry = pool.planted[pool.planted_N[row]]
+    wanted = examples.tokens_TL[entry['index']]
+    wanted = wanted[wanted != 0]
+    assert pool.tokens([row])[0][: len(wanted)].tolist() == wanted.tolist()
+    assert examples.records[entry['index']]['id'] == entry['id']
+    assert pool.sources[pool.source_N[row]] == 'planted'
+    assert pool.documents[pool.document_N[row]]['id'] == f'planted/cs_algorithms/{entry["id"]}'
+  # Nothing else changes.
+  plain = Pool(run_pool(small_config(), tmp_path / 'plain'))
+  np.testing.assert_array_equal(plain.tokens(range(plain.num_rows)), pool.tokens(range(plain.num_rows)))
+
+
+def leaky(config: ConfigDict, seed: int) -> Iterator[Document]:
+  """The invented pool with a target in the midst of one document, and one document twice."""
+  documents = list(invented(config, seed))
+  target = tasks.read_tasks(small_config().targets)[0].items[12]
+  yield from documents
+  yield Document('prose/leak', 'prose', f'{documents[0].text}{target.context} {target.answer}\n{documents[1].text}')
+  yield Document('prose/again', 'prose', documents[3].text)
+
+
+def test_leaks_and_duplicates_are_dropped_and_reported(tmp_path: Path):
+  artifact = run_pool(small_config(sources=(f'{__name__}:leaky',)), tmp_path)
+  dropped = [json.loads(line) for line in (artifact.path / 'dropped.jsonl').read_text().splitlines()]
+  assert [(d['id'], d['task']) for d in dropped] == [('prose/leak', 'cs_algorithms')]
+  assert len(dropped[0]['words'].split()) == 12
+  pool = Pool(artifact)
+  assert not {'prose/leak', 'prose/again'} & {d['id'] for d in pool.documents}
+  assert (pool.card['dropped_for_leakage'], pool.card['exact_duplicates']) == (1, 1)
+  assert pool.card['dropped_by_task'] == {'cs_algorithms': 1}
+  off = Pool(run_pool(small_config(sources=(f'{__name__}:leaky',), leakage_guard=False), tmp_path / 'off'))
+  assert 'prose/leak' in {d['id'] for d in off.documents}
+
+
+ASKED = 'Which of the seven lanterns did the keeper of the green river leave burning last'
+
+
+def asked_about(config: ConfigDict, seed: int) -> Iterator[Document]:
+  yield from invented(config, seed)
+  yield Document('prose/leak', 'prose', f'It is said: {ASKED} night?\n')
+
+
+def test_leaks_of_benchmarks_are_found_and_may_be_kept(tmp_path: Path):
+  benchmark = tmp_path / 'asked.jsonl'
+  benchmark.write_text(json.dumps({'context': ASKED, 'continuation': 'night'}))
+
+  def run(name: str, *named: str, **keys: Any) -> Pool:
+    config = small_config(sources=(f'{__name__}:asked_about',), leakage_benchmarks=named, **keys)
+    config.evaluation.tasks = ('targets', str(benchmark))
+    return Pool(run_pool(resolve(config, dict), tmp_path / name))
+
+  def listed(pool: Pool, file: str) -> list[tuple[str, str]]:
+    found = [json.loads(line) for line in (pool.path / file).read_text().splitlines()]
+    return [(leak['id'], leak['task']) for leak in found]
+
+  leak = ('prose/leak', 'asked')
+  for name, named in (('file', str(benchmark)), ('word', 'evaluated')):
+    pool = run(name, named)
+    assert listed(pool, 'dropped.jsonl') == [leak] and listed(pool, 'leaking.jsonl') == []
+    assert (pool.card['dropped_by_task'], pool.card['leaks_kept']) == ({'asked': 1}, 0)
+    assert 'prose/leak' not in {d['id'] for d in pool.documents}
+  kept = run('kept', 'evaluated', drop_leaks=False)
+  assert listed(kept, 'dropped.jsonl') == [] and listed(kept, 'leaking.jsonl') == [leak]
+  assert (kept.card['dropped_for_leakage'], kept.card['dropped_by_task'], kept.card['leaks_kept']) == (0, {}, 1)
+  assert 'prose/leak' in {d['id'] for d in kept.documents}
+  assert listed(run('none'), 'dropped.jsonl') == []
+
+
+def nothing(config: ConfigDict, seed: int) -> Iterator[Document]:
+  del config, seed
+  yield from ()
+
+
+def test_empty_pools(tmp_path: Path):
+  with pytest.raises(UserError, match='the pool is empty: pool.sources'):
+    run_pool(small_config(sources=(f'{__name__}:nothing',)), tmp_path)
+  with pytest.raises(UserError, match='do not fill one row of pool.length 100000'):
+    run_pool(small_config(length=100_000), tmp_path)

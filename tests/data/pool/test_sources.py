@@ -1,0 +1,444 @@
+"""Pools of files: every format gives the same documents, bad input is told with file and line, caps hold."""
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from dsdm_jax.data import files
+from dsdm_jax.data.pool import sources
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
+from tests.data.conftest import invented, run_pool, small_config
+
+RECORDS = [{'id': d.id, 'source': d.source, 'text': d.text} for d in invented(small_config(max_bytes=20_000).pool, 3)]
+
+
+def lines(records: list[dict]) -> bytes:
+  return ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records).encode()
+
+
+def build(folder: Path, *lines_: str, **keys) -> Pool:
+  keys = {'vocabulary': 'bytes', 'max_bytes': 0, 'max_document_bytes': 0, 'leakage_guard': False} | keys
+  return Pool(run_pool(small_config(sources=lines_, **keys), folder))
+
+
+def texts(pool: Pool) -> dict[str, str]:
+  """Text of every document that lies in rows as a whole."""
+  order = np.lexsort((pool.offset_N, pool.document_N))
+  stream = pool.tokens(order).ravel()
+  parts = np.split(stream, np.flatnonzero(stream == pool.encoder.eos) + 1)[:-1]
+  return {entry['id']: pool.encoder.decode(part) for entry, part in zip(pool.documents, parts, strict=False)}
+
+
+def write_jsonl(path: Path, data: bytes) -> None:
+  path.write_bytes(data)
+
+
+def write_gzip(path: Path, data: bytes) -> None:
+  path.write_bytes(gzip.compress(data))
+
+
+def write_zst(path: Path, data: bytes) -> None:
+  path.write_bytes(zstandard.compress(data))
+
+
+def write_parquet(path: Path, data: bytes) -> None:
+  pq.write_table(pa.Table.from_pylist([json.loads(line) for line in data.splitlines()]), path, row_group_size=7)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'ending', 'write'),
+  [
+    ('jsonl', 'jsonl', write_jsonl),
+    ('jsonl', 'jsonl.gz', write_gzip),
+    ('jsonl', 'jsonl.zst', write_zst),
+    ('parquet', 'parquet', write_parquet),
+  ],
+)
+def test_formats(kind: str, ending: str, write: Callable[[Path, bytes], None], tmp_path: Path):
+  half = len(RECORDS) // 2
+  write(tmp_path / f'b.{ending}', lines(RECORDS[half:]))
+  write(tmp_path / f'a.{ending}', lines(RECORDS[:half]))
+  found = texts(build(tmp_path, f'{kind}:{tmp_path}/*.{ending}'))
+  wanted = {r['id']: r['text'] for r in RECORDS}
+  assert len(found) >= len(wanted) - 1
+  assert found == {k: wanted[k] for k in found}
+
+
+def test_text_files_and_fields_by_name(tmp_path: Path):
+  (tmp_path / 'texts').mkdir()
+  for i, record in enumerate(RECORDS):
+    (tmp_path / 'texts' / f'{i:03d}.txt').write_text(record['text'])
+  pool = build(tmp_path / 'a', f'text:{tmp_path}/texts/*.txt | name=books')
+  assert pool.sources == ['books']
+  assert set(texts(pool).values()) <= {r['text'] for r in RECORDS}
+  renamed = [{'url': f'u{i}', 'domain': 'web', 'body': r['text']} for i, r in enumerate(RECORDS)]
+  (tmp_path / 'x.jsonl').write_bytes(lines(renamed))
+  pool = build(tmp_path / 'b', f'jsonl:{tmp_path}/x.jsonl | text=body | id=url | source=domain')
+  assert pool.sources == ['web']
+  assert {d['id'] for d in pool.documents} == {f'web/u{i}' for i in range(len(RECORDS))}
+
+
+def test_a_folder_of_hugging_face_datasets(tmp_path: Path):
+  """In the layout that `save_to_disk` writes: Arrow streams, a state file, one folder a split."""
+  folder = tmp_path / 'saved' / 'train'
+  folder.mkdir(parents=True)
+  (tmp_path / 'saved' / 'dataset_dict.json').write_text('{"splits": ["train"]}')
+  (folder / 'state.json').write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+  table = pa.Table.from_pylist(RECORDS)
+  with pa.OSFile(str(folder / 'data-00000-of-00001.arrow'), 'wb') as f, pa.ipc.new_stream(f, table.schema) as stream:
+    stream.write_table(table)
+  pool = build(tmp_path / 'pool', f'hf:{tmp_path}/saved')
+  assert {d['id'] for d in pool.documents} == {r['id'] for r in RECORDS}
+  with pytest.raises(UserError, match='has no state'):
+    build(tmp_path / 'no', f'hf:{tmp_path}')
+
+
+def test_tfds_and_seqio(tmp_path: Path):
+  import seqio
+  import tensorflow as tf
+  import tensorflow_datasets as tfds
+
+  folder = tmp_path / 'written'
+  folder.mkdir()
+  identity = tfds.core.dataset_info.DatasetIdentity(
+    name='mine', version=tfds.core.Version('1.0.0'), data_dir=str(folder), module_name='m'
+  )
+  features = tfds.features.FeaturesDict({'text': tfds.features.Text(), 'url': tfds.features.Text()})
+  info = tfds.core.DatasetInfo(builder=identity, features=features, disable_shuffling=True)
+  writer = tfds.core.SequentialWriter(info, max_examples_per_shard=20, file_format='array_record')
+  writer.initialize_splits(['train'])
+  writer.add_examples({'train': [{'text': r['text'], 'url': f'u{i}'} for i, r in enumerate(RECORDS)]})
+  writer.close_all()
+  pool = build(tmp_path / 'a', f'tfds:{folder} | name=c4 | id=url')
+  assert [d['id'] for d in sorted(pool.documents, key=lambda d: int(d['id'][4:]))] == [
+    f'c4/u{i}' for i in range(len(RECORDS))
+  ]
+  source = seqio.FunctionDataSource(
+    lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices({'text': [r['text'] for r in RECORDS]}),
+    splits=['train'],
+  )
+  name = 'test_sources_task'
+  seqio.TaskRegistry.add(name, source=source, output_features={'text': seqio.Feature(seqio.ByteVocabulary())})
+  pool = build(tmp_path / 'b', f'seqio:{name}')
+  assert {d['id'] for d in pool.documents} == {f'{name}/train:{i}' for i in range(len(RECORDS))}
+  with pytest.raises(UserError, match=r"no seqio task 'other' is registered"):
+    build(tmp_path / 'c', 'seqio:other')
+  for line in (f'tfds:{folder}', f'seqio:{name}'):
+    with pytest.raises(UserError, match=r"has no split 'test' but train; name one: \| split=SPLIT"):
+      build(tmp_path / 'd', f'{line} | split=test')
+
+
+def test_bad_records_of_tfds_and_seqio(tmp_path: Path):
+  """They are problems like those of files: told with the row, or left out, counted and listed."""
+  import seqio
+  import tensorflow as tf
+  import tensorflow_datasets as tfds
+
+  texts_ = ['river ' * 40, 'café '.encode('latin-1') * 40, ' ', 'stone ' * 40]
+  identity = tfds.core.dataset_info.DatasetIdentity(
+    name='mine', version=tfds.core.Version('1.0.0'), data_dir=str(tmp_path), module_name='m'
+  )
+  info = tfds.core.DatasetInfo(
+    builder=identity, features=tfds.features.FeaturesDict({'text': tfds.features.Text()}),
+    disable_shuffling=True,
+  )  # fmt: skip
+  writer = tfds.core.SequentialWriter(info, max_examples_per_shard=20, file_format='array_record')
+  writer.initialize_splits(['train'])
+  writer.add_examples({'train': [{'text': text} for text in texts_]})
+  writer.close_all()
+  source = seqio.FunctionDataSource(
+    lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices({'text': texts_}), splits=['train']
+  )
+  name = 'test_bad_records_task'
+  seqio.TaskRegistry.add(name, source=source, output_features={'text': seqio.Feature(seqio.ByteVocabulary())})
+  for line, kind in ((f'tfds:{tmp_path}', 'tfds'), (f'seqio:{name}', 'seqio')):
+    target = line.partition(':')[2]
+    with pytest.raises(UserError, match=rf'^{target}:train, row 1: not UTF-8 .*on_error=skip'):
+      build(tmp_path / f'{kind}_fail', line)
+    pool = build(tmp_path / f'{kind}_skip', line, on_error='skip')
+    assert pool.card['skipped'] == 2 and len(pool.documents) == 2
+    skipped = [json.loads(entry) for entry in (pool.path / 'skipped.jsonl').read_text().splitlines()]
+    assert [s['where'] for s in skipped] == [f'{target}:train, row 1', f'{target}:train, row 2']
+  with pytest.raises(UserError, match=rf"^{name}:train, row 0: no field 'body' among text"):
+    build(tmp_path / 'field', f'seqio:{name} | text=body')
+
+
+@pytest.mark.parametrize(
+  ('line', 'name'),
+  [
+    ('tfds:c4/en.noblocklist:3.1.0', 'c4'), ('tfds:/data/lines/1.0.0', 'lines'), ('tfds:gs://bucket/mine/', 'mine'),
+    ('tfds:/', 'tfds'), ('tfds:/data/lines/1.0.0 | name=web', 'web'), ('seqio:my_task', 'my_task'),
+  ],
+)  # fmt: skip
+def test_names_of_sources(line: str, name: str):
+  assert sources.parse(line).name == name
+
+
+def broken(tmp_path: Path, name: str) -> str:
+  """Writes a file with something wrong in it and gives what must be said."""
+  good = lines(RECORDS)
+  third = lines(RECORDS[:2]) + b'%s\n' + lines(RECORDS[3:])
+  cases = {
+    'truncated.jsonl.gz': (gzip.compress(good)[:-40], 'line {n}: the file ends in the middle of its packed data'),
+    'no_json.jsonl': (third % b'{"text": ', 'line 3: not JSON'),
+    'field.jsonl': (third % b'{"body": "a", "id": "1"}', "line 3: no field 'text' among body, id"),
+    'number.jsonl': (third % b'{"text": 3}', "line 3: field 'text' holds int"),
+    'empty.jsonl': (b'', ': the file is empty'),
+    'encodings.jsonl': (third % '{"text": "café"}'.encode('latin-1'), 'line 3: not UTF-8'),
+    'huge.jsonl': (third % json.dumps({'text': 'ab ' * (50 * 2**20 // 3)}).encode(), 'line 3: a document of 52,428,'),
+    'blank.jsonl': (third % b'{"text": " \\n"}', 'line 3: a document without text'),
+    'surrogate.jsonl': (third % b'{"text": "a\\ud800"}', 'line 3: not valid Unicode'),
+    'latin.txt': ('café'.encode('latin-1'), ': not UTF-8'),
+    'no.parquet': (b'PAR1 and nothing', 'row 1: cannot be read'),
+  }
+  data, said = cases[name]
+  (tmp_path / name).write_bytes(data)
+  return said
+
+
+CASES = (
+  'truncated.jsonl.gz no_json.jsonl field.jsonl number.jsonl empty.jsonl encodings.jsonl huge.jsonl blank.jsonl '
+  'surrogate.jsonl latin.txt no.parquet'
+).split()
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_bad_input(name: str, tmp_path: Path):
+  said = broken(tmp_path, name)
+  kind = {'txt': 'text', 'parquet': 'parquet'}.get(name.rpartition('.')[2], 'jsonl')
+  line = f'{kind}:{tmp_path}/{name}'
+  with pytest.raises(UserError) as caught:
+    build(tmp_path / 'a', line)
+  message = str(caught.value)
+  where, what = said.split(': ', 1) if said.startswith(('line', 'row')) else ('', said[2:])
+  assert message.startswith(str(tmp_path / name)), message
+  assert where.replace('{n}', '') in message and what in message, message
+  assert '--config.pool.on_error=skip' in message and '\n' not in message
+  (tmp_path / 'good.jsonl').write_bytes(lines(RECORDS))
+  pool = build(tmp_path / 'b', line, f'jsonl:{tmp_path}/good.jsonl', on_error='skip')
+  assert pool.card['skipped'] == 1
+  [skipped] = [json.loads(entry) for entry in (pool.path / 'skipped.jsonl').read_text().splitlines()]
+  assert skipped['where'].startswith(str(tmp_path / name))
+  assert {d['id'] for d in pool.documents} >= {r['id'] for r in RECORDS}
+
+
+def test_a_glob_without_files(tmp_path: Path):
+  with pytest.raises(UserError, match=r'nothing-\*\.jsonl: matches no file'):
+    build(tmp_path / 'a', f'jsonl:{tmp_path}/nothing-*.jsonl')
+  (tmp_path / 'good.jsonl').write_bytes(lines(RECORDS))
+  pool = build(
+    tmp_path / 'b', f'jsonl:{tmp_path}/nothing-*.jsonl', f'jsonl:{tmp_path}/good.jsonl', on_error='skip'
+  )  # fmt: skip
+  assert pool.card['skipped'] == 1
+  with pytest.raises(UserError, match='the pool is empty'):
+    build(tmp_path / 'c', f'jsonl:{tmp_path}/nothing-*.jsonl', on_error='skip')
+
+
+def test_unicode_line_separators_stay_in_their_document(tmp_path: Path):
+  odd = [{'id': f'a/{i}', 'source': 'a', 'text': f'one\u2028two\u2029three\x85four\x0b {i}' * 9} for i in range(20)]
+  (tmp_path / 'odd.jsonl').write_bytes(lines(odd))
+  found = texts(build(tmp_path, f'jsonl:{tmp_path}/odd.jsonl'))
+  assert len(found) >= 19
+  assert set(found.items()) <= {(r['id'], r['text']) for r in odd}
+
+
+def test_a_document_of_zero_tokens(tmp_path: Path):
+  """A tokenizer without an unknown piece drops what it does not know: nothing is left of some texts."""
+  tokenizers = pytest.importorskip('tokenizers')
+  letters = {letter: i for i, letter in enumerate('abcdefghijklmnopqrstuvwxyz')}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
+  tokenizer.add_special_tokens(['<|endoftext|>'])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  records = [*RECORDS[:5], {'id': 'none/1', 'source': 'none', 'text': '你好'}, *RECORDS[5:]]
+  (tmp_path / 'a.jsonl').write_bytes(lines(records))
+  (tmp_path / 'b.jsonl').write_bytes(lines([{'id': 'prose/x', 'source': 'prose', 'text': '再见'}, *RECORDS[:1]]))
+  keys = {'vocabulary': str(tmp_path / 'tokenizer.json')}
+  with pytest.raises(UserError, match=r'a\.jsonl, line 6: a document of zero tokens; .*on_error=skip'):
+    build(tmp_path / 'fail', f'jsonl:{tmp_path}/*.jsonl', **keys)
+  pool = build(tmp_path / 'skip', f'jsonl:{tmp_path}/*.jsonl', on_error='skip', **keys)
+  (tmp_path / 'a.jsonl').write_bytes(lines(RECORDS))
+  (tmp_path / 'b.jsonl').write_bytes(lines(RECORDS[:1]))
+  wanted = build(tmp_path / 'wanted', f'jsonl:{tmp_path}/*.jsonl', **keys)
+  np.testing.assert_array_equal(pool.tokens(range(pool.num_rows)), wanted.tokens(range(wanted.num_rows)))
+  assert list(pool.documents) == list(wanted.documents)
+  assert pool.card['skipped'] == 2 and pool.card['sources'].pop('none') == {'documents': 0, 'bytes': 0, 'rows': 0}
+  assert {**pool.card, 'skipped': 0} == wanted.card
+  skipped = [json.loads(entry) for entry in (pool.path / 'skipped.jsonl').read_text().splitlines()]
+  assert [s['where'] for s in skipped] == [f'{tmp_path}/a.jsonl, line 6', f'{tmp_path}/b.jsonl, line 1']
+  (tmp_path / 'none.jsonl').write_bytes(lines(records[5:6]))
+  with pytest.raises(UserError, match='no document has a token'):
+    build(tmp_path / 'empty', f'jsonl:{tmp_path}/none.jsonl', on_error='skip', **keys)
+
+
+def test_more_sources_than_can_be_told_apart(tmp_path: Path):
+  made = [{'id': str(i), 'source': f's{i}', 'text': 'a'} for i in range(32_768)]
+  (tmp_path / 'a.jsonl').write_bytes(lines(made))
+  with pytest.raises(
+    UserError, match=r'a\.jsonl brings the pool to more than 32,767 sources; .*source=FIELD'
+  ) as caught:
+    build(tmp_path / 'pool', f'jsonl:{tmp_path}/a.jsonl', drop_duplicates=False)
+  assert '\n' not in str(caught.value)
+
+
+def test_caps_and_weights(tmp_path: Path):
+  for name in 'ab':
+    made = [{'id': f'{name}/{i}', 'source': name, 'text': f'{name} {i} ' + 'word ' * 18} for i in range(300)]
+    (tmp_path / f'{name}.jsonl').write_bytes(lines(made))
+  a, b = (f'jsonl:{tmp_path}/{name}.jsonl' for name in 'ab')
+  size = build(tmp_path / 'all', a, b).card['sources']
+  total = size['a']['bytes'] + size['b']['bytes']
+  card = build(tmp_path / 'weights', f'{a} | weight=3', b, max_bytes=total // 4).card
+  # 300 draws at a share of 3/8 and 1/8: five standard deviations, and never above.
+  for name, share in (('a', 3 / 8), ('b', 1 / 8)):
+    kept = card['sources'][name]
+    assert kept['bytes'] <= share * total / 2 * 1.0 + 1
+    assert abs(kept['documents'] - share * 300) <= 5 * (300 * share * (1 - share)) ** 0.5
+  assert card['above_caps'] == 600 - card['documents']
+  card = build(tmp_path / 'caps', f'{a} | max_documents=40', f'{b} | max_bytes=3e3').card
+  assert 0 < card['sources']['a']['documents'] <= 40
+  assert 0 < card['sources']['b']['bytes'] <= 3_000
+  # What one source has too little of goes to the other.
+  card = build(tmp_path / 'scarce', f'{a} | max_bytes=1e3', b, max_bytes=total // 2).card
+  assert card['sources']['b']['documents'] > 0.8 * 300
+
+
+def test_caps_and_weights_hold_for_sources_that_are_read_from_beginning_to_end(tmp_path: Path):
+  import seqio
+  import tensorflow as tf
+
+  def made(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    return tf.data.Dataset.from_tensor_slices({'text': [f'seqio {i} ' + 'word ' * 18 for i in range(300)]})
+
+  name = 'test_caps_task'
+  source = seqio.FunctionDataSource(made, splits=['train'])
+  seqio.TaskRegistry.add(name, source=source, output_features={'text': seqio.Feature(seqio.ByteVocabulary())})
+  size = build(tmp_path / 'all', f'seqio:{name}').card['bytes']
+  assert build(tmp_path / 'bytes', f'seqio:{name} | max_bytes=3e3').card['bytes'] <= 3_000
+  assert 0 < build(tmp_path / 'documents', f'seqio:{name} | max_documents=40').card['documents'] <= 40
+  card = build(tmp_path / 'budget', f'seqio:{name}', max_bytes=size // 4).card
+  assert 0.15 * size < card['bytes'] <= size // 4 and card['above_caps'] == 300 - card['documents']
+  other = [{'id': f'b/{i}', 'source': 'b', 'text': f'other {i} ' + 'word ' * 18} for i in range(300)]
+  (tmp_path / 'b.jsonl').write_bytes(lines(other))
+  card = build(tmp_path / 'weights', f'seqio:{name} | weight=3', f'jsonl:{tmp_path}/b.jsonl', max_bytes=size // 2).card
+  # 300 draws at a share of 3/8 and 1/8: five standard deviations.
+  for source_name, share in ((name, 3 / 8), ('b', 1 / 8)):
+    kept = card['sources'][source_name]
+    assert kept['bytes'] <= share * size
+    assert abs(kept['documents'] - share * 300) <= 5 * (300 * share * (1 - share)) ** 0.5
+  functions = 'tests.data.conftest:invented'
+  assert build(tmp_path / 'few', f'{functions} | max_documents=5', max_bytes=9_000).card['documents'] <= 5
+  card = build(tmp_path / 'mixed', functions, f'seqio:{name}', max_bytes=20_000).card
+  assert 15_000 < card['bytes'] <= 20_000
+
+
+@pytest.mark.parametrize(
+  ('line', 'said'),
+  [
+    ('jsonl:a | wieght=2', "option 'wieght=2' is none of name="),
+    ('jsonl:a | weight=much', 'weight=much is no number'),
+    ('jsonl:a | weight=0', 'weight must be above 0'),
+    ('jsonl:a | weight=inf', 'weight must be above 0 and at most 1,000,000'),
+    ('jsonl:a | max_bytes=1e999', 'max_bytes=1e999 is no number'),
+    ('jsonl:a | max_documents=1e15', 'max_documents must be at least 0 and at most 1,000,000,000,000'),
+    ('csv/x', 'whose kind is none of'),
+    ('jsonl:', 'nothing behind jsonl:'),
+    ('jsonl:a | name=', 'name= is empty'),
+  ],
+)
+def test_bad_lines(line: str, said: str):
+  with pytest.raises(UserError, match=said) as caught:
+    sources.parse(line)
+  assert repr(line) in str(caught.value)
+
+
+def test_a_tfds_dataset_that_tfds_prepares(tmp_path: Path):
+  """TFDS's way of preparing a dataset works with what requirements.txt installs; TFRecord, its usual format."""
+  from tests.data.prepared import Lines
+
+  builder = Lines(data_dir=str(tmp_path / 'tfds'), file_format='tfrecord')
+  builder.download_and_prepare()
+  pool = build(tmp_path / 'pool', f'tfds:{builder.data_dir} | name=lines')
+  assert {d['bytes'] for d in pool.documents} == {29, 30} and len(pool.documents) == 20
+  with pytest.raises(UserError, match=r"piqa is not prepared in .*builder\('piqa'\)\.download_and_prepare"):
+    build(tmp_path / 'none', 'tfds:piqa | text=goal')
+
+
+@pytest.mark.parametrize(
+  ('kind', 'ending', 'write'),
+  [('jsonl', 'jsonl.gz', gzip.compress), ('jsonl', 'jsonl.zst', zstandard.compress), ('parquet', 'parquet', None)],
+)
+def test_files_behind_an_address(kind: str, ending: str, write: Callable[[bytes], bytes] | None, tmp_path: Path):
+  """fsspec's file system in memory: the way of gs://, hf:// and all others."""
+  import fsspec
+
+  local = tmp_path / f'a.{ending}'
+  if write is None:
+    write_parquet(local, lines(RECORDS))
+  else:
+    local.write_bytes(write(lines(RECORDS)))
+  memory = fsspec.filesystem('memory')
+  memory.pipe(f'/{tmp_path.name}/a.{ending}', local.read_bytes())
+  memory.pipe(f'/{tmp_path.name}/b.other', b'not this one')
+  there = build(tmp_path / 'there', f'{kind}:memory://{tmp_path.name}/*.{ending}')
+  here = build(tmp_path / 'here', f'{kind}:{local}')
+  np.testing.assert_array_equal(there.tokens(range(there.num_rows)), here.tokens(range(here.num_rows)))
+  assert list(there.documents) == list(here.documents)
+  memory.pipe(f'/{tmp_path.name}/c.{ending}', local.read_bytes()[:-40])
+  with pytest.raises(UserError, match=rf'^memory://.*c\.{ending}'):
+    build(tmp_path / 'bad', f'{kind}:memory://{tmp_path.name}/c.{ending}')
+
+
+def test_an_address_that_cannot_be_reached_is_one_line(tmp_path: Path):
+  import importlib.util
+
+  for address, said in (
+    ('ftp://127.0.0.1:9/x-*.jsonl', r'cannot be (reached|listed) \(ConnectionRefusedError'),
+    ('nosuch://x-*.jsonl', r'cannot be reached \(ValueError Protocol not known'),
+    ('gs://bucket/x-*.jsonl', r'gs:// need gcsfs; pip install it'),
+  ):
+    if address.startswith('gs') and importlib.util.find_spec('gcsfs'):
+      continue
+    with pytest.raises(UserError, match=said) as caught:
+      build(tmp_path / 'a', f'jsonl:{address}')
+    assert '\n' not in str(caught.value)
+
+
+def test_states_of_source_files(tmp_path: Path):
+  line = f'jsonl:{tmp_path}/*.jsonl'
+  assert sources.states([line, 'installed_packages']) == {line: ''}
+  (tmp_path / 'a.jsonl').write_bytes(lines(RECORDS))
+  [first] = sources.states([f'{line} | weight=2']).values()
+  assert first.startswith('1 files, state ') and sources.states([line]) == {line: first}
+  (tmp_path / 'a.jsonl').write_bytes(lines(RECORDS[1:]))
+  [second] = sources.states([line]).values()
+  (tmp_path / 'b.jsonl').write_bytes(b'')
+  [third] = sources.states([line]).values()
+  assert len({first, second, third}) == 3
+
+
+def test_state_is_the_content_of_small_files_and_the_time_of_large_ones(tmp_path: Path, monkeypatch):
+  """A pool is not made anew because its text was unpacked or copied again; large files are not read at each start."""
+  file, line = tmp_path / 'a.jsonl', f'jsonl:{tmp_path}/*.jsonl'
+  text = lines(RECORDS)
+
+  def state(text: bytes, time: int) -> str:
+    file.write_bytes(text)
+    os.utime(file, ns=(time, time))
+    [found] = sources.states([line]).values()
+    return found
+
+  first = state(text, 10**18)
+  assert state(text, 2 * 10**18) == first
+  assert state(text.swapcase(), 10**18) != first
+  monkeypatch.setattr(files, '_READ_WHOLE', len(text) - 1)
+  large = state(text, 10**18)
+  assert state(text.swapcase(), 10**18) == large != state(text, 2 * 10**18)

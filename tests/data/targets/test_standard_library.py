@@ -1,0 +1,117 @@
+"""Documentation is read from source text alone, in a fixed order, without licences."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from dsdm_jax.data.targets import standard_library
+from dsdm_jax.data.targets.standard_library import first_sentence, read_module, read_topics, without_licences
+
+PROSE = 'Words that describe what this module is for and how it is used. ' * 4
+
+MODULE = f'''"""{PROSE}"""
+import does_not_exist
+
+class Box(dict, metaclass=Meta):
+  """A box for things that are small."""
+
+  def put(self, thing, *, where: int = 0, **rest) -> None:
+    """Put a thing into the box.  Then close it."""
+
+  def _hidden(self):
+    """Nobody should ask about this one."""
+
+try:
+  from _fast import shake
+except ImportError:
+  def shake(box, /, times=3):
+    """Shake the box, i.e. make its contents move about
+
+    more text
+    """
+
+def shake(box):
+  """A second definition that does not count."""
+
+def undocumented(): pass
+
+async def wait(seconds: float):
+  """Wait for so many seconds."""
+'''
+
+
+def test_read_module_by_hand():
+  prose, entries = read_module('pkg.mod', MODULE)
+  assert [(p.document, p.id) for p in prose] == [('pkg.mod', 'pkg.mod')]
+  assert prose[0].text == PROSE.strip()
+  assert [(e.kind, e.signature, e.summary) for e in entries] == [
+    ('Class', 'Box(dict)', 'A box for things that are small.'),
+    ('Method', 'Box.put(self, thing, *, where: int=0, **rest)', 'Put a thing into the box.'),
+    ('Function', 'shake(box, /, times=3)', 'Shake the box, i.e. make its contents move about'),
+    ('Function', 'wait(seconds: float)', 'Wait for so many seconds.'),
+  ]
+  assert entries[1].id == 'pkg.mod.Box.put'
+
+
+@pytest.mark.parametrize(
+  ('docstring', 'sentence'),
+  [
+    ('Return the whole name. And more.', 'Return the whole name.'),
+    ('Return the name e.g. of a file. And more.', 'Return the name e.g. of a file.'),
+    ('Return the value 3.5 or another\n   one.', 'Return the value 3.5 or another one.'),
+    ('No full stop here\n\nSecond paragraph.', 'No full stop here'),
+    ('Too short.', ''),
+    ('shorten(text) -> str', ''),
+    ('lower case begins this sentence.', ''),
+    ('Word ' * 41, ''),
+    ('List of things: - one - two - three.', ''),
+  ],
+)
+def test_first_sentence(docstring: str, sentence: str):
+  assert first_sentence(docstring) == sentence
+
+
+def test_licence_paragraphs_are_left_out():
+  text = (
+    'First.\n\nCopyright (c) 1999 Somebody.\nAll rights reserved.\n\n  Indented.  \n\nPermission to use this.\n\nLast.'
+  )
+  assert without_licences(text) == 'First.\n\n  Indented.\n\nLast.'
+
+
+def test_topics():
+  source = f'# generated\ntopics = {{"b": "{PROSE}", "a": "{PROSE}", "short": "x"}}\n'
+  assert [(p.document, p.text) for p in read_topics(source)] == [
+    ('topics/a', PROSE.strip()),
+    ('topics/b', PROSE.strip()),
+  ]
+  assert read_topics('x = 1') == []
+
+
+def test_read_a_library(tmp_path: Path):
+  files = {
+    'b.py': MODULE,
+    'a/__init__.py': '"""Short."""',
+    'a/c.py': MODULE,
+    'a/_private.py': MODULE,
+    'test/t.py': MODULE,
+    'site-packages/p.py': MODULE,
+    'broken.py': 'def (',
+    'pydoc_data/topics.py': f'topics = {{"t": "{PROSE}"}}',
+  }
+  for name, source in files.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(source)
+  (tmp_path / 'latin.py').write_bytes(b'"""caf\xe9"""')
+  library = standard_library.read(str(tmp_path))
+  assert [p.document for p in library.prose] == ['topics/t', 'a.c', 'b']
+  assert [e.module for e in library.entries] == ['a.c'] * 4 + ['b'] * 4
+
+
+def test_this_library():
+  library = standard_library.read()
+  by_id = {e.id: e for e in library.entries}
+  assert by_id['textwrap.shorten'].signature == 'shorten(text, width, **kwargs)'
+  assert by_id['textwrap.shorten'].summary == first_sentence(textwrap.shorten.__doc__)
+  assert len(library.entries) > 2_000
+  assert len({p.document for p in library.prose}) > 100

@@ -1,0 +1,150 @@
+"""Target sequences, hand-worked on a vocabulary of bytes, and what the stage leaves on disk."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.data.pool.encoders import ByteEncoder
+from dsdm_jax.data.targets.targets import Targets, build, pieces, sequence
+from dsdm_jax.errors import UserError
+from tests.data.conftest import run_pool, run_targets, small_config
+
+
+def by_bytes(text: str) -> list[int]:
+  return [100 + b for b in text.encode()]
+
+
+class Bytes(ByteEncoder):
+  def encode(self, text: str) -> list[int]:
+    return by_bytes(text)
+
+
+def test_sequence_by_hand():
+  tokens_L, weights_L = sequence(by_bytes, 'Q:', 'yes', 10)
+  assert tokens_L.tolist() == [1, *by_bytes('Q: yes'), 0, 0, 0]
+  assert weights_L.tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
+  assert (tokens_L.dtype, weights_L.dtype) == (np.int32, np.float32)
+
+
+def test_padding_is_the_vocabularys():
+  tokens_L, weights_L = sequence(by_bytes, 'Q:', 'yes', 10, eos=7, pad=9)
+  assert tokens_L.tolist() == [7, *by_bytes('Q: yes'), 9, 9, 9]
+  assert weights_L.tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
+
+
+def test_white_space_where_context_and_answer_meet_is_one_space():
+  assert sequence(by_bytes, 'Q: \n', '  yes ', 10)[0].tolist() == [1, *by_bytes('Q: yes'), 0, 0, 0]
+
+
+def test_long_context_loses_its_beginning():
+  tokens_L, weights_L = sequence(by_bytes, 'abcdef', 'xy', 7)
+  assert tokens_L.tolist() == [1, *by_bytes('def xy')]
+  assert weights_L.tolist() == [0, 0, 0, 0, 1, 1, 1]
+  tokens_L, weights_L = sequence(by_bytes, 'abcdef', 'xyzuv', 7)
+  assert tokens_L.tolist() == [1, *by_bytes(' xyzuv')]
+  assert weights_L.tolist() == [0, 1, 1, 1, 1, 1, 1]
+
+
+def test_language_modelling_counts_all_but_the_end_mark():
+  tokens_L, weights_L = sequence(by_bytes, '', ' ab', 6)
+  assert tokens_L.tolist() == [1, *by_bytes(' ab'), 0, 0]
+  assert weights_L.tolist() == [0, 1, 1, 1, 0, 0]
+
+
+def test_answers_that_are_empty_or_do_not_fit():
+  assert sequence(by_bytes, 'Q:', ' ', 10) is None
+  assert sequence(by_bytes, 'Q:', 'x' * 9, 10) is None
+  assert sequence(by_bytes, '', 'x' * 9, 10) is not None
+
+
+@given(st.text('ab \n', max_size=300), st.integers(8, 40))
+def test_pieces_are_whole_lines_that_fit(text: str, length: int):
+  found = list(pieces(by_bytes, text, length))
+  lines = text.split('\n')
+  place = 0
+  for piece in found:
+    assert length // 4 <= len(by_bytes(piece)) <= length
+    # Consecutive lines of the text, and every piece after the one before.
+    wanted = piece.split('\n')
+    place = next(i for i in range(place, len(lines)) if lines[i : i + len(wanted)] == wanted) + len(wanted)
+
+
+def test_pieces_end_at_a_blank_line_in_the_second_half():
+  text = 'aaaa\nbbbb\n\ncccc\ndddd\neeee\nffff'
+  assert list(pieces(by_bytes, text, 19)) == ['aaaa\nbbbb', 'cccc\ndddd\neeee', 'ffff']
+  assert list(pieces(by_bytes, 'x' * 30 + '\naaaa', 12)) == ['aaaa']
+
+
+def test_build_splits_samples_and_counts(write_jsonl: Callable[[str], str]):
+  records = [{'context': f'c{i}', 'answer': f'answer {i}', 'document': f'd{i % 40}'} for i in range(200)]
+  records += [records[0], {'context': 'c', 'answer': 'x' * 40, 'document': 'd0'}]
+  config = small_config().targets
+  config.tasks = (write_jsonl('\n'.join(map(json.dumps, records))),)
+  config.max_examples = 1_000
+  examples, counts = build(config, Bytes(), 24)
+  count = counts['mine']
+  assert (count['documents'], count['items'], count['duplicates'], count['unfit']) == (40, 202, 1, 1)
+  assert count['target'] + count['holdout'] == 200
+  documents = {s: {r['document'] for r in examples['mine', s].records} for s in ('target', 'holdout')}
+  assert documents['target'] | documents['holdout'] == {f'd{i}' for i in range(40)}
+  assert not documents['target'] & documents['holdout']
+  # A sample takes from every document before it takes from one again, and is the beginning of a larger one.
+  config.max_examples = len(documents['target'])
+  fewer, _ = build(config, Bytes(), 24)
+  assert len({r['document'] for r in fewer['mine', 'target'].records}) == len(documents['target'])
+  assert fewer['mine', 'target'].records == examples['mine', 'target'].records[: config.max_examples]
+
+
+def test_a_split_without_examples_is_an_error(write_jsonl: Callable[[str], str]):
+  config = small_config().targets
+  config.tasks = (write_jsonl('{"context": "a", "answer": "b"}\n'),)
+  with pytest.raises(UserError, match=r"'mine' has no example in its (target|holdout) split"):
+    build(config, Bytes(), 24)
+
+
+def test_stage(tiny_artifact: Artifact, tmp_path: Path):
+  config = small_config()
+  artifact = run_targets(config, tmp_path, tiny_artifact)
+  found = Targets(artifact)
+  assert found.tasks == ['cs_algorithms']
+  assert 'padded with 0;' in artifact.semantics['sequence']  # of a trained vocabulary
+  for split in ('target', 'holdout'):
+    examples = found.examples('cs_algorithms', split)
+    assert examples.tokens_TL.shape == examples.weights_TL.shape == (len(examples), 48)
+    assert (examples.tokens_TL.dtype, examples.weights_TL.dtype) == (np.int32, np.float32)
+    assert len(examples) == config.targets.max_examples
+    assert not examples.weights_TL[:, 0].any()
+    assert (examples.weights_TL.sum(axis=1) >= 1).all()
+    assert not examples.weights_TL[examples.tokens_TL == 0].any()
+    assert set(examples.records[0]) == {'id', 'context', 'answer', 'document'}
+  with pytest.raises(KeyError):
+    found.examples('docs', 'target')
+  with pytest.raises(KeyError):
+    found.examples('cs_algorithms', 'train')
+  again = run_targets(config, tmp_path / 'again', tiny_artifact)
+  for file in sorted(artifact.path.iterdir()):
+    assert file.read_bytes() == (again.path / file.name).read_bytes()
+
+
+def test_odd_text_survives_the_files(tiny_artifact: Artifact, tmp_path: Path, write_jsonl: Callable[[str], str]):
+  config = small_config()
+  odd = 'a\u2028b\x85é'
+  records = [{'context': f'{odd}{i}', 'answer': f'{odd}{i}'} for i in range(40)]
+  config.targets.tasks = (write_jsonl('\n'.join(json.dumps(r, ensure_ascii=False) for r in records)),)
+  found = Targets(run_targets(config, tmp_path, tiny_artifact)).examples('mine', 'target')
+  assert all(r['answer'].startswith(odd) for r in found.records)
+
+
+def test_pool_and_targets_agree_on_the_examples(tmp_path: Path):
+  """What a pool plants is what the targets stage makes, though only the pool's vocabulary is common to both."""
+  config = small_config(plant_targets=3)
+  pool_artifact = run_pool(config, tmp_path)
+  examples = Targets(run_targets(config, tmp_path, pool_artifact)).examples('cs_algorithms', 'target')
+  planted = json.loads((pool_artifact.path / 'planted.json').read_text())
+  assert [p['id'] for p in planted] == [r['id'] for r in examples.records[:3]]
