@@ -122,5 +122,5 @@ def test_damaged_file_is_named(copied):
 
 
 def test_no_run(tmp_path):
-  with pytest.raises(UserError, match='holds no finished stage'):
+  with pytest.raises(UserError, match='has no finished stage'):
     dsdm_jax.load(tmp_path)
