@@ -2,64 +2,10 @@
 
 import os
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
-FAKE = """#!/usr/bin/env bash
-case "$1 $2" in
-  "-c "*) exit {suits} ;;
-  "--version "*) echo Python {version} ;;
-  "-m venv") mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python" ;;
-  "-m pip") [[ $3 == --version ]] || echo "$*" >>"{log}/pip" ;;
-  "-m dsdm_jax.main") shift 2 && printf '%s\\n' "$@" >"{log}/main" && exit "${{EXIT_CODE:-0}}" ;;
-esac
-"""
-TOOLS = 'bash dirname basename cat cmp cp rm mkdir env'.split()
-
-
-class Checkout:
-  """A copy of the launch scripts in a folder with a space in its name, and a PATH with only the tools they need."""
-
-  def __init__(self, folder: Path, repo: Path):
-    self.root = folder / 'a repository'
-    self.log = folder / 'log'
-    self.path = folder / 'bin'
-    self.system = folder / 'system'  # its /sys and /dev
-    for new in (self.root, self.log, self.path, self.system):
-      new.mkdir()
-    shutil.copytree(repo / 'launch', self.root / 'launch')
-    for name in ('requirements.txt', 'requirements-tpu.txt', 'requirements-cuda.txt', 'requirements.lock'):
-      shutil.copy(repo / name, self.root)
-    for tool in TOOLS:
-      program = shutil.which(tool)
-      assert program is not None
-      (self.path / tool).symlink_to(program)
-
-  def add_python(self, name: str, suits: bool = True, version: str = '3.12.1') -> Path:
-    file = self.path / name
-    file.write_text(FAKE.format(suits=int(not suits), version=version, log=self.log))
-    file.chmod(0o755)
-    return file
-
-  def run(self, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-      ['bash', self.root / 'launch' / 'run.sh', *arguments],
-      cwd=cwd or self.root,
-      env={'PATH': str(self.path), 'DSDM_JAX_SYSTEM': str(self.system), **environment},
-      capture_output=True,
-      text=True,
-      check=False,
-    )
-
-  def main_arguments(self) -> list[str]:
-    return (self.log / 'main').read_text().splitlines()
-
-  def installations(self) -> int:
-    file = self.log / 'pip'
-    return len(file.read_text().splitlines()) if file.exists() else 0
+from tests.helpers.launch import Checkout
 
 
 @pytest.fixture

@@ -1,76 +1,13 @@
 """launch/tpu.sh with a fake gcloud, which records its arguments and answers from a script."""
 
-import os
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 
-# Each call is one line, its words separated by \x1f. `describe`, `create` and `scp` answer with the next word of the
-# file of their name, and repeat the last one: OK, a state, or the name of an error. The exit code of the run is the
-# content of `exit_code`, once the run was started `runs` times.
-GCLOUD = """#!/usr/bin/env bash
-printf '%s\\x1f' "$@" >>{log}/calls
-echo >>{log}/calls
-if [[ $4 == describe || $4 == create || $4 == scp ]]; then
-  read -r word more <{log}/$4
-  echo "${{more:-$word}}" >{log}/$4
-  if [[ -f {log}/error_$word ]]; then
-    printf 'ERROR: (gcloud.compute.tpus.%s.%s) %s\\n' "$3" "$4" "$(<{log}/error_$word)" >&2
-    exit 1
-  fi
-  [[ $4 != describe ]] || echo "$word"
-fi
-if [[ $* == *'cat dsdm_jax/exit_code'* ]]; then
-  calls=$(<{log}/calls) started=0
-  while [[ $calls == *nohup* ]]; do calls=${{calls#*nohup}} started=$((started + 1)); done
-  ((started < $(<{log}/runs))) || cat {log}/exit_code
-fi
-"""
-ERRORS = {
-  'GONE': "NOT_FOUND: Resource 'projects/p/locations/us-west4-a/nodes/mine' was not found",
-  'OFFLINE': 'UNAVAILABLE: failed to connect to all addresses',
-  'FULL': '{"code": 8, "message": "There is no more capacity in the zone \\"us-west4-a\\"; try another zone"}',
-}
+from tests.helpers.launch import ERRORS, Cloud
+
 WHERE = ('--zone=us-west4-a',)
-
-
-class Cloud:
-  def __init__(self, folder: Path, repo: Path):
-    self.log, self.script = folder / 'log', repo / 'launch' / 'tpu.sh'
-    self.log.mkdir()
-    (folder / 'bin').mkdir()
-    stand_in = folder / 'bin' / 'gcloud'
-    stand_in.write_text(GCLOUD.format(log=shlex.quote(str(self.log))))
-    stand_in.chmod(0o755)
-    for word, error in ERRORS.items():
-      (self.log / f'error_{word}').write_text(error)
-    self.environment = {**os.environ, 'PATH': f'{folder / "bin"}:{os.environ["PATH"]}'}
-    self.answer()
-
-  def answer(
-    self, states: str = 'READY', exit_code: int = 0, runs: int = 1, create: str = 'OK', scp: str = 'OK'
-  ) -> None:
-    given = {'describe': states, 'exit_code': exit_code, 'runs': runs, 'create': create, 'scp': scp}
-    for name, value in given.items():
-      (self.log / name).write_text(f'{value}\n')
-
-  def run(self, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-      ['bash', self.script, *arguments], env=self.environment, capture_output=True, text=True, check=False, timeout=600
-    )
-
-  def calls(self) -> list[list[str]]:
-    file = self.log / 'calls'
-    return [line.split('\x1f')[2:-1] for line in file.read_text().splitlines()] if file.exists() else []
-
-  def verbs(self) -> list[str]:
-    """'tpu-vm create' and so on, without what only looks."""
-    found = [' '.join(call[:2]) for call in self.calls()]
-    return [
-      verb for verb, call in zip(found, self.calls(), strict=True) if 'describe' not in verb and 'tail' not in str(call)
-    ]
 
 
 @pytest.fixture
