@@ -20,7 +20,7 @@ plans. Features are two-sided, which is what makes the scale affordable; the pap
 - SemDeDup keeps what is no near duplicate (the paper: a fifth of the pool).
 """
 
-from configs import paper
+from dsdm_jax.configs import paper
 
 
 def get_config():

@@ -8,7 +8,7 @@ A pod of accelerators; it has not been run as a whole. Dense features of J = 16,
 `two_sided` is the cheap way. The paper's own pool, targets and arms are those of `configs/c4_dsdm.py`.
 """
 
-from configs import base
+from dsdm_jax.configs import base
 
 
 def get_config():

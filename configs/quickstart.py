@@ -8,7 +8,7 @@ Two CPU cores: under 6 minutes after installation. Models trained on DsDm's choi
 random rows by 0.21 nats per token on `docs` and 0.23 on `api_qa`; see README.md.
 """
 
-from configs import base
+from dsdm_jax.configs import base
 
 
 def get_config():

@@ -5,7 +5,7 @@ Run it with:
     bash launch/run.sh --config=configs/quickstart_controls.py
 """
 
-from configs import quickstart
+from dsdm_jax.configs import quickstart
 
 
 def get_config():

@@ -10,7 +10,7 @@ compared with them. Arms of the name `again_…` are `base` with other proxies: 
 are conditional on one selection leave out. The command prints what each arm took.
 """
 
-from configs import quickstart
+from dsdm_jax.configs import quickstart
 
 _DSDM = {'selection.methods': ('dsdm',)}
 

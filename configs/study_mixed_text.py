@@ -9,7 +9,7 @@ Put or link the text at `data/pool/*.jsonl.gz` (fields `id`, `source`, `text`) a
 times, as in the paper, random data both four times and once. Numbers and what they say: docs/results.md.
 """
 
-from configs import base
+from dsdm_jax.configs import base
 
 PAPER_MIX = 'lambada+squad_xquad+jeopardy'
 _DSDM = {'selection.methods': ('dsdm',), 'pretraining.seeds': 3, 'ladder.rungs': ()}

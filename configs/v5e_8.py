@@ -11,7 +11,7 @@ See what it takes first, on any machine with libtpu (requirements-tpu.txt):
 Bring a pool of your own (pool.sources, docs/pools.md) and targets (targets.tasks). It has not been run as a whole.
 """
 
-from configs import paper
+from dsdm_jax.configs import paper
 
 
 def get_config():

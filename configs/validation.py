@@ -9,7 +9,7 @@ Run it with:
 The table is runs/validation/validation/lds.md; docs/validation.md says what to make of it.
 """
 
-from configs import base
+from dsdm_jax.configs import base
 
 
 def get_config():

@@ -1,16 +1,35 @@
-"""DsDm: dataset selection with datamodels (Engstrom, Feldmann, Madry, ICML 2024) on JAX."""
+"""DsDm: dataset selection with datamodels (Engstrom, Feldmann, Madry, ICML 2024) on JAX.
 
-import os
-from typing import TYPE_CHECKING
+The names in `__all__` are the public API. Each is imported when it is first used, so that `import dsdm_jax` imports
+neither JAX nor NumPy. `examples/own_model.py` shows how they work together.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from dsdm_jax.api import Run
+  from dsdm_jax.api import load
+  from dsdm_jax.attribution.datamodel import gram, solve
+  from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
+  from dsdm_jax.attribution.store import FeatureStore
+  from dsdm_jax.data.order.selection import Selection
 
 __version__ = '0.1.0'
+__all__ = ['DenseFeatures', 'FeatureStore', 'Selection', 'TwoSidedFeatures', '__version__', 'gram', 'load', 'solve']
+
+_MODULES = {
+  'load': 'api',
+  'TwoSidedFeatures': 'attribution.gradients',
+  'DenseFeatures': 'attribution.gradients',
+  'gram': 'attribution.datamodel',
+  'solve': 'attribution.datamodel',
+  'FeatureStore': 'attribution.store',
+  'Selection': 'data.order.selection',
+}
 
 
-def load(workdir: str | os.PathLike, verify: bool = True) -> 'Run':
-  """Opens a run for a notebook: its pool, scores, selections and results; see `dsdm_jax.api.load`."""
-  from dsdm_jax import api  # here, so that `import dsdm_jax` costs nothing
-
-  return api.load(workdir, verify)
+def __getattr__(name: str) -> Any:
+  if name not in _MODULES:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  globals()[name] = value = getattr(importlib.import_module(f'{__name__}.{_MODULES[name]}'), name)
+  return value

@@ -1,6 +1,6 @@
-"""A run, opened for notebooks: pool, scores, selections and results as objects with pandas tables and plots.
+"""Opens a run in a notebook: pool, scores, selections and results as objects with pandas tables and plots.
 
-Everything is read when it is first asked for, and only from stages that are finished. Nothing here writes.
+Objects read finished stages, each on its first use. Nothing here writes.
 """
 
 import dataclasses
@@ -28,36 +28,31 @@ if TYPE_CHECKING:
 
 
 def load(workdir: str | os.PathLike, verify: bool = True) -> 'Run':
-  """Opens a workdir, finished or not.
+  """Opens the finished stages of a workdir.
 
   Args:
-    workdir: folder of the run, as given to `--workdir`.
-    verify: read each stage's files back against their checksums when it is first used.
+    workdir: the `--workdir` of the run.
+    verify: check the files of each stage against their checksums on its first use.
 
   Raises:
-    UserError: no stage is finished there.
+    UserError: no stage is finished.
 
   Example:
     >>> import dsdm_jax
     >>> run = dsdm_jax.load('runs/quickstart')
     >>> run.scores.top('docs', 5)  # the five rows that help most, with their text
     >>> run.results.comparisons.query("verdict == 'better'")
-    >>> run.results.plot('docs')  # shows itself in a notebook; .save('docs.png') writes it
+    >>> run.results.plot('docs')  # .save('docs.png') writes it
   """
   workdir = Path(workdir).absolute()
   stages = tuple(stage for stage in report_data.STAGES if (workdir / stage / artifacts.MANIFEST).is_file())
   if not stages:
-    raise UserError(f'{workdir} holds no finished stage; give the folder that a run was started with as --workdir')
+    raise UserError(f'{workdir} has no finished stage; give the --workdir of a run')
   return Run(workdir, stages, verify)
 
 
 class Run:
-  """A workdir.
-
-  Attributes:
-    workdir: its folder.
-    stages: names of the stages that are finished.
-  """
+  """A run. Attributes: `workdir`, its folder; `stages`, names of its finished stages."""
 
   def __init__(self, workdir: Path, stages: Sequence[str], verify: bool):
     self.workdir, self.stages, self._verify = workdir, tuple(stages), verify
@@ -67,25 +62,22 @@ class Run:
     return f'Run({str(self.workdir)!r}, stages={self.stages})'
 
   def artifact(self, stage: str) -> Artifact:
-    """A finished stage: `.path`, and its `.manifest` with settings, semantics, cost and versions.
+    """A finished stage: `.path`, and `.manifest` with settings, semantics, cost and versions.
 
-    Raises:
-      UserError: it is not finished, or a file of it is missing or damaged.
+    Raises a `UserError` if the stage is not finished, or one of its files is missing or damaged.
     """
     if stage not in self._opened:
-      found = artifacts.open_stage(self.workdir, stage)
-      if found is None:
-        raise UserError(
-          f'{self.workdir} has no finished {stage}; finished are {", ".join(self.stages)}: let the run go on'
-        )
+      artifact = artifacts.open_stage(self.workdir, stage)
+      if artifact is None:
+        raise UserError(f'{self.workdir} has no finished {stage}, only {", ".join(self.stages)}; resume the run')
       if self._verify:
-        found.verify()
-      self._opened[stage] = found
+        artifact.verify()
+      self._opened[stage] = artifact
     return self._opened[stage]
 
   @functools.cached_property
   def config(self) -> dict[str, Any]:
-    """Flat config key → value, of all finished stages together."""
+    """Flat config key → value, from all finished stages."""
     merged: dict[str, Any] = {}
     for stage in self.stages:
       merged |= self.artifact(stage).settings
@@ -110,41 +102,32 @@ class Run:
   @property
   def cost(self) -> 'pd.DataFrame':
     """Seconds, floating-point operations and bytes on disk of each finished stage."""
-    rows = []
-    for stage in self.stages:
-      found = self.artifact(stage)
-      size = sum(entry['bytes'] for entry in found.manifest['files'].values())
-      rows.append({'stage': stage, **found.manifest['cost'], 'bytes': size})
-    return _frame(rows).set_index('stage')
+    manifests = [self.artifact(stage).manifest for stage in self.stages]
+    rows = [m['cost'] | {'bytes': sum(file['bytes'] for file in m['files'].values())} for m in manifests]
+    return _frame(rows, index=list(self.stages)).rename_axis('stage')
 
 
 class PoolView(pool_lib.Pool):
-  """The candidate pool: `dsdm_jax.data.pool.pool.Pool`, and a table of its rows."""
+  """The candidate pool: `dsdm_jax.data.pool.pool.Pool` with a table of its rows."""
 
   @functools.cached_property
   def table(self) -> 'pd.DataFrame':
-    """A line for each row of the pool: `source`, `document`, `offset` (tokens into the document), `planted`."""
-    names = np.array([str(d['id']) for d in self.documents], dtype=object)
-    return _frame(
-      {
-        'source': np.array(self.sources, dtype=object)[self.source_N],
-        'document': names[self.document_N],
-        'offset': self.offset_N,
-        'planted': self.planted_N >= 0,
-      },
-      index_name='row',
-    )
+    """One line per row of the pool: `source`, `document`, `offset` (in tokens of the document), `planted`."""
+    sources = np.array(self.sources, dtype=object)
+    documents = np.array([str(document['id']) for document in self.documents], dtype=object)
+    columns = {'source': sources[self.source_N], 'document': documents[self.document_N], 'offset': self.offset_N}
+    return _frame(columns | {'planted': self.planted_N >= 0}).rename_axis('row')
 
   def show(self, rows: Sequence[int] | np.ndarray) -> 'pd.DataFrame':
-    """`table` of some rows, with their text."""
+    """Lines of `table` for some rows, with their text."""
     row_B = np.asarray(rows, np.int64)
     return self.table.loc[row_B].assign(text=[self.text(int(n)) for n in row_B])
 
 
 class ScoresView(Mapping[str, np.ndarray]):
-  """Scores of the datamodel: target → float32 [N]; higher is predicted to help the target more.
+  """Scores of the datamodel: target → float32 [N]. Training on a row with a higher score helps the target more.
 
-  `scores['docs']` is a task's, `scores['mix']` that of all targets together.
+  `scores['docs']` is for one task, `scores['mix']` for all targets together.
   """
 
   def __init__(self, artifact: Artifact, pool: PoolView, run: Run):
@@ -158,7 +141,7 @@ class ScoresView(Mapping[str, np.ndarray]):
 
   def __getitem__(self, target: str) -> np.ndarray:
     if target not in (*self.tasks, 'mix'):
-      raise KeyError(f'no scores for {target!r}; there are {", ".join(self)}')
+      raise KeyError(f'no scores for {target!r}, only for {", ".join(self)}')
     return self.arrays[f'score_{target}_N']
 
   def __iter__(self) -> Iterator[str]:
@@ -169,69 +152,68 @@ class ScoresView(Mapping[str, np.ndarray]):
 
   @functools.cached_property
   def table(self) -> 'pd.DataFrame':
-    """A line for each row of the pool and a column for each target."""
-    return _frame({target: self[target] for target in self}, index_name='row')
+    """One line per row of the pool, one column per target."""
+    return _frame({target: self[target] for target in self}).rename_axis('row')
 
   def interval(self, target: str) -> 'pd.DataFrame':
-    """`low`, `score` and `high` of each row for a target; over its tasks' documents, at `datamodel.confidence`.
+    """`low`, `score` and `high` of each row: an interval over the target's documents, at `datamodel.confidence`.
 
-    Raises:
-      UserError: the run made no resamples, or mixes tasks by rank.
+    Raises a `UserError` if the run has no resamples, or mixes tasks by rank.
     """
     from dsdm_jax.attribution.scores import Scores
 
     low_N, high_N = Scores(self._artifact).interval_2N(target)
-    return _frame({'low': low_N, 'score': self[target], 'high': high_N}, index_name='row')
+    return _frame({'low': low_N, 'score': self[target], 'high': high_N}).rename_axis('row')
 
   def top(self, target: str = 'mix', count: int = 10) -> 'pd.DataFrame':
-    """The rows of the highest scores, best first, with source, document and text."""
+    """The rows with the highest scores, best first, with source, document and text."""
     return self._ranked(target, np.argsort(-self[target], kind='stable')[:count])
 
   def bottom(self, target: str = 'mix', count: int = 10) -> 'pd.DataFrame':
-    """The rows of the lowest scores, worst first."""
+    """The rows with the lowest scores, worst first."""
     return self._ranked(target, np.argsort(self[target], kind='stable')[:count])
 
   def tokens(self, target: str, rows: Sequence[int] | np.ndarray, batch_size: int = 8) -> np.ndarray:
-    """What each token of some rows adds to their scores for a task, float32 [rows, L]; the first adds nothing.
+    """The contribution of each token of some rows to their scores, float32 [rows, L]; 0 for the first token.
 
-    They sum up to the rows' scores, but for how a store rounds features. The proxies pass over the rows for it,
-    `batch_size` at a time, on whatever devices there are.
+    Contributions of a row sum to its score, up to the rounding of stored features. This runs the proxies on all
+    devices of this machine.
 
     Args:
-      target: one task; the mix of several is no sum over tokens.
-      rows: as `run.pool.tokens` takes them; its columns are those of the result.
-      batch_size: rows at a time.
+      target: one task; the score of a mix is not a sum over tokens.
+      rows: rows of the pool. Columns of the result match `run.pool.tokens(rows)`.
+      batch_size: rows per step.
 
     Raises:
-      UserError: the run does not tell it, see `attribution.tokens`.
+      UserError: settings of the run do not allow it, see `attribution.tokens`.
     """
-    if target not in self.tasks:
-      raise KeyError(f'no scores of tokens for {target!r}; there are {", ".join(self.tasks)}')
-    if batch_size not in self._token_scores:
-      from dsdm_jax.attribution.tokens import TokenScores
+    from dsdm_jax.attribution.tokens import TokenScores
 
+    if target not in self.tasks:
+      raise KeyError(f'no scores of tokens for {target!r}, only for {", ".join(self.tasks)}')
+    if batch_size not in self._token_scores:
       inputs = {stage: self._run.artifact(stage) for stage in ('pool', 'proxies', 'features', 'datamodel')}
       self._token_scores = {batch_size: TokenScores(inputs, batch_size)}
     return self._token_scores[batch_size](target, rows)
 
   def _ranked(self, target: str, row_B: np.ndarray) -> 'pd.DataFrame':
-    found = self._pool.show(row_B)
-    found.insert(0, 'score', self[target][row_B])
-    return found
+    table = self._pool.show(row_B)
+    table.insert(0, 'score', self[target][row_B])
+    return table
 
   def plot(self, target: str = 'mix') -> Drawing:
-    """How the scores are spread, with what the DsDm and bottom-ranked arms took where these are there."""
-    chosen: dict[str, np.ndarray | None] = {'dsdm': None, 'bottom': None}
-    if 'selection' in self._run.stages:
-      for method in chosen:
-        found = [s for s in self._run.selections.entries if s.method == method and s.target_mix in (target, 'mix')]
-        found.sort(key=lambda s: s.target_mix != target)
-        chosen[method] = np.unique(found[0].rows) if found else None
-    return figures.histogram(figures.standardised(self[target]), chosen['dsdm'], chosen['bottom'])
+    """Histogram of the scores, with the rows of the DsDm and bottom-ranked arms if the run has them."""
+    entries = self._run.selections.entries if 'selection' in self._run.stages else []
+
+    def rows_of(method: str) -> np.ndarray | None:
+      by_target = {s.target_mix: np.unique(s.rows) for s in reversed(entries) if s.method == method}
+      return by_target.get(target, by_target.get('mix'))
+
+    return figures.histogram(figures.standardised(self[target]), rows_of('dsdm'), rows_of('bottom'))
 
 
 class SelectionsView(Mapping[str, selection_lib.Selection]):
-  """What each arm trains on: name → `Selection` with `rows`, `weights` and `provenance`."""
+  """The selections of all arms: name → `Selection` with `rows`, `weights` and `provenance`."""
 
   def __init__(self, artifact: Artifact, pool: PoolView):
     self._path, self._pool = artifact.path, pool
@@ -240,7 +222,7 @@ class SelectionsView(Mapping[str, selection_lib.Selection]):
 
   def __getitem__(self, name: str) -> selection_lib.Selection:
     if name not in self._names:
-      raise KeyError(f'no selection {name!r}; there are {", ".join(self._names)}')
+      raise KeyError(f'no selection {name!r}, only {", ".join(self._names)}')
     return selection_lib.Selection.load(self._path, name)
 
   def __iter__(self) -> Iterator[str]:
@@ -251,36 +233,36 @@ class SelectionsView(Mapping[str, selection_lib.Selection]):
 
   @property
   def table(self) -> 'pd.DataFrame':
-    """A line for each model to train: `name`, `selection`, `method`, `target`, `seed`, `examples`, `epochs`."""
+    """One line per final model: `name`, `selection`, `method`, `target`, `seed`, `examples`, `epochs`."""
     return _frame(self._index)
 
   @functools.cached_property
   def entries(self) -> list[report_data.Selected]:
-    """What every model trains on; models may share a selection."""
+    """One entry per final model; models may share a selection."""
     return [
       report_data.Selected(e['method'], e['target'], e['seed'], self[e['selection']].rows, e['epochs'], e['selection'])
       for e in self._index
     ]
 
-  @functools.cached_property
+  @property
   def _chosen(self) -> '_Chosen':
     return _Chosen(tuple(self._pool.sources), self._pool.source_N, self.entries)
 
   def sources(self) -> 'pd.DataFrame':
-    """Share of each source (columns) in the pool and in each arm's selections (lines)."""
+    """Share of each source (columns) in the pool and in the selections of each arm (lines)."""
     return _frame(tables.sources(self._chosen), index=list(self._pool.sources)).T
 
   def overlap(self) -> 'pd.DataFrame':
-    """Of what the arm of a line selected, the share that the arm of a column selected too."""
-    found = tables.overlap(self._chosen)
-    return _frame(found.share_AB, index=list(found.labels), columns=list(found.labels))
+    """The share of the rows of one arm (line) that another arm (column) selected too."""
+    overlap = tables.overlap(self._chosen)
+    return _frame(overlap.share_AB, index=list(overlap.labels), columns=list(overlap.labels))
 
   def plot_sources(self) -> Drawing:
     return figures.composition(tables.sources(self._chosen))
 
   def plot_overlap(self) -> Drawing:
-    found = tables.overlap(self._chosen)
-    return figures.overlap(found.labels, found.share_AB, found.chance_AB)
+    overlap = tables.overlap(self._chosen)
+    return figures.overlap(overlap.labels, overlap.share_AB, overlap.chance_AB)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,10 +273,9 @@ class _Chosen:
 
 
 class ResultsView:
-  """What the evaluation found; `docs/evaluation.md` says what each column is.
+  """Results of the evaluation: `raw` is `results.json`, and `docs/evaluation.md` explains all columns.
 
-  Attributes:
-    raw: the content of `results.json`.
+  `multiplier`, `ladder` and `plot_multiplier` raise a `UserError` if the run has no ladder.
   """
 
   def __init__(self, artifact: Artifact, run: Run):
@@ -303,7 +284,7 @@ class ResultsView:
 
   @property
   def arms(self) -> 'pd.DataFrame':
-    """A line for each model, task and split."""
+    """One line per model, task and split."""
     return _frame(self.raw['arms'])
 
   @property
@@ -318,48 +299,40 @@ class ResultsView:
 
   @property
   def multiplier(self) -> 'pd.DataFrame':
-    """What each arm is worth in compute on random data: a line for each arm, task and split, `gross …` and `net …`.
-
-    Raises:
-      UserError: the run has no ladder.
-    """
+    """Compute on random data that equals each arm, `gross …` and `net …`; one line per arm, task and split."""
     return _frame(tables.multipliers(self._multiplier))
 
   @property
   def ladder(self) -> 'pd.DataFrame':
-    """The random models that multipliers are read off: compute and log-probability of each rung, task and split.
-
-    Raises:
-      UserError: the run has no ladder.
-    """
+    """The random models behind `multiplier`: compute and log-probability of each rung, task and split."""
     return _frame(tables.ladder(self._multiplier))
 
   @property
   def _multiplier(self) -> dict[str, Any]:
     if self.raw['multiplier'] is None:
-      raise UserError('the run has no ladder to read compute off; set ladder.rungs and run again')
+      raise UserError('the run has no ladder; set ladder.rungs and run again')
     return self.raw['multiplier']
 
   def plot_multiplier(self, task: str = 'mean', split: str = 'holdout') -> Drawing:
-    """The ladder on one task, or on their mean, with the arms that were read off it."""
-    found = self._multiplier
-    curves = [c for c in found['curves'] if (c['task'], c['split']) == (task, split)]
-    if not curves:
-      raise KeyError(f'no ladder on {task!r}; there are {", ".join(c["task"] for c in found["curves"])}')
-    same = [a for a in found['arms'] if (a['task'], a['split']) == (task, split)]
-    return figures.multiplier(curves[0], same, formatting.several_targets(a['target_mix'] for a in found['arms']))
+    """The ladder on one task, or on the mean of all tasks, with the multiplier of each arm."""
+    curves, arms = self._multiplier['curves'], self._multiplier['arms']
+    curve = next((c for c in curves if (c['task'], c['split']) == (task, split)), None)
+    if curve is None:
+      raise KeyError(f'no ladder on {task!r}, only on {", ".join(c["task"] for c in curves)}')
+    same = [a for a in arms if (a['task'], a['split']) == (task, split)]
+    return figures.multiplier(curve, same, formatting.several_targets(a['target_mix'] for a in arms))
 
   @property
   def headline(self) -> str:
-    """The result in words, as the report begins."""
+    """The result in words: the first sentences of the report."""
     return ' '.join(formatting.headlines(self.raw)).replace('\u00a0', ' ')
 
   def plot(self, task: str) -> Drawing:
-    """The differences on one task, with their intervals."""
-    found = figures.forest(self.raw['comparisons'])
-    if task not in found:
-      raise KeyError(f'no comparisons on {task!r}; there are {", ".join(found)}')
-    return found[task]
+    """Differences on one task, with their intervals."""
+    plots = figures.forest(self.raw['comparisons'])
+    if task not in plots:
+      raise KeyError(f'no comparisons on {task!r}, only on {", ".join(plots)}')
+    return plots[task]
 
   @functools.cached_property
   def _curves(self) -> list[report_data.Curve]:
@@ -368,24 +341,21 @@ class ResultsView:
 
   @property
   def losses(self) -> 'pd.DataFrame':
-    """Training loss in nats per token: a line for each arm, seed and logged step."""
-    return _frame([
+    """Training loss in nats per token: one line per arm, seed and logged step."""
+    return _frame(
       {'method': c.method, 'target_mix': c.target_mix, 'seed': seed, 'step': int(step), 'loss': float(loss)}
       for c in self._curves
       for seed, loss_P in enumerate(c.loss_SP)
       for step, loss in zip(c.step_P, loss_P, strict=True)
-    ])  # fmt: skip
+    )
 
   def plot_losses(self) -> Drawing:
     return figures.losses(self._curves)
 
 
-def _frame(data: Any, index_name: str = '', **options: Any) -> 'pd.DataFrame':
+def _frame(data: Any, **options: Any) -> 'pd.DataFrame':
   try:
     import pandas
   except ImportError as error:
-    raise UserError('tables need pandas, which is not installed; pip install pandas, then try again') from error
-  frame = pandas.DataFrame(data, **options)
-  if index_name:
-    frame.index.name = index_name
-  return frame
+    raise UserError('tables need pandas; install it with: pip install pandas') from error
+  return pandas.DataFrame(data, **options)

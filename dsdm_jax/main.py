@@ -9,11 +9,11 @@ memory.use_huge_pages()  # the process may start anew here, so nothing that take
 from absl import flags
 from ml_collections import config_flags
 
-from dsdm_jax import pipeline
+from dsdm_jax import configs, pipeline
 from dsdm_jax.core.command_line import DISK, cannot_write, explain
 from dsdm_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'File with get_config(), such as configs/quickstart.py.')
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file with get_config(), or a packaged config: quickstart.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
 _STAGES = (*pipeline.NAMES, *pipeline.ON_REQUEST, 'plan')
 _STAGE = flags.DEFINE_enum('stage', None, _STAGES, 'Run one stage alone; plan: what TPUs would take.')
@@ -22,7 +22,7 @@ _RERUN = flags.DEFINE_bool('rerun', False, 'Make stages anew that stand there wi
 
 def _parse(argv: list[str]) -> None:
   try:
-    extra = flags.FLAGS(argv)[1:]
+    extra = flags.FLAGS(configs.find_in(argv))[1:]
     if _CONFIG.value is not None:
       _CONFIG.value.keys()  # a file that could not be loaded says so when it is looked into
   except Exception as error:  # a config file is a program of the user's and may fail in any way

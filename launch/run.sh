@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs the pipeline: bash launch/run.sh [--config=configs/x.py] [--workdir=DIR] [--stage=STAGE] [--config.key=value …]
 #
-# Makes .venv and installs requirements.txt into it the first time, and again when that file has changed; on a machine
-# with a TPU or an NVIDIA GPU also requirements-tpu.txt or requirements-cuda.txt (DSDM_JAX_ACCELERATOR=cpu|cuda|tpu
-# overrules what is found). Without --config it is the quickstart; without --workdir the results go to
+# The first call makes .venv and installs requirements.txt; a later call does so again if that file has changed. A
+# machine with a TPU or an NVIDIA GPU also gets requirements-tpu.txt or requirements-cuda.txt; set
+# DSDM_JAX_ACCELERATOR=cpu|cuda|tpu to choose. The default config is the quickstart, and the default workdir is
 # runs/<name of the config>. With --install alone it installs and stops.
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh
@@ -38,7 +38,7 @@ if [[ -z $config ]]; then
   defaults+=("--config=$config")
 fi
 if [[ -z $workdir ]]; then
-  file=${config%%.py:*} # a config may be given as x.py:argument
+  file=${config%%.py:*} # --config may be x.py:argument
   workdir=${here}runs/$(basename "$file" .py)
   defaults+=("--workdir=$workdir")
 fi

@@ -1,16 +1,16 @@
-# Shared by run.sh and test.sh, which source it: finds Python, makes environments, installs what is pinned.
+# Sourced by run.sh and test.sh: finds Python, makes environments, installs pinned requirements.
 # shellcheck shell=bash
 
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 self=launch/$(basename "$0")
-lock=$root/requirements.lock # what `install` holds versions to
+lock=$root/requirements.lock # versions that `install` may use
 
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # so that it runs from any folder
-export PYTHONDONTWRITEBYTECODE=1 # no __pycache__ among the sources; packages are compiled when installed
-export PYTHONNOUSERSITE=1 # what lies in ~/.local is not pinned, and would become part of the pool
-export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-3}" # TensorFlow only reads data here
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # so that scripts run from any folder
+export PYTHONDONTWRITEBYTECODE=1 # no __pycache__ among the sources; pip compiles packages when it installs them
+export PYTHONNOUSERSITE=1 # packages in ~/.local are not pinned, and would become part of the quickstart's pool
+export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-3}" # TensorFlow only reads data
 export TF_ENABLE_ONEDNN_OPTS="${TF_ENABLE_ONEDNN_OPTS:-0}"
 
 fail() { # one line on stderr, exit code 2
@@ -18,11 +18,11 @@ fail() { # one line on stderr, exit code 2
   exit 2
 }
 
-suits() { # whether Python $1 runs and is one that the pins exist for
+suits() { # whether Python $1 runs and has a version that the pins support
   "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
-find_python() { # prints a Python that suits: uv's where uv is installed, else the first on the PATH
+find_python() { # prints a supported Python: from uv if it is installed, else the first on the PATH
   local candidate
   if command -v uv >/dev/null; then
     candidate=$(uv python find --system --no-project '>=3.11,<3.14' 2>/dev/null || true)
@@ -37,15 +37,15 @@ find_python() { # prints a Python that suits: uv's where uv is installed, else t
       return
     fi
   done
-  local found='no Python'
+  local version='no Python'
   if command -v python3 >/dev/null; then
-    found="python3, which is $(python3 --version 2>&1)"
+    version="python3, which is $(python3 --version 2>&1)"
   fi
-  fail "needs Python 3.11, 3.12 or 3.13 and found $found;" \
+  fail "needs Python 3.11, 3.12 or 3.13 but found $version;" \
     "install one (uv python install 3.12, or apt-get install python3.12-venv) and start again"
 }
 
-make_environment() { # environment $1 with Python $2, unless it is there and works
+make_environment() { # makes environment $1 with Python $2, unless it exists and works
   if [[ ! -x $1/bin/python ]] || ! suits "$1/bin/python" || ! "$1/bin/python" -m pip --version >/dev/null 2>&1; then
     printf '%s: making %s with %s\n' "$self" "$1" "$("$2" --version 2>&1)" >&2
     "$2" -m venv --clear "$1" >&2 ||
@@ -53,7 +53,7 @@ make_environment() { # environment $1 with Python $2, unless it is there and wor
   fi
 }
 
-install() { # into environment $1 the files of requirements $2 …, unless they are what was installed last
+install() { # installs requirements files $2 … into environment $1, unless they have not changed since the last time
   local environment=$1 stamp=$1/installed.txt file names='' arguments=()
   shift
   for file in "$@"; do
@@ -71,10 +71,10 @@ install() { # into environment $1 the files of requirements $2 …, unless they 
   cat "$@" "$lock" >"$stamp"
 }
 
-# What may stand in front of /sys and /dev: tests set it.
+# A prefix for /sys and /dev, which tests set.
 system=${DSDM_JAX_SYSTEM:-}
 
-accelerator() { # prints tpu, cuda or cpu: what this machine has, or what DSDM_JAX_ACCELERATOR says
+accelerator() { # prints tpu, cuda or cpu: DSDM_JAX_ACCELERATOR if it is set, else what this machine has
   local device vendor id
   case ${DSDM_JAX_ACCELERATOR:-} in
     tpu | cuda | cpu) printf '%s\n' "$DSDM_JAX_ACCELERATOR" && return ;;
@@ -86,7 +86,7 @@ accelerator() { # prints tpu, cuda or cpu: what this machine has, or what DSDM_J
     read -r vendor <"$device/vendor"
     read -r id <"$device/device"
     case $vendor:$id in
-      # TPU v2 and v3, v4, v5p, v5e, v6e, 7x, as jax/_src/hardware_utils.py knows them
+      # TPU v2 and v3, v4, v5p, v5e, v6e, 7x, as in jax/_src/hardware_utils.py
       0x1ae0:0x0027 | 0x1ae0:0x005e | 0x1ae0:0x006[23f] | 0x1ae0:0x0076) echo tpu && return ;;
     esac
   done
@@ -96,11 +96,11 @@ accelerator() { # prints tpu, cuda or cpu: what this machine has, or what DSDM_J
   echo cpu
 }
 
-prepare() { # makes and fills .venv, for the accelerator that is here
-  local found files=("$root/requirements.txt")
-  found=$(accelerator)
-  [[ $found == cpu ]] || files+=("$root/requirements-$found.txt")
-  if command -v flock >/dev/null; then # one at a time, where several nodes share a checkout
+prepare() { # makes .venv and installs requirements for the accelerator of this machine
+  local device files=("$root/requirements.txt")
+  device=$(accelerator)
+  [[ $device == cpu ]] || files+=("$root/requirements-$device.txt")
+  if command -v flock >/dev/null; then # one at a time, because several nodes may share a checkout
     exec 9>"$root/.venv.lock"
     flock 9
   fi

@@ -3,25 +3,25 @@
 # bash launch/tpu.sh COMMAND NAME --zone=ZONE --type=TYPE [options] [-- ARGUMENTS]
 #
 # Commands:
-#   create   make the TPU and wait until it is there
-#   setup    send this checkout (what is committed) to every worker and install it there
+#   create   create the TPU and wait until it is ready
+#   setup    send the committed files of this checkout to every worker and install them
 #   run      start launch/run.sh with ARGUMENTS on every worker, in the background
-#   watch    show how it goes until it ends; a preempted TPU is made anew, asked for until there is one, and the run
-#            goes on
-#   resume   delete what is left of the TPU, then create, setup, run and watch
+#   watch    show progress until the run ends; with --spot, a preempted TPU is created again as soon as there is
+#            capacity, and the run resumes
+#   resume   delete the TPU if it still exists, then create, setup, run and watch
 #   all      create, setup, run and watch
 #   logs     fetch every worker's log into logs/NAME
-#   delete   delete the TPU; files on its own disks go with it
+#   delete   delete the TPU and the files on its disks
 #
 # Options:
 #   --zone=us-west4-a    --project=PROJECT (gcloud's default)    --version=RUNTIME (by type)
 #   --type=v5litepod-16  accelerator type, as a plan prints it
-#   --slices=1           several slices that train as one; implies --queued
-#   --queued             wait in line (queued resource) instead of failing when nothing is free
-#   --spot               cheaper, and may be taken away at any time; use with --nfs, or a preemption loses the workdir
-#   --nfs=SERVER:/SHARE  mounted on every worker at /mnt/dsdm_jax; several workers need a workdir there
-#   --poll=60            seconds between looks
-#   --dry-run            print the commands and run none
+#   --slices=1           number of slices that train together; more than one implies --queued
+#   --queued             wait in a queue (queued resource) instead of failing when there is no capacity
+#   --spot               cheaper, but can be preempted at any time; use with --nfs, or a preemption loses the workdir
+#   --nfs=SERVER:/SHARE  mount it on every worker at /mnt/dsdm_jax; several workers need a workdir there
+#   --poll=60            seconds between checks
+#   --dry-run            print the commands, but do not run them
 #
 # Example: bash launch/tpu.sh all mine --zone=us-west4-a --type=v5litepod-16 --spot --nfs=10.0.0.2:/share -- \
 #   --config=configs/v5e_8.py --workdir=/mnt/dsdm_jax/mine
@@ -40,7 +40,7 @@ command=${1:-} name=${2:-}
 case $command in
   create | setup | run | watch | resume | all | logs | delete) ;;
   '' | -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
-  *) fail "$command is no command; commands are create, setup, run, watch, resume, all, logs, delete" ;;
+  *) fail "unknown command $command; commands are create, setup, run, watch, resume, all, logs, delete" ;;
 esac
 [[ $name =~ ^[a-z][a-z0-9-]*$ ]] || fail "the second argument must name the TPU in lower case letters, digits and -"
 shift 2
@@ -60,7 +60,7 @@ while (($#)); do
       arguments=("$@")
       break
       ;;
-    *) fail "$1 is not understood; arguments of the run come after --" ;;
+    *) fail "unknown option $1; arguments of the run come after --" ;;
   esac
   shift
 done
@@ -69,18 +69,20 @@ done
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices must be a whole number of at least 1"
 ((slices == 1)) || queued=yes
 
-hosts() { # prints how many workers a slice has: v5p counts cores, two a chip; four chips a worker, but for one of eight
+# Prints the number of workers of a slice. A worker has four chips, or all eight of an eight-chip slice. The number in a
+# v4 or v5p type counts cores, two a chip.
+hosts() {
   local count=${type##*-}
   [[ $count =~ ^[1-9][0-9]*$ ]] || fail "--type=$type must end in a number, such as v5litepod-16"
   case $type in
     v5litepod-8 | v6e-8) echo 1 ;;
     v5litepod-* | v6e-*) echo $(((count + 3) / 4)) ;;
     v4-* | v5p-*) echo $(((count + 7) / 8)) ;;
-    *) fail "--type=$type is not known; types begin with v4-, v5litepod-, v5p- or v6e-" ;;
+    *) fail "unknown --type=$type; types begin with v4-, v5litepod-, v5p- or v6e-" ;;
   esac
 }
 
-runtime() { # prints the runtime that a type wants
+runtime() { # prints the runtime version for a type
   case $type in
     v4-*) echo tpu-ubuntu2204-base ;;
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
@@ -108,7 +110,7 @@ tpus() { # gcloud compute tpus …, or its text under --dry-run
   fi
 }
 
-state() { # prints READY, GONE (no such TPU), UNKNOWN (nobody could say), or what Google calls it
+state() { # prints READY, GONE (no such TPU), UNKNOWN (the request failed), or the state that gcloud reports
   local found error format='value(state)'
   [[ -z $queued ]] || format='value(state.state)'
   if [[ -n $dry_run ]]; then
@@ -117,7 +119,7 @@ state() { # prints READY, GONE (no such TPU), UNKNOWN (nobody could say), or wha
     return
   fi
   error=$(mktemp)
-  # A question that fails says nothing about the TPU, unless the answer is that there is none.
+  # A failed request says nothing about the TPU, unless the error is NOT_FOUND.
   if ! found=$(tpus "$kind" describe "$name" "${where[@]}" --format="$format" 2>"$error"); then
     if grep -q NOT_FOUND "$error"; then
       found=GONE
@@ -131,14 +133,14 @@ state() { # prints READY, GONE (no such TPU), UNKNOWN (nobody could say), or wha
   printf '%s\n' "${found:-UNKNOWN}"
 }
 
-lost() { # whether state $1 is one that no TPU comes back from
+lost() { # whether a TPU in state $1 will never be ready again
   case $1 in
     GONE | PREEMPTED | TERMINATED | STOPPED | SUSPENDED | SUSPENDING | FAILED | DELETING) return 0 ;;
     *) return 1 ;;
   esac
 }
 
-request() { # asks for the TPU; a queued one then waits in line
+request() { # requests the TPU; a queued request waits for capacity
   local options=("--accelerator-type=$type")
   [[ -z $spot ]] || options+=(--spot)
   if [[ -z $queued ]]; then
@@ -204,21 +206,21 @@ watch() { # ends with the run's own exit code
   while :; do
     found=$(state)
     if lost "$found"; then
-      [[ -n $spot ]] || fail "$name is $found; bash launch/tpu.sh resume makes it anew"
+      [[ -n $spot ]] || fail "$name is $found; create it again with: bash launch/tpu.sh resume"
       started=''
-      say "$name is $found: made anew, and the run goes on"
-      # Either may fail while the old one goes or nothing is free: the next look finds out, and tries again.
+      say "$name is $found; creating it again to resume the run"
+      # Either may fail while the old TPU is being deleted or there is no capacity; the next check tries again.
       [[ $found == GONE ]] || delete || true
-      request || say "$name cannot be had now; asking again in $poll s"
+      request || say "cannot create $name now; trying again in $poll s"
     elif [[ $found == READY && -z $started ]]; then
       if setup; then
-        run || fail "the run may not have been started on every worker of $name; bash launch/tpu.sh resume starts anew"
+        run || fail "cannot start the run on every worker of $name; start again with: bash launch/tpu.sh resume"
         started=yes
       else
-        say "$name cannot be set up now; trying again in $poll s"
+        say "cannot set up $name now; trying again in $poll s"
       fi
     elif [[ $found == READY ]]; then
-      on_first 'tail -n 3 dsdm_jax/run.log' || true # it may be lost since its state was asked for
+      on_first 'tail -n 3 dsdm_jax/run.log' || true # the TPU may be lost since the last check
       [[ -z $dry_run ]] || return 0
       code=$(on_first 'cat dsdm_jax/exit_code 2>/dev/null' 2>/dev/null) || code=''
       if [[ $code =~ ^[0-9]+$ ]]; then
@@ -232,7 +234,7 @@ watch() { # ends with the run's own exit code
   done
 }
 
-again() { # what is left of the TPU goes, a new one comes, the run goes on where its workdir stands
+again() { # replaces the TPU and resumes the run from its workdir
   delete || true
   create
   setup

@@ -1,6 +1,6 @@
-"""What every test stands on: eight fake CPU devices, strict JAX, a compilation cache, no accelerator.
+"""The setting of every test: eight fake CPU devices, strict JAX, a compilation cache, no accelerator.
 
-Set through the environment, before JAX is imported, so that the processes which tests start have it too.
+It is set in the environment before JAX is imported, so that processes started by tests have it too.
 """
 
 import collections
@@ -15,11 +15,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 _CACHE = ROOT / '.cache'
-FAULTS = bool(os.environ.get('DSDM_FAULTS'))  # as launch/test.sh --faults sets it: the long version of tests/faults
+FAULTS = bool(os.environ.get('DSDM_FAULTS'))  # launch/test.sh --faults and --all: the long version of tests/faults
 
 
 def _machine() -> str:
-  """Names the kind of CPU: compiled programs of another kind must not be taken from the cache."""
+  """Names the kind of CPU, because a program compiled for another kind must not come from the cache."""
   info = Path('/proc/cpuinfo')
   flags = next((line for line in info.read_text().splitlines() if 'flags' in line), '') if info.is_file() else ''
   return hashlib.sha256(f'{platform.platform()} {flags}'.encode()).hexdigest()[:12]
@@ -44,7 +44,9 @@ os.environ |= {
 
 from hypothesis import settings  # noqa: E402  after the environment is set
 
-# Seeded, so that a run says the same twice; a deadline would fail on compilation.
+from tests.helpers import tiers  # noqa: E402
+
+# Seeded, so that two runs test the same; a deadline would fail on compilation.
 settings.register_profile('dsdm', deadline=None, derandomize=True, max_examples=1_000 if FAULTS else 50)
 settings.load_profile('dsdm')
 
@@ -56,15 +58,15 @@ def repo_root() -> Path:
 
 @pytest.fixture(scope='session')
 def shared_data() -> Path:
-  """Folder of benchmark and pool files that lies beside some checkouts; the test is skipped where it does not."""
+  """A folder of benchmark and pool files beside the checkout; without it the test is skipped."""
   folder = ROOT.parent / 'shared' / 'data'
   if not folder.is_dir():
-    pytest.skip('shared/data does not lie beside this repository')
+    pytest.skip('there is no folder shared/data beside this repository')
   return folder
 
 
 def _other_python(variable: str, environment: str, requirements: str) -> Path:
-  """The Python that `variable` names, or that of an environment which launch/test.sh makes; else a skipped test."""
+  """The Python that `variable` names, or that of an environment made by launch/test.sh; without one, skips the test."""
   if variable in os.environ:
     return Path(os.environ[variable])
   folder = ROOT / environment
@@ -75,7 +77,7 @@ def _other_python(variable: str, environment: str, requirements: str) -> Path:
 
 @pytest.fixture(scope='session')
 def peers() -> Path:
-  """A Python that has the packages which tests compare with."""
+  """A Python that has the peers: packages of other people that tests compare with."""
   return _other_python('DSDM_JAX_PEERS', '.venv-peers', 'requirements-peers.txt')
 
 
@@ -101,12 +103,17 @@ def workdir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def count(request: pytest.FixtureRequest) -> Callable[[str, int], None]:
-  """Adds to a number that the test run prints at its end: count('kills survived', 12)."""
+  """Adds to a number that pytest prints at the end: count('kills survived', 12)."""
 
-  def add(what: str, number: int = 1) -> None:
-    request.node.user_properties.append((f'counted: {what}', number))
+  def add(name: str, number: int = 1) -> None:
+    request.node.user_properties.append((f'counted: {name}', number))
 
   return add
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  for item in items:
+    tiers.mark(item)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,10 +1,10 @@
-"""launch/colab.ipynb from its first cell to its last, at the smallest size, in a kernel of its own."""
+"""launch/colab.ipynb from the first cell to the last, at the smallest size."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -32,30 +32,38 @@ def test_outputs_are_stripped():
 
 
 def _install(folder: Path, source: str) -> subprocess.CompletedProcess:
-  """The notebook's first cell in a folder that is no checkout, with SOURCE set as a reader would."""
+  """Runs the notebook's first cell with SOURCE set, in a folder that is no checkout."""
   cells = json.loads(NOTEBOOK.read_text())['cells']
   (cell,) = (''.join(cell['source']) for cell in cells if cell['id'] == 'install')
   assert cell.count("SOURCE = ''") == 1
-  script = cell.replace("SOURCE = ''", f'SOURCE = {source!r}') + '\nimport configs.base; print(configs.base.__file__)'
+  script = cell.replace("SOURCE = ''", f'SOURCE = {source!r}')
+  script += '\nfrom dsdm_jax.configs import base; print(base.__file__)'
   environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
   return subprocess.run(
     [sys.executable, '-c', script], cwd=folder, env=environment, capture_output=True, text=True, check=False
   )
 
 
-def test_without_a_checkout_it_says_what_to_set(tmp_path):
+def test_without_a_source_the_error_says_what_to_set(tmp_path):
   done = _install(tmp_path, '')
   assert done.returncode == 1
-  assert done.stderr.strip() == 'Set SOURCE in this cell, above, and start it again.'
+  assert done.stderr.strip() == 'Set SOURCE at the top of this cell, then run the cell again.'
 
 
-def test_an_uploaded_archive_will_do(tmp_path):
-  with tarfile.open(tmp_path / 'uploaded.tar.gz', 'w:gz') as archive:
-    archive.add(ROOT / 'configs', 'dsdm_jax-main/configs')
-  for _ in range(2):  # a cell may be started again
-    done = _install(tmp_path, 'uploaded.tar.gz')
+@pytest.mark.parametrize('form', ['gztar', 'zip'])
+def test_uploaded_archive(tmp_path, form):
+  checkout = tmp_path / 'upload' / 'dsdm_jax-main'
+  shutil.copytree(ROOT / 'dsdm_jax', checkout / 'dsdm_jax', symlinks=True)
+  shutil.copytree(ROOT / 'configs', checkout / 'configs')
+  shutil.copy(ROOT / 'pyproject.toml', checkout)
+  if form == 'zip':  # as Python unpacks the link that is in a .zip of git
+    (checkout / 'dsdm_jax' / 'configs').unlink()
+    (checkout / 'dsdm_jax' / 'configs').write_text('../configs')
+  archive = shutil.make_archive(str(tmp_path / 'uploaded'), form, tmp_path / 'upload')
+  for _ in range(2):  # the cell can run again
+    done = _install(tmp_path, Path(archive).name)
     assert done.returncode == 0, done.stderr[-2_000:]
-    assert done.stdout.strip() == str(tmp_path / 'dsdm_jax_checkout/dsdm_jax-main/configs/base.py')
+    assert done.stdout.strip() == str(tmp_path / 'dsdm_jax_checkout/dsdm_jax-main/dsdm_jax/configs/base.py')
 
 
 @pytest.mark.slow
@@ -76,12 +84,12 @@ def test_runs_from_start_to_end(tmp_path):
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-3_000:]
   cells = {cell['id']: cell for cell in json.loads(executed.read_text())['cells']}
-  said = {
+  printed = {
     name: ''.join(''.join(output['text']) for output in cells[name]['outputs'] if output['output_type'] == 'stream')
     for name in ('run', 'look', 'target')
   }
-  assert 'report: done in' in said['run']
-  assert said['look'].count('\n') == 2 + 10
-  assert 'selection: done in' in said['target']
-  assert 'also chosen for the mix' in said['target']
+  assert 'report: done in' in printed['run']
+  assert printed['look'].count('\n') == 2 + 10
+  assert 'selection: done in' in printed['target']
+  assert 'also chosen for the mix' in printed['target']
   assert any('image/png' in output.get('data', {}) for output in cells['plot']['outputs'])

@@ -1,65 +1,11 @@
-"""launch/run.sh, with a Python that only writes down what it is asked to do."""
+"""launch/run.sh with a fake Python, which records its arguments."""
 
 import os
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
-FAKE = """#!/usr/bin/env bash
-case "$1 $2" in
-  "-c "*) exit {suits} ;;
-  "--version "*) echo Python {version} ;;
-  "-m venv") mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python" ;;
-  "-m pip") [[ $3 == --version ]] || echo "$*" >>"{log}/pip" ;;
-  "-m dsdm_jax.main") shift 2 && printf '%s\\n' "$@" >"{log}/main" && exit "${{EXIT_CODE:-0}}" ;;
-esac
-"""
-TOOLS = 'bash dirname basename cat cmp cp rm mkdir env'.split()
-
-
-class Checkout:
-  """A copy of the launch scripts in a folder with a space in its name, and a PATH with nothing but what they need."""
-
-  def __init__(self, folder: Path, repo: Path):
-    self.root = folder / 'a repository'
-    self.log = folder / 'log'
-    self.path = folder / 'bin'
-    self.system = folder / 'system'  # its /sys and /dev
-    for made in (self.root, self.log, self.path, self.system):
-      made.mkdir()
-    shutil.copytree(repo / 'launch', self.root / 'launch')
-    for name in ('requirements.txt', 'requirements-tpu.txt', 'requirements-cuda.txt', 'requirements.lock'):
-      shutil.copy(repo / name, self.root)
-    for tool in TOOLS:
-      found = shutil.which(tool)
-      assert found is not None
-      (self.path / tool).symlink_to(found)
-
-  def add_python(self, name: str, suits: bool = True, version: str = '3.12.1') -> Path:
-    file = self.path / name
-    file.write_text(FAKE.format(suits=int(not suits), version=version, log=self.log))
-    file.chmod(0o755)
-    return file
-
-  def run(self, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-      ['bash', self.root / 'launch' / 'run.sh', *arguments],
-      cwd=cwd or self.root,
-      env={'PATH': str(self.path), 'DSDM_JAX_SYSTEM': str(self.system), **environment},
-      capture_output=True,
-      text=True,
-      check=False,
-    )
-
-  def main_arguments(self) -> list[str]:
-    return (self.log / 'main').read_text().splitlines()
-
-  def installations(self) -> int:
-    file = self.log / 'pip'
-    return len(file.read_text().splitlines()) if file.exists() else 0
+from tests.helpers.launch import Checkout
 
 
 @pytest.fixture
@@ -70,7 +16,7 @@ def checkout(tmp_path, repo_root) -> Checkout:
 
 
 @pytest.mark.parametrize(
-  ('given', 'handed_on'),
+  ('arguments', 'passed'),
   [
     ([], ['--config=configs/quickstart.py', '--workdir=runs/quickstart']),
     (['--stage=pool'], ['--config=configs/quickstart.py', '--workdir=runs/quickstart', '--stage=pool']),
@@ -87,14 +33,14 @@ def checkout(tmp_path, repo_root) -> Checkout:
     (['--workdir', 'w', '--config=y.py'], ['--workdir', 'w', '--config=y.py']),
   ],
 )
-def test_defaults_give_way_to_what_is_given(checkout, given, handed_on):
+def test_arguments_override_defaults(checkout, arguments, passed):
   checkout.add_python('python3')
-  done = checkout.run(*given)
+  done = checkout.run(*arguments)
   assert done.returncode == 0, done.stderr
-  assert checkout.main_arguments() == handed_on
+  assert checkout.main_arguments() == passed
 
 
-def test_from_another_folder_the_defaults_are_still_the_repositorys(checkout, tmp_path):
+def test_defaults_in_another_folder_are_those_of_the_repository(checkout, tmp_path):
   checkout.add_python('python3')
   assert checkout.run(cwd=tmp_path).returncode == 0
   root = checkout.root
@@ -112,24 +58,24 @@ def test_installs_once_and_again_when_requirements_change(checkout):
   assert checkout.installations() == 2
 
 
-def test_exit_code_of_the_run_is_handed_on(checkout):
+def test_exit_code_is_that_of_the_run(checkout):
   checkout.add_python('python3')
   assert checkout.run(EXIT_CODE='2').returncode == 2
 
 
-@pytest.mark.parametrize('found', ['python3', None])
-def test_too_old_or_no_python_is_told_in_one_line(checkout, found):
-  if found:
-    checkout.add_python(found, suits=False, version='3.9.2')
+@pytest.mark.parametrize('installed', [True, False])
+def test_unsupported_or_missing_python_is_one_line(checkout, installed):
+  if installed:
+    checkout.add_python('python3', suits=False, version='3.9.2')
   done = checkout.run()
   assert done.returncode == 2
   assert len(done.stderr.splitlines()) == 1
   assert 'needs Python 3.11' in done.stderr
-  assert ('Python 3.9.2' if found else 'no Python') in done.stderr
+  assert ('Python 3.9.2' if installed else 'no Python') in done.stderr
   assert not (checkout.root / '.venv').exists()
 
 
-def test_uvs_python_comes_first(checkout, tmp_path):
+def test_python_of_uv_is_preferred(checkout, tmp_path):
   checkout.add_python('python3.12', version='3.12.0')
   managed = checkout.add_python('managed', version='3.11.99')
   uv = checkout.path / 'uv'
@@ -140,7 +86,7 @@ def test_uvs_python_comes_first(checkout, tmp_path):
   assert 'with Python 3.11.99' in done.stderr
 
 
-def test_says_which_page_to_open(checkout):
+def test_path_of_the_report_is_printed(checkout):
   checkout.add_python('python3')
   assert 'Open' not in checkout.run().stderr
   page = checkout.root / 'runs' / 'quickstart' / 'report' / 'index.html'
@@ -164,7 +110,7 @@ def _plug_in(checkout: Checkout, vendor: str, device: str) -> None:
     ('0x8086', '0x0063', ['requirements.txt']),
   ],
 )
-def test_a_tpu_is_found_by_its_number_on_the_bus(checkout, vendor, device, files):
+def test_tpu_is_detected_by_its_pci_ids(checkout, vendor, device, files):
   checkout.add_python('python3')
   _plug_in(checkout, vendor, device)
   assert checkout.run('--install').returncode == 0
@@ -172,16 +118,16 @@ def test_a_tpu_is_found_by_its_number_on_the_bus(checkout, vendor, device, files
   assert not (checkout.log / 'main').exists()
 
 
-@pytest.mark.parametrize(('said', 'file'), [('', 'requirements-cuda.txt'), ('tpu', 'requirements-tpu.txt')])
-def test_a_gpu_is_found_by_its_device_unless_another_accelerator_is_asked_for(checkout, said, file):
+@pytest.mark.parametrize(('variable', 'file'), [('', 'requirements-cuda.txt'), ('tpu', 'requirements-tpu.txt')])
+def test_gpu_is_detected_by_its_device_file_unless_the_variable_is_set(checkout, variable, file):
   checkout.add_python('python3')
   (checkout.system / 'dev').mkdir()
   (checkout.system / 'dev' / 'nvidia0').touch()
-  assert checkout.run('--install', DSDM_JAX_ACCELERATOR=said).returncode == 0
+  assert checkout.run('--install', DSDM_JAX_ACCELERATOR=variable).returncode == 0
   assert file in (checkout.log / 'pip').read_text()
 
 
-def test_an_accelerator_that_is_none_is_told(checkout):
+def test_unknown_accelerator_is_one_line(checkout):
   checkout.add_python('python3')
   done = checkout.run('--install', DSDM_JAX_ACCELERATOR='gpu')
   assert done.returncode == 2
@@ -189,7 +135,7 @@ def test_an_accelerator_that_is_none_is_told(checkout):
 
 
 @pytest.mark.parametrize('accelerator', ['tpu', 'cuda'])
-def test_accelerators_pin_what_they_add_and_nothing_that_is_there_already(repo_root, accelerator):
+def test_requirements_of_accelerators_are_pinned_and_disjoint(repo_root, accelerator):
   def pins(name: str) -> list[str]:
     lines = (line.partition('#')[0].strip() for line in (repo_root / name).read_text().splitlines())
     return [line for line in lines if line]
@@ -199,6 +145,6 @@ def test_accelerators_pin_what_they_add_and_nothing_that_is_there_already(repo_r
   assert [pin for pin in added if not re.fullmatch(r'[\w.-]+==[\w.]+', pin)] == []
   known = {pin.partition('==')[0] for pin in pins('requirements.txt')}
   assert not known & {pin.partition('==')[0] for pin in added}
-  if accelerator == 'cuda':  # the plugin and jax only work together at one version
+  if accelerator == 'cuda':  # the plugin and jax must have the same version
     jax = next(pin for pin in pins('requirements.txt') if pin.startswith('jax=='))
     assert {pin.partition('==')[2] for pin in added if pin.startswith('jax-')} == {jax.partition('==')[2]}

@@ -1,76 +1,13 @@
-"""launch/tpu.sh, with a gcloud that writes down what it is asked and answers from a script."""
+"""launch/tpu.sh with a fake gcloud, which records its arguments and answers from a script."""
 
-import os
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 
-# One call a line, its words apart by a character that none has in it. `describe`, `create` and `scp` each give the next
-# word of the file of their name (the last one for ever): OK, a state, or an error as gcloud words it. Reading the exit
-# code gives what stands in `exit_code` once the run was started `runs` times.
-GCLOUD = """#!/usr/bin/env bash
-printf '%s\\x1f' "$@" >>{log}/calls
-echo >>{log}/calls
-if [[ $4 == describe || $4 == create || $4 == scp ]]; then
-  read -r word more <{log}/$4
-  echo "${{more:-$word}}" >{log}/$4
-  if [[ -f {log}/error_$word ]]; then
-    printf 'ERROR: (gcloud.compute.tpus.%s.%s) %s\\n' "$3" "$4" "$(<{log}/error_$word)" >&2
-    exit 1
-  fi
-  [[ $4 != describe ]] || echo "$word"
-fi
-if [[ $* == *'cat dsdm_jax/exit_code'* ]]; then
-  calls=$(<{log}/calls) started=0
-  while [[ $calls == *nohup* ]]; do calls=${{calls#*nohup}} started=$((started + 1)); done
-  ((started < $(<{log}/runs))) || cat {log}/exit_code
-fi
-"""
-ERRORS = {
-  'GONE': "NOT_FOUND: Resource 'projects/p/locations/us-west4-a/nodes/mine' was not found",
-  'OFFLINE': 'UNAVAILABLE: failed to connect to all addresses',
-  'FULL': '{"code": 8, "message": "There is no more capacity in the zone \\"us-west4-a\\"; try another zone"}',
-}
+from tests.helpers.launch import ERRORS, Cloud
+
 WHERE = ('--zone=us-west4-a',)
-
-
-class Cloud:
-  def __init__(self, folder: Path, repo: Path):
-    self.log, self.script = folder / 'log', repo / 'launch' / 'tpu.sh'
-    self.log.mkdir()
-    (folder / 'bin').mkdir()
-    stand_in = folder / 'bin' / 'gcloud'
-    stand_in.write_text(GCLOUD.format(log=shlex.quote(str(self.log))))
-    stand_in.chmod(0o755)
-    for word, error in ERRORS.items():
-      (self.log / f'error_{word}').write_text(error)
-    self.environment = {**os.environ, 'PATH': f'{folder / "bin"}:{os.environ["PATH"]}'}
-    self.answer()
-
-  def answer(
-    self, states: str = 'READY', exit_code: int = 0, runs: int = 1, create: str = 'OK', scp: str = 'OK'
-  ) -> None:
-    given = {'describe': states, 'exit_code': exit_code, 'runs': runs, 'create': create, 'scp': scp}
-    for name, value in given.items():
-      (self.log / name).write_text(f'{value}\n')
-
-  def run(self, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-      ['bash', self.script, *arguments], env=self.environment, capture_output=True, text=True, check=False, timeout=600
-    )
-
-  def calls(self) -> list[list[str]]:
-    file = self.log / 'calls'
-    return [line.split('\x1f')[2:-1] for line in file.read_text().splitlines()] if file.exists() else []
-
-  def verbs(self) -> list[str]:
-    """'tpu-vm create' and so on, without what only looks."""
-    found = [' '.join(call[:2]) for call in self.calls()]
-    return [
-      verb for verb, call in zip(found, self.calls(), strict=True) if 'describe' not in verb and 'tail' not in str(call)
-    ]
 
 
 @pytest.fixture
@@ -109,7 +46,7 @@ def test_create(cloud, options, call):
   assert len(cloud.calls()) == (4 if 'queued' in call[0] else 1)  # a queued one is waited for
 
 
-def test_a_request_that_fails_is_told(cloud):
+def test_failed_request_is_an_error(cloud):
   cloud.answer('ACCEPTED FAILED')
   done = cloud.run('create', 'mine', *WHERE, '--poll=0', '--type=v5p-16', '--queued')
   assert done.returncode == 2
@@ -136,7 +73,7 @@ def test_the_same_command_runs_on_every_worker(cloud, type_, slices, processes):
   assert found == ['bash', 'launch/run.sh', *given, *(several if processes > 1 else [])]
 
 
-def test_setup_sends_the_checkout_and_mounts_what_is_shared(cloud):
+def test_setup_sends_the_checkout_and_mounts_the_share(cloud):
   done = cloud.run('setup', 'mine', *WHERE, '--type=v5litepod-16', '--nfs=10.0.0.2:/share')
   assert done.returncode == 0, done.stderr
   send, install = cloud.calls()
@@ -147,20 +84,20 @@ def test_setup_sends_the_checkout_and_mounts_what_is_shared(cloud):
   assert install[-1].endswith('bash dsdm_jax/launch/run.sh --install')
 
 
-def test_a_preempted_spot_tpu_is_made_anew_and_the_run_goes_on(cloud):
+def test_preempted_spot_tpu_is_created_again_and_the_run_resumes(cloud):
   cloud.answer('READY PREEMPTED READY', runs=2)
   done = cloud.run('all', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
   assert done.returncode == 0, done.stderr
   made = ['tpu-vm create', 'tpu-vm scp', 'tpu-vm ssh', 'tpu-vm ssh']
   looked = ['tpu-vm ssh']  # at the exit code
   assert cloud.verbs() == [*made, *looked, 'tpu-vm delete', *made, *looked]
-  assert 'mine is PREEMPTED: made anew, and the run goes on' in done.stderr
+  assert 'mine is PREEMPTED; creating it again to resume the run' in done.stderr
 
 
 MADE = ['tpu-vm scp', 'tpu-vm ssh', 'tpu-vm ssh', 'tpu-vm ssh']  # installed, started, its exit code read
 
 
-def test_a_question_that_fails_deletes_nothing(cloud):
+def test_failed_describe_deletes_nothing(cloud):
   """A network that is down for a while says nothing about the TPU."""
   cloud.answer('OFFLINE OFFLINE READY', runs=0)
   done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
@@ -170,17 +107,17 @@ def test_a_question_that_fails_deletes_nothing(cloud):
   assert ERRORS['OFFLINE'] in done.stderr
 
 
-def test_a_preempted_tpu_is_asked_for_until_there_is_one(cloud):
+def test_preempted_tpu_is_requested_until_there_is_capacity(cloud):
   cloud.answer('PREEMPTED GONE GONE CREATING READY', create='FULL FULL OK', runs=1)
   done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
   assert done.returncode == 0, done.stderr
   # What is gone is not deleted again.
   assert cloud.verbs() == ['tpu-vm delete', *['tpu-vm create'] * 3, *MADE]
-  assert done.stderr.count('mine cannot be had now; asking again in 0 s') == 2
+  assert done.stderr.count('cannot create mine now; trying again in 0 s') == 2
   assert 'There is no more capacity' in done.stderr
 
 
-def test_a_queued_request_that_fails_after_a_preemption_is_made_anew(cloud):
+def test_queued_request_that_fails_after_a_preemption_is_repeated(cloud):
   cloud.answer('SUSPENDED FAILED WAITING_FOR_RESOURCES ACTIVE', runs=1)
   done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--queued', '--spot', '--poll=0')
   assert done.returncode == 0, done.stderr
@@ -188,36 +125,36 @@ def test_a_queued_request_that_fails_after_a_preemption_is_made_anew(cloud):
   assert cloud.verbs() == [*['queued-resources delete', 'queued-resources create'] * 2, *made]
 
 
-def test_one_that_is_taken_away_again_while_it_is_set_up_is_made_anew(cloud):
+def test_tpu_preempted_during_setup_is_created_again(cloud):
   cloud.answer('PREEMPTED READY PREEMPTED READY', scp='OFFLINE OK', runs=1)
   done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
   assert done.returncode == 0, done.stderr
   anew = ['tpu-vm delete', 'tpu-vm create']
   assert cloud.verbs() == [*anew, 'tpu-vm scp', *anew, *MADE]
-  assert 'mine cannot be set up now; trying again in 0 s' in done.stderr
+  assert 'cannot set up mine now; trying again in 0 s' in done.stderr
 
 
-def test_a_first_creation_that_fails_ends_it(cloud):
+def test_first_creation_that_fails_ends_the_command(cloud):
   cloud.answer(create='FULL OK')
   done = cloud.run('all', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
   assert done.returncode != 0
   assert cloud.verbs() == ['tpu-vm create']
 
 
-def test_one_on_demand_that_is_lost_is_told(cloud):
+def test_lost_on_demand_tpu_is_an_error(cloud):
   cloud.answer('READY GONE', runs=9)
   done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--poll=0')
   assert done.returncode == 2
-  assert 'resume makes it anew' in done.stderr
+  assert 'create it again with: bash launch/tpu.sh resume' in done.stderr
   assert cloud.verbs() == ['tpu-vm ssh']
 
 
-def test_the_exit_code_of_the_run_is_handed_on(cloud):
+def test_exit_code_is_that_of_the_run(cloud):
   cloud.answer(exit_code=7, runs=0)
   assert cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--poll=0').returncode == 7
 
 
-def test_logs_of_every_worker_are_fetched_and_all_is_deleted(cloud, repo_root):
+def test_logs_and_delete_reach_every_worker(cloud, repo_root):
   options = ('mine', *WHERE, '--type=v5litepod-16', '--slices=2')
   assert cloud.run('logs', *options).returncode == 0
   assert len(cloud.calls()) == 8
@@ -228,7 +165,7 @@ def test_logs_of_every_worker_are_fetched_and_all_is_deleted(cloud, repo_root):
   assert cloud.calls()[-1] == ['queued-resources', 'delete', 'mine', *WHERE, '--force', '--quiet']
 
 
-def test_dry_run_prints_the_commands_and_runs_none(cloud):
+def test_dry_run_prints_the_commands_only(cloud):
   options = ('mine', *WHERE, '--type=v5litepod-16', '--spot')
   done = cloud.run('all', *options, '--dry-run', '--', '--config=configs/v5e_8.py')
   assert done.returncode == 0, done.stderr
@@ -242,16 +179,16 @@ def test_dry_run_prints_the_commands_and_runs_none(cloud):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['start', 'mine'], 'start is no command'),
+    (['start', 'mine'], 'unknown command start'),
     (['run', 'My'], 'must name the TPU'),
     (['run', 'mine', '--type=v6e-8'], '--zone is missing'),
     (['run', 'mine', *WHERE], '--type is missing'),
-    (['run', 'mine', *WHERE, '--type=v9-8'], 'is not known'),
+    (['run', 'mine', *WHERE, '--type=v9-8'], 'unknown --type=v9-8'),
     (['run', 'mine', *WHERE, '--type=v6e-8', '--config=x.py'], 'come after --'),
     (['run', 'mine', *WHERE, '--type=v6e-8', '--slices=0'], 'at least 1'),
   ],
 )
-def test_what_is_wrong_is_told_in_one_line(cloud, arguments, message):
+def test_bad_arguments_are_one_line(cloud, arguments, message):
   done = cloud.run(*arguments)
   assert done.returncode == 2
   assert len(done.stderr.splitlines()) == 1

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import base
+from dsdm_jax.configs import base
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import validation
 from dsdm_jax.bench.float64 import widened
 from dsdm_jax.config.validate import load_callable
+from dsdm_jax.configs import validation
 from dsdm_jax.core import artifacts, prng
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.pool.pool import Pool

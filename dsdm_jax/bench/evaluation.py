@@ -9,7 +9,7 @@ import argparse
 import json
 import time
 
-from configs import quickstart
+from dsdm_jax.configs import quickstart
 from dsdm_jax.core import memory, prng
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data.pool import vocabulary

@@ -28,11 +28,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from configs import base
 from dsdm_jax.attribution import rademacher
 from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
 from dsdm_jax.bench import stages
+from dsdm_jax.configs import base
 from dsdm_jax.core import flops, memory, prng
 from dsdm_jax.core.mesh import batch_sharding, make_mesh
 from dsdm_jax.errors import UserError

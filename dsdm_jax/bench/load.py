@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import base
 from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.store import FeatureStore
+from dsdm_jax.configs import base
 from dsdm_jax.core import prng
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.progress import Log

@@ -29,7 +29,7 @@ import numpy as np
 import tqdm
 from ml_collections import ConfigDict
 
-from dsdm_jax.bench import config_file
+from dsdm_jax import configs
 from dsdm_jax.config.validate import resolve, validate
 from dsdm_jax.core import memory, prng
 from dsdm_jax.core.artifacts import Cost
@@ -63,7 +63,7 @@ def run(flags: argparse.Namespace) -> None:
   for name in wanted:
     if name not in CASES:
       raise UserError(f'--cases={flags.cases}: {name} is no case; cases are {", ".join(CASES)}')
-  config = config_file.load(flags.config, 'configs/quickstart.py').get_config()
+  config = configs.load(flags.config, 'configs/quickstart.py').get_config()
   validate(config)
   with tempfile.TemporaryDirectory(prefix='dsdm_loop_', dir=flags.folder) as made:
     workdir = Path(made) / 'run'

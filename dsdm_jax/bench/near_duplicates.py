@@ -27,8 +27,8 @@ import numpy as np
 import scipy.sparse
 from ml_collections import ConfigDict
 
-from configs import quickstart
 from dsdm_jax import pipeline
+from dsdm_jax.configs import quickstart
 from dsdm_jax.core import artifacts
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.progress import Log

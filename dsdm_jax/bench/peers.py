@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from configs import base
 from dsdm_jax.bench import features
+from dsdm_jax.configs import base
 from dsdm_jax.errors import UserError
 
 PEERS = {'traker': 'features', 'bergson': 'features', 'gpt2_eager': 'training', 'gpt2_sdpa': 'training'}

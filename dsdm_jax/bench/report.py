@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from configs import base
 from dsdm_jax.config.validate import flatten
+from dsdm_jax.configs import base
 from dsdm_jax.core import prng
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import results

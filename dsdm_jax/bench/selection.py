@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.base import get_config
+from dsdm_jax.configs.base import get_config
 from dsdm_jax.core import prng
 from dsdm_jax.data.pool import vocabulary
 from dsdm_jax.errors import UserError

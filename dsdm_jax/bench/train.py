@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import base
 from dsdm_jax.bench import features
+from dsdm_jax.configs import base
 from dsdm_jax.core import flops, memory, prng
 from dsdm_jax.core.mesh import place
 from dsdm_jax.errors import UserError
@@ -103,7 +103,7 @@ def _step(flags: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Callable[
 
 def _model(flags: argparse.Namespace) -> tuple[Any, int]:
   if flags.model == 'quickstart':
-    from configs import quickstart
+    from dsdm_jax.configs import quickstart
 
     whole = quickstart.get_config()
     config, vocab_size = whole.model, whole.pool.vocab_size

@@ -14,7 +14,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import base
 from dsdm_jax.config import bounds, mixture_parts
 from dsdm_jax.config.config_rules import (
   BATCHES,
@@ -27,6 +26,7 @@ from dsdm_jax.config.config_rules import (
 )  # fmt: skip
 from dsdm_jax.config.pool_rules import EVALUATED, SOURCE_KINDS, guarded
 from dsdm_jax.config.rule import CALLABLE
+from dsdm_jax.configs import base
 from dsdm_jax.errors import UserError
 
 _PASSWORD = re.compile(r'://[^/\s@:]*:[^/\s@]+@')

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dsdm_jax import pipeline
-from dsdm_jax.bench import config_file
+from dsdm_jax import configs, pipeline
 from dsdm_jax.config.validate import flatten, validate
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.errors import UserError
@@ -39,7 +38,7 @@ _COLUMNS = (
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--config', default='configs/study.py', help='file with ARMS and get_config(arm)')
+  parser.add_argument('--config', default='study', help='file or packaged config with ARMS and get_config(arm)')
   parser.add_argument('--workdir', required=True, help='folder of the study')
   parser.add_argument('--arms', default='', help=f'some of ARMS, joined by commas, {BASE} among them; else all')
   parser.add_argument(
@@ -83,7 +82,7 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def _load(path: str) -> ModuleType:
-  module = config_file.load(path, 'configs/study.py')
+  module = configs.load(path, 'configs/study.py')
   if BASE not in getattr(module, 'ARMS', {}):
     raise UserError(f'--config={path} has no ARMS with an arm {BASE!r}; see configs/study.py')
   return module

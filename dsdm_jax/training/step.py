@@ -65,7 +65,7 @@ class Trainer:
       _, params, rest = nnx.split(model, nnx.Param, ...)
       return TrainState(jnp.zeros((), jnp.int32), params, rest, self._optimizer.init(params))
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(init, jax.random.key(0))  # noqa: TID251 - only its shape is used
     self.shardings = partition.shardings(shapes, mesh)
     self.abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings

@@ -185,7 +185,7 @@ class Setting:
 
   def _flop_of_training(self) -> float:
     training = self._training
-    state = jax.eval_shape(lambda: training.trainer.init(jax.random.key(0)))
+    state = jax.eval_shape(lambda: training.trainer.init(jax.random.key(0)))  # noqa: TID251 - only its shape is used
     tokens = jax.ShapeDtypeStruct((training.batch_size, self._examples.tokens_NL.shape[1]), jnp.int32)
     weight = jax.ShapeDtypeStruct((training.batch_size,), jnp.float32)
     return flops.count(training.trainer.apply, state, tokens, weight, jnp.int32(1)) * training.steps
