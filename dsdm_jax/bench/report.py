@@ -25,6 +25,7 @@ from dsdm_jax.config.validate import flatten
 from dsdm_jax.core import prng
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import results
+from dsdm_jax.evaluation.comparisons import Options
 from dsdm_jax.report import explorer, page, pictures, report_data
 from dsdm_jax.report.report_data import Evidence, Selected
 
@@ -132,7 +133,7 @@ def _results(selected: list[Selected], g: np.random.Generator) -> dict[str, Any]
       hardness_I = g.normal(-4.6, 0.8, 100)
       items[f'logprob__{task}__{split}'] = (hardness_I + gain_R + g.normal(0, 0.1, (len(rows), 100))).astype(np.float32)
       items[f'accuracy__{task}__{split}'] = (g.random((len(rows), 100)) < 0.1).astype(np.float32)
-  return results.results(items, rows, confidence=0.95, cost={}, versions={}, config={})
+  return results.results(results.Items(items), rows, Options())
 
 
 def opened(file: Path, repeats: int) -> dict[str, Any]:

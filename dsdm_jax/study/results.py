@@ -13,7 +13,8 @@ from typing import Any
 
 from dsdm_jax.core import storage
 from dsdm_jax.errors import UserError
-from dsdm_jax.evaluation.results import BENCHMARK, HOLDOUT, MEAN
+from dsdm_jax.evaluation.results import MEAN
+from dsdm_jax.evaluation.suite import BENCHMARK, HOLDOUT
 from dsdm_jax.report import figures, formatting
 from dsdm_jax.study import arm_file, study
 from dsdm_jax.study.arm_file import ArmFile

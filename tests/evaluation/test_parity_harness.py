@@ -15,7 +15,7 @@ from configs import base
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data.targets import benchmarks
 from dsdm_jax.data.targets.shapes import LANGUAGE_MODELLING, MULTIPLE_CHOICE
-from dsdm_jax.evaluation import questions, rules
+from dsdm_jax.evaluation import scoring, suite
 from dsdm_jax.evaluation.scoring import Scorer
 from dsdm_jax.training.step import Trainer
 
@@ -138,16 +138,16 @@ def test_scores_equal_the_harness_item_by_item(peers, trained, tmp_path):
 
   scorer, worst, right = Scorer(trainer, 8, 0), 0.0, {}
   for name, (benchmark, items) in files.items():
-    request = questions.build(benchmark, items, questions.Sequences(encode, LENGTH, 1, begin=False), 4, 0)
+    request = suite.build(benchmark, items, suite.Sequences(encode, LENGTH, 1, begin=False), 4, 0)
     answers = scorer.answers(state, request.ids_P, request.count_P, LENGTH)
     wanted = [answer for item in theirs[name] for answer in item['answers']]
     # Sums of at most 30 log-probabilities near −5 in float32 on both sides: seen 3e-5.
     np.testing.assert_allclose(answers.total_P, [total for total, _ in wanted], atol=2e-4)
     worst = max(worst, float(np.abs(answers.total_P - [total for total, _ in wanted]).max()))
     if benchmark.shape == LANGUAGE_MODELLING:
-      found = {'acc': rules.exact_argmax(answers)['accuracy']}
+      found = {'acc': scoring.exact_argmax(answers)['accuracy']}
     else:
-      found = rules.lowest_cross_entropy(answers, request.item_P, request.gold_I, request.characters_P)
+      found = scoring.lowest_cross_entropy(answers, request.item_P, request.gold_I, request.characters_P)
     for metric in ('acc', 'acc_norm'):
       if metric in found:
         assert found[metric].tolist() == [item[metric] for item in theirs[name]], (name, metric)

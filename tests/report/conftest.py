@@ -12,6 +12,7 @@ from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.pool import passes
 from dsdm_jax.evaluation import results
+from dsdm_jax.evaluation.comparisons import Options
 from dsdm_jax.report import explorer, page, pictures, report_data
 
 HOSTILE = (
@@ -143,9 +144,7 @@ def _evaluation(folder: Path, runs: list[dict], g: np.random.Generator) -> None:
         + g.normal(0, 0.15, ITEMS) for r in rows
       ]).astype(np.float32)  # fmt: skip
       items[f'accuracy__{task}__{split}'] = (g.random((len(rows), ITEMS)) < 0.1).astype(np.float32)
-  storage.write_json(folder / 'evaluation' / 'results.json', results.results(
-    items, rows, confidence=0.95, cost={}, versions={}, config={},
-  ))  # fmt: skip
+  storage.write_json(folder / 'evaluation' / 'results.json', results.results(results.Items(items), rows, Options()))
 
 
 def _write_lines(path: Path, records: list[dict]) -> None:

@@ -15,6 +15,7 @@ from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.evaluation import results
+from dsdm_jax.evaluation.comparisons import Options
 from dsdm_jax.report import explorer, figures, page, pictures, report, tables
 from tests.report.conftest import multiplier
 
@@ -225,7 +226,7 @@ def with_benchmarks(shown):
     items[f'accuracy__{name}'] = (g.random((len(runs), 30)) < 0.4).astype(float)
   for metric in ('acc', 'acc_norm'):
     items[f'{metric}__piqa__benchmark'] = (g.random((len(runs), 30)) < 0.6).astype(float)
-  found = results.results(items, runs, confidence=0.95, cost={}, versions={}, config={})
+  found = results.results(results.Items(items), runs, Options())
   return dataclasses.replace(shown, results=found)
 
 
