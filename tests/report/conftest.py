@@ -13,7 +13,7 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.pool import passes
 from dsdm_jax.evaluation import results
 from dsdm_jax.evaluation.comparisons import Options
-from dsdm_jax.report import explorer, page, pictures, report_data
+from dsdm_jax.report import explorer, figures, page, report_data
 
 HOSTILE = (
   '<script>document.title = "owned"; console.error("ran")</script>'
@@ -29,6 +29,8 @@ CONFIG = {
   'targets.tasks': list(TASKS),
   'model.factory': '<script>:x',
 }
+# A mix of ranks has no intervals.
+SCORES = {'tasks': list(TASKS), 'mix': 'rank', 'half_width': dict.fromkeys(TASKS, 2.0)}
 ROWS, PICKED, SEEDS, ITEMS, PEAKS = 3000, 400, 3, 90, 5
 
 
@@ -122,7 +124,7 @@ def build(folder: Path) -> dict[str, Artifact]:
       folder / stage,
       {
         'cost': {'seconds': float(s), 'flop': float(f)},
-        'semantics': {'half_width': dict.fromkeys(TASKS, 2.0)} if stage == 'datamodel' else {},
+        'semantics': SCORES if stage == 'datamodel' else {},
         'identity': {'settings': flatten(base.get_config())},
         'versions': {'jax': '0.10.2'},
         'files': {'one': {'bytes': 1_500}, 'two': {'bytes': 2_000_000}},
@@ -191,7 +193,7 @@ def multiplier() -> dict:
 
 @pytest.fixture(scope='session')
 def drawings(shown) -> dict:
-  return pictures.make(shown)
+  return figures.report_figures(shown)
 
 
 @pytest.fixture(scope='session')
