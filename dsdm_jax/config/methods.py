@@ -49,8 +49,8 @@ def _method(place: str, label: str, *needs: str, targeted: bool = True, seeded: 
 
 METHODS: Mapping[str, Method] = {
   'dsdm': _method('dsdm:dsdm', 'DsDm', 'scores'),
-  'random': _method('random:random', 'random, same epochs', targeted=False, seeded=True),
-  'random_one_epoch': _method('random:random_one_epoch', 'random, one epoch', targeted=False, seeded=True),
+  'random': _method('controls:random', 'random, same epochs', targeted=False, seeded=True),
+  'random_one_epoch': _method('controls:random_one_epoch', 'random, one epoch', targeted=False, seeded=True),
   'bottom': _method('dsdm:bottom', 'bottom-ranked', 'scores'),
   'dsdm_gumbel': _method('dsdm_sampled:dsdm_gumbel', 'DsDm, Gumbel', 'scores', seeded=True),
   'dsdm_boltzmann': _method('dsdm_sampled:dsdm_boltzmann', 'DsDm, Boltzmann', 'scores', seeded=True),
@@ -71,7 +71,7 @@ METHODS: Mapping[str, Method] = {
   'color_filter': _method('color_filter:color_filter', 'CoLoR-Filter', 'first_proxy', 'text'),
   'gradient': _method('gradient:gradient', 'gradient', 'features'),
   'oracle': _method('oracle:oracle', 'oracle', 'training'),
-  'imported': _method('imported:imported', 'imported', 'file', targeted=False),
+  'imported': _method('dsdm:imported', 'imported', 'file', targeted=False),
   'dsdm_shifted': _method('controls:dsdm_shifted', 'dsdm shifted', 'scores'),
   'dsdm_permuted': _method('controls:dsdm_permuted', 'dsdm permuted', 'scores'),
   'random_again': _method('controls:random_again', 'random again', targeted=False, seeded=True),

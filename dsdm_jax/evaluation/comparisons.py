@@ -139,13 +139,7 @@ def _comparison(
     rng = prng.numpy_stream(options.seed, 'bootstrap', *names)
     difference_I = method_SI[0] - baseline_SI[0]
     interval = guarded(
-      labels,
-      statistics.bootstrap_difference,
-      difference_I,
-      rng,
-      options.confidence,
-      documents_I,
-      options.resamples,
+      labels, statistics.bootstrap_difference, difference_I, rng, options.confidence, documents_I, options.resamples
     )
   else:
     interval = guarded(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from dsdm_jax.config.methods import STAGES
 from dsdm_jax.core import processes, storage
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
@@ -138,7 +139,7 @@ def _multipliers(
   context: Context, items: Items, runs: Runs, index: Sequence[Mapping[str, Any]], ladder_items: Items
 ) -> dict[str, Any]:
   config, final = context.config.evaluation, multiplier.final_cost(context.inputs['pretraining'])
-  costs = {stage: context.inputs[stage].manifest['cost'] for stage in multiplier.STAGES}
+  costs = {stage: context.inputs[stage].manifest['cost'] for stage in STAGES}
   own_costs = context.inputs['selection'].semantics.get('cost', {})
   return multiplier.multipliers(
     multiplier.tables_of(items, runs),

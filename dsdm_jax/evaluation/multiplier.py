@@ -19,24 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from dsdm_jax.config.methods import charged_stages
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.evaluation import results, statistics
 from dsdm_jax.evaluation.comparisons import Runs, arms, guarded, rows
 from dsdm_jax.evaluation.results import Items, Table
 
 _POINTS = 32  # where each line between two rungs is tested: steps of 2 % of compute for rungs a factor of 2 apart
-# Stages whose cost an arm is charged, by method. All other methods are charged all of them.
-_FREE = ('random', 'random_one_epoch', 'random_again')
-_NEEDS: Mapping[str, tuple[str, ...]] = {
-  **dict.fromkeys(_FREE, ()),
-  **dict.fromkeys(('classifier', 'classifier_pareto', 'dsir', 'bm25', 'imported', 'oracle'), ('selection',)),
-  **dict.fromkeys(
-    ('semdedup', 'semdedup_one_epoch', 'embedding', 'perplexity_low', 'perplexity_high', 'color_filter'),
-    ('proxies', 'selection'),
-  ),
-  'gradient': ('proxies', 'features', 'selection'),
-}
-STAGES = ('proxies', 'features', 'datamodel', 'selection')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,13 +156,13 @@ def charge(
     method: of the arm.
     selections: names of its selections.
     final: 'flop' and 'seconds' of one of its trainings.
-    costs: stage → 'flop' and 'seconds', at least for `STAGES`.
+    costs: stage → 'flop' and 'seconds', at least for `methods.STAGES`.
     own_costs: selection → its 'flop' and 'seconds'.
   """
   names, units = sorted(set(selections)), ('flop', 'seconds')
   if names and set(names) <= own_costs.keys():
     costs = {**costs, 'selection': {unit: float(np.mean([own_costs[name][unit] for name in names])) for unit in units}}
-  stages = _NEEDS.get(method, STAGES)
+  stages = charged_stages(method)
   return Charge(final, {unit: sum(costs[stage][unit] for stage in stages) for unit in units})
 
 

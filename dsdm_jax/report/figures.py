@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from dsdm_jax.config import methods
 from dsdm_jax.core import storage
 from dsdm_jax.evaluation.results import UNTARGETED
 from dsdm_jax.evaluation.suite import BENCHMARK
@@ -239,7 +240,7 @@ def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bo
   for line in lines:
     if isinstance(line, str):
       y += 0.12
-      label = f'against {formatting.method_name(line)}'
+      label = f'against {methods.label(line)}'
       ax.text(0, y, label, transform=across, fontsize=8.8, va='center', color=COLOURS['muted'])
       ax.plot([0, 1], [y + 0.26] * 2, transform=across, color=COLOURS['grid'], lw=0.8)
       y += 0.62
@@ -279,7 +280,7 @@ def losses(curves: Sequence[Curve]) -> Drawing:
       dashes = (0, (4, 2)) if curve.method == 'random_one_epoch' else '-'
       ax.fill_between(step_P, loss_SP.min(0), loss_SP.max(0), color=colour, alpha=0.18, lw=0)
       ax.plot(step_P, mean_P, color=colour, lw=1.8, ls=dashes, marker='o' if len(step_P) < 3 else None)
-      labels.append((float(mean_P[-1]), formatting.method_name(curve.method), colour))
+      labels.append((float(mean_P[-1]), methods.label(curve.method), colour))
     _direct_labels(ax, labels)
     _grid(ax)
     ax.set_xlabel('training step')
@@ -414,7 +415,7 @@ def histogram(z_N: np.ndarray, top_k: np.ndarray | None, bottom_k: np.ndarray | 
     figure, ax = _panel(2.3)
     layers = [(z_N, 'grid', 'pool')]
     layers += [(z_N[rows], colour, label) for rows, colour, label in (
-      (bottom_k, 'orange', formatting.method_name('bottom')), (top_k, 'blue', 'chosen by DsDm'),
+      (bottom_k, 'orange', methods.label('bottom')), (top_k, 'blue', 'chosen by DsDm'),
     ) if rows is not None]  # fmt: skip
     for values, colour, label in layers:
       counts = np.histogram(np.clip(values, -reach, reach), edges)[0]

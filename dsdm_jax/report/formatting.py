@@ -4,25 +4,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dsdm_jax.config.methods import label
 from dsdm_jax.evaluation.results import MEAN, UNTARGETED
 from dsdm_jax.evaluation.suite import BENCHMARK, HOLDOUT
 
-METHODS = {
-  'dsdm': 'DsDm',
-  'random': 'random, same epochs',
-  'random_one_epoch': 'random, one epoch',
-  'bottom': 'bottom-ranked',
-  'dsdm_greedy': 'DsDm, greedy',
-  'dsdm_clusters': 'DsDm, clusters',
-  'dsdm_gumbel': 'DsDm, Gumbel',
-  'dsdm_boltzmann': 'DsDm, Boltzmann',
-  'dsdm_distilled': 'DsDm, distilled',
-  'dsir': 'DSIR',
-  'semdedup': 'SemDeDup',
-  'semdedup_one_epoch': 'SemDeDup, one epoch',
-  'bm25': 'BM25',
-  'color_filter': 'CoLoR-Filter',
-}
 # As written inside a sentence; headings capitalise them.
 TASKS = {
   'docs': 'documentation prose',
@@ -38,10 +23,6 @@ MINUS = '−'
 def several_targets(targets: Iterable[str]) -> bool:
   """Whether there are arms for different targets, so that their names must include the target."""
   return len(set(targets) - {UNTARGETED}) > 1
-
-
-def method_name(method: str) -> str:
-  return METHODS.get(method, method.replace('_', ' '))
 
 
 def task_name(task: str) -> str:
@@ -65,7 +46,7 @@ def heading(text: str) -> str:
 
 def arm_name(method: str, target_mix: str, several: bool) -> str:
   """Name of an arm, with its target if there are arms of `several` targets and the method uses targets."""
-  name = method_name(method)
+  name = label(method)
   if not several or target_mix == UNTARGETED:
     return name
   return f'{name} for {task_name(target_mix)}'

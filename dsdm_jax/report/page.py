@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from dsdm_jax.config import methods
 from dsdm_jax.report import figures, formatting, tables
 from dsdm_jax.report.explorer import Packed
 from dsdm_jax.report.figures import Drawing
@@ -51,7 +52,7 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
   environment.filters.update(
     signed=formatting.signed, plain=formatting.plain, count=formatting.count, duration=formatting.duration,
     size=formatting.size,
-    scientific=formatting.scientific, p=formatting.p_value, task=formatting.task_name, method=formatting.method_name,
+    scientific=formatting.scientific, p=formatting.p_value, task=formatting.task_name, method=methods.label,
     json=json.dumps, heading=formatting.heading,
     row_task=formatting.row_task_name, percent=formatting.percent,
   )  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsdm_jax.config.methods import label
 from dsdm_jax.core import storage
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation.results import MEAN, UNTARGETED
@@ -193,7 +194,7 @@ def pictures(found: Mapping[str, Any]) -> dict[str, figures.Drawing]:
 
   def labelled(c: Mapping[str, Any]) -> str:
     method, _, arm = c['method'].partition('/')
-    return formatting.method_name(method) + (f', {arm}' if arm and methods.count(method) > 1 else '')
+    return label(method) + (f', {arm}' if arm and methods.count(method) > 1 else '')
 
   best = [{**c, 'method': labelled(c)} for c in sorted(compared, key=lambda c: -c['difference'])]
   made = {'effect': next(iter(figures.forest(best).values()))} if best else {}
