@@ -26,7 +26,7 @@ from dsdm_jax.core import prng
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import results
 from dsdm_jax.evaluation.comparisons import Options
-from dsdm_jax.report import explorer, figures, page, report_data
+from dsdm_jax.report import explorer, page, report_data
 from dsdm_jax.report.report_data import Evidence, Selected
 
 _SOURCES = ('source', 'docs', 'licences', 'metadata', 'data')
@@ -57,7 +57,7 @@ def run(flags: argparse.Namespace) -> None:
   shown, began = made_up(flags.rows, flags.characters), time.perf_counter()
   options = base.get_config().report
   packed = explorer.pack(shown, flags.rows, options.explorer_bytes)
-  html = page.render(shown, figures.report_figures(shown), packed, options.examples)
+  html = page.render(shown, page.report_figures(shown), packed, options.examples)
   found: dict[str, Any] = {
     'rows': len(packed.row_N), 'text_mb': sum(len(shown.text(n)) for n in range(flags.rows)) / 1e6,
     'page_mb': len(html.encode()) / 1e6, 'cut_at': packed.characters, 'make_s': time.perf_counter() - began,

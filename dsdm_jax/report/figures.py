@@ -23,8 +23,8 @@ from dsdm_jax.config import methods
 from dsdm_jax.core import storage
 from dsdm_jax.evaluation.results import UNTARGETED
 from dsdm_jax.evaluation.suite import BENCHMARK
-from dsdm_jax.report import formatting, tables
-from dsdm_jax.report.report_data import Curve, Evidence
+from dsdm_jax.report import formatting
+from dsdm_jax.report.report_data import Curve
 
 # Okabe and Ito's palette, which colour-blind people can tell apart, with its pale colours darkened.
 COLOURS = {
@@ -133,38 +133,6 @@ def source_colour(index: int) -> str:
   return COLOURS[SOURCE_COLOURS[index % len(SOURCE_COLOURS)]]
 
 
-def report_figures(shown: Evidence) -> dict[str, Drawing]:
-  """Name → figure: all figures of the report. A name is 'kind' or 'kind-of what', and also a file name."""
-  drawings = {f'forest-{task}': drawing for task, drawing in forest(shown.results['comparisons']).items()}
-  if shown.multiplier is not None:
-    arms = shown.multiplier['arms']
-    several = formatting.several_targets(row['target_mix'] for row in arms)
-    for curve in shown.multiplier['curves']:
-      task, split = curve['task'], curve['split']
-      same = [row for row in arms if (row['task'], row['split']) == (task, split)]
-      drawings[f'multiplier-{formatting.task_key(task, split)}'] = multiplier(curve, same, several)
-  # Each target mix gets a figure with its own arms and the arms that ignore targets.
-  common = [c for c in shown.curves if c.target_mix == UNTARGETED]
-  targeted = [c for c in shown.curves if c.target_mix != UNTARGETED]
-  for mix in dict.fromkeys(c.target_mix for c in targeted or common):
-    drawings[f'losses-{mix}'] = losses([c for c in targeted if c.target_mix == mix] + common)
-  drawings['sources'] = composition(tables.sources(shown))
-  shared = tables.overlap(shown)
-  drawings['overlap'] = overlap(shared.labels, shared.share_AB, shared.chance_AB)
-  for target in tables.targets(shown):
-    rows = {}
-    for method in ('dsdm', 'bottom'):
-      selections = shown.selections(method, target) or shown.selections(method, 'mix')
-      rows[method] = np.unique(selections[0].rows) if selections else None
-    drawings[f'scores-{target}'] = histogram(standardised(shown.scores[target]), rows['dsdm'], rows['bottom'])
-  return drawings
-
-
-def of_kind(drawings: Mapping[str, Drawing], kind: str) -> dict[str, Drawing]:
-  """The figures of one kind, by the rest of their names."""
-  return {name.removeprefix(f'{kind}-'): d for name, d in drawings.items() if name.startswith(f'{kind}-')}
-
-
 def forest(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
   """Task → its differences with intervals, one per line; all tasks have the same scale."""
   several = formatting.several_targets(c['target_mix'] for c in comparisons)
@@ -201,9 +169,12 @@ def forest_standalone(comparisons: Sequence[Mapping[str, Any]], confidence: floa
     figure.set_layout_engine('constrained', w_pad=0.14, h_pad=0.08, wspace=0.06)
     figure.suptitle(
       f'How much better than random data: log-probability of the right answer on {items}, '
-      f'{100 * confidence:g} % intervals', x=0.015, ha='left', fontsize=10,
+      f'{100 * confidence:g} % intervals',
+      x=0.015,
+      ha='left',
+      fontsize=10,
       color=COLOURS['muted'],
-    )  # fmt: skip
+    )
     axes = figure.subplots(1, len(tasks), squeeze=False, sharex=True)[0]
     for ax, task in zip(axes, tasks, strict=True):
       _forest_rows(ax, lines[task], several)
@@ -248,9 +219,13 @@ def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bo
     # Only verdicts are coloured. An interval that excludes zero may have none: Holm's rule, three seeds.
     colour = COLOURS[{'better': 'blue', 'worse': 'orange'}.get(line['verdict'], 'muted')]
     ax.text(
-      0, y, formatting.arm_name(line['method'], line['target_mix'], several), transform=across,
-      fontsize=9.2, va='center',
-    )  # fmt: skip
+      0,
+      y,
+      formatting.arm_name(line['method'], line['target_mix'], several),
+      transform=across,
+      fontsize=9.2,
+      va='center',
+    )
     value = formatting.signed(line['difference'])
     if line['low'] is not None:
       value += f'  {formatting.interval(line["low"], line["high"])}'
@@ -305,9 +280,16 @@ def _direct_labels(ax: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
   for y, text, colour in sorted(labels):
     placed.append(y if not placed else max(y, placed[-1] + gap))
     ax.annotate(
-      text, (1.0, placed[-1]), xycoords=('axes fraction', 'data'), xytext=(5, 0),
-      textcoords='offset points', color=colour, va='center', fontsize=9, annotation_clip=False,
-    )  # fmt: skip
+      text,
+      (1.0, placed[-1]),
+      xycoords=('axes fraction', 'data'),
+      xytext=(5, 0),
+      textcoords='offset points',
+      color=colour,
+      va='center',
+      fontsize=9,
+      annotation_clip=False,
+    )
 
 
 def multiplier(curve: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], several: bool) -> Drawing:
@@ -363,9 +345,15 @@ def composition(shares: Mapping[str, np.ndarray]) -> Drawing:
         ax.barh(i, share, left=left, height=0.44, color=source_colour(s), ec=COLOURS['paper'], lw=1)
         if share >= 0.08:
           ax.text(
-            left + share / 2, i, f'{100 * share:.0f}', ha='center', va='center', fontsize=8.5,
-            color=COLOURS['paper'], fontweight='bold',
-          )  # fmt: skip
+            left + share / 2,
+            i,
+            f'{100 * share:.0f}',
+            ha='center',
+            va='center',
+            fontsize=8.5,
+            color=COLOURS['paper'],
+            fontweight='bold',
+          )
         left += share
       ax.text(0, i - 0.37, label, fontsize=8.8, va='center')
     ax.set_ylim(len(shares) - 0.6, -0.7)
@@ -414,9 +402,11 @@ def histogram(z_N: np.ndarray, top_k: np.ndarray | None, bottom_k: np.ndarray | 
   with matplotlib.rc_context(_STYLE):
     figure, ax = _panel(2.3)
     layers = [(z_N, 'grid', 'pool')]
-    layers += [(z_N[rows], colour, label) for rows, colour, label in (
-      (bottom_k, 'orange', methods.label('bottom')), (top_k, 'blue', 'chosen by DsDm'),
-    ) if rows is not None]  # fmt: skip
+    layers += [
+      (z_N[rows], colour, label)
+      for rows, colour, label in ((bottom_k, 'orange', methods.label('bottom')), (top_k, 'blue', 'chosen by DsDm'))
+      if rows is not None
+    ]
     for values, colour, label in layers:
       counts = np.histogram(np.clip(values, -reach, reach), edges)[0]
       ax.stairs(counts, edges, fill=True, color=COLOURS[colour], label=label, alpha=0.85)

@@ -14,6 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from dsdm_jax.config import methods
+from dsdm_jax.evaluation.results import UNTARGETED
 from dsdm_jax.report import figures, formatting, tables
 from dsdm_jax.report.explorer import Packed
 from dsdm_jax.report.figures import Drawing
@@ -38,28 +39,26 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
 
   Args:
     shown: what was read from the artifacts. All its text is escaped.
-    drawings: see `figures.report_figures`.
+    drawings: see `report_figures`.
     packed: the explorer's data.
     examples: number of best and worst rows of each target that are shown without scripts.
   """
+  loader, strict = jinja2.FileSystemLoader(_TEMPLATES), jinja2.StrictUndefined
   environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(_TEMPLATES),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
+    loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
   )
-  environment.filters.update(
-    signed=formatting.signed, plain=formatting.plain, count=formatting.count, duration=formatting.duration,
-    size=formatting.size,
-    scientific=formatting.scientific, p=formatting.p_value, task=formatting.task_name, method=methods.label,
-    json=json.dumps, heading=formatting.heading,
-    row_task=formatting.row_task_name, percent=formatting.percent,
-  )  # fmt: skip
+  names = ('signed', 'plain', 'count', 'duration', 'size', 'scientific', 'heading', 'percent')
+  environment.filters.update({name: getattr(formatting, name) for name in names})
+  environment.filters.update(p=formatting.p_value, task=formatting.task_name, row_task=formatting.row_task_name)
+  environment.filters.update(method=methods.label, json=json.dumps)
   results = shown.results
   several = formatting.several_targets(row['target_mix'] for row in results['summary'])
   script = (_TEMPLATES / 'explorer.js').read_text('utf-8')
   svg = {name: Markup(drawing.svg(f'f{i}')) for i, (name, drawing) in enumerate(drawings.items())}
+
+  def of_kind(kind: str) -> dict[str, Markup]:
+    return {name.removeprefix(f'{kind}-'): drawn for name, drawn in svg.items() if name.startswith(f'{kind}-')}
+
   return environment.get_template('report.html').render(
     policy=policy(script),
     script=Markup(script),
@@ -75,10 +74,10 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     arm=lambda row: formatting.arm_name(row['method'], row['target_mix'], several),
     facts=_facts(shown),
     svg=svg,
-    forest={task: svg[f'forest-{task}'] for task in figures.of_kind(drawings, 'forest')},
+    forest=of_kind('forest'),
     multiplier=_multiplier(shown.multiplier),
-    ladders={task: svg[f'multiplier-{task}'] for task in figures.of_kind(drawings, 'multiplier')},
-    curves={mix: svg[f'losses-{mix}'] for mix in figures.of_kind(drawings, 'losses')},
+    ladders=of_kind('multiplier'),
+    curves=of_kind('losses'),
     compared=_compared(results),
     means=_means(results, several, 'holdout'),
     benchmarks=_means(results, several, 'benchmark'),
@@ -90,6 +89,34 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     cost=_cost(shown),
     colours=figures.COLOURS,
   )
+
+
+def report_figures(shown: Evidence) -> dict[str, Drawing]:
+  """Name → figure: all figures of the report. A name is 'kind' or 'kind-of what', and also a file name."""
+  drawings = {f'forest-{task}': drawing for task, drawing in figures.forest(shown.results['comparisons']).items()}
+  if shown.multiplier is not None:
+    arms = shown.multiplier['arms']
+    several = formatting.several_targets(row['target_mix'] for row in arms)
+    for curve in shown.multiplier['curves']:
+      task, split = curve['task'], curve['split']
+      same = [row for row in arms if (row['task'], row['split']) == (task, split)]
+      drawings[f'multiplier-{formatting.task_key(task, split)}'] = figures.multiplier(curve, same, several)
+  # Each target mix gets a figure with its own arms and the arms that ignore targets.
+  common = [c for c in shown.curves if c.target_mix == UNTARGETED]
+  targeted = [c for c in shown.curves if c.target_mix != UNTARGETED]
+  for mix in dict.fromkeys(c.target_mix for c in targeted or common):
+    drawings[f'losses-{mix}'] = figures.losses([c for c in targeted if c.target_mix == mix] + common)
+  drawings['sources'] = figures.composition(tables.sources(shown))
+  shared = tables.overlap(shown)
+  drawings['overlap'] = figures.overlap(shared.labels, shared.share_AB, shared.chance_AB)
+  for target in tables.targets(shown):
+    rows = {}
+    for method in ('dsdm', 'bottom'):
+      selections = shown.selections(method, target) or shown.selections(method, 'mix')
+      rows[method] = np.unique(selections[0].rows) if selections else None
+    z_N = figures.standardised(shown.scores[target])
+    drawings[f'scores-{target}'] = figures.histogram(z_N, rows['dsdm'], rows['bottom'])
+  return drawings
 
 
 def _facts(shown: Evidence) -> list[tuple[str, str]]:
@@ -175,11 +202,13 @@ def _lds(validation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
       for r in (r for r in records if r['setting'] == setting):
         rows.setdefault(r['predictor'], {})[r['family']] = r
       order = sorted(rows, key=lambda name: -float(np.mean([r['lds'] for r in rows[name].values()])))
-      lds_tables.append({
-        'heading': f'{formatting.heading(setting)} setting, {heading}',
-        'families': list(dict.fromkeys(r['family'] for r in records if r['setting'] == setting)),
-        'rows': {name: rows[name] for name in order},
-      })  # fmt: skip
+      lds_tables.append(
+        {
+          'heading': f'{formatting.heading(setting)} setting, {heading}',
+          'families': list(dict.fromkeys(r['family'] for r in records if r['setting'] == setting)),
+          'rows': {name: rows[name] for name in order},
+        }
+      )
   return lds_tables
 
 

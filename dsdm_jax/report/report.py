@@ -13,7 +13,7 @@ def run(context: Context) -> dict:
   settings = {key: value for artifact in context.inputs.values() for key, value in artifact.settings.items()}
   shown = report_data.load(context.inputs, settings, Pool(context.inputs['pool']).text)
   packed = explorer.pack(shown, options.explorer_rows, options.explorer_bytes)
-  drawings = figures.report_figures(shown)
+  drawings = page.report_figures(shown)
   storage.write_text(context.out / 'index.html', page.render(shown, drawings, packed, options.examples))
   for folder in ('figures', 'data'):
     (context.out / folder).mkdir(exist_ok=True)

@@ -9,8 +9,9 @@ from dsdm_jax.config.methods import STAGES
 from dsdm_jax.evaluation import multiplier
 
 COMPUTE = [1.0, 2.0, 4.0, 8.0]
-COSTS = {stage: {'flop': flop, 'seconds': flop / 10} for stage, flop in
-         zip(STAGES, (30.0, 20.0, 5.0, 1.0), strict=True)}  # fmt: skip
+COSTS = {
+  stage: {'flop': flop, 'seconds': flop / 10} for stage, flop in zip(STAGES, (30.0, 20.0, 5.0, 1.0), strict=True)
+}
 
 
 def _exact(level: float) -> np.ndarray:
@@ -33,8 +34,7 @@ def test_without_noise_the_reading_is_the_line(doublings):
 
 
 @pytest.mark.parametrize(
-  ('level', 'text', 'estimate', 'low', 'high'),
-  [(5.0, '> 8', None, 8.0, None), (-1.0, '< 1', None, None, 1.0)],
+  ('level', 'text', 'estimate', 'low', 'high'), [(5.0, '> 8', None, 8.0, None), (-1.0, '< 1', None, None, 1.0)]
 )
 def test_outside_the_ladder(level, text, estimate, low, high):
   reading = multiplier.read_off(_exact(level), _ladder(), COMPUTE)

@@ -47,8 +47,17 @@ def test_schema_and_values():
   assert len(found['arms']) == len(RUNS) * 4
   first = found['arms'][0]
   assert set(first) == {
-    'method', 'target_mix', 'seed', 'task', 'split', 'logprob', 'accuracy', 'acc', 'acc_norm', 'n_items'
-  }  # fmt: skip
+    'method',
+    'target_mix',
+    'seed',
+    'task',
+    'split',
+    'logprob',
+    'accuracy',
+    'acc',
+    'acc_norm',
+    'n_items',
+  }
   assert first['acc'] is None
   assert first['logprob'] == pytest.approx(
     float(items['logprob__docs__target'][0].astype(np.float64).mean()), rel=1e-12
@@ -200,8 +209,9 @@ def test_conditional_on_one_selection():
   for drawn, conditional in ((False, True), (True, False)):
     runs = [
       {**r, 'selection': f'{r["method"]}--{r["seed"] if drawn or r["method"] == "random" else 0}'}
-      for r in RUNS if r['method'] in ('random', 'random_one_epoch', 'dsdm')
-    ]  # fmt: skip
+      for r in RUNS
+      if r['method'] in ('random', 'random_one_epoch', 'dsdm')
+    ]
     found = _results(_items(runs), runs)
     by_pair = {(c['method'], c['baseline']): c['conditional'] for c in found['comparisons']}
     assert by_pair['dsdm', 'random'] == conditional
@@ -279,8 +289,9 @@ def test_random_arms_rarely_get_a_verdict():
   """Forty comparisons of arms that are alike, as `results.json` judges them, five to a task: at most five verdicts."""
   runs = [
     {'method': method, 'target_mix': target, 'seed': seed}
-    for method, target in [('random', 'any'), *(('dsdm', f't{i}') for i in range(5))] for seed in range(3)
-  ]  # fmt: skip
+    for method, target in [('random', 'any'), *(('dsdm', f't{i}') for i in range(5))]
+    for seed in range(3)
+  ]
   g = np.random.default_rng(7)
   items = {}
   for task in range(8):

@@ -66,8 +66,9 @@ def test_answers_are_sums_of_log_probabilities(trained):
   """float32 rounding over at most 39 terms of size 10: 1e-4 at the very worst, seen 1e-5."""
   trainer, state = trained
   ids_P, count_P = _pairs(6)
-  first_id = int(np.argmax(jax.jit(lambda p, r: nnx.merge(trainer.graphdef, p, r)(ids_P[0][None]))(
-    state.params, state.rest)[0, -1]))  # fmt: skip
+  first_id = int(
+    np.argmax(jax.jit(lambda p, r: nnx.merge(trainer.graphdef, p, r)(ids_P[0][None]))(state.params, state.rest)[0, -1])
+  )
   ids_P.append(np.append(ids_P[0][-L + 1 :], first_id).astype(np.int32))  # one that is greedy
   count_P = np.append(count_P, 1)
   if len(ids_P[0]) >= L:

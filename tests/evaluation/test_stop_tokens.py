@@ -10,9 +10,10 @@ from dsdm_jax.data.pool import vocabulary
 from dsdm_jax.data.pool.encoders import ByteEncoder
 from dsdm_jax.evaluation.scoring import stop_tokens
 
-TEXTS = [f'The {a} of {b} is {i}, and {b} has {i * 7} {a}s.' for i, (a, b) in enumerate(
-  [('city', 'Rome'), ('river', 'Paris'), ('king', 'Spain'), ('sea', 'Oslo')] * 20
-)]  # fmt: skip
+TEXTS = [
+  f'The {a} of {b} is {i}, and {b} has {i * 7} {a}s.'
+  for i, (a, b) in enumerate([('city', 'Rome'), ('river', 'Paris'), ('king', 'Spain'), ('sea', 'Oslo')] * 20)
+]
 
 
 @pytest.fixture(scope='module')
@@ -20,9 +21,18 @@ def sentencepiece_model() -> vocabulary.Encoder:
   """SentencePiece as most models have it: a space before the text, encoded as a lone '▁'."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=300, pad_id=0, eos_id=1, unk_id=2, bos_id=3,
-    byte_fallback=True, num_threads=1, minloglevel=2, hard_vocab_limit=False,
-  )  # fmt: skip
+    sentence_iterator=iter(TEXTS),
+    model_writer=model,
+    vocab_size=300,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=3,
+    byte_fallback=True,
+    num_threads=1,
+    minloglevel=2,
+    hard_vocab_limit=False,
+  )
   return vocabulary.Encoder(model.getvalue())
 
 

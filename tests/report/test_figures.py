@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from dsdm_jax.report import figures
+from dsdm_jax.report import figures, page
 from dsdm_jax.report.report_data import Curve
 
 
@@ -55,7 +55,7 @@ def test_empty_curve_and_equal_scores_draw():
 
 
 def test_figures_are_repeatable_as_svg_and_as_png(shown, drawings):
-  again = figures.report_figures(shown)
+  again = page.report_figures(shown)
   assert list(again) == list(drawings)
   for name in ('overlap', 'forest-docs'):
     first = again[name].svg('x')

@@ -7,9 +7,16 @@ from dsdm_jax.report import formatting
 
 def _comparison(task, difference, half, verdict, baseline='random', target='mix', split='holdout'):
   return {
-    'method': 'dsdm', 'target_mix': target, 'baseline': baseline, 'task': task, 'split': split,
-    'difference': difference, 'low': difference - half, 'high': difference + half, 'verdict': verdict,
-  }  # fmt: skip
+    'method': 'dsdm',
+    'target_mix': target,
+    'baseline': baseline,
+    'task': task,
+    'split': split,
+    'difference': difference,
+    'low': difference - half,
+    'high': difference + half,
+    'verdict': verdict,
+  }
 
 
 def _headlines(*comparisons):

@@ -156,7 +156,7 @@ def test_stage_writes_page_and_picture(inputs, tmp_path, monkeypatch):
 
 
 def test_same_bytes_again(html, shown):
-  assert page.render(shown, figures.report_figures(shown), explorer.pack(shown, 100_000, 10_000_000), 10) == html
+  assert page.render(shown, page.report_figures(shown), explorer.pack(shown, 100_000, 10_000_000), 10) == html
 
 
 def test_validation_is_shown_where_there_is_one(shown, drawings):
@@ -171,9 +171,9 @@ def test_validation_is_shown_where_there_is_one(shown, drawings):
 def test_multiplier_is_shown_where_there_is_a_ladder(shown, html):
   assert 'worth in compute' not in html
   laddered = dataclasses.replace(shown, multiplier=multiplier())
-  drawn = {name: d for name, d in figures.report_figures(laddered).items() if name.startswith('multiplier')}
+  drawn = {name: d for name, d in page.report_figures(laddered).items() if name.startswith('multiplier')}
   assert list(drawn) == ['multiplier-docs', 'multiplier-mean']
-  made = render(laddered, [*figures.report_figures(shown), *drawn])
+  made = render(laddered, [*page.report_figures(shown), *drawn])
   part = made[made.index('<section id="multiplier">') : made.index('<section id="training">')]
   assert '2.5 [1.5, &gt; 4]' in part
   assert 'Mean of all tasks' in part
@@ -207,7 +207,7 @@ def test_arms_of_several_targets_are_told_apart(shown, drawings):
   selected = [*shown.selected, dataclasses.replace(shown.selected[0], target_mix='docs')]
   curves = [*shown.curves, dataclasses.replace(shown.curves[0], target_mix='docs')]
   several = dataclasses.replace(shown, results=results, selected=selected, curves=curves)
-  html = page.render(several, figures.report_figures(several), _EMPTY, 1)
+  html = page.render(several, page.report_figures(several), _EMPTY, 1)
   assert 'DsDm for documentation prose' in html
   assert 'DsDm for all targets together' in html
   assert 'random, same epochs for' not in html
@@ -232,7 +232,7 @@ def with_benchmarks(shown):
 
 def test_benchmarks_have_a_table_and_are_not_called_held_out(shown):
   asked = with_benchmarks(shown)
-  html = render(asked, figures.report_figures(asked))
+  html = render(asked, page.report_figures(asked))
   assert '<figcaption>Piqa (benchmark)</figcaption>' in html and '<figcaption>Documentation prose</figcaption>' in html
   assert '<a href="#benchmarks">' in html and 'and on items of benchmarks' in html
   section = html[html.index('<section id="benchmarks"') : html.index('<section id="training"')]

@@ -67,17 +67,29 @@ class Case:
     tokens_NL = np.tile(np.arange(self.rows, dtype=np.int32)[:, None], 8)
     np.save(self.imported, rng.integers(0, 3, self.rows).astype(np.float32))
     return ArrayCandidates(
-      rng.integers(-2, 3, self.rows), Rows(tokens_NL, rng.integers(0, 3, self.rows), np.arange(self.rows) // 3, text_N),
-      Features(rng.normal(size=(self.rows, 5)), rng.normal(size=(2, 5))), Proxies(rng.integers(-1, 2, (self.rows, 3))),
-      document_cap=self.document_cap, source_cap=self.source_cap, repeat_cap=self.repeat_cap, ngram_buckets=64,
-      distill_rows=50, imported=self.imported, clusters=3,
-    )  # fmt: skip
+      rng.integers(-2, 3, self.rows),
+      Rows(tokens_NL, rng.integers(0, 3, self.rows), np.arange(self.rows) // 3, text_N),
+      Features(rng.normal(size=(self.rows, 5)), rng.normal(size=(2, 5))),
+      Proxies(rng.integers(-1, 2, (self.rows, 3))),
+      document_cap=self.document_cap,
+      source_cap=self.source_cap,
+      repeat_cap=self.repeat_cap,
+      ngram_buckets=64,
+      distill_rows=50,
+      imported=self.imported,
+      clusters=3,
+    )
 
 
 CASES = st.builds(
-  Case, st.integers(60, 90), st.integers(0, 50), st.integers(0, 3), st.sampled_from([0.5, 0.8, 1.0]),
-  st.integers(2, 5), st.just(''),
-)  # fmt: skip
+  Case,
+  st.integers(60, 90),
+  st.integers(0, 50),
+  st.integers(0, 3),
+  st.sampled_from([0.5, 0.8, 1.0]),
+  st.integers(2, 5),
+  st.just(''),
+)
 TARGET = target([' '.join(WORDS[:5]), ' '.join(WORDS[3:9])], [[1, 2, 3], [4, 5]])
 
 

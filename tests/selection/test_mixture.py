@@ -36,9 +36,15 @@ def mixed(folder, parts, budget, seed=1, **options):
 
 @pytest.mark.parametrize(
   ('part', 'cap'),
-  [('dsdm_boltzmann', 16), ('dsdm_boltzmann epochs=3 cap=7', 7), ('dsdm_boltzmann epochs=2.5', 16),
-   ('dsdm_boltzmann rows=100', 16), ('dsdm_boltzmann rows=20 cap=2', 2), ('dsdm epochs=5 cap=6', 6)],
-)  # fmt: skip
+  [
+    ('dsdm_boltzmann', 16),
+    ('dsdm_boltzmann epochs=3 cap=7', 7),
+    ('dsdm_boltzmann epochs=2.5', 16),
+    ('dsdm_boltzmann rows=100', 16),
+    ('dsdm_boltzmann rows=20 cap=2', 2),
+    ('dsdm epochs=5 cap=6', 6),
+  ],
+)
 def test_passes_and_draws_together_stay_within_a_parts_cap(tmp_path, part, cap):
   # So cold that nearly all draws are of a few rows, at twice the rate of the other part.
   schedule, entry, _ = mixed(tmp_path, (f'{part} rate=2', 'random epochs=1'), Budget(512, 4, 16), temperature=0.02)

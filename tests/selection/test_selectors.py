@@ -16,9 +16,10 @@ RANDOM = np.random.default_rng(0).normal(size=100).astype(np.float32)
 
 # Few distinct values, so that ties are the rule; extremes of float32 among them.
 SCORES = hnp.arrays(
-  np.float32, st.integers(1, 60),
+  np.float32,
+  st.integers(1, 60),
   elements=st.sampled_from([np.float32(v) for v in (-3e38, -1.5, -1e-40, -0.0, 0.0, 1e-40, 0.5, 1.5, 3e38)]),
-)  # fmt: skip
+)
 
 
 @given(SCORES, st.data())
@@ -58,9 +59,15 @@ def test_a_score_that_is_not_a_number_is_an_error_with_its_row(bad, method):
 
 @pytest.mark.parametrize(
   ('method', 'examples', 'epochs'),
-  [('dsdm', 21, 1), ('bottom', 21, 1), ('random', 21, 1), ('random_one_epoch', 7, 3), ('dsdm_gumbel', 21, 1),
-   ('dsdm_boltzmann', 81, 4)],
-)  # fmt: skip
+  [
+    ('dsdm', 21, 1),
+    ('bottom', 21, 1),
+    ('random', 21, 1),
+    ('random_one_epoch', 7, 3),
+    ('dsdm_gumbel', 21, 1),
+    ('dsdm_boltzmann', 81, 4),
+  ],
+)
 def test_more_rows_than_the_pool_has(method, examples, epochs):
   with pytest.raises(UserError, match=r'selection\.examples') as caught:
     selected(method, ArrayCandidates(RANDOM[:20]), examples, epochs)
@@ -100,9 +107,11 @@ def test_random_arms_draw_apart():
 def test_caps_hold_and_no_better_row_is_left_out(score_N, document_cap, documents, count, source_cap):
   rows = np.arange(len(score_N))
   pool = ArrayCandidates(
-    score_N, Rows(np.zeros((len(score_N), 8), np.int32), rows % 3, rows % documents),
-    document_cap=document_cap, source_cap=source_cap,
-  )  # fmt: skip
+    score_N,
+    Rows(np.zeros((len(score_N), 8), np.int32), rows % 3, rows % documents),
+    document_cap=document_cap,
+    source_cap=source_cap,
+  )
   try:
     found = selected('dsdm', pool, count).rows
   except UserError:
@@ -125,9 +134,18 @@ def test_caps_hold_and_no_better_row_is_left_out(score_N, document_cap, document
 
 @pytest.mark.parametrize(
   ('share', 'count', 'rows'),
-  [(0.29, 100, 29), (0.57, 100, 57), (0.3, 10, 3), (0.5, 5, 2), (0.7, 10, 7), (1 / 3, 10, 3), (0.999, 100, 99),
-   (0.1, 9, 0), (0.07, 100_000_000, 7_000_000)],
-)  # fmt: skip
+  [
+    (0.29, 100, 29),
+    (0.57, 100, 57),
+    (0.3, 10, 3),
+    (0.5, 5, 2),
+    (0.7, 10, 7),
+    (1 / 3, 10, 3),
+    (0.999, 100, 99),
+    (0.1, 9, 0),
+    (0.07, 100_000_000, 7_000_000),
+  ],
+)
 def test_a_source_gives_its_share_in_whole_rows(share, count, rows):
   assert ranking.rows_of_share(share, count) == rows
 

@@ -114,16 +114,25 @@ def test_two_processes_select_the_rows_of_one(chosen, finished, tmp_path):
   for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
     shutil.copytree(finished / stage, folder / stage)
   flags = (
-    '--config=tests/selection/every.py', f'--workdir={folder}', '--stage=selection', '--config.distributed.processes=2',
+    '--config=tests/selection/every.py',
+    f'--workdir={folder}',
+    '--stage=selection',
+    '--config.distributed.processes=2',
     f'--config.distributed.coordinator=127.0.0.1:{free_port()}',
-  )  # fmt: skip
-  outputs = ends([
-    subprocess.Popen(
-      runs.command(*flags, f'--config.distributed.process={process}'),
-      cwd=ROOT, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
-    for process in (0, 1)
-  ])  # fmt: skip
+  )
+  outputs = ends(
+    [
+      subprocess.Popen(
+        runs.command(*flags, f'--config.distributed.process={process}'),
+        cwd=ROOT,
+        env=runs.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+      for process in (0, 1)
+    ]
+  )
   for code, _, err in outputs:
     assert code == 0, err[-3_000:]
   assert 'selection: done in' in outputs[0][1] and 'selection' not in outputs[1][1]
@@ -157,9 +166,13 @@ def test_the_mixture_trains_in_the_order_that_seqio_shows(chosen):
   for start in (0, 23):
     name = mixtures.register(schedule, Pool(artifacts.open_stage(chosen, 'pool')), start)
     stream = seqio.get_mixture_or_task(name).get_dataset(
-      sequence_length=None, split='train', shuffle=False, num_epochs=1, passthrough_features=('row',),
+      sequence_length=None,
+      split='train',
+      shuffle=False,
+      num_epochs=1,
+      passthrough_features=('row',),
       trim_output_features=False,
-    )  # fmt: skip
+    )
     assert [int(x['row']) for x in stream.as_numpy_iterator()] == row_B[start:].tolist()
   refused = {**entry, 'when_empty': 'refuse'}
   with pytest.raises(UserError, match="'dsdm--api_qa--0' has 3 rows but is to give"):
@@ -172,7 +185,7 @@ def test_the_mixture_trains_in_the_order_that_seqio_shows(chosen):
     ({'selection__methods': ('tests.selection.every:repeats',)}, 'occurs 32 times, allowed are 8'),
     ({'selection__methods': ('json:loads',)}, None),
     ({'selection__methods': ('random',), 'mixture__parts': ('dsdm epochs=20',)}, 'epochs=20 and at most 16'),
-    ({'selection__methods': ('dsdm',), 'selection__document_cap': 1, 'selection__source_cap': 0.01}, 'leave 0 rows'),
+    ({'selection__methods': ('dsdm',), 'selection__document_cap': 1, 'selection__source_cap': 0.01}, 'leave 0 of 32 rows'),
   ],
 )
 def test_refusals(finished, tmp_path, changes, words):
@@ -223,8 +236,14 @@ def test_other_programs_open_the_dataset(chosen, tmp_path):
     "assert not any(name.startswith('dsdm_jax') for name in sys.modules)\n"
     "print(json.dumps({'rows': read, 'tokens': tokens}))\n"
   )
-  done = subprocess.run([sys.executable, '-P', '-c', code, str(tmp_path / 'd')], cwd=tmp_path, capture_output=True,
-                        text=True, check=False, env=runs.environment(1, PYTHONPATH=''))  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, '-P', '-c', code, str(tmp_path / 'd')],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+    env=runs.environment(1, PYTHONPATH=''),
+  )
   assert done.returncode == 0, done.stderr[-3_000:]
   found = json.loads(done.stdout.splitlines()[-1])
   rows = Selection.load(chosen / 'selection', 'dsdm--docs--0').rows
@@ -245,9 +264,12 @@ def test_hugging_face_opens_the_folder(chosen, tmp_path):
     "print(json.dumps(list(d['row'])))\n"
   )
   done = subprocess.run(
-    [python, '-c', code, str(tmp_path / 'h'), str(tmp_path / 'cache')], capture_output=True, text=True, check=False,
+    [python, '-c', code, str(tmp_path / 'h'), str(tmp_path / 'cache')],
+    capture_output=True,
+    text=True,
+    check=False,
     env=runs.environment(1, HF_HUB_OFFLINE='1', PYTHONPATH=''),
-  )  # fmt: skip
+  )
   assert done.returncode == 0, done.stderr[-3_000:]
   rows = Selection.load(chosen / 'selection', 'random--any--1').rows
   assert json.loads(done.stdout.splitlines()[-1]) == rows.tolist()

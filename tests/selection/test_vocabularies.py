@@ -21,9 +21,11 @@ def tokenizer(folder: Path, size: int) -> str:
   made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   made.decoder = tokenizers.decoders.ByteLevel()
   trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=size, special_tokens=['<|endoftext|>'], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    vocab_size=size,
+    special_tokens=['<|endoftext|>'],
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
-  )  # fmt: skip
+  )
   made.train_from_iterator([d.text for d in small.invented(small.small_config().pool, 0)], trainer)
   path = folder / f'tokenizer_{size}.json'
   made.save(str(path))
