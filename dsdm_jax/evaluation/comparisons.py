@@ -145,17 +145,13 @@ def _comparison(
     interval = guarded(
       labels, statistics.crossed_difference, method_SI, baseline_SI, paired, options.confidence, documents_I
     )
-  degrees = interval.degrees_of_freedom
+  keys, degrees = ('difference', 'low', 'high', 'p_value', 'basis'), interval.degrees_of_freedom
   return {
     'method': method[0],
     'target_mix': method[1],
     'baseline': baseline[0],
     **labels,
-    'difference': interval.difference,
-    'low': interval.low,
-    'high': interval.high,
-    'p_value': interval.p_value,
-    'basis': interval.basis,
+    **{key: getattr(interval, key) for key in keys},
     'paired_seeds': paired,
     'seeds': [len(method_SI), len(baseline_SI)],
     'conditional': selected_once(runs, method) or selected_once(runs, baseline),

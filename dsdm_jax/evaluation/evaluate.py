@@ -55,17 +55,10 @@ def models(context: Context) -> list[dict[str, Any]]:
   """
   index = json.loads((context.inputs['selection'].path / 'index.json').read_text())
   pretrained = context.inputs['pretraining'].path
-  entries = [
-    {
-      'name': entry['name'],
-      'method': entry['method'],
-      'target_mix': entry['target'],
-      'seed': entry['seed'],
-      'selection': entry['selection'],
-      'folder': str(pretrained / entry['name']),
-    }
-    for entry in index
-  ]
+  entries = []
+  for entry in index:
+    facts = {key: entry[key] for key in ('name', 'method', 'seed', 'selection')}
+    entries.append({**facts, 'target_mix': entry['target'], 'folder': str(pretrained / entry['name'])})
   for spec in context.config.evaluation.checkpoints:
     name, _, folder = spec.partition('=')
     if name in {entry['method'] for entry in index}:

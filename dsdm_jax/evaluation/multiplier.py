@@ -179,17 +179,12 @@ def arm(reading: Reading, charged: Charge, uses: int) -> dict[str, Any]:
   net = reading.per(final['flop'] + selection['flop'] / uses)
   # Beyond the ladder, its end is what is known for certain.
   worth = gross.estimate if gross.estimate is not None else (gross.top if gross.above else gross.bottom)
-  return {
-    'flop_final': final['flop'],
-    'seconds_final': final['seconds'],
-    'flop_selection': selection['flop'],
-    'seconds_selection': selection['seconds'],
-    'uses': uses,
-    'equivalent': reading.as_json(),
-    'gross': gross.as_json(),
-    'net': net.as_json(),
-    'needs_flop_selection_below': max(0.0, (worth - 1) * final['flop'] * uses),
-  }
+  return (
+    {'flop_final': final['flop'], 'seconds_final': final['seconds']}
+    | {'flop_selection': selection['flop'], 'seconds_selection': selection['seconds'], 'uses': uses}
+    | {'equivalent': reading.as_json(), 'gross': gross.as_json(), 'net': net.as_json()}
+    | {'needs_flop_selection_below': max(0.0, (worth - 1) * final['flop'] * uses)}
+  )
 
 
 def final_cost(pretraining: Artifact) -> dict[str, float]:
@@ -270,15 +265,9 @@ def _rungs(ladder: Ladder) -> list[dict[str, Any]]:
   for places in ladder.rungs():
     same = [ladder.index[place] for place in places]
     seconds = [entry['seconds'] for entry in same if entry['seconds'] is not None]
-    rungs.append(
-      {
-        **{key: same[0][key] for key in ('factor', 'parameters', 'tokens', 'epochs', 'flop')},
-        'layers': same[0]['model']['layers'],
-        'width': same[0]['model']['width'],
-        'seeds': len(same),
-        'seconds': float(np.mean(seconds)) if seconds else None,
-      }
-    )
+    facts = {key: same[0][key] for key in ('factor', 'parameters', 'tokens', 'epochs', 'flop')}
+    shape = {key: same[0]['model'][key] for key in ('layers', 'width')}
+    rungs.append({**facts, **shape, 'seeds': len(same), 'seconds': float(np.mean(seconds)) if seconds else None})
   return rungs
 
 
@@ -307,17 +296,9 @@ def _arms(
       continue  # a checkpoint from outside the run, whose cost is unknown
     values_SI = table.values['logprob'][places]
     reading = read_off(values_SI, rungs, compute, confidence, table.documents_I)
-    arm_rows.append(
-      {
-        'method': method,
-        'target_mix': target,
-        'task': table.task,
-        'split': table.split,
-        'metric': 'logprob',
-        'value': float(values_SI.mean()),
-        **arm(reading, charged(method, [runs[place]['selection'] for place in places]), uses),
-      }
-    )
+    charges = charged(method, [runs[place]['selection'] for place in places])
+    names = {'method': method, 'target_mix': target, 'task': table.task, 'split': table.split, 'metric': 'logprob'}
+    arm_rows.append({**names, 'value': float(values_SI.mean()), **arm(reading, charges, uses)})
   return arm_rows
 
 

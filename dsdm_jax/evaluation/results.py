@@ -201,20 +201,13 @@ def _summary(table: Table, runs: Runs, confidence: float) -> Iterator[dict[str, 
       comparisons.guarded(labels, statistics.mean_interval, table.values[metric][own], confidence, table.documents_I)
       for metric in METRICS
     )
-    yield {
-      'method': arm[0],
-      'target_mix': arm[1],
-      **labels,
-      'seeds': len(own),
-      'logprob': logprob.difference,
-      'low': logprob.low,
-      'high': logprob.high,
-      'accuracy': accuracy.difference,
-      'accuracy_low': accuracy.low,
-      'accuracy_high': accuracy.high,
-      **{metric: _mean(table, metric, own) for metric in OTHER_RULES},
-      'n_items': table.values['logprob'].shape[1],
-    }
+    yield (
+      {'method': arm[0], 'target_mix': arm[1], **labels, 'seeds': len(own)}
+      | {'logprob': logprob.difference, 'low': logprob.low, 'high': logprob.high}
+      | {'accuracy': accuracy.difference, 'accuracy_low': accuracy.low, 'accuracy_high': accuracy.high}
+      | {metric: _mean(table, metric, own) for metric in OTHER_RULES}
+      | {'n_items': table.values['logprob'].shape[1]}
+    )
 
 
 def _mean(table: Table, metric: str, run_numbers: Sequence[int]) -> float | None:

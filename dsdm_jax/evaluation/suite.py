@@ -95,18 +95,12 @@ class Request:
 
   def describe(self) -> dict[str, Any]:
     """The benchmark's entry under `tasks` in `results.json`."""
-    return {
-      'task': self.benchmark.name,
-      'split': BENCHMARK,
-      'rule': self.benchmark.scoring,
-      'shape': self.benchmark.shape,
-      'shots': self.benchmark.shots,
-      'delimiter': self.benchmark.delimiter,
-      'n_items': len(self.item_ids_I),
-      'categories': sorted(set(self.category_I) - {''}),
-      'group': self.benchmark.category,
-      'answers_cut': self.cut,
-    }
+    benchmark = self.benchmark
+    return (
+      {'task': benchmark.name, 'split': BENCHMARK, 'rule': benchmark.scoring, 'shape': benchmark.shape}
+      | {'shots': benchmark.shots, 'delimiter': benchmark.delimiter, 'n_items': len(self.item_ids_I)}
+      | {'categories': sorted(set(self.category_I) - {''}), 'group': benchmark.category, 'answers_cut': self.cut}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,17 +123,11 @@ class Suite:
 
   def tasks(self) -> list[dict[str, Any]]:
     """The `tasks` part of `results.json`."""
-    own = [
-      {
-        'task': task,
-        'split': split,
-        'rule': 'exact_argmax',
-        'shots': BENCHMARKS[task].shots if task in BENCHMARKS else 0,
-        'n_items': len(examples),
-        'categories': [],
-      }
-      for (task, split), examples in self.examples.items()
-    ]
+    own: list[dict[str, Any]] = []
+    for (task, split), examples in self.examples.items():
+      shots = BENCHMARKS[task].shots if task in BENCHMARKS else 0
+      facts = {'task': task, 'split': split, 'rule': 'exact_argmax', 'shots': shots}
+      own.append({**facts, 'n_items': len(examples), 'categories': []})
     return own + [request.describe() for request in self.requests]
 
   def documents(self) -> dict[tuple[str, str], list[str]]:

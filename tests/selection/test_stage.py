@@ -185,7 +185,7 @@ def test_the_mixture_trains_in_the_order_that_seqio_shows(chosen):
     ({'selection__methods': ('tests.selection.every:repeats',)}, 'occurs 32 times, allowed are 8'),
     ({'selection__methods': ('json:loads',)}, None),
     ({'selection__methods': ('random',), 'mixture__parts': ('dsdm epochs=20',)}, 'epochs=20 and at most 16'),
-    ({'selection__methods': ('dsdm',), 'selection__document_cap': 1, 'selection__source_cap': 0.01}, 'leave 0 of 32 rows'),
+    ({'selection__methods': ('dsdm',), 'selection__document_cap': 1, 'selection__source_cap': 0.01}, 'leave 0 of 32'),
   ],
 )
 def test_refusals(finished, tmp_path, changes, words):
