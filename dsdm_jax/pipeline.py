@@ -23,7 +23,7 @@ from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import sources
 from dsdm_jax.data.targets import benchmarks, tasks
 from dsdm_jax.errors import UserError
-from dsdm_jax.evaluation import questions
+from dsdm_jax.evaluation import suite
 from dsdm_jax.lm import hugging_face
 
 
@@ -146,7 +146,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
 
 def _run(config: ConfigDict, settings: Mapping, workdir: Path, only: str | None, rerun: bool) -> None:
   tasks.check_files(config.targets, config.pool.leakage_benchmarks if config.pool.leakage_guard else ())
-  questions.check(config.evaluation, config.targets.folder, config.pool.length)
+  suite.check(config.evaluation, config.targets.folder, config.pool.length)
   with _held(workdir, config.features.job if config.features.jobs > 1 else None) as fresh:
     settings = {**settings, **processes.decide(lambda: _source_files(settings, workdir))}
     _run_in(workdir, fresh, config, settings, only, rerun)
@@ -417,14 +417,14 @@ def _commit(workdir: Path, identity: Identity, semantics: Mapping, cost: artifac
 
 def _publish(workdir: Path, settings: Mapping, done: Mapping[str, Artifact]) -> None:
   """Writes `results.json` in the workdir and prints the table."""
-  from dsdm_jax.evaluation import terminal
+  from dsdm_jax.evaluation import results
 
   found = json.loads((done['evaluation'].path / 'results.json').read_text())
   found['cost'] = {name: done[name].manifest['cost'] for name in NAMES if name in done}
   found['versions'] = done['evaluation'].manifest['versions']
   found['config'] = dict(settings)
   storage.write_json(workdir / 'results.json', found)
-  print(terminal.table(found))
+  print(results.text_tables(found))
   print(f'results: {workdir / "results.json"}')
 
 

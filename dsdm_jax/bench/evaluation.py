@@ -15,9 +15,8 @@ from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data.pool import vocabulary
 from dsdm_jax.data.targets import benchmarks
 from dsdm_jax.errors import UserError
-from dsdm_jax.evaluation import questions
-from dsdm_jax.evaluation.scoring import Scorer, score_request
-from dsdm_jax.evaluation.suite import stops
+from dsdm_jax.evaluation import suite
+from dsdm_jax.evaluation.scoring import Scorer, score_request, stop_tokens
 from dsdm_jax.training.step import trainer
 
 
@@ -42,12 +41,12 @@ def run(flags: argparse.Namespace) -> None:
   encoder = vocabulary.Encoder(vocabulary.train(texts, config.pool.vocab_size))
   compiled = trainer(config.model, config.pretraining.train, encoder.size, config.pool.length, make_mesh(config.mesh))
   state = compiled.init(prng.stream(0, 'bench', 'evaluation'))
-  stop_V = stops(encoder)
+  stop_V = stop_tokens(encoder)
   for task in tasks:
     config.evaluation.tasks = (task,)
     began = time.perf_counter()
-    sequences = questions.Sequences(encoder.encode, config.pool.length, encoder.eos)
-    (request,) = questions.read(config.evaluation, flags.folder, sequences, config.targets.seed)
+    sequences = suite.Sequences(encoder.encode, config.pool.length, encoder.eos)
+    (request,) = suite.read(config.evaluation, flags.folder, sequences, config.targets.seed)
     found = {'task': task, 'items': len(request.item_ids_I), 'tokenize_s': time.perf_counter() - began}
     scorer = Scorer(compiled, config.evaluation.batch_size, encoder.eos)
     for name in ('first', 'again'):

@@ -160,7 +160,7 @@ def measure(config: ConfigDict, workdir: Path, copies: str) -> None:
   is_copy_N = pool.source_N == list(pool.sources).index(copies)
   across = share[np.flatnonzero(is_copy_N)][:, np.flatnonzero(~is_copy_N)]
   for similarity in SIMILARITIES:
-    dropped_N = ~semdedup.keep(x_ND, 0, similarity)
+    dropped_N = semdedup.near_duplicates(x_ND, 0, similarity)
     found: dict[str, Any] = {'similarity': similarity, 'rows': pool.num_rows, 'dropped': int(dropped_N.sum())}
     found['false'] = float(dropped_N[most_N == 0].mean())
     for least in SHARES:

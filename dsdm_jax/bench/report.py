@@ -25,7 +25,8 @@ from dsdm_jax.configs import base
 from dsdm_jax.core import prng
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import results
-from dsdm_jax.report import explorer, page, pictures, report_data
+from dsdm_jax.evaluation.comparisons import Options
+from dsdm_jax.report import explorer, page, report_data
 from dsdm_jax.report.report_data import Evidence, Selected
 
 _SOURCES = ('source', 'docs', 'licences', 'metadata', 'data')
@@ -56,7 +57,7 @@ def run(flags: argparse.Namespace) -> None:
   shown, began = made_up(flags.rows, flags.characters), time.perf_counter()
   options = base.get_config().report
   packed = explorer.pack(shown, flags.rows, options.explorer_bytes)
-  html = page.render(shown, pictures.make(shown), packed, options.examples)
+  html = page.render(shown, page.report_figures(shown), packed, options.examples)
   found: dict[str, Any] = {
     'rows': len(packed.row_N), 'text_mb': sum(len(shown.text(n)) for n in range(flags.rows)) / 1e6,
     'page_mb': len(html.encode()) / 1e6, 'cut_at': packed.characters, 'make_s': time.perf_counter() - began,
@@ -132,7 +133,7 @@ def _results(selected: list[Selected], g: np.random.Generator) -> dict[str, Any]
       hardness_I = g.normal(-4.6, 0.8, 100)
       items[f'logprob__{task}__{split}'] = (hardness_I + gain_R + g.normal(0, 0.1, (len(rows), 100))).astype(np.float32)
       items[f'accuracy__{task}__{split}'] = (g.random((len(rows), 100)) < 0.1).astype(np.float32)
-  return results.results(items, rows, confidence=0.95, cost={}, versions={}, config={})
+  return results.results(results.Items(items), rows, Options())
 
 
 def opened(file: Path, repeats: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from dsdm_jax.core import prng
 from dsdm_jax.data.pool import vocabulary
 from dsdm_jax.errors import UserError
 from dsdm_jax.selection import dsdm_sampled, ngrams, ranking
-from dsdm_jax.selection.registry import Budget
+from dsdm_jax.selection.candidates import Budget
 
 _LENGTH = 1_024
 _WANTED = 100_000_000

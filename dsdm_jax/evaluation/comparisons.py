@@ -1,4 +1,4 @@
-"""Which arms are compared, by how much they differ, and what may be said of it."""
+"""Comparisons of arms: which pairs, the difference with its interval, and the verdict."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import statistics
 
 BASELINES = ('random', 'random_one_epoch')
-# Beyond every arm against the baselines: the best-ranked data against the worst-ranked.
+# Besides every arm against the baselines: the best-ranked data against the worst-ranked.
 EXTRA = (('dsdm', 'bottom'),)
 BETTER, WORSE, NEITHER = 'better', 'worse', 'no evidence'
 FEWEST_SEEDS = 3  # for a verdict over seeds
@@ -26,9 +26,9 @@ class Options:
   """How arms are compared.
 
   Attributes:
-    confidence: of intervals; verdicts are given where p_holm < 1 − confidence.
-    paired_seeds: compare models of the same seed, see `statistics`; seeds that only one arm has are left out.
-    resamples: draws of the bootstrap over items, which stands where both arms have one seed.
+    confidence: of intervals, above 0 and below 1; a verdict needs p_holm < 1 − confidence.
+    paired_seeds: compare models of the same seed, see `statistics`; leaves out seeds that only one arm has.
+    resamples: draws of the bootstrap over items, used where both arms have one seed.
     seed: of these draws.
     baselines: methods that every arm is compared with, and each other once.
   """
@@ -46,7 +46,7 @@ def arms(runs: Runs) -> list[Arm]:
 
 
 def rows(runs: Runs, arm: Arm) -> list[int]:
-  """Places of the arm's runs."""
+  """Row numbers of the arm's runs."""
   return [i for i, run in enumerate(runs) if (run['method'], run['target_mix']) == arm]
 
 
@@ -57,40 +57,34 @@ def compare(
 
   Args:
     values_RI: higher is better; a row per run.
-    runs: for each its `method`, `target_mix` and `seed`, and where it is known the name of its `selection`.
+    runs: `method`, `target_mix` and `seed` of each row, and the name of its `selection` where it is known.
     documents_I: see `statistics.crossed_difference`.
-    options: how.
+    options: see `Options`.
     labels: further entries of each row: task, split, metric.
   """
-  found = [
+  compared = [
     _comparison(values_RI, runs, *pair, documents_I, options, labels) for pair in _pairs(runs, options.baselines)
   ]
-  adjusted = statistics.holm([c['p_value'] for c in found])
-  for comparison, p_holm in zip(found, adjusted, strict=True):
+  adjusted = statistics.holm([c['p_value'] for c in compared])
+  for comparison, p_holm in zip(compared, adjusted, strict=True):
+    # Two seeds say too little about how seeds vary. With one seed on each side, only items are judged.
+    few = 'seeds' in comparison['basis'] and min(comparison['seeds']) < FEWEST_SEEDS
+    direction = BETTER if comparison['difference'] > 0 else WORSE
     comparison['p_holm'] = float(p_holm)
-    comparison['verdict'] = _verdict(comparison, 1 - options.confidence)
-  return found
-
-
-def _verdict(comparison: Mapping[str, Any], alpha: float) -> str:
-  # Two seeds say too little of how seeds vary; one on each side says nothing, and then items alone are judged.
-  if 'seeds' in comparison['basis'] and min(comparison['seeds']) < FEWEST_SEEDS:
-    return NEITHER
-  if comparison['p_holm'] >= alpha:
-    return NEITHER
-  return BETTER if comparison['difference'] > 0 else WORSE
+    comparison['verdict'] = NEITHER if few or p_holm >= 1 - options.confidence else direction
+  return compared
 
 
 def _pairs(runs: Runs, baselines: Sequence[str]) -> Iterator[tuple[Arm, Arm]]:
   """Arms to compare: all against each baseline, the baselines with each other once, then EXTRA.
 
-  Two arms that have a model in common are no comparison: what it does would stand on both sides.
+  Arms that share a model are not compared: the model's noise would cancel.
   """
   known = arms(runs)
   seen = set()
-  wanted = [(arm, name) for name in baselines for arm in known]
-  wanted += [(arm, other) for method, other in EXTRA for arm in known if arm[0] == method]
-  for arm, name in wanted:
+  candidates = [(arm, name) for name in baselines for arm in known]
+  candidates += [(arm, other) for method, other in EXTRA for arm in known if arm[0] == method]
+  for arm, name in candidates:
     baseline = _baseline(known, name, arm[1])
     if baseline is None or arm[0] == name or (baseline, arm) in seen or _models(runs, arm) & _models(runs, baseline):
       continue
@@ -99,20 +93,20 @@ def _pairs(runs: Runs, baselines: Sequence[str]) -> Iterator[tuple[Arm, Arm]]:
 
 
 def _baseline(known: Sequence[Arm], name: str, target: str) -> Arm | None:
-  """The arm called `name` for `target`; one for another target where there is none, since it ignores targets."""
-  found = [arm for arm in known if arm[0] == name]
-  if not found:
+  """The arm `name` for `target`, or else its first arm, which ignores targets."""
+  named = [arm for arm in known if arm[0] == name]
+  if not named:
     return None
-  return (name, target) if (name, target) in found else found[0]
+  return (name, target) if (name, target) in named else named[0]
 
 
 def _models(runs: Runs, arm: Arm) -> set[tuple[str, int]]:
-  """(selection, seed) of the arm's models, of those whose selection is known."""
+  """(selection, seed) of the arm's models whose selection is known."""
   return {(runs[r]['selection'], runs[r]['seed']) for r in rows(runs, arm) if runs[r].get('selection') is not None}
 
 
 def selected_once(runs: Runs, arm: Arm) -> bool:
-  """Whether all models of the arm, or its only one, stand on one selection, so that nothing is known of others."""
+  """Whether all models of the arm were trained on one selection, so that nothing is known about other selections."""
   names = [runs[r].get('selection') for r in rows(runs, arm)]
   return None in names or len(set(names)) < 2
 
@@ -127,7 +121,7 @@ def _comparison(
   labels: Mapping[str, Any],
 ) -> dict[str, Any]:
   method_rows, baseline_rows = rows(runs, method), rows(runs, baseline)
-  # A checkpoint from elsewhere shares no initialisation with anything here.
+  # A checkpoint from outside the run shares no initialisation with an arm.
   paired = options.paired_seeds and all(runs[r].get('selection', '') is not None for r in method_rows + baseline_rows)
   if paired:
     common = {runs[r]['seed'] for r in method_rows} & {runs[r]['seed'] for r in baseline_rows}
@@ -136,35 +130,39 @@ def _comparison(
         f'arms {method[0]} and {baseline[0]} have no seed in common; set --config.evaluation.paired_seeds=False'
       )
     method_rows, baseline_rows = (
-      sorted((r for r in found if runs[r]['seed'] in common), key=lambda r: runs[r]['seed'])
-      for found in (method_rows, baseline_rows)
+      sorted((r for r in own if runs[r]['seed'] in common), key=lambda r: runs[r]['seed'])
+      for own in (method_rows, baseline_rows)
     )
   method_SI, baseline_SI = values_RI[method_rows], values_RI[baseline_rows]
   if len(method_SI) == len(baseline_SI) == 1:
     names = (*method, *baseline, *map(str, labels.values()))
+    rng = prng.numpy_stream(options.seed, 'bootstrap', *names)
+    difference_I = method_SI[0] - baseline_SI[0]
     interval = guarded(
-      labels, statistics.bootstrap_difference, method_SI[0] - baseline_SI[0],
-      prng.numpy_stream(options.seed, 'bootstrap', *names), options.confidence, documents_I, options.resamples,
-    )  # fmt: skip
+      labels, statistics.bootstrap_difference, difference_I, rng, options.confidence, documents_I, options.resamples
+    )
   else:
     interval = guarded(
-      labels, statistics.crossed_difference, method_SI, baseline_SI, paired, options.confidence, documents_I,
-    )  # fmt: skip
-  degrees = interval.degrees_of_freedom
+      labels, statistics.crossed_difference, method_SI, baseline_SI, paired, options.confidence, documents_I
+    )
+  keys, degrees = ('difference', 'low', 'high', 'p_value', 'basis'), interval.degrees_of_freedom
   return {
-    'method': method[0], 'target_mix': method[1], 'baseline': baseline[0], **labels,
-    'difference': interval.difference, 'low': interval.low, 'high': interval.high,
-    'p_value': interval.p_value, 'basis': interval.basis, 'paired_seeds': paired,
+    'method': method[0],
+    'target_mix': method[1],
+    'baseline': baseline[0],
+    **labels,
+    **{key: getattr(interval, key) for key in keys},
+    'paired_seeds': paired,
     'seeds': [len(method_SI), len(baseline_SI)],
     'conditional': selected_once(runs, method) or selected_once(runs, baseline),
     'degrees_of_freedom': degrees if math.isfinite(degrees) else None,
-  }  # fmt: skip
+  }
 
 
 def guarded(
   labels: Mapping[str, Any], function: Callable[..., statistics.Interval], *arguments: Any
 ) -> statistics.Interval:
-  """Calls a function of `statistics`; what it finds wrong with the values is the user's to mend."""
+  """Calls a function of `statistics`; turns its ValueError into a UserError that names the task."""
   try:
     return function(*arguments)
   except ValueError as error:

@@ -1,119 +1,153 @@
 """Stage `evaluation`: every model on every task and split, then differences between arms with intervals."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from dsdm_jax.config.methods import STAGES
 from dsdm_jax.core import processes, storage
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
-from dsdm_jax.evaluation import compute, results, rules
-from dsdm_jax.evaluation.results import BENCHMARK, UNTARGETED
-from dsdm_jax.evaluation.scoring import Scorer
-from dsdm_jax.evaluation.suite import Exam, exam, gather
+from dsdm_jax.evaluation import multiplier, results, scoring
+from dsdm_jax.evaluation.comparisons import Options, Runs
+from dsdm_jax.evaluation.results import UNTARGETED, Items
+from dsdm_jax.evaluation.suite import BENCHMARK, Suite, open_suite
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import trainer
 
 
+def run(context: Context) -> dict:
+  """Writes the artifact of the stage.
+
+  `runs/<name>.npz` has the values of one model, `items.npz` those of all, `runs.json` what they are, and `answers/` the
+  generated texts. `documents.json` and `categories.json` have those of each item, by task and split. `results.json` and
+  `multiplier.json` are the summaries.
+  """
+  suite, entries = open_suite(context), models(context)
+  for folder in ('runs', 'answers'):
+    (context.out / folder).mkdir(exist_ok=True)
+  _evaluate(context, suite, context.config.model, entries, 'evaluation')
+
+  ladder = json.loads((context.inputs['ladder'].path / 'index.json').read_text())
+  for rung in sorted({entry['rung'] for entry in ladder}):
+    same = [entry for entry in ladder if entry['rung'] == rung]
+    rung_entries = [
+      {'name': f'ladder--{entry["name"]}', 'folder': str(context.inputs['ladder'].path / entry['name'])}
+      for entry in same
+    ]
+    _evaluate(context, suite, ConfigDict(same[0]['model']), rung_entries, 'ladder')
+  if context.first:
+    _summarize(context, suite, entries, ladder)
+  return {**scoring.METRICS, 'intervals': 'see notes in results.json'}
+
+
 def models(context: Context) -> list[dict[str, Any]]:
-  """Every model to evaluate: `name`, `method`, `target_mix`, `seed`, `selection`, and the `folder` it lies in.
+  """Every model to evaluate: `name`, `method`, `target_mix`, `seed`, `selection`, and its `folder`.
 
   Raises:
-    UserError: a folder that `evaluation.checkpoints` names is not there, or has the name of an arm.
+    UserError: a folder that `evaluation.checkpoints` names does not exist, or has the name of an arm.
   """
   index = json.loads((context.inputs['selection'].path / 'index.json').read_text())
   pretrained = context.inputs['pretraining'].path
-  found = [
-    {
-      'name': e['name'], 'method': e['method'], 'target_mix': e['target'], 'seed': e['seed'],
-      'selection': e['selection'], 'folder': str(pretrained / e['name']),
-    } for e in index
-  ]  # fmt: skip
+  entries = []
+  for entry in index:
+    facts = {key: entry[key] for key in ('name', 'method', 'seed', 'selection')}
+    entries.append({**facts, 'target_mix': entry['target'], 'folder': str(pretrained / entry['name'])})
   for spec in context.config.evaluation.checkpoints:
     name, _, folder = spec.partition('=')
-    if name in {e['method'] for e in index}:
+    if name in {entry['method'] for entry in index}:
       raise UserError(f'evaluation.checkpoints calls {folder} {name!r}, as an arm is called; give it another name')
     if not Path(folder).is_dir():
       raise UserError(f'evaluation.checkpoints names {folder}, which is no folder; give one that holds a checkpoint')
-    found.append({
-      'name': f'checkpoint--{name}', 'method': name, 'target_mix': UNTARGETED, 'seed': 0, 'selection': None,
-      'folder': folder,
-    })  # fmt: skip
-  return found
+    checkpoint = {'name': f'checkpoint--{name}', 'method': name, 'target_mix': UNTARGETED, 'seed': 0}
+    entries.append({**checkpoint, 'selection': None, 'folder': folder})
+  return entries
 
 
-def run(context: Context) -> dict:
-  """Leaves `runs/<name>.npz`, together `items.npz`, `runs.json`, `results.json`, `answers/` (generated texts).
-
-  And `documents.json` and `categories.json`: those of each item, by task and split.
-  """
-  config = context.config
-  pool = Pool(context.inputs['pool'])
-  compiled = trainer(config.model, config.pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
-  scorer = Scorer(compiled, config.evaluation.batch_size, pool.encoder.pad)
-  asked, entries = exam(context), models(context)
-  for folder in ('runs', 'answers'):
-    (context.out / folder).mkdir(exist_ok=True)
-
-  with context.log.bar(total=len(entries), desc='evaluation', unit='model') as bar:
+def _evaluate(
+  context: Context, suite: Suite, model: ConfigDict, entries: Sequence[Mapping[str, Any]], title: str
+) -> None:
+  """Evaluates models of one shape and writes `runs/<name>.npz` and `answers/`; skips models that have such a file."""
+  config, pool = context.config, Pool(context.inputs['pool'])
+  compiled = trainer(model, config.pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
+  scorer = scoring.Scorer(compiled, config.evaluation.batch_size, pool.encoder.pad)
+  with context.log.bar(total=len(entries), desc=title, unit='model') as bar:
     for entry in entries:
       file = context.out / 'runs' / f'{entry["name"]}.npz'
       if not processes.decide(file.is_file):
         before = scorer.flop
-        arrays, texts = asked.sit(scorer, load_state(Path(entry['folder']), compiled))
+        arrays, texts = scoring.evaluate(suite, scorer, load_state(Path(entry['folder']), compiled))
         context.add_flop(scorer.flop - before)
         if context.first:
-          _save(context.out, entry['name'], arrays, texts, asked)
+          if 'method' in entry:
+            _write_answers(context.out, entry['name'], suite, arrays, texts)
+          storage.save_npz(file, **arrays)
       bar.update(1)
 
-  ladder_items = compute.examine(context, asked)
-  if context.first:
-    _summarize(context, entries, asked, ladder_items)
-  return {**rules.METRICS, 'intervals': 'see notes in results.json'}
 
-
-def _save(out: Path, name: str, arrays: Mapping[str, np.ndarray], texts: Mapping[str, list[str]], asked: Exam) -> None:
-  for request in asked.requests:
+def _write_answers(
+  out: Path, name: str, suite: Suite, arrays: Mapping[str, np.ndarray], texts: Mapping[str, list[str]]
+) -> None:
+  for request in suite.requests:
     task = request.benchmark.name
     if task in texts:
       right_I = arrays[f'accuracy__{task}__{BENCHMARK}']
       lines = [
-        {'id': id, 'output': text, 'right': bool(right)}
+        json.dumps({'id': id, 'output': text, 'right': bool(right)}) + '\n'
         for id, text, right in zip(request.item_ids_I, texts[task], right_I, strict=True)
       ]
-      storage.write_text(out / 'answers' / f'{name}--{task}.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
-  storage.save_npz(out / 'runs' / f'{name}.npz', **arrays)
+      storage.write_text(out / 'answers' / f'{name}--{task}.jsonl', ''.join(lines))
 
 
 def _summarize(
-  context: Context, entries: list[dict[str, Any]], asked: Exam, ladder_items: Mapping[str, np.ndarray] | None
+  context: Context, suite: Suite, entries: Sequence[Mapping[str, Any]], ladder: Sequence[Mapping[str, Any]]
 ) -> None:
-  config = context.config.evaluation
-  items = gather(context.out / 'runs', [entry['name'] for entry in entries])
-  runs = [{key: e[key] for key in ('method', 'target_mix', 'seed', 'selection')} for e in entries]
-  storage.save_npz(context.out / 'items.npz', **items)
-  storage.write_json(context.out / 'runs.json', runs)
-  for name, told in (('documents', asked.documents()), ('categories', asked.categories())):
-    storage.write_json(context.out / f'{name}.json', {f'{t}__{s}': of_each for (t, s), of_each in told.items()})
-  found = results.results(
-    items,
+  out, config = context.out, context.config.evaluation
+  documents, categories = suite.documents(), suite.categories()
+  items = Items(_stacked(out / 'runs', [entry['name'] for entry in entries]), documents, categories, suite.tasks())
+  runs = [{key: entry[key] for key in ('method', 'target_mix', 'seed', 'selection')} for entry in entries]
+  storage.save_npz(out / 'items.npz', **items.values)
+  storage.write_json(out / 'runs.json', runs)
+  for name, by_task in (('documents', documents), ('categories', categories)):
+    storage.write_json(
+      out / f'{name}.json', {f'{task}__{split}': of_items for (task, split), of_items in by_task.items()}
+    )
+  summary = results.results(items, runs, Options(config.confidence, config.paired_seeds, config.bootstrap))
+  summary['multiplier'] = None
+  if ladder:
+    values = _stacked(out / 'runs', [f'ladder--{entry["name"]}' for entry in ladder])
+    storage.save_npz(out / 'ladder_items.npz', **values)
+    summary['multiplier'] = _multipliers(context, items, runs, ladder, Items(values, documents, categories))
+    storage.write_json(out / 'multiplier.json', summary['multiplier'])
+  storage.write_json(out / 'results.json', summary)
+
+
+def _multipliers(
+  context: Context, items: Items, runs: Runs, index: Sequence[Mapping[str, Any]], ladder_items: Items
+) -> dict[str, Any]:
+  config, final = context.config.evaluation, multiplier.final_cost(context.inputs['pretraining'])
+  costs = {stage: context.inputs[stage].manifest['cost'] for stage in STAGES}
+  own_costs = context.inputs['selection'].semantics.get('cost', {})
+  return multiplier.multipliers(
+    multiplier.tables_of(items, runs),
     runs,
-    confidence=config.confidence,
-    paired_seeds=config.paired_seeds,
-    resamples=config.bootstrap,
-    documents=asked.documents(),
-    categories=asked.categories(),
-    tasks=asked.tasks(),
-    cost={},
-    versions={},
-    config={},
+    multiplier.Ladder(index, multiplier.tables_of(ladder_items, runs, len(index))),
+    lambda method, selections: multiplier.charge(method, selections, final, costs, own_costs),
+    config.confidence,
+    config.selection_uses,
   )
-  found['multiplier'] = None if ladder_items is None else compute.read(context, asked, items, runs, ladder_items)
-  if found['multiplier'] is not None:
-    storage.write_json(context.out / 'multiplier.json', found['multiplier'])
-  storage.write_json(context.out / 'results.json', found)
+
+
+def _stacked(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+  """The arrays [items] of each `<name>.npz`, stacked into [runs, items]."""
+  loaded = []
+  for name in names:
+    with np.load(folder / f'{name}.npz', allow_pickle=False) as arrays:
+      loaded.append(dict(arrays))
+  return {key: np.stack([arrays[key] for arrays in loaded]) for key in loaded[0]}

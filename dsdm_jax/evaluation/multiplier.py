@@ -1,39 +1,31 @@
-"""The compute multiplier: what a method's result would have cost with random data. Pure functions.
+"""The compute multiplier: how much compute random data would need for a method's result. Pure functions.
 
-A ladder of random runs gives log-probability against compute. Between two rungs the curve is a straight line in the
-logarithm of compute, so a point on it is a weighted mean of two rungs, and whether a method differs from that point is
-a contrast of three arms (`statistics.contrast`). The interval holds every compute at which it does not: the inversion
-of a test, which covers what the test covers (Fieller's method for a single line). Where the ladder ends, so does what
-can be said: '> 4' is an answer.
+A ladder of random runs gives log-probability as a function of compute. Between two rungs the curve is a straight line
+in the logarithm of compute. So a point on it is a weighted mean of two rungs, and the test of a method against that
+point is a contrast of three arms (`statistics.contrast`). The interval holds every compute at which the test does not
+reject. This inverts the test and has its coverage (Fieller's method for a single line). A result beyond the ladder is
+reported by the ladder's end, such as '> 4'.
 
 *Gross* multiplier (the paper's): C_equivalent / C_final. *Net*: C_equivalent / (C_final + C_selection / uses), where
-C_selection is what choosing cost and `uses` the trainings that share the choice. Net is above 1 where
+C_selection is the cost of the selection and `uses` the number of trainings that share it. Net is above 1 where
 C_selection / uses < (gross − 1) · C_final.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dsdm_jax.evaluation import statistics
+from dsdm_jax.config.methods import charged_stages
+from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.evaluation import results, statistics
+from dsdm_jax.evaluation.comparisons import Runs, arms, guarded, rows
+from dsdm_jax.evaluation.results import Items, Table
 
-_POINTS = 32  # of a line between two rungs, at which the interval is looked up: 2 % of compute between rungs 2 apart
-# What an arm's choice is made of, by method: stages whose cost it bears. Others bear all.
-_FREE = ('random', 'random_one_epoch', 'random_again')
-_NEEDS: Mapping[str, tuple[str, ...]] = {
-  **dict.fromkeys(_FREE, ()),
-  **dict.fromkeys(('classifier', 'classifier_pareto', 'dsir', 'bm25', 'imported', 'oracle'), ('selection',)),
-  **dict.fromkeys(
-    ('semdedup', 'semdedup_one_epoch', 'embedding', 'perplexity_low', 'perplexity_high', 'color_filter'),
-    ('proxies', 'selection'),
-  ),
-  'gradient': ('proxies', 'features', 'selection'),
-}
-STAGES = ('proxies', 'features', 'datamodel', 'selection')
+_POINTS = 32  # where each line between two rungs is tested: steps of 2 % of compute for rungs a factor of 2 apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +34,11 @@ class Reading:
 
   Attributes:
     estimate: None outside the ladder.
-    low: lower end; None where the interval goes on below the ladder.
-    high: upper end; None where it goes on above the ladder.
+    low: lower end; None where the interval continues below the ladder.
+    high: upper end; None where it continues above the ladder.
     bottom: lowest rung.
     top: highest rung.
-    above: where there is no estimate, whether the method is better than the whole ladder.
+    above: without an estimate, whether the method is better than the whole ladder.
   """
 
   estimate: float | None
@@ -65,20 +57,17 @@ class Reading:
     return {'estimate': self.estimate, 'low': self.low, 'high': self.high, 'text': self.text()}
 
   def text(self) -> str:
-    """'1.8 [1.2, > 4]': what the ladder cannot say is told by its ends."""
+    """For example '1.8 [1.2, > 4]'; values beyond the ladder are given by its ends."""
+    below, beyond = f'< {self.bottom:.3g}', f'> {self.top:.3g}'
     if self.estimate is not None:
-      middle = _short(self.estimate)
+      middle = f'{self.estimate:.3g}'
     else:
-      middle = f'> {_short(self.top)}' if self.above else f'< {_short(self.bottom)}'
-    low = f'< {_short(self.bottom)}' if self.low is None else _short(self.low)
-    high = f'> {_short(self.top)}' if self.high is None else _short(self.high)
-    if middle == high and self.low == self.top:  # the whole interval lies above
+      middle = beyond if self.above else below
+    low = below if self.low is None else f'{self.low:.3g}'
+    high = beyond if self.high is None else f'{self.high:.3g}'
+    if middle == high and self.low == self.top:  # the whole interval lies above the ladder
       return middle
     return middle if middle == low and self.high == self.bottom else f'{middle} [{low}, {high}]'
-
-
-def _short(x: float) -> str:
-  return f'{x:.3g}'
 
 
 def read_off(
@@ -88,11 +77,11 @@ def read_off(
   confidence: float = 0.95,
   documents_I: np.ndarray | None = None,
 ) -> Reading:
-  """The compute at which random data give what the method gives.
+  """The compute at which random data reach the result of the method.
 
   Args:
     method_SI: values of the method, higher is better.
-    rungs: values [seeds, items] of the random runs at each rung, at the same items.
+    rungs: values [seeds, items] of the random runs at each rung, on the same items.
     compute: of one run at each rung, rising.
     confidence: of the interval.
     documents_I: see `statistics.crossed_difference`.
@@ -106,12 +95,12 @@ def read_off(
   for index in range(len(rungs) - 1):
     last = index == len(rungs) - 2
     for share in np.linspace(0, 1, _POINTS + 1)[: None if last else -1]:
-      found = statistics.contrast(
+      contrast = statistics.contrast(
         [method_SI, rungs[index], rungs[index + 1]], [1.0, share - 1, -share], confidence, documents_I
       )
       places.append(math.exp((1 - share) * math.log(compute[index]) + share * math.log(compute[index + 1])))
-      differences.append(found.difference)
-      accepted.append(not found.excludes_zero())
+      differences.append(contrast.difference)
+      accepted.append(not contrast.excludes_zero())
   bottom, top = float(compute[0]), float(compute[-1])
   estimate = _crossing(places, differences)
   above = estimate is None and differences[0] > 0
@@ -122,14 +111,14 @@ def read_off(
   first, final = accepted.index(True), len(accepted) - 1 - accepted[::-1].index(True)
   low = None if first == 0 else places[first]
   high = None if final == len(places) - 1 else places[final]
-  # The estimate lies between two points that may both be refused where all is known well.
+  # With little noise the estimate lies between two points that are both rejected.
   if estimate is not None:
     low, high = (None if low is None else min(low, estimate)), (None if high is None else max(high, estimate))
   return Reading(estimate, low, high, bottom, top, above)
 
 
 def _crossing(places: Sequence[float], differences: Sequence[float]) -> float | None:
-  """Where the curve first reaches the method; None where it never does, or begins above it."""
+  """Where the curve first reaches the method; None if it never does, or starts above it."""
   if differences[0] < 0:
     return None
   for index, (a, b) in enumerate(itertools.pairwise(differences)):
@@ -139,39 +128,189 @@ def _crossing(places: Sequence[float], differences: Sequence[float]) -> float | 
   return None
 
 
-def selection_cost(method: str, costs: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-  """FLOP and seconds that went into the choice of an arm: {'flop', 'seconds'}.
+@dataclasses.dataclass(frozen=True)
+class Charge:
+  """What an arm costs, each as {'flop', 'seconds'}.
 
-  The stages that a method stands on are charged as they stand in `costs`, whole although other arms may use them too.
+  Attributes:
+    final: one of its trainings.
+    selection: choosing its rows.
+  """
+
+  final: Mapping[str, float]
+  selection: Mapping[str, float]
+
+
+def charge(
+  method: str,
+  selections: Sequence[str],
+  final: Mapping[str, float],
+  costs: Mapping[str, Mapping[str, float]],
+  own_costs: Mapping[str, Mapping[str, float]],
+) -> Charge:
+  """What an arm is charged: the stages that its method needs, in full even where other arms use them too.
+
+  Of the selection stage it is charged the mean of its own selections, or the whole stage if one of them is not known.
 
   Args:
-    method: name of the arm.
-    costs: stage → 'flop' and 'seconds', at least for `STAGES`.
+    method: of the arm.
+    selections: names of its selections.
+    final: 'flop' and 'seconds' of one of its trainings.
+    costs: stage → 'flop' and 'seconds', at least for `methods.STAGES`.
+    own_costs: selection → its 'flop' and 'seconds'.
   """
-  stages = _NEEDS.get(method, STAGES)
-  return {unit: sum(costs[stage][unit] for stage in stages) for unit in ('flop', 'seconds')}
+  names, units = sorted(set(selections)), ('flop', 'seconds')
+  if names and set(names) <= own_costs.keys():
+    costs = {**costs, 'selection': {unit: float(np.mean([own_costs[name][unit] for name in names])) for unit in units}}
+  stages = charged_stages(method)
+  return Charge(final, {unit: sum(costs[stage][unit] for stage in stages) for unit in units})
 
 
-def arm(
-  reading: Reading, method: str, final: Mapping[str, float], costs: Mapping[str, Mapping[str, float]], uses: int
-) -> dict[str, Any]:
+def arm(reading: Reading, charged: Charge, uses: int) -> dict[str, Any]:
   """Gross and net multiplier of one arm.
 
   Args:
     reading: its result on the ladder, in FLOP.
-    method: name of the arm.
-    final: 'flop' and 'seconds' of one of its trainings.
-    costs: see `selection_cost`.
-    uses: trainings that share the choice.
+    charged: what it costs.
+    uses: number of trainings that share the selection.
   """
-  spent = selection_cost(method, costs)
+  final, selection = charged.final, charged.selection
   gross = reading.per(final['flop'])
-  net = reading.per(final['flop'] + spent['flop'] / uses)
-  # Of a method better than the whole ladder the least is known that it is worth.
+  net = reading.per(final['flop'] + selection['flop'] / uses)
+  # Beyond the ladder, its end is what is known for certain.
   worth = gross.estimate if gross.estimate is not None else (gross.top if gross.above else gross.bottom)
+  return (
+    {'flop_final': final['flop'], 'seconds_final': final['seconds']}
+    | {'flop_selection': selection['flop'], 'seconds_selection': selection['seconds'], 'uses': uses}
+    | {'equivalent': reading.as_json(), 'gross': gross.as_json(), 'net': net.as_json()}
+    | {'needs_flop_selection_below': max(0.0, (worth - 1) * final['flop'] * uses)}
+  )
+
+
+def final_cost(pretraining: Artifact) -> dict[str, float]:
+  """'flop' and 'seconds' of one training of the stage."""
+  return {unit: pretraining.manifest['cost'][unit] / pretraining.semantics['runs'] for unit in ('flop', 'seconds')}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ladder:
+  """The ladder's models.
+
+  Attributes:
+    index: one entry per model, as in the `index.json` of the stage.
+    tables: their values, one table for each table of the arms, on the same items.
+  """
+
+  index: Sequence[Mapping[str, Any]]
+  tables: Sequence[Table]
+
+  def rungs(self) -> list[list[int]]:
+    """Places of the models of each rung."""
+    numbers = [entry['rung'] for entry in self.index]
+    return [[i for i, number in enumerate(numbers) if number == rung] for rung in sorted(set(numbers))]
+
+  def steps(self, table: Table) -> tuple[list[float], list[np.ndarray]]:
+    """(FLOP of one run, log-probabilities [seeds, items]) of each rung, by rising compute."""
+    rungs = sorted(self.rungs(), key=lambda places: self.index[places[0]]['flop'])
+    return [self.index[places[0]]['flop'] for places in rungs], [table.values['logprob'][places] for places in rungs]
+
+
+def multipliers(
+  tables: Sequence[Table],
+  runs: Runs,
+  ladder: Ladder,
+  charged: Callable[[str, Sequence[str]], Charge],
+  confidence: float,
+  uses: int,
+) -> dict[str, Any]:
+  """The content of `multiplier.json`; `docs/evaluation.md` has the schema.
+
+  Args:
+    tables: of the arms, see `tables_of`.
+    runs: the arm of each row.
+    ladder: the models that the arms are compared with.
+    charged: (method, names of selections) → what that arm costs.
+    confidence: of intervals.
+    uses: number of trainings that share a selection.
+  """
   return {
-    'flop_final': final['flop'], 'seconds_final': final['seconds'],
-    'flop_selection': spent['flop'], 'seconds_selection': spent['seconds'], 'uses': uses,
-    'equivalent': reading.as_json(), 'gross': gross.as_json(), 'net': net.as_json(),
-    'needs_flop_selection_below': max(0.0, (worth - 1) * final['flop'] * uses),
-  }  # fmt: skip
+    'confidence': confidence,
+    'uses': uses,
+    'unit': {'compute': 'FLOP', 'time': 'seconds'},
+    'rungs': _rungs(ladder),
+    'curves': [_curve(table, ladder, confidence) for table in ladder.tables],
+    'arms': [
+      row
+      for table, ladder_table in zip(tables, ladder.tables, strict=True)
+      for row in _arms(table, runs, ladder.steps(ladder_table), charged, confidence, uses)
+    ],
+    'notes': _notes(runs),
+  }
+
+
+def tables_of(items: Items, runs: Runs, models: int | None = None) -> list[Table]:
+  """Held-out tasks and benchmarks, then the means of `results.means`.
+
+  Args:
+    items: values of the arms' runs, or of the ladder's models.
+    runs: of the arms, which decide over which tasks there is a mean.
+    models: number of rows of the arrays; None for one per run.
+  """
+  compared = [t for t in results.read_tables(items, models or len(runs)) if t.split in results.COMPARED_SPLITS]
+  return compared + results.means(compared, runs)
+
+
+def _rungs(ladder: Ladder) -> list[dict[str, Any]]:
+  rungs = []
+  for places in ladder.rungs():
+    same = [ladder.index[place] for place in places]
+    seconds = [entry['seconds'] for entry in same if entry['seconds'] is not None]
+    facts = {key: same[0][key] for key in ('factor', 'parameters', 'tokens', 'epochs', 'flop')}
+    shape = {key: same[0]['model'][key] for key in ('layers', 'width')}
+    rungs.append({**facts, **shape, 'seeds': len(same), 'seconds': float(np.mean(seconds)) if seconds else None})
+  return rungs
+
+
+def _curve(table: Table, ladder: Ladder, confidence: float) -> dict[str, Any]:
+  points = []
+  labels = {'task': table.task, 'split': table.split}
+  for flop, values_SI in zip(*ladder.steps(table), strict=True):
+    interval = guarded(labels, statistics.mean_interval, values_SI, confidence, table.documents_I)
+    points.append({'flop': flop, 'value': interval.difference, 'low': interval.low, 'high': interval.high})
+  return {**labels, 'metric': 'logprob', 'points': points}
+
+
+def _arms(
+  table: Table,
+  runs: Runs,
+  steps: tuple[list[float], list[np.ndarray]],
+  charged: Callable[[str, Sequence[str]], Charge],
+  confidence: float,
+  uses: int,
+) -> list[dict[str, Any]]:
+  compute, rungs = steps
+  arm_rows = []
+  for method, target in arms(runs):
+    places = rows(runs, (method, target))
+    if any(runs[place]['selection'] is None for place in places):
+      continue  # a checkpoint from outside the run, whose cost is unknown
+    values_SI = table.values['logprob'][places]
+    reading = read_off(values_SI, rungs, compute, confidence, table.documents_I)
+    charges = charged(method, [runs[place]['selection'] for place in places])
+    names = {'method': method, 'target_mix': target, 'task': table.task, 'split': table.split, 'metric': 'logprob'}
+    arm_rows.append({**names, 'value': float(values_SI.mean()), **arm(reading, charges, uses)})
+  return arm_rows
+
+
+def _notes(runs: Runs) -> list[str]:
+  notes = [
+    'Equivalent compute is read off straight lines between rungs in the logarithm of compute; its interval holds every '
+    'compute at which random data are not told apart from the method.',
+    'Rungs train at the learning rate of the arms, not tuned for their width: where a tuned one would make the larger '
+    'rungs better, multipliers are flattered.',
+    'C_selection is what choosing would cost an arm alone: proxies, features and datamodel whole where it stands on '
+    'them, and one selection of its own; divided by the trainings that share it (evaluation.selection_uses).',
+  ]
+  if any('dsdm' in run['method'] for run in runs):
+    notes.append('Intervals are conditional on one selection: proxies and scores were made once.')
+  return notes

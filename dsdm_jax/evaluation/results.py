@@ -1,20 +1,22 @@
-"""From the values of every item to `results.json`: pure functions, no files. `docs/evaluation.md` has the schema."""
+"""From the values of every item to `results.json`, whose schema is in `docs/evaluation.md`. Pure functions."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import comparisons, statistics
 from dsdm_jax.evaluation.comparisons import Options, Runs, arms, rows
+from dsdm_jax.evaluation.suite import BENCHMARK, HOLDOUT
 
-HOLDOUT, BENCHMARK = 'holdout', 'benchmark'
+if TYPE_CHECKING:
+  from rich.table import Table as RichTable
+
 COMPARED_SPLITS = (HOLDOUT, BENCHMARK)
-# The target of arms that ignore targets.
-UNTARGETED = 'any'
-MEAN = 'mean'  # in the place of a task: over all tasks of a split
+UNTARGETED = 'any'  # the target of arms that ignore targets
+MEAN = 'mean'  # in place of a task: the mean over all tasks of a split
 METRICS = ('logprob', 'accuracy')
 OTHER_RULES = ('acc', 'acc_norm')  # lm-evaluation-harness's
 _ONE_SELECTION = (
@@ -26,6 +28,27 @@ _VERDICTS = (
   'A verdict is given where the p-value, adjusted by Holm over the comparisons of one task, is below {alpha:g}, and '
   'both arms have at least three seeds.'
 )
+_ONE_MODEL = 'One model stands for each arm: intervals are over items alone, and other seeds may differ by more.'
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+  """The values of every run on every item, and facts about the items.
+
+  Attributes:
+    values: `logprob__<task>__<split>` and `accuracy__<task>__<split>` → float array [runs, items]: the log-probability
+      of the right answer in nats per token, and 1 where the item counts as right, else 0. Tasks with choices also have
+      `acc__…` and `acc_norm__…`.
+    documents: (task, split) → the document of each item, in order; items of one document are not independent. Each item
+      is its own document where the key is absent.
+    categories: (task, split) → the category of each item, for results that are averaged within categories first.
+    tasks: the `tasks` part of `results.json`.
+  """
+
+  values: Mapping[str, np.ndarray]
+  documents: Mapping[tuple[str, str], Sequence[str]] = dataclasses.field(default_factory=dict)
+  categories: Mapping[tuple[str, str], Sequence[str]] = dataclasses.field(default_factory=dict)
+  tasks: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +56,9 @@ class Table:
   """One task and split.
 
   Attributes:
-    values: metric → float64 [runs, items]: plain means over items are the task's results, macro averages included.
-    documents_I: of each item, or None where each is its own.
-    categories: over which the results are averaged; 1 where items are averaged as they are.
+    values: metric → float64 [runs, items]; a result is the plain mean over items, macro averages included.
+    documents_I: document of each item, or None where each item is its own.
+    categories: number of categories that the results are averaged over; 1 for a plain mean over items.
   """
 
   task: str
@@ -45,91 +68,62 @@ class Table:
   categories: int
 
 
-def results(
-  items: Mapping[str, np.ndarray],
-  runs: Runs,
-  *,
-  confidence: float,
-  documents: Mapping[tuple[str, str], Sequence[str]] | None = None,
-  categories: Mapping[tuple[str, str], Sequence[str]] | None = None,
-  tasks: Sequence[Mapping[str, Any]] = (),
-  cost: Mapping[str, Mapping[str, float]],
-  versions: Mapping[str, str],
-  config: Mapping[str, Any],
-  paired_seeds: bool = False,
-  resamples: int = 10_000,
-  seed: int = 0,
-  baselines: tuple[str, ...] = comparisons.BASELINES,
-) -> dict[str, Any]:
-  """The content of `results.json`.
+def results(items: Items, runs: Runs, options: Options) -> dict[str, Any]:
+  """The content of `results.json`, with empty `cost`, `versions` and `config` for the caller to fill in.
 
   Args:
-    items: `logprob__<task>__<split>` and `accuracy__<task>__<split>` → float array [runs, items]; the log-probability
-      of each item's right answer in nats per token, and 1 where the item counts as right, otherwise 0. `acc__…` and
-      `acc_norm__…` likewise where the task has choices.
-    runs: for each row of the arrays its `method`, `target_mix` and `seed`, and `selection` where it is known.
-    confidence: of the intervals, above 0 and below 1.
-    documents: (task, split) → the document of each item, in order; items of one document are not independent. None, or
-      an absent key, takes each item for a document of its own.
-    categories: (task, split) → the category of each item, where results are averaged within each category first.
-    tasks: what `results.json` says of each task; handed through.
-    cost: stage → seconds and flop; handed through.
-    versions: package → version; handed through.
-    config: flat config; handed through.
-    paired_seeds: compare models of the same seed, which share their initialisation, instead of arms as wholes. Both are
-      valid; which is narrower depends on the correlation (see `statistics`), so it is to be fixed before looking. Seeds
-      that only one of two arms has are then left out.
-    resamples: see `comparisons.Options`; seed: of the bootstrap; baselines: likewise.
+    items: values of the runs.
+    runs: `method`, `target_mix` and `seed` of each row of the arrays, and its `selection` where it is known.
+    options: how arms are compared. Both settings of `paired_seeds` are valid; which one is narrower depends on a
+      correlation (see `statistics`), so choose before looking at the results.
 
   Raises:
-    UserError: rows that do not match `runs`, values that are not finite, or fewer than two items of a task.
+    UserError: rows that do not match `runs`, values that are not finite, or a task with fewer than two items.
   """
-  options = Options(confidence, paired_seeds, resamples, seed, baselines)
-  tables = list(read_tables(items, len(runs), documents or {}, categories or {}))
+  tables = list(read_tables(items, len(runs)))
   by_arm: list[dict[str, Any]] = []
   summary: list[dict[str, Any]] = []
   compared: dict[str, list[dict[str, Any]]] = {metric: [] for metric in METRICS}
   for table in tables:
     by_arm += _arm_rows(table, runs)
-    summary += _summary(table, runs, confidence)
+    summary += _summary(table, runs, options.confidence)
     if table.split in COMPARED_SPLITS:
       for metric in METRICS:
         compared[metric] += _compare(table, metric, runs, options)
-  several = means(tables, runs)
+  averaged = means(tables, runs)
   return {
     'arms': by_arm,
     'summary': summary,
     'comparisons': compared['logprob'],
     'accuracy_comparisons': compared['accuracy'],
     'means': {
-      'summary': [row for table in several for row in _summary(table, runs, confidence)],
-      'comparisons': [c for table in several for metric in METRICS for c in _compare(table, metric, runs, options)],
+      'summary': [row for table in averaged for row in _summary(table, runs, options.confidence)],
+      'comparisons': [c for table in averaged for metric in METRICS for c in _compare(table, metric, runs, options)],
     },
-    'tasks': [dict(task) for task in tasks],
-    'notes': _notes(compared['logprob'], confidence),
-    'confidence': confidence,
-    'cost': {stage: dict(spent) for stage, spent in cost.items()},
-    'versions': dict(versions),
-    'config': dict(config),
+    'tasks': [dict(task) for task in items.tasks],
+    'notes': _notes(compared['logprob'], options.confidence),
+    'confidence': options.confidence,
+    'cost': {},
+    'versions': {},
+    'config': {},
   }
 
 
-def read_tables(
-  items: Mapping[str, np.ndarray],
-  runs: int,
-  documents: Mapping[tuple[str, str], Sequence[str]],
-  categories: Mapping[tuple[str, str], Sequence[str]],
-) -> Iterator[Table]:
-  """A Table for each task and split of `items`, in the order of the keys; see `results`."""
-  for key in items:
+def read_tables(items: Items, runs: int) -> Iterator[Table]:
+  """A Table for each task and split, in the order of `items.values`.
+
+  Raises:
+    UserError: as `results`.
+  """
+  for key in items.values:
     if not key.startswith('logprob__'):
       continue
     task, split = key.removeprefix('logprob__').rsplit('__', 1)
-    name = (task, split)
     values = {
-      metric: np.asarray(items[found], np.float64)
-      for metric in (*METRICS, *OTHER_RULES) if (found := f'{metric}__{task}__{split}') in items
-    }  # fmt: skip
+      metric: np.asarray(items.values[name], np.float64)
+      for metric in (*METRICS, *OTHER_RULES)
+      if (name := f'{metric}__{task}__{split}') in items.values
+    }
     shapes = {values_RI.shape for values_RI in values.values()}
     if len(shapes) > 1 or 'accuracy' not in values or len(values['logprob']) != runs or values['logprob'].ndim != 2:
       raise UserError(
@@ -137,80 +131,87 @@ def read_tables(
         'delete the evaluation folder and start again'
       )
     count = 1
-    if name in categories:
-      weight_I = statistics.macro_weights(categories[name])
-      count = len(set(categories[name]))
+    if (task, split) in items.categories:
+      category_I = items.categories[task, split]
+      weight_I, count = statistics.macro_weights(category_I), len(set(category_I))
       values = {metric: statistics.reweighted(values_RI, weight_I) for metric, values_RI in values.items()}
-    documents_I = _documents(documents.get(name), values['logprob'].shape[1], task, split)
+    names, n_items = items.documents.get((task, split)), values['logprob'].shape[1]
+    if names is not None and len(names) != n_items:
+      raise UserError(
+        f'evaluation of task {task}, split {split}: {len(names)} documents for {n_items} items; '
+        'delete the evaluation folder and start again'
+      )
+    # A file without documents gives all its items the same one, which says nothing about which items depend on others.
+    documents_I = np.asarray(names) if names is not None and len(set(names)) > 1 else None
     yield Table(task, split, values, documents_I, count)
 
 
 def means(tables: Sequence[Table], runs: Runs) -> list[Table]:
-  """The mean over all tasks of each split, and over the held-out tasks of each mix that some arm was chosen for.
+  """The mean over all tasks of each split, and over the held-out tasks of each mix that an arm was selected for.
 
-  The latter bear the mix's name, such as 'lambada+squad'; there is none for a mix of all tasks.
+  The latter have the mix's name, such as 'lambada+squad'; a mix of all tasks gets no mean of its own.
   """
-  found = [mean_table(tables, split) for split in COMPARED_SPLITS]
+  averaged = [mean_table(tables, split) for split in COMPARED_SPLITS]
   held_out = {table.task for table in tables if table.split == HOLDOUT}
   for mix in sorted({run['target_mix'] for run in runs if '+' in run['target_mix']}):
     tasks = set(mix.split('+'))
     if tasks < held_out:
-      found.append(mean_table([table for table in tables if table.task in tasks], HOLDOUT, mix))
-  return [table for table in found if table is not None]
+      averaged.append(mean_table([table for table in tables if table.task in tasks], HOLDOUT, mix))
+  return [table for table in averaged if table is not None]
 
 
 def mean_table(tables: Sequence[Table], split: str, name: str = MEAN) -> Table | None:
-  """All tasks of a split as one Table, each task weighing the same; None where there are fewer than two.
+  """All tasks of a split as one Table, each task with the same weight; None where there are fewer than two.
 
   A model's seed moves all tasks at once, so the interval of a mean is not that of independent tasks.
   """
-  chosen = [table for table in tables if table.split == split]
-  if len(chosen) < 2:
+  selected = [table for table in tables if table.split == split]
+  if len(selected) < 2:
     return None
-  tasks = [table.task for table in chosen for _ in range(table.values['logprob'].shape[1])]
-  weight_I = statistics.macro_weights(tasks)
+  counts = [table.values['logprob'].shape[1] for table in selected]
+  weight_I = statistics.macro_weights(np.repeat([table.task for table in selected], counts).tolist())
   values = {
-    metric: statistics.reweighted(np.concatenate([t.values[metric] for t in chosen], axis=1), weight_I)
+    metric: statistics.reweighted(np.concatenate([t.values[metric] for t in selected], axis=1), weight_I)
     for metric in METRICS
   }
   documents = []
-  for table in chosen:
-    count = table.values['logprob'].shape[1]
+  for table, count in zip(selected, counts, strict=True):
     own_I = np.arange(count) if table.documents_I is None else table.documents_I
     documents += [f'{table.task}/{document}' for document in own_I]
-  return Table(name, split, values, np.asarray(documents), len(chosen))
+  return Table(name, split, values, np.asarray(documents), len(selected))
 
 
 def _arm_rows(table: Table, runs: Runs) -> Iterator[dict[str, Any]]:
   for index, run in enumerate(runs):
     yield {
-      **{key: run[key] for key in ('method', 'target_mix', 'seed')}, 'task': table.task, 'split': table.split,
+      **{key: run[key] for key in ('method', 'target_mix', 'seed')},
+      'task': table.task,
+      'split': table.split,
       **{metric: _mean(table, metric, [index]) for metric in (*METRICS, *OTHER_RULES)},
       'n_items': table.values['logprob'].shape[1],
-    }  # fmt: skip
+    }
 
 
 def _summary(table: Table, runs: Runs, confidence: float) -> Iterator[dict[str, Any]]:
   """Means over seeds with intervals: a row per arm."""
   labels = {'task': table.task, 'split': table.split}
   for arm in arms(runs):
-    chosen = rows(runs, arm)
+    own = rows(runs, arm)
     logprob, accuracy = (
-      comparisons.guarded(
-        labels, statistics.mean_interval, table.values[metric][chosen], confidence, table.documents_I
-      ) for metric in METRICS
-    )  # fmt: skip
-    yield {
-      'method': arm[0], 'target_mix': arm[1], **labels, 'seeds': len(chosen),
-      'logprob': logprob.difference, 'low': logprob.low, 'high': logprob.high,
-      'accuracy': accuracy.difference, 'accuracy_low': accuracy.low, 'accuracy_high': accuracy.high,
-      **{metric: _mean(table, metric, chosen) for metric in OTHER_RULES},
-      'n_items': table.values['logprob'].shape[1],
-    }  # fmt: skip
+      comparisons.guarded(labels, statistics.mean_interval, table.values[metric][own], confidence, table.documents_I)
+      for metric in METRICS
+    )
+    yield (
+      {'method': arm[0], 'target_mix': arm[1], **labels, 'seeds': len(own)}
+      | {'logprob': logprob.difference, 'low': logprob.low, 'high': logprob.high}
+      | {'accuracy': accuracy.difference, 'accuracy_low': accuracy.low, 'accuracy_high': accuracy.high}
+      | {metric: _mean(table, metric, own) for metric in OTHER_RULES}
+      | {'n_items': table.values['logprob'].shape[1]}
+    )
 
 
-def _mean(table: Table, metric: str, chosen: Sequence[int]) -> float | None:
-  return float(table.values[metric][list(chosen)].mean()) if metric in table.values else None
+def _mean(table: Table, metric: str, run_numbers: Sequence[int]) -> float | None:
+  return float(table.values[metric][list(run_numbers)].mean()) if metric in table.values else None
 
 
 def _compare(table: Table, metric: str, runs: Runs, options: Options) -> list[dict[str, Any]]:
@@ -227,17 +228,73 @@ def _notes(compared: Sequence[Mapping[str, Any]], confidence: float) -> list[str
   if any(c['conditional'] for c in compared):
     notes.append(_ONE_SELECTION)
   if any('items only' in c['basis'] for c in compared):
-    notes.append('One model stands for each arm: intervals are over items alone, and other seeds may differ by more.')
+    notes.append(_ONE_MODEL)
   return notes
 
 
-def _documents(names: Sequence[str] | None, n_items: int, task: str, split: str) -> np.ndarray | None:
-  if names is None:
-    return None
-  if len(names) != n_items:
-    raise UserError(
-      f'evaluation of task {task}, split {split}: {len(names)} documents for {n_items} items; '
-      'delete the evaluation folder and start again'
-    )
-  # A file that names no documents gives all items the same one, which says nothing about how they hang together.
-  return np.asarray(names) if len(set(names)) > 1 else None
+def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
+  """`results.json` as plain text: log-probabilities per task, accuracies on benchmarks, differences with intervals."""
+  from rich import box
+  from rich.console import Console
+  from rich.table import Table as RichTable
+
+  percent = f'{100 * results["confidence"]:g} %'
+  several = len({row['target_mix'] for row in results['summary']} - {UNTARGETED}) > 1
+  console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
+  with console.capture() as captured:
+    for split, metric, title in (
+      (HOLDOUT, 'logprob', 'Log-probability of the right answer on held-out items (nats per token; higher is better)'),
+      (BENCHMARK, 'accuracy', f'Accuracy on benchmarks, with {percent} intervals where they fit'),
+    ):
+      rows_of_split = [row for row in results['summary'] if row['split'] == split]
+      if rows_of_split:
+        console.print(title)
+        console.print(_fill_means(RichTable(box=box.SIMPLE), rows_of_split, metric, several, width))
+    if results['comparisons']:
+      console.print(f'Differences with {percent} intervals over seeds and items (above zero: the first is better)')
+      console.print(_fill_differences(RichTable(box=box.SIMPLE), results['comparisons'], several))
+    for note in results.get('notes', ()):
+      console.print(note)
+  return '\n'.join(line.rstrip() for line in captured.get().splitlines()).strip('\n') + '\n'
+
+
+def _fill_means(
+  table: 'RichTable', summary: Sequence[Mapping[str, Any]], metric: str, several: bool, width: int
+) -> 'RichTable':
+  tasks = list(dict.fromkeys(row['task'] for row in summary))
+  names = {arm: _arm_name(*arm, several) for arm in arms(summary)}
+  # Intervals of log-probabilities mostly show how much items differ, so only those of differences are printed.
+  cell_width = len('0.000 [-0.00, 0.00]') + 2
+  intervals = metric == 'accuracy' and max(map(len, names.values())) + len(tasks) * cell_width <= width - 4
+  table.add_column('trained on', no_wrap=True)
+  for task in tasks:
+    table.add_column(task, justify='right')
+  for arm, name in names.items():
+    cells = {}
+    for row in (summary[place] for place in rows(summary, arm)):
+      low, high = (row[f'{metric}_{end}'] if intervals else None for end in ('low', 'high'))
+      interval = '' if low is None or high is None else f' [{low:.2f}, {high:.2f}]'
+      cells[row['task']] = f'{row[metric]:.3f}{interval}'
+    table.add_row(name, *(cells[task] for task in tasks))
+  return table
+
+
+def _fill_differences(table: 'RichTable', compared: Sequence[Mapping[str, Any]], several: bool) -> 'RichTable':
+  for column in ('task', 'comparison', 'difference and interval', 'p (Holm)', 'verdict'):
+    table.add_column(column, no_wrap=True, justify='right' if column.startswith('p ') else 'left')
+  for task in dict.fromkeys(c['task'] for c in compared):
+    for c in (c for c in compared if c['task'] == task):
+      table.add_row(
+        task,
+        f'{_arm_name(c["method"], c["target_mix"], several)} − {c["baseline"]}',
+        f'{c["difference"]:+.3f}  [{c["low"]:+.3f}, {c["high"]:+.3f}]',
+        '<0.001' if c['p_holm'] < 0.001 else f'{c["p_holm"]:.3f}',
+        c['verdict'],
+      )
+    table.add_section()
+  return table
+
+
+def _arm_name(method: str, target_mix: str, several: bool) -> str:
+  """The method, with its target where the table has arms of several targets."""
+  return f'{method} ({target_mix})' if several and target_mix != UNTARGETED else method

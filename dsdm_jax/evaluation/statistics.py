@@ -4,9 +4,9 @@
 
     y[a,s,i] = μ[a] + item[i] + seed[a,s] + taste[a,i] + noise[a,s,i]
 
-`item` is how hard the item is; every arm meets the same items, so it cancels in a difference. `seed` is what another
-initialisation, another order of the data and, for the random arms, another draw of the subset would have changed for
-all items alike. `taste` is how much arm a suits item i, whatever the seed. All but μ are random with mean zero.
+`item` is the difficulty of the item. All arms are evaluated on the same items, so it cancels in a difference. `seed` is
+the effect, equal for all items, of the initialisation, the order of the data and, for the random arms, the draw of the
+subset. `taste` is how well arm a suits item i, for any seed. All but μ are random with mean zero.
 
 **Estimate.** The difference of grand means. With D[i] the difference between the two arms' means over seeds at item i,
 S_a seeds in arm a, n items, and MS the mean squares of arm a's own seeds × items table:
@@ -16,27 +16,27 @@ S_a seeds in arm a, n items, and MS the mean squares of arm a's own seeds × ite
     v_S[a] = variance over seeds of the mean over items / S_a
     v_E[a] = MS of the interaction of seed and item / (S_a n)
 
-v_E is taken off once because it sits both in v_I and in v_S (Cornfield and Tukey's expected mean squares). A variance
-component that comes out negative is set to zero, so V can only be too large for it: the interval is conservative. An
-arm with a single seed borrows v_S and v_E of the other arm, times that arm's seeds; if both have one, the interval
-covers items only and says so: `bootstrap_difference` is then the better one. A difference is the simplest contrast
+v_E is subtracted once because both v_I and v_S contain it (Cornfield and Tukey's expected mean squares). A negative
+variance component is set to zero, which can only make V too large: the interval is conservative. An arm with a single
+seed borrows v_S and v_E of the other arm, times that arm's seeds. If both have one, the interval covers items only and
+`basis` says so; `bootstrap_difference` is then the better choice. A difference is the simplest contrast
 Σ_a w_a μ[a]; in others each arm's v_S and v_E count w_a² times. Degrees of freedom after Satterthwaite: V² over the sum
 of the squared parts, each divided by its own degrees of freedom; then a t interval.
 
-**Pairing of seeds.** Arms with the same seed share their initialisation; which data stand where in the order differs
-because the data do. `paired_seeds=False` takes the arms' seeds for independent and so has about 2(S−1) degrees of
-freedom for them where pairing has S−1. At three seeds that makes t 2.8 and not 4.3, which only a correlation between
-arms above 0.58 would make up for; and if the shared initialisation makes arms move together, the unpaired interval is
-merely too wide. `paired_seeds=True` applies the one-arm formula to the table of differences; it pays in models trained
-so briefly that their initialisation still shows. Decide by the correlation between two random arms, never by which of
-the two favours the method.
+**Pairing of seeds.** Arms with the same seed share their initialisation, but not their data or its order.
+`paired_seeds=False` treats the arms' seeds as independent and has about 2(S−1) degrees of freedom for them, where
+pairing has S−1. With three seeds t is then 2.8 instead of 4.3; pairing is only narrower if the correlation between arms
+is above 0.58. If the shared initialisation does correlate the arms, the unpaired interval is merely too wide.
+`paired_seeds=True` applies the one-arm formula to the table of differences. It pays for models trained so briefly that
+their initialisation still matters. Decide by the correlation between two random arms, never by which of the two favours
+the method.
 
-**What the interval does not cover.** Arms whose selection is deterministic (DsDm, bottom-k) were selected once, with
-one set of proxies: it speaks about new seeds and new items for *that* selection, not about new selections.
+**What the interval does not cover.** Arms with a deterministic selection (DsDm, bottom-k) were selected once, with one
+set of proxies. Their intervals cover new seeds and new items for *that* selection, not new selections.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
@@ -54,7 +54,7 @@ class Interval:
       excludes zero.
     degrees_of_freedom: after Satterthwaite; inf where nothing varies.
     basis: what the interval generalises to: 'seeds and items', 'seeds and items, one arm with borrowed seed variance',
-      or 'items only' or 'items only (bootstrap)' (one seed everywhere: noise between seeds is not in it).
+      or 'items only' or 'items only (bootstrap)' (one seed everywhere; noise between seeds is not covered).
   """
 
   difference: float
@@ -87,11 +87,11 @@ def crossed_difference(
 
   Args:
     method_SI: values of one arm, a row per seed and a column per item; cast to float64.
-    baseline_SI: values of the other arm at the same items; it may have another number of seeds unless they are paired.
-    paired_seeds: row s of both arms belongs together; False takes all rows for independent.
+    baseline_SI: values of the other arm on the same items; the number of seeds may differ unless they are paired.
+    paired_seeds: whether row s of one arm belongs to row s of the other; False treats all rows as independent.
     confidence: coverage of the interval, above 0 and below 1.
-    documents_I: the document of each item, any hashable dtype; items of one document are not taken for independent.
-      None takes each item for a document of its own.
+    documents_I: the document of each item, any hashable dtype; items of one document are not treated as independent.
+      None makes each item its own document.
 
   Returns:
     The interval for mean(method) − mean(baseline). Where nothing varies (identical arms), low = difference = high and
@@ -120,7 +120,7 @@ def contrast(
   """Σ_a weights[a] · mean of arm a, with the interval of `crossed_difference`; arms' seeds are independent.
 
   Args:
-    tables: for each arm its values [seeds, items], all at the same items.
+    tables: values [seeds, items] of each arm, all on the same items.
     weights: one for each arm, not zero.
     confidence: coverage of the interval, above 0 and below 1.
     documents_I: see `crossed_difference`.
@@ -182,17 +182,21 @@ def bootstrap_difference(
   documents_I: np.ndarray | None = None,
   resamples: int = 10_000,
 ) -> Interval:
-  """Mean difference over items, where one model stands on each side and items alone vary.
+  """Mean difference over items between two single models, so that only items vary.
 
-  Documents are drawn with replacement; the interval is BCa (Efron 1987), which allows for skew, and the p-value is one
-  minus the largest confidence at which the interval excludes zero.
+  scipy resamples documents with replacement. The interval is BCa (Efron 1987), which allows for skew. The p-value is
+  one minus the largest confidence at which the interval excludes zero.
+
+  scipy's own BCa interval is not used, although it comes from the same draws. It does not give the bias and the
+  acceleration that the p-value needs; it is NaN where no resample lies on one side of the mean; and its sums are in
+  another order, so that ends differ in the last digits, or visibly where a resample equals the mean but for rounding.
 
   Args:
     difference_I: values of one model minus the other's.
     rng: of the draws.
     confidence: coverage, above 0 and below 1.
     documents_I: see `crossed_difference`.
-    resamples: draws; p-values are no finer than 2/resamples.
+    resamples: number of draws; p-values are no finer than 2/resamples.
 
   Raises:
     ValueError: as `crossed_difference`.
@@ -203,7 +207,16 @@ def bootstrap_difference(
   document_I, count = _document_numbers(documents_I, len(difference_I))
   total_G = np.bincount(document_I, weights=difference_I, minlength=count)
   items_G = np.bincount(document_I, minlength=count).astype(np.float64)
-  mean_R = np.concatenate([_resampled_means(total_G, items_G, rng, n) for n in _chunks(resamples, count)])
+  mean_R = stats.bootstrap(
+    (total_G, items_G),
+    lambda total, items, axis: total.sum(axis) / items.sum(axis),
+    paired=True,
+    vectorized=True,
+    n_resamples=resamples,
+    batch=max(1, 4_000_000 // count),  # draws of a batch take at most 32 MB
+    method='percentile',
+    rng=rng,
+  ).bootstrap_distribution
   if np.ptp(mean_R) <= 1e-12 * max(1.0, abs(mean)):
     return Interval(mean, mean, mean, 1.0 if mean == 0 else 0.0, float('inf'), basis)
   # Ties count half, so that values on a grid (accuracies) do not push the interval to one side.
@@ -222,23 +235,10 @@ def bootstrap_difference(
   return Interval(mean, float(low), float(high), p_value, float('inf'), basis)
 
 
-def _chunks(resamples: int, size: int) -> Iterator[int]:
-  """`resamples` in parts whose draws of `size` take at most 32 MB."""
-  part = max(1, 4_000_000 // size)
-  while resamples > 0:
-    yield min(part, resamples)
-    resamples -= part
-
-
-def _resampled_means(total_G: np.ndarray, items_G: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-  drawn_RG = rng.integers(0, len(total_G), (resamples, len(total_G)))
-  return total_G[drawn_RG].sum(axis=1) / items_G[drawn_RG].sum(axis=1)
-
-
 def holm(p_values: Sequence[float]) -> np.ndarray:
   """p-values adjusted by Holm's step-down rule, in the order given: float64, at most 1.
 
-  Calling those below α findings keeps the chance of even one false finding below α, whatever the dependence.
+  Rejecting those below α keeps the chance of even one false rejection below α, for any dependence between tests.
   """
   p_N = np.asarray(p_values, np.float64)
   order_N = np.argsort(p_N, kind='stable')
@@ -250,7 +250,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 def _check(method_SI: np.ndarray, baseline_SI: np.ndarray, paired: bool, confidence: float) -> None:
   if method_SI.ndim != 2 or baseline_SI.ndim != 2 or 0 in (len(method_SI), len(baseline_SI)):
-    raise ValueError(f'want [seeds, items], got {method_SI.shape} and {baseline_SI.shape}')
+    raise ValueError(f'expected [seeds, items], got {method_SI.shape} and {baseline_SI.shape}')
   if method_SI.shape[1] != baseline_SI.shape[1]:
     raise ValueError(f'both arms need the same items, got {method_SI.shape[1]} and {baseline_SI.shape[1]}')
   if method_SI.shape[1] < 2:
@@ -278,7 +278,7 @@ def _seed_parts(tables: Sequence[np.ndarray], weights: Sequence[float]) -> tuple
     degrees = (s - 1) * (n - 1)
     factor = weight**2 / s
     if index == lender:
-      # One estimate serves the borrowers too, so it stays one part with the lender's degrees of freedom.
+      # The borrowers use the same estimate, so it stays one part with the lender's degrees of freedom.
       factor += sum(w**2 for w, other_SI in zip(weights, tables, strict=True) if len(other_SI) == 1)
     seeds.append(_Part(factor * float(mean_S.var(ddof=1)), s - 1))
     interactions.append(_Part(factor * float((residual_SI**2).sum()) / degrees / n, degrees))
@@ -288,7 +288,7 @@ def _seed_parts(tables: Sequence[np.ndarray], weights: Sequence[float]) -> tuple
 
 
 def _item_part(difference_I: np.ndarray, documents_I: np.ndarray | None) -> _Part:
-  """v_I: the larger of the variance of the mean over independent items and over independent documents."""
+  """v_I: the variance of the mean over independent items or over independent documents, whichever is larger."""
   n = len(difference_I)
   variance = float(difference_I.var(ddof=1)) / n
   if documents_I is None:
@@ -313,7 +313,7 @@ def _document_numbers(documents_I: np.ndarray | None, n: int) -> tuple[np.ndarra
 
 
 def _interval(difference: float, variance: float, parts: list[_Part], confidence: float, basis: str) -> Interval:
-  # Rounding leaves about 1e-32 of squares where nothing varies.
+  # Where nothing varies, rounding leaves squares of about 1e-32.
   if variance <= np.finfo(np.float64).eps ** 2 * max(1.0, difference**2):
     p_value = 1.0 if difference == 0 else 0.0
     return Interval(difference, difference, difference, p_value, float('inf'), basis)

@@ -26,8 +26,7 @@ from dsdm_jax.core.mesh import DATA, batch_sharding
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm import attention
 from dsdm_jax.lm.decoder import Decoder
-from dsdm_jax.selection.registry import SELECTORS
-from dsdm_jax.selection.select import load_selectors
+from dsdm_jax.selection.candidates import find
 from dsdm_jax.training import ladder
 from dsdm_jax.training.proxies import checkpoints
 from dsdm_jax.training.step import Trainer, abstract_model
@@ -131,8 +130,7 @@ def stored_bytes(config: ConfigDict, dimension: int) -> float:
 
 def final_runs(config: ConfigDict) -> int:
   """Models that the pretraining stage makes."""
-  load_selectors()
-  targets = [len(config.selection.targets) if SELECTORS[m].targeted else 1 for m in config.selection.methods]
+  targets = [len(config.selection.targets) if find(m).targeted else 1 for m in config.selection.methods]
   return sum(targets) * config.pretraining.seeds
 
 

@@ -1,15 +1,15 @@
-"""Packs the explorable rows into the page: columns and text as two gzipped blocks that the browser opens by itself.
+"""Packs the rows of the explorer into the page: columns and text as two gzipped blocks that the browser unpacks.
 
-`columns` is a header, four bytes that give its length first (little-endian, as all that follows), then arrays in the
-order of the header's `columns`, each of its type and of one entry for each row (or as many as the header says). `text`
-is the rows' text in UTF-8, set apart by NUL. `templates/explorer.js` is the other side of this.
+`columns` is four bytes with the length of the header, the header as JSON, then one array for each of the header's
+`columns`, of its type and with one entry per row; all little-endian. `text` is the text of the rows in UTF-8, separated
+by NUL. `templates/explorer.js` reads both.
 """
 
 import base64
 import dataclasses
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,21 +17,21 @@ import numpy as np
 from dsdm_jax.report import figures, formatting, tables
 from dsdm_jax.report.report_data import Evidence
 
-_EXTREMES = 1_000  # best and as many worst rows of each target that are always there
-_QUANTILES = 513  # points at which the pool's scores are told, for percentiles
-_CODES = 254  # lengths of intervals that a byte tells apart, from the largest to a thousandth of it: in steps of 2.8 %
-_SHRINKS = 6  # characters for each byte in the page, at most
-_LEAST_CHARACTERS = 40  # of a row's text, however many rows there are
+_EXTREMES = 1_000  # best rows of each target that are always packed, and as many worst rows
+_QUANTILES = 513  # quantiles of the pool's scores, for percentiles
+_CODES = 254  # lengths of intervals in a byte, from the largest to a thousandth of it in steps of 2.8 %
+_SHRINKS = 6  # characters per byte in the page, at most
+_LEAST_CHARACTERS = 40  # of a row's text, for any number of rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-  """What stands in the page.
+  """The data of the explorer.
 
   Attributes:
     columns, text: base64 of gzip.
     row_N: the rows, in the page's order.
-    characters: where their text is cut, or None where all of it is there.
+    characters: length at which their text is cut, or None if it is complete.
   """
 
   columns: str
@@ -41,18 +41,18 @@ class Packed:
 
 
 def pack(shown: Evidence, most_rows: int, most_bytes: int) -> Packed:
-  """The rows that `choose` takes, with scores, arms and text.
+  """Packs the rows of `choose`, with scores, arms and text.
 
   Args:
     shown: what was read from the artifacts.
-    most_rows: at most so many rows.
-    most_bytes: of text in the page. Where it would be more, each row's text is cut at the same number of characters.
+    most_rows: maximum number of rows.
+    most_bytes: of text in the page. If there is more, all texts are cut at the same number of characters.
   """
   row_N = choose(shown, most_rows)
-  # Of a large pool only the documents of these rows are looked up.
+  # A pool can have many documents, so only those of these rows are looked up.
   document_D, inverse_N = np.unique(shown.document_N[row_N], return_inverse=True)
   names = [str(shown.documents[d]['id']) for d in document_D]
-  # Rows of one document side by side, then documents of like names: gzip sees what they have in common.
+  # Rows of one document, and documents with similar names, are neighbours, so that gzip compresses them well.
   rank_D = np.empty(len(names), np.int64)
   rank_D[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
   order_N = np.lexsort((row_N, shown.offset_N[row_N], rank_D[inverse_N]))
@@ -62,8 +62,10 @@ def pack(shown: Evidence, most_rows: int, most_bytes: int) -> Packed:
 
 
 def choose(shown: Evidence, most: int) -> np.ndarray:
-  """At most `most` rows of the pool: all, or else, in this order, what target examples point at, the best and the worst
-  of each target, what arms selected (by turns, in the order of each selection), and rows at even distances.
+  """At most `most` rows of the pool, ascending: all, or else by priority.
+
+  First the rows of target examples, then the best and worst rows of each target, then rows that arms selected (in
+  turns, in the order of each selection), then evenly spaced rows.
   """
   count = len(shown.source_N)
   if count <= most:
@@ -85,39 +87,29 @@ def choose(shown: Evidence, most: int) -> np.ndarray:
 def _columns(
   shown: Evidence, row_N: np.ndarray, document_N: np.ndarray, names: Sequence[str], characters: int | None
 ) -> bytes:
-  """`document_N` are indices into `names`."""
-  columns: list[tuple[str, np.ndarray]] = [
-    ('row', row_N.astype('<u4')),
-    ('document', document_N.astype('<u4')),
-  ]
-  targets = sorted(shown.scores, key=lambda name: name != 'mix')
+  """The bytes of `columns`; `document_N` are indices into `names`."""
+  columns: list[tuple[str, np.ndarray]] = [('row', row_N.astype('<u4')), ('document', document_N.astype('<u4'))]
   described: list[dict[str, Any]] = []
-  for target in targets:
-    z_N = figures.standardised(shown.scores[target])
+  for name in tables.targets(shown):
+    z_N = figures.standardised(shown.scores[name])
     step = max(float(np.abs(z_N).max()), 1e-9) / 32_767
-    columns.append((f'score {target}', np.rint(z_N[row_N] / step).astype('<i2')))
-    quantiles = np.quantile(z_N, np.linspace(0, 1, _QUANTILES))
-    described.append(
-      {
-        'id': target,
-        'name': formatting.heading(formatting.task_name(target)),
-        'step': step,
-        'quantiles': _rounded(quantiles),
-      }
-    )
-  for found in described:
-    if found['id'] in shown.reach:
-      spread = float(np.std(shown.scores[found['id']], dtype=np.float64)) or 1.0
-      code_N, found['reach'] = _lengths(shown.reach[found['id']][row_N] / spread)
-      columns.append((f'reach {found["id"]}', code_N))
+    columns.append((f'score {name}', np.rint(z_N[row_N] / step).astype('<i2')))
+    quantiles = _rounded(np.quantile(z_N, np.linspace(0, 1, _QUANTILES)))
+    title = formatting.heading(formatting.task_name(name))
+    described.append({'id': name, 'name': title, 'step': step, 'quantiles': quantiles})
+  for target in described:
+    if target['id'] in shown.reach:
+      spread = float(np.std(shown.scores[target['id']], dtype=np.float64)) or 1.0
+      code_N, target['reach'] = _lengths(shown.reach[target['id']][row_N] / spread)
+      columns.append((f'reach {target["id"]}', code_N))
   columns += [('source', shown.source_N[row_N].astype('u1')), ('planted', (shown.planted_N[row_N] >= 0).astype('u1'))]
   arms: list[dict[str, Any]] = []
   for arm, label in tables.arms(shown).items():
-    draws = tables.draws(shown, arm)
-    columns.append((f'arm {len(arms)}', _times_selected(draws, len(shown.source_N))[row_N]))
-    arms.append({
-      'name': formatting.heading(label), 'selections': len(draws), 'rows': len(np.unique(np.concatenate(draws)))
-    })  # fmt: skip
+    draws, times_N = tables.draws(shown, arm), np.zeros(len(shown.source_N), np.int64)
+    for drawn in draws:
+      times_N[drawn] += 1
+    columns.append((f'arm {len(arms)}', np.minimum(times_N, 255).astype('u1')[row_N]))  # 255 stands for more
+    arms.append({'name': formatting.heading(label), 'selections': len(draws), 'rows': int((times_N > 0).sum())})
   header = {
     'rows': len(row_N),
     'pool': len(shown.source_N),
@@ -130,16 +122,20 @@ def _columns(
     'pool_sources': np.bincount(shown.source_N, minlength=len(shown.sources)).tolist(),
     'targets': described,
     'arms': arms,
-    'examples': _examples(shown),
+    'examples': [
+      {'target': t, 'context': e.context, 'answer': e.answer, 'rows': e.rows_M.tolist(), 'scores': _rounded(e.score_M)}
+      for t, examples in shown.examples.items()
+      for e in examples
+    ],
     'columns': [[name, array.dtype.kind + str(array.dtype.itemsize)] for name, array in columns],
   }
   head = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
-  head += b' ' * (-(len(head) + 4) % 4)  # arrays of four bytes an entry come first, so all are aligned
+  head += b' ' * (-(len(head) + 4) % 4)  # arrays with four-byte entries come first, so all are aligned
   return len(head).to_bytes(4, 'little') + head + b''.join(array.tobytes() for _, array in columns)
 
 
 def _lengths(length_N: np.ndarray) -> tuple[np.ndarray, float]:
-  """Codes, uint8, and the largest length: code c > 0 stands for largest · 1000^((c − 255) / 254), 0 for none."""
+  """Codes, uint8, and the largest length: code c > 0 means largest · 1000^((c − 255) / 254), 0 means no interval."""
   largest = max(float(length_N.max(initial=0)), 1e-9)
   part_N = np.maximum(length_N / largest, 1e-3)
   code_N = 1 + np.rint(_CODES * (1 + np.log10(part_N) / 3))
@@ -150,41 +146,19 @@ def _rounded(values: np.ndarray) -> list[float]:
   return [float(f'{v:.4g}') for v in values]
 
 
-def _times_selected(draws: list[np.ndarray], rows: int) -> np.ndarray:
-  """How many of an arm's selections hold each row, uint8 [N]; 255 stands for more."""
-  times_N = np.zeros(rows, np.int64)
-  for drawn in draws:
-    times_N[drawn] += 1
-  return np.minimum(times_N, 255).astype('u1')
-
-
-def _examples(shown: Evidence) -> list[Mapping[str, Any]]:
-  return [
-    {
-      'target': task,
-      'context': e.context,
-      'answer': e.answer,
-      'rows': e.rows_M.tolist(),
-      'scores': _rounded(e.score_M),
-    }
-    for task, examples in shown.examples.items()
-    for e in examples
-  ]
-
-
 def _fitting(texts: Sequence[str], most_bytes: int) -> tuple[str, int | None]:
-  """Base64 of the gzipped texts, in at most `most_bytes` where some text is left at that; and where they were cut."""
+  """(base64 of the gzipped texts, the length at which they are cut); at most `most_bytes` unless too little is left."""
   longest = max(map(len, texts), default=0)
-  # No text of many kinds shrinks more than this: what is longer need not be tried.
+  # Text hardly ever compresses by a larger factor, so longer cuts need not be tried.
   characters = min(longest, max(_LEAST_CHARACTERS, _SHRINKS * most_bytes // max(1, len(texts))))
   while True:
     packed = _encoded('\0'.join(text[:characters] for text in texts).encode('utf-8', 'replace'))
     if len(packed) <= most_bytes or characters <= _LEAST_CHARACTERS:
       return packed, characters if characters < longest else None
-    # The beginnings of rows compress best, so this comes near the limit from above and takes a few rounds.
+    # The beginnings of rows compress best, so this approaches the limit from above and takes a few rounds.
     characters = max(_LEAST_CHARACTERS, min(characters - 1, int(characters * most_bytes / len(packed) * 0.98)))
 
 
 def _encoded(data: bytes) -> str:
-  # No date inside: equal rows give an equal page.
+  # Without a date, so that equal rows give an equal page.
   return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode()

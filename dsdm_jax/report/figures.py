@@ -1,7 +1,7 @@
-"""The figures. A panel is about as wide as a phone, so that a page can set them in rows or in a column.
+"""The figures of the report. A panel is about as wide as a phone, so that a page can set them in rows or in a column.
 
-Equal input gives equal bytes. As SVG for the page a figure carries CSS variables instead of colours, so that it follows
-the page into dark mode; as PNG, and standing alone, it carries the colours themselves, on white.
+Equal input gives equal bytes. SVG for the page uses CSS variables for colours, so that it follows the page into dark
+mode. PNG and standalone SVG use the colours themselves, on white.
 """
 
 import dataclasses
@@ -19,11 +19,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from dsdm_jax.config import methods
 from dsdm_jax.core import storage
+from dsdm_jax.evaluation.results import UNTARGETED
+from dsdm_jax.evaluation.suite import BENCHMARK
 from dsdm_jax.report import formatting
 from dsdm_jax.report.report_data import Curve
 
-# Okabe and Ito's palette (told apart by people who do not see red and green alike), darkened where it was pale.
+# Okabe and Ito's palette, which colour-blind people can tell apart, with its pale colours darkened.
 COLOURS = {
   'blue': '#0b6cb0',
   'orange': '#c8560a',
@@ -63,19 +66,19 @@ _STYLE: dict[Any, Any] = {
   'text.color': COLOURS['ink'],
   'legend.frameon': False,
   'svg.hashsalt': 'dsdm_jax',
-  'text.parse_math': False,  # labels may hold names from outside
+  'text.parse_math': False,  # labels can hold foreign names
   'axes.unicode_minus': True,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-  """A finished figure. In a notebook it shows itself."""
+  """A finished figure. A notebook displays it."""
 
   figure: Figure
 
   def __post_init__(self) -> None:
-    # Laid out once: done again for every file, the layout moves by rounding errors, and equal figures would differ.
+    # Lay out once. Another layout for every file would move by rounding errors, and equal figures would differ.
     with matplotlib.rc_context(_STYLE):
       self.figure.draw_without_rendering()
     self.figure.set_layout_engine('none')
@@ -84,7 +87,7 @@ class Drawing:
     return self.png()
 
   def save(self, path: str | os.PathLike) -> None:
-    """As PNG, or as SVG where `path` ends so."""
+    """Writes SVG if `path` ends in .svg, else PNG."""
     if Path(path).suffix == '.svg':
       with matplotlib.rc_context(_STYLE | {'svg.fonttype': 'path'}):
         storage.write_text(path, _raw_svg(self.figure))
@@ -92,7 +95,7 @@ class Drawing:
       storage.write_bytes(path, self.png())
 
   def svg(self, name: str) -> str:
-    """SVG to set into HTML: no prologue, ids that begin with `name`, colours as CSS variables, text as text."""
+    """SVG for HTML: no prologue, ids that begin with `name`, colours as CSS variables, text as text."""
     with matplotlib.rc_context(_STYLE | {'svg.fonttype': 'none'}):
       svg = _raw_svg(self.figure)
     svg = svg[svg.index('<svg') :]
@@ -104,10 +107,10 @@ class Drawing:
     return svg
 
   def png(self) -> bytes:
-    """On white, 200 dots an inch."""
+    """PNG on white, 200 dots per inch."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
-      # Text reaches over the edge where the page has room for it.
+      # Text may reach over the edge of the figure; the page has room for it.
       self.figure.savefig(
         buffer,
         format='png',
@@ -121,7 +124,7 @@ class Drawing:
 
 
 def method_colour(method: str) -> str:
-  """The colour of a method: its own, or one that depends on the name only."""
+  """The colour of a method; without one of its own, a colour that depends only on the name."""
   name = METHOD_COLOURS.get(method) or _FURTHER[sum(method.encode()) % len(_FURTHER)]
   return COLOURS[name]
 
@@ -131,7 +134,7 @@ def source_colour(index: int) -> str:
 
 
 def forest(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
-  """Task → its differences with intervals, one line each, all tasks on the same scale."""
+  """Task → its differences with intervals, one per line; all tasks have the same scale."""
   several = formatting.several_targets(c['target_mix'] for c in comparisons)
   limits = _forest_limits(comparisons)
   panels: dict[str, Drawing] = {}
@@ -147,17 +150,17 @@ def forest(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
 
 
 def forest_standalone(comparisons: Sequence[Mapping[str, Any]], confidence: float, baseline: str) -> str:
-  """One SVG with a panel per task: the picture of the result, for a README.
+  """One SVG with a panel per task: the figure of the result, for a README.
 
-  Shows the comparisons against `baseline`, or all where there is none; of arms for all targets, where there are any.
+  Shows the comparisons with `baseline`, or all if there are none; only arms for all targets, if there are any.
   """
   comparisons = [c for c in comparisons if c['baseline'] == baseline] or comparisons
   if 'mix' in {c['target_mix'] for c in comparisons}:
-    comparisons = [c for c in comparisons if c['target_mix'] in ('mix', formatting.UNTARGETED)]
+    comparisons = [c for c in comparisons if c['target_mix'] in ('mix', UNTARGETED)]
   several = formatting.several_targets(c['target_mix'] for c in comparisons)
   tasks = list(dict.fromkeys(c['task'] for c in comparisons))
-  names = {c['task']: formatting.asked_name(c) for c in comparisons}
-  benchmarks = any(c['split'] == formatting.BENCHMARK for c in comparisons)
+  names = {c['task']: formatting.row_task_name(c) for c in comparisons}
+  benchmarks = any(c['split'] == BENCHMARK for c in comparisons)
   items = 'held-out items and benchmarks' if benchmarks else 'held-out items'
   lines = {task: _forest_lines([c for c in comparisons if c['task'] == task]) for task in tasks}
   with matplotlib.rc_context(_STYLE | {'svg.fonttype': 'path'}):
@@ -166,9 +169,12 @@ def forest_standalone(comparisons: Sequence[Mapping[str, Any]], confidence: floa
     figure.set_layout_engine('constrained', w_pad=0.14, h_pad=0.08, wspace=0.06)
     figure.suptitle(
       f'How much better than random data: log-probability of the right answer on {items}, '
-      f'{100 * confidence:g} % intervals', x=0.015, ha='left', fontsize=10,
+      f'{100 * confidence:g} % intervals',
+      x=0.015,
+      ha='left',
+      fontsize=10,
       color=COLOURS['muted'],
-    )  # fmt: skip
+    )
     axes = figure.subplots(1, len(tasks), squeeze=False, sharex=True)[0]
     for ax, task in zip(axes, tasks, strict=True):
       _forest_rows(ax, lines[task], several)
@@ -186,14 +192,12 @@ def _forest_limits(comparisons: Sequence[Mapping[str, Any]]) -> tuple[float, flo
 
 
 def _end(comparison: Mapping[str, Any], end: str) -> float:
-  """An interval's end; the difference itself where there is no interval."""
+  """An end of the interval; the difference itself if there is no interval."""
   return comparison['difference'] if comparison[end] is None else comparison[end]
 
 
-def _forest_lines(
-  comparisons: Sequence[Mapping[str, Any]],
-) -> list[str | Mapping[str, Any]]:
-  """Comparisons grouped by baseline, each group below the baseline's name."""
+def _forest_lines(comparisons: Sequence[Mapping[str, Any]]) -> list[str | Mapping[str, Any]]:
+  """Comparisons grouped by baseline, each group after the baseline's name."""
   lines: list[str | Mapping[str, Any]] = []
   for baseline in dict.fromkeys(c['baseline'] for c in comparisons):
     lines += [baseline, *(c for c in comparisons if c['baseline'] == baseline)]
@@ -201,29 +205,33 @@ def _forest_lines(
 
 
 def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bool) -> None:
-  """From the top down. A comparison's label sits above its interval, so that no margin is needed for it."""
+  """Draws lines from the top down. A comparison's label is above its interval, so it needs no margin."""
   across = ax.get_yaxis_transform()
   y = 0.0
   for line in lines:
     if isinstance(line, str):
       y += 0.12
-      label = f'against {formatting.method_name(line)}'
+      label = f'against {methods.label(line)}'
       ax.text(0, y, label, transform=across, fontsize=8.8, va='center', color=COLOURS['muted'])
       ax.plot([0, 1], [y + 0.26] * 2, transform=across, color=COLOURS['grid'], lw=0.8)
       y += 0.62
       continue
-    # Full colour only for a verdict, which an interval that leaves zero out may not have: Holm's rule, three seeds.
+    # Only verdicts are coloured. An interval that excludes zero may have none: Holm's rule, three seeds.
     colour = COLOURS[{'better': 'blue', 'worse': 'orange'}.get(line['verdict'], 'muted')]
     ax.text(
-      0, y, formatting.arm_name(line['method'], line['target_mix'], several), transform=across,
-      fontsize=9.2, va='center',
-    )  # fmt: skip
+      0,
+      y,
+      formatting.arm_name(line['method'], line['target_mix'], several),
+      transform=across,
+      fontsize=9.2,
+      va='center',
+    )
     value = formatting.signed(line['difference'])
     if line['low'] is not None:
       value += f'  {formatting.interval(line["low"], line["high"])}'
     ax.text(1, y, value, transform=across, fontsize=9.2, va='center', ha='right', color=colour)
     y += 0.42
-    # Zero is marked beside each interval only, so that it does not cross the labels.
+    # Zero is marked beside each interval only, so that the mark does not cross the labels.
     ax.plot([0, 0], [y - 0.2, y + 0.2], color=COLOURS['neutral'], lw=1, zorder=1)
     ax.plot([_end(line, 'low'), _end(line, 'high')], [y, y], color=colour, lw=2.8, solid_capstyle='round')
     ax.plot(line['difference'], y, 'o', ms=6.8, color=colour, mec=COLOURS['paper'], mew=1.3)
@@ -247,7 +255,7 @@ def losses(curves: Sequence[Curve]) -> Drawing:
       dashes = (0, (4, 2)) if curve.method == 'random_one_epoch' else '-'
       ax.fill_between(step_P, loss_SP.min(0), loss_SP.max(0), color=colour, alpha=0.18, lw=0)
       ax.plot(step_P, mean_P, color=colour, lw=1.8, ls=dashes, marker='o' if len(step_P) < 3 else None)
-      labels.append((float(mean_P[-1]), formatting.method_name(curve.method), colour))
+      labels.append((float(mean_P[-1]), methods.label(curve.method), colour))
     _direct_labels(ax, labels)
     _grid(ax)
     ax.set_xlabel('training step')
@@ -272,21 +280,28 @@ def _direct_labels(ax: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
   for y, text, colour in sorted(labels):
     placed.append(y if not placed else max(y, placed[-1] + gap))
     ax.annotate(
-      text, (1.0, placed[-1]), xycoords=('axes fraction', 'data'), xytext=(5, 0),
-      textcoords='offset points', color=colour, va='center', fontsize=9, annotation_clip=False,
-    )  # fmt: skip
+      text,
+      (1.0, placed[-1]),
+      xycoords=('axes fraction', 'data'),
+      xytext=(5, 0),
+      textcoords='offset points',
+      color=colour,
+      va='center',
+      fontsize=9,
+      annotation_clip=False,
+    )
 
 
 def multiplier(curve: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], several: bool) -> Drawing:
   """The ladder of random runs, log-probability against compute, and each arm at the compute of one of its trainings.
 
-  From an arm to the right runs the line to the compute random data would need, with its interval; an arrow goes on
-  where the ladder ends.
+  A line leads from an arm to the compute that random data would need, with its interval. An arrow marks an interval
+  that continues beyond the ladder.
 
   Args:
-    curve: of `multiplier.json`.
-    arms: of the same file and task.
-    several: whether names tell their target.
+    curve: a curve of `multiplier.json`.
+    arms: the arms of the same file and task.
+    several: whether names include the target.
   """
   with matplotlib.rc_context(_STYLE):
     figure, ax = _panel(3.1)
@@ -296,7 +311,7 @@ def multiplier(curve: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], seve
     ax.fill_between(flop, low_P, high_P, color=COLOURS['neutral'], alpha=0.25, lw=0)
     ax.plot(flop, [p['value'] for p in points], color=COLOURS['muted'], lw=1.6, marker='o', ms=4)
     ax.set_xscale('log')
-    apart = -(-len(flop) // 4)  # no more than four labels have room
+    apart = -(-len(flop) // 4)  # there is room for four labels
     ax.set_xticks(flop, [formatting.scientific(x) if i % apart == 0 else '' for i, x in enumerate(flop)], fontsize=8)
     ax.minorticks_off()
     labels = [(points[-1]['value'], 'ladder of random data', COLOURS['muted'])]
@@ -321,7 +336,7 @@ def multiplier(curve: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], seve
 
 
 def composition(shares: Mapping[str, np.ndarray]) -> Drawing:
-  """A stacked bar for each entry of `shares` (label → share of each source, summing to 1), from the top down."""
+  """A stacked bar for each label of `shares` (share of each source, summing to 1), from the top down."""
   with matplotlib.rc_context(_STYLE):
     figure, ax = _panel(0.75 + 0.5 * len(shares))
     for i, (label, share_S) in enumerate(shares.items()):
@@ -330,9 +345,15 @@ def composition(shares: Mapping[str, np.ndarray]) -> Drawing:
         ax.barh(i, share, left=left, height=0.44, color=source_colour(s), ec=COLOURS['paper'], lw=1)
         if share >= 0.08:
           ax.text(
-            left + share / 2, i, f'{100 * share:.0f}', ha='center', va='center', fontsize=8.5,
-            color=COLOURS['paper'], fontweight='bold',
-          )  # fmt: skip
+            left + share / 2,
+            i,
+            f'{100 * share:.0f}',
+            ha='center',
+            va='center',
+            fontsize=8.5,
+            color=COLOURS['paper'],
+            fontweight='bold',
+          )
         left += share
       ax.text(0, i - 0.37, label, fontsize=8.8, va='center')
     ax.set_ylim(len(shares) - 0.6, -0.7)
@@ -345,7 +366,7 @@ def composition(shares: Mapping[str, np.ndarray]) -> Drawing:
 
 
 def overlap(labels: Sequence[str], share_AB: np.ndarray, chance_AB: np.ndarray) -> Drawing:
-  """Of what each arm (line) selected, the share that each arm (column) selected too; below it, the share by chance."""
+  """The share of each arm's rows (line) that each arm (column) also selected; below it, the share by chance."""
   count = len(labels)
   with matplotlib.rc_context(_STYLE):
     figure, ax = _panel(1.1 + 0.5 * count)
@@ -372,18 +393,20 @@ def _wrapped(label: str) -> str:
 
 
 def histogram(z_N: np.ndarray, top_k: np.ndarray | None, bottom_k: np.ndarray | None) -> Drawing:
-  """Standardised scores of all rows; the rows that an arm chose (indices, or None for no such arm) are coloured.
+  """Standardised scores of all rows; the rows that an arm selected (indices, or None for no such arm) are coloured.
 
-  Scores further out than the axis are counted in its outermost bins.
+  The outermost bins also count all scores beyond the axis.
   """
   reach = float(np.clip(np.quantile(np.abs(z_N), 0.995), 2.0, 6.0))
   edges = np.linspace(-reach, reach, 61)
   with matplotlib.rc_context(_STYLE):
     figure, ax = _panel(2.3)
     layers = [(z_N, 'grid', 'pool')]
-    layers += [(z_N[rows], colour, label) for rows, colour, label in (
-      (bottom_k, 'orange', formatting.method_name('bottom')), (top_k, 'blue', 'chosen by DsDm'),
-    ) if rows is not None]  # fmt: skip
+    layers += [
+      (z_N[rows], colour, label)
+      for rows, colour, label in ((bottom_k, 'orange', methods.label('bottom')), (top_k, 'blue', 'chosen by DsDm'))
+      if rows is not None
+    ]
     for values, colour, label in layers:
       counts = np.histogram(np.clip(values, -reach, reach), edges)[0]
       ax.stairs(counts, edges, fill=True, color=COLOURS[colour], label=label, alpha=0.85)
@@ -396,7 +419,7 @@ def histogram(z_N: np.ndarray, top_k: np.ndarray | None, bottom_k: np.ndarray | 
 
 
 def standardised(score_N: np.ndarray) -> np.ndarray:
-  """Scores in standard deviations from their mean, float64; zeros where all are equal."""
+  """Scores in standard deviations from their mean, float64; zeros if all are equal."""
   score_N = np.asarray(score_N, np.float64)
   deviation = score_N.std()
   return (score_N - score_N.mean()) / deviation if deviation > 0 else np.zeros_like(score_N)

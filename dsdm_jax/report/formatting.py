@@ -1,26 +1,14 @@
-"""What the report says in words: names, numbers, and the sentences that follow from the results."""
+"""The words of the report: names, numbers, and the sentences that follow from the results."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-METHODS = {
-  'dsdm': 'DsDm',
-  'random': 'random, same epochs',
-  'random_one_epoch': 'random, one epoch',
-  'bottom': 'bottom-ranked',
-  'dsdm_greedy': 'DsDm, greedy',
-  'dsdm_clusters': 'DsDm, clusters',
-  'dsdm_gumbel': 'DsDm, Gumbel',
-  'dsdm_boltzmann': 'DsDm, Boltzmann',
-  'dsdm_distilled': 'DsDm, distilled',
-  'dsir': 'DSIR',
-  'semdedup': 'SemDeDup',
-  'semdedup_one_epoch': 'SemDeDup, one epoch',
-  'bm25': 'BM25',
-  'color_filter': 'CoLoR-Filter',
-}
-# As they stand inside a sentence; headings capitalise them.
+from dsdm_jax.config.methods import label
+from dsdm_jax.evaluation.results import MEAN, UNTARGETED
+from dsdm_jax.evaluation.suite import BENCHMARK, HOLDOUT
+
+# As written inside a sentence; headings capitalise them.
 TASKS = {
   'docs': 'documentation prose',
   'api_qa': 'API questions',
@@ -31,34 +19,24 @@ TASKS = {
 }
 MINUS = '−'
 
-MEAN = 'mean'
-BENCHMARK = 'benchmark'  # a split
-
-# The target of arms that ignore targets.
-UNTARGETED = 'any'
-
 
 def several_targets(targets: Iterable[str]) -> bool:
-  """Whether arms for different targets occur, so that names have to tell them apart."""
+  """Whether there are arms for different targets, so that their names must include the target."""
   return len(set(targets) - {UNTARGETED}) > 1
-
-
-def method_name(method: str) -> str:
-  return METHODS.get(method, method.replace('_', ' '))
 
 
 def task_name(task: str) -> str:
   return TASKS.get(task, task)
 
 
-def asked(task: str, split: str) -> str:
-  """What tells a task and split apart from the others, also as a part of a file name: the mean occurs in two splits."""
-  return f'{task} of {split}s' if task == MEAN and split != 'holdout' else task
+def task_key(task: str, split: str) -> str:
+  """Identifies a task and split, also in file names: the task, and for a mean the split unless it is the holdout."""
+  return f'{task} of {split}s' if task == MEAN and split != HOLDOUT else task
 
 
-def asked_name(row: Mapping[str, Any]) -> str:
-  """The task of a row of results; of a benchmark it is said that it is one."""
-  name = task_name(asked(row['task'], row['split']))
+def row_task_name(row: Mapping[str, Any]) -> str:
+  """Name of the task of a row of results; benchmarks are marked."""
+  name = task_name(task_key(row['task'], row['split']))
   return f'{name} (benchmark)' if row['split'] == BENCHMARK and row['task'] != MEAN else name
 
 
@@ -67,15 +45,15 @@ def heading(text: str) -> str:
 
 
 def arm_name(method: str, target_mix: str, several: bool) -> str:
-  """Name of an arm; with its target where arms of `several` targets are shown and the method heeds targets."""
-  name = method_name(method)
+  """Name of an arm, with its target if there are arms of `several` targets and the method uses targets."""
+  name = label(method)
   if not several or target_mix == UNTARGETED:
     return name
   return f'{name} for {task_name(target_mix)}'
 
 
 def signed(value: float | None, digits: int = 2) -> str:
-  """Fixed digits with a sign and a true minus; zero carries none; '–' for a number that could not be given."""
+  """Fixed digits with a sign and a true minus, none for zero; '–' for None."""
   if value is None:
     return '–'
   text = f'{abs(value):.{digits}f}'
@@ -89,7 +67,7 @@ def plain(value: float | None, digits: int = 2) -> str:
 
 
 def percent(share: float | None) -> str:
-  """A share in per cent, without the sign."""
+  """A share in per cent, without the per cent sign."""
   return plain(None if share is None else 100 * share, 1)
 
 
@@ -99,19 +77,20 @@ def interval(low: float | None, high: float | None, digits: int = 2) -> str:
 
 
 def count(value: float) -> str:
-  """Thousands set apart by thin spaces."""
+  """Thousands separated by thin spaces."""
   return f'{int(value):,}'.replace(',', '\u202f')
 
 
 def scientific(value: float) -> str:
-  """Two figures and a power of ten; '–' for nothing counted."""
+  """Two digits and a power of ten; '–' for zero."""
   if value <= 0:
     return '–'
   exponent = math.floor(math.log10(value))
   mantissa = round(value / 10**exponent, 1)
   if mantissa >= 10:
     mantissa, exponent = mantissa / 10, exponent + 1
-  return f'{mantissa:.1f}\u202f×\u202f10{_superscript(exponent)}'
+  superscript = str(exponent).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))
+  return f'{mantissa:.1f}\u202f×\u202f10{superscript}'
 
 
 def duration(seconds: float) -> str:
@@ -123,7 +102,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-  """Bytes, in powers of 1,000; three figures."""
+  """Bytes in powers of 1,000, with three digits."""
   for unit in ('bytes', 'kB', 'MB', 'GB', 'TB'):
     if count < 999.5 or unit == 'TB':
       return f'{count:.3g} {unit}' if count < 100 else f'{count:.0f} {unit}'
@@ -145,7 +124,7 @@ def joined(phrases: Sequence[str]) -> str:
 
 
 def headlines(results: Mapping[str, Any]) -> list[str]:
-  """A sentence for each baseline that DsDm was compared with, to be read one after the other."""
+  """A sentence for each baseline that DsDm is compared with; later sentences refer to the first."""
   subject = 'Trained on data chosen by DsDm, the same model at the same token budget'
   sentences = []
   for baseline, against in (
@@ -160,7 +139,7 @@ def headlines(results: Mapping[str, Any]) -> list[str]:
 
 
 def _of_dsdm(results: Mapping[str, Any], baseline: str) -> list[Mapping[str, Any]]:
-  """Comparisons of DsDm with `baseline`: of the arm for all targets, or else of each arm on its own target."""
+  """Comparisons of DsDm with `baseline`: the arm for all targets, or else each arm on its own target."""
   rows = [c for c in results['comparisons'] if (c['method'], c['baseline']) == ('dsdm', baseline)]
   mixes = {c['target_mix'] for c in rows}
   if 'mix' in mixes:
@@ -169,18 +148,20 @@ def _of_dsdm(results: Mapping[str, Any], baseline: str) -> list[Mapping[str, Any
 
 
 def _headline(rows: Sequence[Mapping[str, Any]], subject: str, against: str) -> str:
-  """How the arm compares on every task; empty for no rows."""
+  """How the arm compares on every task; empty without rows."""
   if not rows:
     return ''
   phrases = []
   for verdict in ('better', 'worse'):
     shares = [
-      f'{abs(c["difference"]):.2f}\u00a0nats {_span(c)} on {asked_name(c)}' for c in rows if c['verdict'] == verdict
+      f'{abs(c["difference"]):.2f}\u00a0nats {interval(*sorted((abs(c["low"]), abs(c["high"]))))} on {row_task_name(c)}'
+      for c in rows
+      if c['verdict'] == verdict
     ]
     if shares:
       phrases.append(f'{verdict} by {joined(shares)}')
   undecided = joined(
-    [f'{asked_name(c)} {interval(c["low"], c["high"])}' for c in rows if c['verdict'] == 'no evidence']
+    [f'{row_task_name(c)} {interval(c["low"], c["high"])}' for c in rows if c['verdict'] == 'no evidence']
   )
   if not phrases:
     return f'{subject} does not measurably differ from one trained {against}: {undecided}.'
@@ -191,7 +172,7 @@ def _headline(rows: Sequence[Mapping[str, Any]], subject: str, against: str) -> 
 
 
 def verdict_word(results: Mapping[str, Any]) -> str:
-  """The title: the answer against random data, over the tasks, in a few words."""
+  """The title of the page: how DsDm compares with random data over the tasks."""
   rows = _of_dsdm(results, 'random')
   better = sum(c['verdict'] == 'better' for c in rows)
   worse = sum(c['verdict'] == 'worse' for c in rows)
@@ -207,13 +188,3 @@ def verdict_word(results: Mapping[str, Any]) -> str:
   if better == len(rows):
     return 'DsDm beats random data' + (f' on all {better} {kind}' if better > 1 else '')
   return f'DsDm beats random data on {better} of {len(rows)} {kind}'
-
-
-def _span(comparison: Mapping[str, Any]) -> str:
-  """The interval of |difference|: its ends with the sign taken off."""
-  ends = sorted((abs(comparison['low']), abs(comparison['high'])))
-  return interval(*ends)
-
-
-def _superscript(number: int) -> str:
-  return str(number).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))

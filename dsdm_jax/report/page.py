@@ -1,4 +1,4 @@
-"""One self-contained HTML page that shows what came out and how far it can be trusted."""
+"""One self-contained HTML page: the results, and how far to trust them."""
 
 import base64
 import collections
@@ -13,18 +13,20 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from dsdm_jax.report import figures, formatting, pictures, tables
+from dsdm_jax.config import methods
+from dsdm_jax.evaluation.results import UNTARGETED
+from dsdm_jax.report import figures, formatting, tables
 from dsdm_jax.report.explorer import Packed
 from dsdm_jax.report.figures import Drawing
 from dsdm_jax.report.report_data import Evidence
 
-# Stages that random data do without.
+# Stages that random data do not need.
 SELECTING = ('proxies', 'features', 'datamodel', 'selection')
 _TEMPLATES = Path(__file__).parent / 'templates'
 
 
 def policy(script: str) -> str:
-  """The content security policy: nothing is loaded, and of all scripts only `script` runs."""
+  """The content security policy: nothing is loaded, and only `script` runs."""
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
   return (
     f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
@@ -36,29 +38,27 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
   """The page as HTML.
 
   Args:
-    shown: what was read from the artifacts. Text from it is escaped wherever it is set.
-    drawings: see `pictures.make`.
+    shown: what was read from the artifacts. All its text is escaped.
+    drawings: see `report_figures`.
     packed: the explorer's data.
-    examples: best and worst rows of each target that can be read without scripts.
+    examples: number of best and worst rows of each target that are shown without scripts.
   """
+  loader, strict = jinja2.FileSystemLoader(_TEMPLATES), jinja2.StrictUndefined
   environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(_TEMPLATES),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
+    loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
   )
-  environment.filters.update(
-    signed=formatting.signed, plain=formatting.plain, count=formatting.count, duration=formatting.duration,
-    size=formatting.size,
-    scientific=formatting.scientific, p=formatting.p_value, task=formatting.task_name, method=formatting.method_name,
-    json=json.dumps, heading=formatting.heading,
-    asked=formatting.asked_name, percent=formatting.percent,
-  )  # fmt: skip
+  names = ('signed', 'plain', 'count', 'duration', 'size', 'scientific', 'heading', 'percent')
+  environment.filters.update({name: getattr(formatting, name) for name in names})
+  environment.filters.update(p=formatting.p_value, task=formatting.task_name, row_task=formatting.row_task_name)
+  environment.filters.update(method=methods.label, json=json.dumps)
   results = shown.results
   several = formatting.several_targets(row['target_mix'] for row in results['summary'])
   script = (_TEMPLATES / 'explorer.js').read_text('utf-8')
   svg = {name: Markup(drawing.svg(f'f{i}')) for i, (name, drawing) in enumerate(drawings.items())}
+
+  def of_kind(kind: str) -> dict[str, Markup]:
+    return {name.removeprefix(f'{kind}-'): drawn for name, drawn in svg.items() if name.startswith(f'{kind}-')}
+
   return environment.get_template('report.html').render(
     policy=policy(script),
     script=Markup(script),
@@ -74,10 +74,10 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     arm=lambda row: formatting.arm_name(row['method'], row['target_mix'], several),
     facts=_facts(shown),
     svg=svg,
-    forest={task: svg[f'forest-{task}'] for task in pictures.of_kind(drawings, 'forest')},
-    multiplier=_multiplier(shown),
-    ladders={task: svg[f'multiplier-{task}'] for task in pictures.of_kind(drawings, 'multiplier')},
-    curves={mix: svg[f'losses-{mix}'] for mix in pictures.of_kind(drawings, 'losses')},
+    forest=of_kind('forest'),
+    multiplier=_multiplier(shown.multiplier),
+    ladders=of_kind('multiplier'),
+    curves=of_kind('losses'),
     compared=_compared(results),
     means=_means(results, several, 'holdout'),
     benchmarks=_means(results, several, 'benchmark'),
@@ -91,8 +91,36 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
   )
 
 
+def report_figures(shown: Evidence) -> dict[str, Drawing]:
+  """Name → figure: all figures of the report. A name is 'kind' or 'kind-of what', and also a file name."""
+  drawings = {f'forest-{task}': drawing for task, drawing in figures.forest(shown.results['comparisons']).items()}
+  if shown.multiplier is not None:
+    arms = shown.multiplier['arms']
+    several = formatting.several_targets(row['target_mix'] for row in arms)
+    for curve in shown.multiplier['curves']:
+      task, split = curve['task'], curve['split']
+      same = [row for row in arms if (row['task'], row['split']) == (task, split)]
+      drawings[f'multiplier-{formatting.task_key(task, split)}'] = figures.multiplier(curve, same, several)
+  # Each target mix gets a figure with its own arms and the arms that ignore targets.
+  common = [c for c in shown.curves if c.target_mix == UNTARGETED]
+  targeted = [c for c in shown.curves if c.target_mix != UNTARGETED]
+  for mix in dict.fromkeys(c.target_mix for c in targeted or common):
+    drawings[f'losses-{mix}'] = figures.losses([c for c in targeted if c.target_mix == mix] + common)
+  drawings['sources'] = figures.composition(tables.sources(shown))
+  shared = tables.overlap(shown)
+  drawings['overlap'] = figures.overlap(shared.labels, shared.share_AB, shared.chance_AB)
+  for target in tables.targets(shown):
+    rows = {}
+    for method in ('dsdm', 'bottom'):
+      selections = shown.selections(method, target) or shown.selections(method, 'mix')
+      rows[method] = np.unique(selections[0].rows) if selections else None
+    z_N = figures.standardised(shown.scores[target])
+    drawings[f'scores-{target}'] = figures.histogram(z_N, rows['dsdm'], rows['bottom'])
+  return drawings
+
+
 def _facts(shown: Evidence) -> list[tuple[str, str]]:
-  """The few numbers that say how large the experiment is."""
+  """The size of the experiment."""
   results = shown.results
   seeds = [s['seeds'] for s in results['summary']]
   items = {r['task']: r['n_items'] for r in results['summary'] if r['split'] == 'holdout'}
@@ -100,17 +128,14 @@ def _facts(shown: Evidence) -> list[tuple[str, str]]:
   return [
     ('rows in the candidate pool', formatting.count(len(shown.source_N))),
     ('tokens each model was trained on', formatting.count(shown.tokens)),
-    (
-      'models for each arm',
-      str(min(seeds)) if min(seeds) == max(seeds) else f'{min(seeds)}–{max(seeds)}',
-    ),
+    ('models for each arm', str(min(seeds)) if min(seeds) == max(seeds) else f'{min(seeds)}–{max(seeds)}'),
     ('held-out items, all tasks', formatting.count(sum(items.values()))),
     ('for the whole run', formatting.duration(seconds)),
   ]
 
 
 def _compared(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-  """Every comparison by what is compared, those of means over tasks last."""
+  """All comparisons by measure, those of means over tasks last."""
   means = results['means']['comparisons']
   return {
     'Log-probability, nats per token': results['comparisons'] + [c for c in means if c['metric'] == 'logprob'],
@@ -119,7 +144,7 @@ def _compared(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _means(results: Mapping[str, Any], several: bool, split: str) -> dict[str, Any]:
-  """Rows of a table of means: arm × task of a split, means over tasks last."""
+  """A table of means: arm × task of a split, means over tasks last."""
   rows = [row for row in [*results['summary'], *results['means']['summary']] if row['split'] == split]
   tasks = list(dict.fromkeys(row['task'] for row in rows))
   arms: dict[tuple[str, str], dict[str, Any]] = {}
@@ -127,7 +152,7 @@ def _means(results: Mapping[str, Any], several: bool, split: str) -> dict[str, A
     arms.setdefault((row['method'], row['target_mix']), {})[row['task']] = row
   best = {task: max(row['logprob'] for row in rows if row['task'] == task) for task in tasks}
   return {
-    'tasks': {task: formatting.task_name(formatting.asked(task, split)) for task in tasks},
+    'tasks': {task: formatting.task_name(formatting.task_key(task, split)) for task in tasks},
     'best': best,
     'arms': [
       {'name': formatting.arm_name(method, target, several), 'method': method, 'cells': cells}
@@ -136,21 +161,16 @@ def _means(results: Mapping[str, Any], several: bool, split: str) -> dict[str, A
   }
 
 
-def _multiplier(shown: Evidence) -> dict[str, Any] | None:
-  """Rows of the table of compute multipliers; None where no ladder was run."""
-  found = shown.multiplier
-  if found is None:
+def _multiplier(multiplier: Mapping[str, Any] | None) -> dict[str, Any] | None:
+  """The table of compute multipliers; None without a ladder."""
+  if multiplier is None:
     return None
-  several = formatting.several_targets(row['target_mix'] for row in found['arms'])
-  rows = [
-    {
-      **row,
-      'name': formatting.arm_name(row['method'], row['target_mix'], several),
-      'task': formatting.task_name(formatting.asked(row['task'], row['split'])),
-    }
-    for row in found['arms']
-  ]
-  return {**found, 'rows': rows}
+  several = formatting.several_targets(row['target_mix'] for row in multiplier['arms'])
+  rows = []
+  for row in multiplier['arms']:
+    task = formatting.task_name(formatting.task_key(row['task'], row['split']))
+    rows.append({**row, 'name': formatting.arm_name(row['method'], row['target_mix'], several), 'task': task})
+  return {**multiplier, 'rows': rows}
 
 
 def _sources(shown: Evidence) -> dict[str, Any]:
@@ -161,8 +181,8 @@ def _sources(shown: Evidence) -> dict[str, Any]:
 
 
 def _targets(shown: Evidence, examples: int) -> Iterator[dict[str, Any]]:
-  """For each target, the mix first, its best and worst rows as text."""
-  for target in pictures.targets(shown):
+  """The best and worst rows of each target as text, the mix first."""
+  for target in tables.targets(shown):
     z_N = figures.standardised(shown.scores[target])
     order_N = np.argsort(-z_N, kind='stable')
     yield {
@@ -172,22 +192,24 @@ def _targets(shown: Evidence, examples: int) -> Iterator[dict[str, Any]]:
     }
 
 
-def _lds(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def _lds(validation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
   """A table for each setting and level of the validation: predictors, best first, by families of subsets."""
-  made = []
+  lds_tables = []
   for level, heading in (('by_example', 'each target example'), ('by_task', 'the mean of each task')):
-    records = found[level] if found else []
+    records = validation[level] if validation else []
     for setting in dict.fromkeys(r['setting'] for r in records):
       rows: dict[str, dict[str, Mapping[str, Any]]] = {}
       for r in (r for r in records if r['setting'] == setting):
         rows.setdefault(r['predictor'], {})[r['family']] = r
       order = sorted(rows, key=lambda name: -float(np.mean([r['lds'] for r in rows[name].values()])))
-      made.append({
-        'heading': f'{formatting.heading(setting)} setting, {heading}',
-        'families': list(dict.fromkeys(r['family'] for r in records if r['setting'] == setting)),
-        'rows': {name: rows[name] for name in order},
-      })  # fmt: skip
-  return made
+      lds_tables.append(
+        {
+          'heading': f'{formatting.heading(setting)} setting, {heading}',
+          'families': list(dict.fromkeys(r['family'] for r in records if r['setting'] == setting)),
+          'rows': {name: rows[name] for name in order},
+        }
+      )
+  return lds_tables
 
 
 def _example(shown: Evidence, row: int, z_N: np.ndarray) -> dict[str, Any]:
@@ -202,11 +224,11 @@ def _example(shown: Evidence, row: int, z_N: np.ndarray) -> dict[str, Any]:
 
 
 def _guard(shown: Evidence, most: int = 8) -> dict[str, Any]:
-  """What the leakage guard dropped: counts by task, and a few cases."""
+  """Documents that the leakage guard dropped: counts by task, and a few cases."""
   by_task = collections.Counter(str(d['task']) for d in shown.dropped)
   return {
     'on': shown.config['pool.leakage_guard'],
-    # A pool's settings leave it out where it is as it was before there was a choice.
+    # The settings of a pool leave out this key where it has its default.
     'drops': 'pool.drop_leaks' not in shown.config or shown.config['pool.drop_leaks'],
     'total': len(shown.dropped),
     'kept': len(shown.documents),
@@ -216,7 +238,7 @@ def _guard(shown: Evidence, most: int = 8) -> dict[str, Any]:
 
 
 def _cost(shown: Evidence) -> dict[str, Any]:
-  """Rows of the table of stages, and what selecting cost in trainings of one final model (None if not counted)."""
+  """The table of stages, and the cost of selecting in trainings of one final model (None if not counted)."""
   total = sum(spent['seconds'] for spent in shown.cost.values()) or 1.0
   rows = [{'stage': stage, **spent, 'share': spent['seconds'] / total} for stage, spent in shown.cost.items()]
   selecting = sum(shown.cost[stage]['flop'] for stage in SELECTING)

@@ -1,19 +1,19 @@
-"""Stage `report`: the page to read, its figures and data as files, and the picture of the result for a README."""
+"""Stage `report`: the HTML page, its figures and data as files, and a figure of the result for a README."""
 
 from dsdm_jax.core import storage
 from dsdm_jax.core.stage import Context
-from dsdm_jax.report import explorer, figures, page, pictures, report_data, tables
+from dsdm_jax.report import explorer, figures, page, report_data, tables
 
 
 def run(context: Context) -> dict:
-  """Leaves `index.html`, one file that needs no other, `figures/*.png`, `data/*.csv` and `result.svg`."""
+  """Writes `index.html` (one file that needs no other), `figures/*.png`, `data/*.csv` and `result.svg`."""
   from dsdm_jax.data.pool.pool import Pool
 
   options = context.config.report
   settings = {key: value for artifact in context.inputs.values() for key, value in artifact.settings.items()}
   shown = report_data.load(context.inputs, settings, Pool(context.inputs['pool']).text)
   packed = explorer.pack(shown, options.explorer_rows, options.explorer_bytes)
-  drawings = pictures.make(shown)
+  drawings = page.report_figures(shown)
   storage.write_text(context.out / 'index.html', page.render(shown, drawings, packed, options.examples))
   for folder in ('figures', 'data'):
     (context.out / folder).mkdir(exist_ok=True)
@@ -21,6 +21,6 @@ def run(context: Context) -> dict:
     storage.write_bytes(context.out / 'figures' / f'{name}.png', drawing.png())
   for name, content in tables.csv_files(shown, packed.row_N):
     storage.write_text(context.out / 'data' / name, content)
-  picture = figures.forest_standalone(shown.results['comparisons'], shown.results['confidence'], baseline='random')
-  storage.write_text(context.out / 'result.svg', picture)
+  result = figures.forest_standalone(shown.results['comparisons'], shown.results['confidence'], baseline='random')
+  storage.write_text(context.out / 'result.svg', result)
   return {'page': 'index.html', 'picture': 'result.svg', 'rows': len(packed.row_N), 'characters': packed.characters}

@@ -1,33 +1,22 @@
-"""Reads from the artifacts of the other stages what the report shows. The only part of the report that knows files."""
+"""Reads what the report shows from the artifacts of the other stages. No other part of the report reads files."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dsdm_jax.attribution.scores import Scores
 from dsdm_jax.core.artifacts import Artifact, inside
 from dsdm_jax.data.pool.pool import Documents
+from dsdm_jax.errors import UserError
 
-STAGES = (
-  'pool',
-  'targets',
-  'proxies',
-  'features',
-  'datamodel',
-  'selection',
-  'pretraining',
-  'ladder',
-  'evaluation',
-)
-_SCORES = re.compile(r'score_(.+)_N')
-_ERRORS = re.compile(r'error_(.+)_N')
-_EXAMPLES = re.compile(r'example_rows_(.+)_EM')
+STAGES = ('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'ladder', 'evaluation')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +35,8 @@ class Selected:
 class TargetExample:
   """A target example, and the rows with the highest and the lowest scores for it alone.
 
-  `rows_M` and `score_M` (standard deviations of the example's own scores): best first, then, in the second half, worst
-  first.
+  The first half of `rows_M` and `score_M` (in standard deviations of the example's own scores) is best first, the
+  second half worst first.
   """
 
   context: str
@@ -58,7 +47,7 @@ class TargetExample:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """Training loss of one arm: nats per token at `step_P` (logged steps) for each seed."""
+  """Training loss of one arm, in nats per token, at the logged steps `step_P` for each seed."""
 
   method: str
   target_mix: str
@@ -68,26 +57,26 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-  """Everything that the report shows, read but not yet worded or drawn.
+  """Everything that the report shows, as read from the artifacts.
 
   Attributes:
     results: the content of `results.json` of the evaluation.
-    sources: names of the kinds of document.
+    sources: names of the kinds of documents.
     source_N: int, index into `sources` for each row of the pool.
     document_N: int, index into `documents` for each row.
-    offset_N: int, place of the row's first token in its document.
+    offset_N: int, position of the row's first token in its document.
     documents: one dict per document, with at least `id`.
-    planted_N: int, -1 or the planted target example that covers the row.
+    planted_N: int, the planted target example that covers the row, or -1.
     scores: target → float32 [N], higher = helps that target.
-    reach: target → float32 [N], half the length of each score's interval; targets without intervals are not there.
-    examples: task → its target examples whose own scores were kept; empty where none were.
-    selected: what each arm and seed trained on.
+    reach: target → float32 [N], half the length of each score's interval, for targets that have intervals.
+    examples: task → its target examples that have scores of their own.
+    selected: the rows that each arm and seed trained on.
     curves: training loss by arm.
     dropped: one dict per document that the leakage guard dropped.
     tokens: tokens that each final model was trained on.
-    cost: stage → seconds, flop and bytes on disk; without the ladder where it has no rungs.
+    cost: stage → seconds, flop and bytes on disk; without the ladder if it has no rungs.
     versions: package → version.
-    environment: what is known of the machine that wrote the report, in words.
+    environment: the machine that wrote the report, in words.
     multiplier: content of `multiplier.json` of the evaluation, or None.
     lds: content of `lds.json` of the validation, or None.
     config: flat key → value.
@@ -126,23 +115,28 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
 
   Args:
     inputs: an artifact for each of `STAGES`.
-    config: flat key → value, shown as it is.
+    config: flat key → value.
     text: row of the pool → its text; called only for the rows that are shown.
 
   Raises:
-    FileNotFoundError: a selection that the index names is not there.
+    FileNotFoundError: a selection that the index names is missing.
     KeyError: an artifact lacks a part.
   """
   pool = inputs['pool'].path
   source_N, document_N, offset_N, planted_N = (
     np.load(pool / 'rows' / f'{k}.npy', mmap_mode='r') for k in ('source', 'document', 'offset', 'planted')
   )
+  scores = Scores(inputs['datamodel'])
+  targets, reach = (*scores.tasks, 'mix'), {}
+  for target in targets:
+    with contextlib.suppress(UserError):  # no resamples, or a mix of ranks: scores without intervals
+      reach[target] = scores.reach_N(target)
   with np.load(inputs['datamodel'].path / 'scores.npz') as file:
-    scores = {m[1]: file[key] for key in file.files if (m := _SCORES.fullmatch(key))}
-    kept = {
-      m[1]: (file[key], file[f'example_score_{m[1]}_EM']) for key in file.files if (m := _EXAMPLES.fullmatch(key))
+    examples = {
+      task: _examples(inputs['targets'].path, task, file[f'example_rows_{task}_EM'], file[f'example_score_{task}_EM'])
+      for task in scores.tasks
+      if f'example_rows_{task}_EM' in file
     }
-    reach = _reach(inputs['datamodel'], {m[1]: file[key] for key in file.files if (m := _ERRORS.fullmatch(key))})
   runs = _json(inputs['selection'].path / 'index.json')
   curve_list, tokens = curves(inputs['pretraining'].path, runs)
   multiplier = _optional(inputs, 'evaluation', 'multiplier.json')
@@ -155,9 +149,9 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
     offset_N=offset_N,
     documents=Documents(pool),
     planted_N=planted_N,
-    scores=scores,
+    scores={target: scores.score_N(target) for target in targets},
     reach=reach,
-    examples={task: _examples(inputs['targets'].path, task, *arrays) for task, arrays in kept.items()},
+    examples=examples,
     selected=list(_selected(inputs['selection'].path, runs)),
     curves=curve_list,
     dropped=list(_lines(pool / 'dropped.jsonl')),
@@ -172,15 +166,9 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
   )
 
 
-def _reach(datamodel: Artifact, errors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """As `attribution.scores.Scores.reach_N`: the mix reaches as far as the task with the fewest documents."""
-  width = datamodel.semantics.get('half_width', {})
-  return {t: np.float32(width.get(t, max(width.values()))) * error_N for t, error_N in errors.items() if width}
-
-
 def _selected(folder: Path, runs: list[Mapping[str, Any]]) -> Iterator[Selected]:
   for run in runs:
-    # A deterministic method has one selection, which all its seeds train on.
+    # All seeds of a deterministic method train on one selection.
     with np.load(inside(folder, f'{run["selection"]}.npz')) as arrays:
       rows = arrays['rows']
     yield Selected(run['method'], run['target'], run['seed'], rows, run['epochs'], run['selection'])
@@ -210,26 +198,26 @@ def _environment() -> dict[str, str]:
 
 
 def _optional(inputs: Mapping[str, Artifact], stage: str, name: str) -> Any:
-  """A JSON file that not every run has; None where it is missing."""
+  """A JSON file, or None if it is missing."""
   file = inputs[stage].path / name if stage in inputs else None
   return _json(file) if file is not None and file.is_file() else None
 
 
 def curves(folder: Path, runs: Sequence[Mapping[str, Any]]) -> tuple[list[Curve], int]:
-  """Curves by arm, and the tokens of the longest run."""
+  """Curves by arm, and the number of tokens of the longest run."""
   seeds: dict[tuple[str, str], list[dict[int, float]]] = {}
   tokens = 0
   for run in runs:
     records = list(_lines(inside(folder, f'{run["name"]}.jsonl')))
-    # A resumed run may have logged a step twice; the later line is the one that counts.
+    # A resumed run can log a step twice; the later line counts.
     seeds.setdefault((run['method'], run['target']), []).append({r['step']: r['loss'] for r in records})
     tokens = max([tokens, *(int(r['tokens']) for r in records)])
-  found = []
+  by_arm = []
   for (method, target), by_seed in seeds.items():
     steps = sorted(set.intersection(*(set(losses) for losses in by_seed)))
     loss_SP = np.array([[losses[s] for s in steps] for losses in by_seed], np.float64)
-    found.append(Curve(method, target, np.array(steps, np.int64), loss_SP))
-  return found, tokens
+    by_arm.append(Curve(method, target, np.array(steps, np.int64), loss_SP))
+  return by_arm, tokens
 
 
 def _json(path: Path) -> Any:
@@ -237,7 +225,7 @@ def _json(path: Path) -> Any:
 
 
 def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
-  # Text may hold U+2028 and the like: only "\n" ends a record.
+  # Only "\n" ends a record: text can contain U+2028 and the like.
   for line in path.read_text('utf-8').split('\n'):
     if line:
       yield json.loads(line)

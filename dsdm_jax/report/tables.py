@@ -1,4 +1,4 @@
-"""What the report counts out of its evidence, and the same data as CSV files."""
+"""The tables of the report, and the same data as CSV files."""
 
 import csv
 import dataclasses
@@ -13,7 +13,7 @@ from dsdm_jax.report.report_data import Evidence, Selected
 
 
 class Chosen(Protocol):
-  """Of a run's evidence, what tells where selected rows came from."""
+  """The part of `Evidence` that has the sources of selected rows."""
 
   @property
   def sources(self) -> Sequence[str]: ...
@@ -31,13 +31,18 @@ POOL = 'whole pool'
 
 def arms(shown: Chosen) -> dict[Arm, str]:
   """Every arm and its name, in the order of the selections."""
-  found = list(dict.fromkeys((s.method, s.target_mix) for s in shown.selected))
-  several = formatting.several_targets(target for _, target in found)
-  return {arm: formatting.arm_name(*arm, several) for arm in found}
+  selected = list(dict.fromkeys((s.method, s.target_mix) for s in shown.selected))
+  several = formatting.several_targets(target for _, target in selected)
+  return {arm: formatting.arm_name(*arm, several) for arm in selected}
+
+
+def targets(shown: Evidence) -> list[str]:
+  """Targets that have scores, the mix first."""
+  return sorted(shown.scores, key=lambda name: name != 'mix')
 
 
 def draws(shown: Chosen, arm: Arm) -> list[np.ndarray]:
-  """The different rows of each selection of an arm; seeds that share a selection count once."""
+  """The distinct rows of each selection of an arm; seeds that share a selection count once."""
   rows = {s.name: s.rows for s in shown.selected if (s.method, s.target_mix) == arm}
   return [np.unique(drawn) for drawn in rows.values()]
 
@@ -57,9 +62,9 @@ def _shares(source_K: np.ndarray, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-  """Of the rows that arm A selected, the share that arm B selected as well, and what it would be by chance.
+  """The share of arm A's rows that arm B also selected, and that share by chance.
 
-  Means over pairs of selections; of one arm with itself over pairs of different ones, NaN where it has only one.
+  Means over pairs of selections; for an arm with itself over pairs of different ones, NaN if it has only one.
   """
 
   labels: tuple[str, ...]
@@ -90,12 +95,7 @@ def overlap(shown: Chosen) -> Overlap:
 
 
 def csv_files(shown: Evidence, row_N: np.ndarray) -> Iterator[tuple[str, str]]:
-  """(file name, content) of each table.
-
-  Args:
-    shown: what the report was made of.
-    row_N: rows of the pool that `rows.csv` lists.
-  """
+  """(file name, content) of each table; `rows.csv` lists the rows `row_N` of the pool."""
   for name in ('summary', 'comparisons', 'accuracy_comparisons', 'arms'):
     yield f'{name}.csv', _records(shown.results[name])
   for name in ('summary', 'comparisons'):
@@ -105,56 +105,44 @@ def csv_files(shown: Evidence, row_N: np.ndarray) -> Iterator[tuple[str, str]]:
     yield 'ladder.csv', _records(ladder(shown.multiplier))
   if shown.lds is not None:
     yield 'lds.csv', _records([{'level': k, **_flat(row)} for k, rows in shown.lds.items() for row in rows])
-  yield (
-    'losses.csv',
-    _csv(
-      ('method', 'target_mix', 'seed', 'step', 'loss'),
-      (
-        (curve.method, curve.target_mix, seed, int(step), float(loss))
-        for curve in shown.curves
-        for seed, loss_P in enumerate(curve.loss_SP)
-        for step, loss in zip(curve.step_P, loss_P, strict=True)
-      ),
-    ),
+  losses = (
+    (curve.method, curve.target_mix, seed, int(step), float(loss))
+    for curve in shown.curves
+    for seed, loss_P in enumerate(curve.loss_SP)
+    for step, loss in zip(curve.step_P, loss_P, strict=True)
   )
-  yield (
-    'sources.csv',
-    _csv(
-      ('selection', 'source', 'share'),
-      (
-        (label, source, float(share))
-        for label, share_S in sources(shown).items()
-        for source, share in zip(shown.sources, share_S, strict=True)
-      ),
-    ),
+  yield 'losses.csv', _csv(('method', 'target_mix', 'seed', 'step', 'loss'), losses)
+  shares = (
+    (label, source, float(share))
+    for label, share_S in sources(shown).items()
+    for source, share in zip(shown.sources, share_S, strict=True)
   )
-  yield 'overlap.csv', _overlap_csv(overlap(shown))
+  yield 'sources.csv', _csv(('selection', 'source', 'share'), shares)
+  shared = overlap(shown)
+  pairs = (
+    (a, b, *('' if np.isnan(x[i, j]) else float(x[i, j]) for x in (shared.share_AB, shared.chance_AB)))
+    for i, a in enumerate(shared.labels)
+    for j, b in enumerate(shared.labels)
+  )
+  yield 'overlap.csv', _csv(('of', 'also_in', 'share', 'by_chance'), pairs)
   yield 'cost.csv', _records([{'stage': stage, **spent} for stage, spent in shown.cost.items()])
   yield 'rows.csv', _rows(shown, row_N)
 
 
-def multipliers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def multipliers(multiplier: Mapping[str, Any]) -> list[dict[str, Any]]:
   """A flat record for each arm, task and split of `multiplier.json`: 'gross estimate', 'gross low' and so on."""
-  return [_flat(row) for row in found['arms']]
+  return [_flat(row) for row in multiplier['arms']]
 
 
-def ladder(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def ladder(multiplier: Mapping[str, Any]) -> list[dict[str, Any]]:
   """A flat record for each task, split and rung of `multiplier.json`."""
-  return [{**{k: v for k, v in c.items() if k != 'points'}, **point} for c in found['curves'] for point in c['points']]
-
-
-def _overlap_csv(found: Overlap) -> str:
-  lines = (
-    (a, b, _number(found.share_AB[i, j]), _number(found.chance_AB[i, j]))
-    for i, a in enumerate(found.labels)
-    for j, b in enumerate(found.labels)
-  )
-  return _csv(('of', 'also_in', 'share', 'by_chance'), lines)
+  curves = multiplier['curves']
+  return [{**{k: v for k, v in c.items() if k != 'points'}, **point} for c in curves for point in c['points']]
 
 
 def _rows(shown: Evidence, row_N: np.ndarray) -> str:
-  """A line for each row: where it is from, its scores, half the lengths of their intervals, and how many of each arm's
-  selections hold it.
+  """A line per row: its origin, its scores, half the lengths of their intervals, and how many selections of each arm
+  contain it.
   """
   columns: list[tuple[str, np.ndarray]] = [(f'score {target}', score_N) for target, score_N in shown.scores.items()]
   columns += [(f'reach {target}', reach_N) for target, reach_N in shown.reach.items()]
@@ -172,15 +160,11 @@ def _rows(shown: Evidence, row_N: np.ndarray) -> str:
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-  """Records inside it become keys of their own: 'gross estimate'."""
+  """Replaces records inside a record by keys such as 'gross estimate'."""
   flat: dict[str, Any] = {}
   for key, value in record.items():
     flat |= {f'{key} {k}': v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
   return flat
-
-
-def _number(value: float) -> float | str:
-  return '' if np.isnan(value) else float(value)
 
 
 def _records(records: Sequence[Mapping[str, Any]]) -> str:

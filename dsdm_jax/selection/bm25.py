@@ -1,6 +1,7 @@
-"""BM25: rows that a search for the target examples finds (Robertson and Zaragoza 2009, eq. 3.15; k₁ = 1.2, b = 0.75).
+"""BM25: rows that a search for the target examples returns (Robertson and Zaragoza 2009, eq. 3.15; k₁ = 1.2, b = 0.75).
 
-Terms are hashed words or token ids, no bigrams. idf is Lucene's log(1 + (N − n + ½)/(n + ½)), which is never negative.
+Terms are hashed words or token ids, without bigrams. idf is Lucene's log(1 + (N − n + ½)/(n + ½)), which is never
+negative.
 """
 
 import numpy as np
@@ -8,15 +9,13 @@ import scipy.sparse
 
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ngrams, ranking
-from dsdm_jax.selection.candidates import Candidates, Target
-from dsdm_jax.selection.registry import Budget, selector
+from dsdm_jax.selection.candidates import Budget, Candidates, Target
 
 _K1, _B = 1.2, 0.75
 
 
-@selector('bm25', targeted=True, seeded=False)
 def bm25(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """The k rows of highest BM25 score for a target example taken as a query, on average over the examples."""
+  """The k rows with the highest mean BM25 score over the target examples, each used as a query."""
   del seed
   grams = ngrams.of_pool(pool)
   idf, mean_units = pool.once('bm25', lambda: _statistics(grams))
@@ -29,7 +28,7 @@ def bm25(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selecti
 
 
 def _statistics(grams: ngrams.PoolGrams) -> tuple[np.ndarray, float]:
-  """idf of each bucket, and units of a row on average, of a sample of the pool's rows."""
+  """idf of each bucket, and the mean number of units of a row, both over a sample of the pool's rows."""
   holds, units, rows = np.zeros(grams.buckets), 0, 0
   for block in grams.sample():
     rows += len(block.size_B)
@@ -39,10 +38,10 @@ def _statistics(grams: ngrams.PoolGrams) -> tuple[np.ndarray, float]:
 
 
 def _scores(grams: ngrams.PoolGrams, weight: np.ndarray, mean_units: float, rows: int) -> np.ndarray:
-  found_N = np.empty(rows, np.float32)
+  score_N = np.empty(rows, np.float32)
   for start, stop, block in grams:
-    found_N[start:stop] = saturated(block.units(), np.diff(block.first_B), mean_units) @ weight
-  return found_N
+    score_N[start:stop] = saturated(block.units(), np.diff(block.first_B), mean_units) @ weight
+  return score_N
 
 
 def saturated(counts: scipy.sparse.csr_matrix, units_B: np.ndarray, mean_units: float) -> scipy.sparse.csr_matrix:

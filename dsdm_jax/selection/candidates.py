@@ -1,8 +1,20 @@
-"""What a selector is given: the pool with all that was measured on it, and the target. Opened when first asked for."""
+"""What a selector is, and what it is given: the pool with all that was measured on it, the target and the budget.
 
+A custom selector is one function in a file,
+
+    def shortest(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
+      ...
+      return Selection.of(rows, why='short')
+
+and one line of config: `selection.methods = ('dsdm', 'random', 'my_package.my_file:shortest')`.
+"""
+
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,11 +23,15 @@ from ml_collections import ConfigDict
 from dsdm_jax.attribution.features import Features
 from dsdm_jax.attribution.score_table import mix
 from dsdm_jax.attribution.scores import Scores
+from dsdm_jax.config.methods import METHODS, method_name
+from dsdm_jax.config.validate import load_callable
+from dsdm_jax.core import prng
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
+from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Examples, Targets, text_mask
-from dsdm_jax.selection.cost_accounting import Ledger
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection.proxy_signals import Proxies
 
 BLOCK = 4_096  # rows that are read together
@@ -23,20 +39,20 @@ _T = TypeVar('_T')
 
 
 class Candidates:
-  """The pool and the artifacts of the stages before; only what a selector asks for is read.
+  """The pool and the artifacts of earlier stages. Each is opened when a selector first uses it.
 
   Args:
     context: of the selection stage.
 
   Attributes:
     options: the `selection` part of the config.
-    ledger: of what selections cost.
+    costs: what each selection costs.
   """
 
   def __init__(self, context: Context):
     self._context = context
     self.options: ConfigDict = context.config.selection
-    self.ledger = Ledger(lambda: context.cost.flop)
+    self.costs = CostAccounting(lambda: context.cost.flop)
 
   @property
   def _inputs(self) -> Mapping[str, Artifact]:
@@ -58,12 +74,12 @@ class Candidates:
 
   @property
   def document_N(self) -> np.ndarray:
-    """Index into `pool.documents` of the document that holds the row's first token."""
+    """Index into `pool.documents` of the document that has the row's first token."""
     return self.pool.document_N
 
   @functools.cached_property
   def scores(self) -> Scores:
-    """The datamodel's: `scores.score_N(target.name)`."""
+    """The datamodel's scores: `scores.score_N(target.name)`."""
     return Scores(self._inputs['datamodel'])
 
   @functools.cached_property
@@ -78,13 +94,13 @@ class Candidates:
 
   def target(self, name: str) -> 'Target':
     """The target that an entry of `selection.targets` names."""
-    found = Targets(self._inputs['targets'])
-    tasks = tuple(found.tasks) if name == 'mix' else tuple(name.split('+'))
-    return Target(name, tasks, lambda task: found.examples(task, 'target'), self._context.config.datamodel.mix)
+    targets = Targets(self._inputs['targets'])
+    tasks = tuple(targets.tasks) if name == 'mix' else tuple(name.split('+'))
+    return Target(name, tasks, lambda task: targets.examples(task, 'target'), self._context.config.datamodel.mix)
 
-  def once(self, key: Any, make: Callable[[], _T]) -> _T:
-    """`make()`, kept: what does not depend on the seed is made once for all arms, and charged to each that asks."""
-    return self.ledger.once(key, make)
+  def once(self, key: Any, compute: Callable[[], _T]) -> _T:
+    """`compute()`, computed once for all arms, and charged to each that uses it; for results that need no seed."""
+    return self.costs.once(key, compute)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +109,9 @@ class Target:
 
   Attributes:
     name: a task, 'mix' (all tasks), or tasks joined by '+'.
-    tasks: the tasks it is made of.
-    examples: task → its target examples; the holdout is out of reach.
-    rule: how scores of several tasks become one (`datamodel.mix`).
+    tasks: its tasks.
+    examples: task → its target examples. The holdout is not available here.
+    rule: how scores of several tasks are mixed (`datamodel.mix`).
   """
 
   name: str
@@ -109,11 +125,166 @@ class Target:
 
   def sequences(self, task: str) -> list[np.ndarray]:
     """Token ids of each target example, int32, from its end mark to the last token of the answer."""
-    made = self.examples(task)
-    return [tokens_L[here_L] for tokens_L, here_L in zip(made.tokens_TL, text_mask(made.weights_TL), strict=True)]
+    examples = self.examples(task)
+    masks = text_mask(examples.weights_TL)
+    return [tokens_L[mask_L] for tokens_L, mask_L in zip(examples.tokens_TL, masks, strict=True)]
 
   def mixed(self, score: Callable[[str], np.ndarray]) -> np.ndarray:
-    """One score a row, float32: `score(task)` of the one task, or of all of them mixed as the datamodel's are."""
+    """One score per row, float32: `score(task)` of the only task, or of all tasks, mixed like the datamodel's."""
     if len(self.tasks) == 1:
       return np.asarray(score(self.tasks[0]), np.float32)
     return mix(np.stack([score(task) for task in self.tasks]), self.rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+  """How much an arm may train on.
+
+  Attributes:
+    examples: rows of a targeted selection.
+    epochs: passes over them.
+    repeat_cap: maximum number of visits of one row in a whole training.
+  """
+
+  examples: int
+  epochs: int
+  repeat_cap: int
+
+  @property
+  def total(self) -> int:
+    """Examples that every arm trains on, including repeats."""
+    return self.examples * self.epochs
+
+
+Select = Callable[[Candidates, Target, Budget, int], Selection]
+_F = TypeVar('_F', bound=Select)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selector:
+  """A way to select rows.
+
+  Attributes:
+    select: (pool, target, budget, seed) → Selection, a pure function of its arguments.
+    targeted: whether it depends on the target.
+    seeded: whether it draws, so that each seed has its own rows.
+  """
+
+  select: Select
+  targeted: bool = True
+  seeded: bool = True
+
+
+def selector(*, targeted: bool = True, seeded: bool = True) -> Callable[[_F], _F]:
+  """Marks a custom selector that ignores targets or does not draw, so that it runs once for all of them."""
+
+  def mark(select: _F) -> _F:
+    select.__dict__['selector'] = Selector(select, targeted, seeded)
+    return select
+
+  return mark
+
+
+def find(method: str) -> Selector:
+  """The selector of an entry of `selection.methods`: a name of the table of methods, or 'package.module:function'.
+
+  Raises:
+    UserError: there is no such function.
+  """
+  by_path = {known.path: known for known in METHODS.values()}
+  known = METHODS.get(method) or by_path.get(method)
+  function = load_callable(method if known is None else known.path, 'selection.methods')
+  if known is not None:
+    return Selector(function, known.targeted, known.seeded)
+  return getattr(function, 'selector', Selector(function))
+
+
+def select(pool: Candidates, method: str, target: str, budget: Budget, root: int, seed: int) -> Selection:
+  """The rows that `method` selects, with a name and provenance, checked.
+
+  Args:
+    pool: the candidates.
+    method: entry of `selection.methods`.
+    target: entry of `selection.targets`, or 'any' for a method that ignores targets.
+    budget: how much the arm may train on.
+    root: seed of the run.
+    seed: of the models that train on the rows.
+
+  Raises:
+    UserError: a custom selector returned something else, or a row would be visited more often than the cap allows.
+  """
+  wanted = pool.target('mix' if target == 'any' else target)
+  result = find(method).select(pool, wanted, budget, prng.derive(root, 'selection', seed))
+  if not isinstance(result, Selection):
+    raise UserError(f'selector {method} returned a {type(result).__name__}; return Selection.of(rows)')
+  name, epochs = method_name(method), budget.total / max(result.size, 1)
+  provenance = {'method': name, 'target': target, 'seed': seed, 'examples': result.size, 'epochs': epochs}
+  selection = dataclasses.replace(
+    result, name=f'{name}--{target}--{seed}', provenance={**provenance, **result.provenance}
+  )
+  visits = math.ceil(epochs)
+  if visits > budget.repeat_cap:
+    raise UserError(
+      f'{selection.name} has {selection.size} rows, and {budget.total} examples of them are {visits} visits of a row '
+      f'where selection.repeat_cap allows {budget.repeat_cap}; raise it, or lower selection.epochs'
+    )
+  try:
+    selection.check(pool.num_rows, budget.repeat_cap // visits)
+  except ValueError as error:
+    raise UserError(f'selector {method}: {error}; correct its result, or raise selection.repeat_cap') from error
+  return selection
+
+
+@dataclasses.dataclass
+class _Account:
+  """Seconds and FLOP of a piece of work, without shared results, and the keys of the shared results that it uses."""
+
+  seconds: float = 0.0
+  flop: float = 0.0
+  uses: set[Any] = dataclasses.field(default_factory=set)
+
+
+class CostAccounting:
+  """Computes shared results once, and charges each selection for all that it uses, as if it had run alone.
+
+  Args:
+    flop: returns the number of operations so far.
+  """
+
+  def __init__(self, flop: Callable[[], float] = lambda: 0.0):
+    self._flop = flop
+    self._values: dict[Any, Any] = {}
+    self._shared: dict[Any, _Account] = {}
+    self._open: list[_Account] = []
+
+  def once(self, key: Any, compute: Callable[[], _T]) -> _T:
+    """`compute()`, cached by `key`."""
+    if key not in self._values:
+      with self._account() as account:
+        self._values[key] = compute()
+      self._shared[key] = account
+    if self._open:
+      self._open[-1].uses |= {key, *self._shared[key].uses}
+    return self._values[key]
+
+  def charged(self, work: Callable[[], _T]) -> tuple[_T, dict[str, float]]:
+    """(`work()`, its 'seconds' and 'flop', including every shared result that it uses)."""
+    with self._account() as own:
+      result = work()
+    parts = [own, *(self._shared[key] for key in own.uses)]
+    return result, {'seconds': sum(p.seconds for p in parts), 'flop': sum(p.flop for p in parts)}
+
+  @contextlib.contextmanager
+  def _account(self) -> Iterator[_Account]:
+    account, began, before = _Account(), time.monotonic(), self._flop()
+    self._open.append(account)
+    try:
+      yield account
+    finally:
+      self._open.pop()
+    seconds, flop = time.monotonic() - began, self._flop() - before
+    account.seconds += seconds
+    account.flop += flop
+    if self._open:  # charged here, so not to the enclosing account
+      self._open[-1].seconds -= seconds
+      self._open[-1].flop -= flop

@@ -1,7 +1,7 @@
-"""A classifier that tells target text from the pool's (GPT-3, arXiv 2005.14165, appendix A; DCLM, arXiv 2406.11794).
+"""A classifier of target text against text of the pool (GPT-3, arXiv 2005.14165, appendix A; DCLM, arXiv 2406.11794).
 
-Logistic regression by scikit-learn on the shares of hashed uni- and bigrams: target examples against a sample of rows,
-each task and both sides weighing the same: score(n) = w · x(n) + b, p(n) = 1 / (1 + exp(−score(n))).
+scikit-learn's logistic regression on the shares of hashed uni- and bigrams: target examples against a sample of rows.
+All tasks have the same weight, and so have both sides: score(n) = w · x(n) + b, p(n) = 1 / (1 + exp(−score(n))).
 """
 
 import numpy as np
@@ -10,23 +10,20 @@ import scipy.sparse
 from dsdm_jax.core import prng
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ngrams, ranking
-from dsdm_jax.selection.candidates import Candidates, Target
-from dsdm_jax.selection.registry import Budget, selector
+from dsdm_jax.selection.candidates import Budget, Candidates, Target
 
-_PARETO = 9.0  # GPT-3's α: most of what is kept scores high
+_PARETO = 9.0  # GPT-3's α: most of the selected rows score high
 
 
-@selector('classifier', targeted=True, seeded=False)
 def classifier(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """The k rows that look most like target text."""
+  """The k rows most similar to target text."""
   del seed
   logit_N = pool.once(('classifier', target.name), lambda: _logits(pool, target))
   return ranking.ranked(logit_N, pool, budget.examples)
 
 
-@selector('classifier_pareto', targeted=True, seeded=True)
 def classifier_pareto(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """The k rows of highest p + Pareto(9) noise: GPT-3 keeps a row where that passes 1, here where it is among the k."""
+  """The k rows with the highest p + Pareto(9) noise. GPT-3 keeps all rows above 1 instead of the best k."""
   logit_N = pool.once(('classifier', target.name), lambda: _logits(pool, target))
   probability_N = 1 / (1 + np.exp(-logit_N.astype(np.float64)))
   noise_N = prng.numpy_stream(seed, 'selection', 'classifier_pareto').pareto(_PARETO, len(logit_N))
@@ -46,12 +43,12 @@ def _logits(pool: Candidates, target: Target) -> np.ndarray:
   share = [0.5 / len(target.tasks)] * len(target.tasks) + [0.5]
   weight = np.repeat(np.array(share) / sizes, sizes)
   label = np.repeat([1, 0], [sum(sizes[:-1]), negatives])
-  # scikit-learn's C = 1 is meant for rows of length one: relative to their mean square it is that here too.
+  # scikit-learn's C = 1 suits rows of length one. Dividing by the mean square of a row makes it suit these.
   scale = float(features.multiply(features).sum()) / features.shape[0]
   model = LogisticRegression(C=1 / scale, max_iter=300).fit(features, label, sample_weight=weight * len(label))
   return grams.sums(model.coef_[0], mean=True) + np.float32(model.intercept_[0])
 
 
 def shares(grams: ngrams.Grams) -> scipy.sparse.csr_array:
-  """Counts of n-grams over the text's number of them, sparse [B, buckets]."""
+  """Counts of n-grams divided by their number in the text, sparse [B, buckets]."""
   return scipy.sparse.csr_array(scipy.sparse.diags_array(1.0 / np.maximum(grams.size_B, 1)) @ grams.matrix())

@@ -1,19 +1,17 @@
-"""CoLoR-Filter: rows that a model tuned on the target finds easier than the model before (arXiv 2406.10670, eq. 8)."""
+"""CoLoR-Filter: rows that become easier for a model that is tuned on the target (arXiv 2406.10670, eq. 8)."""
 
 import numpy as np
 
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ranking
-from dsdm_jax.selection.candidates import Candidates, Target
-from dsdm_jax.selection.registry import Budget, selector
+from dsdm_jax.selection.candidates import Budget, Candidates, Target
 
 
-@selector('color_filter', targeted=True, seeded=False)
 def color_filter(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """The k rows of highest log p_conditional − log p_prior, in nats per token.
+  """The k rows with the highest log p_conditional − log p_prior, in nats per token.
 
-  The prior is the first proxy; the conditional model is that proxy after `selection.conditional_steps` steps on the
-  target's examples, each task as often as any other.
+  The prior is the first proxy. The conditional model is that proxy after `selection.conditional_steps` steps on the
+  target's examples. A target of several tasks has one conditional model per task.
   """
   del seed
   options, proxies = pool.options, pool.proxies

@@ -1,31 +1,59 @@
-"""Controls that tell the real thing from a toy: arms that must not win."""
+"""Random rows, the baseline that counts, and controls: arms that must not win."""
 
 import numpy as np
 
 from dsdm_jax.core import prng
 from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection import ranking
-from dsdm_jax.selection.candidates import Candidates, Target
-from dsdm_jax.selection.random import draw
-from dsdm_jax.selection.registry import Budget, selector
+from dsdm_jax.selection.candidates import Budget, Candidates, Target
 
 
-@selector('dsdm_shifted', targeted=True, seeded=False)
+def random(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
+  """k random rows, trained on for as many epochs as a targeted selection."""
+  del target
+  return Selection.of(draw(pool.num_rows, 'random', budget.examples, seed))
+
+
+def random_one_epoch(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
+  """As many random rows as the budget has examples, each seen once: pretraining without selection.
+
+  Raises:
+    UserError: the pool has fewer rows than the budget.
+  """
+  del target
+  return Selection.of(draw(pool.num_rows, 'random_one_epoch', budget.total, seed))
+
+
+def random_again(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
+  """A second arm of random rows: a difference from `random` would be a false alarm of the statistics."""
+  del target
+  return Selection.of(draw(pool.num_rows, 'random_again', budget.examples, seed))
+
+
 def dsdm_shifted(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """DsDm with each score given to the next row, as an index off by one would. Rows are shuffled, so the gain goes."""
+  """DsDm with each score given to the next row, like an index error. Rows are shuffled, so the gain must vanish."""
   del seed
   return ranking.ranked(np.roll(pool.scores.score_N(target.name), 1), pool, budget.examples)
 
 
-@selector('dsdm_permuted', targeted=True, seeded=False)
 def dsdm_permuted(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """DsDm with its scores permuted: the same distribution of scores and no information."""
+  """DsDm with permuted scores: the same distribution of scores without information."""
   rng = prng.numpy_stream(seed, 'selection', 'permuted')
   return ranking.ranked(rng.permutation(pool.scores.score_N(target.name)), pool, budget.examples)
 
 
-@selector('random_again', targeted=False, seeded=True)
-def random_again(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """A second arm of random rows: a difference to `random` would be a false alarm of the statistics."""
-  del target
-  return Selection.of(draw(pool.num_rows, 'random_again', budget.examples, seed))
+def draw(num_rows: int, name: str, count: int, seed: int, among: np.ndarray | None = None) -> np.ndarray:
+  """`count` rows of the pool, or of the rows `among`, drawn without replacement, ascending.
+
+  Raises:
+    UserError: there are fewer rows.
+  """
+  available = num_rows if among is None else len(among)
+  if count > available:
+    left = f'the pool has {available}' if among is None else f'{available} are left of the {num_rows} of the pool'
+    raise UserError(
+      f"'{name}' needs {count} rows and {left}; lower selection.examples or selection.epochs, or raise pool.max_bytes"
+    )
+  rows = prng.numpy_stream(seed, 'selection', name).choice(available, count, replace=False)
+  return np.sort(rows if among is None else among[rows]).astype(np.int64)

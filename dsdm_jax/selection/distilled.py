@@ -1,11 +1,11 @@
-"""A cheap scorer in place of the datamodel: hashed n-grams, linear, fitted to the scores of a sample.
+"""A cheap replacement of the datamodel: a linear scorer of hashed n-grams, fitted to the scores of a sample.
 
-What it costs is reading text, so it reaches pools a hundred times larger than the one that was featurized:
+It only reads text, so it can score pools a hundred times larger than one whose features are computed:
 
     python -m dsdm_jax.selection.distilled --workdir RUN --pool OTHER_RUN/pool --out scores.npy
 
-fits it to a finished run, tells how well it predicts the scores of rows that it was not fitted to, and scores every
-row of another pool (or of the run's own). The selector `imported` takes the file.
+fits it to a finished run, reports how well it predicts the scores of held-out rows, and scores every row of another
+pool, or of the run's own pool. The selector `imported` reads the file.
 """
 
 import argparse
@@ -25,22 +25,23 @@ from dsdm_jax.core import artifacts, prng, storage
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
-from dsdm_jax.selection import ngrams, ranking, vocabularies
-from dsdm_jax.selection.candidates import Candidates, Target
+from dsdm_jax.selection import ngrams, ranking
+from dsdm_jax.selection.candidates import Budget, Candidates, Target
 from dsdm_jax.selection.classifier import shares
-from dsdm_jax.selection.registry import Budget, selector
+from dsdm_jax.selection.export import read_vocabulary
 
 _HELD_OUT = 0.2  # of the sample
 _RIDGE = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # λ relative to the mean square of a row of features
 
 
 @dataclasses.dataclass(frozen=True)
-class Scorer:
+class DistilledScorer:
   """score(n) = bias + mean over the row's n-grams of the weight of their bucket.
 
   Attributes:
-    correlation: Spearman's with the datamodel's scores over rows that neither weights nor ridge were fitted to.
-    fitted, held_out: rows.
+    correlation: Spearman's correlation with the datamodel's scores, over rows that neither weights nor ridge were
+      fitted to.
+    fitted, held_out: number of rows.
   """
 
   weight: np.ndarray
@@ -51,26 +52,24 @@ class Scorer:
   held_out: int
 
   def score(self, grams: ngrams.PoolGrams) -> np.ndarray:
-    """Of every row: float32 [N]."""
+    """The score of every row: float32 [N]."""
     return grams.sums(self.weight, mean=True) + np.float32(self.bias)
 
 
-@selector('dsdm_distilled', targeted=True, seeded=False)
 def dsdm_distilled(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """The k rows of highest score by a scorer fitted to the datamodel's scores of `selection.distill_rows` rows."""
+  """The k rows with the highest scores by a scorer that is fitted to the scores of `selection.distill_rows` rows."""
   del seed
   grams = ngrams.of_pool(pool)
   scorer = fit(grams, pool.scores.score_N(target.name), pool.options.distill_rows)
-  return ranking.ranked(
-    scorer.score(grams), pool, budget.examples,
-    held_out_spearman=round(scorer.correlation, 4), fitted_rows=scorer.fitted, ridge=scorer.ridge,
-  )  # fmt: skip
+  correlation = round(scorer.correlation, 4)
+  provenance = {'held_out_spearman': correlation, 'fitted_rows': scorer.fitted, 'ridge': scorer.ridge}
+  return ranking.ranked(scorer.score(grams), pool, budget.examples, **provenance)
 
 
-def fit(grams: ngrams.PoolGrams, score_N: np.ndarray, sample: int) -> Scorer:
+def fit(grams: ngrams.PoolGrams, score_N: np.ndarray, sample: int) -> DistilledScorer:
   """Fits ridge regression to the scores of a random sample of rows.
 
-  A fifth of the sample is held out, half of it to choose the ridge and half to tell the correlation.
+  A fifth of the sample is held out: half of it to choose the ridge and half to measure the correlation.
 
   Raises:
     UserError: the pool has fewer than 50 rows.
@@ -79,30 +78,31 @@ def fit(grams: ngrams.PoolGrams, score_N: np.ndarray, sample: int) -> Scorer:
     raise UserError(f'a scorer cannot be fitted to {len(score_N)} rows; give it a pool of at least 50')
   order = prng.numpy_stream(0, 'selection', 'distilled').permutation(len(score_N))[:sample]
   held = max(10, round(_HELD_OUT / 2 * len(order)))
-  tell, choose, learn = np.split(order, [held, 2 * held])
-  sides = {'tell': tell, 'choose': choose, 'learn': learn}
-  x = {name: scipy.sparse.vstack([*map(shares, grams.each(rows))]) for name, rows in sides.items()}
-  y_M = score_N[learn].astype(np.float64)
-  mean_V = np.asarray(x['learn'].mean(axis=0)).reshape(-1)
-  best: tuple[float, float, np.ndarray] | None = None
-  for ridge in _RIDGE:
-    weight = _solve(x['learn'], mean_V, y_M - y_M.mean(), ridge)
-    agrees = _spearman(x['choose'] @ weight, score_N[choose])
-    if best is None or agrees > best[0]:
-      best = agrees, ridge, weight
-  assert best is not None
-  _, ridge, weight = best
-  told = _spearman(x['tell'] @ weight, score_N[tell])
+  test, validation, train = np.split(order, [held, 2 * held])
+  x_test, x_validation, x_train = (
+    scipy.sparse.vstack([*map(shares, grams.each(rows))]) for rows in (test, validation, train)
+  )
+  y_M = score_N[train].astype(np.float64)
+  mean_V = np.asarray(x_train.mean(axis=0)).reshape(-1)
+  weights = {ridge: _solve(x_train, mean_V, y_M - y_M.mean(), ridge) for ridge in _RIDGE}
+  # The first of equal ridges, which is the smallest.
+  ridge = max(_RIDGE, key=lambda ridge: _spearman(x_validation @ weights[ridge], score_N[validation]))
+  weight = weights[ridge]
+  correlation = _spearman(x_test @ weight, score_N[test])
   bias = float(y_M.mean() - mean_V @ weight)
-  return Scorer(weight.astype(np.float32), bias, ridge, told, len(learn), len(tell))
+  return DistilledScorer(weight.astype(np.float32), bias, ridge, correlation, len(train), len(test))
 
 
 def _solve(x: Any, mean_V: np.ndarray, y_M: np.ndarray, ridge: float) -> np.ndarray:
-  """Ridge regression of y on centred columns, by LSQR: centring would fill the matrix, so it is an operator."""
-  operator = scipy.sparse.linalg.LinearOperator(
-    x.shape, lambda v: x @ v.reshape(-1) - mean_V @ v.reshape(-1),
-    rmatvec=lambda u: x.T @ u.reshape(-1) - mean_V * u.sum(), dtype=np.float64,
-  )  # fmt: skip
+  """Ridge regression of y on centred columns by LSQR, with an operator: centring would make the matrix dense."""
+
+  def forward(v: np.ndarray) -> np.ndarray:
+    return x @ v.reshape(-1) - mean_V @ v.reshape(-1)
+
+  def transposed(u: np.ndarray) -> np.ndarray:
+    return x.T @ u.reshape(-1) - mean_V * u.sum()
+
+  operator = scipy.sparse.linalg.LinearOperator(x.shape, forward, rmatvec=transposed, dtype=np.float64)
   scale = float(x.multiply(x).sum() / x.shape[0])
   return scipy.sparse.linalg.lsqr(operator, y_M, damp=(ridge * scale * x.shape[0]) ** 0.5, iter_lim=300)[0]
 
@@ -117,47 +117,44 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--workdir', type=Path, required=True, help='a run whose datamodel is finished')
   parser.add_argument('--target', default='mix', help="a task, 'mix' or tasks joined by '+' (default: mix)")
   parser.add_argument('--pool', type=Path, help='folder of a finished pool stage; default: that of the run')
-  parser.add_argument('--out', type=Path, required=True, help='.npy: one float32 a row of the pool')
-  parser.add_argument('--rows', type=int, default=20_000, help='rows of the run that are fitted and told by')
+  parser.add_argument('--out', type=Path, required=True, help='.npy: one float32 per row of the pool')
+  parser.add_argument('--rows', type=int, default=20_000, help='rows of the run that are fitted to and held out')
   parser.add_argument('--ngrams', choices=('words', 'tokens'), default='words')
   parser.add_argument('--buckets', type=int, default=65_536)
-  given = parser.parse_args(argv)
+  flags = parser.parse_args(argv)
   try:
-    sys.stdout.write(_run(given) + '\n')
+    sys.stdout.write(_run(flags) + '\n')
   except UserError as error:
     sys.stderr.write(f'dsdm_jax: {error}\n')
     return 2
   return 0
 
 
-def _run(given: argparse.Namespace) -> str:
-  own, datamodel = (artifacts.open_stage(given.workdir, stage) for stage in ('pool', 'datamodel'))
-  if own is None or datamodel is None:
-    raise UserError(f'{given.workdir} has no finished pool and datamodel; run these stages first')
+def _run(flags: argparse.Namespace) -> str:
+  own_pool, datamodel = (artifacts.open_stage(flags.workdir, stage) for stage in ('pool', 'datamodel'))
+  if own_pool is None or datamodel is None:
+    raise UserError(f'{flags.workdir} has no finished pool and datamodel; run these stages first')
   scores = Scores(datamodel)
-  unknown = set(given.target.split('+')) - {*scores.tasks, 'mix'}
+  unknown = set(flags.target.split('+')) - {*scores.tasks, 'mix'}
   if unknown:
-    raise UserError(f'--target={given.target}: {given.workdir} has scores for {", ".join(scores.tasks)} and mix')
-  if given.out.suffix != '.npy':
-    raise UserError(f'--out={given.out} must end in .npy')
-  pool = Pool(own)
-  grams = ngrams.PoolGrams(pool, given.ngrams, given.buckets)
-  other = grams if given.pool is None else ngrams.PoolGrams(_open(given.pool), given.ngrams, given.buckets)
-  if given.ngrams == 'tokens' and vocabularies.read(pool.path) != vocabularies.read(other.pool.path):
-    raise UserError(f'{given.pool} has a vocabulary of its own, so its ids mean other text; take --ngrams=words')
-  scorer = fit(grams, scores.score_N(given.target), given.rows)
+    raise UserError(f'--target={flags.target}: {flags.workdir} has scores for {", ".join(scores.tasks)} and mix')
+  if flags.out.suffix != '.npy':
+    raise UserError(f'--out={flags.out} must end in .npy')
+  pool = Pool(own_pool)
+  grams = other = ngrams.PoolGrams(pool, flags.ngrams, flags.buckets)
+  if flags.pool is not None:
+    if not (flags.pool / artifacts.MANIFEST).is_file():
+      raise UserError(f'--pool={flags.pool} is no finished pool folder; give one, such as RUN/pool')
+    other = ngrams.PoolGrams(Pool(flags.pool), flags.ngrams, flags.buckets)
+  if flags.ngrams == 'tokens' and read_vocabulary(pool.path) != read_vocabulary(other.pool.path):
+    raise UserError(f'{flags.pool} has another vocabulary, so its ids mean other text; use --ngrams=words')
+  scorer = fit(grams, scores.score_N(flags.target), flags.rows)
   score_N = scorer.score(other)
-  storage.save_npy(given.out, score_N)
+  storage.save_npy(flags.out, score_N)
   return (
     f'fitted to {scorer.fitted} rows; Spearman {scorer.correlation:+.3f} with the datamodel on {scorer.held_out} '
-    f'others; wrote {len(score_N)} scores to {given.out}'
+    f'others; wrote {len(score_N)} scores to {flags.out}'
   )
-
-
-def _open(folder: Path) -> Pool:
-  if not (folder / artifacts.MANIFEST).is_file():
-    raise UserError(f'--pool={folder} is no finished pool folder; give one, such as RUN/pool')
-  return Pool(folder)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
-"""DsDm with a penalty on redundancy: a linear datamodel says the same of a row however many of its like are chosen.
+"""DsDm with a penalty on redundancy, since a linear datamodel gives a row the same score next to any number of copies.
 
-Likeness is the cosine of two rows' features φ at the first proxy: rows with parallel gradients teach the same. Scores
-are in standard deviations, and `selection.diversity` says how many of them full redundancy costs. The penalty is that
-of maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998): argmax over the rows that are left of
-z(n) − diversity · max over chosen m of cos(φ(n), φ(m)).
+The similarity of two rows is the cosine of their features φ at the first proxy: rows with parallel gradients teach the
+same. Scores are in standard deviations; full redundancy costs `selection.diversity` of them. The penalty is that of
+maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998): argmax over the remaining rows of
+z(n) − diversity · max over selected m of cos(φ(n), φ(m)).
 """
 
 import numpy as np
@@ -12,56 +12,53 @@ from dsdm_jax.attribution.datamodel import unit_rows
 from dsdm_jax.core import prng
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.errors import UserError
-from dsdm_jax.selection import clusters, ranking
-from dsdm_jax.selection.candidates import Candidates, Target
-from dsdm_jax.selection.registry import Budget, selector
+from dsdm_jax.selection import ranking, semdedup
+from dsdm_jax.selection.candidates import Budget, Candidates, Target
 
-# The best rows by score, this many for each that is wanted, are those that are chosen from.
-SHORTLIST = 4
+SHORTLIST = 4  # times the number of rows to select: the best rows, from which the selection is made
 
 
-@selector('dsdm_greedy', targeted=True, seeded=False)
 def dsdm_greedy(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """Row after row, the highest z − diversity · (largest cosine to a row already chosen). k · 4k · J operations: for
-  some ten thousand rows at the most.
+  """Selects row by row the highest z − diversity · (largest cosine to a selected row).
+
+  Takes k · 4k · J operations, so it is for at most some ten thousand rows.
   """
   del seed
   score_N, rows, phi_MJ = _shortlist(pool, target, budget)
-  by_row = np.argsort(rows)  # so that equals go to the lower row
+  by_row = np.argsort(rows)  # so that ties go to the lower row
   rows, phi_MJ = rows[by_row], phi_MJ[by_row]
   chosen = greedy(ranking.standardised(score_N)[rows], phi_MJ, budget.examples, pool.options.diversity)
   return _selection(score_N, rows[chosen], pool)
 
 
-@selector('dsdm_clusters', targeted=True, seeded=False)
 def dsdm_clusters(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """The k highest of z − diversity · ln(1 + better rows of the same k-means cluster): each further row of a cluster
-  costs more. For any number of rows.
+  """The k highest of z − diversity · ln(1 + number of better rows in the same k-means cluster).
+
+  Each further row of a cluster costs more. For any number of rows.
   """
   del seed
   score_N, rows, phi_MJ = _shortlist(pool, target, budget)
   z_M = ranking.standardised(score_N)[rows]
   rng = prng.numpy_stream(0, 'selection', 'dsdm_clusters')
-  cluster_M = clusters.assign(phi_MJ, clusters.centres(phi_MJ, pool.options.clusters, rng))
-  # The shortlist is in order of score, so a rank within the cluster counts the better ones.
+  cluster_M = semdedup.nearest_centre(phi_MJ, semdedup.kmeans(phi_MJ, pool.options.clusters, rng))
+  # The shortlist is in order of score, so a rank within the cluster counts the better rows.
   better_M = ranking.rank_in_group(cluster_M)
   adjusted_M = z_M - np.float32(pool.options.diversity) * np.log1p(better_M).astype(np.float32)
-  # Ties of the adjusted scores go to the lower row: `top` breaks them by place, so places follow rows.
+  # `top` breaks ties by position. Sorting by row makes ties go to the lower row.
   by_row = np.argsort(rows)
   chosen = by_row[ranking.top(adjusted_M[by_row], budget.examples)]
   return _selection(score_N, rows[chosen], pool, clusters=int(cluster_M.max()) + 1)
 
 
 def greedy(z_M: np.ndarray, phi_MJ: np.ndarray, count: int, diversity: float) -> np.ndarray:
-  """Places of the `count` rows chosen, in order; equals go to the earlier place.
+  """Positions of the `count` selected rows, in order of selection; ties go to the earlier position.
 
   Args:
     z_M: scores.
     phi_MJ: features of length one, float32.
   """
-  nearest_M = np.zeros(
-    len(z_M), np.float32
-  )  # largest cosine to a chosen row; opposites are no more redundant than none
+  # Largest cosine to a selected row, at least 0: opposite rows are no less redundant than orthogonal ones.
+  nearest_M = np.zeros(len(z_M), np.float32)
   free_M = np.ones(len(z_M), bool)
   chosen = np.empty(count, np.int64)
   for place in range(count):
@@ -76,7 +73,7 @@ def _shortlist(pool: Candidates, target: Target, budget: Budget) -> tuple[np.nda
   """(score_N, rows of the shortlist, their features of length one at the first proxy)."""
   if pool.features.semantics['mode'] == 'jvp':
     raise UserError(
-      "features.mode = 'jvp' makes no features, and the redundancy penalty is about them; set "
+      "features.mode = 'jvp' stores no features, and the redundancy penalty needs them; set "
       '--config.features.mode=store or stream, or leave dsdm_greedy and dsdm_clusters out of selection.methods'
     )
   score_N = pool.scores.score_N(target.name)

@@ -1,26 +1,20 @@
 """DSIR: importance resampling with hashed n-grams (arXiv 2302.03169, section 3).
 
-log w(n) = Σ_b count_b(n) · (log p_target(b) − log p_pool(b)) over hash buckets b of uni- and bigrams; the k rows of the
-highest log w(n) + Gumbel noise are k draws without replacement by w.
+log w(n) = Σ_b count_b(n) · (log p_target(b) − log p_pool(b)) over hash buckets b of uni- and bigrams. The k rows with
+the highest log w(n) + Gumbel noise are k draws without replacement with weights w.
 """
 
 import numpy as np
 
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ngrams, ranking
-from dsdm_jax.selection.candidates import Candidates, Target
-from dsdm_jax.selection.registry import Budget, selector
+from dsdm_jax.selection.candidates import Budget, Candidates, Target
 
-_FLOOR = 1e-8  # added to each probability, so that what one side never saw has a logarithm
+_FLOOR = 1e-8  # added to each probability, so that an n-gram that one side lacks has a logarithm
 
 
-@selector('dsir', targeted=True, seeded=True)
 def dsir(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """k rows drawn without replacement by their importance weights: the highest of log-weight + Gumbel noise.
-
-  A row's log-weight is the sum over its uni- and bigrams of log p_target − log p_pool, both being bags of hashed
-  n-grams; in that of the target each task counts the same.
-  """
+  """k rows drawn without replacement by their importance weights; in p_target all tasks have the same weight."""
   weight_N = pool.once(('dsir', target.name), lambda: _log_weights(pool, target))
   return ranking.ranked(weight_N + ranking.gumbel(len(weight_N), seed, 'dsir'), pool, budget.examples)
 

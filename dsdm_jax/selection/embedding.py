@@ -1,20 +1,18 @@
-"""Rows that look like a target example to the proxy, after BETR (benchmark-targeted ranking, arXiv 2507.12466).
+"""Rows that the proxy embeds close to a target example, after BETR (benchmark-targeted ranking, arXiv 2507.12466).
 
-score(n) = max over target examples t of e(n) · e(t), with e of length one. The paper scores a sample in this way and
-fits a classifier to it for the rest of the pool; here every row is embedded.
+score(n) = max over target examples t of e(n) · e(t), with e of length one. The paper scores a sample like this and fits
+a classifier for the rest of the pool; here every row is embedded.
 """
 
 import numpy as np
 
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ranking
-from dsdm_jax.selection.candidates import BLOCK, Candidates, Target
-from dsdm_jax.selection.registry import Budget, selector
+from dsdm_jax.selection.candidates import BLOCK, Budget, Candidates, Target
 
 
-@selector('embedding', targeted=True, seeded=False)
 def embedding(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """The k rows of highest cosine to the nearest target example, in the first proxy's embedding."""
+  """The k rows with the highest cosine to their nearest target example, in the first proxy's embedding."""
   del seed
   embedding_ND = pool.once('embeddings', pool.proxies.embeddings)
 

@@ -1,19 +1,20 @@
-"""A selection as files for others.
+"""Exports a selection in formats that other programs read.
 
     python -m dsdm_jax.selection.export --workdir RUN --arm dsdm--mix--0 --format parquet --out FOLDER
 
 Formats:
-  parquet, jsonl: one record a row: place, row, document, source, score (what the method ranked by), datamodel, low and
-    high (the datamodel's score for the arm's target and its interval), weight (1; of a mixture, visits), text.
+  parquet, jsonl: one record per row: place, row, document, source, score (by which the method ranks), datamodel, low
+    and high (the datamodel's score for the arm's target and its interval), weight (1; visits in a mixture), text.
   datasets: a folder that Hugging Face's `datasets.load_dataset(FOLDER)` opens: Parquet files and a card.
-  tfds: a TFDS dataset in TFRecord files, `selection:1.0.0`, that plain `tfds` and plain seqio open without this
-    package; records hold tokens, row and weight, in the order of the selection. The vocabulary lies beside it:
-    vocabulary.model, tokenizer.json or bytes.json, as in the pool.
+  tfds: a TFDS dataset in TFRecord files, `selection:1.0.0`, that tfds and seqio open without this package. Records have
+    tokens, row and weight, in the order of the selection. The vocabulary is beside it: vocabulary.model, tokenizer.json
+    or bytes.json, as in the pool.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,32 +27,32 @@ from dsdm_jax.attribution.scores import Scores
 from dsdm_jax.core import artifacts, storage, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.pool.encoders import BYTES, MODEL, TOKENIZER
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
-from dsdm_jax.selection import vocabularies
 
 FORMATS = ('parquet', 'jsonl', 'datasets', 'tfds')
 _BLOCK = 4_096  # rows that are read and written together
 _SHARD_ROWS = 65_536  # of one Parquet or TFRecord file
+_VOCABULARY = (MODEL, TOKENIZER, 'end_piece.json', BYTES)  # files of all kinds of vocabularies
 
 
 class Export:
-  """One arm of a finished run, ready to be written.
+  """One arm of a finished run.
 
   Args:
     workdir: of the run.
-    arm: name of a selection, '<method>--<target>--<seed>', or '<method>--<target>', whose first seed is taken.
+    arm: name of a selection, '<method>--<target>--<seed>', or '<method>--<target>' for its first seed.
 
   Raises:
     UserError: no such run or arm.
   """
 
   def __init__(self, workdir: Path, arm: str):
-    found = {stage: artifacts.open_stage(workdir, stage) for stage in ('pool', 'datamodel', 'selection')}
-    missing = [stage for stage, artifact in found.items() if artifact is None]
-    if missing:
+    stages = {stage: artifacts.open_stage(workdir, stage) for stage in ('pool', 'datamodel', 'selection')}
+    opened = {stage: artifact for stage, artifact in stages.items() if artifact is not None}
+    if missing := [stage for stage in stages if stage not in opened]:
       raise UserError(f'{workdir} has no finished {" and ".join(missing)}; run these stages first')
-    opened = {stage: artifact for stage, artifact in found.items() if artifact is not None}
     names = sorted(path.stem for path in opened['selection'].path.glob('*--*.npz'))
     name = arm if arm in names else f'{arm}--0'
     if name not in names:
@@ -61,23 +62,23 @@ class Export:
     self._columns = _scores(opened['datamodel'], self.selection)
 
   def records(self) -> Iterator[dict[str, list[Any]]]:
-    """Columns of block after block of rows, in the order of the selection."""
-    chosen, pool = self.selection, self.pool
+    """Columns of each block of rows, in the order of the selection."""
+    selection, pool = self.selection, self.pool
     sources, documents = pool.sources, pool.documents
-    for start in range(0, chosen.size, _BLOCK):
-      rows = chosen.rows[start : start + _BLOCK]
+    for start in range(0, selection.size, _BLOCK):
+      rows = selection.rows[start : start + _BLOCK]
       here = slice(start, start + len(rows))
-      nothing = [None] * len(rows)
+      missing = [None] * len(rows)
       columns = {
         'place': list(range(start, start + len(rows))),
         'row': rows.tolist(),
         'document': [documents[d]['id'] for d in pool.document_N[rows]],
         'source': [sources[s] for s in pool.source_N[rows]],
-        'score': nothing if chosen.scores is None else chosen.scores[here].tolist(),
+        'score': missing if selection.scores is None else selection.scores[here].tolist(),
       }
       for name in ('datamodel', 'low', 'high'):
-        columns[name] = self._columns[name][rows].tolist() if name in self._columns else nothing
-      columns['weight'] = chosen.weights[here].tolist()
+        columns[name] = self._columns[name][rows].tolist() if name in self._columns else missing
+      columns['weight'] = selection.weights[here].tolist()
       columns['text'] = [pool.text(row) for row in rows.tolist()]
       yield columns
 
@@ -93,11 +94,9 @@ class Export:
     import pyarrow
     from pyarrow import parquet
 
-    schema = pyarrow.schema({
-      'place': pyarrow.int64(), 'row': pyarrow.int64(), 'document': pyarrow.string(), 'source': pyarrow.string(),
-      'score': pyarrow.float32(), 'datamodel': pyarrow.float32(), 'low': pyarrow.float32(),
-      'high': pyarrow.float32(), 'weight': pyarrow.float32(), 'text': pyarrow.string(),
-    })  # fmt: skip
+    kinds = dict.fromkeys(('place', 'row'), pyarrow.int64()) | dict.fromkeys(('document', 'source'), pyarrow.string())
+    kinds |= dict.fromkeys(('score', 'datamodel', 'low', 'high', 'weight'), pyarrow.float32())
+    schema = pyarrow.schema({**kinds, 'text': pyarrow.string()})
     shards, blocks = -(-self.selection.size // _SHARD_ROWS), self.records()
     for shard in range(shards):
       path = out / f'{name or self.selection.name}-{shard:05d}-of-{shards:05d}.parquet'
@@ -106,14 +105,14 @@ class Export:
           writer.write_table(pyarrow.table(columns, schema=schema))
 
   def datasets(self, out: Path) -> None:
-    """Writes `data/train-*.parquet` and the card that tells `datasets` where they are."""
+    """Writes `data/train-*.parquet` and a card from which `datasets` finds them."""
     (out / 'data').mkdir(parents=True)
     self.parquet(out / 'data', 'train')
-    told = json.dumps(self.selection.provenance, indent=2, ensure_ascii=False)
+    provenance = json.dumps(self.selection.provenance, indent=2, ensure_ascii=False)
     card = (
       '---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet\n---\n\n'
       f'# {self.selection.name}\n\n{self.selection.size} rows of {self.pool.length} tokens, selected by dsdm_jax:\n\n'
-      f'```json\n{told}\n```\n'
+      f'```json\n{provenance}\n```\n'
     )
     storage.write_text(out / 'README.md', card)
 
@@ -145,19 +144,31 @@ class Export:
       writer.add_examples({'train': [{'tokens': t, 'row': r, 'weight': w} for t, r, w in examples]})
     writer.close_splits(['train'])
     info.write_to_directory(str(folder))
-    for name, data in vocabularies.read(self.pool.path).items():
+    for name, data in read_vocabulary(self.pool.path).items():
       storage.write_bytes(out / name, data)
 
 
 def _scores(datamodel: Artifact, selection: Selection) -> dict[str, np.ndarray]:
-  """The datamodel's score of every row for the arm's target, and its interval where there is one."""
+  """The datamodel's score of every row for the arm's target, and its interval if there is one."""
   scores = Scores(datamodel)
   target = selection.provenance['target']
   target = 'mix' if target == 'any' else target
-  found = {'datamodel': scores.score_N(target)}
-  with contextlib.suppress(UserError):  # made without resamples, or mean ranks: a score without an interval
-    found['low'], found['high'] = scores.interval_2N(target)
-  return found
+  columns = {'datamodel': scores.score_N(target)}
+  with contextlib.suppress(UserError):  # no resamples, or mean ranks: scores without intervals
+    columns['low'], columns['high'] = scores.interval_2N(target)
+  return columns
+
+
+def read_vocabulary(folder: str | os.PathLike) -> dict[str, bytes]:
+  """Name → bytes of the vocabulary files in `folder`; `encoders.open_encoder` opens a folder with only these files.
+
+  Raises:
+    UserError: there are none.
+  """
+  files = {name: (Path(folder) / name).read_bytes() for name in _VOCABULARY if (Path(folder) / name).is_file()}
+  if not files:
+    raise UserError(f'{folder} has no vocabulary; run --stage=pool')
+  return files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,10 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--workdir', type=Path, required=True, help='a run whose selection stage is finished')
   parser.add_argument('--arm', required=True, help='<method>--<target>[--<seed>]')
   parser.add_argument('--format', choices=FORMATS, required=True)
-  parser.add_argument('--out', type=Path, required=True, help='folder to write; it must not be there yet')
-  given = parser.parse_args(argv)
+  parser.add_argument('--out', type=Path, required=True, help='folder to write; it must not exist')
+  flags = parser.parse_args(argv)
   try:
-    sys.stdout.write(write(given.workdir, given.arm, given.format, given.out) + '\n')
+    sys.stdout.write(write(flags.workdir, flags.arm, flags.format, flags.out) + '\n')
   except UserError as error:
     sys.stderr.write(f'dsdm_jax: {error}\n')
     return 2
@@ -179,9 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(workdir: Path, arm: str, form: str, out: Path) -> str:
-  """Writes an arm into the new folder `out`, whole or not at all, and says what was written."""
+  """Writes an arm into the new folder `out`, completely or not at all, and returns a message about it."""
   if out.exists():
-    raise UserError(f'--out={out} is there already; name a folder that is not')
+    raise UserError(f'--out={out} exists; name a folder that does not')
   export = Export(workdir, arm)
   part = out.with_name(f'{out.name}.part')
   shutil.rmtree(part, ignore_errors=True)

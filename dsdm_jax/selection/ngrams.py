@@ -1,7 +1,8 @@
-"""Hashed uni- and bigrams of rows, over words or over stored token ids, and linear scores of them at CPU speed.
+"""Hashed uni- and bigrams of rows, over words or over token ids, and linear scores of them.
 
-A *unit* (a word, or a token id) is a 64-bit hash; a bigram is a hash of two. Each falls into one of `buckets`. What is
-counted or summed never leaves arrays, so a pass over ids runs at memory speed, and words cost what splitting them does.
+A *unit* (a word or a token id) is a 64-bit hash; a bigram is a hash of two units. Each falls into one of `buckets`. All
+counts and sums are array operations, so that a pass over ids runs at memory speed, and a pass over words is dominated
+by splitting the text.
 """
 
 import collections
@@ -17,8 +18,8 @@ import scipy.sparse
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.selection.candidates import BLOCK, Candidates, Target
 
-_BLOCK_TOKENS = 1 << 15  # hashed together: what stays in a core's cache is hashed three times as fast
-_SAMPLE = 65_536
+_BLOCK_TOKENS = 1 << 15  # tokens that are hashed together: three times as fast if they fit a core's cache
+_SAMPLE = 65_536  # rows
 _BASIC = 1 << 16  # code points of the basic plane
 _ODD, _BASE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
 
@@ -28,10 +29,10 @@ class Grams:
   """n-grams of B texts.
 
   Attributes:
-    uni_M, bi_M: int64 buckets of unit m, and of units m and m + 1; the last unit of a text begins no bigram and its
-      entry is `buckets`, one past the last.
-    first_B: int64 [B + 1], the first unit of each text, and their number.
-    buckets: how many there are.
+    uni_M, bi_M: int64 buckets of unit m, and of units m and m + 1. The last unit of a text begins no bigram; its entry
+      is `buckets`, one past the last bucket.
+    first_B: int64 [B + 1], the first unit of each text, and the number of units.
+    buckets: number of buckets.
   """
 
   uni_M: np.ndarray
@@ -41,42 +42,42 @@ class Grams:
 
   @property
   def size_B(self) -> np.ndarray:
-    """n-grams of each text."""
+    """Number of n-grams of each text."""
     units_B = np.diff(self.first_B)
     return 2 * units_B - (units_B > 0)
 
   def counts(self) -> np.ndarray:
-    """How often each bucket occurs in all texts together: int64 [buckets]."""
+    """Count of each bucket in all texts: int64 [buckets]."""
     both = sum(np.bincount(x, minlength=self.buckets + 1) for x in (self.uni_M, self.bi_M))
     return np.asarray(both)[: self.buckets]
 
   def sums(self, weight: np.ndarray) -> np.ndarray:
-    """Sum over each text's n-grams of the weight of their buckets: float64 [B]."""
+    """Sum of the weights of each text's n-grams, by bucket: float64 [B]."""
     padded = np.append(weight, 0).astype(np.float32)
     unit_M = padded[self.uni_M] + padded[self.bi_M]
     units_B = np.diff(self.first_B)
     if len(units_B) and units_B.min() == units_B.max() > 0:
       return unit_M.reshape(len(units_B), -1).sum(axis=1, dtype=np.float64)
-    found_B = np.zeros(len(units_B))
+    sum_B = np.zeros(len(units_B))
     some = units_B > 0
     if some.any():
-      found_B[some] = np.add.reduceat(unit_M.astype(np.float64), self.first_B[:-1][some])
-    return found_B
+      sum_B[some] = np.add.reduceat(unit_M.astype(np.float64), self.first_B[:-1][some])
+    return sum_B
 
   def matrix(self) -> scipy.sparse.csr_matrix:
     """Counts as a sparse matrix [B, buckets], float32."""
     columns = np.stack([self.uni_M, self.bi_M], axis=1).reshape(-1)
     ones = np.ones(len(columns), np.float32)
-    made = scipy.sparse.csr_matrix((ones, columns, 2 * self.first_B), (len(self.first_B) - 1, self.buckets + 1))
-    made.sum_duplicates()
-    return made[:, : self.buckets]
+    counts = scipy.sparse.csr_matrix((ones, columns, 2 * self.first_B), (len(self.first_B) - 1, self.buckets + 1))
+    counts.sum_duplicates()
+    return counts[:, : self.buckets]
 
   def units(self) -> scipy.sparse.csr_matrix:
     """Counts without bigrams: sparse [B, buckets], float32."""
     ones = np.ones(len(self.uni_M), np.float32)
-    made = scipy.sparse.csr_matrix((ones, self.uni_M, self.first_B), (len(self.first_B) - 1, self.buckets))
-    made.sum_duplicates()
-    return made
+    counts = scipy.sparse.csr_matrix((ones, self.uni_M, self.first_B), (len(self.first_B) - 1, self.buckets))
+    counts.sum_duplicates()
+    return counts
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -85,7 +86,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _bucket(hash_M: np.ndarray, buckets: int) -> np.ndarray:
-  # The high half scaled to [0, buckets): no division, and any number of buckets.
+  # Scale the high half to [0, buckets): without a division, for any number of buckets.
   return (((hash_M >> np.uint64(32)) * np.uint64(buckets)) >> np.uint64(32)).astype(np.int64)
 
 
@@ -100,7 +101,7 @@ def _grams(unit_M: np.ndarray, first_B: np.ndarray, buckets: int) -> Grams:
 
 @functools.cache
 def _kinds(codes: int) -> np.ndarray:
-  """Of each code point below `codes`: 0 white space, 1 letter, digit or underscore, 2 anything else; uint8."""
+  """The kind of each code point below `codes`: 0 white space, 1 letter, digit or underscore, 2 other; uint8."""
   kinds = np.full(codes, 2, np.uint8)
   for code in range(codes):
     character = chr(code)
@@ -113,22 +114,22 @@ def _kinds(codes: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
-  """An odd number to the powers 0…size, and its inverse to the same, modulo 2⁶⁴."""
+  """Powers 0…size of an odd number, and of its inverse, modulo 2⁶⁴."""
   powers, inverses = np.full(size + 1, _BASE), np.full(size + 1, np.uint64(pow(int(_BASE), -1, 2**64)))
   powers[0] = inverses[0] = 1
   return np.cumprod(powers), np.cumprod(inverses)
 
 
 def of_texts(texts: Sequence[str], buckets: int) -> Grams:
-  """n-grams of lower-cased words: runs of letters and digits, or of what is neither these nor white space.
+  """n-grams of lower-cased words: runs of letters and digits, or of other characters except white space.
 
-  So the published DSIR splits text. A word's hash is Σ value(character) · base^place modulo 2⁶⁴, as differences of one
-  running sum over all characters: no word is ever an object of its own.
+  The published DSIR splits text in this way. A word's hash is Σ value(character) · base^place modulo 2⁶⁴, computed from
+  differences of one running sum over all characters, so that words are never Python objects.
   """
   lowered = [text.lower() for text in texts]
   start_B = np.cumsum([0, *(len(text) + 1 for text in lowered)])
   code_P = np.frombuffer('\n'.join([*lowered, '']).encode('utf-32-le', 'surrogatepass'), np.uint32)
-  basic = not len(code_P) or code_P.max() < _BASIC  # most text, and a table of a sixteenth
+  basic = not len(code_P) or code_P.max() < _BASIC  # true for most text, and needs a table of a sixteenth of the size
   kind_P = _kinds(_BASIC if basic else sys.maxunicode + 1)[code_P]
   bound_M = np.concatenate([[0], np.flatnonzero(kind_P[1:] != kind_P[:-1]) + 1, [len(kind_P)]])
   begin_M, end_M = bound_M[:-1], bound_M[1:]
@@ -142,43 +143,43 @@ def of_texts(texts: Sequence[str], buckets: int) -> Grams:
 
 
 def of_sequences(sequences: Sequence[np.ndarray], buckets: int) -> Grams:
-  """n-grams of token ids, of any lengths."""
+  """n-grams of token ids of sequences of any lengths."""
   first_B = np.concatenate([[0], np.cumsum([len(s) for s in sequences], dtype=np.int64)])
   flat = np.concatenate([np.zeros(0, np.int64), *sequences]).astype(np.uint64)
   return _grams(_mix((flat + np.uint64(1)) * _ODD), first_B, buckets)
 
 
 def of_rows(tokens_BL: np.ndarray, buckets: int) -> Grams:
-  """n-grams of token ids of rows of one length."""
+  """n-grams of token ids of rows of the same length."""
   first_B = np.arange(len(tokens_BL) + 1, dtype=np.int64) * tokens_BL.shape[1]
   return _grams(_mix((tokens_BL.reshape(-1).astype(np.uint64) + np.uint64(1)) * _ODD), first_B, buckets)
 
 
 class PoolGrams:
-  """n-grams of a pool, block by block, and of texts beside it.
+  """n-grams of a pool, block by block, and of target examples.
 
   Args:
-    pool: where the rows are.
-    kind: 'words' of the text that a row's ids stand for, or 'tokens', the ids themselves.
-    buckets: that n-grams are hashed into.
+    pool: has the rows.
+    kind: 'words', of the decoded text of a row, or 'tokens', its ids.
+    buckets: number of hash buckets.
   """
 
   def __init__(self, pool: Pool, kind: str, buckets: int):
     self.pool, self.kind, self.buckets = pool, kind, buckets
 
   def rows(self, rows: np.ndarray) -> Grams:
-    """Of these rows together, in their order."""
+    """n-grams of these rows, in their order."""
     tokens_BL = self.pool.tokens(rows)
     if self.kind == 'tokens':
       return of_rows(tokens_BL, self.buckets)
     return of_texts(self.pool.encoder.decode_batch(tokens_BL), self.buckets)
 
   def each(self, rows: np.ndarray) -> Iterator[Grams]:
-    """The same, block after block: beside what a caller keeps, of any number of rows no more than a few blocks."""
+    """As `rows`, block by block, so that only a few blocks are in memory."""
     return (grams for _, _, grams in self._over(rows))
 
   def examples(self, target: Target, task: str) -> Grams:
-    """Of each target example: its words, or the ids of the sequence that the models see."""
+    """n-grams of each target example: its words, or the ids of the sequence that models see."""
     if self.kind == 'tokens':
       return of_sequences(target.sequences(task), self.buckets)
     return of_texts(target.texts(task), self.buckets)
@@ -187,7 +188,7 @@ class PoolGrams:
     yield from self._over(np.arange(self.pool.num_rows))
 
   def _over(self, rows: np.ndarray) -> Iterator[tuple[int, int, Grams]]:
-    """(start, stop, n-grams) of block after block of `rows`; the next text is decoded while one is split and hashed."""
+    """(start, stop, n-grams) of each block of `rows`; a thread decodes the next text while one is split and hashed."""
     blocks = self._blocks(rows)
     if self.kind == 'tokens':
       for start, tokens_BL in blocks:
@@ -198,9 +199,9 @@ class PoolGrams:
       for start, tokens_BL in blocks:
         waiting.append((start, ahead.submit(self.pool.encoder.decode_batch, tokens_BL)))
         if len(waiting) > 2:
-          yield self._finished(*waiting.popleft())
+          yield self._decoded(*waiting.popleft())
       while waiting:
-        yield self._finished(*waiting.popleft())
+        yield self._decoded(*waiting.popleft())
 
   def _blocks(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     size = max(1, _BLOCK_TOKENS // self.pool.length)
@@ -209,30 +210,30 @@ class PoolGrams:
       for start in range(0, len(tokens_BL), size):
         yield first + start, tokens_BL[start : start + size]
 
-  def _finished(self, start: int, decoded: Future[list[str]]) -> tuple[int, int, Grams]:
+  def _decoded(self, start: int, decoded: Future[list[str]]) -> tuple[int, int, Grams]:
     texts = decoded.result()
     return start, start + len(texts), of_texts(texts, self.buckets)
 
   def sample(self) -> Iterator[Grams]:
-    """Of at most 65,536 rows, evenly over the pool: enough to count by."""
+    """n-grams of at most 65,536 evenly spaced rows of the pool, which is enough for counts."""
     rows = np.arange(0, self.pool.num_rows, -(-self.pool.num_rows // _SAMPLE))
     return self.each(rows)
 
   @functools.cached_property
   def counts(self) -> np.ndarray:
-    """How often each bucket occurs in the pool's `sample`: float64 [buckets]."""
+    """Count of each bucket in the pool's `sample`: float64 [buckets]."""
     return sum((grams.counts() for grams in self.sample()), np.zeros(self.buckets))
 
   def sums(self, weight: np.ndarray, mean: bool) -> np.ndarray:
-    """Sum, or mean, of weights over each row's n-grams: float32 [N]."""
-    found_N = np.empty(self.pool.num_rows, np.float32)
+    """Sum or mean of the weights of each row's n-grams: float32 [N]."""
+    score_N = np.empty(self.pool.num_rows, np.float32)
     for start, stop, grams in self:
       sum_B = grams.sums(weight)
-      found_N[start:stop] = sum_B / np.maximum(grams.size_B, 1) if mean else sum_B
-    return found_N
+      score_N[start:stop] = sum_B / np.maximum(grams.size_B, 1) if mean else sum_B
+    return score_N
 
 
 def of_pool(pool: Candidates) -> PoolGrams:
-  """As `selection.ngrams` and `selection.ngram_buckets` say; made once for all arms."""
+  """n-grams by `selection.ngrams` and `selection.ngram_buckets`, shared by all arms."""
   options = pool.options
   return pool.once('n-grams', lambda: PoolGrams(pool.pool, options.ngrams, options.ngram_buckets))

@@ -1,22 +1,20 @@
-"""Metagradients: how the output of a target at the end of training changes with the weight of each row.
+"""Metagradients: the derivative of a target's output at the end of training with respect to the weight of each row.
 
-Differentiated through that training (MAGIC, arXiv 2504.16430; REPLAY, arXiv 2503.13751). What a datamodel is held to;
-it does not scale, as each task costs about five trainings of a proxy on the whole pool, all on one device.
+It is computed through the training itself (MAGIC, arXiv 2504.16430; REPLAY, arXiv 2503.13751). Datamodels are measured
+against it. It does not scale: each task costs about five trainings of a proxy on the whole pool, on one device.
 """
 
 import numpy as np
 
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ranking
-from dsdm_jax.selection.candidates import Candidates, Target
-from dsdm_jax.selection.registry import Budget, selector
+from dsdm_jax.selection.candidates import Budget, Candidates, Target
 
 
-@selector('oracle', targeted=True, seeded=False)
 def oracle(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """The k rows of highest derivative of the mean output of the target's examples, for the proxies' model and training.
+  """The k rows with the highest derivative of the target's mean output, for the model and training of the proxies.
 
-  It is the derivative where every row counts once, of one initialisation and order.
+  The derivative is taken where every row has weight one, for one initialisation and order.
   """
   del seed
 

@@ -1,6 +1,5 @@
-"""What the proxy models say about rows: log-likelihoods, embeddings, and what fine-tuning on a target changes."""
+"""Signals of the proxy models about rows: log-likelihoods, embeddings, and the effect of fine-tuning on a target."""
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,6 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dsdm_jax.attribution import ensemble
+from dsdm_jax.attribution.scores import seen
 from dsdm_jax.attribution.sources import ahead
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops, prng
@@ -26,10 +26,10 @@ from dsdm_jax.training.metagradient import LEAST_EPS_ROOT, Metagradient
 from dsdm_jax.training.step import Trainer, TrainState, trainer
 
 BLOCK = 65_536  # rows that are whitened together
-FIT_ROWS = 65_536  # of a larger pool, so many rows at even distances tell the variances
-# Tokens of a batch. Not a setting: batches cut otherwise would round otherwise, and rows be chosen otherwise.
+FIT_ROWS = 65_536  # evenly spaced rows from which the variances of a larger pool are estimated
+# Tokens of a batch. Not a setting: other batches round differently, and would select other rows.
 _TOKENS = 4_096
-_WIDTH = 256  # columns of an embedding made of logits
+_WIDTH = 256  # columns of an embedding that is computed from logits
 
 
 class Proxies:
@@ -38,7 +38,7 @@ class Proxies:
   def __init__(self, context: Context, pool: Pool):
     self._context, self._pool = context, pool
     self._config, self._folder = context.config, context.inputs['proxies'].path
-    # One device, whatever there is, for the reason of _TOKENS.
+    # Always one device, for the same reason as _TOKENS.
     self._mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
     self._trainer = self._trainer_of(self._config.proxies.train)
     self._batch = max(1, _TOKENS // pool.length)
@@ -50,47 +50,41 @@ class Proxies:
   def _trainer_of(self, train: ConfigDict) -> Trainer:
     return trainer(self._config.proxies.model, train, self._pool.vocab_size, self._pool.length, self._mesh)
 
-  @functools.cached_property
-  def _seen_CN(self) -> np.ndarray:
-    seen_CN = np.zeros((self._config.proxies.count, self._pool.num_rows), bool)
-    for checkpoint in range(self._config.proxies.count):
-      seen_CN[checkpoint, np.load(self._folder / f'subset_{checkpoint}.npy', allow_pickle=False)] = True
-    return seen_CN
-
   def state(self, checkpoint: int) -> TrainState:
     return load_state(self._folder / f'proxy_{checkpoint}', self._trainer)
 
   def log_likelihood_N(self) -> np.ndarray:
-    """Mean log-probability of each row's tokens given those before, nats per token; float32 [N].
+    """Mean log-probability of each row's tokens given the tokens before them, nats per token; float32 [N].
 
-    Averaged over the proxies that did not train on the row: those that did find it easier than it is.
+    Averaged over the proxies that did not train on the row; it is easier for those that did.
     """
     count = self._config.proxies.count
-    by_proxy_CN = np.stack([self.log_likelihood_of(self.state(c)) for c in range(count)])
-    weight_CN = ensemble.weights(self._seen_CN, ensemble.UNSEEN)
-    return np.einsum('cn,cn->n', by_proxy_CN.astype(np.float64), weight_CN).astype(np.float32)
+    by_proxy_PN = np.stack([self.log_likelihood_of(self.state(proxy)) for proxy in range(count)])
+    seen_PN = seen(self._context.inputs['proxies'], count, self._pool.num_rows)
+    weight_PN = ensemble.weights(seen_PN, ensemble.UNSEEN)
+    return np.einsum('pn,pn->n', by_proxy_PN.astype(np.float64), weight_PN).astype(np.float32)
 
   def log_likelihood_of(self, state: TrainState) -> np.ndarray:
-    """The same by one model."""
+    """As `log_likelihood_N`, by one model."""
     return self._over_pool(lambda tokens_BL: self._likelihood(state.params, state.rest, tokens_BL), 'log-likelihood')
 
   def embeddings(self) -> np.ndarray:
-    """Of every row by the first proxy: mean over its positions, whitened by the pool, of length one; float32 [N, D].
+    """Embedding of every row by the first proxy: mean over positions, whitened, of unit length; float32 [N, D].
 
-    D is the model's width where it has a method `hidden` (tokens_BL → x_BLD, before the head); the logits of any other
-    model are projected by random signs to at most 256 columns.
+    D is the model's width if the model has a method `hidden` (tokens_BL → x_BLD, before the head). The logits of other
+    models are projected by random signs to at most 256 columns.
     """
     state = self.state(0)
     ones_BL = np.ones((self._batch, self._pool.length), np.float32)
     raw_ND = self._over_pool(lambda t: self._embed(state.params, state.rest, t, ones_BL), 'embeddings')
     self._mean_D = raw_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
-    # Texts differ in a few directions by far the most (of 64, two hold 60 % of the variance), in which many are near
-    # each other that have no word in common.
+    # A few directions have most of the variance (two of 64 have 60 %), and along these many texts are close that have
+    # no word in common.
     self._white_DD = whitening((raw_ND - self._mean_D)[:: -(-len(raw_ND) // FIT_ROWS)])
     return self._whitened(raw_ND)
 
   def embeddings_of(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
-    """Of token ids without padding, after `embeddings`, and whitened as these: float32 [T, D]."""
+    """The embedding of unpadded token ids, whitened like the rows; call `embeddings` first. float32 [T, D]."""
     state = self.state(0)
     parts = []
     for start in range(0, len(sequences), self._batch):
@@ -99,16 +93,18 @@ class Proxies:
     return self._whitened(np.concatenate(parts)[: len(sequences)])
 
   def _whitened(self, raw_ND: np.ndarray) -> np.ndarray:
-    found_ND = np.empty_like(raw_ND)
+    x_ND = np.empty_like(raw_ND)
     for start in range(0, len(raw_ND), BLOCK):
-      found_ND[start : start + BLOCK] = _unit((raw_ND[start : start + BLOCK] - self._mean_D) @ self._white_DD)
-    return found_ND
+      x_BD = (raw_ND[start : start + BLOCK] - self._mean_D) @ self._white_DD
+      norm_B = np.linalg.norm(x_BD, axis=1, keepdims=True)
+      x_ND[start : start + BLOCK] = x_BD / np.where(norm_B > 0, norm_B, 1)
+    return x_ND
 
   def tuned(self, sequences: Sequence[np.ndarray], steps: int, learning_rate: float, seed: int) -> TrainState:
-    """The first proxy after `steps` steps on `sequences`, joined and cut into rows as the pool is.
+    """The first proxy after `steps` steps on `sequences`, which are joined and cut into rows like the pool.
 
     Raises:
-      UserError: the sequences hold no token.
+      UserError: the sequences have no tokens, or training diverged.
     """
     stream = np.concatenate([np.zeros(0, np.int32), *sequences])
     if not len(stream):
@@ -117,7 +113,7 @@ class Proxies:
     train.learning_rate = learning_rate
     compiled = self._trainer_of(train)
     rows = -(-len(stream) // length)
-    tokens_NL = np.resize(stream, rows * length).reshape(rows, length)  # the last is filled up from the beginning
+    tokens_NL = np.resize(stream, rows * length).reshape(rows, length)  # padded with its beginning
     rng = prng.numpy_stream(seed, 'selection', 'tuned')
     old = self.state(0)
     state = compiled.init(prng.stream(seed, 'selection', 'tuned'))._replace(params=old.params, rest=old.rest)
@@ -132,9 +128,9 @@ class Proxies:
     return state
 
   def metagradient_N(self, examples: Examples) -> np.ndarray:
-    """Derivative of the examples' mean output with respect to each row's weight, through the proxies' training.
+    """Derivative of the examples' mean output with respect to each row's weight, through a training; float32 [N].
 
-    One training on every row, `proxies.epochs` times; float32 [N].
+    The training is that of a proxy, but on every row of the pool, `proxies.epochs` times.
 
     Raises:
       UserError: a derivative is not finite.
@@ -147,8 +143,7 @@ class Proxies:
     )
     function = load_callable(self._config.features.output_fn)
     outputs = TargetOutputs(training, function, examples.tokens_TL, examples.weights_TL)
-    members_KT = np.ones((1, len(examples)), bool)
-    metagradient = Metagradient(training, outputs, members_KT)
+    metagradient = Metagradient(training, outputs, np.ones((1, len(examples)), bool))
     self._context.add_flop(metagradient.flop(0))
     return metagradient(0, np.ones(pool.num_rows))[1][0]
 
@@ -184,28 +179,23 @@ class Proxies:
 
 
 def whitening(x_ND: np.ndarray) -> np.ndarray:
-  """The symmetric matrix that brings every direction of centred rows to the same variance: (Σ + εI)^(−1/2), float32.
+  """The symmetric matrix that gives every direction of centred rows the same variance: (Σ + εI)^(−1/2), float32.
 
-  ε is a thousandth of the mean variance: directions with next to none are noise.
+  ε is a thousandth of the mean variance, since directions with hardly any variance are noise.
   """
   from threadpoolctl import threadpool_limits
 
-  with threadpool_limits(1):  # threads would add floating-point numbers in another order
+  with threadpool_limits(1):  # more threads would add floating-point numbers in another order
     wide_ND = x_ND.astype(np.float64)
     variance_D, turn_DD = np.linalg.eigh(wide_ND.T @ wide_ND / max(1, len(wide_ND)))
     variance_D = np.maximum(variance_D, 0) + 1e-3 * variance_D.mean()
-    if not variance_D.max() > 0:  # one row, or all alike
+    if not variance_D.max() > 0:  # a single row, or all rows are equal
       return np.eye(x_ND.shape[1], dtype=np.float32)
     return ((turn_DD / np.sqrt(variance_D)) @ turn_DD.T).astype(np.float32)
 
 
-def _unit(x_ND: np.ndarray) -> np.ndarray:
-  norm_N = np.linalg.norm(x_ND, axis=1, keepdims=True)
-  return x_ND / np.where(norm_N > 0, norm_N, 1)
-
-
 def _padded(sequences: Sequence[np.ndarray], batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-  """(tokens_BL int32, mask_BL float32): 1 where a token is, told by lengths: the id of padding may be a token's too."""
+  """(tokens_BL int32, mask_BL float32): 1 for tokens, by length, since the padding id can also be a token."""
   tokens_BL, mask_BL = np.zeros((batch, length), np.int32), np.zeros((batch, length), np.float32)
   for row, tokens_L in enumerate(sequences):
     tokens_BL[row, : len(tokens_L)] = tokens_L

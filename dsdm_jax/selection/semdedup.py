@@ -1,35 +1,33 @@
-"""SemDeDup: near duplicates in embedding space are dropped, then rows are drawn at random (arXiv 2303.09540, sec. 3).
+"""SemDeDup: drops near duplicates in embedding space, then draws rows at random (arXiv 2303.09540, section 3).
 
-Embeddings are the first proxy's (see `proxies.Proxies.embeddings`); `selection.clusters` of k-means keep the comparison
-within neighbourhoods. A row is dropped if its cosine to a row that comes before it in its cluster is above
-`selection.duplicate_similarity`; rows far from the centre come first and so are kept, as in the paper.
+Embeddings are those of the first proxy (`Proxies.embeddings`). Rows are compared within `selection.clusters` clusters
+of k-means. A row is dropped if its cosine to an earlier row of its cluster is above `selection.duplicate_similarity`.
+Rows far from the centre come first and so stay, as in the paper.
 """
 
 import numpy as np
 
 from dsdm_jax.core import prng
 from dsdm_jax.data.order.selection import Selection
-from dsdm_jax.selection import clusters
-from dsdm_jax.selection.candidates import Candidates, Target
-from dsdm_jax.selection.random import draw
-from dsdm_jax.selection.registry import Budget, selector
+from dsdm_jax.selection.candidates import Budget, Candidates, Target
+from dsdm_jax.selection.controls import draw
 
+FIT_ROWS = 65_536  # k-means is fitted to a sample of a larger pool
 _BLOCK = 2_048  # rows of a cluster that are compared at once
+_CHUNK = 8_192  # rows that are assigned to clusters at once
 
 
-@selector('semdedup', targeted=False, seeded=True)
 def semdedup(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """k random rows among those that are nobody's near duplicate."""
+  """k random rows of those that are left."""
   del target
   return _drawn(pool, 'semdedup', budget.examples, seed)
 
 
-@selector('semdedup_one_epoch', targeted=False, seeded=True)
 def semdedup_one_epoch(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """As many such rows as the budget holds, each seen once, as in the DsDm paper.
+  """As many such rows as the budget has examples, each seen once, as in the DsDm paper.
 
   Raises:
-    UserError: fewer are left.
+    UserError: fewer rows are left.
   """
   del target
   return _drawn(pool, 'semdedup_one_epoch', budget.total, seed)
@@ -40,40 +38,60 @@ def _drawn(pool: Candidates, name: str, count: int, seed: int) -> Selection:
 
   def survivors() -> np.ndarray:
     embedding_ND = pool.once('embeddings', pool.proxies.embeddings)
-    return np.flatnonzero(keep(embedding_ND, options.clusters, options.duplicate_similarity))
+    return np.flatnonzero(~near_duplicates(embedding_ND, options.clusters, options.duplicate_similarity))
 
-  kept = pool.once('semdedup', survivors)
-  rows = draw(pool.num_rows, name, count, seed, among=kept)
-  return Selection.of(rows, dropped=pool.num_rows - len(kept), similarity=options.duplicate_similarity)
+  left = pool.once('semdedup', survivors)
+  rows = draw(pool.num_rows, name, count, seed, among=left)
+  return Selection.of(rows, dropped=pool.num_rows - len(left), similarity=options.duplicate_similarity)
 
 
-def keep(x_ND: np.ndarray, count: int, similarity: float) -> np.ndarray:
-  """Which rows stay: bool [N].
+def near_duplicates(x_ND: np.ndarray, count: int, similarity: float) -> np.ndarray:
+  """Whether each row is dropped as a near duplicate: bool [N].
 
   Args:
     x_ND: embeddings of length one, float32.
-    count: clusters; 0 takes the square root of the rows.
+    count: number of clusters; 0 takes the square root of the number of rows.
     similarity: the cosine above which two rows are duplicates.
   """
-  centres_KD = clusters.centres(x_ND, count, prng.numpy_stream(0, 'selection', 'semdedup'))
-  cluster_N = clusters.assign(x_ND, centres_KD)
-  keep_N = np.ones(len(x_ND), bool)
+  centres_KD = kmeans(x_ND, count, prng.numpy_stream(0, 'selection', 'semdedup'))
+  cluster_N = nearest_centre(x_ND, centres_KD)
+  dropped_N = np.zeros(len(x_ND), bool)
   order = np.argsort(cluster_N, kind='stable')
   for rows in np.split(order, np.flatnonzero(np.diff(cluster_N[order])) + 1):
     nearness = x_ND[rows] @ centres_KD[cluster_N[rows[0]]]
     rows = rows[np.argsort(nearness, kind='stable')]
-    keep_N[rows] = ~_near_an_earlier(x_ND[rows], similarity)
-  return keep_N
+    dropped_N[rows] = _near_an_earlier(x_ND[rows], similarity)
+  return dropped_N
 
 
 def _near_an_earlier(x_MD: np.ndarray, similarity: float) -> np.ndarray:
-  """Whether a row's cosine to any row before it, dropped or not, is above `similarity`: bool [M]."""
-  found_M = np.zeros(len(x_MD), bool)
+  """Whether a row's cosine to any earlier row, dropped or not, is above `similarity`: bool [M]."""
+  near_M = np.zeros(len(x_MD), bool)
   for start in range(0, len(x_MD), _BLOCK):
     block_BD = x_MD[start : start + _BLOCK]
     for first in range(0, start + 1, _BLOCK):
       near_BM = block_BD @ x_MD[first : first + _BLOCK].T > similarity
       if first == start:
         near_BM &= np.tri(len(block_BD), k=-1, dtype=bool)
-      found_M[start : start + len(block_BD)] |= near_BM.any(axis=1)
-  return found_M
+      near_M[start : start + len(block_BD)] |= near_BM.any(axis=1)
+  return near_M
+
+
+def kmeans(x_ND: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+  """At most `count` centres of unit length (0: the square root of the number of rows), float32 [count, D]."""
+  from sklearn.cluster import KMeans
+  from threadpoolctl import threadpool_limits
+
+  count = min(count or round(len(x_ND) ** 0.5), len(x_ND))
+  sample = x_ND if len(x_ND) <= FIT_ROWS else x_ND[np.sort(rng.choice(len(x_ND), FIT_ROWS, replace=False))]
+  with threadpool_limits(1):  # more threads would add floating-point numbers in another order
+    fit = KMeans(count, n_init=1, max_iter=20, random_state=int(rng.integers(2**31))).fit(sample)
+  centres_KD = fit.cluster_centers_.astype(np.float32)
+  norm_K = np.linalg.norm(centres_KD, axis=1, keepdims=True)
+  return centres_KD / np.where(norm_K > 0, norm_K, 1)
+
+
+def nearest_centre(x_ND: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
+  """The centre of largest cosine to each row: int64 [N]."""
+  parts = [np.argmax(x_ND[i : i + _CHUNK] @ centres_KD.T, axis=1) for i in range(0, len(x_ND), _CHUNK)]
+  return np.concatenate(parts)

@@ -20,7 +20,7 @@ import numpy as np
 from dsdm_jax import pipeline
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.errors import UserError
-from dsdm_jax.evaluation import compute, results
+from dsdm_jax.evaluation import multiplier, results
 
 FORMAT = 1
 _UNIT = 1e-3  # of values; answers to a thousandth of a nat
@@ -93,7 +93,7 @@ def write(workdir: Path, name: str, config: Mapping[str, Any], path: Path) -> No
     'ladder': {'index': index, 'items': _packed_items(evaluation / 'ladder_items.npz')} if index else None,
     'cost': {stage: found.manifest['cost'] for stage, found in stages.items()},
     'choices': stages['selection'].semantics.get('cost', {}),
-    'final': compute.final_cost(stages['pretraining']),
+    'final': multiplier.final_cost(stages['pretraining']),
     'cards': [{key: found[key] for key in _CARD} for found in cards],
     'pool': {'rows': card['rows'], 'sources': {s: n['rows'] / card['rows'] for s, n in card['sources'].items()}},
     'config': config, 'versions': stages['evaluation'].manifest['versions'],

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsdm_jax.config.methods import label
 from dsdm_jax.core import storage
 from dsdm_jax.errors import UserError
-from dsdm_jax.evaluation.results import BENCHMARK, HOLDOUT, MEAN
+from dsdm_jax.evaluation.results import MEAN, UNTARGETED
+from dsdm_jax.evaluation.suite import BENCHMARK, HOLDOUT
 from dsdm_jax.report import figures, formatting
 from dsdm_jax.study import arm_file, study
 from dsdm_jax.study.arm_file import ArmFile
@@ -173,18 +175,18 @@ def _task(name: str) -> str:
 
 
 def _arm(method: str, target: str) -> str:
-  return method if target == formatting.UNTARGETED else f'{method} for {target.replace("+", " + ")}'
+  return method if target == UNTARGETED else f'{method} for {target.replace("+", " + ")}'
 
 
 def pictures(found: Mapping[str, Any]) -> dict[str, figures.Drawing]:
   """Name → figure."""
   first = headline_task(found)
   meant = (
-    formatting.UNTARGETED,
+    UNTARGETED,
     'mix' if first == MEAN else first,
   )  # arms for another target stand in the tables alone
   compared = [
-    {**c, 'target_mix': formatting.UNTARGETED} for c in found['means']['comparisons']
+    {**c, 'target_mix': UNTARGETED} for c in found['means']['comparisons']
     if (c['task'], c['baseline'], c['metric'], c['split']) == (first, _RANDOM, 'logprob', HOLDOUT)
     and c['target_mix'] in meant
   ]  # fmt: skip
@@ -192,7 +194,7 @@ def pictures(found: Mapping[str, Any]) -> dict[str, figures.Drawing]:
 
   def labelled(c: Mapping[str, Any]) -> str:
     method, _, arm = c['method'].partition('/')
-    return formatting.method_name(method) + (f', {arm}' if arm and methods.count(method) > 1 else '')
+    return label(method) + (f', {arm}' if arm and methods.count(method) > 1 else '')
 
   best = [{**c, 'method': labelled(c)} for c in sorted(compared, key=lambda c: -c['difference'])]
   made = {'effect': next(iter(figures.forest(best).values()))} if best else {}

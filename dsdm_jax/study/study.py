@@ -24,8 +24,8 @@ from dsdm_jax import configs, pipeline
 from dsdm_jax.config.validate import flatten, validate
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.errors import UserError
-from dsdm_jax.evaluation import compute, results, terminal
-from dsdm_jax.evaluation.comparisons import BASELINES
+from dsdm_jax.evaluation import multiplier, results
+from dsdm_jax.evaluation.comparisons import BASELINES, Options
 from dsdm_jax.study import arm_file
 from dsdm_jax.study.arm_file import ArmFile
 
@@ -77,7 +77,7 @@ def run(flags: argparse.Namespace) -> None:
     found = compare([*done, *(arm for arm in others if arm.name not in configs)])
     save(found, workdir)
     print(f'== {arm}: {time.monotonic() - began:.0f} s', flush=True)
-  print(terminal.table(found))
+  print(results.text_tables(found))
   print(f'study: {workdir / "study.json"}')
 
 
@@ -156,30 +156,34 @@ def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:
   if len(chosen) > 1:
     runs += [{**runs[row], 'method': 'dsdm/again'} for row in chosen]
     items = {key: np.concatenate([values, values[chosen]]) for key, values in items.items()}
-  confidence = base.config['evaluation.confidence']
-  found = results.results(
-    items, runs, confidence=confidence, paired_seeds=base.config['evaluation.paired_seeds'],
-    resamples=base.config['evaluation.bootstrap'], documents=base.documents, categories=base.categories,
-    tasks=base.tasks, baselines=(*BASELINES, 'dsdm'),
-    cost={f'{arm.name}/{stage}': spent for arm in arms for stage, spent in arm.cost.items()},
-    versions=base.versions, config=base.config,
-  )  # fmt: skip
-  found['multiplier'] = None
+  asked = {key.removeprefix('evaluation.'): value for key, value in base.config.items()}
+  options = Options(asked['confidence'], asked['paired_seeds'], asked['bootstrap'], baselines=(*BASELINES, 'dsdm'))
+  known = results.Items(items, base.documents, base.categories, base.tasks)
+  found = results.results(known, runs, options) | {
+    'cost': {f'{arm.name}/{stage}': spent for arm in arms for stage, spent in arm.cost.items()},
+    'versions': base.versions,
+    'config': base.config,
+    'multiplier': None,
+  }
   if base.ladder is not None:
     index, ladder_items = base.ladder
-    names = base.documents, base.categories
-    found['multiplier'] = compute.content(
-      compute.tables_of(items, runs, *names), runs, compute.tables_of(ladder_items, runs, *names, len(index)), index,
-      lambda name, selections: _charge(name, selections, by_name), confidence, base.config['evaluation.selection_uses'],
-    )  # fmt: skip
+    of_ladder = results.Items(ladder_items, base.documents, base.categories)
+    found['multiplier'] = multiplier.multipliers(
+      multiplier.tables_of(known, runs),
+      runs,
+      multiplier.Ladder(index, multiplier.tables_of(of_ladder, runs, len(index))),
+      lambda name, selections: _charge(name, selections, by_name),
+      options.confidence,
+      asked['selection_uses'],
+    )
   return found
 
 
-def _charge(name: str, selections: Sequence[str], arms: Mapping[str, ArmFile]) -> compute.Charge:
+def _charge(name: str, selections: Sequence[str], arms: Mapping[str, ArmFile]) -> multiplier.Charge:
   method, _, of = name.partition('/')
   arm = arms[of] if of in arms else arms[BASE]  # 'dsdm/again' is of several arms alike
   own = [made for of, _, made in (s.partition('/') for s in selections) if of == arm.name]
-  return compute.charge(method, own, arm.final, arm.cost, arm.choices)
+  return multiplier.charge(method, own, arm.final, arm.cost, arm.choices)
 
 
 def _one_of_each(again: Sequence[tuple[str, int]], runs: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 from configs import base
-from dsdm_jax.config import pool_rules, selection_rules
+from dsdm_jax.config import pool_rules
 from dsdm_jax.config import validate as checks
 from dsdm_jax.config.config_rules import RELATIONS, RULES, task_name
 from dsdm_jax.errors import UserError
@@ -482,14 +482,11 @@ def test_names_are_those_of_the_registries():
   """core/ may not ask the registries, so the names stand there a second time."""
   from dsdm_jax.data.pool import installed_packages, sources
   from dsdm_jax.data.targets import benchmarks, tasks
-  from dsdm_jax.selection import registry, select
 
   assert pool_rules.KINDS == installed_packages.KINDS
   assert pool_rules.SOURCE_KINDS == sources.KINDS
   assert set(pool_rules.BENCHMARKS) == set(benchmarks.BENCHMARKS)
   assert pool_rules.TASKS == tasks.BUILT_IN
-  select.load_selectors()
-  assert set(selection_rules.METHODS) == set(registry.SELECTORS)
   assert [task_name(t) for t in ('docs', 'a/b.jsonl')] == [tasks.task_name(t) for t in ('docs', 'a/b.jsonl')]
 
 

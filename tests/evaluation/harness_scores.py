@@ -36,9 +36,12 @@ def model(arrays):
 def main(weights_file, tasks_file, out_file):
   arrays = np.load(weights_file)
   language_model = HFLM(
-    pretrained=model(arrays), tokenizer=tokenizer(str(arrays['alphabet'])), batch_size=7, device='cpu',
+    pretrained=model(arrays),
+    tokenizer=tokenizer(str(arrays['alphabet'])),
+    batch_size=7,
+    device='cpu',
     max_length=int(arrays['n_positions']),
-  )  # fmt: skip
+  )
   with open(tasks_file) as file:
     tasks = json.load(file)
   with tempfile.TemporaryDirectory() as cache:

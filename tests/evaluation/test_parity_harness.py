@@ -15,7 +15,7 @@ from configs import base
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data.targets import benchmarks
 from dsdm_jax.data.targets.shapes import LANGUAGE_MODELLING, MULTIPLE_CHOICE
-from dsdm_jax.evaluation import questions, rules
+from dsdm_jax.evaluation import scoring, suite
 from dsdm_jax.evaluation.scoring import Scorer
 from dsdm_jax.training.step import Trainer
 
@@ -83,11 +83,10 @@ def _files(folder: Path, trained) -> dict[str, tuple[benchmarks.Benchmark, list]
     'words': [{'context': _text(g, 3, 14), 'continuation': _text(g, 1, 3)} for _ in range(30)],
     'own': [],
     'choose': [
-      {
-        'query': _text(g, 3, 14), 'gold': int(g.integers(3)), 'choices': [_text(g, 1, 5) for _ in range(3)],
-      } for _ in range(60)
+      {'query': _text(g, 3, 14), 'gold': int(g.integers(3)), 'choices': [_text(g, 1, 5) for _ in range(3)]}
+      for _ in range(60)
     ],
-  }  # fmt: skip
+  }
   contexts = [_text(g, 6, 7)[:24].strip() for _ in range(12)]
   for index, (context, said) in enumerate(zip(contexts, _continued(*trained[:2], contexts), strict=True)):
     lines['own'].append({'context': context, 'continuation': said + '~' * (index % 2)})
@@ -106,15 +105,19 @@ def _their_task(benchmark: benchmarks.Benchmark) -> dict:
   choice = benchmark.shape == MULTIPLE_CHOICE
   metrics = ['acc', 'acc_norm'] if choice else ['acc']
   return {
-    'task': benchmark.name, 'dataset_path': 'json', 'test_split': 'test', 'num_fewshot': 0,
-    'dataset_kwargs': {'data_files': {'test': benchmark.source}}, 'target_delimiter': benchmark.delimiter,
+    'task': benchmark.name,
+    'dataset_path': 'json',
+    'test_split': 'test',
+    'num_fewshot': 0,
+    'dataset_kwargs': {'data_files': {'test': benchmark.source}},
+    'target_delimiter': benchmark.delimiter,
     'output_type': 'multiple_choice' if choice else 'loglikelihood',
     'doc_to_text': '{{query}}' if choice else '{{context}}',
     # For language modelling the harness leaves the white space before the answer to the task.
     'doc_to_target': 'gold' if choice else '{{"' + benchmark.delimiter + '" + continuation}}',
     **({'doc_to_choice': 'choices'} if choice else {}),
     'metric_list': [{'metric': m, 'aggregation': 'mean', 'higher_is_better': True} for m in metrics],
-  }  # fmt: skip
+  }
 
 
 @pytest.mark.peers
@@ -122,32 +125,42 @@ def test_scores_equal_the_harness_item_by_item(peers, trained, tmp_path):
   trainer, state, config = trained
   files = _files(tmp_path, trained)
   np.savez(
-    tmp_path / 'in.npz', alphabet=ALPHABET, n_embd=config.width, n_layer=config.layers, n_head=config.heads,
-    n_inner=config.mlp_width, n_positions=LENGTH, vocab_size=len(ALPHABET) + 1,
+    tmp_path / 'in.npz',
+    alphabet=ALPHABET,
+    n_embd=config.width,
+    n_layer=config.layers,
+    n_head=config.heads,
+    n_inner=config.mlp_width,
+    n_positions=LENGTH,
+    vocab_size=len(ALPHABET) + 1,
     **_under_their_names(state.params, config),
-  )  # fmt: skip
+  )
   (tmp_path / 'tasks.json').write_text(json.dumps([_their_task(benchmark) for benchmark, _ in files.values()]))
   environment = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONWARNINGS')}
   done = subprocess.run(
     [peers, Path(__file__).with_name('harness_scores.py'), 'in.npz', 'tasks.json', 'out.json'],
-    cwd=tmp_path, capture_output=True, text=True, check=False, timeout=400,
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=400,
     env=environment | {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'home'), 'TOKENIZERS_PARALLELISM': 'false'},
-  )  # fmt: skip
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   theirs = json.loads((tmp_path / 'out.json').read_text())
 
   scorer, worst, right = Scorer(trainer, 8, 0), 0.0, {}
   for name, (benchmark, items) in files.items():
-    request = questions.build(benchmark, items, questions.Sequences(encode, LENGTH, 1, begin=False), 4, 0)
+    request = suite.build(benchmark, items, suite.Sequences(encode, LENGTH, 1, begin=False), 4, 0)
     answers = scorer.answers(state, request.ids_P, request.count_P, LENGTH)
     wanted = [answer for item in theirs[name] for answer in item['answers']]
     # Sums of at most 30 log-probabilities near −5 in float32 on both sides: seen 3e-5.
     np.testing.assert_allclose(answers.total_P, [total for total, _ in wanted], atol=2e-4)
     worst = max(worst, float(np.abs(answers.total_P - [total for total, _ in wanted]).max()))
     if benchmark.shape == LANGUAGE_MODELLING:
-      found = {'acc': rules.exact_argmax(answers)['accuracy']}
+      found = {'acc': scoring.exact_argmax(answers)['accuracy']}
     else:
-      found = rules.lowest_cross_entropy(answers, request.item_P, request.gold_I, request.characters_P)
+      found = scoring.lowest_cross_entropy(answers, request.item_P, request.gold_I, request.characters_P)
     for metric in ('acc', 'acc_norm'):
       if metric in found:
         assert found[metric].tolist() == [item[metric] for item in theirs[name]], (name, metric)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dsdm_jax.errors import UserError
-from dsdm_jax.evaluation import results, statistics, terminal
+from dsdm_jax.evaluation import results, statistics
+from dsdm_jax.evaluation.comparisons import Options
 
 RUNS = [
   {'method': method, 'target_mix': target, 'seed': seed}
@@ -34,11 +35,9 @@ def _items(runs=RUNS, count=40):
   return items
 
 
-def _results(items=None, runs=RUNS, **options):
-  return results.results(
-    _items(runs) if items is None else items, runs, confidence=0.95, cost={'pool': {'seconds': 1.0, 'flop': 2.0}},
-    versions={'jax': '0'}, config={'seed': 0}, **options,
-  )  # fmt: skip
+def _results(items=None, runs=RUNS, documents=(), categories=(), **options):
+  values = _items(runs) if items is None else items
+  return results.results(results.Items(values, dict(documents), dict(categories)), runs, Options(**options))
 
 
 def test_schema_and_values():
@@ -48,8 +47,17 @@ def test_schema_and_values():
   assert len(found['arms']) == len(RUNS) * 4
   first = found['arms'][0]
   assert set(first) == {
-    'method', 'target_mix', 'seed', 'task', 'split', 'logprob', 'accuracy', 'acc', 'acc_norm', 'n_items'
-  }  # fmt: skip
+    'method',
+    'target_mix',
+    'seed',
+    'task',
+    'split',
+    'logprob',
+    'accuracy',
+    'acc',
+    'acc_norm',
+    'n_items',
+  }
   assert first['acc'] is None
   assert first['logprob'] == pytest.approx(
     float(items['logprob__docs__target'][0].astype(np.float64).mean()), rel=1e-12
@@ -98,11 +106,8 @@ def test_paired_seeds_match_by_number():
   for key in items:
     items[key] += np.tile(start_S, 5)[:, None].astype(np.float32)
   plain = _results(items, paired_seeds=True)['comparisons']
-  shuffled_runs = [RUNS[i] for i in order]
-  shuffled = results.results(
-    {key: values_RI[order] for key, values_RI in items.items()}, shuffled_runs, confidence=0.95, cost={}, versions={},
-    config={}, paired_seeds=True,
-  )['comparisons']  # fmt: skip
+  shuffled_items = {key: values_RI[order] for key, values_RI in items.items()}
+  shuffled = _results(shuffled_items, [RUNS[i] for i in order], paired_seeds=True)['comparisons']
   widths = [[c['high'] - c['low'] for c in found] for found in (plain, shuffled)]
   np.testing.assert_allclose(widths[0], widths[1], rtol=1e-6)
   independent = _results(items)['comparisons']
@@ -128,7 +133,7 @@ def test_one_document_for_all_says_nothing():
 
 def test_table_shows_every_comparison_unbroken():
   found = _results()
-  lines = terminal.table(found).splitlines()
+  lines = results.text_tables(found).splitlines()
   assert sum('[' in line and ']' in line for line in lines) == len(found['comparisons'])
   for note in found['notes']:
     assert note[:40] in ' '.join(lines)
@@ -144,7 +149,7 @@ def test_accuracies_on_benchmarks_have_intervals_where_they_fit():
       for task in range(tasks):
         items[f'{metric}__task{task}__benchmark'] = _items()[f'{metric}__docs__holdout']
     found = _results(items)
-    said = terminal.table(found).splitlines()
+    said = results.text_tables(found).splitlines()
     assert max(map(len, said)) <= 110 and '…' not in ''.join(said)
     (row,) = (r for r in found['summary'] if (r['method'], r['task']) == ('random', 'task0'))
     value, end = f'{row["accuracy"]:.3f}', f' [{row["accuracy_low"]:.2f}, {row["accuracy_high"]:.2f}]'
@@ -204,8 +209,9 @@ def test_conditional_on_one_selection():
   for drawn, conditional in ((False, True), (True, False)):
     runs = [
       {**r, 'selection': f'{r["method"]}--{r["seed"] if drawn or r["method"] == "random" else 0}'}
-      for r in RUNS if r['method'] in ('random', 'random_one_epoch', 'dsdm')
-    ]  # fmt: skip
+      for r in RUNS
+      if r['method'] in ('random', 'random_one_epoch', 'dsdm')
+    ]
     found = _results(_items(runs), runs)
     by_pair = {(c['method'], c['baseline']): c['conditional'] for c in found['comparisons']}
     assert by_pair['dsdm', 'random'] == conditional
@@ -283,8 +289,9 @@ def test_random_arms_rarely_get_a_verdict():
   """Forty comparisons of arms that are alike, as `results.json` judges them, five to a task: at most five verdicts."""
   runs = [
     {'method': method, 'target_mix': target, 'seed': seed}
-    for method, target in [('random', 'any'), *(('dsdm', f't{i}') for i in range(5))] for seed in range(3)
-  ]  # fmt: skip
+    for method, target in [('random', 'any'), *(('dsdm', f't{i}') for i in range(5))]
+    for seed in range(3)
+  ]
   g = np.random.default_rng(7)
   items = {}
   for task in range(8):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dsdm_jax.evaluation import rules
-from dsdm_jax.evaluation.rules import Answers
+from dsdm_jax.evaluation import scoring
+from dsdm_jax.evaluation.scoring import Answers
 
 
 def _answers(total, count, greedy=None) -> Answers:
@@ -20,7 +20,7 @@ def test_multiple_choice_hand_worked():
   answers = _answers([-4, -5, -9, -1, -8], [1, 4, 6, 1, 1])
   item_P, characters_P = np.array([0, 0, 0, 1, 1]), np.array([2, 5, 20, 3, 3])
   for gold, right in enumerate(('acc', 'accuracy', 'acc_norm')):
-    found = rules.lowest_cross_entropy(answers, item_P, np.array([gold, 3]), characters_P)
+    found = scoring.lowest_cross_entropy(answers, item_P, np.array([gold, 3]), characters_P)
     assert {name for name in ('accuracy', 'acc', 'acc_norm') if found[name][0] == 1} == {right}
     assert all(found[name][1] == 1 for name in ('accuracy', 'acc', 'acc_norm'))
     assert found['logprob'].tolist() == [(-4, -1.25, -1.5)[gold], -1]
@@ -28,12 +28,12 @@ def test_multiple_choice_hand_worked():
 
 def test_first_of_equal_choices_is_chosen():
   answers = _answers([-2, -2, -2, -2], [1, 1, 1, 1])
-  found = rules.lowest_cross_entropy(answers, np.array([0, 0, 1, 1]), np.array([0, 3]), np.ones(4))
+  found = scoring.lowest_cross_entropy(answers, np.array([0, 0, 1, 1]), np.array([0, 3]), np.ones(4))
   assert found['accuracy'].tolist() == found['acc'].tolist() == [1, 0]
 
 
 def test_language_modelling_hand_worked():
-  found = rules.exact_argmax(_answers([-3, -0.5], [2, 1], np.array([False, True])))
+  found = scoring.exact_argmax(_answers([-3, -0.5], [2, 1], np.array([False, True])))
   assert found['logprob'].tolist() == [-1.5, -0.5]
   assert found['accuracy'].tolist() == [0, 1]
 
@@ -51,10 +51,10 @@ def test_language_modelling_hand_worked():
   ],
 )
 def test_normalized(text, plain):
-  assert rules.normalized(text) == plain
+  assert scoring.normalized(text) == plain
 
 
 def test_generation_is_right_where_the_output_begins_with_an_alias():
   outputs = ['The Onion, I think', 'I think onion', 'onion', '', 'red onions']
   aliases = [['Onions', 'onion'], ['onion'], ['!', 'leek'], ['...'], ['Red Onion']]
-  assert rules.alias_prefix(outputs, aliases).tolist() == [1, 0, 0, 0, 1]
+  assert scoring.alias_prefix(outputs, aliases).tolist() == [1, 0, 0, 0, 1]

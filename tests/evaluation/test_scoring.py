@@ -1,4 +1,4 @@
-"""A model's answers: against plain sums of its own log-probabilities, alone and in company."""
+"""The scores of answers equal plain sums of log-probabilities and do not depend on the batch."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data.targets import benchmarks
 from dsdm_jax.data.targets.shapes import Item
-from dsdm_jax.evaluation import questions
+from dsdm_jax.evaluation import suite
 from dsdm_jax.evaluation.scoring import Scorer, score_request
 from dsdm_jax.training.step import Trainer
 
@@ -18,7 +18,7 @@ V, L = 131, 40
 
 
 class Plain(nnx.Module):
-  """Somebody else's model: no places can be asked of it, and it has no cache."""
+  """A custom model: only logits at all positions, and no cache."""
 
   def __init__(self, inner):
     self.inner = inner
@@ -66,8 +66,9 @@ def test_answers_are_sums_of_log_probabilities(trained):
   """float32 rounding over at most 39 terms of size 10: 1e-4 at the very worst, seen 1e-5."""
   trainer, state = trained
   ids_P, count_P = _pairs(6)
-  first_id = int(np.argmax(jax.jit(lambda p, r: nnx.merge(trainer.graphdef, p, r)(ids_P[0][None]))(
-    state.params, state.rest)[0, -1]))  # fmt: skip
+  first_id = int(
+    np.argmax(jax.jit(lambda p, r: nnx.merge(trainer.graphdef, p, r)(ids_P[0][None]))(state.params, state.rest)[0, -1])
+  )
   ids_P.append(np.append(ids_P[0][-L + 1 :], first_id).astype(np.int32))  # one that is greedy
   count_P = np.append(count_P, 1)
   if len(ids_P[0]) >= L:
@@ -94,7 +95,7 @@ def test_log_probabilities_do_not_depend_on_the_batch(trained):
   assert (shuffled.greedy_P == whole.greedy_P[order]).all()
 
 
-def test_sequences_are_filled_up_with_the_vocabularys_padding(trained):
+def test_sequences_are_padded_with_the_vocabularys_padding_id(trained):
   seen = []
 
   class Watched(Scorer):
@@ -122,8 +123,8 @@ def test_score_reads_weights(trained):
   np.testing.assert_allclose(logprob_I, scorer.answers(state, ids_P, count_P, L).mean_P, atol=1e-5)
 
 
-def test_generation_and_a_strangers_model(trained):
-  """Texts and log-probabilities of a model without places and cache are those of the same one with them."""
+def test_generation_with_a_custom_model(trained):
+  """Without selected positions and cache, a model gives the same texts and log-probabilities."""
   trainer, state = trained
   other = _trainer('tests.evaluation.test_scoring:plain')
   inner = Plain(nnx.merge(trainer.graphdef, state.params, state.rest))
@@ -131,7 +132,7 @@ def test_generation_and_a_strangers_model(trained):
   items = [Item(str(i), f'Say {"x" * i} please:', 'ok', aliases=('ok',)) for i in range(6)]
   encode = lambda text: [byte + 3 for byte in text.encode()]  # noqa: E731
   decode = lambda ids: ''.join(chr(int(i) - 3) for i in ids if i > 2)  # noqa: E731
-  request = questions.build(benchmarks.BENCHMARKS['trivia_qa'], items, questions.Sequences(encode, L, 1), 5, 0)
+  request = suite.build(benchmarks.BENCHMARKS['trivia_qa'], items, suite.Sequences(encode, L, 1), 5, 0)
   stop_V = np.arange(V) == 13
   found = [
     score_request(Scorer(t, 4, 0), s, request, L, 5, stop_V, decode)

@@ -302,8 +302,9 @@ def test_bootstrap_coverage(values):
   """
   g = _rng(19, len(values))
   draw = {
-    'normal': lambda: g.normal(0.1, 1, 100), 'exponential': lambda: g.exponential(1, 100) - 0.9,
+    'normal': lambda: g.normal(0.1, 1, 100),
+    'exponential': lambda: g.exponential(1, 100) - 0.9,
     'accuracy': lambda: (g.random(100) < 0.4) * 1.0 - (g.random(100) < 0.3),
-  }  # fmt: skip
+  }
   found = [statistics.bootstrap_difference(draw[values](), g, resamples=1_000) for _ in range(800)]
   assert 0.91 <= np.mean([f.low <= 0.1 <= f.high for f in found]) <= 0.98

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import dsdm_jax
+from dsdm_jax.config.methods import STAGES
 from dsdm_jax.core import artifacts, prng
 from dsdm_jax.data.order import arms, mixtures
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
-from dsdm_jax.evaluation import multiplier
 from tests.pipeline import runs
 
 PARTS = ('dsdm@docs rate=2', 'dsdm@api_qa rows=3 cap=2', 'random epochs=1')
@@ -87,7 +87,7 @@ def test_gross_and_net_multiplier_of_every_arm(trained):
   assert {(a['method'], a['task']) for a in read['arms']} == {
     (m, t) for m in ('dsdm', 'random', 'mixture') for t in tasks
   }
-  spent = {stage: found['cost'][stage]['flop'] for stage in multiplier.STAGES}
+  spent = {stage: found['cost'][stage]['flop'] for stage in STAGES}
   final = found['cost']['pretraining']['flop'] / 6
   for arm in read['arms']:
     assert arm['flop_final'] == pytest.approx(final)

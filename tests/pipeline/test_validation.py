@@ -98,4 +98,4 @@ def test_report_takes_up_a_validation_of_the_same_pool(copied):
     count = len(runs.events(copied))
     runs.succeed(runs.TINY, f'--workdir={copied}')
     assert runs.stages_run(copied, count) == (['report'] if shown else [])
-    assert ('Do the scores foretell' in (copied / 'report/index.html').read_text()) == shown
+    assert ('Do the scores predict' in (copied / 'report/index.html').read_text()) == shown

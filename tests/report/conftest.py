@@ -12,7 +12,8 @@ from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.pool import passes
 from dsdm_jax.evaluation import results
-from dsdm_jax.report import explorer, page, pictures, report_data
+from dsdm_jax.evaluation.comparisons import Options
+from dsdm_jax.report import explorer, page, report_data
 
 HOSTILE = (
   '<script>document.title = "owned"; console.error("ran")</script>'
@@ -22,12 +23,9 @@ HOSTILE = (
 SOURCES = ('source', 'docs', 'licences', 'metadata', 'data')
 TASKS = ('docs', 'api_qa', 'cs_algorithms')
 METHODS = {'dsdm': 0.17, 'random': 0.0, 'random_one_epoch': 0.04, 'bottom': -0.38}
-CONFIG = {
-  'seed': 0,
-  'pool.leakage_guard': True,
-  'targets.tasks': list(TASKS),
-  'model.factory': '<script>:x',
-}
+CONFIG = {'seed': 0, 'pool.leakage_guard': True, 'targets.tasks': list(TASKS), 'model.factory': '<script>:x'}
+# A mix of ranks has no intervals.
+SCORES = {'tasks': list(TASKS), 'mix': 'rank', 'half_width': dict.fromkeys(TASKS, 2.0)}
 ROWS, PICKED, SEEDS, ITEMS, PEAKS = 3000, 400, 3, 90, 5
 
 
@@ -48,16 +46,19 @@ def build(folder: Path) -> dict[str, Artifact]:
   documents = [
     {'id': f'{SOURCES[i % 5]}/package-{i}/module_{i}.py', 'source': SOURCES[i % 5], 'bytes': 4000, 'tokens': 1100}
     for i in range(ROWS // 10)
-  ]  # fmt: skip
+  ]
   documents[0]['id'] = 'docs/<b onmouseover=alert(1)>/x.md'
   pool = folder / 'pool'
   planted_N = np.full(ROWS, -1, np.int32)
   planted_N[11] = 0
   (pool / 'rows').mkdir()
   origins = {
-    'source': source_N, 'document': (np.arange(ROWS) // 10).astype(np.int32), 'offset': np.zeros(ROWS, np.int32),
-    'planted': planted_N, 'order': np.arange(len(documents)),
-  }  # fmt: skip
+    'source': source_N,
+    'document': (np.arange(ROWS) // 10).astype(np.int32),
+    'offset': np.zeros(ROWS, np.int32),
+    'planted': planted_N,
+    'order': np.arange(len(documents)),
+  }
   for name, array in origins.items():
     np.save(pool / 'rows' / f'{name}.npy', array)
   storage.write_json(pool / 'sources.json', list(SOURCES))
@@ -79,10 +80,13 @@ def build(folder: Path) -> dict[str, Artifact]:
     arrays[f'example_score_{task}_EM'] = np.stack([score_TN[i][ends_M], -score_TN[i][np.roll(ends_M, PEAKS)]]).astype(
       np.float32
     )
-    _write_lines(folder / 'targets' / f'{task}.target.jsonl', [
-      {'id': str(e), 'context': f'What is {task} {e}? {HOSTILE}', 'answer': f'answer {e}', 'document': 'd'}
-      for e in (0, 1)
-    ])  # fmt: skip
+    _write_lines(
+      folder / 'targets' / f'{task}.target.jsonl',
+      [
+        {'id': str(e), 'context': f'What is {task} {e}? {HOSTILE}', 'answer': f'answer {e}', 'document': 'd'}
+        for e in (0, 1)
+      ],
+    )
     arrays[f'error_{task}_N'] = g.uniform(0.01, 0.5, ROWS).astype(np.float32) * (np.arange(ROWS) != 5)
   storage.save_npz(folder / 'datamodel' / 'scores.npz', **arrays, score_mix_N=mix_N.astype(np.float32))
 
@@ -94,24 +98,35 @@ def build(folder: Path) -> dict[str, Artifact]:
       drawn = seed if target == 'any' else 0
       name = f'{method}--{target}--{seed}'
       rows = {
-        'dsdm': order_N[:PICKED], 'bottom': order_N[-PICKED:], 'random': g.permutation(ROWS)[:PICKED],
+        'dsdm': order_N[:PICKED],
+        'bottom': order_N[-PICKED:],
+        'random': g.permutation(ROWS)[:PICKED],
         'random_one_epoch': g.permutation(ROWS)[: 4 * PICKED],
-      }[method]  # fmt: skip
+      }[method]
       if seed == drawn:
         storage.save_npz(
           folder / 'selection' / f'{name}.npz', rows=np.sort(rows), weights=np.ones(len(rows), np.float32)
         )
-      runs.append({
-        'name': name, 'selection': f'{method}--{target}--{drawn}',
-        'method': method, 'target': target, 'seed': seed, 'examples': len(rows),
-        'epochs': 1 if method == 'random_one_epoch' else 4,
-      })  # fmt: skip
+      runs.append(
+        {
+          'name': name,
+          'selection': f'{method}--{target}--{drawn}',
+          'method': method,
+          'target': target,
+          'seed': seed,
+          'examples': len(rows),
+          'epochs': 1 if method == 'random_one_epoch' else 4,
+        }
+      )
       easier = 0.6 if method == 'bottom' else 0.1 * (method == 'dsdm')
       losses = 4.2 + 2.5 * np.exp(-logs / 40) - easier + g.normal(0, 0.03, len(logs))
-      _write_lines(folder / 'pretraining' / f'{name}.jsonl', [
-        {'step': int(s), 'loss': float(x), 'learning_rate': 1e-3, 'seconds': 0.1, 'tokens': int(s) * 4096}
-        for s, x in zip(logs, losses, strict=True)
-      ])  # fmt: skip
+      _write_lines(
+        folder / 'pretraining' / f'{name}.jsonl',
+        [
+          {'step': int(s), 'loss': float(x), 'learning_rate': 1e-3, 'seconds': 0.1, 'tokens': int(s) * 4096}
+          for s, x in zip(logs, losses, strict=True)
+        ],
+      )
   storage.write_json(folder / 'selection' / 'index.json', runs)
   _evaluation(folder, runs, g)
   spent = (4, 1.2, 61, 38, 2.4, 0.8, 118, 0.1, 14)
@@ -121,7 +136,7 @@ def build(folder: Path) -> dict[str, Artifact]:
       folder / stage,
       {
         'cost': {'seconds': float(s), 'flop': float(f)},
-        'semantics': {'half_width': dict.fromkeys(TASKS, 2.0)} if stage == 'datamodel' else {},
+        'semantics': SCORES if stage == 'datamodel' else {},
         'identity': {'settings': flatten(base.get_config())},
         'versions': {'jax': '0.10.2'},
         'files': {'one': {'bytes': 1_500}, 'two': {'bytes': 2_000_000}},
@@ -138,14 +153,18 @@ def _evaluation(folder: Path, runs: list[dict], g: np.random.Generator) -> None:
     for split in ('target', 'holdout'):
       hardness_I = g.normal(-4.6, 0.8, ITEMS)
       taste = {m: g.normal(0, 0.12, ITEMS) for m in METHODS}
-      items[f'logprob__{task}__{split}'] = np.stack([
-        hardness_I + strength * METHODS[r['method']] + taste[r['method']] + g.normal(0, 0.02)
-        + g.normal(0, 0.15, ITEMS) for r in rows
-      ]).astype(np.float32)  # fmt: skip
+      items[f'logprob__{task}__{split}'] = np.stack(
+        [
+          hardness_I
+          + strength * METHODS[r['method']]
+          + taste[r['method']]
+          + g.normal(0, 0.02)
+          + g.normal(0, 0.15, ITEMS)
+          for r in rows
+        ]
+      ).astype(np.float32)
       items[f'accuracy__{task}__{split}'] = (g.random((len(rows), ITEMS)) < 0.1).astype(np.float32)
-  storage.write_json(folder / 'evaluation' / 'results.json', results.results(
-    items, rows, confidence=0.95, cost={}, versions={}, config={},
-  ))  # fmt: skip
+  storage.write_json(folder / 'evaluation' / 'results.json', results.results(results.Items(items), rows, Options()))
 
 
 def _write_lines(path: Path, records: list[dict]) -> None:
@@ -173,26 +192,45 @@ def multiplier() -> dict:
     {'flop': 1e12 * 2**i, 'value': -4.8 + 0.1 * i, 'low': -4.85 + 0.1 * i, 'high': -4.75 + 0.1 * i} for i in range(4)
   ]
   common = {
-    'target_mix': 'mix', 'split': 'holdout', 'metric': 'logprob', 'flop_final': 2e12, 'seconds_final': 9.0,
-    'flop_selection': 5e12, 'seconds_selection': 20.0, 'uses': 1, 'needs_flop_selection_below': 3e12,
-  }  # fmt: skip
+    'target_mix': 'mix',
+    'split': 'holdout',
+    'metric': 'logprob',
+    'flop_final': 2e12,
+    'seconds_final': 9.0,
+    'flop_selection': 5e12,
+    'seconds_selection': 20.0,
+    'uses': 1,
+    'needs_flop_selection_below': 3e12,
+  }
   inside = {'estimate': 5e12, 'low': 3e12, 'high': None, 'text': '5e12 [3e12, > 8e12]'}
   above = {'estimate': None, 'low': 8e12, 'high': None, 'text': '> 8e12'}
   arms = [
-    common | {'method': 'dsdm', 'task': task, 'value': value, 'equivalent': read, 'gross': read | {'text': text},
-              'net': read | {'text': '0.9 [0.6, > 1.5]'}}
+    common
+    | {
+      'method': 'dsdm',
+      'task': task,
+      'value': value,
+      'equivalent': read,
+      'gross': read | {'text': text},
+      'net': read | {'text': '0.9 [0.6, > 1.5]'},
+    }
     for task, value, read, text in (('docs', -4.57, inside, '2.5 [1.5, > 4]'), ('mean', -4.3, above, '> 4'))
-  ]  # fmt: skip
+  ]
   curves = [{'task': task, 'split': 'holdout', 'metric': 'logprob', 'points': curve} for task in ('docs', 'mean')]
   return {
-    'confidence': 0.95, 'uses': 1, 'unit': {}, 'rungs': [], 'curves': curves, 'arms': arms,
+    'confidence': 0.95,
+    'uses': 1,
+    'unit': {},
+    'rungs': [],
+    'curves': curves,
+    'arms': arms,
     'notes': ['<i>Conditional</i> on one selection.'],
-  }  # fmt: skip
+  }
 
 
 @pytest.fixture(scope='session')
 def drawings(shown) -> dict:
-  return pictures.make(shown)
+  return page.report_figures(shown)
 
 
 @pytest.fixture(scope='session')

@@ -111,8 +111,12 @@ class Explorer:
     return self.browser.execute_script(script, *arguments)
 
   def choose(self, name: str, value: str) -> None:
-    self.js("const e = document.getElementById('x-' + arguments[0]); e.value = arguments[1];"
-            "e.dispatchEvent(new Event('change'))", name, value)  # fmt: skip
+    self.js(
+      "const e = document.getElementById('x-' + arguments[0]); e.value = arguments[1];"
+      "e.dispatchEvent(new Event('change'))",
+      name,
+      value,
+    )
 
   def arm(self, name: str, label: str) -> None:
     options = self.js("return [...document.getElementById('x-' + arguments[0]).options].map(o => o.text)", name)
@@ -211,9 +215,14 @@ def test_comparing_two_arms(explorer, shown):
   explorer.arm('b', 'Random, one')
   dsdm, other = arms['dsdm'], arms['random_one_epoch']
   wanted = {
-    'a': len(dsdm), 'not-a': 3000 - len(dsdm), 'both': len(dsdm & other), 'a-not-b': len(dsdm - other),
-    'b-not-a': len(other - dsdm), 'neither': 3000 - len(dsdm | other), 'all': 3000,
-  }  # fmt: skip
+    'a': len(dsdm),
+    'not-a': 3000 - len(dsdm),
+    'both': len(dsdm & other),
+    'a-not-b': len(dsdm - other),
+    'b-not-a': len(other - dsdm),
+    'neither': 3000 - len(dsdm | other),
+    'all': 3000,
+  }
   for relation, count in wanted.items():
     explorer.choose('relation', relation)
     assert (relation, explorer.matches) == (relation, count)

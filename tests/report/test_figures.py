@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from dsdm_jax.report import figures, pictures
+from dsdm_jax.report import figures, page
 from dsdm_jax.report.report_data import Curve
 
 
@@ -54,8 +54,8 @@ def test_empty_curve_and_equal_scores_draw():
   assert '<svg' in figures.histogram(np.zeros(5), None, None).svg('x')
 
 
-def test_pictures_are_repeatable_as_svg_and_as_png(shown, drawings):
-  again = pictures.make(shown)
+def test_figures_are_repeatable_as_svg_and_as_png(shown, drawings):
+  again = page.report_figures(shown)
   assert list(again) == list(drawings)
   for name in ('overlap', 'forest-docs'):
     first = again[name].svg('x')

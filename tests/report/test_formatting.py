@@ -7,12 +7,19 @@ from dsdm_jax.report import formatting
 
 def _comparison(task, difference, half, verdict, baseline='random', target='mix', split='holdout'):
   return {
-    'method': 'dsdm', 'target_mix': target, 'baseline': baseline, 'task': task, 'split': split,
-    'difference': difference, 'low': difference - half, 'high': difference + half, 'verdict': verdict,
-  }  # fmt: skip
+    'method': 'dsdm',
+    'target_mix': target,
+    'baseline': baseline,
+    'task': task,
+    'split': split,
+    'difference': difference,
+    'low': difference - half,
+    'high': difference + half,
+    'verdict': verdict,
+  }
 
 
-def _said(*comparisons):
+def _headlines(*comparisons):
   return [s.replace('\u00a0', ' ') for s in formatting.headlines({'comparisons': comparisons})]
 
 
@@ -22,36 +29,38 @@ def test_headline_for_each_outcome():
   neither = _comparison('cs_algorithms', 0.01, 0.04, 'no evidence')
   start = 'Trained on data chosen by DsDm, the same model at the same token budget'
   end = 'with as many passes over randomly chosen data'
-  assert _said(better) == [f'{start} is better by 0.17 nats [0.12, 0.22] on documentation prose than {end}.']
-  assert _said(better, worse, neither) == [
+  assert _headlines(better) == [f'{start} is better by 0.17 nats [0.12, 0.22] on documentation prose than {end}.']
+  assert _headlines(better, worse, neither) == [
     f'{start} is better by 0.17 nats [0.12, 0.22] on documentation prose but worse by 0.30 nats [0.20, 0.40] on '
     f'API questions than {end}; there is no evidence of a difference on CS algorithms [−0.03, 0.05].'
   ]
-  assert _said(neither) == [f'{start} does not measurably differ from one trained {end}: CS algorithms [−0.03, 0.05].']
-  assert _said() == []
+  assert _headlines(neither) == [
+    f'{start} does not measurably differ from one trained {end}: CS algorithms [−0.03, 0.05].'
+  ]
+  assert _headlines() == []
 
 
 def test_second_headline_goes_on_from_the_first():
   equal = _comparison('docs', 0.17, 0.05, 'better')
   single = _comparison('docs', 0.2, 0.05, 'better', baseline='random_one_epoch')
-  assert _said(equal, single)[1].startswith(
+  assert _headlines(equal, single)[1].startswith(
     'It is better by 0.20 nats [0.15, 0.25] on documentation prose than with a single'
   )
-  assert _said(single)[0].startswith('Trained on data chosen by DsDm')
+  assert _headlines(single)[0].startswith('Trained on data chosen by DsDm')
 
 
 def test_headline_prefers_the_arm_for_all_targets():
   mix = _comparison('docs', 0.1, 0.05, 'better')
   single = _comparison('docs', 0.9, 0.05, 'better', target='docs')
-  assert '0.10' in _said(mix, single)[0]
-  assert '0.90' not in _said(mix, single)[0]
+  assert '0.10' in _headlines(mix, single)[0]
+  assert '0.90' not in _headlines(mix, single)[0]
 
 
 def test_headline_of_single_targets_speaks_of_their_own_task():
   own = _comparison('docs', 0.5, 0.05, 'better', target='docs')
   other = _comparison('docs', 0.2, 0.05, 'better', target='api_qa')
-  assert '0.50' in _said(own, other)[0]
-  assert '0.20' not in _said(own, other)[0]
+  assert '0.50' in _headlines(own, other)[0]
+  assert '0.20' not in _headlines(own, other)[0]
 
 
 @pytest.mark.parametrize(
@@ -74,8 +83,8 @@ def test_title_follows_the_verdicts(verdicts, title):
 def test_benchmarks_are_called_so():
   rows = [_comparison('docs', 0.17, 0.05, 'better'), _comparison('piqa', 0.2, 0.05, 'better', split='benchmark')]
   assert formatting.verdict_word({'comparisons': rows}) == 'DsDm beats random data on all 2 tasks'
-  assert '[0.15, 0.25] on piqa (benchmark) than' in _said(*rows)[0]
-  assert formatting.asked_name({'task': 'mean', 'split': 'benchmark'}) == 'mean of all benchmarks'
+  assert '[0.15, 0.25] on piqa (benchmark) than' in _headlines(*rows)[0]
+  assert formatting.row_task_name({'task': 'mean', 'split': 'benchmark'}) == 'mean of all benchmarks'
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.evaluation import results
-from dsdm_jax.report import explorer, figures, page, pictures, report, tables
+from dsdm_jax.evaluation.comparisons import Options
+from dsdm_jax.report import explorer, figures, page, report, tables
 from tests.report.conftest import multiplier
 
 
@@ -131,7 +132,7 @@ def test_every_section_has_its_content(seen, html, shown):
   assert '3.1\u202f×\u202f10¹²' in html
   assert 'made <em>once</em>' in html
   assert '2 MB' in html
-  assert 'Do the scores foretell' not in html  # this run has no validation
+  assert 'Do the scores predict' not in html  # this run has no validation
 
 
 def test_stage_writes_page_and_picture(inputs, tmp_path, monkeypatch):
@@ -155,7 +156,7 @@ def test_stage_writes_page_and_picture(inputs, tmp_path, monkeypatch):
 
 
 def test_same_bytes_again(html, shown):
-  assert page.render(shown, pictures.make(shown), explorer.pack(shown, 100_000, 10_000_000), 10) == html
+  assert page.render(shown, page.report_figures(shown), explorer.pack(shown, 100_000, 10_000_000), 10) == html
 
 
 def test_validation_is_shown_where_there_is_one(shown, drawings):
@@ -170,9 +171,9 @@ def test_validation_is_shown_where_there_is_one(shown, drawings):
 def test_multiplier_is_shown_where_there_is_a_ladder(shown, html):
   assert 'worth in compute' not in html
   laddered = dataclasses.replace(shown, multiplier=multiplier())
-  drawn = {name: d for name, d in pictures.make(laddered).items() if name.startswith('multiplier')}
+  drawn = {name: d for name, d in page.report_figures(laddered).items() if name.startswith('multiplier')}
   assert list(drawn) == ['multiplier-docs', 'multiplier-mean']
-  made = render(laddered, [*pictures.make(shown), *drawn])
+  made = render(laddered, [*page.report_figures(shown), *drawn])
   part = made[made.index('<section id="multiplier">') : made.index('<section id="training">')]
   assert '2.5 [1.5, &gt; 4]' in part
   assert 'Mean of all tasks' in part
@@ -206,7 +207,7 @@ def test_arms_of_several_targets_are_told_apart(shown, drawings):
   selected = [*shown.selected, dataclasses.replace(shown.selected[0], target_mix='docs')]
   curves = [*shown.curves, dataclasses.replace(shown.curves[0], target_mix='docs')]
   several = dataclasses.replace(shown, results=results, selected=selected, curves=curves)
-  html = page.render(several, pictures.make(several), _EMPTY, 1)
+  html = page.render(several, page.report_figures(several), _EMPTY, 1)
   assert 'DsDm for documentation prose' in html
   assert 'DsDm for all targets together' in html
   assert 'random, same epochs for' not in html
@@ -225,15 +226,15 @@ def with_benchmarks(shown):
     items[f'accuracy__{name}'] = (g.random((len(runs), 30)) < 0.4).astype(float)
   for metric in ('acc', 'acc_norm'):
     items[f'{metric}__piqa__benchmark'] = (g.random((len(runs), 30)) < 0.6).astype(float)
-  found = results.results(items, runs, confidence=0.95, cost={}, versions={}, config={})
+  found = results.results(results.Items(items), runs, Options())
   return dataclasses.replace(shown, results=found)
 
 
 def test_benchmarks_have_a_table_and_are_not_called_held_out(shown):
   asked = with_benchmarks(shown)
-  html = render(asked, pictures.make(asked))
+  html = render(asked, page.report_figures(asked))
   assert '<figcaption>Piqa (benchmark)</figcaption>' in html and '<figcaption>Documentation prose</figcaption>' in html
-  assert '<a href="#benchmarks">' in html and 'and on those of benchmarks' in html
+  assert '<a href="#benchmarks">' in html and 'and on items of benchmarks' in html
   section = html[html.index('<section id="benchmarks"') : html.index('<section id="training"')]
   assert '<th class="n">Mean of all benchmarks</th>' in section
   for row in (r for r in asked.results['summary'] if r['split'] == 'benchmark'):
@@ -245,7 +246,7 @@ def test_benchmarks_have_a_table_and_are_not_called_held_out(shown):
 
 
 def test_means_over_tasks_and_accuracies_are_compared(shown, html):
-  table = html[html.index('<summary>The same as tables') : html.index('<section id="means"')]
+  table = html[html.index('<summary>The same in tables') : html.index('<section id="means"')]
   every = [
     *shown.results['comparisons'],
     *shown.results['accuracy_comparisons'],
@@ -262,7 +263,7 @@ def test_colour_is_for_verdicts(shown, html):
   for verdict, coloured in (('no evidence', False), ('better', True)):
     svg = figures.forest_standalone([{**c, 'verdict': verdict}], 0.95, 'random')
     assert (blue in svg) == coloured
-  assert 'even where an interval by itself leaves out zero' in html and 'grey ones do not' not in html
+  assert 'even if their interval excludes zero' in html
 
 
 def test_price_of_selecting(html, shown, drawings):
@@ -275,7 +276,7 @@ def test_price_of_selecting(html, shown, drawings):
 
 def test_guard_that_was_off_is_not_called_clean(shown, drawings):
   html = render(dataclasses.replace(shown, config={**shown.config, 'pool.leakage_guard': False}), drawings)
-  assert 'did not look' in html
+  assert 'did not check' in html
   html = render(dataclasses.replace(shown, config={**shown.config, 'pool.drop_leaks': False}, dropped=[]), drawings)
   assert 'left in' in html and 'were dropped' not in html
 

@@ -19,11 +19,16 @@ def _selected(template, method, target, seed, rows):
 
 def test_overlap_by_hand(shown):
   first = shown.selected[0]
-  few = dataclasses.replace(shown, source_N=np.zeros(10, np.int8), selected=[
-    _selected(first, 'dsdm', 'mix', 0, [0, 1, 2, 3]),
-    _selected(first, 'random', 'any', 0, [2, 3, 4, 5]), _selected(first, 'random', 'any', 1, [3, 4, 5, 6]),
-    _selected(first, 'bottom', 'mix', 0, [9, 8]),
-  ])  # fmt: skip
+  few = dataclasses.replace(
+    shown,
+    source_N=np.zeros(10, np.int8),
+    selected=[
+      _selected(first, 'dsdm', 'mix', 0, [0, 1, 2, 3]),
+      _selected(first, 'random', 'any', 0, [2, 3, 4, 5]),
+      _selected(first, 'random', 'any', 1, [3, 4, 5, 6]),
+      _selected(first, 'bottom', 'mix', 0, [9, 8]),
+    ],
+  )
   found = tables.overlap(few)
   assert found.labels == ('DsDm', 'random, same epochs', 'bottom-ranked')
   nan = np.nan
@@ -48,7 +53,7 @@ def test_csv_reads_back(shown, files):
     for name in (
       'summary comparisons accuracy_comparisons arms mean_summary mean_comparisons losses sources overlap cost rows'
     ).split()
-  }  # fmt: skip
+  }
   read = {name: list(csv.DictReader(io.StringIO(text))) for name, text in files.items()}
   assert [float(c['difference']) for c in read['comparisons.csv']] == [
     c['difference'] for c in shown.results['comparisons']

@@ -3,20 +3,20 @@
 import numpy as np
 from ml_collections import ConfigDict
 
-from dsdm_jax.config.selection_rules import METHODS
+from dsdm_jax.config.methods import METHODS
 from dsdm_jax.data.order.selection import Selection
 from tests.pipeline import tiny
 
 
 def shortest(pool, target, budget, seed):
-  """A stranger's selector: rows whose text is shortest."""
+  """A custom selector: the rows with the shortest text."""
   del target, seed
   sizes = [len(pool.pool.text(row)) for row in range(pool.num_rows)]
   return Selection.of(np.argsort(sizes, kind='stable')[: budget.examples], why='short')
 
 
 def repeats(pool, target, budget, seed):
-  """A selector that may not do what it does."""
+  """A custom selector that repeats a row too often."""
   del pool, target, seed
   return Selection.of(np.zeros(budget.examples, np.int64))
 

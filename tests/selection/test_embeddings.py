@@ -1,4 +1,4 @@
-"""Selectors that ask the proxies: near duplicates, nearest target examples, perplexity."""
+"""Selectors that use the proxies: near duplicates, nearest target examples, perplexity."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsdm_jax.errors import UserError
-from dsdm_jax.selection import clusters, proxy_signals, semdedup
+from dsdm_jax.selection import proxy_signals, semdedup
 from dsdm_jax.selection.summaries import duplicates
-from tests.selection.made import Made, Rows, selected, target
+from tests.helpers.selection import ArrayCandidates, Rows, selected, target
 
 
 def unit(x_ND: np.ndarray) -> np.ndarray:
@@ -16,7 +16,7 @@ def unit(x_ND: np.ndarray) -> np.ndarray:
 
 
 class Proxies:
-  """Embeddings and log-likelihoods that the test names."""
+  """Embeddings and log-likelihoods of the test's choice."""
 
   def __init__(self, x_ND: np.ndarray, target_TD: np.ndarray | None = None):
     self._x_ND, self._target_TD = x_ND, target_TD
@@ -33,15 +33,15 @@ class Proxies:
 
 
 @given(st.integers(0, 20), st.integers(2, 60), st.floats(0.2, 0.99))
-def test_in_one_cluster_what_is_kept_is_apart_and_what_is_dropped_has_its_like(seed, rows, similarity):
+def test_in_one_cluster_rows_that_stay_are_apart_and_dropped_rows_have_a_duplicate(seed, rows, similarity):
   x_ND = unit(np.random.default_rng(seed).normal(size=(rows, 3)))
-  keep_N = semdedup.keep(x_ND, 1, similarity)
+  dropped_N = semdedup.near_duplicates(x_ND, 1, similarity)
   cosine_NN = x_ND.astype(np.float64) @ x_ND.T.astype(np.float64)
   np.fill_diagonal(cosine_NN, -1)
-  kept = np.flatnonzero(keep_N)
-  assert len(kept) >= 1
-  assert cosine_NN[np.ix_(kept, kept)].max(initial=-1) <= similarity + 1e-5
-  assert (cosine_NN[~keep_N].max(axis=1, initial=-1) > similarity - 1e-5).all()
+  left = np.flatnonzero(~dropped_N)
+  assert len(left) >= 1
+  assert cosine_NN[np.ix_(left, left)].max(initial=-1) <= similarity + 1e-5
+  assert (cosine_NN[dropped_N].max(axis=1, initial=-1) > similarity - 1e-5).all()
 
 
 def test_copies_are_dropped_in_any_number_of_clusters():
@@ -49,14 +49,14 @@ def test_copies_are_dropped_in_any_number_of_clusters():
   apart_ND = unit(rng.normal(size=(300, 32)))
   copies_ND = unit(apart_ND[:80] + 0.01 * rng.normal(size=(80, 32)))
   for count in (0, 5, 40):
-    keep_N = semdedup.keep(np.concatenate([apart_ND, copies_ND]), count, 0.95)
-    # Of each pair one stays; a pair may be torn apart where two clusters meet.
-    assert (keep_N[:80] & keep_N[300:]).sum() <= 4
-    assert not (~keep_N[:80] & ~keep_N[300:]).any()
-    assert keep_N[80:300].all()
+    dropped_N = semdedup.near_duplicates(np.concatenate([apart_ND, copies_ND]), count, 0.95)
+    # One of each pair stays, or both where a boundary of clusters separates them.
+    assert (~dropped_N[:80] & ~dropped_N[300:]).sum() <= 4
+    assert not (dropped_N[:80] & dropped_N[300:]).any()
+    assert not dropped_N[80:300].any()
 
 
-def test_blocks_of_a_cluster_see_each_other(monkeypatch):
+def test_blocks_of_a_cluster_are_compared_with_each_other(monkeypatch):
   monkeypatch.setattr(semdedup, '_BLOCK', 7)
   x_MD = unit(np.random.default_rng(0).normal(size=(50, 3)))
   found = semdedup._near_an_earlier(x_MD, 0.8)
@@ -64,10 +64,10 @@ def test_blocks_of_a_cluster_see_each_other(monkeypatch):
   assert found.tolist() == by_hand
 
 
-def test_semdedup_draws_among_what_is_left():
+def test_semdedup_draws_from_the_rows_that_are_left():
   rng = np.random.default_rng(0)
   x_ND = unit(np.concatenate([np.tile(rng.normal(size=(1, 16)), (60, 1)), rng.normal(size=(40, 16))]))
-  pool = Made(np.zeros(100), proxies=Proxies(x_ND), clusters=4)
+  pool = ArrayCandidates(np.zeros(100), proxies=Proxies(x_ND), clusters=4)
   found = selected('semdedup', pool, 30)
   assert found.provenance['dropped'] == 59
   assert (found.rows < 60).sum() <= 1
@@ -76,9 +76,11 @@ def test_semdedup_draws_among_what_is_left():
     selected('semdedup', pool, 42)
 
 
-def test_semdedup_in_one_epoch_fills_the_budget_with_other_rows():
+def test_semdedup_in_one_epoch_fills_the_budget_with_distinct_rows():
   x_ND = unit(np.random.default_rng(0).normal(size=(100, 16)))
-  found = selected('semdedup_one_epoch', Made(np.zeros(100), proxies=Proxies(x_ND), clusters=4), 20, epochs=3)
+  found = selected(
+    'semdedup_one_epoch', ArrayCandidates(np.zeros(100), proxies=Proxies(x_ND), clusters=4), 20, epochs=3
+  )
   assert len(np.unique(found.rows)) == 60
 
 
@@ -89,7 +91,7 @@ def test_k_means_is_the_same_on_any_number_of_threads():
   found = []
   for threads in (1, 2):
     with threadpool_limits(threads):
-      found.append(clusters.centres(x_ND, 20, np.random.default_rng(1)))
+      found.append(semdedup.kmeans(x_ND, 20, np.random.default_rng(1)))
   np.testing.assert_array_equal(found[0], found[1])
 
 
@@ -108,49 +110,49 @@ def test_whitened_embeddings_have_the_same_variance_in_every_direction():
 def test_embedding_match_is_the_nearest_example():
   rng = np.random.default_rng(0)
   x_ND, target_TD = unit(rng.normal(size=(50, 8))), unit(rng.normal(size=(3, 8)))
-  pool = Made(np.zeros(50), proxies=Proxies(x_ND, target_TD))
-  found = selected('embedding', pool, 50, wanted=target(sequences=[[1, 2]] * 3))
+  pool = ArrayCandidates(np.zeros(50), proxies=Proxies(x_ND, target_TD))
+  found = selected('embedding', pool, 50, target=target(sequences=[[1, 2]] * 3))
   nearest_N = (x_ND @ target_TD.T).max(axis=1)
   assert found.rows.tolist() == np.argsort(-nearest_N, kind='stable').tolist()
 
 
 def test_perplexity_has_two_ends():
-  pool = Made(np.zeros(4), proxies=Proxies(np.float32([[-1.0], [-4.0], [-2.0], [-3.0]])))
+  pool = ArrayCandidates(np.zeros(4), proxies=Proxies(np.float32([[-1.0], [-4.0], [-2.0], [-3.0]])))
   assert selected('perplexity_low', pool, 2).rows.tolist() == [0, 2]
   assert selected('perplexity_high', pool, 2).rows.tolist() == [1, 3]
 
 
 def test_color_filter_by_hand():
   class Tuned:
-    """Log-likelihoods before (state 0) and after (state 1); keeps what it was tuned on."""
+    """Log-likelihoods before (state 0) and after (state 1) tuning; records its arguments."""
 
     def state(self, checkpoint):
       return checkpoint
 
     def tuned(self, sequences, steps, learning_rate, seed):
-      self.told = [s.tolist() for s in sequences], steps, learning_rate
+      self.tuned_with = [s.tolist() for s in sequences], steps, learning_rate
       return 1
 
     def log_likelihood_of(self, state):
       return np.float32([[-3.0, -2.0, -1.0, -4.0], [-1.0, -2.0, -2.5, -1.0]])[state]
 
-  made = Tuned()
-  pool = Made(np.zeros(4), proxies=made, conditional_steps=7, conditional_learning_rate=0.5)
-  found = selected('color_filter', pool, 4, wanted=target(sequences=[[1, 5, 6], [1, 9]]))
+  proxies = Tuned()
+  pool = ArrayCandidates(np.zeros(4), proxies=proxies, conditional_steps=7, conditional_learning_rate=0.5)
+  found = selected('color_filter', pool, 4, target=target(sequences=[[1, 5, 6], [1, 9]]))
   # After − before: 2, 0, −1.5, 3.
   assert found.rows.tolist() == [3, 0, 1, 2]
   assert found.scores.tolist() == [3, 2, 0, -1.5]
-  assert made.told == ([[1, 5, 6], [1, 9]], 7, 0.5)
+  assert proxies.tuned_with == ([[1, 5, 6], [1, 9]], 7, 0.5)
 
 
-def test_duplicates_are_seen_through_a_shift():
+def test_duplicates_are_recognised_after_a_shift():
   stream = np.random.default_rng(0).integers(3, 500, 4_000)
   apart = stream.reshape(-1, 100)
   shifted = stream[17:3_917].reshape(-1, 100)
   tokens_KL = np.concatenate([apart, shifted[:10], apart[:5]])
   found = duplicates(tokens_KL)
   assert not found[:40].any()
-  assert found[40:].mean() > 0.8  # text shifted by 17 of 100 tokens lies in two rows, which both came before
+  assert found[40:].mean() > 0.8  # text shifted by 17 of 100 tokens is in two rows, both of them earlier
   assert found[50:].all()
   assert duplicates(np.zeros((3, 4), np.int32)).tolist() == [False, True, True]
   assert Rows(apart).length == 100

@@ -1,4 +1,4 @@
-"""What a mixture visits, counted over its whole order."""
+"""The visits of a mixture, counted over its whole order."""
 
 import types
 
@@ -11,13 +11,13 @@ from dsdm_jax.data.order import arms
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.errors import UserError
 from dsdm_jax.selection import mixture
-from dsdm_jax.selection.registry import Budget
-from tests.selection.made import NO_TARGET, Made
+from dsdm_jax.selection.candidates import Budget
+from tests.helpers.selection import NO_TARGET, ArrayCandidates
 
 SCORE_N = np.random.default_rng(0).normal(size=2_000).astype(np.float32)
 
 
-class Pool(Made):
+class Pool(ArrayCandidates):
   def target(self, name):
     del name
     return NO_TARGET
@@ -28,7 +28,7 @@ def mixed(folder, parts, budget, seed=1, **options):
   config = get_config()
   config.mixture.parts = parts
   context = types.SimpleNamespace(config=config, first=True, out=folder)
-  entry, every = mixture.make(context, Pool(SCORE_N, **options), budget, seed)
+  entry, every = mixture.select_mixture(context, Pool(SCORE_N, **options), budget, seed)
   order = prng.derive(config.seed, 'order', seed)
   schedule = arms.schedule(folder, entry, budget.total, order)
   return schedule, entry, every
@@ -36,16 +36,22 @@ def mixed(folder, parts, budget, seed=1, **options):
 
 @pytest.mark.parametrize(
   ('part', 'cap'),
-  [('dsdm_boltzmann', 16), ('dsdm_boltzmann epochs=3 cap=7', 7), ('dsdm_boltzmann epochs=2.5', 16),
-   ('dsdm_boltzmann rows=100', 16), ('dsdm_boltzmann rows=20 cap=2', 2), ('dsdm epochs=5 cap=6', 6)],
-)  # fmt: skip
+  [
+    ('dsdm_boltzmann', 16),
+    ('dsdm_boltzmann epochs=3 cap=7', 7),
+    ('dsdm_boltzmann epochs=2.5', 16),
+    ('dsdm_boltzmann rows=100', 16),
+    ('dsdm_boltzmann rows=20 cap=2', 2),
+    ('dsdm epochs=5 cap=6', 6),
+  ],
+)
 def test_passes_and_draws_together_stay_within_a_parts_cap(tmp_path, part, cap):
-  # So cold that nearly all is drawn from a few rows, and at twice the rate of what is beside it.
+  # So cold that nearly all draws are of a few rows, at twice the rate of the other part.
   schedule, entry, _ = mixed(tmp_path, (f'{part} rate=2', 'random epochs=1'), Budget(512, 4, 16), temperature=0.02)
   part_B, row_B, _ = schedule.at(np.arange(2_048))
   visits_N = np.bincount(row_B[part_B == 0])
   assert visits_N.max() <= cap
-  assert visits_N.max() > cap // 2, 'it is reached, or nearly'
+  assert visits_N.max() > cap // 2, 'it is reached, or almost'
   assert entry['parts'][0]['most'] >= (part_B == 0).sum()
 
 
@@ -56,11 +62,11 @@ def test_all_rows_together_weigh_their_visits(tmp_path):
   np.testing.assert_array_equal(every.rows, np.unique(np.concatenate([p.rows for p in schedule.parts])))
   np.testing.assert_array_equal(every.weights, np.bincount(row_B, minlength=2_000)[every.rows])
   assert every.weights.sum() == 2_000
-  told = Selection.load(tmp_path, entry['selection']).provenance
-  assert told['most_visits'] == every.weights.max()
-  assert [p['visits'] for p in told['parts']] == schedule.visits(2_000).tolist()
+  provenance = Selection.load(tmp_path, entry['selection']).provenance
+  assert provenance['most_visits'] == every.weights.max()
+  assert [p['visits'] for p in provenance['parts']] == schedule.visits(2_000).tolist()
 
 
-def test_a_mixture_that_cannot_be_filled_is_refused_where_it_is_chosen(tmp_path):
+def test_a_mixture_that_cannot_be_filled_is_refused_during_selection(tmp_path):
   with pytest.raises(UserError, match='may give 150 examples and 2000 are wanted'):
     mixed(tmp_path, ('dsdm rows=50 cap=2', 'random rows=50 cap=1'), Budget(500, 4, 16))

@@ -55,9 +55,13 @@ def share_above(tmp_path_factory) -> dict[str, np.ndarray]:
   """Task → for each planted example the share of other rows that score higher for it."""
   workdir = tmp_path_factory.mktemp('planted') / 'run'
   done = subprocess.run(
-    [sys.executable, '-c', CODE, str(workdir)], cwd=ROOT, env=runs.environment(), capture_output=True, text=True,
+    [sys.executable, '-c', CODE, str(workdir)],
+    cwd=ROOT,
+    env=runs.environment(),
+    capture_output=True,
+    text=True,
     check=False,
-  )  # fmt: skip
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   pool = Pool(workdir / 'pool')
   features = Features(artifacts.open_stage(workdir, 'features'))

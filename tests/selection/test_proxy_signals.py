@@ -15,7 +15,7 @@ from dsdm_jax.core.stage import Context
 from dsdm_jax.data.targets.targets import Examples
 from dsdm_jax.selection.candidates import Target
 from dsdm_jax.selection.proxy_signals import Proxies, whitening
-from tests.selection.made import Made, Rows, selected
+from tests.helpers.selection import ArrayCandidates, Rows, selected
 
 VOCAB, LENGTH, ROWS = 32, 10, 23
 END = 5  # a vocabulary's end mark, which pads too
@@ -71,7 +71,9 @@ def test_embeddings_of_examples_are_those_of_their_tokens_alone(proxies, pad):
   made, rows, model = proxies
   # The first begins with the end mark, as examples do; the second holds token 0, and nine make three batches.
   sequences = [[END, 7, 8], [END, 0, 9, 3, 3, 3, 0], list(range(1, 11)), *([END, 11 + i, 4, 6] for i in range(6))]
-  found = selected('embedding', Made(np.zeros(ROWS), rows, proxies=made), ROWS, 1, wanted=padded(sequences, pad))
+  found = selected(
+    'embedding', ArrayCandidates(np.zeros(ROWS), rows, proxies=made), ROWS, 1, target=padded(sequences, pad)
+  )
 
   def mean(tokens) -> np.ndarray:
     return np.asarray(model.hidden(np.int32(tokens)[None])[0], np.float64).mean(axis=0)

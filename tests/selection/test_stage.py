@@ -1,6 +1,4 @@
-"""The stage with every method on a real run: what it leaves, on any number of devices and processes, and what others
-can open.
-"""
+"""The stage with every method on a real run: its files on any number of devices and processes, and its exports."""
 
 import json
 import os
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 
 from dsdm_jax import pipeline
-from dsdm_jax.config.selection_rules import METHODS
+from dsdm_jax.config.methods import METHODS
 from dsdm_jax.core import artifacts
 from dsdm_jax.data.order import arms, mixtures
 from dsdm_jax.data.order.selection import Selection
@@ -30,20 +28,20 @@ ONCE = {'random_one_epoch': 64, 'semdedup_one_epoch': 64}  # rows of those that 
 
 
 def select(source: Path, folder: Path, **changes) -> Path:
-  """A copy of a finished run whose selection is made anew."""
+  """A copy of a finished run with another selection."""
   for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
     shutil.copytree(source / stage, folder / stage)
-  made = every.get_config()
+  config = every.get_config()
   for key, value in changes.items():
     section, _, name = key.partition('__')
-    made[section][name] = value
-  pipeline.run(made, folder, 'selection')
+    config[section][name] = value
+  pipeline.run(config, folder, 'selection')
   return folder
 
 
 @pytest.fixture(scope='module')
 def chosen(finished, tmp_path_factory) -> Path:
-  """Made by eight devices."""
+  """Selected on eight devices."""
   return select(finished, tmp_path_factory.mktemp('chosen') / 'run')
 
 
@@ -66,7 +64,7 @@ def test_every_arm_is_whole(chosen):
     assert np.bincount(pool.document_N[Selection.load(chosen / 'selection', name).rows]).max() <= 8
 
 
-def test_cards_count_what_was_chosen(chosen):
+def test_summaries_describe_the_selections(chosen):
   cards = {c['name']: c for c in json.loads((chosen / 'selection/cards.json').read_text())}
   pool = Pool(artifacts.open_stage(chosen, 'pool'))
   dsdm, bottom = (Selection.load(chosen / 'selection', f'{m}--docs--0').rows for m in ('dsdm', 'bottom'))
@@ -78,53 +76,63 @@ def test_cards_count_what_was_chosen(chosen):
   assert set(card['overlap']) == set(cards) - {'dsdm--docs--0'}
   assert cards['shortest--any--0' if 'shortest--any--0' in cards else 'shortest--docs--0']['why'] == 'short'
   # What a person sees.
-  from dsdm_jax.selection.summaries import table
+  from dsdm_jax.selection.summaries import text_tables
 
-  text = table(list(cards.values()))
+  text = text_tables(list(cards.values()))
   assert '…' not in text
   assert max(map(len, text.splitlines())) <= 160
 
 
 @pytest.mark.slow
-def test_each_selection_bears_what_it_asked_for(chosen):
+def test_each_selection_is_charged_for_what_it_uses(chosen):
   found = artifacts.open_stage(chosen, 'selection')
   flop = {name: spent['flop'] for name, spent in found.semantics['cost'].items()}
   assert {f'{name}.npz' for name in flop} <= found.manifest['files'].keys()
   free = ('random', 'dsir', 'bm25', 'classifier', 'dsdm')
   assert all(flop[name] == 0 for name in flop if name.partition('--')[0] in free)
-  # Embeddings were made once, and whoever uses them bears them.
+  # Embeddings are computed once, and charged to each method that uses them.
   embedded = {flop[f'{method}--any--{seed}'] for method in ('semdedup', 'semdedup_one_epoch') for seed in (0, 1)}
   assert len(embedded) == 1 and 0 < flop['embedding--docs--0'] == embedded.pop()
   assert flop['perplexity_low--any--0'] == flop['perplexity_high--any--0'] > 0
-  # CoLoR-Filter passes over the pool with two models, as perplexity does, and takes two steps of 16 rows.
+  # CoLoR-Filter passes over the pool with two models, like perplexity, and takes two steps of 16 rows.
   pool = Pool(artifacts.open_stage(chosen, 'pool'))
   batch = _TOKENS // pool.length
   rows = -(-pool.num_rows // batch) * batch
   forward = flop['perplexity_low--any--0'] / (2 * rows)
   steps = flop['color_filter--docs--0'] - flop['perplexity_low--any--0']
   assert 2.5 * forward < steps / (2 * 16) < 3.5 * forward
-  # The oracle costs about five trainings of three forward passes each: one, two made anew going back, and that way.
+  # The oracle costs about five trainings of three forward passes each: one, two recomputed on the way back, and the
+  # way back itself.
   trained = every.get_config().proxies.epochs * pool.num_rows
   assert 4 * 3 * forward < flop['oracle--docs--0'] / trained < 6 * 3 * forward
   assert all(spent['seconds'] > 0 for spent in found.semantics['cost'].values())
 
 
-def test_two_processes_choose_the_rows_of_one(chosen, finished, tmp_path):
+def test_two_processes_select_the_rows_of_one(chosen, finished, tmp_path):
   """Two connected processes of one device each, beside one of eight: every method, from the stage's own command."""
   folder = tmp_path / 'run'
   for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
     shutil.copytree(finished / stage, folder / stage)
   flags = (
-    '--config=tests/selection/every.py', f'--workdir={folder}', '--stage=selection', '--config.distributed.processes=2',
+    '--config=tests/selection/every.py',
+    f'--workdir={folder}',
+    '--stage=selection',
+    '--config.distributed.processes=2',
     f'--config.distributed.coordinator=127.0.0.1:{free_port()}',
-  )  # fmt: skip
-  outputs = ends([
-    subprocess.Popen(
-      runs.command(*flags, f'--config.distributed.process={process}'),
-      cwd=ROOT, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
-    for process in (0, 1)
-  ])  # fmt: skip
+  )
+  outputs = ends(
+    [
+      subprocess.Popen(
+        runs.command(*flags, f'--config.distributed.process={process}'),
+        cwd=ROOT,
+        env=runs.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+      for process in (0, 1)
+    ]
+  )
   for code, _, err in outputs:
     assert code == 0, err[-3_000:]
   assert 'selection: done in' in outputs[0][1] and 'selection' not in outputs[1][1]
@@ -143,7 +151,7 @@ def assert_same_rows(a: Path, b: Path) -> None:
   assert differ == []
 
 
-def test_the_mixture_is_what_trains_and_what_seqio_shows(chosen):
+def test_the_mixture_trains_in_the_order_that_seqio_shows(chosen):
   import seqio
 
   entry = next(e for e in json.loads((chosen / 'selection/index.json').read_text()) if e['method'] == 'mixture')
@@ -151,16 +159,20 @@ def test_the_mixture_is_what_trains_and_what_seqio_shows(chosen):
   assert [p['examples'] for p in entry['parts']] == [16, 3, 16]  # shares 32, 16, 16 of 64 in 2, ·, 1 passes
   schedule = arms.schedule(chosen / 'selection', entry, 64, 5)
   part_B, row_B, _ = schedule.at(np.arange(64))
-  assert np.bincount(part_B)[1] == 6, 'three rows twice, and then the others take its place'
+  assert np.bincount(part_B)[1] == 6, 'three rows twice, then the other parts take its place'
   assert np.bincount(part_B)[0] > np.bincount(part_B)[2]
   every = Selection.load(chosen / 'selection', 'mixture--any--0').rows
   assert set(row_B.tolist()) <= set(every.tolist())
   for start in (0, 23):
     name = mixtures.register(schedule, Pool(artifacts.open_stage(chosen, 'pool')), start)
     stream = seqio.get_mixture_or_task(name).get_dataset(
-      sequence_length=None, split='train', shuffle=False, num_epochs=1, passthrough_features=('row',),
+      sequence_length=None,
+      split='train',
+      shuffle=False,
+      num_epochs=1,
+      passthrough_features=('row',),
       trim_output_features=False,
-    )  # fmt: skip
+    )
     assert [int(x['row']) for x in stream.as_numpy_iterator()] == row_B[start:].tolist()
   refused = {**entry, 'when_empty': 'refuse'}
   with pytest.raises(UserError, match="'dsdm--api_qa--0' has 3 rows but is to give"):
@@ -173,7 +185,7 @@ def test_the_mixture_is_what_trains_and_what_seqio_shows(chosen):
     ({'selection__methods': ('tests.selection.every:repeats',)}, 'occurs 32 times, allowed are 8'),
     ({'selection__methods': ('json:loads',)}, None),
     ({'selection__methods': ('random',), 'mixture__parts': ('dsdm epochs=20',)}, 'epochs=20 and at most 16'),
-    ({'selection__methods': ('dsdm',), 'selection__document_cap': 1, 'selection__source_cap': 0.01}, 'leave 0 rows'),
+    ({'selection__methods': ('dsdm',), 'selection__document_cap': 1, 'selection__source_cap': 0.01}, 'leave 0 of 32'),
   ],
 )
 def test_refusals(finished, tmp_path, changes, words):
@@ -224,8 +236,14 @@ def test_other_programs_open_the_dataset(chosen, tmp_path):
     "assert not any(name.startswith('dsdm_jax') for name in sys.modules)\n"
     "print(json.dumps({'rows': read, 'tokens': tokens}))\n"
   )
-  done = subprocess.run([sys.executable, '-P', '-c', code, str(tmp_path / 'd')], cwd=tmp_path, capture_output=True,
-                        text=True, check=False, env=runs.environment(1, PYTHONPATH=''))  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, '-P', '-c', code, str(tmp_path / 'd')],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+    env=runs.environment(1, PYTHONPATH=''),
+  )
   assert done.returncode == 0, done.stderr[-3_000:]
   found = json.loads(done.stdout.splitlines()[-1])
   rows = Selection.load(chosen / 'selection', 'dsdm--docs--0').rows
@@ -246,9 +264,12 @@ def test_hugging_face_opens_the_folder(chosen, tmp_path):
     "print(json.dumps(list(d['row'])))\n"
   )
   done = subprocess.run(
-    [python, '-c', code, str(tmp_path / 'h'), str(tmp_path / 'cache')], capture_output=True, text=True, check=False,
+    [python, '-c', code, str(tmp_path / 'h'), str(tmp_path / 'cache')],
+    capture_output=True,
+    text=True,
+    check=False,
     env=runs.environment(1, HF_HUB_OFFLINE='1', PYTHONPATH=''),
-  )  # fmt: skip
+  )
   assert done.returncode == 0, done.stderr[-3_000:]
   rows = Selection.load(chosen / 'selection', 'random--any--1').rows
   assert json.loads(done.stdout.splitlines()[-1]) == rows.tolist()
@@ -257,13 +278,13 @@ def test_hugging_face_opens_the_folder(chosen, tmp_path):
 def test_export_refuses(chosen, tmp_path, capsys):
   (tmp_path / 'there').mkdir()
   for flags, words in [
-    (('--workdir', str(chosen), '--arm', 'dsdm--docs', '--out', str(tmp_path / 'there')), 'is there already'),
+    (('--workdir', str(chosen), '--arm', 'dsdm--docs', '--out', str(tmp_path / 'there')), 'exists; name a folder'),
     (('--workdir', str(chosen), '--arm', 'dsdm--squad', '--out', str(tmp_path / 'new')), 'dsdm--docs--0'),
     (('--workdir', str(tmp_path), '--arm', 'dsdm--docs', '--out', str(tmp_path / 'new')), 'has no finished pool'),
   ]:
     assert export.main([*flags, '--format', 'jsonl']) == 2
-    said = capsys.readouterr().err
-    assert words in said and said.count('\n') == 1
+    message = capsys.readouterr().err
+    assert words in message and message.count('\n') == 1
   assert not (tmp_path / 'new').exists() and not (tmp_path / 'new.part').exists()
 
 

@@ -1,4 +1,4 @@
-"""Selectors that read text: n-grams counted by hand, rankings by hand, and the published DSIR beside ours."""
+"""Selectors that read text: n-grams and rankings by hand, and the published DSIR next to ours."""
 
 import collections
 import itertools
@@ -19,14 +19,14 @@ from dsdm_jax.errors import UserError
 from dsdm_jax.selection import bm25, distilled, dsir, ngrams
 from dsdm_jax.selection.classifier import shares
 from tests.conftest import ROOT
-from tests.selection.made import Made, Rows, selected, target
+from tests.helpers.selection import ArrayCandidates, Rows, selected, target
 
-KNOWN = 987410084  # written down, so that another process or machine that hashes otherwise shows
+KNOWN = 987410084  # a constant, to notice a process or machine that hashes differently
 TEXTS = ['The cat sat on the mat.', 'the cat', '', 'cat', "don't stop", 'ÄÖ äö! äö', 'x\ty\nz']
 
 
 def words(text: str) -> list[str]:
-  """Letters and digits together, other marks together, by hand."""
+  """Runs of letters and digits, and runs of other marks, by hand."""
   found, kind = [], None
   for c in text.lower():
     now = 'space' if c.isspace() else 'word' if c.isalnum() or c == '_' else 'mark'
@@ -48,7 +48,7 @@ def test_words_and_pairs_are_counted(texts):
   grams = ngrams.of_texts(texts, 1 << 30)
   dense = [grams_by_hand(words(t)) for t in texts]
   assert grams.size_B.tolist() == [sum(c.values()) for c in dense]
-  # So many buckets that none is shared: the multiset of counts is that of the n-grams.
+  # With so many buckets none is shared: the counts of buckets are those of the n-grams.
   for row, counts in enumerate(dense):
     here = slice(*grams.first_B[row : row + 2])
     buckets = np.concatenate([grams.uni_M[here], grams.bi_M[here]])
@@ -66,13 +66,13 @@ def test_sums_counts_and_matrix_agree():
   same = ngrams.of_sequences([np.array([5, 6, 7]), np.array([7, 6, 5])], 1_000)
   rows = ngrams.of_rows(np.array([[5, 6, 7], [7, 6, 5]]), 1_000)
   np.testing.assert_array_equal(same.bi_M, rows.bi_M)
-  assert rows.bi_M[0] != rows.bi_M[4], 'a pair has an order'
+  assert rows.bi_M[0] != rows.bi_M[4], 'the order of a pair matters'
   np.testing.assert_allclose(rows.sums(weight), rows.matrix() @ weight, atol=1e-5)
-  assert ngrams.of_texts(TEXTS, 1_000).units().toarray()[0].max() == 2, '"the" stands twice'
+  assert ngrams.of_texts(TEXTS, 1_000).units().toarray()[0].max() == 2, '"the" occurs twice'
 
 
 def test_a_words_hash_is_its_own():
-  """Not that of its place, its text or its neighbours: the same words elsewhere fall into the same buckets."""
+  """It does not depend on the place, the text or the neighbours of the word."""
   here = ngrams.of_texts(['one two'], 1 << 31)
   there = ngrams.of_texts(['x ' * 1_000, '  ONE\ttwo three'], 1 << 31)
   assert there.uni_M[1_000:1_002].tolist() == here.uni_M.tolist()
@@ -84,10 +84,10 @@ def test_a_words_hash_is_its_own():
   assert ngrams.of_texts(['one'], 1 << 31).uni_M.tolist() == here.uni_M[:1].tolist() == [KNOWN]
 
 
-def pool_of(texts: list[str], **options) -> Made:
+def pool_of(texts: list[str], **options) -> ArrayCandidates:
   tokens_NL = np.zeros((len(texts), 8), np.int32)
   tokens_NL[:, 0] = np.arange(len(texts))
-  return Made(np.zeros(len(texts)), Rows(tokens_NL, texts=texts), **options)
+  return ArrayCandidates(np.zeros(len(texts)), Rows(tokens_NL, texts=texts), **options)
 
 
 def invented(seed: int, count: int, shift: float, length: int = 40) -> list[str]:
@@ -107,15 +107,15 @@ LIKENESS_N = np.array([np.mean([int(w[1:]) for w in t.split()]) for t in POOL])
 
 @pytest.mark.parametrize('kind', ['words', 'tokens'])
 @pytest.mark.parametrize('method', ['dsir', 'classifier', 'classifier_pareto', 'bm25'])
-def test_rows_like_the_target_are_found(method, kind):
-  """By a property of the invented text that no method is told: where in the vocabulary its words lie."""
+def test_rows_like_the_target_are_selected(method, kind):
+  """Measured by a property of the synthetic text that no method knows: the positions of its words in the vocabulary."""
   if kind == 'words':
     pool, wanted = pool_of(POOL, ngram_buckets=4_096), target(texts=TARGET)
   else:
     ids = [[int(w[1:]) + 1 for w in t.split()] for t in POOL]
-    pool = Made(np.zeros(300), Rows(np.array(ids, np.int32)), ngrams='tokens', ngram_buckets=4_096)
+    pool = ArrayCandidates(np.zeros(300), Rows(np.array(ids, np.int32)), ngrams='tokens', ngram_buckets=4_096)
     wanted = target(sequences=[[int(w[1:]) + 1 for w in t.split()] for t in TARGET])
-  found = selected(method, pool, 60, wanted=wanted).rows
+  found = selected(method, pool, 60, target=wanted).rows
   assert len(set(found.tolist())) == 60
   best = np.sort(LIKENESS_N)[-60:].mean()
   gained = (LIKENESS_N[found].mean() - LIKENESS_N.mean()) / (best - LIKENESS_N.mean())
@@ -123,7 +123,7 @@ def test_rows_like_the_target_are_found(method, kind):
 
 
 class InBlocks(Rows):
-  """Rows that are never asked for all at once."""
+  """Rows that may only be read in blocks."""
 
   def tokens(self, rows):
     assert len(rows) <= 64
@@ -131,7 +131,7 @@ class InBlocks(Rows):
 
 
 @pytest.mark.parametrize('kind', ['words', 'tokens'])
-def test_what_is_fitted_to_is_read_in_blocks_and_is_the_same(monkeypatch, kind):
+def test_rows_to_fit_are_read_in_blocks_and_are_the_same(monkeypatch, kind):
   tokens_NL = np.random.default_rng(0).integers(0, 40, (300, 16)).astype(np.int32)
   rows = np.random.default_rng(1).permutation(300)[:200]
   at_once = shares(ngrams.PoolGrams(Rows(tokens_NL), kind, 512).rows(rows))
@@ -141,10 +141,10 @@ def test_what_is_fitted_to_is_read_in_blocks_and_is_the_same(monkeypatch, kind):
   blocks = [shares(block) for block in grams.each(rows)]
   assert len(blocks) == 13  # four reads: 20 + 20 + 20 + 4 three times, and 8
   np.testing.assert_array_equal(scipy.sparse.vstack(blocks).toarray(), at_once.toarray())
-  # Both that fit to a sample of the pool.
-  pool = Made(np.zeros(300), InBlocks(tokens_NL), ngrams=kind, ngram_buckets=512)
+  # The two methods that are fitted to a sample of the pool.
+  pool = ArrayCandidates(np.zeros(300), InBlocks(tokens_NL), ngrams=kind, ngram_buckets=512)
   wanted = target(texts=['w1 w2 w3', 'w2 w1'], sequences=[[1, 2, 3], [2, 1]])
-  assert selected('classifier', pool, 5, wanted=wanted).size == 5
+  assert selected('classifier', pool, 5, target=wanted).size == 5
   assert distilled.fit(grams, np.arange(300, dtype=np.float32), 300).fitted == 240
 
 
@@ -156,7 +156,7 @@ def test_dsir_by_hand():
 def test_bm25_by_hand():
   texts, query = ['red fox red', 'blue fox', 'green green green green'], 'red fox'
   pool = pool_of(texts)
-  found = selected('bm25', pool, 3, wanted=target(texts=[query]))
+  found = selected('bm25', pool, 3, target=target(texts=[query]))
   lengths = [3, 2, 4]
   score = []
   for text, length in zip(texts, lengths, strict=True):
@@ -171,7 +171,7 @@ def test_bm25_by_hand():
   assert bm25._K1 == 1.2
 
 
-def test_a_cheap_scorer_learns_scores_and_tells_how_well():
+def test_a_distilled_scorer_learns_scores_and_reports_its_correlation():
   rng = np.random.default_rng(0)
   texts = invented(2, 1_500, 0.0)
   likeness_N = np.array([np.mean([int(w[1:]) for w in t.split()]) for t in texts])

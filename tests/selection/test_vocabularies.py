@@ -21,9 +21,11 @@ def tokenizer(folder: Path, size: int) -> str:
   made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   made.decoder = tokenizers.decoders.ByteLevel()
   trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=size, special_tokens=['<|endoftext|>'], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    vocab_size=size,
+    special_tokens=['<|endoftext|>'],
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
-  )  # fmt: skip
+  )
   made.train_from_iterator([d.text for d in small.invented(small.small_config().pool, 0)], trainer)
   path = folder / f'tokenizer_{size}.json'
   made.save(str(path))
@@ -60,7 +62,7 @@ def workdirs(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize('kind', ['bytes', 'sentencepiece', 'tokenizer'])
-def test_an_exported_dataset_comes_with_what_its_ids_mean(workdirs, tmp_path, kind):
+def test_an_exported_dataset_has_its_vocabulary(workdirs, tmp_path, kind):
   import tensorflow_datasets as tfds
 
   export.write(workdirs[kind], 'dsdm--docs', 'tfds', tmp_path / 'd')
@@ -76,7 +78,7 @@ def test_an_exported_dataset_comes_with_what_its_ids_mean(workdirs, tmp_path, ki
 
 
 @pytest.mark.parametrize('kind', ['bytes', 'tokenizer'])
-def test_a_scorer_of_ids_takes_the_same_vocabulary_and_no_other(workdirs, tmp_path, capsys, kind):
+def test_a_scorer_of_ids_needs_the_same_vocabulary(workdirs, tmp_path, capsys, kind):
   out = tmp_path / 'scores.npy'
   flags = ['--workdir', str(workdirs[kind]), '--target', 'docs', '--out', str(out), '--buckets', '4096']
   assert distilled.main([*flags, '--ngrams', 'tokens', '--pool', str(workdirs[kind] / 'pool')]) == 0
@@ -84,5 +86,5 @@ def test_a_scorer_of_ids_takes_the_same_vocabulary_and_no_other(workdirs, tmp_pa
   other = ['--pool', str(workdirs['sentencepiece'] / 'pool')]
   capsys.readouterr()
   assert distilled.main([*flags, '--ngrams', 'tokens', *other]) == 2
-  assert 'vocabulary of its own' in capsys.readouterr().err
+  assert 'has another vocabulary' in capsys.readouterr().err
   assert distilled.main([*flags, *other]) == 0

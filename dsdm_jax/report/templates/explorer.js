@@ -1,15 +1,15 @@
 'use strict';
-// The explorer: opens what report/explorer.py packed, and lets the reader search, sort and compare. All text is set with
-// textContent, and nothing is loaded from anywhere.
+// The explorer: unpacks the data of report/explorer.py, and lets the reader search, sort and compare. All text is set
+// with textContent, and nothing is loaded from the network.
 (() => {
   const $ = (id) => document.getElementById(id);
-  const ROW = 58; // px, the height of a line of the list; style.css says the same
+  const ROW = 58; // px, the height of a line of the list, as in style.css
   const count = new Intl.NumberFormat('en').format;
   let data = null; // header, and the columns by name
   let texts = null; // of each row
-  let lowered = null; // the same in lower case, made at the first search
-  let shown = new Uint32Array(0); // positions of the rows that match, in the order that is wanted
-  let open = -1; // place in `shown` of the row that the dialog shows, −1 where it came from elsewhere
+  let lowered = null; // the same in lower case, computed at the first search
+  let shown = new Uint32Array(0); // positions of the rows that match, in the selected order
+  let open = -1; // place in `shown` of the row in the dialog, −1 for a row that was not opened from the list
   const orders = new Map();
 
   async function unpack(id) {
@@ -86,7 +86,7 @@
         document: (a, b) => column.document[a] - column.document[b],
         text: (a, b) => (texts[a] < texts[b] ? -1 : texts[a] > texts[b] ? 1 : 0),
       }[key] || ((a, b) => column[key][b] - column[key][a]);
-      if (key === 'document') { // rows lie by document, and within one in the order of the text
+      if (key === 'document') { // rows are sorted by document, and within a document by position
         orders.set(key, all.sort((a, b) => by(a, b) || a - b));
       } else {
         orders.set(key, all.sort((a, b) => by(a, b) || column.row[a] - column.row[b]));
@@ -242,7 +242,7 @@
       row.append(value, bar, make('td', 'n', share > 0.5 ? `top ${percent(1 - share)}` : `bottom ${percent(share)}`));
       return row;
     }));
-    $('x-body').textContent = texts ? texts[i] : 'The text is still being opened.';
+    $('x-body').textContent = texts ? texts[i] : 'The text is still being unpacked.';
     $('x-cut').hidden = !(data.characters && texts && texts[i].length >= data.characters);
     $('x-previous').disabled = open <= 0;
     $('x-next').disabled = open < 0 || open >= shown.length - 1;
@@ -350,10 +350,10 @@
   }
 
   if (!('DecompressionStream' in window)) {
-    $('x-count').textContent = 'This browser is too old for the explorer; any of 2023 or later will do.';
+    $('x-count').textContent = 'This browser is too old for the explorer; use one of 2023 or later.';
     return;
   }
-  // After the page has been painted: opening the data takes a moment.
+  // After the page has been painted, since unpacking takes a moment.
   requestAnimationFrame(() => setTimeout(() => start().catch((error) => {
     $('x-count').textContent = `The explorer cannot open its data: ${error.message}`;
     throw error;

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dsdm_jax.data.pool import encoders, vocabulary
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
-from dsdm_jax.evaluation.suite import exam
+from dsdm_jax.evaluation.suite import open_suite
 from tests.data.conftest import context, invented, run_pool, run_targets, small_config
 from tests.data.pool.test_vocabulary import ODD, SPACE_SIGN
 
@@ -99,7 +99,7 @@ def test_a_tokenizer_makes_a_pool_its_targets_and_the_questions_of_evaluation(
   with np.load(tmp_path / 'targets' / 'cs_algorithms.target.npz') as arrays:
     assert (arrays['tokens_TL'][:, 0] == pool.encoder.eos).all()
   config.evaluation.tasks = (write_jsonl('{"context": "river", "continuation": "stone"}\n'),)
-  [request] = exam(context(config, tmp_path, 'evaluation', pool=artifact, targets=found)).requests
+  [request] = open_suite(context(config, tmp_path, 'evaluation', pool=artifact, targets=found)).requests
   assert request.ids_P[0].tolist() == [pool.encoder.eos, *pool.encoder.encode('river'), *pool.encoder.encode(' stone')]
 
 

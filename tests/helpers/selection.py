@@ -1,4 +1,4 @@
-"""A pool in memory, with scores, features and targets that a test names: what selectors see, without the stages."""
+"""Candidates in memory, with scores, features and targets of a test's choice, for selectors without other stages."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,12 +7,7 @@ import numpy as np
 
 from configs.base import get_config
 from dsdm_jax.data.targets.targets import Examples
-from dsdm_jax.selection.candidates import Candidates, Target
-from dsdm_jax.selection.cost_accounting import Ledger
-from dsdm_jax.selection.registry import Budget, find
-from dsdm_jax.selection.select import load_selectors
-
-load_selectors()
+from dsdm_jax.selection.candidates import Budget, Candidates, CostAccounting, Target, find
 
 
 class Scores:
@@ -25,7 +20,7 @@ class Scores:
 
 
 class Rows:
-  """What of a pool the selectors ask for."""
+  """The parts of a pool that selectors use."""
 
   def __init__(self, tokens_NL: np.ndarray, source_N=None, document_N=None, texts: Sequence[str] | None = None):
     self.tokens_NL, self.num_rows, self.length = tokens_NL, *tokens_NL.shape
@@ -42,7 +37,7 @@ class Rows:
     return [self.decode(tokens_L) for tokens_L in tokens_BL]
 
   def decode(self, tokens_L) -> str:
-    """The text whose number is the row's first token; or words that spell the tokens."""
+    """The text with the number of the row's first token, or a word for each token."""
     return ' '.join(f'w{t}' for t in tokens_L) if self._texts is None else self._texts[int(tokens_L[0])]
 
 
@@ -66,22 +61,22 @@ class Features:
     return self._target_TJ
 
 
-class Made(Candidates):
-  """Candidates of arrays; options are those of configs/base.py but for `options`."""
+class ArrayCandidates(Candidates):
+  """Candidates of arrays; `options` change those of configs/base.py."""
 
   def __init__(self, score_N=None, rows: Rows | None = None, features: Features | None = None, proxies=None, **options):
     self.options = get_config().selection
     self.options.update(options)
-    self.ledger = Ledger()
+    self.costs = CostAccounting()
     self.__dict__['pool'] = rows if rows is not None else Rows(np.zeros((len(score_N), 8), np.int32))
-    for name, value in (('scores', None if score_N is None else Scores(score_N)), ('features', features),
-                        ('proxies', proxies)):  # fmt: skip
+    scores = None if score_N is None else Scores(score_N)
+    for name, value in (('scores', scores), ('features', features), ('proxies', proxies)):
       if value is not None:
         self.__dict__[name] = value
 
 
 def target(texts: Sequence[str] = (), sequences: Sequence[Sequence[int]] = ()) -> Target:
-  """A task of examples that are given by text, by token ids, or by both."""
+  """A task of examples with these texts, token ids, or both."""
   size = max(len(texts), len(sequences))
   length = max([8, *map(len, sequences)])
   tokens_TL, weights_TL = np.zeros((size, length), np.int32), np.zeros((size, length), np.float32)
@@ -95,5 +90,5 @@ def target(texts: Sequence[str] = (), sequences: Sequence[Sequence[int]] = ()) -
 NO_TARGET = Target('mix', ('docs',), None, 'zscore')
 
 
-def selected(method: str, pool: Candidates, examples: int = 10, epochs: int = 3, seed: int = 0, wanted=NO_TARGET):
-  return find(method).select(pool, wanted, Budget(examples, epochs, pool.options.repeat_cap), seed)
+def selected(method: str, pool: Candidates, examples: int = 10, epochs: int = 3, seed: int = 0, target=NO_TARGET):
+  return find(method).select(pool, target, Budget(examples, epochs, pool.options.repeat_cap), seed)
