@@ -168,13 +168,14 @@ def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:
     runs += [{**runs[row], 'method': 'dsdm/again'} for row in again]
     items = {key: np.concatenate([values, values[again]]) for key, values in items.items()}
   confidence = base.config['evaluation.confidence']
-  names = {'documents': base.documents, 'categories': base.categories}
-  options = {'paired_seeds': base.config['evaluation.paired_seeds'], 'resamples': base.config['evaluation.bootstrap']}
-  origin = {'tasks': base.tasks, 'versions': base.versions, 'config': base.config}
-  cost = {f'{arm.name}/{stage}': spent for arm in arms for stage, spent in arm.cost.items()}
-  comparison = results.results(
-    items, runs, confidence=confidence, baselines=(*BASELINES, 'dsdm'), cost=cost, **names, **options, **origin
-  )
+  options: dict[str, Any] = {
+    'paired_seeds': base.config['evaluation.paired_seeds'],
+    'resamples': base.config['evaluation.bootstrap'],
+    'baselines': (*BASELINES, 'dsdm'),
+    'cost': {f'{arm.name}/{stage}': spent for arm in arms for stage, spent in arm.cost.items()},
+  }
+  options |= {name: getattr(base, name) for name in ('documents', 'categories', 'tasks', 'versions', 'config')}
+  comparison = results.results(items, runs, confidence=confidence, **options)
   comparison['multiplier'] = None
   if base.ladder is None:
     return comparison
@@ -186,8 +187,9 @@ def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:
     return compute.charge(method, own, arm.final, arm.cost, arm.choices)
 
   index, ladder_items = base.ladder
-  tables = compute.tables_of(items, runs, **names)
-  ladder = compute.tables_of(ladder_items, runs, **names, models=len(index))
+  names = base.documents, base.categories
+  tables = compute.tables_of(items, runs, *names)
+  ladder = compute.tables_of(ladder_items, runs, *names, len(index))
   uses = base.config['evaluation.selection_uses']
   comparison['multiplier'] = compute.content(tables, runs, ladder, index, charge, confidence, uses)
   return comparison
