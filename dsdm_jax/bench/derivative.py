@@ -31,8 +31,7 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.errors import UserError
-from dsdm_jax.training.differentiable import ScannedTraining, TargetOutputs
-from dsdm_jax.training.metagradient import Metagradient
+from dsdm_jax.training.differentiable import Metagradient, ScannedTraining, TargetOutputs
 from dsdm_jax.validation.validate import METASMOOTH, PLAIN, Examples, examples_of, train_config
 
 DROPPED = 'dropped'

@@ -42,7 +42,7 @@ from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm import hugging_face
 from dsdm_jax.training import loop
-from dsdm_jax.training.meter import WARM_STEPS
+from dsdm_jax.training.metrics import WARM_STEPS
 from dsdm_jax.training.step import trainer
 
 CASES = ('first_step', 'input')
@@ -166,7 +166,7 @@ def _input(flags: argparse.Namespace, config: ConfigDict, workdir: Path) -> dict
       out.mkdir()
       context = Context(config, out, {}, log, Cost(out))
       bar = tqdm.tqdm(disable=True)
-      loop.train(context, compiled, out.name, prng.stream(0, 'bench', 'init'), batches, steps, train, bar)
+      loop.train(context, compiled, loop.Run(out.name, prng.stream(0, 'bench', 'init'), batches, steps), train, bar)
       speeds[name].append(_speed(workdir, out.name))
   log.close()
   tokens = train.batch_size * pool.length

@@ -22,7 +22,7 @@ from dsdm_jax.core import flops, memory, prng
 from dsdm_jax.core.mesh import place
 from dsdm_jax.errors import UserError
 from dsdm_jax.training.step import Trainer
-from dsdm_jax.training.vmapped import Together
+from dsdm_jax.training.vmapped import VmappedTrainer
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +87,7 @@ def _step(flags: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Callable[
   shape: tuple[int, ...] = (flags.batch, flags.length)
   key: Any = prng.stream(0, 'bench', 'init')
   if flags.models_at_once > 1:
-    trainer, shape = Together(trainer, flags.models_at_once), (flags.models_at_once, *shape)
+    trainer, shape = VmappedTrainer(trainer, flags.models_at_once), (flags.models_at_once, *shape)
     key = [prng.stream(0, 'bench', 'init', i) for i in range(flags.models_at_once)]
   tokens = prng.numpy_stream(0, 'bench').integers(0, vocab_size, shape, np.int32)
   pair = place((tokens, np.ones(shape[:-1], np.float32)), trainer.batch_sharding)

@@ -17,8 +17,7 @@ from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.errors import UserError
-from dsdm_jax.training.differentiable import TargetOutputs
-from dsdm_jax.training.metagradient import Metagradient
+from dsdm_jax.training.differentiable import Metagradient, TargetOutputs
 from dsdm_jax.validation import agreement, bank, cheap, subsets, table
 from dsdm_jax.validation.proxy_pool import USUAL, Proxies
 from dsdm_jax.validation.variants import BEST, REFERENCE, VARIANTS, Scorer

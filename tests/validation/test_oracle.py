@@ -9,8 +9,7 @@ from configs import validation
 from dsdm_jax.bench import derivative
 from dsdm_jax.bench.float64 import widened
 from dsdm_jax.lm.outputs import margin
-from dsdm_jax.training.differentiable import ScannedTraining, TargetOutputs
-from dsdm_jax.training.metagradient import Metagradient
+from dsdm_jax.training.differentiable import Metagradient, ScannedTraining, TargetOutputs
 from dsdm_jax.validation.validate import METASMOOTH, PLAIN, train_config
 
 VOCAB, LENGTH, ROWS, TARGETS = 48, 12, 192, 6
