@@ -1,17 +1,17 @@
-"""The models that datamodels are made from: of several sizes and lengths, each trained when it is first asked for."""
+"""Proxy models of several sizes and training lengths for the validation, each trained when it is first used."""
 
 import dataclasses
 import functools
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from dsdm_jax.core import prng
 from dsdm_jax.training.differentiable import ScannedTraining
 from dsdm_jax.training.step import TrainState
-from dsdm_jax.validation import bank
 
-EARLY, MIDDLE, LATE = range(3)  # places among the checkpoints of one proxy
+EARLY, MIDDLE, LATE = range(3)  # indices of the checkpoints of one proxy
 STOPS = (1 / 3, 2 / 3, 1.0)
 
 
@@ -28,17 +28,17 @@ USUAL = Kind()
 
 @dataclasses.dataclass(frozen=True)
 class Proxy:
-  """Attributes: training that it comes from; its state at each of `STOPS`."""
+  """Attributes: training that it belongs to; its state at each of `STOPS`."""
 
   training: ScannedTraining
   states: tuple[TrainState, ...]
 
 
-class Proxies:
-  """Models on random parts of the rows, of other seeds than the truth.
+class ProxyPool:
+  """Proxies that are trained on random subsets of the rows, with other seeds than the models of the truth.
 
   Args:
-    config: of the run, with the setting's `proxies.train`.
+    config: of the run, with `proxies.train` of the setting.
     vocab_size: of the tokens.
     tokens_NL: all rows.
   """
@@ -48,17 +48,17 @@ class Proxies:
     self.training = functools.lru_cache(maxsize=None)(self._make_training)
     self._trained = functools.lru_cache(maxsize=None)(self._train)
 
-  def __call__(self, kind: Kind, place: int) -> Proxy:
-    """Proxy `place` of a kind; the rows and their order are the same for all kinds, as far as they go."""
-    return self._trained(kind, place)
+  def __call__(self, kind: Kind, number: int) -> Proxy:
+    """Proxy `number` of a kind; its rows and their order are the same for all kinds."""
+    return self._trained(kind, number)
 
-  def _train(self, kind: Kind, place: int) -> Proxy:
+  def _train(self, kind: Kind, number: int) -> Proxy:
     training = self.training(kind)
     weight_MN = np.zeros((1, training.rows), np.float32)
-    chosen = prng.numpy_stream(self._config.seed, 'validation', 'proxy', place).permutation(training.rows)
-    weight_MN[0, chosen[: round(self._config.proxies.subset_share * training.rows)]] = 1
-    states = training.train(f'proxy {place}', weight_MN, STOPS)
-    return Proxy(training, tuple(bank.one(s) for s in states))
+    order = prng.numpy_stream(self._config.seed, 'validation', 'proxy', number).permutation(training.rows)
+    weight_MN[0, order[: round(self._config.proxies.subset_share * training.rows)]] = 1
+    states = training.train(f'proxy {number}', weight_MN, STOPS)
+    return Proxy(training, tuple(jax.tree.map(lambda x: x[0], s) for s in states))
 
   def _make_training(self, kind: Kind) -> ScannedTraining:
     proxies, epochs = self._config.proxies, kind.length * self._config.validation.epochs
@@ -67,7 +67,7 @@ class Proxies:
 
 
 def scaled(model: ConfigDict, width: float) -> ConfigDict:
-  """The model's config at `width` times the width; heads keep their number."""
+  """The model's config at `width` times the width, with the same number of heads."""
   model = ConfigDict(model.to_dict())
   model.width, model.mlp_width = round(model.width * width), round(model.mlp_width * width)
   return model
