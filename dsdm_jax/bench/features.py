@@ -49,10 +49,10 @@ MODELS = {
   'gpt2_760m': (24, 1_536, 12, 50_304),
   'gpt2_1300m': (24, 2_048, 16, 50_304),
 }
-CASES = (
-  'train_step', 'forward', 'per_example_gradient', 'two_sided_j4096', 'two_sided_j16384', 'bare_matmul_j4096',
-  'dense_j4096', 'jvp_score', 'jvp_score_4_targets', 'matmul_peak',
-)  # fmt: skip
+CASES = tuple(
+  'train_step forward per_example_gradient two_sided_j4096 two_sided_j16384 bare_matmul_j4096 dense_j4096 jvp_score '
+  'jvp_score_4_targets matmul_peak'.split()
+)
 _ANY_J = re.compile(r'(two_sided|bare_matmul|dense|gram|stage_store|stage_stream)_j[1-9]\d*')
 PEAK_SIZE = {'cpu': 2_048}  # side of the square product that measures the machine's peak; 8,192 on accelerators
 
@@ -140,10 +140,8 @@ def model_config(flags: argparse.Namespace) -> tuple[ConfigDict, int]:
   """The config of `--model` and its vocabulary."""
   layers, width, heads, vocab_size = MODELS[flags.model]
   config = base.model()
-  config.update({
-    'layers': layers, 'width': width, 'heads': heads, 'kv_heads': heads, 'mlp_width': 4 * width,
-    'compute_dtype': flags.dtype, 'remat': flags.remat, 'scan_layers': layers > 4,
-  })  # fmt: skip
+  config.update({'layers': layers, 'width': width, 'heads': heads, 'kv_heads': heads, 'mlp_width': 4 * width})
+  config.update({'compute_dtype': flags.dtype, 'remat': flags.remat, 'scan_layers': layers > 4})
   return config, vocab_size
 
 
@@ -289,24 +287,26 @@ def _lines(cases: list[Case], flags: argparse.Namespace) -> list[dict[str, Any]]
   for case in cases:
     mine = seconds[case.name]
     floor = _floor(case, of_name, seconds)
-    lines.append({
-      'case': case.name,
-      'seconds': round(mine, 5),
-      'ratio_to_train_step': round(mine / seconds['train_step'], 4) if 'train_step' in seconds else None,
-      'ratio_to_floor': round(mine / floor, 4) if floor else None,
-      'cpu_ratio_to_floor': round(statistics.median(x for _, x in case.over_floor), 4) if case.over_floor else None,
-      'tokens_per_s': round(tokens / mine) if (tokens := _tokens(case, flags)) else None,
-      'peak_bytes': case.peak_bytes,
-      'flop': case.flop,
-      'share_of_matmul_peak': round(case.flop / mine / (peak * _devices(case, devices)), 4) if peak else None,
-      'model': flags.model,
-      'batch': flags.batch,
-      'length': flags.length,
-      'j': case.j,
-      'rows': case.rows,
-      'microbatch': case.microbatch,
-      'devices': flags.devices,
-    })  # fmt: skip
+    lines.append(
+      {
+        'case': case.name,
+        'seconds': round(mine, 5),
+        'ratio_to_train_step': round(mine / seconds['train_step'], 4) if 'train_step' in seconds else None,
+        'ratio_to_floor': round(mine / floor, 4) if floor else None,
+        'cpu_ratio_to_floor': round(statistics.median(x for _, x in case.over_floor), 4) if case.over_floor else None,
+        'tokens_per_s': round(tokens / mine) if (tokens := _tokens(case, flags)) else None,
+        'peak_bytes': case.peak_bytes,
+        'flop': case.flop,
+        'share_of_matmul_peak': round(case.flop / mine / (peak * _devices(case, devices)), 4) if peak else None,
+        'model': flags.model,
+        'batch': flags.batch,
+        'length': flags.length,
+        'j': case.j,
+        'rows': case.rows,
+        'microbatch': case.microbatch,
+        'devices': flags.devices,
+      }
+    )
   return lines
 
 

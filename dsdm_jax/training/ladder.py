@@ -1,7 +1,7 @@
 """Stage `ladder`: trains models on random data at several sizes, where parameters and tokens grow together.
 
 Their results as a function of compute are the scale on which a method's result is read as compute
-(`dsdm_jax/evaluation/compute.py`). The learning-rate schedule of each rung has the rung's length.
+(`dsdm_jax/evaluation/multiplier.py`). The learning-rate schedule of each rung has the rung's length.
 """
 
 import dataclasses

@@ -46,15 +46,9 @@ def _study(tmp_path, *flags: str, config=None) -> subprocess.CompletedProcess[st
     more.write_text(json.dumps({'text': 'One more document, of a file. ' * 40}) + '\n')
   (tmp_path / 'arms.py').write_text(CONFIG.replace('MORE', str(more)))
   command = [sys.executable, '-m', 'dsdm_jax.study', 'run', f'--config={config or tmp_path / "arms.py"}']
-  return subprocess.run(
-    [*command, f'--workdir={tmp_path / "study"}', *flags],
-    cwd=ROOT,
-    env=runs.environment(),
-    capture_output=True,
-    text=True,
-    timeout=400,
-    check=False,
-  )
+  command += [f'--workdir={tmp_path / "study"}', *flags]
+  options = {'cwd': ROOT, 'env': runs.environment(), 'capture_output': True, 'text': True}
+  return subprocess.run(command, **options, timeout=400, check=False)
 
 
 def test_every_arm_of_the_study_is_a_config():
@@ -72,20 +66,9 @@ def test_the_study_varies_every_choice_of_the_method():
     for key, value in flat(arm).items():
       if value != base[key]:
         varied.setdefault(key, {base[key]}).add(value)
-  assert {
-    'proxies.count',
-    'proxies.model.width',
-    'proxies.epochs',
-    'proxies.seed',
-    'features.dimension',
-    'features.projection',
-    'datamodel.damping',
-    'datamodel.gram',
-    'datamodel.mix',
-    'selection.examples',
-    'selection.epochs',
-    'selection.methods',
-  } <= set(varied)
+  proxies = {'proxies.count', 'proxies.model.width', 'proxies.epochs', 'proxies.seed'}
+  method = {'features.dimension', 'features.projection', 'datamodel.damping', 'datamodel.gram', 'datamodel.mix'}
+  assert proxies | method | {f'selection.{key}' for key in ('examples', 'epochs', 'methods')} <= set(varied)
   assert {'auto', 'full', 'joint'} == varied['datamodel.gram'] and {'mean', 'rank'} <= varied['datamodel.mix']
   assert ('dsdm_greedy',) in varied['selection.methods'] and ('dsdm_clusters',) in varied['selection.methods']
   budgets = {c.selection.examples * c.selection.epochs for c in map(study.get_config, study.ARMS)}
@@ -121,16 +104,9 @@ def test_equal_stages_are_computed_once(studied):
 def test_every_arm_is_compared(studied):
   found = json.loads((studied / 'study.json').read_text())
   pairs = {(c['method'], c['baseline']) for c in found['comparisons']}
-  assert pairs == {
-    ('dsdm', 'random'),
-    ('dsdm/damped', 'random'),
-    ('dsdm/again_1', 'random'),
-    ('dsdm/again', 'random'),
-    ('dsdm/damped', 'dsdm'),
-    ('dsdm/again_1', 'dsdm'),  # dsdm/again has a model of dsdm
-    ('dsdm_greedy/damped', 'random'),
-    ('dsdm_greedy/damped', 'dsdm'),
-  }
+  compared = {'dsdm/damped', 'dsdm/again_1', 'dsdm_greedy/damped'}  # dsdm/again has a model of dsdm
+  against_random = {(method, 'random') for method in {*compared, 'dsdm', 'dsdm/again'}}
+  assert pairs == against_random | {(method, 'dsdm') for method in compared}
   conditional = {c['method']: c['conditional'] for c in found['comparisons'] if c['baseline'] == 'random'}
   assert conditional['dsdm'] and conditional['dsdm/again_1'] and not conditional['dsdm/again']
   means = {(r['method'], r['seed'], r['task'], r['split']): r['logprob'] for r in found['arms']}
