@@ -19,8 +19,7 @@ from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.errors import UserError
 from dsdm_jax.training.differentiable import Metagradient, TargetOutputs
 from dsdm_jax.validation import agreement, cheap, subsets, table
-from dsdm_jax.validation.proxy_pool import USUAL, ProxyPool
-from dsdm_jax.validation.variants import BEST, REFERENCE, VARIANTS, Scorer
+from dsdm_jax.validation.variants import BEST, REFERENCE, USUAL, VARIANTS, ProxyPool, Scorer
 
 PLAIN, METASMOOTH = 'plain', 'metasmooth'
 ORACLE = 'oracle (metagradient)'

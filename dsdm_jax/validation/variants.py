@@ -1,4 +1,4 @@
-"""Variants of the datamodel that differ from a reference in one choice each, and their scores.
+"""Variants of the datamodel that differ from a reference in one choice each, their proxies, and their scores.
 
 The reference has two proxies, their last checkpoints and the full Gram matrix. `BEST` combines the best choices.
 """
@@ -19,13 +19,75 @@ from dsdm_jax.attribution.covariances import Basis, MomentStep
 from dsdm_jax.attribution.features import blocks, feature_step, step_rows
 from dsdm_jax.attribution.gradients import FeatureStep, TwoSidedFeatures
 from dsdm_jax.attribution.second_moment import SecondMoment
+from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data.targets.targets import text_mask
 from dsdm_jax.lm.outputs import token_log_probability
+from dsdm_jax.training.differentiable import ScannedTraining
 from dsdm_jax.training.step import TrainState
-from dsdm_jax.validation.proxy_pool import EARLY, LATE, MIDDLE, STOPS, USUAL, Kind, Proxy, scaled
 
+EARLY, MIDDLE, LATE = range(3)  # indices of the checkpoints of one proxy
+STOPS = (1 / 3, 2 / 3, 1.0)
 _CACHED = 16  # feature matrices, each of one checkpoint, that stay in memory for later variants
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """Attributes: width of the model and length of its training, as multiples of the config's."""
+
+  width: float = 1.0
+  length: float = 1.0
+
+
+USUAL = Kind()
+
+
+@dataclasses.dataclass(frozen=True)
+class Proxy:
+  """Attributes: training that it belongs to; its state at each of `STOPS`."""
+
+  training: ScannedTraining
+  states: tuple[TrainState, ...]
+
+
+class ProxyPool:
+  """Proxies that are trained on random subsets of the rows, with other seeds than the models of the truth.
+
+  Args:
+    config: of the run, with `proxies.train` of the setting.
+    vocab_size: of the tokens.
+    tokens_NL: all rows.
+  """
+
+  def __init__(self, config: ConfigDict, vocab_size: int, tokens_NL: np.ndarray):
+    self._config, self._vocab_size, self._tokens_NL = config, vocab_size, tokens_NL
+    self.training = functools.lru_cache(maxsize=None)(self._make_training)
+    self._trained = functools.lru_cache(maxsize=None)(self._train)
+
+  def __call__(self, kind: Kind, number: int) -> Proxy:
+    """Proxy `number` of a kind; its rows and their order are the same for all kinds."""
+    return self._trained(kind, number)
+
+  def _train(self, kind: Kind, number: int) -> Proxy:
+    training = self.training(kind)
+    weight_MN = np.zeros((1, training.rows), np.float32)
+    order = prng.numpy_stream(self._config.seed, 'validation', 'proxy', number).permutation(training.rows)
+    weight_MN[0, order[: round(self._config.proxies.subset_share * training.rows)]] = 1
+    states = training.train(f'proxy {number}', weight_MN, STOPS)
+    return Proxy(training, tuple(jax.tree.map(lambda x: x[0], s) for s in states))
+
+  def _make_training(self, kind: Kind) -> ScannedTraining:
+    proxies, epochs = self._config.proxies, kind.length * self._config.validation.epochs
+    model = scaled(proxies.model, kind.width)
+    return ScannedTraining(model, proxies.train, self._vocab_size, self._tokens_NL, epochs, self._config.seed)
+
+
+def scaled(model: ConfigDict, width: float) -> ConfigDict:
+  """The model's config at `width` times the width, with the same number of heads."""
+  model = ConfigDict(model.to_dict())
+  model.width, model.mlp_width = round(model.width * width), round(model.mlp_width * width)
+  return model
+
 
 Changes = tuple[tuple[str, Any], ...]
 

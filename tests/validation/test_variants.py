@@ -12,8 +12,7 @@ from configs import base
 from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.training.step import trainer
-from dsdm_jax.validation.proxy_pool import Kind, Proxy, ProxyPool
-from dsdm_jax.validation.variants import REFERENCE, Scorer, Variant
+from dsdm_jax.validation.variants import REFERENCE, Kind, Proxy, ProxyPool, Scorer, Variant
 
 VOCAB, LENGTH = 32, 10
 
