@@ -2,7 +2,7 @@
 
 Run all of it, arm by arm, or one arm alone:
 
-    python -m dsdm_jax.bench study --config=configs/study.py --workdir=runs/study
+    python -m dsdm_jax.study run --config=configs/study.py --workdir=runs/study
     python -m dsdm_jax.main --config=configs/study.py:J_512 --workdir=runs/J_512
 
 An arm is the quickstart with a few keys changed. `base` trains the baselines; every other arm trains DsDm alone and is

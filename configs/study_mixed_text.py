@@ -2,7 +2,7 @@
 
 Run all of it, arm by arm; stopped, it goes on:
 
-    python -m dsdm_jax.bench study --config=configs/study_mixed_text.py --workdir=runs/mixed
+    python -m dsdm_jax.study run --config=configs/study_mixed_text.py --workdir=runs/mixed
 
 Put or link the text at `data/pool/*.jsonl.gz` (fields `id`, `source`, `text`) and the questions at
 `data/benchmarks/*.jsonl`, in LLM-Foundry's shapes. Every arm trains on as many tokens; targeted arms see a subset four

@@ -1,9 +1,8 @@
-"""The pool's way from text to batches: megabytes of text and tokens a second.
+"""From text to batches: megabytes of text per second, and tokens per second.
 
-Builds a pool from JSONL.gz files (those of --files, or the text of the installed packages written out as such) with a
-SentencePiece unigram vocabulary, then reads batches of it on one core: rows in their order, as features want them, and
-in a seeded permutation through seqio, as training does. One JSON line for each; seconds of CPU time stand beside those
-of the clock, for machines that others use too.
+Builds a pool from JSONL.gz files (--files, or the text of the installed packages) with a SentencePiece unigram
+vocabulary. Then reads batches on one core: rows in order, as for features, and in a seeded permutation through seqio,
+as for training. Prints one JSON line for each, with CPU seconds as well, for machines that others use too.
 """
 
 import argparse
@@ -34,10 +33,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--megabytes', type=float, default=20, help='of text taken from the installed packages')
   parser.add_argument('--length', type=int, default=1_024, help='L, tokens of a row')
   parser.add_argument('--vocabulary', default='train', help='train, bytes, or a path, as pool.vocabulary')
-  parser.add_argument('--workers', type=int, default=0, help='processes; 0 takes one for each core')
+  parser.add_argument('--workers', type=int, default=0, help='processes; 0 for one per core')
   parser.add_argument('--batch_size', type=int, default=64)
-  parser.add_argument('--seconds', type=float, default=5, help='how long each way of reading is timed')
-  parser.add_argument('--guard', action='store_true', help='with the leakage guard, against the built-in targets')
+  parser.add_argument('--seconds', type=float, default=5, help='seconds of each way of reading')
+  parser.add_argument('--guard', action='store_true', help='run the leakage guard against the built-in targets')
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -66,23 +65,22 @@ def _build(folder: Path, files: str, flags: argparse.Namespace) -> Pool:
   config.host.workers = flags.workers
   out = folder / 'pool'
   out.mkdir()
-  began, used = time.perf_counter(), _cpu_seconds()
+  began, used = time.perf_counter(), time.process_time()  # of this process: compare CPU seconds with --workers=1
   with memory_watched() as most:
     build.run(Context(config, out, {}, Log(folder, 'pool', enabled=False), Cost(out)))
   seconds = time.perf_counter() - began
   pool = Pool(out)
-  _print(
-    case='build', megabytes_per_second=pool.card['bytes'] / seconds / 1e6, seconds=seconds,
-    cpu_seconds=_cpu_seconds() - used, workers=workers.count(
-      flags.workers), megabytes=pool.card['bytes'] / 1e6, rows=pool.num_rows, tokens=pool.card['tokens'],
-    gigabytes_of_all_processes=max(most) / 1e9,
-  )  # fmt: skip
+  megabytes, cpu_seconds = pool.card['bytes'] / 1e6, time.process_time() - used
+  speed = {'megabytes_per_second': megabytes / seconds, 'seconds': seconds, 'cpu_seconds': cpu_seconds}
+  size = {'megabytes': megabytes, 'rows': pool.num_rows, 'tokens': pool.card['tokens']}
+  memory = {'gigabytes_of_all_processes': max(most) / 1e9}
+  _print(case='build', **speed, workers=workers.count(flags.workers), **size, **memory)
   return pool
 
 
 @contextlib.contextmanager
 def memory_watched() -> Iterator[list[int]]:
-  """Yields a list of `family_bytes`, looked at four times a second while the block runs, and once at its beginning."""
+  """Yields a list of `family_bytes`: at the start, and four times a second while the block runs."""
   seen, ended = [family_bytes()], threading.Event()
 
   def watch() -> None:
@@ -99,16 +97,16 @@ def memory_watched() -> Iterator[list[int]]:
 
 
 def family_bytes() -> int:
-  """Memory of this process and of all below it, what several of them share counted once (PSS)."""
+  """Memory of this process and all its descendants; shared memory counts once (PSS)."""
   parent: dict[int, int] = {}
   for stat in Path('/proc').glob('[0-9]*/stat'):
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the process has ended
       parent[int(stat.parent.name)] = int(stat.read_text().rpartition(')')[2].split()[1])
   family: set[int] = set()
-  found = {os.getpid()}
-  while found:
-    family |= found
-    found = {pid for pid, its in parent.items() if its in found}
+  generation = {os.getpid()}
+  while generation:
+    family |= generation
+    generation = {pid for pid, its_parent in parent.items() if its_parent in generation}
   return sum(map(_proportional_bytes, family))
 
 
@@ -130,17 +128,12 @@ def _read(pool: Pool, flags: argparse.Namespace) -> None:
   _time('seeded_permutation', permuted, flags)
 
 
-def _cpu_seconds() -> float:
-  """Of this process; those of other workers are not in it, so compare with `--workers=1`."""
-  return time.process_time()
-
-
-def _time(case: str, found: Iterable[np.ndarray], flags: argparse.Namespace) -> None:
-  """Tokens a second from the second batch on, until the time is over or the rows are."""
+def _time(case: str, tokens_of_batches: Iterable[np.ndarray], flags: argparse.Namespace) -> None:
+  """Tokens per second from the second batch on, until time or rows run out."""
   began, used, tokens, seconds = 0.0, 0.0, 0, 0.0
-  for batch_BL in found:
+  for batch_BL in tokens_of_batches:
     if not began:
-      began, used = time.perf_counter(), _cpu_seconds()
+      began, used = time.perf_counter(), time.process_time()  # of this process: compare CPU seconds with --workers=1
       continue
     tokens += batch_BL.size
     seconds = time.perf_counter() - began
@@ -149,7 +142,7 @@ def _time(case: str, found: Iterable[np.ndarray], flags: argparse.Namespace) -> 
   _print(
     case=case,
     tokens_per_second=tokens / seconds,
-    tokens_per_cpu_second=tokens / (_cpu_seconds() - used),
+    tokens_per_cpu_second=tokens / (time.process_time() - used),
     tokens=tokens,
     length=flags.length,
     cores=1,

@@ -1,8 +1,8 @@
 """Speed of evaluation: `python -m dsdm_jax.bench evaluation --folder FOLDER --tasks lambada`.
 
-Asks a model of the quickstart's size, as initialised, the benchmarks whose JSONL files lie in FOLDER (their names are
-in docs/benchmarks.md): what time that takes does not depend on the weights. Prints a line of JSON for each: items,
-seconds to tokenize, seconds to score with and without the first compilation, processor seconds, FLOP.
+Evaluates an untrained model of the quickstart's size on the benchmarks whose JSONL files are in FOLDER (for names see
+docs/benchmarks.md); the time does not depend on the weights. Prints a line of JSON for each: items, seconds to
+tokenize, seconds to score with and without the first compilation, processor seconds, FLOP.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from dsdm_jax.training.step import trainer
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--folder', required=True, help="of the benchmarks' JSONL files")
-  parser.add_argument('--tasks', default='lambada', help='names, joined by commas (default: lambada)')
-  parser.add_argument('--items', type=int, default=0, help='of each, at most; 0 takes all')
+  parser.add_argument('--tasks', default='lambada', help='comma-separated names (default: lambada)')
+  parser.add_argument('--items', type=int, default=0, help='maximum number of items of each; 0 for all')
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -33,7 +33,7 @@ def run(flags: argparse.Namespace) -> None:
   tasks = tuple(flags.tasks.split(','))
   unknown = [task for task in tasks if task not in benchmarks.BENCHMARKS]
   if unknown:
-    raise UserError(f'--tasks={flags.tasks}: {unknown[0]} is no benchmark of docs/benchmarks.md')
+    raise UserError(f'--tasks={flags.tasks}: {unknown[0]} is not a benchmark in docs/benchmarks.md')
   memory.keep_freed_memory()  # as every run of the pipeline does
   texts = [
     f'{i.context} {i.continuation}' for i in benchmarks.read_items(benchmarks.BENCHMARKS[tasks[0]], flags.folder)
@@ -47,13 +47,13 @@ def run(flags: argparse.Namespace) -> None:
     began = time.perf_counter()
     sequences = suite.Sequences(encoder.encode, config.pool.length, encoder.eos)
     (request,) = suite.read(config.evaluation, flags.folder, sequences, config.targets.seed)
-    found = {'task': task, 'items': len(request.item_ids_I), 'tokenize_s': time.perf_counter() - began}
+    line = {'task': task, 'items': len(request.item_ids_I), 'tokenize_s': time.perf_counter() - began}
     scorer = Scorer(compiled, config.evaluation.batch_size, encoder.eos)
     for name in ('first', 'again'):
       before, began, busy = scorer.flop, time.perf_counter(), time.process_time()
       score_request(
         scorer, state, request, config.pool.length, config.evaluation.generate_tokens, stop_V, encoder.decode
       )
-      found |= {f'score_{name}_s': time.perf_counter() - began, f'cpu_{name}_s': time.process_time() - busy}
-    found['flop'] = scorer.flop - before
-    print(json.dumps({k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in found.items()}), flush=True)
+      line |= {f'score_{name}_s': time.perf_counter() - began, f'cpu_{name}_s': time.process_time() - busy}
+    line['flop'] = scorer.flop - before
+    print(json.dumps({k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in line.items()}), flush=True)

@@ -1,14 +1,15 @@
 """Features and scores against a training step, side by side on the same model and batch.
 
-Each case is timed once in each of `--repeats` rounds, so that all see the same machine, and its median is printed as
-one JSON line. FLOP are those of matrix products (see `core.flops`). `ratio_to_floor` compares seconds with the least
-that the method can take: the training step's time by the share of its FLOP that cannot be done without; for dense
-features the time of per-example gradients and of a bare matrix product of the same shape, measured as cases; for whole
-passes over a pool (`stage_store_j4096`, `stage_stream_j4096`) the time of their compiled steps alone, in their pauses.
-`cpu_ratio_to_floor` is the same of processor seconds, which others on the machine hardly change.
+Each case is timed once in each of `--repeats` rounds, so that all cases see the same machine, and its median is printed
+as one JSON line. FLOP are those of matrix products (see `core.flops`). `ratio_to_floor` compares seconds with a lower
+bound of the method: the training step's time, times the share of its FLOP that the method needs; for dense features the
+time of per-example gradients plus that of a bare matrix product of the same shape, measured as cases; for whole passes
+over a pool (`stage_store_j4096`, `stage_stream_j4096`) the time of their compiled steps alone. `cpu_ratio_to_floor` is
+the same for processor seconds, which other users of the machine hardly change.
 
-On CPU all threads allocate from one pool of memory that keeps what is freed. In a run step follows step; here seconds
-may pass before a case runs again, in which the system would take its pages back, the more the larger it is.
+On CPU set GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1: all threads then allocate from one arena that
+keeps freed memory. In a run, steps follow each other; here seconds may pass until a case runs again, in which memory
+would go back to the system.
 """
 
 import argparse
@@ -48,17 +49,17 @@ MODELS = {
   'gpt2_760m': (24, 1_536, 12, 50_304),
   'gpt2_1300m': (24, 2_048, 16, 50_304),
 }
-CASES = (
-  'train_step', 'forward', 'per_example_gradient', 'two_sided_j4096', 'two_sided_j16384', 'bare_matmul_j4096',
-  'dense_j4096', 'jvp_score', 'jvp_score_4_targets', 'matmul_peak',
-)  # fmt: skip
+CASES = tuple(
+  'train_step forward per_example_gradient two_sided_j4096 two_sided_j16384 bare_matmul_j4096 dense_j4096 jvp_score '
+  'jvp_score_4_targets matmul_peak'.split()
+)
 _ANY_J = re.compile(r'(two_sided|bare_matmul|dense|gram|stage_store|stage_stream)_j[1-9]\d*')
-PEAK_SIZE = {'cpu': 2_048}  # of the square product that stands for the machine's peak; 8,192 elsewhere
+PEAK_SIZE = {'cpu': 2_048}  # side of the square product that measures the machine's peak; 8,192 on accelerators
 
 
 @dataclasses.dataclass
 class Case:
-  """One compiled program, or a pass of many rows. `run` calls it and waits; of a pass it tells what it spent."""
+  """One compiled program, or a pass over many rows. `run` calls it and waits; for a pass it returns the time."""
 
   name: str
   run: Callable[[], Any]
@@ -69,7 +70,7 @@ class Case:
   rows: int | None = None
   microbatch: int | None = None
   seconds: list[float] = dataclasses.field(default_factory=list)
-  over_floor: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # of a pass: by the clock, processors
+  over_floor: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # of a pass: wall clock, processors
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -80,14 +81,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of activations')
   parser.add_argument('--remat', action='store_true', help='recompute activations in backward passes')
   parser.add_argument(
-    '--cases', default=','.join(CASES), help=f'some of {", ".join(CASES)}, joined by commas; any number may follow _j'
+    '--cases', default=','.join(CASES), help=f'comma-separated names from {", ".join(CASES)}; any number may follow _j'
   )
-  parser.add_argument(
-    '--rows', type=int, default=2_048, help='of the pool that stage_store and stage_stream go through'
-  )
-  parser.add_argument(
-    '--microbatch', type=int, default=None, help='examples that jvp works on at once; half a batch where not given'
-  )
+  parser.add_argument('--rows', type=int, default=2_048, help='of the pool of stage_store and stage_stream')
+  parser.add_argument('--microbatch', type=int, default=None, help='examples per jvp; default: half a batch')
   parser.add_argument('--repeats', type=int, default=5, help='rounds')
 
 
@@ -97,23 +94,23 @@ def run(flags: argparse.Namespace) -> None:
   for name in wanted:
     if name not in CASES and not _ANY_J.fullmatch(name):
       raise UserError(
-        f'--cases={flags.cases}: {name} is no case; cases are {", ".join(CASES)}, with any number after _j'
+        f'--cases={flags.cases}: {name} is unknown; cases are {", ".join(CASES)}, with any number after _j'
       )
-  made = cases(dict.fromkeys((*wanted, 'matmul_peak')), flags)
-  for case in made:
-    if case.rows is None:  # passes have compiled what they run
+  measured = cases(dict.fromkeys((*wanted, 'matmul_peak')), flags)
+  for case in measured:
+    if case.rows is None:  # passes are compiled already
       case.run()
   for _ in range(flags.repeats):
-    for case in made:
+    for case in measured:
       began = time.perf_counter()
-      told = case.run()
+      result = case.run()
       if case.rows is None:
         case.seconds.append(time.perf_counter() - began)
       else:
-        spent, floor = told
+        spent, floor = result
         case.seconds.append(spent.clock)
         case.over_floor.append((spent.clock / floor.clock, spent.processors / floor.processors))
-  for line in _lines(made, flags):
+  for line in _lines(measured, flags):
     print(json.dumps(line), flush=True)
 
 
@@ -135,7 +132,7 @@ def mesh_of(devices: str) -> Mesh:
   if count > 1:
     jax.config.update('jax_num_cpu_devices', count)
   if len(jax.devices()) < count:
-    raise UserError(f'--devices={devices} asks for {count} devices and there are {len(jax.devices())}')
+    raise UserError(f'--devices={devices} needs {count} devices and there are {len(jax.devices())}')
   return make_mesh(config, jax.devices()[:count])
 
 
@@ -143,10 +140,8 @@ def model_config(flags: argparse.Namespace) -> tuple[ConfigDict, int]:
   """The config of `--model` and its vocabulary."""
   layers, width, heads, vocab_size = MODELS[flags.model]
   config = base.model()
-  config.update({
-    'layers': layers, 'width': width, 'heads': heads, 'kv_heads': heads, 'mlp_width': 4 * width,
-    'compute_dtype': flags.dtype, 'remat': flags.remat, 'scan_layers': layers > 4,
-  })  # fmt: skip
+  config.update({'layers': layers, 'width': width, 'heads': heads, 'kv_heads': heads, 'mlp_width': 4 * width})
+  config.update({'compute_dtype': flags.dtype, 'remat': flags.remat, 'scan_layers': layers > 4})
   return config, vocab_size
 
 
@@ -220,7 +215,7 @@ def _stage_case(
 
 
 def _batches(flags: argparse.Namespace) -> int:
-  """Of a pass over the pool, shard by shard."""
+  """Number of batches of a pass over the pool, shard by shard."""
   whole, rest = divmod(flags.rows, stages.SHARD_ROWS)
   return whole * -(-stages.SHARD_ROWS // flags.batch) + -(-rest // flags.batch)
 
@@ -257,7 +252,7 @@ def _train_case(trainer: Trainer, key: jax.Array, tokens_BL: jax.Array, least: f
 
 
 def _bare_matmul(name: str, params: nnx.State, batch: int, j: int) -> Case:
-  """[B, W] × [W, J] from one block of [·, J] used over and over: the whole matrix would fill any memory."""
+  """[B, W] × [W, J] with one block of [·, J] that is reused: the whole matrix would not fit into memory."""
   parameters = sum(x.size for x in jax.tree.leaves(params))
   blocks = -(-parameters // rademacher.BLOCK)
   block_WJ = jnp.ones((rademacher.BLOCK, j), jnp.float32)
@@ -274,7 +269,7 @@ def _bare_matmul(name: str, params: nnx.State, batch: int, j: int) -> Case:
 
 
 def peak_bytes(program: Any) -> int | None:
-  """Bytes of arguments, results and temporaries of a compiled program on one device; None where XLA does not say."""
+  """Bytes of arguments, results and temporaries of a compiled program on one device; None if XLA does not report it."""
   memory = program.memory_analysis()
   if memory is None:
     return None
@@ -286,30 +281,32 @@ def _lines(cases: list[Case], flags: argparse.Namespace) -> list[dict[str, Any]]
   seconds = {case.name: statistics.median(case.seconds) for case in cases}
   of_name = {case.name: case for case in cases}
   peak = of_name['matmul_peak'].flop / seconds['matmul_peak'] if 'matmul_peak' in seconds else None
-  # The product that stands for the peak runs on one device, and so do bare products; simulated devices share the cores.
+  # The product that measures the peak and bare products run on one device; simulated devices share the cores.
   devices = math.prod(map(int, flags.devices.split('x'))) if jax.default_backend() != 'cpu' else 1
   lines = []
   for case in cases:
     mine = seconds[case.name]
     floor = _floor(case, of_name, seconds)
-    lines.append({
-      'case': case.name,
-      'seconds': round(mine, 5),
-      'ratio_to_train_step': round(mine / seconds['train_step'], 4) if 'train_step' in seconds else None,
-      'ratio_to_floor': round(mine / floor, 4) if floor else None,
-      'cpu_ratio_to_floor': round(statistics.median(x for _, x in case.over_floor), 4) if case.over_floor else None,
-      'tokens_per_s': round(tokens / mine) if (tokens := _tokens(case, flags)) else None,
-      'peak_bytes': case.peak_bytes,
-      'flop': case.flop,
-      'share_of_matmul_peak': round(case.flop / mine / (peak * _devices(case, devices)), 4) if peak else None,
-      'model': flags.model,
-      'batch': flags.batch,
-      'length': flags.length,
-      'j': case.j,
-      'rows': case.rows,
-      'microbatch': case.microbatch,
-      'devices': flags.devices,
-    })  # fmt: skip
+    lines.append(
+      {
+        'case': case.name,
+        'seconds': round(mine, 5),
+        'ratio_to_train_step': round(mine / seconds['train_step'], 4) if 'train_step' in seconds else None,
+        'ratio_to_floor': round(mine / floor, 4) if floor else None,
+        'cpu_ratio_to_floor': round(statistics.median(x for _, x in case.over_floor), 4) if case.over_floor else None,
+        'tokens_per_s': round(tokens / mine) if (tokens := _tokens(case, flags)) else None,
+        'peak_bytes': case.peak_bytes,
+        'flop': case.flop,
+        'share_of_matmul_peak': round(case.flop / mine / (peak * _devices(case, devices)), 4) if peak else None,
+        'model': flags.model,
+        'batch': flags.batch,
+        'length': flags.length,
+        'j': case.j,
+        'rows': case.rows,
+        'microbatch': case.microbatch,
+        'devices': flags.devices,
+      }
+    )
   return lines
 
 

@@ -1,8 +1,8 @@
-"""A large pool through every step that looks at all of its rows: time, memory, files and open handles of each step.
+"""A large pool in every step that reads all rows: time, memory, files and open handles of each step.
 
-Builds a pool of made-up text with the pool stage's own code, fills a store with made-up features in place of a model's
-gradients, and does the rest as the stages do: Gram, solve, scores, selection, mixture, batches. One JSON line a step,
-the largest memory and the most open handles seen while it ran; the disk is left as it was.
+Builds a pool of random text with the code of the pool stage, fills a store with random features in place of gradients,
+and runs Gram matrix, solve, scores, selection, mixture and batches as the stages do. Prints one JSON line per step with
+the peaks of memory and open handles. Temporary files are deleted.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from dsdm_jax.selection import ranking
 _LENGTH = 64
 _SHARD_ROWS = 1_024
 _DOCUMENT_BYTES = 320
-_RANK = 32  # of what the made-up features have in common: a Gram matrix has a spectrum
+_RANK = 32  # of the common component of the random features, so that the Gram matrix has a spectrum
 _EPOCHS = 4
 _BATCH = 64
 
@@ -42,22 +42,22 @@ _BATCH = 64
 def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--rows', type=int, default=1_000_000, help='N (default: 1e6)')
   parser.add_argument('--dimension', type=int, default=1_024, help='J (default: 1,024)')
-  parser.add_argument('--folder', default=None, help='where to write; default: the system folder for temporary files')
+  parser.add_argument('--folder', default=None, help='for temporary files; default: that of the system')
 
 
 def run(flags: argparse.Namespace) -> None:
-  with tempfile.TemporaryDirectory(prefix='dsdm_load_', dir=flags.folder) as made:
-    _steps(Path(made), flags.rows, flags.dimension)
+  with tempfile.TemporaryDirectory(prefix='dsdm_load_', dir=flags.folder) as folder:
+    _run_steps(Path(folder), flags.rows, flags.dimension)
 
 
-def _steps(folder: Path, rows: int, dimension: int) -> None:
+def _run_steps(folder: Path, rows: int, dimension: int) -> None:
   with _measured('text', folder):
     _write_text(folder / 'text.jsonl', rows)
   with _measured('pool', folder):
     pool = _build(folder, rows)
   store = FeatureStore(folder / 'features_0.zarr', pool.num_rows, dimension, _SHARD_ROWS, 'bfloat16')
   with _measured('features', folder):
-    for _ in store.fill(store.missing(), _made_features(store)):
+    for _ in store.fill(store.missing(), _random_features(store)):
       pass
   with _measured('gram', folder):
     gram = datamodel.gram(store)
@@ -69,19 +69,19 @@ def _steps(folder: Path, rows: int, dimension: int) -> None:
   with _measured('selection', folder):
     rows_K = np.sort(ranking.top(score_NK.mean(axis=1).astype(np.float32), pool.num_rows // 4))
     Selection('dsdm--mix', rows_K, np.ones(len(rows_K), np.float32), {}).save(folder)
-    chosen = Selection.load(folder, 'dsdm--mix')
+    selection = Selection.load(folder, 'dsdm--mix')
   with _measured('mixture', folder):
-    schedule = Schedule.single('dsdm', chosen.rows, _EPOCHS * len(chosen.rows), seed=0)
-    schedule.at(np.arange(_EPOCHS * len(chosen.rows)))
+    schedule = Schedule.single('dsdm', selection.rows, _EPOCHS * len(selection.rows), seed=0)
+    schedule.at(np.arange(_EPOCHS * len(selection.rows)))
   with _measured('batches', folder):
     batches = training_batches(pool, schedule, _BATCH)
-    for _ in range(min(1_000, len(chosen.rows) * _EPOCHS // _BATCH)):
+    for _ in range(min(1_000, len(selection.rows) * _EPOCHS // _BATCH)):
       next(batches)
 
 
 @contextlib.contextmanager
 def _measured(step: str, folder: Path) -> Iterator[None]:
-  """Prints what the block took; memory and handles are looked at twenty times a second while it runs."""
+  """Prints the costs of the block; memory and handles are sampled twenty times a second."""
   most = {'gib': 0.0, 'handles': 0}
   ended = threading.Event()
 
@@ -100,15 +100,19 @@ def _measured(step: str, folder: Path) -> Iterator[None]:
   ended.set()
   watcher.join()
   files = [p for p in folder.rglob('*') if p.is_file()]
+  disk_gib = sum(p.stat().st_size for p in files) / 2**30
   line = {
-    'step': step, 'seconds': round(seconds, 2), 'cpu_seconds': round(cpu_seconds, 2), 'gib': round(most['gib'], 2),
-    'handles': most['handles'], 'files': len(files), 'disk_gib': round(sum(p.stat().st_size for p in files) / 2**30, 3),
-  }  # fmt: skip
+    'step': step,
+    'seconds': round(seconds, 2),
+    'cpu_seconds': round(cpu_seconds, 2),
+    'gib': round(most['gib'], 2),
+  }
+  line |= {'handles': most['handles'], 'files': len(files), 'disk_gib': round(disk_gib, 3)}
   print(json.dumps(line), flush=True)
 
 
 def resident_bytes() -> int:
-  """Memory of this process that is in use now."""
+  """Resident memory of this process."""
   return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
@@ -117,7 +121,7 @@ def open_handles() -> int:
 
 
 def _write_text(file: Path, rows: int) -> None:
-  """Documents of random words, of so many bytes that rows of `_LENGTH` bytes come out as wished for."""
+  """Documents of random words, with as many bytes as `rows` rows of `_LENGTH` bytes need."""
   rng = prng.numpy_stream(0, 'bench', 'text')
   words = [''.join(chr(97 + c) for c in rng.integers(0, 26, rng.integers(3, 9))) for _ in range(4_096)]
   wanted, written = rows * _LENGTH, 0
@@ -126,7 +130,7 @@ def _write_text(file: Path, rows: int) -> None:
       for words_W in rng.integers(0, len(words), (1_024, _DOCUMENT_BYTES // 6)):
         text = ' '.join(words[i] for i in words_W)[: _DOCUMENT_BYTES - 1]
         out.write(json.dumps({'text': text}) + '\n')
-        written += len(text) + 1  # and the end mark
+        written += len(text) + 1  # with the end mark
         if written > wanted + _LENGTH:
           break
 
@@ -141,12 +145,12 @@ def _build(folder: Path, rows: int) -> Pool:
   build.run(Context(config, out, {}, Log(folder, 'pool', enabled=False), Cost(out)))
   pool = Pool(out)
   if not rows <= pool.num_rows <= rows + _DOCUMENT_BYTES:
-    raise ValueError(f'{pool.num_rows} rows were built where {rows} were wished for')
+    raise ValueError(f'{pool.num_rows} rows were built instead of {rows}')
   return pool
 
 
-def _made_features(store: FeatureStore) -> Iterator[tuple[int, int, np.ndarray]]:
-  """Shards of [rows, J] float32: what rows have in common, and noise; each from a stream of its own."""
+def _random_features(store: FeatureStore) -> Iterator[tuple[int, int, np.ndarray]]:
+  """Shards of [rows, J] float32: a common component plus noise; each shard has its own random stream."""
   common_RJ = prng.numpy_stream(0, 'bench', 'common').standard_normal((_RANK, store.dimension), np.float32)
   for shard in range(store.shards):
     start, stop = store.bounds(shard)

@@ -1,13 +1,11 @@
-"""What stands around a training step: what its input costs, and how long a fresh process takes to its first step.
+"""Costs around a training step: its input, and the time of a new process to its first step.
 
-`python -m dsdm_jax.bench loop --config=configs/quickstart.py` builds the pool of that config in a folder of its own and
+`python -m dsdm_jax.bench loop --config=configs/quickstart.py` builds the pool of that config in a temporary folder and
 prints JSON lines. `first_step`: seconds from the start of `python -m dsdm_jax.main --stage=proxies` to the end of its
-first step, once with an empty compilation cache and then with the one that is left, and the processor time of that run
-until it has stopped again. `input`: the loop on a mixture of
-random rows that is read from the pool, and on the same batches in memory, in turns. `cost` is how much longer a step
-takes for being read, as a share of it, `starved` the share of time in which the device had nothing to do because its
-batch was not there, `wait_s` how long a step's batch was waited for, whether or not the device was busy meanwhile, and
-`cpu_s` the processor time of reading one batch.
+first step, with an empty and with a warm compilation cache, and the processor time of that run until it has stopped.
+`input`: the loop on a mixture of random rows that is read from the pool, and on the same batches in memory, in turns.
+`cost` is the share of a step that reading adds, `starved` the share of time in which the device waited for its batch,
+`wait_s` the wait for a batch, whether or not the device was busy, and `cpu_s` the processor time to read one batch.
 """
 
 import argparse
@@ -42,19 +40,19 @@ from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm import hugging_face
 from dsdm_jax.training import loop
-from dsdm_jax.training.meter import WARM_STEPS
+from dsdm_jax.training.metrics import WARM_STEPS
 from dsdm_jax.training.step import trainer
 
 CASES = ('first_step', 'input')
-_ALONE = 10  # times the budget that the reader is timed over, so that what it reads ahead does not count
+_ALONE = 10  # times as many steps to time the reader alone, so that prefetching does not matter
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--config', default='configs/quickstart.py', help='file with get_config()')
-  parser.add_argument('--cases', default=','.join(CASES), help=f'some of {", ".join(CASES)}, joined by commas')
-  parser.add_argument('--parts', type=int, default=1, help='of the mixture that is read')
+  parser.add_argument('--cases', default=','.join(CASES), help=f'comma-separated names from {", ".join(CASES)}')
+  parser.add_argument('--parts', type=int, default=1, help='parts of the mixture')
   parser.add_argument('--repeats', type=int, default=3, help='rounds')
-  parser.add_argument('--folder', default=None, help='where to write; default: the system folder for temporary files')
+  parser.add_argument('--folder', default=None, help='for temporary files; default: that of the system')
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -62,11 +60,11 @@ def run(flags: argparse.Namespace) -> None:
   wanted = flags.cases.split(',')
   for name in wanted:
     if name not in CASES:
-      raise UserError(f'--cases={flags.cases}: {name} is no case; cases are {", ".join(CASES)}')
+      raise UserError(f'--cases={flags.cases}: {name} is unknown; cases are {", ".join(CASES)}')
   config = configs.load(flags.config, 'configs/quickstart.py').get_config()
   validate(config)
-  with tempfile.TemporaryDirectory(prefix='dsdm_loop_', dir=flags.folder) as made:
-    workdir = Path(made) / 'run'
+  with tempfile.TemporaryDirectory(prefix='dsdm_loop_', dir=flags.folder) as folder:
+    workdir = Path(folder) / 'run'
     with _started(flags.config, workdir, 'pool') as process:
       process.wait()
     _check(process, workdir)
@@ -79,30 +77,30 @@ def run(flags: argparse.Namespace) -> None:
 
 def _started(config: str, workdir: Path, stage: str) -> subprocess.Popen[bytes]:
   command = [sys.executable, '-m', 'dsdm_jax.main', f'--config={config}', f'--workdir={workdir}', f'--stage={stage}']
-  environment = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}  # so that it is the workdir's
-  with open(workdir.with_name('said'), 'wb') as said:
-    return subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+  environment = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}  # use that of the workdir
+  with open(workdir.with_name('output'), 'wb') as output:
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
 
 def _check(process: subprocess.Popen[bytes], workdir: Path) -> None:
   if process.returncode in (0, 128 + signal.SIGTERM):
     return
-  last = workdir.with_name('said').read_text('utf-8', 'replace').strip().splitlines()[-1:]
-  raise UserError(f'a run that was to be measured ended with exit code {process.returncode}: {"".join(last)}')
+  last = workdir.with_name('output').read_text('utf-8', 'replace').strip().splitlines()[-1:]
+  raise UserError(f'the measured run ended with exit code {process.returncode}: {"".join(last)}')
 
 
 def _first_steps(flags: argparse.Namespace, workdir: Path) -> Iterator[dict[str, Any]]:
-  found: dict[str, list[tuple[float, float]]] = {'cold': [], 'warm': []}
+  measured: dict[str, list[tuple[float, float]]] = {'cold': [], 'warm': []}
   for _ in range(flags.repeats):
     shutil.rmtree(workdir / 'xla_cache', ignore_errors=True)
-    for runs in found.values():
+    for runs in measured.values():
       runs.append(_first_step(flags.config, workdir))
-  for cache, runs in found.items():
+  for cache, runs in measured.items():
     seconds, cpu_s = zip(*runs, strict=True)
-    yield {
-      'case': 'first_step', 'config': flags.config, 'cache': cache, 'seconds': round(statistics.median(seconds), 2),
-      'least_s': round(min(seconds), 2), 'most_s': round(max(seconds), 2), 'cpu_s': round(statistics.median(cpu_s), 2),
-    }  # fmt: skip
+    line = {'case': 'first_step', 'config': flags.config, 'cache': cache}
+    numbers = {'seconds': statistics.median(seconds), 'least_s': min(seconds), 'most_s': max(seconds)}
+    numbers['cpu_s'] = statistics.median(cpu_s)
+    yield line | {name: round(number, 2) for name, number in numbers.items()}
 
 
 def _first_step(config: str, workdir: Path) -> tuple[float, float]:
@@ -122,7 +120,7 @@ def _first_step(config: str, workdir: Path) -> tuple[float, float]:
     process.terminate()
     process.wait()
   _check(process, workdir)
-  for folder in ('proxies', 'proxies.part'):  # the next one begins anew
+  for folder in ('proxies', 'proxies.part'):  # the next run starts from the beginning
     shutil.rmtree(workdir / folder, ignore_errors=True)
   return times[0] - began, sum(os.times()[2:4]) - used
 
@@ -147,7 +145,7 @@ def _input(flags: argparse.Namespace, config: ConfigDict, workdir: Path) -> dict
     return training_batches(pool, schedule, train.batch_size, share=mine)
 
   def read(start: int) -> Iterator[dict[str, np.ndarray]]:
-    del start  # no run here goes on from another
+    del start  # no run here is resumed
     batches = reader()
     for step in range(steps):
       began = time.perf_counter()
@@ -166,19 +164,27 @@ def _input(flags: argparse.Namespace, config: ConfigDict, workdir: Path) -> dict
       out.mkdir()
       context = Context(config, out, {}, log, Cost(out))
       bar = tqdm.tqdm(disable=True)
-      loop.train(context, compiled, out.name, prng.stream(0, 'bench', 'init'), batches, steps, train, bar)
+      loop.train(context, compiled, loop.Run(out.name, prng.stream(0, 'bench', 'init'), batches, steps), train, bar)
       speeds[name].append(_speed(workdir, out.name))
   log.close()
   tokens = train.batch_size * pool.length
   seconds = {name: [tokens / speed['tokens_per_second'] for speed in found] for name, found in speeds.items()}
   costs = [1 - memory_s / read_s for read_s, memory_s in zip(seconds['read'], seconds['in_memory'], strict=True)]
   return {
-    'case': 'input', 'config': flags.config, 'batch': train.batch_size, 'length': pool.length, 'steps': steps,
-    'parts': flags.parts, 'pool_rows': pool.num_rows, 'step_s': round(statistics.median(seconds['read']), 5),
-    'step_in_memory_s': round(statistics.median(seconds['in_memory']), 5), 'cost': round(statistics.median(costs), 4),
+    'case': 'input',
+    'config': flags.config,
+    'batch': train.batch_size,
+    'length': pool.length,
+    'steps': steps,
+    'parts': flags.parts,
+    'pool_rows': pool.num_rows,
+    'step_s': round(statistics.median(seconds['read']), 5),
+    'step_in_memory_s': round(statistics.median(seconds['in_memory']), 5),
+    'cost': round(statistics.median(costs), 4),
     'starved': statistics.median(speed['input_share'] for speed in speeds['read']),
-    'wait_s': round(statistics.median(waits), 6), 'cpu_s': round(_reader_cpu_s(reader(_ALONE)), 6),
-  }  # fmt: skip
+    'wait_s': round(statistics.median(waits), 6),
+    'cpu_s': round(_reader_cpu_s(reader(_ALONE)), 6),
+  }
 
 
 def _speed(workdir: Path, name: str) -> dict[str, Any]:
@@ -187,7 +193,7 @@ def _speed(workdir: Path, name: str) -> dict[str, Any]:
 
 
 def _reader_cpu_s(batches: Iterator[dict[str, np.ndarray]]) -> float:
-  """Processor time a batch of reading alone."""
+  """Processor time to read one batch."""
   next(batches)
   began, count = time.process_time(), sum(1 for _ in batches)
   return (time.process_time() - began) / count

@@ -1,15 +1,15 @@
 """What SemDeDup catches: `python -m dsdm_jax.bench near_duplicates --pool FILES --copies SOURCE --originals SOURCE`.
 
-From a pool of JSONL documents (`source`, `id`, `text`) whose source COPIES holds other versions of some documents of
-ORIGINALS, takes the copies, their originals and `--others` further originals, trains one proxy of the quickstart's size
-on them, and drops near duplicates by its embeddings as the selector `semdedup` does.
+The pool is JSONL documents (`source`, `id`, `text`); the source COPIES has other versions of some documents of
+ORIGINALS. Takes the copies, their originals and `--others` further originals, trains one proxy of the quickstart's size
+on them, and drops near duplicates by its embeddings, as the selector `semdedup` does.
 
-The truth is counted in tokens: the share of a row's runs of eight tokens that stand in one other row too. Rows are cut
-anew in every document, so a copy's row mostly lies across two rows of the original; hence figures for rows that share
-at least half of their runs with one other row, and at least 0.8. Prints a line of JSON for each similarity: `dropped`
-rows, `precision` (share of the dropped that share so much with another row), `recall` (share of the copies' rows with
-such a partner among the originals of which either was dropped), `false` (share of rows that share no run with any other
-that were dropped).
+The truth is the share of a row's runs of eight tokens that are also in one other row. Each document is cut into rows
+from its start, so a copy's row mostly overlaps two rows of the original: results are for rows that share at least 0.5
+and at least 0.8 of their runs with one other row. Prints a line of JSON for each similarity: `dropped` rows,
+`precision` (share of dropped rows that share so much with another row), `recall` (share of the copies' rows with such a
+partner among the originals where either was dropped), `false` (share of the rows without a shared run that were
+dropped).
 """
 
 import argparse
@@ -40,23 +40,23 @@ from dsdm_jax.selection.proxy_signals import Proxies
 
 SIMILARITIES = (0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 SHARES = (0.5, 0.8)
-_RUN = 8  # words of a document, or tokens of a row, that count as the same text
-_MATCH = 0.3  # share of a copy's runs of words in one original, by which that is taken for its original
+_RUN = 8  # consecutive words of a document, or tokens of a row, that count as the same text
+_MATCH = 0.3  # least share of a copy's runs of words that its original contains
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--pool', required=True, help='JSONL files, by glob')
+  parser.add_argument('--pool', required=True, help='glob of JSONL files')
   parser.add_argument('--copies', default='wikipedia_near_duplicates', help='source of the other versions')
-  parser.add_argument('--originals', default='wikipedia', help='source of what they are versions of')
-  parser.add_argument('--others', type=int, default=1_000, help='further originals in the pool')
-  parser.add_argument('--workdir', type=Path, help='folder of the run; default: one that is removed again')
-  parser.add_argument('--epochs', type=float, default=1.0, help='of the proxy; 0 leaves it as initialised')
+  parser.add_argument('--originals', default='wikipedia', help='source of the originals')
+  parser.add_argument('--others', type=int, default=1_000, help='number of further originals')
+  parser.add_argument('--workdir', type=Path, help='of the run; default: a temporary folder')
+  parser.add_argument('--epochs', type=float, default=1.0, help='of the proxy; 0 for an untrained one')
 
 
 def run(flags: argparse.Namespace) -> None:
   """Measures and prints; see the module."""
-  with tempfile.TemporaryDirectory() as made:
-    workdir = (flags.workdir or Path(made) / 'run').absolute()
+  with tempfile.TemporaryDirectory() as folder:
+    workdir = (flags.workdir or Path(folder) / 'run').absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     _write(flags, workdir / 'documents.jsonl')
     config = _config(workdir / 'documents.jsonl', flags.epochs)
@@ -66,7 +66,7 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def _write(flags: argparse.Namespace, file: Path) -> None:
-  """Writes the copies that have an original, these originals, and other originals."""
+  """Writes the copies that have an original, their originals, and other originals."""
   texts: dict[str, dict[str, str]] = collections.defaultdict(dict)
   for source, id, text in _documents(flags.pool):
     if source in (flags.copies, flags.originals):
@@ -76,16 +76,15 @@ def _write(flags: argparse.Namespace, file: Path) -> None:
     raise UserError(
       f'--pool={flags.pool} has {len(copies)} documents of {flags.copies} and {len(originals)} of the other'
     )
-  found = _originals(list(copies.values()), list(originals.values()))
+  best = _originals(list(copies.values()), list(originals.values()))
   names = list(originals)
-  kept = [(id, names[at]) for id, (at, share) in zip(copies, found, strict=True) if share >= _MATCH]
-  taken = {original for _, original in kept}
-  others = [name for name in names if name not in taken][: flags.others]
-  print(json.dumps({
-    'copies': len(copies), 'with_original': len(kept), 'others': len(others), 'originals_in_pool': len(originals),
-  }), flush=True)  # fmt: skip
-  lines = [(flags.copies, id, copies[id]) for id, _ in kept]
-  lines += [(flags.originals, name, originals[name]) for name in [*sorted(taken), *others]]
+  pairs = [(id, names[index]) for id, (index, share) in zip(copies, best, strict=True) if share >= _MATCH]
+  paired = {original for _, original in pairs}
+  others = [name for name in names if name not in paired][: flags.others]
+  counts = {'copies': len(copies), 'with_original': len(pairs), 'others': len(others)}
+  print(json.dumps(counts | {'originals_in_pool': len(originals)}), flush=True)
+  lines = [(flags.copies, id, copies[id]) for id, _ in pairs]
+  lines += [(flags.originals, name, originals[name]) for name in [*sorted(paired), *others]]
   with open(file, 'w', encoding='utf-8') as out:
     for source, id, text in lines:
       out.write(json.dumps({'source': source, 'id': id, 'text': text}) + '\n')
@@ -100,7 +99,7 @@ def _documents(pattern: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _originals(copies: list[str], originals: list[str]) -> list[tuple[int, float]]:
-  """Of each copy the original that has most of its runs of words, and the share of them."""
+  """For each copy, the original that contains most of its runs of words, and the share of the runs."""
   runs_C, runs_O = (_runs_of_words(texts) for texts in (copies, originals))
   shared = _matrix(runs_C, runs_O)
   best = np.asarray(shared.argmax(axis=1)).reshape(-1)
@@ -121,7 +120,7 @@ def _hashes(unit_M: np.ndarray) -> np.ndarray:
 
 
 def _matrix(rows: list[np.ndarray], columns: list[np.ndarray]) -> scipy.sparse.csr_matrix:
-  """How many runs each of `rows` and each of `columns` have in common; of a run's repeats one counts."""
+  """Number of distinct runs that each of `rows` and each of `columns` have in common."""
   both = [*map(np.unique, rows), *map(np.unique, columns)]
   at = np.repeat(np.arange(len(both)), [len(runs) for runs in both])
   _, run = np.unique(np.concatenate(both), return_inverse=True)
@@ -133,18 +132,16 @@ def _config(file: Path, epochs: float) -> ConfigDict:
   config = quickstart.get_config()
   config.pool.sources, config.pool.max_bytes, config.pool.max_document_bytes = (f'jsonl:{file}',), 0, 0
   config.pool.vocab_size = 4_096
-  config.pool.leakage_guard = config.pool.drop_duplicates = False  # copies to the byte are what is looked for, too
+  config.pool.leakage_guard = config.pool.drop_duplicates = False  # exact copies must stay in the pool
   config.targets.tasks, config.targets.max_examples = ('cs_algorithms',), 16
   config.proxies.count, config.proxies.subset_share, config.proxies.epochs = 1, 1.0, epochs
   return config
 
 
 def measure(config: ConfigDict, workdir: Path, copies: str) -> None:
-  """Prints what each similarity catches of the rows of the source `copies`."""
-  inputs = {
-    stage: made for stage in ('pool', 'targets', 'proxies')
-    if (made := artifacts.open_stage(workdir, stage)) is not None
-  }  # fmt: skip
+  """Prints precision and recall of each similarity for the rows of the source `copies`."""
+  stages = {stage: artifacts.open_stage(workdir, stage) for stage in ('pool', 'targets', 'proxies')}
+  inputs = {stage: artifact for stage, artifact in stages.items() if artifact is not None}
   pool = Pool(inputs['pool'])
   scratch = workdir / 'scratch'
   scratch.mkdir(exist_ok=True)
@@ -161,15 +158,15 @@ def measure(config: ConfigDict, workdir: Path, copies: str) -> None:
   across = share[np.flatnonzero(is_copy_N)][:, np.flatnonzero(~is_copy_N)]
   for similarity in SIMILARITIES:
     dropped_N = semdedup.near_duplicates(x_ND, 0, similarity)
-    found: dict[str, Any] = {'similarity': similarity, 'rows': pool.num_rows, 'dropped': int(dropped_N.sum())}
-    found['false'] = float(dropped_N[most_N == 0].mean())
+    line: dict[str, Any] = {'similarity': similarity, 'rows': pool.num_rows, 'dropped': int(dropped_N.sum())}
+    line['false'] = float(dropped_N[most_N == 0].mean())
     for least in SHARES:
       pairs = (across >= least).tocoo()
       caught = np.zeros(across.shape[0], bool)
       either = dropped_N[is_copy_N][pairs.row] | dropped_N[~is_copy_N][pairs.col]
       caught[pairs.row[either]] = True
       there = np.unique(pairs.row)
-      found[f'recall_{least}'] = float(caught[there].mean()) if len(there) else None
-      found[f'pairs_{least}'] = len(there)
-      found[f'precision_{least}'] = float((most_N[dropped_N] >= least).mean()) if dropped_N.any() else None
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}), flush=True)
+      line[f'recall_{least}'] = float(caught[there].mean()) if len(there) else None
+      line[f'pairs_{least}'] = len(there)
+      line[f'precision_{least}'] = float((most_N[dropped_N] >= least).mean()) if dropped_N.any() else None
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}), flush=True)

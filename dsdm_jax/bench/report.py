@@ -1,9 +1,9 @@
 """Size and speed of the report: `python -m dsdm_jax.bench report --rows 100000`.
 
-Makes the page of a run whose pool is cut from the text of the installed packages, with made-up scores, intervals, arms
-and results of the usual kind, and opens it in headless Chromium, where Chromium, chromedriver and `selenium` are
-installed. Prints one line of JSON: megabytes of the page, where its texts are cut, seconds to make it, to the first
-paint, until search and sort work, of a search for a new word and of an order that was not asked for before.
+Renders the page of a run whose pool is the text of the installed packages, with random scores, intervals, arms and
+results, and opens it in headless Chromium, if Chromium, chromedriver and `selenium` are installed. Prints one line of
+JSON: megabytes of the page, the length at which texts are cut, seconds to render it, to the first paint and until
+search and sort work, and seconds of a first search and of a first sort.
 """
 
 import argparse
@@ -46,34 +46,37 @@ list.selectedIndex = 2; list.dispatchEvent(new Event('change')); return performa
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--rows', type=int, default=100_000, help='of the pool, all in the explorer (default: 1e5)')
-  parser.add_argument('--characters', type=int, default=512, help='of a row (default: 512, of 128 tokens about)')
-  parser.add_argument('--repeats', type=int, default=3, help='times the page is opened; medians are told')
-  parser.add_argument('--out', type=Path, help='file to keep the page in')
+  parser.add_argument('--rows', type=int, default=100_000, help='of the pool and of the explorer (default: 1e5)')
+  parser.add_argument('--characters', type=int, default=512, help='of a row (default: 512, about 128 tokens)')
+  parser.add_argument('--repeats', type=int, default=3, help='number of times to open the page; medians are printed')
+  parser.add_argument('--out', type=Path, help='file for the page')
 
 
 def run(flags: argparse.Namespace) -> None:
   """Measures and prints; see the module."""
-  shown, began = made_up(flags.rows, flags.characters), time.perf_counter()
+  shown, began = random_evidence(flags.rows, flags.characters), time.perf_counter()
   options = base.get_config().report
   packed = explorer.pack(shown, flags.rows, options.explorer_bytes)
   html = page.render(shown, page.report_figures(shown), packed, options.examples)
-  found: dict[str, Any] = {
-    'rows': len(packed.row_N), 'text_mb': sum(len(shown.text(n)) for n in range(flags.rows)) / 1e6,
-    'page_mb': len(html.encode()) / 1e6, 'cut_at': packed.characters, 'make_s': time.perf_counter() - began,
-  }  # fmt: skip
+  line: dict[str, Any] = {
+    'rows': len(packed.row_N),
+    'text_mb': sum(len(shown.text(n)) for n in range(flags.rows)) / 1e6,
+    'page_mb': len(html.encode()) / 1e6,
+    'cut_at': packed.characters,
+    'make_s': time.perf_counter() - began,
+  }
   with tempfile.TemporaryDirectory() as folder:
     file = (flags.out or Path(folder) / 'index.html').absolute()
     file.write_text(html, 'utf-8')
-    found |= opened(file, flags.repeats)
-  print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}))
+    line |= opened(file, flags.repeats)
+  print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()}))
 
 
-def made_up(rows: int, characters: int) -> Evidence:
-  """A run's evidence, of real text and of scores with heavy tails; every arm selects a fifth of the pool.
+def random_evidence(rows: int, characters: int) -> Evidence:
+  """The evidence of a run with real text and heavy-tailed random scores; every arm selects a fifth of the pool.
 
   Raises:
-    UserError: the installed packages have less text.
+    UserError: the installed packages have too little text.
   """
   g = prng.numpy_stream(0, 'bench', 'report')
   texts, names, document_N, offset_N = _texts(rows, characters)
@@ -93,21 +96,42 @@ def made_up(rows: int, characters: int) -> Evidence:
       drawn = g.permutation(rows)[:fifth] if taken is None else taken
       selected.append(Selected(method, 'any' if draws else 'mix', seed, drawn, 4.0, name))
   return Evidence(
-    results=_results(selected, g), sources=_SOURCES, source_N=source_N, document_N=document_N, offset_N=offset_N,
-    documents=[{'id': name} for name in names], planted_N=np.full(rows, -1), scores=scores, reach=reach, examples={},
-    selected=selected, curves=[], dropped=[], tokens=10_000_000, multiplier=None, lds=None,
+    results=_results(selected, g),
+    sources=_SOURCES,
+    source_N=source_N,
+    document_N=document_N,
+    offset_N=offset_N,
+    documents=[{'id': name} for name in names],
+    planted_N=np.full(rows, -1),
+    scores=scores,
+    reach=reach,
+    examples={},
+    selected=selected,
+    curves=[],
+    dropped=[],
+    tokens=10_000_000,
+    multiplier=None,
+    lds=None,
     cost={stage: {'seconds': 60.0, 'flop': 1e12, 'bytes': 1_000_000} for stage in report_data.STAGES},
-    versions={}, environment={}, config=flatten(base.get_config()), text=texts.__getitem__,
-  )  # fmt: skip
+    versions={},
+    environment={},
+    config=flatten(base.get_config()),
+    text=texts.__getitem__,
+  )
 
 
 def _texts(rows: int, characters: int) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
-  """Texts of rows in random order, names of documents, and of each row its document and place in it."""
+  """Texts of rows in random order, names of documents, and the document and offset of each row."""
   folders = {sysconfig.get_path('purelib'), sysconfig.get_path('stdlib')}
-  files = sorted({
-    Path(at, name) for folder in folders for at, _, names in os.walk(folder) for name in names
-    if name.endswith(_SUFFIXES)
-  })  # fmt: skip
+  files = sorted(
+    {
+      Path(at, name)
+      for folder in folders
+      for at, _, names in os.walk(folder)
+      for name in names
+      if name.endswith(_SUFFIXES)
+    }
+  )
   files = [files[i] for i in prng.numpy_stream(0, 'bench', 'files').permutation(len(files))]
   pieces: list[tuple[str, int, int]] = []
   names: list[str] = []
@@ -118,7 +142,7 @@ def _texts(rows: int, characters: int) -> tuple[list[str], list[str], np.ndarray
     if len(pieces) >= rows:
       break
   if len(pieces) < rows:
-    raise UserError(f'--rows={rows}: the installed packages have text for {len(pieces)}; give fewer rows or characters')
+    raise UserError(f'--rows={rows}: the installed packages have text for {len(pieces)}; use fewer rows or characters')
   order = prng.numpy_stream(0, 'bench', 'rows').permutation(rows)
   taken = [pieces[n] for n in order]
   return [t for t, _, _ in taken], names, np.array([d for _, d, _ in taken]), np.array([at for _, _, at in taken])
@@ -137,7 +161,7 @@ def _results(selected: list[Selected], g: np.random.Generator) -> dict[str, Any]
 
 
 def opened(file: Path, repeats: int) -> dict[str, Any]:
-  """Seconds in Chromium; nothing but the reason where it cannot be started."""
+  """Seconds in Chromium, or the reason why it cannot be started."""
   try:
     from selenium import webdriver
   except ImportError:
@@ -150,17 +174,17 @@ def opened(file: Path, repeats: int) -> dict[str, Any]:
   options.binary_location = chromium
   for argument in ('headless=new', 'no-sandbox', 'disable-gpu', 'disable-dev-shm-usage', 'window-size=1280,900'):
     options.add_argument(f'--{argument}')
-  found: dict[str, list[float]] = {}
+  seconds_of: dict[str, list[float]] = {}
   version = ''
-  for _ in range(repeats):  # a browser of its own each time, with nothing kept
+  for _ in range(repeats):  # a new browser each time, without a cache
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
     try:
       version = browser.capabilities['browserVersion']
       for name, seconds in _open(browser, file).items():
-        found.setdefault(name, []).append(seconds)
+        seconds_of.setdefault(name, []).append(seconds)
     finally:
       browser.quit()
-  return {name: statistics.median(values) for name, values in found.items()} | {'browser': f'Chromium {version}'}
+  return {name: statistics.median(values) for name, values in seconds_of.items()} | {'browser': f'Chromium {version}'}
 
 
 def _open(browser: Any, file: Path) -> dict[str, float]:
@@ -175,6 +199,8 @@ def _open(browser: Any, file: Path) -> dict[str, float]:
   run_script: Callable[..., Any] = browser.execute_script
   paints = run_script("return performance.getEntriesByType('paint').map(e => [e.name, e.startTime])")
   return {
-    'first_paint_s': dict(paints)['first-paint'] / 1e3, 'usable_s': ready,
-    'search_s': browser.execute_async_script(_SEARCH, 'license') / 1e3, 'sort_s': run_script(_SORT) / 1e3,
-  }  # fmt: skip
+    'first_paint_s': dict(paints)['first-paint'] / 1e3,
+    'usable_s': ready,
+    'search_s': browser.execute_async_script(_SEARCH, 'license') / 1e3,
+    'sort_s': run_script(_SORT) / 1e3,
+  }

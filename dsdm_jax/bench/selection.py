@@ -1,9 +1,8 @@
 """Speed and memory of selecting: `python -m dsdm_jax.bench selection --rows 10000000 --megabytes 8`.
 
-Top-k, Gumbel top-k, top-k under a document cap and `dsdm_boltzmann` of made-up scores, with seconds and memory scaled
-to 1e8 rows; then what DSIR and the classifier do over words and over stored ids of real text, the standard library's,
-in MB of UTF-8 a second.
-Prints one line of JSON.
+Top-k, Gumbel top-k, top-k under a document cap and `dsdm_boltzmann` on random scores, with seconds and memory scaled to
+1e8 rows. Then n-grams of DSIR and of the classifier over words and over token ids of the standard library's text, in MB
+of UTF-8 per second. Prints one line of JSON.
 """
 
 import argparse
@@ -31,8 +30,8 @@ _LENGTH = 1_024
 _WANTED = 100_000_000
 
 
-class Made:
-  """What the measured functions ask of a pool."""
+class TextPool:
+  """The part of a pool that the measured functions use."""
 
   def __init__(self, tokens_NL: np.ndarray, encoder: vocabulary.Encoder):
     self.tokens_NL, self.encoder = tokens_NL, encoder
@@ -43,7 +42,7 @@ class Made:
 
 
 class Capped:
-  """Rows of documents, under a cap."""
+  """Rows with documents and a document cap."""
 
   def __init__(self, rows: int):
     self.options = get_config().selection
@@ -74,41 +73,41 @@ def _peak_gib() -> float:
 
 
 def ranks(rows: int) -> dict[str, float]:
-  """Choosing a quarter of the rows, a twentieth under a cap, and drawing as many as a quarter with replacement.
+  """Selects a quarter of the rows, a twentieth under a cap, and draws a quarter with replacement.
 
-  Seconds, and the largest memory beyond what was before, that of the steps above included.
+  Returns seconds, and the increase in peak memory, which includes the steps before.
   """
   before = _peak_gib()
   score_N = prng.numpy_stream(0, 'bench', 'scores').standard_normal(rows, np.float32)
-  found: dict[str, float] = {'rows': rows}
-  found['top_seconds'] = _seconds(lambda: ranking.top(score_N, rows // 4))
-  found['top_gib'] = _peak_gib() - before
+  result: dict[str, float] = {'rows': rows}
+  result['top_seconds'] = _seconds(lambda: ranking.top(score_N, rows // 4))
+  result['top_gib'] = _peak_gib() - before
 
   def noisy() -> None:
     key_N = ranking.gumbel(rows, 0, 'bench')
     key_N += score_N
     ranking.top(key_N, rows // 4)
 
-  found['gumbel_seconds'] = _seconds(noisy)
-  found['gumbel_gib'] = _peak_gib() - before
+  result['gumbel_seconds'] = _seconds(noisy)
+  result['gumbel_gib'] = _peak_gib() - before
   capped: Any = Capped(rows)
-  found['capped_seconds'] = _seconds(lambda: ranking.capped_order(score_N, rows // 20, capped))
-  found['capped_gib'] = _peak_gib() - before
+  result['capped_seconds'] = _seconds(lambda: ranking.capped_order(score_N, rows // 20, capped))
+  result['capped_gib'] = _peak_gib() - before
   scored: Any = Scored(score_N)
   target: Any = types.SimpleNamespace(name='mix')
   budget = Budget(rows // 4, 1, 16)
-  found['draws_seconds'] = _seconds(lambda: dsdm_sampled.dsdm_boltzmann(scored, target, budget, 0))
-  found['draws_gib'] = _peak_gib() - before
-  # Sorting is n log n, all else in proportion to n.
+  result['draws_seconds'] = _seconds(lambda: dsdm_sampled.dsdm_boltzmann(scored, target, budget, 0))
+  result['draws_gib'] = _peak_gib() - before
+  # Sorting takes n log n, the rest is linear.
   more = _WANTED / rows * np.log(_WANTED) / np.log(rows)
   for name in ('top', 'gumbel', 'capped', 'draws'):
-    found[f'{name}_seconds_at_1e8'] = found[f'{name}_seconds'] * max(more, 1.0)
-    found[f'{name}_gib_at_1e8'] = found[f'{name}_gib'] * max(_WANTED / rows, 1.0)
-  return found
+    result[f'{name}_seconds_at_1e8'] = result[f'{name}_seconds'] * max(more, 1.0)
+    result[f'{name}_gib_at_1e8'] = result[f'{name}_gib'] * max(_WANTED / rows, 1.0)
+  return result
 
 
 def text(megabytes: float) -> dict[str, float]:
-  """MB/s of what DSIR and the classifier do to every row of a pool, by words and by ids.
+  """MB/s of the n-grams that DSIR and the classifier compute for every row, by words and by token ids.
 
   Raises:
     UserError: the standard library has less text.
@@ -119,30 +118,30 @@ def text(megabytes: float) -> dict[str, float]:
       texts.append(file.read_bytes().decode('utf-8', 'replace'))
       size += len(texts[-1].encode())
   if size < megabytes * 1e6:
-    raise UserError(f'--megabytes={megabytes}: the standard library has {size / 1e6:.1f} MB of text; give less')
+    raise UserError(f'--megabytes={megabytes}: the standard library has {size / 1e6:.1f} MB of text; use less')
   encoder = vocabulary.Encoder(vocabulary.train(texts, 8_192))
   flat = np.concatenate([np.array(encoder.encode(t), np.uint16) for t in texts])
   tokens_NL = flat[: len(flat) // _LENGTH * _LENGTH].reshape(-1, _LENGTH)
   mega = sum(len(t.encode()) for t in encoder.decode_batch(tokens_NL)) / 1e6
-  pool: Any = Made(tokens_NL, encoder)
+  pool: Any = TextPool(tokens_NL, encoder)
   weight = prng.numpy_stream(0, 'bench', 'weights').standard_normal(65_536)
-  found: dict[str, float] = {'text_mb': mega}
+  result: dict[str, float] = {'text_mb': mega}
   for kind in ('words', 'tokens'):
     for name, mean in (('dsir', False), ('classifier', True)):
       grams = ngrams.PoolGrams(pool, kind, len(weight))
-      grams.rows(np.arange(8))  # tables that are made once
-      found[f'{name}_{kind}_mb_per_second'] = mega / _seconds(lambda: grams.sums(weight, mean))  # noqa: B023 at once
+      grams.rows(np.arange(8))  # builds tables that are cached
+      result[f'{name}_{kind}_mb_per_second'] = mega / _seconds(lambda: grams.sums(weight, mean))  # noqa: B023 at once
     grams = ngrams.PoolGrams(pool, kind, len(weight))
-    found[f'counts_{kind}_mb_per_second'] = mega / _seconds(lambda: grams.counts)  # noqa: B023
-  return found
+    result[f'counts_{kind}_mb_per_second'] = mega / _seconds(lambda: grams.counts)  # noqa: B023
+  return result
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--rows', type=int, default=10_000_000, help='scores to choose from (default: 1e7)')
+  parser.add_argument('--rows', type=int, default=10_000_000, help='number of scores (default: 1e7)')
   parser.add_argument('--megabytes', type=float, default=8.0, help='of text (default: 8)')
 
 
 def run(flags: argparse.Namespace) -> None:
-  found = {**ranks(flags.rows), **text(flags.megabytes)}
-  rounded = {key: value if isinstance(value, int) else float(f'{value:.4g}') for key, value in found.items()}
+  result = {**ranks(flags.rows), **text(flags.megabytes)}
+  rounded = {key: value if isinstance(value, int) else float(f'{value:.4g}') for key, value in result.items()}
   print(json.dumps({**rounded, 'cpus': os.cpu_count()}))

@@ -1,9 +1,8 @@
-"""Whole passes over a pool as cases of the features bench: reading, computing, rounding and writing at once.
+"""Whole passes over a pool as cases of `bench features`: reading, computing, quantizing and writing concurrently.
 
-What a pass is held to are its compiled steps alone, on one batch that lies on the device, dispatched one after the
-other: features of each batch once for `stage_store`, twice for `stage_stream`, which also makes a Gram matrix. They are
-timed in pauses of the pass, every few shards: a pass takes minutes, and steps before or after it would see another
-machine.
+A pass is compared with its compiled steps alone, dispatched one after the other on a batch on the device: the features
+of each batch once for `stage_store`, and twice for `stage_stream`, which also computes a Gram matrix. The steps are
+timed in pauses of the pass, every few shards, because a pass takes minutes in which the machine may change.
 """
 
 import atexit
@@ -32,13 +31,13 @@ from dsdm_jax.data.pool import pool as pool_lib
 
 SHARD_ROWS = 1_024
 _EVERY = 4  # shards between two pauses
-_WINDOW = 0.05  # seconds without work of this process after which it is at rest
-_COLUMNS = 219  # of three targets with groups and resamples, as the default config has them
+_WINDOW = 0.05  # seconds without CPU time after which this process is idle
+_COLUMNS = 219  # three targets with groups and resamples, as in the default config
 
 
 @dataclasses.dataclass(frozen=True)
 class Spent:
-  """Seconds by the clock, and of processors; the latter hardly change where others have the machine too."""
+  """Wall-clock and processor seconds; the latter hardly change when others use the machine too."""
 
   clock: float
   processors: float
@@ -58,7 +57,7 @@ class Spent:
 
 
 class Stopwatch:
-  """What a pass has spent, without its pauses, in which the bare work of one shard is timed."""
+  """Time of a pass without its pauses, in which the bare work of one shard is timed."""
 
   def __init__(self) -> None:
     self.spent, self._began, self._shards = Spent(0, 0), Spent(0, 0), 0
@@ -68,10 +67,10 @@ class Stopwatch:
     self._began = Spent.now()
 
   def shard(self, bare: Callable[[], None], *, last: bool) -> None:
-    """One more shard is done; after every few `bare` is timed, once nothing of the pass runs any more."""
+    """Counts a finished shard; every few shards, waits until the pass is idle and times `bare`."""
     self._shards += 1
     if last or self._shards % _EVERY == 1:
-      self.spent += _at_rest() - self._began
+      self.spent += _wait_until_idle() - self._began
       began = Spent.now()
       bare()
       self.start()
@@ -79,12 +78,12 @@ class Stopwatch:
 
   @property
   def bare(self) -> Spent:
-    """Of one shard, the mean over the pauses."""
+    """Time of one shard, the mean over the pauses."""
     return sum(self._bare, Spent(0, 0)) * (1 / len(self._bare))
 
 
-def _at_rest() -> Spent:
-  """Waits until threads that read, compute or write ahead have come to rest; what was spent when they had."""
+def _wait_until_idle() -> Spent:
+  """Waits until background threads that read, compute or write are idle; returns the time at which they were."""
   while True:
     began = Spent.now()
     time.sleep(_WINDOW)
@@ -93,7 +92,7 @@ def _at_rest() -> Spent:
 
 
 def make_pool(rows: int, length: int, vocab_size: int) -> pool_lib.Pool:
-  """A real dataset of random tokens, in a folder that goes with the process."""
+  """A dataset of random tokens, in a folder that is deleted when the process ends."""
   folder = tempfile.TemporaryDirectory(prefix='dsdm_bench_')
   atexit.register(folder.cleanup)
   path = Path(folder.name)
@@ -107,10 +106,9 @@ def make_pool(rows: int, length: int, vocab_size: int) -> pool_lib.Pool:
 def make_pass(
   kind: str, step: TwoSidedFeatures, params: nnx.State, rows: int, batch: int, length: int, vocab_size: int, mesh: Mesh
 ) -> Callable[[], tuple[Spent, Spent]]:
-  """One whole pass of `stage_store` or `stage_stream` over `rows` rows; called again it does it all again.
+  """Returns a function that makes one pass of `stage_store` or `stage_stream` over `rows` rows.
 
-  Returns:
-    What gives (what the pass spent, what its compiled steps alone spend).
+  The function returns (time of the pass, time of its compiled steps alone).
   """
   pool = make_pool(rows, length, vocab_size)
   columns = blocks(step.describe(), step.dimension)
@@ -131,25 +129,25 @@ def make_pass(
     steps()
     jax.block_until_ready(gram(phi_BJ))
 
-  steps_and_gram()  # compiled beforehand
+  steps_and_gram()  # compiles
   next(iter(source))
-  _at_rest()
+  _wait_until_idle()
 
   def store() -> tuple[Spent, Spent]:
-    with tempfile.TemporaryDirectory(dir=pool.path) as made:
+    with tempfile.TemporaryDirectory(dir=pool.path) as folder:
       watch = Stopwatch()
       watch.start()
-      written = FeatureStore(Path(made) / 'f.zarr', rows, step.dimension, SHARD_ROWS, 'bfloat16', columns)
+      written = FeatureStore(Path(folder) / 'f.zarr', rows, step.dimension, SHARD_ROWS, 'bfloat16', columns)
       missing = written.missing()
       for shard, _ in written.fill(missing, source.ranges(map(written.bounds, missing))):
         if shard < shards - 1:
           watch.shard(steps, last=False)
-      watch.shard(steps, last=True)  # now that it is written, too
+      watch.shard(steps, last=True)  # after it is written, too
       return watch.spent, watch.bare * (rows / whole)
 
   def stream() -> tuple[Spent, Spent]:
     first, second = Stopwatch(), Stopwatch()
-    numbers = iter(range(-1, shards))  # it is told of progress once before the first shard, and then after each
+    numbers = iter(range(-1, shards))  # progress is called once before the first shard, then after each
 
     def progress(_: int) -> None:
       if (number := next(numbers)) >= 0:
@@ -166,11 +164,11 @@ def make_pass(
 
 
 def _check(phi_BJ: np.ndarray, first: int) -> None:
-  if not np.isfinite(phi_BJ).all():  # as the stage looks at every feature
-    raise ValueError(f'a feature of rows from {first} on is not finite')
+  if not np.isfinite(phi_BJ).all():  # the stage checks every feature, too
+    raise ValueError(f'a feature of the rows from {first} on is not finite')
 
 
 def gram_step(j: int) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
-  """φᵀφ of one shard, as the datamodel computes it."""
+  """φᵀφ of one shard, computed as in the datamodel."""
   phi_BJ = jnp.ones((SHARD_ROWS, j), jnp.float32)
   return lambda phi: jnp.matmul(phi.T, phi, precision=jax.lax.Precision.HIGHEST), phi_BJ

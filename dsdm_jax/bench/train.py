@@ -1,8 +1,8 @@
 """A training step: tokens per second, share of the measured matmul peak, memory, time to the first step.
 
-Steps and bare square matrix products take turns, so that both see the same machine; medians are printed as one JSON
-line. FLOP are those of matrix products (see `core.flops`). `peak_bytes` is what XLA says of one device: arguments,
-results and temporaries. With `--models-at-once` several models train by `vmap`, and tokens are those of all of them.
+Steps and bare square matrix products alternate, so that both see the same machine; medians are printed as one JSON
+line. FLOP are those of matrix products (see `core.flops`). `peak_bytes` is XLA's figure for one device: arguments,
+results and temporaries. With `--models-at-once` several models train with `vmap`, and tokens are the sum over them.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from dsdm_jax.core import flops, memory, prng
 from dsdm_jax.core.mesh import place
 from dsdm_jax.errors import UserError
 from dsdm_jax.training.step import Trainer
-from dsdm_jax.training.vmapped import Together
+from dsdm_jax.training.vmapped import VmappedTrainer
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--model', choices=(*features.MODELS, 'quickstart'), default='small')
   parser.add_argument('--batch', type=int, default=16, help='examples')
-  parser.add_argument('--microbatches', type=int, default=1, help='parts that a batch is cut into')
+  parser.add_argument('--microbatches', type=int, default=1, help='microbatches per batch')
   parser.add_argument('--length', type=int, default=256, help='tokens of an example')
   parser.add_argument('--devices', default='1x1', help='DATAxMODEL; a CPU is split into as many devices')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of activations')
@@ -54,8 +54,9 @@ def run(flags: argparse.Namespace) -> None:
   product = jax.jit(lambda x: x @ x).lower(x).compile()
   seconds: dict[str, list[float]] = {'step': [], 'product': []}
   cases: tuple[tuple[str, Callable[[], Any]], ...] = (
-    ('step', step), ('product', lambda: jax.block_until_ready(product(x))),
-  )  # fmt: skip
+    ('step', step),
+    ('product', lambda: jax.block_until_ready(product(x))),
+  )
   for _ in range(flags.repeats + 1):
     for name, case in cases:
       start = time.perf_counter()
@@ -64,22 +65,32 @@ def run(flags: argparse.Namespace) -> None:
   step_s, product_s = (statistics.median(seconds[name][1:]) for name in ('step', 'product'))
   devices = mesh.size if jax.default_backend() != 'cpu' else 1  # simulated devices share the cores
   measured = 2.0 * side**3 / product_s * devices
-  said = flops.peak(list(mesh.devices.flat))
+  peak = flops.peak(list(mesh.devices.flat))
   print(
-    json.dumps({
-      'model': flags.model, 'batch': flags.batch, 'length': flags.length, 'dtype': flags.dtype,
-      'devices': flags.devices, 'models_at_once': flags.models_at_once, 'seconds': round(step_s, 5),
-      'tokens_per_s': round(flags.models_at_once * flags.batch * flags.length / step_s), 'flop': flop,
-      'share_of_matmul_peak': round(flop / step_s / measured, 4),
-      'mfu': round(flop / step_s / said, 4) if said and flags.dtype == 'bfloat16' else None,
-      'matmul_flop_per_s': round(measured), 'peak_bytes': peak_bytes, 'first_step_s': round(first, 2),
-    }),
+    json.dumps(
+      {
+        'model': flags.model,
+        'batch': flags.batch,
+        'length': flags.length,
+        'dtype': flags.dtype,
+        'devices': flags.devices,
+        'models_at_once': flags.models_at_once,
+        'seconds': round(step_s, 5),
+        'tokens_per_s': round(flags.models_at_once * flags.batch * flags.length / step_s),
+        'flop': flop,
+        'share_of_matmul_peak': round(flop / step_s / measured, 4),
+        'mfu': round(flop / step_s / peak, 4) if peak and flags.dtype == 'bfloat16' else None,
+        'matmul_flop_per_s': round(measured),
+        'peak_bytes': peak_bytes,
+        'first_step_s': round(first, 2),
+      }
+    ),
     flush=True,
-  )  # fmt: skip
+  )
 
 
 def _step(flags: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Callable[[], None], float, int | None]:
-  """(one step, waited for; FLOP; bytes on one device)."""
+  """(function that runs one step and waits; FLOP; bytes on one device)."""
   config, vocab_size = _model(flags)
   train = base.training()
   train.update({'batch_size': flags.batch, 'microbatches': flags.microbatches})
@@ -87,7 +98,7 @@ def _step(flags: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Callable[
   shape: tuple[int, ...] = (flags.batch, flags.length)
   key: Any = prng.stream(0, 'bench', 'init')
   if flags.models_at_once > 1:
-    trainer, shape = Together(trainer, flags.models_at_once), (flags.models_at_once, *shape)
+    trainer, shape = VmappedTrainer(trainer, flags.models_at_once), (flags.models_at_once, *shape)
     key = [prng.stream(0, 'bench', 'init', i) for i in range(flags.models_at_once)]
   tokens = prng.numpy_stream(0, 'bench').integers(0, vocab_size, shape, np.int32)
   pair = place((tokens, np.ones(shape[:-1], np.float32)), trainer.batch_sharding)

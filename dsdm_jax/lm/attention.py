@@ -1,27 +1,26 @@
-"""Causal attention in plain JAX, for every device: in blocks of queries, so that keys that none of them sees cost
-nothing.
+"""Causal attention in plain JAX for every device, in blocks of queries, without the keys that a block cannot see.
 
-With n blocks the scores take (n + 1) / 2n of L². Queries, keys and values are laid out head by head first: what the
-products then read stands together. Rows are divided by their sum after the product with the values (L × K numbers) and
-not before it (L × L), as in arXiv 2205.14135.
+With n blocks, (n + 1) / 2n of the L² scores are computed. Queries, keys and values are first laid out head by head, so
+that the products read contiguous memory. Rows are divided by their sum after the product with the values (L × K
+numbers) and not before it (L × L), as in arXiv 2205.14135.
 """
 
 import jax
 import jax.numpy as jnp
 
-BLOCKS = 4  # of queries: 0.625 of the scores; 8 would save a tenth of that and lose more to smaller products on CPUs
-_SHORTEST = 16  # queries of a block
+BLOCKS = 4  # 0.625 of the scores; 8 blocks would save a tenth of that and lose more to smaller products on CPUs
+_SHORTEST = 16  # least number of queries in a block
 
 
 def causal(q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array) -> jax.Array:
-  """softmax(QKᵀ/√K) V, each position seeing itself and what stands before it; shape and dtype of `q_BLHK`.
+  """softmax(QKᵀ/√K) V, where each position sees itself and earlier ones; shape and dtype of `q_BLHK`.
 
-  Scores, exponentials and sums are float32. Works forwards and backwards, to any order.
+  Scores, exponentials and sums are float32. Differentiable in forward and reverse mode, to any order.
 
   Args:
     q_BLHK: queries of H heads.
-    k_BLGK: keys of G heads, a divisor of H: H/G heads of queries in a row share one.
-    v_BLGK: values, as the keys.
+    k_BLGK: keys of G heads, a divisor of H: H/G consecutive query heads share one.
+    v_BLGK: values, shaped like the keys.
   """
   batch, length, _, head_size = q_BLHK.shape
   q_BLGHK = (q_BLHK * head_size**-0.5).reshape(batch, length, k_BLGK.shape[2], -1, head_size)
@@ -36,7 +35,7 @@ def causal(q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array) -> jax.Array
 
 
 def computed_share(length: int) -> float:
-  """Which share of a sequence's L² scores `causal` computes."""
+  """The share of the L² scores of a sequence that `causal` computes."""
   return sum((stop - start) * stop for start, stop in _bounds(length)) / length**2
 
 
@@ -46,13 +45,13 @@ def _bounds(length: int) -> list[tuple[int, int]]:
 
 
 def _block(q_BGHTK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, start: int) -> jax.Array:
-  """Of the queries start…start+T, which see keys 0…S."""
+  """Attention of the queries start…start+T to the keys 0…S."""
   scores = _product(q_BGHTK, k_BGSK, 3)
   queries, keys = scores.shape[-2:]
   sees_TS = jnp.arange(keys)[None] <= start + jnp.arange(queries)[:, None]
-  # Added and not selected, which is faster on CPUs; no score comes near it.
+  # Adding is faster than selecting on CPUs; no score comes near this number.
   scores = scores + jnp.where(sees_TS, 0.0, -1e30)[None, None, None]
-  # Any constant of a row cancels: no derivative of this one is needed.
+  # A constant of a row cancels, so its derivative is not needed.
   largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
   weights = jnp.exp(scores - largest)
   y = _product(weights.astype(v_BGSK.dtype), v_BGSK, 2)
@@ -60,9 +59,9 @@ def _block(q_BGHTK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, start: int)
 
 
 def _product(x_BGHTX: jax.Array, y_BGXX: jax.Array, axis: int) -> jax.Array:
-  """Head by head, the last axis of `x` with `axis` of `y`: float32.
+  """Contracts the last axis of `x` with `axis` of `y`, head by head, in float32.
 
-  The same as `jnp.einsum`, which makes a jitted function in each call and so leaves an entry in one of JAX's caches.
+  Same as `jnp.einsum`, which adds an entry to one of JAX's caches with each call.
   """
   dimensions = ((4,), (axis,)), ((0, 1), (0, 1))
   return jax.lax.dot_general(x_BGHTX, y_BGXX, dimensions, preferred_element_type=jnp.float32)

@@ -1,7 +1,7 @@
-"""Causal attention on TPUs by the splash kernel of JAX's own Pallas library: no [L, L] array reaches HBM.
+"""Causal attention on TPUs with the splash kernel of JAX's Pallas library: no [L, L] array reaches HBM.
 
-XLA does not split a hand-written kernel over a mesh, so it runs inside `shard_map`, over the mesh that the caller is
-traced under (`on_mesh`). It has no forward mode and no second derivative.
+XLA cannot partition a Pallas kernel, so it runs inside `shard_map` over the mesh that `on_mesh` sets. It supports
+neither forward mode nor second derivatives.
 """
 
 import contextlib
@@ -13,53 +13,51 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dsdm_jax.core.mesh import DATA, MODEL
 
-LANES = 128  # of a TPU register: what the length must be a multiple of
-_LARGEST_BLOCK = 512  # of queries and of keys: two of them, with what the backward pass holds, fit on the chip
+LANES = 128  # of a TPU register; the length must be a multiple of it
+_LARGEST_BLOCK = 512  # of queries and of keys: two blocks and the buffers of the backward pass fit into VMEM
 
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh) -> Iterator[None]:
-  """What is traced inside may use kernels on `mesh`."""
+  """Code that is traced inside may use kernels on `mesh`."""
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     yield
 
 
 def serves(length: int) -> bool:
-  """Whether the kernel can take sequences of `length` where this is traced: a TPU's mesh, and a length it can cut."""
+  """Whether the kernel supports `length` where this is traced: on a TPU mesh, and for a multiple of `LANES`."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device is not None and device.platform == 'tpu' and length % LANES == 0
 
 
 def causal(q_BLHK: jax.Array, k_BLHK: jax.Array, v_BLHK: jax.Array, interpret: bool = False) -> jax.Array:
-  """softmax(QKᵀ/√K) V, each position seeing itself and what stands before it; shape and dtype of `q_BLHK`.
+  """softmax(QKᵀ/√K) V, where each position sees itself and earlier ones; shape and dtype of `q_BLHK`.
 
   Args:
-    q_BLHK: L a multiple of 128. A batch of one row is not split: under `vmap(..., spmd_axis_name='data')` it stands for
-      one of the mapped rows.
+    q_BLHK: L is a multiple of 128. A batch of one row is not partitioned: under `vmap(..., spmd_axis_name='data')` it
+      is one of the mapped rows.
     k_BLHK: may have fewer heads, a divisor of those of q.
-    v_BLHK: as k.
-    interpret: run the kernel's program on any device, slowly; for tests.
+    v_BLHK: shaped like k.
+    interpret: interpret the kernel on any device, slowly; for tests.
   """
   mesh = jax.sharding.get_abstract_mesh()
   batch, heads = q_BLHK.shape[0], k_BLHK.shape[2]
   rows = DATA if batch > 1 and batch % mesh.shape[DATA] == 0 else None
   spec = PartitionSpec(rows, None, MODEL if heads % mesh.shape[MODEL] == 0 else None)
   local = functools.partial(_local, interpret=interpret)
-  # The kernel's outputs say nothing of which mesh axes they vary over, so that is not checked.
+  # The kernel does not declare which mesh axes its outputs vary over, so that is not checked.
   mapped = jax.shard_map(local, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
   return mapped(q_BLHK, k_BLHK, v_BLHK)
 
 
 def _local(q_BLHK: jax.Array, k_BLHK: jax.Array, v_BLHK: jax.Array, interpret: bool) -> jax.Array:
-  # Imported where it is used: it takes half a second that no CPU run should pay.
+  # Imported here because the import takes half a second, which CPU runs should not pay.
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   _, length, heads, head_size = q_BLHK.shape
   side = next(b for b in (_LARGEST_BLOCK, 384, 256, LANES) if length % b == 0)
-  sizes = splash.BlockSizes(
-    block_q=side, block_kv=side, block_q_dkv=side, block_kv_dkv=side, use_fused_bwd_kernel=True
-  )  # fmt: skip
+  sizes = splash.BlockSizes(block_q=side, block_kv=side, block_q_dkv=side, block_kv_dkv=side, use_fused_bwd_kernel=True)
   mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
   kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
   q_BHLK, k_BHLK, v_BHLK = (x.swapaxes(1, 2) for x in (q_BLHK * head_size**-0.5, k_BLHK, v_BLHK))

@@ -13,16 +13,15 @@ from dsdm_jax.lm import attention, attention_tpu, partition, products
 
 
 def build(config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs) -> 'Decoder':
-  """The decoder of `config` (keys: `configs/base.py`, `model`) for sequences of at most `length` tokens."""
+  """Builds the decoder of `config` (section `model` of the config) for sequences of at most `length` tokens."""
   return Decoder(config, vocab_size, length, rngs)
 
 
 def _linear(inputs: int, outputs: int, config: ConfigDict, rngs: nnx.Rngs, scale: float = 1.0) -> nnx.Linear:
   init = nnx.initializers.normal(config.init_std * scale)
-  return nnx.Linear(
-    inputs, outputs, use_bias=config.bias, kernel_init=init, dtype=jnp.dtype(config.compute_dtype),
-    dot_general=products.dot_general, rngs=rngs,
-  )  # fmt: skip
+  dtype, dot_general = jnp.dtype(config.compute_dtype), products.dot_general
+  options = {'use_bias': config.bias, 'kernel_init': init, 'dtype': dtype, 'dot_general': dot_general}
+  return nnx.Linear(inputs, outputs, **options, rngs=rngs)
 
 
 def _norm(config: ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
@@ -36,13 +35,13 @@ def rotate(
 ) -> jax.Array:
   """Rotary position embedding (arXiv 2104.09864) over the first `share` of a head (an even number), in float32.
 
-  `position_BL`, int32, is where each token stands in its sequence; None takes 0…L−1 for every row.
+  `position_BL`, int32, is the position of each token in its sequence; None means 0…L−1 for every row.
   """
-  turned = int(x_BLHK.shape[-1] * share)
-  if turned < x_BLHK.shape[-1]:
-    rest_BLHK = x_BLHK[..., turned:]
-    return jnp.concatenate([rotate(x_BLHK[..., :turned], position_BL, base=base), rest_BLHK], axis=-1)
-  half = turned // 2
+  rotated = int(x_BLHK.shape[-1] * share)
+  if rotated < x_BLHK.shape[-1]:
+    rest_BLHK = x_BLHK[..., rotated:]
+    return jnp.concatenate([rotate(x_BLHK[..., :rotated], position_BL, base=base), rest_BLHK], axis=-1)
+  half = rotated // 2
   frequency_K = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   if position_BL is None:
     position_BL = jnp.arange(x_BLHK.shape[1])[None]
@@ -124,7 +123,7 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
   """tokens_BL (int32) → logits_BLV (float32); position l sees tokens 0…l."""
 
-  gathers = re.compile(r'^blocks/')  # paths of the weights that it gathers itself, see `partition.weights_here`
+  gathers = re.compile(r'^blocks/')  # paths of weights that the model gathers itself, see `partition.weights_here`
 
   def __init__(self, config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs):
     self.dtype = jnp.dtype(config.compute_dtype)
@@ -142,31 +141,25 @@ class Decoder(nnx.Module):
     else:
       self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
     self.norm = _norm(config, rngs)
+    options = {'kernel_init': init, 'dtype': self.dtype, 'dot_general': products.dot_general, 'rngs': rngs}
     tied = config.tied_embeddings
-    self.head = (
-      None
-      if tied
-      else nnx.Linear(
-        config.width, vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype, dot_general=products.dot_general,
-        rngs=rngs,
-      )
-    )  # fmt: skip
+    self.head = None if tied else nnx.Linear(config.width, vocab_size, use_bias=False, **options)
 
   def __call__(self, tokens_BL: jax.Array) -> jax.Array:
     return self.logits(self.residual(tokens_BL))
 
   def residual(self, tokens_BL: jax.Array) -> jax.Array:
-    """What the last block gives, [B, L, D]: for who needs the logits of some places only."""
+    """Output of the last block, [B, L, D]: for callers that need the logits of some positions only."""
     return self._run_blocks(partition.batch_here(self.embed(tokens_BL)))
 
   def embed(self, tokens_BL: jax.Array, position_BL: jax.Array | None = None) -> jax.Array:
-    """What the first block is given; `position_BL` as in `rotate`."""
+    """Input of the first block; `position_BL` as in `rotate`."""
     x_BLD = self.embedding(tokens_BL)
     if self.positions is None:
       return x_BLD
     if position_BL is None:
       length, most = tokens_BL.shape[1], self.positions.num_embeddings
-      if length > most:  # a lookup would repeat the last position and say nothing
+      if length > most:  # a lookup would silently repeat the last position
         raise UserError(
           f'sequences of {length} tokens are longer than the {most} positions of the model; cut them, or train with '
           '--config.model.positions=rope'
@@ -175,11 +168,11 @@ class Decoder(nnx.Module):
     return x_BLD + self.positions(position_BL)
 
   def hidden(self, tokens_BL: jax.Array) -> jax.Array:
-    """What the head reads: x_BLD after the last norm, in the dtype of computation."""
+    """Input of the head: x_BLD after the last norm, in the compute dtype."""
     return self.norm(self._run_blocks(self.embed(tokens_BL))).astype(self.dtype)
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:
-    """Logits [B, L, V] in float32 of what the last block gave."""
+    """Logits [B, L, V] in float32 from the output of the last block."""
     x_BLD = self.norm(x_BLD).astype(self.dtype)
     if self.head is not None:
       return self.head(x_BLD).astype(jnp.float32)
@@ -204,6 +197,6 @@ class Decoder(nnx.Module):
       return partition.batch_here(nnx.merge(graphdef, partition.weights_here(state))(x_BLD))
 
     if self.remat:
-      # A scan is a barrier to common-subexpression elimination already; without one it would undo the remat.
+      # A scan already prevents common-subexpression elimination, which would otherwise undo the remat.
       step = jax.checkpoint(step, prevent_cse=not self.scan)
     return step, state

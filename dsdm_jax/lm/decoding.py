@@ -1,7 +1,7 @@
-"""Greedy continuation of a batch of prompts, with a cache of keys and values where the model is our decoder.
+"""Greedy decoding of a batch of prompts, with a cache of keys and values for the built-in decoder.
 
-Prompts are padded at their end. A row's next token takes the place of its first padding, in the sequence and in the
-cache, and nothing looks at places behind its own: so a row's output does not depend on the length of the others.
+Prompts are padded at the end. The next token of a row replaces its first padding token, in the sequence and in the
+cache, and no position sees later ones: so the output of a row does not depend on the length of the others.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from dsdm_jax.lm.decoder import Attention, Decoder
 
 
 class Cache(NamedTuple):
-  """Keys and values of all layers, each [layers, B, S, kv_heads, K], S places of a sequence."""
+  """Keys and values of all layers, each [layers, B, S, kv_heads, K], with S positions."""
 
   keys: jax.Array
   values: jax.Array
 
 
 class _CachedAttention(nnx.Module):
-  """Attention of tokens at `position_BL` to all that is in the cache up to their place; puts their own there first."""
+  """Writes keys and values of tokens at `position_BL` to the cache, then attends to it up to these positions."""
 
   def __init__(self, attention: Attention, keys: jax.Array, values: jax.Array, position_BL: jax.Array):
     self.attention, self.position_BL = attention, position_BL
@@ -38,20 +38,20 @@ class _CachedAttention(nnx.Module):
     return self.attention.out(y_BLHK.reshape(*x_BLD.shape[:2], -1))
 
 
-def empty_cache(model: Decoder, batch: int, places: int) -> Cache:
-  """A cache of `places` tokens for each of `batch` rows."""
+def empty_cache(model: Decoder, batch: int, positions: int) -> Cache:
+  """A cache with `positions` positions for each of `batch` rows."""
   first = jax.tree.map(lambda x: x[0], nnx.state(model.blocks)) if model.scan else None
   block = nnx.merge(nnx.graphdef(model.blocks), first) if model.scan else model.blocks[0]
   layers = jax.tree.leaves(nnx.state(model.blocks))[0].shape[0] if model.scan else len(model.blocks)
   attention = block.attention
-  shape = (layers, batch, places, attention.kv_heads, attention.head_size)
+  shape = (layers, batch, positions, attention.kv_heads, attention.head_size)
   return Cache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
 
 
 def cached_logits(
   model: Decoder, tokens_BL: jax.Array, position_BL: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-  """Logits [B, L, V] of tokens at `position_BL`, which must lie below the cache's places, and the cache with them."""
+  """Returns logits [B, L, V] of tokens at `position_BL`, which must lie within the cache, and the updated cache."""
 
   def run(graphdef: nnx.GraphDef, state: nnx.State, x_BLD: jax.Array, layer: Cache) -> tuple[jax.Array, Cache]:
     block = nnx.merge(graphdef, state)
@@ -72,23 +72,23 @@ def cached_logits(
 
 
 def greedy(model: nnx.Module, tokens_BL: jax.Array, length_B: jax.Array, steps: int, stop_V: jax.Array) -> jax.Array:
-  """The most probable next token, time after time.
+  """Appends the most probable token, step by step.
 
   Args:
-    model: any module tokens_BL → logits_BLV; our decoder has a cache, any other runs over the whole sequence each time.
-    tokens_BL: int32, prompts of at least one token, padded at their end.
+    model: any module tokens_BL → logits_BLV. A model other than `Decoder` processes the whole sequence in each step.
+    tokens_BL: int32, prompts of at least one token, padded at the end.
     length_B: int32, tokens of each prompt.
-    steps: tokens to add at most; L + steps must be within the model's positions.
-    stop_V: bool, tokens after which a row has ended.
+    steps: maximum number of new tokens; L + steps must not exceed the model's positions.
+    stop_V: bool, tokens that end a row.
 
   Returns:
-    int32 [B, steps]; what follows a stop token is 0.
+    int32 [B, steps]; 0 after a stop token.
   """
   batch = len(tokens_BL)
   first, advance = (_with_cache if isinstance(model, Decoder) else _without_cache)(model, tokens_BL, length_B, steps)
   token_B, state = first
 
-  def keep_going(carry: tuple) -> jax.Array:
+  def unfinished(carry: tuple) -> jax.Array:
     step, _, ended_B, _, _ = carry
     return (step < steps) & ~jnp.all(ended_B)
 
@@ -100,16 +100,16 @@ def greedy(model: nnx.Module, tokens_BL: jax.Array, length_B: jax.Array, steps: 
     return step + 1, token_B, ended_B, out_BN, state
 
   start = (jnp.int32(0), token_B, jnp.zeros(batch, bool), jnp.zeros((batch, steps), jnp.int32), state)
-  return jax.lax.while_loop(keep_going, body, start)[3]
+  return jax.lax.while_loop(unfinished, body, start)[3]
 
 
-# The next token, and what the tokens after it need: a cache, or the sequences.
+# The next token, and the state that later steps need: a cache, or the sequences.
 Start = tuple[jax.Array, Any]
 Advance = Callable[[Any, jax.Array, jax.Array], Start]
 
 
-def _best(logits_BLV: jax.Array, place_B: jax.Array) -> jax.Array:
-  row_BV = jnp.take_along_axis(logits_BLV, place_B[:, None, None], axis=1)[:, 0]
+def _best(logits_BLV: jax.Array, position_B: jax.Array) -> jax.Array:
+  row_BV = jnp.take_along_axis(logits_BLV, position_B[:, None, None], axis=1)[:, 0]
   return jnp.argmax(row_BV, axis=-1).astype(jnp.int32)
 
 

@@ -1,107 +1,113 @@
-"""Weights of Hugging Face's GPT-2 and GPT-NeoX (Pythia), read from a local folder into our decoder.
+"""Loads weights of Hugging Face's GPT-2 and GPT-NeoX (Pythia) from a local folder into the decoder.
 
-The folder is what `save_pretrained` leaves: `config.json` and safetensors files, one or many. The file format is a JSON
-header and raw bytes, mapped and not read, so that a large model is never held twice.
+The folder is what `save_pretrained` writes: `config.json` and one or many safetensors files. Tensors are read one by
+one, so that a large model is in memory once.
 """
 
 import functools
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
+import safetensors
 from ml_collections import ConfigDict
 
 from dsdm_jax.errors import UserError
 
-_DTYPES = {'F32': np.dtype('<f4'), 'F16': np.dtype('<f2'), 'BF16': np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = ('F32', 'F16', 'BF16')
 _GELUS = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_exact'}
-_EPSILON = 1e-5  # of our layer norms
-_PADDING = 10  # a table whose rows exceed the vocabulary by one in so many, or less, is a padded one
-_OUTER = 65_536  # bytes hashed of either end of a file
+_EPSILON = 1e-5  # of the decoder's layer norms
+_PADDING = 10  # an embedding table may have one row of padding for every so many tokens of the vocabulary
+_OUTER = 65_536  # bytes that are hashed at each end of a file
 
 
 def model_keys(folder: str) -> dict[str, Any]:
-  """The keys of `configs/base.py`'s `model` that the model in `folder` fixes.
+  """Returns the keys of the config section `model` that the model in `folder` determines.
 
   Raises:
-    UserError: there is no such model, or the decoder has no such part.
+    UserError: there is no such model, or it needs something that the decoder does not support.
   """
-  found = _config(Path(folder))
-  kind = found.get('model_type')
+  theirs = _config(Path(folder))
+  kind = theirs.get('model_type')
   if kind not in ('gpt2', 'gpt_neox'):
-    raise UserError(f'{folder}: config.json says model_type {kind!r}; gpt2 and gpt_neox (Pythia) can be read')
-  keys = (_gpt2_keys if kind == 'gpt2' else _neox_keys)(found, folder)
-  epsilon = found.get('layer_norm_epsilon' if kind == 'gpt2' else 'layer_norm_eps', _EPSILON)
-  gelu = found.get('activation_function' if kind == 'gpt2' else 'hidden_act', 'gelu_new' if kind == 'gpt2' else 'gelu')
-  odd = [
-    said for said, wrong in (
-      (f'layer norms with epsilon {epsilon}', epsilon != _EPSILON),
-      (f'activation {gelu!r}', gelu not in tuple(_GELUS)),
-      ('attention weights that are scaled by layer', found.get('scale_attn_by_inverse_layer_idx', False)),
-      ('attention weights that are not scaled', not found.get('scale_attn_weights', True)),
-      ('attention without biases', not found.get('attention_bias', True)),
-    ) if wrong
-  ]  # fmt: skip
-  if odd:
-    raise UserError(f'{folder}: config.json asks for {" and ".join(odd)}, which the decoder does not have')
+    raise UserError(f'{folder}: config.json has model_type {kind!r}; gpt2 and gpt_neox (Pythia) are supported')
+  keys = (_gpt2_keys if kind == 'gpt2' else _neox_keys)(theirs, folder)
+  epsilon = theirs.get('layer_norm_epsilon' if kind == 'gpt2' else 'layer_norm_eps', _EPSILON)
+  gelu = theirs.get('activation_function' if kind == 'gpt2' else 'hidden_act', 'gelu_new' if kind == 'gpt2' else 'gelu')
+  unsupported = {
+    f'layer norms with epsilon {epsilon}': epsilon != _EPSILON,
+    f'activation {gelu!r}': gelu not in tuple(_GELUS),
+    'attention weights that are scaled by layer': theirs.get('scale_attn_by_inverse_layer_idx', False),
+    'attention weights that are not scaled': not theirs.get('scale_attn_weights', True),
+    'attention without biases': not theirs.get('attention_bias', True),
+  }
+  if any(unsupported.values()):
+    needs = ' and '.join(name for name, needed in unsupported.items() if needed)
+    raise UserError(f'{folder}: config.json asks for {needs}, which the decoder does not support')
   return keys | {'mlp': _GELUS[gelu], 'norm': 'layernorm', 'bias': True, 'kv_heads': keys['heads']}
 
 
-def _gpt2_keys(found: Mapping[str, Any], folder: str) -> dict[str, Any]:
-  layers, width, heads = (_whole(found, name, folder) for name in ('n_layer', 'n_embd', 'n_head'))
+def _gpt2_keys(theirs: Mapping[str, Any], folder: str) -> dict[str, Any]:
+  width = _positive(theirs, 'n_embd', folder)
   return {
-    'layers': layers, 'width': width, 'heads': heads,
-    'mlp_width': _whole(found, 'n_inner', folder) if found.get('n_inner') else 4 * width, 'positions': 'learned',
-    'parallel_residual': False, 'tied_embeddings': found.get('tie_word_embeddings', True),
-  }  # fmt: skip
-
-
-def _neox_keys(found: Mapping[str, Any], folder: str) -> dict[str, Any]:
-  rope = found.get('rope_parameters') or {}
-  kind = rope.get('rope_type', 'default') if isinstance(rope, dict) else rope
-  if not isinstance(rope, dict) or kind != 'default' or found.get('rope_scaling'):
-    raise UserError(f'{folder}: config.json asks for rotary positions of type {kind!r}; default ones can be read')
-  turned = {
-    'rotary_share': rope.get('partial_rotary_factor', found.get('rotary_pct', 0.25)),
-    'rotary_base': rope.get('rope_theta', found.get('rotary_emb_base', 10_000)),
+    'layers': _positive(theirs, 'n_layer', folder),
+    'width': width,
+    'heads': _positive(theirs, 'n_head', folder),
+    'mlp_width': _positive(theirs, 'n_inner', folder) if theirs.get('n_inner') else 4 * width,
+    'positions': 'learned',
+    'parallel_residual': False,
+    'tied_embeddings': theirs.get('tie_word_embeddings', True),
   }
-  for key, value in turned.items():
+
+
+def _neox_keys(theirs: Mapping[str, Any], folder: str) -> dict[str, Any]:
+  rope = theirs.get('rope_parameters') or {}
+  kind = rope.get('rope_type', 'default') if isinstance(rope, dict) else rope
+  if not isinstance(rope, dict) or kind != 'default' or theirs.get('rope_scaling'):
+    raise UserError(f'{folder}: config.json asks for rotary positions of type {kind!r}; only default is supported')
+  rotary = {
+    'rotary_share': rope.get('partial_rotary_factor', theirs.get('rotary_pct', 0.25)),
+    'rotary_base': rope.get('rope_theta', theirs.get('rotary_emb_base', 10_000)),
+  }
+  for key, value in rotary.items():
     if type(value) not in (int, float):
-      raise UserError(f'{folder}: config.json has {value!r} for {key}, which is a number; copy it again')
-  names = ('num_hidden_layers', 'hidden_size', 'num_attention_heads', 'intermediate_size')
-  layers, width, heads, mlp_width = (_whole(found, name, folder) for name in names)
+      raise UserError(f'{folder}: config.json has {value!r} for {key}, which must be a number; copy the file again')
   return {
-    'layers': layers, 'width': width, 'heads': heads, 'mlp_width': mlp_width, 'positions': 'rope',
-    **{key: float(value) for key, value in turned.items()},
-    'parallel_residual': found.get('use_parallel_residual', True),
-    'tied_embeddings': found.get('tie_word_embeddings', False),
-  }  # fmt: skip
+    'layers': _positive(theirs, 'num_hidden_layers', folder),
+    'width': _positive(theirs, 'hidden_size', folder),
+    'heads': _positive(theirs, 'num_attention_heads', folder),
+    'mlp_width': _positive(theirs, 'intermediate_size', folder),
+    'positions': 'rope',
+    **{key: float(value) for key, value in rotary.items()},
+    'parallel_residual': theirs.get('use_parallel_residual', True),
+    'tied_embeddings': theirs.get('tie_word_embeddings', False),
+  }
 
 
-def _whole(found: Mapping[str, Any], name: str, folder: str) -> int:
-  value = found.get(name)
+def _positive(theirs: Mapping[str, Any], name: str, folder: str) -> int:
+  value = theirs.get(name)
   if type(value) is not int or value < 1:
-    said = f'has {name} = {value!r}, which is no whole number above 0' if name in found else f'has no {name}'
-    raise UserError(f'{folder}: config.json {said}; copy it again from where the model was saved')
+    problem = f'has {name} = {value!r}, which must be a whole number above 0' if name in theirs else f'has no {name}'
+    raise UserError(f'{folder}: config.json {problem}; copy the file again from where the model was saved')
   return value
 
 
 def parameters(folder: str, config: ConfigDict, vocab_size: int, length: int) -> dict[str, np.ndarray]:
-  """Path of each parameter of the decoder → its value, float32; blocks are stacked where `config.scan_layers`.
+  """Returns path → value (float32) for all parameters of the decoder; blocks are stacked where `config.scan_layers`.
 
   Args:
-    config: of the model, with the keys that `model_keys` gives.
-    vocab_size: of the pool. Tables of up to a tenth more rows are padded ones, as Pythia's, and lose their last rows.
-    length: tokens of a row; learned positions beyond it are left out.
+    folder: of the model.
+    config: of the decoder, with the keys that `model_keys` returns.
+    vocab_size: of the pool. A table with up to a tenth more rows counts as padded (Pythia) and loses its last rows.
+    length: tokens of a row; learned positions beyond it are dropped.
 
   Raises:
-    UserError: the model has another vocabulary, fewer positions, or a tensor is missing or of another shape.
+    UserError: the model has another vocabulary or fewer positions, or a tensor is missing or has another shape.
   """
   tensors = _Tensors(Path(folder))
   gpt2 = _config(Path(folder))['model_type'] == 'gpt2'
@@ -114,7 +120,7 @@ def parameters(folder: str, config: ConfigDict, vocab_size: int, length: int) ->
       f'model.weights = {folder!r} has a vocabulary of {rows} and the pool one of {vocab_size}{more}; tokenize the '
       "pool with that model's own vocabulary"
     )
-  found = {'embedding/embedding': embedding[:vocab_size]}
+  values = {'embedding/embedding': embedding[:vocab_size]}
   if gpt2:
     positions = tensors.get('transformer.wpe.weight', None, width)
     if len(positions) < length:
@@ -122,21 +128,21 @@ def parameters(folder: str, config: ConfigDict, vocab_size: int, length: int) ->
         f'model.weights = {folder!r} has {len(positions)} positions and rows have {length} tokens; set --config.pool.'
         f'length={len(positions)} or less'
       )
-    found['positions/embedding'] = positions[:length]
+    values['positions/embedding'] = positions[:length]
   read: Callable[[_Tensors, int, ConfigDict], dict[str, np.ndarray]] = _gpt2_block if gpt2 else _neox_block
-  found |= _norm(tensors, 'transformer.ln_f' if gpt2 else 'gpt_neox.final_layer_norm', 'norm', width)
+  values |= _norm(tensors, 'transformer.ln_f' if gpt2 else 'gpt_neox.final_layer_norm', 'norm', width)
   blocks = [read(tensors, layer, config) for layer in range(config.layers)]
   if config.scan_layers:
-    found |= {f'blocks/{path}': np.stack([block[path] for block in blocks]) for path in blocks[0]}
+    values |= {f'blocks/{path}': np.stack([block[path] for block in blocks]) for path in blocks[0]}
   else:
-    found |= {f'blocks/{layer}/{path}': value for layer, block in enumerate(blocks) for path, value in block.items()}
+    values |= {f'blocks/{layer}/{path}': value for layer, block in enumerate(blocks) for path, value in block.items()}
   if not config.tied_embeddings:
-    found['head/kernel'] = tensors.get('lm_head.weight' if gpt2 else 'embed_out.weight', rows, width)[:vocab_size].T
-  return {path: np.asarray(value, np.float32) for path, value in found.items()}
+    values['head/kernel'] = tensors.get('lm_head.weight' if gpt2 else 'embed_out.weight', rows, width)[:vocab_size].T
+  return {path: np.asarray(value, np.float32) for path, value in values.items()}
 
 
 def _gpt2_block(tensors: '_Tensors', layer: int, config: ConfigDict) -> dict[str, np.ndarray]:
-  """GPT-2 keeps its matrices [inputs, outputs], and queries, keys and values of all heads one after another."""
+  """GPT-2 stores matrices as [inputs, outputs]: the queries of all heads, then the keys, then the values."""
   at, heads, width, mlp_width = f'transformer.h.{layer}', config.heads, config.width, config.mlp_width
 
   def by_head(x: np.ndarray) -> np.ndarray:
@@ -154,7 +160,7 @@ def _gpt2_block(tensors: '_Tensors', layer: int, config: ConfigDict) -> dict[str
 
 
 def _neox_block(tensors: '_Tensors', layer: int, config: ConfigDict) -> dict[str, np.ndarray]:
-  """GPT-NeoX keeps its matrices [outputs, inputs], and query, key and value head by head as we do."""
+  """GPT-NeoX stores matrices as [outputs, inputs]: query, key and value head by head, as the decoder does."""
   at, width, mlp_width = f'gpt_neox.layers.{layer}', config.width, config.mlp_width
   return {
     **_norm(tensors, f'{at}.input_layernorm', 'attention_norm', width),
@@ -167,65 +173,53 @@ def _neox_block(tensors: '_Tensors', layer: int, config: ConfigDict) -> dict[str
 
 
 def _norm(tensors: '_Tensors', theirs: str, ours: str, width: int) -> dict[str, np.ndarray]:
-  return {
-    f'{ours}/scale': tensors.get(f'{theirs}.weight', width), f'{ours}/bias': tensors.get(f'{theirs}.bias', width),
-  }  # fmt: skip
+  scale, bias = (tensors.get(f'{theirs}.{name}', width) for name in ('weight', 'bias'))
+  return {f'{ours}/scale': scale, f'{ours}/bias': bias}
 
 
 def _linear(
-  tensors: '_Tensors', theirs: str, ours: str, inputs: int, outputs: int, turned: bool
+  tensors: '_Tensors', theirs: str, ours: str, inputs: int, outputs: int, transposed: bool
 ) -> dict[str, np.ndarray]:
-  kernel = tensors.get(f'{theirs}.weight', *((outputs, inputs) if turned else (inputs, outputs)))
-  return {f'{ours}/kernel': kernel.T if turned else kernel, f'{ours}/bias': tensors.get(f'{theirs}.bias', outputs)}
+  kernel = tensors.get(f'{theirs}.weight', *((outputs, inputs) if transposed else (inputs, outputs)))
+  bias = tensors.get(f'{theirs}.bias', outputs)
+  return {f'{ours}/kernel': kernel.T if transposed else kernel, f'{ours}/bias': bias}
 
 
 class _Tensors:
-  """All tensors of a folder by name; names of a bare model (no `transformer.` before them) are found as well."""
+  """All tensors of a folder by name; files may omit the leading `transformer.` or `gpt_neox.` of a name."""
 
   def __init__(self, folder: Path):
     self._folder = folder
-    self._found: dict[str, np.ndarray] = {}
+    self._files: dict[str, Any] = {}
     for file in sorted(folder.glob('*.safetensors')):
-      self._found |= _mapped(file)
-    if not self._found:
-      raise UserError(f'{folder} holds no *.safetensors file; save the model there with safe_serialization')
+      try:
+        opened = safetensors.safe_open(file, framework='numpy')
+      except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f'{file} is not a complete safetensors file ({error}); copy it again') from error
+      self._files |= dict.fromkeys(opened.keys(), opened)
+    if not self._files:
+      raise UserError(f'{folder} contains no *.safetensors file; save the model there with safe_serialization')
 
   def get(self, name: str, *shape: int | None) -> np.ndarray:
-    """The tensor of that name and shape; None stands for any length.
+    """Returns the tensor with this name and shape; None matches any length.
 
     Raises:
-      UserError: it is missing, or has another shape.
+      UserError: it is missing, or has another shape or dtype.
     """
-    bare = name.partition('.')[2]
-    found = self._found.get(name, self._found.get(bare))
-    if found is None:
-      raise UserError(f'{self._folder}: no tensor {name}; the files are not all there, or of another model')
-    if len(found.shape) != len(shape) or any(n not in (None, m) for m, n in zip(found.shape, shape, strict=True)):
+    stored = name if name in self._files else name.partition('.')[2]
+    if stored not in self._files:
+      raise UserError(f'{self._folder}: no tensor {name}; files are missing, or belong to another model')
+    header = self._files[stored].get_slice(stored)
+    actual, dtype = header.get_shape(), header.get_dtype()
+    if len(actual) != len(shape) or any(n not in (None, m) for m, n in zip(actual, shape, strict=True)):
       wanted = ' × '.join('any' if n is None else str(n) for n in shape)
       raise UserError(
-        f'{self._folder}: tensor {name} is {" × ".join(map(str, found.shape))} and config.json asks for {wanted}; the '
-        'files are of another model'
+        f'{self._folder}: tensor {name} is {" × ".join(map(str, actual))} and config.json asks for {wanted}; the '
+        'files belong to another model'
       )
-    return found
-
-
-def _mapped(file: Path) -> dict[str, np.ndarray]:
-  try:
-    with open(file, 'rb') as f:
-      data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    start = 8 + int.from_bytes(data[:8], 'little')
-    header = json.loads(data[8:start])
-    arrays = {}
-    for name, entry in header.items():
-      if name == '__metadata__' or entry['dtype'] not in _DTYPES:
-        continue  # masks and the like
-      first, stop = entry['data_offsets']
-      dtype = _DTYPES[entry['dtype']]
-      flat = np.frombuffer(data, dtype, (stop - first) // dtype.itemsize, start + first)
-      arrays[name] = flat.reshape(entry['shape'])
-    return arrays
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(f'{file} is no whole safetensors file ({error}); copy it again') from error
+    if dtype not in _DTYPES:
+      raise UserError(f'{self._folder}: tensor {name} has dtype {dtype}; save the model in one of {", ".join(_DTYPES)}')
+    return self._files[stored].get_tensor(stored)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -240,7 +234,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def digest(folder: str) -> str:
-  """Names the content of the folder: config, and of each file its size, its beginning with all shapes and its end."""
+  """Hash of the folder: its config, and the size, the head (with all shapes) and the tail of each tensor file."""
   files = sorted([*Path(folder).glob('*.safetensors'), Path(folder) / 'config.json'])
   return _digest(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()))
 

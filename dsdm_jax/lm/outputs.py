@@ -1,8 +1,8 @@
-"""Output functions: what of a model's logits on one example the datamodel predicts.
+"""Model output functions: the scalar of one example that the datamodel predicts.
 
-Each takes one example, logits_LV, tokens_L and weights_L, and returns a float32 scalar. The prediction of token l is
-made at position l−1; weights_L[l] says how much token l counts, and weights_L[0] never does. Scores are about
-differences of this number: higher is better for all functions here.
+Each function takes logits_LV, tokens_L and weights_L of one example and returns a float32 scalar. Position l−1 predicts
+token l; weights_L[l] is the weight of token l, and weights_L[0] is ignored. Scores are differences of this scalar:
+higher is better for all functions here.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def _right_token(logits_LV: jax.Array, tokens_L: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(logits in float32, mask of the token to come, its logit) at every position; the last predicts nothing.
+  """Returns (logits in float32, mask of the next token, its logit) at every position; the last predicts nothing.
 
   The targets are shifted, not the logits: a slice of logits is a copy of the largest array of the model, and its
   gradient another. A masked sum stands in for a gather, whose gradient would be a scatter.
@@ -25,7 +25,7 @@ def _right_token(logits_LV: jax.Array, tokens_L: jax.Array) -> tuple[jax.Array, 
 def _log_sum_exp(x_LV: jax.Array) -> jax.Array:
   """log Σ exp over the vocabulary.
 
-  JAX's own keeps exp(x − max), as large as the logits, for its derivative; exp(x − result) is made where it is used.
+  JAX's own saves exp(x − max), as large as the logits, for the derivative; here exp(x − result) is recomputed.
   """
   return jax.nn.logsumexp(x_LV, axis=-1)
 
@@ -72,10 +72,10 @@ def log_likelihood(logits_LV: jax.Array, tokens_L: jax.Array, weights_L: jax.Arr
 
 
 def margin_shares(logits_LV: jax.Array, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
-  """What each of tokens 1…L−1 adds to `margin`, shape [L−1]: for scores of single tokens."""
+  """Contribution of each of tokens 1…L−1 to `margin`, shape [L−1]: for scores of single tokens."""
   return _shares(token_margin(logits_LV, tokens_L), weights_L)
 
 
 def log_likelihood_shares(logits_LV: jax.Array, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
-  """What each of tokens 1…L−1 adds to `log_likelihood`, shape [L−1]."""
+  """Contribution of each of tokens 1…L−1 to `log_likelihood`, shape [L−1]."""
   return _shares(token_log_probability(logits_LV, tokens_L), weights_L)

@@ -1,4 +1,4 @@
-"""The partition table: which axis of which parameter is split over which mesh axis."""
+"""The partition table: the mesh axis over which each axis of a parameter is sharded."""
 
 import contextlib
 import contextvars
@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsdm_jax.core.mesh import DATA, MODEL
 
 # First match wins. Matmul weights are [inputs, outputs]: column-parallel into heads and MLP, row-parallel out of them
-# (Megatron, arXiv 1909.08053); the other axis is split over `data` (FSDP). A leading layer axis stays whole.
+# (Megatron, arXiv 1909.08053); the other axis is sharded over `data` (FSDP). A leading layer axis is not sharded.
 _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r'(qkv|up|head)/kernel', (DATA, MODEL)),
   (r'(qkv|up)/bias', (MODEL,)),
@@ -21,14 +21,14 @@ _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-# The mesh that a model is being traced for, where its own code has to say what lies where.
+# The mesh that a model is traced for, where its own code adds sharding constraints.
 _MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar('mesh', default=None)
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
   """PartitionSpec of the parameter at `path` ('blocks/0/attention/qkv/kernel').
 
-  An axis that its mesh axis does not divide stays whole, and so does every parameter that the table does not name.
+  An axis that the mesh axis does not divide is not sharded, nor is a parameter that is not in the table.
   """
   for pattern, axes in _TABLE:
     if re.search(pattern, path):
@@ -38,7 +38,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-  """'a/b/0/kernel' for a key path of `jax.tree_util`; the wrapper that NNX puts around arrays does not show."""
+  """'a/b/0/kernel' for a key path of `jax.tree_util`, without the wrapper that NNX puts around arrays."""
   keys = (getattr(k, 'key', getattr(k, 'idx', getattr(k, 'name', k))) for k in path)
   return '/'.join(str(k) for k in keys if str(k) != 'value')
 
@@ -51,9 +51,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def gathered(tree: Any, mesh: Mesh) -> Any:
-  """`tree`, inside a jitted function, with what `data` splits put together again: what a batch over `data` works with.
+  """Gathers `tree` over `data`, inside a jitted function, for a batch that is sharded over `data`.
 
-  Left to itself XLA may split activations by features instead and send those, batch after batch.
+  Without this constraint XLA may shard activations by features instead and communicate those for every batch.
   """
   return jax.tree_util.tree_map_with_path(lambda path, x: gathered_leaf(path, x, mesh), tree)
 
@@ -65,7 +65,7 @@ def gathered_leaf(path: tuple[Any, ...], x: jax.Array, mesh: Mesh) -> jax.Array:
 
 @contextlib.contextmanager
 def over(mesh: Mesh) -> Iterator[None]:
-  """While a model is traced in here, `weights_here` and `batch_here` work; elsewhere they do nothing."""
+  """Enables `weights_here` and `batch_here` for a model that is traced inside; elsewhere they do nothing."""
   token = _MESH.set(mesh if mesh.size > 1 else None)
   try:
     yield
@@ -74,15 +74,15 @@ def over(mesh: Mesh) -> Iterator[None]:
 
 
 def weights_here(tree: Any) -> Any:
-  """`gathered` for the weights of one block, inside a scan or a rematerialised function.
+  """`gathered` for the weights of one block, inside a scan or a rematerialized function.
 
-  So the weights of one block are whole at a time, and the backward pass gathers them again where it rematerialises.
+  One block's weights are gathered at a time, and the backward pass gathers them again where it rematerializes.
   """
   mesh = _MESH.get()
   return tree if mesh is None else gathered(tree, mesh)
 
 
 def batch_here(x_BLD: jax.Array) -> jax.Array:
-  """Activations split over the batch, and whole otherwise, as they are between blocks."""
+  """Shards activations over the batch only, as they are between blocks."""
   mesh = _MESH.get()
   return x_BLD if mesh is None else jax.lax.with_sharding_constraint(x_BLD, NamedSharding(mesh, PartitionSpec(DATA)))

@@ -1,9 +1,9 @@
-"""The product with a layer's kernel, whose gradient in training copies the smaller side and not the larger.
+"""The product with a layer's kernel, with a gradient that is faster on CPU during training.
 
-A kernel's gradient is one product of what went into the layer and of the gradient of what came out, over all tokens.
-JAX writes the latter on the left, always; XLA on CPU first copies the left side into columns, and that of the logits is
-the largest array of the model (16 times what goes in at 256 features and 4,096 tokens). `in_training` writes the
-narrower one on the left. The numbers are the same up to the order of sums.
+The gradient of a kernel is a product of the layer's inputs and of its outputs' gradients, over all tokens. JAX always
+puts the latter on the left, and XLA on CPU copies the left operand into columns. For the logits it is the largest array
+of the model (16 times the inputs at 256 features and a vocabulary of 4,096). Inside `in_training` the narrower operand
+is on the left. Results are equal up to the order of sums.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ _TRAINING: contextvars.ContextVar[bool] = contextvars.ContextVar('training', def
 
 @contextlib.contextmanager
 def in_training() -> Iterator[None]:
-  """What is traced in here is differentiated backwards alone: the rule of `_product` has no forward mode."""
+  """Code that is traced inside is differentiated in reverse mode only: `_product` has no forward mode."""
   token = _TRAINING.set(True)
   try:
     yield

@@ -1,7 +1,7 @@
-"""Seconds, bytes and money of compiled programs on chips that are not there: a roofline, with no measurement in it.
+"""A roofline of compiled programs: seconds, bytes and money on chips, without any measurement.
 
-A step takes at least the longest of its computing, its moving through HBM and its sending, where all three overlap
-perfectly, and at most their sum, where none do. Both ends are given.
+A step takes at least the longest of compute, HBM traffic and communication, if all three overlap perfectly, and at most
+their sum, if nothing overlaps. Estimates are the range between these two.
 """
 
 import dataclasses
@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 
+from dsdm_jax.core.tensorflow_start import held_stderr
 from dsdm_jax.errors import UserError
-from dsdm_jax.plan import hlo, topology
-from dsdm_jax.plan.chips import Chip
+from dsdm_jax.plan import hlo
 from dsdm_jax.plan.programs import Work
+from dsdm_jax.plan.topology import Chip
 
 _USED = re.compile(r'Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm', re.IGNORECASE)
 _UNIT = {'K': 2**10, 'M': 2**20, 'G': 2**30}
@@ -23,13 +24,13 @@ _UNIT = {'K': 2**10, 'M': 2**20, 'G': 2**30}
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """One program as libtpu compiled it, on one chip.
+  """One program that libtpu compiled, on one chip.
 
   Attributes:
-    memory_bytes: arguments, results and temporaries at once; of a program that was refused, what it asked for.
-    temporary_bytes: of these, temporaries.
-    refused: libtpu found it too large.
-    text: of the program; '' where it was refused.
+    memory_bytes: arguments, results and temporaries; for a program that does not fit, the memory that it needs.
+    temporary_bytes: temporaries alone.
+    refused: libtpu refused it because it does not fit.
+    text: of the program; '' if it was refused.
   """
 
   memory_bytes: float
@@ -40,7 +41,7 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-  """Of one run of a program: of each resource alone, then both ends of what the run takes."""
+  """Seconds of one run of a program: for each resource alone, then the lower and upper bound of the run."""
 
   compute: float
   hbm: float
@@ -50,13 +51,13 @@ class Seconds:
 
   @property
   def bound(self) -> str:
-    """What takes longest."""
+    """The resource that takes longest."""
     return max(('compute', self.compute), ('HBM', self.hbm), ('links', self.link), key=lambda x: x[1])[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """What the plan says of one stage; the JSON file has just these. Ranges are [low, high], empty where nothing fits."""
+  """The estimate of one stage, as in the JSON file. Ranges are [low, high], empty if the program does not fit."""
 
   stage: str
   parameters: int
@@ -79,22 +80,22 @@ class Estimate:
   tokens_per_second: list[float]
   hours: list[float]
   advice: str
-  unknown_trips: int  # loops that were counted once, as the program does not say how often they run
+  unknown_trips: int  # loops with unknown trip count, which are counted once
 
 
 class Compiler:
-  """Compiles ahead of time for one slice, each program once: stages that train the same model share it."""
+  """Compiles ahead of time for one slice, and caches programs: stages that train the same model share one."""
 
   def __init__(self) -> None:
     self._known: dict[str, Compiled] = {}
 
   def __call__(self, work: Work, batch: int | None = None) -> Compiled:
-    """The program of `work` at a global batch of `batch`; one that is too large comes back as refused.
+    """Compiles the program of `work` with a global batch of `batch`; `refused` is set if it does not fit.
 
     Raises:
       jax.errors.JaxRuntimeError: libtpu fails for another reason.
     """
-    with topology.quiet():
+    with held_stderr():  # libtpu reports that there is no TPU
       lowered = work.lower(batch)
       text = lowered.as_text()
       if text not in self._known:
@@ -117,13 +118,13 @@ def _compile(lowered: Any) -> Compiled:
 
 
 def seconds(flop: float, passes: int, program: hlo.Program, chip: Chip) -> Seconds:
-  """Of one run on one chip.
+  """Seconds of one run on one chip.
 
   Args:
-    flop: of one chip.
-    passes: bfloat16 products for each product that was counted.
-    program: what it moves.
-    chip: what it runs on.
+    flop: on one chip.
+    passes: bfloat16 products per counted product.
+    program: the compiled program.
+    chip: that it runs on.
   """
   compute, hbm = flop * passes / chip.peak_flops, program.hbm_bytes / chip.hbm_bandwidth
   link, ring = program.link_bytes / chip.link_bandwidth, program.link_bytes / chip.ring_bandwidth
@@ -134,20 +135,20 @@ def fits(compiled: Compiled, chip: Chip) -> bool:
   return not compiled.refused and compiled.memory_bytes <= chip.hbm_bytes
 
 
-def _asked(compiled: Compiled, chip: Chip) -> float:
-  """Bytes that it takes, above the chip's where it was refused."""
+def _needed_bytes(compiled: Compiled, chip: Chip) -> float:
+  """Memory in bytes, more than the chip has if the program was refused."""
   return max(compiled.memory_bytes, chip.hbm_bytes * (1 + 1e-9)) if compiled.refused else compiled.memory_bytes
 
 
 def largest(parts: int, memory: float, room: float, memory_of: Callable[[int], float]) -> int:
-  """The largest number of rows a chip, below `parts`, that takes at most `room` bytes; 0 where none does.
+  """The largest number of rows per chip, below `parts`, that needs at most `room` bytes; 0 if there is none.
 
-  With more rows a program never takes less memory, and mostly so much more for each: a straight line through what is
-  known says where to look, and every other look halves what is left.
+  Memory never decreases with rows and is mostly linear in them: the search alternates between linear interpolation and
+  bisection.
 
   Args:
-    parts: rows that are too many; they take `memory` bytes, or infinity where nobody knows.
-    memory: of `parts` rows.
+    parts: a number of rows that does not fit.
+    memory: bytes of `parts` rows; infinity if unknown.
     room: bytes.
     memory_of: rows → bytes.
   """
@@ -170,13 +171,14 @@ def estimate(work: Work, compiler: Compiler, chip: Chip, chips: int, share: int,
 
   Args:
     work: the program.
-    compiler: of the slice.
-    chip: kind of chip; `chips`: how many.
+    compiler: for the slice.
+    chip: kind of chip.
+    chips: number of chips.
     share: devices that share a batch (mesh.data).
-    calibration: seconds measured for one modelled.
+    calibration: measured seconds per modelled second.
 
   Raises:
-    UserError: the batch does not divide.
+    UserError: the devices do not divide the batch.
   """
   if work.batch % share:
     raise UserError(
@@ -190,7 +192,7 @@ def estimate(work: Work, compiler: Compiler, chip: Chip, chips: int, share: int,
       work.batch // share,
       compiled.memory_bytes,
       chip.hbm_bytes,
-      lambda rows: _asked(compiler(work, rows * share), chip),
+      lambda rows: _needed_bytes(compiler(work, rows * share), chip),
     )
   program = hlo.analyse(compiled.text)
   flop = work.flop()
@@ -198,19 +200,33 @@ def estimate(work: Work, compiler: Compiler, chip: Chip, chips: int, share: int,
   ends = [time.low * calibration, time.high * calibration] if does_fit else []
   least = work.least_flop * work.passes / chips / chip.peak_flops
   return Estimate(
-    stage=work.stage, parameters=work.parameters, batch=work.batch, batch_per_chip=work.batch / share, runs=work.runs,
-    fits=does_fit, memory_bytes=compiled.memory_bytes, temporary_bytes=compiled.temporary_bytes,
-    hbm_bytes_of_chip=chip.hbm_bytes, largest_batch=best,
-    collectives=[dataclasses.asdict(c) for c in program.collectives], flop_per_run=flop,
-    least_flop_per_run=work.least_flop, hbm_bytes_per_run=program.hbm_bytes, link_bytes_per_run=program.link_bytes,
-    seconds_per_run=ends, bound=time.bound, mfu=[least / s for s in reversed(ends)],
-    tokens_per_second=[work.tokens / s for s in reversed(ends)], hours=[work.runs * s / 3_600 for s in ends],
-    advice='' if does_fit else advice(work, best or 0), unknown_trips=program.unknown_trips,
-  )  # fmt: skip
+    stage=work.stage,
+    parameters=work.parameters,
+    batch=work.batch,
+    batch_per_chip=work.batch / share,
+    runs=work.runs,
+    fits=does_fit,
+    memory_bytes=compiled.memory_bytes,
+    temporary_bytes=compiled.temporary_bytes,
+    hbm_bytes_of_chip=chip.hbm_bytes,
+    largest_batch=best,
+    collectives=[dataclasses.asdict(c) for c in program.collectives],
+    flop_per_run=flop,
+    least_flop_per_run=work.least_flop,
+    hbm_bytes_per_run=program.hbm_bytes,
+    link_bytes_per_run=program.link_bytes,
+    seconds_per_run=ends,
+    bound=time.bound,
+    mfu=[least / s for s in reversed(ends)],
+    tokens_per_second=[work.tokens / s for s in reversed(ends)],
+    hours=[work.runs * s / 3_600 for s in ends],
+    advice='' if does_fit else advice(work, best or 0),
+    unknown_trips=program.unknown_trips,
+  )
 
 
 def advice(work: Work, best: int) -> str:
-  """What to change where a program does not fit."""
+  """The keys to change if a program does not fit."""
   ways = [f'--config.{work.batch_key}={best}'] if best else []
   ways += [f'--config.{work.remat_key}=True'] if work.remat_key else []
   ways.append('a larger --config.mesh.model')

@@ -1,7 +1,7 @@
-"""Reads a compiled TPU program's text: what it sends, what it moves through HBM, how long the compiler thinks it takes.
+"""Reads the text of a compiled TPU program: its communication and its HBM traffic.
 
-XLA's own cost analysis counts the body of a loop once and knows nothing of what stays in on-chip memory (space 1 in
-the text). Here each instruction counts as often as its loops run, with trip counts from their conditions.
+XLA's cost analysis counts the body of a loop once and does not know what stays in on-chip memory (memory space 1 in the
+text). Here each instruction counts as often as its loops run, with trip counts from the loop conditions.
 """
 
 import dataclasses
@@ -21,15 +21,14 @@ _GROUP_FORMS = (
 _ALL = 'replica_groups={}'  # one group of all devices
 _DEVICES = re.compile(r'\b(?:num_partitions|replica_count)=(\d+)')
 _CHAIN = re.compile(r'chain_id="(\d+)"')
-COLLECTIVES = (
-  'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'ragged-all-to-all',
-  'collective-broadcast',
-)  # fmt: skip
-# No bytes of their own: names for what other instructions made, or the other half of a pair that was counted.
-_FREE = {
-  'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'opt-barrier', 'partition-id',
-  'replica-id', 'while', 'call', 'conditional', 'add-dependency',
-}  # fmt: skip
+COLLECTIVES = tuple(
+  'all-gather all-reduce reduce-scatter all-to-all collective-permute ragged-all-to-all collective-broadcast'.split()
+)
+# Without traffic of their own: aliases of other instructions, or the second half of a pair that was counted.
+_FREE = set(
+  'parameter constant tuple get-tuple-element bitcast after-all opt-barrier partition-id replica-id while call '
+  'conditional add-dependency'.split()
+)
 _FREE_CALLS = ('AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound', 'Sharding', 'SPMD')
 
 
@@ -39,7 +38,7 @@ class Instruction:
   type: str
   opcode: str
   operands: tuple[str, ...]
-  literal: str  # what stands between the parentheses, for constants and parameters
+  literal: str  # text between the parentheses, for constants and parameters
   attributes: str
   root: bool
 
@@ -49,7 +48,7 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One kind of sending: `bytes` that a chip receives in one step of the program, over `count` runs of it."""
+  """One kind of collective: a chip receives `bytes` in total over `count` runs of it in one run of the program."""
 
   operation: str
   members: int
@@ -59,13 +58,13 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What one run of a compiled program does on one chip.
+  """Costs of one run of a compiled program on one chip.
 
   Attributes:
-    collectives: by operation and number of members.
+    collectives: by operation and group size.
     hbm_bytes: read from and written to HBM.
-    kernels: runs of hand-written kernels.
-    unknown_trips: loops whose trip count could not be read, and was taken as one.
+    kernels: runs of Pallas kernels.
+    unknown_trips: loops with unknown trip count, which are counted once.
   """
 
   collectives: tuple[Collective, ...]
@@ -79,7 +78,7 @@ class Program:
 
 
 def analyse(text: str) -> Program:
-  """Walks the program from its entry; no text is a program that does nothing."""
+  """Analyses a program from its entry; an empty text is a program without instructions."""
   if not text:
     return Program((), 0.0, 0, 0)
   devices = math.prod(int(count) for count in _DEVICES.findall(text.partition('\n')[0]))
@@ -87,7 +86,7 @@ def analyse(text: str) -> Program:
 
 
 def parse(text: str) -> dict[str, Computation]:
-  """Name of each computation → its instructions by name; the entry is also under ''."""
+  """Name of each computation → its instructions by name; the key of the entry is also ''."""
   computations: dict[str, Computation] = {}
   current: Computation | None = None
   for line in text.splitlines():
@@ -127,7 +126,7 @@ def _balanced(text: str) -> int:
 
 
 def arrays(type_: str) -> Iterator[tuple[float, float]]:
-  """(bytes of the values, bytes in HBM with the padding of tiles) of each array of a type."""
+  """(bytes of the values, bytes in HBM with tile padding) of each array of a type."""
   for kind, dims, layout in _ARRAY.findall(type_):
     bits = _BITS[kind] if kind in _BITS else int(re.sub(r'\D', '', kind.partition('e')[0]) or 32)
     shape = [int(n) for n in dims.split(',') if n]
@@ -157,32 +156,32 @@ def _values(type_: str) -> float:
 
 
 def _attribute(instruction: Instruction, key: str) -> str:
-  found = re.search(rf'{key}=%?([\w.\-]+)', instruction.attributes)
-  return found[1] if found else ''
+  match = re.search(rf'{key}=%?([\w.\-]+)', instruction.attributes)
+  return match[1] if match else ''
 
 
 def members(attributes: str, devices: int) -> int:
-  """How many of the program's `devices` take part in each group of a collective; 0 where the text does not say."""
+  """Group size of a collective in a program on `devices` devices; 0 if the text does not contain it."""
   if _ALL in attributes:
     return devices
-  if found := _GROUP_FORMS[0].search(attributes):
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
-  if found := _GROUP_FORMS[1].search(attributes):
-    return int(found[2])
-  if found := _GROUP_FORMS[2].search(attributes):
-    return len(found[1].split(','))
+  if match := _GROUP_FORMS[0].search(attributes):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
+  if match := _GROUP_FORMS[1].search(attributes):
+    return int(match[2])
+  if match := _GROUP_FORMS[2].search(attributes):
+    return len(match[1].split(','))
   return 0
 
 
 class _Walk:
-  """Adds up over the computations that the entry reaches."""
+  """Sums over the computations that the entry reaches."""
 
   def __init__(self, computations: dict[str, Computation], devices: int):
     self._computations, self._devices = computations, devices
-    self._found: dict[tuple[str, int], list[float]] = {}
-    # One collective may be sent in parts while other things are computed, also over all turns of a loop. Each part
-    # has the whole of it in its text: it counts as often as the part that runs least, its beginning or its end.
+    self._collectives_by_kind: dict[tuple[str, int], list[float]] = {}
+    # XLA may split a collective into parts that overlap with computation, also over the iterations of a loop. The text
+    # of each part contains the whole: it counts as often as the part that runs least, the first or the last.
     self._chains: dict[tuple[str, str], tuple[tuple[str, int], float, int]] = {}
     self._hbm_bytes, self._kernels, self._unknown = 0.0, 0, 0
 
@@ -192,7 +191,7 @@ class _Walk:
       self._add(kind, received, times)
     collectives = tuple(
       Collective(operation, group, int(count), received)
-      for (operation, group), (count, received) in sorted(self._found.items())
+      for (operation, group), (count, received) in sorted(self._collectives_by_kind.items())
     )
     return Program(collectives, self._hbm_bytes, self._kernels, self._unknown)
 
@@ -215,13 +214,10 @@ class _Walk:
         self._kernels += times * ('custom_call_target="tpu_custom_call"' in instruction.attributes)
 
   def _trips(self, condition: str) -> int:
-    """The constant that the loop's counter, which begins at zero, is compared with."""
-    bounds = [
-      int(found[1])
-      for instruction in self._computations[condition].values()
-      if instruction.opcode == 'constant' and instruction.type[:3] in ('s32', 'u32')
-      and (found := re.match(r'(\d+)', instruction.literal))
-    ]  # fmt: skip
+    """The constant that the loop counter, which starts at zero, is compared with."""
+    constants = (i for i in self._computations[condition].values() if i.opcode == 'constant')
+    literals = (re.match(r'(\d+)', i.literal) for i in constants if i.type[:3] in ('s32', 'u32'))
+    bounds = [int(literal[1]) for literal in literals if literal]
     if len(bounds) != 1:
       self._unknown += 1
       return 1
@@ -248,7 +244,7 @@ class _Walk:
         self._collectives(inner, inside, times, called)
 
   def _add(self, kind: tuple[str, int], received: float, times: int) -> None:
-    entry = self._found.setdefault(kind, [0, 0.0])
+    entry = self._collectives_by_kind.setdefault(kind, [0, 0.0])
     entry[0] += times
     entry[1] += times * received
 
@@ -262,7 +258,7 @@ class _Walk:
       result = list(arrays(instruction.type))
       if opcode == 'copy-start':
         return result[0][1] + result[1][1]
-      return result[1][1] + result[1][0]  # the slice, read from HBM and written to where it goes
+      return result[1][1] + result[1][0]  # the slice, read from HBM and written to its destination
     if opcode in ('dynamic-slice', 'slice', 'gather'):
       return 2 * _hbm(instruction.type)
     if opcode == 'dynamic-update-slice':
@@ -282,7 +278,7 @@ class _Walk:
     return _hbm(operand.type) if operand else 0.0
 
   def _used(self, inner: Computation, number: int, whole: float) -> float:
-    """Bytes of its parameter that a fusion reads: a slice of it where it is only sliced, none where it is updated."""
+    """Bytes of a parameter that a fusion reads: only the slice if it is sliced, none if it is updated."""
     if not whole:
       return 0.0
     parameter = next((i for i in inner.values() if i.opcode == 'parameter' and i.literal == str(number)), None)
@@ -293,21 +289,21 @@ class _Walk:
     for user in inner.values():
       if source.name not in user.operands:
         continue
-      place = user.operands.index(source.name)
+      position = user.operands.index(source.name)
       if user.opcode == 'bitcast':
         total += self._read(inner, user, whole)
-      elif user.opcode in ('dynamic-slice', 'slice', 'gather') and place == 0:
+      elif user.opcode in ('dynamic-slice', 'slice', 'gather') and position == 0:
         total += _values(user.type)
-      elif user.opcode == 'dynamic-update-slice' and place == 0:
+      elif user.opcode == 'dynamic-update-slice' and position == 0:
         continue
       elif user.opcode == 'fusion' and (called := _attribute(user, 'calls')) in self._computations:
-        total += self._used(self._computations[called], place, whole)
+        total += self._used(self._computations[called], position, whole)
       else:
         return whole
     return total
 
   def _written(self, inner: Computation, whole: float) -> float:
-    """Bytes that a fusion writes: the update alone where it ends in a dynamic-update-slice."""
+    """Bytes that a fusion writes: only the update if it ends in a dynamic-update-slice."""
     root = next((i for i in inner.values() if i.root), None)
     while root is not None and root.opcode == 'bitcast':
       root = inner.get(root.operands[0])
@@ -318,7 +314,7 @@ class _Walk:
 
 
 def _received(operation: str, sent: float, group: int) -> float:
-  """Bytes that one chip receives when each gives `sent` to a collective of `group` chips, around a ring."""
+  """Bytes that one chip receives in a ring collective of `group` chips, each of which contributes `sent` bytes."""
   share = (group - 1) / group if group else 1.0
   if operation == 'all-gather':
     return sent * max(group - 1, 0)

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Formats a plan as text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,16 +7,11 @@ from dsdm_jax.plan import topology
 
 
 def text(plan: Mapping[str, Any]) -> str:
-  """The plan as `plan.make` gives it: whether choosing pays, a table of stages, what to change, totals."""
+  """Formats the result of `plan.make`: whether selection pays, the stages, what to change, totals."""
   parts = [_pays(plan['multiplier']), '', _head(plan)]
   if plan['stages']:
-    parts += [
-      _table(plan),
-      *_sending(plan),
-      *_uncounted(plan['stages']),
-      *(s['advice'] for s in plan['stages'] if s['advice']),
-      _totals(plan),
-    ]
+    advice = [s['advice'] for s in plan['stages'] if s['advice']]
+    parts += [_table(plan), *_communication(plan), *_uncounted(plan['stages']), *advice, _totals(plan)]
   else:
     parts += [_analytic(plan), f'Memory, collectives and times need libtpu: {topology.HOW_TO_GET_LIBTPU}.']
   return '\n'.join(parts)
@@ -24,11 +19,11 @@ def text(plan: Mapping[str, Any]) -> str:
 
 def _pays(multiplier: Mapping[str, float]) -> str:
   selection, final, gross = (multiplier[k] for k in ('selection_flop', 'final_flop', 'gross'))
-  verdict = 'so it pays at once' if multiplier['net'] > 1 else (
-    f'so it pays from {multiplier["finals_to_break_even"]:.1f} models that share the choice'
-  )  # fmt: skip
+  verdict = f'so it pays from {multiplier["finals_to_break_even"]:.1f} models that share the selection'
+  if multiplier['net'] > 1:
+    verdict = 'so it pays at once'
   return (
-    f'Choosing pays for one model if C_selection < (gross − 1) · C_final: {selection:.2e} against '
+    f'Selection pays for one model if C_selection < (gross − 1) · C_final: {selection:.2e} against '
     f'{(gross - 1) * final:.2e} FLOP at a gross multiplier of {gross:g}, {verdict} (net for one: '
     f'{multiplier["net"]:.2f}).'
   )
@@ -45,45 +40,39 @@ def _head(plan: Mapping[str, Any]) -> str:
 
 
 def _table(plan: Mapping[str, Any]) -> str:
-  rows = [(
-    'stage', 'parameters', 'rows/chip', 'HBM GB', 'of', 'TFLOP/chip', 'ms a step', 'bound by', 'MFU %', 'tokens/s',
-    'steps', 'hours',
-  )]  # fmt: skip
+  names = 'stage,parameters,rows/chip,HBM GB,of,TFLOP/chip,ms a step,bound by,MFU %,tokens/s,steps,hours'
+  rows: list[tuple[str, ...]] = [tuple(names.split(','))]
   for s in plan['stages']:
-    rows.append((
-      s['stage'], _count(s['parameters']), f'{s["batch_per_chip"]:g}', f'{s["memory_bytes"] / 1e9:.2f}',
-      f'{s["hbm_bytes_of_chip"] / 1e9:.0f}' + ('' if s['fits'] else ' !'),
-      f'{s["flop_per_run"] / plan["chips"] / 1e12:.3g}', _range([1e3 * x for x in s['seconds_per_run']]), s['bound'],
-      _range([100 * x for x in s['mfu']]), _tokens(s['tokens_per_second']), f'{s["runs"]:,}', _range(s['hours']),
-    ))  # fmt: skip
+    memory = f'{s["memory_bytes"] / 1e9:.2f}', f'{s["hbm_bytes_of_chip"] / 1e9:.0f}' + ('' if s['fits'] else ' !')
+    seconds, mfu = _range([1e3 * x for x in s['seconds_per_run']]), _range([100 * x for x in s['mfu']])
+    tflop = f'{s["flop_per_run"] / plan["chips"] / 1e12:.3g}'
+    tokens = '–'.join(_count(x) for x in s['tokens_per_second'] if x) or '–'
+    model = s['stage'], _count(s['parameters']), f'{s["batch_per_chip"]:g}'
+    rows.append((*model, *memory, tflop, seconds, s['bound'], mfu, tokens, f'{s["runs"]:,}', _range(s['hours'])))
   return _aligned(rows)
 
 
-def _tokens(ends: Sequence[float]) -> str:
-  return '–'.join(_count(x) for x in ends if x) or '–'
-
-
-def _sending(plan: Mapping[str, Any]) -> list[str]:
-  """One line for each stage about what its chips send, in a step."""
+def _communication(plan: Mapping[str, Any]) -> list[str]:
+  """One line for each stage about the collectives of a step."""
   lines = []
   for s in (s for s in plan['stages'] if s['fits']):
-    said = ', '.join(f'{c["count"]} × {c["operation"]} {c["bytes"] / 1e6:.1f} MB' for c in s['collectives'])
-    lines.append(f'{s["stage"]} sends a step: {said or "nothing"}')
+    sent = ', '.join(f'{c["count"]} × {c["operation"]} {c["bytes"] / 1e6:.1f} MB' for c in s['collectives'])
+    lines.append(f'{s["stage"]} communicates per step: {sent or "nothing"}')
   return lines
 
 
 def _uncounted(stages: Sequence[Mapping[str, Any]]) -> list[str]:
-  """One line for each stage with loops that were counted once because nothing says how often they run."""
+  """One line for each stage with loops of unknown trip count, which are counted once."""
   return [
-    f'{s["stage"]} has loops ({s["unknown_trips"]}) whose turns the compiled program does not say: counted once, so '
-    'its bytes, HBM time and links may be more'
+    f'{s["stage"]} has loops of unknown trip count ({s["unknown_trips"]}), which count once: bytes, HBM time and '
+    'communication may be larger'
     for s in stages
     if s['unknown_trips']
   ]
 
 
 def _analytic(plan: Mapping[str, Any]) -> str:
-  rows = [('stage', 'FLOP in all')] + [(name, f'{flop:.3e}') for name, flop in plan['flop'].items()]
+  rows = [('stage', 'total FLOP')] + [(name, f'{flop:.3e}') for name, flop in plan['flop'].items()]
   return _aligned(rows) + f'\nfeature store: {plan["store_bytes"] / 1e12:.2f} TB'
 
 
@@ -91,11 +80,11 @@ def _totals(plan: Mapping[str, Any]) -> str:
   totals = plan['totals']
   money = totals['money_usd']
   price = plan['config']['plan.price_per_chip_hour']
-  said = f', {_range(money, True)} USD at {price:g} a chip-hour' if price else ''
+  cost = f', {_range(money, True)} USD at {price:g} per chip-hour' if price else ''
   without = f' without {", ".join(totals["without"])}' if totals['without'] else ''
   return (
-    f'Total{without}: {_range(totals["hours"])} hours, {_range(totals["chip_hours"], True)} chip-hours{said}; feature '
-    f'store {plan["store_bytes"] / 1e12:.2f} TB. Times are a roofline: from perfect overlap to none.'
+    f'Total{without}: {_range(totals["hours"])} hours, {_range(totals["chip_hours"], True)} chip-hours{cost}; feature '
+    f'store {plan["store_bytes"] / 1e12:.2f} TB. Times are a roofline, from perfect overlap to none.'
   )
 
 

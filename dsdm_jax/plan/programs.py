@@ -1,6 +1,6 @@
-"""The compiled programs of a run, one for each stage that takes time on an accelerator, and how often each runs.
+"""The compiled programs of a run, one for each stage that runs on an accelerator, and how often each runs.
 
-They are the stages' own functions at the config's own shapes; only the arrays are left out.
+They are the stages' own functions with the shapes of the config, on abstract arrays.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ from dsdm_jax.training.proxies import checkpoints
 from dsdm_jax.training.step import Trainer, abstract_model
 
 Arguments = tuple[Any, ...]
-SELECTION = ('proxies', 'features', 'gram', 'scores')  # what choosing costs; the rest is what one trains anyway
-BYTES_PER_TOKEN = 4.0  # of text, where the pool's size is to be guessed from its bytes
-_HIGHEST_PASSES = 6  # bfloat16 products that stand for one float32 product of Precision.HIGHEST
+SELECTION = ('proxies', 'features', 'gram', 'scores')  # the cost of the selection; other stages train final models
+BYTES_PER_TOKEN = 4.0  # of text, to estimate the number of rows from the pool's bytes
+_HIGHEST_PASSES = 6  # bfloat16 products per float32 product with Precision.HIGHEST
 _STORED_BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1}
 
 
@@ -43,15 +43,16 @@ class Work:
   """One program and how often it runs.
 
   Attributes:
-    stage: of the pipeline; 'gram' and 'scores' are parts of the datamodel's, 'ladder 2' is a rung of the ladder's.
-    program: (jitted function, its abstract arguments) for a global batch.
-    batch: rows a run of the program takes, over all chips; `batch_key` is the config key that says so.
-    runs: of the program, in all.
+    stage: of the pipeline; 'gram' and 'scores' are parts of the datamodel stage, 'ladder 2' is a rung of the ladder.
+    program: global batch → (jitted function, abstract arguments).
+    batch: rows of one run of the program, over all chips.
+    batch_key: config key of `batch`.
+    runs: total number of runs.
     parameters: of the model.
-    tokens: of one run; 0 where it takes features.
-    least_flop: of one run, of the algorithm alone: nothing computed twice, all of the attention square.
-    passes: products of bfloat16 that stand for one of the program's.
-    remat_key: config key that trades memory for time; '' where there is none.
+    tokens: of one run; 0 if its inputs are features.
+    least_flop: of one run of the algorithm, without recomputation, and with the whole attention square.
+    passes: bfloat16 products per product of the program.
+    remat_key: config key that trades time for memory; '' if there is none.
   """
 
   stage: str
@@ -66,7 +67,7 @@ class Work:
   remat_key: str = ''
 
   def flop(self) -> float:
-    """Of one run over all chips, of the program as it is."""
+    """FLOP of one run of the program, over all chips."""
     function, arguments = self.program(self.batch)
     return flops.count(function, *arguments)
 
@@ -77,7 +78,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """What one token costs in a model: weights in matrix products, FLOP of a forward pass, number of parameters."""
+  """Cost of one token: weights in matrix products, FLOP of a forward pass; and the number of parameters."""
 
   matmul_weights: int
   forward_flop: float
@@ -92,7 +93,7 @@ class Model:
     graphdef, state = nnx.split(model)
     tokens_BL = jax.ShapeDtypeStruct((1, length), jnp.int32)
     forward = flops.count(lambda state, tokens_BL: nnx.merge(graphdef, state)(tokens_BL), state, tokens_BL)
-    if isinstance(model, Decoder):  # what its attention leaves out belongs to the square all the same
+    if isinstance(model, Decoder):  # add the part of the attention square that it skips
       square = 4 * config.layers * length**2 * config.width
       forward += square * (1 - attention.computed_share(length))
     leaves = jax.tree_util.tree_leaves_with_path(nnx.state(nnx.merge(graphdef, state), nnx.Param))
@@ -106,36 +107,41 @@ def works(config: ConfigDict, mesh: Mesh) -> list[Work]:
   """The programs of `config` on `mesh`, in the order of the stages."""
   length, vocab_size = config.pool.length, config.pool.vocab_size
   proxy, final = (Model.of(m, vocab_size, length) for m in (config.proxies.model, config.model))
-  made = [_proxies(config, mesh, proxy), _features(config, mesh, proxy)]
-  return [*made, *_datamodel(config, mesh, proxy), _pretraining(config, mesh, final), *_ladder(config, mesh)]
+  return [
+    _training_work('proxies', config, mesh, proxy),
+    _features(config, mesh, proxy),
+    *_datamodel(config, mesh, proxy),
+    _training_work('pretraining', config, mesh, final),
+    *_ladder(config, mesh),
+  ]
 
 
 def rows(config: ConfigDict) -> int:
-  """N that the plan is for: `plan.rows`, or a guess from the pool's bytes.
+  """N of the plan: `plan.rows`, or an estimate from the pool's bytes.
 
   Raises:
-    UserError: neither is given.
+    UserError: neither is set.
   """
   if not config.plan.rows and not config.pool.max_bytes:
-    raise UserError('config key plan.rows = 0 must say for how many rows, as pool.max_bytes sets no limit; set it')
+    raise UserError('config key plan.rows = 0 must be set to the number of rows, because pool.max_bytes is 0')
   return config.plan.rows or max(1, int(config.pool.max_bytes / BYTES_PER_TOKEN / config.pool.length))
 
 
 def stored_bytes(config: ConfigDict, dimension: int) -> float:
-  """Of the feature store, all checkpoints of all proxies together."""
+  """Size of the feature store, over all checkpoints of all proxies."""
   if config.features.mode != 'store':
     return 0.0
   return float(checkpoints(config) * rows(config) * dimension * _STORED_BYTES[config.features.store_dtype])
 
 
 def final_runs(config: ConfigDict) -> int:
-  """Models that the pretraining stage makes."""
+  """Number of models that the pretraining stage trains."""
   targets = [len(config.selection.targets) if find(m).targeted else 1 for m in config.selection.methods]
   return sum(targets) * config.pretraining.seeds
 
 
 def dimension(config: ConfigDict, mesh: Mesh) -> int:
-  """J as it comes out."""
+  """The actual J, after rounding by the features."""
   return feature_step(config, config.pool.vocab_size, config.pool.length, mesh).dimension
 
 
@@ -156,44 +162,52 @@ def _training(
 
 
 def _remat_key(model: ConfigDict, section: str) -> str:
-  """'' where it is on already, and so no way out."""
+  """'' if rematerialization is on already."""
   return '' if model.remat else f'{section}.remat'
 
 
-def _proxies(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
-  proxies, batch = config.proxies, config.proxies.train.batch_size
-  steps = int(proxies.epochs * round(proxies.subset_share * rows(config))) // batch
-  tokens = batch * config.pool.length
+def _training_work(stage: str, config: ConfigDict, mesh: Mesh, model: Model) -> Work:
+  """The work of stage `proxies` or `pretraining`."""
+  proxies, train = config.proxies, config[stage].train
+  if stage == 'proxies':
+    model_config, section, models = proxies.model, 'proxies.model', proxies.count
+    examples = int(proxies.epochs * round(proxies.subset_share * rows(config)))
+  else:
+    model_config, section, models = config.model, 'model', final_runs(config)
+    examples = config.selection.examples * config.selection.epochs
+  tokens = train.batch_size * config.pool.length
   return Work(
-    'proxies', _training(proxies.model, proxies.train, config, mesh), batch, 'proxies.train.batch_size',
-    steps * proxies.count, model.parameters, tokens, 3 * model.forward_flop * tokens,
-    remat_key=_remat_key(proxies.model, 'proxies.model'),
-  )  # fmt: skip
-
-
-def _pretraining(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
-  batch = config.pretraining.train.batch_size
-  steps = config.selection.examples * config.selection.epochs // batch
-  tokens = batch * config.pool.length
-  return Work(
-    'pretraining', _training(config.model, config.pretraining.train, config, mesh), batch,
-    'pretraining.train.batch_size', steps * final_runs(config), model.parameters, tokens,
-    3 * model.forward_flop * tokens, remat_key=_remat_key(config.model, 'model'),
-  )  # fmt: skip
+    stage=stage,
+    program=_training(model_config, train, config, mesh),
+    batch=train.batch_size,
+    batch_key=f'{stage}.train.batch_size',
+    runs=examples // train.batch_size * models,
+    parameters=model.parameters,
+    tokens=tokens,
+    least_flop=3 * model.forward_flop * tokens,
+    remat_key=_remat_key(model_config, section),
+  )
 
 
 def _ladder(config: ConfigDict, mesh: Mesh) -> list[Work]:
   """A program for each rung."""
   length, vocab_size, train = config.pool.length, config.pool.vocab_size, config.pretraining.train
-  found = []
+  works = []
   for rung in ladder.plan(config, vocab_size, length) if config.ladder.rungs else ():
     model, tokens = Model.of(rung.model, vocab_size, length), train.batch_size * length
-    found.append(Work(
-      f'ladder {rung.factor:g}', _training(rung.model, train, config, mesh), train.batch_size,
-      'pretraining.train.batch_size', rung.examples // train.batch_size * config.ladder.seeds, model.parameters, tokens,
-      3 * model.forward_flop * tokens, remat_key=_remat_key(config.model, 'model'),
-    ))  # fmt: skip
-  return found
+    work = Work(
+      stage=f'ladder {rung.factor:g}',
+      program=_training(rung.model, train, config, mesh),
+      batch=train.batch_size,
+      batch_key='pretraining.train.batch_size',
+      runs=rung.examples // train.batch_size * config.ladder.seeds,
+      parameters=model.parameters,
+      tokens=tokens,
+      least_flop=3 * model.forward_flop * tokens,
+      remat_key=_remat_key(config.model, 'model'),
+    )
+    works.append(work)
+  return works
 
 
 def _features(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
@@ -217,9 +231,16 @@ def _features(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
     return step.jitted, (prepared, *_rows_of(mesh, batch, length))
 
   return Work(
-    'features', program, batch, 'features.batch_size', math.ceil(read / batch) * checkpoints(config),
-    model.parameters, tokens, least, remat_key=_remat_key(config.proxies.model, 'proxies.model'),
-  )  # fmt: skip
+    'features',
+    program,
+    batch,
+    'features.batch_size',
+    math.ceil(read / batch) * checkpoints(config),
+    model.parameters,
+    tokens,
+    least,
+    remat_key=_remat_key(config.proxies.model, 'proxies.model'),
+  )
 
 
 def _rows_of(mesh: Mesh, batch: int, length: int) -> Arguments:
@@ -234,7 +255,7 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
   dtype = jnp.bfloat16 if features.store_dtype == 'bfloat16' else jnp.float32
   add_shard = datamodel._partial_gram(columns, mesh)
   sampled = min(features.gram_rows or rows(config), rows(config)) if features.mode == 'jvp' else rows(config)
-  shard = -(-shard // mesh.shape[DATA]) * mesh.shape[DATA]  # as the stage pads it
+  shard = -(-shard // mesh.shape[DATA]) * mesh.shape[DATA]  # padded as in the stage
 
   def gram(batch: int) -> tuple[Any, Arguments]:
     return jax.jit(add_shard), (_shape(mesh, dtype, batch, j),)
@@ -270,6 +291,12 @@ def _directional(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
 
   tokens = batch * length
   return Work(
-    'scores', program, batch, 'features.batch_size', math.ceil(rows(config) / batch) * checkpoints(config),
-    model.parameters, tokens, (1 + 2 * targets) * model.forward_flop * tokens,
-  )  # fmt: skip
+    'scores',
+    program,
+    batch,
+    'features.batch_size',
+    math.ceil(rows(config) / batch) * checkpoints(config),
+    model.parameters,
+    tokens,
+    (1 + 2 * targets) * model.forward_flop * tokens,
+  )

@@ -1,17 +1,83 @@
-"""TPU slices that are not there: libtpu compiles for them on any machine."""
+"""TPU chips and slices to plan for; libtpu compiles for them on any machine.
 
-import contextlib
+The figures of the chips are from cloud.google.com/tpu/docs/v5e, /v5p and /v6e (read in 2026). Those pages give the link
+bandwidth of both directions together; here it is what a chip can receive, half of that.
+"""
+
+import dataclasses
 import importlib.util
 import math
 import os
 
 import jax
 
+from dsdm_jax.core import flops
 from dsdm_jax.core.tensorflow_start import held_stderr
 from dsdm_jax.errors import UserError
-from dsdm_jax.plan.chips import chip
 
 HOW_TO_GET_LIBTPU = 'pip install -r requirements-tpu.txt (libtpu is on the Python package index and needs no TPU)'
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One kind of chip; its peak FLOP/s is in `core.flops`.
+
+  Attributes:
+    name: in `plan.topology`.
+    hbm_bytes: size of the HBM.
+    hbm_bandwidth: bytes/s.
+    link_bandwidth: bytes/s that the chip receives over all ports.
+    torus_axes: of the interconnect.
+    accelerator: name for gcloud.
+    cores_counted: gcloud's count for one chip.
+  """
+
+  name: str
+  hbm_bytes: float
+  hbm_bandwidth: float
+  link_bandwidth: float
+  torus_axes: int
+  accelerator: str
+  cores_counted: int = 1
+
+  def accelerator_type(self, chips: int) -> str:
+    """The name of a slice for `gcloud --accelerator-type`: v5p counts cores, two per chip."""
+    return f'{self.accelerator}-{chips * self.cores_counted}'
+
+  @property
+  def peak_flops(self) -> float:
+    """FLOP/s of bfloat16 products."""
+    return flops.PEAKS[self.name]
+
+  @property
+  def ring_bandwidth(self) -> float:
+    """Bytes/s received by a collective around one axis of the torus."""
+    return self.link_bandwidth / self.torus_axes
+
+
+CHIPS = {
+  chip.name: chip
+  for chip in (
+    Chip('v5e', 16e9, 819e9, 200e9, 2, 'v5litepod'),
+    Chip('v5p', 95e9, 2_765e9, 600e9, 3, 'v5p', cores_counted=2),
+    Chip('v6e', 32e9, 1_600e9, 400e9, 2, 'v6e'),
+  )
+}
+
+
+def chip(topology: str) -> Chip:
+  """The chip of 'v5e:16x16'.
+
+  Raises:
+    UserError: the chip is unknown.
+  """
+  name = topology.partition(':')[0]
+  if name not in CHIPS:
+    raise UserError(
+      f'config key plan.topology = {topology!r} must start with one of {", ".join(CHIPS)}; set for example '
+      '--config.plan.topology=v5e:2x4'
+    )
+  return CHIPS[name]
 
 
 def available() -> bool:
@@ -23,37 +89,30 @@ def chips(topology: str) -> int:
   """Number of chips of 'v5p:4x4x8'.
 
   Raises:
-    UserError: no such chip.
+    UserError: the chip is unknown.
   """
   chip(topology)
   return math.prod(int(n) for n in topology.partition(':')[2].split('x'))
 
 
 def devices(topology: str) -> list[jax.Device]:
-  """The devices of a slice to compile for. No array can be put on them.
+  """The devices of a slice to compile for; no array can be placed on them.
 
   Raises:
-    UserError: libtpu does not know the topology.
+    UserError: libtpu does not support the topology.
   """
   from jax.experimental import topologies
 
   count = chips(topology)
   os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-  with quiet():
+  with held_stderr():  # libtpu reports that there is no TPU
     try:
-      found = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-    except Exception as error:  # a boundary: libtpu raises what it likes about a name
+      devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+    except Exception as error:  # libtpu raises various exceptions for an unknown name
       reason = ' '.join(str(error).split())[:160]
       raise UserError(
-        f'config key plan.topology = {topology!r} is unknown to libtpu ({reason}); give a slice that exists'
+        f'config key plan.topology = {topology!r} is unknown to libtpu ({reason}); use an existing slice'
       ) from error
-  if len(found) != count:
-    raise ValueError(f'{topology} has {count} chips and libtpu gives {len(found)} devices')
-  return found
-
-
-@contextlib.contextmanager
-def quiet():  # type: ignore[no-untyped-def]  # a generator of nothing
-  """Holds back what libtpu prints about the TPU that is not there, until the block raises."""
-  with held_stderr():
-    yield
+  if len(devices) != count:
+    raise ValueError(f'{topology} has {count} chips and libtpu gives {len(devices)} devices')
+  return devices

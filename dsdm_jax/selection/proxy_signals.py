@@ -20,9 +20,8 @@ from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Examples
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm.outputs import token_log_probability
-from dsdm_jax.training.differentiable import ScannedTraining, TargetOutputs
+from dsdm_jax.training.differentiable import LEAST_EPS_ROOT, Metagradient, ScannedTraining, TargetOutputs
 from dsdm_jax.training.loop import load_state
-from dsdm_jax.training.metagradient import LEAST_EPS_ROOT, Metagradient
 from dsdm_jax.training.step import Trainer, TrainState, trainer
 
 BLOCK = 65_536  # rows that are whitened together

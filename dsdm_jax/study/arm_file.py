@@ -1,8 +1,8 @@
-"""A finished arm of a study as one small JSON file, so that arms of several sittings and machines add up to one table.
+"""A finished arm of a study as one small JSON file, so that arms from several machines can be compared in one table.
 
-Such a file holds what every model of the arm did on every held-out item and benchmark item (to a thousandth of a nat),
-what it cost, what was selected, and the settings. It stands alone: no pool, no model and no workdir is needed to read
-it, and files can be put together where their arms were asked the same questions.
+The file holds the result of every model of the arm on every held-out item and benchmark item (to a thousandth of a
+nat), the cost, a summary of the selections, and the config. Reading it needs no pool, model or workdir. Arms can be
+compared where they were evaluated on the same items.
 """
 
 import base64
@@ -23,13 +23,11 @@ from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import multiplier, results
 
 FORMAT = 1
-_UNIT = 1e-3  # of values; answers to a thousandth of a nat
-_MOST = 10**8  # values in one array; what a hostile file may make us allocate
-# What the evaluation stage depends on that makes questions other ones; where their files lie is none of it.
-_QUESTIONS = (
-  'evaluation.tasks', 'evaluation.max_items', 'evaluation.file_', 'evaluation.generate_tokens',
-  'evaluation.begin_with_end_mark', 'targets.seed', 'SHA-256 of ',
-)  # fmt: skip
+_UNIT = 1e-3  # values are stored as multiples of a thousandth of a nat
+_MOST = 10**8  # values of one array: bounds the memory that a malicious file can make us allocate
+# Settings of the evaluation stage that decide which items it has. The place of their files does not.
+_EVALUATION = ('tasks', 'max_items', 'file_', 'generate_tokens', 'begin_with_end_mark')
+_QUESTIONS = (*(f'evaluation.{key}' for key in _EVALUATION), 'targets.seed', 'SHA-256 of ')
 _CARD = ('name', 'method', 'target', 'distinct', 'tokens', 'documents', 'duplicates', 'sources')
 
 
@@ -39,23 +37,23 @@ class ArmFile:
 
   Attributes:
     name: in the study.
-    asked: what its models were asked; equal where two arms can be compared.
+    questions: settings and checksums that decide the evaluation items; equal where two arms can be compared.
     runs: as `evaluation/runs.json`.
     items: `<metric>__<task>__<split>` → float64 [runs, items], of held-out items and benchmarks.
-    documents, categories: (task, split) → of each item.
+    documents, categories: (task, split) → document or category of each item.
     tasks: as in `results.json`.
-    ladder: index and items of the ladder's models; None where none was run.
+    ladder: index and items of the ladder's models; None without a ladder.
     cost: stage → 'flop' and 'seconds'.
-    choices: selection → what it took by itself, 'flop' and 'seconds'; empty in files of before that was measured.
-    final: 'flop' and 'seconds' of one training.
-    cards: of its selections, as `selection/cards.json`, without overlaps.
-    pool: 'rows' and 'sources' (share of rows) of the pool that was chosen from.
+    choices: selection → 'flop' and 'seconds' of this selection alone.
+    final: 'flop' and 'seconds' of training one final model.
+    cards: the summaries in `selection/cards.json`, without overlaps.
+    pool: 'rows' and 'sources' (share of rows) of the pool.
     config: flat.
     versions: package → version.
   """
 
   name: str
-  asked: Mapping[str, Any]
+  questions: Mapping[str, Any]
   runs: Sequence[Mapping[str, Any]]
   items: Mapping[str, np.ndarray]
   documents: Mapping[tuple[str, str], Sequence[str]]
@@ -72,36 +70,40 @@ class ArmFile:
 
 
 def write(workdir: Path, name: str, config: Mapping[str, Any], path: Path) -> None:
-  """Puts what the finished run in `workdir` did into the file `path`.
+  """Writes the finished run in `workdir` to the file `path`.
 
   Args:
     name: of the arm.
     config: flat.
   """
   done = {stage: artifacts.open_stage(workdir, stage) for stage in pipeline.needed('evaluation')}
-  stages = {stage: found for stage, found in done.items() if found is not None}
+  stages = {stage: artifact for stage, artifact in done.items() if artifact is not None}
   evaluation, selection, pool = (stages[stage].path for stage in ('evaluation', 'selection', 'pool'))
   index = json.loads((stages['ladder'].path / 'index.json').read_text())
   card = json.loads((pool / 'card.json').read_text())
   cards = json.loads((selection / 'cards.json').read_text())
-  storage.write_json(path, {
-    'format': FORMAT, 'arm': name, 'asked': _asked(stages),
+  content = {
+    'format': FORMAT,
+    'arm': name,
+    'asked': _questions(stages),
     'runs': json.loads((evaluation / 'runs.json').read_text()),
     'items': _packed_items(evaluation / 'items.npz'),
     **{kind: _packed_names(evaluation / f'{kind}.json') for kind in ('documents', 'categories')},
     'tasks': json.loads((evaluation / 'results.json').read_text())['tasks'],
     'ladder': {'index': index, 'items': _packed_items(evaluation / 'ladder_items.npz')} if index else None,
-    'cost': {stage: found.manifest['cost'] for stage, found in stages.items()},
+    'cost': {stage: artifact.manifest['cost'] for stage, artifact in stages.items()},
     'choices': stages['selection'].semantics.get('cost', {}),
     'final': multiplier.final_cost(stages['pretraining']),
-    'cards': [{key: found[key] for key in _CARD} for found in cards],
+    'cards': [{key: summary[key] for key in _CARD} for summary in cards],
     'pool': {'rows': card['rows'], 'sources': {s: n['rows'] / card['rows'] for s, n in card['sources'].items()}},
-    'config': config, 'versions': stages['evaluation'].manifest['versions'],
-  })  # fmt: skip
+    'config': config,
+    'versions': stages['evaluation'].manifest['versions'],
+  }
+  storage.write_json(path, content)
 
 
-def _asked(stages: Mapping[str, artifacts.Artifact]) -> dict[str, Any]:
-  """The questions, and checksums of the targets' files (what these were made from holds times, which differ)."""
+def _questions(stages: Mapping[str, artifacts.Artifact]) -> dict[str, Any]:
+  """Settings of the items, and checksums of the targets' files (the targets' own inputs hold times, which differ)."""
   questions = {k: v for k, v in stages['evaluation'].settings.items() if k.startswith(_QUESTIONS)}
   files = {f'targets/{name}': entry['sha256'] for name, entry in stages['targets'].manifest['files'].items()}
   return json.loads(json.dumps(questions | files))
@@ -109,19 +111,17 @@ def _asked(stages: Mapping[str, artifacts.Artifact]) -> dict[str, Any]:
 
 def _packed_items(path: Path) -> dict[str, Any]:
   with np.load(path, allow_pickle=False) as arrays:
-    return {
-      key: _packed(np.rint(arrays[key] / _UNIT)) for key in arrays.files
-      if key.rpartition('__')[2] in results.COMPARED_SPLITS
-    }  # fmt: skip
+    keys = [key for key in arrays.files if key.rpartition('__')[2] in results.COMPARED_SPLITS]
+    return {key: _packed(np.rint(arrays[key] / _UNIT)) for key in keys}
 
 
 def _packed_names(path: Path) -> dict[str, Any]:
-  """Names by their numbers: which items share one is all that counts."""
-  found = {}
+  """Names as numbers: only which items share a name matters."""
+  packed = {}
   for key, names in json.loads(path.read_text()).items():
     if key.rpartition('__')[2] in results.COMPARED_SPLITS:
-      found[key] = _packed(np.unique(names, return_inverse=True)[1])
-  return found
+      packed[key] = _packed(np.unique(names, return_inverse=True)[1])
+  return packed
 
 
 def _packed(values: np.ndarray) -> dict[str, Any]:
@@ -131,26 +131,30 @@ def _packed(values: np.ndarray) -> dict[str, Any]:
 
 
 def read(path: Path) -> ArmFile:
-  """Opens what `write` left.
+  """Reads a file that `write` wrote.
 
   Raises:
-    UserError: the file is not there, is not whole, or is of another format.
+    UserError: the file is missing, damaged, or of another format.
   """
   try:
-    found = json.loads(path.read_text('utf-8'))
-    if found['format'] != FORMAT:
-      raise UserError(f'{path} is of format {found["format"]}, and this version reads {FORMAT}; make the arm anew')
-    ladder = found['ladder']
+    content = json.loads(path.read_text('utf-8'))
+    if content['format'] != FORMAT:
+      raise UserError(f'{path} has format {content["format"]} and this version reads {FORMAT}; run the arm again')
+    ladder = content['ladder']
     return ArmFile(
-      found['arm'], found['asked'], found['runs'], _items(found['items']), _names(found['documents']),
-      _names(found['categories']), found['tasks'], ladder and (ladder['index'], _items(ladder['items'])),
-      found['cost'], found.get('choices', {}),
-      *(found[key] for key in ('final', 'cards', 'pool', 'config', 'versions')),
-    )  # fmt: skip
+      name=content['arm'],
+      questions=content['asked'],
+      items=_items(content['items']),
+      documents=_names(content['documents']),
+      categories=_names(content['categories']),
+      ladder=ladder and (ladder['index'], _items(ladder['items'])),
+      choices=content.get('choices', {}),
+      **{key: content[key] for key in ('runs', 'tasks', 'cost', 'final', 'cards', 'pool', 'config', 'versions')},
+    )
   except OSError as error:
-    raise UserError(f'{path} cannot be read ({error.strerror}); give files that bench study left') from error
+    raise UserError(f'{path} cannot be read ({error.strerror}); give files that `dsdm_jax.study run` wrote') from error
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error, binascii.Error) as error:
-    raise UserError(f'{path} is no finished arm of a study, or not whole ({error}); make the arm anew') from error
+    raise UserError(f'{path} is not the file of a finished arm, or is damaged ({error}); run the arm again') from error
 
 
 def _items(packed: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -158,11 +162,11 @@ def _items(packed: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _names(packed: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:
-  found = {}
+  names = {}
   for key, value in packed.items():
     task, _, split = key.rpartition('__')
-    found[task, split] = [str(number) for number in _unpacked(value)]
-  return found
+    names[task, split] = [str(number) for number in _unpacked(value)]
+  return names
 
 
 def _unpacked(packed: Mapping[str, Any]) -> np.ndarray:
@@ -171,5 +175,5 @@ def _unpacked(packed: Mapping[str, Any]) -> np.ndarray:
     raise ValueError(f'an array of {count} values')
   data = zlib.decompressobj().decompress(base64.b64decode(packed['data'], validate=True), 4 * count + 1)
   if len(data) != 4 * count:
-    raise ValueError(f'an array of shape {packed["shape"]} has other than {4 * count} bytes')
+    raise ValueError(f'an array of shape {packed["shape"]} does not have {4 * count} bytes')
   return np.frombuffer(data, '<i4').reshape(packed['shape'])

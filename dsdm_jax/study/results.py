@@ -1,6 +1,6 @@
-"""Tables and figures of a study from the small files of its arms: no workdir is needed.
+"""Makes tables and figures of a study from the files of its finished arms; no workdir is needed.
 
-Leaves `tables.md`, `study.csv`, and figures as SVG: `effect.svg` (differences from random data) and `multiplier.svg`
+Writes `tables.md`, `study.csv`, and two figures: `effect.svg` (differences from random data) and `multiplier.svg`
 (results read as compute).
 """
 
@@ -22,105 +22,106 @@ from dsdm_jax.study.arm_file import ArmFile
 
 _NONE = '·'
 _RANDOM = 'random'
-_ON_LADDER = (_RANDOM, 'dsdm', 'dsdm/cheap')  # what has room in the picture
+_ON_LADDER = (_RANDOM, 'dsdm', 'dsdm/cheap')  # the figure has room for these
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--files', required=True, help="pattern of arms' files, such as 'docs/results/*.json'")
-  parser.add_argument('--out', required=True, help='folder to write into')
+  parser.add_argument('--files', required=True, help="glob of arm files, such as 'docs/results/*.json'")
+  parser.add_argument('--out', required=True, help='output folder')
 
 
 def run(flags: argparse.Namespace) -> None:
+  """Reads the arms and writes the files; see the module.
+
+  Raises:
+    UserError: no file matches, a file cannot be read, or the arms cannot be compared.
+  """
   arms = [arm_file.read(Path(path)) for path in sorted(glob.glob(flags.files))]
   if not arms:
-    raise UserError(f'--files={flags.files} matches no file; give a pattern of files that bench study left')
+    raise UserError(f'--files={flags.files} matches no file; give a glob of files that `dsdm_jax.study run` wrote')
   arms.sort(key=lambda arm: arm.name != study.BASE)
   out = Path(flags.out)
   out.mkdir(parents=True, exist_ok=True)
-  found = study.compare(arms)
-  storage.write_text(out / 'study.csv', study.as_csv(found))
-  storage.write_text(out / 'tables.md', tables(found, arms, flags.files))
-  for name, drawing in pictures(found).items():
+  comparison = study.compare(arms)
+  storage.write_text(out / 'study.csv', study.as_csv(comparison))
+  storage.write_text(out / 'tables.md', tables(comparison, arms, flags.files))
+  for name, drawing in drawings(comparison).items():
     drawing.save(out / f'{name}.svg')
   print(f'results: {out / "tables.md"}')
 
 
-def headline_task(found: Mapping[str, Any]) -> str:
-  """What stands first: the mix that arms were chosen for, where one is of some of the tasks, else the mean over all."""
-  mixes = [row['task'] for row in found['means']['summary'] if '+' in row['task']]
+def headline_task(comparison: Mapping[str, Any]) -> str:
+  """The column that comes first: the targeted mix of some of the tasks where there is one, else the mean over all."""
+  mixes = [row['task'] for row in comparison['means']['summary'] if '+' in row['task']]
   return mixes[0] if mixes else MEAN
 
 
-def tables(found: Mapping[str, Any], arms: Sequence[ArmFile], files: str) -> str:
-  """Markdown."""
-  percent = f'{100 * found["confidence"]:g} %'
-  first = headline_task(found)
-  means = found['means']['comparisons']
-  held_out = [c for c in [*means, *found['comparisons']] if c['split'] == HOLDOUT and c['metric'] == 'logprob']
-  elsewhere = [c for c in [*means, *found['comparisons']] if c['split'] == BENCHMARK and c['metric'] == 'logprob']
+def tables(comparison: Mapping[str, Any], arms: Sequence[ArmFile], files: str) -> str:
+  """All tables as Markdown."""
+  percent = f'{100 * comparison["confidence"]:g} %'
+  first = headline_task(comparison)
+  compared = [c for c in [*comparison['means']['comparisons'], *comparison['comparisons']] if c['metric'] == 'logprob']
+  held_out, benchmarks = ([c for c in compared if c['split'] == split] for split in (HOLDOUT, BENCHMARK))
   columns = [first, *(c for c in dict.fromkeys(c['task'] for c in held_out) if c not in (first, MEAN))]
-  random = f'random data of {next(arm for arm in arms if arm.name == study.BASE).config["selection.epochs"]:g} epochs'
+  base = next(arm for arm in arms if arm.name == study.BASE)
+  random = f'random data of {base.config["selection.epochs"]:g} epochs'
   parts = [
-    f'Made by `python -m dsdm_jax.bench results --files {files!r} --out FOLDER`. Differences are in nats per token, '
-    f'with {percent} intervals over seeds and items crossed; bold where the verdict stands after Holm over the '
-    "comparisons of the column. An arm `method/x` is of the study's arm `x`; the last table has what that changes. "
-    'The random data is that of the arm `base`, for arms that change the epochs too.',
+    f'Made by `python -m dsdm_jax.study results --files {files!r} --out FOLDER`. Differences are in nats per token, '
+    f'with {percent} intervals over crossed seeds and items; bold means significant after Holm over the comparisons '
+    'of the column. `method/x` belongs to arm `x` of the study; the last table lists what that arm changes. The random '
+    'data is that of the arm `base`, also for arms that change the epochs.',
     f'## Held-out items of the targets, against {random}',
     _differences(held_out, columns, _RANDOM),
     '## The same against DsDm of the arm `base`',
     _differences(held_out, columns, 'dsdm'),
-  ]  # fmt: skip
-  if elsewhere:
-    columns = list(dict.fromkeys(c['task'] for c in elsewhere))
-    parts += [f'## Benchmarks that were not targeted, against {random}',
-              _differences(elsewhere, columns, _RANDOM)]  # fmt: skip
-  if found['multiplier'] is not None:
-    parts += [f'## Compute multiplier on {_task(first)}', _multiplier(found['multiplier'], first)]
-  parts += ['## Sources of what was selected, % of rows', _sources(arms), '## Arms', _arms(arms)]
+  ]
+  if benchmarks:
+    columns = list(dict.fromkeys(c['task'] for c in benchmarks))
+    parts += [f'## Benchmarks that were not targeted, against {random}', _differences(benchmarks, columns, _RANDOM)]
+  if comparison['multiplier'] is not None:
+    parts += [f'## Compute multiplier on {_task(first)}', _multiplier(comparison['multiplier'], first)]
+  parts += ['## Sources of the selected rows, %', _sources(arms), '## Arms', _arms(arms, base)]
   return '\n\n'.join(parts) + '\n'
 
 
 def _differences(compared: Sequence[Mapping[str, Any]], columns: Sequence[str], baseline: str) -> str:
   cells = {(c['method'], c['target_mix'], c['task']): c for c in compared if c['baseline'] == baseline}
-  order = dict.fromkeys((method, target) for method, target, _ in cells)
-  rank = {arm: cells[*arm, columns[0]]['difference'] if (*arm, columns[0]) in cells else -math.inf for arm in order}
-  return markdown(
-    ['arm', 'seeds', *map(_task, columns)],
+  seeds = {(method, target): str(c['seeds'][0]) for (method, target, _), c in reversed(cells.items())}
+
+  def effect(arm: tuple[str, str]) -> float:
+    return cells[*arm, columns[0]]['difference'] if (*arm, columns[0]) in cells else -math.inf
+
+  def cell(c: Mapping[str, Any] | None) -> str:
+    if c is None:
+      return _NONE
+    text = f'{formatting.signed(c["difference"])} {formatting.interval(c["low"], c["high"])}'
+    return text if c['verdict'] == 'no evidence' else f'**{text}**'
+
+  order = sorted(dict.fromkeys((method, target) for method, target, _ in cells), key=lambda arm: -effect(arm))
+  rows = [[_arm(*arm), seeds[arm], *(cell(cells.get((*arm, task))) for task in columns)] for arm in order]
+  return markdown(['arm', 'seeds', *map(_task, columns)], rows)
+
+
+def _multiplier(multiplier: Mapping[str, Any], task: str) -> str:
+  """Gross multiplier, cost of the selection, net multiplier, and the number of final models from which it pays."""
+  rows = [row for row in multiplier['arms'] if (row['task'], row['split']) == (task, HOLDOUT)]
+  lines = [
     [
-      [_arm(*arm), next(str(c['seeds'][0]) for (*of, _), c in cells.items() if tuple(of) == arm),
-       *(_cell(cells.get((*arm, task))) for task in columns)]
-      for arm in sorted(order, key=lambda arm: -rank[arm])
-    ],
-  )  # fmt: skip
-
-
-def _cell(comparison: Mapping[str, Any] | None) -> str:
-  if comparison is None:
-    return _NONE
-  text = f'{formatting.signed(comparison["difference"])} {formatting.interval(comparison["low"], comparison["high"])}'
-  return text if comparison['verdict'] == 'no evidence' else f'**{text}**'
-
-
-def _multiplier(read: Mapping[str, Any], task: str) -> str:
-  """Gross, what choosing cost, net for one model, and how many must share the choice for net to be above 1."""
-
-  def lines() -> Iterable[list[str]]:
-    rows = [row for row in read['arms'] if (row['task'], row['split']) == (task, HOLDOUT)]
-    for row in sorted(rows, key=lambda row: -row['value']):
-      spent = row['flop_selection'] / row['flop_final']
-      yield [
-        _arm(row['method'], row['target_mix']), formatting.signed(row['value']), row['gross']['text'], f'{spent:.2f}',
-        row['net']['text'], _pays_from(row),
-      ]  # fmt: skip
-
-  return markdown(
-    ['arm', 'log-probability', 'gross', 'C_selection / C_final', f'net, choice shared by {read["uses"]}', 'pays from'],
-    list(lines()),
-  )
+      _arm(row['method'], row['target_mix']),
+      formatting.signed(row['value']),
+      row['gross']['text'],
+      f'{row["flop_selection"] / row["flop_final"]:.2f}',
+      row['net']['text'],
+      _pays_from(row),
+    ]
+    for row in sorted(rows, key=lambda row: -row['value'])
+  ]
+  net = f'net, shared by {multiplier["uses"]}'
+  return markdown(['arm', 'log-probability', 'gross', 'C_selection / C_final', net, 'pays from'], lines)
 
 
 def _pays_from(row: Mapping[str, Any]) -> str:
-  """Final models that must share the choice for the estimate of net to exceed 1."""
+  """Final models that must share the selection for the estimate of net to exceed 1."""
   gained = row['needs_flop_selection_below'] / row['uses']
   if not row['flop_selection']:
     return _NONE
@@ -133,36 +134,37 @@ def _pays_from(row: Mapping[str, Any]) -> str:
 def _sources(arms: Sequence[ArmFile]) -> str:
   names = list(arms[0].pool['sources'])
   rows = [['pool', *(f'{100 * arms[0].pool["sources"][name]:.0f}' for name in names)]]
-  rows += [[label, *(f'{100 * share[name]:.0f}' for name in names)] for label, share in _shares(arms).items()]
+  shares = {}
+  for arm in arms:
+    for card in arm.cards:
+      method = card['method'] if arm.name == study.BASE else f'{card["method"]}/{arm.name}'
+      shares[_arm(method, card['target'])] = card['sources']
+  rows += [[label, *(f'{100 * share[name]:.0f}' for name in names)] for label, share in shares.items()]
   return markdown(['arm', *(name.replace('_', ' ') for name in names)], rows)
 
 
-def _shares(arms: Sequence[ArmFile]) -> dict[str, Mapping[str, float]]:
-  """Label → share of each source, of each arm's selection, of its first seed where it draws."""
-  return {
-    _arm(card['method'] if arm.name == study.BASE else f'{card["method"]}/{arm.name}', card['target']): card['sources']
-    for arm in arms for card in arm.cards
-  }  # fmt: skip
-
-
-def _arms(arms: Sequence[ArmFile]) -> str:
-  base = next(arm for arm in arms if arm.name == study.BASE)
-
+def _arms(arms: Sequence[ArmFile], base: ArmFile) -> str:
   def changed(arm: ArmFile) -> str:
     keys = sorted(key for key in arm.config if key not in base.config or arm.config[key] != base.config[key])
     return ', '.join(f'`{key}={arm.config[key]}`' for key in keys) or _NONE
 
+  stages = ('proxies', 'features', 'datamodel', 'selection')
   rows = [
-    [arm.name, str(len(arm.runs)), formatting.duration(sum(spent['seconds'] for spent in arm.cost.values())),
-     formatting.scientific(sum(arm.cost[stage]['flop'] for stage in ('proxies', 'features', 'datamodel', 'selection'))),
-     formatting.scientific(arm.final['flop']), changed(arm)]
+    [
+      arm.name,
+      str(len(arm.runs)),
+      formatting.duration(sum(spent['seconds'] for spent in arm.cost.values())),
+      formatting.scientific(sum(arm.cost[stage]['flop'] for stage in stages)),
+      formatting.scientific(arm.final['flop']),
+      changed(arm),
+    ]
     for arm in arms
-  ]  # fmt: skip
-  return markdown(['arm', 'models', 'time of its stages', 'FLOP of choosing', 'FLOP of one model', 'changes'], rows)
+  ]
+  return markdown(['arm', 'models', 'time of its stages', 'FLOP of selection', 'FLOP of one model', 'changes'], rows)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-  """A table; cells hold no line breaks, and bars in them are escaped."""
+  """A Markdown table. Cells must not contain line breaks; bars in them are escaped."""
 
   def line(cells: Sequence[str]) -> str:
     return '| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |'
@@ -178,18 +180,16 @@ def _arm(method: str, target: str) -> str:
   return method if target == UNTARGETED else f'{method} for {target.replace("+", " + ")}'
 
 
-def pictures(found: Mapping[str, Any]) -> dict[str, figures.Drawing]:
-  """Name → figure."""
-  first = headline_task(found)
-  meant = (
-    UNTARGETED,
-    'mix' if first == MEAN else first,
-  )  # arms for another target stand in the tables alone
+def drawings(comparison: Mapping[str, Any]) -> dict[str, figures.Drawing]:
+  """Name → figure. Arms for another target than the headline task are in the tables only."""
+  first = headline_task(comparison)
+  targets = (UNTARGETED, 'mix' if first == MEAN else first)
+  place = (first, _RANDOM, 'logprob', HOLDOUT)
   compared = [
-    {**c, 'target_mix': UNTARGETED} for c in found['means']['comparisons']
-    if (c['task'], c['baseline'], c['metric'], c['split']) == (first, _RANDOM, 'logprob', HOLDOUT)
-    and c['target_mix'] in meant
-  ]  # fmt: skip
+    {**c, 'target_mix': UNTARGETED}
+    for c in comparison['means']['comparisons']
+    if (c['task'], c['baseline'], c['metric'], c['split']) == place and c['target_mix'] in targets
+  ]
   methods = [c['method'].partition('/')[0] for c in compared]
 
   def labelled(c: Mapping[str, Any]) -> str:
@@ -197,12 +197,12 @@ def pictures(found: Mapping[str, Any]) -> dict[str, figures.Drawing]:
     return label(method) + (f', {arm}' if arm and methods.count(method) > 1 else '')
 
   best = [{**c, 'method': labelled(c)} for c in sorted(compared, key=lambda c: -c['difference'])]
-  made = {'effect': next(iter(figures.forest(best).values()))} if best else {}
-  if found['multiplier'] is not None:
-    here = [
-      [row for row in found['multiplier'][kind] if (row['task'], row['split']) == (first, HOLDOUT)]
+  result = {'effect': next(iter(figures.forest(best).values()))} if best else {}
+  if comparison['multiplier'] is not None:
+    curves, arms = (
+      [row for row in comparison['multiplier'][kind] if (row['task'], row['split']) == (first, HOLDOUT)]
       for kind in ('curves', 'arms')
-    ]
-    shown = [row for row in here[1] if row['method'] in _ON_LADDER and row['target_mix'] in meant]
-    made['multiplier'] = figures.multiplier(here[0][0], shown, several=False)
-  return made
+    )
+    shown = [row for row in arms if row['method'] in _ON_LADDER and row['target_mix'] in targets]
+    result['multiplier'] = figures.multiplier(curves[0], shown, several=False)
+  return result

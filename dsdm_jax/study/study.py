@@ -1,9 +1,9 @@
-"""A study: many arms that differ in a few keys, each a run of its own, compared on the same questions.
+"""Runs a study: many arms that differ in a few config keys, compared on the same evaluation items.
 
-Arms share what they have in common: a stage that an earlier arm finished with the same settings is linked, not made
-again. Started again, the command goes on where it stopped, arm by arm and inside an arm. Leaves `arms/<name>/`, of each
-that is finished the small file `finished/<name>.json`, and `study.json` (as `results.json`, `docs/evaluation.md`) and
-`study.csv` of all of them. Those of other sittings and machines (`--also`) join the table.
+Each arm is a run with a workdir of its own. A stage that an earlier arm finished with the same settings is linked, not
+recomputed. The command resumes where it stopped, arm by arm and inside an arm. It writes `arms/<name>/`, a small file
+`finished/<name>.json` for each finished arm, and `study.json` (same layout as `results.json`, see `docs/evaluation.md`)
+and `study.csv` for all of them. Arms that finished elsewhere join the table with `--also`.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,65 +30,65 @@ from dsdm_jax.study.arm_file import ArmFile
 
 BASE, AGAIN = 'base', 'again_'
 LAST = 'evaluation'
-_COLUMNS = (
-  'task', 'split', 'metric', 'method', 'target_mix', 'baseline', 'difference', 'low', 'high', 'p_value', 'p_holm',
-  'verdict', 'conditional',
-)  # fmt: skip
+_COLUMNS = 'task split metric method target_mix baseline difference low high p_value p_holm verdict conditional'.split()
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--config', default='study', help='file or packaged config with ARMS and get_config(arm)')
   parser.add_argument('--workdir', required=True, help='folder of the study')
-  parser.add_argument('--arms', default='', help=f'some of ARMS, joined by commas, {BASE} among them; else all')
-  parser.add_argument(
-    '--models-at-once', type=int, default=0, help="final models trained side by side; default: as the arms' configs say"
-  )
-  parser.add_argument('--also', default='', help='pattern of arms that other sittings finished: FOLDER/*.json')
+  parser.add_argument('--arms', default='', help=f'comma-separated subset of ARMS that includes {BASE}; default: all')
+  parser.add_argument('--models-at-once', type=int, default=0, help='overrides pretraining.models_at_once of all arms')
+  parser.add_argument('--also', default='', help='glob of arm files that finished elsewhere: FOLDER/*.json')
 
 
 def run(flags: argparse.Namespace) -> None:
-  module, workdir = _load(flags.config), Path(flags.workdir).absolute()
-  arms = [arm for arm in flags.arms.split(',') if arm] or list(module.ARMS)
+  """Trains the arms that are not finished and compares all of them; see the module.
+
+  Raises:
+    UserError: a flag is wrong, or a run fails.
+  """
+  workdir = Path(flags.workdir).absolute()
+  module = configs.load(flags.config, 'configs/study.py')
+  known, get_config = getattr(module, 'ARMS', {}), module.get_config
+  if BASE not in known:
+    raise UserError(f'--config={flags.config} has no ARMS that include {BASE!r}; see configs/study.py')
+  arms = [arm for arm in flags.arms.split(',') if arm] or list(known)
   for arm in arms:
-    if arm not in module.ARMS:
-      raise UserError(f'--arms={arm} is no arm of {flags.config}; arms are {", ".join(module.ARMS)}')
+    if arm not in known:
+      raise UserError(f'--arms={arm} is not an arm of {flags.config}; its arms are {", ".join(known)}')
   others = [arm_file.read(Path(path)) for path in sorted(glob.glob(flags.also))]
   if flags.also and not others:
-    raise UserError(f'--also={flags.also} matches no file; give a pattern of files that an earlier sitting left')
+    raise UserError(
+      f'--also={flags.also} matches no file; give a glob of the files that `dsdm_jax.study run` writes to finished/'
+    )
   if BASE not in (*arms, *(arm.name for arm in others)):
     raise UserError(
-      f'--arms={flags.arms} lacks {BASE}, which trains what the others are compared with; add it, or --also'
+      f'--arms={flags.arms} lacks {BASE}, which trains the baselines of all arms; add it, or its file with --also'
     )
-  configs = {arm: module.get_config(arm) for arm in sorted(arms, key=lambda arm: arm != BASE)}
+  arm_configs = {arm: get_config(arm) for arm in sorted(arms, key=lambda arm: arm != BASE)}
   finished = workdir / 'finished'
   finished.mkdir(parents=True, exist_ok=True)
-  for config in configs.values():  # all of them before the first is begun
+  for config in arm_configs.values():  # all arms before the first one starts
     config.pretraining.models_at_once = flags.models_at_once or config.pretraining.models_at_once
     validate(config)
-  for number, (arm, config) in enumerate(configs.items(), 1):
-    print(f'== {arm} ({number} of {len(configs)})', flush=True)
+  for number, (arm, config) in enumerate(arm_configs.items(), 1):
+    print(f'== {arm} ({number} of {len(arm_configs)})', flush=True)
     folder, began = workdir / 'arms' / arm, time.monotonic()
-    share(config, folder, [workdir / 'arms' / other for other in configs if other != arm])
+    share(config, folder, [workdir / 'arms' / other for other in arm_configs if other != arm])
     for name in pipeline.needed(LAST):
       pipeline.run(config, folder, name)
     arm_file.write(folder, arm, flatten(config), finished / f'{arm}.json')
-    done = [arm_file.read(finished / f'{name}.json') for name in list(configs)[:number]]
-    found = compare([*done, *(arm for arm in others if arm.name not in configs)])
-    save(found, workdir)
+    done = [arm_file.read(finished / f'{name}.json') for name in list(arm_configs)[:number]]
+    comparison = compare([*done, *(arm for arm in others if arm.name not in arm_configs)])
+    storage.write_json(workdir / 'study.json', comparison)
+    storage.write_text(workdir / 'study.csv', as_csv(comparison))
     print(f'== {arm}: {time.monotonic() - began:.0f} s', flush=True)
-  print(results.text_tables(found))
+  print(results.text_tables(comparison))
   print(f'study: {workdir / "study.json"}')
 
 
-def _load(path: str) -> ModuleType:
-  module = configs.load(path, 'configs/study.py')
-  if BASE not in getattr(module, 'ARMS', {}):
-    raise UserError(f'--config={path} has no ARMS with an arm {BASE!r}; see configs/study.py')
-  return module
-
-
 def share(config: Any, workdir: Path, others: Sequence[Path]) -> list[str]:
-  """Links into `workdir` every finished stage of `others` that this config would make likewise; their names."""
+  """Links finished stages of `others` into `workdir` where this config would compute the same; returns their names."""
   settings, linked = pipeline.settings_of(config, workdir), []
   done: dict[str, artifacts.Artifact] = {}
   for stage in pipeline.STAGES:
@@ -113,103 +112,94 @@ def share(config: Any, workdir: Path, others: Sequence[Path]) -> list[str]:
 
 
 def _link(source: Path, target: Path) -> None:
-  """Puts `source` at `target` whole or not at all; its files have two names then, and neither is ever written to."""
+  """Hard-links the folder `source` to `target`, whole or not at all. Files of finished stages are never written to."""
+
+  def link(source: str, target: str) -> None:
+    try:
+      os.link(source, target)
+    except OSError:  # a disk without hard links
+      shutil.copy2(source, target)
+
   part = target.with_name(f'{target.name}.linked')
   shutil.rmtree(part, ignore_errors=True)
-  shutil.copytree(source, part, copy_function=_same_file)
+  shutil.copytree(source, part, copy_function=link)
   part.rename(target)
 
 
-def _same_file(source: str, target: str) -> None:
-  try:
-    os.link(source, target)
-  except OSError:  # a disk without hard links
-    shutil.copy2(source, target)
-
-
 def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:
-  """The content of `study.json`: all arms' models on the same items, each against the baselines and DsDm of `base`.
+  """Returns the content of `study.json`: models of all arms against the baselines and against DsDm of `base`.
 
-  An arm's methods are called `<method>/<arm>`. Of `base` and the arms `again_…` together the method `dsdm/again` is
-  made, a model of its own seed for each: its interval holds for new proxies too. Where `base` has a ladder, every arm
-  is read off it as compute and charged with its own stages.
+  A method of another arm is named `<method>/<arm>`. The arms `base` and `again_…` together form the method
+  `dsdm/again`, with one model and one seed from each, so that its interval covers new proxies too. Where `base` has a
+  ladder, the result of every arm is also read as compute, net of the arm's own stages.
 
   Raises:
-    UserError: `base` is not among them, two have one name, or an arm was asked other questions than `base`.
+    UserError: `base` is missing, two arms have the same name, or an arm has other evaluation items than `base`.
   """
   by_name = {arm.name: arm for arm in arms}
   if BASE not in by_name or len(by_name) < len(arms):
-    raise UserError(f'arms {", ".join(arm.name for arm in arms)}: each name once, and {BASE} among them')
+    raise UserError(f'the arms {", ".join(arm.name for arm in arms)} must have distinct names and include {BASE}')
   base = by_name[BASE]
   runs: list[dict[str, Any]] = []
-  again: list[tuple[str, int]] = []
+  dsdm: list[tuple[str, int]] = []  # arm and index into `runs`
   for arm in arms:
-    _check_same_questions(arm, base)
+    different = sorted(
+      key for key in {**base.questions, **arm.questions} if arm.questions.get(key) != base.questions.get(key)
+    )
+    if different:
+      raise UserError(
+        f'arm {arm.name} was evaluated on other items than {BASE}: {", ".join(different[:3])} differ; leave it out'
+      )
     for run in arm.runs:
       name = run['method'] if arm is base else f'{run["method"]}/{arm.name}'
       selection = None if run['selection'] is None else f'{arm.name}/{run["selection"]}'
       runs.append({**run, 'method': name, 'selection': selection})
       if run['method'] == 'dsdm' and (arm is base or arm.name.startswith(AGAIN)):
-        again.append((arm.name, len(runs) - 1))
+        dsdm.append((arm.name, len(runs) - 1))
   items = {key: np.concatenate([arm.items[key] for arm in arms]) for key in base.items}
-  chosen = _one_of_each(again, runs)
-  if len(chosen) > 1:
-    runs += [{**runs[row], 'method': 'dsdm/again'} for row in chosen]
-    items = {key: np.concatenate([values, values[chosen]]) for key, values in items.items()}
-  asked = {key.removeprefix('evaluation.'): value for key, value in base.config.items()}
-  options = Options(asked['confidence'], asked['paired_seeds'], asked['bootstrap'], baselines=(*BASELINES, 'dsdm'))
+  # The seed-th arm gives its model of that seed, as far as there are seeds.
+  arm_names = sorted({name for name, _ in dsdm}, key=lambda name: (name != BASE, name))
+  again = [row for seed, name in enumerate(arm_names) for of, row in dsdm if of == name and runs[row]['seed'] == seed]
+  if len(again) > 1:
+    runs += [{**runs[row], 'method': 'dsdm/again'} for row in again]
+    items = {key: np.concatenate([values, values[again]]) for key, values in items.items()}
+  keys = {key.removeprefix('evaluation.'): value for key, value in base.config.items()}
+  options = Options(keys['confidence'], keys['paired_seeds'], keys['bootstrap'], baselines=(*BASELINES, 'dsdm'))
   known = results.Items(items, base.documents, base.categories, base.tasks)
-  found = results.results(known, runs, options) | {
+  comparison = results.results(known, runs, options) | {
     'cost': {f'{arm.name}/{stage}': spent for arm in arms for stage, spent in arm.cost.items()},
     'versions': base.versions,
     'config': base.config,
     'multiplier': None,
   }
-  if base.ladder is not None:
-    index, ladder_items = base.ladder
-    of_ladder = results.Items(ladder_items, base.documents, base.categories)
-    found['multiplier'] = multiplier.multipliers(
-      multiplier.tables_of(known, runs),
-      runs,
-      multiplier.Ladder(index, multiplier.tables_of(of_ladder, runs, len(index))),
-      lambda name, selections: _charge(name, selections, by_name),
-      options.confidence,
-      asked['selection_uses'],
-    )
-  return found
+  if base.ladder is None:
+    return comparison
+
+  def charge(name: str, selections: Sequence[str]) -> multiplier.Charge:
+    method, _, of = name.partition('/')
+    arm = by_name.get(of, base)  # all arms of 'dsdm/again' cost what `base` costs
+    own = [selection for of, _, selection in (s.partition('/') for s in selections) if of == arm.name]
+    return multiplier.charge(method, own, arm.final, arm.cost, arm.choices)
+
+  index, ladder_items = base.ladder
+  of_ladder = results.Items(ladder_items, base.documents, base.categories)
+  comparison['multiplier'] = multiplier.multipliers(
+    multiplier.tables_of(known, runs),
+    runs,
+    multiplier.Ladder(index, multiplier.tables_of(of_ladder, runs, len(index))),
+    charge,
+    options.confidence,
+    keys['selection_uses'],
+  )
+  return comparison
 
 
-def _charge(name: str, selections: Sequence[str], arms: Mapping[str, ArmFile]) -> multiplier.Charge:
-  method, _, of = name.partition('/')
-  arm = arms[of] if of in arms else arms[BASE]  # 'dsdm/again' is of several arms alike
-  own = [made for of, _, made in (s.partition('/') for s in selections) if of == arm.name]
-  return multiplier.charge(method, own, arm.final, arm.cost, arm.choices)
-
-
-def _one_of_each(again: Sequence[tuple[str, int]], runs: Sequence[Mapping[str, Any]]) -> list[int]:
-  """Of each arm one model, each of another seed and target, as far as there are seeds."""
-  found = []
-  for number, arm in enumerate(sorted({arm for arm, _ in again}, key=lambda name: (name != BASE, name))):
-    found += [row for of, row in again if of == arm and runs[row]['seed'] == number]
-  return found
-
-
-def _check_same_questions(arm: ArmFile, base: ArmFile) -> None:
-  differ = [key for key in {**base.asked, **arm.asked} if arm.asked.get(key) != base.asked.get(key)]
-  if differ:
-    told = ', '.join(sorted(differ)[:3])
-    raise UserError(f'arm {arm.name} of the study was asked other questions than {BASE}: {told}; leave it out')
-
-
-def save(found: Mapping[str, Any], folder: Path) -> None:
-  """Leaves `study.json` and `study.csv`."""
-  storage.write_json(folder / 'study.json', found)
-  storage.write_text(folder / 'study.csv', as_csv(found))
-
-
-def as_csv(found: Mapping[str, Any]) -> str:
+def as_csv(comparison: Mapping[str, Any]) -> str:
+  """The comparisons of `study.json` as CSV."""
   text = io.StringIO()
   table = csv.DictWriter(text, _COLUMNS, extrasaction='ignore', lineterminator='\n')
   table.writeheader()
-  table.writerows([*found['comparisons'], *found['accuracy_comparisons'], *found['means']['comparisons']])
+  table.writerows(
+    [*comparison['comparisons'], *comparison['accuracy_comparisons'], *comparison['means']['comparisons']]
+  )
   return text.getvalue()

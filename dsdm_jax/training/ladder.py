@@ -1,7 +1,7 @@
-"""Stage `ladder`: models on random data at several sizes, parameters and tokens growing together.
+"""Stage `ladder`: trains models on random data at several sizes, where parameters and tokens grow together.
 
-What they reach against what they cost is the scale on which a method's result is read as compute
-(`dsdm_jax/evaluation/multiplier.py`). Each rung has a learning-rate schedule of its own length.
+Their results as a function of compute are the scale on which a method's result is read as compute
+(`dsdm_jax/evaluation/multiplier.py`). The learning-rate schedule of each rung has the rung's length.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ class Rung:
   """One size of the ladder.
 
   Attributes:
-    factor: compute wished for, in that of one of the arms' trainings.
-    model: its config.
-    parameters: of the model.
-    examples: that each of its models trains on.
+    factor: requested compute, relative to the training of one arm.
+    model: config of the model.
+    parameters: number of parameters.
+    examples: number of examples that each model of the rung trains on.
   """
 
   factor: float
@@ -45,17 +45,17 @@ class Rung:
 
 
 def rung(model: ConfigDict, factor: float, examples: int, vocab_size: int, length: int) -> Rung:
-  """The rung of about `factor` times the compute of `model` on `examples` examples.
+  """The rung with about `factor` times the compute of `model` on `examples` examples.
 
-  Parameters grow with the root of the factor, by the widths of model and MLP (rounded layers would make them jump);
-  tokens grow as much as the parameters of the nearest such model leave to do.
+  Parameters grow with the square root of the factor, through the widths of model and MLP (the number of layers would
+  change them in jumps). The number of examples makes up for the distance to the nearest possible width.
 
   Raises:
-    UserError: there is no such model small enough.
+    UserError: no width gives a model of about this size.
   """
   base = parameters(model, vocab_size, length)
   wanted = base * math.sqrt(factor)
-  unit = 2 * model.heads  # heads of an even size, as rotary positions need
+  unit = 2 * model.heads  # rotary positions need heads of an even size
   low, high = 1, 2
   while parameters(scaled(model, high * unit), vocab_size, length) < wanted:
     low, high = high, 2 * high
@@ -70,12 +70,14 @@ def rung(model: ConfigDict, factor: float, examples: int, vocab_size: int, lengt
     sizes[model.width] = base
   width = min(sizes, key=lambda w: abs(math.log(sizes[w] / wanted)))
   if not 0.5 < sizes[width] / wanted < 2:
-    raise UserError(f'ladder.rungs holds {factor:g}, for which model has no width near; give a number nearer to 1')
+    raise UserError(
+      f'ladder.rungs holds {factor:g}, for which no width of model is close enough; use a number closer to 1'
+    )
   return Rung(factor, scaled(model, width), sizes[width], round(examples * factor * base / sizes[width]))
 
 
 def scaled(model: ConfigDict, width: int) -> ConfigDict:
-  """`model` at another width, its MLP in proportion; the same config at its own width."""
+  """`model` at another width, with its MLP in proportion; unchanged at its own width."""
   copied = ConfigDict(model.to_dict())
   if width != model.width:
     copied.width, copied.mlp_width = width, max(2, 2 * round(model.mlp_width * width / model.width / 2))
@@ -83,16 +85,16 @@ def scaled(model: ConfigDict, width: int) -> ConfigDict:
 
 
 def parameters(model: ConfigDict, vocab_size: int, length: int) -> int:
-  """How many numbers the model learns."""
+  """Number of parameters of the model."""
   params = nnx.state(abstract_model(model, vocab_size, length), nnx.Param)
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def plan(config: ConfigDict, vocab_size: int, length: int) -> list[Rung]:
-  """The rungs that `config.ladder` asks for, lowest first.
+  """The rungs of `config.ladder`, lowest first.
 
   Raises:
-    UserError: a rung has less than one step of training, or two rungs come out the same.
+    UserError: a rung has less than one step of training, or no width gives its size.
   """
   examples = config.selection.examples * config.selection.epochs
   batch = config.pretraining.train.batch_size
@@ -100,14 +102,14 @@ def plan(config: ConfigDict, vocab_size: int, length: int) -> list[Rung]:
   for r in rungs:
     if r.examples < batch:
       raise UserError(
-        f'ladder.rungs holds {r.factor:g}, which leaves {r.examples} examples and not one batch of {batch}; '
-        'leave it out'
+        f'ladder.rungs holds {r.factor:g}, which leaves {r.examples} examples, less than one batch of {batch}; '
+        'remove it'
       )
   return rungs
 
 
 def run(context: Context) -> dict:
-  """Trains `ladder.seeds` models per rung; leaves `rung_<r>--<seed>/`, `.jsonl`, and `index.json`, an entry a model."""
+  """Trains `ladder.seeds` models per rung; writes `rung_<r>--<seed>/`, `.jsonl`, and `index.json` with all models."""
   config = context.config
   pool = Pool(context.inputs['pool'])
   rungs = plan(config, pool.vocab_size, pool.length)
@@ -117,7 +119,7 @@ def run(context: Context) -> dict:
   with context.log.bar(total=sum(steps) * config.ladder.seeds, desc='ladder', unit='step') as bar:
     for number, r in enumerate(rungs):
       compiled = trainer(r.model, train, pool.vocab_size, pool.length, mesh)
-      mine = share(compiled.batch_sharding, train.batch_size)
+      local_rows = share(compiled.batch_sharding, train.batch_size)
       flop = steps[number] * compiled.flop_per_step
       for seed in range(config.ladder.seeds):
         name = f'rung_{number}--{seed}'
@@ -127,18 +129,16 @@ def run(context: Context) -> dict:
         schedule = Schedule.single(name, rows, count, prng.derive(config.seed, 'ladder_order', number, seed))
         fresh = not (context.out / name).exists()
         began = time.monotonic()
-        loop.train(
-          context, compiled, name, prng.stream(config.seed, 'init', 'ladder', number, seed),
-          functools.partial(training_batches, pool, schedule, train.batch_size, share=mine), steps[number], train, bar,
-        )  # fmt: skip
+        batches = functools.partial(training_batches, pool, schedule, train.batch_size, share=local_rows)
+        key = prng.stream(config.seed, 'init', 'ladder', number, seed)
+        loop.train(context, compiled, loop.Run(name, key, batches, steps[number]), train, bar)
         clock = context.out / f'{name}.seconds'
-        if fresh and context.first:  # of a run that was interrupted nobody knows
+        if fresh and context.first:  # the seconds of a resumed run are unknown
           storage.write_text(clock, f'{time.monotonic() - began:.3f}')
-        index.append({
-          'name': name, 'rung': number, 'seed': seed, 'factor': r.factor, 'model': r.model.to_dict(),
-          'parameters': r.parameters, 'examples': count, 'tokens': count * pool.length, 'epochs': count / len(rows),
-          'flop': flop, 'seconds': float(clock.read_text()) if clock.is_file() else None,
-        })  # fmt: skip
+        entry = {'name': name, 'rung': number, 'seed': seed, 'factor': r.factor, 'model': r.model.to_dict()}
+        entry |= {'parameters': r.parameters, 'examples': count, 'tokens': count * pool.length}
+        entry |= {'epochs': count / len(rows), 'flop': flop}
+        index.append(entry | {'seconds': float(clock.read_text()) if clock.is_file() else None})
   if context.first:
     storage.write_text(context.out / 'index.json', json.dumps(index, indent=1))
   return {'rungs': [{'parameters': r.parameters, 'examples': r.examples, 'factor': r.factor} for r in rungs]}

@@ -1,11 +1,11 @@
-"""The training loop, the same for proxies and for full pretraining."""
+"""The training loop, shared by proxies, the ladder and pretraining."""
 
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from dsdm_jax.core.checkpoints import Checkpoints, Keep
 from dsdm_jax.core.mesh import assemble
 from dsdm_jax.core.stage import Context
 from dsdm_jax.errors import Stopped, UserError
-from dsdm_jax.training.meter import Meter
+from dsdm_jax.training.metrics import Meter
 from dsdm_jax.training.step import TrainState
 
 History = list[dict[str, Any]]
@@ -25,168 +25,149 @@ Batches = Callable[[int], Iterator[dict[str, np.ndarray]]]
 Evaluate = Callable[[TrainState], dict[str, jax.Array]]
 
 
-def train(
-  context: Context,
-  trainer: Any,
-  name: str,
-  key: Any,
-  batches: Batches,
-  steps: int,
-  config: ConfigDict,
-  bar: tqdm.tqdm,
-  evaluate: Evaluate | None = None,
-  names: Sequence[str] = (),
-  kept: tuple[int, ...] = (),
-) -> History:
-  """Trains one model, or goes on with it, or finds it finished.
+class Run(NamedTuple):
+  """One training run.
 
-  Leaves `<name>/` (Orbax, the state after the last step) and `<name>.jsonl` (one line per logged step) in the stage's
-  folder. The JSONL file is written last: where it stands, the run is finished.
+  Attributes:
+    name: of its folder and of its JSONL file.
+    key: seed of the initialisation; a list with one key per model for a `VmappedTrainer`.
+    batches: first step → iterator of {'tokens_BL', 'weight_B'} from that step on. Each process yields its share of a
+      batch (`core.mesh.share`). The position is arithmetic, so that a run can resume at any step.
+    steps: total number of steps.
+    evaluate: state → further metrics, scalars on the device; called every `evaluate_every_steps`.
+    keep_steps: steps whose checkpoints are kept, besides the last one.
+    models: names of the models of a `VmappedTrainer`, whose metrics are lists.
+  """
+
+  name: str
+  key: Any
+  batches: Batches
+  steps: int
+  evaluate: Evaluate | None = None
+  keep_steps: tuple[int, ...] = ()
+  models: Sequence[str] = ()
+
+
+def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqdm.tqdm) -> History:
+  """Trains one run, resumes it, or returns at once where it is finished.
+
+  Writes `<name>/` (Orbax checkpoints, up to the last step) and `<name>.jsonl` (one line per logged step) to the stage's
+  folder. The JSONL file is written last: it marks the run as finished.
 
   Args:
-    trainer: a `Trainer`, or `together.Together`.
-    key: of the initialisation; of `Together` one for each model.
-    batches: first step → iterator of {'tokens_BL', 'weight_B'} from that step on, of which each process yields its
-      share (`core.mesh.share`); position is arithmetic.
-    steps: in all.
-    bar: has `update(steps)`.
-    names: of the models, where the trainer trains several side by side (`together`): metrics are lists of theirs.
-    evaluate: state → further metrics, scalars on the device; called every `evaluate_every_steps`.
-    kept: steps whose state stays in `<name>/`, beside the last.
+    context: of the stage.
+    trainer: a `Trainer` or a `VmappedTrainer`.
+    run: what to train.
+    config: the `train` section of the run.
+    bar: progress bar, updated with the number of steps, times the number of models.
 
   Returns:
-    The logged lines: step (1-based), loss in nats per token, gradient norm, learning rate, tokens so far, and what
-    `evaluate` gave at that step.
+    The logged lines: step (1-based), tokens so far, loss in nats per token, gradient norm, learning rate, and the
+    metrics of `run.evaluate`.
 
   Raises:
-    Stopped: SIGTERM came; the state is saved.
-    UserError: a metric is not finite, or the checkpoint is another model's.
+    Stopped: SIGTERM arrived; the state is saved.
+    UserError: a metric is not finite, or the checkpoint belongs to another model.
   """
-  record_file = context.out / f'{name}.jsonl'
+  record_file = context.out / f'{run.name}.jsonl'
   if processes.decide(record_file.is_file):
-    bar.update(steps * trainer.models)
+    bar.update(run.steps * trainer.models)
     return read_history(record_file)
-  keep = Keep(config.keep_checkpoints, config.keep_every_steps, config.keep_every_hours, kept)
-  with preemption.watched() as asked_to_stop:
-    with Checkpoints(context.out / name, keep) as checkpoints:
+
+  keep = Keep(config.keep_checkpoints, config.keep_every_steps, config.keep_every_hours, run.keep_steps)
+  with preemption.watched() as stop_requested:
+    with Checkpoints(context.out / run.name, keep) as checkpoints:
+      # Initialize, or restore the newest checkpoint that is not damaged.
       restored = checkpoints.restore(trainer.abstract)
-      state, history = (restored[0], restored[1]['history']) if restored else (trainer.init(key), [])
+      state, history = (restored[0], restored[1]['history']) if restored else (trainer.init(run.key), [])
       start = _step_of(state)
       bar.update(start * trainer.models)
       if start:
-        context.log.event('resumed', run=name, step=start)
+        context.log.event('resumed', run=run.name, step=start)
       if restored and checkpoints.latest != start:
-        context.log.say(f'the checkpoint of step {checkpoints.latest} of {name} is torn: it goes on from step {start}')
+        context.log.say(
+          f'the checkpoint of step {checkpoints.latest} of {run.name} is torn; resuming from step {start}'
+        )
         checkpoints.drop_after(start)
-      run = _Run(context, trainer, name, history, steps, config, bar, checkpoints, evaluate, names or [name], kept)
+
+      meter = Meter(context, run.name, config.profile_steps)
+      batches, total_steps = run.batches(start), jax.numpy.int32(run.steps)
+      metrics: dict[str, jax.Array] | None = None
+      pending: list[tuple[int, dict[str, jax.Array]]] = []
+      step, saved = start, time.monotonic()
+
+      def record() -> None:
+        """Reads the pending metrics, which waits for the device, and logs them."""
+        while pending:
+          logged_step, values = pending.pop()
+          _check_finite(run, logged_step, values)
+          line: dict[str, Any] = {'step': logged_step}
+          line['tokens'] = logged_step * meter.tokens_per_step // trainer.models
+          line |= {name: np.asarray(value).tolist() for name, value in values.items()}
+          history.append(line)
+          scalars = {name: float(np.mean(value)) for name, value in line.items() if name != 'step'}
+          scalars |= {name: value for name, value in meter.speed().items() if name in ('tokens_per_second', 'mfu')}
+          context.log.scalars(logged_step, scalars, run=run.name)
+
       try:
-        state = run.go(state, batches(start), asked_to_stop)
+        for step in range(start + 1, run.steps + 1):
+          # Take a step.
+          batch = meter.read(batches, metrics)
+          local = batch['tokens_BL'], batch['weight_B']
+          tokens_BL, weight_B = assemble(local, trainer.batch_sharding, config.batch_size)
+          if not meter.flop_per_step:
+            meter.flop_per_step, meter.tokens_per_step = trainer.flop_per_step, tokens_BL.size
+          state, metrics = trainer.step(state, tokens_BL, weight_B, total_steps)
+          meter.stepped(metrics)
+          bar.update(trainer.models)
+
+          # Evaluate and log.
+          values = dict(metrics)
+          if run.evaluate and config.evaluate_every_steps and step % config.evaluate_every_steps == 0:
+            values |= run.evaluate(state)
+          log_now = step % config.log_every_steps == 0 or step == run.steps
+          if log_now:
+            record()  # of the previous logged step: waiting for this one would leave the device idle
+            pending.append((step, values))
+          if step == run.steps:
+            break
+
+          # Save, and stop on SIGTERM. Several processes must do the same, and agree only in logged steps, as it takes
+          # a message to each.
+          save = step in run.keep_steps or (bool(config.save_every_steps) and step % config.save_every_steps == 0)
+          stop = False
+          if processes.count() == 1 or log_now:
+            overdue = bool(config.save_every_minutes) and time.monotonic() - saved > 60 * config.save_every_minutes
+            votes = processes.gather([stop_requested(), overdue])
+            stop, save = any(vote[0] for vote in votes), save or any(vote[1] for vote in votes)
+          if save or stop:
+            record()
+            _check_finite(run, step, metrics)  # a run must not resume from a state that diverged
+            checkpoints.save(step, state, {'history': history})
+            saved = time.monotonic()
+          if stop:
+            raise _stopped(run, step)
       finally:
-        run.meter.stop_profile()
-      if checkpoints.latest != steps:
-        checkpoints.save(steps, state, {'history': history})
+        context.add_flop(meter.flop_per_step * (step - start))
+        meter.stop_profile()
+      record()
+      context.log.event('speed', run=run.name, **meter.speed())
+      if checkpoints.latest != run.steps:
+        checkpoints.save(run.steps, state, {'history': history})
+
     if context.first:
       storage.write_text(record_file, ''.join(json.dumps(line) + '\n' for line in history))
-    context.log.event('trained', run=name, steps=steps, loss=history[-1]['loss'] if history else None)
-    # Asked in the last step or while it was saved: the run is finished, and what comes after it must not begin.
-    stop = any(processes.gather(asked_to_stop()))
-  if stop:
-    raise _stopped(name, steps, steps)
+    context.log.event('trained', run=run.name, steps=run.steps, loss=history[-1]['loss'] if history else None)
+    # SIGTERM arrived in the last step or while it was saved: this run is finished, and the next one must not start.
+    if any(processes.gather(stop_requested())):
+      raise _stopped(run, run.steps)
   return history
 
 
-class _Run:
-  """One run from its first or a later step to its last; see `train` for the arguments."""
-
-  def __init__(
-    self, context: Context, trainer: Any, name: str, history: History, steps: int, config: ConfigDict,
-    bar: tqdm.tqdm, checkpoints: Checkpoints, evaluate: Evaluate | None, names: Sequence[str], kept: tuple[int, ...],
-  ):  # fmt: skip
-    self.names, self.kept = names, kept
-    self.context, self.trainer, self.name, self.history, self.steps = context, trainer, name, history, steps
-    self.config, self.bar, self.checkpoints, self.evaluate = config, bar, checkpoints, evaluate
-    self.meter = Meter(context, name, config.profile_steps)
-    self.pending: tuple[int, dict[str, Any]] | None = None
-    self.saved = time.monotonic()
-
-  def go(
-    self, state: TrainState, batches: Iterator[dict[str, np.ndarray]], asked_to_stop: Callable[[], bool]
-  ) -> TrainState:
-    start, total = _step_of(state), jax.numpy.int32(self.steps)
-    metrics: dict[str, jax.Array] | None = None
-    step = start
-    try:
-      for step in range(start + 1, self.steps + 1):
-        batch = self.meter.read(batches, metrics)
-        tokens_BL, weight_B = self._placed(batch['tokens_BL'], batch['weight_B'])
-        if not self.meter.flop_per_step:
-          self.meter.flop_per_step = self.trainer.flop_per_step
-          self.meter.tokens_per_step = tokens_BL.size
-        state, metrics = self.trainer.step(state, tokens_BL, weight_B, total)
-        self.meter.stepped(metrics)
-        self.bar.update(self.trainer.models)
-        self._after(step, state, metrics, asked_to_stop)
-    finally:
-      self.context.add_flop(self.meter.flop_per_step * (step - start))
-    self._record()
-    self.context.log.event('speed', run=self.name, **self.meter.speed())
-    return state
-
-  def _placed(self, *local: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    return assemble(local, self.trainer.batch_sharding, self.config.batch_size)
-
-  def _after(
-    self, step: int, state: TrainState, metrics: dict[str, jax.Array], asked_to_stop: Callable[[], bool]
-  ) -> None:
-    """What follows a step: evaluation, the record, a checkpoint where one is due, the end where it was asked for."""
-    config, seen = self.config, dict(metrics)
-    if self.evaluate and config.evaluate_every_steps and step % config.evaluate_every_steps == 0:
-      seen |= self.evaluate(state)
-    logged = step % config.log_every_steps == 0 or step == self.steps
-    if logged:
-      # Read one logged step late: waiting for this one would leave the device idle.
-      self._record()
-      self.pending = (step, seen)
-    if step == self.steps:
-      return
-    save = step in self.kept or (bool(config.save_every_steps) and step % config.save_every_steps == 0)
-    stop = False
-    # Several processes must go the same way, and agree on it only now and then: it takes a message to each.
-    if processes.count() == 1 or logged:
-      overdue = bool(config.save_every_minutes) and time.monotonic() - self.saved > 60 * config.save_every_minutes
-      said = processes.gather([asked_to_stop(), overdue])
-      stop, save = any(s for s, _ in said), save or any(o for _, o in said)
-    if save or stop:
-      self._save(step, state, metrics)
-    if stop:
-      raise _stopped(self.name, step, self.steps)
-
-  def _save(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> None:
-    self._record()
-    _check_finite(self.names, step, metrics)  # a state that diverged must not be what a resume begins with
-    self.checkpoints.save(step, state, {'history': self.history})
-    self.saved = time.monotonic()
-
-  def _record(self) -> None:
-    if self.pending is None:
-      return
-    step, metrics = self.pending
-    self.pending = None
-    _check_finite(self.names, step, metrics)
-    line: dict[str, Any] = {'step': step, 'tokens': step * self.meter.tokens_per_step // self.trainer.models}
-    for metric, value in metrics.items():
-      line[metric] = np.asarray(value).tolist()
-    self.history.append(line)
-    shown = {k: float(np.mean(v)) for k, v in line.items() if k != 'step'}
-    speed = self.meter.speed()
-    shown |= {k: speed[k] for k in ('tokens_per_second', 'mfu') if k in speed}
-    self.context.log.scalars(step, shown, run=self.name)
-
-
-def _stopped(name: str, step: int, steps: int) -> Stopped:
+def _stopped(run: Run, step: int) -> Stopped:
   return Stopped(
-    f'stopped by SIGTERM at step {step} of {steps} of {name}, which is saved; start the same command again to go on '
-    'from there'
+    f'stopped by SIGTERM at step {step} of {run.steps} of {run.name}, which is saved; start the same command again to '
+    'resume'
   )
 
 
@@ -194,15 +175,14 @@ def _step_of(state: TrainState) -> int:
   return int(np.asarray(state.step).flat[0])
 
 
-def _check_finite(names: Sequence[str], step: int, metrics: Mapping[str, jax.Array]) -> None:
+def _check_finite(run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None:
   for metric, values in metrics.items():
-    for name, value in zip(names, np.atleast_1d(np.asarray(values)).tolist(), strict=True):
-      if math.isfinite(value):
-        continue
-      raise UserError(
-        f'{metric} of {name} is {value} at step {step}: training diverged; lower '
-        'learning_rate or raise warmup_steps of its train config, then start again'
-      )
+    for name, value in zip(run.models or [run.name], np.atleast_1d(np.asarray(values)).tolist(), strict=True):
+      if not math.isfinite(value):
+        raise UserError(
+          f'{metric} of {name} is {value} at step {step}: training diverged; lower '
+          'learning_rate or raise warmup_steps of its train config, then start again'
+        )
 
 
 def read_history(file: Path) -> History:
@@ -210,21 +190,18 @@ def read_history(file: Path) -> History:
 
 
 def load_state(directory: Path, trainer: Any, step: int | None = None) -> TrainState:
-  """The newest checkpoint in `directory`, or that of `step`, on the trainer's mesh.
+  """Loads the newest checkpoint in `directory`, or the one of `step`, onto the trainer's mesh.
 
   Raises:
     UserError: there is none, it is torn, or it belongs to another model.
   """
   with Checkpoints(directory) as checkpoints:
     restored, newest = checkpoints.restore(trainer.abstract, step), checkpoints.latest if step is None else step
-  if restored is None and step is not None:
-    raise UserError(
-      f'{directory} lacks the checkpoint of step {step}; delete the stage folder above it and start again'
-    )
   if restored is None:
-    raise UserError(f'{directory} holds no checkpoint; delete the stage folder above it and start again')
+    problem = 'contains no checkpoint' if step is None else f'lacks the checkpoint of step {step}'
+    raise UserError(f'{directory} {problem}; delete the stage folder above it and start again')
   state = restored[0]
-  if _step_of(state) != newest:  # an earlier one serves to go on from, and is not what the run came to
+  if _step_of(state) != newest:  # a run may resume from an earlier checkpoint, but its result is the last one
     raise UserError(
       f'the checkpoint of step {newest} in {directory} is torn, and step {_step_of(state)} before it is not the end of '
       'that run; delete the stage folder above it and start again'

@@ -1,4 +1,4 @@
-"""The optimizer that the config names, without its learning rate, and the rate of each step beside it."""
+"""The optimizer of the config, without its learning rate, and the learning rate of each step."""
 
 import inspect
 import math
@@ -15,14 +15,14 @@ from dsdm_jax.config.validate import load_callable
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm.partition import path_name
 
-_MOMENTS = ('mu', 'nu')  # what optax calls first and second moments in all its states
+_MOMENTS = ('mu', 'nu')  # names of first and second moments in all states of optax
 
 
 def make(config: ConfigDict) -> optax.GradientTransformation:
   """Gradient clip, optimizer and decoupled weight decay; the train step subtracts rate · update.
 
-  The learning rate is kept apart so that runs of different length share one compiled step. An optimizer of optax is
-  built with rate 1, and its update turned around.
+  The learning rate is separate so that runs of different length share one compiled step. Other optimizers of optax are
+  built with rate 1, and their updates are negated.
 
   Raises:
     UserError: there is no such optimizer, or it does not take these arguments.
@@ -66,24 +66,24 @@ def _named(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def _of_optax(name: str) -> Callable[..., optax.GradientTransformation]:
-  found: Any = optax
+  function: Any = optax
   for part in name.split('.'):
-    found = getattr(found, part, None)
-  if not callable(found) or not name.islower():
+    function = getattr(function, part, None)
+  if not callable(function) or not name.islower():
     raise UserError(
-      f'optimizer = {name!r} is not in optax {optax.__version__}; name one, such as lion, adafactor or contrib.muon, '
-      "or give 'package.module:function'"
+      f'optimizer = {name!r} is not in optax {optax.__version__}; use one such as lion, adafactor or contrib.muon, '
+      "or 'package.module:function'"
     )
-  return found
+  return function
 
 
 def _stored_as(inner: optax.GradientTransformation, dtypes: dict[str, str]) -> optax.GradientTransformation:
-  """`inner`, whose moments are float32 while it works and rounded to `dtypes` where they are kept."""
+  """`inner` with moments that are computed in float32 and stored in `dtypes`."""
 
-  def cast(state: Any, kept: bool) -> Any:
+  def cast(state: Any, stored: bool) -> Any:
     def of_field(path: tuple[Any, ...], x: Any) -> Any:
       names = [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey) and k.name in dtypes]
-      return x.astype(dtypes[names[0]] if kept else jnp.float32) if names else x
+      return x.astype(dtypes[names[0]] if stored else jnp.float32) if names else x
 
     return jax.tree_util.tree_map_with_path(of_field, state)
 
@@ -102,13 +102,13 @@ def decay_mask(params: Any) -> Any:
 
 
 def learning_rate(config: ConfigDict, step: jax.Array, steps: jax.Array) -> jax.Array:
-  """Rate of step `step` (0-based) of `steps`: linear from zero over the warm-up, then as `config.schedule` says.
+  """Learning rate of step `step` (0-based) of `steps`: linear warm-up from zero, then `config.schedule`.
 
-  cosine (the paper's) and linear fall from the peak to its last fraction over the rest; wsd (arXiv 2404.06395) stays
-  at the peak and falls linearly over the last `decay_share` of all steps; constant stays.
+  cosine (the paper's) and linear decay from the peak to `final_learning_rate` of it over the rest; wsd
+  (arXiv 2404.06395) stays at the peak and decays linearly over the last `decay_share` of all steps; constant stays.
   """
   step, steps = jnp.asarray(step, jnp.float32), jnp.asarray(steps, jnp.float32)
-  warmup = jnp.minimum(float(config.warmup_steps), steps / 2)  # a short run still gets its peak
+  warmup = jnp.minimum(float(config.warmup_steps), steps / 2)  # a short run still reaches the peak
   rise = (step + 1) / jnp.maximum(warmup, 1)
   start = jnp.maximum(warmup, steps * (1 - config.decay_share)) if config.schedule == 'wsd' else warmup
   progress = jnp.clip((step - start) / jnp.maximum(steps - start, 1), 0, 1)

@@ -1,4 +1,4 @@
-"""Stage `proxies`: small models, each trained on a random subset of the pool."""
+"""Stage `proxies`: trains small models, each on a random subset of the pool."""
 
 import functools
 
@@ -13,14 +13,14 @@ from dsdm_jax.data.order.schedule import Schedule
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
 from dsdm_jax.training import loop
-from dsdm_jax.training.held_out import held_out
+from dsdm_jax.training.metrics import held_out
 from dsdm_jax.training.step import trainer
 
 
 def run(context: Context) -> dict:
-  """Trains `proxies.count` models; leaves `proxy_<p>/`, `proxy_<p>.jsonl` and `subset_<p>.npy` (sorted rows).
+  """Trains `proxies.count` models; writes `proxy_<p>/`, `proxy_<p>.jsonl` and `subset_<p>.npy` (sorted rows).
 
-  Each folder holds `proxies.checkpoints` states of its training (see `checkpoint_steps`).
+  Each folder has `proxies.checkpoints` checkpoints of the training (see `checkpoint_steps`).
   """
   config, proxies = context.config, context.config.proxies
   pool = Pool(context.inputs['pool'])
@@ -38,7 +38,7 @@ def run(context: Context) -> dict:
     )
   seed = prng.derive(config.seed, 'proxies', proxies.seed) if proxies.seed else config.seed
   compiled = trainer(proxies.model, proxies.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
-  mine = share(compiled.batch_sharding, proxies.train.batch_size)
+  local_rows = share(compiled.batch_sharding, proxies.train.batch_size)
   losses = []
   with context.log.bar(total=steps * proxies.count, desc='proxies', unit='step') as bar:
     for proxy in range(proxies.count):
@@ -46,27 +46,27 @@ def run(context: Context) -> dict:
       if context.first:
         storage.save_npy(context.out / f'subset_{proxy}.npy', rows)
       schedule = Schedule.single(f'proxy_{proxy}', rows, steps * proxies.train.batch_size, seed)
-      history = loop.train(
-        context, compiled, f'proxy_{proxy}', prng.stream(seed, 'init', 'proxy', proxy),
-        functools.partial(training_batches, pool, schedule, proxies.train.batch_size, share=mine), steps,
-        proxies.train, bar, held_out(compiled, pool, rows, proxies.train, config.seed),
-        kept=checkpoint_steps(steps, proxies.checkpoints)[:-1],
-      )  # fmt: skip
+      batches = functools.partial(training_batches, pool, schedule, proxies.train.batch_size, share=local_rows)
+      evaluate = held_out(compiled, pool, rows, proxies.train, config.seed)
+      keep_steps = checkpoint_steps(steps, proxies.checkpoints)[:-1]
+      key = prng.stream(seed, 'init', 'proxy', proxy)
+      run = loop.Run(f'proxy_{proxy}', key, batches, steps, evaluate, keep_steps)
+      history = loop.train(context, compiled, run, proxies.train, bar)
       losses.append(history[-1]['loss'] if history else None)
   return {'count': proxies.count, 'subset_rows': size, 'steps': steps, 'final_loss_nats': losses}
 
 
 def checkpoint_steps(steps: int, count: int) -> tuple[int, ...]:
-  """The steps of a proxy whose state is kept: `count` of them, at equal distances, the last included."""
+  """The steps of the `count` checkpoints of a proxy, evenly spaced, the last one included."""
   return tuple(round(steps * (i + 1) / count) for i in range(count))
 
 
 def checkpoints(config: ConfigDict) -> int:
-  """C, of all proxies together. Checkpoint c is of proxy c // `proxies.checkpoints`, its earliest first."""
+  """C, over all proxies. Checkpoint c belongs to proxy c // `proxies.checkpoints`, earliest first."""
   return config.proxies.count * config.proxies.checkpoints
 
 
 def subset(seed: int, proxy: int, num_rows: int, size: int) -> np.ndarray:
-  """Sorted int64 rows of proxy `proxy`, drawn without replacement."""
+  """Sorted int64 rows of proxy number `proxy`, drawn without replacement."""
   rows = prng.numpy_stream(seed, 'proxy_subset', proxy).choice(num_rows, size, replace=False)
   return np.sort(rows).astype(np.int64)

@@ -1,8 +1,7 @@
-"""One training step, the same for proxies and for full pretraining."""
+"""One training step, shared by proxies, the ladder and pretraining."""
 
 import functools
 import json
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from dsdm_jax.training import optimizer
 
 
 class TrainState(NamedTuple):
-  """Attributes: step, int32 scalar; params and rest (what is no parameter), NNX states; opt_state of optax."""
+  """Attributes: step, int32 scalar; params and rest (all that is not a parameter), NNX states; opt_state of optax."""
 
   step: jax.Array
   params: nnx.State
@@ -30,7 +29,7 @@ class TrainState(NamedTuple):
 
 
 def build_model(model_config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs) -> nnx.Module:
-  """Calls the config's model factory."""
+  """Calls the model factory of the config."""
   return load_callable(model_config.factory)(model_config, vocab_size, length, rngs)
 
 
@@ -43,14 +42,15 @@ class Trainer:
   """The compiled functions of one model and optimizer on one mesh.
 
   Attributes:
-    mesh: where it runs.
-    models: how many it trains, one.
-    abstract: TrainState of `ShapeDtypeStruct`s with shardings; what a checkpoint is restored into.
-    abstract_batch: tokens_BL (int32) and weight_B (float32) likewise.
+    mesh: devices that it runs on.
+    models: number of models that it trains: 1.
+    abstract: TrainState of `ShapeDtypeStruct`s with shardings, into which a checkpoint is restored.
+    abstract_batch: tokens_BL (int32) and weight_B (float32), likewise.
     step: (TrainState, tokens_BL, weight_B, steps) → (TrainState, {'loss', 'gradient_norm', 'learning_rate'}). Its
       first argument is donated. The loss is Σ_n weight_n · (mean nll of row n) / B: a row of weight zero is left out
-      without the others weighing more, which is what datamodels are about. With `z_loss` > 0 that much of the mean
-      squared logsumexp of the logits (PaLM, arXiv 2204.02311) is added to what is differentiated, and told beside it.
+      and the other rows keep their weight, as datamodels require. With `z_loss` > 0, that multiple of the mean squared
+      logsumexp of the logits (PaLM, arXiv 2204.02311) is added to the loss that is differentiated; it is a metric of
+      its own.
   """
 
   def __init__(self, model_config: ConfigDict, config: ConfigDict, vocab_size: int, length: int, mesh: Mesh):
@@ -87,25 +87,25 @@ class Trainer:
 
   @functools.cached_property
   def flop_per_step(self) -> float:
-    """FLOP of a step over a whole batch, which the first step does not trace again."""
+    """FLOP of one step over a whole batch. The first step reuses this trace."""
     return flops.count(self.step, self.abstract, *self.abstract_batch, jax.ShapeDtypeStruct((), jnp.int32))
 
   def init(self, key: jax.Array) -> TrainState:
-    """The state before the first step: drawn with `key`, or with the weights that `model.weights` names.
+    """The state before the first step: random from `key`, or with the pretrained weights in `model.weights`.
 
     Raises:
-      UserError: those weights cannot be read, or do not fit the pool.
+      UserError: these weights cannot be read, or do not fit the pool.
     """
     state = self._init(key)
-    if not self._model_config.weights or self._own is None:  # a stranger's model may read its own
+    if not self._model_config.weights or self._own is None:  # a custom model may load its own weights
       return state
-    found = hugging_face.parameters(self._model_config.weights, self._model_config, self._vocab_size, self._length)
+    values = hugging_face.parameters(self._model_config.weights, self._model_config, self._vocab_size, self._length)
 
     def put(path: tuple[Any, ...], x: jax.Array, sharding: NamedSharding) -> jax.Array:
-      return place(np.ascontiguousarray(found.pop(partition.path_name(path))).reshape(x.shape), sharding)
+      return place(np.ascontiguousarray(values.pop(partition.path_name(path))).reshape(x.shape), sharding)
 
     params = jax.tree_util.tree_map_with_path(put, state.params, self.shardings.params)
-    assert not found, f'tensors without a place: {sorted(found)}'
+    assert not values, f'tensors that the decoder lacks: {sorted(values)}'
     return state._replace(params=params)
 
   def logits(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array) -> jax.Array:
@@ -114,7 +114,7 @@ class Trainer:
       return nnx.merge(self.graphdef, self._gathered(params), rest)(tokens_BL)
 
   def _gathered(self, params: nnx.State) -> nnx.State:
-    """Weights put together again that `data` splits, but for those that the model gathers where it uses them."""
+    """Gathers weights over `data`, except those that the model gathers where it uses them."""
     if self.mesh.size == 1:
       return params
     own = self._own
@@ -129,7 +129,7 @@ class Trainer:
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The pure function behind `step`."""
     (_, metrics), grads = self._gradient(state, tokens_BL, weight_B)
-    if self.mesh.size > 1:  # each device keeps, and updates, its own part
+    if self.mesh.size > 1:  # each device updates its own shard
       grads = jax.lax.with_sharding_constraint(grads, self.shardings.params)
     updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
     rate = optimizer.learning_rate(self._config, state.step, steps)
@@ -140,7 +140,7 @@ class Trainer:
   def _gradient(
     self, state: TrainState, tokens_BL: jax.Array, weight_B: jax.Array
   ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], nnx.State]:
-    """((loss, metrics), its gradient), of the batch at once or part after part."""
+    """((loss, metrics), its gradient), of the whole batch or accumulated over microbatches."""
     count = self._config.microbatches
 
     def loss_fn(params: nnx.State, tokens_BL: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -151,7 +151,7 @@ class Trainer:
     if count == 1:
       return gradient(state.params, tokens_BL, weight_B)
 
-    # Every count-th row, so that each device finds all its parts among its own rows.
+    # A part has every count-th row, so that each device has the rows of all its parts.
     parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), (tokens_BL, weight_B))
 
     def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
@@ -175,7 +175,7 @@ class Trainer:
 
 
 def _norm(tree: Any) -> jax.Array:
-  """Euclidean norm over all leaves; optax has it under a name that changes between its versions."""
+  """Euclidean norm over all leaves; the name of this function in optax changes between versions."""
   return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
@@ -185,8 +185,5 @@ def _trainer(model_json: str, train_json: str, vocab_size: int, length: int, mes
 
 
 def trainer(model_config: ConfigDict, config: ConfigDict, vocab_size: int, length: int, mesh: Mesh) -> Trainer:
-  """A Trainer, the same object for equal arguments, so that proxies and finals of one shape compile once."""
+  """A Trainer, cached for equal arguments, so that proxies and final models of one shape compile once."""
   return _trainer(model_config.to_json(sort_keys=True), config.to_json(sort_keys=True), vocab_size, length, mesh)
-
-
-StepFn = Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]

@@ -1,7 +1,7 @@
-"""Several models of one shape trained at once, by `vmap`: small ones leave a device idle that a few of them fill.
+"""Trains several models of one shape at once with `vmap`, because one small model leaves a device partly idle.
 
-Each model has its own initialisation and its own data; what comes out is what training them one by one gives, up to the
-rounding of matrix products that are computed in another shape.
+Each model has its own initialisation and data. Results equal training them one by one, up to the rounding of matrix
+products of another shape.
 """
 
 import functools
@@ -24,8 +24,8 @@ from dsdm_jax.training import loop
 from dsdm_jax.training.step import Trainer
 
 
-class Together:
-  """`Trainer` for `models` models: its states, batches and metrics have one more leading axis, of models."""
+class VmappedTrainer:
+  """A `Trainer` for `models` models: states, batches and metrics have an additional leading axis of models."""
 
   def __init__(self, trainer: Trainer, models: int):
     self.mesh, self.models = trainer.mesh, models
@@ -52,7 +52,7 @@ class Together:
 
   @functools.cached_property
   def flop_per_step(self) -> float:
-    """FLOP of a step of all models."""
+    """FLOP of one step of all models."""
     return flops.count(self.step, self.abstract, *self.abstract_batch, jax.ShapeDtypeStruct((), jnp.int32))
 
   def init(self, keys: Sequence[jax.Array]) -> Any:
@@ -60,8 +60,8 @@ class Together:
 
 
 @functools.lru_cache(maxsize=4)
-def _together(trainer: Trainer, models: int) -> Together:
-  return Together(trainer, models)
+def _vmapped(trainer: Trainer, models: int) -> VmappedTrainer:
+  return VmappedTrainer(trainer, models)
 
 
 def train(
@@ -74,34 +74,35 @@ def train(
   config: ConfigDict,
   bar: tqdm.tqdm,
 ) -> None:
-  """`loop.train` of several models: leaves `<name>/` and `<name>.jsonl` of each, and the same for one name.
+  """`loop.train` for several models: writes `<name>/` and `<name>.jsonl` for each of `names`.
 
-  While they train, their states lie together in `<first name>.together/`.
+  While they train, `<first name>.together/` holds the states of all of them.
   """
   files = [context.out / f'{name}.jsonl' for name in names]
   if processes.decide(lambda: all(file.is_file() for file in files)):
     bar.update(steps * len(names))
     return
   group = f'{names[0]}.together'
-  many = _together(trainer, len(names))
+  vmapped = _vmapped(trainer, len(names))
 
-  def side_by_side(start: int) -> Iterator[dict[str, np.ndarray]]:
+  def stacked(start: int) -> Iterator[dict[str, np.ndarray]]:
     for parts in zip(*(batch(start) for batch in batches), strict=True):
       yield {key: np.stack([part[key] for part in parts]) for key in ('tokens_BL', 'weight_B')}
 
-  history = loop.train(context, many, group, keys, side_by_side, steps, config, bar, names=names)
-  states = loop.load_state(context.out / group, many)
+  run = loop.Run(group, keys, stacked, steps, models=names)
+  history = loop.train(context, vmapped, run, config, bar)
+  states = loop.load_state(context.out / group, vmapped)
+  records = [
+    [{key: v[index] if isinstance(v, list) else v for key, v in line.items()} for line in history]
+    for index in range(len(names))
+  ]
   for index, name in enumerate(names):
     with Checkpoints(context.out / name) as checkpoints:
-      checkpoints.drop_after(-1)  # what a kill left here may be torn, and all of it is at hand
-      checkpoints.save(steps, many.unstack(states, index), {'history': _of_one(history, index)})
+      checkpoints.drop_after(-1)  # an earlier attempt may have left a torn one
+      checkpoints.save(steps, vmapped.unstack(states, index), {'history': records[index]})
   if context.first:
-    for index, file in enumerate(files):
-      storage.write_text(file, ''.join(json.dumps(line) + '\n' for line in _of_one(history, index)))
+    for file, record in zip(files, records, strict=True):
+      storage.write_text(file, ''.join(json.dumps(line) + '\n' for line in record))
     (context.out / f'{group}.jsonl').unlink()
     shutil.rmtree(context.out / group)
   processes.wait()
-
-
-def _of_one(history: loop.History, index: int) -> loop.History:
-  return [{key: v[index] if isinstance(v, list) else v for key, v in line.items()} for line in history]

@@ -1,4 +1,4 @@
-"""Predictors that need no gradient: what a datamodel has to beat to be worth its cost."""
+"""Predictors without gradients: a datamodel must beat them to be worth its cost."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,20 +12,21 @@ _K1, _B = 1.2, 0.75  # of BM25
 
 
 def count(tokens_NL: np.ndarray, weights_NL: np.ndarray, size: int, pairs: bool) -> scipy.sparse.csr_array:
-  """How often each row holds each token, or each hashed pair of neighbours; [N, `size`].
+  """Counts of each token, or of each hashed pair of adjacent tokens, in each row; [N, `size`].
 
   Args:
     tokens_NL: int.
-    weights_NL: tokens that count; 0 leaves a token, and pairs with it, out.
-    size: columns; of pairs, hash bins.
+    weights_NL: a token of weight 0, and pairs with it, are not counted.
+    size: number of columns; for pairs, of hash bins.
+    pairs: count pairs.
   """
-  tokens_NL, here_NL = tokens_NL.astype(np.int64), weights_NL > 0
+  tokens_NL, counted_NL = tokens_NL.astype(np.int64), weights_NL > 0
   if pairs:
     tokens_NL = (tokens_NL[:, :-1] * 1_000_003 + tokens_NL[:, 1:]) * 2_654_435_761 % 2**32 % size
-    here_NL = here_NL[:, :-1] & here_NL[:, 1:]
-  row, _ = np.nonzero(here_NL)
-  return scipy.sparse.coo_array((np.ones(len(row), np.float32), (row, tokens_NL[here_NL])),
-                                (len(tokens_NL), size)).tocsr()  # fmt: skip
+    counted_NL = counted_NL[:, :-1] & counted_NL[:, 1:]
+  row, _ = np.nonzero(counted_NL)
+  ones = np.ones(len(row), np.float32)
+  return scipy.sparse.coo_array((ones, (row, tokens_NL[counted_NL])), (len(tokens_NL), size)).tocsr()
 
 
 def bm25(count_NV: scipy.sparse.csr_array, count_TV: scipy.sparse.csr_array) -> np.ndarray:
@@ -41,7 +42,7 @@ def bm25(count_NV: scipy.sparse.csr_array, count_TV: scipy.sparse.csr_array) -> 
 
 
 def log_ratio(count_NV: scipy.sparse.csr_array, count_TV: scipy.sparse.csr_array, task_T: np.ndarray) -> np.ndarray:
-  """score_NT: mean over a row's n-grams of log p(n-gram | task) − log p(n-gram | pool), as DSIR weighs them
+  """score_NT: mean over a row's n-grams of log p(n-gram | task) − log p(n-gram | pool), as in DSIR
   (arXiv 2302.03169, section 4); the same for all examples of a task. Counts are smoothed by one.
   """
   pool_V = np.asarray(count_NV.sum(axis=0)).ravel() + 1
@@ -55,7 +56,7 @@ def log_ratio(count_NV: scipy.sparse.csr_array, count_TV: scipy.sparse.csr_array
 
 
 def cosine(embedding_ND: np.ndarray, embedding_TD: np.ndarray) -> np.ndarray:
-  """score_NT: cosine of embeddings, the rows' mean taken off both."""
+  """score_NT: cosine of embeddings, after subtracting the mean of the rows from both."""
   mean_D = embedding_ND.mean(axis=0)
   unit_ND, unit_TD = (
     (x - mean_D) / np.linalg.norm(x - mean_D, axis=1, keepdims=True) for x in (embedding_ND, embedding_TD)
@@ -72,11 +73,11 @@ def predictors(
   loss_N: Callable[[], np.ndarray],
   embeddings: Callable[[], tuple[np.ndarray, np.ndarray]],
 ) -> Mapping[str, Callable[[], np.ndarray]]:
-  """Name → what makes score_NT, higher being better.
+  """Name → function that returns score_NT; higher is better.
 
   Args:
-    tokens_NL, tokens_TL: of rows, and of target examples, whose padding counts for nothing.
-    weights_TL: above 0 where a token of a target example is to be predicted.
+    tokens_NL, tokens_TL: of rows and of target examples; padding is ignored.
+    weights_TL: above 0 for predicted tokens of a target example.
     task_T: task of each target example.
     vocab_size: V.
     loss_N: nats per token of each row under the proxies.
@@ -101,4 +102,4 @@ def predictors(
     'embedding similarity': lambda: cosine(*embeddings()),
     'low loss': lambda: same_for_all(-loss_N()),
     'high loss': lambda: same_for_all(loss_N()),
-  }  # fmt: skip
+  }

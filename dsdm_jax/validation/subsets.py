@@ -1,16 +1,18 @@
-"""Families of subsets on which a datamodel is held to the truth.
+"""Subsets on which a datamodel is tested, and the outputs of models that are trained on them.
 
-Each subset is a 0/1 weight for every row. A family asks its own question: *halves*, whether scores say what a random
-row does; *stratified*, whether they know good sources from bad ones; *deciles*, whether they order the data that
-selection would choose between; *drops*, whether they name the few rows that matter.
+Each subset is a 0/1 weight for every row. Each family tests another property of scores: *halves*, the effect of random
+rows; *stratified*, good sources against bad ones; *deciles*, the order of the data that selection chooses from;
+*drops*, the few rows that matter most.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from dsdm_jax.core import prng
+from dsdm_jax.core import prng, storage
+from dsdm_jax.training.differentiable import ScannedTraining, TargetOutputs
 
 HALVES, STRATIFIED, DECILES, DROPS = FAMILIES = ('halves', 'stratified', 'deciles', 'drops')
 
@@ -27,8 +29,8 @@ class Subsets:
     return len(self.name)
 
   def of(self, family: str) -> np.ndarray:
-    """Places of a family's subsets."""
-    return np.array([i for i, found in enumerate(self.family) if found == family], int)
+    """Indices of a family's subsets."""
+    return np.array([index for index, name in enumerate(self.family) if name == family], int)
 
 
 def make(
@@ -40,49 +42,80 @@ def make(
   drops: Sequence[float],
   deciles: bool = True,
 ) -> Subsets:
-  """All subsets, the same for the same arguments; the first is of all rows.
+  """All subsets, deterministic in the arguments; the first has all rows.
 
   Args:
-    seed: root of the streams.
+    seed: of the random streams.
     source_N: source of each row.
-    score_KN: task → the scores that rows are sorted by, for deciles and drops.
-    halves, stratified: how many of each.
-    drops: shares of the rows that are left out: the highest, the lowest and random ones.
-    deciles: whether there are tenths of the rows, sorted by each task's scores.
+    score_KN: task → scores that sort the rows for deciles and drops.
+    halves, stratified: number of subsets.
+    drops: shares of the rows that are left out: the highest, the lowest, and random ones.
+    deciles: whether to add the deciles of each task's scores.
   """
   rows = len(source_N)
-  found = [(DROPS, 'nothing dropped', np.ones(rows, bool))]
-  found += [(HALVES, f'half {i}', _half(seed, i, rows)) for i in range(halves)]
-  found += [(STRATIFIED, f'sources {i}', _by_source(seed, i, source_N)) for i in range(stratified)]
+  result = [(DROPS, 'nothing dropped', np.ones(rows, bool))]
+  result += [(HALVES, f'half {i}', _half(seed, i, rows)) for i in range(halves)]
+  result += [(STRATIFIED, f'sources {i}', _by_source(seed, i, source_N)) for i in range(stratified)]
   for task, score_N in score_KN.items():
     rank_N = np.argsort(np.argsort(-score_N, kind='stable'), kind='stable')  # 0 is the highest
     if deciles:
-      found += [(DECILES, f'{task}: decile {d + 1}', rank_N * 10 // rows == d) for d in range(10)]
+      result += [(DECILES, f'{task}: decile {d + 1}', rank_N * 10 // rows == d) for d in range(10)]
     for share in drops:
       size = max(round(share * rows), 1)
-      found.append((DROPS, f'{task}: highest {share:.3g} dropped', rank_N >= size))
-      found.append((DROPS, f'{task}: lowest {share:.3g} dropped', rank_N < rows - size))
+      result.append((DROPS, f'{task}: highest {share:.3g} dropped', rank_N >= size))
+      result.append((DROPS, f'{task}: lowest {share:.3g} dropped', rank_N < rows - size))
   for share in drops:
     keep = np.ones(rows, bool)
     keep[prng.numpy_stream(seed, 'validation', 'drop', repr(share)).permutation(rows)[: round(share * rows)]] = False
-    found.append((DROPS, f'random {share:.3g} dropped', keep))
-  family, name, weights = zip(*found, strict=True)
+    result.append((DROPS, f'random {share:.3g} dropped', keep))
+  family, name, weights = zip(*result, strict=True)
   return Subsets(family, name, np.stack(weights))
 
 
 def _half(seed: int, index: int, rows: int) -> np.ndarray:
-  chosen = np.zeros(rows, bool)
-  chosen[prng.numpy_stream(seed, 'validation', 'half', index).permutation(rows)[: rows // 2]] = True
-  return chosen
+  selected = np.zeros(rows, bool)
+  selected[prng.numpy_stream(seed, 'validation', 'half', index).permutation(rows)[: rows // 2]] = True
+  return selected
 
 
 def _by_source(seed: int, index: int, source_N: np.ndarray) -> np.ndarray:
-  """Half of the rows in all, of each source its own share: shares are drawn, then filled up in a random order."""
+  """Half of all rows, with a random share of each source."""
   generator = prng.numpy_stream(seed, 'validation', 'stratified', index)
   sources = np.unique(source_N)
   share = dict(zip(sources, generator.uniform(size=len(sources)), strict=True))
-  # A row is the more likely to be in, the higher its source's share: its rank is a draw raised to that power.
+  # A row is more likely to be selected the larger the share of its source: rows are ranked by uniform draw · share.
   rank_N = generator.uniform(size=len(source_N)) * np.array([share[source] for source in source_N])
-  chosen = np.zeros(len(source_N), bool)
-  chosen[np.argsort(-rank_N, kind='stable')[: len(source_N) // 2]] = True
-  return chosen
+  selected = np.zeros(len(source_N), bool)
+  selected[np.argsort(-rank_N, kind='stable')[: len(source_N) // 2]] = True
+  return selected
+
+
+def truth(
+  folder: Path,
+  training: ScannedTraining,
+  outputs: TargetOutputs,
+  weight_SN: np.ndarray,
+  seeds: int,
+  at_once: int,
+  progress: Callable[[int], object],
+) -> tuple[np.ndarray, np.ndarray]:
+  """Trains a model on each subset and returns outputs and log-likelihoods of target examples.
+
+  Both are float32 [seeds, subsets, T]. Models of one seed share initialisation and order of batches. Each chunk of
+  models is saved to a file in `folder`, so that an interrupted run resumes.
+  """
+  chunks = []
+  for seed in range(seeds):
+    for start in range(0, len(weight_SN), at_once):
+      weight_MN = weight_SN[start : start + at_once]
+      file = folder / f'{seed}-{start}.npz'
+      if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        padded = np.pad(weight_MN, ((0, at_once - len(weight_MN)), (0, 0)))  # one shape, one compilation
+        output_MT, log_likelihood_MT = outputs(training.train(seed, padded)[0])
+        storage.save_npz(file, output=output_MT[: len(weight_MN)], log_likelihood=log_likelihood_MT[: len(weight_MN)])
+      with np.load(file, allow_pickle=False) as arrays:
+        chunks.append((arrays['output'], arrays['log_likelihood']))
+      progress(len(weight_MN))
+  output, log_likelihood = (np.concatenate(x).reshape(seeds, len(weight_SN), -1) for x in zip(*chunks, strict=True))
+  return output, log_likelihood

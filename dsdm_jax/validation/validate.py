@@ -1,9 +1,9 @@
-"""Stage `validation`: do scores foretell what training on a subset does? Run by name alone, as it takes its time."""
+"""Stage `validation`: tests how well scores predict the outcome of training on a subset. Runs only when it is named."""
 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,15 +17,13 @@ from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.errors import UserError
-from dsdm_jax.training.differentiable import TargetOutputs
-from dsdm_jax.training.metagradient import Metagradient
-from dsdm_jax.validation import agreement, bank, cheap, subsets, table
-from dsdm_jax.validation.proxy_pool import USUAL, Proxies
-from dsdm_jax.validation.variants import BEST, REFERENCE, VARIANTS, Scorer
+from dsdm_jax.training.differentiable import Metagradient, TargetOutputs
+from dsdm_jax.validation import agreement, cheap, subsets, table
+from dsdm_jax.validation.variants import BEST, REFERENCE, USUAL, VARIANTS, ProxyPool, Scorer
 
 PLAIN, METASMOOTH = 'plain', 'metasmooth'
 ORACLE = 'oracle (metagradient)'
-# What stands beside the oracle where training is smooth.
+# Variants that are compared with the oracle in the metasmooth setting.
 _SMOOTH_VARIANTS = (
   'reference', 'no curvature', '4 proxies', 'three checkpoints', 'early checkpoint', 'half the epochs',
   'twice the epochs', 'damping × 10', 'Gram by layers', 'Gram by layers, damping × 10', 'Gram by layers, J = 8,192',
@@ -35,7 +33,7 @@ _SMOOTH_VARIANTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """Attributes: tokens_NL of rows; source_N; of target examples their tokens, weights, task and document."""
+  """Attributes: tokens_NL and source_N of rows; tokens, weights, task and document of target examples."""
 
   tokens_NL: np.ndarray
   source_N: np.ndarray
@@ -52,22 +50,22 @@ class Examples:
 
 
 def run(context: Context) -> dict:
-  """Leaves `lds.json`, `lds.md`, `monotone.json` and the trained bank's outputs; `docs/validation.md` says more."""
+  """Writes `lds.json`, `lds.md`, `monotone.json` and the outputs of the bank's models; see `docs/validation.md`."""
   config = context.config
   examples = examples_of(config.validation, Pool(context.inputs['pool']), Targets(context.inputs['targets']))
-  found: list[dict[str, Any]] = []
+  by_example: list[dict[str, Any]] = []
   by_task: list[dict[str, Any]] = []
   monotone: dict[str, Any] = {}
   for name in (PLAIN, METASMOOTH):
     setting = Setting(context, name, train_config(config, name), examples)
     example_level, task_level = setting.table()
-    found += example_level
+    by_example += example_level
     by_task += task_level
     if name == PLAIN:
       monotone = setting.monotone()
-  storage.write_json(context.out / 'lds.json', {'by_example': found, 'by_task': by_task})
+  storage.write_json(context.out / 'lds.json', {'by_example': by_example, 'by_task': by_task})
   storage.write_json(context.out / 'monotone.json', monotone)
-  text = table.page(found, by_task, monotone)
+  text = table.page(by_example, by_task, monotone)
   storage.write_text(context.out / 'lds.md', text)
   context.log.say(text)
   return {'rows': len(examples.tokens_NL), 'targets': list(examples.tasks), 'settings': [PLAIN, METASMOOTH]}
@@ -83,7 +81,7 @@ class Setting:
     config.proxies.train = train
     self._config = config
     self._folder = context.out / name
-    self._proxies = Proxies(config, examples.vocab_size, examples.tokens_NL)
+    self._proxies = ProxyPool(config, examples.vocab_size, examples.tokens_NL)
     self._training = self._proxies.training(USUAL)
     function = load_callable(config.features.output_fn)
     self._outputs = TargetOutputs(self._training, function, examples.tokens_TL, examples.weights_TL)
@@ -92,7 +90,7 @@ class Setting:
     )
 
   def table(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Records for target examples one by one, and for the mean of each task, where the oracle stands too."""
+    """Records for single target examples, and for the mean of each task, where the oracle is included."""
     scores = self._scores()
     truth_RST = self._truth[0]
     member_KT = self._examples.member_KT
@@ -107,65 +105,81 @@ class Setting:
       self._name, scores, truth_RST, self._subsets, resamples(self._examples.document_T), REFERENCE.name
     )
     by_task = table.records(
-      self._name, {name: s @ mean_TK for name, s in scores.items()}, truth_RST @ mean_TK, self._subsets,
-      resamples(list(self._examples.tasks)), REFERENCE.name,
+      self._name,
+      {name: s @ mean_TK for name, s in scores.items()},
+      truth_RST @ mean_TK,
+      self._subsets,
+      resamples(list(self._examples.tasks)),
+      REFERENCE.name,
       {ORACLE: self._oracle().transpose(0, 2, 1)} if self._options.oracle else None,
-    )  # fmt: skip
+    )
     return by_example, by_task
 
   def monotone(self) -> dict[str, Any]:
     """Task → for each seed the loss of models trained on deciles 1, 5 and 10 of its scores, and whether it rises."""
-    loss_RST, found = -self._truth[1], {}
+    loss_RST, result = -self._truth[1], {}
     for task, member_T in zip(self._examples.tasks, self._examples.member_KT, strict=True):
-      places = [self._subsets.name.index(f'{task}: decile {d}') for d in (1, 5, 10)]
-      losses = [[float(loss_ST[place][member_T].mean()) for place in places] for loss_ST in loss_RST]
-      found[task] = [{'loss': row, 'ordered': row[0] < row[1] < row[2]} for row in losses]
-    return found
+      deciles = [self._subsets.name.index(f'{task}: decile {d}') for d in (1, 5, 10)]
+      losses = [[float(loss_ST[index][member_T].mean()) for index in deciles] for loss_ST in loss_RST]
+      result[task] = [{'loss': row, 'ordered': row[0] < row[1] < row[2]} for row in losses]
+    return result
 
   @functools.cached_property
   def _subsets(self) -> subsets.Subsets:
     score_NT = self._score_of(REFERENCE.name, lambda: self._scorer(REFERENCE))
     sorted_by = {t: score_NT[:, m].mean(1) for t, m in zip(self._examples.tasks, self._examples.member_KT, strict=True)}
     o, smooth = self._options, self._name == METASMOOTH
-    return subsets.make(
-      self._config.seed, self._examples.source_N, sorted_by,
-      halves=o.halves // 4 if smooth else o.halves, stratified=0 if smooth else o.stratified, drops=o.drops,
-      deciles=not smooth,
-    )  # fmt: skip
+    halves, stratified = (o.halves // 4, 0) if smooth else (o.halves, o.stratified)
+    seed, source_N = self._config.seed, self._examples.source_N
+    return subsets.make(seed, source_N, sorted_by, halves, stratified, o.drops, deciles=not smooth)
 
   @functools.cached_property
   def _truth(self) -> tuple[np.ndarray, np.ndarray]:
     weight_SN, seeds = self._subsets.weight_SN, self._options.seeds
     with self._context.log.bar(total=seeds * len(weight_SN), desc=f'{self._name} bank', unit='model') as bar:
-      found = bank.truth(
-        self._folder, self._training, self._outputs, weight_SN, seeds, self._options.models_at_once, bar.update
-      )
-    self._context.add_flop(self._flop_of_training() * seeds * len(weight_SN))
-    if not np.isfinite(found[0]).all():
+      at_once = self._options.models_at_once
+      truth = subsets.truth(self._folder, self._training, self._outputs, weight_SN, seeds, at_once, bar.update)
+    training = self._training
+    state = jax.eval_shape(lambda: training.trainer.init(jax.random.key(0)))  # noqa: TID251  only its shape is used
+    tokens_BL = jax.ShapeDtypeStruct((training.batch_size, self._examples.tokens_NL.shape[1]), jnp.int32)
+    weight_B = jax.ShapeDtypeStruct((training.batch_size,), jnp.float32)
+    flop = flops.count(training.trainer.apply, state, tokens_BL, weight_B, jnp.int32(1)) * training.steps
+    self._context.add_flop(flop * seeds * len(weight_SN))
+    if not np.isfinite(truth[0]).all():
       raise UserError(f'a model of the {self._name} bank diverged; lower proxies.train.learning_rate')
-    return found
+    return truth
 
   def _oracle(self) -> np.ndarray:
     """derivative_RKN of each seed."""
     compute = Metagradient(self._training, self._outputs, self._examples.member_KT)
-    weight_N, found = np.ones(self._training.rows), []
+    weight_N, derivatives = np.ones(self._training.rows), []
     with self._context.log.bar(range(self._options.seeds), desc=f'{self._name} oracle', unit='seed') as seeds:
       for seed in seeds:
         file = self._folder / f'oracle-{seed}.npy'
         if not file.is_file():
           self._context.add_flop(compute.flop(seed))
           storage.save_npy(file, compute(seed, weight_N)[1])
-        found.append(np.load(file, allow_pickle=False))
-    return np.stack(found)
+        derivatives.append(np.load(file, allow_pickle=False))
+    return np.stack(derivatives)
 
   def _scores(self) -> dict[str, np.ndarray]:
     """Predictor → score_NT."""
-    wanted = re.compile(self._options.variants)
-    chosen = [
-      v for v in VARIANTS if v.proxies <= self._options.proxies and (self._name == PLAIN or v.name in _SMOOTH_VARIANTS)
-    ]
-    makers = {v.name: functools.partial(self._scorer, v) for v in chosen} | dict(self._cheap())
-    makers = {n: make for n, make in makers.items() if n == REFERENCE.name or wanted.search(n)}
+    e = self._examples
+    variants = [v for v in VARIANTS if v.proxies <= self._options.proxies]
+    makers: dict[str, Callable[[], np.ndarray]] = {
+      v.name: functools.partial(self._scorer, v) for v in variants if self._name == PLAIN or v.name in _SMOOTH_VARIANTS
+    }
+    makers |= cheap.predictors(
+      e.tokens_NL,
+      e.tokens_TL,
+      e.weights_TL,
+      e.task_T,
+      e.vocab_size,
+      lambda: self._scorer.loss(self._proxies(USUAL, 0)),
+      lambda: self._scorer.embeddings(self._proxies(USUAL, 0)),
+    )
+    pattern = re.compile(self._options.variants)
+    makers = {name: make for name, make in makers.items() if name == REFERENCE.name or pattern.search(name)}
     with self._context.log.bar(makers.items(), desc=f'{self._name} scores', unit='variant') as bar:
       return {name: self._score_of(name, make) for name, make in bar}
 
@@ -176,23 +190,9 @@ class Setting:
       storage.save_npy(file, make().astype(np.float32))
     return np.load(file, allow_pickle=False)
 
-  def _cheap(self) -> Mapping[str, Any]:
-    e = self._examples
-    return cheap.predictors(
-      e.tokens_NL, e.tokens_TL, e.weights_TL, e.task_T, e.vocab_size,
-      lambda: self._scorer.loss(self._proxies(USUAL, 0)), lambda: self._scorer.embeddings(self._proxies(USUAL, 0)),
-    )  # fmt: skip
-
-  def _flop_of_training(self) -> float:
-    training = self._training
-    state = jax.eval_shape(lambda: training.trainer.init(jax.random.key(0)))  # noqa: TID251 - only its shape is used
-    tokens = jax.ShapeDtypeStruct((training.batch_size, self._examples.tokens_NL.shape[1]), jnp.int32)
-    weight = jax.ShapeDtypeStruct((training.batch_size,), jnp.float32)
-    return flops.count(training.trainer.apply, state, tokens, weight, jnp.int32(1)) * training.steps
-
 
 def train_config(config: ConfigDict, name: str) -> ConfigDict:
-  """How the models of one setting are trained."""
+  """The training config of one setting."""
   train, options = ConfigDict(config.proxies.train.to_dict()), config.validation
   train.adam_eps_root = max(train.adam_eps_root, options.least_eps_root)
   if name == METASMOOTH:
@@ -204,22 +204,28 @@ def examples_of(options: ConfigDict, pool: Pool, targets: Targets) -> Examples:
   """The first `validation.rows` of the pool, and `validation.target_examples` of each task.
 
   Raises:
-    UserError: the pool is smaller.
+    UserError: the pool has fewer rows.
   """
   if pool.num_rows < options.rows:
     raise UserError(
-      f'validation.rows = {options.rows} and the pool has {pool.num_rows}; lower it, or raise pool.max_bytes'
+      f'validation.rows = {options.rows} and the pool has {pool.num_rows} rows; lower it, or raise pool.max_bytes'
     )
   rows = np.arange(options.rows)  # their order in the pool is random
-  parts = [(task, targets.examples(task, 'target')) for task in targets.tasks]
   tokens, weights, tasks, documents = [], [], [], []
-  for task, found in parts:
-    size = min(len(found), options.target_examples)
-    tokens.append(found.tokens_TL[:size])
-    weights.append(found.weights_TL[:size])
+  for task in targets.tasks:
+    examples = targets.examples(task, 'target')
+    size = min(len(examples), options.target_examples)
+    tokens.append(examples.tokens_TL[:size])
+    weights.append(examples.weights_TL[:size])
     tasks += [task] * size
-    documents += [f'{task}: {record["document"]}' for record in found.records[:size]]
+    documents += [f'{task}: {record["document"]}' for record in examples.records[:size]]
   return Examples(
-    pool.tokens(rows), pool.source_N[: options.rows], np.concatenate(tokens), np.concatenate(weights),
-    np.array(tasks), documents, tuple(targets.tasks), pool.vocab_size,
-  )  # fmt: skip
+    tokens_NL=pool.tokens(rows),
+    source_N=pool.source_N[: options.rows],
+    tokens_TL=np.concatenate(tokens),
+    weights_TL=np.concatenate(weights),
+    task_T=np.array(tasks),
+    document_T=documents,
+    tasks=tuple(targets.tasks),
+    vocab_size=pool.vocab_size,
+  )

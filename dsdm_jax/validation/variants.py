@@ -1,6 +1,6 @@
-"""Datamodels that differ from a reference in one way each, the best ways together, and their scores of every example.
+"""Variants of the datamodel that differ from a reference in one choice each, their proxies, and their scores.
 
-The reference is the plain one: two proxies, their last checkpoints, the full Gram matrix.
+The reference has two proxies, their last checkpoints and the full Gram matrix. `BEST` combines the best choices.
 """
 
 import dataclasses
@@ -19,28 +19,90 @@ from dsdm_jax.attribution.covariances import Basis, MomentStep
 from dsdm_jax.attribution.features import blocks, feature_step, step_rows
 from dsdm_jax.attribution.gradients import FeatureStep, TwoSidedFeatures
 from dsdm_jax.attribution.second_moment import SecondMoment
+from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data.targets.targets import text_mask
 from dsdm_jax.lm.outputs import token_log_probability
+from dsdm_jax.training.differentiable import ScannedTraining
 from dsdm_jax.training.step import TrainState
-from dsdm_jax.validation.proxy_pool import EARLY, LATE, MIDDLE, STOPS, USUAL, Kind, Proxy, scaled
 
-_KEPT = 16  # features of one checkpoint each that stay in memory for the variants to come
+EARLY, MIDDLE, LATE = range(3)  # indices of the checkpoints of one proxy
+STOPS = (1 / 3, 2 / 3, 1.0)
+_CACHED = 16  # feature matrices, each of one checkpoint, that stay in memory for later variants
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """Attributes: width of the model and length of its training, as multiples of the config's."""
+
+  width: float = 1.0
+  length: float = 1.0
+
+
+USUAL = Kind()
+
+
+@dataclasses.dataclass(frozen=True)
+class Proxy:
+  """Attributes: training that it belongs to; its state at each of `STOPS`."""
+
+  training: ScannedTraining
+  states: tuple[TrainState, ...]
+
+
+class ProxyPool:
+  """Proxies that are trained on random subsets of the rows, with other seeds than the models of the truth.
+
+  Args:
+    config: of the run, with `proxies.train` of the setting.
+    vocab_size: of the tokens.
+    tokens_NL: all rows.
+  """
+
+  def __init__(self, config: ConfigDict, vocab_size: int, tokens_NL: np.ndarray):
+    self._config, self._vocab_size, self._tokens_NL = config, vocab_size, tokens_NL
+    self.training = functools.lru_cache(maxsize=None)(self._make_training)
+    self._trained = functools.lru_cache(maxsize=None)(self._train)
+
+  def __call__(self, kind: Kind, number: int) -> Proxy:
+    """Proxy `number` of a kind; its rows and their order are the same for all kinds."""
+    return self._trained(kind, number)
+
+  def _train(self, kind: Kind, number: int) -> Proxy:
+    training = self.training(kind)
+    weight_MN = np.zeros((1, training.rows), np.float32)
+    order = prng.numpy_stream(self._config.seed, 'validation', 'proxy', number).permutation(training.rows)
+    weight_MN[0, order[: round(self._config.proxies.subset_share * training.rows)]] = 1
+    states = training.train(f'proxy {number}', weight_MN, STOPS)
+    return Proxy(training, tuple(jax.tree.map(lambda x: x[0], s) for s in states))
+
+  def _make_training(self, kind: Kind) -> ScannedTraining:
+    proxies, epochs = self._config.proxies, kind.length * self._config.validation.epochs
+    model = scaled(proxies.model, kind.width)
+    return ScannedTraining(model, proxies.train, self._vocab_size, self._tokens_NL, epochs, self._config.seed)
+
+
+def scaled(model: ConfigDict, width: float) -> ConfigDict:
+  """The model's config at `width` times the width, with the same number of heads."""
+  model = ConfigDict(model.to_dict())
+  model.width, model.mlp_width = round(model.width * width), round(model.mlp_width * width)
+  return model
+
 
 Changes = tuple[tuple[str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """One way to make scores; what is not said is the config's.
+  """One way to compute scores; all other choices are those of the config.
 
   Attributes:
     name: in the table.
-    proxies: how many.
-    checkpoints: of each proxy, `EARLY`, `MIDDLE` and `LATE`; scores are averaged over them.
-    features: keys of `config.features` that are other.
-    damping: times `datamodel.damping`.
-    gram: full, layers, joint, or none for the gradient's dot product.
+    proxies: number of proxies.
+    checkpoints: of each proxy: `EARLY`, `MIDDLE` and `LATE`; scores are averaged over them.
+    features: keys of `config.features` to override.
+    damping: multiple of `datamodel.damping`.
+    gram: full, layers, joint, or none for gradient dot products.
     unit_norm, q: as in `config.datamodel`.
     kind: of the proxies.
   """
@@ -100,7 +162,7 @@ VARIANTS: tuple[Variant, ...] = (
 
 
 class Rows:
-  """Features of rows in memory, as a source of one shard after the other."""
+  """Features in memory as a row source of shards."""
 
   def __init__(self, phi_NJ: np.ndarray, shard: int = 1_024):
     self.phi_NJ, self._shard = phi_NJ, shard
@@ -113,11 +175,11 @@ class Rows:
 
 
 class Scorer:
-  """Scores of all rows for each target example, by any variant.
+  """Scores of all rows for each target example, for any variant.
 
   Args:
     config: of the run.
-    proxies: (kind, place) → the trained proxy.
+    proxies: (kind, number) → the trained proxy.
     vocab_size: of the tokens.
     tokens_NL: the rows.
     tokens_TL, weights_TL: the target examples.
@@ -140,7 +202,7 @@ class Scorer:
     self._weights = np.concatenate([weights_NL, weights_TL]).astype(np.float32)
     self._rows = len(tokens_NL)
     self._step = functools.lru_cache(maxsize=None)(self._make_step)
-    self._features = functools.lru_cache(maxsize=_KEPT)(self._make_features)
+    self._features = functools.lru_cache(maxsize=_CACHED)(self._make_features)
 
   def __call__(self, variant: Variant) -> np.ndarray:
     """score_NT, float32; higher is better."""
@@ -150,7 +212,7 @@ class Scorer:
     else:
       score_NT = np.mean([self._one(variant, *part) for part in parts], axis=0)
     if variant.q:
-      proxies = [self._proxies(variant.kind, place) for place in range(variant.proxies)]
+      proxies = [self._proxies(variant.kind, number) for number in range(variant.proxies)]
       score_NT = score_NT * (1 - np.mean([self._probability(p) for p in proxies], axis=0))[:, None]
     return score_NT.astype(np.float32)
 
@@ -196,21 +258,21 @@ class Scorer:
     prepared = self._prepare(step, config, state, proxy * len(STOPS) + checkpoint, moment)
     parts = []
     for start in range(0, len(self._tokens), batch):
-      tokens_BL, weights_BL = (_filled(x[start : start + batch], batch) for x in (self._tokens, self._weights))
+      tokens_BL, weights_BL = (_padded(x[start : start + batch], batch) for x in (self._tokens, self._weights))
       parts.append(step(prepared, jnp.asarray(tokens_BL), jnp.asarray(weights_BL)))
     phi_XJ = np.concatenate([np.asarray(part) for part in parts])[: len(self._tokens)]
     return phi_XJ, blocks(step.describe(), step.dimension)
 
   def _prepare(
-    self, step: FeatureStep, config: ConfigDict, state: TrainState, place: int, moment: SecondMoment | None
+    self, step: FeatureStep, config: ConfigDict, state: TrainState, number: int, moment: SecondMoment | None
   ) -> Any:
     if config.features.basis == 'random' or not isinstance(step, TwoSidedFeatures):
-      return step.prepare(state.params, place, moment)
+      return step.prepare(state.params, number, moment)
     measure = MomentStep(step.model, step.output_fn, step.layers, self._mesh)
     count, size = min(config.features.basis_rows, self._rows), config.features.batch_size
     parts = covariances.batches(count, size, devices=1)
     moments = measure.sums(measure.prepare(state.params), [(self._tokens[p], self._weights[p]) for p in parts])
-    return step.prepare(state.params, place, moment, Basis.leading(step.layers, moments, moment).projections)
+    return step.prepare(state.params, number, moment, Basis.leading(step.layers, moments, moment).projections)
 
   def _make_step(self, features: Changes, width: float) -> FeatureStep:
     return feature_step(self._changed(features, width), self._vocab_size, self._tokens.shape[1], self._mesh)
@@ -222,7 +284,7 @@ class Scorer:
     return config
 
   def _probability(self, proxy: Proxy) -> np.ndarray:
-    """Mean predicted-token probability of each row under one proxy."""
+    """Mean probability of the predicted tokens of each row under one proxy."""
     return self._forward(proxy, lambda model, t: jnp.exp(_likelihood(model, t)).mean(1), self._tokens[: self._rows])
 
   def loss(self, proxy: Proxy) -> np.ndarray:
@@ -230,22 +292,22 @@ class Scorer:
     return self._forward(proxy, lambda model, t: -_likelihood(model, t).mean(1), self._tokens[: self._rows])
 
   def embeddings(self, proxy: Proxy) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the model's last states over a text's tokens, of rows and of target examples; float32 [N, D], [T, D]."""
+    """Mean of the last hidden states over the tokens of rows and of target examples; float32 [N, D], [T, D]."""
 
-    def mean(model: nnx.Module, tokens_BL: jax.Array, here_BL: jax.Array) -> jax.Array:
+    def mean(model: nnx.Module, tokens_BL: jax.Array, counted_BL: jax.Array) -> jax.Array:
       x_BLD = model.hidden(tokens_BL).astype(jnp.float32)
-      return jnp.einsum('bld,bl->bd', x_BLD, here_BL) / jnp.maximum(here_BL.sum(axis=1), 1)[:, None]
+      return jnp.einsum('bld,bl->bd', x_BLD, counted_BL) / jnp.maximum(counted_BL.sum(axis=1), 1)[:, None]
 
     embedding_XD = self._forward(proxy, mean, self._tokens, text_mask(self._weights).astype(np.float32))
     return embedding_XD[: self._rows], embedding_XD[self._rows :]
 
   def _forward(self, proxy: Proxy, function: Callable, *arrays: np.ndarray) -> np.ndarray:
-    """`function`(model, *arrays_BL), a batch at a time."""
+    """`function`(model, *arrays_BL), batch by batch."""
     graphdef, state = proxy.training.trainer.graphdef, proxy.states[LATE]
     step = jax.jit(lambda params, rest, *arrays_BL: function(nnx.merge(graphdef, params, rest), *arrays_BL))
     batch, size = self._config.features.batch_size, len(arrays[0])
     parts = [
-      step(state.params, state.rest, *(_filled(x[s : s + batch], batch) for x in arrays)) for s in range(0, size, batch)
+      step(state.params, state.rest, *(_padded(x[s : s + batch], batch) for x in arrays)) for s in range(0, size, batch)
     ]
     return np.concatenate([np.asarray(part) for part in parts])[:size]
 
@@ -254,5 +316,5 @@ def _likelihood(model: nnx.Module, tokens_BL: jax.Array) -> jax.Array:
   return jax.vmap(token_log_probability)(model(tokens_BL), tokens_BL)
 
 
-def _filled(array: np.ndarray, batch: int) -> np.ndarray:
+def _padded(array: np.ndarray, batch: int) -> np.ndarray:
   return np.pad(array, [(0, batch - len(array))] + [(0, 0)] * (array.ndim - 1))

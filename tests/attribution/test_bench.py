@@ -33,23 +33,23 @@ def test_features_prints_a_line_for_each_case(capsys, monkeypatch):
 
 def test_share_of_the_peak_is_of_all_devices(monkeypatch):
   """A product on one device, and a step on four that does four times as much in the same time: both at the peak."""
-  made = [
+  measured = [
     features.Case('matmul_peak', lambda: None, 1e9, None, None, seconds=[1.0]),
     features.Case('forward', lambda: None, 4e9, None, None, seconds=[1.0]),
   ]
   flags = argparse.Namespace(devices='2x2', model='small', batch=4, length=8)
   monkeypatch.setattr('dsdm_jax.bench.features.jax.default_backend', lambda: 'gpu')
-  assert [line['share_of_matmul_peak'] for line in features._lines(made, flags)] == [pytest.approx(1.0)] * 2
+  assert [line['share_of_matmul_peak'] for line in features._lines(measured, flags)] == [pytest.approx(1.0)] * 2
 
 
-def test_passes_are_held_to_their_steps_in_pauses(capsys, monkeypatch):
+def test_passes_are_compared_with_their_steps_in_pauses(capsys, monkeypatch):
   """Five shards of 64 rows: pauses after the first and the fifth."""
   monkeypatch.setattr('dsdm_jax.bench.features.memory.keep_freed_memory', lambda: None)
   monkeypatch.setattr(features, 'PEAK_SIZE', {'cpu': 64})
   monkeypatch.setattr(stages, 'SHARD_ROWS', 64)
   pauses = []
-  at_rest = stages._at_rest
-  monkeypatch.setattr(stages, '_at_rest', lambda: pauses.append(1) or at_rest())
+  wait = stages._wait_until_idle
+  monkeypatch.setattr(stages, '_wait_until_idle', lambda: pauses.append(1) or wait())
   flags = (
     '--model quickstart --batch 16 --length 16 --repeats 1 --rows 300 --cases stage_store_j32,stage_stream_j32'.split()
   )

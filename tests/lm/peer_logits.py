@@ -1,4 +1,4 @@
-"""Run by test_hugging_face.py in an environment that has transformers: leaves a small random model and its logits."""
+"""test_hugging_face.py runs this in an environment with transformers: saves small random models and their logits."""
 
 import sys
 from pathlib import Path
@@ -7,44 +7,36 @@ import numpy as np
 import torch
 import transformers
 
-SHAPES = {
+NEOX = {'vocab_size': 96, 'hidden_size': 32, 'num_hidden_layers': 1, 'num_attention_heads': 2}
+NEOX |= {'intermediate_size': 64, 'max_position_embeddings': 64}
+GELU_NEW = {'num_attention_heads': 4, 'use_parallel_residual': False, 'hidden_act': 'gelu_new'}
+LLAMA = {'num_attention_heads': 4, 'num_key_value_heads': 2, 'rms_norm_eps': 1e-6, 'tie_word_embeddings': False}
+
+
+def neox(**keys) -> transformers.GPTNeoXForCausalLM:
+  return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**NEOX | keys))
+
+
+MODELS = {
   'gpt2': lambda: transformers.GPT2LMHeadModel(
     transformers.GPT2Config(vocab_size=96, n_positions=40, n_embd=32, n_layer=2, n_head=4)
   ),
-  'pythia': lambda: transformers.GPTNeoXForCausalLM(
-    transformers.GPTNeoXConfig(
-      vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-      max_position_embeddings=64,
-    )
-  ),
-  'neox_in_a_row': lambda: transformers.GPTNeoXForCausalLM(
-    transformers.GPTNeoXConfig(
-      vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
-      max_position_embeddings=64, use_parallel_residual=False, hidden_act='gelu_new',
-    )
-  ),
-  'padded': lambda: transformers.GPTNeoXForCausalLM(  # tokens are below 96
-    transformers.GPTNeoXConfig(
-      vocab_size=104, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-      max_position_embeddings=64,
-    )
-  ),
+  'pythia': lambda: neox(num_hidden_layers=2, intermediate_size=128),
+  'neox_in_a_row': lambda: neox(**GELU_NEW),
+  'padded': lambda: neox(vocab_size=104),  # tokens are below 96
   'llama': lambda: transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(
-      vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-      intermediate_size=48, max_position_embeddings=64, rms_norm_eps=1e-6, tie_word_embeddings=False,
-    )
+    transformers.LlamaConfig(**NEOX | LLAMA | {'num_hidden_layers': 2, 'intermediate_size': 48})
   ),
-}  # fmt: skip
+}
 
 
 def main() -> None:
   folder = Path(sys.argv[1])
-  for name, build in SHAPES.items():
+  for name, build in MODELS.items():
     torch.manual_seed(0)
     model = build().eval()
     with torch.no_grad():
-      for parameter in model.parameters():  # biases and scales too, which begin at 0 and 1
+      for parameter in model.parameters():  # biases and scales too, which are initialised to 0 and 1
         parameter.add_(0.1 * torch.randn_like(parameter))
       tokens_BL = torch.randint(0, 96, (3, 24))
       logits_BLV = model(tokens_BL).logits

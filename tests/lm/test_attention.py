@@ -32,7 +32,7 @@ def _jax(q, k, v):
 
 
 @pytest.mark.parametrize('length', LENGTHS)
-def test_values_are_those_of_float64(length):
+def test_values_agree_with_float64(length):
   inputs = _inputs(length)
   found = jax.jit(attention.causal)(*inputs)
   assert found.dtype == jnp.float32
@@ -40,7 +40,7 @@ def test_values_are_those_of_float64(length):
 
 
 @pytest.mark.parametrize('length', LENGTHS)
-def test_derivatives_backwards_and_forwards_are_those_of_plain_attention(length):
+def test_reverse_and_forward_mode_agree_with_plain_attention(length):
   inputs, tangents = _inputs(length), _inputs(length + 1_000)
   tangents = tuple(t[:, :length] for t in tangents)
 
@@ -78,7 +78,7 @@ def test_bfloat16_keeps_scores_and_sums_in_float32():
   assert {str(e.outvars[0].aval.dtype) for e in dots} == {'float32'}
 
 
-def test_keys_that_no_query_of_a_block_sees_cost_nothing():
+def test_keys_that_no_query_of_a_block_sees_are_not_computed():
   for length in LENGTHS:
     whole = flops.count(_jax, *_inputs(length))
     share = flops.count(attention.causal, *_inputs(length)) / whole

@@ -1,4 +1,4 @@
-"""Greedy continuation with a cache, against the decoder run over the whole sequence for every token."""
+"""Greedy continuation with a cache, against running the decoder over the whole sequence for every token."""
 
 import jax
 import numpy as np
@@ -40,7 +40,7 @@ _greedy = jax.jit(decoding.greedy, static_argnums=3)
 
 
 def _slow(model: nnx.Module, tokens_L: np.ndarray, length: int, stop: int) -> list[int]:
-  """One row alone, from scratch for each token; what stands behind it is noise."""
+  """One row alone, from scratch for each token; the tokens after it are noise."""
   sequence, out = list(tokens_L[:length]), []
   while len(out) < STEPS and (not out or out[-1] != stop):
     padded = np.full((1, L + STEPS), V - 1, np.int32)
@@ -51,7 +51,7 @@ def _slow(model: nnx.Module, tokens_L: np.ndarray, length: int, stop: int) -> li
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_cache_gives_what_the_whole_sequence_gives(variant):
+def test_cache_agrees_with_the_whole_sequence(variant):
   model = _model(**VARIANTS[variant])
   tokens_BL, length_B = _prompts()
   free = [_slow(model, t, n, stop=-1) for t, n in zip(tokens_BL, length_B, strict=True)]
@@ -75,8 +75,8 @@ def test_cached_logits_are_those_of_the_decoder():
   np.testing.assert_allclose(np.concatenate([first, second], axis=1), _whole(model, tokens_BL), atol=1e-5)
 
 
-def test_any_module_is_continued_without_a_cache():
-  class Stranger(nnx.Module):
+def test_custom_module_is_decoded_without_a_cache():
+  class Custom(nnx.Module):
     def __init__(self, inner):
       self.inner = inner
 
@@ -86,5 +86,5 @@ def test_any_module_is_continued_without_a_cache():
   model = _model()
   tokens_BL, length_B = _prompts(2)
   stop_V = np.zeros(V, bool)
-  found = _greedy(Stranger(model), tokens_BL, length_B, STEPS, stop_V)
+  found = _greedy(Custom(model), tokens_BL, length_B, STEPS, stop_V)
   np.testing.assert_array_equal(found, _greedy(model, tokens_BL, length_B, STEPS, stop_V))

@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2 and GPT-NeoX give the same logits here as there; what cannot be read is told."""
+"""Hugging Face's GPT-2 and GPT-NeoX give the logits of transformers; unreadable folders are reported."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from configs import base
@@ -23,24 +24,18 @@ VOCAB, LENGTH = 96, 24
 
 
 def write_gpt2(folder: Path, vocab_size: int, width: int, mlp_width: int, positions: int) -> dict[str, np.ndarray]:
-  """A GPT-2 of one layer and two heads with random weights, written byte by byte; returns its tensors."""
+  """Saves a GPT-2 of one layer and two heads with random weights; returns its tensors."""
   shapes: dict[str, tuple[int, ...]] = {'wte.weight': (vocab_size, width), 'wpe.weight': (positions, width)}
-  for name, inputs, outputs in (
-    ('h.0.attn.c_attn', width, 3 * width), ('h.0.attn.c_proj', width, width),
-    ('h.0.mlp.c_fc', width, mlp_width), ('h.0.mlp.c_proj', mlp_width, width),
-  ):  # fmt: skip
-    shapes |= {f'{name}.weight': (inputs, outputs), f'{name}.bias': (outputs,)}
+  linear = {'attn.c_attn': (width, 3 * width), 'attn.c_proj': (width, width)}
+  linear |= {'mlp.c_fc': (width, mlp_width), 'mlp.c_proj': (mlp_width, width)}
+  for name, (inputs, outputs) in linear.items():
+    shapes |= {f'h.0.{name}.weight': (inputs, outputs), f'h.0.{name}.bias': (outputs,)}
   for name in ('h.0.ln_1', 'h.0.ln_2', 'ln_f'):
     shapes |= {f'{name}.weight': (width,), f'{name}.bias': (width,)}
   rng = np.random.default_rng(0)
   tensors = {name: (0.2 * rng.normal(size=shape)).astype('<f4') for name, shape in shapes.items()}
-  header, data = {}, b''
-  for name, x in tensors.items():
-    header[name] = {'dtype': 'F32', 'shape': x.shape, 'data_offsets': [len(data), len(data) + x.nbytes]}
-    data += x.tobytes()
-  text = json.dumps(header).encode()
   folder.mkdir()
-  (folder / 'model.safetensors').write_bytes(len(text).to_bytes(8, 'little') + text + data)
+  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
   shape = {'vocab_size': vocab_size, 'n_embd': width, 'n_layer': 1, 'n_head': 2, 'n_positions': positions}
   (folder / 'config.json').write_text(json.dumps(shape | {'model_type': 'gpt2', 'n_inner': mlp_width}))
   return tensors
@@ -53,8 +48,10 @@ def theirs(peers, tmp_path_factory) -> Path:
   done = subprocess.run(
     [peers, Path(__file__).with_name('peer_logits.py'), folder],
     env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'HF_HUB_OFFLINE': '1'},
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr[-2000:]
   return folder
 
@@ -88,13 +85,12 @@ def test_logits_agree_with_transformers(theirs, name, deep):
 def test_modern_variant_is_the_llama_of_transformers(theirs, deep):
   """Rotary positions, RMSNorm, SwiGLU, an untied head, and four heads of queries on two of keys."""
   config = base.get_config()
-  config.model.update({
-    'layers': 2, 'width': 32, 'heads': 4, 'kv_heads': 2, 'mlp_width': 48, 'positions': 'rope', 'norm': 'rmsnorm',
-    'mlp': 'swiglu', 'bias': False, 'tied_embeddings': False, 'scan_layers': deep,
-  })  # fmt: skip
+  config.model.update({'layers': 2, 'width': 32, 'heads': 4, 'kv_heads': 2, 'mlp_width': 48, 'scan_layers': deep})
+  config.model.update({'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu'})
+  config.model.update({'bias': False, 'tied_embeddings': False})
   grid = mesh.make_mesh(config.mesh, jax.devices()[:1])
   trainer = Trainer(config.model, config.pretraining.train, VOCAB, LENGTH, grid)
-  tensors = hugging_face._mapped(theirs / 'llama' / 'model.safetensors')
+  tensors = safetensors.numpy.load_file(theirs / 'llama' / 'model.safetensors')
   found = {
     'embedding/embedding': tensors.pop('model.embed_tokens.weight'),
     'norm/scale': tensors.pop('model.norm.weight'),
@@ -139,7 +135,7 @@ def _llama_block(tensors: dict[str, np.ndarray], at: str) -> dict[str, np.ndarra
 
 
 @pytest.mark.peers
-def test_what_cannot_be_read_is_told_in_a_line(theirs, tmp_path):
+def test_unreadable_folders_are_reported_in_one_line(theirs, tmp_path):
   def refused(words: str, folder: Path, **keys) -> None:
     with pytest.raises(UserError, match=words) as caught:
       trainer_of(folder, **keys).init(jax.random.key(0))
@@ -151,9 +147,9 @@ def test_what_cannot_be_read_is_told_in_a_line(theirs, tmp_path):
   copy = Path(shutil.copytree(theirs / 'pythia', tmp_path / 'pythia'))
   file = copy / 'model.safetensors'
   file.write_bytes(file.read_bytes()[:-1000])
-  refused('is no whole safetensors file', copy)
+  refused('is not a complete safetensors file', copy)
   file.unlink()
-  refused('holds no .*safetensors file', copy)
+  refused('contains no .*safetensors file', copy)
   config = json.loads((copy / 'config.json').read_text())
   (copy / 'config.json').write_text(json.dumps(config | {'model_type': 'llama'}))
   refused("model_type 'llama'", copy)
@@ -176,15 +172,15 @@ def test_vocabulary_that_is_larger_than_the_table_or_much_smaller_is_refused(tmp
 @pytest.mark.parametrize(
   ('change', 'words'),
   [
-    ({'n_head': None}, 'config.json has n_head = None, which is no whole number above 0; copy it again'),
-    ({'n_layer': '1'}, "config.json has n_layer = '1', which is no whole number above 0"),
+    ({'n_head': None}, 'config.json has n_head = None, which must be a whole number above 0; copy the file again'),
+    ({'n_layer': '1'}, "config.json has n_layer = '1', which must be a whole number above 0"),
     ({'activation_function': ['gelu']}, "asks for activation \\['gelu'\\]"),
     ({'n_inner': 40}, r'tensor transformer.h.0.mlp.c_fc.weight is 16 × 48 and config.json asks for 16 × 40; the files'),
     ({'n_embd': 32}, 'tensor transformer.wte.weight is 96 × 16 and config.json asks for any × 32; the files'),
-    ({}, 'config.json has no n_head; copy it again'),
+    ({}, 'config.json has no n_head; copy the file again'),
   ],
 )
-def test_config_that_does_not_fit_the_tensors_is_told_in_a_line(tmp_path, change, words):
+def test_config_that_does_not_fit_the_tensors_is_reported_in_one_line(tmp_path, change, words):
   write_gpt2(tmp_path / 'model', vocab_size=VOCAB, width=16, mlp_width=48, positions=40)
   file = tmp_path / 'model/config.json'
   config = json.loads(file.read_text())
@@ -197,16 +193,30 @@ def test_config_that_does_not_fit_the_tensors_is_told_in_a_line(tmp_path, change
   assert str(tmp_path / 'model') in str(caught.value)
 
 
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_half_precision_weights_are_read_exactly(tmp_path, dtype):
+  tensors = write_gpt2(tmp_path / 'model', vocab_size=VOCAB, width=16, mlp_width=48, positions=40)
+  half = {name: x.astype(jax.numpy.dtype(dtype)) for name, x in tensors.items()}
+  safetensors.numpy.save_file(half, tmp_path / 'model/model.safetensors')
+  found = flat(trainer_of(tmp_path / 'model').init(jax.random.key(0)).params)
+  np.testing.assert_array_equal(found['embedding/embedding'], half['wte.weight'].astype(np.float32))
+  safetensors.numpy.save_file(
+    {'wte.weight': tensors['wte.weight'].astype(np.int8)}, tmp_path / 'model/model.safetensors'
+  )
+  with pytest.raises(UserError, match='has dtype I8; save the model in one of F32, F16, BF16'):
+    trainer_of(tmp_path / 'model').init(jax.random.key(0))
+
+
 @pytest.mark.parametrize(
   ('change', 'words'),
   [
-    ({}, 'has no num_hidden_layers; copy it again'),
-    ({'rotary_pct': 'a quarter'}, "has 'a quarter' for rotary_share, which is a number"),
+    ({}, 'has no num_hidden_layers; copy the file again'),
+    ({'rotary_pct': 'a quarter'}, "has 'a quarter' for rotary_share, which must be a number"),
     ({'rope_parameters': {'rope_type': 'yarn'}}, "asks for rotary positions of type 'yarn'"),
     ({'rope_parameters': 'yarn'}, "asks for rotary positions of type 'yarn'"),
   ],
 )
-def test_neox_config_that_lacks_something_is_told_in_a_line(tmp_path, change, words):
+def test_incomplete_neox_config_is_reported_in_one_line(tmp_path, change, words):
   (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt_neox'} | change))
   with pytest.raises(UserError, match=words) as caught:
     hugging_face.model_keys(str(tmp_path))
@@ -214,7 +224,7 @@ def test_neox_config_that_lacks_something_is_told_in_a_line(tmp_path, change, wo
 
 
 @pytest.mark.peers
-def test_settings_against_the_model_are_told(theirs):
+def test_config_keys_that_contradict_the_model_are_reported(theirs):
   config = base.get_config()
   config.model.weights, config.model.width = str(theirs / 'pythia'), 48
   with pytest.raises(UserError, match=r'model.width = 48 is 32 in model.weights'):

@@ -203,7 +203,7 @@ def test_half_written_checkpoint(copied):
   halve(steps[1])
   done = runs.run(runs.TINY, f'--workdir={copied}', '--stage=proxies')
   assert done.returncode == 0, done.stderr[-3000:]
-  said = f'the checkpoint of step {steps[1].name} of proxy_0 is torn: it goes on from step {steps[0].name}\n'
+  said = f'the checkpoint of step {steps[1].name} of proxy_0 is torn; resuming from step {steps[0].name}\n'
   assert said in done.stderr
   found = runs.fingerprint(copied / 'proxies')
   assert found['proxy_0.jsonl'][0] == wanted['proxy_0.jsonl'][0], 'the curve is that of the undisturbed run'

@@ -27,7 +27,7 @@ def _plan(python: Path, folder: Path, *arguments: str) -> dict:
 
 
 def _check(found: dict) -> None:
-  """Every stage fits its chip, and sends what it should and nothing else."""
+  """Every stage fits its chip and has exactly the expected collectives."""
   stages = {stage['stage']: stage for stage in found['stages']}
   assert list(stages)[:5] == ['proxies', 'features', 'gram', 'scores', 'pretraining']
   for stage in stages.values():
@@ -79,7 +79,7 @@ def test_the_papers_config_is_the_papers():
 
 
 @pytest.mark.parametrize('module', [c4_dsdm, v5e_8])
-def test_configs_are_valid_and_as_large_as_they_say(module):
+def test_configs_are_valid_and_have_the_documented_size(module):
   config = module.get_config()
   validate(config)
   config = resolve(config, dict)

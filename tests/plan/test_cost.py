@@ -1,4 +1,4 @@
-"""The roofline, the search for a batch that fits, and whether choosing pays, by hand."""
+"""The roofline, the search for a batch that fits, and whether selection pays, by hand."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from configs import base
 from dsdm_jax.errors import UserError
 from dsdm_jax.plan import cost, hlo, page, plan, programs, topology
-from dsdm_jax.plan.chips import CHIPS, chip
+from dsdm_jax.plan.topology import CHIPS, chip
 from tests.plan.test_hlo import PROGRAM
 
 
-def test_a_step_takes_between_the_longest_part_and_all_of_them():
+def test_step_takes_between_the_longest_part_and_the_sum():
   v5e = CHIPS['v5e']
   sent = (hlo.Collective('all-gather', 8, 1, 2e9),)
   time = cost.seconds(197e12, 1, hlo.Program(sent, 0.819e9, 0, 0), v5e)
@@ -26,8 +26,8 @@ def test_a_step_takes_between_the_longest_part_and_all_of_them():
 
 
 @given(st.integers(2, 300), st.floats(1, 400), st.floats(0, 3), st.booleans())
-def test_largest_batch(parts, room, power, told):
-  """Memory a·rows^power + b: whatever its curve, and whether or not the first program's memory was told."""
+def test_largest_batch(parts, room, power, known):
+  """Memory rows^power + 1, for any power, with and without known memory of the first program."""
   tried = []
 
   def memory(rows):
@@ -35,13 +35,13 @@ def test_largest_batch(parts, room, power, told):
     return 1.0 + rows**power
 
   at_most = [rows for rows in range(1, parts) if 1.0 + rows**power <= room]
-  first = 1.0 + parts**power if told else float('inf')
+  first = 1.0 + parts**power if known else float('inf')
   assert cost.largest(parts, max(first, room + 1), room, memory) == max(at_most, default=0)
   assert len(tried) <= 2 * parts.bit_length()  # every other look halves
   assert len(set(tried)) == len(tried)
 
 
-def test_where_memory_grows_by_the_row_few_programs_are_compiled():
+def test_linear_memory_needs_few_compilations():
   tried = []
 
   def memory(rows):
@@ -57,12 +57,12 @@ def _work(stage, runs, flop):
 
 
 @pytest.mark.parametrize(('each', 'net'), [(1.0, 1.6), (4.0, 1.0), (8.0, 2 / 3)])
-def test_choosing_pays_when_it_costs_less_than_it_saves(monkeypatch, each, net):
+def test_selection_pays_when_it_costs_less_than_it_saves(monkeypatch, each, net):
   config = base.get_config()
   config.selection.methods, config.pretraining.seeds = ('random', 'dsdm'), 3
   monkeypatch.setattr(programs.Work, 'flop', lambda work: work.least_flop)
   works = [*(_work(name, 1, each) for name in programs.SELECTION), _work('pretraining', 6, 16.0)]
-  found = plan._multiplier(works, config)
+  found = plan._multiplier({work.stage: work.flop() * work.runs for work in works}, config)
   assert (found['selection_flop'], found['final_flop']) == (4 * each, 16)  # six runs for six models
   assert found['net'] == pytest.approx(net)
   assert (found['net'] > 1) == (found['selection_flop'] < (found['gross'] - 1) * found['final_flop'])
@@ -78,7 +78,7 @@ def test_slices(name, count, type_):
   assert chip(name).accelerator_type(count) == type_
 
 
-def test_a_chip_that_is_not_known_is_told():
+def test_unknown_chip_is_refused():
   with pytest.raises(UserError, match=r'plan.topology.*v5e'):
     topology.chips('v7:2x2')
 
@@ -91,12 +91,12 @@ def _estimate(monkeypatch, memory, text=PROGRAM, remat=''):
   return cost.estimate(work, compiler, CHIPS['v5e'], 8, 8, 1.0)
 
 
-def test_loops_of_unknown_length_are_told(monkeypatch):
+def test_loops_of_unknown_length_are_reported(monkeypatch):
   known = _estimate(monkeypatch, lambda rows: 1e9)
   unknown = _estimate(monkeypatch, lambda rows: 1e9, PROGRAM.replace('constant(12)', 'parameter(1)'))
   assert (known.unknown_trips, unknown.unknown_trips) == (0, 1)
   (line,) = page._uncounted([dataclasses.asdict(e) for e in (known, unknown)])
-  assert line.startswith('features has loops (1) whose turns the compiled program does not say: counted once')
+  assert line.startswith('features has loops of unknown trip count (1), which count once')
 
 
 @pytest.mark.parametrize(
@@ -109,13 +109,13 @@ def test_loops_of_unknown_length_are_told(monkeypatch):
     ),
   ],
 )
-def test_what_does_not_fit_says_what_to_change(monkeypatch, remat, said):
+def test_advice_where_a_program_does_not_fit(monkeypatch, remat, said):
   """7 GB for each row of a chip: two fit 16 GB, four do not."""
   found = _estimate(monkeypatch, lambda rows: 7e9 * rows / 8, remat=remat)
   assert (found.fits, found.largest_batch, found.hours) == (False, 16, [])
   assert found.advice == f'features does not fit: {said}'
 
 
-def test_where_no_batch_fits_none_is_advised(monkeypatch):
+def test_no_batch_is_advised_where_none_fits(monkeypatch):
   found = _estimate(monkeypatch, lambda rows: 2e10)
   assert (found.largest_batch, found.advice) == (0, 'features does not fit: set a larger --config.mesh.model')

@@ -1,4 +1,4 @@
-"""What is read out of a program's text, against counts by hand."""
+"""Communication and HBM traffic of a program's text, against counts by hand."""
 
 import pytest
 
@@ -54,7 +54,7 @@ ENTRY %main (start: (s32[], f32[12,64,128], f32[12,8,128])) -> f32[12,8,128] {
 """.replace('STATE', STATE)
 
 
-def test_what_a_loop_does_counts_as_often_as_it_runs():
+def test_loop_bodies_count_as_often_as_they_run():
   found = hlo.analyse(PROGRAM)
   weights, row, sums = 64 * 128 * 4, 8 * 128 * 4, 12 * 8 * 128 * 4
   assert found.collectives == (
@@ -68,7 +68,7 @@ def test_what_a_loop_does_counts_as_often_as_it_runs():
   assert found.hbm_bytes == 12 * each + 2 * sums + 12 * 2 * 4  # and the loop's counter, twice
 
 
-def test_a_collective_that_is_sent_in_parts_over_a_loop_counts_once():
+def test_collective_that_is_split_over_a_loop_counts_once():
   part = 'channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}'
   chained = f'{part}, frontend_attributes={{chain_id="0"}}'
   begins = (
@@ -80,14 +80,14 @@ def test_a_collective_that_is_sent_in_parts_over_a_loop_counts_once():
   assert (gather.count, gather.bytes) == (1, 3 * 64 * 128 * 4)
 
 
-def test_a_collective_without_groups_is_one_of_all_devices():
+def test_collective_without_groups_has_all_devices():
   text = PROGRAM.replace('replica_groups={{0,1,2,3}}', 'replica_groups={}')
   text = text.replace('is_scheduled=true', 'is_scheduled=true, replica_count=2, num_partitions=4')
   gather = hlo.analyse(text).collectives[0]
   assert (gather.operation, gather.members, gather.bytes) == ('all-gather', 8, 12 * 7 * 64 * 128 * 4)
 
 
-def test_a_bound_that_is_no_constant_is_told():
+def test_loop_bound_that_is_not_constant_is_counted():
   found = hlo.analyse(PROGRAM.replace('constant(12)', 'parameter(1)'))
   assert found.unknown_trips == 1
   assert found.collectives[0].count == 1

@@ -1,4 +1,4 @@
-"""The plan without libtpu, and of a run's own numbers: counts of runs, parameters, FLOP and disk by hand."""
+"""The plan without libtpu, and counts of runs, parameters, FLOP and disk by hand."""
 
 import json
 
@@ -23,12 +23,12 @@ def config():
   return config
 
 
-def test_without_libtpu_it_gives_what_can_be_counted_and_says_how_to_get_it(config, tmp_path, capsys, monkeypatch):
+def test_without_libtpu_the_plan_has_counts_and_explains_how_to_install_it(config, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(topology, 'available', lambda: False)
   plan.run(config, tmp_path)
   printed = capsys.readouterr().out
   assert topology.HOW_TO_GET_LIBTPU in printed
-  assert printed.startswith('Choosing pays for one model if')
+  assert printed.startswith('Selection pays for one model if')
   found = json.loads((tmp_path / 'plan_v5e_2x4.json').read_text())
   assert found['final_runs'] == (2 + 1) * 2
   # By hand, FLOP of a token: matrices of a layer are D·4D and 2·D·F, the tied table is V·D; attention is 4·L·D a layer.
@@ -77,13 +77,13 @@ def test_rungs_of_the_ladder_are_planned(config, monkeypatch):
   assert flop['ladder 4'] == pytest.approx(3 * 4 * each, rel=0.2)  # in this tiny model attention is no small part
 
 
-def test_rows_are_guessed_from_the_pools_bytes_or_must_be_given(config, monkeypatch):
+def test_rows_are_estimated_from_the_pools_bytes(config, monkeypatch):
   monkeypatch.setattr(topology, 'available', lambda: False)
   config.plan.rows, config.pool.max_bytes = 0, 64_000
   assert plan.make(config)['rows'] == 1_000
 
 
-def test_batches_that_the_slice_does_not_divide_are_told(config):
+def test_batches_that_the_slice_does_not_divide_are_refused(config):
   config.plan.topology = 'v5e:16x16'
   with pytest.raises(UserError, match='256 devices'):
     plan.make(config)

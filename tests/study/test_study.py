@@ -1,4 +1,4 @@
-"""A small study through its command: shared stages, resume, arms compared, proxies made anew, files of arms."""
+"""A small study from the command line: shared stages, resume, comparison of arms, arms with new proxies, arm files."""
 
 import base64
 import csv
@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from configs import study
-from dsdm_jax.bench.__main__ import main as bench
 from dsdm_jax.config import validate as checks
 from dsdm_jax.errors import UserError
 from dsdm_jax.study import arm_file
+from dsdm_jax.study.__main__ import main
 from tests.conftest import ROOT
 from tests.pipeline import runs
 
@@ -37,18 +37,18 @@ def get_config(arm='base'):
 """
 
 
-def _study(tmp_path, *flags: str) -> subprocess.CompletedProcess[str]:
-  more = tmp_path / 'more.jsonl'  # a source whose files have a state, which is part of what makes pools alike
+def _study(tmp_path, *flags: str, config=None) -> subprocess.CompletedProcess[str]:
+  config, more = (
+    config or tmp_path / 'arms.py',
+    tmp_path / 'more.jsonl',
+  )  # files of a source have a state, which is part of the pool's identity
   if not more.exists():
     more.write_text(json.dumps({'text': 'One more document, of a file. ' * 40}) + '\n')
   (tmp_path / 'arms.py').write_text(CONFIG.replace('MORE', str(more)))
-  return subprocess.run(
-    [
-      sys.executable, '-m', 'dsdm_jax.bench', 'study', f'--config={tmp_path / "arms.py"}',
-      f'--workdir={tmp_path / "study"}', *flags,
-    ],
-    cwd=ROOT, env=runs.environment(), capture_output=True, text=True, timeout=400, check=False,
-  )  # fmt: skip
+  command = [sys.executable, '-m', 'dsdm_jax.study', 'run', f'--config={config or tmp_path / "arms.py"}']
+  command += [f'--workdir={tmp_path / "study"}', *flags]
+  options = {'cwd': ROOT, 'env': runs.environment(), 'capture_output': True, 'text': True}
+  return subprocess.run(command, **options, timeout=400, check=False)
 
 
 def test_every_arm_of_the_study_is_a_config():
@@ -66,11 +66,9 @@ def test_the_study_varies_every_choice_of_the_method():
     for key, value in flat(arm).items():
       if value != base[key]:
         varied.setdefault(key, {base[key]}).add(value)
-  assert {
-    'proxies.count', 'proxies.model.width', 'proxies.epochs', 'proxies.seed', 'features.dimension',
-    'features.projection', 'datamodel.damping', 'datamodel.gram', 'datamodel.mix', 'selection.examples',
-    'selection.epochs', 'selection.methods',
-  } <= set(varied)  # fmt: skip
+  proxies = {'proxies.count', 'proxies.model.width', 'proxies.epochs', 'proxies.seed'}
+  method = {'features.dimension', 'features.projection', 'datamodel.damping', 'datamodel.gram', 'datamodel.mix'}
+  assert proxies | method | {f'selection.{key}' for key in ('examples', 'epochs', 'methods')} <= set(varied)
   assert {'auto', 'full', 'joint'} == varied['datamodel.gram'] and {'mean', 'rank'} <= varied['datamodel.mix']
   assert ('dsdm_greedy',) in varied['selection.methods'] and ('dsdm_clusters',) in varied['selection.methods']
   budgets = {c.selection.examples * c.selection.epochs for c in map(study.get_config, study.ARMS)}
@@ -79,24 +77,23 @@ def test_the_study_varies_every_choice_of_the_method():
 
 @pytest.fixture(scope='module')
 def studied(tmp_path_factory):
-  """The folder of a study that was done in two goes."""
+  """The folder of a study that took two commands."""
   tmp_path = tmp_path_factory.mktemp('studied')
   done = _study(tmp_path, '--arms=base,nothing')
-  assert done.returncode == 2 and '--arms=nothing is no arm' in done.stderr
+  assert done.returncode == 2 and '--arms=nothing is not an arm' in done.stderr
   done = _study(tmp_path, '--arms=base,damped')
   assert done.returncode == 0, done.stderr[-3000:]
   arms = tmp_path / 'study' / 'arms'
   before = runs.fingerprint(arms)
-  done = _study(tmp_path)  # some of its stages are finished, and are not made again
+  done = _study(tmp_path)  # finished stages are not computed again
   assert done.returncode == 0, done.stderr[-3000:]
   after = runs.fingerprint(arms)
-  (tmp_path / 'said').write_text(done.stdout)
-  kept = {file for file in before if file.endswith('.npz')}
-  assert kept and {file: after[file] for file in kept} == {file: before[file] for file in kept}, 'resumed'
+  arrays = {file for file in before if file.endswith('.npz')}
+  assert arrays and {file: after[file] for file in arrays} == {file: before[file] for file in arrays}, 'resumed'
   return tmp_path / 'study'
 
 
-def test_what_is_alike_is_made_once(studied):
+def test_equal_stages_are_computed_once(studied):
   arms = studied / 'arms'
   for arm, own in (('damped', 'datamodel'), ('again_1', 'proxies')):
     for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
@@ -107,11 +104,9 @@ def test_what_is_alike_is_made_once(studied):
 def test_every_arm_is_compared(studied):
   found = json.loads((studied / 'study.json').read_text())
   pairs = {(c['method'], c['baseline']) for c in found['comparisons']}
-  assert pairs == {
-    ('dsdm', 'random'), ('dsdm/damped', 'random'), ('dsdm/again_1', 'random'), ('dsdm/again', 'random'),
-    ('dsdm/damped', 'dsdm'), ('dsdm/again_1', 'dsdm'),  # dsdm/again has a model of dsdm
-    ('dsdm_greedy/damped', 'random'), ('dsdm_greedy/damped', 'dsdm'),
-  }  # fmt: skip
+  compared = {'dsdm/damped', 'dsdm/again_1', 'dsdm_greedy/damped'}  # dsdm/again has a model of dsdm
+  against_random = {(method, 'random') for method in {*compared, 'dsdm', 'dsdm/again'}}
+  assert pairs == against_random | {(method, 'dsdm') for method in compared}
   conditional = {c['method']: c['conditional'] for c in found['comparisons'] if c['baseline'] == 'random'}
   assert conditional['dsdm'] and conditional['dsdm/again_1'] and not conditional['dsdm/again']
   means = {(r['method'], r['seed'], r['task'], r['split']): r['logprob'] for r in found['arms']}
@@ -122,12 +117,13 @@ def test_every_arm_is_compared(studied):
     assert len(list(csv.DictReader(file))) == 2 * (len(found['comparisons']) + len(pairs))
 
 
-def test_every_arm_is_read_off_the_ladder_of_base_and_bears_its_own_stages(studied):
+def test_every_arm_is_read_off_the_ladder_of_base_and_charged_with_its_own_stages(studied):
   found = json.loads((studied / 'study.json').read_text())['multiplier']
   rows = {row['method']: row for row in found['arms'] if (row['task'], row['split']) == ('docs', 'holdout')}
-  assert set(rows) == {
-    'dsdm', 'random', 'dsdm/damped', 'dsdm_greedy/damped', 'dsdm/again_1', 'dsdm/again'
-  } and found['uses'] == 2  # fmt: skip
+  assert (
+    set(rows) == {'dsdm', 'random', 'dsdm/damped', 'dsdm_greedy/damped', 'dsdm/again_1', 'dsdm/again'}
+    and found['uses'] == 2
+  )
   for name, arm in (('dsdm', 'base'), ('dsdm/damped', 'damped'), ('dsdm/again_1', 'again_1')):
     spent = [
       json.loads((studied / 'arms' / arm / stage / 'manifest.json').read_text())['cost']['flop']
@@ -135,7 +131,7 @@ def test_every_arm_is_read_off_the_ladder_of_base_and_bears_its_own_stages(studi
     ]
     assert rows[name]['flop_selection'] == pytest.approx(sum(spent)) and spent[0] > 0
   assert rows['random']['flop_selection'] == 0
-  # The table of the run itself says the same of its own arms, but for the rounding of values.
+  # The run's own table agrees for its arms, up to the rounding of values.
   own = json.loads((studied / 'arms/base/evaluation/multiplier.json').read_text())
   (alone,) = (r for r in own['arms'] if (r['method'], r['task'], r['split']) == ('dsdm', 'docs', 'holdout'))
   assert alone['value'] == pytest.approx(rows['dsdm']['value'], abs=1e-3)
@@ -145,37 +141,32 @@ def test_every_arm_is_read_off_the_ladder_of_base_and_bears_its_own_stages(studi
 def test_a_file_holds_the_values_to_a_thousandth(studied):
   found = arm_file.read(studied / 'finished/damped.json')
   with np.load(studied / 'arms/damped/evaluation/items.npz') as arrays:
-    kept = {key for key in arrays.files if key.rpartition('__')[2] in ('holdout', 'benchmark')}
-    assert set(found.items) == kept and kept
+    compared = {key for key in arrays.files if key.rpartition('__')[2] in ('holdout', 'benchmark')}
+    assert set(found.items) == compared and compared
     for key, values_RI in found.items.items():
       np.testing.assert_allclose(values_RI, arrays[key], atol=0.50001e-3)
-  told = json.loads((studied / 'arms/damped/evaluation/documents.json').read_text())
+  documents = json.loads((studied / 'arms/damped/evaluation/documents.json').read_text())
   for (task, split), numbers in found.documents.items():
-    names = told[f'{task}__{split}']
+    names = documents[f'{task}__{split}']
     assert len(numbers) == len(names)
     assert len(set(zip(numbers, names, strict=True))) == len(set(numbers)) == len(set(names)), 'one number a document'
 
 
-def test_arms_of_other_sittings_join_the_table(studied, tmp_path):
+def test_arms_from_elsewhere_join_the_table(studied, tmp_path):
   shutil.copytree(studied / 'finished', tmp_path / 'finished')
-  assert bench(['results', '--files', f'{tmp_path}/finished/*.json', '--out', str(tmp_path / 'out')]) == 0
+  assert main(['results', '--files', f'{tmp_path}/finished/*.json', '--out', str(tmp_path / 'out')]) == 0
   ours, theirs = ((folder / 'study.csv').read_text().splitlines() for folder in (tmp_path / 'out', studied))
-  assert sorted(ours) == sorted(theirs), 'whatever the order of the files'
+  assert sorted(ours) == sorted(theirs), 'independent of the order of the files'
   text = (tmp_path / 'out/tables.md').read_text()
   assert '| dsdm/damped for mix |' in text and '`datamodel.damping=1.0`' in text and 'pays from' in text
   for name in ('effect', 'multiplier'):
     assert (tmp_path / f'out/{name}.svg').read_text().count('<svg') == 1
-  # Another sitting that has nothing of the first but its files: the base arm's models are not trained again for it.
+  # Elsewhere, with only the arm files of the first study: the base arm's models are not trained again.
   (tmp_path / 'finished/damped.json').unlink()
   for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
     shutil.copytree(studied / 'arms/damped' / stage, tmp_path / 'study/arms/damped' / stage)
-  (tmp_path / 'arms.py').write_text((studied.parent / 'arms.py').read_text())
-  said = subprocess.run(
-    [sys.executable, '-m', 'dsdm_jax.bench', 'study', f'--config={tmp_path / "arms.py"}', f'--workdir={tmp_path}/study',
-     '--arms=damped', f'--also={tmp_path}/finished/*.json'],
-    cwd=ROOT, env=runs.environment(), capture_output=True, text=True, timeout=400, check=False,
-  )  # fmt: skip
-  assert said.returncode == 0, said.stderr[-3000:]
+  done = _study(tmp_path, '--arms=damped', f'--also={tmp_path}/finished/*.json', config=studied.parent / 'arms.py')
+  assert done.returncode == 0, done.stderr[-3000:]
   assert [path.name for path in (tmp_path / 'study/arms').iterdir()] == ['damped']
   joined = json.loads((tmp_path / 'study/study.json').read_text())
   assert {row['method'] for row in joined['arms']} >= {'dsdm', 'dsdm/damped', 'dsdm/again_1'}
@@ -187,24 +178,24 @@ def test_files_that_do_not_fit_are_refused(studied, tmp_path, capsys):
 
   def refused(**changes) -> str:
     (tmp_path / 'damped.json').write_text(json.dumps({**whole, **changes}))
-    assert bench(['results', '--files', f'{tmp_path}/*.json', '--out', str(tmp_path / 'out')]) == 2
-    said = capsys.readouterr().err
-    assert said.count('\n') == 1
-    return said
+    assert main(['results', '--files', f'{tmp_path}/*.json', '--out', str(tmp_path / 'out')]) == 2
+    message = capsys.readouterr().err
+    assert message.count('\n') == 1
+    return message
 
-  assert 'arm damped of the study was asked other questions than base: evaluation.max_items' in refused(
+  assert 'arm damped was evaluated on other items than base: evaluation.max_items differ' in refused(
     asked={**whole['asked'], 'evaluation.max_items': 13}
   )
   (file, *_) = (name for name in whole['asked'] if name.startswith('targets/'))
-  assert f'asked other questions than base: {file}' in refused(asked={**whole['asked'], file: '0' * 64})
-  assert 'is of format 2, and this version reads 1' in refused(format=2)
-  assert 'each name once' in refused(arm='base')
+  assert f'was evaluated on other items than base: {file} differ' in refused(asked={**whole['asked'], file: '0' * 64})
+  assert 'has format 2 and this version reads 1' in refused(format=2)
+  assert 'must have distinct names and include base' in refused(arm='base')
   bomb = base64.b64encode(zlib.compress(b'\0' * 2**24, 9)).decode()
   key = next(iter(whole['items']))
   for packed in ({'shape': [2, 3], 'data': bomb}, {'shape': [10**12], 'data': bomb}, {'shape': [2, 3], 'data': '!'}, 7):
-    assert 'is no finished arm of a study, or not whole' in refused(items={key: packed})
+    assert 'is not the file of a finished arm, or is damaged' in refused(items={key: packed})
   (tmp_path / 'damped.json').write_text((studied / 'finished/damped.json').read_text()[:-40])
-  with pytest.raises(UserError, match='is no finished arm of a study, or not whole'):
+  with pytest.raises(UserError, match='is not the file of a finished arm, or is damaged'):
     arm_file.read(tmp_path / 'damped.json')
-  assert bench(['results', '--files', f'{tmp_path}/none-*.json', '--out', str(tmp_path / 'out')]) == 2
+  assert main(['results', '--files', f'{tmp_path}/none-*.json', '--out', str(tmp_path / 'out')]) == 2
   assert 'matches no file' in capsys.readouterr().err

@@ -34,7 +34,7 @@ def test_train_prints_one_line_that_adds_up(capsys):
 
 
 @pytest.mark.slow
-def test_loop_tells_the_first_step_and_what_input_costs(capsys, tmp_path):
+def test_loop_measures_first_step_and_cost_of_input(capsys, tmp_path):
   flags = f'--config=tests/pipeline/tiny.py --repeats=1 --parts=2 --folder={tmp_path}'
   assert bench.main(['loop', *flags.split()]) == 0
   cold, warm, read = map(json.loads, capsys.readouterr().out.splitlines())
@@ -49,9 +49,9 @@ def test_loop_tells_the_first_step_and_what_input_costs(capsys, tmp_path):
 
 def test_loop_refuses_what_it_cannot_measure(capsys, tmp_path):
   assert bench.main(['loop', '--cases=inptu']) == 2
-  assert 'inptu is no case; cases are first_step, input' in capsys.readouterr().err
+  assert 'inptu is unknown; cases are first_step, input' in capsys.readouterr().err
   assert bench.main(['loop', f'--config={tmp_path / "no.py"}']) == 2
-  assert 'is no Python file' in capsys.readouterr().err
+  assert 'is not a file' in capsys.readouterr().err
 
 
 @pytest.mark.peers
@@ -74,8 +74,10 @@ def test_gpt2_beside_it_has_as_many_parameters(peers):
   shape = {'layers': 1, 'width': 16, 'heads': 2, 'vocab': VOCAB, 'length': LENGTH, 'batch': 2, 'threads': 1}
   optimizer = {'learning_rate': 1e-3, 'weight_decay': 0.1, 'adam_b1': 0.9, 'adam_b2': 0.95, 'adam_eps': 1e-8}
   given = {**shape, **optimizer, 'gradient_clip': 1.0, 'attention': 'eager'}
-  script = ROOT / 'dsdm_jax/bench/peer_gpt2.py'
-  done = subprocess.run([peers, script, json.dumps(given)], input='\n', capture_output=True, text=True, check=False)
+  script = ROOT / 'dsdm_jax/bench/peer_process.py'
+  done = subprocess.run(
+    [peers, script, 'gpt2_eager', json.dumps(given)], input='\n', capture_output=True, text=True, check=False
+  )
   assert done.returncode == 0, done.stderr[-2000:]
   params = make_trainer(model={'mlp_width': 64}).abstract.params
   assert json.loads(done.stdout)['parameters'] == sum(x.size for x in jax.tree.leaves(params))
@@ -83,4 +85,4 @@ def test_gpt2_beside_it_has_as_many_parameters(peers):
 
 def test_no_peer_of_that_name(capsys):
   assert bench.main(['peers', '--python=python3', '--peers=gpt3']) == 2
-  assert f'gpt3 is no peer; peers are {", ".join(peers_bench.PEERS)}' in capsys.readouterr().err
+  assert f'gpt3 is unknown; peers are {", ".join(peers_bench.PEERS)}' in capsys.readouterr().err

@@ -22,9 +22,17 @@ def collectives(grid: tuple[int, int], deep: bool, microbatches: int = 1) -> lis
   """(operation, shape of one result) of each collective of the compiled step."""
   config = base.get_config()
   config.mesh.data, config.mesh.model = grid
-  config.model.update({
-    'layers': LAYERS, 'width': WIDTH, 'heads': 8, 'kv_heads': 8, 'mlp_width': MLP, 'scan_layers': deep, 'remat': deep,
-  })  # fmt: skip
+  config.model.update(
+    {
+      'layers': LAYERS,
+      'width': WIDTH,
+      'heads': 8,
+      'kv_heads': 8,
+      'mlp_width': MLP,
+      'scan_layers': deep,
+      'remat': deep,
+    }
+  )
   config.pretraining.train.update({'batch_size': BATCH, 'microbatches': microbatches})
   trainer = Trainer(config.model, config.pretraining.train, VOCAB, LENGTH, make_mesh(config.mesh))
   tokens_BL = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)

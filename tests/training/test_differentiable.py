@@ -1,4 +1,4 @@
-"""Whole trainings as one function of row weights: the same as step by step, and differentiable."""
+"""Whole trainings as one function of row weights: equal to single steps, and differentiable."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,7 @@ import pytest
 
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm.outputs import margin
-from dsdm_jax.training.differentiable import ScannedTraining, TargetOutputs
-from dsdm_jax.training.metagradient import Metagradient
+from dsdm_jax.training.differentiable import Metagradient, ScannedTraining, TargetOutputs
 from tests.training.test_step import LENGTH, VOCAB, base, flat
 
 ROWS, TARGETS = 40, 6
@@ -36,7 +35,7 @@ def training(data) -> ScannedTraining:
   return make(data[0])
 
 
-def test_it_is_the_train_step_one_after_the_other(training, data):
+def test_scan_equals_single_train_steps(training, data):
   weight_MN = np.random.default_rng(1).integers(0, 2, (3, ROWS)).astype(np.float32)
   early, late = training.train('a', weight_MN, (0.5, 1.0))
   assert training.steps == 12
@@ -61,12 +60,12 @@ def test_each_epoch_holds_every_row_once_and_runs_differ(training):
 
 
 @pytest.mark.parametrize('epochs', [0.0, 0.17])
-def test_a_training_without_a_step_is_told(data, epochs):
+def test_training_without_a_step_is_refused(data, epochs):
   with pytest.raises(UserError, match=f'^{epochs:g} epochs of 40 rows are less than one batch of 8; raise the epochs'):
     make(data[0], epochs)
 
 
-def test_a_row_of_weight_zero_is_not_there(training, data):
+def test_row_of_weight_zero_has_no_effect(training, data):
   weight_MN = np.ones((1, ROWS), np.float32)
   weight_MN[0, 7] = 0
   other = data[0].copy()
@@ -76,7 +75,7 @@ def test_a_row_of_weight_zero_is_not_there(training, data):
     np.testing.assert_array_equal(value, flat(two.params)[path], err_msg=path)
 
 
-def test_metagradient_is_what_finite_differences_say(training, data):
+def test_metagradient_agrees_with_finite_differences(training, data):
   outputs = TargetOutputs(training, margin, *data[1:])
   member_KT = np.arange(TARGETS)[None] // 3 == np.arange(2)[:, None]
   meta = Metagradient(training, outputs, member_KT)

@@ -1,4 +1,4 @@
-"""The loop: a resumed run is the undisturbed run, and a diverging one stops."""
+"""The training loop: a resumed run equals an uninterrupted one, and a diverging one stops."""
 
 import json
 import os
@@ -21,8 +21,7 @@ from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.errors import Stopped, UserError
 from dsdm_jax.training import loop
-from dsdm_jax.training.held_out import HeldOut
-from dsdm_jax.training.meter import Meter
+from dsdm_jax.training.metrics import HeldOut, Meter
 from tests.conftest import ROOT
 from tests.training.test_step import BATCH, batches, flat, make_trainer
 
@@ -38,7 +37,7 @@ class Bar:
     self.done += steps
 
 
-class Stop(Exception):  # noqa: N818  what a kill is to the loop
+class Stop(Exception):  # noqa: N818  interrupts the loop like a kill
   pass
 
 
@@ -78,14 +77,15 @@ def trainer():
   return make_trainer(**KEYS)
 
 
-def train(folder: Path, trainer, batches_from, bar=None, first: bool = True, evaluate=None, kept=(), **keys):
-  where, bar = context(folder, first), bar or Bar()
-  return loop.train(where, trainer, 'model', key(), batches_from, STEPS, config(**keys), bar, evaluate, kept=kept)
+def train(folder: Path, trainer, batches_from, bar=None, first=True, log=None, evaluate=None, keep_steps=(), **keys):
+  where = context(folder, first) if log is None else Context(None, folder, {}, log, Cost(folder))
+  run = loop.Run('model', key(), batches_from, STEPS, evaluate, keep_steps)
+  return loop.train(where, trainer, run, config(**keys), bar or Bar())
 
 
 @pytest.fixture(scope='module')
-def undisturbed(trainer, tmp_path_factory) -> Path:
-  folder = tmp_path_factory.mktemp('undisturbed')
+def uninterrupted(trainer, tmp_path_factory) -> Path:
+  folder = tmp_path_factory.mktemp('uninterrupted')
   train(folder, trainer, stream())
   return folder
 
@@ -99,32 +99,32 @@ def assert_same(found: Path, wanted: Path, trainer) -> None:
 
 
 @pytest.mark.parametrize('at', range(STEPS))
-def test_stopped_run_goes_on_as_the_undisturbed_one(trainer, undisturbed, tmp_path, at):
+def test_stopped_run_resumes_as_the_uninterrupted_one(trainer, uninterrupted, tmp_path, at):
   with pytest.raises(Stop):
     train(tmp_path, trainer, stream(stop_before=at))
   assert not (tmp_path / 'model.jsonl').exists()
   asked: list[int] = []
   bar = Bar()
   train(tmp_path, trainer, stream(asked), bar)
-  assert asked == [at // 2 * 2], 'it goes on from the newest checkpoint'
+  assert asked == [at // 2 * 2], 'resumes from the newest checkpoint'
   assert bar.done == STEPS
-  assert_same(tmp_path, undisturbed, trainer)
+  assert_same(tmp_path, uninterrupted, trainer)
 
 
-def test_finished_run_is_found_finished(trainer, undisturbed):
-  before = (undisturbed / 'model.jsonl').stat().st_mtime_ns
+def test_finished_run_is_not_trained_again(trainer, uninterrupted):
+  before = (uninterrupted / 'model.jsonl').stat().st_mtime_ns
   asked: list[int] = []
   bar = Bar()
-  history = train(undisturbed, trainer, stream(asked), bar)
+  history = train(uninterrupted, trainer, stream(asked), bar)
   assert asked == []
   assert bar.done == STEPS
   assert [line['step'] for line in history] == list(range(1, STEPS + 1))
-  assert (undisturbed / 'model.jsonl').stat().st_mtime_ns == before
+  assert (uninterrupted / 'model.jsonl').stat().st_mtime_ns == before
 
 
-def test_state_on_disk_is_the_last_one(trainer, undisturbed):
-  """The checkpoint is of the last step, not of the one before it, whatever save_every_steps says."""
-  state = loop.load_state(undisturbed / 'model', trainer)
+def test_state_on_disk_is_the_last_one(trainer, uninterrupted):
+  """The checkpoint is of the last step, not of the one before it, independent of save_every_steps."""
+  state = loop.load_state(uninterrupted / 'model', trainer)
   once_more = trainer.init(jax.random.key(1))
   for batch in stream()(0):
     pair = jax.device_put((batch['tokens_BL'], batch['weight_B']), trainer.batch_sharding)
@@ -135,13 +135,13 @@ def test_state_on_disk_is_the_last_one(trainer, undisturbed):
 
 
 @pytest.mark.parametrize('at', [1, 2, 4])
-def test_kept_steps_stay_and_are_of_the_undisturbed_run(trainer, undisturbed, tmp_path, at):
-  kept = (1, 3)
+def test_keep_steps_are_those_of_the_uninterrupted_run(trainer, uninterrupted, tmp_path, at):
+  keep_steps = (1, 3)
   with pytest.raises(Stop):
-    train(tmp_path, trainer, stream(stop_before=at), kept=kept)
-  train(tmp_path, trainer, stream(), kept=kept)
-  assert_same(tmp_path, undisturbed, trainer)
-  assert steps_kept(tmp_path) == [1, 3, STEPS]
+    train(tmp_path, trainer, stream(stop_before=at), keep_steps=keep_steps)
+  train(tmp_path, trainer, stream(), keep_steps=keep_steps)
+  assert_same(tmp_path, uninterrupted, trainer)
+  assert saved_steps(tmp_path) == [1, 3, STEPS]
   state = trainer.init(key())
   for batch in list(stream()(0))[:3]:
     pair = jax.device_put((batch['tokens_BL'], batch['weight_B']), trainer.batch_sharding)
@@ -170,7 +170,7 @@ def test_divergence_names_metric_step_and_run(trainer, tmp_path):
   assert not (tmp_path / 'model.jsonl').exists()
 
 
-def test_diverged_state_is_never_what_a_restart_begins_with(trainer, tmp_path):
+def test_run_never_resumes_from_a_diverged_state(trainer, tmp_path):
   """Logged every step, a step that diverged is never saved: what is on disk is finite."""
   data = stream()
 
@@ -184,7 +184,7 @@ def test_diverged_state_is_never_what_a_restart_begins_with(trainer, tmp_path):
   assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state))
 
 
-def test_checkpoint_of_another_model_is_refused_in_one_line(undisturbed):
+def test_checkpoint_of_another_model_is_refused_in_one_line(uninterrupted):
   """In a process of its own: Orbax drops reads beside the one that failed, and Python warns of them late."""
   code = (
     'import sys; from pathlib import Path; from tests.training.test_step import make_trainer;'
@@ -193,26 +193,26 @@ def test_checkpoint_of_another_model_is_refused_in_one_line(undisturbed):
     'except UserError as error: print(error)'
   )
   done = subprocess.run(
-    [sys.executable, '-c', code, str(undisturbed / 'model')], cwd=ROOT, capture_output=True, text=True, check=True
+    [sys.executable, '-c', code, str(uninterrupted / 'model')], cwd=ROOT, capture_output=True, text=True, check=True
   )
   assert done.stdout.count('\n') == 1
-  assert f'no checkpoint in {undisturbed / "model"} can be restored into this model' in done.stdout
+  assert f'no checkpoint in {uninterrupted / "model"} can be restored into this model' in done.stdout
 
 
-def test_no_checkpoint_is_told(trainer, tmp_path):
+def test_missing_checkpoint_is_reported(trainer, tmp_path):
   (tmp_path / 'model').mkdir()
-  with pytest.raises(UserError, match='holds no checkpoint'):
+  with pytest.raises(UserError, match='contains no checkpoint'):
     loop.load_state(tmp_path / 'model', trainer)
 
 
-def test_history_has_what_curves_need(undisturbed):
-  lines = [json.loads(line) for line in (undisturbed / 'model.jsonl').read_text().splitlines()]
+def test_history_has_what_curves_need(uninterrupted):
+  lines = [json.loads(line) for line in (uninterrupted / 'model.jsonl').read_text().splitlines()]
   assert all(line.keys() == {'step', 'tokens', 'loss', 'gradient_norm', 'learning_rate'} for line in lines)
   assert [line['tokens'] for line in lines] == [BATCH * 12 * (i + 1) for i in range(STEPS)]
 
 
 @pytest.mark.parametrize('at', [4, STEPS])
-def test_sigterm_saves_and_the_run_goes_on_as_the_undisturbed_one(trainer, undisturbed, tmp_path, at):
+def test_sigterm_saves_and_the_run_resumes_as_the_uninterrupted_one(trainer, uninterrupted, tmp_path, at):
   data = stream()
 
   def terminated(start: int):
@@ -227,38 +227,38 @@ def test_sigterm_saves_and_the_run_goes_on_as_the_undisturbed_one(trainer, undis
     train(tmp_path, trainer, terminated, **keys)
   assert caught.value.exit_code == 143
   assert signal.getsignal(signal.SIGTERM) == before
-  assert steps_kept(tmp_path) == [at]
+  assert saved_steps(tmp_path) == [at]
   asked: list[int] = []
   train(tmp_path, trainer, stream(asked), **keys)
   assert asked == ([4] if at == 4 else []), 'a run that was stopped in its last step is finished'
-  assert_same(tmp_path, undisturbed, trainer)
+  assert_same(tmp_path, uninterrupted, trainer)
 
 
-def steps_kept(folder: Path) -> list[int]:
+def saved_steps(folder: Path) -> list[int]:
   return sorted(int(path.name) for path in (folder / 'model').iterdir() if path.name.isdecimal())
 
 
 def test_checkpoints_are_kept_by_step(trainer, tmp_path):
   train(tmp_path, trainer, stream(), save_every_steps=1, keep_checkpoints=2, keep_every_steps=3)
-  assert steps_kept(tmp_path) == [3, 5, 6]
+  assert saved_steps(tmp_path) == [3, 5, 6]
 
 
 def test_checkpoints_are_saved_and_kept_by_time(trainer, tmp_path, monkeypatch):
   train(tmp_path / 'now', trainer, stream(), save_every_steps=0, save_every_minutes=1e-9, keep_checkpoints=9)
-  assert steps_kept(tmp_path / 'now') == [1, 2, 3, 4, 5, 6]
+  assert saved_steps(tmp_path / 'now') == [1, 2, 3, 4, 5, 6]
   train(tmp_path / 'later', trainer, stream(), save_every_steps=0, save_every_minutes=60.0)
-  assert steps_kept(tmp_path / 'later') == [6]
-  # Kept of a span of time is its first.
+  assert saved_steps(tmp_path / 'later') == [6]
+  # The first checkpoint of a span of time is kept.
   train(tmp_path / 'kept', trainer, stream(), save_every_steps=1, keep_every_hours=1.0)
-  assert steps_kept(tmp_path / 'kept') == [1, 6]
+  assert saved_steps(tmp_path / 'kept') == [1, 6]
 
 
-def test_run_goes_on_on_another_mesh(trainer, undisturbed, tmp_path):
+def test_run_resumes_on_another_mesh(trainer, uninterrupted, tmp_path):
   with pytest.raises(Stop):
     train(tmp_path, trainer, stream(stop_before=4))
   many = make_trainer(8, **KEYS)
   history = train(tmp_path, many, stream())
-  wanted = loop.read_history(undisturbed / 'model.jsonl')
+  wanted = loop.read_history(uninterrupted / 'model.jsonl')
   assert history[:4] == wanted[:4]
   for line, expected in zip(history[4:], wanted[4:], strict=True):
     assert line['loss'] == pytest.approx(expected['loss'], rel=2e-5)  # as in test_step: sums in another order
@@ -273,7 +273,7 @@ def tear(checkpoint: Path, damage: str = 'cut') -> None:
   assert files
   for file in files:
     data = bytearray(file.read_bytes())
-    if damage == 'no checksums':  # one of before they were noted: Orbax finds by itself what is cut
+    if damage == 'no checksums':  # Orbax itself notices a truncated file
       (checkpoint / 'checksums.json').unlink(missing_ok=True)
       shutil.rmtree(checkpoint / 'shapes', ignore_errors=True)
     if damage == 'flipped':
@@ -288,31 +288,30 @@ torn = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarni
 
 @torn
 @pytest.mark.parametrize('damage', ['cut', 'missing', 'flipped', 'no checksums'])
-def test_torn_checkpoint_falls_back_to_the_one_before_it(trainer, undisturbed, tmp_path, damage):
+def test_torn_checkpoint_falls_back_to_the_one_before_it(trainer, uninterrupted, tmp_path, damage):
   with pytest.raises(Stop):
     train(tmp_path, trainer, stream(stop_before=4), keep_checkpoints=2)
-  assert steps_kept(tmp_path) == [2, 4]
+  assert saved_steps(tmp_path) == [2, 4]
   tear(tmp_path / 'model/4', damage)
   asked: list[int] = []
   train(tmp_path, trainer, stream(asked), keep_checkpoints=2)
   assert asked == [2]
-  assert_same(tmp_path, undisturbed, trainer)
+  assert_same(tmp_path, uninterrupted, trainer)
 
 
 @torn
 @pytest.mark.parametrize('damage', ['cut', 'missing'])
-def test_torn_last_checkpoint_is_made_anew(trainer, undisturbed, tmp_path, damage):
+def test_torn_last_checkpoint_is_saved_again(trainer, uninterrupted, tmp_path, damage):
   train(tmp_path, trainer, stream(), keep_checkpoints=2)
-  (tmp_path / 'model.jsonl').unlink()  # as where the machine fails just before it is written
+  (tmp_path / 'model.jsonl').unlink()  # as if the machine failed just before it is written
   tear(tmp_path / 'model/6', damage)
-  log = Told(tmp_path)
-  where = Context(None, tmp_path, {}, log, Cost(tmp_path))
+  log = RecordedLog(tmp_path)
   asked: list[int] = []
-  loop.train(where, trainer, 'model', key(), stream(asked), STEPS, config(keep_checkpoints=2), Bar())
-  assert log.said == ['the checkpoint of step 6 of model is torn: it goes on from step 4']
+  train(tmp_path, trainer, stream(asked), log=log, keep_checkpoints=2)
+  assert log.messages == ['the checkpoint of step 6 of model is torn; resuming from step 4']
   assert asked == [4]
-  assert steps_kept(tmp_path) == [4, 6]
-  assert_same(tmp_path, undisturbed, trainer)
+  assert saved_steps(tmp_path) == [4, 6]
+  assert_same(tmp_path, uninterrupted, trainer)
 
 
 @torn
@@ -322,11 +321,11 @@ def test_finished_run_whose_last_checkpoint_is_torn_is_not_read_at_an_earlier_st
   with pytest.raises(UserError, match=r'the checkpoint of step 6 in .*/model is torn, and step 4 before it') as caught:
     loop.load_state(tmp_path / 'model', trainer)
   assert '\n' not in str(caught.value)
-  assert steps_kept(tmp_path) == [4, 6], 'reading removes nothing'
+  assert saved_steps(tmp_path) == [4, 6], 'reading removes nothing'
 
 
 @pytest.mark.parametrize('damage', ['cut', 'missing', 'flipped'])
-def test_damage_is_named_and_nothing_else_is_said(tmp_path, damage):
+def test_damage_is_reported_and_nothing_else(tmp_path, damage):
   code = (
     'import sys; from pathlib import Path; import jax.numpy as jnp, numpy as np\n'
     'from dsdm_jax.core.checkpoints import Checkpoints\n'
@@ -347,12 +346,12 @@ def test_damage_is_named_and_nothing_else_is_said(tmp_path, damage):
   assert 'Event loop' not in done.stderr and 'Exception in' not in done.stderr
 
 
-def test_step_that_would_not_be_saved_is_told(trainer, undisturbed):
-  with Checkpoints(undisturbed / 'model') as checkpoints, pytest.raises(RuntimeError, match='step 5 is not saved'):
+def test_step_that_would_not_be_saved_raises(trainer, uninterrupted):
+  with Checkpoints(uninterrupted / 'model') as checkpoints, pytest.raises(RuntimeError, match='step 5 is not saved'):
     checkpoints.save(5, trainer.init(key()), {})
 
 
-def test_evaluation_is_told_in_its_steps_and_does_not_change_the_run(trainer, undisturbed, tmp_path):
+def test_evaluation_is_logged_in_its_steps_and_does_not_change_the_run(trainer, uninterrupted, tmp_path):
   rows_BL = batches(1, seed=9)[0]
   held_out = HeldOut(trainer, np.concatenate([rows_BL, rows_BL]), BATCH)
   history = train(tmp_path, trainer, stream(), evaluate=held_out, evaluate_every_steps=3)
@@ -363,26 +362,26 @@ def test_evaluation_is_told_in_its_steps_and_does_not_change_the_run(trainer, un
   wanted = (np.log(np.exp(logits_BLV).sum(-1)) - right_BL).mean()
   assert history[-1]['held_out_loss'] == pytest.approx(wanted, rel=1e-5)
   plain = [{k: v for k, v in line.items() if k != 'held_out_loss'} for line in history]
-  assert plain == loop.read_history(undisturbed / 'model.jsonl')
+  assert plain == loop.read_history(uninterrupted / 'model.jsonl')
 
 
-class Told(Log):
-  """A log that keeps what it is told."""
+class RecordedLog(Log):
+  """A log that records its messages."""
 
   def __init__(self, folder: Path):
     super().__init__(folder, 'test')
-    self.said: list[str] = []
+    self.messages: list[str] = []
 
   def say(self, text: str) -> None:
-    self.said.append(text)
+    self.messages.append(text)
 
   def scalars(self, *args, **kwargs) -> None:
     pass
 
 
 @pytest.mark.parametrize('slow', [True, False])
-def test_run_that_waits_for_its_data_is_told_so_early(trainer, tmp_path, slow):
-  log = Told(tmp_path)
+def test_run_that_waits_for_its_data_is_reported_early(trainer, tmp_path, slow):
+  log = RecordedLog(tmp_path)
   meter = Meter(Context(None, tmp_path, {}, log, Cost(tmp_path)), 'model', profile_steps=0)
   meter.tokens_per_step, meter.flop_per_step = 10, 1e3
 
@@ -399,9 +398,9 @@ def test_run_that_waits_for_its_data_is_told_so_early(trainer, tmp_path, slow):
     if not slow:
       time.sleep(0.002)  # the step
     meter.stepped(metrics)
-  assert len(log.said) == slow, log.said
+  assert len(log.messages) == slow, log.messages
   if slow:
-    assert 'model waits for its data' in log.said[0]
+    assert 'model waits for its data' in log.messages[0]
     assert meter.speed()['input_share'] > 0.5
   speed = meter.speed()
   assert 0 < speed['tokens_per_second'] < 21 * 10 / (21 * (0.01 if slow else 0.002))
@@ -409,11 +408,10 @@ def test_run_that_waits_for_its_data_is_told_so_early(trainer, tmp_path, slow):
 
 
 def test_profile_on_request(trainer, tmp_path):
-  log = Told(tmp_path)
-  where = Context(None, tmp_path, {}, log, Cost(tmp_path))
-  loop.train(where, trainer, 'model', key(), stream(), STEPS, config(profile_steps=2), Bar())
+  log = RecordedLog(tmp_path)
+  train(tmp_path, trainer, stream(), log=log, profile_steps=2)
   assert list((tmp_path / 'tensorboard/model').rglob('*.xplane.pb'))
-  assert 'tensorboard --logdir' in log.said[0]
+  assert 'tensorboard --logdir' in log.messages[0]
 
 
 def test_peak_is_known_for_accelerators_alone():

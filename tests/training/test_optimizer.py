@@ -32,16 +32,20 @@ def moved(transformation: optax.GradientTransformation, rate: float, sign: float
 @pytest.mark.parametrize(
   ('keys', 'wanted'),
   [
-    ({'optimizer': 'lion', 'optimizer_arguments': 'b1=0.8'},
-     lambda rate: optax.lion(rate, b1=0.8, weight_decay=0.1, mask=optimizer.decay_mask)),
-    ({'optimizer': 'sgd', 'optimizer_arguments': 'momentum=0.9, nesterov=True', 'weight_decay': 0.0},
-     lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True)),
+    (
+      {'optimizer': 'lion', 'optimizer_arguments': 'b1=0.8'},
+      lambda rate: optax.lion(rate, b1=0.8, weight_decay=0.1, mask=optimizer.decay_mask),
+    ),
+    (
+      {'optimizer': 'sgd', 'optimizer_arguments': 'momentum=0.9, nesterov=True', 'weight_decay': 0.0},
+      lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True),
+    ),
     ({'optimizer': 'contrib.muon', 'weight_decay': 0.0}, lambda rate: optax.contrib.muon(rate)),
     ({'optimizer': 'optax:adam', 'weight_decay': 0.0}, lambda rate: optax.adam(rate)),
     ({}, lambda rate: optax.adamw(rate, b2=0.95, weight_decay=0.1, mask=optimizer.decay_mask)),
   ],
   ids=['lion', 'sgd', 'muon', 'by module', 'adamw'],
-)  # fmt: skip
+)
 def test_named_optimizer_is_that_of_optax(keys, wanted):
   found = moved(optimizer.make(config(**keys)), 0.01, -1.0)
   expected = moved(wanted(0.01), 1.0, 1.0)
@@ -49,7 +53,7 @@ def test_named_optimizer_is_that_of_optax(keys, wanted):
     np.testing.assert_allclose(a, b, rtol=1e-5)  # ten roundings of float32 or so
 
 
-def test_optimizer_without_decay_of_its_own_gets_ours_on_matrices():
+def test_optimizer_without_weight_decay_gets_it_on_matrices():
   a, b = (moved(optimizer.make(config(optimizer='sgd', weight_decay=w)), 0.01, -1.0, 1)['a'] for w in (0.5, 0.0))
   np.testing.assert_allclose(b['kernel'] - a['kernel'], 0.01 * 0.5 * PARAMS['a']['kernel'], atol=1e-7)
   np.testing.assert_array_equal(a['bias'], b['bias'])
@@ -62,14 +66,14 @@ def test_optimizer_without_decay_of_its_own_gets_ours_on_matrices():
     ({'optimizer': 'sgd', 'optimizer_arguments': 'momentun=0.9'}, 'it takes learning_rate, momentum'),
   ],
 )
-def test_unknown_optimizer_or_argument_is_told_in_a_line(keys, words):
+def test_unknown_optimizer_or_argument_is_reported_in_one_line(keys, words):
   with pytest.raises(UserError, match=words) as caught:
     optimizer.make(config(**keys))
   assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize(('halved', 'other'), [('mu', 'nu'), ('nu', 'mu')])
-def test_moments_are_kept_in_the_dtype_asked_for(halved, other):
+def test_moments_are_stored_in_the_requested_dtype(halved, other):
   keys = {f'{halved}_dtype': 'bfloat16', 'adam_eps': 1e-3}
   halves, whole = optimizer.make(config(**keys)), optimizer.make(config(adam_eps=1e-3))
   state = halves.init(PARAMS)
@@ -148,5 +152,5 @@ def test_z_loss_is_the_mean_squared_logsumexp_and_pulls_it_down():
   z_BL = np.log(np.exp(logits_BLV[:, : LENGTH - 1]).sum(-1))
   assert line['z_loss'] == pytest.approx((z_BL**2).mean(), rel=1e-5)
   _, (plain,) = run_steps(make_trainer(), tokens)
-  assert line['loss'] == pytest.approx(plain['loss'], rel=1e-6)  # told without it
+  assert line['loss'] == pytest.approx(plain['loss'], rel=1e-6)  # logged without it
   assert line['gradient_norm'] > 1.01 * plain['gradient_norm']

@@ -11,7 +11,7 @@ from dsdm_jax.core import mesh
 from dsdm_jax.errors import UserError
 from dsdm_jax.training import optimizer
 from dsdm_jax.training.step import Trainer
-from dsdm_jax.training.vmapped import Together
+from dsdm_jax.training.vmapped import VmappedTrainer
 
 VOCAB, LENGTH, BATCH = 48, 12, 8
 
@@ -30,9 +30,7 @@ def batches(count: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def flat(tree) -> dict[str, np.ndarray]:
-  return {
-    '/'.join(map(str, path)): np.asarray(v[...]) for path, v in nnx.to_flat_state(tree)
-  }  # fmt: skip
+  return {'/'.join(map(str, path)): np.asarray(v[...]) for path, v in nnx.to_flat_state(tree)}
 
 
 def run_steps(trainer: Trainer, tokens, weights=None, steps: int = 6):
@@ -47,12 +45,12 @@ def run_steps(trainer: Trainer, tokens, weights=None, steps: int = 6):
 
 
 @pytest.mark.parametrize(('devices', 'models'), [(1, 1), (8, 1), (1, 3), (8, 3)])
-def test_the_step_whose_flop_are_counted_is_not_traced_again(devices, models, monkeypatch):
+def test_counting_flop_does_not_trace_the_step_again(devices, models, monkeypatch):
   traced = []
   apply = Trainer.apply
   monkeypatch.setattr(Trainer, 'apply', lambda self, *given: traced.append(given) or apply(self, *given))
   one = make_trainer(devices)
-  trainer = one if models == 1 else Together(one, models)
+  trainer = one if models == 1 else VmappedTrainer(one, models)
   flop = trainer.flop_per_step
   assert trainer.flop_per_step == flop > 0
   state = one.init(jax.random.key(3)) if models == 1 else trainer.init([jax.random.key(i) for i in range(models)])
@@ -80,10 +78,12 @@ def oracle(trainer: Trainer, tokens, weights, steps: int, c) -> tuple[dict[str, 
   mu, nu = ({k: np.zeros_like(v) for k, v in params.items()} for _ in range(2))
   seen = []
   for t, (tokens_BL, weight_B) in enumerate(zip(tokens, weights, strict=True)):
-    at = nnx.from_flat_state([
-      (path, v.replace(jnp.asarray(params['/'.join(map(str, path))], jnp.float32)))
-      for path, v in nnx.to_flat_state(shape)
-    ])  # fmt: skip
+    at = nnx.from_flat_state(
+      [
+        (path, v.replace(jnp.asarray(params['/'.join(map(str, path))], jnp.float32)))
+        for path, v in nnx.to_flat_state(shape)
+      ]
+    )
     loss, g = 0.0, {k: np.zeros_like(v) for k, v in params.items()}
     for tokens_L, weight in zip(tokens_BL, weight_B, strict=True):
       value, row = gradient(at, tokens_L)
@@ -129,7 +129,7 @@ def test_steps_are_adamw_with_schedule_and_clip(clip):
     np.testing.assert_allclose(found[k], wanted[k], atol=4e-6, err_msg=k)
 
 
-def test_row_of_weight_zero_is_left_out_and_the_others_weigh_as_before():
+def test_row_of_weight_zero_is_left_out_and_others_keep_their_weight():
   trainer = make_trainer()
   (tokens_BL,) = batches(1)
   weight_B = np.ones(BATCH, np.float32)
@@ -140,7 +140,7 @@ def test_row_of_weight_zero_is_left_out_and_the_others_weigh_as_before():
   b, second = run_steps(trainer, [other_BL], [weight_B])
   assert first == second
   for k in a:
-    np.testing.assert_array_equal(a[k], b[k])  # what the row says does not matter
+    np.testing.assert_array_equal(a[k], b[k])  # the row's tokens do not matter
   losses = []
   for row in range(BATCH):
     only_B = np.zeros(BATCH, np.float32)
@@ -181,7 +181,7 @@ def test_eight_devices_train_as_one(grid):
     assert x['gradient_norm'] == pytest.approx(y['gradient_norm'], rel=2e-4)
 
 
-def test_parameters_are_laid_out_from_the_first_byte():
+def test_parameters_are_initialised_sharded():
   trainer = make_trainer(8)
   state = trainer.init(jax.random.key(0))
   for array, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.shardings), strict=True):
@@ -208,7 +208,7 @@ def test_schedule_reaches_its_peak_and_its_floor(steps):
     assert rate[-1] == pytest.approx(config.learning_rate * config.final_learning_rate, rel=0.02)
 
 
-def test_sequence_longer_than_the_positions_is_told():
+def test_sequence_longer_than_the_positions_is_refused():
   trainer = make_trainer()
   params, rest = (jax.eval_shape(lambda: trainer.init(jax.random.key(0)))[i] for i in (1, 2))
   with pytest.raises(UserError, match=r'sequences of 13 tokens are longer than the 12 positions of the model; cut'):

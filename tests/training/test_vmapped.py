@@ -1,4 +1,4 @@
-"""Models trained at once are those trained one by one, and an interrupted group goes on."""
+"""Models trained at once equal those trained one by one, and an interrupted group resumes."""
 
 import jax
 import numpy as np
@@ -28,24 +28,16 @@ def test_three_at_once_are_the_three_one_by_one(trainer, tmp_path):
   with pytest.raises(Stop):
     train(tmp_path / 'many', trainer, bar, stop_before=3)
   assert not list((tmp_path / 'many').glob('*.jsonl'))
-  with Checkpoints(tmp_path / 'many/a') as checkpoints:  # left by a kill while states were written one by one, and torn
+  with Checkpoints(tmp_path / 'many/a') as checkpoints:  # left by a kill while states are written one by one
     checkpoints.save(STEPS, trainer.init(jax.random.key(9)), {'history': []})
   bar = Bar()
   train(tmp_path / 'many', trainer, bar)
   assert bar.done == 3 * STEPS
-  assert sorted(p.name for p in (tmp_path / 'many').iterdir()) == [
-    'a',
-    'a.jsonl',
-    'b',
-    'b.jsonl',
-    'c',
-    'c.jsonl',
-    'cost.json',
-  ]
+  files = 'a a.jsonl b b.jsonl c c.jsonl cost.json'.split()
+  assert sorted(p.name for p in (tmp_path / 'many').iterdir()) == files
   for i, name in enumerate(NAMES):
-    wanted = loop.train(
-      context(tmp_path / 'one'), trainer, name, jax.random.key(i), stream(seed=i), STEPS, config(adam_eps=1e-3), Bar()
-    )
+    run = loop.Run(name, jax.random.key(i), stream(seed=i), STEPS)
+    wanted = loop.train(context(tmp_path / 'one'), trainer, run, config(adam_eps=1e-3), Bar())
     found = loop.read_history(tmp_path / 'many' / f'{name}.jsonl')
     for line, expected in zip(found, wanted, strict=True):
       assert line == pytest.approx(expected, rel=2e-5)

@@ -22,7 +22,7 @@ from tests.training.test_step import BATCH, make_trainer
 
 def main() -> None:
   address, process, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-  sent, after = signal.Signals[sys.argv[4]], int(sys.argv[5])
+  signal_sent, after = signal.Signals[sys.argv[4]], int(sys.argv[5])
   config = base.get_config()
   wanted = {'coordinator': address, 'processes': 2, 'process': process, 'heartbeat_seconds': 10}
   config.distributed.update(wanted)
@@ -34,7 +34,7 @@ def main() -> None:
       def batches(start: int):
         for step, batch in enumerate(test_loop.stream()(start), start):
           if step == after and process == 1:
-            os.kill(os.getpid(), sent)
+            os.kill(os.getpid(), signal_sent)
           yield {name: x[mine] for name, x in batch.items()}
 
       trainer = make_trainer(2, **test_loop.KEYS)

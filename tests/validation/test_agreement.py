@@ -1,4 +1,4 @@
-"""The linear datamodeling score by hand and by SciPy, its interval, and the ceiling that seeds allow."""
+"""The linear datamodeling score by hand and with SciPy, its interval, and the ceiling from seeds."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def resamples(size: int, documents, count: int = 200) -> Resamples:
   return Resamples(0, size, documents, count, 0.95)
 
 
-def test_it_is_spearmans_correlation_averaged_over_targets():
+def test_lds_is_spearmans_correlation_averaged_over_targets():
   rng = np.random.default_rng(0)
   truth_ST = rng.standard_normal((30, 4))
   predicted_ST = truth_ST + rng.standard_normal((30, 4))
@@ -25,17 +25,17 @@ def test_it_is_spearmans_correlation_averaged_over_targets():
 
 
 @pytest.mark.parametrize(('predicted', 'wanted'), [(lambda x: 3 * x, 1.0), (lambda x: -(x**3), -1.0)])
-def test_any_rising_prediction_is_perfect(predicted, wanted):
+def test_any_monotone_prediction_is_perfect(predicted, wanted):
   truth_ST = np.random.default_rng(1).standard_normal((20, 3))
   assert agreement.lds(predicted(truth_ST), truth_ST, resamples(20, list('abc'))).lds == pytest.approx(wanted)
 
 
-def test_a_constant_prediction_says_nothing():
+def test_constant_prediction_has_no_correlation():
   truth_ST = np.random.default_rng(1).standard_normal((20, 3))
   assert agreement.lds(np.ones((20, 3)), truth_ST, resamples(20, list('abc'))) == agreement.Agreement(0.0, 0.0, 0.0)
 
 
-def test_intervals_hold_the_truth():
+def test_intervals_cover_the_truth():
   """Bivariate normal of known rank correlation; one target, so that subsets alone vary."""
   rho, inside, trials = 0.6, 0, 200
   rank_rho = 6 / np.pi * np.arcsin(rho / 2)
@@ -86,7 +86,7 @@ def test_families_of_subsets():
   assert score_N[~highest].min() > score_N[highest].max()
   assert sorted(sizes[found.of('drops')]) == [180, 180, 180, 200]
   shares = [[found.weight_SN[s][source_N == k].mean() for k in range(3)] for s in found.of('stratified')]
-  assert np.ptp(shares, axis=1).min() > 0.1, 'sources are in to different shares'
+  assert np.ptp(shares, axis=1).min() > 0.1, 'shares of sources differ'
 
 
 def test_table_puts_the_truth_first():
@@ -104,24 +104,28 @@ def test_table_puts_the_truth_first():
   assert [line.split('|')[1].strip() for line in lines[2:]][-2:] == ['noise', '*highest that seeds allow*']
 
 
-def test_tables_are_made_from_the_numbers_alone(tmp_path, capsys):
+def test_tables_need_only_the_json_files(tmp_path, capsys):
   record = {'setting': 'plain', 'predictor': 'BM25', 'family': 'halves', 'lds': 0.125, 'low': -0.1, 'high': 0.3}
   records = [record | {'ceiling': 0.5}, record | {'predictor': 'reference', 'lds': 0.2, 'ceiling': 0.5}]
   by_task = [record | {'ceiling': None}]
   storage.write_json(tmp_path / 'lds.json', {'by_example': records, 'by_task': by_task})
   assert table.main([str(tmp_path)]) == 2
-  assert 'does not hold a validation' in capsys.readouterr().err
+  assert 'has no results of a validation' in capsys.readouterr().err
   runs = {name: [{'loss': [1.0, 2.0, 3.5], 'ordered': True}] for name in ('docs', 'api_qa')}
   text = table.page(records, by_task, runs)
   storage.write_json(tmp_path / 'monotone.json', runs)
   assert table.main([str(tmp_path)]) == 0
   found = capsys.readouterr().out
-  assert found == text, 'whatever order the tasks had'
+  assert found == text, 'independent of the order of the tasks'
   lines = found.splitlines()
   assert [line for line in lines if line.startswith('###')] == [
-    '### plain, each target example', '### plain, mean of each task', '### Loss after training on one decile of scores'
-  ]  # fmt: skip
+    '### plain, each target example',
+    '### plain, mean of each task',
+    '### Loss after training on one decile of scores',
+  ]
   assert lines[4:7] == [
-    '| reference | 0.20 [-0.10, 0.30] |', '| BM25 | 0.12 [-0.10, 0.30] |', '| *highest that seeds allow* | 0.50 |'
-  ]  # fmt: skip
+    '| reference | 0.20 [-0.10, 0.30] |',
+    '| BM25 | 0.12 [-0.10, 0.30] |',
+    '| *highest that seeds allow* | 0.50 |',
+  ]
   assert lines[-1] == '| docs | 0 | 1.000 | 2.000 | 3.500 | yes |'

@@ -7,7 +7,7 @@ import scipy.sparse
 from dsdm_jax.validation import cheap
 
 
-def test_counts_leave_padding_out_and_pairs_that_touch_it():
+def test_padding_and_its_pairs_are_not_counted():
   tokens = np.array([[3, 3, 4, 0]])
   single = cheap.count(tokens, tokens != 0, 6, pairs=False).toarray()
   assert single.tolist() == [[0, 0, 0, 2, 1, 0]]
@@ -34,7 +34,7 @@ def test_log_ratio_by_hand_and_by_task():
   assert score[0, 1] < score[1, 1]
 
 
-def test_targets_end_with_their_last_counted_token_whatever_the_padding_is():
+def test_targets_end_with_their_last_counted_token():
   """Token 0 is a text's too, and the padding, 5, is the end mark that texts begin with."""
   rows = np.array([[1, 0, 2, 3], [4, 4, 5, 1]])
   found = {}
@@ -49,7 +49,7 @@ def test_targets_end_with_their_last_counted_token_whatever_the_padding_is():
     np.testing.assert_array_equal(a, b)
 
 
-def test_cosine_takes_the_common_direction_off():
+def test_cosine_subtracts_the_mean():
   rng = np.random.default_rng(0)
   rows = rng.standard_normal((50, 8)) + 100
   found = cheap.cosine(rows, rows[:3])

@@ -7,10 +7,9 @@ from ml_collections import ConfigDict
 
 from configs import validation
 from dsdm_jax.bench import derivative
-from dsdm_jax.bench.float64 import widened
+from dsdm_jax.bench.derivative import widened
 from dsdm_jax.lm.outputs import margin
-from dsdm_jax.training.differentiable import ScannedTraining, TargetOutputs
-from dsdm_jax.training.metagradient import Metagradient
+from dsdm_jax.training.differentiable import Metagradient, ScannedTraining, TargetOutputs
 from dsdm_jax.validation.validate import METASMOOTH, PLAIN, train_config
 
 VOCAB, LENGTH, ROWS, TARGETS = 48, 12, 192, 6
@@ -31,7 +30,7 @@ def make(name: str) -> tuple[ConfigDict, ScannedTraining, Metagradient]:
 
 
 @pytest.mark.parametrize(('name', 'eps_root', 'batch', 'steps'), [(PLAIN, 1e-8, 32, 18), (METASMOOTH, 1e-6, 64, 9)])
-def test_it_is_what_finite_differences_say(name, eps_root, batch, steps):
+def test_oracle_agrees_with_finite_differences(name, eps_root, batch, steps):
   train, training, oracle = make(name)
   assert (train.adam_eps_root, train.batch_size, training.steps) == (eps_root, batch, steps)
   _, derivative_KN = oracle(0, np.ones(ROWS))
@@ -55,7 +54,7 @@ def test_directions_are_of_rows_and_groups_with_the_extremes_first():
   assert sorted(value_N[made['groups'][1] > 0]) == [0, 1, 2, 3]
 
 
-def test_widened_is_the_same_function_on_wider_numbers():
+def test_widened_computes_the_same_function_in_float64():
   _, training, oracle = make(PLAIN)
   weight_N = np.random.default_rng(2).uniform(0.5, 1, ROWS)
   begin = training.start(0), training.order(0)
@@ -69,7 +68,7 @@ def test_widened_is_the_same_function_on_wider_numbers():
 
 
 @pytest.mark.parametrize('reverse', [False, True])
-def test_widened_goes_into_scans_branches_and_sums_by_index(reverse):
+def test_widened_handles_scan_cond_and_scatter_add(reverse):
   def function(x_N, index_M):
     def body(total, x):
       return jax.lax.cond(x > 0, lambda: total + x / 3, lambda: total - jax.nn.logsumexp(x_N)), total

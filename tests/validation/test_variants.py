@@ -1,4 +1,4 @@
-"""What the variants' models are, and what they say of texts."""
+"""Models of the variants, and their embeddings and losses."""
 
 import types
 
@@ -12,14 +12,13 @@ from configs import base
 from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.training.step import trainer
-from dsdm_jax.validation.proxy_pool import Kind, Proxies, Proxy
-from dsdm_jax.validation.variants import REFERENCE, Scorer, Variant
+from dsdm_jax.validation.variants import REFERENCE, Kind, Proxy, ProxyPool, Scorer, Variant
 
 VOCAB, LENGTH = 32, 10
 
 
 @pytest.mark.parametrize('pad', [0, 5])
-def test_embeddings_leave_padding_out(pad):
+def test_embeddings_ignore_padding(pad):
   config = base.get_config()
   config.proxies.model.update({'width': 16, 'mlp_width': 32, 'layers': 1, 'heads': 2, 'kv_heads': 2})
   config.features.batch_size = 4
@@ -33,7 +32,7 @@ def test_embeddings_leave_padding_out(pad):
   for i, sequence in enumerate(sequences):
     tokens_TL[i, : len(sequence)] = sequence
     weights_TL[i, len(sequence) - 1] = 1
-  scorer = Scorer(config, Proxies(config, VOCAB, tokens_NL), VOCAB, tokens_NL, tokens_TL, weights_TL)
+  scorer = Scorer(config, ProxyPool(config, VOCAB, tokens_NL), VOCAB, tokens_NL, tokens_TL, weights_TL)
   proxy = Proxy(types.SimpleNamespace(trainer=compiled), (state, state, state))
   for found, texts in zip(scorer.embeddings(proxy), (tokens_NL, sequences), strict=True):
     for x_D, tokens in zip(found, texts, strict=True):
@@ -45,7 +44,7 @@ def test_embeddings_leave_padding_out(pad):
 
 @pytest.fixture(scope='module')
 def made():
-  """(proxies, what makes a scorer of some): 24 rows, in two epochs of batches of four."""
+  """(proxies, function that returns a scorer): 24 rows, two epochs of batches of four."""
   config = base.get_config()
   config.proxies.model.update({'width': 16, 'mlp_width': 32, 'layers': 1, 'heads': 2, 'kv_heads': 2})
   config.proxies.train.update({'batch_size': 4, 'warmup_steps': 1})
@@ -55,7 +54,7 @@ def made():
   tokens_NL, tokens_TL = (rng.integers(1, VOCAB, (rows, LENGTH)).astype(np.int32) for rows in (24, 3))
   weights_TL = np.ones((3, LENGTH), np.float32)
   weights_TL[:, 0] = 0
-  proxies = Proxies(config, VOCAB, tokens_NL)
+  proxies = ProxyPool(config, VOCAB, tokens_NL)
   return proxies, lambda proxies: Scorer(config, proxies, VOCAB, tokens_NL, tokens_TL, weights_TL)
 
 
@@ -74,7 +73,7 @@ def test_proxies_of_other_widths_are_wider(made):
   assert [p.embedding.embedding.shape for p in (half, usual)] == [(VOCAB, 8), (VOCAB, 16)]
 
 
-def test_a_variant_is_made_from_proxies_of_its_own_kind(made):
+def test_variant_uses_proxies_of_its_own_kind(made):
   proxies, scorer = made
   found_NT = scorer(proxies)(Variant('half the epochs', kind=Kind(length=0.5)))
   wanted_NT = scorer(lambda kind, place: proxies(Kind(length=0.5), place))(REFERENCE)
