@@ -4,14 +4,8 @@ from collections.abc import Mapping
 from pathlib import PurePath
 
 from dsdm_jax.config import mixture_parts
+from dsdm_jax.config.methods import METHODS, method_name
 from dsdm_jax.config.rule import NAME, Rule, above, at_least, one_of, within
-
-METHODS = (
-  'dsdm', 'random', 'random_one_epoch', 'bottom', 'dsdm_gumbel', 'dsdm_boltzmann', 'dsdm_greedy', 'dsdm_clusters',
-  'dsdm_distilled', 'classifier', 'classifier_pareto', 'dsir', 'semdedup', 'semdedup_one_epoch', 'bm25',
-  'embedding', 'perplexity_low', 'perplexity_high', 'color_filter', 'gradient', 'oracle', 'imported',
-  'dsdm_shifted', 'dsdm_permuted', 'random_again',
-)  # fmt: skip
 
 
 def is_method(method: str) -> bool:
@@ -26,11 +20,6 @@ def is_part(text: str) -> bool:
 def part_key(text: str) -> tuple[str, str]:
   part = mixture_parts.parse(text)
   return ('', '') if part is None else (part.method, part.target)
-
-
-def method_name(method: str) -> str:
-  """The name that an arm goes by: of 'package.module:function' the function."""
-  return method.rpartition(':')[2]
 
 
 SELECTION_RULES: Mapping[str, Rule] = {

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from dsdm_jax.config import mixture_parts
+from dsdm_jax.config.methods import method_name
 from dsdm_jax.config.mixture_parts import MixturePart
-from dsdm_jax.config.selection_rules import method_name
 from dsdm_jax.core import prng
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.schedule import Part, Schedule

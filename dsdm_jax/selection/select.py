@@ -7,7 +7,7 @@ import math
 import pkgutil
 
 from dsdm_jax import selection as package
-from dsdm_jax.config.selection_rules import method_name
+from dsdm_jax.config.methods import method_name
 from dsdm_jax.core import prng, storage
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.selection import Selection

@@ -3,7 +3,7 @@
 import numpy as np
 from ml_collections import ConfigDict
 
-from dsdm_jax.config.selection_rules import METHODS
+from dsdm_jax.config.methods import METHODS
 from dsdm_jax.data.order.selection import Selection
 from tests.pipeline import tiny
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsdm_jax.config.selection_rules import METHODS
+from dsdm_jax.config.methods import METHODS
 from dsdm_jax.errors import UserError
 from dsdm_jax.selection import clusters
 from dsdm_jax.selection.candidates import Candidates

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dsdm_jax import pipeline
-from dsdm_jax.config.selection_rules import METHODS
+from dsdm_jax.config.methods import METHODS
 from dsdm_jax.core import artifacts
 from dsdm_jax.data.order import arms, mixtures
 from dsdm_jax.data.order.selection import Selection
