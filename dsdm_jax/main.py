@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dsdm_jax import pipeline
+from dsdm_jax.config.validate import whole_numbers
 from dsdm_jax.core.command_line import DISK, cannot_write, explain
 from dsdm_jax.errors import UserError
 
@@ -22,7 +23,7 @@ _RERUN = flags.DEFINE_bool('rerun', False, 'Make stages anew that stand there wi
 
 def _parse(argv: list[str]) -> None:
   try:
-    extra = flags.FLAGS(argv)[1:]
+    extra = flags.FLAGS(whole_numbers(argv))[1:]
     if _CONFIG.value is not None:
       _CONFIG.value.keys()  # a file that could not be loaded says so when it is looked into
   except Exception as error:  # a config file is a program of the user's and may fail in any way
