@@ -16,8 +16,7 @@ from dsdm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'File with get_config(), such as configs/quickstart.py.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-_STAGES = (*pipeline.NAMES, *pipeline.ON_REQUEST, 'plan')
-_STAGE = flags.DEFINE_enum('stage', None, _STAGES, 'Run one stage alone; plan: what TPUs would take.')
+_STAGE = flags.DEFINE_enum('stage', None, (*pipeline.NAMES, *pipeline.ON_REQUEST, 'plan'), 'Run this stage alone.')
 _RERUN = flags.DEFINE_bool('rerun', False, 'Make stages anew that stand there with other settings.')
 
 

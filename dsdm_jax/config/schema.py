@@ -202,11 +202,7 @@ class Training(Section):
   final_learning_rate: Annotated[float, Ge(0), Le(1)] = key(0.1, 'Share of the peak at the end of the schedule.')
   warmup_steps: Steps = key(20, 'Linear from zero.')
   optimizer: Annotated[
-    str,
-    must(
-      v.is_optimizer_name,
-      "must name one of optax, or 'package.module:function' with a module that Python finds from here",
-    ),
+    str, must(v.is_optimizer_name, "must name one of optax, or 'package.module:function' that Python finds from here")
   ] = key('adamw', "adamw (with the adam_ keys), any optimizer of optax, such as contrib.muon, or 'module:function'.")
   optimizer_arguments: Annotated[
     str, must(v.are_arguments, "must be keyword arguments with plain values, such as 'b1=0.9, nesterov=True'")
