@@ -10,19 +10,19 @@ from absl import flags
 from ml_collections import config_flags
 
 from dsdm_jax import configs, pipeline
+from dsdm_jax.config.validate import whole_numbers
 from dsdm_jax.core.command_line import DISK, cannot_write, explain
 from dsdm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file with get_config(), or a packaged config: quickstart.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-_STAGES = (*pipeline.NAMES, *pipeline.ON_REQUEST, 'plan')
-_STAGE = flags.DEFINE_enum('stage', None, _STAGES, 'Run one stage alone; plan: what TPUs would take.')
+_STAGE = flags.DEFINE_enum('stage', None, (*pipeline.NAMES, *pipeline.ON_REQUEST, 'plan'), 'Run this stage alone.')
 _RERUN = flags.DEFINE_bool('rerun', False, 'Make stages anew that stand there with other settings.')
 
 
 def _parse(argv: list[str]) -> None:
   try:
-    extra = flags.FLAGS(configs.find_in(argv))[1:]
+    extra = flags.FLAGS(whole_numbers(configs.find_in(argv)))[1:]
     if _CONFIG.value is not None:
       _CONFIG.value.keys()  # a file that could not be loaded says so when it is looked into
   except Exception as error:  # a config file is a program of the user's and may fail in any way

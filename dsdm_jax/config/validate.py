@@ -1,104 +1,142 @@
-"""Checks of a config, before any device is touched: each finding is one line that says the key and the way out.
-
-`configs/base.py` gives every key and its type, `config_rules` what its values must be, and `check_devices` looks at
-the machine. Keys of `model` and `proxies.model` are special: where the factory is a stranger's, texts among them may
-be what it likes and there may be more of them.
-"""
+"""Checks of a config before any device is used. An error is one line: the key, its value, the rule, and what to do."""
 
 import difflib
 import importlib
-import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
+from annotated_types import Ge, Le, Lt
 from ml_collections import ConfigDict
+from pydantic import StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
 
-from dsdm_jax.config import bounds, mixture_parts
-from dsdm_jax.config.config_rules import (
-  BATCHES,
-  MODELS,
-  RELATIONS,
-  RULES,
-  SIZES,
-  TRAINS,
-  model_relations,
-)  # fmt: skip
-from dsdm_jax.config.pool_rules import EVALUATED, SOURCE_KINDS, guarded
-from dsdm_jax.config.rule import CALLABLE
-from dsdm_jax.configs import base
+from dsdm_jax.config import schema
+from dsdm_jax.config.relations import BATCHES, MODELS, OUR_FACTORY, TRAINS, broken
+from dsdm_jax.config.schema import FIELDS
+from dsdm_jax.config.values import CALLABLE, EVALUATED, SOURCE_KINDS, MixturePart, brief, guarded
 from dsdm_jax.errors import UserError
 
+_MOST = 10_000  # characters of a text, parts of a tuple
+# Credentials in an address: user:password@, ?access_token=, &X-Amz-Signature=, ?api-key=, &sig= of Azure.
 _PASSWORD = re.compile(r'://[^/\s@:]*:[^/\s@]+@')
-# What addresses carry in their query to be let in: ?access_token=, &X-Amz-Signature=, ?api-key=, &sig= of Azure.
 _TOKEN = re.compile(
   r'://\S*?[?&;#]([\w.-]*(?:token|secret|password|passwd|signature|credential|(?:api|access|secret|account)[_-]?key(?:id)?)'
   r'|sig|key|pwd|pass|auth)=[^&;#\s]',
   re.IGNORECASE,
 )
-_WIDEST, _LARGEST = 2**63, 1e300
-_SHOWN = 200  # characters of a value that are repeated
-_OUR_FACTORY = base.get_config().model.factory
+# Layers, width and heads of the paper's models.
+SIZES: Mapping[str, tuple[int, int, int]] = {
+  '125M': (12, 768, 12),
+  '356M': (24, 1_024, 16),
+  '760M': (24, 1_536, 12),
+  '1.3B': (24, 2_048, 16),
+}
+# Values of keys that only a custom model has.
+_CUSTOM: TypeAdapter[Any] = TypeAdapter(
+  StrictBool
+  | Annotated[StrictInt, Ge(-(2**63)), Lt(2**63)]
+  | Annotated[StrictFloat, Ge(-1e300), Le(1e300)]
+  | StrictStr
+  | tuple[StrictStr, ...]
+  | tuple[StrictFloat, ...]
+)
+_TYPES = {
+  'bool_type': 'True or False',
+  'int_type': 'a whole number',
+  'float_type': 'a number',
+  'finite_number': 'a number',
+  'string_type': 'text',
+  'tuple_type': 'a tuple',
+}
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-  """Dotted key → value that JSON can hold, in the config's order: references resolved, tuples as lists."""
+  """Dotted key → JSON value, in the config's order: references are resolved, tuples become lists."""
   return {key: list(v) if isinstance(v, tuple) else v for key, v in _leaves(config, '')}
+
+
+def nested(flat: Mapping[str, Any]) -> ConfigDict:
+  """The inverse of `flatten`."""
+  return ConfigDict(_tree(flat))
 
 
 def select(flat: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, Any]:
   """The keys of `flat` that are, or lie below, one of `prefixes` ('pool' takes 'pool.length' and not 'pools').
 
   Raises:
-    ValueError: a prefix that takes no key: a slip in the code that named it.
+    ValueError: a prefix selects no key.
   """
-  chosen: dict[str, Any] = {}
+  selected: set[str] = set()
   for prefix in prefixes:
-    taken = {key: v for key, v in flat.items() if key == prefix or key.startswith(prefix + '.')}
-    if not taken:
+    keys = {key for key in flat if key == prefix or key.startswith(prefix + '.')}
+    if not keys:
       raise ValueError(f'no config key is or lies below {prefix!r}')
-    chosen.update(taken)
-  return {key: v for key, v in flat.items() if key in chosen}
+    selected |= keys
+  return {key: v for key, v in flat.items() if key in selected}
+
+
+def whole_numbers(argv: Sequence[str]) -> list[str]:
+  """`argv` with '--config.KEY=1e6' as '--config.KEY=1000000' where the key is an integer, whose flag refuses 1e6."""
+
+  def whole(argument: str) -> str:
+    match = re.fullmatch(r'--?config\.([\w.]+)=([+-]?\d[\d_]*(?:\.\d*)?(?:[eE]\+?\d{1,2})?)', argument)
+    if match is None or match[1] not in FIELDS or type(FIELDS[match[1]].default) is not int:
+      return argument
+    number = Decimal(match[2])
+    return f'--config.{match[1]}={int(number)}' if number == int(number) else argument
+
+  return [whole(argument) for argument in argv]
 
 
 def validate(config: ConfigDict) -> None:
-  """Checks all that can be known without a device: keys, types, values, values together.
+  """Checks everything that can be known without a device: keys, types, values, relations.
 
   Raises:
-    UserError: the first finding, in one line that names the key, its value, the rule and the way out.
+    UserError: the first error.
   """
-  found, wanted = dict(_leaves(config, '')), dict(_leaves(base.get_config(), ''))
-  for key, value in found.items():  # first, as what is said of other slips repeats the value
+  flat = dict(_leaves(config, ''))
+  for key, value in flat.items():  # first, since other errors repeat the value
     _check_no_secret(key, value)
-  _check_keys(found, wanted)
-  for key, value in found.items():
-    _check_type(key, value, wanted.get(key, value))
-    if said := bounds.too_large(key, value):
-      raise _finding(key, value, said, _suggest(key, wanted.get(key, value)))
-  theirs = tuple(f'{model}.' for model in MODELS if found[f'{model}.factory'] != _OUR_FACTORY)
-  for key, rule in RULES.items():
-    free = key.startswith(theirs) and isinstance(wanted[key], str) and not key.endswith('.factory')
-    if not free and not rule.holds(found[key]):
-      raise _finding(key, found[key], rule.text, _suggest(key, wanted[key]))
-  ours = (model for model in MODELS if f'{model}.' not in theirs)
-  for relation in (*RELATIONS, *(relation for model in ours for relation in model_relations(model))):
-    values = [found[key] for key in relation.keys]
-    if not relation.holds(*values):
-      shown = [_brief(value) for value in values]
-      raise _finding(relation.keys[0], values[0], relation.text.format(*shown), relation.way_out.format(*shown))
+  _check_keys(flat)
+  for key, value in flat.items():
+    long = value if isinstance(value, (tuple, list)) else (value,)
+    for part in (value, *long):
+      if isinstance(part, (str, tuple, list)) and len(part) > _MOST:
+        kind = 'characters' if isinstance(part, str) else 'parts'
+        raise _error(key, value, f'has {len(part):,} {kind} and must have at most {_MOST:,}')
+    if key not in FIELDS:
+      try:
+        _CUSTOM.validate_python(tuple(value) if isinstance(value, list) else value)
+      except ValidationError as error:
+        rule = 'must be True or False, a whole number of 64 bits, a number, text, or a tuple of texts or numbers'
+        raise _error(key, value, rule, 'give one of these') from error
+  custom = tuple(f'{model}.' for model in MODELS if flat[f'{model}.factory'] != OUR_FACTORY)
+  checked = {key: tuple(flat[key]) if isinstance(flat[key], list) else flat[key] for key in FIELDS}
+  for key, value in checked.items():  # a custom model may give other meanings to the texts
+    if key.startswith(custom) and isinstance(value, str) and not key.endswith('.factory') and _is_text(key):
+      checked[key] = FIELDS[key].default
+  try:
+    valid = schema.Config.model_validate(_tree(checked))
+  except ValidationError as error:
+    first = error.errors(include_url=False)[0]
+    key = '.'.join(part for part in first['loc'] if isinstance(part, str))
+    raise _error(key, flat[key], *_explain(key, flat[key], dict(first))) from error
+  for key, rule, way_out in broken(valid):
+    raise _error(key, flat[key], rule, way_out)
 
 
 def resolve(config: ConfigDict, keys_of: Callable[[str], dict[str, Any]]) -> ConfigDict:
-  """`config` with what stands for something else put in; itself where there is nothing of the kind.
+  """`config` with names replaced by what they mean; itself where there are none.
 
-  These are the shapes that `size` or `weights` of a model name, and 'evaluated' in `pool.leakage_benchmarks`.
+  Names are `size` and `weights` of a model, which fix its shape, and 'evaluated' in `pool.leakage_benchmarks`.
 
   Args:
     config: the whole config, of the right types.
     keys_of: folder of weights → keys of `model` and their values.
 
   Raises:
-    UserError: such a key was set as well, to something else; or as `keys_of`.
+    UserError: such a key is also set, to another value; or as `keys_of`.
   """
   flat = flatten(config)
   if EVALUATED in flat['pool.leakage_benchmarks']:
@@ -106,24 +144,24 @@ def resolve(config: ConfigDict, keys_of: Callable[[str], dict[str, Any]]) -> Con
     config.pool.leakage_benchmarks = guarded(flat['pool.leakage_benchmarks'], flat['evaluation.tasks'])
   if not any(flat[f'{model}.{key}'] for model in MODELS for key in ('size', 'weights')):
     return config
-  default = base.model()
+  default = schema.Model().model_dump()
   config = ConfigDict(config).copy_and_resolve_references()
   for model, section in zip(MODELS, (config.model, config.proxies.model), strict=True):
-    named = 'weights' if section.weights else 'size'
-    if not section[named]:
+    name = 'weights' if section.weights else 'size'
+    if not section[name]:
       continue
     free: dict[str, Any] = {}
-    if named == 'weights':
+    if name == 'weights':
       shape = keys_of(section.weights)
     else:
       shape = dict(zip(('layers', 'width', 'heads'), SIZES[section.size], strict=True))
       free = {'kv_heads': shape['heads'], 'mlp_width': 4 * shape['width']}
-    # What nobody set for this model: the default, and for proxies what they follow.
+    # Values that nobody set for this model: the default, and for proxies also the value of the model they follow.
     unset = {key: (default[key], *([flat[f'model.{key}']] if model != 'model' else [])) for key in default}
     for key, value in shape.items():
       if section[key] not in (value, *unset[key]):
-        rule = f'is {value} in {model}.{named} = {section[named]!r}'
-        raise _finding(f'{model}.{key}', section[key], rule, f"leave one out: --config.{model}.{named}=''")
+        rule = f'is {value} in {model}.{name} = {section[name]!r}'
+        raise _error(f'{model}.{key}', section[key], rule, f"leave one out: --config.{model}.{name}=''")
     section.update(shape | {key: value for key, value in free.items() if section[key] in unset[key]})
   return config
 
@@ -134,7 +172,7 @@ def check_devices(config: ConfigDict, device_count: int, batches: Collection[str
   Args:
     config: a valid one.
     device_count: of the machine.
-    batches: keys of the batches that its devices are to share.
+    batches: keys of the batches that its devices share.
 
   Raises:
     UserError: the mesh does not take all devices, or a batch does not divide over `mesh.data`.
@@ -142,30 +180,27 @@ def check_devices(config: ConfigDict, device_count: int, batches: Collection[str
   data, model = config.mesh.data, config.mesh.model
   if device_count % model:
     rule = f'must divide the number of devices, {device_count}'
-    raise _finding('mesh.model', model, rule, 'set --config.mesh.model=1 or another divisor')
+    raise _error('mesh.model', model, rule, 'set --config.mesh.model=1 or another divisor')
   if data == -1:
     data = device_count // model
   if data * model != device_count:
     rule = f'times mesh.model = {model} must be the number of devices, {device_count}'
-    raise _finding('mesh.data', data, rule, 'set --config.mesh.data=-1 to take them all')
+    raise _error('mesh.data', data, rule, 'set --config.mesh.data=-1 to take them all')
   flat = flatten(config)
-  for key in (key for key in BATCHES if key in batches):
-    batch = flat[key]
-    if batch % data:
-      near = max(data, round(batch / data) * data)
+  for key in BATCHES:
+    if key in batches and flat[key] % data:
+      near = max(data, round(flat[key] / data) * data)
       rule = f'must be a multiple of the {data} devices that share a batch (mesh.data)'
-      raise _finding(key, batch, rule, f'set --config.{key}={near}, or a larger --config.mesh.model')
+      raise _error(key, flat[key], rule, f'set --config.{key}={near}, or a larger --config.mesh.model')
   for train in TRAINS:
     parts, batch = flat[f'{train}.microbatches'], flat[f'{train}.batch_size']
     if f'{train}.batch_size' in batches and batch % (parts * data):
-      rule = (
-        f'must cut {train}.batch_size = {batch} into multiples of the {data} devices that share a batch (mesh.data)'
-      )
-      raise _finding(f'{train}.microbatches', parts, rule, f'set --config.{train}.microbatches=1')
+      rule = f'must cut {train}.batch_size = {batch} into multiples of the {data} devices that share a batch'
+      raise _error(f'{train}.microbatches', parts, f'{rule} (mesh.data)', f'set --config.{train}.microbatches=1')
 
 
 def check_callables(config: ConfigDict) -> None:
-  """Imports every function that the config names, so that a slip in a name shows before the first stage.
+  """Imports every function that the config names, so that a wrong name is reported before the first stage.
 
   Raises:
     UserError: as `load_callable`.
@@ -173,15 +208,17 @@ def check_callables(config: ConfigDict) -> None:
   flat = flatten(config)
   for key in (*(f'{model}.factory' for model in MODELS), 'features.output_fn'):
     load_callable(flat[key], key)
-  for line in flat['pool.sources']:
-    head = line.partition(' | ')[0].strip()
-    if ':' in head and head.partition(':')[0] not in SOURCE_KINDS:
-      load_callable(head, 'pool.sources')
-  parts = [part for part in map(mixture_parts.parse, flat['mixture.parts']) if part is not None]
-  for key, methods in (('selection.methods', flat['selection.methods']), ('mixture.parts', [p.method for p in parts])):
-    for method in methods:
-      if ':' in method:
-        load_callable(method, key)
+  parts = [part.method for part in map(MixturePart.parse, flat['mixture.parts']) if part is not None]
+  sources = [line.partition(' | ')[0].strip() for line in flat['pool.sources']]
+  sources = [source for source in sources if source.partition(':')[0] not in SOURCE_KINDS]
+  for key, names in {
+    'pool.sources': sources,
+    'selection.methods': flat['selection.methods'],
+    'mixture.parts': parts,
+  }.items():
+    for name in names:
+      if ':' in name:
+        load_callable(name, key)
 
 
 def load_callable(name: str, key: str = '') -> Callable[..., Any]:
@@ -190,35 +227,24 @@ def load_callable(name: str, key: str = '') -> Callable[..., Any]:
   Raises:
     UserError: not of that form, no such module or function, the module fails while imported, or not callable.
   """
-  said = f'{key} = {name!r}' if key else repr(name)
+  shown = f'{key} = {name!r}' if key else repr(name)
   if not CALLABLE.fullmatch(name):
-    raise UserError(f"{said} must be 'package.module:function'; give a module and a function in it")
+    raise UserError(f"{shown} must be 'package.module:function'; give a module and a function in it")
   module_name, _, function_name = name.partition(':')
   try:
     module = importlib.import_module(module_name)
-  except Exception as error:  # a boundary: any failure of a stranger's module is reported
+  except Exception as error:  # a boundary: the user's module may fail in any way
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())
     raise UserError(
-      f'{said}: module {module_name} cannot be imported ({reason}); mend it, or start where Python finds it'
+      f'{shown}: cannot import module {module_name} ({reason}); correct it, or start where Python finds it'
     ) from error
   function = getattr(module, function_name, None)
   if not callable(function):
-    what = 'has no such function' if function is None else f'has a {type(function).__name__} of that name, no function'
+    problem = 'has no such function' if function is None else f'{function_name} is of type {type(function).__name__}'
     near = difflib.get_close_matches(function_name, [n for n in dir(module) if callable(getattr(module, n))], n=1)
-    raise UserError(f'{said}: {module.__file__} {what}; ' + (f'is it {near[0]}?' if near else 'name one that is there'))
+    way_out = f'is it {near[0]}?' if near else 'name a function of that module'
+    raise UserError(f'{shown}: {module.__file__}: {problem}; {way_out}')
   return function
-
-
-def nested(flat: Mapping[str, Any]) -> ConfigDict:
-  """A config of these keys: what `flatten` makes flat."""
-  config: dict[str, Any] = {}
-  for key, value in flat.items():
-    *sections, name = key.split('.')
-    section = config
-    for part in sections:
-      section = section.setdefault(part, {})
-    section[name] = value
-  return ConfigDict(config)
 
 
 def _leaves(config: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -229,85 +255,74 @@ def _leaves(config: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
       yield prefix + key, value
 
 
-def _check_keys(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-  for key in found.keys() - wanted.keys():
-    if any(w.startswith(key + '.') for w in wanted):
-      raise _finding(key, found[key], 'must be a section of keys', 'leave it as configs/base.py makes it')
-  for key in sorted(wanted.keys() - found.keys()):
-    raise UserError(f'config has no key {key}; begin from configs.base.get_config() and change that')
-  for key in sorted(found.keys() - wanted.keys()):
-    section = next((m for m in MODELS if key.startswith(m + '.') and found[f'{m}.factory'] != _OUR_FACTORY), None)
-    if section is None:
-      near = difflib.get_close_matches(key, wanted, n=1)
-      hint = f'is it {near[0]}?' if near else 'configs/base.py has all keys'
-      raise UserError(f'config key {key} = {found[key]!r} is unknown; {hint}')
+def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
+  tree: dict[str, Any] = {}
+  for key, value in flat.items():
+    *sections, name = key.split('.')
+    section = tree
+    for part in sections:
+      section = section.setdefault(part, {})
+    section[name] = value
+  return tree
 
 
-def _check_type(key: str, value: Any, default: Any) -> None:
-  """`value` must be of the type of `default`; an int will do for a float, a list for a tuple of texts or of numbers."""
-  kinds = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text', tuple: 'a tuple of texts'}
-  numbers = isinstance(default, tuple) and bool(default) and isinstance(default[0], float)
-  if numbers:
-    kinds[tuple] = 'a tuple of numbers'
-  kind = kinds.get(type(default))
-  if kind is None:
-    raise _finding(key, value, f'must be {", ".join(kinds.values())}', 'give one of these')
-  if isinstance(default, tuple):
-    right = isinstance(value, (tuple, list)) and all(
-      isinstance(v, (int, float) if numbers else str) and not isinstance(v, bool) for v in value
-    )
-  elif isinstance(default, float):
-    right = type(value) in (int, float) and -_LARGEST <= value <= _LARGEST  # NaN is neither; an int may be wider
-  else:
-    right = type(value) is type(default)
-    if right and type(value) is int and not -_WIDEST <= value < _WIDEST:
-      raise UserError(f'config key {key} = {hex(value)[:20]}… is wider than 64 bits; {_suggest(key, default)}')
-  if not right:
-    raise _finding(key, value, f'must be {kind}, and is {_kind(value)}', _suggest(key, default))
+def _check_keys(flat: Mapping[str, Any]) -> None:
+  for key in flat.keys() - FIELDS.keys():
+    if any(known.startswith(key + '.') for known in FIELDS):
+      raise _error(key, flat[key], 'must be a section of keys', 'leave it as configs/base.py makes it')
+  for key in sorted(FIELDS.keys() - flat.keys()):
+    raise UserError(f'config has no key {key}; start from configs.base.get_config() and change that')
+  for key in sorted(flat.keys() - FIELDS.keys()):
+    if not any(key.startswith(m + '.') and flat[f'{m}.factory'] != OUR_FACTORY for m in MODELS):
+      near = difflib.get_close_matches(key, FIELDS, n=1)
+      raise _error(key, flat[key], 'is unknown', f'is it {near[0]}?' if near else 'docs/keys.md lists all keys')
 
 
 def _check_no_secret(key: str, value: Any) -> None:
-  """Every value ends up in manifests, logs and the report."""
+  """Every value is written into manifests, logs and the report."""
   for text in value if isinstance(value, (tuple, list)) else (value,):
     if not isinstance(text, str):
       continue
-    looked_at = text[: bounds.CHARACTERS]  # a longer one is refused
-    what = 'a password (…://user:password@…)' if _PASSWORD.search(looked_at) else ''
-    if found := _TOKEN.search(looked_at):
-      what = f'a secret in an address (…?{found.group(1)}=…)'
-    if what:
+    problem = 'a password (…://user:password@…)' if _PASSWORD.search(text[:_MOST]) else ''  # longer ones are refused
+    if match := _TOKEN.search(text[:_MOST]):
+      problem = f'a secret in an address (…?{match.group(1)}=…)'
+    if problem:
       raise UserError(
-        f'config key {key} holds {what}, which would be written into manifests and the report; leave it out and give '
-        "it by the environment, as that service's client asks"
+        f'config key {key} holds {problem}, which would be written into manifests and the report; leave it out and set '
+        "the environment variable of that service's client"
       )
 
 
-def _kind(value: Any) -> str:
-  return str(value) if isinstance(value, float) and not math.isfinite(value) else type(value).__name__
+def _is_text(key: str) -> bool:
+  return FIELDS[key].annotation is str or get_origin(FIELDS[key].annotation) is Literal
 
 
-def _suggest(key: str, default: Any) -> str:
-  said = f'"{default!r}"' if isinstance(default, tuple) else str(default)
-  return f'for example --config.{key}={said}'
+def _explain(key: str, value: Any, error: dict[str, Any]) -> tuple[str, str]:
+  """(rule, what to do or '') of an error of pydantic."""
+  kind, limits = error['type'], error.get('ctx', {})
+  default, annotation = FIELDS[key].default, FIELDS[key].annotation
+  if isinstance(default, tuple) and (kind in _TYPES or not isinstance(value, (tuple, list))):
+    kind, of = 'tuple_type', 'numbers' if default and isinstance(default[0], float) else 'texts'
+    return f'must be a tuple of {of}, and is {type(value).__name__}', ''
+  if kind in _TYPES:
+    got = str(value) if isinstance(value, float) and kind == 'finite_number' else type(value).__name__
+    return f'must be {_TYPES[kind]}, and is {got}', ''
+  if kind == 'literal_error':
+    inner = annotation if get_origin(annotation) is Literal else get_args(annotation)[0]
+    choices = [str(choice) for choice in get_args(inner)]
+    near = difflib.get_close_matches(str(error['input']), filter(None, choices), n=1)
+    some = 'one or more' if isinstance(default, tuple) else 'one'
+    return f'must be {some} of {", ".join(choices)}', f'is it {near[0]}?' if near else ''
+  if kind == 'rule':
+    return limits['rule'], ''
+  words = {'ge': 'at least', 'gt': 'greater than', 'le': 'at most', 'lt': 'less than'}
+  (limit, number), *_ = limits.items()
+  unit = ' '.join(['', *(m for m in FIELDS[key].metadata if isinstance(m, str))]) if limit == 'le' else ''
+  return f'must be {words[limit]} {f"{number:g}" if number < 1e4 or number >= 1e30 else f"{int(number):,}"}{unit}', ''
 
 
-def _finding(key: str, value: Any, rule: str, way_out: str) -> UserError:
-  return UserError(f'config key {key} = {_cut(_repr(value))} {rule}; {way_out}')
-
-
-def _repr(value: Any) -> str:
-  try:
-    return ' '.join(repr(value).split())
-  except ValueError:  # Python writes out no number of thousands of digits
-    return f'{type(value).__name__} with a number of thousands of digits'
-
-
-def _cut(text: str) -> str:
-  return text if len(text) <= _SHOWN else f'{text[:_SHOWN]}…'
-
-
-def _brief(value: Any) -> Any:
-  """`value`, or what is shown of it where it is long."""
-  if isinstance(value, str):
-    return _cut(value)
-  return _cut(_repr(value)) if isinstance(value, (tuple, list)) else value
+def _error(key: str, value: Any, rule: str, way_out: str = '') -> UserError:
+  if not way_out:
+    default = FIELDS[key].default
+    way_out = f'for example --config.{key}=' + (f'"{default!r}"' if isinstance(default, tuple) else str(default))
+  return UserError(f'config key {key} = {brief(value)} {rule}; {way_out}')

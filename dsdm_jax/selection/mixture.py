@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from dsdm_jax.config import mixture_parts
 from dsdm_jax.config.methods import method_name
-from dsdm_jax.config.mixture_parts import MixturePart
+from dsdm_jax.config.values import MixturePart
 from dsdm_jax.core import prng
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.schedule import Part, Schedule
@@ -30,7 +29,7 @@ def select_mixture(context: Context, pool: Candidates, budget: Budget, seed: int
     UserError: a part names more passes than its cap, or the parts cannot fill the budget (see `Schedule`).
   """
   config = context.config
-  named = [part for part in map(mixture_parts.parse, config.mixture.parts) if part is not None]
+  named = [part for part in map(MixturePart.parse, config.mixture.parts) if part is not None]
   total_rate = sum(part.rate for part in named)
   entries: list[dict[str, Any]] = []
   parts: list[Part] = []

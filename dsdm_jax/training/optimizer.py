@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from dsdm_jax.config.rule import arguments as arguments_of
 from dsdm_jax.config.validate import load_callable
+from dsdm_jax.config.values import arguments as arguments_of
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm.partition import path_name
 

@@ -1,46 +1,39 @@
-"""Configs: each of ours validates, and each slip in one is told in a line that names the key."""
+"""Configs: each config of the repository is valid, and each error is one line that names the key."""
 
 import importlib
 import json
 import re
+import runpy
 import subprocess
 import sys
+from typing import Any, Literal, get_origin
 
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
+from pydantic import AfterValidator
 
 from configs import base
-from dsdm_jax.config import pool_rules
 from dsdm_jax.config import validate as checks
-from dsdm_jax.config.config_rules import RELATIONS, RULES, task_name
+from dsdm_jax.config import values
+from dsdm_jax.config.methods import METHODS, NEEDS, STAGES, charged_stages, label, method_name
+from dsdm_jax.config.schema import FIELDS
+from dsdm_jax.config.values import brief
 from dsdm_jax.errors import UserError
 
 FLAT = checks.flatten(base.get_config())
 
-# For every rule at least one value of the right type that breaks it.
+# Values of the right type that break the rule of a key; wrong numbers and choices come from the schema.
 BAD: dict[str, list] = {
-  'seed': [-1],
   'mesh.data': [0, -2],
-  'mesh.model': [0, -1],
   'distributed.coordinator': ['host', 'host:0', 'http://host:80', 'host:123456', 'host:65536'],
-  'distributed.processes': [0, 2],
-  'distributed.process': [-1, 1],
-  'distributed.heartbeat_seconds': [4],
-  'distributed.start_seconds': [0],
+  'distributed.processes': [2],
+  'distributed.process': [1],
   'pool.sources': [('c4',), ('no_such_package:documents',), ('jsonl:',), ()],
   'pool.kinds': [(), ('docs', 'docs'), ('poems',)],
-  'pool.max_bytes': [-1],
-  'pool.max_document_bytes': [-1],
-  'pool.on_error': ['warn'],
   'pool.vocabulary': ['', 'gpt2'],
   'pool.end_piece': ['a\nb'],
   'pool.leakage_benchmarks': [('docs',), ('my.json',)],
-  'host.workers': [-1],
   'host.beam': ['DirectRunner'],
-  'pool.length': [7, 0, -128],
-  'pool.vocab_size': [299, -1],
-  'pool.leakage_ngram': [1, 0],
-  'pool.plant_targets': [-1],
   'targets.tasks': [
     (),
     ('docs', 'docs'),
@@ -51,70 +44,17 @@ BAD: dict[str, list] = {
     ('a+b.jsonl',),
   ],
   'targets.folder': ['a\nb', ' data', 'data '],
-  'targets.max_examples': [0],
-  'targets.holdout_share': [0.0, 1.0, -0.5, 1.5],
-  'targets.seed': [-1],
-  'proxies.seed': [-1],
-  'proxies.count': [0],
-  'proxies.checkpoints': [0],
-  'proxies.subset_share': [0.0, 1.01, -0.1],
-  'proxies.epochs': [0.0, -1.0],
+  'proxies.epochs': [0.0],
   'features.output_fn': ['margin', 'no_such_package:margin', 'dsdm_jax.no_such_module:margin', 'a b:c', 'a:b:c', ':'],
-  'features.projection': ['sparse', ''],
-  'features.dimension': [0],
   'features.layers': ['(', '*'],
-  'features.mode': ['memory'],
-  'features.gram_rows': [-1],
-  'features.precondition': ['shampoo'],
-  'features.microbatch': [-1],
-  'features.batch_size': [0],
-  'features.basis': ['pca'],
-  'features.basis_rows': [0],
-  'features.shard_rows': [0],
-  'features.jobs': [0],
-  'features.job': [-1, 1],
-  'features.store_dtype': ['float16', 'int4'],
-  'datamodel.damping': [0.0, -0.1],
-  'datamodel.damping_rule': ['lds'],
-  'datamodel.gram': ['diagonal'],
-  'datamodel.target_share': [-0.1, 1.0],
-  'datamodel.average': ['seen'],
-  'datamodel.examples': [-1],
-  'datamodel.groups': [0],
-  'datamodel.bootstrap': [1, -1],
-  'datamodel.confidence': [0.0, 1.0, 95.0],
-  'datamodel.mix': ['sum'],
-  'validation.rows': [0, 19],
-  'validation.target_examples': [0],
-  'validation.epochs': [0.0],
-  'validation.seeds': [0],
-  'validation.halves': [-1],
-  'validation.stratified': [-1],
+  'features.job': [1],
+  'datamodel.bootstrap': [1],
   'validation.drops': [(0.0,), (0.02, 0.5)],
-  'validation.proxies': [0, 1],
-  'validation.models_at_once': [0],
   'validation.variants': ['(', 'a{9999999999}'],
-  'validation.least_eps_root': [-1e-8],
-  'validation.smooth_eps_root': [0.0],
-  'validation.smooth_batch_size': [0],
-  'validation.resamples': [0],
   'selection.methods': [(), ('dsdm', 'dsdm'), ('doremi',), ('no_such_package:mine',), ('dsdm', 'json:dsdm')],
   'selection.targets': [(), ('mix', 'mix'), ('squad',), ('docs+squad',), ('docs+docs',), ('docs+',), ('mix+docs',)],
-  'selection.examples': [0, 7],
-  'selection.epochs': [0],
-  'selection.repeat_cap': [0, 3],
-  'selection.document_cap': [-1],
-  'selection.source_cap': [0.0, 1.01],
-  'selection.temperature': [0.0, -1.0],
-  'selection.diversity': [-0.5],
-  'selection.clusters': [-1],
-  'selection.duplicate_similarity': [0.0, 1.5],
-  'selection.ngrams': ['letters'],
-  'selection.ngram_buckets': [1, 2**32],
-  'selection.classifier_rows': [0],
-  'selection.conditional_steps': [0],
-  'selection.conditional_learning_rate': [0.0],
-  'selection.distill_rows': [49],
+  'selection.examples': [7],
+  'selection.repeat_cap': [3],
   'selection.imported': ['scores.csv'],
   'mixture.parts': [
     ('doremi',),
@@ -129,80 +69,39 @@ BAD: dict[str, list] = {
     ('dsdm weight=3',),
     ('',),
   ],
-  'mixture.when_empty': ['stop'],
-  'pretraining.seeds': [0],
-  'pretraining.max_epochs': [-1.0, 0.5],
-  'pretraining.models_at_once': [0],
+  'pretraining.max_epochs': [0.5],
   'ladder.rungs': [('1',), ('1', '1'), ('0', '1'), ('1', 'two'), ('1', 'inf'), ('1', '1000001')],
-  'ladder.seeds': [0],
   'evaluation.tasks': [(), ('piqa', 'piqa')],
-  'evaluation.max_items': [-1, 1],
-  'evaluation.file_shots': [-1],
+  'evaluation.max_items': [1],
   'evaluation.file_delimiter': [''],
-  'evaluation.generate_tokens': [0],
   'evaluation.checkpoints': [('mine',), ('a b=x',), ('a=',), ('a=x', 'a=y')],
-  'evaluation.bootstrap': [0, 99],
-  'evaluation.selection_uses': [0],
-  'evaluation.batch_size': [0],
-  'evaluation.confidence': [0.0, 1.0, 95.0],
-  'report.examples': [0],
-  'report.explorer_rows': [99],
-  'report.explorer_bytes': [9_999],
   'plan.topology': ['v5e', 'v5e:16', 'v5e-256', 'v5e:99999x2'],
-  'plan.rows': [-1],
-  'plan.price_per_chip_hour': [-1.0],
-  'plan.multiplier': [0.0],
-  'plan.calibration': [0.0],
 }
 for _model in ('model', 'proxies.model'):
   BAD |= {
     f'{_model}.factory': ['decoder', 'no_such_package:build'],
-    f'{_model}.size': ['13B', '125m'],
-    f'{_model}.attention': ['flash'],
-    f'{_model}.layers': [0],
-    f'{_model}.width': [0, -96],
-    f'{_model}.heads': [0, 5, -4],
-    f'{_model}.kv_heads': [0, 3, 8],
-    f'{_model}.mlp_width': [0],
-    f'{_model}.positions': ['alibi'],
-    f'{_model}.norm': ['batchnorm'],
-    f'{_model}.mlp': ['relu'],
-    f'{_model}.rotary_share': [0.0, 1.5],
-    f'{_model}.rotary_base': [1.0],
+    f'{_model}.heads': [5],
+    f'{_model}.kv_heads': [3, 8],
     f'{_model}.weights': [' x'],
-    f'{_model}.init_std': [0.0, -1.0],
-    f'{_model}.compute_dtype': ['float16', 'bf16'],
   }
 for _train in ('proxies.train', 'pretraining.train'):
   BAD |= {
-    f'{_train}.batch_size': [0, -32],
-    f'{_train}.learning_rate': [0.0, -1e-3],
-    f'{_train}.schedule': ['step'],
-    f'{_train}.decay_share': [0.0, 1.5],
-    f'{_train}.optimizer': ['', 'AdamW', 'no_such_package:make', 'a b'],
+    f'{_train}.optimizer': ['', 'AdamW', 'no_such_package:make', 'a b', '1adam', 'a..b', '_adam'],
     f'{_train}.optimizer_arguments': ['0.9', 'b1=x', '(', '**{}', 'b1=0.9'],
-    f'{_train}.mu_dtype': ['float16'],
-    f'{_train}.nu_dtype': ['int8'],
-    f'{_train}.z_loss': [-1e-4],
-    f'{_train}.microbatches': [0, 3],
-    f'{_train}.final_learning_rate': [-0.1, 1.1],
-    f'{_train}.warmup_steps': [-1],
-    f'{_train}.weight_decay': [-1e-4],
-    f'{_train}.adam_b1': [-0.1, 1.0],
-    f'{_train}.adam_b2': [-0.1, 1.0],
-    f'{_train}.adam_eps': [0.0, -1e-8],
-    f'{_train}.adam_eps_root': [-1e-8],
-    f'{_train}.gradient_clip': [-1.0],
-    f'{_train}.save_every_steps': [-1],
-    f'{_train}.save_every_minutes': [-1.0],
-    f'{_train}.keep_checkpoints': [0],
-    f'{_train}.keep_every_steps': [-1],
-    f'{_train}.keep_every_hours': [-0.5],
-    f'{_train}.evaluate_every_steps': [-10, 15],
-    f'{_train}.evaluate_rows': [0],
-    f'{_train}.profile_steps': [-1],
-    f'{_train}.log_every_steps': [0],
+    f'{_train}.microbatches': [3],
+    f'{_train}.evaluate_every_steps': [15],
   }
+
+
+def outside(key: str) -> list:
+  """Values of a key of the right type that the types of the schema exclude."""
+  field = FIELDS[key]
+  if get_origin(field.annotation) is Literal:
+    return ['no_such_choice']
+  step: dict[str, Any] = {'ge': -1, 'gt': 0, 'le': 1, 'lt': 0}
+  bounds = [(name, getattr(m, name)) for m in field.metadata for name in step if hasattr(m, name)]
+  number = type(field.default)
+  return [number(bound + step[name] * max(1, abs(bound) if number is float else 1)) for name, bound in bounds]
 
 
 def changed(**values) -> ConfigDict:
@@ -237,10 +136,28 @@ def test_every_config_loads_and_validates(repo_root):
     checks.validate(importlib.import_module(f'configs.{name}').get_config())
 
 
-def test_every_key_of_base_has_a_rule_and_no_other():
-  assert set(RULES) == {key for key, value in FLAT.items() if not isinstance(value, bool)}
-  assert set(RULES) == set(BAD)
-  assert {key for relation in RELATIONS for key in relation.keys} <= set(FLAT)
+def test_every_key_is_described_and_bounded():
+  """A number has bounds and a default far below the upper one; a text or tuple has a rule, or takes any text."""
+  for key, field in FIELDS.items():
+    assert field.description and field.description.endswith('.'), key
+    if type(field.default) in (int, float):
+      lower = [m for m in field.metadata if hasattr(m, 'ge') or hasattr(m, 'gt')]
+      upper = [getattr(m, 'le', getattr(m, 'lt', None)) for m in field.metadata if hasattr(m, 'le') or hasattr(m, 'lt')]
+      assert upper and (lower or key == 'mesh.data'), key
+      assert min(upper) == 1 or 100 * abs(field.default) <= min(upper), key
+    elif type(field.default) is not bool and get_origin(field.annotation) is not Literal:
+      assert key in BAD, key
+  assert {key for key, field in FIELDS.items() if any(isinstance(m, AfterValidator) for m in field.metadata)} <= set(
+    BAD
+  )
+
+
+def test_docs_list_the_keys(repo_root):
+  """Write docs/keys.md again with `python docs/keys.py`."""
+  page = runpy.run_path(str(repo_root / 'docs/keys.py'))['markdown']()
+  assert (repo_root / 'docs/keys.md').read_text() == page
+  for key in FIELDS:
+    assert f'`{key.rpartition(".")[2]}`' in page
 
 
 def test_places_of_targets_have_names():
@@ -249,29 +166,63 @@ def test_places_of_targets_have_names():
   assert "several places are joined by ' | '" in finding(config)
 
 
-@pytest.mark.parametrize(('key', 'value'), [(key, value) for key, values in BAD.items() for value in values])
-def test_bad_value_is_told_in_one_line_that_names_key_and_value(key, value):
+@pytest.mark.parametrize('key', FLAT)
+def test_bad_value_is_reported_in_one_line_that_names_key_and_value(key):
+  for value in [*BAD.get(key, []), *outside(key)]:
+    config = base.get_config()
+    put(config, key, value)
+    assert finding(config).startswith(f'config key {key} = {brief(value)} '), value
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'words'),
+  [
+    ('seed', 2**32, 'must be at most 4,294,967,295; for example --config.seed=0'),
+    ('pool.max_bytes', 2**50 + 1, 'must be at most 1,125,899,906,842,624 bytes; for example --config.pool.max_bytes='),
+    ('pool.length', 7, 'must be at least 8; for example --config.pool.length=128'),
+    ('datamodel.damping', 1e31, 'must be at most 1e+30; for example --config.datamodel.damping=0.1'),
+    ('targets.holdout_share', 1.0, 'must be less than 1; for'),
+    ('model.mlp', 'swigul', 'must be one of gelu, gelu_exact, swiglu; is it swiglu?'),
+    ('pool.kinds', ('doc',), 'must be one or more of source, docs, licences, metadata, data; is it docs?'),
+  ],
+)
+def test_messages(key, value, words):
   config = base.get_config()
   put(config, key, value)
-  assert finding(config).startswith(f'config key {key} = {value!r} ')
+  assert words in finding(config)
+
+
+def test_whole_numbers_are_integers():
+  config = base.get_config()
+  config.pool.max_bytes = 1e6
+  config.proxies.model.width = 64.0
+  assert type(config.pool.max_bytes) is type(config.proxies.model.width) is int
+  assert config.pool.max_bytes == 1_000_000
+  with pytest.raises(TypeError):
+    config.pool.max_bytes = 1.5
+  given = ['main', '--config.pool.max_bytes=1e6', '--config.seed=5_000_000', '--config.seed=1.5', '--config.seed=x']
+  given += ['--config.datamodel.damping=1e6', '--config.model.width=1.5E+3', '--workdir=1e6', '--config.zzz=1e6']
+  read = checks.whole_numbers(given)
+  assert read[1:3] == ['--config.pool.max_bytes=1000000', '--config.seed=5000000']
+  assert read[6] == '--config.model.width=1500'
+  assert [read[0], *read[3:6], *read[7:]] == [given[0], *given[3:6], *given[7:]]
 
 
 WRONG_TYPES = {
   bool: [1, 'True', None],
-  int: [1.0, True, '1', None],
+  int: [1.5, True, '1', None],
   float: ['0.1', None, float('nan'), float('inf')],  # ConfigDict itself makes 1.0 of True
   str: [1, None, ('a',)],
   list: ['docs', 1, None, (1,), (None,)],
 }
 
 
-@pytest.mark.parametrize(
-  ('key', 'value'), [(key, value) for key, default in FLAT.items() for value in WRONG_TYPES[type(default)]]
-)
-def test_wrong_type_is_told_in_one_line_that_names_key_and_value(key, value):
-  config = base.get_config()
-  put(config, key, value)
-  assert finding(config).startswith(f'config key {key} = {value!r} must be ')
+@pytest.mark.parametrize('key', FLAT)
+def test_wrong_type_is_reported_in_one_line_that_names_key_and_value(key):
+  for value in WRONG_TYPES[type(FLAT[key])]:
+    config = base.get_config()
+    put(config, key, value)
+    assert finding(config).startswith(f'config key {key} = {value!r} must be ')
 
 
 @pytest.mark.parametrize('key', FLAT)
@@ -287,7 +238,7 @@ def test_missing_key_is_named(key):
 
 @pytest.mark.parametrize(
   ('key', 'hint'),
-  [('model.layer', 'is it model.layers?'), ('pool.lenght', 'is it pool.length?'), ('zzz', 'configs/base.py')],
+  [('model.layer', 'is it model.layers?'), ('pool.lenght', 'is it pool.length?'), ('zzz', 'docs/keys.md')],
 )
 def test_unknown_key_is_named_with_its_likely_neighbour(key, hint):
   config = base.get_config()
@@ -415,7 +366,7 @@ def test_the_benchmarks_of_evaluation_may_be_guarded_by_one_word():
   assert checks.resolve(changed(pool__leakage_benchmarks=('evaluated',)), dict).pool.leakage_benchmarks == ()
 
 
-def test_a_strangers_model_has_its_own_keys_and_words():
+def test_a_custom_model_has_its_own_keys_and_words():
   config = changed(model__factory='json:loads', model__positions='alibi', model__heads=5, model__experts=3)
   checks.validate(config)  # proxies.model.factory follows
   assert 'model.experts' in checks.flatten(config)
@@ -478,35 +429,47 @@ def test_select_takes_keys_and_sections_whole():
     checks.select(flat, ['poool'])
 
 
-def test_names_are_those_of_the_registries():
-  """core/ may not ask the registries, so the names stand there a second time."""
+def test_names_are_those_of_the_packages_that_use_them():
+  """config imports no other package, so it lists these names a second time."""
   from dsdm_jax.data.pool import installed_packages, sources
   from dsdm_jax.data.targets import benchmarks, tasks
 
-  assert pool_rules.KINDS == installed_packages.KINDS
-  assert pool_rules.SOURCE_KINDS == sources.KINDS
-  assert set(pool_rules.BENCHMARKS) == set(benchmarks.BENCHMARKS)
-  assert pool_rules.TASKS == tasks.BUILT_IN
-  assert [task_name(t) for t in ('docs', 'a/b.jsonl')] == [tasks.task_name(t) for t in ('docs', 'a/b.jsonl')]
+  assert values.KINDS == installed_packages.KINDS
+  assert values.SOURCE_KINDS == sources.KINDS
+  assert set(values.BENCHMARKS) == set(benchmarks.BENCHMARKS)
+  assert values.TASKS == tasks.BUILT_IN
+  assert [values.task_name(t) for t in ('docs', 'a/b.jsonl')] == [tasks.task_name(t) for t in ('docs', 'a/b.jsonl')]
+
+
+def test_methods():
+  for name, method in METHODS.items():
+    assert callable(checks.load_callable(method.path)), name
+    assert set(method.needs) <= set(NEEDS) and set(method.stages) <= set(STAGES)
+  assert METHODS['random'].stages == ()
+  assert METHODS['dsir'].stages == ('selection',)
+  assert METHODS['gradient'].stages == ('proxies', 'features', 'selection')
+  assert METHODS['dsdm_greedy'].stages == charged_stages('mixture') == STAGES
+  assert (label('color_filter'), label('my_method')) == ('CoLoR-Filter', 'my method')
+  assert [method_name(m) for m in ('dsdm', 'a.b:mine')] == ['dsdm', 'mine']
 
 
 def test_task_name():
-  assert task_name('docs') == 'docs'
-  assert task_name('a/b/own.tasks.jsonl') == 'own.tasks'
+  assert values.task_name('docs') == 'docs'
+  assert values.task_name('a/b/own.tasks.jsonl') == 'own.tasks'
 
 
 def test_load_callable(tmp_path, monkeypatch):
-  (tmp_path / 'strangers_model.py').write_text('def build(): return 7\nwidth = 3\n')
-  (tmp_path / 'strangers_slip.py').write_text('1 / 0\n')
+  (tmp_path / 'custom_model.py').write_text('def build(): return 7\nwidth = 3\n')
+  (tmp_path / 'custom_error.py').write_text('1 / 0\n')
   monkeypatch.syspath_prepend(tmp_path)
-  assert checks.load_callable('strangers_model:build')() == 7
+  assert checks.load_callable('custom_model:build')() == 7
   for name, words in [
-    ('strangers_model', "must be 'package.module:function'"),
-    ('strangers_model:', "must be 'package.module:function'"),
+    ('custom_model', "must be 'package.module:function'"),
+    ('custom_model:', "must be 'package.module:function'"),
     ('no_such_module:build', 'No module named'),
-    ('strangers_model:biuld', 'is it build?'),
-    ('strangers_model:width', 'a int of that name'),
-    ('strangers_slip:build', 'ZeroDivisionError'),
+    ('custom_model:biuld', 'is it build?'),
+    ('custom_model:width', 'width is of type int'),
+    ('custom_error:build', 'ZeroDivisionError'),
   ]:
     with pytest.raises(UserError, match=re.escape(words)) as caught:
       checks.load_callable(name, 'model.factory')
@@ -516,7 +479,7 @@ def test_load_callable(tmp_path, monkeypatch):
 
 def test_validation_touches_no_device_and_starts_fast():
   code = (
-    'import sys; from configs import base; from dsdm_jax.core import config; config.validate(base.get_config());'
+    'import sys; from configs import base; from dsdm_jax.config.validate import validate; validate(base.get_config());'
     "print([m for m in ('jax', 'flax', 'tensorflow') if m in sys.modules])"
   )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from dsdm_jax.config import bounds
+from dsdm_jax.config import values
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.data import files
 from dsdm_jax.data.pool.documents import Document
@@ -28,9 +28,9 @@ SIZED = ('installed_packages', 'function')
 _TEXT_FILES = 256  # small files that are read as one unit
 _TFDS_ROWS = 65_536  # rows of a unit
 _MOST = {
-  'weight': bounds.KINDS['factor'][0],
-  'max_bytes': bounds.KINDS['bytes'][0],
-  'max_documents': bounds.KINDS['rows'][0],
+  'weight': values.MAX_FACTOR,
+  'max_bytes': values.MAX_BYTES,
+  'max_documents': values.MAX_ROWS,
 }
 
 
