@@ -25,7 +25,7 @@ from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order import batches
 from dsdm_jax.data.order.schedule import Schedule
-from dsdm_jax.data.pool import build, sources, workers
+from dsdm_jax.data.pool import build, passes, readers, sources
 from dsdm_jax.data.pool.pool import Pool
 
 
@@ -50,7 +50,7 @@ def run(flags: argparse.Namespace) -> None:
 def _installed(folder: Path, megabytes: float) -> str:
   config = base.get_config().pool
   config.max_bytes, config.max_document_bytes = int(megabytes * 1e6), 0
-  documents = list(sources.generate(sources.parse('installed_packages'), config, 0))
+  documents = list(readers.generate(sources.parse('installed_packages'), config, 0))
   for part in range(8):
     with gzip.open(folder / f'{part}.jsonl.gz', 'wt', compresslevel=6) as file:
       for d in documents[part::8]:
@@ -73,7 +73,7 @@ def _build(folder: Path, files: str, flags: argparse.Namespace) -> Pool:
   pool = Pool(out)
   _print(
     case='build', megabytes_per_second=pool.card['bytes'] / seconds / 1e6, seconds=seconds,
-    cpu_seconds=_cpu_seconds() - used, workers=workers.count(
+    cpu_seconds=_cpu_seconds() - used, workers=passes.worker_count(
       flags.workers), megabytes=pool.card['bytes'] / 1e6, rows=pool.num_rows, tokens=pool.card['tokens'],
     gigabytes_of_all_processes=max(most) / 1e9,
   )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool.encoders import Encoder, open_encoder
+from dsdm_jax.data.pool.vocabulary import Encoder, open_encoder
 from dsdm_jax.data.targets.benchmarks import BENCHMARKS
 from dsdm_jax.data.targets.targets import Examples, Targets
 from dsdm_jax.errors import UserError

@@ -24,7 +24,7 @@ NAME = 'mixture'
 def make(context: Context, pool: Candidates, budget: Budget, seed: int) -> tuple[dict[str, Any], Selection]:
   """Selects the rows of each part and saves them; returns the entry of `index.json`, and all rows together.
 
-  The entry's `parts` are what `data.arms.schedule` makes the order of training from. All rows together weigh what that
+  The entry's `parts` are what `selection.schedule` makes the order of training from. All rows together weigh what that
   order visits them: by them a single pass elsewhere is what this training is in expectation.
 
   Raises:

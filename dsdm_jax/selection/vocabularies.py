@@ -3,14 +3,14 @@
 import os
 from pathlib import Path
 
-from dsdm_jax.data.pool.encoders import BYTES, MODEL, TOKENIZER
+from dsdm_jax.data.pool.vocabulary import BYTES, MODEL, TOKENIZER
 from dsdm_jax.errors import UserError
 
 _FILES = (MODEL, TOKENIZER, 'end_piece.json', BYTES)
 
 
 def read(folder: str | os.PathLike) -> dict[str, bytes]:
-  """Name → bytes of each file that `folder` holds; `encoders.open_encoder` opens a folder with these files alone.
+  """Name → bytes of each file that `folder` holds; `vocabulary.open_encoder` opens a folder with these files alone.
 
   Raises:
     UserError: it holds none.

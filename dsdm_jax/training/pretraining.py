@@ -8,7 +8,7 @@ import numpy as np
 from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh, share
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.order import arms
+from dsdm_jax.data.order import selection as selection_lib
 from dsdm_jax.data.order.batches import training_batches
 from dsdm_jax.data.order.schedule import Schedule
 from dsdm_jax.data.order.selection import Selection
@@ -56,4 +56,4 @@ def _batches(context: Context, pool: Pool, entry: dict, steps: int, mine: np.nda
 def _schedule(context: Context, entry: dict, steps: int) -> Schedule:
   config, pretraining = context.config, context.config.pretraining
   order, length = prng.derive(config.seed, 'order', entry['seed']), steps * pretraining.train.batch_size
-  return arms.schedule(context.inputs['selection'].path, entry, length, order, pretraining.max_epochs)
+  return selection_lib.schedule(context.inputs['selection'].path, entry, length, order, pretraining.max_epochs)

@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 
 from dsdm_jax.data.pool import vocabulary
-from dsdm_jax.data.pool.encoders import ByteEncoder
+from dsdm_jax.data.pool.vocabulary import ByteEncoder
 from dsdm_jax.evaluation.suite import stops
 
 TEXTS = [f'The {a} of {b} is {i}, and {b} has {i * 7} {a}s.' for i, (a, b) in enumerate(
@@ -23,7 +23,7 @@ def usual() -> vocabulary.Encoder:
     sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=300, pad_id=0, eos_id=1, unk_id=2, bos_id=3,
     byte_fallback=True, num_threads=1, minloglevel=2, hard_vocab_limit=False,
   )  # fmt: skip
-  return vocabulary.Encoder(model.getvalue())
+  return vocabulary.SentencePieceEncoder(model.getvalue())
 
 
 def test_a_lone_space_does_not_end_an_answer(usual):
@@ -37,7 +37,7 @@ def test_a_lone_space_does_not_end_an_answer(usual):
 
 
 def test_pieces_with_a_newline_end_it():
-  encoder = vocabulary.Encoder(vocabulary.train([text + '\n' for text in TEXTS], 320))
+  encoder = vocabulary.SentencePieceEncoder(vocabulary.train([text + '\n' for text in TEXTS], 320))
   stop_V = stops(encoder)
   assert stop_V[encoder.encode('a\nb')].tolist().count(True) == 1
   assert not stop_V[encoder.encode(' Rome is 7')].any()
