@@ -107,9 +107,10 @@ class Unit:
 
 
 _OPTIONS: Mapping[str, Callable[[str], Any]] = {
-  'name': str, 'text': str, 'id': str, 'source': str, 'split': str, 'module': str, 'weight': float,
-  'max_bytes': lambda v: int(float(v)), 'max_documents': lambda v: int(float(v)),
-}  # fmt: skip
+  **dict.fromkeys(('name', 'text', 'id', 'source', 'split', 'module'), str),
+  'weight': float,
+  **dict.fromkeys(('max_bytes', 'max_documents'), lambda value: int(float(value))),
+}
 
 
 def parse(line: str) -> Entry:

@@ -24,7 +24,7 @@ def build(folder: Path, *sources: str, **keys):
   return run_pool(small_config(sources=sources, **keys), folder)
 
 
-def test_rows_are_kept_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_rows_do_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
   from dsdm_jax.data.pool import pool as pool_lib
 
   monkeypatch.setattr(pool_lib, 'SHARD_ROWS', 8)  # shards and files begin at different rows

@@ -124,7 +124,7 @@ def test_broken_records_are_named(tmp_path: Path, record: dict, expected: str):
     of_file(write(tmp_path / 'other.jsonl', {'text': 'a'}))
 
 
-def test_a_missing_file_is_said_and_where_else_to_look(tmp_path: Path):
+def test_a_missing_file_names_other_places(tmp_path: Path):
   with pytest.raises(UserError, match=rf'benchmark cbt: {tmp_path} is not a file and has no cbt\.jsonl; put'):
     read_items(BENCHMARKS['cbt'], str(tmp_path))
   with pytest.raises(UserError, match="or prepare TFDS's piqa and use the path 'tfds'"):

@@ -71,7 +71,7 @@ def test_registering_again_is_the_same_name_and_another_stream_is_another(tiny_p
     batches_lib.register(schedule, tiny_pool, 301)
 
 
-def test_a_pool_that_took_the_place_of_another_is_read_anew(tmp_path: Path):
+def test_a_replaced_pool_is_read_again(tmp_path: Path):
   """Two pools of one shape at one path, one after the other in one process, with vocabularies of their own."""
   import seqio
 
@@ -195,7 +195,7 @@ def test_the_next_batches_are_read_before_they_are_asked_for(tiny_pool: Pool, mo
   assert 8 * (1 + AHEAD) <= len(read) < 400
 
 
-def test_a_schedule_goes_with_the_batches_that_were_read_of_it(tiny_pool: Pool):
+def test_a_schedule_is_freed_with_its_batches(tiny_pool: Pool):
   """TensorFlow's default graph keeps each function that NumPy runs, and would keep every schedule's rows with it."""
   schedule = two_parts(tiny_pool)
   held = weakref.ref(schedule)
