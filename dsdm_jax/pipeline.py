@@ -58,7 +58,7 @@ class Stage:
 STAGES = (
   # Documents → tokens → a TFDS dataset, without documents that hold target text.
   Stage(
-    'pool', (), ('seed', 'pool', 'targets.tasks', 'targets.folder', 'targets.seed'), 'data.pool.pool:run', format=2
+    'pool', (), ('seed', 'pool', 'targets.tasks', 'targets.folder', 'targets.seed'), 'data.pool.build:run', format=2
   ),
   # Tasks → examples that the datamodel sees, and a holdout that it never does.
   Stage('targets', ('pool',), ('targets',), 'data.targets.targets:run', format=2),

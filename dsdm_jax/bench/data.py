@@ -24,7 +24,7 @@ from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order import batches
 from dsdm_jax.data.order.schedule import Schedule
-from dsdm_jax.data.pool import build, sources, workers
+from dsdm_jax.data.pool import build, passes, readers, sources
 from dsdm_jax.data.pool.pool import Pool
 
 
@@ -49,7 +49,7 @@ def run(flags: argparse.Namespace) -> None:
 def _installed(folder: Path, megabytes: float) -> str:
   config = base.get_config().pool
   config.max_bytes, config.max_document_bytes = int(megabytes * 1e6), 0
-  documents = list(sources.generate(sources.parse('installed_packages'), config, 0))
+  documents = list(readers.generate(sources.parse('installed_packages'), config, 0))
   for part in range(8):
     with gzip.open(folder / f'{part}.jsonl.gz', 'wt', compresslevel=6) as file:
       for d in documents[part::8]:
@@ -74,7 +74,7 @@ def _build(folder: Path, files: str, flags: argparse.Namespace) -> Pool:
   speed = {'megabytes_per_second': megabytes / seconds, 'seconds': seconds, 'cpu_seconds': cpu_seconds}
   size = {'megabytes': megabytes, 'rows': pool.num_rows, 'tokens': pool.card['tokens']}
   memory = {'gigabytes_of_all_processes': max(most) / 1e9}
-  _print(case='build', **speed, workers=workers.count(flags.workers), **size, **memory)
+  _print(case='build', **speed, workers=passes.worker_count(flags.workers), **size, **memory)
   return pool
 
 

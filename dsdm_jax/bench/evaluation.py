@@ -38,7 +38,7 @@ def run(flags: argparse.Namespace) -> None:
   texts = [
     f'{i.context} {i.continuation}' for i in benchmarks.read_items(benchmarks.BENCHMARKS[tasks[0]], flags.folder)
   ]
-  encoder = vocabulary.Encoder(vocabulary.train(texts, config.pool.vocab_size))
+  encoder = vocabulary.SentencePieceEncoder(vocabulary.train(texts, config.pool.vocab_size))
   compiled = trainer(config.model, config.pretraining.train, encoder.size, config.pool.length, make_mesh(config.mesh))
   state = compiled.init(prng.stream(0, 'bench', 'evaluation'))
   stop_V = stop_tokens(encoder)

@@ -119,7 +119,7 @@ def text(megabytes: float) -> dict[str, float]:
       size += len(texts[-1].encode())
   if size < megabytes * 1e6:
     raise UserError(f'--megabytes={megabytes}: the standard library has {size / 1e6:.1f} MB of text; use less')
-  encoder = vocabulary.Encoder(vocabulary.train(texts, 8_192))
+  encoder = vocabulary.SentencePieceEncoder(vocabulary.train(texts, 8_192))
   flat = np.concatenate([np.array(encoder.encode(t), np.uint16) for t in texts])
   tokens_NL = flat[: len(flat) // _LENGTH * _LENGTH].reshape(-1, _LENGTH)
   mega = sum(len(t.encode()) for t in encoder.decode_batch(tokens_NL)) / 1e6

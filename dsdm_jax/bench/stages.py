@@ -26,8 +26,8 @@ from dsdm_jax.attribution.sources import PoolPass, Recomputed
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core import prng, storage
 from dsdm_jax.core.mesh import batch_sharding
-from dsdm_jax.data.pool import dataset, encoders
 from dsdm_jax.data.pool import pool as pool_lib
+from dsdm_jax.data.pool import vocabulary
 
 SHARD_ROWS = 1_024
 _EVERY = 4  # shards between two pauses
@@ -96,9 +96,9 @@ def make_pool(rows: int, length: int, vocab_size: int) -> pool_lib.Pool:
   folder = tempfile.TemporaryDirectory(prefix='dsdm_bench_')
   atexit.register(folder.cleanup)
   path = Path(folder.name)
-  dtype = encoders.dtype_of(vocab_size)
+  dtype = vocabulary.dtype_of(vocab_size)
   tokens_NL = prng.numpy_stream(0, 'bench', 'pool').integers(0, vocab_size, (rows, length), dtype=dtype)
-  dataset.write_array(path / 'dataset', tokens_NL)
+  pool_lib.write_array(path / 'dataset', tokens_NL)
   storage.write_json(path / 'card.json', {'rows': rows, 'length': length, 'vocab_size': vocab_size})
   return pool_lib.Pool(path)
 

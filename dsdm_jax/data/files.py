@@ -1,81 +1,102 @@
-"""Files by glob, on this machine or wherever fsspec finds them (gs://, hf://, s3://, …), opened for reading bytes."""
+"""Input files that a user names: patterns, local paths and fsspec URLs (gs://, s3://, hf://, …), compression, JSON.
 
-import gzip
+Pools, targets, benchmarks, vocabularies and tokenizers are all read through this module.
+"""
+
+import contextlib
 import hashlib
 import io
+import json
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from dsdm_jax.errors import UserError
 
+LONGEST_LINE = 128 * 2**20  # bytes; a document of `readers.LARGEST` bytes takes 96 MiB if every character is escaped
+READ_ERRORS = (OSError, EOFError, zlib.error)  # what reading an opened file may raise
 _BUFFER = 2**20
-_READ_WHOLE = 2**28  # bytes of files whose content is looked at at each start: 0.2 s where the kernel has them cached
+_CODECS = {'.gz': 'gzip', '.bz2': 'bz2', '.xz': 'xz'}  # of fsspec; `_Zstd` reads .zst
+_HASHED_BYTES = 2**28  # `versions` hashes file contents up to this size: 0.2 s if the kernel has them cached
 _PACKAGES = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 'hf': 'huggingface_hub', 'az': 'adlfs'}
+_ETAGS = ('etag', 'ETag', 'md5Hash', 'blob_id', 'mtime', 'updated', 'created')  # as fsspec's systems call them
 
 
 def is_remote(path: str) -> bool:
-  """Whether `path` is a URL, which fsspec opens, and not a path of this machine."""
+  """Whether `path` is a URL for fsspec rather than a local path."""
   return '://' in path
 
 
-def _system(path: str) -> tuple[Any, str]:
-  """fsspec's file system of a URL, and the path within it."""
-  import fsspec
-
-  try:
-    return fsspec.core.url_to_fs(path)
-  except ImportError as error:
-    scheme = path.partition('://')[0]
-    package = _PACKAGES.get(scheme, f'the package that fsspec names for it ({_line(error)})')
-    raise UserError(f'paths that begin with {scheme}:// need {package}; pip install it') from error
-  except Exception as error:  # each of fsspec's systems raises errors of its own: no credentials, no such protocol
-    raise UserError(f'{path} cannot be reached ({_line(error)}); check its address, network and credentials') from error
-
-
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+  """Type and message of an error on one line of at most 300 characters."""
   return ' '.join(f'{type(error).__name__} {error}'.split())[:300]
 
 
-def matches(pattern: str) -> list[str]:
-  """Files that `pattern` names, sorted; a pattern without wildcards names itself, whether there or not.
+def _remote(url: str) -> tuple[Any, str]:
+  """fsspec's file system for a URL and the path inside it."""
+  import fsspec
+
+  try:
+    return fsspec.core.url_to_fs(url)
+  except ImportError as error:
+    scheme = url.partition('://')[0]
+    package = _PACKAGES.get(scheme, f'the package that fsspec names for it ({one_line(error)})')
+    raise UserError(f'paths that begin with {scheme}:// need {package}; pip install it') from error
+  except Exception as error:  # fsspec's systems raise errors of many types: no credentials, unknown protocol
+    raise UserError(f'{url} cannot be reached ({one_line(error)}); check address, network and credentials') from error
+
+
+def _call(function: Any, *arguments: Any) -> Any:
+  """Calls a function of an fsspec system, which may raise errors of any type, and raises only OSErrors."""
+  try:
+    return function(*arguments)
+  except OSError:
+    raise
+  except Exception as error:
+    raise OSError(one_line(error)) from error
+
+
+def glob(pattern: str, kind: Literal['file', 'directory'] = 'file') -> list[str]:
+  """Sorted paths that match `pattern`; a pattern without wildcards is returned as it is, whether it exists or not.
 
   Raises:
-    UserError: the place of a URL cannot be listed: a package, network or credentials are missing.
+    UserError: a URL cannot be listed, because a package, the network or credentials are missing.
   """
   if not any(sign in pattern for sign in '*?['):
     return [pattern]
   if is_remote(pattern):
-    system, inside = _system(pattern)
+    system, inside = _remote(pattern)
     try:
-      found = [path for path, info in system.glob(inside, detail=True).items() if info['type'] == 'file']
-    except Exception as error:  # as above
+      paths = [path for path, info in system.glob(inside, detail=True).items() if info['type'] == kind]
+    except Exception as error:  # as in `_remote`
       raise UserError(
-        f'{pattern} cannot be listed ({_line(error)}); check its address, network and credentials'
+        f'{pattern} cannot be listed ({one_line(error)}); check address, network and credentials'
       ) from error
-    return sorted(system.unstrip_protocol(path) for path in found)
-  # The part before the first wildcard is a folder, the rest a pattern below it.
+    return sorted(system.unstrip_protocol(path) for path in paths)
+  # The parts before the first wildcard name a folder, the rest is a pattern below it.
   parts = pattern.split('/')
   first = next(i for i, part in enumerate(parts) if any(sign in part for sign in '*?['))
   root = Path('/'.join(parts[:first]) or ('/' if pattern.startswith('/') else '.'))
-  return sorted(str(path) for path in root.glob('/'.join(parts[first:])) if path.is_file())
+  matches = root.glob('/'.join(parts[first:]))
+  return sorted(str(path) for path in matches if (path.is_file() if kind == 'file' else path.is_dir()))
 
 
-class _Remote(io.RawIOBase):
-  """A file that fsspec opened, whose errors are OSErrors, as those of a file on a disk."""
+def is_file(path: str) -> bool:
+  """Whether there is a file at `path`."""
+  if not is_remote(path):
+    return Path(path).is_file()
+  system, inside = _remote(path)
+  return _call(system.isfile, inside)
 
-  def __init__(self, path: str):
-    system, inside = _system(path)
-    self._file = self._said(system.open, inside, 'rb')
 
-  def _said(self, function: Any, *arguments: Any) -> Any:
-    try:
-      return function(*arguments)
-    except OSError:
-      raise
-    except Exception as error:  # each of fsspec's systems raises errors of its own
-      raise OSError(_line(error)) from error
+class _RemoteFile(io.RawIOBase):
+  """A file that fsspec opened. Its errors are OSErrors, like those of a local file."""
+
+  def __init__(self, url: str):
+    system, inside = _remote(url)
+    self._file = _call(system.open, inside, 'rb')
 
   def readable(self) -> bool:
     return True
@@ -84,15 +105,15 @@ class _Remote(io.RawIOBase):
     return True
 
   def readinto(self, buffer: Any) -> int:
-    data = self._said(self._file.read, len(buffer))
+    data = _call(self._file.read, len(buffer))
     buffer[: len(data)] = data
     return len(data)
 
   def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-    return self._said(self._file.seek, offset, whence)
+    return _call(self._file.seek, offset, whence)
 
   def tell(self) -> int:
-    return self._said(self._file.tell)
+    return _call(self._file.tell)
 
   def close(self) -> None:
     if not self.closed:
@@ -100,54 +121,148 @@ class _Remote(io.RawIOBase):
     super().close()
 
 
-def open_bytes(path: str) -> BinaryIO:
-  """The file's bytes, unpacked where its name ends in .gz or .zst.
+class _Zstd(io.RawIOBase):
+  """The content of zstd frames; a truncated frame raises EOFError.
 
-  Raises:
-    OSError: it cannot be opened.
-    UserError: a package is missing to reach it.
+  fsspec's reader stops after the first frame, and zstandard's stream reader ends silently inside a truncated frame.
   """
-  raw: Any = io.BufferedReader(_Remote(path) if is_remote(path) else io.FileIO(path), _BUFFER)
-  if path.endswith('.gz'):
-    unpacked = gzip.GzipFile(fileobj=raw)
-    unpacked.myfileobj = raw  # closed with it
-    return io.BufferedReader(unpacked, _BUFFER)
-  if path.endswith('.zst'):
+
+  _CHUNK = 2**12  # compressed bytes; they expand to at most 128 MiB
+
+  def __init__(self, file: BinaryIO):
     import zstandard
 
-    stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
-    return io.BufferedReader(stream, _BUFFER)
-  return raw
+    self._file = file
+    self._decompressor = zstandard.ZstdDecompressor()
+    self._error = zstandard.ZstdError
+    self._frame: Any = None  # None between frames
+    self._packed = b''
+    self._data = memoryview(b'')
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    while not self._data:
+      self._packed = self._packed or self._file.read(self._CHUNK)
+      if not self._packed:
+        if self._frame is not None:
+          raise EOFError('the last zstd frame is truncated')
+        return 0
+      if self._frame is None:
+        self._frame = self._decompressor.decompressobj()
+      try:
+        self._data = memoryview(self._frame.decompress(self._packed))
+      except self._error as error:
+        raise OSError(str(error)) from error
+      self._packed = self._frame.unused_data
+      if self._frame.eof:
+        self._frame = None
+    count = min(len(buffer), len(self._data))
+    buffer[:count] = self._data[:count]
+    self._data = self._data[count:]
+    return count
+
+
+@contextlib.contextmanager
+def open_bytes(path: str) -> Iterator[BinaryIO]:
+  """Opens a file for reading, decompressed if its name ends in .gz, .bz2, .xz or .zst.
+
+  Raises:
+    OSError: the file cannot be opened. Reading raises one of `READ_ERRORS`, also if a compressed file is truncated.
+    UserError: a package that the URL needs is missing.
+  """
+  import fsspec.compression
+
+  with contextlib.ExitStack() as stack:
+    raw = _RemoteFile(path) if is_remote(path) else io.FileIO(path)
+    file: Any = stack.enter_context(io.BufferedReader(raw, _BUFFER))
+    suffix = os.path.splitext(path)[1]
+    if suffix == '.zst':
+      file = stack.enter_context(io.BufferedReader(_Zstd(file), _BUFFER))
+    elif suffix in _CODECS:
+      unpacked = fsspec.compression.compr[_CODECS[suffix]](file, mode='r')
+      file = stack.enter_context(io.BufferedReader(unpacked, _BUFFER))
+    yield file
+
+
+def read_bytes(path: str) -> bytes:
+  """The whole file; arguments and errors as `open_bytes`."""
+  with open_bytes(path) as file:
+    return file.read()
+
+
+def describe(error: Exception) -> str:
+  """What one of `READ_ERRORS` says about a file, for messages."""
+  if isinstance(error, EOFError):
+    return 'the compressed file is truncated; copy it again'
+  message = ' '.join(str(getattr(error, 'strerror', None) or error).split())[:200]
+  return f'cannot be read ({message or type(error).__name__})'
 
 
 def versions(paths: Sequence[str]) -> list[str]:
-  """For each file what tells one state of it from another: its size, with its content, time of change or checksum.
+  """A string for each file that changes when the file does: its size with a hash, modification time or ETag.
 
-  The content (a SHA-256 of it) where all of them together have at most 256 MiB on this machine: the same text, copied
-  or unpacked again, is the same state. Else the time, which costs no reading; of a URL what its server says.
+  Local files are hashed (SHA-256) if all of them together have at most 256 MiB, so that copying the same text again
+  changes nothing. Otherwise their modification time counts, which needs no reading. For URLs the server's ETag counts.
 
   Raises:
-    OSError: there is no such file.
+    OSError: a file does not exist.
   """
-  local = [path for path in paths if not is_remote(path)]
-  read = sum(Path(path).stat().st_size for path in local) <= _READ_WHOLE
-  return [_remote_version(path) if is_remote(path) else _local_version(path, read) for path in paths]
+  hashed = sum(Path(path).stat().st_size for path in paths if not is_remote(path)) <= _HASHED_BYTES
+  result = []
+  for path in paths:
+    if is_remote(path):
+      system, inside = _remote(path)
+      info = _call(system.info, inside)
+      marks = [str(info[key]) for key in _ETAGS if info.get(key)]
+      result.append(', '.join([f'{info["size"]} bytes', *marks[:1]]))
+      continue
+    with Path(path).open('rb') as file:
+      stat = os.fstat(file.fileno())
+      mark = hashlib.file_digest(file, 'sha256').hexdigest() if hashed else f'changed {stat.st_mtime_ns}'
+    result.append(f'{stat.st_size} bytes, {mark}')
+  return result
 
 
-def _local_version(path: str, read: bool) -> str:
-  with Path(path).open('rb') as file:
-    stat = os.fstat(file.fileno())
-    mark = hashlib.file_digest(file, 'sha256').hexdigest() if read else f'changed {stat.st_mtime_ns}'
-  return f'{stat.st_size} bytes, {mark}'
+class BadLineError(ValueError):
+  """Why a line holds no JSON object, in a few words."""
 
 
-def _remote_version(path: str) -> str:
-  system, inside = _system(path)
+def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+  """(number from 1, line) for every line; lines longer than `LONGEST_LINE` are cut one byte after it."""
+  number = 0
+  while line := file.readline(LONGEST_LINE + 1):
+    number += 1
+    whole = line
+    # A compressed file of a few MB may hold one line of many GB.
+    while len(line) > LONGEST_LINE and not line.endswith(b'\n'):
+      line = file.readline(LONGEST_LINE + 1)
+    yield number, whole
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+  """The JSON object on a line.
+
+  Raises:
+    BadLineError: the line holds none.
+  """
+  if len(line) > LONGEST_LINE:
+    raise BadLineError(f'a line of more than {LONGEST_LINE:,} bytes')
   try:
-    info = system.info(inside)
-  except OSError:
-    raise
-  except Exception as error:  # as above
-    raise OSError(_line(error)) from error
-  marks = [info[key] for key in ('etag', 'ETag', 'md5Hash', 'blob_id', 'mtime', 'updated', 'created') if info.get(key)]
-  return f'{info["size"]} bytes, {marks[0]}' if marks else f'{info["size"]} bytes'
+    record = json.loads(line.decode())
+    if b'\\ud' in line.lower():  # a lone surrogate is no text and cannot be written
+      json.dumps(record, ensure_ascii=False).encode()
+  except UnicodeDecodeError as error:
+    raise BadLineError(f'not UTF-8 ({error.reason} at byte {error.start})') from error
+  except UnicodeEncodeError as error:
+    raise BadLineError(f'not valid Unicode (a lone surrogate {error.object[error.start]!a})') from error
+  except json.JSONDecodeError as error:
+    raise BadLineError(f'not JSON ({error.msg} at column {error.colno})') from error
+  except RecursionError as error:
+    raise BadLineError('not readable as JSON (brackets are nested too deeply)') from error
+  except ValueError as error:  # an integer with thousands of digits
+    raise BadLineError(f'not readable as JSON ({str(error).partition(";")[0]})') from error
+  if not isinstance(record, dict):
+    raise BadLineError(f'must be a JSON object, not {type(record).__name__}')
+  return record

@@ -18,7 +18,7 @@ from flax import nnx
 
 from dsdm_jax.core import flops
 from dsdm_jax.core.mesh import fetch, place
-from dsdm_jax.data.pool.encoders import Encoder
+from dsdm_jax.data.pool.vocabulary import Encoder
 from dsdm_jax.evaluation.suite import BENCHMARK, Request, Suite
 from dsdm_jax.lm.decoder import Decoder
 from dsdm_jax.lm.decoding import greedy

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool.encoders import Encoder, open_encoder
+from dsdm_jax.data.pool.vocabulary import Encoder, open_encoder
 from dsdm_jax.data.targets import benchmarks
 from dsdm_jax.data.targets.benchmarks import BENCHMARKS, Benchmark
 from dsdm_jax.data.targets.shapes import GENERATION, LANGUAGE_MODELLING

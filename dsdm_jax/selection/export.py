@@ -27,8 +27,8 @@ from dsdm_jax.attribution.scores import Scores
 from dsdm_jax.core import artifacts, storage, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.order.selection import Selection
-from dsdm_jax.data.pool.encoders import BYTES, MODEL, TOKENIZER
 from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.pool.vocabulary import BYTES, MODEL, TOKENIZER
 from dsdm_jax.errors import UserError
 
 FORMATS = ('parquet', 'jsonl', 'datasets', 'tfds')
@@ -160,7 +160,7 @@ def _scores(datamodel: Artifact, selection: Selection) -> dict[str, np.ndarray]:
 
 
 def read_vocabulary(folder: str | os.PathLike) -> dict[str, bytes]:
-  """Name → bytes of the vocabulary files in `folder`; `encoders.open_encoder` opens a folder with only these files.
+  """Name → bytes of the vocabulary files in `folder`; `vocabulary.open_encoder` opens a folder with only these files.
 
   Raises:
     UserError: there are none.

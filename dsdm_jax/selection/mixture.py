@@ -21,7 +21,7 @@ NAME = 'mixture'
 def select_mixture(context: Context, pool: Candidates, budget: Budget, seed: int) -> tuple[dict[str, Any], Selection]:
   """Selects and saves the rows of each part; returns the entry of `index.json`, and the rows of all parts together.
 
-  `data.order.arms.schedule` reads the entry's `parts` to build the order of training. The rows of all parts together
+  `order.selection.schedule` reads the entry's `parts` to build the order of training. The rows of all parts together
   have as weights how often this order visits them, so that one weighted pass over them equals the training in
   expectation.
 

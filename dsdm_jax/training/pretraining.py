@@ -6,7 +6,7 @@ import json
 from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh, share
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.order import arms
+from dsdm_jax.data.order import selection as selection_lib
 from dsdm_jax.data.order.batches import training_batches
 from dsdm_jax.data.order.schedule import Schedule
 from dsdm_jax.data.order.selection import Selection
@@ -32,7 +32,7 @@ def run(context: Context) -> dict:
 
   def schedule(entry: dict) -> Schedule:
     order, length = prng.derive(config.seed, 'order', entry['seed']), steps * pretraining.train.batch_size
-    return arms.schedule(selections.path, entry, length, order, pretraining.max_epochs)
+    return selection_lib.schedule(selections.path, entry, length, order, pretraining.max_epochs)
 
   for entry in index:  # before the first model is trained: an arm may have too few rows for the budget
     schedule(entry)

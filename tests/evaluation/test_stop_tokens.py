@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 
 from dsdm_jax.data.pool import vocabulary
-from dsdm_jax.data.pool.encoders import ByteEncoder
+from dsdm_jax.data.pool.vocabulary import ByteEncoder
 from dsdm_jax.evaluation.scoring import stop_tokens
 
 TEXTS = [
@@ -33,7 +33,7 @@ def sentencepiece_model() -> vocabulary.Encoder:
     minloglevel=2,
     hard_vocab_limit=False,
   )
-  return vocabulary.Encoder(model.getvalue())
+  return vocabulary.SentencePieceEncoder(model.getvalue())
 
 
 def test_a_lone_space_does_not_end_an_answer(sentencepiece_model):
@@ -47,7 +47,7 @@ def test_a_lone_space_does_not_end_an_answer(sentencepiece_model):
 
 
 def test_pieces_with_a_newline_end_it():
-  encoder = vocabulary.Encoder(vocabulary.train([text + '\n' for text in TEXTS], 320))
+  encoder = vocabulary.SentencePieceEncoder(vocabulary.train([text + '\n' for text in TEXTS], 320))
   stop_V = stop_tokens(encoder)
   assert stop_V[encoder.encode('a\nb')].tolist().count(True) == 1
   assert not stop_V[encoder.encode(' Rome is 7')].any()

@@ -25,7 +25,7 @@ from dsdm_jax.attribution import score_files
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core import artifacts, lock
 from dsdm_jax.data.order.selection import Selection
-from dsdm_jax.data.pool import encoders, readers, sources, vocabulary
+from dsdm_jax.data.pool import readers, sources, vocabulary
 from dsdm_jax.data.targets import shapes, tasks
 from dsdm_jax.errors import UserError
 from tests.conftest import ROOT
@@ -175,7 +175,7 @@ def test_parquet(data, tmp_path, tried):
 BOMB = """
 import resource, sys
 from pathlib import Path
-from dsdm_jax.data import readers, sources
+from dsdm_jax.data.pool import readers, sources
 resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, 16 * 2**30))
 kind, path = sys.argv[1:3]
 said = []
@@ -377,8 +377,8 @@ def test_tokenizers(data, tmp_path, tried, ending, sentencepiece_model):
     old.unlink()
 
   def act() -> None:
-    encoders.save(str(path), folder)
-    encoder = encoders.open_encoder(folder)
+    vocabulary.save(str(path), folder)
+    encoder = vocabulary.open_encoder(folder)
     ids = encoder.encode('a bc <eos> \u2028')
     assert all(0 <= i < encoder.size for i in ids)
     encoder.decode(ids)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dsdm_jax.data.pool.documents import Document
+from dsdm_jax.data.pool.sources import Document
 
 
 def no_documents(config: ConfigDict, seed: int) -> Iterator[Document]:

@@ -10,7 +10,8 @@ import pytest
 import dsdm_jax
 from dsdm_jax.config.methods import STAGES
 from dsdm_jax.core import artifacts, prng
-from dsdm_jax.data.order import arms, mixtures
+from dsdm_jax.data.order import batches
+from dsdm_jax.data.order import selection as selection_lib
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
 from tests.pipeline import runs
@@ -48,7 +49,7 @@ def test_the_mixture_trained_to_its_end_on_its_schedule(trained):
     assert [json.loads(line)['tokens'] for line in lines][-1] == 64 * 32, 'the budget of every arm'
   index = json.loads((folder / 'selection' / 'index.json').read_text())
   entry = next(e for e in index if e['name'] == 'mixture--any--0')
-  schedule = arms.schedule(folder / 'selection', entry, 64, prng.derive(0, 'order', 0))
+  schedule = selection_lib.schedule(folder / 'selection', entry, 64, prng.derive(0, 'order', 0))
   part_B, row_B, _ = schedule.at(np.arange(64))
   # Rates 2 : 1 : 1, but the second part has three rows, twice at most; the others share its place as 2 : 1.
   counts = np.bincount(part_B, minlength=3)
@@ -59,7 +60,7 @@ def test_the_mixture_trained_to_its_end_on_its_schedule(trained):
 
   import seqio
 
-  name = mixtures.register(schedule, Pool(artifacts.open_stage(folder, 'pool')))
+  name = batches.register(schedule, Pool(artifacts.open_stage(folder, 'pool')))
   stream = seqio.get_mixture_or_task(name).get_dataset(
     sequence_length=None, split='train', shuffle=False, num_epochs=1, passthrough_features=('row',),
     trim_output_features=False,

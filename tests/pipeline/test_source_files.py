@@ -8,8 +8,7 @@ import pytest
 from dsdm_jax import pipeline
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
-from tests.data.conftest import small_config
-from tests.data.pool.test_sources import RECORDS, lines
+from tests.helpers.data import RECORDS, lines, small_config
 
 
 def test_changed_files_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

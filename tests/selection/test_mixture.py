@@ -7,7 +7,7 @@ import pytest
 
 from configs.base import get_config
 from dsdm_jax.core import prng
-from dsdm_jax.data.order import arms
+from dsdm_jax.data.order import selection as selection_lib
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.errors import UserError
 from dsdm_jax.selection import mixture
@@ -30,7 +30,7 @@ def mixed(folder, parts, budget, seed=1, **options):
   context = types.SimpleNamespace(config=config, first=True, out=folder)
   entry, every = mixture.select_mixture(context, Pool(SCORE_N, **options), budget, seed)
   order = prng.derive(config.seed, 'order', seed)
-  schedule = arms.schedule(folder, entry, budget.total, order)
+  schedule = selection_lib.schedule(folder, entry, budget.total, order)
   return schedule, entry, every
 
 

@@ -13,7 +13,8 @@ import pytest
 from dsdm_jax import pipeline
 from dsdm_jax.config.methods import METHODS
 from dsdm_jax.core import artifacts
-from dsdm_jax.data.order import arms, mixtures
+from dsdm_jax.data.order import batches
+from dsdm_jax.data.order import selection as selection_lib
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
@@ -157,14 +158,14 @@ def test_the_mixture_trains_in_the_order_that_seqio_shows(chosen):
   entry = next(e for e in json.loads((chosen / 'selection/index.json').read_text()) if e['method'] == 'mixture')
   assert [p['name'] for p in entry['parts']] == ['dsdm--docs--0', 'dsdm--api_qa--0', 'random--any--0']
   assert [p['examples'] for p in entry['parts']] == [16, 3, 16]  # shares 32, 16, 16 of 64 in 2, ·, 1 passes
-  schedule = arms.schedule(chosen / 'selection', entry, 64, 5)
+  schedule = selection_lib.schedule(chosen / 'selection', entry, 64, 5)
   part_B, row_B, _ = schedule.at(np.arange(64))
   assert np.bincount(part_B)[1] == 6, 'three rows twice, then the other parts take its place'
   assert np.bincount(part_B)[0] > np.bincount(part_B)[2]
   every = Selection.load(chosen / 'selection', 'mixture--any--0').rows
   assert set(row_B.tolist()) <= set(every.tolist())
   for start in (0, 23):
-    name = mixtures.register(schedule, Pool(artifacts.open_stage(chosen, 'pool')), start)
+    name = batches.register(schedule, Pool(artifacts.open_stage(chosen, 'pool')), start)
     stream = seqio.get_mixture_or_task(name).get_dataset(
       sequence_length=None,
       split='train',
@@ -176,7 +177,7 @@ def test_the_mixture_trains_in_the_order_that_seqio_shows(chosen):
     assert [int(x['row']) for x in stream.as_numpy_iterator()] == row_B[start:].tolist()
   refused = {**entry, 'when_empty': 'refuse'}
   with pytest.raises(UserError, match="'dsdm--api_qa--0' has 3 rows but is to give"):
-    arms.schedule(chosen / 'selection', refused, 64, 5)
+    selection_lib.schedule(chosen / 'selection', refused, 64, 5)
 
 
 @pytest.mark.parametrize(

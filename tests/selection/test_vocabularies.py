@@ -8,10 +8,10 @@ import pytest
 
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.data.order.selection import Selection
-from dsdm_jax.data.pool import encoders, pool
+from dsdm_jax.data.pool import build, vocabulary
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.selection import distilled, export
-from tests.data import conftest as small
+from tests.helpers import data as small
 
 
 def tokenizer(folder: Path, size: int) -> str:
@@ -32,12 +32,12 @@ def tokenizer(folder: Path, size: int) -> str:
   return str(path)
 
 
-def run_of(folder: Path, vocabulary: str) -> Path:
+def run_of(folder: Path, choice: str) -> Path:
   """A workdir with a pool of that vocabulary, invented scores and one selection."""
   cost = artifacts.Cost(folder)
   identity = artifacts.Identity('pool', 1, {}, {})
-  made = small.context(small.small_config(vocabulary=vocabulary), folder, 'pool.part')
-  artifacts.commit(folder, identity, pool.run(made), cost)
+  made = small.context(small.small_config(vocabulary=choice), folder, 'pool.part')
+  artifacts.commit(folder, identity, build.run(made), cost)
   rows = Pool(folder / 'pool').num_rows
   score_N = np.random.default_rng(0).normal(size=rows).astype(np.float32)
   identity = artifacts.Identity('datamodel', 1, {}, {})
@@ -67,7 +67,7 @@ def test_an_exported_dataset_has_its_vocabulary(workdirs, tmp_path, kind):
 
   export.write(workdirs[kind], 'dsdm--docs', 'tfds', tmp_path / 'd')
   read = tfds.builder_from_directory(str(tmp_path / 'd/selection/1.0.0')).as_dataset(split='train')
-  made, encoder = Pool(workdirs[kind] / 'pool'), encoders.open_encoder(tmp_path / 'd')
+  made, encoder = Pool(workdirs[kind] / 'pool'), vocabulary.open_encoder(tmp_path / 'd')
   rows = Selection.load(workdirs[kind] / 'selection', 'dsdm--docs--0').rows
   found = [encoder.decode(record['tokens']) for record in tfds.as_numpy(read)]
   assert found == made.encoder.decode_batch(made.tokens(rows))

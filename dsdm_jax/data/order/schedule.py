@@ -1,9 +1,9 @@
 """The order of training: position → (part, row), a pure function of the seed with random access.
 
-A schedule mixes parts (selections, sources, ...) at fixed rates. Positions go in blocks of `BLOCK`; each block holds
-every part in proportion to its rate, in an order shuffled anew. Within a part, rows go in epochs: each visits every
-row once in an order of its own. A part that may give no more ends a *phase*: the others go on at their rates without
-it. Orders are keyed permutations that are computed and not stored, so a resume at any position costs the same.
+A schedule mixes parts (selections, sources, …) at fixed rates. Positions come in blocks of `BLOCK`; each block holds
+every part in proportion to its rate, in its own shuffled order. Within a part, rows come in epochs: each visits every
+row once, in its own order. When a part is exhausted, a new *phase* begins: the other parts continue at their rates.
+Orders are keyed permutations that are computed and not stored, so resuming at any position costs the same.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from collections.abc import Callable
 import numpy as np
 
 from dsdm_jax.core import prng
+from dsdm_jax.data.pool.permutation import ROUNDS, permute
 from dsdm_jax.errors import UserError
 
 BLOCK = 1_024  # positions; rates are rounded to multiples of 1/BLOCK
-_ROUNDS = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,11 +25,11 @@ class Part:
   """Rows that are visited at a common rate.
 
   Attributes:
-    name: for people; unique in its schedule.
+    name: unique in its schedule.
     rows: int64 [k], k ≥ 1.
     rate: relative to the other parts, > 0.
     weights: float32 [k], or None for ones.
-    most: examples that it may give, at least 1; None for any number.
+    most: maximum of examples, at least 1; None for no limit.
   """
 
   name: str
@@ -41,11 +41,11 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Phase:
-  """Positions during which the same parts give.
+  """Positions with examples of the same parts.
 
   Attributes:
-    start: its first position.
-    counts_S: examples of each part in a block, 0 of one that gives no more; adds up to BLOCK.
+    start: first position.
+    counts_S: examples of each part in a block, 0 for exhausted parts; the sum is BLOCK.
     before_S: examples of each part at earlier positions.
   """
 
@@ -58,49 +58,17 @@ class _Phase:
     return tuple(self.counts_S.tolist())
 
 
-def permute(index_B: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
-  """Image of `index_B` (int64, each in [0, size)) under the permutation of [0, size) that `key` names.
-
-  An alternating Feistel network on pairs (a, b) with a·b just above `size`; what falls outside goes through again.
-
-  Args:
-    index_B: where to look.
-    size: of the permutation, at least 1.
-    key: uint64 [8].
-  """
-  high = np.uint64(int(np.ceil(np.sqrt(size))))
-  low = np.uint64(-(-size // int(high)))
-  image_B = np.asarray(index_B).astype(np.uint64)
-  todo = np.arange(len(image_B))
-  while len(todo):
-    a, b = np.divmod(image_B[todo], low)
-    for round in range(0, _ROUNDS, 2):
-      a = (a + _mix(b, key[round])) % high
-      b = (b + _mix(a, key[round + 1])) % low
-    image_B[todo] = a * low + b
-    todo = todo[image_B[todo] >= size]
-  return image_B.astype(np.int64)
-
-
-def _mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
-  """The finalizer of SplitMix64 over x + key; below 2⁶³, so that a sum does not wrap."""
-  x = x + key
-  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  return (x ^ (x >> np.uint64(31))) >> np.uint64(1)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-  """`length` examples from `parts`, in an order that `seed` names.
+  """`length` examples from `parts`, in an order that `seed` determines.
 
-  A part that runs out of rows begins another epoch, and nothing else: the mixture keeps its rates and its length. What
-  happens when a part has given its `most` is chosen by `when_empty`: 'drop' leaves its place to the others, whose rates
-  among each other and whose sum, the length, stay; 'repeat' goes on for all that; 'refuse' is an error.
+  A part that runs out of rows begins another epoch; rates and length do not change. `when_empty` determines what
+  happens when a part has given its `most` examples: 'drop' leaves its place to the others at their relative rates, with
+  the same length; 'repeat' continues anyway; 'refuse' is an error.
 
   Raises:
-    UserError: no parts, an empty part, two of one name, a rate that is not positive, a part that is refused, or parts
-      that together may give fewer than `length` examples.
+    UserError: no parts, an empty part, two parts with the same name, a rate that is not positive, a refused part, or
+      parts that together may give fewer than `length` examples.
   """
 
   parts: tuple[Part, ...]
@@ -114,23 +82,23 @@ class Schedule:
     names = [part.name for part in self.parts]
     for part in self.parts:
       if names.count(part.name) > 1:
-        raise UserError(f'two parts of a schedule are called {part.name!r}; rename one')
+        raise UserError(f'two parts of a schedule are named {part.name!r}; rename one')
       if not len(part.rows):
-        raise UserError(f'part {part.name!r} of a schedule has no rows; leave it out')
+        raise UserError(f'part {part.name!r} of a schedule has no rows; remove it')
       if not part.rate > 0 or not np.isfinite(part.rate):
-        raise UserError(f'part {part.name!r} of a schedule has rate {part.rate}; rates are positive')
+        raise UserError(f'part {part.name!r} of a schedule has rate {part.rate}; rates must be positive')
       if part.weights is not None and len(part.weights) != len(part.rows):
         raise UserError(f'part {part.name!r} has {len(part.rows)} rows and {len(part.weights)} weights')
       if part.most is not None and part.most < 1:
-        raise UserError(f'part {part.name!r} of a schedule may give {part.most} examples; leave it out')
+        raise UserError(f'part {part.name!r} of a schedule may give {part.most} examples; remove it')
     if self.when_empty not in ('drop', 'repeat', 'refuse'):
       raise UserError(f'when_empty is {self.when_empty!r}; it is drop, repeat or refuse')
-    alone = len(self.parts) == 1  # and so nobody takes its place
+    alone = len(self.parts) == 1  # no other part can take its place
     for part, visits in zip(self.parts, self.visits(self.length), strict=True):
       if (self.when_empty == 'refuse' or (alone and self.when_empty == 'drop')) and visits > (part.most or visits):
         raise UserError(
-          f'part {part.name!r} has {len(part.rows)} rows but is to give {visits} examples, and {part.most} are the '
-          'most; add rows, lower its rate, or allow more passes over it'
+          f'part {part.name!r} has {len(part.rows)} rows and is asked for {visits} examples, but at most {part.most} '
+          'are allowed; add rows, lower its rate, or allow more passes over it'
         )
 
   @staticmethod
@@ -138,26 +106,26 @@ class Schedule:
     name: str, rows: np.ndarray, length: int, seed: int, weights: np.ndarray | None = None,
     max_epochs: float | None = None,
   ) -> 'Schedule':  # fmt: skip
-    """The schedule of one selection: pass after pass over `rows`, the last broken off at `length` examples.
+    """The schedule of one selection: passes over `rows`, the last one cut at `length` examples.
 
-    More than `max_epochs` passes are refused.
+    More than `max_epochs` passes are an error.
     """
     most = int(max_epochs * len(rows)) if max_epochs and len(rows) else None
     return Schedule((Part(name, np.asarray(rows, np.int64), weights=weights, most=most),), length, seed, 'refuse')
 
   @functools.cached_property
   def counts(self) -> np.ndarray:
-    """Examples of each part in a whole block of the first phase: int64 [parts], adds up to BLOCK; each at least one."""
+    """Examples of each part in a whole block of the first phase: int64 [parts], each at least 1, the sum is BLOCK."""
     return self._counts(np.ones(len(self.parts), bool))
 
   def _counts(self, gives_S: np.ndarray) -> np.ndarray:
     if gives_S.sum() > BLOCK:
-      raise UserError(f'a schedule has {len(self.parts)} parts; {BLOCK} are the most')
+      raise UserError(f'a schedule has {len(self.parts)} parts, more than {BLOCK}')
     rate_S = np.array([part.rate for part in self.parts], np.float64) * gives_S
     free = BLOCK - int(gives_S.sum())
     share_S = rate_S / rate_S.sum() * free
     count_S = np.floor(share_S).astype(np.int64)
-    # Largest remainders get what rounding left; the first of equals. Of those that give no more it is zero.
+    # The largest remainders get the rest, the first of equals; the remainder of exhausted parts is zero.
     order = np.argsort(-(share_S - count_S), kind='stable')
     count_S[order[: free - count_S.sum()]] += 1
     return count_S + gives_S
@@ -169,7 +137,7 @@ class Schedule:
     phases = [_Phase(0, self.counts, np.zeros(len(self.parts), np.int64))]
     while self.when_empty == 'drop' and len(self.parts) > 1:
       phase, number = phases[-1], len(phases) - 1
-      # The position at which a part would be asked for one more than it may give, the earliest over the parts.
+      # The first position at which a part would exceed its maximum.
       ends = [
         self._place(phase, number, int(part), int(most_S[part] - phase.before_S[part]))
         for part in np.flatnonzero(gives_S & np.isfinite(most_S))
@@ -181,30 +149,30 @@ class Schedule:
       gives_S = gives_S & (given_S < most_S)
       if not gives_S.any():
         raise UserError(
-          f'the parts of a schedule may give {end} examples and {self.length} are wanted; add rows, allow more passes '
-          'over them, or let one part repeat'
+          f'the parts of a schedule may give {end} of {self.length} examples; add rows, allow more passes over them, '
+          'or let one part repeat'
         )
       phases.append(_Phase(end, self._counts(gives_S), given_S))
     return phases
 
   def _place(self, phase: _Phase, number: int, part: int, index: int) -> int:
-    """The position in `phase` of example number `index` (0 is its first there) of a part."""
+    """Position of a part's example number `index`, counted from 0 in `phase`."""
     block, rank = divmod(index, int(phase.counts_S[part]))
     places = np.flatnonzero(self._block(number, phase.counts, block)[0] == part)
     return phase.start + block * BLOCK + int(places[rank])
 
   def _given(self, phase: _Phase, number: int, stop: int) -> np.ndarray:
-    """Examples of each part at positions below `stop`, which lies in `phase`: int64 [parts]."""
+    """Examples of each part at positions below `stop`, a position of `phase`: int64 [parts]."""
     blocks, rest = divmod(stop - phase.start, BLOCK)
     in_last = self._block(number, phase.counts, blocks)[0][:rest]
     return phase.before_S + blocks * phase.counts_S + np.bincount(in_last, minlength=len(self.parts))
 
   def _key(self, *names: str | int) -> np.ndarray:
-    return prng.numpy_stream(self.seed, 'schedule', *names).integers(0, 2**64, _ROUNDS, np.uint64)
+    return prng.numpy_stream(self.seed, 'schedule', *names).integers(0, 2**64, ROUNDS, np.uint64)
 
   @functools.cached_property
   def _block(self) -> Callable[[int, tuple[int, ...], int], tuple[np.ndarray, np.ndarray]]:
-    return functools.lru_cache(maxsize=64)(self._make_block)  # of this schedule, and gone with it
+    return functools.lru_cache(maxsize=64)(self._make_block)  # freed with the schedule
 
   def _make_block(self, number: int, counts: tuple[int, ...], block: int) -> tuple[np.ndarray, np.ndarray]:
     """(part, rank among the block's examples of that part) for each position of a block of phase `number`."""
@@ -218,7 +186,7 @@ class Schedule:
     return part.astype(np.int64), rank
 
   def part_and_index(self, position_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(part, how many examples of that part come before) at each position: int64 [B] each."""
+    """(part, number of earlier examples of that part) at each position: int64 [B] each."""
     position_B = np.asarray(position_B, np.int64)
     if len(self.parts) == 1:
       return np.zeros_like(position_B), position_B.copy()
@@ -242,7 +210,7 @@ class Schedule:
     return self._given(self._phases[number], number, stop)
 
   def entries(self, part: int, index_B: np.ndarray) -> np.ndarray:
-    """Index into the part's rows of its examples number `index_B`: int64 [B]."""
+    """Indices into the part's rows of its examples `index_B`: int64 [B]."""
     size = len(self.parts[part].rows)
     epoch_B, place_B = np.divmod(np.asarray(index_B, np.int64), size)
     entry_B = np.empty_like(place_B)
@@ -252,7 +220,7 @@ class Schedule:
     return entry_B
 
   def examples(self, part: int, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(row int64 [B], weight float32 [B]) of a part's examples number `index_B`."""
+    """(row int64 [B], weight float32 [B]) of a part's examples `index_B`."""
     entry_B = self.entries(part, index_B)
     weights = self.parts[part].weights
     weight_B = np.ones(len(entry_B), np.float32) if weights is None else weights[entry_B].astype(np.float32)
@@ -276,7 +244,7 @@ class Schedule:
 
   @functools.cached_property
   def digest(self) -> str:
-    """16 hexadecimal digits that name the whole stream."""
+    """16 hexadecimal digits that identify the whole stream."""
     h = hashlib.sha256(f'{self.length}\x1f{self.seed}\x1f{len(self.parts)}'.encode())
     for part in self.parts:
       h.update(f'\x1f{part.name!r}\x1f{part.rate!r}\x1f{len(part.rows)}\x1f'.encode())

@@ -1,8 +1,9 @@
-"""A selection: which rows of the pool to train on, with what weight, and how they were chosen."""
+"""A selection: rows of the pool to train on, their weights and how they were chosen; and the order of training."""
 
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,23 @@ import numpy as np
 
 from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import inside
+from dsdm_jax.data.order.schedule import Part, Schedule
 from dsdm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-  """Rows of a pool, best first where the method has an order.
+  """Rows of a pool, best first if the method has an order.
 
   Attributes:
-    name: names its files: '<method>--<target>--<seed>'.
+    name: of its files: '<method>--<target>--<seed>'.
     rows: int64 [k].
-    weights: float32 [k], of each row's loss; 1 is usual.
-    provenance: JSON values: method, target, seed, and what the method tells of how it chose.
-    scores: float32 [k], what the method ranked each row by, higher first; None where it does not rank.
+    weights: float32 [k], of each row's loss; usually 1.
+    provenance: JSON values: method, target, seed, and details of the method.
+    scores: float32 [k], what the method ranks rows by, highest first; None if it does not rank.
 
   Raises:
-    ValueError: shapes or dtypes are others, a row is negative, or a weight is negative or not finite.
+    ValueError: wrong shapes or dtypes, a row is negative, or a weight is negative or not finite.
   """
 
   name: str
@@ -53,7 +55,7 @@ class Selection:
 
   @classmethod
   def of(cls, rows: np.ndarray, scores: np.ndarray | None = None, **provenance: Any) -> 'Selection':
-    """What a selector returns: `rows` with weights of one, and no name yet."""
+    """`rows` with weights of one and without a name, as selectors return it."""
     rows = np.asarray(rows, np.int64)
     return cls('', rows, np.ones(len(rows), np.float32), provenance, scores)
 
@@ -67,10 +69,10 @@ class Selection:
 
     Args:
       num_rows: N of the pool.
-      cap: how often a row may occur.
+      cap: maximum of occurrences of a row.
 
     Raises:
-      ValueError: it is empty, a row is not in the pool, or occurs more than `cap` times.
+      ValueError: the selection is empty, or a row is outside the pool or occurs more than `cap` times.
     """
     if not self.size:
       raise ValueError(f'selection {self.name} is empty')
@@ -78,12 +80,10 @@ class Selection:
       raise ValueError(f'selection {self.name}: row {self.rows.max()} of a pool of {num_rows} rows')
     row, count = np.unique(self.rows, return_counts=True)
     if count.max() > cap:
-      raise ValueError(
-        f'selection {self.name}: row {row[count.argmax()]} occurs {count.max()} times, allowed are {cap}'
-      )
+      raise ValueError(f'selection {self.name}: row {row[count.argmax()]} occurs {count.max()} times, more than {cap}')
 
   def save(self, folder: str | os.PathLike) -> None:
-    """Writes `<name>.npz` (rows, weights, scores if there are any) and `<name>.json` (provenance) into `folder`."""
+    """Writes `<name>.npz` (rows, weights and, if present, scores) and `<name>.json` (provenance) to `folder`."""
     arrays = {'rows': self.rows, 'weights': self.weights}
     if self.scores is not None:
       arrays['scores'] = self.scores
@@ -92,10 +92,10 @@ class Selection:
 
   @classmethod
   def load(cls, folder: str | os.PathLike, name: str) -> 'Selection':
-    """Raises UserError where `folder` has no such selection, ValueError where it is malformed."""
+    """Raises UserError if `folder` has no such selection, ValueError if it is malformed."""
     arrays_file, provenance_file = (inside(Path(folder), f'{name}.{kind}') for kind in ('npz', 'json'))
     try:
-      # numpy leaves a file open that it opened itself and found to be no zip.
+      # NumPy leaves a file open that it opens itself and that is not a zip file.
       with open(arrays_file, 'rb') as file, np.load(file) as arrays:
         rows, weights = arrays['rows'], arrays['weights']
         scores = arrays['scores'] if 'scores' in arrays.files else None
@@ -104,9 +104,35 @@ class Selection:
       raise UserError(
         f'no selection {name!r} in {folder}: {error.filename} is missing; run the selection stage'
       ) from error
-    except Exception as error:  # a zip, arrays and JSON: each is torn in its own ways
+    except Exception as error:  # truncated zip files, arrays and JSON raise errors of many types
       raise UserError(
         f'{arrays_file} or its .json cannot be read ({" ".join(str(error).split())[:200]}); delete the selection '
         'folder and start again'
       ) from error
     return cls(name, rows, weights, provenance, scores)
+
+
+def schedule(
+  folder: str | os.PathLike, entry: Mapping[str, Any], length: int, seed: int, max_epochs: float = 0.0
+) -> Schedule:
+  """The order of training for an entry of the selection stage's index: one selection, or a mixture of several.
+
+  Args:
+    folder: of the finished selection stage.
+    entry: of its `index.json`.
+    length: number of examples.
+    seed: of the order.
+    max_epochs: maximum of passes over an arm's rows, or over those of a part; 0 for no limit.
+
+  Raises:
+    UserError: a selection is missing, or the parts of a mixture cannot fill `length` (see `Schedule`).
+  """
+  if 'parts' not in entry:
+    selection = Selection.load(folder, entry['selection'])
+    return Schedule.single(entry['name'], selection.rows, length, seed, selection.weights, max_epochs or None)
+  parts = []
+  for part in entry['parts']:
+    selection = Selection.load(folder, part['selection'])
+    most = min(part['most'], int(max_epochs * selection.size)) if max_epochs else part['most']
+    parts.append(Part(part['name'], selection.rows, part['rate'], selection.weights, most))
+  return Schedule(tuple(parts), length, seed, entry['when_empty'])

@@ -1,8 +1,8 @@
-"""The same passes on Apache Beam: DirectRunner on one machine, Dataflow or Flink on many.
+"""The passes on Apache Beam: DirectRunner on one machine, Dataflow or Flink on many.
 
-Scan and encode are mapped over units. Rows are put together by Beam's own grouping, from the fragments that documents
-give to them, and written through TFDS's Beam support under their row number, which keeps their order. Workers share
-the folder of the run: what passes hand on lies in files there. Needs the packages of requirements-beam.txt.
+Scan and encode are mapped over units. Beam's grouping assembles rows from the fragments of documents, and TFDS's Beam
+support writes them, keyed by row number, which keeps their order. Workers share the folder of the run, since passes
+communicate through its files. Needs the packages of requirements-beam.txt.
 """
 
 import dataclasses
@@ -16,40 +16,34 @@ import numpy as np
 
 from dsdm_jax.core import storage, tensorflow_start
 from dsdm_jax.data.pool import passes
-from dsdm_jax.data.pool.build import Builder
-from dsdm_jax.data.pool.passes import Plan, Scanned, Task
+from dsdm_jax.data.pool.passes import Job, Plan, Scanned
 from dsdm_jax.errors import UserError
 
 
-class BeamBuilder(Builder):
-  """A `Builder` whose passes are Beam pipelines with the options of `host.beam`."""
+def execute(function: Callable, jobs: Sequence, work: Path, options: str) -> list:
+  """`[function(job) for job in jobs]` as a pipeline; `options` are `host.beam`."""
+  beam = _beam()
+  folder = work / f'results-{function.__name__}'
+  folder.mkdir(exist_ok=True)
+  numbered = list(enumerate(jobs))
+  with beam.Pipeline(options=_options(options)) as pipeline:
+    elements = pipeline | beam.Create(numbered) | beam.Reshuffle()
+    _ = elements | function.__name__ >> beam.Map(_run, function, str(folder))
+  return [_result(folder / f'{number}.json') for number, _ in numbered]
 
-  def execute(self, function: Callable, given: Sequence, desc: str, unit: str, total: int | None) -> list:
-    del desc, unit, total  # Beam has bars of its own
-    beam = _beam()
-    folder = self.work / f'results-{function.__name__}'
-    folder.mkdir(exist_ok=True)
-    numbered = list(enumerate(given))
-    with beam.Pipeline(options=self._options()) as pipeline:
-      tasks = pipeline | beam.Create(numbered) | beam.Reshuffle()
-      _ = tasks | function.__name__ >> beam.Map(_run, function, str(folder))
-    return [_result(folder / f'{number}.json') for number, _ in numbered]
 
-  def _options(self) -> Any:
-    from apache_beam.options.pipeline_options import PipelineOptions
+def write_rows(
+  jobs: Sequence[Job], plan: Plan, last: Sequence[np.ndarray], work: Path, dataset: Path, options: str
+) -> None:
+  """Writes the dataset: the rows of the stream in the pool's order, followed by the rows `last`."""
+  tensorflow_start.start()
+  import tensorflow_datasets as tfds
 
-    return PipelineOptions(self.config.host.beam.split())
-
-  def write_rows(self, given: list[Task], plan: Plan, last: Sequence[np.ndarray]) -> None:
-    tensorflow_start.start()
-    import tensorflow_datasets as tfds
-
-    folder = self.work / 'tfds'
-    builder = _dataset_builder(plan, given, last)(data_dir=str(folder), file_format='array_record')
-    config = tfds.download.DownloadConfig(beam_options=self._options(), try_download_gcs=False)
-    builder.download_and_prepare(download_config=config)
-    shutil.rmtree(self.out / 'dataset', ignore_errors=True)
-    shutil.move(builder.data_dir, self.out / 'dataset')
+  builder = _dataset_builder(plan, jobs, last)(data_dir=str(work / 'tfds'), file_format='array_record')
+  config = tfds.download.DownloadConfig(beam_options=_options(options), try_download_gcs=False)
+  builder.download_and_prepare(download_config=config)
+  shutil.rmtree(dataset, ignore_errors=True)
+  shutil.move(builder.data_dir, dataset)
 
 
 def _beam() -> Any:
@@ -57,60 +51,70 @@ def _beam() -> Any:
     import apache_beam
   except ImportError as error:
     raise UserError(
-      'host.beam is set, but apache_beam is not installed; install requirements-beam.txt into an environment of its own'
+      'host.beam is set, but apache_beam is not installed; install requirements-beam.txt into a separate environment'
     ) from error
   return apache_beam
 
 
+def _options(options: str) -> Any:
+  from apache_beam.options.pipeline_options import PipelineOptions
+
+  return PipelineOptions(options.split())
+
+
 def _run(numbered: tuple[int, Any], function: Callable, folder: str) -> None:
-  """Runs one task on a worker. What a user can mend travels as a result: Beam would retry it and bury its message."""
-  number, task = numbered
+  """Runs one job on a worker. A UserError is written as a result: Beam would retry it and bury its message."""
+  number, job = numbered
   try:
-    result = function(task)
-    said = {'scanned': dataclasses.asdict(result)} if isinstance(result, Scanned) else {'value': result}
+    value = function(job)
+    result = {'scanned': dataclasses.asdict(value)} if isinstance(value, Scanned) else {'value': value}
   except UserError as error:
-    said = {'error': str(error)}
-  storage.write_json(Path(folder) / f'{number}.json', said)
+    result = {'error': str(error)}
+  storage.write_json(Path(folder) / f'{number}.json', result)
 
 
 def _result(file: Path) -> Any:
-  said = json.loads(file.read_bytes())
-  if 'error' in said:
-    raise UserError(said['error'])
-  return Scanned(**said['scanned']) if 'scanned' in said else said['value']
+  result = json.loads(file.read_bytes())
+  if 'error' in result:
+    raise UserError(result['error'])
+  return Scanned(**result['scanned']) if 'scanned' in result else result['value']
 
 
-def _fragments(task: Task, plan: Plan) -> Iterator[tuple[int, tuple[int, bytes]]]:
-  """(row of the pool, (column, tokens)) of each fragment that a unit gives."""
+def _fragments(job: Job, plan: Plan) -> Iterator[tuple[int, tuple[int, bytes]]]:
+  """(row of the pool, (column, tokens)) of each fragment of a unit."""
   order = passes.row_order(plan.rows, plan.seed)
-  for row_B, column_B, size_B, place_B, joined in passes.fragments(task, plan):
+  for row_B, column_B, size_B, place_B, joined in passes.fragments(job, plan):
     to_B = order.place(row_B)
     for row, column, size, place in zip(*(x.tolist() for x in (to_B, column_B, size_B, place_B)), strict=True):
       yield row, (column, joined[place : place + size].tobytes())
 
 
-def _assembled(found: tuple[int, Iterable[tuple[int, bytes]]], plan: Plan) -> tuple[int, dict[str, np.ndarray]]:
-  row, parts = found
+def _assemble(grouped: tuple[int, Iterable[tuple[int, bytes]]], plan: Plan) -> tuple[int, dict[str, np.ndarray]]:
+  row, parts = grouped
   tokens_L = np.frombuffer(b''.join(part for _, part in sorted(parts)), plan.dtype)
   if len(tokens_L) != plan.length:
-    raise RuntimeError(f'row {row} has {len(tokens_L)} tokens of {plan.length}')
+    raise RuntimeError(f'row {row} has {len(tokens_L)} tokens instead of {plan.length}')
   return row, {'tokens': tokens_L}
 
 
-def _dataset_builder(plan: Plan, given: Sequence[Task], last: Sequence[np.ndarray]) -> Any:
+def _dataset_builder(plan: Plan, jobs: Sequence[Job], last: Sequence[np.ndarray]) -> Any:
   """A TFDS builder of the rows, whose examples come from a Beam pipeline."""
   import tensorflow_datasets as tfds
 
   beam = _beam()
-  # Functions of their own: what Beam sends to workers must not hold the builder.
+  # Module-level functions: what Beam sends to workers must not refer to the builder.
   rows = (
-    beam.Create(list(given))
+    beam.Create(list(jobs))
     | beam.Reshuffle()
     | beam.FlatMap(_fragments, plan)
     | beam.GroupByKey()
-    | beam.Map(_assembled, plan)
+    | beam.Map(_assemble, plan)
   )
   planted = beam.Create([(plan.rows + index, {'tokens': row}) for index, row in enumerate(last)])
+
+  @beam.ptransform_fn
+  def all_rows(pipeline: Any) -> Any:
+    return (pipeline | 'stream' >> rows, pipeline | 'planted' >> planted) | beam.Flatten()
 
   with tfds.core.registered.skip_registration():
 
@@ -129,16 +133,6 @@ def _dataset_builder(plan: Plan, given: Sequence[Task], last: Sequence[np.ndarra
         return {'train': self._generate_examples()}
 
       def _generate_examples(self) -> Any:
-        return _both(rows, planted)
+        return all_rows()
 
   return Pool
-
-
-def _both(rows: Any, planted: Any) -> Any:
-  beam = _beam()
-
-  @beam.ptransform_fn
-  def all_rows(pipeline: Any) -> Any:
-    return (pipeline | 'stream' >> rows, pipeline | 'planted' >> planted) | beam.Flatten()
-
-  return all_rows()

@@ -1,9 +1,9 @@
-"""The default source: text of the Python packages installed beside this one. Needs no download.
+"""The default source: text of the installed Python packages. Needs no download.
 
-Files come from the RECORD of each distribution; only as many are read as the byte budget asks for. Left out is
-whatever differs between two installations of the same packages (RECORD, INSTALLER, direct_url.json, byte code,
-scripts), the installers themselves, this package, and the standard library's text where packages carry a copy,
-because the default targets are made from the standard library.
+Files are listed by the RECORD of each distribution; only as many are read as the byte budget needs. Left out are files
+that differ between two installations of the same packages (RECORD, INSTALLER, direct_url.json, byte code, scripts),
+installers, this package, and copies of the standard library, because the default targets come from the standard
+library.
 """
 
 import collections
@@ -18,14 +18,14 @@ from pathlib import Path, PurePosixPath
 
 from ml_collections import ConfigDict
 
-from dsdm_jax.data.pool.documents import Document, Duplicates, cut
+from dsdm_jax.data.pool.sources import Document, cut
 from dsdm_jax.errors import UserError
 
 KINDS = ('source', 'docs', 'licences', 'metadata', 'data')
 
-# A single package gives at most this share of a kind's bytes, unless the others cannot fill it.
+# A package gives at most this share of a kind's bytes, unless the others cannot fill the rest.
 PACKAGE_SHARE = 0.1
-_WHOLE = 2**40  # bytes; more than there are
+_UNLIMITED = 2**40  # bytes
 
 _EXTENSIONS = {
   'source': (
@@ -40,9 +40,9 @@ _LICENCE = re.compile(
   r'(?i)(licen[cs]es?|notices?|copying|authors|contributors|copyright|third.?party.*|patents)([-._].*)?'
 )
 
-# Installers come with the environment rather than with the packages.
+# Installers belong to the environment.
 _LEFT_OUT = {'pip', 'setuptools', 'wheel', 'distribute', 'uv', 'virtualenv', 'dsdm-jax', 'pkg-resources'}
-# Distributions that hold (parts of) the standard library under another name.
+# Distributions that copy parts of the standard library.
 _COPIES = re.compile(
   r'typing-extensions|importlib-(metadata|resources)|zipp|tomli|exceptiongroup|backports[-.].*|.*[-.]backport|'
   r'(contextlib|pathlib|unittest|subprocess|functools)\d+|enum34|futures|argparse|dataclasses|configparser|mock|'
@@ -57,7 +57,7 @@ class _File:
   kind: str
   package: str
   path: str  # POSIX, relative to the folder of the installation
-  size: int  # bytes, as RECORD has it; 0 where it does not say
+  size: int  # bytes according to RECORD; 0 if it does not say
   root: Path
   part: str = ''  # 'header' or 'body' of a METADATA file
 
@@ -71,7 +71,7 @@ def normalised(name: str) -> str:
 
 
 def kind_of(path: str) -> str | None:
-  """The kind of a file by its path, or None where it is not taken."""
+  """The kind of a file by its path, or None if the file is left out."""
   pure = PurePosixPath(path)
   name, parent = pure.name, pure.parts[0] if len(pure.parts) > 1 else ''
   if pure.is_absolute() or '..' in pure.parts or '__pycache__' in pure.parts or name in _VOLATILE_NAMES:
@@ -105,17 +105,17 @@ def is_standard_library_copy(path: PurePosixPath) -> bool:
 
 def _distributions() -> Iterator[tuple[str, importlib.metadata.Distribution]]:
   """First distribution of each name on the path, sorted by normalised name."""
-  found: dict[str, importlib.metadata.Distribution] = {}
+  distributions: dict[str, importlib.metadata.Distribution] = {}
   for distribution in importlib.metadata.distributions():
     if distribution.metadata['Name']:
-      found.setdefault(normalised(distribution.metadata['Name']), distribution)
-  for name in sorted(found):
+      distributions.setdefault(normalised(distribution.metadata['Name']), distribution)
+  for name in sorted(distributions):
     if name not in _LEFT_OUT and not _COPIES.fullmatch(name):
-      yield name, found[name]
+      yield name, distributions[name]
 
 
 def _files() -> Iterator[_File]:
-  """Every file that might be taken. A distribution without a RECORD (a system package) has none."""
+  """Every candidate file. A distribution without a RECORD (a system package) has none."""
   for package, distribution in _distributions():
     root = Path(str(distribution.locate_file('')))
     for row in csv.reader((distribution.read_text('RECORD') or '').splitlines()):
@@ -133,7 +133,7 @@ def _read(file: _File, limit: int) -> str | None:
   """Text of at most `limit` bytes; None for a missing, empty, binary or non-UTF-8 file."""
   try:
     with open(file.root / file.path, 'rb') as f:
-      # One byte more tells that there is more; a METADATA header has no telling how long it is.
+      # One byte beyond the limit shows that the file is longer. The header of METADATA has unknown length.
       data = f.read() if file.part else f.read(limit + 1)
   except OSError:
     return None
@@ -151,57 +151,62 @@ def _read(file: _File, limit: int) -> str | None:
 
 
 def installed_packages(config: ConfigDict, seed: int) -> Iterator[Document]:
-  """Documents of the installed packages, `config.max_bytes` of UTF-8 in all; 0 takes all there is.
+  """Documents of the installed packages, `config.max_bytes` bytes of UTF-8 in total; 0 takes everything.
 
-  The bytes are shared evenly over `config.kinds`; what a kind has too little of goes to the others. Inside a kind
-  files come in the order of a seeded hash of (kind, package, path), so neither file system nor installer matters.
+  The bytes are shared evenly over `config.kinds`; what a kind cannot fill goes to the others. Within a kind, files come
+  in the order of a seeded hash of (kind, package, path), so neither file system nor installer matters.
 
   Raises:
     UserError: `config.kinds` names an unknown kind.
   """
   for kind in config.kinds:
     if kind not in KINDS:
-      raise UserError(f'pool.kinds holds {kind!r}, but the kinds of installed packages are {", ".join(KINDS)}')
+      raise UserError(f'pool.kinds has {kind!r}; the kinds are {", ".join(KINDS)}')
 
   def place(file: _File) -> bytes:
     return hashlib.blake2b(f'{seed}\x1f{file.id}'.encode(), digest_size=16).digest()
 
-  limit, left = config.max_document_bytes or _WHOLE, config.max_bytes or _WHOLE
+  limit, left = config.max_document_bytes or _UNLIMITED, config.max_bytes or _UNLIMITED
   files: dict[str, list[_File]] = {kind: [] for kind in config.kinds}
   for file in _files():
     if file.kind in files:
       files[file.kind].append(file)
   supply = {kind: sum(min(file.size, limit) for file in group) for kind, group in files.items()}
-  duplicates = Duplicates()
-  # Water-filling: the scarcest kind first, each gets an even share of what is left.
+  seen: set[bytes] = set()
+  # Water-filling: the scarcest kind first; each gets an even share of what is left.
   for index, kind in enumerate(sorted(files, key=lambda kind: (supply[kind], kind))):
     budget = left // (len(files) - index)
-    for document in _of_kind(sorted(files[kind], key=place), budget, limit, duplicates):
+    for document in _of_kind(sorted(files[kind], key=place), budget, limit, seen):
       left -= len(document.text.encode())
       yield document
 
 
-def _of_kind(files: list[_File], budget: int, limit: int, duplicates: Duplicates) -> Iterator[Document]:
-  """Documents in order until `budget` bytes are full: first no more than a fair part of a package, then the rest."""
+def _of_kind(files: list[_File], budget: int, limit: int, seen: set[bytes]) -> Iterator[Document]:
+  """Documents in order until `budget` bytes are used: at first a limited share of each package, then the rest."""
   fair = max(limit, int(budget * PACKAGE_SHARE))
   taken: collections.Counter[str] = collections.Counter()
-  put_off: list[_File] = []
+  deferred: list[_File] = []
 
   def in_turn() -> Iterator[_File]:
     for file in files:
       if taken[file.package] >= fair:
-        put_off.append(file)
+        deferred.append(file)
       else:
         yield file
-    yield from put_off
+    yield from deferred
 
   for file in in_turn():
     if budget <= 0:
       return
     text = _read(file, min(limit, budget))
-    if text is None or duplicates(text):
+    if text is None:
       continue
-    size = len(text.encode())
+    data = text.encode()
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    if digest in seen:
+      continue
+    seen.add(digest)
+    size = len(data)
     taken[file.package] += size
     budget -= size
     yield Document(file.id, file.kind, text)

@@ -1,4 +1,4 @@
-"""Decides, between the passes, which documents stay and where everything stands. Holds 8 to 16 bytes a document."""
+"""Decisions between the passes: which documents are selected and where they go. Uses 8 to 16 bytes per document."""
 
 import dataclasses
 import hashlib
@@ -8,27 +8,27 @@ from pathlib import Path
 import numpy as np
 
 from dsdm_jax.core import prng
-from dsdm_jax.data.pool.passes import Plan, Scanned, Task, read_json, row_order
+from dsdm_jax.data.pool.passes import Job, Plan, Scanned, read_json, row_order
 from dsdm_jax.data.pool.permutation import Shuffle
 from dsdm_jax.data.pool.sources import Entry
 from dsdm_jax.errors import UserError
 
 _GROUP = 2**22  # documents whose hashes are compared at once
-_ROWS = 2**16  # rows whose origin is found at once
-_SOURCES = np.iinfo(np.int16).max  # that an index of int16 tells apart, beside planted rows
+_ROWS = 2**16  # rows whose origin is computed at once
+_SOURCES = np.iinfo(np.int16).max  # indices of int16, one of which is for planted rows
 
 
 @dataclasses.dataclass
-class Kept:
-  """What is left of the documents that were read.
+class Selected:
+  """The documents that go into the pool.
 
   Attributes:
-    keep_M: bool, of every document in the order of units.
-    first: number among the kept of the first of each unit, and their count at the end.
-    names: sources of kept documents, sorted.
-    source_K: int16, of each kept document, index into `names`.
-    bytes: of kept text.
-    leaks: documents with text of a target: those that were dropped, or those among the kept where none is dropped.
+    keep_M: bool, for every document in the order of units.
+    first: number of each unit's first selected document, and the number of selected documents at the end.
+    names: sources of selected documents, sorted.
+    source_K: int16, for each selected document, index into `names`.
+    bytes: of selected text.
+    leaks: documents with text of a target: the dropped ones, or the selected ones if none are dropped.
   """
 
   keep_M: np.ndarray
@@ -48,41 +48,41 @@ class Kept:
 
 
 def bounds(scanned: Sequence[Scanned]) -> list[int]:
-  """Number of the first document of each unit, and of all at the end."""
+  """Number of the first document of each unit, and the number of documents at the end."""
   return [0, *np.cumsum([s.documents for s in scanned]).tolist()]
 
 
-def repeated(tasks: Sequence[Task], begin: Sequence[int]) -> np.ndarray:
-  """bool, of every document whether one before it has the same text; groups of hashes are compared one at a time."""
+def repeated(jobs: Sequence[Job], begin: Sequence[int]) -> np.ndarray:
+  """bool [M]: whether an earlier document has the same text. Hashes are compared in groups, to save memory."""
   total = begin[-1]
   again_M = np.zeros(total, np.bool_)
   groups = -(-total // _GROUP) or 1
   for group in range(groups):
     hashes, numbers = [], []
-    for task, first in zip(tasks, begin, strict=False):
-      with np.load(task.file('scan', 'npz')) as arrays:
+    for job, first in zip(jobs, begin, strict=False):
+      with np.load(job.file('scan', 'npz')) as arrays:
         hash_M2 = arrays['hash_M2']
       mine = np.flatnonzero(hash_M2[:, 0] % np.uint64(groups) == group) if groups > 1 else np.arange(len(hash_M2))
       hashes.append(hash_M2[mine])
       numbers.append(first + mine)
     hash_G2, number_G = np.concatenate(hashes), np.concatenate(numbers)
-    order = np.lexsort((hash_G2[:, 1], hash_G2[:, 0]))  # stable: the first of equals stays first
+    order = np.lexsort((hash_G2[:, 1], hash_G2[:, 0]))  # stable: the first of several equal ones stays first
     same = np.all(hash_G2[order[1:]] == hash_G2[order[:-1]], axis=1)
     again_M[number_G[order[1:]][same]] = True
   return again_M
 
 
 def shares(entries: Sequence[Entry], supply: Sequence[int], budget: int) -> list[float]:
-  """Bytes that each source may give: its cap, and its part of `budget` (0 for no limit) by weight.
+  """Bytes that each source may contribute: limited by its cap, and by weight to its share of `budget` (0 for none).
 
-  What a source has too little of goes to the others, in proportion to their weights. A `sized` source that is alone
-  has kept to the budget itself, to within a document.
+  What a source cannot fill goes to the others, in proportion to their weights. A single `sized` source has respected
+  the budget itself, except for one document.
   """
   limit = [float(min(s, e.max_bytes or s)) for e, s in zip(entries, supply, strict=True)]
   if not budget or sum(limit) <= budget or (len(entries) == 1 and entries[0].sized):
     return limit
   given, left = limit.copy(), float(budget)
-  # The source that needs least of its weight first: what it leaves goes to those after it.
+  # In the order of need per weight: what a source leaves goes to those after it.
   order = sorted(range(len(entries)), key=lambda i: limit[i] / entries[i].weight)
   for place, i in enumerate(order):
     given[i] = min(limit[i], left * entries[i].weight / sum(entries[j].weight for j in order[place:]))
@@ -91,47 +91,45 @@ def shares(entries: Sequence[Entry], supply: Sequence[int], budget: int) -> list
 
 
 def decide(
-  entries: Sequence[Entry], tasks: Sequence[Task], scanned: Sequence[Scanned], duplicates: bool, drop_leaks: bool,
+  entries: Sequence[Entry], jobs: Sequence[Job], scanned: Sequence[Scanned], duplicates: bool, drop_leaks: bool,
   budget: int, seed: int,
-) -> Kept:  # fmt: skip
-  """Drops duplicates and leaks, where that is wanted, then what is above caps and budget.
-
-  Above these a sample is kept, by a seeded hash of the text.
+) -> Selected:  # fmt: skip
+  """Drops duplicates and leaks as configured, then documents above caps and budget, chosen by a seeded hash.
 
   Raises:
-    UserError: more sources than an int16 can tell apart.
+    UserError: more sources than int16 has indices.
   """
   begin = bounds(scanned)
-  again_M = repeated(tasks, begin) if duplicates else np.zeros(begin[-1], np.bool_)
+  again_M = repeated(jobs, begin) if duplicates else np.zeros(begin[-1], np.bool_)
   keep_M = ~again_M
   leaks: list[dict] = []
   problems: list[dict] = []
   names: dict[str, int] = {}
   supply = [0] * len(entries)
   owner = {id(entry): index for index, entry in enumerate(entries)}
-  for task, first in zip(tasks, begin, strict=False):
-    notes = read_json(task.file('scan', 'json'))
-    found = ({**leak, 'document': first + leak['document']} for leak in notes['leaks'])
-    leaks += [leak for leak in found if not again_M[leak['document']]]
+  for job, first in zip(jobs, begin, strict=False):
+    notes = read_json(job.file('scan', 'json'))
+    of_pool = ({**leak, 'document': first + leak['document']} for leak in notes['leaks'])
+    leaks += [leak for leak in of_pool if not again_M[leak['document']]]
     problems += notes['problems']
-    with np.load(task.file('scan', 'npz')) as arrays:
+    with np.load(job.file('scan', 'npz')) as arrays:
       if drop_leaks:
         keep_M[first : first + len(arrays['leak_M'])] &= ~arrays['leak_M']
-      supply[owner[id(task.unit.entry)]] += int(arrays['bytes_M'][keep_M[first : first + len(arrays['leak_M'])]].sum())
+      supply[owner[id(job.unit.entry)]] += int(arrays['bytes_M'][keep_M[first : first + len(arrays['leak_M'])]].sum())
   before = int(keep_M.sum())
   allowed = shares(entries, supply, budget)
-  _cap(entries, tasks, begin, keep_M, supply, allowed, seed)
+  _cap(entries, jobs, begin, keep_M, supply, allowed, seed)
   sources, total, counts = [], 0, [0]
-  for task, first in zip(tasks, begin, strict=False):
-    said = read_json(task.file('scan', 'json'))['sources']
-    with np.load(task.file('scan', 'npz')) as arrays:
+  for job, first in zip(jobs, begin, strict=False):
+    unit_names = read_json(job.file('scan', 'json'))['sources']
+    with np.load(job.file('scan', 'npz')) as arrays:
       mine = keep_M[first : first + len(arrays['leak_M'])]
       present, code = np.unique(arrays['source_M'][mine], return_inverse=True)
-      mapping = np.array([names.setdefault(said[i], len(names)) for i in present], np.int64)
+      mapping = np.array([names.setdefault(unit_names[i], len(names)) for i in present], np.int64)
       if len(names) > _SOURCES:
         raise UserError(
-          f'{entries[owner[id(task.unit.entry)]].target} brings the pool to more than {_SOURCES:,} sources; '
-          'name a coarser field in pool.sources: | source=FIELD'
+          f'{entries[owner[id(job.unit.entry)]].target} gives the pool more than {_SOURCES:,} sources; '
+          'choose a coarser field with | source=FIELD'
         )
       sources.append(mapping[code].astype(np.int16) if len(present) else np.empty(0, np.int16))
       total += int(arrays['bytes_M'][mine].sum())
@@ -142,67 +140,73 @@ def decide(
   place = {name: index for index, name in enumerate(ordered)}
   rank = np.array([place[name] for name in names], np.int16)
   source_K = rank[np.concatenate(sources)] if len(names) else np.empty(0, np.int16)
-  return Kept(
+  return Selected(
     keep_M, counts, ordered, source_K, total, int(again_M.sum()), leaks, problems,
     sum(s.problems for s in scanned), before - counts[-1],
   )  # fmt: skip
 
 
-def without_tokens(tasks: Sequence[Task], kept: Kept) -> tuple[list[Task], Kept]:
-  """`tasks` and `kept` without the documents that `encode` left out as they have no tokens."""
-  keep_M, gone, problems, lost, first = kept.keep_M.copy(), [np.empty(0, np.int64)], list(kept.problems), 0, [0]
-  for task in tasks:
-    notes = read_json(task.file('encode', 'json'))
+def without_tokens(jobs: Sequence[Job], selected: Selected) -> tuple[list[Job], Selected]:
+  """`jobs` and `selected` without the documents for which `encode` found no tokens."""
+  keep_M, removed, problems, lost, first = (
+    selected.keep_M.copy(),
+    [np.empty(0, np.int64)],
+    list(selected.problems),
+    0,
+    [0],
+  )
+  for job in jobs:
+    notes = read_json(job.file('encode', 'json'))
     empty_E = np.array(notes['empty'], np.int64)
-    place_E = np.flatnonzero(keep_M[task.begin : task.end])[empty_E]
-    with np.load(task.file('scan', 'npz')) as arrays:
+    place_E = np.flatnonzero(keep_M[job.begin : job.end])[empty_E]
+    with np.load(job.file('scan', 'npz')) as arrays:
       lost += int(arrays['bytes_M'][place_E].sum())
-    keep_M[task.begin + place_E] = False
-    gone.append(task.first + empty_E)
+    keep_M[job.begin + place_E] = False
+    removed.append(job.first + empty_E)
     problems += notes['problems']
-    first.append(first[-1] + int(keep_M[task.begin : task.end].sum()))
-  gone_E = np.concatenate(gone)
+    first.append(first[-1] + int(keep_M[job.begin : job.end].sum()))
+  removed_E = np.concatenate(removed)
   changed = dataclasses.replace(
-    kept, keep_M=keep_M, first=first, source_K=np.delete(kept.source_K, gone_E), bytes=kept.bytes - lost,
-    problems=problems, problem_count=kept.problem_count + len(gone_E),
+    selected, keep_M=keep_M, first=first, source_K=np.delete(selected.source_K, removed_E), bytes=selected.bytes - lost,
+    problems=problems, problem_count=selected.problem_count + len(removed_E),
   )  # fmt: skip
-  return [dataclasses.replace(task, first=begin) for task, begin in zip(tasks, first, strict=False)], changed
+  return [dataclasses.replace(job, first=begin) for job, begin in zip(jobs, first, strict=False)], changed
 
 
 def _cap(
-  entries: Sequence[Entry], tasks: Sequence[Task], begin: Sequence[int], keep_M: np.ndarray, supply: Sequence[int],
+  entries: Sequence[Entry], jobs: Sequence[Job], begin: Sequence[int], keep_M: np.ndarray, supply: Sequence[int],
   allowed: Sequence[float], seed: int,
 ) -> None:  # fmt: skip
-  """Thins out `keep_M` of the sources that have more than they may give."""
+  """Reduces `keep_M` for sources that exceed their limits."""
   for index, entry in enumerate(entries):
-    mine = [(task, first) for task, first in zip(tasks, begin, strict=False) if task.unit.entry is entry]
-    count = sum(int(keep_M[first : first + task.end - task.begin].sum()) for task, first in mine)
+    mine = [(job, first) for job, first in zip(jobs, begin, strict=False) if job.unit.entry is entry]
+    count = sum(int(keep_M[first : first + job.end - job.begin].sum()) for job, first in mine)
     most = entry.max_documents or count
     share = min(allowed[index] / max(supply[index], 1), most / max(count, 1))
     if share >= 1:
       continue
     salt = np.frombuffer(hashlib.blake2b(f'{seed}\x1f{entry.name}'.encode(), digest_size=8).digest(), '<u8')[0]
     left_bytes, left_documents = allowed[index], most
-    for task, first in mine:
-      with np.load(task.file('scan', 'npz')) as arrays:
+    for job, first in mine:
+      with np.load(job.file('scan', 'npz')) as arrays:
         draw_M = ((arrays['hash_M2'][:, 1] ^ salt) >> np.uint64(11)).astype(np.float64) / 2**53
-        kept = keep_M[first : first + len(draw_M)]
-        kept &= draw_M < share
-        chosen = np.flatnonzero(kept)
+        keep = keep_M[first : first + len(draw_M)]
+        keep &= draw_M < share
+        chosen = np.flatnonzero(keep)
         used = np.cumsum(arrays['bytes_M'][chosen])
         fit = min(int(np.searchsorted(used, left_bytes, side='right')), left_documents)
-        kept[chosen[fit:]] = False
+        keep[chosen[fit:]] = False
         left_bytes -= int(used[fit - 1]) if fit else 0
         left_documents -= fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-  """The joined stream: documents in a seeded order, an end mark after each.
+  """The joined stream: documents in a seeded order, each followed by an end mark.
 
   Attributes:
-    shuffle: number of a kept document → its place.
-    begin: int64 [K + 1], token at which the document at each place begins, and the length of the stream at the end.
+    shuffle: number of a selected document → its place in the stream.
+    begin: int64 [K + 1], first token of the document at each place, and the length of the stream at the end.
   """
 
   shuffle: Shuffle
@@ -210,17 +214,17 @@ class Order:
 
 
 def document_order(count: int, seed: int) -> Shuffle:
-  """Where kept documents come to stand in the joined stream."""
+  """Number of a selected document → its place in the joined stream."""
   return Shuffle(count, prng.numpy_stream(seed, 'pool', 'documents'))
 
 
-def join(tasks: Sequence[Task], count: int, seed: int, work: Path) -> Order:
-  """Joins documents; leaves `starts.npy`, for each kept document where it begins, for the workers."""
+def join(jobs: Sequence[Job], count: int, seed: int, work: Path) -> Order:
+  """Joins documents; writes `starts.npy` for the workers: where each selected document begins."""
   shuffle = document_order(count, seed)
   begin = np.zeros(count + 1, np.int64)
-  for task in tasks:
-    counts_M = np.load(task.file('counts', 'npy'))
-    begin[1 + shuffle.place(np.arange(task.first, task.first + len(counts_M)))] = counts_M + 1
+  for job in jobs:
+    counts_M = np.load(job.file('counts', 'npy'))
+    begin[1 + shuffle.place(np.arange(job.first, job.first + len(counts_M)))] = counts_M + 1
   np.cumsum(begin, out=begin)
   starts = np.lib.format.open_memmap(work / 'starts.npy', 'w+', np.int64, (count,))
   for first in range(0, count, _GROUP):
@@ -231,10 +235,10 @@ def join(tasks: Sequence[Task], count: int, seed: int, work: Path) -> Order:
 
 
 def origins(order: Order, source_K: np.ndarray, sources: int, plan: Plan) -> Iterator[tuple[np.ndarray, ...]]:
-  """(place in the pool B, document B, offset B, source B) of the rows of the stream, some at a time.
+  """Yields (row of the pool, document, offset, source), each [B], for blocks of rows of the stream.
 
-  The document is the place of the one that holds the row's first token; the source is the one that gave most of the
-  row's tokens, the lowest index of equals.
+  `document` is the place of the document with the row's first token; `source` has most of the row's tokens, and the
+  lowest index among equals.
   """
   place_of_source = np.empty(len(source_K), np.int16)
   for first in range(0, len(source_K), _GROUP):
@@ -254,7 +258,7 @@ def origins(order: Order, source_K: np.ndarray, sources: int, plan: Plan) -> Ite
 def _majority(
   begin_D: np.ndarray, source_D: np.ndarray, first: int, stop: int, length: int, sources: int
 ) -> np.ndarray:
-  """Source with most tokens in each of the rows `first` to `stop` − 1, from the documents that lie in them."""
+  """The source with most tokens in each of the rows `first` to `stop` − 1."""
   edges = np.unique(np.concatenate([begin_D, np.arange(first, stop + 1) * length]))
   edges = edges[(edges >= first * length) & (edges <= stop * length)]
   row = edges[:-1] // length - first

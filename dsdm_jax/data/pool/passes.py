@@ -1,56 +1,119 @@
-"""The four passes over a pool, each a function of one unit or shard, run on any number of processes.
+"""The four passes over a pool, each a function of one unit or shard, and `run_parallel`, which runs them on processes.
 
-`scan` reads a unit and notes of each document a hash, its size and source, and whether it leaks. `encode` reads it
-again and writes the ids and the document table of what is kept. `scatter` copies them to where they stand among the
-rows. `write_shard` puts a range of rows into an ArrayRecord file. What they hand on lies in files, so memory does not
-grow with the pool, and nothing depends on which process did what.
+`scan` reads a unit and records for each document a hash, its size and source, and whether it leaks. `encode` reads the
+unit again and writes the ids and the document table of the selected documents. `scatter` copies ids to their places
+among the rows. `write_shard` writes a range of rows to an ArrayRecord file. Passes communicate through files, so memory
+does not grow with the pool, and the result does not depend on which process did what.
 """
 
 import array
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import tqdm
 
 from dsdm_jax.core import prng, storage
-from dsdm_jax.data.pool import encoders, readers, workers
-from dsdm_jax.data.pool.documents import Document
+from dsdm_jax.data.pool import readers, vocabulary
 from dsdm_jax.data.pool.permutation import Shuffle
 from dsdm_jax.data.pool.readers import Problem
-from dsdm_jax.data.pool.sources import Unit
+from dsdm_jax.data.pool.sources import Document, Unit
 from dsdm_jax.data.targets.leakage import Guard
 from dsdm_jax.errors import UserError
 
-_LISTED = 1_000  # problems of a unit that are named; all are counted
-_DOCUMENTS = 4_096  # rows of a row group of the document table
-_TOKENS = 2**22  # that scatter joins at once
+_LISTED = 1_000  # problems of a unit that are listed; all are counted
+_DOCUMENTS = 4_096  # rows per row group of the document table
+_TOKENS = 2**22  # tokens that `fragments` joins at once
+
+T = TypeVar('T')
+Result = TypeVar('Result')
+_counter: Any = None  # progress of all processes
+
+
+def worker_count(workers: int) -> int:
+  """Number of processes: `workers`, or one for each available core if that is 0."""
+  return workers or len(os.sched_getaffinity(0))
+
+
+def report_progress(amount: int) -> None:
+  """Moves the bar of `run_parallel` from inside a pass."""
+  if _counter is not None:
+    with _counter.get_lock():
+      _counter.value += amount
+
+
+def _set_counter(counter: Any) -> None:
+  global _counter
+  _counter = counter
+
+
+def run_parallel(function: Callable[[T], Result], jobs: Sequence[T], workers: int, bar: tqdm.tqdm) -> list[Result]:
+  """`[function(job) for job in jobs]`, on `workers` processes.
+
+  Processes are started by a fork server: a fork of a process that runs XLA's threads may hang.
+
+  Raises:
+    The first error of a job, in the order of jobs.
+  """
+  if workers == 1 or len(jobs) <= 1:
+    outer = _counter
+    counter = multiprocessing.get_context('spawn').Value('q', 0)
+    results = []
+    _set_counter(counter)
+    try:
+      for job in jobs:
+        results.append(function(job))
+        bar.update(counter.value - bar.n)
+    finally:
+      _set_counter(outer)
+    return results
+  context = multiprocessing.get_context('forkserver')
+  context.set_forkserver_preload([__name__])
+  counter = context.Value('q', 0)
+  with concurrent.futures.ProcessPoolExecutor(
+    min(workers, len(jobs)), mp_context=context, initializer=_set_counter, initargs=(counter,)
+  ) as pool:
+    futures = [pool.submit(function, job) for job in jobs]
+    running = set(futures)
+    try:
+      while running:
+        done, running = concurrent.futures.wait(running, 0.3, concurrent.futures.FIRST_EXCEPTION)
+        bar.update(counter.value - bar.n)
+        if any(future.exception() for future in done):
+          break
+      return [future.result() for future in futures]
+    finally:
+      pool.shutdown(wait=True, cancel_futures=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-  """One unit and what the passes must know of it.
+class Job:
+  """One unit and what the passes need to know about it.
 
   Attributes:
     unit: what to read.
     index: of the unit, in the order of the pool.
-    work: folder that the passes hand files on in.
-    most: bytes that documents are cut to, 0 for none.
+    work: folder for files between the passes. Each attempt has its own, so caches can be keyed by its path.
+    max_bytes: documents are cut to this size, 0 for no limit.
     skip: whether bad input is counted and left out, rather than an error.
     guard: file of the leakage guard, '' for none.
-    first: number of the unit's first document that is kept.
-    begin, end: its documents among all that were read.
+    first: number of the unit's first selected document.
+    begin, end: range of its documents among all that were read.
     out: folder of the pool.
   """
 
   unit: Unit
   index: int
   work: Path
-  most: int
+  max_bytes: int
   skip: bool
   guard: str = ''
   first: int = 0
@@ -64,7 +127,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Scanned:
-  """What a unit holds: per document in `scan-*.npz`, and in sum here."""
+  """Totals of a unit; `scan-*.npz` has arrays with one entry per document."""
 
   documents: int
   problems: int
@@ -76,79 +139,80 @@ def _guard(path: str) -> Guard:
 
 
 def fail(problem: Problem) -> UserError:
-  return UserError(f'{problem}; mend it, or leave such documents out with --config.pool.on_error=skip')
+  return UserError(f'{problem}; fix it, or skip such documents with --config.pool.on_error=skip')
 
 
-def scan(task: Task) -> Scanned:
-  """Reads a unit once; writes hashes [M, 2], sizes, sources and leaks of its M documents.
+def scan(job: Job) -> Scanned:
+  """Reads a unit; writes hashes [M, 2], sizes, sources and leaks of its M documents.
 
   Raises:
-    UserError: bad input, unless `task.skip`; it names file and line.
+    UserError: bad input, unless `job.skip`; the message names file and line.
   """
-  guard = _guard(task.guard) if task.guard else None
-  # 29 bytes a document, where lists of Python's objects would take four times that.
+  guard = _guard(job.guard) if job.guard else None
+  # 29 bytes a document; lists of Python objects would take four times that.
   hashes, sizes, sources, leaking = bytearray(), array.array('q'), array.array('i'), bytearray()
   names: dict[str, int] = {}
   leaks: list[dict[str, Any]] = []
   problems: list[dict[str, str]] = []
   count = 0
-  for found in readers.read(task.unit, task.most):
-    if isinstance(found, Problem):
-      if not task.skip:
-        raise fail(found)
+  for document in readers.read(job.unit, job.max_bytes):
+    if isinstance(document, Problem):
+      if not job.skip:
+        raise fail(document)
       count += 1
       if len(problems) < _LISTED:
-        problems.append(dataclasses.asdict(found))
+        problems.append(dataclasses.asdict(document))
       continue
-    data = found.text.encode()
+    data = document.text.encode()
     hashes.extend(hashlib.blake2b(data, digest_size=16).digest())
     sizes.append(len(data))
-    sources.append(names.setdefault(found.source, len(names)))
-    leak = guard.leak(found) if guard else None
+    sources.append(names.setdefault(document.source, len(names)))
+    leak = guard.leak(document) if guard else None
     leaking.append(leak is not None)
     if leak:
       leaks.append({'document': len(sizes) - 1, 'id': leak.id, 'task': leak.task, 'words': leak.words})
-    workers.tick(len(data))
+    report_progress(len(data))
   storage.save_npz(
-    task.file('scan', 'npz'),
+    job.file('scan', 'npz'),
     hash_M2=np.frombuffer(bytes(hashes), '<u8').reshape(-1, 2),
     bytes_M=np.array(sizes, np.int64),
     source_M=np.array(sources, np.int32),
     leak_M=np.frombuffer(bytes(leaking), np.bool_),
   )
-  storage.write_json(task.file('scan', 'json'), {'sources': list(names), 'leaks': leaks, 'problems': problems})
+  storage.write_json(job.file('scan', 'json'), {'sources': list(names), 'leaks': leaks, 'problems': problems})
   return Scanned(len(sizes), count)
 
 
 @functools.lru_cache(maxsize=1)
-def _kept(work: Path) -> np.ndarray:
+def _keep(work: Path) -> np.ndarray:
   return np.load(work / 'keep.npy', mmap_mode='r')
 
 
-def kept_documents(task: Task) -> Iterator[tuple[str, Document]]:
-  """Documents of a unit that are kept, in order, each with where it stands."""
-  keep_M = np.asarray(_kept(task.work)[task.begin : task.end])
+def selected_documents(job: Job) -> Iterator[tuple[str, Document]]:
+  """(place, document) of a unit's selected documents, in order."""
+  keep_M = np.asarray(_keep(job.work)[job.begin : job.end])
   number = 0
-  for where, found in readers.placed(task.unit, task.most):
-    if isinstance(found, Problem):
+  for where, document in readers.read_with_places(job.unit, job.max_bytes):
+    if isinstance(document, Problem):
       continue
     if number >= len(keep_M):
-      raise UserError(f'{task.unit.paths or task.unit.entry.target} has changed while it was read; start again')
+      raise UserError(f'{job.unit.paths or job.unit.entry.target} changed while it was read; start again')
     if keep_M[number]:
-      yield where, found
+      yield where, document
     number += 1
 
 
-def texts(task_numbers: tuple[Task, np.ndarray]) -> list[str]:
-  """Texts of the kept documents of a unit whose numbers within it are given, in ascending order."""
-  task, wanted = task_numbers
-  left = set(wanted.tolist())
-  return [document.text for number, (_, document) in enumerate(kept_documents(task)) if number in left]
+def texts(job_numbers: tuple[Job, np.ndarray]) -> list[str]:
+  """Texts of the given ones of a unit's selected documents; the numbers ascend from 0."""
+  job, numbers = job_numbers
+  wanted = set(numbers.tolist())
+  return [document.text for number, (_, document) in enumerate(selected_documents(job)) if number in wanted]
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(folder: Path) -> encoders.Encoder:
-  return encoders.open_encoder(folder)
+def _encoder(out: Path, work: Path) -> vocabulary.Encoder:
+  del work  # part of the key: another attempt may have replaced the vocabulary in `out`
+  return vocabulary.open_encoder(out)
 
 
 class _Table:
@@ -182,33 +246,33 @@ class _Table:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-  """A document table of few rows."""
+  """Writes a small document table."""
   table = _Table(path)
   for row in rows:
     table.add(**row)
   table.close()
 
 
-def encode(task: Task) -> int:
-  """Writes ids of the kept documents one after another, how many each has, and the document table; gives their sum.
+def encode(job: Job) -> int:
+  """Writes the ids of selected documents, their counts and the document table; returns the number of ids.
 
-  Documents without tokens are in none of these; `encode-*.json` has their numbers among the kept ones of the unit.
+  Documents without tokens are left out; `encode-*.json` has their numbers among the unit's selected documents.
 
   Raises:
-    UserError: there is such a document, unless `task.skip`; it names file and line.
+    UserError: there is such a document, unless `job.skip`; the message names file and line.
   """
-  encoder = _encoder(task.out)
-  dtype = encoders.dtype_of(encoder.size)
-  table = _Table(task.out / 'documents' / f'{task.index:06d}.parquet')
+  encoder = _encoder(job.out, job.work)
+  dtype = vocabulary.dtype_of(encoder.size)
+  table = _Table(job.out / 'documents' / f'{job.index:06d}.parquet')
   counts = array.array('q')
   empty: list[int] = []
   problems: list[dict[str, str]] = []
-  with open(task.file('tokens', 'bin'), 'wb') as file:
-    for number, (where, document) in enumerate(kept_documents(task)):
+  with open(job.file('tokens', 'bin'), 'wb') as file:
+    for number, (where, document) in enumerate(selected_documents(job)):
       ids = encoder.encode(document.text)
       if not ids:
         problem = Problem(where, 'a document of zero tokens')
-        if not task.skip:
+        if not job.skip:
           raise fail(problem)
         empty.append(number)
         problems += [dataclasses.asdict(problem)] * (len(problems) < _LISTED)
@@ -217,18 +281,18 @@ def encode(task: Task) -> int:
       counts.append(len(ids))
       size = len(document.text.encode())
       table.add(id=document.id, source=document.source, bytes=size, tokens=len(ids))
-      workers.tick(size)
+      report_progress(size)
   table.close()
-  storage.save_npy(task.file('counts', 'npy'), np.array(counts, np.int64))
-  storage.write_json(task.file('encode', 'json'), {'empty': empty, 'problems': problems})
+  storage.save_npy(job.file('counts', 'npy'), np.array(counts, np.int64))
+  storage.write_json(job.file('encode', 'json'), {'empty': empty, 'problems': problems})
   return sum(counts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How the rows lie: `rows` of L tokens cut from the stream, then `planted` ones.
+  """The rows of the pool: `rows` of `length` tokens cut from the joined documents, then `planted` ones.
 
-  Tokens are of `dtype`, `eos` stands after each document, and `seed` names the order of the rows of the stream.
+  Tokens have type `dtype`, `eos` follows each document, and `seed` determines the order of the rows of the stream.
   """
 
   rows: int
@@ -239,24 +303,24 @@ class Plan:
   seed: int
 
   def flat(self, work: Path, mode: Literal['r', 'r+', 'w+']) -> np.ndarray:
-    """All rows end to end, in the order of the pool, in a file that processes share."""
+    """All rows end to end, in the order of the pool, as a file that processes share."""
     return np.memmap(work / 'rows.bin', self.dtype, mode, shape=((self.rows + self.planted) * self.length,))
 
 
 @functools.lru_cache(maxsize=1)
 def row_order(rows: int, seed: int) -> Shuffle:
-  """Where the rows of the joined stream come to stand in the pool."""
+  """Row of the joined stream → row of the pool."""
   return Shuffle(rows, prng.numpy_stream(seed, 'pool', 'rows'))
 
 
-def fragments(task: Task, plan: Plan) -> Any:
-  """What the unit's documents give to rows of the stream: (row B, column B, size B, place B in tokens, tokens).
+def fragments(job: Job, plan: Plan) -> Any:
+  """Yields (row_B, column_B, size_B, place_B, tokens): the pieces of the stream's rows that the unit's documents fill.
 
-  `row`, `column` say where a fragment begins in the stream; it never leaves its row. End marks are in it.
+  A fragment begins at `row`, `column` of the stream and at `place` in tokens. It lies in one row. End marks included.
   """
-  counts_M = np.load(task.file('counts', 'npy'))
-  starts_M = np.load(task.work / 'starts.npy', mmap_mode='r')[task.first : task.first + len(counts_M)]
-  ids = np.memmap(task.file('tokens', 'bin'), plan.dtype, 'r') if counts_M.sum() else np.empty(0, plan.dtype)
+  counts_M = np.load(job.file('counts', 'npy'))
+  starts_M = np.load(job.work / 'starts.npy', mmap_mode='r')[job.first : job.first + len(counts_M)]
+  ids = np.memmap(job.file('tokens', 'bin'), plan.dtype, 'r') if counts_M.sum() else np.empty(0, plan.dtype)
   bounds = np.concatenate([[0], np.cumsum(counts_M)])
   begin = 0
   while begin < len(counts_M):
@@ -274,7 +338,7 @@ def fragments(task: Task, plan: Plan) -> Any:
 def _cut(
   start_M: np.ndarray, size_M: np.ndarray, place_M: np.ndarray, plan: Plan
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Documents that begin at `start_M` of the stream, cut where rows end; what falls behind the last row is left out."""
+  """Cuts documents that begin at `start_M` of the stream where rows end, and drops what lies after the last row."""
   length = plan.length
   first_M = start_M // length
   count_M = (start_M + size_M - 1) // length - first_M + 1
@@ -289,22 +353,22 @@ def _cut(
   return row_B[inside], column_B[inside], size_B[inside], place_B[inside]
 
 
-def scatter(task_plan: tuple[Task, Plan]) -> None:
-  """Copies the ids of a unit into the rows where they belong."""
-  task, plan = task_plan
-  flat, order = plan.flat(task.work, 'r+'), row_order(plan.rows, plan.seed)
-  for row_B, column_B, size_B, place_B, joined in fragments(task, plan):
+def scatter(job_plan: tuple[Job, Plan]) -> None:
+  """Copies the ids of a unit to their rows."""
+  job, plan = job_plan
+  flat, order = plan.flat(job.work, 'r+'), row_order(plan.rows, plan.seed)
+  for row_B, column_B, size_B, place_B, joined in fragments(job, plan):
     to_B = order.place(row_B) * plan.length + column_B
-    turn = np.argsort(to_B)  # ascending writes are kinder to a disk
-    for to, size, place in zip(to_B[turn].tolist(), size_B[turn].tolist(), place_B[turn].tolist(), strict=True):
+    ascending = np.argsort(to_B)  # for sequential writes
+    for to, size, place in zip(*(x[ascending].tolist() for x in (to_B, size_B, place_B)), strict=True):
       flat[to : to + size] = joined[place : place + size]
-    workers.tick(len(joined))
+    report_progress(len(joined))
   flat.flush()  # type: ignore[attr-defined] # a memmap
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """Rows `first` to `stop` − 1 of the pool, and the file they go to; `head` stands before a row's bytes in a record."""
+  """Rows `first` to `stop` − 1 of the pool and their file; a record is `head` followed by the bytes of a row."""
 
   path: str
   first: int
@@ -325,16 +389,10 @@ def write_shard(shard: Shard) -> int:
     record = shard.head + flat[row * length : (row + 1) * length].tobytes()
     writer.write(record)
     total += len(record)
-    workers.tick(length)
+    report_progress(length)
   writer.close()
   return total
 
 
 def read_json(path: Path) -> Any:
   return json.loads(path.read_text())
-
-
-def forget() -> None:
-  """Drops what this process remembers of files of an earlier pool in the same place."""
-  for cached in (_guard, _kept, _encoder, row_order):
-    cached.cache_clear()

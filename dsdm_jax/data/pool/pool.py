@@ -1,46 +1,38 @@
-"""The pool stage and the pool as others see it: N rows of exactly L tokens, addressed by row."""
+"""A finished pool on disk: N rows of exactly L tokens in a TFDS dataset, addressed by row, and its documents.
+
+`tfds.builder_from_directory(folder).as_data_source('train')[row]['tokens']` reads a row without this package.
+"""
 
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from dsdm_jax.core import artifacts
+from dsdm_jax.core import artifacts, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool import encoders
+from dsdm_jax.data.pool import vocabulary as vocabulary_lib
 
 if TYPE_CHECKING:
   import seqio
 
-END_OF_DOCUMENT = '\n␄\n'  # stands for the end mark in the text of a row
-_RESIDENT_BYTES = 16 * 2**20  # a pool of no more tokens than this is read once and kept in memory
-_RESIDENT_DOCUMENTS = 2**20  # a table of no more documents likewise
-
-
-def run(context: Context) -> dict[str, Any]:
-  """The stage: writes the dataset, the vocabulary, where each row came from, and what was dropped.
-
-  Raises:
-    UserError: the pool is empty, or holds less than one row; bad sources, input, tasks or vocabulary.
-  """
-  from dsdm_jax.data.pool import build, pretokenized
-
-  if pretokenized.wanted(context.config.pool):
-    return pretokenized.run(context)
-  return build.run(context)
+END_OF_DOCUMENT = '\n␄\n'  # replaces the end mark in the text of a row
+SHARD_ROWS = 16_384
+_RESIDENT_BYTES = 16 * 2**20  # the tokens of a pool up to this size are read once and stay in memory
+_RESIDENT_DOCUMENTS = 2**20  # likewise a table of up to so many documents
 
 
 class Documents(Sequence[dict[str, Any]]):
-  """{"id", "source", "bytes", "tokens"} of every document, in the order in which they were joined.
+  """{"id", "source", "bytes", "tokens"} of every document, in the order in which documents were joined.
 
-  Lies in Parquet files in the order in which documents were read; `order` says which stands where. Small tables are
-  read once; of large ones a lookup reads the few thousand documents around the one that is asked for.
+  The Parquet files have the order in which documents were read; `rows/order.npy` maps one to the other. Small tables
+  are read once; a lookup in a large one reads a group of a few thousand documents.
   """
 
   def __init__(self, folder: Path):
@@ -51,8 +43,8 @@ class Documents(Sequence[dict[str, Any]]):
     self._groups = [(f, g) for f in self._files for g in range(f.metadata.num_row_groups)]
     self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     self._order = np.load(folder / 'rows' / 'order.npy', mmap_mode='r')
-    kept = None if len(self) <= _RESIDENT_DOCUMENTS else 16
-    self._group = functools.lru_cache(maxsize=kept)(self._read_group)
+    cached = None if len(self) <= _RESIDENT_DOCUMENTS else 16
+    self._group = functools.lru_cache(maxsize=cached)(self._read_group)
 
   def __len__(self) -> int:
     return len(self._order)
@@ -94,7 +86,7 @@ class Pool:
 
   @functools.cached_property
   def _reader(self) -> Any:
-    import tensorflow_datasets as tfds  # which reads rows without TensorFlow, as a test holds
+    import tensorflow_datasets as tfds  # reads rows without importing TensorFlow
 
     return tfds.builder_from_directory(str(self.path / 'dataset')).as_data_source(split='train')
 
@@ -103,8 +95,8 @@ class Pool:
 
   @functools.cached_property
   def _resident_NL(self) -> np.ndarray | None:
-    # Parsing costs 25 µs a row, and an arm reads each of its rows several times.
-    itemsize = encoders.dtype_of(self.vocab_size).itemsize
+    # Parsing takes 25 µs a row, and an arm reads each of its rows several times.
+    itemsize = vocabulary_lib.dtype_of(self.vocab_size).itemsize
     if self.num_rows * self.length * itemsize > _RESIDENT_BYTES:
       return None
     block = 1_024
@@ -121,17 +113,17 @@ class Pool:
 
   @functools.cached_property
   def source_N(self) -> np.ndarray:
-    """int8 or int16: the source that gave most of the row's tokens. Mapped from its file, as the next three."""
+    """int8 or int16: the source of most of the row's tokens. Memory-mapped, as the next three."""
     return self._origin('source')
 
   @functools.cached_property
   def document_N(self) -> np.ndarray:
-    """int32 or int64: index into `documents` of the one that holds the row's first token."""
+    """int32 or int64: index into `documents` of the document with the row's first token."""
     return self._origin('document')
 
   @functools.cached_property
   def offset_N(self) -> np.ndarray:
-    """int32: place of the row's first token inside its document."""
+    """int32: position of the row's first token in its document."""
     return self._origin('offset')
 
   @functools.cached_property
@@ -146,23 +138,23 @@ class Pool:
 
   @functools.cached_property
   def documents(self) -> Documents:
-    """{"id", "source", "bytes", "tokens"} of every document, in the order in which they were joined."""
+    """{"id", "source", "bytes", "tokens"} of every document, in the order in which documents were joined."""
     return Documents(self.path)
 
   @functools.cached_property
   def digest(self) -> str:
-    """SHA-256 of what was in the folder when it was opened; a folder without a manifest is read for it."""
+    """SHA-256 of the folder's files: of its manifest when it was opened, or of the files if it has none."""
     files = artifacts.checksums(self.path) if self._files is None else self._files
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
   @functools.cached_property
-  def encoder(self) -> encoders.Encoder:
-    return encoders.open_encoder(self.path)
+  def encoder(self) -> vocabulary_lib.Encoder:
+    return vocabulary_lib.open_encoder(self.path)
 
   @functools.cached_property
   def vocabulary(self) -> 'seqio.Vocabulary':
-    """The vocabulary for seqio; imports TensorFlow. `encoder` gives the same ids without."""
-    return encoders.seqio_vocabulary(str(self.path))
+    """The vocabulary for seqio; imports TensorFlow. `encoder` gives the same ids without it."""
+    return vocabulary_lib.seqio_vocabulary(str(self.path))
 
   def tokens(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
     """Tokens of `rows` in their order, repeats allowed: int32 [B, L].
@@ -180,8 +172,124 @@ class Pool:
     return self._read(row_B).astype(np.int32)
 
   def text(self, row: int) -> str:
-    """Text of a row, `END_OF_DOCUMENT` where a document ends; a character cut at the edge shows as U+FFFD."""
+    """Text of a row, `END_OF_DOCUMENT` where a document ends; a character cut at the edge becomes U+FFFD."""
     tokens_L = self.tokens([row])[0]
     parts = np.split(tokens_L, np.flatnonzero(tokens_L == self.encoder.eos))
-    # All parts but the first begin with their end mark, which decodes to nothing.
+    # All parts but the first begin with an end mark, which decodes to nothing.
     return END_OF_DOCUMENT.join(self.encoder.decode(part) for part in parts)
+
+
+def _dataset_info(folder: Path, length: int, dtype: np.dtype) -> Any:
+  """TFDS's description of the dataset in `folder`: one ordered split 'train'."""
+  tensorflow_start.start()
+  import tensorflow_datasets as tfds
+
+  features = tfds.features.FeaturesDict(
+    {'tokens': tfds.features.Tensor(shape=(length,), dtype=dtype.type, encoding='bytes')}
+  )
+  identity = tfds.core.dataset_info.DatasetIdentity(
+    name='pool', version=tfds.core.Version('1.0.0'), data_dir=str(folder), module_name='dsdm_jax.data.pool.pool'
+  )
+  return tfds.core.DatasetInfo(
+    builder=identity,
+    description='Rows of tokens of a candidate pool; an id is a row.',
+    features=features,
+    # Otherwise TFDS shuffles by hashes of keys, and rows would not be ids.
+    disable_shuffling=True,
+  )
+
+
+def _record_head(dataset_info: Any, length: int, dtype: np.dtype) -> bytes:
+  """The bytes that TFDS writes before those of a row; the same for all rows, since they have one length.
+
+  Raises:
+    RuntimeError: this version of TFDS writes another format.
+  """
+  from tensorflow_datasets.core import example_serializer
+
+  features = dataset_info.features
+  serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+  heads = set()
+  for value in (0, np.iinfo(dtype).max):
+    row = np.full(length, value, dtype)
+    record = serializer.serialize_example(features.encode_example({'tokens': row}))
+    if not record.endswith(row.tobytes()):
+      raise RuntimeError('a record of TFDS does not end with the bytes of its row')
+    heads.add(record[: -row.nbytes])
+  if len(heads) != 1:
+    raise RuntimeError('the beginning of a record of TFDS depends on the row')
+  return heads.pop()
+
+
+def write_dataset(
+  folder: Path,
+  rows: int,
+  length: int,
+  dtype: np.dtype,
+  write_shards: Callable[[Sequence[tuple[str, int, int]], bytes], Sequence[int]],
+) -> None:
+  """Writes `rows` rows of `length` tokens as a TFDS dataset in ArrayRecord files, in order; replaces `folder`.
+
+  Tokens are stored as raw little-endian bytes: parsing a list of integers would take longer than reading it.
+
+  Args:
+    folder: of the dataset.
+    rows: N.
+    length: L.
+    dtype: of the tokens.
+    write_shards: gets (file, first row, end row) of each shard and the bytes before a row in a record; writes the files
+      and returns the size of the records of each.
+  """
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir(parents=True)
+  dataset_info = _dataset_info(folder, length, dtype)
+  from tensorflow_datasets.core import naming, splits
+
+  template = naming.ShardedFileTemplate(
+    dataset_name='pool',
+    data_dir=folder,
+    split='train',
+    filetype_suffix='array_record',
+    template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}',
+  )
+  bounds = [(first, min(first + SHARD_ROWS, rows)) for first in range(0, rows, SHARD_ROWS)]
+  files = [
+    (str(template.sharded_filepath(shard_index=index, num_shards=None)), first, stop)
+    for index, (first, stop) in enumerate(bounds)
+  ]
+  sizes = write_shards(files, _record_head(dataset_info, length, dtype))
+  dataset_info.set_file_format('array_record', override=True)
+  lengths = [stop - first for first, stop in bounds]
+  split = splits.SplitInfo(name='train', shard_lengths=lengths, num_bytes=sum(sizes), filename_template=template)
+  dataset_info.set_splits(splits.SplitDict([split]))
+  dataset_info.write_to_directory(str(folder))
+
+
+def write_array(folder: Path, tokens_NL: np.ndarray) -> None:
+  """`write_dataset` for rows in memory."""
+  from array_record.python import array_record_module
+
+  def write_shards(files: Sequence[tuple[str, int, int]], head: bytes) -> list[int]:
+    for path, first, stop in files:
+      writer = array_record_module.ArrayRecordWriter(path, 'group_size:1')
+      for row_L in tokens_NL[first:stop]:
+        writer.write(head + row_L.tobytes())
+      writer.close()
+    return [(stop - first) * (len(head) + tokens_NL[0].nbytes) for _, first, stop in files]
+
+  write_dataset(folder, len(tokens_NL), tokens_NL.shape[1], tokens_NL.dtype, write_shards)
+
+
+def log_card(context: Context, card: dict[str, Any], seconds: float) -> None:
+  """Logs the card of a new pool as an event, and prints it."""
+  rate = card['bytes'] / seconds / 1e6
+  context.log.event('pool', **card, seconds=round(seconds, 3), megabytes_per_second=round(rate, 3))
+  leaks_kept = f', {card["leaks_kept"]:,} leaks listed but not dropped' if card['leaks_kept'] else ''
+  context.log.say(
+    f'  {card["rows"]:,} rows of {card["length"]} tokens from {card["documents"]:,} documents '
+    f'({card["bytes"] / 1e6:,.1f} MB, {card["tokens"]:,} tokens, {card["bytes_per_token"]:.2f} bytes a token)\n'
+    f'  dropped: {card["exact_duplicates"]:,} exact duplicates, {card["dropped_for_leakage"]:,} leaks{leaks_kept}, '
+    f'{card["above_caps"]:,} above caps, {card["skipped"]:,} bad inputs; {seconds:.1f} s, {rate:.1f} MB/s'
+  )
+  for name, s in sorted(card['sources'].items(), key=lambda item: -item[1]['rows'])[:20]:
+    context.log.say(f'  {name:32} {s["documents"]:>12,} documents {s["bytes"] / 1e6:>12,.2f} MB {s["rows"]:>12,} rows')

@@ -1,8 +1,8 @@
-"""Pools whose rows exist already: Parquet files with a column of lists of ids, each list one row of the pool.
+"""Pools of existing rows: Parquet files with a column of lists of ids, each list one row of the pool.
 
-Rows are kept as they are and in their order: row numbers are those of the files, sorted by name, one after another.
-So scores and selections that others published for such rows can be used. There are no documents to drop or shuffle; a
-file stands for a document in the table.
+Rows and their order are unchanged: row numbers run through the files, sorted by name. So scores and selections that
+others published for such rows can be used. Nothing is dropped or shuffled; in the document table a file counts as a
+document.
 """
 
 import dataclasses
@@ -18,36 +18,37 @@ from ml_collections import ConfigDict
 from dsdm_jax.core import storage
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data import files
-from dsdm_jax.data.pool import build, dataset, encoders, passes, sources, workers
+from dsdm_jax.data.pool import passes, sources, vocabulary
+from dsdm_jax.data.pool.pool import log_card, write_dataset
 from dsdm_jax.errors import UserError
 
 
 def wanted(config: ConfigDict) -> bool:
-  """Whether `pool.sources` asks for such a pool.
+  """Whether `pool.sources` has such rows.
 
   Raises:
-    UserError: it mixes such rows with text, gives no vocabulary to read them with, or asks to leave bad rows out.
+    UserError: it mixes them with text, no vocabulary is given, or bad rows should be skipped.
   """
   kinds = {sources.parse(line).kind for line in config.sources}
   if 'tokens' not in kinds:
     return False
   if len(config.sources) > 1:
-    raise UserError('pool.sources has a tokens: source, whose rows are kept as they are; it must be the only one')
+    raise UserError('pool.sources has a tokens: source, whose rows are not changed; it must be the only source')
   if config.vocabulary == 'train':
-    raise UserError('pool.sources has ids and no text; say of which vocabulary: --config.pool.vocabulary=PATH')
+    raise UserError('pool.sources has ids and no text; name their vocabulary: --config.pool.vocabulary=PATH')
   if config.on_error == 'skip':
     raise UserError(
-      'pool.on_error=skip would leave rows out and move the numbers of those behind them, and the rows of a tokens: '
-      'source keep theirs; set --config.pool.on_error=fail'
+      'pool.on_error=skip would change the numbers of later rows, but rows of a tokens: source have fixed numbers; '
+      'set --config.pool.on_error=fail'
     )
   if config.plant_targets:
-    raise UserError('pool.plant_targets needs text, and pool.sources has ids; set --config.pool.plant_targets=0')
+    raise UserError('pool.plant_targets needs text, but pool.sources has ids; set --config.pool.plant_targets=0')
   return True
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-  """Rows of a shard, and the files that hold them: (path, number of its first row)."""
+  """Rows of a shard and their files: (path, number of its first row)."""
 
   path: str
   first: int
@@ -57,50 +58,50 @@ class _Part:
   length: int
   dtype: str
   vocab_size: int
-  held: tuple[tuple[str, int], ...]
+  files: tuple[tuple[str, int], ...]
 
 
 def run(context: Context) -> dict[str, Any]:
-  """The stage for such pools.
+  """The pool stage for such pools.
 
   Raises:
-    UserError: no files, no such column, a row of another length or an id that the vocabulary does not have.
+    UserError: no files, no such column, a row of another length, or an id outside the vocabulary.
   """
   began = time.monotonic()
   c, out = context.config.pool, context.out
   entry = sources.parse(c.sources[0])
-  found = files.matches(entry.target)
-  if not found:
+  paths = files.glob(entry.target)
+  if not paths:
     raise UserError(f'pool.sources: {entry.target} matches no file')
-  encoders.save(c.vocabulary, out, c.end_piece)
-  encoder = encoders.open_encoder(out)
-  dtype = encoders.dtype_of(encoder.size)
-  counts = [_rows_of(path, entry.text) for path in found]
+  vocabulary.save(c.vocabulary, out, c.end_piece)
+  encoder = vocabulary.open_encoder(out)
+  dtype = vocabulary.dtype_of(encoder.size)
+  counts = [_rows_of(path, entry.text) for path in paths]
   first = [0, *np.cumsum(counts).tolist()]
   if not first[-1]:
-    raise UserError(f'the pool is empty: {entry.target} holds no rows')
+    raise UserError(f'the pool is empty: {entry.target} has no rows')
   column = entry.text
 
   def write_shards(shards: Sequence[tuple[str, int, int]], head: bytes) -> list[int]:
     parts = []
     for path, begin, stop in shards:
-      held = tuple((f, first[i]) for i, f in enumerate(found) if first[i] < stop and first[i + 1] > begin)
-      parts.append(_Part(path, begin, stop, head, column, c.length, dtype.name, encoder.size, held))
+      inside = tuple((f, first[i]) for i, f in enumerate(paths) if first[i] < stop and first[i + 1] > begin)
+      parts.append(_Part(path, begin, stop, head, column, c.length, dtype.name, encoder.size, inside))
     with context.log.bar(total=first[-1] * c.length, desc='rows', unit='tokens') as bar:
-      return workers.run(_write, parts, workers.count(context.config.host.workers), bar)
+      return passes.run_parallel(_write, parts, passes.worker_count(context.config.host.workers), bar)
 
-  dataset.write(out / 'dataset', first[-1], c.length, dtype, write_shards)
-  _write_origins(out, found, counts, entry.name, c.length)
+  write_dataset(out / 'dataset', first[-1], c.length, dtype, write_shards)
+  _write_origins(out, paths, counts, entry.name, c.length)
   tokens = first[-1] * c.length
   card = {
-    'rows': first[-1], 'length': c.length, 'vocab_size': encoder.size, 'documents': len(found), 'bytes': 0,
+    'rows': first[-1], 'length': c.length, 'vocab_size': encoder.size, 'documents': len(paths), 'bytes': 0,
     'tokens': tokens, 'bytes_per_token': 0.0, 'planted': 0, 'dropped_for_leakage': 0, 'dropped_by_task': {},
     'leaks_kept': 0, 'boilerplate_runs': 0, 'exact_duplicates': 0, 'above_caps': 0, 'skipped': 0,
-    'sources': {entry.name: {'documents': len(found), 'bytes': 0, 'rows': first[-1]}},
+    'sources': {entry.name: {'documents': len(paths), 'bytes': 0, 'rows': first[-1]}},
     'special_ids': {'pad': encoder.pad, 'eos': encoder.eos},
   }  # fmt: skip
   storage.write_json(out / 'card.json', card)
-  build.tell(context, card, time.monotonic() - began)
+  log_card(context, card, time.monotonic() - began)
   return {
     'rows': first[-1], 'length': c.length, 'vocab_size': encoder.size, 'special_ids': card['special_ids'],
     'row_order': 'an id is the row of the dataset: rows of the files, sorted by name, in their order; not checked '
@@ -116,15 +117,17 @@ def _rows_of(path: str, column: str) -> int:
     with files.open_bytes(path) as file:
       table = pq.ParquetFile(file)
       if column not in table.schema_arrow.names:
-        raise UserError(f'{path} has columns {", ".join(table.schema_arrow.names)}; name the ids: | text=COLUMN')
+        raise UserError(
+          f'{path} has columns {", ".join(table.schema_arrow.names)}; name the column of ids with | text=COLUMN'
+        )
       kind = table.schema_arrow.field(column).type
       lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
       if not lists or not pa.types.is_integer(kind.value_type):
         raise UserError(
-          f'{path}: column {column!r} holds {kind}, not lists of whole numbers; name the ids: | text=COLUMN'
+          f'{path}: column {column!r} has {kind}, not lists of integers; name the column of ids with | text=COLUMN'
         )
       return table.metadata.num_rows
-  except (OSError, pa.ArrowException) as error:
+  except (*files.READ_ERRORS, pa.ArrowException) as error:
     raise UserError(f'{path} cannot be read as Parquet ({" ".join(str(error).split())})') from error
 
 
@@ -137,7 +140,7 @@ def _write(part: _Part) -> int:
     record = part.head + row.tobytes()
     writer.write(record)
     total += len(record)
-    workers.tick(part.length)
+    passes.report_progress(part.length)
   writer.close()
   return total
 
@@ -145,7 +148,7 @@ def _write(part: _Part) -> int:
 def _rows(part: _Part) -> Any:
   import pyarrow.parquet as pq
 
-  for path, begin in part.held:
+  for path, begin in part.files:
     number = begin
     with files.open_bytes(path) as file:
       table = pq.ParquetFile(file)
@@ -159,18 +162,18 @@ def _rows(part: _Part) -> Any:
 
 
 def _checked(part: _Part, column: Any, path: str, number: int) -> np.ndarray:
-  """Lists of ids as rows [rows, L]; `number` is that of the first among the rows of the file, from 0."""
+  """Lists of ids as rows [rows, L]; `number` is the number of the first one in its file, from 0."""
   import pyarrow as pa
   import pyarrow.compute as pc
 
   def wrong(bad_R: np.ndarray, what: str) -> UserError:
     row = int(np.flatnonzero(bad_R)[0])
-    return UserError(f'{path}, row {number + row + 1}: {what}; such rows are kept as they are, so mend the file')
+    return UserError(f'{path}, row {number + row + 1}: {what}; rows of a tokens: source are not changed, fix the file')
 
   size_R = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
   if (size_R != part.length).any():
     size = int(size_R[size_R != part.length][0])
-    raise wrong(size_R != part.length, f'{size} ids where pool.length is {part.length}')
+    raise wrong(size_R != part.length, f'{size} ids, but pool.length is {part.length}')
   flat = column.flatten()
   missing_RL = pc.is_null(flat).to_numpy(zero_copy_only=False).reshape(len(column), part.length)
   if missing_RL.any():
@@ -182,7 +185,7 @@ def _checked(part: _Part, column: Any, path: str, number: int) -> np.ndarray:
   return ids_RL.astype(part.dtype)
 
 
-def _write_origins(out: Path, found: Sequence[str], counts: Sequence[int], name: str, length: int) -> None:
+def _write_origins(out: Path, paths: Sequence[str], counts: Sequence[int], name: str, length: int) -> None:
   shutil.rmtree(out / 'rows', ignore_errors=True)
   (out / 'rows').mkdir()
   total = sum(counts)
@@ -197,10 +200,10 @@ def _write_origins(out: Path, found: Sequence[str], counts: Sequence[int], name:
     begin += count
   for array in arrays.values():
     array.flush()
-  np.save(out / 'rows' / 'order.npy', np.arange(len(found), dtype=np.int64))
+  np.save(out / 'rows' / 'order.npy', np.arange(len(paths), dtype=np.int64))
   rows = [
     {'id': f'{name}/{path}', 'source': name, 'bytes': 0, 'tokens': count * length}
-    for path, count in zip(found, counts, strict=True)
+    for path, count in zip(paths, counts, strict=True)
   ]
   passes.write_table(out / 'documents' / '000000.parquet', rows)
   storage.write_json(out / 'sources.json', [name])

@@ -1,37 +1,61 @@
-"""Where the text of the candidate pool comes from: `config.pool.sources`, one line a source.
+"""The sources of the candidate pool, `config.pool.sources`: one line each, parsed into entries and units.
 
-A source is 'kind:target', with options behind bars: 'jsonl:/data/wiki-*.jsonl.gz | text=content | max_bytes=1e9'.
-Every source is cut into units that can be read apart from each other (files, row ranges); documents are numbered in
-the order of sources, units and records, which depends on nothing but the settings and the files.
+A line is 'kind:target', with options after bars: 'jsonl:/data/wiki-*.jsonl.gz | text=content | max_bytes=1e9'.
+Each source is cut into units that are read independently (files, row ranges). Documents are numbered in the order of
+sources, units and records, which depends only on the settings and the files.
 """
 
 import dataclasses
+import glob
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from etils import epath
-from ml_collections import ConfigDict
-
 from dsdm_jax.config import values
-from dsdm_jax.config.validate import load_callable
+from dsdm_jax.core import tensorflow_start
 from dsdm_jax.data import files
-from dsdm_jax.data.pool.documents import Document
-from dsdm_jax.data.pool.installed_packages import installed_packages
+from dsdm_jax.data.targets import tfds_items
 from dsdm_jax.errors import UserError
 
-Source = Callable[[ConfigDict, int], Iterator[Document]]
 FILES = ('text', 'jsonl', 'parquet', 'hf')
 KINDS = (*FILES, 'tfds', 'seqio', 'tokens')
 SIZED = ('installed_packages', 'function')
-_TEXT_FILES = 256  # small files that are read as one unit
-_TFDS_ROWS = 65_536  # rows of a unit
-_MOST = {
+_TEXT_FILES = 256  # small files per unit
+_TFDS_ROWS = 65_536  # rows per unit
+_LIMITS = {
   'weight': values.MAX_FACTOR,
   'max_bytes': values.MAX_BYTES,
   'max_documents': values.MAX_ROWS,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """One text of the pool.
+
+  Attributes:
+    id: unique in the pool, '/'-separated, begins with the source: 'docs/numpy/numpy/random/LICENSE.md'.
+    source: the class it is counted under in cards, selections and reports ('docs').
+    text: valid Unicode with at least one character that is not white space.
+  """
+
+  id: str
+  source: str
+  text: str
+
+
+def cut(data: bytes, limit: int) -> bytes:
+  """At most `limit` bytes of UTF-8, cut at the end of a line, or of a character if the first line is too long."""
+  if len(data) <= limit:
+    return data
+  end = data.rfind(b'\n', 0, limit) + 1
+  if end:
+    return data[:end]
+  end = limit
+  while end and data[end] & 0xC0 == 0x80:  # a continuation byte: its character began before the limit
+    end -= 1
+  return data[:end]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +65,12 @@ class Entry:
   Attributes:
     kind: one of `KINDS`, 'installed_packages', or 'function' for 'package.module:function'.
     target: glob, name of a dataset or task, or function.
-    name: what documents are counted under that do not say it themselves.
-    text, id, source: fields of a record; `id` and `source` may be missing in it.
+    name: source of documents whose record names none.
+    text, id, source: field names of a record; `id` and `source` may be missing from it.
     split: of a TFDS dataset, seqio task or dataset dict.
-    weight: share of pool.max_bytes, relative to the other sources; above 0.
+    weight: share of pool.max_bytes, relative to the other sources; positive.
     max_bytes, max_documents: caps; 0 for none.
-    module: imported first, where it registers a seqio task.
+    module: imported first, to register a seqio task.
   """
 
   kind: str
@@ -63,18 +87,18 @@ class Entry:
 
   @property
   def generated(self) -> bool:
-    """Whether it can only be read from beginning to end, by this process."""
+    """Whether this process must read it from beginning to end, so that it has no units."""
     return self.kind in ('seqio', *SIZED)
 
   @property
   def sized(self) -> bool:
-    """Whether it is told pool.max_bytes and yields about as much by itself."""
+    """Whether the source itself stops after about pool.max_bytes."""
     return self.kind in SIZED
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-  """Part of a source: `paths`, and of a TFDS dataset the rows `first` to `stop` − 1."""
+  """Part of a source: `paths`, or rows `first` to `stop` − 1 of a TFDS dataset."""
 
   entry: Entry
   paths: tuple[str, ...]
@@ -83,134 +107,129 @@ class Unit:
 
 
 _OPTIONS: Mapping[str, Callable[[str], Any]] = {
-  'name': str, 'text': str, 'id': str, 'source': str, 'split': str, 'module': str, 'weight': float,
-  'max_bytes': lambda v: int(float(v)), 'max_documents': lambda v: int(float(v)),
-}  # fmt: skip
+  **dict.fromkeys(('name', 'text', 'id', 'source', 'split', 'module'), str),
+  'weight': float,
+  **dict.fromkeys(('max_bytes', 'max_documents'), lambda value: int(float(value))),
+}
 
 
 def parse(line: str) -> Entry:
-  """The source that a line of `pool.sources` describes.
+  """Parses a line of `pool.sources`.
 
   Raises:
-    UserError: an unknown kind or option, or a value that does not fit.
+    UserError: an unknown kind or option, or an invalid value.
   """
-  said = f'pool.sources holds {line!r}'
+  where = f'pool.sources has {line!r}'
   head, *rest = (part.strip() for part in line.split(' | '))
   kind, colon, target = head.partition(':')
   if head == 'installed_packages':
     kind, target = head, head
   elif kind not in KINDS:
     if not colon or '/' in head:
-      raise UserError(f'{said}, whose kind is none of installed_packages, {", ".join(KINDS)}, package.module:function')
+      raise UserError(f'{where}, whose kind is not installed_packages, {", ".join(KINDS)} or package.module:function')
     kind, target = 'function', head
   if not target:
-    raise UserError(f'{said}: nothing behind {kind}:; give a glob or a name')
+    raise UserError(f'{where}: {kind}: needs a pattern or a name')
   options: dict[str, Any] = {'name': _name(kind, target)}
   for part in rest:
     key, equals, value = (x.strip() for x in part.partition('='))
     if key not in _OPTIONS or not equals:
-      raise UserError(f'{said}: option {part!r} is none of {", ".join(f"{key}=" for key in _OPTIONS)}')
+      raise UserError(f'{where}: option {part!r} is none of {", ".join(f"{key}=" for key in _OPTIONS)}')
     try:
       options[key] = _OPTIONS[key](value)
-    except (ValueError, OverflowError) as error:  # the latter of 1e999
-      raise UserError(f'{said}: {key}={value} is no number') from error
+    except (ValueError, OverflowError) as error:  # OverflowError: 1e999
+      raise UserError(f'{where}: {key}={value} is not a number') from error
   entry = Entry(kind, target, **options)
   if not entry.name:
-    raise UserError(f'{said}: name= is empty; give one or leave it out')
-  for key, most in _MOST.items():
+    raise UserError(f'{where}: name= is empty; give a name or remove it')
+  for key, most in _LIMITS.items():
     number = getattr(entry, key)
     if not 0 <= number <= most or (key == 'weight' and not number):
       least = 'above' if key == 'weight' else 'at least'
-      raise UserError(f'{said}: {key} must be {least} 0 and at most {most:,}; give another')
+      raise UserError(f'{where}: {key} must be {least} 0 and at most {most:,}')
   return entry
 
 
 def _name(kind: str, target: str) -> str:
-  if kind == 'tfds' and is_folder(target):  # .../c4/en/3.1.0 goes by what stands before its version
+  if kind == 'tfds' and is_folder(target):  # .../c4/en/3.1.0 is named by the part before its version
     parts = [part for part in target.split('/')[1:] if part and not re.fullmatch(r'\d+\.\d+\.\d+', part)]
     return parts[-1] if parts else kind
   return target.partition('/')[0].partition(':')[0] if kind in ('tfds', 'seqio') else kind
 
 
 def is_folder(target: str) -> bool:
-  """Whether the target of a tfds: source is the folder of a dataset and not its name."""
+  """Whether the target of a tfds: source is a folder and not the name of a dataset."""
   return target.startswith(('/', 'gs://'))
 
 
 def units(entry: Entry) -> list[Unit]:
-  """The units of a source that is not `generated`; empty where a glob matches nothing."""
+  """The units of a source that is not `generated`; empty if its pattern matches nothing."""
   if entry.kind == 'tfds':
-    return _tfds_units(entry)
-  found = _files(entry)
+    splits = tfds_builder(entry.target).info.splits
+    if entry.split not in splits:
+      raise no_split(entry, splits)
+    rows = splits[entry.split].num_examples
+    return [Unit(entry, (), i, min(i + _TFDS_ROWS, rows)) for i in range(0, rows, _TFDS_ROWS)]
+  paths = _files(entry)
   step = _TEXT_FILES if entry.kind == 'text' else 1
-  return [Unit(entry, tuple(found[i : i + step])) for i in range(0, len(found), step)]
+  return [Unit(entry, tuple(paths[i : i + step])) for i in range(0, len(paths), step)]
 
 
 def _files(entry: Entry) -> list[str]:
-  return _hf_files(entry) if entry.kind == 'hf' else files.matches(entry.target)
+  """Files of a source; for hf: the Arrow files of folders that `save_to_disk` of `datasets` wrote."""
+  if entry.kind != 'hf':
+    return files.glob(entry.target)
+  paths: list[str] = []
+  for folder in files.glob(entry.target.rstrip('/') or '/', 'directory'):
+    if files.is_file(f'{folder}/dataset_dict.json'):
+      folder = f'{folder}/{entry.split}'
+    if not files.is_file(f'{folder}/state.json'):
+      raise UserError(f'{folder} has no state.json; hf: needs a folder written by save_to_disk of datasets')
+    paths += files.glob(f'{glob.escape(folder)}/data-*.arrow')
+  return paths
 
 
 def states(lines: Iterable[str]) -> dict[str, str]:
-  """For each line whose source is files: how many they are now and a digest of their names and states.
+  """For each source of files: the number of files and a digest of their names and versions.
 
-  '' where none is there, or where they cannot be listed: whether they have changed is then not known.
+  '' if there are no files or they cannot be listed, so that changes cannot be detected.
   """
-  found = {}
+  result = {}
   for entry in map(parse, lines):
     if entry.kind in (*FILES, 'tokens'):
       try:
         paths = _files(entry)
         noted = [f'{path}\x1f{version}' for path, version in zip(paths, files.versions(paths), strict=True)]
-      except (OSError, UserError):  # a finished pool serves without its files; one that needs them says what is missing
+      except (OSError, UserError):  # a finished pool is usable without its files
         noted = []
       digest = hashlib.blake2b('\x1e'.join(noted).encode(), digest_size=8).hexdigest()
-      found[f'{entry.kind}:{entry.target}'] = f'{len(noted)} files, state {digest}' if noted else ''
-  return found
+      result[f'{entry.kind}:{entry.target}'] = f'{len(noted)} files, state {digest}' if noted else ''
+  return result
 
 
-def _tfds_units(entry: Entry) -> list[Unit]:
-  from dsdm_jax.data.pool import readers
-
-  splits = readers.tfds_builder(entry.target).info.splits
-  if entry.split not in splits:
-    raise readers.no_split(entry, splits)
-  rows = splits[entry.split].num_examples
-  return [Unit(entry, (), i, min(i + _TFDS_ROWS, rows)) for i in range(0, rows, _TFDS_ROWS)]
-
-
-def _hf_files(entry: Entry) -> list[str]:
-  """Arrow files of folders that `datasets` saved: a dataset's own, or those of one split of a dict of datasets."""
-  found: list[str] = []
-  for folder in files.matches(entry.target) if '*' not in entry.target else _folders(entry.target):
-    root = epath.Path(folder)
-    if (root / 'dataset_dict.json').is_file():
-      root = root / entry.split
-    if not (root / 'state.json').is_file():
-      raise UserError(f'{root} is no folder that save_to_disk of datasets wrote: it has no state.json')
-    found += sorted(str(path) for path in root.glob('data-*.arrow'))
-  return found
-
-
-def _folders(pattern: str) -> list[str]:
-  parent, _, last = pattern.rstrip('/').rpartition('/')
-  return sorted(str(path) for path in epath.Path(parent or '.').glob(last) if path.is_dir())
-
-
-def generate(entry: Entry, config: ConfigDict, seed: int) -> Iterator[Document]:
-  """Documents of a `sized` source, in an order that depends on nothing but settings and text.
-
-  Args:
-    entry: the source; a cap of its own stands in the place of `config.max_bytes`.
-    config: the `pool` part of the config.
-    seed: the root seed; sources draw their order from it.
+def tfds_builder(name: str) -> Any:
+  """The builder of a prepared TFDS dataset, by 'dataset/config' or by its folder.
 
   Raises:
-    UserError: no such function.
+    UserError: there is none.
   """
-  if entry.max_bytes:
-    config = config.copy_and_resolve_references()
-    config.max_bytes = entry.max_bytes
-  function: Source = installed_packages
-  if entry.kind == 'function':
-    function = load_callable(entry.target, 'pool.sources')
-  yield from function(config, seed)
+  tensorflow_start.start()
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.builder_from_directory(name) if is_folder(name) else tfds.builder(name)
+    if builder.is_prepared() or is_folder(name):
+      return builder
+  except (tfds.core.DatasetNotFoundError, FileNotFoundError, KeyError) as error:
+    raise UserError(f'pool.sources: TFDS has no dataset {name} ({" ".join(str(error).split())[:200]})') from error
+  raise UserError(
+    f'pool.sources: the TFDS dataset {name} is not prepared in {builder.data_dir}; prepare it with network access: '
+    f'{tfds_items.prepare_command(name)}'
+  )
+
+
+def no_split(entry: Entry, splits: Iterable[str]) -> UserError:
+  return UserError(
+    f'pool.sources: {entry.target} has no split {entry.split!r}, only {", ".join(splits) or "none"}; '
+    'choose one with | split=SPLIT'
+  )

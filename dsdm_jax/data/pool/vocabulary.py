@@ -1,10 +1,12 @@
-"""The SentencePiece vocabulary of a pool, and the two ways to open it.
+"""Vocabularies: a SentencePiece model that is trained on the pool, or a given model, a tokenizer.json, bytes.
 
-Pieces keep every character, newlines and runs of spaces included: the text of a document comes back exactly, but for
-U+2581 ('▁'), SentencePiece's own sign for a space, which comes back as a space. Ids are 0 padding, 1 end of document,
-2 unknown (never produced: characters without a piece become bytes), seqio's convention.
+A trained vocabulary keeps every character, including newlines and runs of spaces: decoding returns the text, except
+that U+2581 ('▁'), SentencePiece's sign for a space, comes back as a space. Ids are 0 padding, 1 end of document, 2
+unknown (never produced: characters without a piece become bytes), which is seqio's convention.
 
-Encode with Python's `encode` only. The TensorFlow op of seqio's vocabularies gives other ids on most texts.
+An `Encoder` needs neither seqio nor TensorFlow; `seqio_vocabulary` gives the same ids as a seqio Vocabulary. The file
+in a pool's folder determines its kind. Encode with Python's `encode` only: the TensorFlow op of seqio's
+SentencePiece vocabularies gives other ids on most texts.
 """
 
 import collections
@@ -12,41 +14,45 @@ import functools
 import hashlib
 import io
 import itertools
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from dsdm_jax.core import prng, tensorflow_start
+from dsdm_jax.core import prng, storage, tensorflow_start
+from dsdm_jax.data import files
 from dsdm_jax.errors import UserError
 
 if TYPE_CHECKING:
   import seqio
 
+MODEL, TOKENIZER, BYTES = 'vocabulary.model', 'tokenizer.json', 'bytes.json'
 PAD = 0
 EOS = 1
 UNK = 2
 SMALLEST = 300  # 3 special ids, 256 bytes, and room for some pieces
 
-# Training sees at most this much text: more makes it slower, not better, at vocabularies of a few thousand pieces.
+# Training uses at most this much text: more is slower but not better for vocabularies of a few thousand pieces.
 SAMPLE_BYTES = 400_000
 _SENTENCE_BYTES = 1_000
+_END_PIECES = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '[SEP]', '<|eos|>')
 
 
 def sample_order(count: int, seed: int) -> np.ndarray:
-  """The order in which `count` texts are trained on, until there is enough of them."""
+  """The seeded order in which `count` texts are sampled for training."""
   return prng.numpy_stream(seed, 'vocabulary').permutation(count)
 
 
 def sample_bytes(vocab_size: int) -> int:
-  """How much text a vocabulary of so many pieces is trained on."""
+  """Bytes of text that a vocabulary of `vocab_size` pieces is trained on."""
   return max(SAMPLE_BYTES, 200 * vocab_size)
 
 
 def _sentences(texts: Iterable[str], limit: int) -> Iterator[str]:
-  """Runs of whole lines of about a thousand characters, from texts in their order, up to `limit` bytes."""
+  """Runs of whole lines of about a thousand characters, in the order of the texts, up to `limit` bytes."""
   for text in texts:
     sentence = ''
     for line in text.splitlines(keepends=True):
@@ -65,15 +71,15 @@ def _sentences(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def _with_common_characters(sample: Sequence[str], most: int) -> list[str]:
-  """The sample with newlines in the place of rare characters, which are to be written in bytes.
+  """The sample with rare characters replaced by newlines, so that they are encoded as bytes.
 
-  SentencePiece refuses a vocabulary smaller than the alphabet. Kept are `most` characters, or fewer that make up
-  99.95 %.
+  SentencePiece refuses a vocabulary smaller than the alphabet. At most `most` characters stay, fewer if they make up
+  99.95 % of the text.
   """
   counts = collections.Counter(itertools.chain.from_iterable(sample))
   uncovered = counts.total()
   rare = {}
-  # Sorted: equals must not depend on the order of counting.
+  # Sorted, so that ties do not depend on the order of counting.
   for index, (character, count) in enumerate(sorted(counts.items(), key=lambda item: (-item[1], item[0]))):
     if index >= most or uncovered < 0.0005 * counts.total():
       rare[ord(character)] = '\n'
@@ -85,14 +91,14 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
   """Trains a unigram model; the same texts in the same order and the same size give the same bytes.
 
   Args:
-    texts: documents in the order of `sample_order`; those behind the first `sample_bytes` are not looked at.
-    vocab_size: pieces in all, special ids and the 256 bytes included; at least `SMALLEST`.
+    texts: documents in the order of `sample_order`; only the first `sample_bytes` are used.
+    vocab_size: number of pieces, including special ids and the 256 bytes; at least `SMALLEST`.
 
   Returns:
     The serialized model.
 
   Raises:
-    UserError: `vocab_size` is too small, or the texts do not have so many pieces in them.
+    UserError: `vocab_size` is too small, or the texts do not contain enough pieces.
   """
   import sentencepiece
 
@@ -112,18 +118,18 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
       unk_id=UNK,
       bos_id=-1,
       byte_fallback=True,
-      # Nothing is normalised away: code means its white space.
+      # No normalization: white space matters in code.
       normalization_rule_name='identity',
       remove_extra_whitespaces=False,
       add_dummy_prefix=False,
       allow_whitespace_only_pieces=True,
       user_defined_symbols=['\n'],
       character_coverage=1.0,
-      # Candidates to prune from, and EM steps between prunings: the defaults are many times slower, no better.
+      # Candidates to prune from, and EM steps between prunings: the defaults are many times slower and no better.
       seed_sentencepiece_size=max(20_000, 20 * vocab_size),
       num_sub_iterations=1,
       max_sentence_length=1_000_000,
-      # More threads add floating-point numbers in another order.
+      # More threads would change the order of floating-point additions.
       num_threads=1,
       minloglevel=2,
     )
@@ -135,11 +141,46 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
   return model.getvalue()
 
 
-class Encoder:
-  """The vocabulary without seqio, which takes seconds to import: the same ids, text in and out.
+class Encoder(Protocol):
+  """Text to ids and back, without seqio or TensorFlow.
+
+  Attributes:
+    size: V, number of ids.
+    eos: id that ends a document.
+    pad: id that pads sequences.
+  """
+
+  @property
+  def size(self) -> int: ...
+  @property
+  def eos(self) -> int: ...
+  @property
+  def pad(self) -> int: ...
+  def encode(self, text: str) -> list[int]: ...
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
+  def decode_batch(self, ids_BL: np.ndarray) -> list[str]: ...
+
+
+class ByteEncoder:
+  """UTF-8 bytes, as seqio's ByteVocabulary without extra ids: padding 0, end 1, unknown 2, byte b is b + 3."""
+
+  size, eos, pad = 259, 1, 0
+
+  def encode(self, text: str) -> list[int]:
+    return (np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3).tolist()
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    return bytes(i - 3 for i in np.asarray(ids).tolist() if i >= 3).decode(errors='replace')
+
+  def decode_batch(self, ids_BL: np.ndarray) -> list[str]:
+    return [self.decode(ids_L) for ids_L in ids_BL]
+
+
+class SentencePieceEncoder:
+  """A SentencePiece model. Gives the same ids as seqio's, whose import takes seconds.
 
   Args:
-    model: a file that holds the model, or the model's bytes.
+    model: file or bytes of the model.
   """
 
   def __init__(self, model: str | os.PathLike | bytes):
@@ -150,17 +191,16 @@ class Encoder:
 
   @property
   def size(self) -> int:
-    """V: number of ids."""
     return self._processor.vocab_size()
 
   @property
   def eos(self) -> int:
-    """Id of the end mark; −1 where a foreign model has none."""
+    """Id of the end mark; −1 if the model has none."""
     return self._processor.eos_id()
 
   @property
   def pad(self) -> int:
-    """Id of padding; 0 where a foreign model has none."""
+    """Id of padding; 0 if the model has none."""
     return max(self._processor.pad_id(), 0)
 
   def encode(self, text: str) -> list[int]:
@@ -168,27 +208,174 @@ class Encoder:
     return self._processor.encode(text)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """Text of `ids`; padding and end marks are nothing, a character cut through at the edge becomes U+FFFD."""
+    """Text of `ids`; padding and end marks are dropped, a character cut at the edge becomes U+FFFD."""
     return self._processor.decode([int(i) for i in ids])
 
   def decode_batch(self, ids_BL: np.ndarray) -> list[str]:
-    """Text of each row; other threads may run meanwhile."""
+    """Text of each row; releases the GIL."""
     return self._processor.decode(ids_BL.tolist(), num_threads=1)
 
 
+class HuggingFaceEncoder:
+  """A tokenizer.json of Hugging Face's tokenizers. Special tokens that are written out in a text are text.
+
+  Args:
+    data: bytes of the file.
+    end: the piece that ends a document; '' takes the first of the usual ones that exists.
+
+  Raises:
+    UserError: the file is not a tokenizer, or has no such piece.
+  """
+
+  def __init__(self, data: bytes, end: str = ''):
+    import tokenizers
+
+    try:
+      self.tokenizer = tokenizers.Tokenizer.from_buffer(data)
+    except Exception as error:  # the package raises bare Exceptions
+      raise UserError(f'pool.vocabulary is not a tokenizer.json ({" ".join(str(error).split())[:200]})') from error
+    self.tokenizer.no_truncation()
+    self.tokenizer.no_padding()
+    self.tokenizer.encode_special_tokens = True
+    known = [piece for piece in ([end] if end else _END_PIECES) if self.tokenizer.token_to_id(piece) is not None]
+    if not known:
+      raise UserError(
+        f'the tokenizer has no piece {end or " or ".join(_END_PIECES)} to end a document with; '
+        'set --config.pool.end_piece to one of its pieces'
+      )
+    self.size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    self.eos: int = int(self.tokenizer.token_to_id(known[0]) or 0)
+    pad = self.tokenizer.token_to_id('<pad>')
+    self.pad: int = self.eos if pad is None else pad
+    self.data = data
+
+  def encode(self, text: str) -> list[int]:
+    return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    special = {self.eos, self.pad}
+    return self.tokenizer.decode([i for i in np.asarray(ids).tolist() if i not in special], skip_special_tokens=False)
+
+  def decode_batch(self, ids_BL: np.ndarray) -> list[str]:
+    return [self.decode(ids_L) for ids_L in ids_BL]
+
+
+def save(choice: str, folder: Path, end: str = '') -> None:
+  """Writes the vocabulary `choice` to `folder`: 'bytes', or the path of a SentencePiece model or a tokenizer.json.
+
+  Raises:
+    UserError: the file does not exist or is of an unknown kind.
+  """
+  if choice == 'bytes':
+    storage.write_json(folder / BYTES, {'vocabulary': 'bytes'})
+    return
+  try:
+    data = files.read_bytes(choice)
+  except files.READ_ERRORS as error:
+    raise UserError(f'pool.vocabulary = {choice!r}: {files.describe(error)}') from error
+  if choice.endswith('.json'):
+    HuggingFaceEncoder(data, end)
+    storage.write_bytes(folder / TOKENIZER, data)
+    storage.write_json(folder / 'end_piece.json', {'end_piece': end})
+    return
+  try:
+    encoder = SentencePieceEncoder(data)
+  except (RuntimeError, UnicodeDecodeError) as error:  # the second: SentencePiece's message quotes bytes
+    raise UserError(f'pool.vocabulary = {choice!r} is not a SentencePiece model ({error})') from error
+  if encoder.eos < 0:
+    raise UserError(f'pool.vocabulary = {choice!r} has no end piece; train it with an eos_id')
+  storage.write_bytes(folder / MODEL, data)
+
+
+def open_encoder(folder: str | os.PathLike) -> Encoder:
+  """The encoder of the vocabulary in `folder`."""
+  folder = Path(folder)
+  if (folder / MODEL).is_file():
+    return SentencePieceEncoder(folder / MODEL)
+  if (folder / TOKENIZER).is_file():
+    return HuggingFaceEncoder((folder / TOKENIZER).read_bytes(), _end_piece(folder))
+  if (folder / BYTES).is_file():
+    return ByteEncoder()
+  raise UserError(f'{folder} has no vocabulary; run --stage=pool')
+
+
+def _end_piece(folder: Path) -> str:
+  return json.loads((folder / 'end_piece.json').read_text())['end_piece']
+
+
+def seqio_vocabulary(folder: str) -> 'seqio.Vocabulary':
+  """The same vocabulary for seqio. Imports seqio and TensorFlow."""
+  tensorflow_start.start()
+  import seqio
+
+  path = Path(folder)
+  if (path / MODEL).is_file():
+    return load(str(path / MODEL))
+  if (path / BYTES).is_file():
+    return seqio.ByteVocabulary(extra_ids=0)
+  return _hugging_face_vocabulary((path / TOKENIZER).read_bytes(), _end_piece(path))
+
+
+@functools.lru_cache(maxsize=2)
+def _hugging_face_vocabulary(data: bytes, end: str) -> 'seqio.Vocabulary':
+  import seqio
+  import tensorflow as tf
+
+  encoder = HuggingFaceEncoder(data, end)
+
+  class HuggingFaceVocabulary(seqio.Vocabulary):
+    """A tokenizer.json for seqio; `encode_tf` calls Python."""
+
+    bos_id = unk_id = property(lambda self: None)
+    eos_id = property(lambda self: encoder.eos)
+    pad_id = property(lambda self: encoder.pad)
+    data = property(lambda self: encoder.data)
+    _base_vocab_size = property(lambda self: encoder.size)
+
+    def _encode(self, s: str) -> list[int]:
+      return encoder.encode(s)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+      return encoder.decode(ids)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+      text = tf.convert_to_tensor(s)
+      # Eagerly the function gets an array of one object, in a graph it gets bytes.
+      ids = tf.numpy_function(
+        lambda t: np.asarray(encoder.encode(np.asarray(t).item().decode()), np.int32), [text], tf.int32
+      )
+      return tf.ensure_shape(ids, [None])
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+      return tf.numpy_function(lambda ids: encoder.decode(ids).encode(), [ids], tf.string)
+
+    def __eq__(self, other: object) -> bool:
+      return isinstance(other, HuggingFaceVocabulary) and other.data == self.data
+
+  return HuggingFaceVocabulary()
+
+
+def dtype_of(size: int) -> np.dtype:
+  """The narrowest integer type for ids below `size`."""
+  for dtype in (np.uint8, np.uint16):
+    if size <= np.iinfo(dtype).max + 1:
+      return np.dtype(dtype)
+  return np.dtype(np.int32)
+
+
 def load(path: str) -> 'seqio.SentencePieceVocabulary':
-  """The vocabulary as seqio knows it. Imports seqio and TensorFlow."""
+  """A SentencePiece model for seqio. Imports seqio and TensorFlow."""
   return _load(path, hashlib.sha256(Path(path).read_bytes()).hexdigest())
 
 
 @functools.lru_cache(maxsize=2)
 def _load(path: str, digest: str) -> 'seqio.SentencePieceVocabulary':
-  del digest  # tells apart what lay at one path at two times
+  del digest  # part of the key: another model may have replaced the one at `path`
   tensorflow_start.start()
   import seqio
 
-  # seqio keeps models by path for ever, and reads one when it is first used.
+  # seqio caches models by path, and reads a model when it is first used.
   seqio.vocabularies._load_model_internal.cache_clear()
-  found = seqio.SentencePieceVocabulary(path)
-  found.tokenizer  # noqa: B018  reads it now
-  return found
+  vocabulary = seqio.SentencePieceVocabulary(path)
+  vocabulary.tokenizer  # noqa: B018  reads it now
+  return vocabulary

@@ -1,31 +1,33 @@
-"""The benchmarks of the paper in one table, their files, and their prompts.
+"""Benchmarks: one table of their files and prompts, and their items.
 
-Four of them are the paper's targets, fifteen its held-out benchmarks; three more are often reported. Sources are
-LLM-Foundry's JSONL files by name, and TFDS where it has the data. The targets have the paper's shots; the others have
-LLM-Foundry's, and what is not in there has 0 (cbt) or as many as SQuAD (news_qa). Any other JSONL file of these shapes
-is a benchmark too, see `of_file`.
+Four are the paper's targets, fifteen its held-out benchmarks; three more are often reported. Items come from
+LLM-Foundry's JSONL files, by name, or from TFDS. Targets have the paper's shots; the others have LLM-Foundry's, and
+those that LLM-Foundry does not have use 0 (cbt) or as many as SQuAD (news_qa). Other JSONL files of these shapes can be
+used as well, see `of_file`.
 """
 
 import dataclasses
+import glob
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from dsdm_jax.core import prng
+from dsdm_jax.data import files
 from dsdm_jax.data.targets import shapes, tfds_items
 from dsdm_jax.data.targets.shapes import GENERATION, LANGUAGE_MODELLING, MULTIPLE_CHOICE, SCHEMA, Item
 from dsdm_jax.errors import UserError
 
-# Right where the argmax is the target at every token of the continuation, given all that is before it.
+# Correct if the argmax is the right token at every position of the continuation.
 EXACT_ARGMAX = 'exact_argmax'
-# Right where the gold choice has the lowest mean cross-entropy a token.
+# Correct if the gold choice has the lowest mean cross-entropy per token.
 MEAN_CROSS_ENTROPY = 'mean_cross_entropy'
-# Right where the shared continuation has its lowest mean cross-entropy after the gold context.
+# Correct if the shared continuation has its lowest mean cross-entropy after the gold context.
 SHARED_CONTINUATION = 'shared_continuation'
-# Right where the greedy output, normalised, begins with a normalised alias.
+# Correct if the normalised greedy output begins with a normalised alias.
 ALIAS_PREFIX = 'alias_prefix'
 SCORING: Mapping[str, str] = {
   LANGUAGE_MODELLING: EXACT_ARGMAX,
@@ -38,22 +40,22 @@ ANSWER = '\nAnswer: '
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-  """How a benchmark is read, asked and scored.
+  """How a benchmark is read, prompted and scored.
 
   Attributes:
     name: in tables and configs.
-    category: one of the paper's five; '' for files of the user's.
+    category: one of the paper's five; '' for custom files.
     shape: one of `shapes.SHAPES`.
     source: name of its JSONL file.
-    tfds: 'dataset/config:split' where TFDS has it, else ''.
+    tfds: 'dataset/config:split' in TFDS, '' for none.
     shots: solved examples before the question.
     delimiter: between context and answer; white space at its end belongs to the answer.
-    scoring: the rule that decides what is right, one of `SCORING`'s values.
-    tfds_target: 'dataset/config:split' of the target's items, where TFDS keeps them apart from those of the holdout.
+    scoring: the rule for correct answers, one of `SCORING`'s values.
+    tfds_target: 'dataset/config:split' of the target's items, if TFDS separates them from the holdout's.
     role: 'target', 'held_out' or 'other'.
-    per_category: averaged within each item's category first.
+    per_category: averaged within each category first.
     left_out: categories of items that are dropped.
-    counts: (target, holdout) items of the paper, (0, 0) where it has none.
+    counts: (target, holdout) items in the paper, (0, 0) if it has none.
   """
 
   name: str
@@ -129,63 +131,61 @@ BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark i
 
 
 def of_file(path: str, shots: int = 0, delimiter: str = ' ') -> Benchmark:
-  """A benchmark of the user's: a JSONL file whose first record tells the shape.
+  """A custom benchmark: a JSONL file whose first record determines the shape.
 
   Raises:
-    UserError: no such file, no records, or no shape known has such fields.
+    UserError: the file does not exist, has no records, or its fields match no shape.
   """
   for number, record in shapes.read_jsonl(path):
     shape = shapes.shape_of(record)
     if shape is None:
       raise UserError(
-        f'{path}, line {number}: fields {", ".join(sorted(record))} are of no shape known; give "context" and '
+        f'{path}, line {number}: fields {", ".join(sorted(record))} match no shape; use "context" and '
         '"continuation", "query", "choices" and "gold", "context_options", "continuation" and "gold", or "context", '
         '"answer" and "aliases"'
       )
-    return _row(epath.Path(path).stem, '', shape, path, shots, delimiter, role='other')
-  raise UserError(f'{path} holds no items; give one JSON object a line')
+    return _row(PurePosixPath(path).stem, '', shape, path, shots, delimiter, role='other')
+  raise UserError(f'{path} has no items; it needs one JSON object a line')
 
 
 def places(path: str) -> tuple[str, ...]:
-  """The places that a path such as 'tfds:data/tfds | data/eval' names, in the order in which they are tried."""
+  """The places in a setting such as 'tfds:data/tfds | data/eval', in the order in which they are tried."""
   return tuple(part.strip() or '.' for part in path.split(' | '))
 
 
-def place(benchmark: Benchmark, tried: Sequence[str]) -> str | None:
-  """The first of the places that has `benchmark`: its file, or 'tfds' or 'tfds:DATA_DIR'; None where none has it.
+def place(benchmark: Benchmark, places: Sequence[str]) -> str | None:
+  """The first of the places that has `benchmark`: its file, or 'tfds' or 'tfds:DATA_DIR'; None if none has it.
 
-  Whether TFDS has prepared it is looked up only where another place is left.
+  The last place is not checked if it is TFDS: reading it reports what is missing.
   """
-  for number, path in enumerate(tried, 1):
+  for number, path in enumerate(places, 1):
     if not in_tfds(path):
       if file := find(benchmark, path):
         return file
-    elif benchmark.tfds and (number == len(tried) or tfds_items.is_prepared(benchmark.tfds, _data_dir(path))):
+    elif benchmark.tfds and (number == len(places) or tfds_items.is_prepared(benchmark.tfds, _data_dir(path))):
       return path
   return None
 
 
 def find(benchmark: Benchmark, path: str) -> str | None:
-  """The benchmark's file: `path`, or in that folder or one below it (LLM-Foundry sorts by category); else None."""
-  root = epath.Path(path)
-  if root.is_file():
+  """The benchmark's file: `path` itself, or in that folder or one below it (LLM-Foundry sorts by category)."""
+  if files.is_file(path):
     return path
-  if (root / benchmark.source).is_file():
-    return str(root / benchmark.source)
-  below = sorted(str(file) for file in root.glob(f'*/{benchmark.source}')) if root.is_dir() else []
-  return below[0] if below else None
+  if files.is_file(f'{path}/{benchmark.source}'):
+    return str(PurePosixPath(path, benchmark.source)) if not files.is_remote(path) else f'{path}/{benchmark.source}'
+  return next(iter(files.glob(f'{glob.escape(path)}/*/{benchmark.source}')), None)
 
 
 def target_items(benchmark: Benchmark, path: str | None) -> list[Item]:
-  """As many items as the paper's target has, from a split of TFDS that holds nothing else; [] where there is none."""
-  held = place(benchmark, places(path)) if benchmark.tfds_target and path is not None else None
-  if held is None or not in_tfds(held):
+  """As many items as the paper's target has, from TFDS's split for the target; [] if there is none."""
+  source = place(benchmark, places(path)) if benchmark.tfds_target and path is not None else None
+  if source is None or not in_tfds(source):
     return []
-  return read_items(dataclasses.replace(benchmark, tfds=benchmark.tfds_target), held, benchmark.counts[0])
+  return read_items(dataclasses.replace(benchmark, tfds=benchmark.tfds_target), source, benchmark.counts[0])
 
 
 def in_tfds(path: str) -> bool:
-  """Whether `path` stands for TFDS's data: 'tfds' or 'tfds:DATA_DIR'."""
+  """Whether `path` means TFDS: 'tfds' or 'tfds:DATA_DIR'."""
   return path == 'tfds' or path.startswith('tfds:')
 
 
@@ -198,24 +198,27 @@ def read_items(benchmark: Benchmark, path: str | None = None, limit: int | None 
 
   Args:
     benchmark: a row of `TABLE`, or of `of_file`.
-    path: the file; or a folder that holds it, by its name in the table, itself or one folder below; or 'tfds' or
-      'tfds:DATA_DIR' for TFDS; or several of these, see `places`. None takes `source` as it is.
-    limit: no more than so many, evenly spread over the file, because some files are sorted by category.
+    path: a file; a folder with the file of the table, itself or one level below; 'tfds' or 'tfds:DATA_DIR'; or several
+      of these, see `places`. None uses `source` as the path.
+    limit: at most so many items, evenly spread over the file, because some files are sorted by category.
 
   Raises:
-    UserError: there is no such file or dataset, or a record is malformed; it says where, and what to get.
+    UserError: the file or dataset does not exist, or a record is malformed; the message says where.
   """
   tried = (benchmark.source,) if path is None else places(path)
-  held = place(benchmark, tried)
-  if held is None:
+  source = place(benchmark, tried)
+  if source is None:
     raise _missing(benchmark, tried)
-  if in_tfds(held):
-    items = list(tfds_items.read(benchmark.tfds, data_dir=_data_dir(held)))
+  if in_tfds(source):
+    items = list(tfds_items.read(benchmark.tfds, data_dir=_data_dir(source)))
   else:
-    items = list(_items_of_file(benchmark, held))
+    items = [
+      shapes.parse(record, benchmark.shape, f'line {number}', f'{source}, line {number}')
+      for number, record in shapes.read_jsonl(source)
+    ]
   items = [item for item in items if item.category not in benchmark.left_out]
   if not items:
-    raise UserError(f'benchmark {benchmark.name}: {held} holds no items')
+    raise UserError(f'benchmark {benchmark.name}: {source} has no items')
   if limit is None or limit >= len(items):
     return items
   return [items[i] for i in (np.arange(limit) * len(items)) // limit]
@@ -223,30 +226,25 @@ def read_items(benchmark: Benchmark, path: str | None = None, limit: int | None 
 
 def _missing(benchmark: Benchmark, tried: Sequence[str]) -> UserError:
   if all(map(in_tfds, tried)):
-    return UserError(f'TFDS has no benchmark {benchmark.name}; give a folder that holds {benchmark.source}')
-  also = f", or prepare TFDS's {benchmark.tfds.partition(':')[0]} and give the path 'tfds'" if benchmark.tfds else ''
+    return UserError(f'TFDS has no benchmark {benchmark.name}; use a folder with {benchmark.source}')
+  also = f", or prepare TFDS's {benchmark.tfds.partition(':')[0]} and use the path 'tfds'" if benchmark.tfds else ''
   if len(tried) == 1:
-    said, there = f'{tried[0]} is no file and holds no {benchmark.source}', 'there'
+    problem, there = f'{tried[0]} is not a file and has no {benchmark.source}', 'there'
   else:
-    said, there = f'none of {", ".join(tried)} holds {benchmark.source}', 'into one of them'
+    problem, there = f'none of {", ".join(tried)} has {benchmark.source}', 'into one of them'
   return UserError(
-    f'benchmark {benchmark.name}: {said}; put the file of that name (shape {benchmark.shape}, as in LLM-Foundry) '
+    f'benchmark {benchmark.name}: {problem}; put the file of that name (shape {benchmark.shape}, as in LLM-Foundry) '
     f'{there}{also}'
   )
 
 
-def _items_of_file(benchmark: Benchmark, path: str) -> Iterator[Item]:
-  for number, record in shapes.read_jsonl(path):
-    yield shapes.parse(record, benchmark.shape, f'line {number}', f'{path}, line {number}')
-
-
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """What is put to the model for one item: each pair (contexts[i], answers[i]) is a way the text may go on.
+  """The prompt of one item: pairs (contexts[i], answers[i]) to compare.
 
-  The whole text of a pair is `context + answer`: the answer begins with the white space that joins the two, and only
-  its tokens count. Language modelling and generation have one pair, multiple choice one for each choice under the
-  same context, a schema one for each context with the same answer.
+  The text of a pair is `context + answer`. The answer begins with the white space that joins them, and only its tokens
+  count. Language modelling and generation have one pair, multiple choice one for each choice with the same context, a
+  schema one for each context with the same answer.
 
   Attributes:
     gold: index of the right pair.
@@ -262,9 +260,9 @@ def prompt(benchmark: Benchmark, items: Sequence[Item], index: int, seed: int = 
 
   Args:
     benchmark: its shots and delimiter.
-    items: all of them: shots are drawn from here, never the item itself; fewer where there are not so many.
+    items: all items. Shots are drawn from the others; there are fewer if the items do not suffice.
     index: of the item.
-    seed: of the draw; the same shots for the same seed, benchmark, item and number of items.
+    seed: of the draw; shots depend on the seed, benchmark, item and number of items.
   """
   item = items[index]
   preamble = ''.join(f'{solved(benchmark, items[i])}\n' for i in shots(benchmark, len(items), index, seed))
@@ -277,7 +275,7 @@ def prompt(benchmark: Benchmark, items: Sequence[Item], index: int, seed: int = 
 
 
 def shots(benchmark: Benchmark, count: int, index: int, seed: int) -> list[int]:
-  """Which of `count` items are shown before item `index`: `benchmark.shots` different ones, itself not among them."""
+  """Indices of the shots before item `index`: `benchmark.shots` different ones of the `count` items, never itself."""
   rng = prng.numpy_stream(seed, 'shots', benchmark.name, index)
   chosen = rng.choice(count - 1, size=min(benchmark.shots, count - 1), replace=False)
   return [int(i) + (int(i) >= index) for i in chosen]

@@ -1,14 +1,14 @@
-"""The leakage guard: no document of the pool may hold text of a target, be it of the target or the holdout split.
+"""The leakage guard: the pool must not contain text of a target, neither of its target nor of its holdout split.
 
-Two texts share something when they have `n` words in a row in common. Words are runs of word characters of the case
-folded text, so layout and punctuation do not hide a copy. A target text of 6 to n−1 words counts when all of it
-occurs; a shorter one says too little to be called a copy.
+Two texts match if they share `n` consecutive words. Words are runs of word characters of the case-folded text, so
+layout and punctuation do not hide a copy. A target text of 6 to n−1 words matches as a whole; shorter texts are too
+common to call a copy.
 
-Text that at least two licence documents of the pool share with targets is boilerplate that got into both, not a leak
-of one into the other: such n-grams drop nothing, and are counted.
+Word runs that at least two licence documents of the pool share with targets are boilerplate that occurs in both; they
+are no leak, and are counted.
 
-Words and runs of words are 64-bit hashes computed over whole documents at once, and looked up first in a table of bits
-and only on a hit in the sorted list. The guard's size goes with the targets, never with the pool.
+Words and word runs are 64-bit hashes, computed for whole documents at once. A lookup reads a bit table first and the
+sorted list of hashes only on a hit. The guard's size depends on the targets and not on the pool.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from dsdm_jax.data.pool.documents import Document
+from dsdm_jax.data.pool.sources import Document
 
 SHORTEST = 6  # words
 BOILERPLATE_KINDS = ('licences',)
 _WORD = re.compile(r'\w+')
-_BASE = 0x9E3779B97F4A7C17  # odd, and one less is 2 modulo 4: no early power of it is 1 in many low bits
+_BASE = 0x9E3779B97F4A7C17  # odd, and 3 modulo 4: small powers differ from 1 in their low bits
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetText:
-  """A text that the pool must not hold."""
+  """A text that the pool must not contain."""
 
   task: str
   text: str
@@ -38,7 +38,7 @@ class TargetText:
 
 @dataclasses.dataclass(frozen=True)
 class Leak:
-  """Why a document was dropped: it holds `words`, which task `task` holds too."""
+  """Why a document is dropped: it shares `words` with task `task`."""
 
   id: str
   task: str
@@ -60,7 +60,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _characters() -> tuple[np.ndarray, np.ndarray]:
-  """(whether a code point is part of a word, its 64-bit number) for all code points."""
+  """(whether it is part of a word, its 64-bit number) for every code point."""
   points = range(0x110000)
   is_word = np.fromiter((c.isalnum() or c == '_' for c in map(chr, points)), np.bool_, len(points))
   return is_word, _mix(np.arange(1, len(points) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
@@ -68,13 +68,13 @@ def _characters() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
-  """(B⁰ … , B⁻⁰ …) modulo 2⁶⁴, `size` of each."""
-  found = []
+  """The first `size` powers of B and of its inverse, modulo 2⁶⁴."""
+  powers = []
   for base in (_BASE, pow(_BASE, -1, 2**64)):
     steps = np.full(size, base, np.uint64)
     steps[0] = 1
-    found.append(np.multiply.accumulate(steps))
-  return found[0], found[1]
+    powers.append(np.multiply.accumulate(steps))
+  return powers[0], powers[1]
 
 
 def _powers_for(length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +82,7 @@ def _powers_for(length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def word_hashes(text: str) -> np.ndarray:
-  """A 64-bit number for each word of `text`, the same in every process: uint64."""
+  """A 64-bit number for each word of `text`, equal in all processes: uint64."""
   folded = text.casefold()
   if folded.isascii():
     code = np.frombuffer(folded.encode('ascii'), np.uint8)
@@ -94,19 +94,19 @@ def word_hashes(text: str) -> np.ndarray:
   edges = np.flatnonzero(inside[1:] != inside[:-1])
   start, stop = edges[::2], edges[1::2]
   power, inverse = _powers_for(len(code) + 1)
-  # The sum over a word of number·B^place, brought back to the word's own beginning.
+  # The sum over a word of number·B^place, shifted to begin at place 0.
   prefix = np.zeros(len(code) + 1, np.uint64)
   np.cumsum(number[code] * power[: len(code)], out=prefix[1:])
   return _mix((prefix[stop] - prefix[start]) * inverse[start])
 
 
 def run_hashes(ids: np.ndarray, n: int) -> np.ndarray:
-  """Hash of each run of `n` words: uint64 [len(ids) − n + 1], empty where the text is shorter."""
+  """Hash of each run of `n` words: uint64 [len(ids) − n + 1], empty if the text is shorter."""
   return _runs(_run_prefix(ids), n)
 
 
 def _run_prefix(ids: np.ndarray) -> np.ndarray:
-  """Sums of the words' numbers times B^place up to each word: what runs of every length are read from."""
+  """Sums of the words' numbers times B^place up to each word, which give the runs of every length."""
   power, _ = _powers_for(len(ids) + 1)
   prefix = np.zeros(len(ids) + 1, np.uint64)
   np.cumsum(ids * power[: len(ids)], out=prefix[1:])
@@ -114,7 +114,7 @@ def _run_prefix(ids: np.ndarray) -> np.ndarray:
 
 
 def _runs(prefix: np.ndarray, n: int) -> np.ndarray:
-  # Words' numbers are mixed and B is odd, so sums of them are as even in their high bits as another mixing makes them.
+  # Words' numbers are mixed and B is odd, so the high bits of their sums need no further mixing.
   if len(prefix) <= n:
     return np.empty(0, np.uint64)
   _, inverse = _powers_for(len(prefix))
@@ -128,8 +128,8 @@ class Guard:
 
   Args:
     targets: the texts of all tasks, both splits.
-    n: words in a row that make a copy; at least 2.
-    boilerplate: documents whose word runs are no leak, see the module's docstring.
+    n: consecutive words that make a copy; at least 2.
+    boilerplate: documents whose common word runs are no leak, see the module's docstring.
   """
 
   def __init__(self, targets: Sequence[TargetText], n: int, boilerplate: Iterable[Document] = ()):
@@ -143,18 +143,18 @@ class Guard:
       ids = word_hashes(target.text)
       length = min(n, len(ids))
       if length >= min(SHORTEST, n):
-        found = run_hashes(ids, length)
-        runs.setdefault(length, []).append(found)
-        owners.setdefault(length, []).append(np.full(len(found), number[target.task], np.int32))
+        hashes = run_hashes(ids, length)
+        runs.setdefault(length, []).append(hashes)
+        owners.setdefault(length, []).append(np.full(len(hashes), number[target.task], np.int32))
     common = _boilerplate(boilerplate, sorted(runs))
     self.boilerplate_runs = 0
     self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for length in sorted(runs, reverse=True):
       table, first = np.unique(np.concatenate(runs[length]), return_index=True)
       owner = np.concatenate(owners[length])[first]
-      kept = ~np.isin(table, common[length])
-      self.boilerplate_runs += int((~kept).sum())
-      self._tables[length] = table[kept], owner[kept]
+      is_target = ~np.isin(table, common[length])
+      self.boilerplate_runs += int((~is_target).sum())
+      self._tables[length] = table[is_target], owner[is_target]
     self._mark()
 
   def _mark(self) -> None:
@@ -166,7 +166,7 @@ class Guard:
       self._marks[length] = marks
 
   def save(self, path: str | os.PathLike) -> None:
-    """Writes an npz that `load` opens, for other processes."""
+    """Writes an npz file for `load` in other processes."""
     arrays: dict[str, Any] = {f't_{length}': table for length, (table, _) in self._tables.items()}
     arrays |= {f'o_{length}': owner for length, (_, owner) in self._tables.items()}
     np.savez(path, tasks=np.array(self.tasks, np.str_), lengths=np.array(list(self._tables), np.int64), **arrays)
@@ -203,28 +203,14 @@ class Guard:
 
 
 def _boilerplate(documents: Iterable[Document], lengths: list[int]) -> dict[int, np.ndarray]:
-  found: dict[int, list[np.ndarray]] = {length: [np.empty(0, np.uint64)] for length in lengths}
+  """Word runs of each length that at least two documents have."""
+  runs: dict[int, list[np.ndarray]] = {length: [np.empty(0, np.uint64)] for length in lengths}
   for document in documents:
     ids = word_hashes(document.text)
     for length in lengths:
-      found[length].append(np.unique(run_hashes(ids, length)))
+      runs[length].append(np.unique(run_hashes(ids, length)))
   common = {}
-  for length, group in found.items():
+  for length, group in runs.items():
     run, documents_with_it = np.unique(np.concatenate(group), return_counts=True)
     common[length] = run[documents_with_it >= 2]
   return common
-
-
-def sift(
-  documents: Sequence[Document], targets: Sequence[TargetText], n: int
-) -> tuple[list[Document], list[Leak], int]:
-  """Documents without a leak, in their order; what was dropped and why; how many word runs were boilerplate."""
-  guard = Guard(targets, n, [d for d in documents if d.source in BOILERPLATE_KINDS])
-  kept, leaks = [], []
-  for document in documents:
-    leak = guard.leak(document)
-    if leak is None:
-      kept.append(document)
-    else:
-      leaks.append(leak)
-  return kept, leaks, guard.boilerplate_runs

@@ -1,16 +1,14 @@
-"""Items of benchmarks and targets: one type for the four shapes of evaluation files, and the readers of their records.
+"""Items of benchmarks and targets: one type for the four shapes of evaluation files, and parsers of their records.
 
-The shapes are those of LLM-Foundry's JSONL files, plus SQuAD's own. Lines end at newline characters only: some records
-hold Unicode line separators.
+The shapes are those of LLM-Foundry's JSONL files and of SQuAD's own. Lines end at newline characters only: some records
+contain Unicode line separators.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from etils import epath
-
-from dsdm_jax.data import json_lines
+from dsdm_jax.data import files
 from dsdm_jax.errors import UserError
 
 LANGUAGE_MODELLING = 'language_modelling'  # "context", "continuation"; maybe "category"
@@ -26,13 +24,13 @@ class Item:
 
   Attributes:
     id: unique in its benchmark.
-    context: what the model is given; '' for a schema, which has `context_options` instead.
-    continuation: the right answer in text: of multiple choice the gold choice, of generation the first answer.
+    context: the prompt; '' for a schema, which has `context_options`.
+    continuation: the right answer: for multiple choice the gold choice, for generation the first answer.
     choices: answers to choose from (multiple choice), else empty.
     context_options: contexts to choose from (schema), else empty.
-    gold: index of the right one of `choices` or `context_options`; −1 where there is nothing to choose.
-    aliases: answers that count as right (generation), `continuation` among them; else empty.
-    category: results of a benchmark may be averaged per category first; '' where there is none.
+    gold: index into `choices` or `context_options`; −1 if there are none.
+    aliases: correct answers (generation), including `continuation`; else empty.
+    category: results may be averaged per category first; '' for none.
     document: items of one document are never split between target and holdout.
   """
 
@@ -48,37 +46,27 @@ class Item:
 
 
 def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-  """(line number from 1, object) of every line that is not blank, as they are asked for.
-
-  Args:
-    path: local or of a bucket ('gs://').
+  """Yields (line number from 1, object) for every line that is not blank.
 
   Raises:
-    UserError: the file cannot be read, or a line is not a JSON object in UTF-8; it names file and line.
+    UserError: the file cannot be read, or a line is not a JSON object in UTF-8; the message names file and line.
   """
   try:
-    file = epath.Path(path).open('rb')
-  except OSError as error:
-    raise UserError(f'{path} cannot be read: {error.strerror or error}') from error
-  with file:
-    try:
-      for number, line in json_lines.lines(file):
-        if line.strip():
-          yield number, parse_object(line, f'{path}, line {number}')
-    except OSError as error:
-      raise UserError(f'{path} cannot be read: {error.strerror or error}') from error
-
-
-def parse_object(line: bytes, where: str) -> dict[str, Any]:
-  """The JSON object that a line holds; raises UserError with `where` in front."""
-  try:
-    return json_lines.parse(line)
-  except json_lines.BadLineError as error:
-    raise UserError(f'{where}: {error}; each line is one JSON object in UTF-8') from error
+    with files.open_bytes(path) as file:
+      for number, line in files.lines(file):
+        if not line.strip():
+          continue
+        try:
+          record = files.parse_line(line)
+        except files.BadLineError as error:
+          raise UserError(f'{path}, line {number}: {error}; each line must be a JSON object in UTF-8') from error
+        yield number, record
+  except files.READ_ERRORS as error:
+    raise UserError(f'{path}: {files.describe(error)}') from error
 
 
 def shape_of(record: Mapping[str, Any]) -> str | None:
-  """The shape that a record's fields tell, or None."""
+  """The shape of a record by its fields, or None."""
   if 'choices' in record:
     return MULTIPLE_CHOICE
   if 'context_options' in record:
@@ -89,7 +77,7 @@ def shape_of(record: Mapping[str, Any]) -> str | None:
 
 
 def parse(record: Mapping[str, Any], shape: str, id: str, where: str) -> Item:
-  """An item from a record of the shape `shape`.
+  """Parses a record of the shape `shape`.
 
   Args:
     record: the object.
@@ -98,7 +86,7 @@ def parse(record: Mapping[str, Any], shape: str, id: str, where: str) -> Item:
     where: file and line, for messages.
 
   Raises:
-    UserError: a field is missing, of another type or empty.
+    UserError: a field is missing, empty or of the wrong type.
   """
   fields = _Fields(record, shape, where)
   if shape == LANGUAGE_MODELLING and 'question' in record and 'answers' in record:
@@ -123,11 +111,11 @@ class _Fields:
       if key in self.record:
         value = self.record[key]
         if not isinstance(value, str):
-          raise self.fail(f'"{key}" must be a string, found {type(value).__name__}')
+          raise self.fail(f'"{key}" must be a string, not {type(value).__name__}')
         if filled and not value.strip():
-          raise self.fail(f'"{key}" is empty; give the text or delete the line')
+          raise self.fail(f'"{key}" is empty; fill it in or delete the line')
         return value
-    raise self.fail(f'"{keys[0]}" is missing; it has {", ".join(sorted(self.record)) or "no fields"}')
+    raise self.fail(f'"{keys[0]}" is missing; the fields are {", ".join(sorted(self.record)) or "none"}')
 
   def texts(self, key: str, least: int) -> tuple[str, ...]:
     value = self.record.get(key)
@@ -138,7 +126,7 @@ class _Fields:
   def gold(self, count: int) -> int:
     value = self.record.get('gold')
     if type(value) is not int or not 0 <= value < count:
-      raise self.fail(f'"gold" must be the index of the right one, 0 to {count - 1}, found {value!r}')
+      raise self.fail(f'"gold" must be the index of the right answer, 0 to {count - 1}, not {value!r}')
     return value
 
 
@@ -170,7 +158,7 @@ def _squad(fields: _Fields) -> Item:
 
 
 def squad_prompt(passage: str, question: str) -> str:
-  """The prompt of a question about a passage, as LLM-Foundry's SQuAD file has it."""
+  """The prompt of a question about a passage, as in LLM-Foundry's SQuAD file."""
   return f'Context: {passage.strip()}\nQuestion: {question.strip()}\nAnswer:'
 
 

@@ -1,9 +1,8 @@
-"""The targets stage: tasks become token sequences with weights on what is to be predicted.
+"""The targets stage: tasks become token sequences with weights on the tokens to predict.
 
-A sequence is [end mark] + context tokens + answer tokens, padded to L with the vocabulary's padding, which is the end
-mark in a tokenizer.json without one: weights say what counts. Context and answer are tokenized apart,
-so the answer's tokens are the same under any context; the answer begins with the space that joins them. A context
-that is too long loses its beginning.
+A sequence is [end mark] + context tokens + answer tokens, padded to L. The padding id may equal the end mark, so
+weights, not ids, mark what counts. Context and answer are tokenized separately, so that the answer has the same tokens
+after any context; it begins with the space that joins them. A context that is too long loses its beginning.
 """
 
 import dataclasses
@@ -17,9 +16,8 @@ from ml_collections import ConfigDict
 from dsdm_jax.core import prng, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool.encoders import Encoder, open_encoder
-from dsdm_jax.data.pool.vocabulary import EOS, PAD
-from dsdm_jax.data.targets.tasks import SPLITS, RawItem, RawTask, read_tasks, split_documents, with_shots
+from dsdm_jax.data.pool.vocabulary import EOS, PAD, Encoder, open_encoder
+from dsdm_jax.data.targets.tasks import SPLITS, RawItem, read_tasks, split_documents, with_shots
 from dsdm_jax.errors import UserError
 
 Encode = Callable[[str], list[int]]
@@ -31,7 +29,7 @@ class Examples:
 
   Attributes:
     tokens_TL: int32, padded with the encoder's `pad`.
-    weights_TL: float32, 1 where the token at that position is to be predicted and counts; column 0 is all 0.
+    weights_TL: float32, 1 for tokens to predict, else 0; column 0 is all 0.
     records: for each example {"id", "context", "answer", "document"}.
   """
 
@@ -44,9 +42,9 @@ class Examples:
 
 
 def text_mask(weights_XL: np.ndarray) -> np.ndarray:
-  """Bool [X, L], True up to the last weight above 0 of each row of float [X, L], where a sequence's answer ends.
+  """Bool [X, L], True up to the last positive weight of each row of float [X, L], the end of a sequence's answer.
 
-  No token id tells padding: it may be the end mark, which begins each sequence.
+  Token ids do not identify padding: it may be the end mark, which begins each sequence.
   """
   return np.cumsum(weights_XL[:, ::-1] > 0, axis=1)[:, ::-1] > 0
 
@@ -54,7 +52,7 @@ def text_mask(weights_XL: np.ndarray) -> np.ndarray:
 def sequence(
   encode: Encode, context: str, answer: str, length: int, eos: int = EOS, pad: int = PAD
 ) -> tuple[np.ndarray, np.ndarray] | None:
-  """(tokens_L, weights_L) of one item; None where the answer has no tokens or does not fit into L − 1."""
+  """(tokens_L, weights_L) of one item; None if the answer has no tokens or does not fit into L − 1."""
   context = context.rstrip()
   answer_ids = encode(f' {answer.strip()}' if context else answer)
   if not answer.strip() or len(answer_ids) > length - 1:
@@ -70,17 +68,17 @@ def sequence(
 
 
 def pieces(encode: Encode, text: str, length: int) -> Iterator[str]:
-  """Cuts prose into runs of whole lines of at most `length` tokens, at a blank line where one is in the second half.
+  """Cuts prose into runs of whole lines of at most `length` tokens, preferably at a blank line in the second half.
 
-  Lines too long by themselves, and pieces of less than a quarter of `length`, are left out.
+  Single lines that are too long and pieces shorter than a quarter of `length` are left out.
   """
   lines = text.split('\n')
-  # The newline is a piece of its own, so lines can be counted apart.
+  # The newline is a separate token, so the sizes of lines add up.
   sizes = [len(encode(line)) + 1 for line in lines]
   start = 0
   while start < len(lines):
     end, used = start, 0
-    while end < len(lines) and used + sizes[end] <= length + 1:  # the last newline is not part of the piece
+    while end < len(lines) and used + sizes[end] <= length + 1:  # without the last newline
       used += sizes[end]
       end += 1
     if end == start:
@@ -96,17 +94,8 @@ def pieces(encode: Encode, text: str, length: int) -> Iterator[str]:
     start = end
 
 
-def _items_in_pieces(task: RawTask, encode: Encode, length: int) -> Iterator[RawItem]:
-  for item in task.items:
-    if task.language_modelling:
-      for index, piece in enumerate(pieces(encode, item.answer, length - 1)):
-        yield dataclasses.replace(item, id=f'{item.id}#{index}', answer=piece)
-    else:
-      yield item
-
-
 def _spread(items: Sequence[RawItem], rng: np.random.Generator) -> list[RawItem]:
-  """A seeded order that takes one item of each document, then a second of each, and so on."""
+  """A seeded order: one item of each document, then a second of each, and so on."""
   order = rng.permutation(len(items))
   taken: dict[str, int] = {}
   turns = []
@@ -119,19 +108,19 @@ def _spread(items: Sequence[RawItem], rng: np.random.Generator) -> list[RawItem]
 def build(
   config: ConfigDict, encoder: Encoder, length: int, most: int | None = None
 ) -> tuple[dict[tuple[str, str], Examples], dict[str, Any]]:
-  """Examples of every task and split, and a count of what was left out.
+  """Examples of every task and split, and the counts of what was left out.
 
   Args:
     config: the `targets` part of the config.
     encoder: of the pool.
     length: L.
-    most: examples of each task and split; None takes `config.max_examples`. Fewer are the first of more.
+    most: maximum of examples per task and split, None for `config.max_examples`. Fewer are a prefix of more.
 
   Returns:
     {(task, split): Examples} and {task: {"documents", "items", "duplicates", "unfit", "target", "holdout"}}.
 
   Raises:
-    UserError: a task leaves one of its splits empty; or a bad task, see `read_tasks`.
+    UserError: a split of a task is empty, or a task is invalid, see `read_tasks`.
   """
   tasks = read_tasks(config)
   side = split_documents(tasks, config.holdout_share, config.seed)
@@ -140,25 +129,32 @@ def build(
     by_split: dict[str, list[RawItem]] = {split: [] for split in SPLITS}
     seen: set[tuple[str, str]] = set()
     count = {'documents': len({i.document for i in task.items}), 'items': 0, 'duplicates': 0, 'unfit': 0}
-    for item in _items_in_pieces(task, encoder.encode, length):
+    items = list(task.items)
+    if task.language_modelling:
+      items = [
+        dataclasses.replace(item, id=f'{item.id}#{index}', answer=piece)
+        for item in task.items
+        for index, piece in enumerate(pieces(encoder.encode, item.answer, length - 1))
+      ]
+    for item in items:
       count['items'] += 1
       if (item.context, item.answer) in seen:
         count['duplicates'] += 1
         continue
       seen.add((item.context, item.answer))
       by_split[side[item.document]].append(item)
-    for split, alone in by_split.items():
-      items = with_shots(task, alone, config.seed)
+    for split, zero_shot in by_split.items():
+      items = with_shots(task, zero_shot, config.seed)
       rng = prng.numpy_stream(config.seed, 'targets', task.name, split)
-      made, unfit = _examples(_spread(items, rng), encoder, length, most or config.max_examples)
+      of_split, unfit = _examples(_spread(items, rng), encoder, length, most or config.max_examples)
       count['unfit'] += unfit
-      count[split] = len(made)
-      if not len(made):
+      count[split] = len(of_split)
+      if not len(of_split):
         raise UserError(
           f'target task {task.name!r} has no example in its {split} split ({len(items)} items, {unfit} do not fit into '
-          f'pool.length {length}); give it more documents, or change targets.holdout_share or pool.length'
+          f'pool.length {length}); add documents, or change targets.holdout_share or pool.length'
         )
-      examples[task.name, split] = made
+      examples[task.name, split] = of_split
     counts[task.name] = count
   return examples, counts
 
@@ -171,16 +167,15 @@ def _examples(items: Sequence[RawItem], encoder: Encoder, length: int, most: int
   for item in items:
     if len(records) == most:
       break
-    made = sequence(encoder.encode, item.context, item.answer, length, encoder.eos, encoder.pad)
-    if made is None:
+    arrays = sequence(encoder.encode, item.context, item.answer, length, encoder.eos, encoder.pad)
+    if arrays is None:
       unfit += 1
       continue
-    tokens.append(made[0])
-    weights.append(made[1])
+    tokens.append(arrays[0])
+    weights.append(arrays[1])
     records.append(dataclasses.asdict(item))
-  empty = (0, length)
-  tokens_TL = np.stack(tokens) if tokens else np.zeros(empty, np.int32)
-  weights_TL = np.stack(weights) if weights else np.zeros(empty, np.float32)
+  tokens_TL = np.stack(tokens) if tokens else np.zeros((0, length), np.int32)
+  weights_TL = np.stack(weights) if weights else np.zeros((0, length), np.float32)
   return Examples(tokens_TL, weights_TL, tuple(records)), unfit
 
 
@@ -190,10 +185,10 @@ def run(context: Context) -> dict[str, Any]:
   length = json.loads((pool.path / 'card.json').read_text())['length']
   encoder = open_encoder(pool.path)
   examples, counts = build(context.config.targets, encoder, length)
-  for (task, split), made in examples.items():
+  for (task, split), of_split in examples.items():
     stem = context.out / f'{task}.{split}'
-    storage.save_npz(f'{stem}.npz', tokens_TL=made.tokens_TL, weights_TL=made.weights_TL)
-    lines = [json.dumps(record, sort_keys=True) + '\n' for record in made.records]
+    storage.save_npz(f'{stem}.npz', tokens_TL=of_split.tokens_TL, weights_TL=of_split.weights_TL)
+    lines = [json.dumps(record, sort_keys=True) + '\n' for record in of_split.records]
     storage.write_bytes(f'{stem}.jsonl', ''.join(lines).encode())
   storage.write_json(context.out / 'tasks.json', list(counts))
   context.log.event('targets', counts=counts)

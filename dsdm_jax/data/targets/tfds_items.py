@@ -1,7 +1,7 @@
-"""Benchmarks that TFDS has, as items: each a function from a record of that dataset to the items it holds.
+"""Benchmarks in TFDS: for each dataset a function from a record to the items it holds.
 
-Datasets are read through `as_data_source`, so a prepared dataset of either file format that TFDS can read by row will
-do; nothing is downloaded unless TFDS is asked to (`prepare_command`).
+Prepared datasets in ArrayRecord and TFRecord files can be read. Nothing is downloaded; `prepare_command` is the command
+that downloads and prepares a dataset.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,38 +12,33 @@ from dsdm_jax.data.targets.shapes import Item, squad_prompt
 from dsdm_jax.errors import UserError
 
 
-def read(name: str, limit: int | None = None, data_dir: str | None = None) -> Iterator[Item]:
-  """Items of the dataset that 'dataset/config:split' names.
+def read(name: str, data_dir: str | None = None) -> Iterator[Item]:
+  """Items of the dataset 'dataset/config:split'.
 
   Raises:
-    UserError: it is not prepared where TFDS looks, or there is no reader for it.
+    UserError: the dataset is not prepared, has no such split, or there is no reader for it.
   """
   dataset, _, split = name.partition(':')
   convert = READERS.get(dataset)
   if convert is None:
-    raise UserError(f'no reader for the TFDS dataset {dataset!r}; there is one for {", ".join(READERS)}')
+    raise UserError(f'no reader for the TFDS dataset {dataset!r}; there are readers for {", ".join(READERS)}')
   builder = _prepared(dataset, data_dir)
   if builder is None:
     raise UserError(
-      f'the TFDS dataset {dataset} is not prepared in {data_dir or "~/tensorflow_datasets"}; where there is a '
-      f'network run: {prepare_command(dataset, data_dir)}'
+      f'the TFDS dataset {dataset} is not prepared in {data_dir or "~/tensorflow_datasets"}; with network '
+      f'access run: {prepare_command(dataset, data_dir)}'
     )
   if split not in builder.info.splits:
     raise UserError(
-      f'the TFDS dataset {dataset} in {builder.data_dir} has no split {split} but '
-      f'{", ".join(builder.info.splits) or "none"}; prepare it anew with that split'
+      f'the TFDS dataset {dataset} in {builder.data_dir} has no split {split}, only '
+      f'{", ".join(builder.info.splits) or "none"}; prepare it again with that split'
     )
-  count = 0
-  for index, record in enumerate(_records(builder, split)):
-    for item in convert(f'{split}/{index}', record):
-      if count == limit:
-        return
-      count += 1
-      yield item
+  for index, record in enumerate(records(builder, split)):
+    yield from convert(f'{split}/{index}', record)
 
 
 def is_prepared(name: str, data_dir: str | None = None) -> bool:
-  """Whether the dataset that 'dataset/config:split' names is prepared where TFDS looks."""
+  """Whether the dataset 'dataset/config:split' is prepared in `data_dir` or TFDS's default folder."""
   return _prepared(name.partition(':')[0], data_dir) is not None
 
 
@@ -59,15 +54,16 @@ def _prepared(dataset: str, data_dir: str | None) -> Any:
 
 
 def prepare_command(name: str, data_dir: str | None = None) -> str:
-  """What prepares a dataset; TFDS's own command `tfds build` does not start without apache_beam."""
+  """The command that prepares a dataset; TFDS's own `tfds build` needs apache_beam."""
   where = f', data_dir={data_dir!r}' if data_dir else ''
   return f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}{where}).download_and_prepare()"'
 
 
-def _records(builder: Any, split: str) -> Iterator[Mapping[str, Any]]:
+def records(builder: Any, split: str) -> Iterator[Mapping[str, Any]]:
+  """Records of a split, or of a part such as 'train[5:9]', in the order of its files."""
   import tensorflow_datasets as tfds
 
-  # ArrayRecord cannot be read as a tf.data dataset, TFRecord only so.
+  # tf.data cannot read ArrayRecord, and as_data_source cannot read TFRecord.
   if 'array_record' in str(builder.info.file_format).lower():
     yield from builder.as_data_source(split=split)
   else:
@@ -135,7 +131,7 @@ def _openbookqa(id: str, record: Mapping[str, Any]) -> Iterator[Item]:
 
 
 def _coqa(id: str, record: Mapping[str, Any]) -> Iterator[Item]:
-  """One item a question; the ones before it and their answers stand in the prompt."""
+  """One item a question; earlier questions and answers are in the prompt."""
   prompt = f'Passage: {_text(record["story"])}'
   answers = _texts(record['answers']['input_text'])
   for turn, (question, answer) in enumerate(zip(_texts(record['questions']), answers, strict=True)):

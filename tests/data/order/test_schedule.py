@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsdm_jax.data.order.schedule import BLOCK, Part, Schedule, permute
+from dsdm_jax.data.order.schedule import BLOCK, Part, Schedule
+from dsdm_jax.data.pool.permutation import permute
 from dsdm_jax.errors import UserError
 
 
@@ -107,8 +108,8 @@ def test_parts_go_through_their_epochs():
 def test_random_access_is_the_stream(positions: list[int]):
   schedule = mixed()
   everything = schedule.at(np.arange(3_000))
-  for found, whole in zip(schedule.at(np.array(positions, np.int64)), everything, strict=True):
-    np.testing.assert_array_equal(found, whole[positions])
+  for result, whole in zip(schedule.at(np.array(positions, np.int64)), everything, strict=True):
+    np.testing.assert_array_equal(result, whole[positions])
 
 
 @given(st.integers(0, 3_000))
@@ -146,16 +147,16 @@ def test_digest_names_the_stream():
   st.integers(0, 4_000), st.integers(0, 5),
 )  # fmt: skip
 def test_a_part_that_runs_out_leaves_its_place_to_the_others(parts, length: int, seed: int):
-  made = tuple(Part(f'{i}', np.arange(size) + 100 * i, rate, most=most) for i, (size, rate, most) in enumerate(parts))
-  made += (Part('endless', np.arange(7) + 1_000, 0.5),)
-  schedule = Schedule(made, length, seed, 'drop')
+  values = tuple(Part(f'{i}', np.arange(size) + 100 * i, rate, most=most) for i, (size, rate, most) in enumerate(parts))
+  values += (Part('endless', np.arange(7) + 1_000, 0.5),)
+  schedule = Schedule(values, length, seed, 'drop')
   part_B, index_B = schedule.part_and_index(np.arange(length))
-  count_S = np.bincount(part_B, minlength=len(made))
-  assert all(part.most is None or count <= part.most for part, count in zip(made, count_S, strict=True))
-  for part in range(len(made)):  # each gives its examples in order and without a gap, phase after phase
+  count_S = np.bincount(part_B, minlength=len(values))
+  assert all(part.most is None or count <= part.most for part, count in zip(values, count_S, strict=True))
+  for part in range(len(values)):  # each gives its examples in order and without a gap, phase after phase
     np.testing.assert_array_equal(index_B[part_B == part], np.arange(count_S[part]))
   for stop in (0, length // 3, length):
-    np.testing.assert_array_equal(schedule.visits(stop), np.bincount(part_B[:stop], minlength=len(made)))
+    np.testing.assert_array_equal(schedule.visits(stop), np.bincount(part_B[:stop], minlength=len(values)))
   middle = np.arange(length // 2, length)
   np.testing.assert_array_equal(schedule.part_and_index(middle)[0], part_B[middle])
 
@@ -177,7 +178,7 @@ def test_bad_schedules():
   rows = np.arange(3)
   with pytest.raises(UserError, match="'a' of a schedule has no rows"):
     Schedule.single('a', rows[:0], 5, 0)
-  with pytest.raises(UserError, match="two parts of a schedule are called 'a'"):
+  with pytest.raises(UserError, match="two parts of a schedule are named 'a'"):
     Schedule((Part('a', rows), Part('a', rows)), 5, 0)
   with pytest.raises(UserError, match='has rate 0'):
     Schedule((Part('a', rows, 0.0),), 5, 0)
@@ -185,11 +186,11 @@ def test_bad_schedules():
     Schedule.single('a', rows, 5, 0, np.ones(2, np.float32))
   twice = Part('a', rows, most=6)
   for when_empty in ('refuse', 'drop'):  # alone, it has nobody to take its place
-    with pytest.raises(UserError, match="'a' has 3 rows but is to give 7 examples, and 6 are the most"):
+    with pytest.raises(UserError, match="'a' has 3 rows and is asked for 7 examples, but at most 6 are allowed"):
       Schedule((twice,), 7, 0, when_empty)
     Schedule((twice,), 6, 0, when_empty)
   Schedule((twice,), 7, 0, 'repeat')
-  with pytest.raises(UserError, match='may give 20 examples and 21 are wanted'):
+  with pytest.raises(UserError, match='may give 20 of 21 examples'):
     Schedule((twice, Part('b', rows, most=14)), 21, 0, 'drop')
   assert Schedule((twice, Part('b', rows, most=14)), 20, 0, 'drop').visits(20).tolist() == [6, 14]
   with pytest.raises(IndexError):

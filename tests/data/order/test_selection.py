@@ -19,11 +19,11 @@ def select(rows: list[int], weights: list[float] | None = None) -> Selection:
 def test_save_and_load(tmp_path: Path):
   chosen = select([5, 2, 9], [1, 0.5, 2])
   chosen.save(tmp_path)
-  found = Selection.load(tmp_path, 'dsdm--mix--0')
-  np.testing.assert_array_equal(found.rows, chosen.rows)
-  np.testing.assert_array_equal(found.weights, chosen.weights)
-  assert (found.rows.dtype, found.weights.dtype) == (np.int64, np.float32)
-  assert (found.name, found.provenance, found.size) == (chosen.name, chosen.provenance, 3)
+  result = Selection.load(tmp_path, 'dsdm--mix--0')
+  np.testing.assert_array_equal(result.rows, chosen.rows)
+  np.testing.assert_array_equal(result.weights, chosen.weights)
+  assert (result.rows.dtype, result.weights.dtype) == (np.int64, np.float32)
+  assert (result.name, result.provenance, result.size) == (chosen.name, chosen.provenance, 3)
   before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
   chosen.save(tmp_path)
   assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -39,14 +39,14 @@ def test_check():
   select([4, 4]).check(10, cap=2)
   with pytest.raises(ValueError, match='row 10 of a pool of 10 rows'):
     select([0, 10]).check(10)
-  with pytest.raises(ValueError, match='row 4 occurs 2 times, allowed are 1'):
+  with pytest.raises(ValueError, match='row 4 occurs 2 times, more than 1'):
     select([4, 3, 4]).check(10)
   with pytest.raises(ValueError, match='is empty'):
     select([]).check(10)
 
 
 @pytest.mark.parametrize(
-  ('rows', 'weights', 'said'),
+  ('rows', 'weights', 'expected'),
   [
     (np.array([-1]), np.ones(1, np.float32), 'row -1 is negative'),
     (np.array([1], np.int32), np.ones(1, np.float32), 'rows must be int64'),
@@ -57,6 +57,6 @@ def test_check():
     (np.array([1]), np.array([-1], np.float32), 'not negative'),
   ],
 )
-def test_malformed(rows: np.ndarray, weights: np.ndarray, said: str):
-  with pytest.raises(ValueError, match=said):
+def test_malformed(rows: np.ndarray, weights: np.ndarray, expected: str):
+  with pytest.raises(ValueError, match=expected):
     Selection('x', rows, weights, {})

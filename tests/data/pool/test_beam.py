@@ -1,4 +1,4 @@
-"""The pool on Apache Beam is the pool made here, row by row."""
+"""A pool from Apache Beam equals one from local processes, row by row."""
 
 import json
 import subprocess
@@ -10,8 +10,7 @@ import pytest
 from dsdm_jax.config.validate import flatten
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
-from tests.data.conftest import run_pool, small_config
-from tests.data.pool.test_sources import RECORDS, lines
+from tests.helpers.data import RECORDS, lines, run_pool, small_config
 
 # What --stage=pool runs.
 IN_THE_OTHER_PYTHON = """
@@ -46,11 +45,11 @@ def test_the_direct_runner_gives_the_same_rows(beam: Path, repo_root: Path, tmp_
   here = Pool(run_pool(config, tmp_path / 'here'))
   config.host.beam = '--runner=DirectRunner'
   (tmp_path / 'config.json').write_text(json.dumps(flatten(config)))
-  made = subprocess.run(
+  values = subprocess.run(
     [beam, '-W', 'ignore', '-c', IN_THE_OTHER_PYTHON, tmp_path / 'config.json', tmp_path / 'there'],
     cwd=repo_root, capture_output=True, text=True, check=False,
   )  # fmt: skip
-  assert made.returncode == 0, made.stderr[-2_000:]
+  assert values.returncode == 0, values.stderr[-2_000:]
   there = Pool(tmp_path / 'there' / 'pool')
   assert here.num_rows == there.num_rows > 50
   np.testing.assert_array_equal(there.tokens(range(there.num_rows)), here.tokens(range(here.num_rows)))

@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.pool import layout, passes, permutation
-from dsdm_jax.data.pool.passes import Plan, Task
+from dsdm_jax.data.pool.passes import Job, Plan
 from dsdm_jax.data.pool.permutation import Shuffle
 from dsdm_jax.data.pool.sources import Unit, parse
-from tests.data.conftest import run_pool, small_config
-from tests.data.pool.test_pool import contents
-from tests.data.pool.test_sources import RECORDS, lines
+from tests.helpers.data import RECORDS, contents, lines, run_pool, small_config
 
 
 @given(
@@ -29,24 +27,23 @@ from tests.data.pool.test_sources import RECORDS, lines
 def test_no_token_is_lost_or_doubled(documents, length, units, seed, tmp_path_factory):
   """Documents in several units, scattered to rows: the joined stream comes back from them, token by token."""
   work = tmp_path_factory.mktemp('work')
-  passes.forget()
   edges = np.linspace(0, len(documents), units + 1).astype(int)
-  tasks = []
+  jobs = []
   for index, (first, stop) in enumerate(itertools.pairwise(edges)):
-    task = Task(Unit(parse('jsonl:x'), ()), index, work, 0, False, first=int(first))
+    job = Job(Unit(parse('jsonl:x'), ()), index, work, 0, False, first=int(first))
     mine = documents[first:stop]
-    task.file('tokens', 'bin').write_bytes(np.array([t for d in mine for t in d], np.uint8).tobytes())
-    np.save(task.file('counts', 'npy'), np.array([len(d) for d in mine], np.int64))
-    tasks.append(task)
-  order = layout.join(tasks, len(documents), seed, work)
+    job.file('tokens', 'bin').write_bytes(np.array([t for d in mine for t in d], np.uint8).tobytes())
+    np.save(job.file('counts', 'npy'), np.array([len(d) for d in mine], np.int64))
+    jobs.append(job)
+  order = layout.join(jobs, len(documents), seed, work)
   stream = [t for place in range(len(documents)) for t in [*documents[order.shuffle.at(np.array([place]))[0]], 1]]
   assert order.begin[-1] == len(stream)
   plan = Plan(len(stream) // length, 0, length, 'uint8', 1, seed)
   if not plan.rows:
     return
   plan.flat(work, 'w+')
-  for task in reversed(tasks):
-    passes.scatter((task, plan))
+  for job in reversed(jobs):
+    passes.scatter((job, plan))
   rows = np.array(plan.flat(work, 'r')).reshape(plan.rows, length)
   source_K = np.arange(len(documents)) % 3
   place = np.empty(plan.rows, np.int64)
@@ -67,14 +64,14 @@ def test_same_bytes_on_any_number_of_processes(tmp_path: Path, monkeypatch: pyte
   monkeypatch.setattr(build, '_FEW_BYTES', 0)
   for i in range(3):
     (tmp_path / f'{i}.jsonl').write_bytes(lines(RECORDS[i::3] + RECORDS[:1]))
-  made = []
+  values = []
   for workers in (1, 2):
     config = small_config(sources=(f'jsonl:{tmp_path}/*.jsonl',), max_bytes=15_000, max_document_bytes=0)
     config.host.workers = workers
-    made.append(contents(run_pool(config, tmp_path / f'run{workers}').path))
-  assert made[0].keys() == made[1].keys()
-  assert [name for name in made[0] if made[0][name] != made[1][name]] == []
-  assert json.loads(made[0]['card.json'])['exact_duplicates'] == 3
+    values.append(contents(run_pool(config, tmp_path / f'run{workers}').path))
+  assert values[0].keys() == values[1].keys()
+  assert [name for name in values[0] if values[0][name] != values[1][name]] == []
+  assert json.loads(values[0]['card.json'])['exact_duplicates'] == 3
 
 
 def test_a_computed_permutation_serves_where_one_is_too_large_to_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -92,18 +89,18 @@ def test_a_computed_permutation_serves_where_one_is_too_large_to_keep(tmp_path: 
 
 def test_duplicates_are_found_in_groups_of_hashes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
   rng = np.random.default_rng(0)
-  tasks, begin, hashes = [], [0], []
+  jobs, begin, hashes = [], [0], []
   for index in range(3):
-    task = Task(Unit(parse('jsonl:x'), ()), index, tmp_path, 0, False)
+    job = Job(Unit(parse('jsonl:x'), ()), index, tmp_path, 0, False)
     hash_M2 = rng.integers(0, 20, (40, 2)).astype(np.uint64)
-    np.savez(task.file('scan', 'npz'), hash_M2=hash_M2)
-    tasks.append(task)
+    np.savez(job.file('scan', 'npz'), hash_M2=hash_M2)
+    jobs.append(job)
     begin.append(begin[-1] + 40)
     hashes += map(tuple, hash_M2.tolist())
   wanted = [h in hashes[:i] for i, h in enumerate(hashes)]
-  assert layout.repeated(tasks, begin).tolist() == wanted
+  assert layout.repeated(jobs, begin).tolist() == wanted
   monkeypatch.setattr(layout, '_GROUP', 16)
-  assert layout.repeated(tasks, begin).tolist() == wanted
+  assert layout.repeated(jobs, begin).tolist() == wanted
 
 
 def test_shares_of_a_budget():
@@ -115,7 +112,7 @@ def test_shares_of_a_budget():
   assert layout.shares([entry(3), entry(1)], [100, 100], 100) == [75, 25]
   assert layout.shares([entry(3), entry(1)], [30, 100], 100) == [30, 70]
   assert layout.shares([entry(1, 10), entry(1)], [100, 100], 100) == [10, 90]
-  # A source that was told the budget overshoots it by a document, and is bound by its cap and by what others may give.
+  # A sized source may exceed the budget by a document, but not its cap or the share of others.
   assert layout.shares([entry(sized=True)], [105], 100) == [105]
   assert layout.shares([entry(cap=10, sized=True)], [100], 0) == [10]
   assert layout.shares([entry(3, sized=True), entry()], [105, 105], 100) == [75, 25]

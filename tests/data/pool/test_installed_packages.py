@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from configs.base import get_config
-from dsdm_jax.data.pool import documents, sources
+from dsdm_jax.data.pool import readers, sources
 from dsdm_jax.data.pool.installed_packages import is_standard_library_copy, kind_of
 from dsdm_jax.errors import UserError
 
@@ -56,7 +56,7 @@ def test_vendored_package_named_like_a_module_is_a_copy():
 
 
 def install(site: Path, name: str, files: dict[str, bytes], shuffle: bool = False) -> None:
-  """A made-up installation of a distribution."""
+  """Writes a fake installation of a distribution."""
   info = f'{name}-1.0.dist-info'
   files = {
     **files,
@@ -87,10 +87,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
   return folder
 
 
-def read(seed: int = 0, **keys) -> list[documents.Document]:
+def read(seed: int = 0, **keys) -> list[sources.Document]:
   config = get_config().pool
   config.update(keys)
-  return list(sources.generate(sources.parse('installed_packages'), config, seed))
+  return list(readers.generate(sources.parse('installed_packages'), config, seed))
 
 
 def text(mark: str, size: int) -> bytes:
@@ -100,8 +100,8 @@ def text(mark: str, size: int) -> bytes:
 
 def test_takes_text_and_says_where_it_is_from(site: Path):
   install(site, 'one', {'one/a.py': b'a = 1\n', 'one/LICENSE': b'Do what you like.\n', 'one/d.csv': b'1,2\n'})
-  found = {d.id: d.text for d in read()}
-  assert found == {
+  result = {d.id: d.text for d in read()}
+  assert result == {
     'source/one/one/a.py': 'a = 1\n',
     'licences/one/one/LICENSE': 'Do what you like.\n',
     'data/one/one/d.csv': '1,2\n',
@@ -143,8 +143,8 @@ def test_order_depends_on_seed_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_scarce_kinds_leave_their_share_to_the_others(site: Path):
   install(site, 'one', {f'one/{i}.py': text(f's{i}', 5_000) for i in range(20)} | {'one/a.csv': text('d', 2_000)})
-  found = read(kinds=('source', 'data'), max_bytes=40_000)
-  size = {k: sum(len(d.text.encode()) for d in found if d.source == k) for k in ('source', 'data')}
+  result = read(kinds=('source', 'data'), max_bytes=40_000)
+  size = {k: sum(len(d.text.encode()) for d in result if d.source == k) for k in ('source', 'data')}
   assert size['data'] == len(text('d', 2_000))
   assert 40_000 - 100 <= size['source'] + size['data'] <= 40_000  # less than a line is lost at the cut
 
@@ -153,8 +153,8 @@ def test_no_package_fills_a_kind(site: Path):
   install(site, 'big', {f'big/{i}.py': text(f'b{i}', 1_000) for i in range(200)})
   for name in [f'small{i}' for i in range(20)]:
     install(site, name, {f'{name}/{i}.py': text(f'{name} {i}', 1_000) for i in range(10)})
-  found = read(kinds=('source',), max_bytes=50_000, max_document_bytes=2_000)
-  big = sum(len(d.text.encode()) for d in found if '/big/' in d.id)
+  result = read(kinds=('source',), max_bytes=50_000, max_document_bytes=2_000)
+  big = sum(len(d.text.encode()) for d in result if '/big/' in d.id)
   assert big <= 0.1 * 50_000 + 2_000
   # But where there is nothing else it may.
   alone = read(kinds=('source',), max_bytes=500_000, max_document_bytes=2_000)
@@ -171,24 +171,24 @@ def test_long_documents_end_with_a_line(site: Path):
 def test_cut_never_splits_a_character():
   data = 'aé€😀'.encode()
   for limit in range(1, len(data)):
-    assert documents.cut(data, limit).decode() == 'aé€😀'[: len(documents.cut(data, limit).decode())]
-    assert len(documents.cut(data, limit)) <= limit
-  assert documents.cut(b'one\ntwo\nthree', 9) == b'one\ntwo\n'
-  assert documents.cut(b'one\ntwo\n', 8) == b'one\ntwo\n'
+    assert sources.cut(data, limit).decode() == 'aé€😀'[: len(sources.cut(data, limit).decode())]
+    assert len(sources.cut(data, limit)) <= limit
+  assert sources.cut(b'one\ntwo\nthree', 9) == b'one\ntwo\n'
+  assert sources.cut(b'one\ntwo\n', 8) == b'one\ntwo\n'
 
 
 def test_bad_names():
-  with pytest.raises(UserError, match=r"pool\.sources holds 'web'.*installed_packages"):
+  with pytest.raises(UserError, match=r"pool\.sources has 'web'.*installed_packages"):
     sources.parse('web')
   with pytest.raises(UserError, match=r"pool\.sources = 'nowhere:f'.*cannot be imported"):
-    list(sources.generate(sources.parse('nowhere:f'), get_config().pool, 0))
-  with pytest.raises(UserError, match=r"pool\.kinds holds 'poems'"):
+    list(readers.generate(sources.parse('nowhere:f'), get_config().pool, 0))
+  with pytest.raises(UserError, match=r"pool\.kinds has 'poems'"):
     read(kinds=('poems',))
 
 
 def test_real_environment_is_quick_and_clean():
-  found = read(max_bytes=200_000)
-  assert len({d.id for d in found}) == len(found)
-  assert sum(len(d.text.encode()) for d in found) <= 200_000
-  names = {os.path.basename(d.id) for d in found}
+  result = read(max_bytes=200_000)
+  assert len({d.id for d in result}) == len(result)
+  assert sum(len(d.text.encode()) for d in result) <= 200_000
+  names = {os.path.basename(d.id) for d in result}
   assert not names & {'RECORD', 'INSTALLER', 'REQUESTED', 'direct_url.json'}

@@ -15,16 +15,12 @@ from ml_collections import ConfigDict
 from dsdm_jax.config.validate import resolve
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.pool import pool as pool_lib
-from dsdm_jax.data.pool.documents import Document
 from dsdm_jax.data.pool.pool import END_OF_DOCUMENT, Pool
+from dsdm_jax.data.pool.sources import Document
 from dsdm_jax.data.targets import tasks
 from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.errors import UserError
-from tests.data.conftest import invented, run_pool, run_targets, small_config
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-  return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+from tests.helpers.data import contents, invented, run_pool, run_targets, small_config
 
 
 def test_plain_tfds_reads_the_rows_in_order(tiny_artifact: Artifact, tiny_pool: Pool):
@@ -101,7 +97,7 @@ def test_reading_needs_no_tensorflow(tiny_artifact: Artifact):
     f'p = Pool({str(tiny_artifact.path)!r}); p.text(0); list(row_range_batches(p, 0, 9, 4)); '
     'assert "tensorflow" not in sys.modules and "seqio" not in sys.modules'
   )
-  subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).parents[2])
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).parents[3])
 
 
 def test_same_packages_same_bytes(tmp_path: Path):
@@ -112,11 +108,11 @@ def test_same_packages_same_bytes(tmp_path: Path):
   (there / 'pool' / 'dataset').mkdir(parents=True)
   (there / 'pool' / 'dataset' / 'pool-train.array_record-00007').write_bytes(b'half a file')
   code = (
-    'import sys; from pathlib import Path; from tests.data.conftest import run_pool, small_config; '
+    'import sys; from pathlib import Path; from tests.helpers.data import run_pool, small_config; '
     'run_pool(small_config(sources=("installed_packages",), max_bytes=120_000, leakage_guard=False), Path(sys.argv[1]))'
   )
   environment = os.environ | {'PYTHONHASHSEED': '77'}
-  subprocess.run([sys.executable, '-c', code, str(there)], check=True, cwd=Path(__file__).parents[2], env=environment)
+  subprocess.run([sys.executable, '-c', code, str(there)], check=True, cwd=Path(__file__).parents[3], env=environment)
   assert contents(here.path) == contents(there / 'pool')
 
 
@@ -181,8 +177,8 @@ def test_leaks_of_benchmarks_are_found_and_may_be_kept(tmp_path: Path):
     return Pool(run_pool(resolve(config, dict), tmp_path / name))
 
   def listed(pool: Pool, file: str) -> list[tuple[str, str]]:
-    found = [json.loads(line) for line in (pool.path / file).read_text().splitlines()]
-    return [(leak['id'], leak['task']) for leak in found]
+    result = [json.loads(line) for line in (pool.path / file).read_text().splitlines()]
+    return [(leak['id'], leak['task']) for leak in result]
 
   leak = ('prose/leak', 'asked')
   for name, named in (('file', str(benchmark)), ('word', 'evaluated')):
@@ -190,10 +186,14 @@ def test_leaks_of_benchmarks_are_found_and_may_be_kept(tmp_path: Path):
     assert listed(pool, 'dropped.jsonl') == [leak] and listed(pool, 'leaking.jsonl') == []
     assert (pool.card['dropped_by_task'], pool.card['leaks_kept']) == ({'asked': 1}, 0)
     assert 'prose/leak' not in {d['id'] for d in pool.documents}
-  kept = run('kept', 'evaluated', drop_leaks=False)
-  assert listed(kept, 'dropped.jsonl') == [] and listed(kept, 'leaking.jsonl') == [leak]
-  assert (kept.card['dropped_for_leakage'], kept.card['dropped_by_task'], kept.card['leaks_kept']) == (0, {}, 1)
-  assert 'prose/leak' in {d['id'] for d in kept.documents}
+  selected = run('kept', 'evaluated', drop_leaks=False)
+  assert listed(selected, 'dropped.jsonl') == [] and listed(selected, 'leaking.jsonl') == [leak]
+  assert (selected.card['dropped_for_leakage'], selected.card['dropped_by_task'], selected.card['leaks_kept']) == (
+    0,
+    {},
+    1,
+  )
+  assert 'prose/leak' in {d['id'] for d in selected.documents}
   assert listed(run('none'), 'dropped.jsonl') == []
 
 

@@ -1,4 +1,4 @@
-"""Pools of files: every format gives the same documents, bad input is told with file and line, caps hold."""
+"""Pools of files: every format gives the same documents, errors name file and line, caps hold."""
 
 import gzip
 import json
@@ -16,13 +16,7 @@ from dsdm_jax.data import files
 from dsdm_jax.data.pool import sources
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
-from tests.data.conftest import invented, run_pool, small_config
-
-RECORDS = [{'id': d.id, 'source': d.source, 'text': d.text} for d in invented(small_config(max_bytes=20_000).pool, 3)]
-
-
-def lines(records: list[dict]) -> bytes:
-  return ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records).encode()
+from tests.helpers.data import RECORDS, lines, run_pool, small_config
 
 
 def build(folder: Path, *lines_: str, **keys) -> Pool:
@@ -47,7 +41,8 @@ def write_gzip(path: Path, data: bytes) -> None:
 
 
 def write_zst(path: Path, data: bytes) -> None:
-  path.write_bytes(zstandard.compress(data))
+  half = len(data) // 2  # two frames
+  path.write_bytes(zstandard.compress(data[:half]) + zstandard.compress(data[half:]))
 
 
 def write_parquet(path: Path, data: bytes) -> None:
@@ -67,10 +62,10 @@ def test_formats(kind: str, ending: str, write: Callable[[Path, bytes], None], t
   half = len(RECORDS) // 2
   write(tmp_path / f'b.{ending}', lines(RECORDS[half:]))
   write(tmp_path / f'a.{ending}', lines(RECORDS[:half]))
-  found = texts(build(tmp_path, f'{kind}:{tmp_path}/*.{ending}'))
+  result = texts(build(tmp_path, f'{kind}:{tmp_path}/*.{ending}'))
   wanted = {r['id']: r['text'] for r in RECORDS}
-  assert len(found) >= len(wanted) - 1
-  assert found == {k: wanted[k] for k in found}
+  assert len(result) >= len(wanted) - 1
+  assert result == {k: wanted[k] for k in result}
 
 
 def test_text_files_and_fields_by_name(tmp_path: Path):
@@ -133,12 +128,12 @@ def test_tfds_and_seqio(tmp_path: Path):
   with pytest.raises(UserError, match=r"no seqio task 'other' is registered"):
     build(tmp_path / 'c', 'seqio:other')
   for line in (f'tfds:{folder}', f'seqio:{name}'):
-    with pytest.raises(UserError, match=r"has no split 'test' but train; name one: \| split=SPLIT"):
+    with pytest.raises(UserError, match=r"has no split 'test', only train; choose one with \| split=SPLIT"):
       build(tmp_path / 'd', f'{line} | split=test')
 
 
 def test_bad_records_of_tfds_and_seqio(tmp_path: Path):
-  """They are problems like those of files: told with the row, or left out, counted and listed."""
+  """As in files: an error names the row, or the record is skipped, counted and listed."""
   import seqio
   import tensorflow as tf
   import tensorflow_datasets as tfds
@@ -184,14 +179,15 @@ def test_names_of_sources(line: str, name: str):
 
 
 def broken(tmp_path: Path, name: str) -> str:
-  """Writes a file with something wrong in it and gives what must be said."""
+  """Writes a malformed file and returns the expected message."""
   good = lines(RECORDS)
   third = lines(RECORDS[:2]) + b'%s\n' + lines(RECORDS[3:])
   cases = {
-    'truncated.jsonl.gz': (gzip.compress(good)[:-40], 'line {n}: the file ends in the middle of its packed data'),
+    'truncated.jsonl.gz': (gzip.compress(good)[:-40], 'line {n}: the compressed file is truncated'),
+    'truncated.jsonl.zst': (zstandard.compress(good)[:-40], 'line {n}: the compressed file is truncated'),
     'no_json.jsonl': (third % b'{"text": ', 'line 3: not JSON'),
     'field.jsonl': (third % b'{"body": "a", "id": "1"}', "line 3: no field 'text' among body, id"),
-    'number.jsonl': (third % b'{"text": 3}', "line 3: field 'text' holds int"),
+    'number.jsonl': (third % b'{"text": 3}', "line 3: field 'text' is int"),
     'empty.jsonl': (b'', ': the file is empty'),
     'encodings.jsonl': (third % '{"text": "café"}'.encode('latin-1'), 'line 3: not UTF-8'),
     'huge.jsonl': (third % json.dumps({'text': 'ab ' * (50 * 2**20 // 3)}).encode(), 'line 3: a document of 52,428,'),
@@ -200,26 +196,26 @@ def broken(tmp_path: Path, name: str) -> str:
     'latin.txt': ('café'.encode('latin-1'), ': not UTF-8'),
     'no.parquet': (b'PAR1 and nothing', 'row 1: cannot be read'),
   }
-  data, said = cases[name]
+  data, expected = cases[name]
   (tmp_path / name).write_bytes(data)
-  return said
+  return expected
 
 
 CASES = (
-  'truncated.jsonl.gz no_json.jsonl field.jsonl number.jsonl empty.jsonl encodings.jsonl huge.jsonl blank.jsonl '
-  'surrogate.jsonl latin.txt no.parquet'
+  'truncated.jsonl.gz truncated.jsonl.zst no_json.jsonl field.jsonl number.jsonl empty.jsonl encodings.jsonl '
+  'huge.jsonl blank.jsonl surrogate.jsonl latin.txt no.parquet'
 ).split()
 
 
 @pytest.mark.parametrize('name', CASES)
 def test_bad_input(name: str, tmp_path: Path):
-  said = broken(tmp_path, name)
+  expected = broken(tmp_path, name)
   kind = {'txt': 'text', 'parquet': 'parquet'}.get(name.rpartition('.')[2], 'jsonl')
   line = f'{kind}:{tmp_path}/{name}'
   with pytest.raises(UserError) as caught:
     build(tmp_path / 'a', line)
   message = str(caught.value)
-  where, what = said.split(': ', 1) if said.startswith(('line', 'row')) else ('', said[2:])
+  where, what = expected.split(': ', 1) if expected.startswith(('line', 'row')) else ('', expected[2:])
   assert message.startswith(str(tmp_path / name)), message
   assert where.replace('{n}', '') in message and what in message, message
   assert '--config.pool.on_error=skip' in message and '\n' not in message
@@ -246,9 +242,9 @@ def test_a_glob_without_files(tmp_path: Path):
 def test_unicode_line_separators_stay_in_their_document(tmp_path: Path):
   odd = [{'id': f'a/{i}', 'source': 'a', 'text': f'one\u2028two\u2029three\x85four\x0b {i}' * 9} for i in range(20)]
   (tmp_path / 'odd.jsonl').write_bytes(lines(odd))
-  found = texts(build(tmp_path, f'jsonl:{tmp_path}/odd.jsonl'))
-  assert len(found) >= 19
-  assert set(found.items()) <= {(r['id'], r['text']) for r in odd}
+  result = texts(build(tmp_path, f'jsonl:{tmp_path}/odd.jsonl'))
+  assert len(result) >= 19
+  assert set(result.items()) <= {(r['id'], r['text']) for r in odd}
 
 
 def test_a_document_of_zero_tokens(tmp_path: Path):
@@ -280,28 +276,26 @@ def test_a_document_of_zero_tokens(tmp_path: Path):
 
 
 def test_more_sources_than_can_be_told_apart(tmp_path: Path):
-  made = [{'id': str(i), 'source': f's{i}', 'text': 'a'} for i in range(32_768)]
-  (tmp_path / 'a.jsonl').write_bytes(lines(made))
-  with pytest.raises(
-    UserError, match=r'a\.jsonl brings the pool to more than 32,767 sources; .*source=FIELD'
-  ) as caught:
+  values = [{'id': str(i), 'source': f's{i}', 'text': 'a'} for i in range(32_768)]
+  (tmp_path / 'a.jsonl').write_bytes(lines(values))
+  with pytest.raises(UserError, match=r'a\.jsonl gives the pool more than 32,767 sources; .*source=FIELD') as caught:
     build(tmp_path / 'pool', f'jsonl:{tmp_path}/a.jsonl', drop_duplicates=False)
   assert '\n' not in str(caught.value)
 
 
 def test_caps_and_weights(tmp_path: Path):
   for name in 'ab':
-    made = [{'id': f'{name}/{i}', 'source': name, 'text': f'{name} {i} ' + 'word ' * 18} for i in range(300)]
-    (tmp_path / f'{name}.jsonl').write_bytes(lines(made))
+    values = [{'id': f'{name}/{i}', 'source': name, 'text': f'{name} {i} ' + 'word ' * 18} for i in range(300)]
+    (tmp_path / f'{name}.jsonl').write_bytes(lines(values))
   a, b = (f'jsonl:{tmp_path}/{name}.jsonl' for name in 'ab')
   size = build(tmp_path / 'all', a, b).card['sources']
   total = size['a']['bytes'] + size['b']['bytes']
   card = build(tmp_path / 'weights', f'{a} | weight=3', b, max_bytes=total // 4).card
   # 300 draws at a share of 3/8 and 1/8: five standard deviations, and never above.
   for name, share in (('a', 3 / 8), ('b', 1 / 8)):
-    kept = card['sources'][name]
-    assert kept['bytes'] <= share * total / 2 * 1.0 + 1
-    assert abs(kept['documents'] - share * 300) <= 5 * (300 * share * (1 - share)) ** 0.5
+    selected = card['sources'][name]
+    assert selected['bytes'] <= share * total / 2 * 1.0 + 1
+    assert abs(selected['documents'] - share * 300) <= 5 * (300 * share * (1 - share)) ** 0.5
   assert card['above_caps'] == 600 - card['documents']
   card = build(tmp_path / 'caps', f'{a} | max_documents=40', f'{b} | max_bytes=3e3').card
   assert 0 < card['sources']['a']['documents'] <= 40
@@ -315,11 +309,11 @@ def test_caps_and_weights_hold_for_sources_that_are_read_from_beginning_to_end(t
   import seqio
   import tensorflow as tf
 
-  def made(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+  def values(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
     return tf.data.Dataset.from_tensor_slices({'text': [f'seqio {i} ' + 'word ' * 18 for i in range(300)]})
 
   name = 'test_caps_task'
-  source = seqio.FunctionDataSource(made, splits=['train'])
+  source = seqio.FunctionDataSource(values, splits=['train'])
   seqio.TaskRegistry.add(name, source=source, output_features={'text': seqio.Feature(seqio.ByteVocabulary())})
   size = build(tmp_path / 'all', f'seqio:{name}').card['bytes']
   assert build(tmp_path / 'bytes', f'seqio:{name} | max_bytes=3e3').card['bytes'] <= 3_000
@@ -331,31 +325,31 @@ def test_caps_and_weights_hold_for_sources_that_are_read_from_beginning_to_end(t
   card = build(tmp_path / 'weights', f'seqio:{name} | weight=3', f'jsonl:{tmp_path}/b.jsonl', max_bytes=size // 2).card
   # 300 draws at a share of 3/8 and 1/8: five standard deviations.
   for source_name, share in ((name, 3 / 8), ('b', 1 / 8)):
-    kept = card['sources'][source_name]
-    assert kept['bytes'] <= share * size
-    assert abs(kept['documents'] - share * 300) <= 5 * (300 * share * (1 - share)) ** 0.5
-  functions = 'tests.data.conftest:invented'
+    selected = card['sources'][source_name]
+    assert selected['bytes'] <= share * size
+    assert abs(selected['documents'] - share * 300) <= 5 * (300 * share * (1 - share)) ** 0.5
+  functions = 'tests.helpers.data:invented'
   assert build(tmp_path / 'few', f'{functions} | max_documents=5', max_bytes=9_000).card['documents'] <= 5
   card = build(tmp_path / 'mixed', functions, f'seqio:{name}', max_bytes=20_000).card
   assert 15_000 < card['bytes'] <= 20_000
 
 
 @pytest.mark.parametrize(
-  ('line', 'said'),
+  ('line', 'expected'),
   [
     ('jsonl:a | wieght=2', "option 'wieght=2' is none of name="),
-    ('jsonl:a | weight=much', 'weight=much is no number'),
+    ('jsonl:a | weight=much', 'weight=much is not a number'),
     ('jsonl:a | weight=0', 'weight must be above 0'),
     ('jsonl:a | weight=inf', 'weight must be above 0 and at most 1,000,000'),
-    ('jsonl:a | max_bytes=1e999', 'max_bytes=1e999 is no number'),
+    ('jsonl:a | max_bytes=1e999', 'max_bytes=1e999 is not a number'),
     ('jsonl:a | max_documents=1e15', 'max_documents must be at least 0 and at most 1,000,000,000,000'),
-    ('csv/x', 'whose kind is none of'),
-    ('jsonl:', 'nothing behind jsonl:'),
+    ('csv/x', 'whose kind is not'),
+    ('jsonl:', 'jsonl: needs a pattern'),
     ('jsonl:a | name=', 'name= is empty'),
   ],
 )
-def test_bad_lines(line: str, said: str):
-  with pytest.raises(UserError, match=said) as caught:
+def test_bad_lines(line: str, expected: str):
+  with pytest.raises(UserError, match=expected) as caught:
     sources.parse(line)
   assert repr(line) in str(caught.value)
 
@@ -377,7 +371,7 @@ def test_a_tfds_dataset_that_tfds_prepares(tmp_path: Path):
   [('jsonl', 'jsonl.gz', gzip.compress), ('jsonl', 'jsonl.zst', zstandard.compress), ('parquet', 'parquet', None)],
 )
 def test_files_behind_an_address(kind: str, ending: str, write: Callable[[bytes], bytes] | None, tmp_path: Path):
-  """fsspec's file system in memory: the way of gs://, hf:// and all others."""
+  """fsspec's in-memory file system stands for gs://, hf:// and all others."""
   import fsspec
 
   local = tmp_path / f'a.{ending}'
@@ -400,14 +394,14 @@ def test_files_behind_an_address(kind: str, ending: str, write: Callable[[bytes]
 def test_an_address_that_cannot_be_reached_is_one_line(tmp_path: Path):
   import importlib.util
 
-  for address, said in (
+  for address, expected in (
     ('ftp://127.0.0.1:9/x-*.jsonl', r'cannot be (reached|listed) \(ConnectionRefusedError'),
     ('nosuch://x-*.jsonl', r'cannot be reached \(ValueError Protocol not known'),
     ('gs://bucket/x-*.jsonl', r'gs:// need gcsfs; pip install it'),
   ):
     if address.startswith('gs') and importlib.util.find_spec('gcsfs'):
       continue
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=expected) as caught:
       build(tmp_path / 'a', f'jsonl:{address}')
     assert '\n' not in str(caught.value)
 
@@ -426,19 +420,19 @@ def test_states_of_source_files(tmp_path: Path):
 
 
 def test_state_is_the_content_of_small_files_and_the_time_of_large_ones(tmp_path: Path, monkeypatch):
-  """A pool is not made anew because its text was unpacked or copied again; large files are not read at each start."""
+  """Copying the same text again does not rebuild a pool; large files are not read at each start."""
   file, line = tmp_path / 'a.jsonl', f'jsonl:{tmp_path}/*.jsonl'
   text = lines(RECORDS)
 
   def state(text: bytes, time: int) -> str:
     file.write_bytes(text)
     os.utime(file, ns=(time, time))
-    [found] = sources.states([line]).values()
-    return found
+    [result] = sources.states([line]).values()
+    return result
 
   first = state(text, 10**18)
   assert state(text, 2 * 10**18) == first
   assert state(text.swapcase(), 10**18) != first
-  monkeypatch.setattr(files, '_READ_WHOLE', len(text) - 1)
+  monkeypatch.setattr(files, '_HASHED_BYTES', len(text) - 1)
   large = state(text, 10**18)
   assert state(text.swapcase(), 10**18) == large != state(text, 2 * 10**18)

@@ -83,7 +83,7 @@ def test_shots_are_others_of_the_file_and_joined_by_newlines(tmp_path: Path):
 
 
 def test_a_targets_shots_are_of_its_own_split(tmp_path: Path):
-  """No holdout's question or answer stands in the prompt of a target example, nor the other way round."""
+  """Prompts of target examples contain no question or answer of the holdout, and vice versa."""
   records = [{'context': f'Question {i}?', 'continuation': f'answer{i}.', 'document': f'd{i}'} for i in range(40)]
   path = write(tmp_path / 'mine.jsonl', *records)
   task = tasks.benchmark_task(of_file(path, shots=3, delimiter='\nAnswer: '), None, 'mine')
@@ -107,27 +107,27 @@ def test_unicode_line_separators_stay_inside_a_record(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-  ('record', 'said'),
+  ('record', 'expected'),
   [
-    ({'query': 'q', 'choices': ['a', 'b'], 'gold': 2}, '"gold" must be the index of the right one, 0 to 1, found 2'),
+    ({'query': 'q', 'choices': ['a', 'b'], 'gold': 2}, '"gold" must be the index of the right answer, 0 to 1, not 2'),
     ({'query': 'q', 'choices': ['a'], 'gold': 0}, '"choices" must be a list of at least 2 strings'),
-    ({'choices': ['a', 'b'], 'gold': 0}, '"query" is missing; it has choices, gold'),
-    ({'query': 3, 'choices': ['a', 'b'], 'gold': 0}, '"query" must be a string, found int'),
+    ({'choices': ['a', 'b'], 'gold': 0}, '"query" is missing; the fields are choices, gold'),
+    ({'query': 3, 'choices': ['a', 'b'], 'gold': 0}, '"query" must be a string, not int'),
   ],
 )
-def test_broken_records_are_named(tmp_path: Path, record: dict, said: str):
+def test_broken_records_are_named(tmp_path: Path, record: dict, expected: str):
   path = write(tmp_path / 'mine.jsonl', RECORDS['multiple_choice'], record)
   with pytest.raises(UserError) as caught:
     read_items(of_file(path))
-  assert str(caught.value).startswith(f'{path}, line 2: {said}')
-  with pytest.raises(UserError, match='are of no shape known'):
+  assert str(caught.value).startswith(f'{path}, line 2: {expected}')
+  with pytest.raises(UserError, match='match no shape'):
     of_file(write(tmp_path / 'other.jsonl', {'text': 'a'}))
 
 
-def test_a_missing_file_is_said_and_where_else_to_look(tmp_path: Path):
-  with pytest.raises(UserError, match=rf'benchmark cbt: {tmp_path} is no file and holds no cbt\.jsonl; put'):
+def test_a_missing_file_names_other_places(tmp_path: Path):
+  with pytest.raises(UserError, match=rf'benchmark cbt: {tmp_path} is not a file and has no cbt\.jsonl; put'):
     read_items(BENCHMARKS['cbt'], str(tmp_path))
-  with pytest.raises(UserError, match="or prepare TFDS's piqa and give the path 'tfds'"):
+  with pytest.raises(UserError, match="or prepare TFDS's piqa and use the path 'tfds'"):
     read_items(BENCHMARKS['piqa'], str(tmp_path))
   with pytest.raises(UserError, match='TFDS has no benchmark cbt'):
     read_items(BENCHMARKS['cbt'], 'tfds')
@@ -136,19 +136,33 @@ def test_a_missing_file_is_said_and_where_else_to_look(tmp_path: Path):
 
 
 def test_a_benchmark_that_none_of_several_places_has(tmp_path: Path):
-  with pytest.raises(UserError, match=rf'benchmark cbt: none of tfds:{tmp_path}, {tmp_path} holds cbt\.jsonl; put'):
+  with pytest.raises(UserError, match=rf'benchmark cbt: none of tfds:{tmp_path}, {tmp_path} has cbt\.jsonl; put'):
     read_items(BENCHMARKS['cbt'], f'tfds:{tmp_path} | {tmp_path}')
+
+
+def test_files_behind_a_url(tmp_path: Path):
+  """Targets are read through fsspec, as pools are."""
+  import fsspec
+
+  path = write(tmp_path / 'cbt.jsonl', RECORDS['multiple_choice'])
+  fsspec.filesystem('memory').pipe(f'/{tmp_path.name}/below/cbt.jsonl', Path(path).read_bytes())
+  folder = f'memory://{tmp_path.name}'
+  for place in (folder, f'{folder}/below', f'{folder}/below/cbt.jsonl'):
+    assert read_items(BENCHMARKS['cbt'], place) == read_items(BENCHMARKS['cbt'], path)
+  assert tasks.read_jsonl(f'{folder}/below/cbt.jsonl').items == tasks.read_jsonl(path).items
+  with pytest.raises(UserError, match=r'has no piqa\.jsonl'):
+    read_items(BENCHMARKS['piqa'], folder)
 
 
 def test_the_papers_splits(shared_data: Path):
   """Of LAMBADA the paper's holdout has six items fewer, and does not say which."""
   config = get_config().targets
   config.tasks, config.folder = ('lambada', 'jeopardy', 'bigbench_cs_algorithms'), str(shared_data / 'benchmarks')
-  found = tasks.read_tasks(config)
-  side = tasks.split_documents(found, config.holdout_share, config.seed)
+  result = tasks.read_tasks(config)
+  side = tasks.split_documents(result, config.holdout_share, config.seed)
   counts = {
     task.name: tuple(sum(side[item.document] == split for item in task.items) for split in tasks.SPLITS)
-    for task in found
+    for task in result
   }
   assert counts == {'lambada': (2_577, 2_576), 'jeopardy': (876, 876), 'bigbench_cs_algorithms': (660, 660)}
 
@@ -161,7 +175,7 @@ def test_real_files(shared_data: Path):
   some = read_items(BENCHMARKS['jeopardy'], folder, limit=40)
   assert len(some) == 40
   assert {item.category for item in some} == {'american_history', 'literature', 'science', 'world_history'}
-  nested = read_items(BENCHMARKS['piqa'], str(shared_data))  # found one folder below
+  nested = read_items(BENCHMARKS['piqa'], str(shared_data))  # one folder below
   assert nested == read_items(BENCHMARKS['piqa'], folder)
 
 
@@ -246,8 +260,8 @@ def test_tfds_datasets(dataset: str, tmp_path: Path):
   [benchmark] = [b for b in TABLE if b.tfds.partition(':')[0] == dataset]
   write_tfds(tmp_path, dataset, **{benchmark.tfds.partition(':')[2]: [raw]})
   items = read_items(benchmark, f'tfds:{tmp_path}')
-  found = prompt(benchmark, items, 0) if dataset != 'squad' else prompt(benchmark, items[:1], 0)
-  assert (found.contexts, found.answers, found.gold) == wanted
+  result = prompt(benchmark, items, 0) if dataset != 'squad' else prompt(benchmark, items[:1], 0)
+  assert (result.contexts, result.answers, result.gold) == wanted
   assert len(items) == (2 if dataset == 'coqa' else 1)
   if benchmark.shape == shapes.GENERATION:
     assert items[0].aliases == ('Ada Lovelace', 'Countess of Lovelace')
@@ -267,12 +281,12 @@ def test_squad_from_tfds_has_the_papers_split(tmp_path: Path):
   config.tasks, config.folder = ('squad',), f'tfds:{tmp_path}'
   [task] = tasks.read_tasks(config)
   side = tasks.split_documents([task], 0.5, 0)
-  found = {s: sorted(item.answer for item in task.items if side[item.document] == s) for s in ('target', 'holdout')}
-  assert found == {
+  result = {s: sorted(item.answer for item in task.items if side[item.document] == s) for s in ('target', 'holdout')}
+  assert result == {
     'target': sorted(f'train {i}' for i in range(12)), 'holdout': sorted(f'validation {i}' for i in range(5)),
   }  # fmt: skip
   assert all(item.context.count('Question:') == 1 and item.answer.split()[0] in item.context for item in task.items)
-  for split in found:
+  for split in result:
     own = [item for item in task.items if side[item.document] == split]
     shown = tasks.with_shots(task, own, 0)
     assert [item.answer for item in shown] == [item.answer for item in own]
@@ -280,7 +294,7 @@ def test_squad_from_tfds_has_the_papers_split(tmp_path: Path):
     other = {'target': 'validation', 'holdout': 'train'}[split]
     assert not any(other in item.context for item in shown), 'shots of one split stay in it'
   assert len(read_items(BENCHMARKS['squad'], f'tfds:{tmp_path}')) == 5
-  with pytest.raises(UserError, match='squad in .* has no split test but train, validation; prepare'):
+  with pytest.raises(UserError, match='squad in .* has no split test, only train, validation; prepare'):
     read_items(dataclasses.replace(BENCHMARKS['squad'], tfds='squad:test'), f'tfds:{tmp_path}')
   assert len(tasks.raw_texts(config)) == 17
   # Beside a folder that holds what TFDS does not have.

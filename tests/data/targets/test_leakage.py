@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.base import get_config
-from dsdm_jax.data.pool.documents import Document
+from dsdm_jax.data.pool.sources import Document
 from dsdm_jax.data.targets import leakage, tasks
-from dsdm_jax.data.targets.leakage import Guard, TargetText, sift
+from dsdm_jax.data.targets.leakage import Guard, TargetText
 
 SENTENCE = 'one two three four five six seven eight nine ten eleven twelve thirteen'
 
@@ -60,14 +60,13 @@ def test_boilerplate_of_licences_drops_nothing():
   licence = 'permission is hereby granted free of charge to any person who obtains a copy of this'
   targets = [TargetText('t', f'{SENTENCE} {licence}')]
   documents = [document(f'{licence} {i}', 'licences', i) for i in range(3)] + [document(f'mine: {licence}')]
-  kept, leaks, boilerplate = sift(documents, targets, 12)
-  assert kept == documents
-  assert not leaks
-  assert boilerplate == len(licence.split()) - 11
-  # A single licence file with target text in it is a leak like any other.
-  kept, leaks, _ = sift([document(SENTENCE, 'licences'), document(SENTENCE)], targets, 12)
-  assert not kept
-  assert [leak.id for leak in leaks] == ['licences/0', 'docs/0']
+  guard = Guard(targets, 12, documents[:3])
+  assert [guard.leak(d) for d in documents] == [None] * 4
+  assert guard.boilerplate_runs == len(licence.split()) - 11
+  # A single licence file with target text is a leak like any other.
+  documents = [document(SENTENCE, 'licences'), document(SENTENCE)]
+  guard = Guard(targets, 12, documents[:1])
+  assert [guard.leak(d).id for d in documents] == ['licences/0', 'docs/0']
 
 
 @given(data=st.data())
@@ -77,18 +76,18 @@ def test_agrees_with_a_search_for_words(data: st.DataObject):
   n = data.draw(st.integers(2, 6))
   runs = {tuple(target[i : i + n]) for i in range(len(target) - n + 1)}
   expected = any(tuple(text[i : i + n]) in runs for i in range(len(text) - n + 1))
-  found = Guard([TargetText('t', ' '.join(target))], n).leak(document(' '.join(text)))
-  assert (found is not None) == expected
-  assert found is None or tuple(found.words.split()) in runs
+  result = Guard([TargetText('t', ' '.join(target))], n).leak(document(' '.join(text)))
+  assert (result is not None) == expected
+  assert result is None or tuple(result.words.split()) in runs
 
 
-def test_a_piece_of_the_standard_library_falls_out():
+def test_a_piece_of_the_standard_library_is_a_leak():
   texts = tasks.raw_texts(get_config().targets)
   copied = inspect.getsource(textwrap)[:6_000]
   own = 'def area(width, height):\n  """Square metres of a room."""\n  return width * height\n'
-  kept, leaks, _ = sift([document(copied, 'source', 0), document(own, 'source', 1)], texts, 12)
-  assert [d.id for d in kept] == ['source/1']
-  assert leaks[0].task in ('docs', 'api_qa')
+  guard = Guard(texts, 12)
+  assert guard.leak(document(copied)).task in ('docs', 'api_qa')
+  assert guard.leak(document(own)) is None
 
 
 def test_n_must_be_at_least_two():
@@ -109,11 +108,11 @@ def test_lambada_against_fiction(shared_data: Path):
   assert len(novels) > 300
   assert [leak for novel in novels if (leak := guard.leak(novel))] == []
   passage = leakage.words(texts[17].text)
-  for length, found in ((len(passage), True), (12, True), (11, False)):
+  for length, result in ((len(passage), True), (12, True), (11, False)):
     halves = novels[5].text[:3_000], novels[5].text[3_000:]
     planted = document('\n\n'.join((halves[0], ' '.join(passage[-length:]).upper(), halves[1])), 'fiction')
     leak = guard.leak(planted)
-    assert (leak is not None) == found
+    assert (leak is not None) == result
     assert leak is None or (leak.task == 'lambada' and leak.words in ' '.join(passage))
 
 

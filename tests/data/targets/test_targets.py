@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsdm_jax.core.artifacts import Artifact
-from dsdm_jax.data.pool.encoders import ByteEncoder
+from dsdm_jax.data.pool.vocabulary import ByteEncoder
 from dsdm_jax.data.targets.targets import Targets, build, pieces, sequence
 from dsdm_jax.errors import UserError
-from tests.data.conftest import run_pool, run_targets, small_config
+from tests.helpers.data import run_pool, run_targets, small_config
 
 
 def by_bytes(text: str) -> list[int]:
@@ -65,10 +65,10 @@ def test_answers_that_are_empty_or_do_not_fit():
 
 @given(st.text('ab \n', max_size=300), st.integers(8, 40))
 def test_pieces_are_whole_lines_that_fit(text: str, length: int):
-  found = list(pieces(by_bytes, text, length))
+  result = list(pieces(by_bytes, text, length))
   lines = text.split('\n')
   place = 0
-  for piece in found:
+  for piece in result:
     assert length // 4 <= len(by_bytes(piece)) <= length
     # Consecutive lines of the text, and every piece after the one before.
     wanted = piece.split('\n')
@@ -111,11 +111,11 @@ def test_a_split_without_examples_is_an_error(write_jsonl: Callable[[str], str])
 def test_stage(tiny_artifact: Artifact, tmp_path: Path):
   config = small_config()
   artifact = run_targets(config, tmp_path, tiny_artifact)
-  found = Targets(artifact)
-  assert found.tasks == ['cs_algorithms']
+  result = Targets(artifact)
+  assert result.tasks == ['cs_algorithms']
   assert 'padded with 0;' in artifact.semantics['sequence']  # of a trained vocabulary
   for split in ('target', 'holdout'):
-    examples = found.examples('cs_algorithms', split)
+    examples = result.examples('cs_algorithms', split)
     assert examples.tokens_TL.shape == examples.weights_TL.shape == (len(examples), 48)
     assert (examples.tokens_TL.dtype, examples.weights_TL.dtype) == (np.int32, np.float32)
     assert len(examples) == config.targets.max_examples
@@ -124,9 +124,9 @@ def test_stage(tiny_artifact: Artifact, tmp_path: Path):
     assert not examples.weights_TL[examples.tokens_TL == 0].any()
     assert set(examples.records[0]) == {'id', 'context', 'answer', 'document'}
   with pytest.raises(KeyError):
-    found.examples('docs', 'target')
+    result.examples('docs', 'target')
   with pytest.raises(KeyError):
-    found.examples('cs_algorithms', 'train')
+    result.examples('cs_algorithms', 'train')
   again = run_targets(config, tmp_path / 'again', tiny_artifact)
   for file in sorted(artifact.path.iterdir()):
     assert file.read_bytes() == (again.path / file.name).read_bytes()
@@ -137,8 +137,8 @@ def test_odd_text_survives_the_files(tiny_artifact: Artifact, tmp_path: Path, wr
   odd = 'a\u2028b\x85é'
   records = [{'context': f'{odd}{i}', 'answer': f'{odd}{i}'} for i in range(40)]
   config.targets.tasks = (write_jsonl('\n'.join(json.dumps(r, ensure_ascii=False) for r in records)),)
-  found = Targets(run_targets(config, tmp_path, tiny_artifact)).examples('mine', 'target')
-  assert all(r['answer'].startswith(odd) for r in found.records)
+  result = Targets(run_targets(config, tmp_path, tiny_artifact)).examples('mine', 'target')
+  assert all(r['answer'].startswith(odd) for r in result.records)
 
 
 def test_pool_and_targets_agree_on_the_examples(tmp_path: Path):

@@ -13,21 +13,21 @@ from dsdm_jax.errors import UserError
 
 def test_prompts_by_hand():
   config = get_config().targets
-  found = {task.name: {item.id: item for item in task.items} for task in read_tasks(config)}
-  assert found['api_qa']['textwrap.shorten'] == RawItem(
+  result = {task.name: {item.id: item for item in task.items} for task in read_tasks(config)}
+  assert result['api_qa']['textwrap.shorten'] == RawItem(
     'textwrap.shorten',
     'Module: textwrap\nFunction: shorten(text, width, **kwargs)\nQuestion: What does it do?\nAnswer:',
     'Collapse and truncate the given text to fit in the given width.',
     'textwrap',
   )
-  assert found['api_qa']['textwrap.TextWrapper'].context == (
+  assert result['api_qa']['textwrap.TextWrapper'].context == (
     'Module: textwrap\nClass: TextWrapper\nQuestion: What is it?\nAnswer:'
   )
-  assert found['docs']['textwrap.TextWrapper'].context == ''
-  assert found['docs']['textwrap.TextWrapper'].document == 'textwrap'
-  first = found['cs_algorithms']['000000']
+  assert result['docs']['textwrap.TextWrapper'].context == ''
+  assert result['docs']['textwrap.TextWrapper'].document == 'textwrap'
+  first = result['cs_algorithms']['000000']
   assert first.context.endswith('\nQuestion: How long is their longest common subsequence?\nAnswer:')
-  assert len(found['cs_algorithms']) == tasks.GENERATED
+  assert len(result['cs_algorithms']) == tasks.GENERATED
 
 
 def test_jsonl(write_jsonl: Callable[[str], str]):
@@ -47,20 +47,20 @@ def test_jsonl(write_jsonl: Callable[[str], str]):
 
 
 @pytest.mark.parametrize(
-  ('line', 'said'),
+  ('line', 'expected'),
   [
     ('{"context": "a", "answer"', r'not JSON'),
-    ('[1, 2]', r'a JSON object is needed, found list'),
+    ('[1, 2]', r'must be a JSON object, not list'),
     ('{"context": "a"}', r'"continuation" is missing'),
     ('{"answer": "a"}', r'"context" is missing'),
     ('{"context": 3, "answer": "a"}', r'"context" must be a string'),
     ('{"context": "a", "answer": " "}', r'"answer" is empty'),
   ],
 )
-def test_broken_line_is_named(write_jsonl: Callable[[str], str], line: str, said: str):
+def test_broken_line_is_named(write_jsonl: Callable[[str], str], line: str, expected: str):
   good = '{"context": "a", "answer": "b"}\n'
   path = write_jsonl(good + good + line + '\n' + good)
-  with pytest.raises(UserError, match=rf'mine\.jsonl, line 3: {said}') as caught:
+  with pytest.raises(UserError, match=rf'mine\.jsonl, line 3: {expected}') as caught:
     read_jsonl(path)
   assert '\n' not in str(caught.value)
 
@@ -69,20 +69,20 @@ def test_file_that_is_no_text_or_empty_or_missing(write_jsonl: Callable[[str], s
   (tmp_path / 'latin.jsonl').write_bytes(b'{"context": "caf\xe9", "answer": "b"}\n')
   with pytest.raises(UserError, match=r'latin\.jsonl, line 1: not UTF-8'):
     read_jsonl(str(tmp_path / 'latin.jsonl'))
-  with pytest.raises(UserError, match='holds no items'):
+  with pytest.raises(UserError, match='has no items'):
     read_jsonl(write_jsonl('\n\n'))
-  with pytest.raises(UserError, match=r'gone\.jsonl cannot be read: No such file'):
+  with pytest.raises(UserError, match=r'gone\.jsonl: cannot be read \(No such file'):
     read_jsonl(str(tmp_path / 'gone.jsonl'))
 
 
 def test_unknown_and_double_tasks(write_jsonl: Callable[[str], str]):
   config = get_config().targets
   config.tasks = ('poems',)
-  with pytest.raises(UserError, match=r"targets\.tasks holds 'poems'"):
+  with pytest.raises(UserError, match=r"targets\.tasks has 'poems'"):
     read_tasks(config)
   path = write_jsonl('{"context": "a", "answer": "b"}\n')
   config.tasks = (path, path)
-  with pytest.raises(UserError, match="two tasks called 'mine'"):
+  with pytest.raises(UserError, match="two tasks named 'mine'"):
     read_tasks(config)
 
 
@@ -111,10 +111,10 @@ def test_split_keeps_documents_and_their_copies_together():
 
 def test_built_in_tasks_share_no_long_answer_between_the_sides():
   config = get_config().targets
-  found = read_tasks(config)
-  side = split_documents(found, config.holdout_share, config.seed)
+  result = read_tasks(config)
+  side = split_documents(result, config.holdout_share, config.seed)
   paragraphs = {'target': set(), 'holdout': set()}
-  for task in found:
+  for task in result:
     for item in task.items:
       for paragraph in item.answer.split('\n\n'):
         if len(key := tasks.words(paragraph)) >= 8:

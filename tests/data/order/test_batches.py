@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsdm_jax.data.order import mixtures
+from dsdm_jax.data.order import batches as batches_lib
 from dsdm_jax.data.order.batches import AHEAD, row_range_batches, training_batches
 from dsdm_jax.data.order.schedule import Part, Schedule
 from dsdm_jax.data.pool.pool import Pool
-from tests.data.conftest import run_pool, small_config
+from tests.helpers.data import run_pool, small_config
 
 
 def stream(name: str) -> list[dict]:
@@ -38,11 +38,11 @@ def two_parts(pool: Pool, length: int = 1_500) -> Schedule:
 def test_stream_is_the_schedule_from_any_position(tiny_pool: Pool, start: int):
   schedule = two_parts(tiny_pool)
   _, row_B, weight_B = schedule.at(np.arange(start, schedule.length))
-  found = stream(mixtures.register(schedule, tiny_pool, start))
-  assert [example['row'] for example in found] == row_B.tolist()
-  np.testing.assert_array_equal([example['weight'] for example in found], weight_B)
-  if found:
-    tokens = np.stack([example['tokens'] for example in found])
+  result = stream(batches_lib.register(schedule, tiny_pool, start))
+  assert [example['row'] for example in result] == row_B.tolist()
+  np.testing.assert_array_equal([example['weight'] for example in result], weight_B)
+  if result:
+    tokens = np.stack([example['tokens'] for example in result])
     assert tokens.dtype == np.int32
     np.testing.assert_array_equal(tokens, tiny_pool.tokens(row_B))
 
@@ -51,7 +51,7 @@ def test_seqio_sees_tasks_and_a_mixture(tiny_pool: Pool):
   import seqio
 
   schedule = two_parts(tiny_pool)
-  name = mixtures.register(schedule, tiny_pool)
+  name = batches_lib.register(schedule, tiny_pool)
   mixture = seqio.MixtureRegistry.get(name)
   assert [task.name.split('.')[-1] for task in mixture.tasks] == ['first__', '2']
   # Each task alone is its part's examples, in their order in the schedule.
@@ -64,14 +64,14 @@ def test_seqio_sees_tasks_and_a_mixture(tiny_pool: Pool):
 
 def test_registering_again_is_the_same_name_and_another_stream_is_another(tiny_pool: Pool):
   schedule = two_parts(tiny_pool, 300)
-  name = mixtures.register(schedule, tiny_pool, 5)
-  assert mixtures.register(two_parts(tiny_pool, 300), tiny_pool.path, 5) == name
-  assert mixtures.register(schedule, tiny_pool, 6) != name
+  name = batches_lib.register(schedule, tiny_pool, 5)
+  assert batches_lib.register(two_parts(tiny_pool, 300), tiny_pool.path, 5) == name
+  assert batches_lib.register(schedule, tiny_pool, 6) != name
   with pytest.raises(ValueError, match='start is 301'):
-    mixtures.register(schedule, tiny_pool, 301)
+    batches_lib.register(schedule, tiny_pool, 301)
 
 
-def test_a_pool_that_took_the_place_of_another_is_read_anew(tmp_path: Path):
+def test_a_replaced_pool_is_read_again(tmp_path: Path):
   """Two pools of one shape at one path, one after the other in one process, with vocabularies of their own."""
   import seqio
 
@@ -89,8 +89,8 @@ def test_a_pool_that_took_the_place_of_another_is_read_anew(tmp_path: Path):
     assert before == ({*seqio.MixtureRegistry.names()}, {*seqio.TaskRegistry.names()})
     assert pool.vocabulary.encode('river stone') == pool.encoder.encode('river stone')
     # By name, as a user of seqio reads it, with what was registered before still there.
-    found = stream(mixtures.register(schedule, pool))
-    np.testing.assert_array_equal(np.stack([e['tokens'] for e in found]), pool.tokens([int(e['row']) for e in found]))
+    result = stream(batches_lib.register(schedule, pool))
+    np.testing.assert_array_equal(np.stack([e['tokens'] for e in result]), pool.tokens([int(e['row']) for e in result]))
     seen.append(pool.tokens(np.arange(rows)))
     vocabularies.append(pool.vocabulary.sp_model)
     shutil.rmtree(pool.path)
@@ -102,7 +102,7 @@ def test_what_a_user_registered_stays(tiny_pool: Pool):
   import seqio
 
   schedule = Schedule.single('arm', np.arange(6), 6, 1)
-  name = mixtures.register(schedule, tiny_pool)
+  name = batches_lib.register(schedule, tiny_pool)
   assert len(list(training_batches(tiny_pool, schedule, 1))) == 6
   assert name in seqio.MixtureRegistry.names()
   assert len(stream(name)) == 6
@@ -111,7 +111,7 @@ def test_what_a_user_registered_stays(tiny_pool: Pool):
 def test_shuffling_is_refused(tiny_pool: Pool):
   import seqio
 
-  name = mixtures.register(two_parts(tiny_pool, 64), tiny_pool)
+  name = batches_lib.register(two_parts(tiny_pool, 64), tiny_pool)
   with pytest.raises(ValueError, match='order of a schedule is fixed'):
     seqio.get_mixture_or_task(name).get_dataset(split='train', shuffle=True, num_epochs=1)
 
@@ -186,7 +186,7 @@ def test_the_next_batches_are_read_before_they_are_asked_for(tiny_pool: Pool, mo
   read: list[int] = []
   tokens = Pool.tokens
   monkeypatch.setattr(Pool, 'tokens', lambda pool, rows: read.extend(rows) or tokens(pool, rows))
-  monkeypatch.setattr(mixtures, 'CHUNK', 4)
+  monkeypatch.setattr(batches_lib, 'CHUNK', 4)
   batches = training_batches(tiny_pool, Schedule.single('ahead', np.arange(50), 400, 8), 8)
   next(batches)
   deadline = time.monotonic() + 60
@@ -195,7 +195,7 @@ def test_the_next_batches_are_read_before_they_are_asked_for(tiny_pool: Pool, mo
   assert 8 * (1 + AHEAD) <= len(read) < 400
 
 
-def test_a_schedule_goes_with_the_batches_that_were_read_of_it(tiny_pool: Pool):
+def test_a_schedule_is_freed_with_its_batches(tiny_pool: Pool):
   """TensorFlow's default graph keeps each function that NumPy runs, and would keep every schedule's rows with it."""
   schedule = two_parts(tiny_pool)
   held = weakref.ref(schedule)
@@ -206,7 +206,7 @@ def test_a_schedule_goes_with_the_batches_that_were_read_of_it(tiny_pool: Pool):
 
 
 def test_a_stream_that_ends_early_is_noticed(tiny_pool: Pool, monkeypatch: pytest.MonkeyPatch):
-  monkeypatch.setattr(mixtures, '_choose', lambda datasets, *_: datasets[0].take(20))
+  monkeypatch.setattr(batches_lib, '_choose', lambda datasets, *_: datasets[0].take(20))
   schedule = Schedule.single('short', np.arange(10), 80, 8)
   with pytest.raises(RuntimeError, match='ended at step 2 of 10'):
     list(training_batches(tiny_pool, schedule, 8))

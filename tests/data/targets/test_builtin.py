@@ -1,12 +1,25 @@
-"""Documentation is read from source text alone, in a fixed order, without licences."""
+"""The tasks that need no download: documentation read from source text, and generated questions with right answers."""
 
+import collections
+import itertools
+import re
 import textwrap
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dsdm_jax.data.targets import standard_library
-from dsdm_jax.data.targets.standard_library import first_sentence, read_module, read_topics, without_licences
+from dsdm_jax.data.targets import builtin
+from dsdm_jax.data.targets.builtin import (
+  brackets_valid,
+  first_sentence,
+  generate_questions,
+  longest_common_subsequence,
+  read_module,
+  read_topics,
+  without_licences,
+)
 
 PROSE = 'Words that describe what this module is for and how it is used. ' * 4
 
@@ -103,15 +116,68 @@ def test_read_a_library(tmp_path: Path):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(source)
   (tmp_path / 'latin.py').write_bytes(b'"""caf\xe9"""')
-  library = standard_library.read(str(tmp_path))
+  library = builtin.read_library(str(tmp_path))
   assert [p.document for p in library.prose] == ['topics/t', 'a.c', 'b']
   assert [e.module for e in library.entries] == ['a.c'] * 4 + ['b'] * 4
 
 
 def test_this_library():
-  library = standard_library.read()
+  library = builtin.read_library()
   by_id = {e.id: e for e in library.entries}
   assert by_id['textwrap.shorten'].signature == 'shorten(text, width, **kwargs)'
   assert by_id['textwrap.shorten'].summary == first_sentence(textwrap.shorten.__doc__)
   assert len(library.entries) > 2_000
   assert len({p.document for p in library.prose}) > 100
+
+
+def by_trying_all(first: str, second: str) -> int:
+  subsequences = [
+    {''.join(c) for n in range(len(text) + 1) for c in itertools.combinations(text, n)} for text in (first, second)
+  ]
+  return max(map(len, subsequences[0] & subsequences[1]))
+
+
+@given(st.text('ABC', max_size=8), st.text('ABC', max_size=8))
+def test_longest_common_subsequence(first: str, second: str):
+  assert longest_common_subsequence(first, second) == by_trying_all(first, second)
+
+
+@pytest.mark.parametrize(
+  ('sequence', 'valid'),
+  [(text, True) for text in ('', '()', '([]{})')] + [(text, False) for text in ('(', ')(', '([)]', '())', '[}')],
+)
+def test_brackets_valid(sequence: str, valid: bool):
+  assert brackets_valid(sequence) == valid
+
+
+@given(st.text('()[]{}', max_size=10))
+def test_brackets_valid_agrees_with_rewriting(sequence: str):
+  rest = sequence
+  while rest != (shorter := re.sub(r'\(\)|\[\]|\{\}', '', rest)):
+    rest = shorter
+  assert brackets_valid(sequence) == (rest == '')
+
+
+def test_items_are_right_balanced_and_different():
+  items = generate_questions(400, seed=3)
+  assert len({item.context for item in items}) == 400
+  answers = collections.Counter()
+  lengths = collections.defaultdict(list)
+  for item in items:
+    answers[item.answer] += 1
+    if item.context.startswith('Strings'):
+      first, second = re.match(r'Strings: (\w+) and (\w+)\n', item.context).groups()
+      assert by_trying_all(first, second) == int(item.answer)
+    else:
+      sequence = item.context.split('\n')[0].removeprefix('Brackets: ').replace(' ', '')
+      assert item.answer == ('Valid' if brackets_valid(sequence) else 'Invalid')
+      lengths[item.answer].append(len(sequence))
+  assert answers == {'Valid': 100, 'Invalid': 100} | {str(n): 40 for n in builtin.LCS_ANSWERS}
+  # Four standard errors of the difference of two means over 100 draws from the five lengths (deviation 2.8).
+  difference = sum(lengths['Valid']) / 100 - sum(lengths['Invalid']) / 100
+  assert abs(difference) < 4 * 2.83 * (2 / 100) ** 0.5
+
+
+def test_seeded_and_longer_lists_begin_with_shorter_ones():
+  assert generate_questions(30, seed=1) == generate_questions(60, seed=1)[:30]
+  assert generate_questions(30, seed=1) != generate_questions(30, seed=2)
