@@ -25,9 +25,6 @@ from dsdm_jax.core import storage
 from dsdm_jax.errors import UserError
 
 MANIFEST = 'manifest.json'
-# Keys that say how a stage is worked on and not what it makes: no identity holds them. In those written before batches
-# followed the devices the last two stand, and are passed over.
-HOW = ('features.job', 'features.jobs', 'features.batch_size', 'features.microbatch')
 _BEGUN = 'begun.json'
 _COST = 'cost*.json'  # one for each job that shares the stage
 _IDENTITY = {'stage': str, 'format': int, 'settings': dict, 'inputs': dict}
@@ -61,11 +58,6 @@ class Identity:
     return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-def settled(identity: Mapping[str, Any]) -> dict[str, Any]:
-  """What an identity that was read says of what the stage makes."""
-  return {**identity, 'settings': {key: value for key, value in identity['settings'].items() if key not in HOW}}
-
-
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
   """One phrase for each way in which identity `found` is not `wanted`; empty if they agree."""
   phrases = []
@@ -97,7 +89,7 @@ class Artifact:
   @property
   def identity(self) -> Mapping[str, Any]:
     """What it was made from, to be compared with `Identity.as_json`."""
-    return settled(self.manifest['identity'])
+    return self.manifest['identity']
 
   @property
   def settings(self) -> Mapping[str, Any]:
@@ -213,18 +205,13 @@ def _is_identity(value: Any) -> bool:
 
 def begun(workdir: Path, stage: str) -> Mapping[str, Any] | None:
   """Identity of an unfinished attempt at `stage`; None where there is none or it cannot be told."""
-  found = _begun_as_written(workdir, stage)
-  return None if found is None else settled(found)
+  note = _note(workdir, stage)
+  return None if note is None else {key: note[key] for key in _IDENTITY}
 
 
 def origin(workdir: Path, stage: str) -> str:
   """Digest of what an unfinished attempt at `stage` was begun from; marks all that it makes."""
-  return hashlib.sha256(json.dumps(_begun_as_written(workdir, stage), sort_keys=True).encode()).hexdigest()
-
-
-def _begun_as_written(workdir: Path, stage: str) -> dict[str, Any] | None:
-  found = _note(workdir, stage)
-  return None if found is None else {key: found[key] for key in _IDENTITY}
+  return hashlib.sha256(json.dumps(begun(workdir, stage), sort_keys=True).encode()).hexdigest()
 
 
 def other_versions(workdir: Path, stage: str) -> dict[str, tuple[str, str]]:
@@ -366,19 +353,23 @@ def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost
   spent = cost.of_all_jobs()
   files = {name: entry for name, entry in checksums(part).items() if not is_note(Path(name))}
   folders = {name.partition('/')[0] for name in files if '/' in name}
-  written = _begun_as_written(workdir, identity.stage)
-  same = written is not None and settled(written) == identity.as_json()
   manifest = {
-    # As it was begun: a stage that is mended keeps the digest by which others know it.
-    'identity': written if same else identity.as_json(),
+    'identity': identity.as_json(),
     'files': files,
     'models': sorted(folder for folder in folders if f'{folder}.jsonl' in files),
     'semantics': dict(semantics),
     'cost': {'seconds': round(spent['seconds'], 3), 'flop': spent['flop']},
     'versions': versions(),
   }
-  storage.write_json(part / MANIFEST, manifest)
-  return finish_commit(workdir, identity.stage)
+  try:
+    storage.write_json(part / MANIFEST, manifest)
+    return finish_commit(workdir, identity.stage)
+  except FileNotFoundError:
+    # Of two jobs that commit at once, one renames the folder; the other finds the same artifact.
+    artifact = open_stage(workdir, identity.stage)
+    if artifact is None or artifact.identity != identity.as_json():
+      raise
+    return artifact
 
 
 def finish_commit(workdir: Path, stage: str) -> Artifact:

@@ -239,6 +239,15 @@ def _config(folder: Path) -> dict[str, Any]:
   return found if isinstance(found, dict) else {}
 
 
+def fingerprint(
+  selected: Mapping[str, Any], settings: Mapping[str, Any], previous: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Digests of the folders that `model.weights` and `proxies.model.weights` name, for `Stage.fingerprint`."""
+  del settings, previous
+  keys = [key for key, value in selected.items() if key.endswith('model.weights') and value]
+  return {f'SHA-256 of {key}': digest(selected[key]) for key in keys}
+
+
 def digest(folder: str) -> str:
   """Names the content of the folder: config, and of each file its size, its beginning with all shapes and its end."""
   files = sorted([*Path(folder).glob('*.safetensors'), Path(folder) / 'config.json'])

@@ -24,6 +24,7 @@ from dsdm_jax import pipeline
 from dsdm_jax.bench import config_file
 from dsdm_jax.config.validate import flatten, validate
 from dsdm_jax.core import artifacts, storage
+from dsdm_jax.core.runner import Runner
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import compute, results, terminal
 from dsdm_jax.evaluation.comparisons import BASELINES
@@ -91,14 +92,15 @@ def _load(path: str) -> ModuleType:
 
 def share(config: Any, workdir: Path, others: Sequence[Path]) -> list[str]:
   """Links into `workdir` every finished stage of `others` that this config would make likewise; their names."""
-  settings, linked = pipeline.settings_of(config, workdir), []
-  done: dict[str, artifacts.Artifact] = {}
+  linked: list[str] = []
+  runner = Runner(pipeline.STAGES, pipeline.runner_config(config), workdir)
+  done = runner.done
   for stage in pipeline.STAGES:
     if stage.name not in pipeline.needed(LAST):
       continue
     if any(name not in done for name in stage.reads):
       break
-    wanted = pipeline.identity(stage, settings, workdir, done).as_json()
+    wanted = runner.identity(stage).as_json()
     here = artifacts.open_stage(workdir, stage.name)
     if here is None:
       for other in others:

@@ -332,21 +332,3 @@ def test_a_damaged_stage_is_opened_anew_without_what_is_damaged(workdir):
     (part / name).write_text('text')
   again = artifacts.commit(workdir, IDENTITY, {'rows': 3}, Cost(part))
   assert again.digest == made.digest and again.manifest['cost'] == made.manifest['cost']
-
-
-def test_keys_of_how_a_stage_is_worked_on_make_it_no_other(workdir):
-  """As attempts hold them that were begun before: they go on, and keep the digest that other stages know."""
-  old = Identity('features', 1, {'features.dimension': 8, 'features.batch_size': 32}, {})
-  now = Identity('features', 1, {'features.dimension': 8}, {})
-  made = make(workdir, old)
-  assert made.identity == now.as_json() and made.manifest['identity'] == old.as_json()
-  assert artifacts.differences(made.identity, now.as_json()) == []
-  (workdir / 'features/one').unlink()
-  artifacts.reopen(workdir, made)
-  assert artifacts.begun(workdir, 'features') == now.as_json()
-  origin = artifacts.origin(workdir, 'features')
-  part = artifacts.begin(workdir, now)
-  assert (part / 'deep').is_dir(), 'the attempt goes on'
-  assert artifacts.origin(workdir, 'features') == origin
-  (part / 'one').write_text('text')
-  assert artifacts.commit(workdir, now, {'rows': 3}, Cost(part)).digest == made.digest

@@ -70,7 +70,7 @@ def test_a_killed_stage_goes_on_with_other_devices_and_batches(kind, first, seco
   for file in (elastic / 'features.part/begun.json', *(elastic / 'features.part').glob('basis_*.npz')):
     shutil.copy(file, undisturbed / 'features.part')  # rounding could turn eigenvectors of another machine's own
 
-  assert 'goes on where it stopped' in _stage('features', elastic, other, devices=3)
+  assert 'features: resumed' in _stage('features', elastic, other, devices=3)
   _stage('features', undisturbed, one, devices=1)
   mine, wanted = (artifacts.open_stage(folder, 'features') for folder in (elastic, undisturbed))
   mine.verify()

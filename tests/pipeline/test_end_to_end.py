@@ -8,6 +8,7 @@ import time
 import pytest
 
 from dsdm_jax import pipeline
+from dsdm_jax.config.validate import flatten
 from dsdm_jax.data.pool.pool import Pool
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
@@ -76,7 +77,7 @@ def test_cost_versions_and_config_are_those_of_the_run(results):
   import jax
 
   assert results['versions']['jax'] == jax.__version__
-  assert results['config'] == pipeline.flatten(get_config())
+  assert results['config'] == flatten(get_config())
 
 
 def test_terminal_shows_the_table_and_where_things_are(finished):

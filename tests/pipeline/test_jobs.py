@@ -9,6 +9,7 @@ import pytest
 from dsdm_jax import pipeline
 from dsdm_jax.attribution.features import Features
 from dsdm_jax.core import artifacts
+from dsdm_jax.core.runner import Runner
 from dsdm_jax.errors import UserError
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
@@ -52,7 +53,7 @@ def test_jobs_and_another_number_of_devices_make_what_one_run_makes(begun, finis
   for process in started:
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error[-3000:]
-    assert 'this job has done its part' in out
+    assert 'this job has finished its share' in out
   assert not (begun / 'features').exists() and not (elsewhere / 'features').exists()
   shutil.copytree(elsewhere / 'features.part', begun / 'features.part', dirs_exist_ok=True)
   costs = [artifacts.Cost(begun / 'features.part', job).flop for job in range(JOBS)]
@@ -103,10 +104,10 @@ def test_of_two_jobs_that_end_at_once_the_slower_takes_what_the_faster_put_in_pl
   identity = artifacts.Identity('pool', 1, {}, {})
   out = artifacts.begin(workdir, identity)
   costs = [artifacts.Cost(out, job) for job in (0, 1)]
-  first, second = (pipeline._commit(workdir, identity, {'rows': 3}, cost) for cost in costs)
+  first, second = (artifacts.commit(workdir, identity, {'rows': 3}, cost) for cost in costs)
   assert first.manifest == second.manifest
   with pytest.raises(FileNotFoundError):
-    pipeline._commit(workdir, artifacts.Identity('pool', 2, {}, {}), {}, costs[1])
+    artifacts.commit(workdir, artifacts.Identity('pool', 2, {}, {}), {}, costs[1])
 
 
 def test_a_damaged_stage_that_mends_itself_is_opened_anew_but_not_by_one_of_several_jobs(workdir, capsys):
@@ -115,13 +116,14 @@ def test_a_damaged_stage_that_mends_itself_is_opened_anew_but_not_by_one_of_seve
     (artifacts.begin(workdir, identity) / name).write_text(name)
   out = artifacts.part_folder(workdir, 'features')
   made = artifacts.commit(workdir, identity, {}, artifacts.Cost(out))
-  stage = next(stage for stage in pipeline.STAGES if stage.name == 'features')
-  assert pipeline._whole(stage, made, {'features.jobs': 1}, workdir)
+  runner, runner_of_a_job = (Runner(pipeline.STAGES, config, workdir) for config in (get_config(), config_of(0)))
+  stage = runner.stages['features']
+  assert runner._intact(stage, made)
   (workdir / 'features' / 'two').write_text('owt')
   with pytest.raises(UserError, match='features/two has changed since it was written; delete'):
-    pipeline._whole(stage, made, {'features.jobs': 2}, workdir)
-  assert not pipeline._whole(stage, made, {'features.jobs': 1}, workdir)
-  assert 'features/two has changed since it was written; it is made anew' in capsys.readouterr().out
+    runner_of_a_job._intact(stage, made)
+  assert not runner._intact(stage, made)
+  assert 'features/two has changed since it was written; only this file is computed again' in capsys.readouterr().out
   assert (out / 'one').is_file() and not (out / 'two').exists() and not (workdir / 'features').exists()
 
 

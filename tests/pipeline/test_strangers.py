@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 from dsdm_jax import main, pipeline
 from dsdm_jax.attribution.store import FeatureStore
+from dsdm_jax.config import validate
+from dsdm_jax.core.runner import Runner
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
 
@@ -43,7 +45,7 @@ def stranger(finished, tmp_path_factory):
 def _record_reads(patch: pytest.MonkeyPatch, read: dict[str, set[str]]) -> None:
   sections: dict[int, str] = {}
   now: list[str] = []
-  original, run_stage = ConfigDict.__getitem__, pipeline._run_stage
+  original, run_stage = ConfigDict.__getitem__, Runner.run_stage
 
   def walk(config: ConfigDict, prefix: str) -> None:
     sections[id(config)] = prefix
@@ -58,16 +60,16 @@ def _record_reads(patch: pytest.MonkeyPatch, read: dict[str, set[str]]) -> None:
       read.setdefault(now[-1], set()).add(sections[id(self)] + key)
     return value
 
-  def recorded(stage, config, *rest):
-    walk(config, '')
+  def recorded(runner, stage):
+    walk(runner.config, '')
     now.append(stage.name)
     try:
-      return run_stage(stage, config, *rest)
+      return run_stage(runner, stage)
     finally:
       now.pop()
 
   patch.setattr(ConfigDict, '__getitem__', getitem)
-  patch.setattr(pipeline, '_run_stage', recorded)
+  patch.setattr(Runner, 'run_stage', recorded)
 
 
 def test_it_runs_from_end_to_end(stranger):
@@ -101,10 +103,10 @@ def test_no_stage_reads_a_key_that_it_did_not_declare(stranger):
   """A key that is read and not declared would let a changed setting pass for a finished stage."""
   _, read = stranger
   assert set(read) == set(pipeline.NAMES)  # the recorder saw them all
-  settings = pipeline.flatten(get_config())
+  settings = validate.flatten(get_config())
   for stage in (s for s in pipeline.STAGES if not s.on_request):
     # What a stage upstream depends on is held by that artifact's digest, which is part of this stage's identity.
-    known = [s for s in pipeline.STAGES if s.name in {stage.name, *pipeline._upstream(stage.name)}]
-    declared = {key for s in known for key in pipeline.select(settings, s.keys)}
+    known = [s for s in pipeline.STAGES if s.name in pipeline.needed(stage.name)]
+    declared = {key for s in known for key in validate.select(settings, s.keys)}
     undeclared = {key for key in read[stage.name] - declared if not key.startswith(FREE)}
     assert undeclared == set(), stage.name

@@ -52,7 +52,7 @@ def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path, capsys):
   with np.load(kept) as arrays:
     assert arrays['output'].shape == (8, 12)
   before = kept.stat().st_mtime_ns
-  assert 'goes on where it stopped' in runs.succeed(runs.TINY, f'--workdir={workdir}', *SMALL)
+  assert 'validation: resumed' in runs.succeed(runs.TINY, f'--workdir={workdir}', *SMALL)
   assert (workdir / 'validation/lds.md').read_text() == whole
   assert (workdir / 'validation/plain/0-8.npz').stat().st_mtime_ns == before
 

@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dsdm_jax.config import bounds
-from dsdm_jax.config.validate import load_callable
+from dsdm_jax.config.validate import load_callable, select
 from dsdm_jax.data import files
 from dsdm_jax.data.pool.documents import Document
 from dsdm_jax.data.pool.installed_packages import installed_packages
@@ -166,6 +166,20 @@ def states(lines: Iterable[str]) -> dict[str, str]:
       digest = hashlib.blake2b('\x1e'.join(noted).encode(), digest_size=8).hexdigest()
       found[f'{entry.kind}:{entry.target}'] = f'{len(noted)} files, state {digest}' if noted else ''
   return found
+
+
+def fingerprint(
+  selected: Mapping[str, Any], settings: Mapping[str, Any], previous: Mapping[str, Any]
+) -> dict[str, Any]:
+  """State of the source files, for `Stage.fingerprint`; that of the finished pool where files are gone.
+
+  With planted targets, also the settings that decide which examples are in the target split.
+  """
+  result = {f'pool.files of {source}': state for source, state in states(selected['pool.sources']).items()}
+  result = {key: state or previous.get(key, '') for key, state in result.items()}
+  if selected['pool.plant_targets']:
+    result |= select(settings, ('targets.holdout_share', 'targets.max_examples'))
+  return result
 
 
 def _tfds_units(entry: Entry) -> list[Unit]:

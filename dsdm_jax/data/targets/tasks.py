@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from dsdm_jax.data.targets import benchmarks, cs_algorithms, shapes, standard_library
@@ -132,6 +133,20 @@ def places_of(settings: Mapping[str, Any]) -> dict[str, str]:
       held = benchmarks.place(benchmarks.BENCHMARKS[name], tried)
       found |= {name: held} if held else {}
   return found
+
+
+def fingerprint(
+  selected: Mapping[str, Any], settings: Mapping[str, Any], previous: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Checksums of the target files in place of their folder, for `Stage.fingerprint`."""
+  del settings, previous
+  result = {'targets.folder': ''}
+  for task, place in places_of(selected).items():
+    if benchmarks.in_tfds(place):
+      result[f'TFDS of {task}'] = place
+    else:
+      result[f'SHA-256 of {task}'] = hashlib.sha256(epath.Path(place).read_bytes()).hexdigest()
+  return result
 
 
 def _asked(settings: Mapping[str, Any]) -> list[str]:
