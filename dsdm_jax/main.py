@@ -2,14 +2,11 @@
 
 import sys
 
-from dsdm_jax.core import memory, processes
-
-memory.use_huge_pages()  # the process may start anew here, so nothing that takes time comes before
-
 from absl import flags
 from ml_collections import config_flags
 
 from dsdm_jax import pipeline
+from dsdm_jax.core import processes
 from dsdm_jax.core.command_line import DISK, cannot_write, explain
 from dsdm_jax.errors import UserError
 

@@ -100,6 +100,9 @@ prepare() { # makes and fills .venv, for the accelerator that is here
   local found files=("$root/requirements.txt")
   found=$(accelerator)
   [[ $found == cpu ]] || files+=("$root/requirements-$found.txt")
+  if [[ $found == cpu && $OSTYPE == linux* ]]; then # huge pages for XLA's buffers: see docs/pretraining.md
+    export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}"
+  fi
   if command -v flock >/dev/null; then # one at a time, where several nodes share a checkout
     exec 9>"$root/.venv.lock"
     flock 9

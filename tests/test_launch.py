@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ case "$1 $2" in
   "--version "*) echo Python {version} ;;
   "-m venv") mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python" ;;
   "-m pip") [[ $3 == --version ]] || echo "$*" >>"{log}/pip" ;;
-  "-m dsdm_jax.main") shift 2 && printf '%s\\n' "$@" >"{log}/main" && exit "${{EXIT_CODE:-0}}" ;;
+  "-m dsdm_jax.main")
+    printf '%s' "${{GLIBC_TUNABLES:-}}" >"{log}/tunables"
+    shift 2 && printf '%s\\n' "$@" >"{log}/main" && exit "${{EXIT_CODE:-0}}" ;;
 esac
 """
 TOOLS = 'bash dirname basename cat cmp cp rm mkdir env'.split()
@@ -67,6 +70,21 @@ def checkout(tmp_path, repo_root) -> Checkout:
   if os.name != 'posix':
     pytest.skip('the launch scripts need bash')
   return Checkout(tmp_path, repo_root)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='a setting of glibc')
+@pytest.mark.parametrize(
+  ('environment', 'tunables'),
+  [
+    ({}, 'glibc.malloc.hugetlb=1'),
+    ({'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=0'}, 'glibc.malloc.hugetlb=0'),
+    ({'DSDM_JAX_ACCELERATOR': 'cuda'}, ''),
+  ],
+)
+def test_huge_pages_are_on_where_there_is_no_accelerator(checkout, environment, tunables):
+  checkout.add_python('python3')
+  assert checkout.run(**environment).returncode == 0
+  assert (checkout.log / 'tunables').read_text() == tunables
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,7 @@
 """What is measured, as commands: `python -m dsdm_jax.bench features --help`."""
 
-import sys
-
-from dsdm_jax.core import memory
-
-# The process may start anew here, so nothing that takes time comes before. Why one arena: `bench.features`.
-memory.use_huge_pages(one_arena=sys.argv[1:2] in (['features'], ['peers']))
-
 import argparse
+import sys
 
 from dsdm_jax.bench import (
   data,

@@ -262,6 +262,8 @@ class Runner:
     check_callables(self.config)
     processes.decide(lambda: self.workdir.mkdir(parents=True, exist_ok=True))
     processes.check_shared(self.workdir)
+    if jax.default_backend() == 'cpu':
+      processes.keep_freed_memory()
     if jax.config.values['jax_compilation_cache_dir'] is None:
       jax.config.update('jax_compilation_cache_dir', str(self.workdir / 'xla_cache'))
 

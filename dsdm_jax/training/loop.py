@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import preemption, processes, storage
+from dsdm_jax.core import processes, storage
 from dsdm_jax.core.checkpoints import Checkpoints, Keep
 from dsdm_jax.core.mesh import assemble
 from dsdm_jax.core.stage import Context
@@ -67,7 +67,7 @@ def train(
     bar.update(steps * trainer.models)
     return read_history(record_file)
   keep = Keep(config.keep_checkpoints, config.keep_every_steps, config.keep_every_hours, kept)
-  with preemption.watched() as asked_to_stop:
+  with processes.sigterm_watched() as asked_to_stop:
     with Checkpoints(context.out / name, keep) as checkpoints:
       restored = checkpoints.restore(trainer.abstract)
       state, history = (restored[0], restored[1]['history']) if restored else (trainer.init(key), [])
