@@ -11,7 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from dsdm_jax.config.validate import flatten, resolve, validate
-from dsdm_jax.core import processes, storage
+from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.runner import Runner, locked
 from dsdm_jax.core.stage import Stage
@@ -188,8 +188,11 @@ def run_connected(config: ConfigDict, workdir: Path, only: str | None = None, re
     done = Runner(STAGES, config, workdir).run(only, rerun, created)
     if processes.is_first() and 'evaluation' in done and only in (None, 'evaluation'):
       _publish(workdir, config, done)
+    for name in ('report', 'validation'):
+      if processes.is_first() and name in done and only in (None, name):
+        artifacts.publish(done[name])
     if processes.is_first() and 'report' in done and only in (None, 'report'):
-      print(f'report: {done["report"].path / "index.html"}', flush=True)
+      print(f'report: {workdir / "report" / "index.html"}', flush=True)
 
 
 def _publish(workdir: Path, config: ConfigDict, done: Mapping[str, Artifact]) -> None:

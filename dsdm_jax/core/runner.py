@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dsdm_jax.config.validate import check_callables, check_devices, flatten, select
-from dsdm_jax.core import artifacts, lock, processes
+from dsdm_jax.core import artifacts, lock, processes, storage
 from dsdm_jax.core.artifacts import Artifact, Identity
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context, Stage
@@ -63,8 +62,10 @@ class Runner:
       UserError: the workdir holds other settings or damaged files, or a stage raised it.
     """
     if not self.shared:
-      processes.decide(lambda: artifacts.sweep(self.workdir))
+      processes.decide(lambda: artifacts.sweep(self.workdir, self.stages))
     self._open(processes.decide(lambda: self._find_finished(only, rerun)))
+    if not self.shared:
+      processes.decide(lambda: artifacts.discard_others(self.workdir, self.done))
     wanted = [
       stage for name, stage in self.stages.items()
       if name not in self.done and (name == only or (only is None and not stage.on_request))
@@ -83,13 +84,11 @@ class Runner:
           processes.decide(lambda: artifacts.check_versions(self.workdir, self.identity(stage)))  # noqa: B023
         self.run_stage(stage)
     except UserError:
-      unfinished = any(artifacts.part_folder(self.workdir, name).exists() for name in self.stages)
+      unfinished = any(artifacts.unfinished(self.workdir, name) for name in self.stages)
       if processes.is_first() and created and not self.done and not unfinished:
         for path in self.workdir.iterdir():
-          if path.is_dir():
-            shutil.rmtree(path)
-          elif path.name != lock.LOCK:
-            path.unlink()
+          if path.name != lock.LOCK:
+            storage.delete(path)
       raise
     return self.done
 
@@ -144,8 +143,6 @@ class Runner:
       unfinished = artifacts.begun(self.workdir, name)
       if all(read in self.done for read in stage.reads):
         identity = self.identity(stage)
-        if artifact is None and artifacts.pending_commit(self.workdir, identity):
-          artifact = artifacts.finish_commit(self.workdir, name)
         if artifact is not None and artifact.identity == identity.as_json():
           if self._intact(stage, artifact):
             self.done[name] = artifact
@@ -205,7 +202,7 @@ class Runner:
     if not stage.repairable or self.shared:
       artifact.verify()
       return True
-    damage = artifacts.reopen(self.workdir, artifact)
+    damage = artifacts.reopen(artifact)
     for phrase in damage:
       print(f'{stage.name}: {phrase}; only this file is computed again')
     return not damage
@@ -215,8 +212,8 @@ class Runner:
     first, job = processes.is_first(), self.config.features.job
     # Process 0 alone computes the identity, which may read large files.
     identity = Identity(**processes.decide(lambda: self.identity(stage).as_json()))
-    resumed = processes.decide(lambda: artifacts.goes_on(self.workdir, identity))
-    out = Path(processes.decide(lambda: str(artifacts.begin(self.workdir, identity))))
+    resumed = processes.decide(lambda: artifacts.resumable(self.workdir, identity))
+    out = Path(processes.decide(lambda: str(artifacts.begin(self.workdir, identity, self.shared))))
     log, cost = Log(self.workdir, stage.name, enabled=first), artifacts.Cost(out, job, enabled=first)
     log.event('begin', resumed=resumed)
     _print(f'{stage.name}: {"resumed" if resumed else "running"}')
@@ -229,7 +226,7 @@ class Runner:
     except UserError:
       # An attempt without work is deleted, so that the next run may have other settings.
       if first and not self.shared and not artifacts.holds_work(out):
-        shutil.rmtree(out)
+        artifacts.discard(out)
       raise
     finally:
       log.close()

@@ -155,9 +155,10 @@ def _run(given: argparse.Namespace) -> str:
 
 
 def _open(folder: Path) -> Pool:
-  if not (folder / artifacts.MANIFEST).is_file():
+  artifact = artifacts.open_folder(folder)
+  if artifact is None:
     raise UserError(f'--pool={folder} is no finished pool folder; give one, such as RUN/pool')
-  return Pool(folder)
+  return Pool(artifact)
 
 
 if __name__ == '__main__':

@@ -10,8 +10,6 @@ import argparse
 import csv
 import glob
 import io
-import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,28 +104,13 @@ def share(config: Any, workdir: Path, others: Sequence[Path]) -> list[str]:
       for other in others:
         there = artifacts.open_stage(other, stage.name)
         if there is not None and there.identity == wanted:
-          _link(there.path, workdir / stage.name)
+          artifacts.link(there, workdir)
           linked.append(stage.name)
           here = artifacts.open_stage(workdir, stage.name)
           break
     if here is not None and here.identity == wanted:
       done[stage.name] = here
   return linked
-
-
-def _link(source: Path, target: Path) -> None:
-  """Puts `source` at `target` whole or not at all; its files have two names then, and neither is ever written to."""
-  part = target.with_name(f'{target.name}.linked')
-  shutil.rmtree(part, ignore_errors=True)
-  shutil.copytree(source, part, copy_function=_same_file)
-  part.rename(target)
-
-
-def _same_file(source: str, target: str) -> None:
-  try:
-    os.link(source, target)
-  except OSError:  # a disk without hard links
-    shutil.copy2(source, target)
 
 
 def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:

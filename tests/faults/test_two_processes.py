@@ -31,7 +31,7 @@ def start(workdir: Path) -> list[subprocess.Popen[str]]:
 
 
 def steps(workdir: Path) -> set[str]:
-  return {p.name for p in workdir.glob('proxies.part/proxy_*/*') if p.name.isdecimal()}
+  return {p.name for p in workdir.glob('proxies/*/proxy_*/*') if p.name.isdecimal()}
 
 
 def wait_for_a_save(workdir: Path, before: set[str]) -> None:

@@ -12,6 +12,7 @@ from dsdm_jax import main, pipeline
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.config import validate
 from dsdm_jax.core.runner import Runner
+from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
 
@@ -87,7 +88,9 @@ def test_its_layers_are_probed_and_only_those(stranger):
   assert [layer['path'] for layer in semantics['layers']] == [
     'stack/0/mix/wk', 'stack/0/mix/wo', 'stack/0/mix/wq', 'stack/0/mix/wv', 'unembed'
   ]  # fmt: skip
-  store = FeatureStore(workdir / 'features/features_0.zarr', semantics['rows'], semantics['dimension'], 256, 'bfloat16')
+  store = FeatureStore(
+    files_of(workdir, 'features') / 'features_0.zarr', semantics['rows'], semantics['dimension'], 256, 'bfloat16'
+  )
   phi_NJ = store.read(0).astype(np.float32)
   for layer in semantics['layers']:
     part = phi_NJ[:, layer['start'] : layer['start'] + layer['a'] * layer['b']]
@@ -95,7 +98,10 @@ def test_its_layers_are_probed_and_only_those(stranger):
 
 
 def test_scores_are_its_own(stranger, finished):
-  with np.load(stranger[0] / 'datamodel/scores.npz') as a, np.load(finished / 'datamodel/scores.npz') as b:
+  with (
+    np.load(files_of(stranger[0], 'datamodel') / 'scores.npz') as a,
+    np.load(files_of(finished, 'datamodel') / 'scores.npz') as b,
+  ):
     assert abs(np.corrcoef(a['score_docs_N'], b['score_docs_N'])[0, 1]) < 0.9
 
 
