@@ -2,30 +2,28 @@
 
 import sys
 
-from dsdm_jax.core import memory, processes
-
-memory.use_huge_pages()  # the process may start anew here, so nothing that takes time comes before
-
 from absl import flags
 from ml_collections import config_flags
 
 from dsdm_jax import configs, pipeline
 from dsdm_jax.config.validate import whole_numbers
+from dsdm_jax.core import processes
 from dsdm_jax.core.command_line import DISK, cannot_write, explain
 from dsdm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file with get_config(), or a packaged config: quickstart.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-_STAGE = flags.DEFINE_enum('stage', None, (*pipeline.NAMES, *pipeline.ON_REQUEST, 'plan'), 'Run this stage alone.')
-_RERUN = flags.DEFINE_bool('rerun', False, 'Make stages anew that stand there with other settings.')
+_STAGES = (*pipeline.NAMES, *pipeline.ON_REQUEST, 'plan')
+_STAGE = flags.DEFINE_enum('stage', None, _STAGES, 'Run one stage only; plan: estimate the cost on TPUs.')
+_RERUN = flags.DEFINE_bool('rerun', False, 'Run stages again that are finished with other settings.')
 
 
 def _parse(argv: list[str]) -> None:
   try:
     extra = flags.FLAGS(whole_numbers(configs.find_in(argv)))[1:]
     if _CONFIG.value is not None:
-      _CONFIG.value.keys()  # a file that could not be loaded says so when it is looked into
-  except Exception as error:  # a config file is a program of the user's and may fail in any way
+      _CONFIG.value.keys()  # a file that cannot be loaded raises here
+  except Exception as error:  # a config file is a program and may raise anything
     raise UserError(explain(error, argv)) from error
   wanted = {'--config': (_CONFIG.value, 'configs/quickstart.py'), '--workdir': (_WORKDIR.value, 'runs/quickstart')}
   for name, (value, example) in wanted.items():
@@ -36,7 +34,7 @@ def _parse(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Exit code 0; or 2 after one line on stderr about what the user can mend."""
+  """Returns exit code 0, or 2 after one line on stderr about an error that the user can resolve."""
   try:
     _parse(sys.argv if argv is None else argv)
     if _STAGE.value == 'plan':

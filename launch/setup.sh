@@ -100,6 +100,9 @@ prepare() { # makes .venv and installs requirements for the accelerator of this 
   local device files=("$root/requirements.txt")
   device=$(accelerator)
   [[ $device == cpu ]] || files+=("$root/requirements-$device.txt")
+  if [[ $device == cpu && $OSTYPE == linux* ]]; then # huge pages for XLA's buffers: see docs/pretraining.md
+    export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}"
+  fi
   if command -v flock >/dev/null; then # one at a time, because several nodes may share a checkout
     exec 9>"$root/.venv.lock"
     flock 9

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 
 import pytest
 
@@ -13,6 +14,21 @@ def checkout(tmp_path, repo_root) -> Checkout:
   if os.name != 'posix':
     pytest.skip('the launch scripts need bash')
   return Checkout(tmp_path, repo_root)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='a setting of glibc')
+@pytest.mark.parametrize(
+  ('environment', 'tunables'),
+  [
+    ({}, 'glibc.malloc.hugetlb=1'),
+    ({'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=0'}, 'glibc.malloc.hugetlb=0'),
+    ({'DSDM_JAX_ACCELERATOR': 'cuda'}, ''),
+  ],
+)
+def test_huge_pages_are_on_where_there_is_no_accelerator(checkout, environment, tunables):
+  checkout.add_python('python3')
+  assert checkout.run(**environment).returncode == 0
+  assert (checkout.log / 'tunables').read_text() == tunables
 
 
 @pytest.mark.parametrize(

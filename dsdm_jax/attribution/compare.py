@@ -29,9 +29,8 @@ def load(path: Path, target: str) -> dict[str, np.ndarray]:
   if path.is_file():
     return {target: score_files.read(path)}
   for folder in (path / 'datamodel', path):
-    if (folder / artifacts.MANIFEST).is_file() and (folder / 'scores.npz').is_file():
-      artifact = artifacts.open_stage(folder.parent, folder.name)
-      assert artifact is not None
+    artifact = artifacts.open_folder(folder)
+    if artifact is not None and 'scores.npz' in artifact.manifest['files']:
       artifact.verify()
       scores = Scores(artifact)
       return {name: scores.score_N(name) for name in (*scores.tasks, MIX)}

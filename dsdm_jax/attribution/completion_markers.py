@@ -4,7 +4,6 @@ A file without one is not finished. A resume trusts no file that a disk has chan
 other settings whose folder was laid over this one.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ def write(marker: Path, files: Sequence[Path], origin: str, **said: Any) -> None
     origin: names the run that they are of.
     said: what else the marker is to hold.
   """
-  storage.write_json(marker, {'origin': origin, 'sha256': [_sha256(file) for file in files], **said})
+  storage.write_json(marker, {'origin': origin, 'sha256': [storage.checksum(file) for file in files], **said})
 
 
 def read(marker: Path, files: Sequence[Path], origin: str) -> dict[str, Any] | None:
@@ -45,11 +44,6 @@ def read(marker: Path, files: Sequence[Path], origin: str) -> dict[str, Any] | N
       'make it anew, and lay over each other only folders of copies of one workdir'
     )
   whole = len(sums) == len(files) and all(
-    file.is_file() and _sha256(file) == sha256 for file, sha256 in zip(files, sums, strict=True)
+    file.is_file() and storage.checksum(file) == sha256 for file, sha256 in zip(files, sums, strict=True)
   )
   return said if whole else None
-
-
-def _sha256(file: Path) -> str:
-  with open(file, 'rb') as opened:
-    return hashlib.file_digest(opened, 'sha256').hexdigest()

@@ -245,7 +245,7 @@ def _picked(step: FeatureStep, wished: int) -> str:
 
 
 def _origin(context: Context) -> str:
-  return artifacts.origin(context.out.parent, context.out.name.removesuffix('.part'))
+  return artifacts.origin(context.out)
 
 
 def _pool_features(

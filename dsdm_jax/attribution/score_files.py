@@ -1,10 +1,13 @@
 """Scores made elsewhere: `.npy`, Parquet, and PyTorch's `.pt` as the authors of DsDm released theirs."""
 
+import hashlib
 import os
 import pickletools
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -126,3 +129,21 @@ def _described(pickled: bytes, path: Path) -> tuple[str, int]:
   if len(tuples) < 2 or tuples[1] != 1 or len(numbers) < 4 or numbers[1] != 0:
     raise UserError(f'{path} holds a view and no plain vector; save it with .clone()')
   return _STORAGES[storages[0]], tuples[0]
+
+
+def fingerprint(
+  selected: Mapping[str, Any], settings: Mapping[str, Any], previous: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Checksum of the file that `selection.imported` names, for `Stage.fingerprint`.
+
+  Raises:
+    UserError: the file does not exist.
+  """
+  del settings, previous
+  if not selected['selection.imported']:
+    return {}
+  file = Path(selected['selection.imported'])
+  if not file.is_file():
+    raise UserError(f'selection.imported = {str(file)!r} is not a file; give a file with one score per row')
+  with open(file, 'rb') as opened:
+    return {f'SHA-256 of {file}': hashlib.file_digest(opened, 'sha256').hexdigest()}

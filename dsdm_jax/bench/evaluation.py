@@ -10,7 +10,7 @@ import json
 import time
 
 from dsdm_jax.configs import quickstart
-from dsdm_jax.core import memory, prng
+from dsdm_jax.core import prng, processes
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data.pool import vocabulary
 from dsdm_jax.data.targets import benchmarks
@@ -34,7 +34,7 @@ def run(flags: argparse.Namespace) -> None:
   unknown = [task for task in tasks if task not in benchmarks.BENCHMARKS]
   if unknown:
     raise UserError(f'--tasks={flags.tasks}: {unknown[0]} is not a benchmark in docs/benchmarks.md')
-  memory.keep_freed_memory()  # as every run of the pipeline does
+  processes.keep_freed_memory()  # as every run of the pipeline does
   texts = [
     f'{i.context} {i.continuation}' for i in benchmarks.read_items(benchmarks.BENCHMARKS[tasks[0]], flags.folder)
   ]

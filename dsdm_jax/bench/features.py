@@ -34,7 +34,7 @@ from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
 from dsdm_jax.bench import stages
 from dsdm_jax.configs import base
-from dsdm_jax.core import flops, memory, prng
+from dsdm_jax.core import flops, prng, processes
 from dsdm_jax.core.mesh import batch_sharding, make_mesh
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm import outputs
@@ -118,7 +118,7 @@ def cases(names: Iterable[str], flags: argparse.Namespace) -> list[Case]:
   """Compiled programs of these names; `flags` has those of `add_flags`."""
   mesh = mesh_of(flags.devices)
   if jax.default_backend() == 'cpu':
-    memory.keep_freed_memory()  # as a run does
+    processes.keep_freed_memory()  # as a run does
   return [_case(name, flags, mesh) for name in names]
 
 

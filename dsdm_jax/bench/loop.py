@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax import configs
 from dsdm_jax.config.validate import resolve, validate
-from dsdm_jax.core import memory, prng
+from dsdm_jax.core import prng, processes
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.mesh import make_mesh, share
 from dsdm_jax.core.progress import Log
@@ -120,14 +120,13 @@ def _first_step(config: str, workdir: Path) -> tuple[float, float]:
     process.terminate()
     process.wait()
   _check(process, workdir)
-  for folder in ('proxies', 'proxies.part'):  # the next run starts from the beginning
-    shutil.rmtree(workdir / folder, ignore_errors=True)
+  shutil.rmtree(workdir / 'proxies', ignore_errors=True)  # the next run starts from the beginning
   return times[0] - began, sum(os.times()[2:4]) - used
 
 
 def _input(flags: argparse.Namespace, config: ConfigDict, workdir: Path) -> dict[str, Any]:
   if jax.default_backend() == 'cpu':
-    memory.keep_freed_memory()  # as a run does
+    processes.keep_freed_memory()  # as a run does
   pool, train = Pool(workdir / 'pool'), config.pretraining.train
   steps = config.selection.examples * config.selection.epochs // train.batch_size
   if steps <= WARM_STEPS:

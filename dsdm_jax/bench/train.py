@@ -18,7 +18,7 @@ import numpy as np
 
 from dsdm_jax.bench import features
 from dsdm_jax.configs import base
-from dsdm_jax.core import flops, memory, prng
+from dsdm_jax.core import flops, prng, processes
 from dsdm_jax.core.mesh import place
 from dsdm_jax.errors import UserError
 from dsdm_jax.training.step import Trainer
@@ -45,7 +45,7 @@ def run(flags: argparse.Namespace) -> None:
   began = time.perf_counter()
   mesh = features.mesh_of(flags.devices)
   if jax.default_backend() == 'cpu':
-    memory.keep_freed_memory()  # as every run of the pipeline does
+    processes.keep_freed_memory()  # as every run of the pipeline does
   step, flop, peak_bytes = _step(flags, mesh)
   step()
   first = time.perf_counter() - began

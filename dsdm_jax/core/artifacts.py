@@ -1,23 +1,26 @@
-"""Artifacts: what a finished stage leaves on disk, and the only way in which stages meet.
+"""Artifacts: what a finished stage leaves on disk, and the only way in which stages exchange data.
 
-A stage writes below `DIR/<stage>.part/`; committing adds `manifest.json` and renames the folder to `DIR/<stage>/`.
-So a folder without `.part` is whole. Its manifest holds the *identity* (settings that the stage depends on, digests
-of the artifacts that it read, format version), a checksum of each file, package versions, cost, and the semantics of
-what is inside.
+A stage writes below `WORKDIR/<stage>/<attempt>/`. One small file, `WORKDIR/<stage>/manifest.json`, makes an attempt the
+finished stage: it names the attempt, the *identity* (settings that the stage depends on, digests of the artifacts that
+it read, format version), a checksum of each file, package versions, cost and what the data means (`semantics`).
+
+An attempt is named after the digest of its identity, so that jobs which share a stage agree on it. Its note
+`begun.json` has the identity and the package versions; an attempt with that note can be resumed. A rerun writes another
+attempt, replaces the manifest, then deletes the old attempt. So a kill at any moment leaves a stage that is finished or
+an attempt that can be resumed.
 """
 
+import contextlib
 import dataclasses
-import errno
 import fnmatch
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,12 @@ from dsdm_jax.core import storage
 from dsdm_jax.errors import UserError
 
 MANIFEST = 'manifest.json'
-# Keys that say how a stage is worked on and not what it makes: no identity holds them. In those written before batches
-# followed the devices the last two stand, and are passed over.
-HOW = ('features.job', 'features.jobs', 'features.batch_size', 'features.microbatch')
 _BEGUN = 'begun.json'
 _COST = 'cost*.json'  # one for each job that shares the stage
+_ATTEMPT = re.compile(r'[0-9a-f]{12}-\d+')
 _IDENTITY = {'stage': str, 'format': int, 'settings': dict, 'inputs': dict}
-_TEMPORARY = re.compile(r'\..+\.[a-z0-9_]{8}')  # as tempfile names what `begin` and `atomic` are about to rename
-# What results depend on to the bit: work that was begun with one version of these is not gone on with by another.
+# Packages that can change results bit for bit. A stage that was started under one version cannot be resumed under
+# another.
 _DECIDE = (
   'jax jaxlib libtpu jax-cuda12-pjrt flax optax seqio sentencepiece tokenizers tensorflow tensorflow-datasets '
   'array_record numpy ml_dtypes scipy scikit-learn'
@@ -46,9 +47,9 @@ class Identity:
 
   Attributes:
     stage: name of the stage.
-    format: version of what the stage writes; raised by a commit that changes it.
+    format: version of what the stage writes; a commit that changes it raises the number.
     settings: flat config key → JSON value, for the keys that the stage depends on.
-    inputs: name of each artifact read → its digest.
+    inputs: name of each artifact that it reads → digest.
   """
 
   stage: str
@@ -57,35 +58,33 @@ class Identity:
   inputs: Mapping[str, str]
 
   def as_json(self) -> dict[str, Any]:
-    # A round trip, so that what is compared is what a file can hold (tuples are lists).
+    # A round trip, so that both sides of a comparison are what a file can hold (tuples become lists).
     return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-def settled(identity: Mapping[str, Any]) -> dict[str, Any]:
-  """What an identity that was read says of what the stage makes."""
-  return {**identity, 'settings': {key: value for key, value in identity['settings'].items() if key not in HOW}}
-
-
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-  """One phrase for each way in which identity `found` is not `wanted`; empty if they agree."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """One phrase for each difference between two identities; empty if they agree."""
   phrases = []
-  if found['format'] != wanted['format']:
-    phrases.append(f'format version was {found["format"]}, now {wanted["format"]}')
-  old, new = found['settings'], wanted['settings']
-  for key in sorted(old.keys() | new.keys()):
-    if old.get(key) != new.get(key):
-      was = json.dumps(old[key]) if key in old else 'absent'
-      now = json.dumps(new[key]) if key in new else 'absent'
+  if old['format'] != new['format']:
+    phrases.append(f'format version was {old["format"]}, now {new["format"]}')
+  before, after = old['settings'], new['settings']
+  for key in sorted(before.keys() | after.keys()):
+    if before.get(key) != after.get(key):
+      was, now = (json.dumps(settings[key]) if key in settings else 'absent' for settings in (before, after))
       phrases.append(f'{key} was {was}, now {now}')
-  for name in sorted(found['inputs'].keys() | wanted['inputs'].keys()):
-    if found['inputs'].get(name) != wanted['inputs'].get(name):
-      phrases.append(f'the {name} it read is another one now')
+  for name in sorted(old['inputs'].keys() | new['inputs'].keys()):
+    if old['inputs'].get(name) != new['inputs'].get(name):
+      phrases.append(f'its input {name} has changed')
   return phrases
 
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-  """A committed stage, opened for reading."""
+  """A finished stage, opened for reading.
+
+  Attributes:
+    path: folder of its files.
+  """
 
   path: Path
   manifest: Mapping[str, Any]
@@ -96,252 +95,293 @@ class Artifact:
 
   @property
   def identity(self) -> Mapping[str, Any]:
-    """What it was made from, to be compared with `Identity.as_json`."""
-    return settled(self.manifest['identity'])
+    """What it was computed from, as `Identity.as_json`."""
+    return self.manifest['identity']
 
   @property
   def settings(self) -> Mapping[str, Any]:
-    return self.manifest['identity']['settings']
+    return self.identity['settings']
 
   @property
   def digest(self) -> str:
     """SHA-256 over identity and file checksums: changes whenever identity or content does.
 
-    Two saves of the same weights differ in names and bytes: for a model stands the record of its training, `NAME.jsonl`
-    beside its folder. Manifests from before that have no 'models', and all of their files count.
+    Two checkpoints of the same weights differ in names and bytes. A model counts by the record of its training, the
+    file `NAME.jsonl` beside its folder.
     """
-    models = set(self.manifest.get('models', ()))
+    models = set(self.manifest['models'])
     files = {name: entry for name, entry in self.manifest['files'].items() if name.partition('/')[0] not in models}
-    content = {'identity': self.manifest['identity'], 'files': files}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return _digest({'identity': self.identity, 'files': files})
 
   def verify(self) -> None:
     """Reads every file back.
 
     Raises:
-      UserError: a file is missing, has another size or other bytes, or is a link that leads out of the folder; it names
-        the first such file.
+      UserError: a file is missing, has another size or other bytes, or is a link that leads out of the folder; the
+        message names the first such file.
     """
-    for _, said in self.damaged():
-      raise UserError(f'{said}; {self._repair()}')
+    for _, phrase in self.damaged():
+      raise UserError(f'{phrase}; delete {self.path.parent} and start again to run that stage again')
 
   def damaged(self) -> Iterator[tuple[Path, str]]:
     """Files that are not as they were written, see `damaged`."""
     return damaged(self.path, self.manifest['files'])
 
-  def _repair(self) -> str:
-    return f'delete {self.path} and start again to make that stage anew'
-
 
 def damaged(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Path, str]]:
-  """Which of `files`, as of `checksums`, are not as they were written, and a phrase that says so; see `inside`."""
+  """The `files` of `checksums` that are not as they were written, each with a phrase that says how; see `inside`."""
   for name, entry in files.items():
     file = inside(folder, name)
     if not file.is_file():
       yield file, f'{file} is missing'
     elif file.stat().st_size != entry['bytes']:
       yield file, f'{file} has {file.stat().st_size} bytes where {entry["bytes"]} were written'
-    elif _sha256(file) != entry['sha256']:
+    elif storage.sha256(file) != entry['sha256']:
       yield file, f'{file} has changed since it was written'
 
 
 def inside(folder: Path, name: str) -> Path:
-  """`folder / name`, for a name that was read from a file: links followed, it must lie below `folder`.
+  """`folder / name`, for a name from a file: with links followed, it must be below `folder`.
 
   Raises:
-    UserError: it does not.
+    UserError: it is not.
   """
   file = Path(folder) / name
   if '\0' in name or not file.resolve().is_relative_to(Path(folder).resolve()):
-    raise UserError(
-      f'{folder} names the file {name!r}, which lies outside of it; take a workdir from a source you trust'
-    )
+    raise UserError(f'{folder} names the file {name!r}, which is outside it; use a workdir from a source you trust')
   return file
 
 
-def folder(workdir: Path, stage: str) -> Path:
-  return Path(workdir) / stage
-
-
-def part_folder(workdir: Path, stage: str) -> Path:
-  return Path(workdir) / f'{stage}.part'
+def checksums(folder: Path) -> dict[str, dict[str, Any]]:
+  """Relative POSIX path of every file below `folder`, without notes on the attempt → size in bytes and SHA-256."""
+  result = {}
+  for name in storage.files(folder):
+    if not _is_note(name):
+      file = folder / name
+      result[name] = {'bytes': file.stat().st_size, 'sha256': storage.checksum(file)}
+  return result
 
 
 def open_stage(workdir: str | os.PathLike, stage: str) -> Artifact | None:
-  """The committed artifact of `stage`, or None where there is none.
+  """The finished artifact of `stage`; None if it is not finished.
 
   Raises:
-    UserError: its manifest is unreadable.
+    UserError: its manifest is unreadable, damaged or of an older version.
   """
-  path = folder(Path(workdir), stage)
-  return _read_manifest(path) if path.is_dir() else None
-
-
-def _read_manifest(path: Path) -> Artifact:
-  file = path / MANIFEST
+  file = Path(workdir) / stage / MANIFEST
   try:
-    manifest = json.loads(file.read_bytes())
+    data = storage.read_bytes(file)
+    if data is None:
+      return None
+    manifest = json.loads(data)
+    if 'attempt' not in manifest and 'identity' in manifest:
+      raise UserError(f'{file.parent} was written by an older version of dsdm_jax; use another --workdir')
+    if manifest.pop('sha256') != _digest(manifest):
+      raise ValueError('its checksum is wrong')
     for key in ('identity', 'files', 'semantics', 'cost', 'versions'):
       if not isinstance(manifest[key], dict):
-        raise TypeError(f'{key} is no object')
-    if not _is_identity(manifest['identity']):
-      raise ValueError('identity lacks a part')
+        raise TypeError(f'{key} is not an object')
+    if not _ATTEMPT.fullmatch(manifest['attempt']) or not _is_identity(manifest['identity']):
+      raise ValueError('attempt or identity is incomplete')
     for key in ('seconds', 'flop'):
       manifest['cost'][key] + 0.0
-    if not all(isinstance(name, str) for name in manifest.get('models', ())):
-      raise TypeError('models holds what is no name')
+    if not all(isinstance(name, str) for name in manifest['models']):
+      raise TypeError('models has an entry that is not a name')
     for name, entry in manifest['files'].items():
       if Path(name).is_absolute() or '..' in Path(name).parts or '\0' in name:
         raise ValueError(f'path {name!r} leaves the folder')
       if type(entry['bytes']) is not int or type(entry['sha256']) is not str:
         raise TypeError(f'{name} has no size or no checksum')
-  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+  except UserError:
+    raise
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    reason = ' '.join(str(error).split())[:200]
     raise UserError(
-      f'{file} is unreadable ({type(error).__name__}: {_short(error)}); delete {path} and start again to make that '
-      'stage anew'
+      f'{file} is unreadable ({type(error).__name__}: {reason}); delete {file.parent} and start again to run that '
+      'stage again'
     ) from error
-  return Artifact(path, manifest)
+  return Artifact(file.parent / manifest['attempt'], manifest)
 
 
-def _short(error: Exception) -> str:
-  return ' '.join(str(error).split())[:200]
+def open_folder(folder: Path) -> Artifact | None:
+  """The artifact in `WORKDIR/<stage>`; None if that is not a finished stage."""
+  folder = Path(folder).absolute()
+  return open_stage(folder.parent, folder.name)
+
+
+def _digest(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def seal(manifest: Mapping[str, Any]) -> bytes:
+  """The manifest as it is written, with a checksum of itself."""
+  manifest = json.loads(json.dumps(manifest))  # so that the checksum is of what is read back
+  return storage.as_json({**manifest, 'sha256': _digest(manifest)})
 
 
 def _is_identity(value: Any) -> bool:
   return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in _IDENTITY.items())
 
 
+def _note(attempt: Path) -> dict[str, Any] | None:
+  try:
+    note = json.loads(storage.read_bytes(attempt / _BEGUN) or b'')
+  except (OSError, ValueError, RecursionError):
+    return None
+  return note if _is_identity(note) else None
+
+
+def _attempts(workdir: Path, stage: str) -> list[Path]:
+  """All attempts at a stage but the finished one."""
+  folder = Path(workdir) / stage
+  paths = sorted(folder.iterdir()) if folder.is_dir() else []
+  finished = open_stage(workdir, stage)
+  return [path for path in paths if _ATTEMPT.fullmatch(path.name) and (finished is None or path != finished.path)]
+
+
+def unfinished(workdir: Path, stage: str) -> list[Path]:
+  """Attempts at a stage that can be resumed, with the right settings and packages."""
+  return [attempt for attempt in _attempts(workdir, stage) if _note(attempt) is not None]
+
+
 def begun(workdir: Path, stage: str) -> Mapping[str, Any] | None:
-  """Identity of an unfinished attempt at `stage`; None where there is none or it cannot be told."""
-  found = _begun_as_written(workdir, stage)
-  return None if found is None else settled(found)
+  """Identity of an unfinished attempt at `stage`; None if there is none."""
+  notes = [_note(attempt) for attempt in unfinished(workdir, stage)]
+  return {key: notes[-1][key] for key in _IDENTITY} if notes and notes[-1] is not None else None
 
 
-def origin(workdir: Path, stage: str) -> str:
-  """Digest of what an unfinished attempt at `stage` was begun from; marks all that it makes."""
-  return hashlib.sha256(json.dumps(_begun_as_written(workdir, stage), sort_keys=True).encode()).hexdigest()
+def origin(attempt: Path) -> str:
+  """Digest of what an attempt is computed from; it marks the files that jobs write."""
+  note = _note(attempt)
+  return _digest(None if note is None else {key: note[key] for key in _IDENTITY})
 
 
-def _begun_as_written(workdir: Path, stage: str) -> dict[str, Any] | None:
-  found = _note(workdir, stage)
-  return None if found is None else {key: found[key] for key in _IDENTITY}
+def other_versions(attempt: Path) -> dict[str, tuple[str, str]]:
+  """Package that decides results → its version when the attempt was begun, and now, for those that differ.
 
-
-def other_versions(workdir: Path, stage: str) -> dict[str, tuple[str, str]]:
-  """Package that decides results → its version when an unfinished attempt was begun, and now, where these differ.
-
-  A package that only is there now, or only was, gave nothing to the attempt; one that the attempt's note does not name
-  is taken as it is.
+  A package that is installed only now, or only was then, had no part in the attempt; one that the note does not name
+  is not compared.
   """
-  noted = (_note(workdir, stage) or {}).get('versions')
+  noted = (_note(attempt) or {}).get('versions')
   old = {k: ' '.join(v.split())[:50] for k, v in noted.items() if isinstance(v, str)} if isinstance(noted, dict) else {}
   new = versions()
-  for found in (old, new):
-    if 'python' in found:
-      found['python'] = '.'.join(found['python'].split('.')[:2])  # what follows 3.11 mends, and changes no result
+  for version in (old, new):
+    if 'python' in version:
+      version['python'] = '.'.join(version['python'].split('.')[:2])  # a patch release changes no result
   return {n: (old[n], new[n]) for n in ('python', *_DECIDE) if n in old and n in new and old[n] != new[n]}
 
 
+def _is_of(attempt: Path, identity: Identity) -> bool:
+  note = _note(attempt)
+  return note is not None and {key: note[key] for key in _IDENTITY} == identity.as_json()
+
+
 def check_versions(workdir: Path, identity: Identity) -> None:
-  """Looks whether an unfinished attempt of `identity` can be gone on with by these packages.
+  """Checks that the unfinished attempts of `identity` can be resumed with the installed packages.
 
   Raises:
-    UserError: it holds work of others. One result would be half of each, and no run of one kind would give it again.
+    UserError: one holds work of other packages. Half of each would be a result that no single run reproduces.
   """
-  part, stage = part_folder(workdir, identity.stage), identity.stage
-  others = other_versions(workdir, stage)
-  if others and begun(workdir, stage) == identity.as_json() and holds_work(part):
-    said = ', '.join(f'{name} was {old}, now {new}' for name, (old, new) in others.items())
-    pins = ' '.join(f'{name}=={old}' for name, (old, _) in others.items() if name != 'python')
-    back = f'install these again (pip install {pins})' if pins else 'start it with that Python'
-    raise UserError(
-      f'{part} was begun with other packages: {said}; {back} and start the same command to go on with it, or add '
-      f'--rerun to make {stage} anew'
-    )
+  for attempt in unfinished(workdir, identity.stage):
+    others = other_versions(attempt)
+    if others and _is_of(attempt, identity) and holds_work(attempt):
+      changes = ', '.join(f'{name} was {old}, now {new}' for name, (old, new) in others.items())
+      pins = ' '.join(f'{name}=={old}' for name, (old, _) in others.items() if name != 'python')
+      back = f'install these again (pip install {pins})' if pins else 'use that Python'
+      raise UserError(
+        f'{attempt} was begun with other packages: {changes}; {back} and start the same command to resume it, or add '
+        f'--rerun to run {identity.stage} again'
+      )
 
 
-def goes_on(workdir: Path, identity: Identity) -> bool:
-  """Whether there is an unfinished attempt that `begin` goes on with."""
-  return begun(workdir, identity.stage) == identity.as_json() and not other_versions(workdir, identity.stage)
+def resumable(workdir: Path, identity: Identity) -> bool:
+  """Whether there is an unfinished attempt that `begin` resumes."""
+  return any(_is_of(a, identity) and not other_versions(a) for a in unfinished(workdir, identity.stage))
 
 
-def _note(workdir: Path, stage: str) -> dict[str, Any] | None:
-  try:
-    found = json.loads((part_folder(workdir, stage) / _BEGUN).read_bytes())
-  except (OSError, ValueError, RecursionError):
-    return None
-  return found if _is_identity(found) else None
+def begin(workdir: Path, identity: Identity, shared: bool = False) -> Path:
+  """The folder to write in: an attempt of the same identity and packages to resume, or a new one.
 
-
-def begin(workdir: Path, identity: Identity) -> Path:
-  """Opens the folder to write in: goes on with an unfinished attempt of the same identity, discards any other.
-
-  One that was begun with other versions of what decides results is another. Several jobs may begin at once: the folder
-  appears with its identity in it, and one of them makes it.
+  Args:
+    shared: other jobs may begin at the same time: they get the same folder, and no other attempt is deleted. If one of
+      them has finished the stage already, its folder is returned.
   """
-  part = part_folder(workdir, identity.stage)
-  if part.is_dir() and not goes_on(workdir, identity):
-    shutil.rmtree(part)
-  if not part.is_dir():
-    part.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=part.parent, prefix=f'.{part.name}.'))
-    made.chmod(0o777 & ~storage.umask())  # a temporary folder is for its owner alone, a stage is not
-    storage.write_json(made / _BEGUN, {**identity.as_json(), 'versions': versions()})
-    try:
-      made.rename(part)
-    except OSError as error:
-      shutil.rmtree(made)
-      if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-        raise
-      if not goes_on(workdir, identity):
-        raise UserError(
-          f'{part} was begun at this moment with other settings or packages; start again when that run has ended'
-        ) from error
-  return part
+  finished = open_stage(workdir, identity.stage)
+  if shared and finished is not None and finished.identity == identity.as_json():
+    return finished.path
+  resumed = [a for a in unfinished(workdir, identity.stage) if _is_of(a, identity) and not other_versions(a)]
+  if not shared:
+    for attempt in _attempts(workdir, identity.stage):
+      if attempt not in resumed[:1]:
+        discard(attempt)
+  if resumed:
+    return resumed[0]
+  prefix, note = _digest(identity.as_json())[:12], storage.as_json({**identity.as_json(), 'versions': versions()})
+  for number in itertools.count():
+    attempt = Path(workdir) / identity.stage / f'{prefix}-{number}'
+    if finished is not None and attempt == finished.path:
+      continue
+    if storage.create(attempt / _BEGUN, note) or (_is_of(attempt, identity) and not other_versions(attempt)):
+      return attempt
+  raise AssertionError('unreachable')
 
 
-def sweep(workdir: Path) -> None:
-  """Deletes what a kill left half-written: folders and files that were to be renamed into place.
-
-  Only for a run that has the workdir for itself: in the hands of others such a thing may be in the making.
-  """
-  for path in workdir.glob('.*.part.*'):
-    if path.is_dir() and _TEMPORARY.fullmatch(path.name):
-      shutil.rmtree(path)
-  for part in workdir.glob('*.part'):
-    for path in part.rglob('.*'):
-      if path.is_file() and _TEMPORARY.fullmatch(path.name):
-        path.unlink()
+def discard(attempt: Path) -> None:
+  """Deletes an attempt; after a kill in the middle, what is left is not resumed."""
+  storage.write_bytes(attempt / _BEGUN, b'{}')
+  for path in attempt.iterdir():
+    if path.name != _BEGUN:
+      storage.delete(path)
+  storage.delete(attempt)
+  with contextlib.suppress(OSError):  # not empty
+    attempt.parent.rmdir()
 
 
-def holds_work(part: Path) -> bool:
-  """Whether an unfinished stage left more than notes of its beginning."""
-  return any(path.is_file() and not is_note(path) for path in part.rglob('*'))
+def discard_others(workdir: Path, stages: Iterable[str]) -> None:
+  """Deletes all attempts at finished stages but the finished ones."""
+  for stage in stages:
+    for attempt in _attempts(workdir, stage):
+      discard(attempt)
 
 
-def is_note(path: Path) -> bool:
-  """Whether a file of an unfinished stage's folder is a note on the attempt and no part of the work."""
-  return path.name == _BEGUN or fnmatch.fnmatch(path.name, _COST)
+def sweep(workdir: Path, stages: Iterable[str]) -> None:
+  """Deletes what a kill left half-written or half-deleted. Only for a run that has locked the workdir."""
+  for stage in stages:
+    storage.delete_temporary(Path(workdir) / stage, '.*')
+    for attempt in _attempts(workdir, stage):
+      if _note(attempt) is None:
+        discard(attempt)
+      else:
+        storage.delete_temporary(attempt, '**/.*')
+
+
+def holds_work(attempt: Path) -> bool:
+  """Whether an attempt has more than notes."""
+  return any(not _is_note(name) for name in storage.files(attempt))
+
+
+def _is_note(name: str) -> bool:
+  return name == _BEGUN or fnmatch.fnmatch(name, _COST)
 
 
 class Cost:
-  """Seconds and floating-point operations spent on a stage, over all attempts at it.
+  """Seconds and floating-point operations spent on a stage, in all runs that worked on the attempt.
 
   Args:
-    part: folder of the unfinished stage.
-    job: which of several that work on the stage at once; each keeps an account of its own.
+    attempt: folder of the unfinished stage.
+    job: which of several jobs on the stage; each has its own account.
     enabled: False on every process of a job but the first: each counts the FLOP of all.
   """
 
-  def __init__(self, part: Path, job: int = 0, enabled: bool = True):
-    self._enabled = enabled
-    self._file = part / _COST.replace('*', f'_{job}' if job else '')
+  def __init__(self, attempt: Path, job: int = 0, enabled: bool = True):
+    self.attempt, self._enabled = attempt, enabled
+    self._file = attempt / _COST.replace('*', f'_{job}' if job else '')
     spent = _spent(self._file)
     self.seconds: float = spent['seconds']
     self.flop: float = spent['flop']
 
   def of_all_jobs(self) -> dict[str, float]:
-    accounts = [_spent(file) for file in sorted(self._file.parent.glob(_COST)) if file != self._file]
+    accounts = [_spent(file) for file in sorted(self.attempt.glob(_COST)) if file != self._file]
     accounts.append({'seconds': self.seconds, 'flop': self.flop})
     return {key: sum(account[key] for account in accounts) for key in ('seconds', 'flop')}
 
@@ -354,95 +394,87 @@ class Cost:
 
 def _spent(file: Path) -> dict[str, float]:
   try:
-    found = json.loads(file.read_bytes())
-    return {key: float(found[key]) for key in ('seconds', 'flop')}
+    account = json.loads(file.read_bytes())
+    return {key: float(account[key]) for key in ('seconds', 'flop')}
   except (OSError, ValueError, KeyError, TypeError, RecursionError):
     return {'seconds': 0.0, 'flop': 0.0}
 
 
 def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost: Cost) -> Artifact:
-  """Writes the manifest, syncs it and puts the folder in place, over an older one of that stage."""
-  part = part_folder(workdir, identity.stage)
-  spent = cost.of_all_jobs()
-  files = {name: entry for name, entry in checksums(part).items() if not is_note(Path(name))}
+  """Writes the manifest, which makes the attempt of `cost` the finished stage, and deletes other attempts.
+
+  Several jobs may commit the same attempt; the first one writes the manifest.
+
+  Raises:
+    UserError: another run has finished the stage with other settings.
+  """
+  file, attempt = Path(workdir) / identity.stage / MANIFEST, cost.attempt
+  known, finished = storage.read_bytes(file), open_stage(workdir, identity.stage)
+  if finished is not None and finished.path == attempt:
+    return finished
+  spent, files = cost.of_all_jobs(), checksums(attempt)
   folders = {name.partition('/')[0] for name in files if '/' in name}
-  written = _begun_as_written(workdir, identity.stage)
-  same = written is not None and settled(written) == identity.as_json()
   manifest = {
-    # As it was begun: a stage that is mended keeps the digest by which others know it.
-    'identity': written if same else identity.as_json(),
+    'attempt': attempt.name,
+    'identity': identity.as_json(),
     'files': files,
     'models': sorted(folder for folder in folders if f'{folder}.jsonl' in files),
     'semantics': dict(semantics),
     'cost': {'seconds': round(spent['seconds'], 3), 'flop': spent['flop']},
     'versions': versions(),
   }
-  storage.write_json(part / MANIFEST, manifest)
-  return finish_commit(workdir, identity.stage)
+  replaced = storage.replace(file, seal(manifest), known)
+  finished = open_stage(workdir, identity.stage)
+  if finished is None or finished.identity != identity.as_json():
+    raise UserError(f'{file} was written by another run at this moment; start again when that run has ended')
+  if replaced and known is not None:
+    discard_others(workdir, [identity.stage])
+  return finished
 
 
-def finish_commit(workdir: Path, stage: str) -> Artifact:
-  part, final = part_folder(workdir, stage), folder(workdir, stage)
-  # Not before the manifest stands: without its notes, what a kill left would be taken for another run's work.
-  for path in [path for path in part.iterdir() if is_note(path)]:
-    path.unlink(missing_ok=True)
-  if final.is_dir():
-    # Renamed first: a kill in the middle of the deletion must not leave half an artifact in its place.
-    old = final.with_name(f'{stage}.old')
-    shutil.rmtree(old, ignore_errors=True)
-    final.rename(old)
-    part.rename(final)
-    shutil.rmtree(old)
-  else:
-    part.rename(final)
-  return _read_manifest(final)
-
-
-def reopen(workdir: Path, artifact: Artifact) -> list[str]:
-  """Makes a finished stage an unfinished one that lacks its damaged files; for stages that make what is missing.
+def reopen(artifact: Artifact) -> list[str]:
+  """Makes a finished stage an unfinished one without its damaged files; for stages that recompute what is missing.
 
   Returns:
-    A phrase for each damaged file; nothing was done where there is none.
+    A phrase for each damaged file; without any, nothing is changed.
   """
-  damaged = list(artifact.damaged())
-  if damaged:
-    identity, part = artifact.manifest['identity'], part_folder(workdir, artifact.path.name)
-    # Until the manifest is gone, a kill leaves a finished stage that lacks files, and this begins again.
-    storage.write_json(artifact.path / _BEGUN, {**identity, 'versions': artifact.manifest['versions']})
-    storage.write_json(artifact.path / _COST.replace('*', ''), artifact.manifest['cost'])
-    for file, _ in damaged:
-      file.unlink(missing_ok=True)
-    shutil.rmtree(part, ignore_errors=True)
-    artifact.path.rename(part)
-    (part / MANIFEST).unlink()
-  return [said for _, said in damaged]
+  damage = list(artifact.damaged())
+  if damage:
+    # Until the manifest is deleted, a kill leaves a finished stage that lacks files, and this starts again.
+    note = {**artifact.identity, 'versions': artifact.manifest['versions']}
+    storage.create(artifact.path / _BEGUN, storage.as_json(note))
+    if not list(artifact.path.glob(_COST)):
+      storage.write_json(artifact.path / _COST.replace('*', ''), artifact.manifest['cost'])
+    for file, _ in damage:
+      storage.delete(file)
+    storage.delete(artifact.path.parent / MANIFEST)
+  return [phrase for _, phrase in damage]
 
 
-def pending_commit(workdir: Path, identity: Identity) -> bool:
-  """Whether a kill fell between the manifest and the rename, so that only the rename is left to do."""
-  part = part_folder(workdir, identity.stage)
-  if not (part / MANIFEST).is_file():
-    return False
-  return _read_manifest(part).identity == identity.as_json()
+def link(artifact: Artifact, workdir: Path) -> None:
+  """Adds a finished stage to another workdir. Its files get a second name there; neither is written to any more."""
+  folder = Path(workdir) / artifact.identity['stage']
+  for name in artifact.manifest['files']:
+    storage.copy(artifact.path / name, folder / artifact.path.name / name)
+  storage.create(folder / MANIFEST, seal(artifact.manifest))
 
 
-def checksums(path: Path) -> dict[str, dict[str, Any]]:
-  """Relative POSIX path of every file below `path`, but for the manifest → size in bytes and SHA-256."""
-  files = sorted(p for p in path.rglob('*') if p.is_file() and p != path / MANIFEST)
-  return {p.relative_to(path).as_posix(): {'bytes': p.stat().st_size, 'sha256': _sha256(p)} for p in files}
-
-
-def _sha256(path: Path) -> str:
-  with open(path, 'rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()
+def publish(artifact: Artifact) -> None:
+  """Gives the files of a finished stage a second name directly in `WORKDIR/<stage>/`, where people look for them."""
+  folder, files = artifact.path.parent, artifact.manifest['files']
+  for name in files:
+    storage.copy(artifact.path / name, folder / name)
+  for name in storage.files(folder):
+    if name != MANIFEST and name not in files and not _ATTEMPT.fullmatch(name.partition('/')[0]):
+      storage.delete(folder / name)
 
 
 def versions() -> dict[str, str]:
   """Versions of Python and of the packages that a result depends on."""
-  found = {'python': platform.python_version()}
+  result = {'python': platform.python_version()}
   for name in _PACKAGES:
     try:
-      found[name] = importlib.metadata.version(name)
+      result[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       continue
-  return found
+  return result

@@ -1,4 +1,4 @@
-"""What is wrong with a command line, or with the disk, in one line; and --help."""
+"""Errors of the command line and of the disk as one line, and --help."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-# What an OSError may be about that a user can mend.
+# Errors that a user can resolve.
 DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
@@ -19,10 +19,10 @@ configs/quickstart.py is the place to begin, and configs/base.py has every key w
 
 
 class _Help(flags.BooleanFlag):
-  """--help, which says what the flags are and ends the program with code 0."""
+  """--help: prints the flags and exits with code 0."""
 
   def __init__(self) -> None:
-    super().__init__('help', False, 'Say this, and do nothing.', short_name='h')
+    super().__init__('help', False, 'Print this text and exit.', short_name='h')
 
   def parse(self, argument: Any) -> None:
     super().parse(argument)
@@ -31,7 +31,7 @@ class _Help(flags.BooleanFlag):
       try:
         sys.stdout.write(f'{_USAGE}\n{of_program}\n')
         sys.stdout.flush()
-      except BrokenPipeError:  # head has seen enough; so that nothing is flushed when the program ends
+      except BrokenPipeError:  # as by `| head`; nothing is flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       sys.exit(0)
 
@@ -40,18 +40,18 @@ flags.DEFINE_flag(_Help())
 
 
 def cannot_write(error: OSError, workdir: str | None) -> str:
-  """Says what could not be written, and that nothing is lost."""
+  """The message for a file that cannot be written."""
   return (
-    f'cannot write {error.filename or workdir}: {os.strerror(error.errno or 0)}; mend that or take another --workdir '
+    f'cannot write {error.filename or workdir}: {os.strerror(error.errno or 0)}; resolve that or use another --workdir '
     'and start the same command again: finished stages are kept'
   )
 
 
 def explain(error: Exception, argv: Sequence[str]) -> str:
-  """Says what `error`, which came from parsing `argv`, is about: the flag and the reason.
+  """The message for an `error` from parsing `argv`: the flag and the reason.
 
-  A config file is a program, and its overrides are assignments to its keys, so either may fail in any way; what they
-  raise names the last part of a key at most.
+  A config file is a program, and an override assigns to a key, so both may raise anything; the error names at most the
+  last part of a key.
   """
   reason = error.args[0] if isinstance(error, KeyError) and error.args else error
   plain = str(reason).replace('\\n', ' ').replace("\\'", "'").replace("''", "'")  # some quote a message twice
@@ -65,4 +65,4 @@ def explain(error: Exception, argv: Sequence[str]) -> str:
     if dot and any(f'{quote}{key}{quote}' in text for quote in ('"', "'")):
       return f'{argument}: {text}; {hint}'
   where = next((argument for argument in given if argument.startswith('--config=')), 'the command line')
-  return f'{where}: {type(error).__name__}: {text}; mend that file, or begin from configs/quickstart.py'
+  return f'{where}: {type(error).__name__}: {text}; correct that file, or start from configs/quickstart.py'

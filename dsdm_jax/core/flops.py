@@ -18,19 +18,19 @@ from jax.extend import core as jex_core
 PEAKS = {
   'v4': 275e12, 'v5e': 197e12, 'v5p': 459e12, 'v6e': 918e12, 'A100': 312e12, 'H100': 989e12, 'H200': 989e12,
 }  # fmt: skip
-# Whose name is another than what JAX calls the device's kind, in which it stands; the first that fits.
+# Part of JAX's name of the device kind → key of PEAKS; the first match counts.
 _KINDS = (('TPU v5 lite', 'v5e'), ('TPU v5e', 'v5e'), ('TPU v5', 'v5p'), ('TPU v6', 'v6e'), ('TPU v4', 'v4'))
 
 
 def peak(devices: Sequence[jax.Device]) -> float | None:
-  """Dense bfloat16 FLOP/s of all `devices` together; None where a kind is not known, as on CPUs."""
+  """Dense bfloat16 FLOP/s of all `devices` together; None if a kind is unknown, as on CPUs."""
   names = (*_KINDS, *((name, name) for name in PEAKS))
   found = [next((PEAKS[name] for kind, name in names if kind in device.device_kind), None) for device in devices]
   return None if None in found else float(sum(value for value in found if value is not None))
 
 
 def count(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-  """FLOP of one call `function(*args, **kwargs)`; arguments may be `ShapeDtypeStruct`s. Nothing is run."""
+  """FLOP of one call `function(*args, **kwargs)`; arguments may be `ShapeDtypeStruct`s. Nothing runs."""
   return float(_count_jaxpr(jax.make_jaxpr(function)(*args, **kwargs).jaxpr))
 
 
@@ -60,7 +60,7 @@ def _repeats(name: str, params: dict[str, Any]) -> int:
     return params['length']
   if name == 'pallas_call':  # a kernel runs once for each point of its grid
     return math.prod(params['grid_mapping'].grid)
-  if name == 'shard_map':  # what stands inside is one device's share
+  if name == 'shard_map':  # the jaxpr inside is one device's share
     return math.prod(params['mesh'].shape[axis] for axis in params['newly_manual_axes'])
   return 1
 

@@ -1,7 +1,7 @@
-"""One run at a time on a workdir: a lock file that says whose it is, and that a dead owner does not keep.
+"""One run at a time on a workdir: a lock file that names its owner. The lock of a dead owner is removed.
 
-Whether an owner lives is known for certain on the machine it runs on: its process is there, started when the lock says.
-From another machine, or another container, only the lock's age tells: an owner touches the file every few seconds.
+On the machine of the owner, its process number and start time show whether it is alive. From another machine or
+container, only the age of the lock file does: an owner touches the file every few seconds.
 """
 
 import contextlib
@@ -22,22 +22,22 @@ from dsdm_jax.core import storage
 from dsdm_jax.errors import UserError
 
 LOCK = 'lock.json'
-_JOBS = 'lock_job_*.json'  # of jobs, which share a workdir with each other and with no whole run
+_JOBS = 'lock_job_*.json'  # of jobs, which share a workdir with each other and not with a whole run
 TOUCH_SECONDS = 10.0
-DEAD_SECONDS = 120.0  # without a touch, for an owner whose process cannot be seen
+DEAD_SECONDS = 120.0  # without a touch, for an owner on another machine
 
 
 @contextlib.contextmanager
 def hold(workdir: Path, job: int | None = None) -> Iterator[bool]:
-  """Keeps `workdir` for this process, and makes it when missing: yields whether it did.
+  """Locks `workdir` for this process and creates it when missing; yields whether it did.
 
-  A folder that it made, and in which nothing was left, goes again.
+  A folder that it created is deleted again if it is empty at the end.
 
   Args:
-    job: number of one of several that work there at once; None is a run that wants the folder for itself.
+    job: number of one of several jobs that work there at once; None for a run that needs the folder for itself.
 
   Raises:
-    UserError: another run has it; says whose, where and for how long.
+    UserError: another run holds the lock; the message says which, where and for how long.
   """
   try:
     workdir.mkdir(parents=True)
@@ -73,7 +73,7 @@ def _take(file: Path, token: str) -> None:
         continue
       if _alive(owner, other):
         raise UserError(_refusal(other, owner))
-      sys.stdout.write(f'{file.parent}: the run that had it, {_name(owner)}, is dead; this one goes on from there\n')
+      sys.stdout.write(f'{file.parent}: the run that held it, {_name(owner)}, is dead; this one resumes it\n')
       other.unlink(missing_ok=True)
     storage.write_json(file, {
       'token': token, 'user': _user(), 'host': socket.gethostname(), 'machine': _machine(), 'pid': os.getpid(),
@@ -83,7 +83,7 @@ def _take(file: Path, token: str) -> None:
 
 @contextlib.contextmanager
 def _guarded(workdir: Path) -> Iterator[None]:
-  """Two processes that find the same dead lock do not both take it, where the file system knows locks at all."""
+  """Keeps two processes from taking the same dead lock, where the file system has locks."""
   try:
     import fcntl
   except ImportError:  # not POSIX
@@ -118,7 +118,7 @@ def _alive(owner: Mapping[str, Any], file: Path) -> bool:
 
 
 def _machine() -> str:
-  """Names what a process number is valid in: this boot of this kernel, and the container."""
+  """Where a process number is valid: this boot of this kernel, and the container."""
   try:
     boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
     return f'{boot} {os.readlink("/proc/self/ns/pid")}'
@@ -127,12 +127,12 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-  """When process `pid` began, in the kernel's own count, so that a later one of that number is another; None: none."""
+  """Start time of process `pid` in kernel ticks, which tells it from a later process of that number; None if none."""
   try:
     fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
   except OSError:
     return None if Path('/proc/self').exists() or not _signalable(pid) else 'running'
-  return None if fields[0] in 'ZX' else fields[19]  # a zombie runs no more
+  return None if fields[0] in 'ZX' else fields[19]  # a zombie has ended
 
 
 def _signalable(pid: int) -> bool:
@@ -146,7 +146,7 @@ def _signalable(pid: int) -> bool:
 
 
 def _now(folder: Path) -> float:
-  """The file system's own time, which on a shared disk need not be this machine's."""
+  """The time of the file system, which on a shared disk may differ from this machine's."""
   with tempfile.NamedTemporaryFile(dir=folder, prefix=f'.{LOCK}.') as probe:
     return os.fstat(probe.fileno()).st_mtime
 
@@ -173,7 +173,7 @@ def _refusal(file: Path, owner: Mapping[str, Any]) -> str:
 
 
 def _touch(file: Path, token: str, stop: threading.Event) -> None:
-  """Shows that the owner lives; ends the process when the lock has become another's."""
+  """Touches the lock to show that its owner is alive; ends the process if another run has taken the lock."""
   while not stop.wait(TOUCH_SECONDS):
     try:
       if json.loads(file.read_bytes())['token'] == token:
@@ -181,9 +181,9 @@ def _touch(file: Path, token: str, stop: threading.Event) -> None:
         continue
     except FileNotFoundError:
       pass
-    except (OSError, ValueError):  # a shared disk that is away for a moment
+    except (OSError, ValueError):  # a shared disk that does not answer for a moment
       continue
-    # Two that write in one folder would spoil both; what this one has finished is whole.
+    # Two runs that write in one folder would damage both; what this one has finished is complete.
     sys.stderr.write(f'dsdm_jax: the lock {file} was taken from this run, which stops; finished stages are kept\n')
     sys.stderr.flush()
     os._exit(2)

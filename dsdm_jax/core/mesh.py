@@ -1,4 +1,4 @@
-"""The device mesh: axis `data` shares batches, axis `model` shares weights."""
+"""The device mesh: axis `data` splits batches, axis `model` splits weights."""
 
 from typing import Any
 

@@ -1,17 +1,22 @@
-"""Several processes as one run: who they are, what process 0 decides for all, and how they end together.
+"""The processes of a run: how they find each other, how process 0 decides for all, and how they end.
 
-Every process runs the same program on the same config, but for `distributed.process`, and sees the same workdir.
-Process 0 looks at the disk, decides and commits; the others take its answer. Without `distributed.coordinator` there is
-one process, and everything here costs nothing.
+Every process runs the same program with the same config, except for `distributed.process`, and sees the same workdir.
+Process 0 looks at the disk, decides and commits; the others follow. Without `distributed.coordinator` there is one
+process, and everything here is free.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import itertools
 import json
 import os
 import re
+import signal
+import socket
+import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -19,40 +24,41 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import rendezvous
-from dsdm_jax.core.exit_notice import LastWord
 from dsdm_jax.errors import UserError
 
 _T = TypeVar('_T')
 
 AUTO = 'auto'
 _OWN = ('distributed.process',)  # settings that differ between the processes of one run
-_LEAVE_MILLISECONDS = 30_000  # for the others to say their last line before process 0 takes the connection down
-_LAST_WORD_SECONDS = 2.0  # for the others to print and end after that
+_LEAVE_MILLISECONDS = 30_000  # for the other processes to print their last line before process 0 disconnects them
+_LAST_LINE_SECONDS = 2.0  # for them to print and exit after that
 _FOREVER_MILLISECONDS = 30 * 24 * 3_600 * 1_000  # a lost process ends a wait long before
+_RETRY_SECONDS = 0.1
+_LINE_BYTES = 4_096  # the longest message of a meeting
+_EXIT_NOTICE = 'import sys\nif not sys.stdin.buffer.read(): sys.stderr.write(sys.argv[1])'
 _turns = itertools.count()
 
 
 class _State:
-  """Where this process stands in the run that `running` connected."""
+  """What `running` connected this process to."""
 
   processes, process = 1, 0
-  last_word: LastWord | None = None
+  exit_notice: subprocess.Popen | None = None
 
 
 @contextlib.contextmanager
 def running(config: ConfigDict, settings: Mapping[str, Any]) -> Iterator[None]:
-  """Connects the processes that `config.distributed` names, and takes them apart at the end.
+  """Connects the processes that `config.distributed` names, and disconnects them at the end.
 
-  Must come before the first look at a device. A failure of one process ends all: where the failing one can still speak,
-  each prints why.
+  Call it before the first look at a device. If one process fails, all end, and each prints the reason if the failing
+  process can still send it.
 
   Args:
     config: the whole config.
-    settings: the same, flat, for the comparison between processes.
+    settings: the same, flat; compared between processes.
 
   Raises:
-    UserError: a setting is wrong, processes disagree, or one did not come.
+    UserError: a setting is wrong, processes disagree, or one did not connect.
   """
   wanted = config.distributed
   if not wanted.coordinator:
@@ -60,26 +66,42 @@ def running(config: ConfigDict, settings: Mapping[str, Any]) -> Iterator[None]:
     return
   _connect(wanted)
   _State.processes, _State.process = _connection().num_processes, _connection().process_id
-  _State.last_word = LastWord(
+  _State.exit_notice = _start_exit_notice(
     f'dsdm_jax: process {_State.process} was ended: another process of the run was lost, or this one was killed; see '
-    'what the others said last, then start all of them again: work goes on where it stopped'
+    'the last messages of the others, then start all of them again: the run resumes\n'
   )
   try:
     _check(wanted, settings)
     yield
     wait()
   except (UserError, OSError):
-    _part()
-    raise  # main says it, and `leave` ends the process
+    _disconnect()
+    raise  # main prints it, and `leave` ends the process
   except BaseException as error:  # noqa: BLE001  reported, and the process ends
-    _say(error)
-    _part()
+    _report(error)
+    _disconnect()
     leave(1)
   import jax
 
   jax.distributed.shutdown()
-  _withdraw()
+  _cancel_exit_notice()
   _State.processes, _State.process = 1, 0
+
+
+def _start_exit_notice(line: str) -> subprocess.Popen:
+  """Starts a child that prints `line` on stderr when this process ends without `_cancel_exit_notice`.
+
+  When the coordinator is lost, JAX aborts the other processes from a thread, and prints only a C++ stack trace.
+  """
+  return subprocess.Popen(
+    [sys.executable, '-I', '-S', '-c', _EXIT_NOTICE, line], stdin=subprocess.PIPE, start_new_session=True
+  )
+
+
+def _cancel_exit_notice() -> None:
+  if _State.exit_notice is not None:
+    _State.exit_notice.communicate(b'.')
+    _State.exit_notice = None
 
 
 def _connect(wanted: ConfigDict) -> None:
@@ -93,18 +115,18 @@ def _connect(wanted: ConfigDict) -> None:
     except (ValueError, RuntimeError, OSError) as error:
       reason = (str(error).splitlines() or [type(error).__name__])[0]
       raise UserError(
-        f"distributed.coordinator = 'auto': this machine does not say what it is part of ({reason}); give 'host:port' "
-        'with distributed.processes and distributed.process'
+        f"distributed.coordinator = 'auto': JAX finds no cluster on this machine ({reason}); set 'host:port' with "
+        'distributed.processes and distributed.process'
       ) from error
     return
-  rendezvous.meet(wanted.coordinator, wanted.processes, wanted.process, wanted.start_seconds)
+  meet(wanted.coordinator, wanted.processes, wanted.process, wanted.start_seconds)
   jax.distributed.initialize(
     wanted.coordinator, wanted.processes, wanted.process, cluster_detection_method='deactivate', **beats
   )
 
 
 def _check_slurm(environment: Mapping[str, str]) -> None:
-  """Refuses a step with fewer tasks than GPUs on its node: under Slurm, JAX takes one GPU a task.
+  """Checks that Slurm starts one task per GPU of this node, since JAX uses one GPU per task.
 
   Raises:
     UserError: GPUs would stay idle.
@@ -119,38 +141,40 @@ def _check_slurm(environment: Mapping[str, str]) -> None:
   if counts[node] < int(gpus):
     raise UserError(
       f"distributed.coordinator = 'auto': Slurm started {counts[node]} tasks on this node for its {gpus} GPUs, and JAX "
-      f'takes one GPU a task; set srun --ntasks-per-node={gpus}, and distributed.processes to the tasks of all nodes'
+      f'uses one GPU per task; set srun --ntasks-per-node={gpus}, and distributed.processes to the tasks of all nodes'
     )
 
 
 def _check(wanted: ConfigDict, settings: Mapping[str, Any]) -> None:
   if count() != wanted.processes:
     raise UserError(
-      f'distributed.processes = {wanted.processes}, and {count()} processes found each other; set it to the number '
+      f'distributed.processes = {wanted.processes}, and {count()} processes are connected; set it to the number '
       'that you start (of machines, on a TPU pod), and start all of them'
     )
   common = {k: v for k, v in settings.items() if k not in _OWN}
   first = decide(lambda: common)
   common = json.loads(json.dumps(common))
   keys = [k for k in {**first, **common} if first.get(k) != common.get(k)]
-  odd = [f'{k} is {first.get(k)!r} on process 0 and {common.get(k)!r}' for k in keys]
-  for process, phrases in enumerate(gather(odd)):
+  differences = [f'{k} is {first.get(k)!r} on process 0 and {common.get(k)!r}' for k in keys]
+  for process, phrases in enumerate(gather(differences)):
     if phrases:
       raise UserError(f'{phrases[0]} on process {process}; start all processes with the same config')
 
 
 def count() -> int:
-  """Processes of the run; looks at no device."""
+  """Number of processes of the run; does not look at devices."""
   return _State.processes
 
 
 def is_first() -> bool:
-  """Whether this process is the one that decides and commits."""
+  """Whether this is process 0, which decides and commits."""
   return _State.process == 0
 
 
 def decide(choose: Callable[[], _T]) -> _T:
-  """What `choose` returns on process 0, on all: a value that JSON can hold. All processes must call, in one order.
+  """Calls `choose` on process 0 and returns its result, a JSON value, on all processes.
+
+  All processes must call `decide`, `gather` and `wait` in the same order.
 
   Raises:
     UserError: `choose` raised one on process 0.
@@ -163,19 +187,19 @@ def decide(choose: Callable[[], _T]) -> _T:
     try:
       value = choose()
     except BaseException as error:
-      said = {'error': str(error) or type(error).__name__, 'user': isinstance(error, (UserError, OSError))}
-      client.key_value_set(key, json.dumps(said))
+      message = {'error': str(error) or type(error).__name__, 'user': isinstance(error, (UserError, OSError))}
+      client.key_value_set(key, json.dumps(message))
       raise
     client.key_value_set(key, json.dumps({'value': value}))
     return value
-  said = json.loads(client.blocking_key_value_get(key, _FOREVER_MILLISECONDS))
-  if 'error' in said:
-    raise UserError(said['error']) if said['user'] else RuntimeError(f'process 0 failed: {said["error"]}')
-  return said['value']
+  answer = json.loads(client.blocking_key_value_get(key, _FOREVER_MILLISECONDS))
+  if 'error' in answer:
+    raise UserError(answer['error']) if answer['user'] else RuntimeError(f'process 0 failed: {answer["error"]}')
+  return answer['value']
 
 
 def gather(value: Any) -> list[Any]:
-  """The JSON value of each process, in their order, on all of them."""
+  """Returns the JSON values of all processes, in their order, on each of them."""
   if count() == 1:
     return [value]
   key, client = f'dsdm_jax/gather/{next(_turns)}', _client()
@@ -186,13 +210,13 @@ def gather(value: Any) -> list[Any]:
 
 
 def wait() -> None:
-  """Returns when all processes have come here. All must call, in one order with `decide` and `gather`."""
+  """Returns when all processes have called it."""
   if count() > 1:
     _client().wait_at_barrier(f'dsdm_jax/wait/{next(_turns)}', _FOREVER_MILLISECONDS)
 
 
 def check_shared(folder: os.PathLike) -> None:
-  """Checks that all processes see `folder`, which process 0 has just made or found.
+  """Checks that all processes see `folder`, which exists on process 0.
 
   Raises:
     UserError: one does not.
@@ -211,40 +235,34 @@ def check_shared(folder: os.PathLike) -> None:
   for process, sees in enumerate(seen):
     if not sees:
       raise UserError(
-        f'process {process} does not see {folder} as process 0 does; give a workdir on a file system that all share'
+        f'process {process} does not see the same {folder} as process 0; use a workdir on a file system that all share'
       )
 
 
 def leave(code: int) -> None:
   """Ends the process with exit code `code`.
 
-  Where processes are still connected, it ends at once: the interpreter's own way out would wait for the others, who may
-  be gone.
+  If processes are still connected, it ends at once: the normal exit of the interpreter would wait for the others, which
+  may be lost.
   """
   jax = sys.modules.get('jax')
   if jax is None or not jax.distributed.is_initialized():
     sys.exit(code)
-  _withdraw()
+  _cancel_exit_notice()
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
 
 
-def _withdraw() -> None:
-  if _State.last_word is not None:
-    _State.last_word.withdraw()
-    _State.last_word = None
-
-
-def _part() -> None:
-  # The coordinator lives in process 0: when that ends, the others are killed within a fraction of a second.
-  with contextlib.suppress(Exception):  # a lost process does not come, and that is no news any more
+def _disconnect() -> None:
+  # The coordinator runs in process 0: when that ends, the others are killed within a fraction of a second.
+  with contextlib.suppress(Exception):  # a lost process never arrives, and was reported already
     _client().wait_at_barrier('dsdm_jax/leave', _LEAVE_MILLISECONDS)
     if is_first():
-      time.sleep(_LAST_WORD_SECONDS)
+      time.sleep(_LAST_LINE_SECONDS)
 
 
-def _say(error: BaseException) -> None:
+def _report(error: BaseException) -> None:
   import jax
 
   lost = isinstance(error, jax.errors.JaxRuntimeError) or 'Gloo' in str(error)  # JAX words some as ValueError
@@ -252,9 +270,9 @@ def _say(error: BaseException) -> None:
     reason = str(error).splitlines()[0][:200]
     print(  # noqa: T201
       f'dsdm_jax: process {_State.process}: a step that all processes take together failed ({reason}); if another '
-      'process was lost, see what it said last, then start all of them again: work goes on where it stopped',
+      'process was lost, see its last message, then start all of them again: the run resumes',
       file=sys.stderr,
-    )  # fmt: skip
+    )
   elif isinstance(error, KeyboardInterrupt):
     print('dsdm_jax: interrupted', file=sys.stderr)  # noqa: T201
   else:
@@ -266,23 +284,162 @@ def _client() -> Any:
 
 
 def _connection() -> Any:
-  # JAX has no public name for it. Barriers and values that go over devices instead (multihost_utils) give up while
-  # process 0 builds a pool.
+  # JAX has no public name for it. The public barriers (multihost_utils) go over devices and time out while process 0
+  # builds a pool.
   from jax._src import distributed
 
   return distributed.global_state
 
 
 def check_devices_are_ours() -> None:
-  """Looks at the devices.
+  """Checks that the devices belong to the processes of this run alone.
 
   Raises:
-    UserError: they belong to more processes than the run knows of, which would each train a model of their own.
+    UserError: they belong to more processes, each of which would train its own model.
   """
   import jax
 
   if jax.process_count() != count():
     raise UserError(
-      f'this machine is one of {jax.process_count()} that share their accelerators, and distributed.coordinator is '
+      f'this machine is one of {jax.process_count()} that share their accelerators, but distributed.coordinator is '
       f"''; set --config.distributed.coordinator=auto --config.distributed.processes={jax.process_count()}"
     )
+
+
+def meet(address: str, processes: int, process: int, seconds: float) -> None:
+  """Returns once all processes have connected to `address` ('host:port' of process 0) and agree on their numbers.
+
+  It comes before JAX connects them: JAX ends a process that cannot connect with a stack trace and no reason.
+
+  Raises:
+    UserError: on every process that can be reached, when two have the same number, when they disagree on how many they
+      are, or when some have not connected after `seconds`.
+  """
+  host, port = split(address)
+  deadline = time.monotonic() + seconds
+  if process == 0:
+    error = _accept(address, port, processes, deadline)
+  else:
+    error = _join(address, host, port, processes, process, deadline)
+  if error:
+    raise UserError(error)
+
+
+def split(address: str) -> tuple[str, int]:
+  """('host', port) of 'host:port'."""
+  host, _, port = address.rpartition(':')
+  return host.strip('[]'), int(port)
+
+
+def _accept(address: str, port: int, processes: int, deadline: float) -> str:
+  """Process 0's side of `meet`: hears all others and answers all; returns '' or the error."""
+  connections: dict[int, socket.socket] = {}
+  error = ''
+  with contextlib.ExitStack() as stack:
+    try:
+      server = stack.enter_context(socket.create_server(('', port), backlog=max(processes, 8)))
+    except OSError as failure:
+      return (
+        f'distributed.coordinator = {address!r}: process 0 cannot listen there ({failure.strerror}); give an address '
+        'of the machine of process 0 with a free port, and distributed.process = 0 to one process only'
+      )
+    rejected = []
+    while len(connections) < processes - 1 and not error:
+      server.settimeout(max(0.01, deadline - time.monotonic()))
+      try:
+        connection = stack.enter_context(server.accept()[0])
+      except TimeoutError:
+        missing = [str(i) for i in range(1, processes) if i not in connections]
+        error = (
+          f'distributed.processes = {processes}: process {", ".join(missing)} did not connect to {address} in time; '
+          'start all processes, each with its own distributed.process and all with the same distributed.processes'
+        )
+        break
+      message = _receive(connection, 5.0)
+      if message is None or not isinstance(message.get('process'), int):
+        continue  # another program that probes for open ports
+      number = message['process']
+      if message.get('processes') != processes:
+        rejected.append(connection)
+        error = (
+          f'distributed.processes is {processes} on process 0 and {message.get("processes")} on process {number}; '
+          'give the same number to all'
+        )
+      elif number in connections:
+        rejected.append(connection)
+        error = f'two processes have distributed.process = {number}; give each a different number'
+      else:
+        connections[number] = connection
+    for connection in [*connections.values(), *rejected]:
+      with contextlib.suppress(OSError):  # it may be gone
+        connection.sendall(json.dumps({'error': error}).encode() + b'\n')
+  return error
+
+
+def _join(address: str, host: str, port: int, processes: int, process: int, deadline: float) -> str:
+  """The other processes' side of `meet`; returns '' or the error."""
+  while True:
+    left = max(0.01, deadline - time.monotonic())
+    try:
+      with socket.create_connection((host, port), timeout=left) as connection:
+        connection.sendall(json.dumps({'process': process, 'processes': processes}).encode() + b'\n')
+        answer = _receive(connection, max(0.01, deadline - time.monotonic()) + 5)
+        if answer is not None:
+          return str(answer['error'])
+        reason = 'it closed the connection'
+    except socket.gaierror as error:
+      return f'distributed.coordinator = {address!r}: no such host ({error.strerror}); name the machine of process 0'
+    except OSError as error:
+      reason = error.strerror or type(error).__name__
+    if time.monotonic() + _RETRY_SECONDS >= deadline:
+      return (
+        f'distributed.coordinator = {address!r}: process {process} could not reach process 0 there ({reason}); start '
+        'process 0 too, and use an address that all machines can reach'
+      )
+    time.sleep(_RETRY_SECONDS)
+
+
+def _receive(connection: socket.socket, seconds: float) -> dict | None:
+  """One JSON object on a line; None if there is none."""
+  connection.settimeout(seconds)
+  data = b''
+  try:
+    while not data.endswith(b'\n') and len(data) < _LINE_BYTES:
+      part = connection.recv(_LINE_BYTES)
+      if not part:
+        return None
+      data += part
+    message = json.loads(data)
+  except (OSError, ValueError):
+    return None
+  return message if isinstance(message, dict) else None
+
+
+@contextlib.contextmanager
+def sigterm_watched() -> Iterator[Callable[[], bool]]:
+  """Inside, SIGTERM does not end the process; yields a function that returns whether one was received.
+
+  Preemptible machines and job schedulers send it before they kill. Python handles signals in the main thread only, so
+  in other threads nothing is watched.
+  """
+  received = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield received.is_set
+    return
+  previous = signal.signal(signal.SIGTERM, lambda *_: received.set())
+  try:
+    yield received.is_set
+  finally:
+    signal.signal(signal.SIGTERM, previous)
+
+
+def keep_freed_memory() -> None:
+  """Lets glibc keep freed memory instead of returning it to the system and asking for it again.
+
+  XLA on CPU allocates the temporary buffers of each step. Up to what a thread's arena holds, 64 MiB, the kernel then
+  clears their pages once and not in every step. Does nothing if the C library has no mallopt (macOS, musl).
+  """
+  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+  if mallopt is not None:
+    mallopt(-4, 0)  # M_MMAP_MAX
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a bar for people, JSON lines for programs, TensorBoard for curves."""
+"""Progress of a run: bars for people, JSON lines for programs, TensorBoard for curves."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ class Log:
     unit: str = 'it',
     initial: int = 0,
   ) -> tqdm.tqdm:
-    """A tqdm bar with rate and remaining time; on a terminal it redraws, elsewhere it prints a line now and then."""
+    """A tqdm bar with rate and remaining time; it redraws on a terminal and prints a line now and then elsewhere."""
     interactive = sys.stderr.isatty()
     return tqdm.tqdm(
       iterable, total=total, desc=f'  {desc or self._stage}', unit=unit, initial=initial, disable=not self._enabled,
@@ -45,7 +45,7 @@ class Log:
     )  # fmt: skip
 
   def say(self, text: str) -> None:
-    """A line for the person at the terminal."""
+    """Prints a line on stderr."""
     if self._enabled:
       tqdm.tqdm.write(text, file=sys.stderr)
 

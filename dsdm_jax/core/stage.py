@@ -1,4 +1,4 @@
-"""What a stage is given."""
+"""A stage of the pipeline: what it declares, and what its code receives."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,17 +11,49 @@ from dsdm_jax.core.progress import Log
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+  """One step from the pool to the report.
+
+  Attributes:
+    reads: stages whose artifacts it opens.
+    keys: prefixes of the config keys that it depends on.
+    code: 'module:function' below `dsdm_jax`, called as `function(context) -> semantics`.
+    format: version of what it writes.
+    fingerprint: 'module:function' below `dsdm_jax` for inputs that count by content and not by name, such as files.
+      Each is called as `function(selected, settings, previous)`: the settings that `keys` select, all settings, and
+      those of the finished stage (empty without one). The result updates the selected settings.
+    everywhere: whether all processes run it together. Otherwise process 0 runs it alone.
+    on_request: whether it runs only when `--stage` names it.
+    optional: stages whose artifacts it uses if they exist. When one changes, the stage runs again without `--rerun`.
+    repairable: whether it recomputes only the missing files when it starts in a folder that lacks some.
+    batches: keys of the batch sizes that must divide evenly among devices, since results depend on them.
+  """
+
+  name: str
+  reads: tuple[str, ...]
+  keys: tuple[str, ...]
+  code: str
+  format: int = 1
+  fingerprint: tuple[str, ...] = ()
+  everywhere: bool = False
+  on_request: bool = False
+  optional: tuple[str, ...] = ()
+  repairable: bool = False
+  batches: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Context:
-  """A stage is a function `run(context) -> semantics`, called in a process of its own or after other stages.
+  """What a stage function receives.
 
   Attributes:
     config: the whole config, validated. The stage may read only the keys that `pipeline.STAGES` declares for it.
-    out: folder to write in, and nowhere else. It may hold what a killed attempt with the same settings left.
-    inputs: the committed artifacts that the stage declared to read, by name of their stage.
-    log: bars, events and scalars.
-    cost: what the attempts at this stage have spent; the pipeline adds the seconds.
-    first: whether this process is the one that writes what all processes have alike. A stage that all of them run must
-      look at files through `distributed.decide`, so that all go the same way.
+    out: folder to write in, and nowhere else. It may hold the files of a killed attempt with the same settings.
+    inputs: stage name → artifact, for the stages that it declares to read.
+    log: progress bars, events and scalars.
+    cost: cost of all attempts at this stage; the runner adds the seconds.
+    first: whether this process writes the files that all processes share. A stage that runs on all processes must look
+      at files through `processes.decide`, so that all of them take the same branch.
   """
 
   config: ConfigDict
@@ -32,5 +64,5 @@ class Context:
   first: bool = True
 
   def add_flop(self, flop: float) -> None:
-    """Adds floating-point operations to the stage's cost (a multiply-add is two)."""
+    """Adds floating-point operations to the stage's cost (a multiply-add counts as two)."""
     self.cost.add(flop=flop)

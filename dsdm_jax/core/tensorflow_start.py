@@ -1,4 +1,4 @@
-"""TensorFlow reads, tokenizes and writes curves here. It is started once, quietly, and never near an accelerator."""
+"""Starts TensorFlow, which reads, tokenizes and writes curves: once, quietly, and without accelerators."""
 
 import contextlib
 import functools
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 @functools.cache
 def start() -> None:
-  """Imports TensorFlow and takes accelerators out of its sight; costs some seconds the first time.
+  """Imports TensorFlow and hides accelerators from it; takes some seconds the first time.
 
-  To be called before seqio or clu is imported. TensorFlow would claim all memory of a GPU, and its C++ part prints
-  half a dozen lines about missing CUDA whatever its log level says: they are held back, and shown if the import fails.
+  Call it before seqio or clu is imported. TensorFlow would claim all memory of a GPU. Its C++ part prints several lines
+  about missing CUDA at any log level: they are withheld, and printed if the import fails.
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   with held_stderr():
@@ -25,7 +25,7 @@ def start() -> None:
 
 @contextlib.contextmanager
 def held_stderr() -> Iterator[None]:
-  """Holds back what C++ code prints to file descriptor 2; prints it after all when the block raises."""
+  """Withholds what C++ code prints to file descriptor 2; prints it if the block raises."""
   sys.stderr.flush()
   saved = os.dup(2)
   with tempfile.TemporaryFile() as held:

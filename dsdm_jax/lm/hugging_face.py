@@ -233,6 +233,15 @@ def _config(folder: Path) -> dict[str, Any]:
   return found if isinstance(found, dict) else {}
 
 
+def fingerprint(
+  selected: Mapping[str, Any], settings: Mapping[str, Any], previous: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Digests of the folders that `model.weights` and `proxies.model.weights` name, for `Stage.fingerprint`."""
+  del settings, previous
+  keys = [key for key, value in selected.items() if key.endswith('model.weights') and value]
+  return {f'SHA-256 of {key}': digest(selected[key]) for key in keys}
+
+
 def digest(folder: str) -> str:
   """Hash of the folder: its config, and the size, the head (with all shapes) and the tail of each tensor file."""
   files = sorted([*Path(folder).glob('*.safetensors'), Path(folder) / 'config.json'])

@@ -143,9 +143,10 @@ def _run(flags: argparse.Namespace) -> str:
   pool = Pool(own_pool)
   grams = other = ngrams.PoolGrams(pool, flags.ngrams, flags.buckets)
   if flags.pool is not None:
-    if not (flags.pool / artifacts.MANIFEST).is_file():
-      raise UserError(f'--pool={flags.pool} is no finished pool folder; give one, such as RUN/pool')
-    other = ngrams.PoolGrams(Pool(flags.pool), flags.ngrams, flags.buckets)
+    artifact = artifacts.open_folder(flags.pool)
+    if artifact is None:
+      raise UserError(f'--pool={flags.pool} is not a finished pool folder; give one, such as RUN/pool')
+    other = ngrams.PoolGrams(Pool(artifact), flags.ngrams, flags.buckets)
   if flags.ngrams == 'tokens' and read_vocabulary(pool.path) != read_vocabulary(other.pool.path):
     raise UserError(f'{flags.pool} has another vocabulary, so its ids mean other text; use --ngrams=words')
   scorer = fit(grams, scores.score_N(flags.target), flags.rows)

@@ -10,8 +10,6 @@ import argparse
 import csv
 import glob
 import io
-import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 from dsdm_jax import configs, pipeline
 from dsdm_jax.config.validate import flatten, validate
 from dsdm_jax.core import artifacts, storage
+from dsdm_jax.core.runner import Runner
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import multiplier, results
 from dsdm_jax.evaluation.comparisons import BASELINES, Options
@@ -89,41 +88,27 @@ def run(flags: argparse.Namespace) -> None:
 
 def share(config: Any, workdir: Path, others: Sequence[Path]) -> list[str]:
   """Links finished stages of `others` into `workdir` where this config would compute the same; returns their names."""
-  settings, linked = pipeline.settings_of(config, workdir), []
-  done: dict[str, artifacts.Artifact] = {}
+  linked: list[str] = []
+  runner = Runner(pipeline.STAGES, pipeline.runner_config(config), workdir)
+  done = runner.done
   for stage in pipeline.STAGES:
     if stage.name not in pipeline.needed(LAST):
       continue
     if any(name not in done for name in stage.reads):
       break
-    wanted = pipeline.identity(stage, settings, workdir, done).as_json()
+    wanted = runner.identity(stage).as_json()
     here = artifacts.open_stage(workdir, stage.name)
     if here is None:
       for other in others:
         there = artifacts.open_stage(other, stage.name)
         if there is not None and there.identity == wanted:
-          _link(there.path, workdir / stage.name)
+          artifacts.link(there, workdir)
           linked.append(stage.name)
           here = artifacts.open_stage(workdir, stage.name)
           break
     if here is not None and here.identity == wanted:
       done[stage.name] = here
   return linked
-
-
-def _link(source: Path, target: Path) -> None:
-  """Hard-links the folder `source` to `target`, whole or not at all. Files of finished stages are never written to."""
-
-  def link(source: str, target: str) -> None:
-    try:
-      os.link(source, target)
-    except OSError:  # a disk without hard links
-      shutil.copy2(source, target)
-
-  part = target.with_name(f'{target.name}.linked')
-  shutil.rmtree(part, ignore_errors=True)
-  shutil.copytree(source, part, copy_function=link)
-  part.rename(target)
 
 
 def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:

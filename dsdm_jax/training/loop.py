@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import preemption, processes, storage
+from dsdm_jax.core import processes, storage
 from dsdm_jax.core.checkpoints import Checkpoints, Keep
 from dsdm_jax.core.mesh import assemble
 from dsdm_jax.core.stage import Context
@@ -75,7 +75,7 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
     return read_history(record_file)
 
   keep = Keep(config.keep_checkpoints, config.keep_every_steps, config.keep_every_hours, run.keep_steps)
-  with preemption.watched() as stop_requested:
+  with processes.sigterm_watched() as stop_requested:
     with Checkpoints(context.out / run.name, keep) as checkpoints:
       # Initialize, or restore the newest checkpoint that is not damaged.
       restored = checkpoints.restore(trainer.abstract)

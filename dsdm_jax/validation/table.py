@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dsdm_jax.core import artifacts
 from dsdm_jax.validation import agreement
 from dsdm_jax.validation.subsets import FAMILIES, Subsets
 
@@ -117,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('folder', type=Path, help='with lds.json and monotone.json')
   folder = parser.parse_args(argv).folder
   try:
+    artifact = artifacts.open_folder(folder)
+    folder = folder if artifact is None else artifact.path
     lds, monotone = (json.loads((folder / f'{name}.json').read_text()) for name in ('lds', 'monotone'))
   except (OSError, ValueError) as error:
     sys.stderr.write(f'dsdm_jax: {folder} has no results of a validation ({error}); give the folder of that stage\n')

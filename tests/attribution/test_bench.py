@@ -15,7 +15,7 @@ KEYS = (
 
 
 def test_features_prints_a_line_for_each_case(capsys, monkeypatch):
-  monkeypatch.setattr('dsdm_jax.bench.features.memory.keep_freed_memory', lambda: None)  # not in this process
+  monkeypatch.setattr('dsdm_jax.bench.features.processes.keep_freed_memory', lambda: None)  # not in this process
   monkeypatch.setattr(features, 'PEAK_SIZE', {'cpu': 64})
   cases = 'train_step,forward,two_sided_j64,dense_j32,jvp_score'
   flags = f'--model quickstart --batch 2 --length 16 --repeats 1 --cases {cases}'
@@ -44,7 +44,7 @@ def test_share_of_the_peak_is_of_all_devices(monkeypatch):
 
 def test_passes_are_compared_with_their_steps_in_pauses(capsys, monkeypatch):
   """Five shards of 64 rows: pauses after the first and the fifth."""
-  monkeypatch.setattr('dsdm_jax.bench.features.memory.keep_freed_memory', lambda: None)
+  monkeypatch.setattr('dsdm_jax.bench.features.processes.keep_freed_memory', lambda: None)
   monkeypatch.setattr(features, 'PEAK_SIZE', {'cpu': 64})
   monkeypatch.setattr(stages, 'SHARD_ROWS', 64)
   pauses = []

@@ -13,6 +13,7 @@ from dsdm_jax.core import artifacts
 from tests.attribution.two_processes import SETTINGS, begin, run, settings
 from tests.conftest import ROOT
 from tests.core.test_processes import ends, free_port
+from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 
 
@@ -44,7 +45,10 @@ def test_two_processes_make_the_features_and_scores_of_one(tmp_path):
       a_TJ, b_TJ = (Features(x).target(task, 1) for x in (mine, theirs))
       if name != 'stream':  # eigenvectors are only determined up to their sign
         assert np.all(np.linalg.norm(a_TJ - b_TJ, axis=1) <= 1e-5 * np.linalg.norm(b_TJ, axis=1))
-    with np.load(two / 'datamodel/scores.npz') as a, np.load(one / 'datamodel/scores.npz') as b:
+    with (
+      np.load(files_of(two, 'datamodel') / 'scores.npz') as a,
+      np.load(files_of(one, 'datamodel') / 'scores.npz') as b,
+    ):
       assert a.keys() == b.keys()
       for key in (k for k in a if k.startswith('score_') and k.endswith('_N')):
         correlation = scipy.stats.spearmanr(a[key], b[key]).statistic

@@ -38,7 +38,7 @@ def settings(name: str):
 
 def run(config, folder: Path, stages: tuple[str, ...] = ('features', 'datamodel')) -> None:
   for stage in stages:
-    pipeline._run(config, checks.flatten(config), folder, stage, False)
+    pipeline.run_connected(config, folder, stage)
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from tests.conftest import ROOT
 
 HOLDER = """
   import pathlib, sys, time
-  from dsdm_jax.core import errors, lock
+  from dsdm_jax import errors
+  from dsdm_jax.core import lock
   lock.TOUCH_SECONDS = 0.05
   try:
     with lock.hold(pathlib.Path(sys.argv[1])):

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from configs import base
-from dsdm_jax.core import processes, rendezvous
+from dsdm_jax.core import processes
 from dsdm_jax.errors import UserError
 from tests.conftest import ROOT
 
@@ -27,9 +27,9 @@ def meet_all(*guests: tuple[int, int], seconds: float = 5.0, before=None) -> lis
   address = f'127.0.0.1:{free_port()}'
   refusals = [''] * len(guests)
 
-  def one(place: int, processes: int, process: int) -> None:
+  def one(place: int, count: int, process: int) -> None:
     try:
-      rendezvous.meet(address, processes, process, seconds)
+      processes.meet(address, count, process, seconds)
     except UserError as error:
       refusals[place] = str(error)
 
@@ -49,7 +49,7 @@ def test_all_come_in_any_order():
 
 def test_number_given_twice_is_told_to_all():
   refusals = meet_all((3, 0), (3, 1), (3, 1))
-  assert set(refusals) == {'distributed.process = 1 was given to two processes; give each a number of its own'}
+  assert set(refusals) == {'two processes have distributed.process = 1; give each a different number'}
 
 
 def test_counts_that_differ_are_told_to_both():
@@ -61,7 +61,7 @@ def test_counts_that_differ_are_told_to_both():
 def test_one_that_does_not_come_is_named():
   refusals = meet_all((4, 0), (4, 1), (4, 3), seconds=1.0)
   assert len(set(refusals)) == 1
-  assert 'distributed.processes = 4: process 2 did not come' in refusals[0]
+  assert 'distributed.processes = 4: process 2 did not connect' in refusals[0]
 
 
 def test_no_process_0():
@@ -71,12 +71,12 @@ def test_no_process_0():
 
 def test_host_that_does_not_exist():
   with pytest.raises(UserError, match='no such host'):
-    rendezvous.meet('no-such-host.invalid:7777', 2, 1, 5.0)
+    processes.meet('no-such-host.invalid:7777', 2, 1, 5.0)
 
 
 def test_strangers_at_the_port_do_not_matter():
   def knock(address: str) -> None:
-    host, port = rendezvous.split(address)
+    host, port = processes.split(address)
     for said in (b'GET / HTTP/1.1\r\n\r\n\n', b'[1]\n', b'{}\n'):
       deadline = time.monotonic() + 4
       while time.monotonic() < deadline:
@@ -93,7 +93,7 @@ def test_strangers_at_the_port_do_not_matter():
   def knock_then_come(at: str) -> None:
     knock(at)
     address.append(at)
-    rendezvous.meet(at, 2, 1, 4.0)
+    processes.meet(at, 2, 1, 4.0)
 
   refusals = meet_all((2, 0), before=knock_then_come)
   assert refusals == [''] and address
@@ -114,16 +114,17 @@ def start(program: str, *arguments: str, processes: int = 2, **keys: str) -> lis
     code = (
       'import sys\n'
       'from configs import base\n'
-      'from dsdm_jax.core import config as checks, distributed\n'
+      'from dsdm_jax.config import validate\n'
+      'from dsdm_jax.core import processes\n'
       'from dsdm_jax.errors import UserError\n'
       'config = base.get_config()\n'
       f'config.distributed.update({{"coordinator": {address!r}, "processes": {processes}, "process": {process},\n'
       '  "heartbeat_seconds": 60, "start_seconds": 60})\n'
       f'process = {process}\n{keys.get("before", "")}\n'
       'try:\n'
-      '  with distributed.running(config, checks.flatten(config)):\n'
+      '  with processes.running(config, validate.flatten(config)):\n'
       + ''.join(f'    {line}\n' for line in program.splitlines())
-      + 'except UserError as error:\n  print(error)\n  distributed.leave(2)\ndistributed.leave(0)\n'
+      + 'except UserError as error:\n  print(error)\n  processes.leave(2)\nprocesses.leave(0)\n'
     )
     environment = os.environ | {'JAX_NUM_CPU_DEVICES': '1'}
     begun.append(
@@ -147,11 +148,11 @@ def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 def test_process_0_decides_for_two_and_its_refusal_is_said_by_both(tmp_path):
   program = (
-    'print(distributed.decide(lambda: {"from": process}), distributed.gather(process), distributed.is_first())\n'
-    'distributed.check_shared(sys.argv[1])\n'
+    'print(processes.decide(lambda: {"from": process}), processes.gather(process), processes.is_first())\n'
+    'processes.check_shared(sys.argv[1])\n'
     'def refuse():\n'
     '  raise UserError("the disk is odd; turn it")\n'
-    'distributed.decide(refuse)\n'
+    'processes.decide(refuse)\n'
   )
   found = ends(start(program, str(tmp_path)))
   for process, (code, out, err) in enumerate(found):
@@ -166,11 +167,11 @@ def test_settings_that_differ_are_named_by_both():
     assert out == 'seed is 0 on process 0 and 1 on process 1; start all processes with the same config\n'
 
 
-def test_when_process_0_is_killed_the_other_ends_with_a_last_word():
+def test_when_process_0_is_killed_the_other_prints_a_line():
   """The coordinator lives in process 0, and JAX aborts the others from a thread of its own."""
   program = (
     'import os, signal, time\n'
-    'distributed.wait()\n'
+    'processes.wait()\n'
     'os.kill(os.getpid(), signal.SIGKILL) if process == 0 else time.sleep(200)\n'
   )
   began = time.monotonic()
@@ -178,7 +179,7 @@ def test_when_process_0_is_killed_the_other_ends_with_a_last_word():
   assert killed == -signal.SIGKILL
   assert code != 0
   assert 'dsdm_jax: process 1 was ended: another process of the run was lost' in err
-  assert 'work goes on where it stopped' in err
+  assert 'the run resumes' in err
   assert time.monotonic() - began < 200
 
 
@@ -201,7 +202,7 @@ def test_gpus_that_slurm_would_leave_idle_are_told(environment, refused):
   if not refused:
     processes._check_slurm(environment)
     return
-  with pytest.raises(UserError, match='for its 8 GPUs, and JAX takes one GPU a task.*--ntasks-per-node=8'):
+  with pytest.raises(UserError, match='for its 8 GPUs, and JAX uses one GPU per task.*--ntasks-per-node=8'):
     processes._check_slurm(environment)
 
 

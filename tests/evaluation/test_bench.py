@@ -10,7 +10,7 @@ NAMES = [''.join(random.Random(i).choices('abcdefghijklmnopqrst', k=2 + i % 6)) 
 
 
 def test_evaluation_bench(capsys, tmp_path, monkeypatch):
-  monkeypatch.setattr('dsdm_jax.bench.evaluation.memory.keep_freed_memory', lambda: None)  # not in this process
+  monkeypatch.setattr('dsdm_jax.bench.evaluation.processes.keep_freed_memory', lambda: None)  # not in this process
   lines = [
     {'context': f'{i}: {" ".join(NAMES[(i * k) % 2_000] for k in range(1, 20))}', 'continuation': NAMES[i]}
     for i in range(300)

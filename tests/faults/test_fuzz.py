@@ -225,7 +225,7 @@ def manifest(tmp_path_factory) -> bytes:
   identity = artifacts.Identity('pool', 1, {'pool.length': 32}, {'targets': 'ab'})
   part = artifacts.begin(workdir, identity)
   (part / 'file').write_bytes(b'content')
-  return (artifacts.commit(workdir, identity, {}, artifacts.Cost(part)).path / artifacts.MANIFEST).read_bytes()
+  return (artifacts.commit(workdir, identity, {}, artifacts.Cost(part)).path.parent / artifacts.MANIFEST).read_bytes()
 
 
 @fuzz
@@ -233,11 +233,13 @@ def manifest(tmp_path_factory) -> bytes:
 def test_manifest(data, tmp_path, tried, manifest):
   tried()
   folder = tmp_path / 'pool'
-  folder.mkdir(exist_ok=True)
-  (folder / 'file').write_bytes(b'content')
-  text = data.draw(anything(manifest) | st.dictionaries(
-    st.sampled_from(['identity', 'files', 'semantics', 'cost', 'versions', 'models']), VALUES).map(
-      lambda d: json.dumps({**json.loads(manifest), **d}).encode()) | ODD)  # fmt: skip
+  attempt = folder / json.loads(manifest)['attempt']
+  attempt.mkdir(parents=True, exist_ok=True)
+  (attempt / 'file').write_bytes(b'content')
+  sealed = {key: value for key, value in json.loads(manifest).items() if key != 'sha256'}
+  keys = st.sampled_from(['attempt', 'identity', 'files', 'semantics', 'cost', 'versions', 'models'])
+  changed = st.dictionaries(keys, VALUES).map(lambda changes: artifacts.seal(sealed | changes))
+  text = data.draw(anything(manifest) | changed | ODD)
   (folder / artifacts.MANIFEST).write_bytes(text)
 
   def act() -> None:
@@ -259,11 +261,11 @@ NOTE = (
 @given(data=anything(NOTE) | SHORT)
 def test_notes_of_an_attempt(data, tmp_path, tried):
   tried()
-  part = tmp_path / 'pool.part'
-  part.mkdir(exist_ok=True)
+  part = tmp_path / 'pool' / '0123456789ab-0'
+  part.mkdir(parents=True, exist_ok=True)
   for name in ('begun.json', 'cost.json'):
     (part / name).write_bytes(data)
-  assert '\n' not in str(artifacts.other_versions(tmp_path, 'pool'))
+  assert '\n' not in str(artifacts.other_versions(part))
   found = artifacts.begun(tmp_path, 'pool')
   if found is not None:
     artifacts.differences(found, {'format': 1, 'settings': {}, 'inputs': {}})

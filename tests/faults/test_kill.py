@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from dsdm_jax import pipeline
+from dsdm_jax.core import artifacts
 from tests.conftest import FAULTS
 from tests.faults.conftest import LADDER
+from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.pipeline.test_validation import SMALL
 
@@ -51,28 +53,28 @@ class Killer:
   def kill_in(self, stage: str) -> bool:
     """Starts the run and kills it at a random moment of `stage`; False where it ended before."""
     child = self.start()
-    part, whole = self.workdir / f'{stage}.part', self.workdir / stage
+    part, whole = self.workdir / stage, self.workdir / stage / 'manifest.json'
     share, changes, limit = self.rng.random(), self.rng.choice((0, 0, 1, 2, 5)), time.monotonic() + 300
-    while not part.is_dir() and not whole.is_dir() and child.poll() is None:
+    while not list(part.glob('*-*')) and child.poll() is None:
       assert time.monotonic() < limit, self.said()
       time.sleep(0.001)
     began, seen, counted = time.monotonic(), self.look(part), changes
-    while changes and not whole.is_dir() and child.poll() is None:
+    while changes and not whole.is_file() and child.poll() is None:
       if (now := self.look(part)) != seen:
         seen, changes = now, changes - 1
     # Some kills fall anywhere in the stage, which mostly compiles; the others soon after something was written.
     moment = time.monotonic() + share * 0.1 if counted else began + share * self.seconds[stage]
-    while time.monotonic() < moment and not whole.is_dir() and child.poll() is None:
+    while time.monotonic() < moment and not whole.is_file() and child.poll() is None:
       time.sleep(0.0005)
-    if whole.is_dir() and not part.is_dir():
+    if whole.is_file():
       self.seconds[stage] = min(self.seconds[stage], max(time.monotonic() - began, 0.05))
     if child.poll() is None:
       child.kill()
     code = child.wait(60)
     assert code in (0, -signal.SIGKILL), self.said()
     self.no_orphans(child)
-    files = sum(p.is_file() for p in part.rglob('*')) if part.is_dir() else 0
-    self.moments.append(f'{stage}: ' + (f'{files} files in its part' if part.is_dir() else 'just whole'))
+    files = sum(p.is_file() for p in part.rglob('*'))
+    self.moments.append(f'{stage}: ' + ('just finished' if whole.is_file() else f'{files} files'))
     return code != 0
 
   def look(self, part: Path) -> set[str]:
@@ -100,7 +102,11 @@ def stage_seconds(finished: Path) -> dict[str, float]:
 
 
 def left_over(workdir: Path) -> list[str]:
-  return [p.name for p in workdir.iterdir() if p.suffix in ('.part', '.old') or p.name.startswith('.')]
+  """Attempts that are not the finished one, and temporary files."""
+  names = (*pipeline.NAMES, *pipeline.ON_REQUEST)
+  paths = [path for name in names for path in artifacts._attempts(workdir, name)]
+  paths += [path for path in (*workdir.glob('.*'), *workdir.glob('*/.*'), *workdir.glob('*/*/.*')) if path.is_file()]
+  return [str(path) for path in paths]
 
 
 @pytest.mark.slow
@@ -162,8 +168,8 @@ def test_validation_that_is_killed(server, finished, validated, tmp_path, count,
   killer.finish()
 
   def files(folder: Path) -> dict[str, str]:
-    found = runs.fingerprint(folder / 'validation')
-    return {name: digest for name, (digest, _) in found.items() if name != 'manifest.json'}  # it has the time taken
+    found = runs.fingerprint(files_of(folder, 'validation'))
+    return {name: digest for name, (digest, _) in found.items() if name not in ('begun.json', 'cost.json')}
 
   assert files(workdir) == files(validated)
   assert left_over(workdir) == []

@@ -12,7 +12,9 @@ case "$1 $2" in
   "--version "*) echo Python {version} ;;
   "-m venv") mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python" ;;
   "-m pip") [[ $3 == --version ]] || echo "$*" >>"{log}/pip" ;;
-  "-m dsdm_jax.main") shift 2 && printf '%s\\n' "$@" >"{log}/main" && exit "${{EXIT_CODE:-0}}" ;;
+  "-m dsdm_jax.main")
+    printf '%s' "${{GLIBC_TUNABLES:-}}" >"{log}/tunables"
+    shift 2 && printf '%s\\n' "$@" >"{log}/main" && exit "${{EXIT_CODE:-0}}" ;;
 esac
 """
 TOOLS = 'bash dirname basename cat cmp cp rm mkdir env'.split()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tests.conftest import ROOT
+from tests.helpers.workdirs import files_of
 
 TINY = '--config=tests/pipeline/tiny.py'
 SECRET = 'dsdm-no-secret-0d1e5f'  # what the shared run is given where clouds and hubs look for keys
@@ -95,8 +96,8 @@ def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
 def outcome(workdir: Path) -> dict[str, Any]:
   """All that two runs of the same settings must agree on to the last bit: scores, selections, items, results."""
   found: dict[str, Any] = {}
-  stages = (workdir / name for name in ('selection', 'evaluation'))
-  for file in [workdir / 'datamodel/scores.npz', *(f for s in stages for f in sorted(s.glob('*.npz')))]:
+  stages = (files_of(workdir, name) for name in ('selection', 'evaluation'))
+  for file in [files_of(workdir, 'datamodel') / 'scores.npz', *(f for s in stages for f in sorted(s.glob('*.npz')))]:
     with np.load(file) as arrays:
       found |= {f'{file.name}/{key}': value.tobytes() for key, value in arrays.items()}
   results: Mapping[str, Any] = json.loads((workdir / 'results.json').read_text())

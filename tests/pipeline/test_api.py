@@ -13,6 +13,7 @@ from dsdm_jax.core.artifacts import open_stage
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
+from tests.helpers.workdirs import files_of
 
 pandas = pytest.importorskip('pandas', reason='pandas is not installed')
 
@@ -32,7 +33,7 @@ def test_opening_brings_no_tensorflow_and_no_pandas(finished):
 
 
 def test_pool(run, finished):
-  pool = Pool(finished / 'pool')
+  pool = Pool(files_of(finished, 'pool'))
   assert list(run.pool.table.columns) == ['source', 'document', 'offset', 'planted']
   assert len(run.pool.table) == pool.num_rows
   shown = run.pool.show([3, 1])
@@ -66,9 +67,9 @@ def test_scores(run, finished):
 
 
 def test_selections(run, finished):
-  wanted = Selection.load(finished / 'selection', 'dsdm--mix--0')
+  wanted = Selection.load(files_of(finished, 'selection'), 'dsdm--mix--0')
   assert np.array_equal(run.selections['dsdm--mix--0'].rows, wanted.rows)
-  assert len(run.selections.table) == len(json.loads((finished / 'selection' / 'index.json').read_text()))
+  assert len(run.selections.table) == len(json.loads((files_of(finished, 'selection') / 'index.json').read_text()))
   np.testing.assert_allclose(run.selections.sources().sum(axis=1), 1)
   overlap = run.selections.overlap()
   assert overlap.loc['DsDm', 'bottom-ranked'] == 0 or overlap.loc['DsDm', 'bottom-ranked'] < 1
@@ -86,7 +87,7 @@ def test_results(run, finished):
   assert run.cost['bytes'].min() > 0
   losses = run.results.losses
   first = losses.query("method == 'dsdm' and seed == 0").iloc[0]
-  logged = (finished / 'pretraining' / 'dsdm--mix--0.jsonl').read_text().split('\n')[0]
+  logged = (files_of(finished, 'pretraining') / 'dsdm--mix--0.jsonl').read_text().split('\n')[0]
   assert json.loads(logged)['loss'] == first['loss']
   assert run.config['datamodel.damping'] == 0.1
   with pytest.raises(UserError, match='no ladder'):
@@ -115,7 +116,7 @@ def test_unfinished_run(copied):
 
 
 def test_damaged_file_is_named(copied):
-  file = copied / 'datamodel' / 'scores.npz'
+  file = files_of(copied, 'datamodel') / 'scores.npz'
   file.write_bytes(file.read_bytes()[:-1])
   with pytest.raises(UserError, match='scores.npz has .* bytes'):
     _ = dsdm_jax.load(copied).scores

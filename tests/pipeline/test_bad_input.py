@@ -1,6 +1,5 @@
 """What a user may get wrong: one line on stderr, exit code 2, nothing written."""
 
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import pytest
 from dsdm_jax import pipeline
 from dsdm_jax.core import lock
 from dsdm_jax.core.checkpoints import Checkpoints
+from tests.helpers.workdirs import files_of, unfinish
 from tests.lm.test_hugging_face import write_gpt2
 from tests.pipeline import runs
 from tests.training.test_step import make_trainer
@@ -138,7 +138,7 @@ def test_workdir_that_another_run_has(copied):
   ids=['missing', 'cut', 'flipped'],
 )
 def test_damaged_artifact(copied, damage, words):
-  file = copied / 'datamodel' / 'scores.npz'
+  file = files_of(copied, 'datamodel') / 'scores.npz'
   damage(file)
   before = runs.fingerprint(copied)
   message = runs.refused(runs.TINY, f'--workdir={copied}')
@@ -152,16 +152,12 @@ def test_mixture_too_small_for_the_budget_where_repeats_are_forbidden(copied):
   flags = ('--rerun', '--stage=pretraining', '--config.pretraining.max_epochs=1')
   message = runs.refused(runs.TINY, f'--workdir={copied}', *flags)
   assert re.match(r"part '\S+' has 32 rows but is to give 64 examples, and 32 are the most; ", message)
-  assert not (copied / 'pretraining.part').exists()
+  assert not (copied / 'pretraining').exists()
 
 
 def unfinished_proxies(workdir: Path) -> Path:
   """Puts the stage back to where its first proxy has its checkpoints and its last lines are not written."""
-  part = workdir / 'proxies.part'
-  (workdir / 'proxies').rename(part)
-  manifest = part / 'manifest.json'
-  (part / 'begun.json').write_text(json.dumps(json.loads(manifest.read_text())['identity']))
-  manifest.unlink()
+  part = unfinish(workdir, 'proxies')
   (part / 'proxy_0.jsonl').unlink()
   return part
 
@@ -191,12 +187,12 @@ def test_checkpoint_of_another_model(copied):
   message = refused_after_a_bar(runs.TINY, f'--workdir={copied}', '--stage=proxies')
   assert message.startswith(f'no checkpoint in {part / "proxy_0"} can be restored into this model (')
   assert 'is (16,) in the model and (32,) in the checkpoint' in message
-  assert message.endswith('it is torn or belongs to another model: delete that folder and start again')
+  assert message.endswith('it is damaged or belongs to another model: delete that folder and start again')
   assert runs.fingerprint(part / 'proxy_0') | runs.fingerprint(part / 'proxy_1') == before
 
 
 def test_half_written_checkpoint(copied):
-  wanted = runs.fingerprint(copied / 'proxies')
+  wanted = runs.fingerprint(files_of(copied, 'proxies'))
   part = unfinished_proxies(copied)
   steps = sorted((path for path in (part / 'proxy_0').iterdir() if path.name.isdecimal()), key=lambda p: int(p.name))
   assert len(steps) == 2
@@ -205,7 +201,7 @@ def test_half_written_checkpoint(copied):
   assert done.returncode == 0, done.stderr[-3000:]
   said = f'the checkpoint of step {steps[1].name} of proxy_0 is torn; resuming from step {steps[0].name}\n'
   assert said in done.stderr
-  found = runs.fingerprint(copied / 'proxies')
+  found = runs.fingerprint(files_of(copied, 'proxies'))
   assert found['proxy_0.jsonl'][0] == wanted['proxy_0.jsonl'][0], 'the curve is that of the undisturbed run'
 
 
@@ -218,7 +214,7 @@ def test_sequence_longer_than_the_positions(copied, tmp_path):
   message = refused_after_a_bar(runs.TINY, f'--workdir={copied}', '--stage=proxies', weights)
   assert 'has 24 positions and rows have 32 tokens; set --config.pool.length=24 or less' in message
   assert runs.fingerprint(copied / 'pool') == before
-  assert not (copied / 'proxies').exists()
+  assert not (copied / 'proxies' / 'manifest.json').exists()
 
 
 def _flip(file: Path) -> None:

@@ -13,6 +13,7 @@ from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import Trainer
+from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
 
@@ -45,7 +46,7 @@ def test_features_are_of_each_checkpoint_and_scores_of_all(finished, tmp_path):
     found_TJ = features.target('docs', checkpoint)
     # One row at a time and a batch at once round otherwise.
     np.testing.assert_allclose(found_TJ, phi_TJ, atol=1e-5 * np.abs(found_TJ).max())
-  with np.load(workdir / 'datamodel/scores.npz') as scores:
+  with np.load(files_of(workdir, 'datamodel') / 'scores.npz') as scores:
     assert scores['score_docs_CN'].shape == (2 * EACH, features.rows)
     assert len({row.tobytes() for row in scores['score_docs_CN']}) == 2 * EACH
 
@@ -66,5 +67,5 @@ def test_more_checkpoints_than_steps_are_told(finished, tmp_path):
 def test_a_run_without_the_key_is_of_one_checkpoint(finished):
   stage = next(stage for stage in pipeline.STAGES if stage.name == 'proxies')
   assert 'proxies' in stage.keys
-  manifest = json.loads((finished / 'proxies/manifest.json').read_text())
+  manifest = json.loads((finished / 'proxies' / 'manifest.json').read_text())
   assert 'proxies.checkpoints' not in manifest['identity']['settings']

@@ -10,6 +10,7 @@ import pytest
 
 from dsdm_jax.attribution.features import Features
 from dsdm_jax.core import artifacts
+from tests.helpers.workdirs import attempt_of, files_of
 from tests.pipeline import runs
 
 SHARD_ROWS = 32
@@ -55,28 +56,30 @@ def test_a_killed_stage_goes_on_with_other_devices_and_batches(kind, first, seco
     runs.command(*FLAGS, *one, f'--workdir={elastic}', '--stage=features'), cwd=runs.ROOT,
     env=runs.environment(devices=4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
   )  # fmt: skip
-  marker = elastic / 'features.part/features_0.done/000002.json'
-  while not marker.is_file() and process.poll() is None:
+  while not list(elastic.glob('features/*/features_0.done/000002.json')) and process.poll() is None:
     time.sleep(0.005)
   process.send_signal(signal.SIGKILL)
   process.wait()
-  assert not (elastic / 'features').exists()
-  by_four = sorted(marker.parent.glob('*.json'))
+  part = attempt_of(elastic, 'features')
+  by_four = sorted((part / 'features_0.done').glob('*.json'))
   said = {file: file.read_bytes() for file in by_four}
   assert len(by_four) >= 3
-  basis = [file.read_bytes() for file in (elastic / 'features.part').glob('basis_*.npz')]
+  basis = [file.read_bytes() for file in part.glob('basis_*.npz')]
   assert len(basis) == ('basis' in kind)
-  (undisturbed / 'features.part').mkdir()
-  for file in (elastic / 'features.part/begun.json', *(elastic / 'features.part').glob('basis_*.npz')):
-    shutil.copy(file, undisturbed / 'features.part')  # rounding could turn eigenvectors of another machine's own
+  other_part = undisturbed / 'features' / part.name
+  other_part.mkdir(parents=True)
+  for file in (part / 'begun.json', *part.glob('basis_*.npz')):
+    shutil.copy(file, other_part)  # rounding could turn eigenvectors of another machine's own
 
-  assert 'goes on where it stopped' in _stage('features', elastic, other, devices=3)
+  assert 'features: resumed' in _stage('features', elastic, other, devices=3)
   _stage('features', undisturbed, one, devices=1)
   mine, wanted = (artifacts.open_stage(folder, 'features') for folder in (elastic, undisturbed))
   mine.verify()
   assert mine.identity == wanted.identity
-  assert all((elastic / 'features/features_0.done' / file.name).read_bytes() == data for file, data in said.items())
-  assert [file.read_bytes() for file in (elastic / 'features').glob('basis_*.npz')] == basis
+  assert all(
+    (files_of(elastic, 'features') / 'features_0.done' / file.name).read_bytes() == data for file, data in said.items()
+  )
+  assert [file.read_bytes() for file in files_of(elastic, 'features').glob('basis_*.npz')] == basis
   a, b = Features(mine), Features(wanted)
   shards = list(zip(a.pool(0), b.pool(0), strict=True))
   assert len(shards) > len(by_four), 'something was left for three devices'
@@ -87,7 +90,10 @@ def test_a_killed_stage_goes_on_with_other_devices_and_batches(kind, first, seco
 
   _stage('datamodel', elastic, other, devices=3)
   _stage('datamodel', undisturbed, one, devices=1)
-  with np.load(elastic / 'datamodel/scores.npz') as x, np.load(undisturbed / 'datamodel/scores.npz') as y:
+  with (
+    np.load(files_of(elastic, 'datamodel') / 'scores.npz') as x,
+    np.load(files_of(undisturbed, 'datamodel') / 'scores.npz') as y,
+  ):
     for task in ('docs', 'api_qa', 'cs_algorithms'):
       x_N, y_N = x[f'score_{task}_N'], y[f'score_{task}_N']
       assert np.linalg.norm(x_N - y_N) <= 1e-5 * np.linalg.norm(y_N)

@@ -8,7 +8,9 @@ import time
 import pytest
 
 from dsdm_jax import pipeline
+from dsdm_jax.config.validate import flatten
 from dsdm_jax.data.pool.pool import Pool
+from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
 
@@ -76,7 +78,7 @@ def test_cost_versions_and_config_are_those_of_the_run(results):
   import jax
 
   assert results['versions']['jax'] == jax.__version__
-  assert results['config'] == pipeline.flatten(get_config())
+  assert results['config'] == flatten(get_config())
 
 
 def test_terminal_shows_the_table_and_where_things_are(finished):
@@ -101,13 +103,13 @@ def test_curves_and_events(finished):
 
 
 def test_every_arm_has_the_same_budget_in_tokens(finished):
-  last = [json.loads(file.read_text().splitlines()[-1]) for file in (finished / 'pretraining').glob('*.jsonl')]
+  last = [json.loads(file.read_text().splitlines()[-1]) for file in files_of(finished, 'pretraining').glob('*.jsonl')]
   assert len(last) == 4 * 2
   assert {(line['step'], line['tokens']) for line in last} == {(4, 32 * 2 * 32)}
 
 
 def test_pool_rows_are_whole_and_each_has_its_document(finished):
-  pool = Pool(finished / 'pool')
+  pool = Pool(files_of(finished, 'pool'))
   tokens_NL = pool.tokens(range(pool.num_rows))
   assert tokens_NL.shape == (pool.num_rows, 32)
   assert tokens_NL.max() < pool.vocab_size
@@ -135,7 +137,7 @@ def test_second_run_reuses_all_and_starts_neither_tensorflow_nor_a_device(finish
 @pytest.mark.parametrize('stage', pipeline.NAMES)
 def test_a_finished_stage_alone_is_reused(finished, stage, capsys):
   pipeline.run(get_config(), finished, stage)
-  assert f'{stage}: reused from {finished / stage}\n' in capsys.readouterr().out
+  assert f'{stage}: reused from {files_of(finished, stage)}\n' in capsys.readouterr().out
 
 
 def test_a_stage_alone_wants_what_it_reads(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 
 ITEMS = {
@@ -43,9 +44,9 @@ def test_benchmarks_and_a_checkpoint(copied, tmp_path):
   pairs = [c for c in found['comparisons'] if c['method'] == 'mine' and c['baseline'] == 'random']
   assert len(pairs) == 4 and not any(c['paired_seeds'] for c in pairs)
   assert {row['task'] for row in found['means']['summary']} == {'mean'}
-  with np.load(copied / 'evaluation' / 'items.npz') as items:
+  with np.load(files_of(copied, 'evaluation') / 'items.npz') as items:
     assert items['acc__choose__benchmark'].shape == (9, 4)
-  lines = (copied / 'evaluation' / 'answers' / 'checkpoint--mine--asked.jsonl').read_text().splitlines()
+  lines = (files_of(copied, 'evaluation') / 'answers' / 'checkpoint--mine--asked.jsonl').read_text().splitlines()
   assert [json.loads(line)['id'] for line in lines] == [f'line {i}' for i in range(1, 5)]
 
   (tmp_path / 'words.jsonl').write_text('{"context": "The cat saw the", "continuation": "dog"}\n' * 2)

@@ -9,7 +9,10 @@ import pytest
 from dsdm_jax import pipeline
 from dsdm_jax.attribution.features import Features
 from dsdm_jax.core import artifacts
+from dsdm_jax.core.runner import Runner
 from dsdm_jax.errors import UserError
+from tests.helpers.workdirs import attempt_of
+from tests.helpers.workdirs import finished as finished_in
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
 
@@ -52,10 +55,11 @@ def test_jobs_and_another_number_of_devices_make_what_one_run_makes(begun, finis
   for process in started:
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error[-3000:]
-    assert 'this job has done its part' in out
-  assert not (begun / 'features').exists() and not (elsewhere / 'features').exists()
-  shutil.copytree(elsewhere / 'features.part', begun / 'features.part', dirs_exist_ok=True)
-  costs = [artifacts.Cost(begun / 'features.part', job).flop for job in range(JOBS)]
+    assert 'this job has finished its share' in out
+  assert not finished_in(begun, 'features') and not finished_in(elsewhere, 'features')
+  part = attempt_of(begun, 'features')
+  shutil.copytree(attempt_of(elsewhere, 'features'), part, dirs_exist_ok=True)
+  costs = [artifacts.Cost(part, job).flop for job in range(JOBS)]
   assert min(costs) > 0
   pipeline.run(get_config(), begun, 'features')
 
@@ -79,7 +83,7 @@ def test_jobs_and_another_number_of_devices_make_what_one_run_makes(begun, finis
 def test_the_last_job_finishes_the_stage(begun):
   for job in (2, 0, 1):
     pipeline.run(config_of(job), begun, 'features')
-    assert (begun / 'features').exists() == (job == 1)
+    assert finished_in(begun, 'features') == (job == 1)
   artifacts.open_stage(begun, 'features').verify()
 
 
@@ -89,7 +93,7 @@ def test_jobs_share_one_basis_of_eigenvectors(begun):
     config = config_of(job)
     config.features.basis, config.features.basis_rows = 'eigenvectors', 40
     pipeline.run(config, begun, 'features')
-    bases = [file.read_bytes() for file in sorted(begun.glob('features*/basis_*.npz'))]
+    bases = [file.read_bytes() for file in sorted(begun.glob('features/*/basis_*.npz'))]
     first = first or bases
     assert len(bases) == 2 and bases == first
   semantics = artifacts.open_stage(begun, 'features').semantics
@@ -99,30 +103,29 @@ def test_jobs_share_one_basis_of_eigenvectors(begun):
     assert all(0.2 < share <= 1 for sides in kept.values() for share in sides)
 
 
-def test_of_two_jobs_that_end_at_once_the_slower_takes_what_the_faster_put_in_place(workdir):
+def test_of_two_jobs_that_commit_at_once_the_second_returns_the_artifact_of_the_first(workdir):
   identity = artifacts.Identity('pool', 1, {}, {})
   out = artifacts.begin(workdir, identity)
   costs = [artifacts.Cost(out, job) for job in (0, 1)]
-  first, second = (pipeline._commit(workdir, identity, {'rows': 3}, cost) for cost in costs)
+  first, second = (artifacts.commit(workdir, identity, {'rows': 3}, cost) for cost in costs)
   assert first.manifest == second.manifest
-  with pytest.raises(FileNotFoundError):
-    pipeline._commit(workdir, artifacts.Identity('pool', 2, {}, {}), {}, costs[1])
 
 
 def test_a_damaged_stage_that_mends_itself_is_opened_anew_but_not_by_one_of_several_jobs(workdir, capsys):
   identity = artifacts.Identity('features', 1, {}, {})
   for name in ('one', 'two'):
-    (artifacts.begin(workdir, identity) / name).write_text(name)
-  out = artifacts.part_folder(workdir, 'features')
+    out = artifacts.begin(workdir, identity)
+    (out / name).write_text(name)
   made = artifacts.commit(workdir, identity, {}, artifacts.Cost(out))
-  stage = next(stage for stage in pipeline.STAGES if stage.name == 'features')
-  assert pipeline._whole(stage, made, {'features.jobs': 1}, workdir)
-  (workdir / 'features' / 'two').write_text('owt')
-  with pytest.raises(UserError, match='features/two has changed since it was written; delete'):
-    pipeline._whole(stage, made, {'features.jobs': 2}, workdir)
-  assert not pipeline._whole(stage, made, {'features.jobs': 1}, workdir)
-  assert 'features/two has changed since it was written; it is made anew' in capsys.readouterr().out
-  assert (out / 'one').is_file() and not (out / 'two').exists() and not (workdir / 'features').exists()
+  runner, runner_of_a_job = (Runner(pipeline.STAGES, config, workdir) for config in (get_config(), config_of(0)))
+  stage = runner.stages['features']
+  assert runner._intact(stage, made)
+  (out / 'two').write_text('owt')
+  with pytest.raises(UserError, match='/two has changed since it was written; delete'):
+    runner_of_a_job._intact(stage, made)
+  assert not runner._intact(stage, made)
+  assert '/two has changed since it was written; only this file is computed again' in capsys.readouterr().out
+  assert (out / 'one').is_file() and not (out / 'two').exists() and not finished_in(workdir, 'features')
 
 
 @pytest.mark.parametrize(('only', 'rerun'), [(None, False), ('datamodel', False), ('features', True)])

@@ -12,6 +12,7 @@ from dsdm_jax.core import mesh
 from dsdm_jax.lm import hugging_face
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import Trainer
+from tests.helpers.workdirs import files_of
 from tests.lm.test_hugging_face import write_gpt2
 from tests.pipeline import runs
 from tests.training.test_step import flat
@@ -33,7 +34,7 @@ def test_loaded_model_is_the_proxy(copied, tmp_path):
   config.model.weights = str(tmp_path / 'gpt2')
   config = checks.resolve(config, hugging_face.model_keys)
   trainer = Trainer(config.model, config.proxies.train, 320, 32, mesh.make_mesh(config.mesh, jax.devices()[:1]))
-  params = flat(load_state(copied / 'proxies/proxy_0', trainer).params)
+  params = flat(load_state(files_of(copied, 'proxies') / 'proxy_0', trainer).params)
   np.testing.assert_array_equal(params['embedding/embedding'], tensors['wte.weight'])
   np.testing.assert_array_equal(params['positions/embedding'], tensors['wpe.weight'][:32])
   np.testing.assert_array_equal(params['blocks/0/mlp/down/kernel'], tensors['h.0.mlp.c_proj.weight'])

@@ -14,6 +14,7 @@ from dsdm_jax.data.order import batches
 from dsdm_jax.data.order import selection as selection_lib
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
+from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 
 PARTS = ('dsdm@docs rate=2', 'dsdm@api_qa rows=3 cap=2', 'random epochs=1')
@@ -45,16 +46,16 @@ def test_stages_that_stood_were_not_made_again(trained):
 def test_the_mixture_trained_to_its_end_on_its_schedule(trained):
   folder, said = trained
   for seed in range(2):
-    lines = (folder / 'pretraining' / f'mixture--any--{seed}.jsonl').read_text().splitlines()
+    lines = (files_of(folder, 'pretraining') / f'mixture--any--{seed}.jsonl').read_text().splitlines()
     assert [json.loads(line)['tokens'] for line in lines][-1] == 64 * 32, 'the budget of every arm'
-  index = json.loads((folder / 'selection' / 'index.json').read_text())
+  index = json.loads((files_of(folder, 'selection') / 'index.json').read_text())
   entry = next(e for e in index if e['name'] == 'mixture--any--0')
-  schedule = selection_lib.schedule(folder / 'selection', entry, 64, prng.derive(0, 'order', 0))
+  schedule = selection_lib.schedule(files_of(folder, 'selection'), entry, 64, prng.derive(0, 'order', 0))
   part_B, row_B, _ = schedule.at(np.arange(64))
   # Rates 2 : 1 : 1, but the second part has three rows, twice at most; the others share its place as 2 : 1.
   counts = np.bincount(part_B, minlength=3)
   assert counts[1] == 6 and counts.sum() == 64 and counts[0] > counts[2] > 16
-  every = Selection.load(folder / 'selection', 'mixture--any--0').rows
+  every = Selection.load(files_of(folder, 'selection'), 'mixture--any--0').rows
   assert set(row_B.tolist()) <= set(every.tolist())
   assert 'mixture' in said
 
@@ -82,7 +83,7 @@ def test_gross_and_net_multiplier_of_every_arm(trained):
   folder, _ = trained
   found = json.loads((folder / 'results.json').read_text())
   read = found['multiplier']
-  assert read == json.loads((folder / 'evaluation' / 'multiplier.json').read_text())
+  assert read == json.loads((files_of(folder, 'evaluation') / 'multiplier.json').read_text())
   assert [r['factor'] for r in read['rungs']] == [0.5, 1.0] and read['rungs'][0]['flop'] < read['rungs'][1]['flop']
   tasks = {'docs', 'api_qa', 'cs_algorithms', 'mean'}
   assert {(a['method'], a['task']) for a in read['arms']} == {
@@ -104,7 +105,7 @@ def test_gross_and_net_multiplier_of_every_arm(trained):
 def test_the_report_shows_multipliers_and_what_the_ladder_cost(trained):
   folder, _ = trained
   page = (folder / 'report' / 'index.html').read_text()
-  read = json.loads((folder / 'evaluation' / 'multiplier.json').read_text())
+  read = json.loads((files_of(folder, 'evaluation') / 'multiplier.json').read_text())
   section = page[page.index('id="multiplier"') :]
   for arm in read['arms']:
     for kind in ('gross', 'net'):

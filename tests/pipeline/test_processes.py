@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.core.test_processes import ends, free_port
+from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.pipeline.runs import ROOT
 
@@ -33,7 +34,10 @@ def test_two_processes_evaluate_as_one(finished, copied):
   assert 'evaluation' not in outputs[1][1]
   count = len(runs.events(finished))
   assert runs.stages_run(copied, count) == ['evaluation', 'report']
-  with np.load(copied / 'evaluation/items.npz') as a, np.load(finished / 'evaluation/items.npz') as b:
+  with (
+    np.load(files_of(copied, 'evaluation') / 'items.npz') as a,
+    np.load(files_of(finished, 'evaluation') / 'items.npz') as b,
+  ):
     assert a.keys() == b.keys()
     for key in a:
       # Log-probabilities of up to 6 nats in float32, whose matrix products are cut elsewhere on two devices.

@@ -9,6 +9,7 @@ from dsdm_jax import pipeline
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
 from tests.helpers.data import RECORDS, lines, small_config
+from tests.helpers.workdirs import files_of
 
 
 def test_changed_files_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -25,9 +26,9 @@ def test_changed_files_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture
   file.write_bytes(lines([*RECORDS, {'text': 'one more'}]))
   with pytest.raises(UserError, match=rf'pool\.files of jsonl:{file}.*1 files, state'):
     run()
-  assert Pool(workdir / 'pool').card['documents'] == len(RECORDS)
+  assert Pool(files_of(workdir, 'pool')).card['documents'] == len(RECORDS)
   assert 'reused' not in run(rerun=True)
-  assert Pool(workdir / 'pool').card['documents'] == len(RECORDS) + 1
+  assert Pool(files_of(workdir, 'pool')).card['documents'] == len(RECORDS) + 1
   file.unlink()
   assert 'pool: reused' in run()
   settings = json.loads((workdir / 'pool' / 'manifest.json').read_text())['identity']['settings']

@@ -10,6 +10,9 @@ from ml_collections import ConfigDict
 
 from dsdm_jax import main, pipeline
 from dsdm_jax.attribution.store import FeatureStore
+from dsdm_jax.config import validate
+from dsdm_jax.core.runner import Runner
+from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
 
@@ -43,7 +46,7 @@ def stranger(finished, tmp_path_factory):
 def _record_reads(patch: pytest.MonkeyPatch, read: dict[str, set[str]]) -> None:
   sections: dict[int, str] = {}
   now: list[str] = []
-  original, run_stage = ConfigDict.__getitem__, pipeline._run_stage
+  original, run_stage = ConfigDict.__getitem__, Runner.run_stage
 
   def walk(config: ConfigDict, prefix: str) -> None:
     sections[id(config)] = prefix
@@ -58,16 +61,16 @@ def _record_reads(patch: pytest.MonkeyPatch, read: dict[str, set[str]]) -> None:
       read.setdefault(now[-1], set()).add(sections[id(self)] + key)
     return value
 
-  def recorded(stage, config, *rest):
-    walk(config, '')
+  def recorded(runner, stage):
+    walk(runner.config, '')
     now.append(stage.name)
     try:
-      return run_stage(stage, config, *rest)
+      return run_stage(runner, stage)
     finally:
       now.pop()
 
   patch.setattr(ConfigDict, '__getitem__', getitem)
-  patch.setattr(pipeline, '_run_stage', recorded)
+  patch.setattr(Runner, 'run_stage', recorded)
 
 
 def test_it_runs_from_end_to_end(stranger):
@@ -85,7 +88,9 @@ def test_its_layers_are_probed_and_only_those(stranger):
   assert [layer['path'] for layer in semantics['layers']] == [
     'stack/0/mix/wk', 'stack/0/mix/wo', 'stack/0/mix/wq', 'stack/0/mix/wv', 'unembed'
   ]  # fmt: skip
-  store = FeatureStore(workdir / 'features/features_0.zarr', semantics['rows'], semantics['dimension'], 256, 'bfloat16')
+  store = FeatureStore(
+    files_of(workdir, 'features') / 'features_0.zarr', semantics['rows'], semantics['dimension'], 256, 'bfloat16'
+  )
   phi_NJ = store.read(0).astype(np.float32)
   for layer in semantics['layers']:
     part = phi_NJ[:, layer['start'] : layer['start'] + layer['a'] * layer['b']]
@@ -93,7 +98,10 @@ def test_its_layers_are_probed_and_only_those(stranger):
 
 
 def test_scores_are_its_own(stranger, finished):
-  with np.load(stranger[0] / 'datamodel/scores.npz') as a, np.load(finished / 'datamodel/scores.npz') as b:
+  with (
+    np.load(files_of(stranger[0], 'datamodel') / 'scores.npz') as a,
+    np.load(files_of(finished, 'datamodel') / 'scores.npz') as b,
+  ):
     assert abs(np.corrcoef(a['score_docs_N'], b['score_docs_N'])[0, 1]) < 0.9
 
 
@@ -101,10 +109,10 @@ def test_no_stage_reads_a_key_that_it_did_not_declare(stranger):
   """A key that is read and not declared would let a changed setting pass for a finished stage."""
   _, read = stranger
   assert set(read) == set(pipeline.NAMES)  # the recorder saw them all
-  settings = pipeline.flatten(get_config())
+  settings = validate.flatten(get_config())
   for stage in (s for s in pipeline.STAGES if not s.on_request):
     # What a stage upstream depends on is held by that artifact's digest, which is part of this stage's identity.
-    known = [s for s in pipeline.STAGES if s.name in {stage.name, *pipeline._upstream(stage.name)}]
-    declared = {key for s in known for key in pipeline.select(settings, s.keys)}
+    known = [s for s in pipeline.STAGES if s.name in pipeline.needed(stage.name)]
+    declared = {key for s in known for key in validate.select(settings, s.keys)}
     undeclared = {key for key in read[stage.name] - declared if not key.startswith(FREE)}
     assert undeclared == set(), stage.name

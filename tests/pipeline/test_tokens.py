@@ -9,6 +9,7 @@ import dsdm_jax
 from dsdm_jax import pipeline
 from dsdm_jax.attribution.tokens import TokenScores
 from dsdm_jax.errors import UserError
+from tests.helpers.workdirs import files_of
 from tests.pipeline.tiny import get_config
 
 ROWS = [5, 0, 17, 3, 100]
@@ -60,7 +61,7 @@ def test_tokens_sum_up_to_the_row(features, datamodel, finished, tmp_path):
 
 
 def _seen_by_all(folder, count):
-  subsets = [np.load(folder / f'proxies/subset_{c}.npy') for c in range(count)]
+  subsets = [np.load(files_of(folder, 'proxies') / f'subset_{c}.npy') for c in range(count)]
   rows = dsdm_jax.load(folder).pool.num_rows
   return np.all([np.isin(np.arange(rows), subset) for subset in subsets], axis=0)
 
@@ -77,6 +78,6 @@ def test_what_does_not_tell_of_tokens_is_refused(copied):
   with pytest.raises(UserError, match='unit_norm divides a row by its norm'):
     TokenScores(inputs)
   inputs['datamodel'].manifest['semantics']['unit_norm'] = False
-  (copied / 'datamodel/solution.npz').unlink()
+  (files_of(copied, 'datamodel') / 'solution.npz').unlink()
   with pytest.raises(UserError, match='before solutions were kept; delete it and run --stage=datamodel'):
     TokenScores(inputs)

@@ -9,6 +9,7 @@ from dsdm_jax import pipeline
 from dsdm_jax.bench import __main__ as bench
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.validation import table
+from tests.helpers.workdirs import files_of, unfinish
 from tests.pipeline import runs
 
 SMALL = (
@@ -25,36 +26,33 @@ def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path, capsys):
     shutil.copytree(finished / stage, workdir / stage)
   out = runs.succeed(runs.TINY, f'--workdir={workdir}', *SMALL)
   assert 'validation: done' in out
-  found = json.loads((workdir / 'validation/lds.json').read_text())
+  found = json.loads((files_of(workdir, 'validation') / 'lds.json').read_text())
   names = {r['predictor'] for r in found['by_example']}
   assert names == {'reference', 'no curvature', 'BM25', 'half the epochs', 'twice the epochs'}
   assert {r['predictor'] for r in found['by_task']} == names | {'oracle (metagradient)'}
   assert {r['family'] for r in found['by_example']} == {'halves', 'stratified', 'deciles', 'drops'}
   assert all(-1 <= r['low'] <= r['high'] <= 1 for level in found.values() for r in level)
-  monotone = json.loads((workdir / 'validation/monotone.json').read_text())
+  monotone = json.loads((files_of(workdir, 'validation') / 'monotone.json').read_text())
   assert {len(runs_) for runs_ in monotone.values()} == {2}
 
   # The tables can be made from the numbers alone.
-  assert table.main([str(workdir / 'validation')]) == 0
-  assert capsys.readouterr().out == (workdir / 'validation/lds.md').read_text()
+  assert table.main([str(files_of(workdir, 'validation'))]) == 0
+  assert capsys.readouterr().out == (files_of(workdir, 'validation') / 'lds.md').read_text()
   assert table.main([str(tmp_path)]) == 2
   assert 'does not hold a validation' in capsys.readouterr().err
 
   # What a killed attempt left is taken up, and the rest made anew, to the same table.
-  whole = (workdir / 'validation/lds.md').read_text()
-  part = workdir / 'validation.part'
-  shutil.move(workdir / 'validation', part)
-  manifest = json.loads((part / 'manifest.json').read_text())
-  (part / 'begun.json').write_text(json.dumps(manifest['identity']))
-  for name in ('manifest.json', 'lds.md', 'lds.json', 'monotone.json', 'plain/0-0.npz', 'metasmooth/oracle-1.npy'):
+  whole = (files_of(workdir, 'validation') / 'lds.md').read_text()
+  part = unfinish(workdir, 'validation')
+  for name in ('lds.md', 'lds.json', 'monotone.json', 'plain/0-0.npz', 'metasmooth/oracle-1.npy'):
     (part / name).unlink()
   kept = part / 'plain/0-8.npz'
   with np.load(kept) as arrays:
     assert arrays['output'].shape == (8, 12)
   before = kept.stat().st_mtime_ns
-  assert 'goes on where it stopped' in runs.succeed(runs.TINY, f'--workdir={workdir}', *SMALL)
-  assert (workdir / 'validation/lds.md').read_text() == whole
-  assert (workdir / 'validation/plain/0-8.npz').stat().st_mtime_ns == before
+  assert 'validation: resumed' in runs.succeed(runs.TINY, f'--workdir={workdir}', *SMALL)
+  assert (files_of(workdir, 'validation') / 'lds.md').read_text() == whole
+  assert (files_of(workdir, 'validation') / 'plain/0-8.npz').stat().st_mtime_ns == before
 
 
 def test_bench_holds_the_derivative_to_finite_differences(finished, tmp_path, capsys):

@@ -20,6 +20,7 @@ from dsdm_jax.attribution.features import Features
 from dsdm_jax.core import artifacts
 from dsdm_jax.data.pool.pool import Pool
 from tests.conftest import ROOT
+from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
 
@@ -67,7 +68,7 @@ def share_above(tmp_path_factory) -> dict[str, np.ndarray]:
   features = Features(artifacts.open_stage(workdir, 'features'))
   grams = [datamodel.gram(features.pool(c))[0] for c in range(features.checkpoints)]
   found = {}
-  for task in json.loads((workdir / 'targets/tasks.json').read_text()):
+  for task in json.loads((files_of(workdir, 'targets') / 'tasks.json').read_text()):
     score_NT = 0
     for c, gram_JJ in enumerate(grams):
       blocks = datamodel.whole(features.dimension)

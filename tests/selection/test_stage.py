@@ -22,6 +22,7 @@ from dsdm_jax.selection import export
 from dsdm_jax.selection.proxy_signals import _TOKENS
 from tests.conftest import ROOT
 from tests.core.test_processes import ends, free_port
+from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.selection import every
 
@@ -47,11 +48,11 @@ def chosen(finished, tmp_path_factory) -> Path:
 
 
 def test_every_arm_is_whole(chosen):
-  index = json.loads((chosen / 'selection/index.json').read_text())
+  index = json.loads((files_of(chosen, 'selection') / 'index.json').read_text())
   assert {e['method'] for e in index} == {*METHODS, 'shortest', 'mixture'} - {'imported'}
   pool = Pool(artifacts.open_stage(chosen, 'pool'))
   for entry in index:
-    found = Selection.load(chosen / 'selection', entry['selection'])
+    found = Selection.load(files_of(chosen, 'selection'), entry['selection'])
     found.check(pool.num_rows, cap=16)
     assert found.size * entry['epochs'] == pytest.approx(64)
     if entry['method'] not in ('dsdm_boltzmann', 'mixture'):
@@ -62,13 +63,13 @@ def test_every_arm_is_whole(chosen):
   assert by_seed['dsir', 0] != by_seed['dsir', 1]
   assert by_seed['dsdm', 0] == by_seed['dsdm', 1] == 'dsdm--docs--0'
   for name in {e['selection'] for e in index if e['method'] == 'bm25'}:
-    assert np.bincount(pool.document_N[Selection.load(chosen / 'selection', name).rows]).max() <= 8
+    assert np.bincount(pool.document_N[Selection.load(files_of(chosen, 'selection'), name).rows]).max() <= 8
 
 
 def test_summaries_describe_the_selections(chosen):
-  cards = {c['name']: c for c in json.loads((chosen / 'selection/cards.json').read_text())}
+  cards = {c['name']: c for c in json.loads((files_of(chosen, 'selection') / 'cards.json').read_text())}
   pool = Pool(artifacts.open_stage(chosen, 'pool'))
-  dsdm, bottom = (Selection.load(chosen / 'selection', f'{m}--docs--0').rows for m in ('dsdm', 'bottom'))
+  dsdm, bottom = (Selection.load(files_of(chosen, 'selection'), f'{m}--docs--0').rows for m in ('dsdm', 'bottom'))
   card = cards['dsdm--docs--0']
   assert card['tokens'] == 32 * 32
   assert card['documents'] == len({int(pool.document_N[row]) for row in dsdm})
@@ -142,12 +143,12 @@ def test_two_processes_select_the_rows_of_one(chosen, finished, tmp_path):
 
 def assert_same_rows(a: Path, b: Path) -> None:
   """Every selection of two runs has the same rows in the same order, and there is at least one of every method."""
-  names = sorted(path.name for path in (a / 'selection').glob('*.npz'))
-  assert names == sorted(path.name for path in (b / 'selection').glob('*.npz'))
+  names = sorted(path.name for path in (files_of(a, 'selection')).glob('*.npz'))
+  assert names == sorted(path.name for path in (files_of(b, 'selection')).glob('*.npz'))
   assert {*METHODS, 'shortest', 'mixture'} - {'imported'} <= {name.partition('--')[0] for name in names}
   differ = []
   for name in names:
-    with np.load(a / 'selection' / name) as one, np.load(b / 'selection' / name) as other:
+    with np.load(files_of(a, 'selection') / name) as one, np.load(files_of(b, 'selection') / name) as other:
       differ += [name] if one['rows'].tolist() != other['rows'].tolist() else []
   assert differ == []
 
@@ -155,14 +156,16 @@ def assert_same_rows(a: Path, b: Path) -> None:
 def test_the_mixture_trains_in_the_order_that_seqio_shows(chosen):
   import seqio
 
-  entry = next(e for e in json.loads((chosen / 'selection/index.json').read_text()) if e['method'] == 'mixture')
+  entry = next(
+    e for e in json.loads((files_of(chosen, 'selection') / 'index.json').read_text()) if e['method'] == 'mixture'
+  )
   assert [p['name'] for p in entry['parts']] == ['dsdm--docs--0', 'dsdm--api_qa--0', 'random--any--0']
   assert [p['examples'] for p in entry['parts']] == [16, 3, 16]  # shares 32, 16, 16 of 64 in 2, ·, 1 passes
-  schedule = selection_lib.schedule(chosen / 'selection', entry, 64, 5)
+  schedule = selection_lib.schedule(files_of(chosen, 'selection'), entry, 64, 5)
   part_B, row_B, _ = schedule.at(np.arange(64))
   assert np.bincount(part_B)[1] == 6, 'three rows twice, then the other parts take its place'
   assert np.bincount(part_B)[0] > np.bincount(part_B)[2]
-  every = Selection.load(chosen / 'selection', 'mixture--any--0').rows
+  every = Selection.load(files_of(chosen, 'selection'), 'mixture--any--0').rows
   assert set(row_B.tolist()) <= set(every.tolist())
   for start in (0, 23):
     name = batches.register(schedule, Pool(artifacts.open_stage(chosen, 'pool')), start)
@@ -177,7 +180,7 @@ def test_the_mixture_trains_in_the_order_that_seqio_shows(chosen):
     assert [int(x['row']) for x in stream.as_numpy_iterator()] == row_B[start:].tolist()
   refused = {**entry, 'when_empty': 'refuse'}
   with pytest.raises(UserError, match="'dsdm--api_qa--0' has 3 rows but is to give"):
-    selection_lib.schedule(chosen / 'selection', refused, 64, 5)
+    selection_lib.schedule(files_of(chosen, 'selection'), refused, 64, 5)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +208,9 @@ def test_jsonl_and_parquet_hold_the_same(chosen, tmp_path):
   records = [json.loads(line) for line in (tmp_path / 'j/dsdm--docs--0.jsonl').read_text('utf-8').split('\n') if line]
   found = parquet.read_table(tmp_path / 'p/dsdm--docs--0-00000-of-00001.parquet').to_pylist()
   assert len(found) == len(records) == 32
-  chosen_rows = Selection.load(chosen / 'selection', 'dsdm--docs--0')
+  chosen_rows = Selection.load(files_of(chosen, 'selection'), 'dsdm--docs--0')
   pool = Pool(artifacts.open_stage(chosen, 'pool'))
-  with np.load(chosen / 'datamodel/scores.npz') as arrays:
+  with np.load(files_of(chosen, 'datamodel') / 'scores.npz') as arrays:
     score_N = arrays['score_docs_N']
   for place, (a, b) in enumerate(zip(records, found, strict=True)):
     row = int(chosen_rows.rows[place])
@@ -247,7 +250,7 @@ def test_other_programs_open_the_dataset(chosen, tmp_path):
   )
   assert done.returncode == 0, done.stderr[-3_000:]
   found = json.loads(done.stdout.splitlines()[-1])
-  rows = Selection.load(chosen / 'selection', 'dsdm--docs--0').rows
+  rows = Selection.load(files_of(chosen, 'selection'), 'dsdm--docs--0').rows
   assert found['rows'] == rows.tolist()
   assert found['tokens'] == Pool(artifacts.open_stage(chosen, 'pool')).tokens(rows).tolist()
 
@@ -272,7 +275,7 @@ def test_hugging_face_opens_the_folder(chosen, tmp_path):
     env=runs.environment(1, HF_HUB_OFFLINE='1', PYTHONPATH=''),
   )
   assert done.returncode == 0, done.stderr[-3_000:]
-  rows = Selection.load(chosen / 'selection', 'random--any--1').rows
+  rows = Selection.load(files_of(chosen, 'selection'), 'random--any--1').rows
   assert json.loads(done.stdout.splitlines()[-1]) == rows.tolist()
 
 
@@ -294,7 +297,7 @@ def test_a_distilled_scorer_scores_another_pool(chosen, tmp_path, capsys):
 
   out = tmp_path / 'scores.npy'
   flags = ['--workdir', str(chosen), '--target', 'docs', '--out', str(out), '--buckets', '4096']
-  assert distilled.main([*flags, '--pool', str(chosen / 'pool')]) == 0
+  assert distilled.main([*flags, '--pool', str(files_of(chosen, 'pool'))]) == 0
   assert 'Spearman' in capsys.readouterr().out
   score_N = np.load(out)
   assert len(score_N) == Pool(artifacts.open_stage(chosen, 'pool')).num_rows and np.isfinite(score_N).all()

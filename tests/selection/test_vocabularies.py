@@ -12,6 +12,7 @@ from dsdm_jax.data.pool import build, vocabulary
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.selection import distilled, export
 from tests.helpers import data as small
+from tests.helpers.workdirs import files_of
 
 
 def tokenizer(folder: Path, size: int) -> str:
@@ -34,21 +35,21 @@ def tokenizer(folder: Path, size: int) -> str:
 
 def run_of(folder: Path, choice: str) -> Path:
   """A workdir with a pool of that vocabulary, invented scores and one selection."""
-  cost = artifacts.Cost(folder)
   identity = artifacts.Identity('pool', 1, {}, {})
-  made = small.context(small.small_config(vocabulary=choice), folder, 'pool.part')
-  artifacts.commit(folder, identity, build.run(made), cost)
-  rows = Pool(folder / 'pool').num_rows
+  attempt = artifacts.begin(folder, identity)
+  context = small.context(small.small_config(vocabulary=choice), attempt.parent, attempt.name)
+  artifacts.commit(folder, identity, build.run(context), artifacts.Cost(attempt))
+  rows = Pool(files_of(folder, 'pool')).num_rows
   score_N = np.random.default_rng(0).normal(size=rows).astype(np.float32)
   identity = artifacts.Identity('datamodel', 1, {}, {})
   part = artifacts.begin(folder, identity)
   storage.save_npz(part / 'scores.npz', score_docs_N=score_N, score_mix_N=score_N)
-  artifacts.commit(folder, identity, {'tasks': ['docs'], 'mix': 'mean', 'half_width': {}}, cost)
+  artifacts.commit(folder, identity, {'tasks': ['docs'], 'mix': 'mean', 'half_width': {}}, artifacts.Cost(part))
   identity = artifacts.Identity('selection', 1, {}, {})
   part = artifacts.begin(folder, identity)
   chosen = np.argsort(-score_N)[:7].astype(np.int64)
   Selection('dsdm--docs--0', chosen, np.ones(7, np.float32), {'target': 'docs'}).save(part)
-  artifacts.commit(folder, identity, {}, cost)
+  artifacts.commit(folder, identity, {}, artifacts.Cost(part))
   return folder
 
 
@@ -67,8 +68,8 @@ def test_an_exported_dataset_has_its_vocabulary(workdirs, tmp_path, kind):
 
   export.write(workdirs[kind], 'dsdm--docs', 'tfds', tmp_path / 'd')
   read = tfds.builder_from_directory(str(tmp_path / 'd/selection/1.0.0')).as_dataset(split='train')
-  made, encoder = Pool(workdirs[kind] / 'pool'), vocabulary.open_encoder(tmp_path / 'd')
-  rows = Selection.load(workdirs[kind] / 'selection', 'dsdm--docs--0').rows
+  made, encoder = Pool(files_of(workdirs[kind], 'pool')), vocabulary.open_encoder(tmp_path / 'd')
+  rows = Selection.load(files_of(workdirs[kind], 'selection'), 'dsdm--docs--0').rows
   found = [encoder.decode(record['tokens']) for record in tfds.as_numpy(read)]
   assert found == made.encoder.decode_batch(made.tokens(rows))
   assert len(found) == 7 and all(found)
@@ -81,9 +82,9 @@ def test_an_exported_dataset_has_its_vocabulary(workdirs, tmp_path, kind):
 def test_a_scorer_of_ids_needs_the_same_vocabulary(workdirs, tmp_path, capsys, kind):
   out = tmp_path / 'scores.npy'
   flags = ['--workdir', str(workdirs[kind]), '--target', 'docs', '--out', str(out), '--buckets', '4096']
-  assert distilled.main([*flags, '--ngrams', 'tokens', '--pool', str(workdirs[kind] / 'pool')]) == 0
-  assert len(np.load(out)) == Pool(workdirs[kind] / 'pool').num_rows
-  other = ['--pool', str(workdirs['sentencepiece'] / 'pool')]
+  assert distilled.main([*flags, '--ngrams', 'tokens', '--pool', str(files_of(workdirs[kind], 'pool'))]) == 0
+  assert len(np.load(out)) == Pool(files_of(workdirs[kind], 'pool')).num_rows
+  other = ['--pool', str(files_of(workdirs['sentencepiece'], 'pool'))]
   capsys.readouterr()
   assert distilled.main([*flags, '--ngrams', 'tokens', *other]) == 2
   assert 'has another vocabulary' in capsys.readouterr().err

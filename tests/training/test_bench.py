@@ -15,7 +15,7 @@ from tests.training.test_step import LENGTH, VOCAB, make_trainer
 @pytest.fixture(autouse=True)
 def memory_as_it_is(monkeypatch):
   for module in ('train', 'loop', 'features'):
-    monkeypatch.setattr(f'dsdm_jax.bench.{module}.memory.keep_freed_memory', lambda: None)  # not in this process
+    monkeypatch.setattr(f'dsdm_jax.bench.{module}.processes.keep_freed_memory', lambda: None)  # not in this process
 
 
 def test_train_prints_one_line_that_adds_up(capsys):

@@ -72,17 +72,19 @@ class Pool:
   """A finished pool, read by row.
 
   Args:
-    artifact: the artifact of the pool stage, or its folder.
+    artifact: the artifact of the pool stage, its folder in the workdir, or a folder of the same files.
   """
 
   def __init__(self, artifact: Artifact | str | os.PathLike):
-    self.path = artifact.path if isinstance(artifact, Artifact) else Path(artifact)
+    if not isinstance(artifact, Artifact):
+      folder = Path(artifact)
+      artifact = artifacts.open_folder(folder) or Artifact(folder, {})
+    self.path = artifact.path
     self.card: dict[str, Any] = json.loads((self.path / 'card.json').read_text())
     self.num_rows: int = self.card['rows']
     self.length: int = self.card['length']
     self.vocab_size: int = self.card['vocab_size']
-    manifest = self.path / artifacts.MANIFEST
-    self._files = json.loads(manifest.read_bytes())['files'] if manifest.is_file() else None
+    self._files = artifact.manifest.get('files')
 
   @functools.cached_property
   def _reader(self) -> Any:

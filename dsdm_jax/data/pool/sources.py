@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dsdm_jax.config import values
+from dsdm_jax.config.validate import select
 from dsdm_jax.core import tensorflow_start
 from dsdm_jax.data import files
 from dsdm_jax.data.targets import tfds_items
@@ -204,6 +205,20 @@ def states(lines: Iterable[str]) -> dict[str, str]:
         noted = []
       digest = hashlib.blake2b('\x1e'.join(noted).encode(), digest_size=8).hexdigest()
       result[f'{entry.kind}:{entry.target}'] = f'{len(noted)} files, state {digest}' if noted else ''
+  return result
+
+
+def fingerprint(
+  selected: Mapping[str, Any], settings: Mapping[str, Any], previous: Mapping[str, Any]
+) -> dict[str, Any]:
+  """State of the source files, for `Stage.fingerprint`; that of the finished pool where files are gone.
+
+  With planted targets, also the settings that decide which examples are in the target split.
+  """
+  result = {f'pool.files of {source}': state for source, state in states(selected['pool.sources']).items()}
+  result = {key: state or previous.get(key, '') for key, state in result.items()}
+  if selected['pool.plant_targets']:
+    result |= select(settings, ('targets.holdout_share', 'targets.max_examples'))
   return result
 
 

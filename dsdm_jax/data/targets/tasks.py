@@ -17,6 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dsdm_jax.data import files
 from dsdm_jax.data.targets import benchmarks, builtin, shapes
 from dsdm_jax.data.targets.leakage import TargetText, words
 from dsdm_jax.errors import UserError
@@ -131,6 +132,20 @@ def places_of(settings: Mapping[str, Any]) -> dict[str, str]:
         result[name] = name
       elif name in benchmarks.BENCHMARKS and (place := benchmarks.place(benchmarks.BENCHMARKS[name], places)):
         result[name] = place
+  return result
+
+
+def fingerprint(
+  selected: Mapping[str, Any], settings: Mapping[str, Any], previous: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Checksums of the target files in place of their folder, for `Stage.fingerprint`."""
+  del settings, previous
+  result = {'targets.folder': ''}
+  for task, place in places_of(selected).items():
+    if benchmarks.in_tfds(place):
+      result[f'TFDS of {task}'] = place
+    else:
+      result[f'SHA-256 of {task}'] = hashlib.sha256(files.read_bytes(place)).hexdigest()
   return result
 
 

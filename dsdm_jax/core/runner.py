@@ -1,0 +1,275 @@
+"""Runs the stages of a workdir: which are reused, resumed, refused, repaired or run again."""
+
+import contextlib
+import importlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dsdm_jax.config.validate import check_callables, check_devices, flatten, select
+from dsdm_jax.core import artifacts, lock, processes, storage
+from dsdm_jax.core.artifacts import Artifact, Identity
+from dsdm_jax.core.progress import Log
+from dsdm_jax.core.stage import Context, Stage
+from dsdm_jax.errors import UserError
+
+# Keys that say how a stage is computed and not what it computes; no identity contains them.
+_EXECUTION = ('features.job', 'features.jobs', 'features.batch_size', 'features.microbatch')
+
+
+@contextlib.contextmanager
+def locked(workdir: Path, job: int | None = None) -> Iterator[bool]:
+  """Locks the workdir on process 0, for all processes; yields whether this created it. See `lock.hold`."""
+  with contextlib.ExitStack() as stack:
+    yield processes.decide(lambda: stack.enter_context(lock.hold(workdir, job)))
+
+
+class Runner:
+  """Runs the stages of one workdir.
+
+  Args:
+    stages: in order; each reads only stages before it.
+    config: the whole config, validated and resolved.
+    workdir: absolute folder, locked by the caller (not needed for `identity`).
+
+  Attributes:
+    done: stage name → artifact, of the stages that are finished with these settings.
+  """
+
+  def __init__(self, stages: Sequence[Stage], config: ConfigDict, workdir: Path):
+    self.stages = {stage.name: stage for stage in stages}
+    self.config, self.settings, self.workdir = config, flatten(config), workdir
+    self.shared = config.features.jobs > 1  # several jobs work on one stage, and none has the workdir for itself
+    self.done: dict[str, Artifact] = {}
+    self._selected: dict[str, dict[str, Any]] = {}
+
+  def run(self, only: str | None = None, rerun: bool = False, created: bool = False) -> dict[str, Artifact]:
+    """Runs all stages, or `only` one, and skips those that are finished.
+
+    Args:
+      only: name of a stage; the stages that it reads must be finished.
+      rerun: replace stages with other settings instead of raising an error.
+      created: whether this run created the workdir; after an error before any work, it is emptied.
+
+    Returns:
+      `done`.
+
+    Raises:
+      UserError: the workdir holds other settings or damaged files, or a stage raised it.
+    """
+    if not self.shared:
+      processes.decide(lambda: artifacts.sweep(self.workdir, self.stages))
+    self._open(processes.decide(lambda: self._find_finished(only, rerun)))
+    if not self.shared:
+      processes.decide(lambda: artifacts.discard_others(self.workdir, self.done))
+    wanted = [
+      stage for name, stage in self.stages.items()
+      if name not in self.done and (name == only or (only is None and not stage.on_request))
+    ]  # fmt: skip
+    for name, artifact in self.done.items():
+      if only in (None, name):
+        _print(f'{name}: reused from {artifact.path}')
+    try:
+      if wanted:
+        self._start_jax([key for stage in wanted for key in stage.batches])
+      for stage in wanted:
+        if processes.decide(lambda: self._reuse(stage)):  # noqa: B023  called at once
+          self._open([stage.name])
+          continue
+        if not rerun:
+          processes.decide(lambda: artifacts.check_versions(self.workdir, self.identity(stage)))  # noqa: B023
+        self.run_stage(stage)
+    except UserError:
+      unfinished = any(artifacts.unfinished(self.workdir, name) for name in self.stages)
+      if processes.is_first() and created and not self.done and not unfinished:
+        for path in self.workdir.iterdir():
+          if path.name != lock.LOCK:
+            storage.delete(path)
+      raise
+    return self.done
+
+  def identity(self, stage: Stage, inputs: Mapping[str, str] | None = None) -> Identity:
+    """What `stage` is computed from.
+
+    Args:
+      inputs: digests of the artifacts that it reads; by default of those in `done`.
+    """
+    if stage.name not in self._selected:
+      selected = {k: v for k, v in select(self.settings, stage.keys).items() if k not in _EXECUTION}
+      finished = artifacts.open_stage(self.workdir, stage.name)
+      previous = finished.settings if finished is not None else {}
+      for name in stage.fingerprint:
+        selected |= _load(name)(selected, self.settings, previous)
+      self._selected[stage.name] = selected
+    if inputs is None:
+      inputs = {name: artifact.digest for name, artifact in self._inputs(stage).items()}
+    return Identity(stage.name, stage.format, self._selected[stage.name], inputs)
+
+  def upstream(self, name: str) -> set[str]:
+    """The stages that `name` reads, directly or not."""
+    reads = self.stages[name].reads
+    return set(reads).union(*(self.upstream(read) for read in reads))
+
+  def _open(self, names: Iterable[str]) -> None:
+    for name in names:
+      artifact = artifacts.open_stage(self.workdir, name)
+      if artifact is not None:
+        self.done[name] = artifact
+
+  def _inputs(self, stage: Stage) -> dict[str, Artifact]:
+    """The artifacts that `stage` reads, and the optional ones that were computed from the same inputs."""
+    inputs = {name: self.done[name] for name in stage.reads}
+    for name in stage.optional:
+      artifact = artifacts.open_stage(self.workdir, name)
+      reads = {read: self.done[read].digest for read in self.stages[name].reads}
+      if artifact is not None and artifact.identity['inputs'] == reads:
+        inputs[name] = artifact
+    return inputs
+
+  def _find_finished(self, only: str | None, rerun: bool) -> list[str]:
+    """Names of the stages that are finished with these settings, which are also in `done`.
+
+    Raises:
+      UserError: the workdir holds work with other settings, unless `rerun`; or `only` reads a stage that is missing.
+    """
+    for name, stage in self.stages.items():
+      if stage.on_request if only is None else name not in {only, *self.upstream(only)}:
+        continue
+      artifact = artifacts.open_stage(self.workdir, name)
+      unfinished = artifacts.begun(self.workdir, name)
+      if all(read in self.done for read in stage.reads):
+        identity = self.identity(stage)
+        if artifact is not None and artifact.identity == identity.as_json():
+          if self._intact(stage, artifact):
+            self.done[name] = artifact
+            continue
+          artifact, unfinished = None, artifacts.begun(self.workdir, name)
+        if artifact is None and not rerun:
+          artifacts.check_versions(self.workdir, identity)
+        if name == only and artifact is None and unfinished in (None, identity.as_json()):
+          continue
+        wanted = identity.as_json()
+      else:
+        # An input is missing, so only settings can be compared. If it comes out the same, this stage is reused.
+        known = (artifact.identity if artifact else unfinished) or {'inputs': {}}
+        wanted = self.identity(stage, known['inputs']).as_json()
+      existing = artifact.identity if artifact is not None else unfinished
+      if existing is not None and not rerun:
+        self._check_same(stage, existing, wanted)
+      if only is not None and name != only:
+        raise UserError(
+          f'--stage={only} reads {name}, which is not finished in {self.workdir} with these settings; '
+          f'run --stage={name} first, or leave --stage out to run what is missing'
+        )
+    return list(self.done)
+
+  def _check_same(self, stage: Stage, existing: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises UserError if two identities differ in more than optional inputs."""
+    compared = [
+      {**identity, 'inputs': {k: v for k, v in identity['inputs'].items() if k not in stage.optional}}
+      for identity in (existing, wanted)
+    ]
+    phrases = artifacts.differences(*compared)
+    if phrases:
+      shown = '; '.join(phrases[:3]) + (f'; and {len(phrases) - 3} more' if len(phrases) > 3 else '')
+      affected = [
+        s.name for s in self.stages.values()
+        if s.name == stage.name or (stage.name in self.upstream(s.name) and not s.on_request)
+      ]  # fmt: skip
+      raise UserError(
+        f'{self.workdir} holds {stage.name} with other settings: {shown}. Add --rerun to run {", ".join(affected)} '
+        'again there, use another --workdir, or set the keys back'
+      )
+
+  def _reuse(self, stage: Stage) -> bool:
+    """Whether a stage is still valid after its inputs were computed again, because they came out the same."""
+    artifact = artifacts.open_stage(self.workdir, stage.name)
+    if artifact is None or artifact.identity != self.identity(stage).as_json() or not self._intact(stage, artifact):
+      return False
+    print(f'{stage.name}: reused from {artifact.path}')
+    return True
+
+  def _intact(self, stage: Stage, artifact: Artifact) -> bool:
+    """Whether all files of a finished stage are as they were written; a repairable stage is reopened if not.
+
+    Raises:
+      UserError: a file is damaged, and the stage is not repairable or is shared by several jobs.
+    """
+    if not stage.repairable or self.shared:
+      artifact.verify()
+      return True
+    damage = artifacts.reopen(artifact)
+    for phrase in damage:
+      print(f'{stage.name}: {phrase}; only this file is computed again')
+    return not damage
+
+  def run_stage(self, stage: Stage) -> None:
+    """Runs one stage and adds it to `done`; not if this job has finished its share and other jobs have not."""
+    first, job = processes.is_first(), self.config.features.job
+    # Process 0 alone computes the identity, which may read large files.
+    identity = Identity(**processes.decide(lambda: self.identity(stage).as_json()))
+    resumed = processes.decide(lambda: artifacts.resumable(self.workdir, identity))
+    out = Path(processes.decide(lambda: str(artifacts.begin(self.workdir, identity, self.shared))))
+    log, cost = Log(self.workdir, stage.name, enabled=first), artifacts.Cost(out, job, enabled=first)
+    log.event('begin', resumed=resumed)
+    _print(f'{stage.name}: {"resumed" if resumed else "running"}')
+    start = time.monotonic()
+    try:
+      context = Context(self.config, out, self._inputs(stage), log, cost, first)
+      function = _load(stage.code)
+      semantics = function(context) if stage.everywhere else processes.decide(lambda: function(context))
+      processes.wait()
+    except UserError:
+      # An attempt without work is deleted, so that the next run may have other settings.
+      if first and not self.shared and not artifacts.holds_work(out):
+        artifacts.discard(out)
+      raise
+    finally:
+      log.close()
+      if first and out.is_dir():
+        cost.add(seconds=time.monotonic() - start)
+    if semantics is None:
+      log.event('shared', job=job, seconds=cost.seconds, flop=cost.flop)
+      _print(f'{stage.name}: this job has finished its share; the last job, or a run without jobs, finishes the stage')
+      return
+    processes.decide(lambda: artifacts.commit(self.workdir, identity, semantics, cost).digest)
+    self._open([stage.name])
+    spent = self.done[stage.name].manifest['cost']
+    log.event('end', seconds=spent['seconds'], flop=spent['flop'])
+    _print(f'{stage.name}: done in {time.monotonic() - start:.1f} s')
+
+  def _start_jax(self, batches: Sequence[str]) -> None:
+    """Applies settings of the whole process before the first array, then checks what needs devices."""
+    import jax
+
+    simulated = jax.config.values['jax_num_cpu_devices'] > 1 or 'host_platform_device_count' in os.environ.get(
+      'XLA_FLAGS', ''
+    )
+    if simulated or processes.count() > 1:
+      # A collective waits for one thread per device. XLA's pool has no more threads than devices or cores, so a copy
+      # or a second program that holds one of them would block the others forever.
+      jax.config.update('jax_cpu_enable_async_dispatch', False)
+      os.environ.setdefault('PJRT_NPROC', '128')
+    processes.check_devices_are_ours()
+    check_devices(self.config, jax.device_count(), batches)
+    check_callables(self.config)
+    processes.decide(lambda: self.workdir.mkdir(parents=True, exist_ok=True))
+    processes.check_shared(self.workdir)
+    if jax.default_backend() == 'cpu':
+      processes.keep_freed_memory()
+    if jax.config.values['jax_compilation_cache_dir'] is None:
+      jax.config.update('jax_compilation_cache_dir', str(self.workdir / 'xla_cache'))
+
+
+def _load(name: str) -> Callable[..., Any]:
+  module, _, function = name.partition(':')
+  return getattr(importlib.import_module(f'dsdm_jax.{module}'), function)
+
+
+def _print(text: str) -> None:
+  if processes.is_first():
+    print(text, flush=True)

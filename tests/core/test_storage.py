@@ -1,0 +1,78 @@
+"""Files are written whole, created once, and hashed once."""
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from dsdm_jax.core import storage
+
+
+def test_write_replaces_or_leaves_alone(tmp_path, monkeypatch):
+  file = tmp_path / 'a.json'
+  storage.write_json(file, {'b': 1, 'a': [1.5]})
+  first = file.read_bytes()
+  storage.write_json(file, {'a': [1.5], 'b': 1})
+  assert file.read_bytes() == first, 'equal values are equal bytes'
+
+  def full(_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(os, 'fsync', full)
+  with pytest.raises(OSError, match='No space'):
+    storage.write_json(file, {'a': 2})
+  assert file.read_bytes() == first
+  assert [p.name for p in tmp_path.iterdir()] == ['a.json'], 'no temporary file is left'
+  with pytest.raises(ValueError, match='JSON compliant'):
+    storage.write_json(file, {'a': float('nan')})
+  assert file.read_bytes() == first
+
+
+def test_equal_arrays_are_equal_bytes(tmp_path):
+  arrays = {'x_N': np.arange(5, dtype=np.int32), 'y': np.array(['a', 'b'])}
+  storage.save_npz(tmp_path / 'a.npz', **arrays)
+  storage.save_npz(tmp_path / 'b.npz', **arrays)
+  assert (tmp_path / 'a.npz').read_bytes() == (tmp_path / 'b.npz').read_bytes()
+  with np.load(tmp_path / 'a.npz') as found:
+    np.testing.assert_array_equal(found['x_N'], arrays['x_N'])
+
+
+def test_one_of_several_writers_creates_a_file(tmp_path):
+  file = tmp_path / 'folder' / 'a'
+  with ThreadPoolExecutor(8) as threads:
+    created = list(threads.map(lambda number: storage.create(file, bytes([number])), range(8)))
+  assert sum(created) == 1 and file.read_bytes() == bytes([created.index(True)])
+  assert [p.name for p in file.parent.iterdir()] == ['a']
+
+
+def test_replace_is_conditional(tmp_path):
+  file = tmp_path / 'a'
+  assert storage.read_bytes(file) is None
+  assert not storage.replace(file, b'2', known=b'1')
+  assert storage.replace(file, b'1', known=None) and not storage.replace(file, b'2', known=None)
+  assert not storage.replace(file, b'3', known=b'2') and storage.read_bytes(file) == b'1'
+  assert storage.replace(file, b'2', known=b'1') and storage.read_bytes(file) == b'2'
+
+
+def test_a_file_is_hashed_once_also_after_a_rename_and_again_when_it_has_changed(tmp_path, monkeypatch):
+  file = tmp_path / 'a'
+  storage.write_bytes(file, b'content')
+  digest = storage.sha256(file)
+  read = []
+  monkeypatch.setattr(storage, 'sha256', lambda path: read.append(path) or 'read')
+  assert storage.checksum(file) == digest
+  file.rename(tmp_path / 'b')
+  assert storage.checksum(tmp_path / 'b') == digest and read == []
+  (tmp_path / 'b').write_bytes(b'more content')
+  assert storage.checksum(tmp_path / 'b') == 'read' and read == [tmp_path / 'b']
+
+
+def test_copy_shares_the_bytes_and_replaces(tmp_path):
+  (tmp_path / 'a').write_text('new')
+  (tmp_path / 'b').write_text('old')
+  for _ in range(2):
+    storage.copy(tmp_path / 'a', tmp_path / 'b')
+    assert (tmp_path / 'b').samefile(tmp_path / 'a')
+  assert storage.files(tmp_path) == ['a', 'b']
