@@ -5,8 +5,12 @@ made at position l−1; weights_L[l] says how much token l counts, and weights_L
 differences of this number: higher is better for all functions here.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+OutputFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def _right_token(logits_LV: jax.Array, tokens_L: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 import numpy as np
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution.features import Features
-from dsdm_jax.attribution.score_table import mix
-from dsdm_jax.attribution.scores import Scores
+from dsdm_jax.attribution.scores import Scores, mix
+from dsdm_jax.attribution.store import Features
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.pool import Pool

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution import ensemble
+from dsdm_jax.attribution.scores import UNSEEN, proxy_weights
 from dsdm_jax.attribution.sources import ahead
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops, prng
@@ -67,7 +67,7 @@ class Proxies:
     """
     count = self._config.proxies.count
     by_proxy_CN = np.stack([self.log_likelihood_of(self.state(c)) for c in range(count)])
-    weight_CN = ensemble.weights(self._seen_CN, ensemble.UNSEEN)
+    weight_CN = proxy_weights(self._seen_CN, UNSEEN)
     return np.einsum('cn,cn->n', by_proxy_CN.astype(np.float64), weight_CN).astype(np.float32)
 
   def log_likelihood_of(self, state: TrainState) -> np.ndarray:

@@ -6,7 +6,6 @@ respect to the weights.
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,8 @@ from ml_collections import ConfigDict
 from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.errors import UserError
-from dsdm_jax.lm.outputs import log_likelihood
+from dsdm_jax.lm.outputs import OutputFn, log_likelihood
 from dsdm_jax.training.step import Trainer, TrainState, trainer
-
-OutputFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class ScannedTraining:

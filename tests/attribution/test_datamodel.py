@@ -1,4 +1,4 @@
-"""The closed form against NumPy in float64, and what it must not share with others' defects."""
+"""The closed form against NumPy in float64, and against known defects of the reference implementation."""
 
 import tracemalloc
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsdm_jax.attribution import datamodel, scores
+from dsdm_jax.attribution import accumulators, datamodel, scores, sources
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core.mesh import MODEL
 from dsdm_jax.errors import UserError
@@ -15,14 +15,15 @@ N, J, T = 70, 24, 3
 BLOCKS = ((0, 10), (10, 16), (16, 24))
 
 
-class Rows:
-  """A source in memory, by shards of some rows."""
+class Rows(sources.RowSource):
+  """A source in memory; `repeat` times the same rows."""
 
   def __init__(self, phi_NJ, shard_rows=16, repeat=1):
     self._phi_NJ, self._shard_rows, self._repeat = phi_NJ, shard_rows, repeat
     self.rows, self.dimension = repeat * len(phi_NJ), phi_NJ.shape[1]
 
-  def __iter__(self):
+  def from_row(self, row):
+    assert row == 0
     for turn in range(self._repeat):
       for start in range(0, len(self._phi_NJ), self._shard_rows):
         part = self._phi_NJ[start : start + self._shard_rows]
@@ -85,12 +86,12 @@ def test_unit_norm():
   phi_NJ = _random((N, J))
   phi_NJ[3] = 0
   phi_NJ[4] *= 1e30  # its square leaves float32
-  source = datamodel.UnitNorm(Rows(phi_NJ))
+  source = sources.UnitNorm(Rows(phi_NJ))
   got = np.concatenate([phi for _, _, phi in source])
   norm = np.linalg.norm(phi_NJ.astype(np.float64), axis=1, keepdims=True)
   expected = phi_NJ / np.where(norm > 0, norm, 1)
   np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-9)
-  target_TJ = datamodel.unit_rows(_random((T, J), 1))
+  target_TJ = sources.unit_rows(_random((T, J), 1))
   _close(_scores(source, target_TJ, 0.1), _oracle(expected, target_TJ, 0.1))
 
 
@@ -116,7 +117,7 @@ def test_joint_gram_over_checkpoints():
   """Columns side by side, each checkpoint brought to mean square one."""
   phi = [_random((N, J)), 30 * _random((N, 10), 2)]
   target = [_random((T, J), 1), 30 * _random((T, 10), 3)]
-  joint = datamodel.Concatenated([Rows(p) for p in phi])
+  joint = sources.Concatenated([Rows(p) for p in phi])
   assert (joint.rows, joint.dimension) == (N, J + 10)
   parts = datamodel.gram(joint)
   scale_J = datamodel.equalise(parts[0], ((0, J), (J, J + 10)))
@@ -130,14 +131,14 @@ def test_joint_gram_over_checkpoints():
 def test_a_joint_gram_of_twice_the_same_checkpoint_counts_it_once():
   """At vanishing damping, so the joint score is on the scale of one datamodel, not of the sum."""
   phi_NJ, target_TJ = _random((N, J)), _random((T, J), 1)
-  joint = datamodel.Concatenated([Rows(phi_NJ), Rows(phi_NJ)])
+  joint = sources.Concatenated([Rows(phi_NJ), Rows(phi_NJ)])
   got = _scores(joint, np.concatenate([target_TJ, target_TJ], axis=1), 1e-7)
   _close(got, _oracle(phi_NJ, target_TJ, 1e-9), rtol=1e-3)
 
 
 def test_sources_of_other_shards_are_not_put_side_by_side():
   with pytest.raises(ValueError, match='other shards'):
-    list(datamodel.Concatenated([Rows(_random((N, 2))), Rows(_random((N, 2)), 10)]))
+    list(sources.Concatenated([Rows(_random((N, 2))), Rows(_random((N, 2)), 10)]))
 
 
 @pytest.mark.parametrize('blocks', [((0, J),), BLOCKS])
@@ -235,13 +236,13 @@ def test_gram_of_a_hundred_million_rows():
 @pytest.mark.parametrize('blocks', [((0, J),), BLOCKS])
 def test_gram_on_eight_devices(eight_devices, blocks, monkeypatch):
   phi_NJ = _random((N, J))
-  made = []
-  add = datamodel._add
-  monkeypatch.setattr(datamodel, '_add', lambda totals, parts: (made.extend(parts), add(totals, parts)))
+  arrays = []
+  add = accumulators._add
+  monkeypatch.setattr(accumulators, '_add', lambda totals, parts: (arrays.extend(parts), add(totals, parts)))
   sharded = datamodel.gram(Rows(phi_NJ), blocks, eight_devices)
   model = eight_devices.shape[MODEL]
   rows = {(b - a) // model if (b - a) % model == 0 else b - a for a, b in blocks}
-  assert all(isinstance(x, jax.Array) and x.addressable_shards[0].data.shape[0] in rows for x in made)
+  assert all(isinstance(x, jax.Array) and x.addressable_shards[0].data.shape[0] in rows for x in arrays)
   for one, eight in zip(datamodel.gram(Rows(phi_NJ), blocks), sharded, strict=True):
     np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-6)
 
