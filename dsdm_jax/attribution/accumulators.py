@@ -73,11 +73,12 @@ class Accumulator:
   def shards(self, name: str, remaining: Callable[[int], Iterator[Shard]]) -> Iterator[Shard]:
     """All shards of a pass: those that an earlier attempt saved, then those of `remaining(row)` from that row on."""
     row, folder = 0, self._folder
-    files = (
-      [] if folder is None else processes.decide(lambda: sorted(x.name for x in folder.glob(f'partial_{name}_*.npz')))
-    )
+    files: list[Path] = []
+    if folder is not None:
+      saved = processes.decide(lambda: sorted(file.name for file in folder.glob(f'partial_{name}_*.npz')))
+      files = [folder / file for file in saved]
     for file in files:
-      with np.load(Path(str(folder)) / file, allow_pickle=False) as arrays:
+      with np.load(file, allow_pickle=False) as arrays:
         bounds = arrays['bounds_S2'].tolist()
         parts = np.split(arrays['result'], np.cumsum([stop - start for start, stop in bounds])[:-1])
       for (start, stop), part in zip(bounds, parts, strict=True):

@@ -53,14 +53,13 @@ def run(context: Context) -> dict:
   seen_PN, q_N = seen(context.inputs['proxies'], proxies.count, features.rows), None
   total = (2 * len(members) + (proxies.count if options.q else 0)) * features.rows
   with context.log.bar(total=total, desc='datamodel', unit='row') as bar:
+    held_out = None
     if options.damping_rule == 'auto':
       passes, states = _proxies(context)
-      by_proxy = [[passes.of_examples(state, e.tokens_TL, e.weights_TL) for e in examples] for state in states]
+      outputs = [[passes.of_examples(state, e.tokens_TL, e.weights_TL) for e in examples] for state in states]
       context.add_flop(passes.flop)
-      output_PT = [np.stack(task) for task in zip(*by_proxy, strict=True)]
-      solved = solve.solve_auto(members, weights, options, mesh, bar.update, accumulator, seen_PN, output_PT)
-    else:
-      solved = solve.solve(mode, members, weights, options, mesh, bar.update, accumulator)
+      held_out = solve.HeldOutProxies(seen_PN, [np.stack(task) for task in zip(*outputs, strict=True)])
+    solved = solve.solve(mode, members, weights, options, mesh, bar.update, accumulator, held_out)
     tasks = score_tasks(solved, weights, seen_PN, options.average, bar.update, accumulator)
     if options.q:
       q_N = 1 - _mean_probability(context, bar)

@@ -128,6 +128,22 @@ class Solved:
   choice: Choice | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldOutProxies:
+  """What the proxies really output, to choose the damping by. Needs mode 'checkpoints' and at least three proxies.
+
+  Attributes:
+    seen_PN: whether proxy p trained on row n.
+    output_PT: for each task, the output of each of its examples at the end of each proxy's training.
+  """
+
+  seen_PN: np.ndarray
+  output_PT: Sequence[np.ndarray]
+
+  def pairs(self, members: int) -> list[tuple[int, int, int]]:
+    return damping.held_out_pairs(len(self.seen_PN), members // len(self.seen_PN))
+
+
 def open_members(features: Features, tasks: Sequence[str], gram: str, unit_norm: bool) -> tuple[Mode, list[Member]]:
   """The mode and the members that `datamodel.gram` and `datamodel.unit_norm` ask for."""
 
@@ -164,99 +180,52 @@ def solve(
   mesh: Mesh | None,
   progress: Progress,
   accumulator: Accumulator,
+  held_out: HeldOutProxies | None = None,
 ) -> Solved:
-  """Solutions of all members for the weightings of all tasks, at `datamodel.damping`.
+  """Solutions of all members for the weightings of all tasks.
 
   Args:
     mode, members: as `open_members` returns them.
     weights: of each task.
     options: `config.datamodel`.
     mesh, progress, accumulator: as for `datamodel.gram`.
+    held_out: measured outputs, by which the damping is chosen (see `damping`); None takes `datamodel.damping`.
   """
-  solutions, spectra = [], []
-  for member in members:
-    system = _System(member, weights, options, mesh, progress, accumulator)
-    spectra.append(system.spectra)
-    solutions.append(system.solve(options.damping, overwrite=True)[0])
-  return Solved(mode, members, solutions, spectra, options.damping)
-
-
-def solve_auto(
-  members: Sequence[Member],
-  weights: Sequence[TargetWeights],
-  options: ConfigDict,
-  mesh: Mesh | None,
-  progress: Progress,
-  accumulator: Accumulator,
-  seen_PN: np.ndarray,
-  output_PT: Sequence[np.ndarray],
-) -> Solved:
-  """As `solve`, at the damping that agrees best with output differences between held-out proxies (see `damping`).
-
-  Args:
-    members: one for each checkpoint, as many for each of at least three proxies, those of one proxy adjacent.
-    seen_PN: whether proxy p trained on row n.
-    output_PT: for each task, the output of each of its examples at the end of each proxy's training.
-  """
-  candidates = [options.damping * factor for factor in damping.FACTORS]
-  pairs = damping.held_out_pairs(len(seen_PN), len(members) // len(seen_PN))
-  by_candidate: list[list[Solution]] = [[] for _ in candidates]
+  candidates = [options.damping] if held_out is None else [options.damping * factor for factor in damping.FACTORS]
+  solutions: list[list[Solution]] = [[] for _ in candidates]
+  pairs = [] if held_out is None else held_out.pairs(len(members))
   predicted: list[list[np.ndarray]] = [[] for _ in weights]  # of each task: [K, pairs of one scorer, T]
   spectra = []
   for index, member in enumerate(members):
-    system = _System(member, weights, options, mesh, progress, accumulator)
-    spectra.append(system.spectra)
-    sum_PJ = datamodel.sums(member.source, seen_PN, accumulator, f'sums_{member.name}')
-    difference_DJ = np.stack([sum_PJ[a] - sum_PJ[b] for scorer, a, b in pairs if scorer == index])
+    blocks = member.blocks
+    parts = datamodel.gram(member.source, blocks, mesh, progress, accumulator, f'gram_{member.name}')
+    scale_J = datamodel.equalise(parts[0], member.equal) if member.equal else None
+    phi = [phi_TJ if scale_J is None else phi_TJ * scale_J for phi_TJ in member.targets]
+    datamodel.blend(parts, blocks, phi, options.target_share)
+    spectra.append([{'columns': list(c), **datamodel.spectrum(part)} for c, part in zip(blocks, parts, strict=True)])
+    right_KJ = np.concatenate([w.weight_KT @ phi_TJ for w, phi_TJ in zip(weights, phi, strict=True)])
+    count = len(right_KJ)
+    if held_out is not None:
+      sum_PJ = datamodel.sums(member.source, held_out.seen_PN, accumulator, f'sums_{member.name}')
+      difference_DJ = np.stack([sum_PJ[a] - sum_PJ[b] for scorer, a, b in pairs if scorer == index])
+      right_KJ = np.concatenate([right_KJ, difference_DJ if scale_J is None else difference_DJ * scale_J])
     u_KJD = []
-    for solutions, candidate in zip(by_candidate, candidates, strict=True):
-      solution, u_JD = system.solve(candidate, difference_DJ, overwrite=candidate == candidates[-1])
-      solutions.append(solution)
-      u_KJD.append(u_JD)
-    for task, phi_TJ in zip(predicted, member.targets, strict=True):
-      task.append(np.stack([(phi_TJ.astype(np.float64) @ u_JD).T for u_JD in u_KJD]))
+    for candidate, by_member in zip(candidates, solutions, strict=True):
+      last = candidate == candidates[-1]
+      solution = datamodel.solve(parts, blocks, right_KJ, candidate, recentre=options.recentre, overwrite=last)
+      u_JK = solution.u_JK if scale_J is None else solution.u_JK * scale_J[:, None]  # for features as stored
+      by_member.append(dataclasses.replace(solution, u_JK=u_JK[:, :count]))
+      u_KJD.append(u_JK[:, count:])
+    if held_out is not None:
+      for task, phi_TJ in zip(predicted, member.targets, strict=True):
+        task.append(np.stack([(phi_TJ.astype(np.float64) @ u_JD).T for u_JD in u_KJD]))
+  if held_out is None:
+    return Solved(mode, members, solutions[0], spectra, options.damping)
   choice = damping.choose(
     candidates[damping.FIXED],
     candidates,
     [np.concatenate(task, axis=1) for task in predicted],
-    [np.stack([o[a] - o[b] for _, a, b in pairs]) for o in output_PT],
+    [np.stack([o[a] - o[b] for _, a, b in pairs]) for o in held_out.output_PT],
     [w.weight_KT[w.resample_rows] for w in weights],
   )
-  solutions = by_candidate[candidates.index(choice.damping)]
-  return Solved('checkpoints', members, solutions, spectra, choice.damping, choice)
-
-
-class _System:
-  """The linear system of one member: its Gram matrix and the right-hand sides of all tasks."""
-
-  def __init__(
-    self,
-    member: Member,
-    weights: Sequence[TargetWeights],
-    options: ConfigDict,
-    mesh: Mesh | None,
-    progress: Progress,
-    accumulator: Accumulator,
-  ):
-    self._blocks, self._recentre = member.blocks, options.recentre
-    self._parts = datamodel.gram(member.source, member.blocks, mesh, progress, accumulator, f'gram_{member.name}')
-    self._scale_J = datamodel.equalise(self._parts[0], member.equal) if member.equal else None
-    phi = [self._scaled(phi_TJ) for phi_TJ in member.targets]
-    datamodel.blend(self._parts, member.blocks, phi, options.target_share)
-    self._right_KJ = np.concatenate([w.weight_KT @ phi_TJ for w, phi_TJ in zip(weights, phi, strict=True)])
-    self.spectra = [
-      {'columns': list(c), **datamodel.spectrum(part)} for c, part in zip(member.blocks, self._parts, strict=True)
-    ]
-
-  def _scaled(self, phi: np.ndarray) -> np.ndarray:
-    return phi if self._scale_J is None else phi * self._scale_J
-
-  def solve(
-    self, relative: float, more_DJ: np.ndarray | None = None, *, overwrite: bool = False
-  ) -> tuple[Solution, np.ndarray]:
-    """The solution for the targets, to be multiplied with features as stored; and u_JD of `more_DJ`."""
-    right = self._right_KJ if more_DJ is None else np.concatenate([self._right_KJ, self._scaled(more_DJ)])
-    solution = datamodel.solve(self._parts, self._blocks, right, relative, recentre=self._recentre, overwrite=overwrite)
-    u_JK = solution.u_JK if self._scale_J is None else solution.u_JK * self._scale_J[:, None]
-    count = len(self._right_KJ)
-    return dataclasses.replace(solution, u_JK=u_JK[:, :count]), u_JK[:, count:]
+  return Solved(mode, members, solutions[candidates.index(choice.damping)], spectra, choice.damping, choice)
