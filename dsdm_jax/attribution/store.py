@@ -54,10 +54,11 @@ def read_marker(marker: Path, files: Sequence[Path], origin: str, *, verify: boo
   Raises:
     UserError: the marker is of another run.
   """
+  stage = marker.parent.parent
   try:
     content = dict(json.loads(marker.read_bytes()))
     marked_origin, entries = str(content['origin']), dict(content['files'])
-    marked = [(int(entry['bytes']), str(entry['sha256'])) for entry in entries.values()]
+    marked = {stage / name: (int(entry['bytes']), str(entry['sha256'])) for name, entry in entries.items()}
   except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
     return None
   if origin and marked_origin != origin:
@@ -65,11 +66,9 @@ def read_marker(marker: Path, files: Sequence[Path], origin: str, *, verify: boo
       f'{files[0]} is of a run with other settings, pool, targets or proxies (see {marker}); delete that marker to '
       'recompute it, and merge only folders of copies of one workdir'
     )
-  if list(entries) != [file.relative_to(marker.parent.parent).as_posix() for file in files]:
-    return None
-  unchanged = all(
+  unchanged = marked.keys() == set(files) and all(
     file.is_file() and file.stat().st_size == size and (not verify or _sha256(file) == sha256)
-    for file, (size, sha256) in zip(files, marked, strict=True)
+    for file, (size, sha256) in marked.items()
   )
   return content if unchanged else None
 
