@@ -34,7 +34,7 @@ def main() -> dsdm_jax.Selection:
   weights_BL = jnp.ones((64, 16))
   model = OwnModel(vocab_size=64, width=32, rngs=nnx.Rngs(0))
   mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(-1, 1), ('data', 'model'))
-  features = dsdm_jax.TwoSidedFeatures(model, log_likelihood, pattern='.*', dimension=128, seed=0, mesh=mesh)
+  features = dsdm_jax.TwoSidedFeatures(model, log_likelihood, pattern='.*', requested_dimension=128, seed=0, mesh=mesh)
   prepared, blocks = features.prepare(nnx.state(model), checkpoint=0), ((0, features.dimension),)
   with tempfile.TemporaryDirectory() as folder:
     store = dsdm_jax.FeatureStore(Path(folder, 'pool.zarr'), 256, features.dimension, 64, 'float32')

@@ -1,48 +1,112 @@
-"""What a pass over the pool has gathered so far, on disk: a kill costs a minute of it, or one shard.
+"""Partial results of a pass over the pool, on disk, so that a killed pass resumes at a shard and gives the same bits.
 
-A pass goes through the shards in order, so what is done is told by a row: all before it are in, none after it. Nothing
-is written by passes that take less than `SAVE_SECONDS`.
+A pass goes through the shards in order. One row number therefore says how far it came: the result holds all rows before
+it and none after it. Passes that take less than `SAVE_SECONDS` write nothing.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dsdm_jax.attribution.sources import Shard
 from dsdm_jax.core import processes, storage
+from dsdm_jax.core.mesh import fetch
 
-SAVE_SECONDS = 60.0  # between two writes, and at least ten times what a write takes
-Shard = tuple[int, int, np.ndarray]
+SAVE_SECONDS = 60.0  # between two writes, and at least ten times the duration of a write
+
+Progress = Callable[[int], object]  # called with the number of rows that are done
 
 
-class Partials:
-  """Unfinished work of one stage.
+def silent(rows: int) -> None:
+  del rows
+
+
+class Accumulator:
+  """Partial results of one stage's passes.
 
   Args:
-    folder: of the unfinished stage; None keeps nothing.
+    folder: of the unfinished stage; None saves nothing.
   """
 
-  def __init__(self, folder: Path | None):
+  def __init__(self, folder: Path | None = None):
     self._folder = folder
     self._due = time.monotonic() + SAVE_SECONDS
 
-  def sums(self, name: str, totals: list[np.ndarray]) -> int:
-    """Fills `totals` with what was saved under `name`, and returns the row to go on from; 0 where nothing was."""
-    file = self._file(f'{name}.npz')
-    if file is None or not processes.decide(file.is_file):
-      return 0
-    with np.load(file, allow_pickle=False) as arrays:
-      for number, total in enumerate(totals):
-        total[...] = arrays[f'total_{number}']
-      return int(arrays['row'])
+  def sum(
+    self,
+    name: str,
+    shapes: Sequence[tuple[int, ...]],
+    parts: Callable[[int], Iterator[tuple[int, int, Sequence[Any]]]],
+    progress: Progress = silent,
+  ) -> list[np.ndarray]:
+    """Sums over all shards, added in float64 in their order.
 
-  def save_sums(self, name: str, totals: list[np.ndarray], row: int, *, last: bool = False) -> None:
-    """Saves the sums over all rows before `row`, if it is time; `last` where there is no more, which others go on from.
-
-    A pass that ended before anything of it was saved is quicker done again than read.
+    Args:
+      name: of the pass, unique within the stage.
+      shapes: of the sums.
+      parts: row → (start, stop, one array per sum) of each shard from that row on. The arrays may still be under
+        computation: the next shard is requested before they are read.
+      progress: called with the rows that an earlier attempt summed, then with those of each shard.
     """
-    file = self._file(f'{name}.npz')
+    totals = [np.zeros(shape, np.float64) for shape in shapes]
+    file = None if self._folder is None else self._folder / f'partial_{name}.npz'
+    begin = 0
+    if file is not None and processes.decide(file.is_file):
+      with np.load(file, allow_pickle=False) as arrays:
+        totals, begin = [arrays[f'total_{number}'] for number in range(len(totals))], int(arrays['row'])
+    progress(begin)
+    pending, stop = None, begin
+    for start, stop, arrays in parts(begin):
+      if pending is not None:
+        _add(totals, pending)
+        self._save_sums(file, totals, start)
+      pending = arrays
+      progress(stop - start)
+    if pending is not None:
+      _add(totals, pending)
+      self._save_sums(file, totals, stop, last=True)
+    return totals
+
+  def shards(self, name: str, remaining: Callable[[int], Iterator[Shard]]) -> Iterator[Shard]:
+    """All shards of a pass: those that an earlier attempt saved, then those of `remaining(row)` from that row on."""
+    row, folder = 0, self._folder
+    files: list[Path] = []
+    if folder is not None:
+      saved = processes.decide(lambda: sorted(file.name for file in folder.glob(f'partial_{name}_*.npz')))
+      files = [folder / file for file in saved]
+    for file in files:
+      with np.load(file, allow_pickle=False) as arrays:
+        bounds = arrays['bounds_S2'].tolist()
+        parts = np.split(arrays['result'], np.cumsum([stop - start for start, stop in bounds])[:-1])
+      for (start, stop), part in zip(bounds, parts, strict=True):
+        yield start, stop, part
+        row = stop
+    unsaved: list[Shard] = []
+    for shard in remaining(row):
+      unsaved.append(shard)
+      yield shard
+      if folder is not None and self._is_due():
+        if processes.is_first():
+          bounds_S2 = np.array([(start, stop) for start, stop, _ in unsaved])
+          result = np.concatenate([result for _, _, result in unsaved])
+          storage.save_npz(folder / f'partial_{name}_{unsaved[0][0]:012d}.npz', bounds_S2=bounds_S2, result=result)
+        self._due = time.monotonic() + SAVE_SECONDS
+        unsaved = []
+
+  def clear(self) -> None:
+    """Deletes all partial results, once the stage has its own."""
+    if self._folder is not None and processes.is_first():
+      for file in self._folder.glob('partial_*.npz'):
+        file.unlink()
+
+  def _save_sums(self, file: Path | None, totals: list[np.ndarray], row: int, *, last: bool = False) -> None:
+    """Saves the sums over all rows before `row` if it is time; the last ones only over earlier ones.
+
+    A pass that ends before its first save is faster to repeat than to read.
+    """
     if file is None or not (self._is_due() or (last and processes.decide(file.is_file))):
       return
     began = time.monotonic()
@@ -50,47 +114,10 @@ class Partials:
       storage.save_npz(file, row=np.array(row), **{f'total_{number}': total for number, total in enumerate(totals)})
     self._due = time.monotonic() + max(SAVE_SECONDS, 10 * (time.monotonic() - began))
 
-  def shards(self, name: str) -> list[Path]:
-    """Files of finished shards under `name`, in order."""
-    if self._folder is None:
-      return []
-    folder = self._folder
-    names = processes.decide(lambda: sorted(file.name for file in folder.glob(f'partial_{name}_*.npz')))
-    return [folder / name for name in names]
-
-  def kept(self, name: str, coming: Callable[[int], Iterator[Shard]]) -> Iterator[Shard]:
-    """All shards of a pass: those saved by an earlier attempt, then those that `coming(row)` makes from that row on."""
-    row = 0
-    for file in self.shards(name):
-      with np.load(file, allow_pickle=False) as arrays:
-        bounds = arrays['bounds_S2'].tolist()
-        parts = np.split(arrays['result'], np.cumsum([stop - start for start, stop in bounds])[:-1])
-      for (start, stop), part in zip(bounds, parts, strict=True):
-        yield start, stop, part
-        row = stop
-    waiting: list[Shard] = []
-    for shard in coming(row):
-      waiting.append(shard)
-      yield shard
-      if self._is_due():
-        self._save_shards(name, waiting)
-        waiting = []
-
-  def clear(self) -> None:
-    """Deletes all: the stage has what it wants."""
-    if self._folder is not None and processes.is_first():
-      for file in self._folder.glob('partial_*.npz'):
-        file.unlink()
-
-  def _save_shards(self, name: str, shards: list[Shard]) -> None:
-    file = self._file(f'{name}_{shards[0][0]:012d}.npz')
-    if file is not None and processes.is_first():
-      bounds = np.array([(start, stop) for start, stop, _ in shards])
-      storage.save_npz(file, bounds_S2=bounds, result=np.concatenate([result for _, _, result in shards]))
-    self._due = time.monotonic() + SAVE_SECONDS
-
   def _is_due(self) -> bool:
-    return self._folder is not None and processes.decide(lambda: time.monotonic() >= self._due)
+    return processes.decide(lambda: time.monotonic() >= self._due)
 
-  def _file(self, name: str) -> Path | None:
-    return None if self._folder is None else self._folder / f'partial_{name}'
+
+def _add(totals: Sequence[np.ndarray], parts: Sequence[Any]) -> None:
+  for total, part in zip(totals, parts, strict=True):
+    np.add(total, fetch(part), out=total)

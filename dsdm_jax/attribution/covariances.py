@@ -2,8 +2,8 @@
 
 For y = xW the gradient of one example is Σ_l x_l dy_lᵀ. The second moment of x over tokens is I×I, that of dy is O×O,
 and AᵀGB with their leading eigenvectors keeps the directions in which inputs and output gradients have most power, as
-LoGra does (arXiv 2405.13954). Inner products are then those of the kept part of G, and no unbiased
-estimate of all of it.
+LoGra does (arXiv 2405.13954). Inner products are then those of the projected part of G, which is
+no unbiased estimate of those of G.
 
 A measured layer carries a probe for each moment, whose gradient is the moment itself: reverse mode of the summed
 output function gives all of them in one pass, with no weight gradient.
@@ -11,7 +11,7 @@ output function gives all of them in one pass, with no weight gradient.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -27,8 +27,8 @@ from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core import storage
 from dsdm_jax.core.mesh import DATA, batch_sharding, fetch, place, replicated
 from dsdm_jax.lm import partition
+from dsdm_jax.lm.outputs import OutputFn
 
-OutputFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Moments = dict[str, tuple[np.ndarray, np.ndarray]]  # path → Σ x xᵀ [*stack, I, I] and Σ dy dyᵀ [*stack, O, O]
 
 
@@ -61,8 +61,8 @@ def _measured_backward(
 measured_matmul.defvjp(_measured_forward, _measured_backward)
 
 
-class MeasuredLinear(probes.StandIn):
-  """Its moments' gradients are sums over tokens of outer products of the inputs, and of the output gradients."""
+class MeasuredLinear(probes.LinearWrapper):
+  """A linear layer whose moments' gradients are sums over tokens of x xᵀ and dy dyᵀ."""
 
   def __init__(self, linear: nnx.Linear, layer: ProbedLayer):
     super().__init__(linear)
@@ -80,7 +80,7 @@ class MomentStep:
   Args:
     model: an NNX module, tokens_BL → logits_BLV; may be abstract. It is not changed.
     output_fn: (logits_LV, tokens_L, weights_L) → scalar.
-    layers: that are measured.
+    layers: the layers to measure.
     mesh: batch over `data`, weights by the partition table.
   """
 
@@ -123,7 +123,7 @@ class MomentStep:
     return {x.path: (grads[f'{x.path}/in_moment'], grads[f'{x.path}/out_moment']) for x in self.layers}
 
   def sums(self, prepared: nnx.State, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Moments:
-    """Sums over (tokens_BL, weights_BL) batches, float64; one that `data` does not divide is made by every device."""
+    """Sums over (tokens_BL, weights_BL) batches, float64. Every device computes a batch that `data` does not divide."""
     total: Moments = {
       x.path: (np.zeros((*x.stack, x.inputs, x.inputs)), np.zeros((*x.stack, x.outputs, x.outputs)))
       for x in self.layers
@@ -138,8 +138,8 @@ class MomentStep:
 
 
 def batches(count: int, size: int, devices: int) -> list[slice]:
-  """`count` rows and not one more, since a row that fills up would count: batches of `size`, then what `devices` can
-  share of the rest, then single rows.
+  """Slices of exactly `count` rows, as padding would count: batches of `size`, then one that `devices` divides, then
+  single rows.
   """
   whole, rest = divmod(count, size)
   sizes = [size] * whole + [rest - rest % devices] * (rest >= devices) + [1] * (rest % devices)
@@ -149,7 +149,7 @@ def batches(count: int, size: int, devices: int) -> list[slice]:
 
 @dataclasses.dataclass(frozen=True)
 class Basis:
-  """Attributes: projections; path → share of the moments' traces that each side keeps, mean over a scanned stack."""
+  """Attributes: projections; path → share of the moments' traces that A and B keep, mean over a scanned stack."""
 
   projections: Projections
   kept: dict[str, tuple[float, float]]
@@ -159,8 +159,7 @@ class Basis:
     """Leading eigenvectors in orthonormal columns.
 
     Args:
-      second_moment: the moments are first taken of x and dy divided by its factors, which `SecondMoment.into` divides
-        A and B by afterwards.
+      second_moment: x and dy are first divided by its factors, by which `SecondMoment.into` divides A and B later.
     """
     projections, kept = {}, {}
     for layer in layers:
@@ -174,7 +173,7 @@ class Basis:
     return cls(projections, kept)
 
   def save(self, file: Path, layers: Sequence[ProbedLayer]) -> None:
-    """Writes it, unless another job was faster: what stands first stays."""
+    """Writes the file unless another job has: the first one is kept."""
     arrays = {'kept_N2': np.array([self.kept[layer.path] for layer in layers])}
     for number, layer in enumerate(layers):
       for side, projection in zip(('in', 'out'), self.projections[layer.path], strict=True):

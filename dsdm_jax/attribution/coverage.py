@@ -1,7 +1,7 @@
-"""How much of the gradient a two-sided projection does not see: the share of ‖g‖² in parameters without a probe.
+"""How much of the gradient a two-sided projection covers: the share of ‖g‖² in parameters with and without a probe.
 
-Embeddings, norms, biases and linear layers that `features.layers` leaves out have none. A few rows tell, by explicit
-gradients, one row after the other.
+Embeddings, norms, biases and linear layers outside `features.layers` have no probe. The share is measured on a few rows
+by explicit gradients, one row at a time.
 """
 
 import dataclasses
@@ -15,23 +15,23 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsdm_jax.attribution.gradients import OutputFn
 from dsdm_jax.attribution.probes import ProbedLayer
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core.mesh import fetch, place, replicated
 from dsdm_jax.lm import attention_tpu, partition
+from dsdm_jax.lm.outputs import OutputFn
 
 ROWS = 8
 
 
 @dataclasses.dataclass
-class Unprobed:
+class GradientCoverage:
   """Squared norms of single gradients, parameter by parameter.
 
   Args:
     model: an NNX module, tokens_BL → logits_BLV; may be abstract.
     output_fn: (logits_LV, tokens_L, weights_L) → scalar.
-    layers: that have a probe.
+    layers: those with a probe.
     mesh: weights and their gradient by the partition table.
   """
 
@@ -49,7 +49,7 @@ class Unprobed:
   def apply(
     self, prepared: tuple[nnx.State, nnx.State | None], tokens_L: jax.Array, weights_L: jax.Array
   ) -> dict[str, jax.Array]:
-    """Path → Σ g² of one row, g times the scale where there is one."""
+    """Path → Σ g² of one row, float32; g is multiplied by the scale if there is one."""
     params, scale = partition.gathered(prepared, self.mesh)
 
     def output(params: nnx.State) -> jax.Array:
@@ -63,17 +63,17 @@ class Unprobed:
     leaves = jax.tree_util.tree_leaves_with_path(gradient)
     return {partition.path_name(path): jnp.sum(jnp.square(g.astype(jnp.float32))) for path, g in leaves}
 
-  def share(
+  def unprobed(
     self, params: nnx.State, tokens_BL: np.ndarray, weights_BL: np.ndarray, second_moment: SecondMoment | None = None
   ) -> dict[str, Any]:
-    """Means over the rows of what has no probe, as a share of each row's ‖g‖².
+    """Share of ‖g‖² in parameters without a probe, mean over the rows.
 
     Args:
-      second_moment: gradients are divided by its root first, exactly, as in the dense projection.
+      second_moment: gradients are first divided by its root, exactly, as in the dense projection.
 
     Returns:
-      'share': of all that has none; 'rows': how many told; 'parameters': path, with '*' for the number of a block → its
-      own share, largest first.
+      'share': of all of them; 'rows': how many were measured; 'parameters': path, with '*' for the number of a block →
+      its own share, largest first.
     """
     params = jax.device_put(params, self._shardings)
     scale = None if second_moment is None else jax.device_put(second_moment.scale(params), self._shardings)

@@ -1,12 +1,12 @@
-"""λ by held-out agreement with what the proxies really do.
+"""Choice of λ by agreement with the measured outputs of held-out proxies.
 
-Two proxies a and b, trained on subsets A and B, differ on a target example by f(θ_a) − f(θ_b). A datamodel made from a
-third proxy predicts that difference as Σ_{n∈A} s(n) − Σ_{n∈B} s(n). The relative damping whose predictions correlate
-best over target examples is the one to use. The pair takes no part in the scores, so nothing is fitted to itself; mere
-agreement between proxies would be no rule, since it is largest where damping leaves nothing but the mean gradient.
+Two proxies a and b, trained on subsets A and B, differ on a target example by f(θ_a) − f(θ_b). The datamodel of a third
+proxy predicts that difference as Σ_{n∈A} s(n) − Σ_{n∈B} s(n). The choice is the relative damping whose predictions
+correlate best over target examples. The pair takes no part in the scores, so nothing is fitted to itself. Agreement
+between proxies alone would not do: it is largest where damping leaves only the mean gradient.
 
-Few pairs make a noisy curve: another damping than the fixed one is taken only where it is better by more than a
-standard error over target documents.
+Few pairs make a noisy curve: a damping other than the fixed one is chosen only if it is better by more than a standard
+error over target documents.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ FIXED = len(FACTORS) // 2
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """Attributes: damping taken; agreement of each candidate; gain of the best over the fixed one, and its error."""
+  """Attributes: the chosen damping; agreement of each candidate; the best, its gain over the fixed one, its error."""
 
   damping: float
   agreement: Mapping[float, float]
@@ -39,11 +39,9 @@ class Choice:
 
 
 def held_out_pairs(proxies: int, each: int = 1) -> list[tuple[int, int, int]]:
-  """(scorer, a, b): which checkpoint, of `each` for a proxy, predicts how two other proxies differ."""
-  return [
-    (c, a, b)
-    for c in range(proxies * each) for a, b in itertools.combinations(range(proxies), 2) if c // each not in (a, b)
-  ]  # fmt: skip
+  """(scorer, a, b): a checkpoint, of `each` per proxy, and the two other proxies whose difference it predicts."""
+  pairs = list(itertools.combinations(range(proxies), 2))
+  return [(c, a, b) for c in range(proxies * each) for a, b in pairs if c // each not in (a, b)]
 
 
 def choose(
@@ -53,10 +51,10 @@ def choose(
   observed: Sequence[np.ndarray],
   weight_RT: Sequence[np.ndarray],
 ) -> Choice:
-  """The damping of best agreement, or the fixed one where nothing is clearly better.
+  """The damping of best agreement, or the fixed one if none is clearly better.
 
   Args:
-    fixed: one of the candidates; what is taken in doubt.
+    fixed: one of the candidates, the default.
     candidates: relative dampings, K of them.
     predicted: for each task, differences in sums of scores, [K, pairs, T].
     observed: for each task, differences in outputs, [pairs, T].
@@ -72,13 +70,11 @@ def choose(
   best = int(np.argmax(agreement_K))
   resampled_KR = _agreement(ranks, weight_RT)
   gain_R = resampled_KR[best] - resampled_KR[base]
-  gain, error = (
-    float(agreement_K[best] - agreement_K[base]),
-    float(gain_R.std(ddof=1)) if gain_R.size > 1 else float('inf'),
-  )
-  taken = best if gain > error else base
+  gain = float(agreement_K[best] - agreement_K[base])
+  error = float(gain_R.std(ddof=1)) if gain_R.size > 1 else float('inf')
+  chosen = best if gain > error else base
   agreement = {float(c): float(a) for c, a in zip(candidates, agreement_K, strict=True)}
-  return Choice(float(candidates[taken]), agreement, float(candidates[best]), gain, error)
+  return Choice(float(candidates[chosen]), agreement, float(candidates[best]), gain, error)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -5,17 +5,15 @@ With features Φ [N, J] of the pool and φ̄ the mean feature of a target's exam
     s(n) = φ(n) · (G + λI)⁻¹ φ̄,      G = ΦᵀΦ/N,      λ = damping · tr(G)/J
 
 (TRAK, arXiv 2303.14186, eq. 13; DsDm, section 3). Higher is better: training on n raises the target's output function.
-s does not change when φ is scaled. What may vary is G: all of it, its diagonal blocks alone (one per layer), or one
-over the columns of all checkpoints together; pure, or blended with the second moment of the targets.
-`docs/datamodel.md` says what each does to the scores.
+s does not change when φ is scaled. G is the full matrix, its diagonal blocks alone (one per layer), or one matrix over
+the columns of all checkpoints; it may be blended with the second moment of the targets. `docs/datamodel.md` describes
+what each does to the scores.
 
-Nothing here holds more than one shard of rows: rows come from a `RowSource`, such as a feature store.
+Nothing here holds more than one shard of rows: rows come from a `RowSource`, such as a `FeatureStore`.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,103 +22,13 @@ import scipy.linalg
 import scipy.sparse.linalg
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsdm_jax.attribution.accumulators import Partials
-from dsdm_jax.attribution.sources import DirectionalSource
-from dsdm_jax.core import processes
-from dsdm_jax.core.mesh import DATA, MODEL, batch_sharding, fetch, place, replicated
+from dsdm_jax.attribution.accumulators import Accumulator, Progress, silent
+from dsdm_jax.attribution.quantization import Blocks
+from dsdm_jax.attribution.sources import RowSource, Shard, dot
+from dsdm_jax.core.mesh import DATA, MODEL, batch_sharding, place, replicated
 from dsdm_jax.errors import UserError
 
-Progress = Callable[[int], object]
-Shard = tuple[int, int, np.ndarray]
-# Columns [start, stop) of the diagonal blocks of a Gram matrix, in order; together they are all columns.
-Blocks = tuple[tuple[int, int], ...]
-
 _STRIPE = 1_024  # rows of a matrix that a temporary copy may hold
-
-
-class RowSource(Protocol):
-  """Features by shards of rows in order; may be gone through again and gives the same each time."""
-
-  @property
-  def rows(self) -> int: ...
-
-  @property
-  def dimension(self) -> int: ...
-
-  def __iter__(self) -> Iterator[Shard]: ...
-
-
-@runtime_checkable
-class Startable(Protocol):
-  """A source that can begin at any shard, at no cost for those before it."""
-
-  def starting(self, row: int) -> Iterator[Shard]: ...
-
-
-def unit_rows(phi_BJ: np.ndarray) -> np.ndarray:
-  """Each row divided by its norm, float32; a row of zeros stays one."""
-  phi_BJ = np.asarray(phi_BJ, np.float32)
-  largest_B = np.abs(phi_BJ).max(axis=1, keepdims=True)  # first, so that no square leaves float32
-  phi_BJ = phi_BJ / np.where(largest_B > 0, largest_B, 1)
-  norm_B = np.linalg.norm(phi_BJ, axis=1, keepdims=True)
-  return phi_BJ / np.where(norm_B > 0, norm_B, 1)
-
-
-class UnitNorm:
-  """A source whose rows are brought to norm one."""
-
-  def __init__(self, source: RowSource):
-    self._source = source
-    self.rows, self.dimension = source.rows, source.dimension
-
-  def __iter__(self) -> Iterator[Shard]:
-    return self.starting(0)
-
-  def starting(self, row: int) -> Iterator[Shard]:
-    for start, stop, phi_BJ in _starting(self._source, row):
-      yield start, stop, unit_rows(phi_BJ)
-
-
-class Concatenated:
-  """Columns of several sources of the same rows and shards side by side."""
-
-  def __init__(self, sources: Sequence[RowSource]):
-    self._sources = sources
-    self.rows, self.dimension = sources[0].rows, sum(source.dimension for source in sources)
-
-  def __iter__(self) -> Iterator[Shard]:
-    return self.starting(0)
-
-  def starting(self, row: int) -> Iterator[Shard]:
-    for shards in zip(*(_starting(source, row) for source in self._sources), strict=True):
-      start, stop, _ = shards[0]
-      if any(shard[:2] != (start, stop) for shard in shards):
-        raise ValueError(f'sources have other shards than the first, which has rows {start} to {stop - 1}')
-      yield start, stop, np.concatenate([phi_BJ for _, _, phi_BJ in shards], axis=1)
-
-
-def _silent(rows: int) -> None:
-  del rows
-
-
-def _starting(source: RowSource, row: int) -> Iterator[Shard]:
-  """The shards from `row` on, which begins one; a source that cannot begin there is read from its first."""
-  if isinstance(source, Startable):
-    return source.starting(row)
-  return (shard for shard in source if shard[0] >= row)
-
-
-def _ahead(source: RowSource, row: int = 0) -> Iterator[Shard]:
-  """The shards of `source` from `row` on, the next one read while the caller works on this one."""
-  shards = _starting(source, row)
-  if processes.count() > 1:  # steps that processes take together must come in one order on all, so in one thread
-    yield from shards
-    return
-  with ThreadPoolExecutor(1) as reader:
-    coming = reader.submit(next, shards, None)
-    while (shard := coming.result()) is not None:
-      coming = reader.submit(next, shards, None)
-      yield shard
 
 
 def whole(dimension: int) -> Blocks:
@@ -128,8 +36,8 @@ def whole(dimension: int) -> Blocks:
   return ((0, dimension),)
 
 
-def _partial_gram(blocks: Blocks, mesh: Mesh | None) -> Callable[[np.ndarray], list[np.ndarray]]:
-  """phi_BJ → φᵀφ of each block in float32; rows shared over `data`, rows of the result over `model`."""
+def _partial_gram(blocks: Blocks, mesh: Mesh | None) -> Callable[[np.ndarray], list[jax.Array]]:
+  """phi_BJ → φᵀφ of each block in float32; rows sharded over `data`, rows of the result over `model`."""
 
   def apply(phi_BJ: jax.Array) -> list[jax.Array]:
     phi_BJ = phi_BJ.astype(jnp.float32)
@@ -146,7 +54,7 @@ def _partial_gram(blocks: Blocks, mesh: Mesh | None) -> Callable[[np.ndarray], l
   rows = batch_sharding(mesh)
   step = jax.jit(apply, in_shardings=rows, out_shardings=out)
 
-  def sharded(phi_BJ: np.ndarray) -> list[np.ndarray]:
+  def sharded(phi_BJ: np.ndarray) -> list[jax.Array]:
     missing = -len(phi_BJ) % mesh.shape[DATA]  # rows of zeros add nothing
     return step(place(np.pad(phi_BJ, ((0, missing), (0, 0))) if missing else phi_BJ, rows))
 
@@ -157,54 +65,44 @@ def gram(
   source: RowSource,
   blocks: Blocks | None = None,
   mesh: Mesh | None = None,
-  progress: Progress = _silent,
-  partials: Partials | None = None,
+  progress: Progress = silent,
+  accumulator: Accumulator | None = None,
   name: str = 'gram',
 ) -> list[np.ndarray]:
   """ΦᵀΦ/N, one float64 matrix for each block: each shard in float32, the sum over shards in float64 in their order.
 
   Args:
     source: of the pool's rows.
-    blocks: columns of each diagonal block; None is one block of all columns.
-    mesh: rows of a shard are shared over `data`, rows of the matrix over `model`; None takes one device.
-    progress: told the rows of each shard.
-    partials: keep what is summed up under `name`; what an earlier attempt kept there is gone on from: the same bits.
+    blocks: columns of each diagonal block, in order; together they are all columns. None is one block of all columns.
+    mesh: rows of a shard are sharded over `data`, rows of the matrix over `model`; None takes one device.
+    progress: called with the rows of each shard.
+    accumulator: saves the sums under `name`, so that a killed pass resumes and gives the same bits; None saves nothing.
   """
-  partials = partials or Partials(None)
-  if isinstance(source, DirectionalSource):
-    source = source.sample
+  source = source.gram_rows()
   blocks = whole(source.dimension) if blocks is None else blocks
   step = _partial_gram(blocks, mesh)
-  totals = [np.zeros((stop - start, stop - start), np.float64) for start, stop in blocks]
-  pending: list[np.ndarray] = []
-  begin = partials.sums(name, totals)
-  progress(begin)
-  if begin < source.rows:
-    for start, stop, phi_BJ in _ahead(source, begin):
-      coming = step(phi_BJ)  # returns at once: the device works on while the last shard is added up here
-      _add(totals, pending)
-      if pending:
-        partials.save_sums(name, totals, start)
-      pending = coming
-      progress(stop - start)
-    _add(totals, pending)
-    partials.save_sums(name, totals, source.rows, last=True)
+
+  def parts(row: int) -> Iterator[tuple[int, int, list[jax.Array]]]:
+    for start, stop, phi_BJ in source.prefetched(row):
+      yield start, stop, step(phi_BJ)  # returns at once: the device computes while the last shard is added
+
+  shapes = [(stop - start, stop - start) for start, stop in blocks]
+  totals = (accumulator or Accumulator()).sum(name, shapes, parts, progress)
   for total in totals:
     total /= source.rows
   return totals
 
 
-def _add(totals: list[np.ndarray], parts: Sequence[np.ndarray]) -> None:
-  for total, part in zip(totals, parts, strict=False):
-    np.add(total, fetch(part), out=total)
+def sums(
+  source: RowSource, weight_CN: np.ndarray, accumulator: Accumulator | None = None, name: str = 'sums'
+) -> np.ndarray:
+  """Σ_n weight(n) φ(n) for several weightings of the rows, float64 [C, J]; `accumulator` and `name` as for `gram`."""
 
+  def parts(row: int) -> Iterator[tuple[int, int, list[jax.Array]]]:
+    for start, stop, phi_BJ in source.prefetched(row):
+      yield start, stop, [dot(np.asarray(weight_CN[:, start:stop], np.float32), phi_BJ)]
 
-def sums(source: RowSource, weight_CN: np.ndarray) -> np.ndarray:
-  """Σ_n weight(n) φ(n) for several weightings of the rows, float64 [C, J]."""
-  total_CJ = np.zeros((len(weight_CN), source.dimension), np.float64)
-  for start, stop, phi_BJ in _ahead(source):
-    total_CJ += np.asarray(_dot(np.asarray(weight_CN[:, start:stop], np.float32), phi_BJ), np.float64)
-  return total_CJ
+  return (accumulator or Accumulator()).sum(name, [(len(weight_CN), source.dimension)], parts)[0]
 
 
 def blend(parts: list[np.ndarray], blocks: Blocks, targets: Sequence[np.ndarray], share: float) -> None:
@@ -214,7 +112,7 @@ def blend(parts: list[np.ndarray], blocks: Blocks, targets: Sequence[np.ndarray]
   Directions that the targets' own examples have in common then count for less, as those of the pool do.
 
   Args:
-    parts: of the Gram matrix.
+    parts: blocks of the Gram matrix.
     blocks: their columns.
     targets: phi_TJ of each task.
     share: of the trace, at least 0 and below 1.
@@ -234,9 +132,9 @@ def blend(parts: list[np.ndarray], blocks: Blocks, targets: Sequence[np.ndarray]
 
 
 def equalise(gram_JJ: np.ndarray, blocks: Blocks) -> np.ndarray:
-  """Scales, in place, each block's columns to the same mean square, and returns the factor of each column.
+  """Scales, in place, each block's columns to the same mean square, and returns the factor of each column, [J].
 
-  For a joint Gram over checkpoints: λ then bears on each alike, however large the gradients of one are.
+  For a joint Gram over checkpoints: λ then acts on each equally, whatever the size of its gradients.
   """
   scale_J = np.ones(len(gram_JJ))
   for start, stop in blocks:
@@ -249,7 +147,13 @@ def equalise(gram_JJ: np.ndarray, blocks: Blocks) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-  """Attributes: u_JK, float64; damping λ of each block as it was added; condition number of each damped block."""
+  """The solution of one datamodel.
+
+  Attributes:
+    u_JK: (G + λI)⁻¹ columnsᵀ, float64.
+    damping: λ of each block, absolute.
+    condition: condition number of each damped block, estimated in the 1-norm.
+  """
 
   u_JK: np.ndarray
   damping: tuple[float, ...]
@@ -270,11 +174,11 @@ def solve(
   Args:
     parts: blocks of G, as `gram` gives them.
     blocks: their columns.
-    columns_KJ: right-hand sides.
-    damping: relative, above 0.
+    columns_KJ: right-hand sides, such as the mean feature of each target.
+    damping: relative to the mean of the block's diagonal, above 0.
     recentre: divide the inverse by the mean absolute value of its J² entries, as the reference does. Scores then scale
       with the square of the features.
-    overwrite: factor in place: no second matrix is made, and `parts` are lost.
+    overwrite: factor in place: no second matrix is allocated, and `parts` are destroyed.
 
   Raises:
     UserError: all features are zero, some are not finite, or the damped matrix is singular to working precision.
@@ -306,10 +210,10 @@ def solve(
 
 
 def _scale(part: np.ndarray, start: int, stop: int) -> float:
-  if not np.isfinite(np.diagonal(part)).all():  # where a feature is not, its column's square is not
+  if not np.isfinite(np.diagonal(part)).all():  # a feature that is not finite makes its column's square not finite
     raise UserError(
       f'the Gram matrix of columns {start} to {stop - 1} is not finite, so a feature is not; '
-      'delete the features folder and start again, with a lower proxies.train.learning_rate if it returns'
+      'delete the features folder and run again, with a lower proxies.train.learning_rate if this returns'
     )
   scale = float(np.trace(part)) / len(part)
   if not scale > 0:
@@ -323,7 +227,7 @@ def _scale(part: np.ndarray, start: int, stop: int) -> float:
 def _singular(start: int, stop: int, damping: float) -> UserError:
   return UserError(
     f'the Gram matrix of columns {start} to {stop - 1} is singular at datamodel.damping={damping}; raise '
-    'datamodel.damping (0.1 suits most), or lower features.dimension'
+    'datamodel.damping (default: 0.1) or lower features.dimension'
   )
 
 
@@ -343,8 +247,8 @@ def _inverse_entries(upper: np.ndarray) -> float:
 def cholesky(matrix_JJ: np.ndarray) -> None:
   """Puts the lower Cholesky factor into the lower triangle of a float64 matrix, in place, panel by panel.
 
-  Above the diagonal the matrix stays as it was. LAPACK's own routine, as SciPy brings it (OpenBLAS), dies of a
-  segmentation fault at J = 16,384 with several threads; panels of a thousand columns are far from that.
+  Entries above the diagonal do not change. SciPy's LAPACK routine (OpenBLAS) crashes with a segmentation fault at
+  J = 16,384 with several threads; panels of a thousand columns are far below that.
 
   Raises:
     scipy.linalg.LinAlgError: the matrix is not positive definite.
@@ -364,25 +268,15 @@ def cholesky(matrix_JJ: np.ndarray) -> None:
       matrix_JJ[stop + i : stop + end, stop : stop + end] -= panel[i:end] @ panel[:end].T
 
 
-@jax.jit
-def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-  return jnp.matmul(left.astype(jnp.float32), right.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-
-
 def score_shards(source: RowSource, u_JK: np.ndarray, row: int = 0) -> Iterator[Shard]:
-  """(start, stop, φ u in float32 [B, K]) of each shard from `row` on, which begins one, in order."""
-  # A common scale per column keeps float32 far from its limits; it comes back afterwards.
+  """(start, stop, φ u in float32 [B, K]) of each shard from `row` on, where a shard starts, in order."""
+  # A common scale per column keeps float32 far from its limits; it is restored afterwards.
   scale_K = np.maximum(np.abs(u_JK).max(axis=0), np.finfo(np.float64).tiny)
-  unit_JK = jnp.asarray((u_JK / scale_K).astype(np.float32))
-  if isinstance(source, DirectionalSource):
-    for start, stop, score_BK in source.score_shards(np.asarray(unit_JK), row):
-      yield start, stop, (score_BK * scale_K).astype(np.float32)
-    return
-  for start, stop, phi_BJ in _ahead(source, row):
-    yield start, stop, (np.asarray(_dot(phi_BJ, unit_JK)) * scale_K).astype(np.float32)
+  for start, stop, score_BK in source.scores((u_JK / scale_K).astype(np.float32), row):
+    yield start, stop, (score_BK * scale_K).astype(np.float32)
 
 
-def scores(source: RowSource, u_JK: np.ndarray, progress: Progress = _silent) -> np.ndarray:
+def scores(source: RowSource, u_JK: np.ndarray, progress: Progress = silent) -> np.ndarray:
   """score_NK = Φ u, float32."""
   score_NK = np.empty((source.rows, u_JK.shape[1]), np.float32)
   for start, stop, score_BK in score_shards(source, u_JK):
@@ -392,12 +286,12 @@ def scores(source: RowSource, u_JK: np.ndarray, progress: Progress = _silent) ->
 
 
 def spectrum(gram_JJ: np.ndarray, exact: int = 2_048) -> dict[str, float | None]:
-  """What a Gram matrix looks like, eigenvalues relative to their mean.
+  """Extreme eigenvalues of a Gram matrix, relative to their mean, and its effective rank.
 
   Args:
-    gram_JJ: not damped yet; not changed.
-    exact: most columns for which all eigenvalues are found. Above that the largest comes from Lanczos' method and the
-      smallest is None; neither needs a second matrix.
+    gram_JJ: without damping; not changed.
+    exact: largest number of columns for which all eigenvalues are computed. Above it the largest comes from Lanczos'
+      method and the smallest is None; neither needs a second matrix.
 
   Returns:
     `largest_over_mean`, `smallest_over_mean` and `effective_rank`, (tr)²/‖·‖²_F.

@@ -1,7 +1,7 @@
 """Scores in the dense projection without features: φ(n)·u = ∇f_n·(Rᵀu), a directional derivative.
 
-One forward-mode pass over a batch gives it exactly, over all parameters, whatever J is, with no gradient and nothing
-kept for a backward pass. Several targets share the pass over the values; each adds a pass over tangents.
+One forward-mode pass over a batch gives it exactly, over all parameters and at any J, without a gradient and without
+residuals of a backward pass. Several targets share the pass over values; each adds a pass over tangents.
 """
 
 import dataclasses
@@ -15,10 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsdm_jax.attribution import rademacher
-from dsdm_jax.attribution.gradients import OutputFn, in_microbatches
+from dsdm_jax.attribution.gradients import in_microbatches
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core.mesh import batch_sharding
 from dsdm_jax.lm import partition
+from dsdm_jax.lm.outputs import OutputFn
 
 Prepared = tuple[nnx.State, Any]
 
@@ -31,9 +32,9 @@ class DirectionalScores:
     model: an NNX module, tokens_BL → logits_BLV; may be abstract.
     output_fn: (logits_LV, tokens_L, weights_L) → scalar; or an array, and then scores are of its entries
       (`lm.outputs:margin_shares` for those of tokens).
-    seed: of the projection, that of the features which u was solved with.
+    seed: of the projection; the same as for the features that u was solved with.
     mesh: batch over `data`, weights and directions by the partition table.
-    microbatch: rows that are worked on at once, as for `DenseFeatures`; 0 takes the whole batch.
+    microbatch: rows that are computed at once, as for `DenseFeatures`; 0 takes the whole batch.
   """
 
   model: nnx.Module
@@ -53,8 +54,8 @@ class DirectionalScores:
     """Weights and Rᵀu, float32 [T, *parameter shape], laid out like the weights.
 
     Args:
-      u_JT: float32; scores come in its scale.
-      second_moment: that of the features, where they were preconditioned.
+      u_JT: float32; scores have its scale.
+      second_moment: that of the features if they were preconditioned.
     """
     leaf_keys = rademacher.keys(params, self.seed, checkpoint)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
@@ -67,7 +68,7 @@ class DirectionalScores:
     return self.jitted(prepared, tokens_BL, weights_BL)
 
   def apply(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
-    """score_BT in float32; the axes of an output function that gives an array stand before T."""
+    """score_BT in float32; axes of an array-valued output function come before T."""
     return in_microbatches(functools.partial(self._rows, prepared), self.microbatch, tokens_BL, weights_BL)
 
   def _rows(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:

@@ -15,15 +15,14 @@ from dsdm_jax.attribution import probes, rademacher
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core.mesh import DATA, MODEL, batch_sharding, place, replicated
 from dsdm_jax.lm import attention_tpu, partition
-
-OutputFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+from dsdm_jax.lm.outputs import OutputFn
 
 
 class FeatureStep(Protocol):
   """Per-example features of one projection.
 
-  `prepare(params, checkpoint)` binds weights and the checkpoint's own projection once; `__call__` makes features;
-  `jitted` is what it calls.
+  `prepare(params, checkpoint)` binds weights and the checkpoint's own projection once; `__call__` then computes phi_BJ
+  in float32 from tokens_BL (int32) and weights_BL (float32), a global batch; `jitted` is the compiled function.
   """
 
   dimension: int
@@ -38,31 +37,39 @@ class FeatureStep(Protocol):
   def describe(self) -> dict[str, Any]: ...
 
   def column_owner(self, column: int) -> str:
-    """The layer that a column of φ is of, as a message names it."""
+    """Name of the layer that a column of φ belongs to, for messages."""
 
 
 @dataclasses.dataclass
 class TwoSidedFeatures:
-  """φ by probes in the linear layers (see `probes`). Parameters outside those layers do not take part.
+  """φ = Aᵀ G B of each linear layer by probes (see `probes`; LoGra, arXiv 2405.13954, uses the same factorisation).
+
+  Parameters outside those layers are ignored. E over A and B of φ·φ' is the inner product of the gradients.
+
+      features = TwoSidedFeatures(model, margin, pattern='.*', requested_dimension=4096, seed=0, mesh=mesh)
+      phi_BJ = features(features.prepare(nnx.state(model, nnx.Param), checkpoint=0), tokens_BL, weights_BL)
 
   Args:
     model: an NNX module, tokens_BL → logits_BLV; may be abstract. It is not changed.
-    output_fn: (logits_LV, tokens_L, weights_L) → scalar.
-    pattern: regex over paths of linear layers.
-    dimension: J wished for; `self.dimension` is what came out.
+    output_fn: (logits_LV, tokens_L, weights_L) → scalar, such as `lm.outputs:margin`.
+    pattern: regex over paths of `nnx.Linear` layers.
+    requested_dimension: upper bound of J; `dimension` is J itself, see `probes.plan`.
     seed: of the projections.
-    mesh: batch over `data`, weights by the partition table.
+    mesh: axes `data` and `model` (see `make_mesh`); batch over `data`, weights by the partition table.
+
+  Raises:
+    UserError: no layer matches the pattern, or J is smaller than the number of layers.
   """
 
   model: nnx.Module
   output_fn: OutputFn
   pattern: str
-  dimension: int
+  requested_dimension: int
   seed: int
   mesh: Mesh
 
   def __post_init__(self) -> None:
-    self.layers = probes.plan(self.model, self.pattern, self.dimension)
+    self.layers = probes.plan(self.model, self.pattern, self.requested_dimension)
     self.dimension = self.layers[-1].stop
 
     graphdef, state = nnx.split(self.model)
@@ -86,8 +93,8 @@ class TwoSidedFeatures:
     """The instrumented model's state but for the probes: weights `params`, and A and B of `checkpoint`.
 
     Args:
-      second_moment: taken into A and B by its rank-one approximation of each layer.
-      projections: A and B; random ones where there are none.
+      second_moment: preconditions by scaling A and B with its rank-one approximation of each layer.
+      projections: A and B; None draws random ones.
     """
     if projections is None:
       projections = probes.random_projections(self.layers, self.seed, checkpoint)
@@ -130,11 +137,16 @@ class TwoSidedFeatures:
 
 @dataclasses.dataclass
 class DenseFeatures:
-  """φ = R g over all parameters (see `rademacher`). Arguments as for `TwoSidedFeatures`, and:
+  """φ = R g of the gradient g of all W parameters, as in TRAK (arXiv 2303.14186) and DsDm (see `rademacher`).
+
+      features = DenseFeatures(model, margin, dimension=4096, seed=0, mesh=mesh)
+      phi_BJ = features(features.prepare(nnx.state(model, nnx.Param), checkpoint=0), tokens_BL, weights_BL)
 
   Args:
+    model, output_fn, seed, mesh: as for `TwoSidedFeatures`.
+    dimension: J.
     microbatch: rows whose gradients are held at once, over all devices; divides the batch and is a multiple of the
-      mesh's `data`. Memory is near microbatch × W; R is made once for each microbatch. 0 takes the whole batch.
+      mesh's `data`. Memory is about microbatch × W; R is generated once per microbatch. 0 takes the whole batch.
   """
 
   model: nnx.Module
@@ -150,7 +162,7 @@ class DenseFeatures:
     columns = MODEL if self.dimension % self.mesh.shape[MODEL] == 0 else None
     self._layout = NamedSharding(self.mesh, PartitionSpec(DATA, columns))
     weights = partition.shardings(params, self.mesh)
-    # Of the scale, which may be none, what `prepare` made of it.
+    # The scale may be None; `prepare` has placed it.
     self.jitted = jax.jit(
       self.apply, in_shardings=((weights, replicated(self.mesh), None), batch, batch), out_shardings=self._layout
     )
@@ -158,10 +170,10 @@ class DenseFeatures:
   def prepare(
     self, params: nnx.State, checkpoint: int, second_moment: SecondMoment | None = None
   ) -> tuple[nnx.State, list[jax.Array], nnx.State | None]:
-    """(weights, keys of R, what each gradient entry is multiplied by: 1/(√v + ε), or None)."""
+    """(weights, keys of R, factor of each gradient entry: 1/(√v + ε), or None)."""
     weights = partition.shardings(params, self.mesh)
-    # As plain numbers: keys themselves cannot be put where other processes have a part.
-    with jax.ensure_compile_time_eval():  # where only shapes are asked for too
+    # As plain numbers: typed keys cannot be placed on devices of other processes.
+    with jax.ensure_compile_time_eval():  # also under `eval_shape`
       data = [np.asarray(jax.random.key_data(key)) for key in rademacher.keys(params, self.seed, checkpoint)]
     return (
       jax.device_put(params, weights),
@@ -207,7 +219,7 @@ def in_microbatches(
   batch, length = tokens_BL.shape
   if rows in (0, batch):
     return function(tokens_BL, weights_BL)
-  # Row n of the batch goes to microbatch n mod (batch/rows): each device splits what it has and sends nothing.
+  # Row n of the batch goes to microbatch n mod (batch/rows): each device splits its own rows and sends nothing.
   split = (rows, batch // rows, length)
   inputs = tuple(x.reshape(split).swapaxes(0, 1) for x in (tokens_BL, weights_BL))
   out = jax.lax.map(lambda x: function(*x), inputs).swapaxes(0, 1)

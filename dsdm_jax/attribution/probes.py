@@ -1,9 +1,9 @@
-"""Two-sided projected gradients of linear layers without ever forming a weight gradient.
+"""Two-sided projected per-example gradients of linear layers, without forming a weight gradient.
 
 For y = xW the gradient of a scalar f is G = xᵀ dy, summed over tokens, and its two-sided projection is
-Aᵀ G B = (xA)ᵀ (dy B): a product of two thin matrices. A *probe* Z ∈ R^{a×b} takes part in the layer so that its
-gradient is exactly that, at any value of Z; the forward pass is the plain xW. Reverse mode with respect to the probes
-alone needs the layer's dx and never its dW, which is a third of a training step's work.
+Aᵀ G B = (xA)ᵀ (dy B), a product of two thin matrices. A *probe* Z ∈ R^{a×b} is an extra argument of the layer whose
+gradient is exactly this product, at any value of Z; the forward pass stays xW. Reverse mode with respect to the probes
+alone needs the layer's dx and never its dW, which is a third of the work of a training step.
 
 With entries of A Rademacher/√a and of B Rademacher/√b, E[⟨AᵀGB, AᵀG'B⟩] = ⟨G, G'⟩.
 """
@@ -24,23 +24,23 @@ from dsdm_jax.errors import UserError
 
 
 class Probe(nnx.Variable):
-  """Zeros [*stack, a, b] whose gradient is a layer's projected gradient."""
+  """Zeros [*stack, a, b], float32, whose gradient is a layer's projected gradient."""
 
 
 class Projection(nnx.Variable):
-  """A [*stack, I, a] or B [*stack, O, b] of a probed layer."""
+  """A [*stack, I, a] or B [*stack, O, b] of a probed layer, float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbedLayer:
-  """One linear layer (or a stack of them, scanned) and where its features stand in φ.
+  """One linear layer (or a scanned stack of them) and its columns in φ.
 
   Attributes:
     path: 'blocks/0/attention/qkv'.
     stack: leading shape of the kernel; () for a plain layer, (layers,) for a scanned one.
     inputs, outputs: I and O.
-    a, b: size of the projected gradient.
-    start: first column of φ; the layer takes `columns` columns, stack by stack, row by row.
+    a, b: shape of the projected gradient.
+    start: first column in φ; the layer has `columns` columns, ordered by stack, then row, then column.
   """
 
   path: str
@@ -66,9 +66,18 @@ Residuals = tuple[jax.Array, jax.Array, jax.Array]  # xA in float32, W, B
 
 @jax.custom_vjp
 def probed_matmul(x: jax.Array, w_IO: jax.Array, probe_ab: jax.Array, a_Ia: jax.Array, b_Ob: jax.Array) -> jax.Array:
-  """x @ w for x of shape [..., I]; reverse mode gives `probe_ab` the cotangent (xA)ᵀ(dy B) in float32, w none.
+  """x @ w, whose cotangent with respect to `probe_ab` is the projected weight gradient (xA)ᵀ(dy B).
 
-  Forward mode raises TypeError: the probe has no influence on the value, so a tangent of it would be a silent zero.
+  The value does not depend on the probe. Forward mode raises TypeError, since its tangent would be a silent zero.
+
+  Args:
+    x: inputs [..., I].
+    w_IO: the kernel, in the dtype of `x`; it gets no gradient.
+    probe_ab: zeros in float32; its gradient is summed over all leading axes of `x`, in float32.
+    a_Ia, b_Ob: the projections A and B.
+
+  Returns:
+    Outputs [..., O].
   """
   del probe_ab, a_Ia, b_Ob
   return x @ w_IO
@@ -77,7 +86,7 @@ def probed_matmul(x: jax.Array, w_IO: jax.Array, probe_ab: jax.Array, a_Ia: jax.
 def _probed_forward(
   x: jax.Array, w_IO: jax.Array, probe_ab: jax.Array, a_Ia: jax.Array, b_Ob: jax.Array
 ) -> tuple[jax.Array, Residuals]:
-  # What is kept is xA, not x: a of I columns.
+  # The residual is xA, not x: a columns instead of I.
   xa = jnp.matmul(x, a_Ia.astype(x.dtype), preferred_element_type=jnp.float32)
   return x @ w_IO, (xa, w_IO, b_Ob)
 
@@ -92,10 +101,8 @@ def _probed_backward(residuals: Residuals, dy: jax.Array) -> tuple[jax.Array, No
 probed_matmul.defvjp(_probed_forward, _probed_backward)
 
 
-class StandIn(nnx.Module):
-  """Stands in for an `nnx.Linear` and shares its parameters, of which no gradient is made. Subclasses say what the
-  product also leaves: `product(x, kernel_IO)`, both in the layer's dtype.
-  """
+class LinearWrapper(nnx.Module):
+  """Replaces an `nnx.Linear` and shares its parameters, which get no gradient. Subclasses define the matrix product."""
 
   def __init__(self, linear: nnx.Linear):
     self.kernel, self.bias = linear.kernel, linear.bias
@@ -108,11 +115,12 @@ class StandIn(nnx.Module):
     return y if bias is None else y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
   @abc.abstractmethod
-  def product(self, x: jax.Array, kernel_IO: jax.Array) -> jax.Array: ...
+  def product(self, x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """x @ kernel, both in the layer's dtype."""
 
 
-class ProbedLinear(StandIn):
-  """Its probe's gradient is the projected gradient of the kernel. Used where features are made, and nowhere else."""
+class ProbedLinear(LinearWrapper):
+  """A linear layer whose probe's gradient is the projected gradient of the kernel. Only used to compute features."""
 
   def __init__(self, linear: nnx.Linear, layer: ProbedLayer):
     super().__init__(linear)
@@ -125,15 +133,15 @@ class ProbedLinear(StandIn):
 
 
 def plan(model: nnx.Module, pattern: str, dimension: int) -> tuple[ProbedLayer, ...]:
-  """Chooses the probed layers and a×b for each.
+  """Selects the layers to probe, and a×b for each.
 
-  The budget is shared evenly over layers (each of a scanned stack counts): a = ⌊√budget⌋ and b = ⌊budget/a⌋, with
-  neither above what the layer has, so that J = Σ a·b comes out at or below `dimension`.
+  The budget is divided evenly over layers, where each layer of a scanned stack counts: a = ⌊√budget⌋, b = ⌊budget/a⌋,
+  limited to I and O of the layer. Hence J = Σ a·b ≤ `dimension`.
 
   Args:
     model: any NNX module with `nnx.Linear` layers; may be abstract.
     pattern: regex searched in the layers' paths.
-    dimension: J wished for.
+    dimension: upper bound of J.
 
   Raises:
     UserError: no layer matches, or J is smaller than the number of layers.
@@ -162,32 +170,38 @@ def plan(model: nnx.Module, pattern: str, dimension: int) -> tuple[ProbedLayer, 
 
 
 def _linears(model: nnx.Module) -> list[tuple[str, nnx.Linear]]:
-  found = [('/'.join(map(str, p)), m) for p, m in nnx.iter_modules(model) if isinstance(m, nnx.Linear)]
-  return sorted(found, key=lambda item: item[0])
+  linears = [('/'.join(map(str, p)), m) for p, m in nnx.iter_modules(model) if isinstance(m, nnx.Linear)]
+  return sorted(linears, key=lambda item: item[0])
 
 
 def instrument(
   model: nnx.Module,
   layers: Sequence[ProbedLayer],
-  make: Callable[[nnx.Linear, ProbedLayer], nnx.Module] = ProbedLinear,
+  wrap: Callable[[nnx.Linear, ProbedLayer], nnx.Module] = ProbedLinear,
 ) -> nnx.Module:
-  """Replaces each planned layer of `model`, in place, by a probed one that shares its parameters; returns `model`."""
+  """Replaces each of `layers` in `model`, in place, by a wrapper that shares its parameters; returns `model`."""
   by_path = dict(_linears(model))
   for layer in layers:
     *parents, name = layer.path.split('/')
     owner: Any = model
     for part in parents:
       owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-    probed = make(by_path[layer.path], layer)
+    wrapper = wrap(by_path[layer.path], layer)
     if name.isdigit():
-      owner[int(name)] = probed
+      owner[int(name)] = wrapper
     else:
-      setattr(owner, name, probed)
+      setattr(owner, name, wrapper)
   return model
 
 
 def random_projections(layers: Sequence[ProbedLayer], seed: int, checkpoint: int) -> Projections:
-  """Path → (A [*stack, I, a], B [*stack, O, b]), independent over layers, sides and checkpoints."""
+  """Entries ±1/√a of A and ±1/√b of B, independent over layers, sides and checkpoints.
+
+  Args:
+    layers: as `plan` returns them.
+    seed: root of the random streams, which are named by layer and side; the result does not depend on the devices.
+    checkpoint: number of the checkpoint. Each has its own projections.
+  """
   projections = {}
   for layer in layers:
     sides = []
@@ -200,7 +214,7 @@ def random_projections(layers: Sequence[ProbedLayer], seed: int, checkpoint: int
 
 
 def set_projections(model: nnx.Module, projections: Mapping[str, tuple[jax.Array, jax.Array]]) -> None:
-  """Puts (A, B) into each probed layer of `model`, in place."""
+  """Sets A and B of each probed layer of `model`, in place."""
   for path, module in nnx.iter_modules(model):
     if isinstance(module, ProbedLinear):
       a, b = projections['/'.join(map(str, path))]

@@ -1,16 +1,33 @@
-"""How features are kept: as bfloat16 or float32, or as int8 with a scale for each row and layer."""
+"""Quantization of stored features: bfloat16, float32, or int8 with a scale for each row and layer."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 
-Blocks = tuple[tuple[int, int], ...]  # first column and the column after the last, side by side from 0 to J
+Blocks = tuple[tuple[int, int], ...]  # columns [start, stop) of each block, in order; together all columns 0…J
+
+
+def column_blocks(described: Mapping[str, Any], dimension: int) -> Blocks:
+  """Columns of each layer, with one block for each layer of a scanned stack; one block of all in a dense projection.
+
+  Args:
+    described: what `describe` of the features says, or the manifest of a features stage.
+    dimension: J.
+  """
+  if described['projection'] == 'dense':
+    return ((0, dimension),)
+  sizes = [layer['a'] * layer['b'] for layer in described['layers'] for _ in range(math.prod(layer['stack']))]
+  stops = np.cumsum(sizes).tolist()
+  return tuple(zip([0, *stops[:-1]], stops, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
-class Rounding:
-  """Attributes: dtype, 'float32', 'bfloat16' or 'int8'; blocks of columns that share a scale in int8."""
+class Quantizer:
+  """Attributes: dtype, 'float32', 'bfloat16' or 'int8'; blocks of columns that share a scale in int8, symmetric."""
 
   dtype: str
   blocks: Blocks
@@ -28,30 +45,32 @@ class Rounding:
     return np.clip(np.rint(phi_BJ / divisor_BJ), -127, 127).astype(np.int8), scale_BK
 
   def decode(self, codes_BJ: np.ndarray, scale_BK: np.ndarray | None) -> np.ndarray:
-    """What the codes stand for: float32 for int8, otherwise the codes."""
+    """float32 for int8, otherwise the codes."""
     return codes_BJ if scale_BK is None else codes_BJ.astype(np.float32) * self._spread(scale_BK)
 
-  def rounded(self, phi_BJ: np.ndarray) -> np.ndarray:
-    """What a store would give back."""
+  def round_trip(self, phi_BJ: np.ndarray) -> np.ndarray:
+    """What a store returns for these features."""
     return self.decode(*self.encode(phi_BJ))
 
   def fidelity(self, phi_BJ: np.ndarray, top: int = 10) -> dict[str, float]:
-    """What rounding does to inner products of rows, all pairs of `phi_BJ`.
+    """Effect of quantization on the inner products of all pairs of rows.
 
     Returns:
-      'inner_product_error': ‖K̂ − K‖/‖K‖ off the diagonal; 'top_overlap': share of each row's `top` largest inner
-      products with others that stay among them; 'bytes_per_row' as stored.
+      'inner_product_error': ‖K̂ − K‖/‖K‖ off the diagonal; 'top_overlap': share of each row's `top` nearest neighbours
+      (largest inner products with others) that stay among them; 'bytes_per_row' as stored.
     """
     codes_BJ, scale_BK = self.encode(phi_BJ)
-    exact, kept = (self._products(x) for x in (phi_BJ, self.decode(codes_BJ, scale_BK)))
+    exact, quantized = (self._products(x) for x in (phi_BJ, self.decode(codes_BJ, scale_BK)))
     off = ~np.eye(len(exact), dtype=bool)
-    norm = np.linalg.norm(exact[off])
+    norm, difference = np.linalg.norm(exact[off]), np.linalg.norm((quantized - exact)[off])
     top = min(top, len(exact) - 1)
-    best, best_kept = (np.argsort(k, axis=1)[:, -top:] if top else k[:, :0] for k in map(_without_self, (exact, kept)))
-    overlap = [len(np.intersect1d(a, b)) / top for a, b in zip(best, best_kept, strict=True)] if top else [1.0]
+    for products in (exact, quantized):
+      np.fill_diagonal(products, -np.inf)  # a row is not its own neighbour
+    nearest = (np.argsort(products, axis=1)[:, -top:] for products in (exact, quantized))
+    overlap = [len(np.intersect1d(a, b)) / top for a, b in zip(*nearest, strict=True)] if top else [1.0]
     stored = codes_BJ.nbytes + (0 if scale_BK is None else scale_BK.nbytes)
     return {
-      'inner_product_error': float(np.linalg.norm((kept - exact)[off]) / norm) if norm else 0.0,
+      'inner_product_error': float(difference / norm) if norm else 0.0,
       'top_overlap': float(np.mean(overlap)),
       'bytes_per_row': stored / len(codes_BJ),
     }
@@ -62,9 +81,3 @@ class Rounding:
 
   def _spread(self, scale_BK: np.ndarray) -> np.ndarray:
     return np.repeat(scale_BK, [j - i for i, j in self.blocks], axis=1)
-
-
-def _without_self(products: np.ndarray) -> np.ndarray:
-  out = products.copy()
-  np.fill_diagonal(out, -np.inf)
-  return out

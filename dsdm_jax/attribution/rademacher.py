@@ -1,8 +1,8 @@
-"""Dense random projection φ = R g with R ∈ {±1}^{J×W}/√J, as in the paper, without ever holding R.
+"""Dense random projection φ = R g with R ∈ {±1}^{J×W}/√J, as in the paper, without storing R.
 
-R is made block by block of parameters from a counter-based generator: the bits of a block depend on (key, parameter,
+R is generated in blocks of parameters by a counter-based generator: the bits of a block depend on (key, parameter,
 block) alone, so they are the same for any batch, mesh and number of hosts. One 32-bit draw gives 32 signs, one for
-each of 32 slices of a block, and a block serves the whole batch.
+each of 32 slices of a block. Each block is generated once for the whole batch.
 """
 
 import math
@@ -16,14 +16,14 @@ from dsdm_jax.core.prng import stream
 from dsdm_jax.lm.partition import path_name
 
 SLICES = 32  # of a block: as many as a draw has bits
-SLICE = 256  # parameters: a slice of signs at J = 4,096 is 4 MiB, near enough to a cache to be made and used at once
+SLICE = 256  # parameters: a slice of signs at J = 4,096 is 4 MiB, which fits a cache between its two uses
 BLOCK = SLICES * SLICE
 
 Place = Callable[[jax.Array], jax.Array]
 
 
 def keys(parameters: Any, seed: int, checkpoint: int) -> list[jax.Array]:
-  """One key per leaf of `parameters`, in tree order, named by its path, and one for what fills no block."""
+  """One key per leaf of `parameters`, in tree order, named by its path, and one for remainders that fill no block."""
   paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(parameters)]
   return [stream(seed, 'projection', 'dense', checkpoint, path) for path in (*paths, 'remainders of all parameters')]
 
@@ -41,7 +41,7 @@ def project(grads: Any, leaf_keys: Sequence[jax.Array], dimension: int, place: P
     grads: pytree of float arrays [B, *parameter shape].
     leaf_keys: from `keys`.
     dimension: J.
-    place: pins the layout of phi_BJ over a mesh.
+    place: constrains the sharding of phi_BJ.
 
   Returns:
     phi_BJ in float32; E over R of φ(g)·φ(g') is g·g'.

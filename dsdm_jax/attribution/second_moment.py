@@ -20,7 +20,7 @@ from dsdm_jax.core.mesh import fetch
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm.partition import path_name
 
-# Of the mean of v: the least that v counts as. A token that no proxy met has v = 0, and 1/ε = 1e8 would drown all else.
+# Lower bound of v, relative to its mean. A token that no proxy has seen has v = 0, and 1/ε = 1e8 would dominate all.
 _FLOOR = 1e-6
 
 
@@ -29,9 +29,9 @@ class SecondMoment:
   """Adam's v of every parameter.
 
   Attributes:
-    of_path: path of the parameter → v, float32, freed of its bias towards zero.
+    of_path: path of the parameter → v, float32, bias-corrected.
     epsilon: Adam's ε.
-    epsilon_root: what Adam adds to v under the root.
+    epsilon_root: Adam's ε under the root.
   """
 
   of_path: Mapping[str, jax.Array]
@@ -43,17 +43,17 @@ class SecondMoment:
     """From an optax state that holds one `ScaleByAdamState`.
 
     Raises:
-      UserError: it holds none, or no step was taken.
+      UserError: there is no such state, or it took no step.
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
-    found = [x for x in leaves if isinstance(x, optax.ScaleByAdamState)]
-    if len(found) != 1 or not int(found[0].count):
+    states = [x for x in leaves if isinstance(x, optax.ScaleByAdamState)]
+    if len(states) != 1 or not int(states[0].count):
       raise UserError(
-        'features.precondition=adam needs second moments, and the proxy was not trained by Adam for a step; '
+        'features.precondition=adam needs second moments, but the proxy took no step of Adam; '
         'set --config.features.precondition=none'
       )
-    correction = 1 - b2 ** int(found[0].count)
-    leaves = jax.tree_util.tree_leaves_with_path(found[0].nu)
+    correction = 1 - b2 ** int(states[0].count)
+    leaves = jax.tree_util.tree_leaves_with_path(states[0].nu)
     return cls({path_name(path): v / correction for path, v in leaves}, epsilon, epsilon_root)
 
   def scale(self, params: Any) -> Any:
@@ -67,7 +67,7 @@ class SecondMoment:
     return jax.tree_util.tree_map_with_path(one, params)
 
   def into(self, layers: Sequence[ProbedLayer], projections: Projections) -> Projections:
-    """A and B that take the rank-one root of v along: (D_r A)ᵀ G (D_c B) with D_r D_c entries √(Σr/(r_i c_o))."""
+    """A and B divided by the rank-one root of v: (D_r A)ᵀ G (D_c B) with D_r D_c entries √(Σr/(r_i c_o))."""
     scaled = {}
     for layer in layers:
       row_I, column_O = self.factors(layer)

@@ -1,19 +1,91 @@
-"""The datamodels whose scores are averaged: one for each checkpoint, or the joint one of all; and their solutions."""
+"""The datamodels of one run, one for each checkpoint or a joint one of all, and their solutions for the targets."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dsdm_jax.attribution import damping, datamodel
-from dsdm_jax.attribution.accumulators import Partials
+from dsdm_jax.attribution.accumulators import Accumulator, Progress
 from dsdm_jax.attribution.damping import Choice
-from dsdm_jax.attribution.datamodel import Blocks, Progress, RowSource, Solution
-from dsdm_jax.attribution.features import Features
-from dsdm_jax.attribution.target_weights import Columns
+from dsdm_jax.attribution.datamodel import Solution
+from dsdm_jax.attribution.quantization import Blocks, column_blocks
+from dsdm_jax.attribution.sources import Concatenated, RowSource, UnitNorm, unit_rows
+from dsdm_jax.attribution.store import Features
+from dsdm_jax.core import prng
+
+Mode = Literal['checkpoints', 'joint']
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetWeights:
+  """Weightings of one task's examples, each a right-hand side of the linear system.
+
+  A score is linear in the target's feature, so a weighting costs a column of one matrix product and no pass of its own.
+
+  Attributes:
+    weight_KT: float64; row 0 is the mean of all, then come the groups, the first examples one by one, the resamples.
+      Each row sums to 1.
+    group_T: int32, the group of each example.
+    clusters: documents that the examples come from; the examples themselves if no documents are known.
+    groups, resamples, examples: how many rows of each kind.
+  """
+
+  weight_KT: np.ndarray
+  group_T: np.ndarray
+  clusters: int
+  groups: int
+  resamples: int
+  examples: int = 0
+
+  @classmethod
+  def of_documents(
+    cls, documents: Sequence[str], groups: int, resamples: int, seed: int, task: str, examples: int = 0
+  ) -> 'TargetWeights':
+    """Weightings for examples of `documents`.
+
+    Examples of one document are not independent: they share a group, and resamples draw documents with replacement. If
+    all examples name the same document, each counts as a document of its own.
+
+    Args:
+      documents: of each example, in order.
+      groups: upper bound; at most one per document.
+      resamples: bootstrap replicates; none if there is only one document, whose spread is unknown.
+      seed: of the groups and of the resamples.
+      task: names their random streams.
+      examples: how many of the first examples are also scored one by one; at most all.
+    """
+    names, cluster_T = np.unique(np.asarray(documents), return_inverse=True)
+    if len(names) == 1:
+      cluster_T = np.arange(len(documents))
+    clusters = int(cluster_T.max()) + 1
+    count = len(cluster_T)
+    groups = min(groups, clusters)
+    order = prng.numpy_stream(seed, 'datamodel', 'groups', task).permutation(clusters)
+    group_T = (order % groups)[cluster_T].astype(np.int32)
+    resamples = resamples if clusters > 1 else 0
+    rng = prng.numpy_stream(seed, 'datamodel', 'bootstrap', task)
+    drawn_RM = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+    examples = min(examples, count)
+    group_GT = group_T[None] == np.arange(groups)[:, None]
+    weight_KT = np.concatenate([np.ones((1, count)), group_GT, np.eye(examples, count), drawn_RM[:, cluster_T]])
+    weight_KT = weight_KT / weight_KT.sum(axis=1, keepdims=True)
+    return cls(weight_KT, group_T, clusters, groups, resamples, examples)
+
+  @property
+  def group_rows(self) -> slice:
+    return slice(1, 1 + self.groups)
+
+  @property
+  def example_rows(self) -> slice:
+    return slice(1 + self.groups, 1 + self.groups + self.examples)
+
+  @property
+  def resample_rows(self) -> slice:
+    return slice(1 + self.groups + self.examples, 1 + self.groups + self.examples + self.resamples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +96,8 @@ class Member:
     source: features of the pool.
     targets: phi_TJ of each task.
     blocks: of the Gram matrix.
-    name: under which work on it is kept.
-    equal: columns that are brought to the same mean square first, checkpoint by checkpoint (joint); or none.
+    name: identifies its partial results.
+    equal: columns that are first scaled to the same mean square, checkpoint by checkpoint (joint); or none.
   """
 
   source: RowSource
@@ -35,30 +107,64 @@ class Member:
   equal: Blocks = ()
 
 
-def open_members(features: Features, tasks: Sequence[str], gram: str, unit_norm: bool) -> Iterator[Member]:
-  """Members as `datamodel.gram` and `datamodel.unit_norm` want them."""
+@dataclasses.dataclass(frozen=True)
+class Solved:
+  """All datamodels of a run.
+
+  Attributes:
+    mode: 'checkpoints': one member for each checkpoint, those of one proxy adjacent; 'joint': one member over the
+      columns of several checkpoints.
+    members, solutions: of each datamodel.
+    spectra: of each block of each member.
+    damping: the relative damping of the solutions.
+    choice: how the damping was chosen, or None if it was fixed.
+  """
+
+  mode: Mode
+  members: Sequence[Member]
+  solutions: Sequence[Solution]
+  spectra: Sequence[list[dict[str, Any]]]
+  damping: float
+  choice: Choice | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutProxies:
+  """What the proxies really output, to choose the damping by. Needs mode 'checkpoints' and at least three proxies.
+
+  Attributes:
+    seen_PN: whether proxy p trained on row n.
+    output_PT: for each task, the output of each of its examples at the end of each proxy's training.
+  """
+
+  seen_PN: np.ndarray
+  output_PT: Sequence[np.ndarray]
+
+  def pairs(self, members: int) -> list[tuple[int, int, int]]:
+    return damping.held_out_pairs(len(self.seen_PN), members // len(self.seen_PN))
+
+
+def open_members(features: Features, tasks: Sequence[str], gram: str, unit_norm: bool) -> tuple[Mode, list[Member]]:
+  """The mode and the members that `datamodel.gram` and `datamodel.unit_norm` ask for."""
 
   def source(checkpoint: int) -> RowSource:
-    store = features.pool(checkpoint)
-    return datamodel.UnitNorm(store) if unit_norm else store
+    rows = features.pool(checkpoint)
+    return UnitNorm(rows) if unit_norm else rows
 
   def target(task: str, checkpoint: int) -> np.ndarray:
     phi_TJ = features.target(task, checkpoint)
-    return datamodel.unit_rows(phi_TJ) if unit_norm else phi_TJ
+    return unit_rows(phi_TJ) if unit_norm else phi_TJ
 
+  count = features.checkpoints
   if gram == 'joint':
-    sources = [source(c) for c in range(features.checkpoints)]
-    stops = np.cumsum([s.dimension for s in sources]).tolist()
-    joint = datamodel.Concatenated(sources)
-    phi = [np.concatenate([target(t, c) for c in range(features.checkpoints)], axis=1) for t in tasks]
-    yield Member(
-      joint, phi, datamodel.whole(joint.dimension), 'joint', tuple(zip([0, *stops[:-1]], stops, strict=True))
-    )
-    return
+    joint = Concatenated([source(c) for c in range(count)])
+    phi = [np.concatenate([target(t, c) for c in range(count)], axis=1) for t in tasks]
+    equal = tuple((c * features.dimension, (c + 1) * features.dimension) for c in range(count))
+    member = Member(joint, phi, datamodel.whole(joint.dimension), 'joint', equal)
+    return ('joint' if count > 1 else 'checkpoints'), [member]
   layered = by_layers(gram, features.semantics['projection'])
-  blocks = layer_blocks(features.semantics) if layered else datamodel.whole(features.dimension)
-  for checkpoint in range(features.checkpoints):
-    yield Member(source(checkpoint), [target(t, checkpoint) for t in tasks], blocks, f'{checkpoint}')
+  blocks = column_blocks(features.semantics, features.dimension) if layered else datamodel.whole(features.dimension)
+  return 'checkpoints', [Member(source(c), [target(t, c) for t in tasks], blocks, f'{c}') for c in range(count)]
 
 
 def by_layers(gram: str, projection: str) -> bool:
@@ -66,121 +172,60 @@ def by_layers(gram: str, projection: str) -> bool:
   return gram == 'layers' or (gram == 'auto' and projection == 'two_sided')
 
 
-def layer_blocks(semantics: Mapping[str, Any]) -> Blocks:
-  """Columns of each layer, each of a scanned stack apart, from what a two-sided features stage says of itself."""
-  blocks = []
-  for layer in semantics['layers']:
-    size = layer['a'] * layer['b']
-    for i in range(int(np.prod(layer['stack']))):
-      blocks.append((layer['start'] + i * size, layer['start'] + (i + 1) * size))
-  return tuple(blocks)
-
-
-@dataclasses.dataclass(frozen=True)
-class Solved:
-  """Attributes: solution of each member; spectrum of each block of each member; how the damping was chosen, if it was.
-
-  `damping` is the relative one that the solutions stand at.
-  """
-
-  solutions: list[Solution]
-  spectra: list[list[dict[str, Any]]]
-  damping: float
-  choice: Choice | None
-
-
 def solve(
+  mode: Mode,
   members: Sequence[Member],
-  table: Sequence[Columns],
+  weights: Sequence[TargetWeights],
   options: ConfigDict,
   mesh: Mesh | None,
   progress: Progress,
-  partials: Partials,
+  accumulator: Accumulator,
+  held_out: HeldOutProxies | None = None,
 ) -> Solved:
-  """Solutions of all members for the columns of all tasks, at `datamodel.damping`."""
-  solutions, spectra = [], []
-  for member in members:
-    system = _System(member, table, options, mesh, progress, partials)
-    spectra.append(system.spectra)
-    solutions.append(system.solve(options.damping, overwrite=True)[0])
-  return Solved(solutions, spectra, options.damping, None)
-
-
-def solve_auto(
-  members: Sequence[Member],
-  table: Sequence[Columns],
-  options: ConfigDict,
-  mesh: Mesh | None,
-  progress: Progress,
-  partials: Partials,
-  seen_PN: np.ndarray,
-  output_PT: Sequence[np.ndarray],
-) -> Solved:
-  """Solutions at the damping that agrees best with differences in output between held-out proxies (see `damping`).
+  """Solutions of all members for the weightings of all tasks.
 
   Args:
-    members: one for each checkpoint, as many for each of at least three proxies, those of one after the other.
-    seen_PN: whether proxy p trained on row n.
-    output_PT: for each task, the output of each of its examples at the end of each proxy's training.
+    mode, members: as `open_members` returns them.
+    weights: of each task.
+    options: `config.datamodel`.
+    mesh, progress, accumulator: as for `datamodel.gram`.
+    held_out: measured outputs, by which the damping is chosen (see `damping`); None takes `datamodel.damping`.
   """
-  candidates = [options.damping * factor for factor in damping.FACTORS]
-  pairs = damping.held_out_pairs(len(seen_PN), len(members) // len(seen_PN))
-  by_candidate: list[list[Solution]] = [[] for _ in candidates]
-  predicted: list[list[np.ndarray]] = [[] for _ in table]  # of each task: [K, pairs of one scorer, T]
+  candidates = [options.damping] if held_out is None else [options.damping * factor for factor in damping.FACTORS]
+  solutions: list[list[Solution]] = [[] for _ in candidates]
+  pairs = [] if held_out is None else held_out.pairs(len(members))
+  predicted: list[list[np.ndarray]] = [[] for _ in weights]  # of each task: [K, pairs of one scorer, T]
   spectra = []
   for index, member in enumerate(members):
-    system = _System(member, table, options, mesh, progress, partials)
-    spectra.append(system.spectra)
-    sum_PJ = datamodel.sums(member.source, seen_PN)
-    difference_DJ = np.stack([sum_PJ[a] - sum_PJ[b] for scorer, a, b in pairs if scorer == index])
-    found = []
-    for solutions, candidate in zip(by_candidate, candidates, strict=True):
-      solution, u_JD = system.solve(candidate, difference_DJ, overwrite=candidate == candidates[-1])
-      solutions.append(solution)
-      found.append(u_JD)
-    for task, phi_TJ in zip(predicted, member.targets, strict=True):
-      task.append(np.stack([(phi_TJ.astype(np.float64) @ u_JD).T for u_JD in found]))
+    blocks = member.blocks
+    parts = datamodel.gram(member.source, blocks, mesh, progress, accumulator, f'gram_{member.name}')
+    scale_J = datamodel.equalise(parts[0], member.equal) if member.equal else None
+    phi = [phi_TJ if scale_J is None else phi_TJ * scale_J for phi_TJ in member.targets]
+    datamodel.blend(parts, blocks, phi, options.target_share)
+    spectra.append([{'columns': list(c), **datamodel.spectrum(part)} for c, part in zip(blocks, parts, strict=True)])
+    right_KJ = np.concatenate([w.weight_KT @ phi_TJ for w, phi_TJ in zip(weights, phi, strict=True)])
+    count = len(right_KJ)
+    if held_out is not None:
+      sum_PJ = datamodel.sums(member.source, held_out.seen_PN, accumulator, f'sums_{member.name}')
+      difference_DJ = np.stack([sum_PJ[a] - sum_PJ[b] for scorer, a, b in pairs if scorer == index])
+      right_KJ = np.concatenate([right_KJ, difference_DJ if scale_J is None else difference_DJ * scale_J])
+    u_KJD = []
+    for candidate, by_member in zip(candidates, solutions, strict=True):
+      last = candidate == candidates[-1]
+      solution = datamodel.solve(parts, blocks, right_KJ, candidate, recentre=options.recentre, overwrite=last)
+      u_JK = solution.u_JK if scale_J is None else solution.u_JK * scale_J[:, None]  # for features as stored
+      by_member.append(dataclasses.replace(solution, u_JK=u_JK[:, :count]))
+      u_KJD.append(u_JK[:, count:])
+    if held_out is not None:
+      for task, phi_TJ in zip(predicted, member.targets, strict=True):
+        task.append(np.stack([(phi_TJ.astype(np.float64) @ u_JD).T for u_JD in u_KJD]))
+  if held_out is None:
+    return Solved(mode, members, solutions[0], spectra, options.damping)
   choice = damping.choose(
     candidates[damping.FIXED],
     candidates,
     [np.concatenate(task, axis=1) for task in predicted],
-    [np.stack([o[a] - o[b] for _, a, b in pairs]) for o in output_PT],
-    [c.weight_KT[c.resample_rows] for c in table],
+    [np.stack([o[a] - o[b] for _, a, b in pairs]) for o in held_out.output_PT],
+    [w.weight_KT[w.resample_rows] for w in weights],
   )
-  return Solved(by_candidate[candidates.index(choice.damping)], spectra, choice.damping, choice)
-
-
-class _System:
-  """The linear system of one member: its Gram matrix and the targets' columns."""
-
-  def __init__(
-    self,
-    member: Member,
-    table: Sequence[Columns],
-    options: ConfigDict,
-    mesh: Mesh | None,
-    progress: Progress,
-    partials: Partials,
-  ):
-    self._blocks, self._recentre = member.blocks, options.recentre
-    self._parts = datamodel.gram(member.source, member.blocks, mesh, progress, partials, f'gram_{member.name}')
-    self._scale_J = datamodel.equalise(self._parts[0], member.equal) if member.equal else None
-    phi = [self._scaled(phi_TJ) for phi_TJ in member.targets]
-    datamodel.blend(self._parts, member.blocks, phi, options.target_share)
-    self._right_KJ = np.concatenate([c.weight_KT @ phi_TJ for c, phi_TJ in zip(table, phi, strict=True)])
-    self.spectra = [
-      {'columns': list(c), **datamodel.spectrum(part)} for c, part in zip(member.blocks, self._parts, strict=True)
-    ]
-
-  def _scaled(self, phi: np.ndarray) -> np.ndarray:
-    return phi if self._scale_J is None else phi * self._scale_J
-
-  def solve(
-    self, relative: float, more_DJ: np.ndarray | None = None, *, overwrite: bool = False
-  ) -> tuple[Solution, np.ndarray]:
-    """The solution for the targets' columns, to be multiplied with features as stored; and u_JD of `more_DJ`."""
-    right = self._right_KJ if more_DJ is None else np.concatenate([self._right_KJ, self._scaled(more_DJ)])
-    found = datamodel.solve(self._parts, self._blocks, right, relative, recentre=self._recentre, overwrite=overwrite)
-    u_JK = found.u_JK if self._scale_J is None else found.u_JK * self._scale_J[:, None]
-    count = len(self._right_KJ)
-    return dataclasses.replace(found, u_JK=u_JK[:, :count]), u_JK[:, count:]
+  return Solved(mode, members, solutions[candidates.index(choice.damping)], spectra, choice.damping, choice)

@@ -1,6 +1,10 @@
-"""Passes over the pool's rows: reading, computing and what is done with the result go on at the same time."""
+"""Sources of feature rows, read shard by shard, and passes over the pool that compute them.
 
-from collections.abc import Callable, Iterable, Iterator
+Reading tokens, computing on the device and using the result overlap.
+"""
+
+import abc
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -9,13 +13,97 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dsdm_jax.attribution.quantization import Rounding
+from dsdm_jax.attribution.quantization import Quantizer
 from dsdm_jax.core import flops, processes
 from dsdm_jax.core.mesh import assemble, batch_sharding, fetch, place, share
 from dsdm_jax.data.order.batches import row_range_batches
 from dsdm_jax.data.pool.pool import Pool
 
-Shard = tuple[int, int, np.ndarray]  # first row, the row after the last, an array with one entry for each
+Shard = tuple[int, int, np.ndarray]  # first row, the row after the last, an array with one entry for each row
+
+
+class RowSource(abc.ABC):
+  """Features Φ [N, J] of the pool, read by shards of rows in order. Each pass gives the same bits.
+
+  A subclass sets `rows` (N) and `dimension` (J) and implements `from_row`.
+  """
+
+  rows: int
+  dimension: int
+
+  @abc.abstractmethod
+  def from_row(self, row: int) -> Iterator[Shard]:
+    """(start, stop, phi_BJ) of each shard from `row` on, where a shard starts. Earlier shards cost nothing."""
+
+  def __iter__(self) -> Iterator[Shard]:
+    return self.from_row(0)
+
+  def prefetched(self, row: int = 0) -> Iterator[Shard]:
+    """As `from_row`, with the next shard read while the caller works on this one."""
+    # Steps that several processes run together must start in the same order on each, hence in one thread.
+    return self.from_row(row) if processes.count() > 1 else ahead(self.from_row(row))
+
+  def gram_rows(self) -> 'RowSource':
+    """The rows that the Gram matrix is made of."""
+    return self
+
+  def scores(self, u_JK: np.ndarray, row: int = 0) -> Iterator[Shard]:
+    """(start, stop, φ u in float32 [B, K]) of each shard from `row` on, for u in float32."""
+    u = jnp.asarray(u_JK)
+    for start, stop, phi_BJ in self.prefetched(row):
+      yield start, stop, np.asarray(dot(phi_BJ, u))
+
+
+@jax.jit
+def dot(left: jax.Array, right: jax.Array) -> jax.Array:
+  """Matrix product in float32 at the highest precision."""
+  return jnp.matmul(left.astype(jnp.float32), right.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+
+def ahead(items: Iterator[Any]) -> Iterator[Any]:
+  """The same items, the next one read while the caller works on this one."""
+  with ThreadPoolExecutor(1) as reader:
+    end = object()
+    coming = reader.submit(next, items, end)
+    while (item := coming.result()) is not end:
+      coming = reader.submit(next, items, end)
+      yield item
+
+
+def unit_rows(phi_BJ: np.ndarray) -> np.ndarray:
+  """Each row divided by its norm, float32; a row of zeros stays zero."""
+  phi_BJ = np.asarray(phi_BJ, np.float32)
+  largest_B = np.abs(phi_BJ).max(axis=1, keepdims=True)  # first, so that no square leaves float32
+  phi_BJ = phi_BJ / np.where(largest_B > 0, largest_B, 1)
+  norm_B = np.linalg.norm(phi_BJ, axis=1, keepdims=True)
+  return phi_BJ / np.where(norm_B > 0, norm_B, 1)
+
+
+class UnitNorm(RowSource):
+  """The rows of another source, each scaled to norm one."""
+
+  def __init__(self, source: RowSource):
+    self._source = source
+    self.rows, self.dimension = source.rows, source.dimension
+
+  def from_row(self, row: int) -> Iterator[Shard]:
+    for start, stop, phi_BJ in self._source.from_row(row):
+      yield start, stop, unit_rows(phi_BJ)
+
+
+class Concatenated(RowSource):
+  """Columns of several sources side by side. The sources have the same rows and shards."""
+
+  def __init__(self, sources: Sequence[RowSource]):
+    self._sources = sources
+    self.rows, self.dimension = sources[0].rows, sum(source.dimension for source in sources)
+
+  def from_row(self, row: int) -> Iterator[Shard]:
+    for shards in zip(*(source.from_row(row) for source in self._sources), strict=True):
+      start, stop, _ = shards[0]
+      if any(shard[:2] != (start, stop) for shard in shards):
+        raise ValueError(f'sources have other shards than the first, which has rows {start} to {stop - 1}')
+      yield start, stop, np.concatenate([phi_BJ for _, _, phi_BJ in shards], axis=1)
 
 
 class _Step(Protocol):
@@ -30,9 +118,9 @@ class PoolPass:
   Args:
     step: (prepared, tokens_BL, weights_BL) → one entry per row; compiled once, as all batches have one shape.
     prepared: its first argument.
-    pool, batch_size, mesh: what it runs on.
-    add_flop: told the operations of each range.
-    check: given the results of a range and its first row, raises where they are bad.
+    pool, batch_size, mesh: rows, global batch size and devices.
+    add_flop: called with the floating-point operations of each range.
+    check: called with the results of a range and its first row; raises if they are invalid.
   """
 
   def __init__(
@@ -54,7 +142,7 @@ class PoolPass:
     self._flop: float | None = None
 
   def ranges(self, bounds: Iterable[tuple[int, int]]) -> Iterator[Shard]:
-    """Results of each range of rows, in order; the next range is on the device while the caller has one in hand."""
+    """Results of each range of rows, in order. The device computes the next range while the caller uses this one."""
     pending: list[tuple[int, int, list[tuple[jax.Array, int]]]] = []
     for start, stop in bounds:
       pending.append((start, stop, self._dispatch(start, stop)))
@@ -73,82 +161,68 @@ class PoolPass:
     return parts
 
   def _finish(self, start: int, stop: int, parts: list[tuple[jax.Array, int]]) -> Shard:
-    result = np.concatenate([part_BJ[:valid] for part_BJ, (_, valid) in zip(self._fetched(parts), parts, strict=True)])
+    if processes.count() == 1:
+      arrays: Iterable[np.ndarray] = (np.asarray(part) for part, _ in parts)
+    else:  # processes exchange once per range, not once per batch
+      arrays = fetch(jnp.stack([part for part, _ in parts]))
+    result = np.concatenate([array[:valid] for array, (_, valid) in zip(arrays, parts, strict=True)])
     if self._check is not None:
       self._check(result, start)
     self._add_flop((self._flop or 0.0) * len(parts))
     return start, stop, result
 
-  def _fetched(self, parts: list[tuple[jax.Array, int]]) -> Iterable[np.ndarray]:
-    if processes.count() == 1:
-      return (np.asarray(part) for part, _ in parts)
-    return fetch(jnp.stack([part for part, _ in parts]))  # processes exchange once for a range, not for each batch
 
-
-def ahead(items: Iterator[Any]) -> Iterator[Any]:
-  """The same items, the next one read while the caller works on this one."""
-  with ThreadPoolExecutor(1) as reader:
-    end = object()
-    coming = reader.submit(next, items, end)
-    while (item := coming.result()) is not end:
-      coming = reader.submit(next, items, end)
-      yield item
-
-
-class Recomputed:
-  """Features that are kept nowhere: each reading makes them, and rounds them as a store would.
+class Recomputed(RowSource):
+  """Features that are computed on each read and quantized as a store would, so that both give the same bits.
 
   Args:
-    features: step over rows.
+    features: the step over rows.
     rows, dimension: N and J.
     shard_rows: rows of a shard; the last may be short.
-    rounding: of the store which is not there.
+    quantizer: of the store that these rows stand in for.
   """
 
-  def __init__(self, features: PoolPass, rows: int, dimension: int, shard_rows: int, rounding: Rounding):
+  def __init__(self, features: PoolPass, rows: int, dimension: int, shard_rows: int, quantizer: Quantizer):
     self.rows, self.dimension = rows, dimension
-    self._features, self._shard_rows, self._rounding = features, shard_rows, rounding
+    self._features, self._shard_rows, self._quantizer = features, shard_rows, quantizer
 
   def first(self, rows: int) -> 'Recomputed':
     """The first rows alone."""
-    return Recomputed(self._features, min(rows, self.rows), self.dimension, self._shard_rows, self._rounding)
+    return Recomputed(self._features, min(rows, self.rows), self.dimension, self._shard_rows, self._quantizer)
 
   def ranges(self, bounds: Iterable[tuple[int, int]]) -> Iterator[Shard]:
-    """Features of some ranges, not rounded: for a store, which rounds them."""
+    """Features of some ranges, not quantized: the input of a store."""
     return self._features.ranges(bounds)
 
   def bounds(self, row: int = 0) -> Iterator[tuple[int, int]]:
-    """First row and the row after the last, of each shard from `row` on, which begins one."""
+    """First row and the row after the last of each shard from `row` on, where a shard starts."""
     return ((start, min(start + self._shard_rows, self.rows)) for start in range(row, self.rows, self._shard_rows))
 
-  def __iter__(self) -> Iterator[Shard]:
-    return self.starting(0)
-
-  def starting(self, row: int) -> Iterator[Shard]:
+  def from_row(self, row: int) -> Iterator[Shard]:
     for start, stop, phi_BJ in self.ranges(self.bounds(row)):
-      yield start, stop, self._rounding.rounded(phi_BJ)
+      yield start, stop, self._quantizer.round_trip(phi_BJ)
 
 
-class DirectionalSource:
-  """Rows that are scored without features; read as a source of rows, it makes them.
+class DirectionalSource(RowSource):
+  """Rows that are scored by directional derivatives. Only the Gram matrix computes features.
 
   Args:
     features: of all rows.
-    gram_rows: rows of `sample`.
+    gram_rows: how many of the first rows make the Gram matrix.
     start: u_JT in float32 → the pass that gives score_BT.
   """
 
   def __init__(self, features: Recomputed, gram_rows: int, start: Callable[[np.ndarray], PoolPass]):
     self.rows, self.dimension = features.rows, features.dimension
     self._features, self._start = features, start
-    self.sample = features.first(gram_rows)
+    self._sample = features.first(gram_rows)
 
-  def __iter__(self) -> Iterator[Shard]:
-    return iter(self._features)
+  def from_row(self, row: int) -> Iterator[Shard]:
+    return self._features.from_row(row)
 
-  def starting(self, row: int) -> Iterator[Shard]:
-    return self._features.starting(row)
+  def gram_rows(self) -> RowSource:
+    return self._sample
 
-  def score_shards(self, u_JT: np.ndarray, row: int = 0) -> Iterator[Shard]:
-    """(start, stop, score_BT) of each shard from `row` on, in order: φ(n)·u with φ not rounded, for u in float32."""
-    return self._start(u_JT).ranges(self._features.bounds(row))
+  def scores(self, u_JK: np.ndarray, row: int = 0) -> Iterator[Shard]:
+    """As `RowSource.scores`, with φ neither computed nor quantized."""
+    return self._start(u_JK).ranges(self._features.bounds(row))

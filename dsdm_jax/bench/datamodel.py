@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsdm_jax.attribution import datamodel
+from dsdm_jax.attribution.sources import RowSource, Shard
 from dsdm_jax.core import prng
 
 
-class Repeated:
+class Repeated(RowSource):
   """One shard in memory, repeated until there are `rows` rows: measures the datamodel and not the disk."""
 
   def __init__(self, rows: int, dimension: int, shard_rows: int):
@@ -29,8 +30,8 @@ class Repeated:
     rng = prng.numpy_stream(0, 'bench', 'datamodel')
     self.phi_BJ = rng.standard_normal((min(shard_rows, rows), dimension), np.float32)
 
-  def __iter__(self) -> Iterator[datamodel.Shard]:
-    for start in range(0, self.rows, len(self.phi_BJ)):
+  def from_row(self, row: int) -> Iterator[Shard]:
+    for start in range(row, self.rows, len(self.phi_BJ)):
       stop = min(start + len(self.phi_BJ), self.rows)
       yield start, stop, self.phi_BJ[: stop - start]
 

@@ -19,9 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsdm_jax.attribution import datamodel
-from dsdm_jax.attribution.features import blocks
 from dsdm_jax.attribution.gradients import TwoSidedFeatures
-from dsdm_jax.attribution.quantization import Rounding
+from dsdm_jax.attribution.quantization import Quantizer, column_blocks
 from dsdm_jax.attribution.sources import PoolPass, Recomputed
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core import prng, storage
@@ -111,10 +110,10 @@ def make_pass(
   The function returns (time of the pass, time of its compiled steps alone).
   """
   pool = make_pool(rows, length, vocab_size)
-  columns = blocks(step.describe(), step.dimension)
+  columns = column_blocks(step.describe(), step.dimension)
   prepared = step.prepare(params, 0)
   features = PoolPass(step, prepared, pool, batch, mesh, lambda _: None, _check)
-  source = Recomputed(features, rows, step.dimension, SHARD_ROWS, Rounding('bfloat16', columns))
+  source = Recomputed(features, rows, step.dimension, SHARD_ROWS, Quantizer('bfloat16', columns))
   u_JK = prng.numpy_stream(0, 'bench', 'u').standard_normal((step.dimension, _COLUMNS))
 
   tokens_BL = jnp.asarray(pool.tokens(np.arange(batch) % rows))

@@ -5,8 +5,12 @@ token l; weights_L[l] is the weight of token l, and weights_L[0] is ignored. Sco
 higher is better for all functions here.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+OutputFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def _right_token(logits_LV: jax.Array, tokens_L: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

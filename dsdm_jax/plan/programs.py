@@ -15,10 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution import datamodel
+from dsdm_jax.attribution import datamodel, sources
 from dsdm_jax.attribution.directional import DirectionalScores
-from dsdm_jax.attribution.features import blocks, feature_step, step_rows, without_kernels
+from dsdm_jax.attribution.extractor import feature_step, step_rows, without_kernels
 from dsdm_jax.attribution.gradients import TwoSidedFeatures
+from dsdm_jax.attribution.quantization import column_blocks
 from dsdm_jax.attribution.solve import by_layers
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops
@@ -251,7 +252,7 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
   features = config.features
   step = feature_step(config, config.pool.vocab_size, config.pool.length, mesh)
   j, shard = step.dimension, features.shard_rows
-  columns = blocks(step.describe(), j) if by_layers(config.datamodel.gram, features.projection) else ((0, j),)
+  columns = column_blocks(step.describe(), j) if by_layers(config.datamodel.gram, features.projection) else ((0, j),)
   dtype = jnp.bfloat16 if features.store_dtype == 'bfloat16' else jnp.float32
   add_shard = datamodel._partial_gram(columns, mesh)
   sampled = min(features.gram_rows or rows(config), rows(config)) if features.mode == 'jvp' else rows(config)
@@ -270,7 +271,7 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
 
   def scores(batch: int) -> tuple[Any, Arguments]:
     u_JK = jax.ShapeDtypeStruct((j, targets), jnp.float32)
-    return datamodel._dot, (_shape(mesh, dtype, batch, j), u_JK)
+    return sources.dot, (_shape(mesh, dtype, batch, j), u_JK)
 
   runs, least = math.ceil(rows(config) / shard), 2.0 * shard * j * targets
   return [added, work('scores', scores, runs=runs * count, least_flop=least, passes=passes)]

@@ -20,9 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution.features import Features
-from dsdm_jax.attribution.score_table import mix
-from dsdm_jax.attribution.scores import Scores
+from dsdm_jax.attribution.scores import Scores, mix
+from dsdm_jax.attribution.store import Features
 from dsdm_jax.config.methods import METHODS, method_name
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import prng

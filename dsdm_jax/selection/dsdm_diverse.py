@@ -8,7 +8,7 @@ z(n) − diversity · max over selected m of cos(φ(n), φ(m)).
 
 import numpy as np
 
-from dsdm_jax.attribution.datamodel import unit_rows
+from dsdm_jax.attribution.sources import unit_rows
 from dsdm_jax.core import prng
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.errors import UserError

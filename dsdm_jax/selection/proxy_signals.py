@@ -8,8 +8,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution import ensemble
-from dsdm_jax.attribution.scores import seen
+from dsdm_jax.attribution.scores import UNSEEN, proxy_weights, seen
 from dsdm_jax.attribution.sources import ahead
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops, prng
@@ -60,7 +59,7 @@ class Proxies:
     count = self._config.proxies.count
     by_proxy_PN = np.stack([self.log_likelihood_of(self.state(proxy)) for proxy in range(count)])
     seen_PN = seen(self._context.inputs['proxies'], count, self._pool.num_rows)
-    weight_PN = ensemble.weights(seen_PN, ensemble.UNSEEN)
+    weight_PN = proxy_weights(seen_PN, UNSEEN)
     return np.einsum('pn,pn->n', by_proxy_PN.astype(np.float64), weight_PN).astype(np.float32)
 
   def log_likelihood_of(self, state: TrainState) -> np.ndarray:

@@ -11,7 +11,6 @@ square root (`adam_eps_root`), as the derivative of √v is infinite where a sec
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +20,10 @@ from ml_collections import ConfigDict
 from dsdm_jax.core import flops, prng
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.errors import UserError
-from dsdm_jax.lm.outputs import log_likelihood
+from dsdm_jax.lm.outputs import OutputFn, log_likelihood
 from dsdm_jax.training.step import Trainer, TrainState, trainer
 
 LEAST_EPS_ROOT = 1e-8  # derivatives through Adam are useless with a smaller `adam_eps_root`
-OutputFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class ScannedTraining:

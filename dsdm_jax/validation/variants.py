@@ -16,9 +16,11 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.attribution import covariances, datamodel
 from dsdm_jax.attribution.covariances import Basis, MomentStep
-from dsdm_jax.attribution.features import blocks, feature_step, step_rows
+from dsdm_jax.attribution.extractor import feature_step, step_rows
 from dsdm_jax.attribution.gradients import FeatureStep, TwoSidedFeatures
+from dsdm_jax.attribution.quantization import Blocks, column_blocks
 from dsdm_jax.attribution.second_moment import SecondMoment
+from dsdm_jax.attribution.sources import RowSource, unit_rows
 from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data.targets.targets import text_mask
@@ -161,15 +163,15 @@ VARIANTS: tuple[Variant, ...] = (
 )
 
 
-class Rows:
+class Rows(RowSource):
   """Features in memory as a row source of shards."""
 
   def __init__(self, phi_NJ: np.ndarray, shard: int = 1_024):
     self.phi_NJ, self._shard = phi_NJ, shard
     self.rows, self.dimension = phi_NJ.shape
 
-  def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
-    for start in range(0, self.rows, self._shard):
+  def from_row(self, row: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    for start in range(row, self.rows, self._shard):
       stop = min(start + self._shard, self.rows)
       yield start, stop, self.phi_NJ[start:stop]
 
@@ -241,13 +243,11 @@ class Scorer:
   def _damping(self, variant: Variant) -> float:
     return variant.damping * self._config.datamodel.damping
 
-  def _features_of(self, variant: Variant, proxy: int, checkpoint: int) -> tuple[np.ndarray, datamodel.Blocks]:
+  def _features_of(self, variant: Variant, proxy: int, checkpoint: int) -> tuple[np.ndarray, Blocks]:
     phi_XJ, columns = self._features(variant.features, variant.kind, proxy, checkpoint)
-    return (datamodel.unit_rows(phi_XJ) if variant.unit_norm else phi_XJ), columns
+    return (unit_rows(phi_XJ) if variant.unit_norm else phi_XJ), columns
 
-  def _make_features(
-    self, features: Changes, kind: Kind, proxy: int, checkpoint: int
-  ) -> tuple[np.ndarray, datamodel.Blocks]:
+  def _make_features(self, features: Changes, kind: Kind, proxy: int, checkpoint: int) -> tuple[np.ndarray, Blocks]:
     step, config = self._step(features, kind.width), self._changed(features, kind.width)
     state = self._proxies(kind, proxy).states[checkpoint]
     moment = None
@@ -261,7 +261,7 @@ class Scorer:
       tokens_BL, weights_BL = (_padded(x[start : start + batch], batch) for x in (self._tokens, self._weights))
       parts.append(step(prepared, jnp.asarray(tokens_BL), jnp.asarray(weights_BL)))
     phi_XJ = np.concatenate([np.asarray(part) for part in parts])[: len(self._tokens)]
-    return phi_XJ, blocks(step.describe(), step.dimension)
+    return phi_XJ, column_blocks(step.describe(), step.dimension)
 
   def _prepare(
     self, step: FeatureStep, config: ConfigDict, state: TrainState, number: int, moment: SecondMoment | None

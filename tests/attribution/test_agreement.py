@@ -10,6 +10,7 @@ import scipy.stats
 from configs import base
 from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
+from dsdm_jax.attribution.sources import RowSource
 from dsdm_jax.core.mesh import batch_sharding, make_mesh
 from dsdm_jax.lm import outputs
 
@@ -19,13 +20,14 @@ ROWS, TARGETS, BATCH, TOP = 384, 32, 32, 64
 
 
 @dataclasses.dataclass
-class Rows:
+class Rows(RowSource):
   phi_NJ: np.ndarray
 
   def __post_init__(self):
     self.rows, self.dimension = self.phi_NJ.shape
 
-  def __iter__(self):
+  def from_row(self, row):
+    assert row == 0
     yield 0, self.rows, self.phi_NJ
 
 

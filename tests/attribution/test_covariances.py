@@ -192,5 +192,5 @@ def test_the_first_of_several_jobs_makes_the_basis(plain_problem, one_device, tm
 def test_shards_of_another_basis_are_refused(tmp_path):
   FeatureStore(tmp_path / 'f.zarr', 4, 3, 2, 'float32', basis='one').write(1, np.ones((2, 3), np.float32))
   assert FeatureStore(tmp_path / 'f.zarr', 4, 3, 2, 'float32', basis='one').missing() == [0]
-  with pytest.raises(UserError, match='shard 1 of .*f.zarr was made with another basis'):
+  with pytest.raises(UserError, match='shard 1 of .*f.zarr was computed with another basis'):
     FeatureStore(tmp_path / 'f.zarr', 4, 3, 2, 'float32', basis='two').missing()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsdm_jax.attribution import probes
-from dsdm_jax.attribution.coverage import Unprobed
+from dsdm_jax.attribution.coverage import GradientCoverage
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.lm import outputs
 from dsdm_jax.lm.partition import path_name
@@ -17,9 +17,9 @@ ROWS = [0, 3, 5]
 
 
 def _measured(problem, mesh, pattern, moment=None):
-  step = Unprobed(problem.model, outputs.margin, probes.plan(problem.model, pattern, 512), mesh)
+  step = GradientCoverage(problem.model, outputs.margin, probes.plan(problem.model, pattern, 512), mesh)
   tokens_BL, weights_BL = (np.asarray(x)[ROWS] for x in (problem.tokens_BL, problem.weights_BL))
-  return step.share(problem.params, tokens_BL, weights_BL, moment)
+  return step.unprobed(problem.params, tokens_BL, weights_BL, moment)
 
 
 def _explicit(problem, seen, moment=None):

@@ -7,8 +7,8 @@ import pytest
 import scipy.stats
 
 from configs import base
-from dsdm_jax.attribution import damping, datamodel, solve, target_weights
-from dsdm_jax.attribution.accumulators import Partials
+from dsdm_jax.attribution import damping, datamodel, solve
+from dsdm_jax.attribution.accumulators import Accumulator
 from tests.attribution.test_datamodel import Rows
 
 INPUTS, HIDDEN, CLASSES = 16, 16, 5
@@ -38,7 +38,7 @@ def _choice(signal, seed=0, pairs=3, targets=50):
   rng = np.random.default_rng(seed)
   observed = rng.normal(size=(pairs, targets))
   predicted = np.stack([rng.normal(size=observed.shape), signal * observed + rng.normal(size=observed.shape)])
-  weights = target_weights.make([str(i) for i in range(targets)], 1, 100, seed, 't')
+  weights = solve.TargetWeights.of_documents([str(i) for i in range(targets)], 1, 100, seed, 't')
   return damping.choose(0.1, (0.1, 1.0), [predicted], [observed], [weights.weight_KT[weights.resample_rows]])
 
 
@@ -118,18 +118,17 @@ def test_auto_does_not_lose_to_the_best_damping_on_a_bank_of_trained_subsets():
   proxies = [jax.tree.map(lambda leaf, c=c: leaf[c], trained) for c in range(PROXIES)]
   phi = [[np.asarray(_features(p, *examples)) for p in proxies] for examples in (pool, target)]
   blocks = datamodel.whole(phi[0][0].shape[1])
-  ensemble = [solve.Member(Rows(n, 128), [t], blocks, str(c)) for c, (n, t) in enumerate(zip(*phi, strict=True))]
+  members = [solve.Member(Rows(n, 128), [t], blocks, str(c)) for c, (n, t) in enumerate(zip(*phi, strict=True))]
   options = base.get_config().datamodel
-  table = [target_weights.make([str(i) for i in range(TARGETS)], 1, 64, 0, 't')]
-  solved = solve.solve_auto(
-    ensemble, table, options, None, lambda rows: None, Partials(None), seen_CN[:PROXIES], [output_CT[:PROXIES]]
-  )
+  weights = [solve.TargetWeights.of_documents([str(i) for i in range(TARGETS)], 1, 64, 0, 't')]
+  held_out = solve.HeldOutProxies(seen_CN[:PROXIES], [output_CT[:PROXIES]])
+  solved = solve.solve('checkpoints', members, weights, options, None, lambda rows: None, Accumulator(), held_out)
   assert len(solved.solutions) == PROXIES
 
   scores = {}  # relative damping → LDS, every target example for itself
   for relative in solved.choice.agreement:
     predicted_MT = 0
-    for member in ensemble:
+    for member in members:
       parts = datamodel.gram(member.source)
       u_JT = datamodel.solve(parts, blocks, member.targets[0], relative, overwrite=True).u_JK
       predicted_MT += seen_CN[PROXIES:] @ datamodel.scores(member.source, u_JT)

@@ -1,4 +1,4 @@
-"""What the features stage makes anew, with a step that costs nothing."""
+"""What the features stage recomputes, with a trivial step."""
 
 import dataclasses
 import types
@@ -37,14 +37,14 @@ class Step:
 
 @dataclasses.dataclass
 class Source:
-  """Rows of the pool; notes which were made."""
+  """Rows of the pool; notes which were computed."""
 
   rows: int = ROWS
-  made: list = dataclasses.field(default_factory=list)
+  computed: list = dataclasses.field(default_factory=list)
 
   def ranges(self, bounds):
     for start, stop in bounds:
-      self.made.append((start, stop))
+      self.computed.append((start, stop))
       yield start, stop, np.arange(start * J, stop * J, dtype=np.float32).reshape(-1, J)
 
 
@@ -64,14 +64,13 @@ def _context(workdir, seed: int) -> Context:
   return Context(config, out, {}, Log(workdir, 'features', enabled=False), Cost(out))
 
 
-def _make(context: Context) -> list[tuple[int, int]]:
-  """One proxy's features; which rows of the pool were made."""
+def _extract(context: Context) -> list[tuple[int, int]]:
+  """One proxy's features; returns the row ranges of the pool that were computed."""
   source, step, bar = Source(), Step(), types.SimpleNamespace(update=lambda _: None)
-  mesh, origin = make_mesh(context.config.mesh), features._origin(context)
-  features._target_features(context, step, None, 0, Targets(), mesh, origin)
-  features._pool_features(context, step, source, 0, bar, origin)
-  assert features._complete(context, Targets(), ROWS, step, 0, origin)
-  return source.made
+  features._extract_targets(context, step, None, 0, Targets(), make_mesh(context.config.mesh))
+  features._extract_pool(context, step, source, 0, bar)
+  assert features._complete(context, Targets(), ROWS, step, 0)
+  return source.computed
 
 
 def _cut(file):
@@ -79,32 +78,32 @@ def _cut(file):
 
 
 @pytest.mark.parametrize('fault', [_flip, _cut])
-def test_what_a_disk_has_changed_is_made_anew_alone(tmp_path, fault):
+def test_only_damaged_files_are_recomputed(tmp_path, fault):
   context = _context(tmp_path, 0)
   out = context.out
-  assert _make(context) == [(0, 4), (4, 8), (8, 10)]
+  assert _extract(context) == [(0, 4), (4, 8), (8, 10)]
   wanted = {file: file.read_bytes() for file in out.rglob('*') if file.is_file()}
-  assert _make(context) == []
+  assert _extract(context) == []
   fault(out / 'features_0.zarr/c/2/0')
   fault(out / 'docs_0.npy')
   times = {file: file.stat().st_mtime_ns for file in wanted}
-  assert _make(context) == [(8, 10)]
+  assert _extract(context) == [(8, 10)]
   changed = {str(file.relative_to(out)) for file in wanted if file.stat().st_mtime_ns != times[file]}
   remade = {'features_0.zarr/c/2/0', 'features_0.done/000002.json', 'docs_0.npy', 'targets.done/docs_0.json'}
   assert changed - {'cost.json'} == remade
   assert all(file.read_bytes() == data for file, data in wanted.items() if file.name != 'cost.json')
   (out / 'fidelity_0.json').unlink()
-  assert _make(context) == [(0, 4)]
+  assert _extract(context) == [(0, 4)]
 
 
 @pytest.mark.parametrize('file', ['docs_0.npy', 'features_0.zarr/c/1/0'])
-def test_what_another_run_made_is_refused_by_name(tmp_path, file):
-  """A folder of another seed laid over this one, without its notes of how it was begun."""
+def test_files_of_another_run_are_refused_by_name(tmp_path, file):
+  """A folder of another seed is copied over this one, without its record of the start."""
   (mine, theirs) = (_context(tmp_path / name, seed) for name, seed in (('mine', 0), ('theirs', 1)))
-  _make(mine)
-  _make(theirs)
+  _extract(mine)
+  _extract(theirs)
   marker = {'docs_0.npy': 'targets.done/docs_0.json'}.get(file, 'features_0.done/000001.json')
   for name in (file, marker):
     (mine.out / name).write_bytes((theirs.out / name).read_bytes())
   with pytest.raises(UserError, match=rf'{file} is of a run with other settings.*{marker}'):
-    _make(mine)
+    _extract(mine)

@@ -1,4 +1,4 @@
-"""What the proxies themselves say, example by example."""
+"""Output functions and token probabilities of the proxies, against the model one example at a time."""
 
 import threading
 
@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from configs import base
-from dsdm_jax.attribution.outputs import ProxyOutputs
+from dsdm_jax.attribution.extractor import ProxyOutputs
 from dsdm_jax.core import prng
 from dsdm_jax.lm import outputs
 from dsdm_jax.training.step import trainer
@@ -40,15 +40,15 @@ def proxies(one_device):
 def test_outputs_and_probabilities_one_by_one(proxies):
   passes, state, model = proxies
   rng = np.random.default_rng(0)
-  tokens_NL = rng.integers(0, VOCAB, (11, LENGTH)).astype(np.int32)  # no multiple of the batch
+  tokens_NL = rng.integers(0, VOCAB, (11, LENGTH)).astype(np.int32)  # not a multiple of the batch
   weights_NL = (rng.random((11, LENGTH)) < 0.5).astype(np.float32)
   weights_NL[:, 5] = 1
-  told = []
+  progress = []
   output_T = passes.of_examples(state, tokens_NL, weights_NL)
   pool = InMemory(tokens_NL)
-  mean_N = passes.mean_probability(state, pool, told.append)
+  mean_N = passes.mean_probability(state, pool, progress.append)
   assert threading.main_thread() not in pool.threads, 'rows are read ahead'
-  assert sum(told) == 11 and passes.flop > 0
+  assert sum(progress) == 11 and passes.flop > 0
   for n, tokens_L in enumerate(tokens_NL):
     logits_LV = np.asarray(model(tokens_L[None])[0])
     assert output_T[n] == pytest.approx(float(outputs.margin(logits_LV, tokens_L, weights_NL[n])), rel=1e-4, abs=1e-5)

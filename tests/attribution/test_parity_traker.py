@@ -1,5 +1,6 @@
 """Scores equal those of the reference, traker 0.3.2, where its conventions are switched on."""
 
+import dataclasses
 import os
 import subprocess
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsdm_jax.attribution import datamodel, rademacher, score_table, target_weights
-from dsdm_jax.attribution.accumulators import Partials
+from dsdm_jax.attribution import datamodel, rademacher, scores
+from dsdm_jax.attribution.accumulators import Accumulator
 from dsdm_jax.attribution.gradients import DenseFeatures
+from dsdm_jax.attribution.solve import Member, Solved, TargetWeights
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.lm import outputs
 
@@ -71,16 +73,20 @@ def test_scores_equal_the_references(peers, one_device, tmp_path):
   # The reference adds one λ to every checkpoint's ΦᵀΦ, and its Φ is ours times √(J/W): it divides by √W, not √J.
   ratio = J / width
   damping = 0.05 * N * ratio * np.trace(grams[0][0]) / J
-  u = [
-    datamodel.solve(
-      parts, datamodel.whole(J), phi_TJ, damping / (N * ratio * np.trace(parts[0]) / J), recentre=True
-    ).u_JK.repeat(2, axis=1)  # a target's mean, and its only group
-    for parts, phi_TJ in zip(grams, targets, strict=True)
+  blocks, solutions = datamodel.whole(J), []
+  for parts, phi_TJ in zip(grams, targets, strict=True):
+    relative = damping / (N * ratio * np.trace(parts[0]) / J)
+    solution = datamodel.solve(parts, blocks, phi_TJ, relative, recentre=True)
+    u_JK = solution.u_JK.repeat(2, axis=1)  # a target's mean, and its only group
+    solutions.append(dataclasses.replace(solution, u_JK=u_JK))
+  members = [
+    Member(store, [phi_TJ], blocks, str(c)) for c, (store, phi_TJ) in enumerate(zip(stores, targets, strict=True))
   ]
-  table = [target_weights.make(['x'], 1, 0, 0, str(t)) for t in range(T)]
-  tasks = score_table.make(stores, u, table, np.zeros((C, N), bool), 'all', lambda rows: None, Partials(None))
+  weights = [TargetWeights.of_documents(['x'], 1, 0, 0, str(t)) for t in range(T)]
+  solved = Solved('checkpoints', members, solutions, [], damping)
+  tasks = scores.score_tasks(solved, weights, np.zeros((C, N), bool), 'all', lambda rows: None, Accumulator())
   for task in tasks:
-    task.multiply((1 - np.mean(probability, axis=0)).astype(np.float32), score_table.sample_rows(N))
+    task.multiply((1 - np.mean(probability, axis=0)).astype(np.float32), scores.sample_rows(N))
   ours_NT = ratio * np.stack([task.score_N for task in tasks], axis=1)
 
   names = ('embedding', 'inner', 'outer')

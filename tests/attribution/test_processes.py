@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dsdm_jax.attribution.features import Features
+from dsdm_jax.attribution.store import Features
 from dsdm_jax.core import artifacts
 from tests.attribution.two_processes import SETTINGS, begin, run, settings
 from tests.conftest import ROOT

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dsdm_jax.attribution.quantization import Rounding
+from dsdm_jax.attribution.quantization import Quantizer
 
 B, BLOCKS = 40, ((0, 16), (16, 80), (80, 96))
 
@@ -17,10 +17,10 @@ def _phi(seed=0):
 
 
 def test_int8_is_off_by_half_a_step_of_its_row_and_layer():
-  rounding, phi_BJ = Rounding('int8', BLOCKS), _phi()
-  codes_BJ, scale_BK = rounding.encode(phi_BJ)
+  quantizer, phi_BJ = Quantizer('int8', BLOCKS), _phi()
+  codes_BJ, scale_BK = quantizer.encode(phi_BJ)
   assert codes_BJ.dtype == np.int8 and scale_BK.dtype == np.float32 and scale_BK.shape == (B, 3)
-  error_BJ = np.abs(rounding.decode(codes_BJ, scale_BK) - phi_BJ)
+  error_BJ = np.abs(quantizer.decode(codes_BJ, scale_BK) - phi_BJ)
   for i, j in BLOCKS:
     step_B1 = np.abs(phi_BJ[:, i:j]).max(axis=1, keepdims=True) / 127
     assert np.all(error_BJ[:, i:j] <= 0.5001 * step_B1)
@@ -31,7 +31,7 @@ def test_int8_is_off_by_half_a_step_of_its_row_and_layer():
   ('dtype', 'bytes_per_row', 'error'), [('float32', 384, 0), ('bfloat16', 192, 4e-3), ('int8', 108, 0.03)]
 )
 def test_fidelity(dtype, bytes_per_row, error):
-  said = Rounding(dtype, BLOCKS).fidelity(_phi())
+  said = Quantizer(dtype, BLOCKS).fidelity(_phi())
   assert said['bytes_per_row'] == bytes_per_row
   assert (said['inner_product_error'] > error / 30) if error else said['inner_product_error'] == 0
   assert said['inner_product_error'] <= error
@@ -39,8 +39,8 @@ def test_fidelity(dtype, bytes_per_row, error):
 
 
 def test_fidelity_can_be_bad_and_stands_a_single_row():
-  coarse, phi_BJ = Rounding('int8', ((0, 96),)), _phi()
+  coarse, phi_BJ = Quantizer('int8', ((0, 96),)), _phi()
   phi_BJ[:, 16:80] = 1e3  # the same for all rows, and large: what tells rows apart falls below one step
   assert coarse.fidelity(phi_BJ)['top_overlap'] < 0.5
-  assert Rounding('int8', BLOCKS).fidelity(phi_BJ)['top_overlap'] > 0.85
+  assert Quantizer('int8', BLOCKS).fidelity(phi_BJ)['top_overlap'] > 0.85
   assert coarse.fidelity(phi_BJ[:1])['top_overlap'] == 1

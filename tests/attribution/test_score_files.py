@@ -1,4 +1,4 @@
-"""Scores made elsewhere, and how far two sets of scores agree."""
+"""Scores from files, and how far two sets of scores agree."""
 
 import io
 import struct
@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from dsdm_jax.attribution import compare, score_files
+from dsdm_jax.attribution import score_files
 from dsdm_jax.core import artifacts
 from dsdm_jax.errors import UserError
 from tests.helpers.workdirs import files_of
@@ -69,10 +69,10 @@ def test_a_pickle_that_would_run_something_is_only_looked_at(tmp_path):
   ('options', 'words'),
   [
     ({'storage': b'IntStorage'}, 'holds IntStorage'),
-    ({'offset': 5}, 'a view and no plain vector'),
-    ({'stride': 2}, 'a view and no plain vector'),
+    ({'offset': 5}, 'a view, not a contiguous vector'),
+    ({'stride': 2}, 'a view, not a contiguous vector'),
     ({'byteorder': b'big'}, 'not little-endian'),
-    ({'data': SCORE_N[:-1].tobytes()}, 'cut short'),
+    ({'data': SCORE_N[:-1].tobytes()}, 'truncated'),
   ],
 )
 def test_pt_that_is_no_plain_vector_is_refused(tmp_path, options, words):
@@ -125,16 +125,16 @@ def test_compare(tmp_path, capsys):
   a = _workdir(tmp_path / 'a', docs=SCORE_N, mix=SCORE_N)
   b = _workdir(tmp_path / 'b', docs=-SCORE_N, mix=noisy_N)
   np.save(tmp_path / 'c.npy', SCORE_N)
-  assert compare.main([str(a), str(b)]) == 0
+  assert score_files.main([str(a), str(b)]) == 0
   out = capsys.readouterr().out
   head, docs, mix, _ = out.splitlines()
   assert head.split() == 'target Spearman top 1% top 5% top 10% top 25% top 50%'.split()
   assert docs.split() == ['docs', '-1.000', '0%', '0%', '0%', '0%', '0%']
-  found = compare.compare(SCORE_N, noisy_N)
+  found = score_files.compare(SCORE_N, noisy_N)
   assert mix.split()[1] == f'{found["spearman"]:+.3f}'
   order = [set(np.argsort(-x)[:100]) for x in (SCORE_N, noisy_N)]
   assert found['0.1'] == len(order[0] & order[1]) / 100
-  assert compare.main([str(files_of(a, 'datamodel')), str(tmp_path / 'c.npy'), '--target=docs']) == 0
+  assert score_files.main([str(files_of(a, 'datamodel')), str(tmp_path / 'c.npy'), '--target=docs']) == 0
   assert capsys.readouterr().out.splitlines()[1].split() == ['docs', '+1.000', *['100%'] * 5]
 
 
@@ -143,11 +143,11 @@ def test_compare_refuses_in_one_line(tmp_path, capsys):
   np.save(tmp_path / 'short.npy', SCORE_N[:7])
   (tmp_path / 'empty').mkdir()
   for other, words in [
-    (tmp_path / 'short.npy', '1000 scores against 7'),
-    (tmp_path / 'empty', 'no finished datamodel folder'),
+    (tmp_path / 'short.npy', '1000 scores with 7'),
+    (tmp_path / 'empty', 'nor a finished datamodel folder'),
   ]:
-    assert compare.main([str(a), str(other)]) == 2
+    assert score_files.main([str(a), str(other)]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count('\n') == 1
-  assert compare.main([str(a), str(tmp_path / 'short.npy'), '--target=squad']) == 2
+  assert score_files.main([str(a), str(tmp_path / 'short.npy'), '--target=squad']) == 2
   assert 'set --target' in capsys.readouterr().err

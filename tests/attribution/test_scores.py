@@ -1,4 +1,4 @@
-"""The stage `datamodel` on made-up features, against NumPy in float64."""
+"""The stage `datamodel` on random features, against NumPy in float64."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from configs import base
-from dsdm_jax.attribution import score_table, scores
+from dsdm_jax.attribution import scores
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact, Cost
@@ -141,7 +141,7 @@ def test_every_array_against_numpy(run):
 
 
 def test_peaks_of_equal_scores_are_the_lower_rows():
-  rows_EM, score_EM = score_table.peaks(np.array([[0.0, 1.0], [0, 1], [1, 1], [0, 1], [1, 1], [2, 1]]))
+  rows_EM, score_EM = scores.peaks(np.array([[0.0, 1.0], [0, 1], [1, 1], [0, 1], [1, 1], [2, 1]]))
   assert rows_EM.tolist() == [[5, 2, 4, 0, 1, 3], [0, 1, 2, 0, 1, 2]]
   np.testing.assert_array_equal(score_EM[1], np.zeros(6))
 
@@ -284,11 +284,11 @@ def test_mixes(rule):
     'zscore': [0.0, -np.sqrt(1.5) / 2, np.sqrt(1.5) / 2],
     'rank': [0.5, 0.25, 0.75],
   }[rule]
-  np.testing.assert_allclose(score_table.mix(score_TN, rule), expected, atol=1e-6)
+  np.testing.assert_allclose(scores.mix(score_TN, rule), expected, atol=1e-6)
 
 
 def test_error_of_mixes():
   score_TN, error_TN = np.array([[0.0, 2.0], [0.0, 20.0]]), np.array([[3.0, 0.0], [4.0, 1.0]])
-  np.testing.assert_allclose(score_table.mix_error(error_TN, score_TN, 'mean'), [2.5, 0.5])
-  np.testing.assert_allclose(score_table.mix_error(error_TN, score_TN, 'zscore'), [np.hypot(3, 0.4) / 2, 0.05])
-  assert score_table.mix_error(error_TN, score_TN, 'rank') is None
+  np.testing.assert_allclose(scores.mix_error(error_TN, score_TN, 'mean'), [2.5, 0.5])
+  np.testing.assert_allclose(scores.mix_error(error_TN, score_TN, 'zscore'), [np.hypot(3, 0.4) / 2, 0.05])
+  assert scores.mix_error(error_TN, score_TN, 'rank') is None

@@ -1,4 +1,4 @@
-"""Features that are stored, made anew and never made give the same scores."""
+"""Stored features, recomputed features and directional derivatives give the same scores."""
 
 import dataclasses
 import threading
@@ -11,9 +11,9 @@ import pytest
 from configs import base
 from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.directional import DirectionalScores
-from dsdm_jax.attribution.features import blocks, check_finite, step_rows
+from dsdm_jax.attribution.extractor import check_finite, step_rows
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
-from dsdm_jax.attribution.quantization import Rounding
+from dsdm_jax.attribution.quantization import Quantizer, column_blocks
 from dsdm_jax.attribution.sources import DirectionalSource, PoolPass, Recomputed, ahead
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core.mesh import make_mesh
@@ -27,7 +27,7 @@ ROWS, SHARD, BATCH, J = 45, 16, 8, 96
 
 @dataclasses.dataclass
 class Rows:
-  """As much of a pool as a pass reads; counts what was read."""
+  """The part of a pool that a pass reads; counts the rows read."""
 
   tokens_NL: np.ndarray
   length: int = LENGTH
@@ -46,7 +46,9 @@ def rows() -> Rows:
 
 def _source(step, rows, mesh, dtype='bfloat16', check=None, flop=lambda _: None):
   rows_pass = PoolPass(step, step.prepare(make_problem().params, 0), rows, BATCH, mesh, flop, check)
-  return Recomputed(rows_pass, ROWS, step.dimension, SHARD, Rounding(dtype, blocks(step.describe(), step.dimension)))
+  return Recomputed(
+    rows_pass, ROWS, step.dimension, SHARD, Quantizer(dtype, column_blocks(step.describe(), step.dimension))
+  )
 
 
 def _step(kind, mesh):
@@ -57,9 +59,9 @@ def _step(kind, mesh):
 
 
 @pytest.mark.parametrize(('kind', 'dtype'), [('two_sided', 'bfloat16'), ('two_sided', 'int8'), ('dense', 'bfloat16')])
-def test_stored_and_made_anew_are_the_same_bits(kind, dtype, rows, one_device, tmp_path):
+def test_stored_and_recomputed_features_are_the_same_bits(kind, dtype, rows, one_device, tmp_path):
   step = _step(kind, one_device)
-  source, columns = _source(step, rows, one_device, dtype), blocks(step.describe(), step.dimension)
+  source, columns = _source(step, rows, one_device, dtype), column_blocks(step.describe(), step.dimension)
   store = FeatureStore(tmp_path / 'f.zarr', ROWS, source.dimension, SHARD, dtype, columns)
   for shard in (2, 0, 1):  # as a resumed run may
     ((_, _, phi_BJ),) = source.ranges([store.bounds(shard)])
@@ -76,15 +78,15 @@ def test_stored_and_made_anew_are_the_same_bits(kind, dtype, rows, one_device, t
   ('devices', 'batch', 'microbatch', 'wanted'),
   [(1, 8, 0, (8, 0)), (3, 8, 0, (9, 0)), (3, 8, 4, (12, 6)), (4, 2, 0, (4, 0)), (2, 8, 3, (8, 4)), (1, 8, 3, (9, 3))],
 )
-def test_a_step_is_the_least_that_devices_share_evenly(devices, batch, microbatch, wanted):
+def test_batch_sizes_are_rounded_up_to_the_device_count(devices, batch, microbatch, wanted):
   config = base.get_config()
   config.features.update({'batch_size': batch, 'microbatch': microbatch})
   assert step_rows(config.features, make_mesh(config.mesh, jax.devices()[:devices])) == wanted
 
 
 @pytest.mark.parametrize('kind', ['two_sided', 'dense'])
-def test_three_devices_make_the_features_of_one(kind, rows, one_device):
-  """45 rows in shards of 16 and batches of 12, so that every shard's last batch is filled up."""
+def test_features_do_not_depend_on_the_device_count(kind, rows, one_device):
+  """45 rows in shards of 16 and batches of 12: the last batch of every shard is padded."""
   mesh = make_mesh(base.get_config().mesh, jax.devices()[:3])
   model, found = make_problem().model, []
   for place, batch, microbatch in ((one_device, BATCH, 4), (mesh, 12, 6)):
@@ -125,12 +127,12 @@ def test_a_range_is_checked_counted_and_read_once(rows, one_device):
   source = _source(step, rows, one_device, check=lambda phi, first: checked.append((first, len(phi))), flop=flop.append)
   assert [stop - start for start, stop, _ in source] == [16, 16, 13]
   assert checked == [(0, 16), (16, 16), (32, 13)]
-  assert step.jitted._cache_size() == 1  # the last shard is short, and is made by the same program
+  assert step.jitted._cache_size() == 1  # the last shard is short and runs the same program
   assert rows.read == ROWS
   assert len(flop) == 3 and len(set(flop)) == 1 and flop[0] > 0
 
 
-def test_what_a_check_or_a_read_raises_is_told(rows, one_device):
+def test_errors_of_checks_and_reads_are_raised(rows, one_device):
   def refuse(phi_BJ, first):
     raise UserError(f'row {first} is bad')
 
@@ -143,7 +145,7 @@ def test_what_a_check_or_a_read_raises_is_told(rows, one_device):
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_a_feature_that_is_not_finite_is_named_and_nothing_of_its_shard_is_kept(value, rows, one_device, tmp_path):
+def test_a_feature_that_is_not_finite_is_named_and_its_shard_is_not_written(value, rows, one_device, tmp_path):
   """Row 21, in shard 1, in the second layer of a scanned stack."""
   step = TwoSidedFeatures(make_problem(scan_layers=True).model, outputs.margin, 'attention/out', J, 0, one_device)
   (layer,) = step.layers
@@ -157,8 +159,8 @@ def test_a_feature_that_is_not_finite_is_named_and_nothing_of_its_shard_is_kept(
 
   params = make_problem(scan_layers=True).params
   rows_pass = PoolPass(step, step.prepare(params, 3), rows, BATCH, one_device, lambda _: None, check)
-  columns = blocks(step.describe(), step.dimension)
-  source = Recomputed(rows_pass, ROWS, step.dimension, SHARD, Rounding('bfloat16', columns))
+  columns = column_blocks(step.describe(), step.dimension)
+  source = Recomputed(rows_pass, ROWS, step.dimension, SHARD, Quantizer('bfloat16', columns))
   store = FeatureStore(tmp_path / 'f.zarr', ROWS, step.dimension, SHARD, 'bfloat16', columns)
   words = rf'row 21 is {value} in blocks/attention/out, layer 1 of the stack of proxy 3'
   with pytest.raises(UserError, match=words):
@@ -185,13 +187,13 @@ def test_ahead_is_one_ahead():
 
   coming = ahead(items())
   assert next(coming) == 0
-  assert second.wait(60), 'the second is read while the first is in hand'
+  assert second.wait(60), 'the second is read while the first is used'
   time.sleep(0.05)
   assert read == [0, 1], 'and not the third'
   assert list(coming) == [1, 2, 3]
 
 
-def test_ahead_raises_what_reading_raised_after_what_came_before():
+def test_ahead_raises_errors_in_order():
   def items():
     yield 0
     yield 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsdm_jax.attribution import compare, features, scores
+from dsdm_jax.attribution import features, score_files, scores
 from dsdm_jax.core import artifacts
 from dsdm_jax.core.artifacts import Cost, Identity
 from dsdm_jax.core.progress import Log
@@ -46,7 +46,7 @@ def _computed_in(dtype: str, finished: Path, folder: Path) -> dict[str, np.ndarr
     assert semantics is not None
     inputs[stage] = artifacts.commit(folder, identity, semantics, cost)
   read = scores.Scores(inputs['datamodel'])
-  return {target: read.score_N(target) for target in (*read.tasks, compare.MIX)}
+  return {target: read.score_N(target) for target in (*read.tasks, 'mix')}
 
 
 def test_top_rows_of_features_computed_in_bfloat16_are_those_of_float32(finished, tmp_path, count):
@@ -72,11 +72,11 @@ def test_top_rows_of_narrow_features_are_those_of_float32(server, finished, tmp_
     for stage in ('features', 'datamodel'):
       flags = (runs.TINY, f'--workdir={folder}', f'--stage={stage}', f'--config.features.store_dtype={kept}')
       assert server.start(log, *flags).wait(300) == 0, log.read_text()[-3000:]
-    assert f'{kept} keeps ' in log.read_text()
-    return compare.load(folder, 'mix')
+    assert f'{kept} store: ' in log.read_text()
+    return score_files.load(folder, 'mix')
 
   exact = scores('float32')
-  narrow = compare.load(finished, 'mix') if dtype == 'bfloat16' else scores(dtype)
+  narrow = score_files.load(finished, 'mix') if dtype == 'bfloat16' else scores(dtype)
   assert exact.keys() == narrow.keys()
   for target, score_N in exact.items():
     top, found = _top(score_N), _top(narrow[target])

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from configs.base import get_config
+from dsdm_jax.attribution.sources import RowSource
 from dsdm_jax.data.targets.targets import Examples
 from dsdm_jax.selection.candidates import Budget, Candidates, CostAccounting, Target, find
 
@@ -41,7 +42,7 @@ class Rows:
     return ' '.join(f'w{t}' for t in tokens_L) if self._texts is None else self._texts[int(tokens_L[0])]
 
 
-class Features:
+class Features(RowSource):
   def __init__(self, phi_NJ: np.ndarray, target_TJ: np.ndarray | None = None):
     self.phi_NJ, self._target_TJ = phi_NJ.astype(np.float32), target_TJ
     self.dimension, self.checkpoints, self.semantics = phi_NJ.shape[1], 1, {'mode': 'store'}
@@ -52,8 +53,8 @@ class Features:
 
   rows = property(lambda self: len(self.phi_NJ))
 
-  def __iter__(self):
-    for start in range(0, len(self.phi_NJ), 7):
+  def from_row(self, row):
+    for start in range(row, len(self.phi_NJ), 7):
       yield start, min(start + 7, len(self.phi_NJ)), self.phi_NJ[start : start + 7]
 
   def target(self, task: str, checkpoint: int) -> np.ndarray:

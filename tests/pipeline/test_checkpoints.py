@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from dsdm_jax import pipeline
-from dsdm_jax.attribution.features import Features, feature_step
+from dsdm_jax.attribution.extractor import feature_step
+from dsdm_jax.attribution.store import Features
 from dsdm_jax.core import artifacts, mesh
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Targets

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from dsdm_jax.attribution.features import Features
+from dsdm_jax.attribution.store import Features
 from dsdm_jax.core import artifacts
 from tests.helpers.workdirs import attempt_of, files_of
 from tests.pipeline import runs

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dsdm_jax import pipeline
-from dsdm_jax.attribution.features import Features
+from dsdm_jax.attribution.store import Features
 from dsdm_jax.core import artifacts
 from dsdm_jax.core.runner import Runner
 from dsdm_jax.errors import UserError

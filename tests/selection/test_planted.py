@@ -16,7 +16,7 @@ import pytest
 
 from dsdm_jax import pipeline
 from dsdm_jax.attribution import datamodel
-from dsdm_jax.attribution.features import Features
+from dsdm_jax.attribution.store import Features
 from dsdm_jax.core import artifacts
 from dsdm_jax.data.pool.pool import Pool
 from tests.conftest import ROOT
