@@ -1,4 +1,4 @@
-"""Writes docs/keys.md, the table of all config keys: `python docs/keys.py`, from the root of the repository."""
+"""Writes docs/keys.md, the table of all config keys: `PYTHONPATH=. python docs/keys.py` in the repository."""
 
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -14,9 +14,9 @@ def markdown() -> str:
   lines = [
     '# Config keys',
     '',
-    'Generated from `dsdm_jax/config/schema.py` by `python docs/keys.py`. Set a key in a config file, or on the',
-    'command line with `--config.SECTION.KEY=VALUE`. Integers may be written as `1_000_000` or `1e6`. Texts have at',
-    'most 10,000 characters and tuples at most 10,000 parts.',
+    'Generated from `dsdm_jax/config/schema.py` by `PYTHONPATH=. python docs/keys.py`. Set a key in a config file, or',
+    'on the command line with `--config.SECTION.KEY=VALUE`. Integers may be written as `1_000_000` or `1e6`. Texts',
+    'have at most 10,000 characters and tuples at most 10,000 parts.',
   ]
   sections: dict[type[Section], list[str]] = {Config: ['']}
   for name, field in Config.model_fields.items():

@@ -153,7 +153,7 @@ def test_every_key_is_described_and_bounded():
 
 
 def test_docs_list_the_keys(repo_root):
-  """Write docs/keys.md again with `python docs/keys.py`."""
+  """Write docs/keys.md again with `PYTHONPATH=. python docs/keys.py`."""
   page = runpy.run_path(str(repo_root / 'docs/keys.py'))['markdown']()
   assert (repo_root / 'docs/keys.md').read_text() == page
   for key in FIELDS:
