@@ -45,6 +45,7 @@ ARMS: dict[str, dict] = {
   'cheap': {**_ONE_PROXY, **_NARROW},
   'cheaper': {**_ONE_PROXY, **_NARROWER},
   'cheapest': {**_ONE_PROXY, **_NARROWER, 'proxies.model.layers': 1, 'proxies.epochs': 0.5},
+  # The paper's projection and Gram matrix, but not its J, number of proxies or mean of raw scores.
   'paper': {**_DSDM, 'features.projection': 'dense', 'features.dimension': 512, 'datamodel.gram': 'full'},
   'gram_full': {**_DSDM, 'datamodel.gram': 'full'},
   'diverse': {**_DSDM, 'selection.methods': ('dsdm_greedy', 'dsdm_gumbel')},
