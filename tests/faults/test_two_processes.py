@@ -63,9 +63,9 @@ def test_terminated_then_killed_then_resumed(finished, tmp_path, count):
   assert processes[0].wait(60) != 0
   processes[1].wait()
   time.sleep(1)  # for the last word, which comes after the end
-  said = workdir.with_suffix('.0').read_text()
-  assert 'a step that all processes take together failed' in said or 'dsdm_jax: process 0 was ended: another' in said
-  assert 'the run resumes' in said
+  log = workdir.with_suffix('.0').read_text()
+  assert 'a step that all processes take together failed' in log or 'dsdm_jax: process 0 was ended: another' in log
+  assert 'the run resumes' in log
   processes = start(workdir)
   assert [p.wait(200) for p in processes] == [0, 0], workdir.with_suffix('.0').read_text()[-2000:]
   assert (workdir / 'proxies' / 'manifest.json').is_file()

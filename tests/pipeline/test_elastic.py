@@ -62,7 +62,7 @@ def test_a_killed_stage_goes_on_with_other_devices_and_batches(kind, first, seco
   process.wait()
   part = attempt_of(elastic, 'features')
   by_four = sorted((part / 'features_0.done').glob('*.json'))
-  said = {file: file.read_bytes() for file in by_four}
+  markers = {file: file.read_bytes() for file in by_four}
   assert len(by_four) >= 3
   basis = [file.read_bytes() for file in part.glob('basis_*.npz')]
   assert len(basis) == ('basis' in kind)
@@ -77,7 +77,8 @@ def test_a_killed_stage_goes_on_with_other_devices_and_batches(kind, first, seco
   mine.verify()
   assert mine.identity == wanted.identity
   assert all(
-    (files_of(elastic, 'features') / 'features_0.done' / file.name).read_bytes() == data for file, data in said.items()
+    (files_of(elastic, 'features') / 'features_0.done' / file.name).read_bytes() == data
+    for file, data in markers.items()
   )
   assert [file.read_bytes() for file in files_of(elastic, 'features').glob('basis_*.npz')] == basis
   a, b = Features(mine), Features(wanted)

@@ -82,9 +82,9 @@ def test_cost_versions_and_config_are_those_of_the_run(results):
 
 
 def test_terminal_shows_the_table_and_where_things_are(finished):
-  said = finished.with_suffix('.out').read_text()
+  output = finished.with_suffix('.out').read_text()
   for word in [*METHODS, *TASKS, str(finished / 'results.json'), str(finished / 'report/index.html')]:
-    assert word in said
+    assert word in output
 
 
 def test_report_is_one_file_that_fetches_nothing(finished):

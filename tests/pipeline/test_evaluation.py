@@ -27,8 +27,8 @@ def test_benchmarks_and_a_checkpoint(copied, tmp_path):
   message = runs.refused(*flags, '--config.evaluation.checkpoints=("mine=/no/such",)')
   assert 'evaluation.checkpoints names /no/such, which is no folder' in message
   flags += (f'--config.evaluation.checkpoints=("mine={copied}/pretraining/random--any--0",)',)
-  said = runs.succeed(*flags)
-  assert 'Accuracy on benchmarks' in said and 'choose' in said and 'mine' in said
+  output = runs.succeed(*flags)
+  assert 'Accuracy on benchmarks' in output and 'choose' in output and 'mine' in output
 
   found = json.loads((copied / 'results.json').read_text())
   assert {(t['task'], t['split'], t['rule'], t['shots']) for t in found['tasks']} == {

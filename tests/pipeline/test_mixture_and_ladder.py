@@ -28,11 +28,11 @@ def trained(finished, tmp_path_factory):
   folder = tmp_path_factory.mktemp('mixed') / 'run'
   for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
     shutil.copytree(finished / stage, folder / stage)
-  said = runs.succeed(
+  output = runs.succeed(
     runs.TINY, f'--workdir={folder}', "--config.selection.methods=('dsdm','random')",
     f'--config.mixture.parts={PARTS}', f'--config.ladder.rungs={RUNGS}', '--config.ladder.seeds=2',
   )  # fmt: skip
-  return folder, said
+  return folder, output
 
 
 def table(folder, name):
@@ -44,7 +44,7 @@ def test_stages_that_stood_were_not_made_again(trained):
 
 
 def test_the_mixture_trained_to_its_end_on_its_schedule(trained):
-  folder, said = trained
+  folder, output = trained
   for seed in range(2):
     lines = (files_of(folder, 'pretraining') / f'mixture--any--{seed}.jsonl').read_text().splitlines()
     assert [json.loads(line)['tokens'] for line in lines][-1] == 64 * 32, 'the budget of every arm'
@@ -57,7 +57,7 @@ def test_the_mixture_trained_to_its_end_on_its_schedule(trained):
   assert counts[1] == 6 and counts.sum() == 64 and counts[0] > counts[2] > 16
   every = Selection.load(files_of(folder, 'selection'), 'mixture--any--0').rows
   assert set(row_B.tolist()) <= set(every.tolist())
-  assert 'mixture' in said
+  assert 'mixture' in output
 
   import seqio
 
