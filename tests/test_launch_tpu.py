@@ -159,8 +159,12 @@ def test_logs_and_delete_reach_every_worker(cloud, repo_root):
   assert cloud.run('logs', *options).returncode == 0
   assert len(cloud.calls()) == 8
   assert cloud.calls()[-1][2:] == [
-    'mine:dsdm_jax/run.log', str(repo_root / 'logs' / 'mine' / '1-3.log'), *WHERE, '--worker=3', '--node=1',
-  ]  # fmt: skip
+    'mine:dsdm_jax/run.log',
+    str(repo_root / 'logs' / 'mine' / '1-3.log'),
+    *WHERE,
+    '--worker=3',
+    '--node=1',
+  ]
   assert cloud.run('delete', *options).returncode == 0
   assert cloud.calls()[-1] == ['queued-resources', 'delete', 'mine', *WHERE, '--force', '--quiet']
 

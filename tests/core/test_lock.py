@@ -34,9 +34,13 @@ HOLDER = """
 def holder(workdir: Path):
   """A process that tries for the lock at once and, where it has it, keeps it until its input ends."""
   process = subprocess.Popen(
-    [sys.executable, '-c', textwrap.dedent(HOLDER), str(workdir)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-  )  # fmt: skip
+    [sys.executable, '-c', textwrap.dedent(HOLDER), str(workdir)],
+    cwd=ROOT,
+    text=True,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
   try:
     yield process
   finally:

@@ -130,9 +130,13 @@ def start(program: str, *arguments: str, processes: int = 2, **keys: str) -> lis
     begun.append(
       subprocess.Popen(
         [sys.executable, '-c', code, *arguments],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
       )
-    )  # fmt: skip
+    )
   return begun
 
 

@@ -87,8 +87,9 @@ KEYS = st.sampled_from(['text', 'id', 'source', 'context', 'answer', 'choices', 
 TEXT = st.text(max_size=12) | st.sampled_from(['', ' ', '\u2028', '\x00', 'a\ud800', '<script>', '../..', 'x' * 2_000])
 VALUES = st.recursive(
   st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
-  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=6,
-)  # fmt: skip
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+  max_leaves=6,
+)
 _ODD = (
   b'[' * 100_000, b'{"text": ' * 50_000, b'{"text": "a", "id": ' + b'9' * 5_000 + b'}', b'{"text": NaN}', b'[]',
   b'null', b'{"text": "a", "text": 1}', b'\xef\xbb\xbf{}', b'{"text": "\\uD83D"}',

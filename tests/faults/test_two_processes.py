@@ -16,10 +16,14 @@ from tests.pipeline.runs import ROOT
 
 def start(workdir: Path) -> list[subprocess.Popen[str]]:
   flags = (
-    runs.TINY, f'--workdir={workdir}', '--stage=proxies', '--config.proxies.epochs=2.0',
-    f'--config.distributed.coordinator=127.0.0.1:{free_port()}', '--config.distributed.processes=2',
+    runs.TINY,
+    f'--workdir={workdir}',
+    '--stage=proxies',
+    '--config.proxies.epochs=2.0',
+    f'--config.distributed.coordinator=127.0.0.1:{free_port()}',
+    '--config.distributed.processes=2',
     '--config.distributed.heartbeat_seconds=20',
-  )  # fmt: skip
+  )
   begun = []
   for process in (0, 1):
     with workdir.with_suffix(f'.{process}').open('w') as errors:

@@ -23,9 +23,7 @@ KEYS = ('HF_TOKEN', 'AWS_SECRET_ACCESS_KEY', 'GITHUB_TOKEN', 'WANDB_API_KEY')
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
   """One device where the test is not about devices: eight of them share two cores and only cost time."""
   # The tiny programs are worth keeping too: the next process has them compiled.
-  return os.environ | {
-    'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', **more
-  }  # fmt: skip
+  return os.environ | {'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', **more}
 
 
 def command(*flags: str) -> list[str]:
@@ -89,8 +87,9 @@ def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
   """Every file → its checksum and time of change: what is rewritten shows even where the bytes are the same."""
   return {
     str(p.relative_to(folder)): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
-    for p in sorted(folder.rglob('*')) if p.is_file()
-  }  # fmt: skip
+    for p in sorted(folder.rglob('*'))
+    if p.is_file()
+  }
 
 
 def outcome(workdir: Path) -> dict[str, Any]:

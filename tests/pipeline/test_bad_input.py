@@ -113,9 +113,11 @@ def test_target_file_that_is_not_utf8(tmp_path):
 
 def test_guarded_benchmark_without_a_file(tmp_path):
   message = runs.refused(
-    runs.TINY, f'--workdir={tmp_path / "run"}', '--config.pool.leakage_benchmarks=("piqa",)',
+    runs.TINY,
+    f'--workdir={tmp_path / "run"}',
+    '--config.pool.leakage_benchmarks=("piqa",)',
     f'--config.targets.folder={tmp_path}',
-  )  # fmt: skip
+  )
   assert message.startswith(f'pool.leakage_benchmarks: benchmark piqa: {tmp_path} is no file and holds no piqa.jsonl; ')
   assert not (tmp_path / 'run').exists()
 

@@ -32,9 +32,11 @@ def test_benchmarks_and_a_checkpoint(copied, tmp_path):
 
   found = json.loads((copied / 'results.json').read_text())
   assert {(t['task'], t['split'], t['rule'], t['shots']) for t in found['tasks']} == {
-    ('words', 'benchmark', 'exact_argmax', 1), ('choose', 'benchmark', 'mean_cross_entropy', 1),
-    ('schema', 'benchmark', 'shared_continuation', 1), ('asked', 'benchmark', 'alias_prefix', 1),
-  }  # fmt: skip
+    ('words', 'benchmark', 'exact_argmax', 1),
+    ('choose', 'benchmark', 'mean_cross_entropy', 1),
+    ('schema', 'benchmark', 'shared_continuation', 1),
+    ('asked', 'benchmark', 'alias_prefix', 1),
+  }
   rows = {(r['method'], r['seed'], r['task']): r for r in found['arms']}
   assert {task for _, _, task in rows} == set(ITEMS)
   for task in ITEMS:

@@ -21,9 +21,12 @@ JOBS = 3
 
 def flags(job, workdir):
   return (
-    runs.TINY, f'--workdir={workdir}', '--stage=features', f'--config.features.jobs={JOBS}',
+    runs.TINY,
+    f'--workdir={workdir}',
+    '--stage=features',
+    f'--config.features.jobs={JOBS}',
     f'--config.features.job={job}',
-  )  # fmt: skip
+  )
 
 
 def config_of(job):

@@ -29,9 +29,13 @@ def trained(finished, tmp_path_factory):
   for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
     shutil.copytree(finished / stage, folder / stage)
   output = runs.succeed(
-    runs.TINY, f'--workdir={folder}', "--config.selection.methods=('dsdm','random')",
-    f'--config.mixture.parts={PARTS}', f'--config.ladder.rungs={RUNGS}', '--config.ladder.seeds=2',
-  )  # fmt: skip
+    runs.TINY,
+    f'--workdir={folder}',
+    "--config.selection.methods=('dsdm','random')",
+    f'--config.mixture.parts={PARTS}',
+    f'--config.ladder.rungs={RUNGS}',
+    '--config.ladder.seeds=2',
+  )
   return folder, output
 
 
@@ -63,9 +67,13 @@ def test_the_mixture_trained_to_its_end_on_its_schedule(trained):
 
   name = batches.register(schedule, Pool(artifacts.open_stage(folder, 'pool')))
   stream = seqio.get_mixture_or_task(name).get_dataset(
-    sequence_length=None, split='train', shuffle=False, num_epochs=1, passthrough_features=('row',),
+    sequence_length=None,
+    split='train',
+    shuffle=False,
+    num_epochs=1,
+    passthrough_features=('row',),
     trim_output_features=False,
-  )  # fmt: skip
+  )
   assert [int(x['row']) for x in stream.as_numpy_iterator()] == row_B.tolist()
 
 

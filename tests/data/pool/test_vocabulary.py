@@ -45,9 +45,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
   trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=400, special_tokens=['<|endoftext|>'], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    vocab_size=400,
+    special_tokens=['<|endoftext|>'],
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
-  )  # fmt: skip
+  )
   tokenizer.train_from_iterator(texts, trainer)
   tokenizer.save(str(base / 'tokenizer.json'))
   choices = {'bytes': 'bytes', 'sentencepiece': str(base / 'mine.model'), 'tokenizer': str(base / 'tokenizer.json')}
