@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dsdm_jax.data.pool import vocabulary
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
-from dsdm_jax.evaluation.suite import exam
+from dsdm_jax.evaluation.suite import open_suite
 from tests.helpers.data import context, invented, run_pool, run_targets, small_config
 
 SPACE_SIGN = '\u2581'  # SentencePiece's own sign for a space, which cannot come back
@@ -118,7 +118,7 @@ def test_a_tokenizer_makes_a_pool_its_targets_and_the_questions_of_evaluation(
   with np.load(tmp_path / 'targets' / 'cs_algorithms.target.npz') as arrays:
     assert (arrays['tokens_TL'][:, 0] == pool.encoder.eos).all()
   config.evaluation.tasks = (write_jsonl('{"context": "river", "continuation": "stone"}\n'),)
-  [request] = exam(context(config, tmp_path, 'evaluation', pool=artifact, targets=result)).requests
+  [request] = open_suite(context(config, tmp_path, 'evaluation', pool=artifact, targets=result)).requests
   assert request.ids_P[0].tolist() == [pool.encoder.eos, *pool.encoder.encode('river'), *pool.encoder.encode(' stone')]
 
 
