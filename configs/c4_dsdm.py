@@ -1,23 +1,27 @@
-"""The paper's experiment: C4, 216,948,746 candidates of 1,024 tokens, four 125M proxies, J = 16,384, 1.3B finals.
+"""The paper's experiment: DsDm on C4, with 1.3B final models.
 
-See what it takes, on any machine with libtpu (requirements-tpu.txt), before it starts:
+216,948,746 candidates of 1,024 tokens, four 125M proxies, J = 16,384. Plan it first, on any machine with libtpu
+(requirements-tpu.txt), then run it:
 
     python -m dsdm_jax.main --config=configs/c4_dsdm.py --stage=plan
+    python -m dsdm_jax.main --config=configs/c4_dsdm.py --workdir=/shared/run
 
-It needs three things that it does not fetch:
+Hardware: a slice of 256 to 1,024 TPU chips; batches are the paper's. It has not been run as a whole. docs/scale.md has
+the plan: 2.4 to 7.7 hours on 1,024 chips of v5p (modelled, not measured).
+
+The config does not download its inputs. It needs:
 
     C4 without the blocklist, as TFDS prepares it under the name c4/en.noblocklist
     data/pythia/tokenizer.json, of any Pythia model on Hugging Face
-    data/llm_foundry/, LLM-Foundry's JSONL files of targets and benchmarks (docs/benchmarks.md), and in data/tfds/ SQuAD
-      as TFDS prepares it
+    data/llm_foundry/, LLM-Foundry's JSONL files of targets and benchmarks (docs/benchmarks.md)
+    data/tfds/, SQuAD as TFDS prepares it
 
-It has not been run as a whole. Batches are the paper's and suit slices of 256 to 1,024 chips; docs/scale.md has the
-plans. Features are two-sided, which is what makes the scale affordable; the paper's own are
-`features.projection=dense`. Where the paper is silent, or cannot be followed:
+Differences from the paper, and choices where the paper is silent:
 
-- documents that hold text of a target or a benchmark are dropped, so that there are some rows fewer than the paper's;
-- SQuAD has the paper's 23,107 items where data/tfds holds it; LLM-Foundry's file would be split into halves;
-- SemDeDup keeps what is no near duplicate (the paper: a fifth of the pool).
+- Features are two-sided, which makes this scale affordable. The paper's own are `features.projection=dense`.
+- Documents that contain text of a target or a benchmark are dropped, so there are slightly fewer rows than the paper's.
+- SQuAD has the paper's 23,107 items if data/tfds has it; otherwise LLM-Foundry's file is split into halves.
+- SemDeDup selects every row that is not a near duplicate. The paper selects a fifth of the pool.
 """
 
 from dsdm_jax.configs import paper
@@ -32,8 +36,8 @@ def get_config():
   config.pool.vocab_size = 50_277  # of that tokenizer
   config.targets.tasks = ('lambada', 'squad', 'jeopardy', 'bigbench_cs_algorithms')
   config.targets.folder = 'tfds:data/tfds | data/llm_foundry'
-  config.targets.max_examples = 24_000  # all there are
-  # The mix that the paper's large models are trained for: the mean of raw scores.
+  config.targets.max_examples = 24_000  # all of them
+  # The paper trains its large models for this mix, the mean of raw scores.
   config.selection.targets = ('jeopardy+squad+lambada',)
   config.selection.methods = ('dsdm', 'classifier', 'dsir', 'semdedup_one_epoch', 'random_one_epoch')
   config.pretraining.seeds = 1  # as the paper: one run for each arm

@@ -1,11 +1,11 @@
-"""The paper's models and training, for a pool that you bring: 125M proxies, 1.3B finals.
+"""The paper's models and training on your own pool: 125M proxies, 1.3B final models.
 
 Run it with:
 
     python -m dsdm_jax.main --config=configs/paper.py --workdir=/shared/run --config.pool.sources="('mine:documents',)"
 
-A pod of accelerators; it has not been run as a whole. Dense features of J = 16,384 are what the paper used;
-`two_sided` is the cheap way. The paper's own pool, targets and arms are those of `configs/c4_dsdm.py`.
+Hardware: a pod of accelerators. It has not been run as a whole. Features are dense with J = 16,384, as in the paper;
+`two_sided` is the cheaper choice. `configs/c4_dsdm.py` adds the paper's pool, targets and arms.
 """
 
 from dsdm_jax.configs import base
@@ -42,10 +42,10 @@ def get_config():
 
 
 def two_sided(config, batch_size, shard_rows):
-  """Features at a fraction of what the paper's dense ones cost, from steps of `batch_size` rows."""
+  """Two-sided features, at a fraction of the cost of the paper's dense ones; `batch_size` rows a step."""
   for model in (config.model, config.proxies.model):
     model.attention = 'fused'
-  config.proxies.model.remat = False  # what is kept for these batches fits
+  config.proxies.model.remat = False  # activations of these batches fit
   config.features.projection = 'two_sided'
   config.features.batch_size = batch_size
   config.features.shard_rows = shard_rows

@@ -1,8 +1,12 @@
-"""The quickstart with controls: scores shifted by one row, scores permuted, and a second random arm. None may win.
+"""The quickstart with controls: scores shifted by one row, scores permuted, and a second random arm.
 
 Run it with:
 
     bash launch/run.sh --config=configs/quickstart_controls.py
+
+Hardware: two CPU cores.
+
+Result: DsDm beats random data and no control does. docs/quickstart.md has the table.
 """
 
 from dsdm_jax.configs import quickstart

@@ -1,13 +1,17 @@
-"""The study: the quickstart's arms, what each choice in the method is worth, and proxies trained anew.
+"""Ablations of the quickstart: one arm for each choice in the method, and arms with retrained proxies.
 
-Run all of it, arm by arm, or one arm alone:
+Run all arms, or one arm alone:
 
     python -m dsdm_jax.study run --config=configs/study.py --workdir=runs/study
     python -m dsdm_jax.main --config=configs/study.py:J_512 --workdir=runs/J_512
 
+Hardware: two CPU cores. The command resumes arm by arm and prints the time that each arm took.
+
+Result: `study.csv` and `study.json` in the workdir, which compare all arms on the same items.
+
 An arm is the quickstart with a few keys changed. `base` trains the baselines; every other arm trains DsDm alone and is
-compared with them. Arms of the name `again_…` are `base` with other proxies: together they show what intervals that
-are conditional on one selection leave out. The command prints what each arm took.
+compared with them. The arms `again_…` are `base` with other proxies. Together they measure the variation that an
+interval for a single selection does not include.
 """
 
 from dsdm_jax.configs import quickstart
@@ -40,7 +44,7 @@ ARMS: dict[str, dict] = {
   # Top-k against diverse selection.
   'dsdm_greedy': {'selection.methods': ('dsdm_greedy',)},
   'dsdm_clusters': {'selection.methods': ('dsdm_clusters',)},
-  # The same budget in fewer epochs of more rows, and the other way round.
+  # The same budget as more rows in fewer epochs, and fewer rows in more epochs.
   'epochs_2': {**_DSDM, 'selection.examples': 1_536, 'selection.epochs': 2},
   'epochs_8': {**_DSDM, 'selection.examples': 384, 'selection.epochs': 8},
   # Other proxies: one more selection each.
@@ -51,7 +55,7 @@ ARMS: dict[str, dict] = {
 def get_config(arm='base'):
   """The config of one arm: `configs/study.py:damping_1`."""
   if arm not in ARMS:
-    raise ValueError(f'{arm!r} is no arm of the study; arms are {", ".join(ARMS)}')
+    raise ValueError(f'{arm!r} is not an arm of the study; its arms are {", ".join(ARMS)}')
   config = quickstart.get_config()
   for key, value in ARMS[arm].items():
     *sections, last = key.split('.')

@@ -1,14 +1,14 @@
-"""DsDm on one v5e-8: a pool of 4 million rows of 1,024 tokens, two 125M proxies, 125M finals.
+"""DsDm on one v5e-8: a pool of 4 million rows of 1,024 tokens, two 125M proxies, 125M final models.
 
-Run it on the TPU VM, or from anywhere with gcloud (docs/scale.md):
-
-    bash launch/tpu.sh all mine --zone=us-west4-a --type=v5litepod-8 -- --config=configs/v5e_8.py
-
-See what it takes first, on any machine with libtpu (requirements-tpu.txt):
+Plan it first, on any machine with libtpu (requirements-tpu.txt). Then run it on the TPU VM, or from anywhere with
+gcloud (docs/scale.md):
 
     python -m dsdm_jax.main --config=configs/v5e_8.py --stage=plan
+    bash launch/tpu.sh all mine --zone=us-west4-a --type=v5litepod-8 -- --config=configs/v5e_8.py
 
-Bring a pool of your own (pool.sources, docs/pools.md) and targets (targets.tasks). It has not been run as a whole.
+Bring your own pool (`pool.sources`, docs/pools.md) and targets (`targets.tasks`).
+
+Hardware and time: eight chips of v5e, 4.3 to 7.7 hours (modelled, not measured). It has not been run as a whole.
 """
 
 from dsdm_jax.configs import paper

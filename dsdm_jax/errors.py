@@ -1,4 +1,4 @@
-"""The one exception that is a message to a person, and what the system said inside exceptions of others."""
+"""The exception whose text is a message to the user, and system errors inside the exceptions of other packages."""
 
 import os
 import re
@@ -14,13 +14,13 @@ class UserError(ValueError):
   exit_code = 2
 
 
-class Stopped(UserError):  # noqa: N818  no error: the work is saved
+class Stopped(UserError):  # noqa: N818  not an error: the work is saved
   """The process was asked to stop (SIGTERM), and has saved its work. The exit code is a shell's for that signal."""
 
   exit_code = 128 + 15
 
 
 def as_os_error(error: Exception, path: str | os.PathLike) -> OSError | None:
-  """The OSError about `path` behind a failed write of TensorStore or Orbax; its number is in their text alone."""
+  """The OSError about `path` behind a failed write of TensorStore or Orbax, which report its number only as text."""
   code = re.search(r"os_error_code='(\d+)'", str(error))
   return OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else None

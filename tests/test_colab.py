@@ -80,8 +80,12 @@ def test_runs_from_start_to_end(tmp_path):
   }
   done = subprocess.run(
     [sys.executable, '-c', EXECUTE, NOTEBOOK, ROOT, executed],
-    env=environment, capture_output=True, text=True, check=False, timeout=600,
-  )  # fmt: skip
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=600,
+  )
   assert done.returncode == 0, done.stderr[-3_000:]
   cells = {cell['id']: cell for cell in json.loads(executed.read_text())['cells']}
   printed = {

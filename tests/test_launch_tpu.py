@@ -129,8 +129,8 @@ def test_tpu_preempted_during_setup_is_created_again(cloud):
   cloud.answer('PREEMPTED READY PREEMPTED READY', scp='OFFLINE OK', runs=1)
   done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
   assert done.returncode == 0, done.stderr
-  anew = ['tpu-vm delete', 'tpu-vm create']
-  assert cloud.verbs() == [*anew, 'tpu-vm scp', *anew, *MADE]
+  recreate = ['tpu-vm delete', 'tpu-vm create']
+  assert cloud.verbs() == [*recreate, 'tpu-vm scp', *recreate, *MADE]
   assert 'cannot set up mine now; trying again in 0 s' in done.stderr
 
 
@@ -159,8 +159,12 @@ def test_logs_and_delete_reach_every_worker(cloud, repo_root):
   assert cloud.run('logs', *options).returncode == 0
   assert len(cloud.calls()) == 8
   assert cloud.calls()[-1][2:] == [
-    'mine:dsdm_jax/run.log', str(repo_root / 'logs' / 'mine' / '1-3.log'), *WHERE, '--worker=3', '--node=1',
-  ]  # fmt: skip
+    'mine:dsdm_jax/run.log',
+    str(repo_root / 'logs' / 'mine' / '1-3.log'),
+    *WHERE,
+    '--worker=3',
+    '--node=1',
+  ]
   assert cloud.run('delete', *options).returncode == 0
   assert cloud.calls()[-1] == ['queued-resources', 'delete', 'mine', *WHERE, '--force', '--quiet']
 

@@ -1,9 +1,13 @@
 """Preconditioning by Adam's second moments: inner products of g/(√v + ε) instead of g.
 
-Adam moves along g/(√v + ε), so this is the gradient in the coordinates that the proxy was trained in. In a dense
-projection it is exact. A two-sided projection has no entry of g to divide; there each layer's v ∈ R^{I×O} is replaced
-by the matrix of rank one with the same sums of rows r and of columns c, r cᵀ/Σr (Adafactor, arXiv 1804.04235), whose
-inverse root is a scaling of A's rows and of B's rows.
+Both factors of an inner product are divided, so it is g_tᵀ diag(1/v) g_z up to ε. This is not the effect of an Adam
+step: that step on a row with gradient g_z moves θ by −η g_z/√v and lowers a target's loss by η g_tᵀ diag(1/√v) g_z.
+Features for that effect divide g by v^(1/4) on both sides, the gradient in the coordinates in which Adam's step is a
+plain gradient step, or g by √v in one factor only.
+
+In a dense projection the division is exact. A two-sided projection has no entry of g to divide; there each layer's
+v ∈ R^{I×O} is replaced by the matrix of rank one with the same row sums r and column sums c, r cᵀ/Σr (Adafactor, arXiv
+1804.04235), whose inverse root is a scaling of A's rows and of B's rows.
 """
 
 import dataclasses

@@ -167,7 +167,7 @@ def _input(flags: argparse.Namespace, config: ConfigDict, workdir: Path) -> dict
       speeds[name].append(_speed(workdir, out.name))
   log.close()
   tokens = train.batch_size * pool.length
-  seconds = {name: [tokens / speed['tokens_per_second'] for speed in found] for name, found in speeds.items()}
+  seconds = {name: [tokens / speed['tokens_per_second'] for speed in runs] for name, runs in speeds.items()}
   costs = [1 - memory_s / read_s for read_s, memory_s in zip(seconds['read'], seconds['in_memory'], strict=True)]
   return {
     'case': 'input',

@@ -25,8 +25,8 @@ _KINDS = (('TPU v5 lite', 'v5e'), ('TPU v5e', 'v5e'), ('TPU v5', 'v5p'), ('TPU v
 def peak(devices: Sequence[jax.Device]) -> float | None:
   """Dense bfloat16 FLOP/s of all `devices` together; None if a kind is unknown, as on CPUs."""
   names = (*_KINDS, *((name, name) for name in PEAKS))
-  found = [next((PEAKS[name] for kind, name in names if kind in device.device_kind), None) for device in devices]
-  return None if None in found else float(sum(value for value in found if value is not None))
+  peaks = [next((PEAKS[name] for kind, name in names if kind in device.device_kind), None) for device in devices]
+  return None if None in peaks else float(sum(value for value in peaks if value is not None))
 
 
 def count(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:

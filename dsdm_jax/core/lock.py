@@ -41,9 +41,9 @@ def hold(workdir: Path, job: int | None = None) -> Iterator[bool]:
   """
   try:
     workdir.mkdir(parents=True)
-    made = True
+    created = True
   except FileExistsError:
-    made = False
+    created = False
   file = workdir / (LOCK if job is None else _JOBS.replace('*', str(job)))
   token = secrets.token_hex(8)
   stop = threading.Event()
@@ -52,14 +52,14 @@ def hold(workdir: Path, job: int | None = None) -> Iterator[bool]:
     thread = threading.Thread(target=_touch, args=(file, token, stop), name='lock', daemon=True)
     thread.start()
     try:
-      yield made
+      yield created
     finally:
       stop.set()
       thread.join()
       if _owner(file).get('token') == token:
         file.unlink(missing_ok=True)
   finally:
-    if made:
+    if created:
       with contextlib.suppress(OSError):  # not empty: that is the run
         workdir.rmdir()
 

@@ -67,9 +67,10 @@ class Runner:
     if not self.shared:
       processes.decide(lambda: artifacts.discard_others(self.workdir, self.done))
     wanted = [
-      stage for name, stage in self.stages.items()
+      stage
+      for name, stage in self.stages.items()
       if name not in self.done and (name == only or (only is None and not stage.on_request))
-    ]  # fmt: skip
+    ]
     for name, artifact in self.done.items():
       if only in (None, name):
         _print(f'{name}: reused from {artifact.path}')
@@ -177,9 +178,10 @@ class Runner:
     if phrases:
       shown = '; '.join(phrases[:3]) + (f'; and {len(phrases) - 3} more' if len(phrases) > 3 else '')
       affected = [
-        s.name for s in self.stages.values()
+        s.name
+        for s in self.stages.values()
         if s.name == stage.name or (stage.name in self.upstream(s.name) and not s.on_request)
-      ]  # fmt: skip
+      ]
       raise UserError(
         f'{self.workdir} holds {stage.name} with other settings: {shown}. Add --rerun to run {", ".join(affected)} '
         'again there, use another --workdir, or set the keys back'

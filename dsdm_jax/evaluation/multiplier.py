@@ -233,18 +233,19 @@ def multipliers(
     confidence: of intervals.
     uses: number of trainings that share a selection.
   """
+  rungs = _rungs(ladder)
   return {
     'confidence': confidence,
     'uses': uses,
     'unit': {'compute': 'FLOP', 'time': 'seconds'},
-    'rungs': _rungs(ladder),
+    'rungs': rungs,
     'curves': [_curve(table, ladder, confidence) for table in ladder.tables],
     'arms': [
       row
       for table, ladder_table in zip(tables, ladder.tables, strict=True)
       for row in _arms(table, runs, ladder.steps(ladder_table), charged, confidence, uses)
     ],
-    'notes': _notes(runs),
+    'notes': _notes(runs, rungs),
   }
 
 
@@ -302,15 +303,16 @@ def _arms(
   return arm_rows
 
 
-def _notes(runs: Runs) -> list[str]:
+def _notes(runs: Runs, rungs: Sequence[Mapping[str, Any]]) -> list[str]:
+  low, high = (f'{end(rung["tokens"] / rung["parameters"] for rung in rungs):.2g}' for end in (min, max))
   notes = [
-    'Equivalent compute is read off straight lines between rungs in the logarithm of compute; its interval holds every '
-    'compute at which random data are not told apart from the method.',
-    'Rungs train at the learning rate of the arms, not tuned for their width: where a tuned one would make the larger '
-    'rungs better, multipliers are flattered.',
-    'C_selection is what choosing would cost an arm alone: proxies, features and datamodel whole where it stands on '
-    'them, and one selection of its own; divided by the trainings that share it (evaluation.selection_uses).',
+    'Equivalent compute is interpolated between rungs, linearly in the logarithm of compute. Its interval contains '
+    'every compute at which random data do not differ significantly from the method.',
+    f'Rungs train on {low if low == high else f"{low} to {high}"} tokens per parameter at the learning rate of the '
+    'arms. Rungs nearer to compute-optimal could be better, and multipliers then lower.',
+    'C_selection is the cost of choosing for one arm alone: the proxies, features and datamodel that it needs, and its '
+    'own selection, divided by the number of trainings that share it (evaluation.selection_uses).',
   ]
   if any('dsdm' in run['method'] for run in runs):
-    notes.append('Intervals are conditional on one selection: proxies and scores were made once.')
+    notes.append('Intervals are for one selection: proxies were trained, and scores computed, once.')
   return notes

@@ -225,12 +225,12 @@ class _Tensors:
 def _config(folder: Path) -> dict[str, Any]:
   file = folder / 'config.json'
   try:
-    found = json.loads(file.read_bytes())
+    values = json.loads(file.read_bytes())
   except (OSError, ValueError) as error:
     raise UserError(
       f'model.weights: {file} cannot be read ({error}); give a folder with config.json and *.safetensors'
     ) from error
-  return found if isinstance(found, dict) else {}
+  return values if isinstance(values, dict) else {}
 
 
 def fingerprint(

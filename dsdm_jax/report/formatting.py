@@ -125,7 +125,7 @@ def joined(phrases: Sequence[str]) -> str:
 
 def headlines(results: Mapping[str, Any]) -> list[str]:
   """A sentence for each baseline that DsDm is compared with; later sentences refer to the first."""
-  subject = 'Trained on data chosen by DsDm, the same model at the same token budget'
+  subject = 'In log-probability, the same model trained on data chosen by DsDm at the same token budget'
   sentences = []
   for baseline, against in (
     ('random', 'with as many passes over randomly chosen data'),
@@ -172,7 +172,7 @@ def _headline(rows: Sequence[Mapping[str, Any]], subject: str, against: str) -> 
 
 
 def verdict_word(results: Mapping[str, Any]) -> str:
-  """The title of the page: how DsDm compares with random data over the tasks."""
+  """The title of the page: how DsDm compares with random data in log-probability, over the tasks."""
   rows = _of_dsdm(results, 'random')
   better = sum(c['verdict'] == 'better' for c in rows)
   worse = sum(c['verdict'] == 'worse' for c in rows)
@@ -180,11 +180,11 @@ def verdict_word(results: Mapping[str, Any]) -> str:
   if not rows:
     return 'Dataset selection with datamodels'
   if worse == len(rows):
-    return 'DsDm loses to random data' + (f' on all {worse} {kind}' if worse > 1 else '')
+    return 'DsDm loses to random data in log-probability' + (f' on all {worse} {kind}' if worse > 1 else '')
   if worse:
-    return f'DsDm beats random data on {better} and loses on {worse} of {len(rows)} {kind}'
+    return f'In log-probability, DsDm beats random data on {better} and loses on {worse} of {len(rows)} {kind}'
   if not better:
-    return 'DsDm and random data: no difference that this run can show'
+    return 'DsDm and random data: this run shows no difference in log-probability'
   if better == len(rows):
-    return 'DsDm beats random data' + (f' on all {better} {kind}' if better > 1 else '')
-  return f'DsDm beats random data on {better} of {len(rows)} {kind}'
+    return 'DsDm beats random data in log-probability' + (f' on all {better} {kind}' if better > 1 else '')
+  return f'DsDm beats random data in log-probability on {better} of {len(rows)} {kind}'

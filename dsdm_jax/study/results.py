@@ -21,6 +21,11 @@ from dsdm_jax.study import arm_file, study
 from dsdm_jax.study.arm_file import ArmFile
 
 _NONE = '·'
+_LADDER = (
+  '*Pays from* is the number of final models that must share a selection for its net multiplier to exceed 1. It and '
+  'the multipliers depend on the ladder, which grows width and tokens together at few tokens per parameter and does '
+  'not tune the learning rate. Read multipliers as an upper range, and *pays from* as a lower one.'
+)
 _RANDOM = 'random'
 _ON_LADDER = (_RANDOM, 'dsdm', 'dsdm/cheap')  # the figure has room for these
 
@@ -79,7 +84,7 @@ def tables(comparison: Mapping[str, Any], arms: Sequence[ArmFile], files: str) -
     columns = list(dict.fromkeys(c['task'] for c in benchmarks))
     parts += [f'## Benchmarks that were not targeted, against {random}', _differences(benchmarks, columns, _RANDOM)]
   if comparison['multiplier'] is not None:
-    parts += [f'## Compute multiplier on {_task(first)}', _multiplier(comparison['multiplier'], first)]
+    parts += [f'## Compute multiplier on {_task(first)}', _multiplier(comparison['multiplier'], first), _LADDER]
   parts += ['## Sources of the selected rows, %', _sources(arms), '## Arms', _arms(arms, base)]
   return '\n\n'.join(parts) + '\n'
 

@@ -69,7 +69,8 @@ def test_only_weights_are_gathered_where_they_are_split(variant, data_mesh):
 def test_collectives_with_a_tuple_of_results_are_seen():
   """As XLA writes one that takes several arrays at once, and one that is started and waited for."""
   assert _found('%all-reduce.3 = (f32[3]{0}, f32[5,2]{1,0}) all-reduce(%a, %b), channel_id=1, to_apply=%add') == [
-    ('all-reduce', (3,)), ('all-reduce', (5, 2)),
-  ]  # fmt: skip
+    ('all-reduce', (3,)),
+    ('all-reduce', (5, 2)),
+  ]
   assert _found('%g = (f32[4]{0}, f32[32]{0}) all-gather-start(%x)') == [('all-gather', (4,)), ('all-gather', (32,))]
   assert _found('%f = (f32[3]{0}, f32[5]{0}) fusion(%a), kind=kLoop') == []

@@ -86,7 +86,7 @@ def test_transpose_is_the_transpose(one_device):
 
 
 def test_dense_columns_differ_between_checkpoints_at_every_dimension(plain_problem):
-  """Past 10,000 columns too, where a peer begins anew."""
+  """Also past 10,000 columns, where a peer repeats its columns."""
   key_sets = [rademacher.keys(plain_problem.params, 0, c) for c in (0, 1)]
   for dimension in (1, 33, 12_000):
     first, second = (np.asarray(rademacher.signs(keys[-1], 0, dimension)) for keys in key_sets)

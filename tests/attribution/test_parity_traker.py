@@ -91,16 +91,23 @@ def test_scores_equal_the_references(peers, one_device, tmp_path):
 
   names = ('embedding', 'inner', 'outer')
   np.savez(
-    tmp_path / 'in.npz', tokens_NL=tokens_NL, tokens_TL=tokens_TL, damping=damping,
+    tmp_path / 'in.npz',
+    tokens_NL=tokens_NL,
+    tokens_TL=tokens_TL,
+    damping=damping,
     projection_CJW=np.stack([_projection(p, c) for c, p in enumerate(params)]),
     **{f'{name}_C': np.stack([getattr(model, name)[...] for model in models]) for name in names},
-  )  # fmt: skip
+  )
   script = Path(__file__).with_name('traker_scores.py')
   environment = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONWARNINGS')}
   done = subprocess.run(
     [peers, script, tmp_path / 'in.npz', tmp_path / 'out.npz'],
-    capture_output=True, text=True, check=False, timeout=300, env=environment,
-  )  # fmt: skip
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=300,
+    env=environment,
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   theirs_NT = np.load(tmp_path / 'out.npz')['score_NT']
   error = np.linalg.norm(ours_NT - theirs_NT) / np.linalg.norm(theirs_NT)

@@ -55,9 +55,7 @@ def test_right_answers_score_higher_than_wrong_ones(one_device):
     rows_B = rng.integers(0, len(pool_NL), batch)
     state, _ = compiled.step(state, pool_NL[rows_B], np.ones(batch, np.float32), np.int32(steps))
 
-  step = TwoSidedFeatures(
-    abstract_model(config.model, VOCAB, LENGTH), outputs.margin, '.*', 512, 0, one_device
-  )  # fmt: skip
+  step = TwoSidedFeatures(abstract_model(config.model, VOCAB, LENGTH), outputs.margin, '.*', 512, 0, one_device)
   prepared = step.prepare(state.params, 0)
   whole_L, answer_L = np.ones(LENGTH, np.float32), np.eye(LENGTH, dtype=np.float32)[ANSWER_AT]
   phi_NJ = np.asarray(step(prepared, pool_NL, np.tile(whole_L, (len(pool_NL), 1))))

@@ -1,4 +1,4 @@
-"""Rounded features: bounds of their error, and what is said of it."""
+"""Rounded features: bounds of their error, and how it is reported."""
 
 import numpy as np
 import pytest
@@ -31,11 +31,11 @@ def test_int8_is_off_by_half_a_step_of_its_row_and_layer():
   ('dtype', 'bytes_per_row', 'error'), [('float32', 384, 0), ('bfloat16', 192, 4e-3), ('int8', 108, 0.03)]
 )
 def test_fidelity(dtype, bytes_per_row, error):
-  said = Quantizer(dtype, BLOCKS).fidelity(_phi())
-  assert said['bytes_per_row'] == bytes_per_row
-  assert (said['inner_product_error'] > error / 30) if error else said['inner_product_error'] == 0
-  assert said['inner_product_error'] <= error
-  assert said['top_overlap'] >= 1 - 5 * error
+  fidelity = Quantizer(dtype, BLOCKS).fidelity(_phi())
+  assert fidelity['bytes_per_row'] == bytes_per_row
+  assert (fidelity['inner_product_error'] > error / 30) if error else fidelity['inner_product_error'] == 0
+  assert fidelity['inner_product_error'] <= error
+  assert fidelity['top_overlap'] >= 1 - 5 * error
 
 
 def test_fidelity_can_be_bad_and_stands_a_single_row():

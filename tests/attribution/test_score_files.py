@@ -147,7 +147,7 @@ def test_compare_refuses_in_one_line(tmp_path, capsys):
     (tmp_path / 'empty', 'nor a finished datamodel folder'),
   ]:
     assert score_files.main([str(a), str(other)]) == 2
-    said = capsys.readouterr().err
-    assert words in said and said.count('\n') == 1
+    message = capsys.readouterr().err
+    assert words in message and message.count('\n') == 1
   assert score_files.main([str(a), str(tmp_path / 'short.npy'), '--target=squad']) == 2
   assert 'set --target' in capsys.readouterr().err

@@ -30,11 +30,11 @@ def test_line(error, start):
 
 
 def test_help_names_the_flags_and_is_no_error():
-  said = runs.succeed('--help')
-  assert said == runs.succeed('-h')
-  assert said.startswith('usage: python -m dsdm_jax.main --config=FILE --workdir=FOLDER ')
+  usage = runs.succeed('--help')
+  assert usage == runs.succeed('-h')
+  assert usage.startswith('usage: python -m dsdm_jax.main --config=FILE --workdir=FOLDER ')
   for flag in ('--config', '--workdir', '--stage', '--[no]rerun'):
-    assert f'\n  {flag}: ' in said
+    assert f'\n  {flag}: ' in usage
 
 
 def test_help_into_a_pipe_that_is_closed_is_silent():

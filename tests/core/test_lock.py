@@ -34,9 +34,13 @@ HOLDER = """
 def holder(workdir: Path):
   """A process that tries for the lock at once and, where it has it, keeps it until its input ends."""
   process = subprocess.Popen(
-    [sys.executable, '-c', textwrap.dedent(HOLDER), str(workdir)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-  )  # fmt: skip
+    [sys.executable, '-c', textwrap.dedent(HOLDER), str(workdir)],
+    cwd=ROOT,
+    text=True,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
   try:
     yield process
   finally:
@@ -143,9 +147,9 @@ def test_of_many_after_one_that_died_only_one_gets_it(workdir):
     edit(workdir, started='1')
     with contextlib.ExitStack() as stack:
       processes = [stack.enter_context(holder(workdir)) for _ in range(6)]
-      said = [next(line for line in p.stdout if 'is dead' not in line) for p in processes]
-  assert said.count('held\n') == 1
-  assert sum(line.startswith('refused: ') for line in said) == 5
+      answers = [next(line for line in p.stdout if 'is dead' not in line) for p in processes]
+  assert answers.count('held\n') == 1
+  assert sum(line.startswith('refused: ') for line in answers) == 5
 
 
 @pytest.mark.parametrize('content', ['', '{"pid"', '[]', '{}'])

@@ -35,11 +35,15 @@ NUMPY = [654, 391, 960, 121]
 DERIVED = 7828250161109519748
 
 
-@pytest.mark.parametrize('draw', [
-  lambda seed, names: tuple(jax.random.key_data(prng.stream(seed, *names)).tolist()),
-  lambda seed, names: tuple(prng.numpy_stream(seed, *names).integers(0, 2**62, 2).tolist()),
-  lambda seed, names: prng.derive(seed, *names),
-], ids=['stream', 'numpy_stream', 'derive'])  # fmt: skip
+@pytest.mark.parametrize(
+  'draw',
+  [
+    lambda seed, names: tuple(jax.random.key_data(prng.stream(seed, *names)).tolist()),
+    lambda seed, names: tuple(prng.numpy_stream(seed, *names).integers(0, 2**62, 2).tolist()),
+    lambda seed, names: prng.derive(seed, *names),
+  ],
+  ids=['stream', 'numpy_stream', 'derive'],
+)
 def test_streams_are_apart(draw):
   found = {(seed, names): draw(seed, names) for seed, names in itertools.product((0, 1, 10), NAMES)}
   assert len(set(found.values())) == len(found)

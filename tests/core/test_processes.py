@@ -74,15 +74,15 @@ def test_host_that_does_not_exist():
     processes.meet('no-such-host.invalid:7777', 2, 1, 5.0)
 
 
-def test_strangers_at_the_port_do_not_matter():
+def test_other_clients_at_the_port_are_ignored():
   def knock(address: str) -> None:
     host, port = processes.split(address)
-    for said in (b'GET / HTTP/1.1\r\n\r\n\n', b'[1]\n', b'{}\n'):
+    for message in (b'GET / HTTP/1.1\r\n\r\n\n', b'[1]\n', b'{}\n'):
       deadline = time.monotonic() + 4
       while time.monotonic() < deadline:
         try:
           with socket.create_connection((host, port), timeout=1) as connection:
-            connection.sendall(said)
+            connection.sendall(message)
           break
         except ConnectionRefusedError:
           time.sleep(0.01)
@@ -130,20 +130,24 @@ def start(program: str, *arguments: str, processes: int = 2, **keys: str) -> lis
     begun.append(
       subprocess.Popen(
         [sys.executable, '-c', code, *arguments],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
       )
-    )  # fmt: skip
+    )
   return begun
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
   """(exit code, standard output, standard error) of each; none is left behind."""
   try:
-    said = [process.communicate(timeout=250) for process in processes]
+    outputs = [process.communicate(timeout=250) for process in processes]
   finally:
     for process in processes:
       process.kill()
-  return [(process.returncode, out, err) for process, (out, err) in zip(processes, said, strict=True)]
+  return [(process.returncode, out, err) for process, (out, err) in zip(processes, outputs, strict=True)]
 
 
 def test_process_0_decides_for_two_and_its_refusal_is_said_by_both(tmp_path):

@@ -51,6 +51,6 @@ def test_bar_counts_and_says_its_name(workdir, capsys):
   with log.bar(total=10, desc='rows', unit='row') as bar:
     bar.update(4)
     bar.update(6)
-  said = capsys.readouterr().err
-  assert 'rows' in said
-  assert '10.0/10.0' in said
+  output = capsys.readouterr().err
+  assert 'rows' in output
+  assert '10.0/10.0' in output

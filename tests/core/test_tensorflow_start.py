@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-# TensorFlow is told of a GPU and a TPU before it looks for itself. That they are seen first shows that hiding them is
+# TensorFlow is given a GPU and a TPU before it lists devices. That it sees them first shows that hiding them is
 # not the machine's doing.
 SCRIPT = """
 import tensorflow as tf

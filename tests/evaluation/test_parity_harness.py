@@ -88,8 +88,8 @@ def _files(folder: Path, trained) -> dict[str, tuple[benchmarks.Benchmark, list]
     ],
   }
   contexts = [_text(g, 6, 7)[:24].strip() for _ in range(12)]
-  for index, (context, said) in enumerate(zip(contexts, _continued(*trained[:2], contexts), strict=True)):
-    lines['own'].append({'context': context, 'continuation': said + '~' * (index % 2)})
+  for index, (context, continuation) in enumerate(zip(contexts, _continued(*trained[:2], contexts), strict=True)):
+    lines['own'].append({'context': context, 'continuation': continuation + '~' * (index % 2)})
   found = {}
   for name, records in lines.items():
     file = folder / f'{name}.jsonl'

@@ -149,11 +149,11 @@ def test_accuracies_on_benchmarks_have_intervals_where_they_fit():
       for task in range(tasks):
         items[f'{metric}__task{task}__benchmark'] = _items()[f'{metric}__docs__holdout']
     found = _results(items)
-    said = results.text_tables(found).splitlines()
-    assert max(map(len, said)) <= 110 and '…' not in ''.join(said)
+    printed = results.text_tables(found).splitlines()
+    assert max(map(len, printed)) <= 110 and '…' not in ''.join(printed)
     (row,) = (r for r in found['summary'] if (r['method'], r['task']) == ('random', 'task0'))
     value, end = f'{row["accuracy"]:.3f}', f' [{row["accuracy_low"]:.2f}, {row["accuracy_high"]:.2f}]'
-    (line,) = (line for line in said if line.strip().startswith('random ') and value in line and '−' not in line)
+    (line,) = (line for line in printed if line.strip().startswith('random ') and value in line and '−' not in line)
     return [line.count(value + end), line.count(value)]
 
   assert lines(3) == [3, 3]
@@ -161,7 +161,7 @@ def test_accuracies_on_benchmarks_have_intervals_where_they_fit():
 
 
 @pytest.mark.parametrize(
-  ('spoil', 'said'),
+  ('spoil', 'message'),
   [
     (lambda items: items['logprob__docs__holdout'].__setitem__((0, 0), np.nan), 'finite'),
     (lambda items: items.update(logprob__docs__holdout=np.zeros((2, 40), np.float32)), '15 runs'),
@@ -171,10 +171,10 @@ def test_accuracies_on_benchmarks_have_intervals_where_they_fit():
     ),
   ],
 )
-def test_refuses_in_one_line(spoil, said):
+def test_refuses_in_one_line(spoil, message):
   items = _items()
   spoil(items)
-  with pytest.raises(UserError, match=said) as caught:
+  with pytest.raises(UserError, match=message) as caught:
     _results(items)
   assert 'docs' in str(caught.value)
   assert '\n' not in str(caught.value)
@@ -205,7 +205,7 @@ def test_verdict_needs_three_seeds_on_both_sides():
 
 
 def test_conditional_on_one_selection():
-  """Random arms draw rows for each seed; DsDm has one choice, unless proxies were trained anew for each."""
+  """Random arms draw rows for each seed; DsDm has one choice, unless proxies were retrained for each."""
   for drawn, conditional in ((False, True), (True, False)):
     runs = [
       {**r, 'selection': f'{r["method"]}--{r["seed"] if drawn or r["method"] == "random" else 0}'}

@@ -204,7 +204,7 @@ def test_holm_hand_worked():
 
 
 @pytest.mark.parametrize(
-  ('a', 'b', 'options', 'said'),
+  ('a', 'b', 'options', 'message'),
   [
     (np.zeros((2, 3)), np.zeros((2, 4)), {}, 'same items'),
     (np.zeros((2, 1)), np.zeros((2, 1)), {}, 'at least two'),
@@ -216,8 +216,8 @@ def test_holm_hand_worked():
     (np.ones((2, 3)), np.zeros((2, 3)), {'documents_I': np.array(['a'] * 3)}, 'two documents'),
   ],
 )
-def test_refuses(a, b, options, said):
-  with pytest.raises(ValueError, match=said):
+def test_refuses(a, b, options, message):
+  with pytest.raises(ValueError, match=message):
     statistics.crossed_difference(a, b, **options)
 
 

@@ -22,9 +22,13 @@ class Server:
 
   def __init__(self, environment: dict[str, str]):
     self._process = subprocess.Popen(
-      [sys.executable, '-m', 'tests.faults.server'], cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE,
+      [sys.executable, '-m', 'tests.faults.server'],
+      cwd=ROOT,
+      env=environment,
+      text=True,
+      stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
-    )  # fmt: skip
+    )
 
   def __enter__(self) -> 'Server':
     return self

@@ -23,18 +23,18 @@ def test_same_example_in_other_batches_and_paddings(kind, one_device):
   prepared, real = step.prepare(problem.params, 0), LENGTH // 2
   tokens_BL, weights_BL = problem.tokens_BL, problem.weights_BL.at[:, real:].set(0)  # what follows is padding
   wanted_BJ = np.asarray(step(prepared, tokens_BL, weights_BL))
-  strangers_BL = jax.random.randint(jax.random.key(9), (BATCH, LENGTH), 0, VOCAB)
+  random_BL = jax.random.randint(jax.random.key(9), (BATCH, LENGTH), 0, VOCAB)
 
   def check(found_J, row):
     assert np.linalg.norm(found_J - wanted_BJ[row]) <= ROUNDING * np.linalg.norm(wanted_BJ[row])
 
   turned = np.asarray(step(prepared, tokens_BL[::-1], weights_BL[::-1]))
-  padded = np.asarray(step(prepared, tokens_BL.at[:, real:].set(strangers_BL[:, real:]), weights_BL))
+  padded = np.asarray(step(prepared, tokens_BL.at[:, real:].set(random_BL[:, real:]), weights_BL))
   for row in range(BATCH):
     check(turned[BATCH - 1 - row], row)
     check(padded[row], row)
   for row, place in ((0, BATCH - 1), (3, 1)):
-    alone_BL = strangers_BL.at[place].set(tokens_BL[row])
+    alone_BL = random_BL.at[place].set(tokens_BL[row])
     mixed = np.asarray(step(prepared, alone_BL, jnp.ones((BATCH, LENGTH)).at[place].set(weights_BL[row])))
     check(mixed[place], row)
     other = (place + 1) % BATCH

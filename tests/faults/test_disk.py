@@ -1,4 +1,4 @@
-"""What a disk does to finished work: the next run names the file, and one stage, or one shard, is made anew."""
+"""Disk faults in finished work: the next run names the file, and only one stage, or one shard, is recomputed."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize('case', CASES if FAULTS else list(CASES)[1:4])
-def test_fault_is_named_and_one_stage_made_anew(server, finished, copied, tmp_path, count, case):
+def test_fault_is_named_and_one_stage_rerun(server, finished, copied, tmp_path, count, case):
   stage, pattern, fault, words = CASES[case]
   folder = copied / stage if pattern == 'manifest.json' else files_of(copied, stage)
   file = sorted(folder.glob(pattern))[0]
@@ -48,8 +48,9 @@ def test_fault_is_named_and_one_stage_made_anew(server, finished, copied, tmp_pa
     return server.start(log, runs.TINY, f'--workdir={copied}').wait(300)
 
   assert run() == 2
-  said = log.read_text().splitlines()[-1]
-  assert said.startswith('dsdm_jax: ') and str(file) in said and words in said and f'delete {copied / stage}' in said
+  message = log.read_text().splitlines()[-1]
+  assert message.startswith('dsdm_jax: ')
+  assert str(file) in message and words in message and f'delete {copied / stage}' in message
   assert runs.fingerprint(copied) == before
   shutil.rmtree(copied / stage)
   events = len(runs.events(copied))
@@ -60,7 +61,7 @@ def test_fault_is_named_and_one_stage_made_anew(server, finished, copied, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_damaged_shard_of_finished_features_is_named_and_made_anew_alone(server, finished, copied, tmp_path, count):
+def test_a_damaged_shard_of_finished_features_is_named_and_alone_recomputed(server, finished, copied, tmp_path, count):
   shard = files_of(copied, 'features') / 'features_1.zarr/c/1/0'
   _flip(shard)
   before, events, log = runs.fingerprint(copied), len(runs.events(copied)), tmp_path / 'log'
@@ -85,13 +86,13 @@ FAULTS_OF_A_SHARD = {
 
 @pytest.mark.parametrize('fault', FAULTS_OF_A_SHARD)
 @pytest.mark.parametrize(('dtype', 'shard', 'rows'), [('bfloat16', 1, '4 to 7'), ('int8', 2, '8 to 9')])
-def test_one_shard_of_a_store_is_made_anew(tmp_path, count, dtype, shard, rows, fault):
+def test_one_shard_of_a_store_is_recomputed(tmp_path, count, dtype, shard, rows, fault):
   phi_NJ = np.random.default_rng(0).normal(size=(10, 8)).astype(np.float32)
 
   def opened() -> FeatureStore:
     return FeatureStore(tmp_path / 'features_0.zarr', 10, 8, 4, dtype)
 
-  def mend() -> None:
+  def repair() -> None:
     store = opened()
     assert store.missing() == [shard]
     store.write(shard, phi_NJ[slice(*store.bounds(shard))])
@@ -106,10 +107,10 @@ def test_one_shard_of_a_store_is_made_anew(tmp_path, count, dtype, shard, rows, 
     FAULTS_OF_A_SHARD[fault](tmp_path / array / 'c' / str(shard) / '0')
     with pytest.raises(UserError, match=rf'rows {rows} in .*features_0.zarr cannot be read'):  # and not zeros
       opened().read(shard)
-    mend()
+    repair()
     np.testing.assert_array_equal(opened().read(shard), wanted)
   (tmp_path / 'features_0.done' / f'00000{shard}.json').write_text('{"ro')
-  mend()
+  repair()
   after = runs.fingerprint(tmp_path)
   assert {k: after[k] for k in others} == others
   count('faults injected', 2)

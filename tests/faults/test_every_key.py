@@ -83,10 +83,10 @@ def test_one_key(number, key, count):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-  values=st.dictionaries(
-    st.sampled_from(sorted(FLAT)), st.integers(0, len(ODD) - 2), min_size=2, max_size=4
-  ).map(lambda chosen: {key: ODD[i] for key, i in chosen.items()})
-)  # fmt: skip
+  values=st.dictionaries(st.sampled_from(sorted(FLAT)), st.integers(0, len(ODD) - 2), min_size=2, max_size=4).map(
+    lambda chosen: {key: ODD[i] for key, i in chosen.items()}
+  )
+)
 def test_keys_together(values, count):
   error_of(values)
   count('config values tried', len(values))

@@ -87,8 +87,9 @@ KEYS = st.sampled_from(['text', 'id', 'source', 'context', 'answer', 'choices', 
 TEXT = st.text(max_size=12) | st.sampled_from(['', ' ', '\u2028', '\x00', 'a\ud800', '<script>', '../..', 'x' * 2_000])
 VALUES = st.recursive(
   st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
-  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=6,
-)  # fmt: skip
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+  max_leaves=6,
+)
 _ODD = (
   b'[' * 100_000, b'{"text": ' * 50_000, b'{"text": "a", "id": ' + b'9' * 5_000 + b'}', b'{"text": NaN}', b'[]',
   b'null', b'{"text": "a", "text": 1}', b'\xef\xbb\xbf{}', b'{"text": "\\uD83D"}',
@@ -118,9 +119,9 @@ def refused_by_name(path: Path, act) -> None:
   try:
     act()
   except UserError as error:
-    said = str(error)
-    assert path.name.partition('.')[0] in said or 'pool.vocabulary' in said, said
-    assert '\n' not in said and len(said) < 2_000, said
+    message = str(error)
+    assert path.name.partition('.')[0] in message or 'pool.vocabulary' in message, message
+    assert '\n' not in message and len(message) < 2_000, message
 
 
 @fuzz
@@ -178,10 +179,10 @@ from pathlib import Path
 from dsdm_jax.data.pool import readers, sources
 resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, 16 * 2**30))
 kind, path = sys.argv[1:3]
-said = []
+lines = []
 for found in readers.read(sources.Unit(sources.parse(f'{kind}:{path}'), (path,)), 8192):
-  said.append(str(found)[:200] if isinstance(found, readers.Problem) else f'document of {len(found.text)}')
-print(said[:3], len(said))
+  lines.append(str(found)[:200] if isinstance(found, readers.Problem) else f'document of {len(found.text)}')
+print(lines[:3], len(lines))
 status = Path('/proc/self/status').read_text()  # ru_maxrss would begin with the memory of whoever started this
 print(int(status.partition('VmHWM:')[2].split()[0]) * 1024)
 """
@@ -349,10 +350,10 @@ def test_selection(data, tmp_path, tried):
   try:
     Selection.load(tmp_path, 'mine')
   except ValueError as error:
-    said = str(error)
+    message = str(error)
   else:
-    said = 'mine'
-  assert 'mine' in said and '\n' not in said
+    message = 'mine'
+  assert 'mine' in message and '\n' not in message
 
 
 @pytest.fixture(scope='module')

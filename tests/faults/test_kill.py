@@ -56,7 +56,7 @@ class Killer:
     part, whole = self.workdir / stage, self.workdir / stage / 'manifest.json'
     share, changes, limit = self.rng.random(), self.rng.choice((0, 0, 1, 2, 5)), time.monotonic() + 300
     while not list(part.glob('*-*')) and child.poll() is None:
-      assert time.monotonic() < limit, self.said()
+      assert time.monotonic() < limit, self.log_tail()
       time.sleep(0.001)
     began, seen, counted = time.monotonic(), self.look(part), changes
     while changes and not whole.is_file() and child.poll() is None:
@@ -71,7 +71,7 @@ class Killer:
     if child.poll() is None:
       child.kill()
     code = child.wait(60)
-    assert code in (0, -signal.SIGKILL), self.said()
+    assert code in (0, -signal.SIGKILL), self.log_tail()
     self.no_orphans(child)
     files = sum(p.is_file() for p in part.rglob('*'))
     self.moments.append(f'{stage}: ' + ('just finished' if whole.is_file() else f'{files} files'))
@@ -91,9 +91,9 @@ class Killer:
       time.sleep(0.01)
 
   def finish(self) -> None:
-    assert self.start().wait(300) == 0, self.said()
+    assert self.start().wait(300) == 0, self.log_tail()
 
-  def said(self) -> str:
+  def log_tail(self) -> str:
     return self.log.read_text()[-3000:]
 
 

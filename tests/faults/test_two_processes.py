@@ -16,10 +16,14 @@ from tests.pipeline.runs import ROOT
 
 def start(workdir: Path) -> list[subprocess.Popen[str]]:
   flags = (
-    runs.TINY, f'--workdir={workdir}', '--stage=proxies', '--config.proxies.epochs=2.0',
-    f'--config.distributed.coordinator=127.0.0.1:{free_port()}', '--config.distributed.processes=2',
+    runs.TINY,
+    f'--workdir={workdir}',
+    '--stage=proxies',
+    '--config.proxies.epochs=2.0',
+    f'--config.distributed.coordinator=127.0.0.1:{free_port()}',
+    '--config.distributed.processes=2',
     '--config.distributed.heartbeat_seconds=20',
-  )  # fmt: skip
+  )
   begun = []
   for process in (0, 1):
     with workdir.with_suffix(f'.{process}').open('w') as errors:
@@ -63,9 +67,9 @@ def test_terminated_then_killed_then_resumed(finished, tmp_path, count):
   assert processes[0].wait(60) != 0
   processes[1].wait()
   time.sleep(1)  # for the last word, which comes after the end
-  said = workdir.with_suffix('.0').read_text()
-  assert 'a step that all processes take together failed' in said or 'dsdm_jax: process 0 was ended: another' in said
-  assert 'the run resumes' in said
+  log = workdir.with_suffix('.0').read_text()
+  assert 'a step that all processes take together failed' in log or 'dsdm_jax: process 0 was ended: another' in log
+  assert 'the run resumes' in log
   processes = start(workdir)
   assert [p.wait(200) for p in processes] == [0, 0], workdir.with_suffix('.0').read_text()[-2000:]
   assert (workdir / 'proxies' / 'manifest.json').is_file()

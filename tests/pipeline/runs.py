@@ -23,9 +23,7 @@ KEYS = ('HF_TOKEN', 'AWS_SECRET_ACCESS_KEY', 'GITHUB_TOKEN', 'WANDB_API_KEY')
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
   """One device where the test is not about devices: eight of them share two cores and only cost time."""
   # The tiny programs are worth keeping too: the next process has them compiled.
-  return os.environ | {
-    'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', **more
-  }  # fmt: skip
+  return os.environ | {'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', **more}
 
 
 def command(*flags: str) -> list[str]:
@@ -46,7 +44,7 @@ def succeed(*flags: str, **options: Any) -> str:
 
 
 def refused(*flags: str, **options: Any) -> str:
-  """The one line that a run must end with on stderr, exit code 2 and nothing else said there."""
+  """The one line that a run must end with on stderr, exit code 2 and no other output there."""
   done = run(*flags, **options)
   assert done.returncode == 2, (done.returncode, done.stdout[-500:], done.stderr[-3000:])
   assert done.stderr.startswith('dsdm_jax: '), done.stderr[-3000:]
@@ -60,18 +58,18 @@ def finished(base: Path) -> Path:
   folder = base / 'finished'
   done = run(TINY, f'--workdir={folder}', **dict.fromkeys(KEYS, SECRET))
   assert done.returncode == 0, done.stderr[-3000:]
-  keep_said(done, folder)
+  save_output(done, folder)
   return folder
 
 
-def keep_said(done: subprocess.CompletedProcess[str], folder: Path) -> None:
-  """Writes what a run said beside its folder."""
+def save_output(done: subprocess.CompletedProcess[str], folder: Path) -> None:
+  """Writes the output of a run beside its folder."""
   folder.with_suffix('.out').write_text(done.stdout)
   folder.with_suffix('.err').write_text(done.stderr)
 
 
 def secrets_in(folder: Path) -> list[str]:
-  """Files of a run, and of what it said, that hold SECRET."""
+  """Files of a run, and of its output, that contain SECRET."""
   every = [*folder.rglob('*'), folder.with_suffix('.out'), folder.with_suffix('.err')]
   return [str(path) for path in every if path.is_file() and SECRET.encode() in path.read_bytes()]
 
@@ -89,8 +87,9 @@ def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
   """Every file → its checksum and time of change: what is rewritten shows even where the bytes are the same."""
   return {
     str(p.relative_to(folder)): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
-    for p in sorted(folder.rglob('*')) if p.is_file()
-  }  # fmt: skip
+    for p in sorted(folder.rglob('*'))
+    if p.is_file()
+  }
 
 
 def outcome(workdir: Path) -> dict[str, Any]:

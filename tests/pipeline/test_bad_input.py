@@ -75,7 +75,7 @@ def test_batch_that_devices_do_not_divide(tmp_path):
 @pytest.mark.parametrize(
   ('flags', 'words'),
   [
-    (['--config.pool.sources=("tests.pipeline.strangers:no_documents",)'], ['the pool is empty', 'pool.sources']),
+    (['--config.pool.sources=("tests.helpers.custom_models:no_documents",)'], ['the pool is empty', 'pool.sources']),
     (['--config.pool.max_bytes=20', '--config.pool.max_document_bytes=20'], ['pool.vocab_size is 320']),
   ],
 )
@@ -113,9 +113,11 @@ def test_target_file_that_is_not_utf8(tmp_path):
 
 def test_guarded_benchmark_without_a_file(tmp_path):
   message = runs.refused(
-    runs.TINY, f'--workdir={tmp_path / "run"}', '--config.pool.leakage_benchmarks=("piqa",)',
+    runs.TINY,
+    f'--workdir={tmp_path / "run"}',
+    '--config.pool.leakage_benchmarks=("piqa",)',
     f'--config.targets.folder={tmp_path}',
-  )  # fmt: skip
+  )
   assert message.startswith(f'pool.leakage_benchmarks: benchmark piqa: {tmp_path} is no file and holds no piqa.jsonl; ')
   assert not (tmp_path / 'run').exists()
 
@@ -199,8 +201,8 @@ def test_half_written_checkpoint(copied):
   halve(steps[1])
   done = runs.run(runs.TINY, f'--workdir={copied}', '--stage=proxies')
   assert done.returncode == 0, done.stderr[-3000:]
-  said = f'the checkpoint of step {steps[1].name} of proxy_0 is torn; resuming from step {steps[0].name}\n'
-  assert said in done.stderr
+  message = f'the checkpoint of step {steps[1].name} of proxy_0 is torn; resuming from step {steps[0].name}\n'
+  assert message in done.stderr
   found = runs.fingerprint(files_of(copied, 'proxies'))
   assert found['proxy_0.jsonl'][0] == wanted['proxy_0.jsonl'][0], 'the curve is that of the undisturbed run'
 
@@ -231,7 +233,7 @@ def test_workdir_is_a_file(tmp_path):
 
 
 def test_secrets_of_the_environment_are_written_nowhere(finished):
-  """The run was given them in variables that clouds and hubs use; neither its files nor what it said holds them."""
+  """The run was given them in variables that clouds and hubs use; neither its files nor its output contains them."""
   assert runs.secrets_in(finished) == []
   assert 'features: done' in finished.with_suffix('.out').read_text()
   assert 'features' in finished.with_suffix('.err').read_text(), 'its bars'
@@ -249,7 +251,7 @@ def test_a_run_that_says_a_secret_is_found(tmp_path, stream):
     f'--config={config}', f'--workdir={tmp_path / "run"}', '--config.seed=-1', **dict.fromkeys(runs.KEYS, runs.SECRET)
   )
   assert done.returncode == 2
-  runs.keep_said(done, tmp_path / 'run')
+  runs.save_output(done, tmp_path / 'run')
   assert runs.secrets_in(tmp_path / 'run') == [str(tmp_path / f'run.{stream.removeprefix("std")}')]
 
 

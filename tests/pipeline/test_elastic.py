@@ -15,9 +15,11 @@ from tests.pipeline import runs
 
 SHARD_ROWS = 32
 FLAGS = (
-  runs.TINY, '--config.proxies.count=1', '--config.features.store_dtype=float32',
+  runs.TINY,
+  '--config.proxies.count=1',
+  '--config.features.store_dtype=float32',
   f'--config.features.shard_rows={SHARD_ROWS}',
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope='module')
@@ -41,28 +43,32 @@ def _stage(name, folder, flags, devices):
     ({}, ['batch_size=32'], ['batch_size=40']),
     (
       {'basis': 'eigenvectors', 'basis_rows': 41, 'precondition': 'adam'},
-      ['batch_size=8'], ['batch_size=33', 'microbatch=5'],
+      ['batch_size=8'],
+      ['batch_size=33', 'microbatch=5'],
     ),
     ({'projection': 'dense', 'dimension': 48}, ['batch_size=16', 'microbatch=8'], ['batch_size=20', 'microbatch=4']),
   ],
   ids=['two_sided', 'eigenvectors', 'dense'],
-)  # fmt: skip
+)
 def test_a_killed_stage_goes_on_with_other_devices_and_batches(kind, first, second, begun, tmp_path):
   kept = [f'--config.features.{key}={value}' for key, value in kind.items()]
   one, other = ([*kept, *(f'--config.features.{flag}' for flag in flags)] for flags in (first, second))
   elastic, undisturbed = (shutil.copytree(begun, tmp_path / name) for name in ('elastic', 'undisturbed'))
 
   process = subprocess.Popen(
-    runs.command(*FLAGS, *one, f'--workdir={elastic}', '--stage=features'), cwd=runs.ROOT,
-    env=runs.environment(devices=4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-  )  # fmt: skip
+    runs.command(*FLAGS, *one, f'--workdir={elastic}', '--stage=features'),
+    cwd=runs.ROOT,
+    env=runs.environment(devices=4),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
   while not list(elastic.glob('features/*/features_0.done/000002.json')) and process.poll() is None:
     time.sleep(0.005)
   process.send_signal(signal.SIGKILL)
   process.wait()
   part = attempt_of(elastic, 'features')
   by_four = sorted((part / 'features_0.done').glob('*.json'))
-  said = {file: file.read_bytes() for file in by_four}
+  markers = {file: file.read_bytes() for file in by_four}
   assert len(by_four) >= 3
   basis = [file.read_bytes() for file in part.glob('basis_*.npz')]
   assert len(basis) == ('basis' in kind)
@@ -77,7 +83,8 @@ def test_a_killed_stage_goes_on_with_other_devices_and_batches(kind, first, seco
   mine.verify()
   assert mine.identity == wanted.identity
   assert all(
-    (files_of(elastic, 'features') / 'features_0.done' / file.name).read_bytes() == data for file, data in said.items()
+    (files_of(elastic, 'features') / 'features_0.done' / file.name).read_bytes() == data
+    for file, data in markers.items()
   )
   assert [file.read_bytes() for file in files_of(elastic, 'features').glob('basis_*.npz')] == basis
   a, b = Features(mine), Features(wanted)

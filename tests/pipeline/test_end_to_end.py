@@ -26,8 +26,11 @@ def results(finished) -> dict:
 def test_all_stages_run_in_order_and_nothing_is_left_over(finished):
   assert runs.stages_run(finished) == list(pipeline.NAMES)
   assert {p.name for p in finished.iterdir()} - {'xla_cache'} == {
-    *pipeline.NAMES, 'events.jsonl', 'tensorboard', 'results.json'
-  }  # fmt: skip
+    *pipeline.NAMES,
+    'events.jsonl',
+    'tensorboard',
+    'results.json',
+  }
 
 
 def test_results_hold_every_arm_seed_task_and_split(results):
@@ -44,8 +47,11 @@ def test_results_hold_every_arm_seed_task_and_split(results):
   assert len(keys) == len(set(keys))
   assert set(keys) == {
     (method, seed, task, split)
-    for method in METHODS for seed in range(2) for task in TASKS for split in ('target', 'holdout')
-  }  # fmt: skip
+    for method in METHODS
+    for seed in range(2)
+    for task in TASKS
+    for split in ('target', 'holdout')
+  }
   # Seeds differ, and so do arms: nothing is copied from one to the other.
   assert len({(row['task'], row['split'], row['logprob']) for row in rows}) == len(rows)
 
@@ -63,9 +69,10 @@ def test_comparisons_hold_differences_of_the_arms(results):
     mean = {}
     for method in (c['method'], c['baseline']):
       values = [
-        row['logprob'] for row in results['arms']
+        row['logprob']
+        for row in results['arms']
         if (row['method'], row['task'], row['split']) == (method, c['task'], 'holdout')
-      ]  # fmt: skip
+      ]
       mean[method] = sum(values) / len(values)
     assert c['difference'] == pytest.approx(mean[c['method']] - mean[c['baseline']], abs=1e-6)
 
@@ -82,9 +89,9 @@ def test_cost_versions_and_config_are_those_of_the_run(results):
 
 
 def test_terminal_shows_the_table_and_where_things_are(finished):
-  said = finished.with_suffix('.out').read_text()
+  output = finished.with_suffix('.out').read_text()
   for word in [*METHODS, *TASKS, str(finished / 'results.json'), str(finished / 'report/index.html')]:
-    assert word in said
+    assert word in output
 
 
 def test_report_is_one_file_that_fetches_nothing(finished):

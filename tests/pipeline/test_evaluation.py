@@ -27,14 +27,16 @@ def test_benchmarks_and_a_checkpoint(copied, tmp_path):
   message = runs.refused(*flags, '--config.evaluation.checkpoints=("mine=/no/such",)')
   assert 'evaluation.checkpoints names /no/such, which is no folder' in message
   flags += (f'--config.evaluation.checkpoints=("mine={copied}/pretraining/random--any--0",)',)
-  said = runs.succeed(*flags)
-  assert 'Accuracy on benchmarks' in said and 'choose' in said and 'mine' in said
+  output = runs.succeed(*flags)
+  assert 'Accuracy on benchmarks' in output and 'choose' in output and 'mine' in output
 
   found = json.loads((copied / 'results.json').read_text())
   assert {(t['task'], t['split'], t['rule'], t['shots']) for t in found['tasks']} == {
-    ('words', 'benchmark', 'exact_argmax', 1), ('choose', 'benchmark', 'mean_cross_entropy', 1),
-    ('schema', 'benchmark', 'shared_continuation', 1), ('asked', 'benchmark', 'alias_prefix', 1),
-  }  # fmt: skip
+    ('words', 'benchmark', 'exact_argmax', 1),
+    ('choose', 'benchmark', 'mean_cross_entropy', 1),
+    ('schema', 'benchmark', 'shared_continuation', 1),
+    ('asked', 'benchmark', 'alias_prefix', 1),
+  }
   rows = {(r['method'], r['seed'], r['task']): r for r in found['arms']}
   assert {task for _, _, task in rows} == set(ITEMS)
   for task in ITEMS:

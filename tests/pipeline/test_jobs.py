@@ -21,9 +21,12 @@ JOBS = 3
 
 def flags(job, workdir):
   return (
-    runs.TINY, f'--workdir={workdir}', '--stage=features', f'--config.features.jobs={JOBS}',
+    runs.TINY,
+    f'--workdir={workdir}',
+    '--stage=features',
+    f'--config.features.jobs={JOBS}',
     f'--config.features.job={job}',
-  )  # fmt: skip
+  )
 
 
 def config_of(job):
@@ -65,7 +68,7 @@ def test_jobs_and_another_number_of_devices_make_what_one_run_makes(begun, finis
 
   made, wanted = (artifacts.open_stage(folder, 'features') for folder in (begun, finished))
   assert made.manifest['identity'] == wanted.manifest['identity']
-  assert made.manifest['cost']['flop'] == sum(costs), 'the last run made nothing anew'
+  assert made.manifest['cost']['flop'] == sum(costs), 'the last run recomputed nothing'
   assert made.manifest['cost']['flop'] == pytest.approx(wanted.manifest['cost']['flop'], rel=1e-9)
   assert not [name for name in made.manifest['files'] if name.startswith(('cost', 'begun'))]
   mine, theirs = Features(made), Features(wanted)

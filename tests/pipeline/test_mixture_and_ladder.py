@@ -28,11 +28,15 @@ def trained(finished, tmp_path_factory):
   folder = tmp_path_factory.mktemp('mixed') / 'run'
   for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
     shutil.copytree(finished / stage, folder / stage)
-  said = runs.succeed(
-    runs.TINY, f'--workdir={folder}', "--config.selection.methods=('dsdm','random')",
-    f'--config.mixture.parts={PARTS}', f'--config.ladder.rungs={RUNGS}', '--config.ladder.seeds=2',
-  )  # fmt: skip
-  return folder, said
+  output = runs.succeed(
+    runs.TINY,
+    f'--workdir={folder}',
+    "--config.selection.methods=('dsdm','random')",
+    f'--config.mixture.parts={PARTS}',
+    f'--config.ladder.rungs={RUNGS}',
+    '--config.ladder.seeds=2',
+  )
+  return folder, output
 
 
 def table(folder, name):
@@ -44,7 +48,7 @@ def test_stages_that_stood_were_not_made_again(trained):
 
 
 def test_the_mixture_trained_to_its_end_on_its_schedule(trained):
-  folder, said = trained
+  folder, output = trained
   for seed in range(2):
     lines = (files_of(folder, 'pretraining') / f'mixture--any--{seed}.jsonl').read_text().splitlines()
     assert [json.loads(line)['tokens'] for line in lines][-1] == 64 * 32, 'the budget of every arm'
@@ -57,15 +61,19 @@ def test_the_mixture_trained_to_its_end_on_its_schedule(trained):
   assert counts[1] == 6 and counts.sum() == 64 and counts[0] > counts[2] > 16
   every = Selection.load(files_of(folder, 'selection'), 'mixture--any--0').rows
   assert set(row_B.tolist()) <= set(every.tolist())
-  assert 'mixture' in said
+  assert 'mixture' in output
 
   import seqio
 
   name = batches.register(schedule, Pool(artifacts.open_stage(folder, 'pool')))
   stream = seqio.get_mixture_or_task(name).get_dataset(
-    sequence_length=None, split='train', shuffle=False, num_epochs=1, passthrough_features=('row',),
+    sequence_length=None,
+    split='train',
+    shuffle=False,
+    num_epochs=1,
+    passthrough_features=('row',),
     trim_output_features=False,
-  )  # fmt: skip
+  )
   assert [int(x['row']) for x in stream.as_numpy_iterator()] == row_B.tolist()
 
 

@@ -18,9 +18,12 @@ def test_two_processes_evaluate_as_one(finished, copied):
     shutil.rmtree(copied / stage)
   address = f'127.0.0.1:{free_port()}'
   flags = (
-    runs.TINY, f'--workdir={copied}', f'--config.distributed.coordinator={address}',
-    '--config.distributed.processes=2', '--config.distributed.heartbeat_seconds=20',
-  )  # fmt: skip
+    runs.TINY,
+    f'--workdir={copied}',
+    f'--config.distributed.coordinator={address}',
+    '--config.distributed.processes=2',
+    '--config.distributed.heartbeat_seconds=20',
+  )
   outputs = ends([
     subprocess.Popen(
       runs.command(*flags, f'--config.distributed.process={process}'),

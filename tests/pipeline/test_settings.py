@@ -1,4 +1,4 @@
-"""A changed key makes exactly those stages anew that depend on it, and only when that was asked for."""
+"""A changed key reruns exactly the stages that depend on it, and only on request."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from tests.pipeline.tiny import get_config
 ALL = set(pipeline.NAMES)
 AFTER_PROXIES = {'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'evaluation', 'report'}
 
-# key, another value, the stages that it makes anew: written down by hand, from what the keys mean.
+# key, another value, the stages that it reruns: written by hand, from the meaning of the keys.
 CHANGES = [
   ('seed', 7, ALL),
   ('pool.max_bytes', 70_000, ALL),
@@ -170,7 +170,7 @@ def test_changed_words_of_a_target_file_count(tmp_path, ran):
   assert ran.stages == list(pipeline.NAMES)
 
 
-def test_a_deleted_stage_is_made_anew_and_what_follows_stands_if_it_comes_out_the_same(made, ran):
+def test_a_deleted_stage_reruns_and_later_stages_are_reused_if_it_comes_out_the_same(made, ran):
   for name in pipeline.NAMES:
     shutil.rmtree(made / name)
     pipeline.run(get_config(), made)
@@ -228,17 +228,19 @@ def test_an_unfinished_stage_of_other_packages_is_refused_with_the_difference(ma
   before = runs.fingerprint(made)
   with pytest.raises(UserError) as caught:
     pipeline.run(get_config(), made, only)
-  said = str(caught.value)
+  message = str(caught.value)
   assert (
-    f'{out} was begun with other packages: jax was 0.1.0, now {now["jax"]}, numpy was 1.0, now {now["numpy"]}; ' in said
+    f'{out} was begun with other packages: jax was 0.1.0, now {now["jax"]}, numpy was 1.0, now {now["numpy"]}; '
+    in message
   )
-  assert 'pip install jax==0.1.0 numpy==1.0' in said and '--rerun to run datamodel again' in said and '\n' not in said
+  assert 'pip install jax==0.1.0 numpy==1.0' in message
+  assert '--rerun to run datamodel again' in message and '\n' not in message
   assert runs.fingerprint(made) == before
   pipeline.run(get_config(), made, only, rerun=True)
   assert not (files_of(made, 'datamodel') / 'half.json').exists()
 
 
-def test_work_of_other_packages_is_refused_too_where_its_inputs_had_to_be_made_anew(made, ran):
+def test_work_of_other_packages_is_also_refused_if_its_inputs_were_rerun(made, ran):
   shutil.rmtree(made / 'pretraining')
   out = begin(made, get_config(), 'pretraining')
   shutil.rmtree(made / 'selection')

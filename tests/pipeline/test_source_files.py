@@ -1,4 +1,4 @@
-"""A pool of files is made anew, or refused, where they have changed; where they are gone, it serves."""
+"""A pool is remade or refused if its source files have changed, and still usable if they are gone."""
 
 import json
 from pathlib import Path

@@ -70,7 +70,7 @@ def test_what_does_not_tell_of_tokens_is_refused(copied):
   run = dsdm_jax.load(copied)
   inputs = {stage: run.artifact(stage) for stage in ('pool', 'proxies', 'features', 'datamodel')}
   inputs['features'].manifest['identity']['settings']['features.output_fn'] = (
-    'tests.pipeline.strangers:last_token_logit'
+    'tests.helpers.custom_models:last_token_logit'
   )
   with pytest.raises(UserError, match='write a function last_token_logit_shares beside it'):
     TokenScores(inputs)

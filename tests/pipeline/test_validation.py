@@ -41,7 +41,7 @@ def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path, capsys):
   assert table.main([str(tmp_path)]) == 2
   assert 'does not hold a validation' in capsys.readouterr().err
 
-  # What a killed attempt left is taken up, and the rest made anew, to the same table.
+  # A killed attempt resumes, and computes the rest, to the same table.
   whole = (files_of(workdir, 'validation') / 'lds.md').read_text()
   part = unfinish(workdir, 'validation')
   for name in ('lds.md', 'lds.json', 'monotone.json', 'plain/0-0.npz', 'metasmooth/oracle-1.npy'):
@@ -75,15 +75,15 @@ def test_it_is_no_part_of_a_whole_run(finished):
   assert pipeline.ON_REQUEST == ('validation',)
 
 
-def test_a_pool_that_is_too_small_is_said(finished, tmp_path):
+def test_a_pool_that_is_too_small_is_reported(finished, tmp_path):
   for stage in ('pool', 'targets'):
     shutil.copytree(finished / stage, tmp_path / 'run' / stage)
-  said = runs.refused(runs.TINY, f'--workdir={tmp_path / "run"}', '--stage=validation')
-  assert 'validation.rows = 2048' in said
+  message = runs.refused(runs.TINY, f'--workdir={tmp_path / "run"}', '--stage=validation')
+  assert 'validation.rows = 2048' in message
 
 
-def test_report_takes_up_a_validation_of_the_same_pool(copied):
-  """One of another pool it leaves alone; when one comes the report is made anew, and nothing else is."""
+def test_report_includes_a_validation_of_the_same_pool(copied):
+  """It ignores one of another pool. A new validation reruns the report and nothing else."""
   record = {
     'setting': 'plain', 'predictor': 'default', 'family': 'halves', 'subsets': 9, 'lds': 0.33, 'low': 0.1, 'high': 0.5
   }  # fmt: skip

@@ -100,7 +100,7 @@ def test_loops_of_unknown_length_are_reported(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('remat', 'said'),
+  ('remat', 'advice'),
   [
     ('', 'set --config.features.batch_size=16, or a larger --config.mesh.model'),
     (
@@ -109,11 +109,11 @@ def test_loops_of_unknown_length_are_reported(monkeypatch):
     ),
   ],
 )
-def test_advice_where_a_program_does_not_fit(monkeypatch, remat, said):
+def test_advice_where_a_program_does_not_fit(monkeypatch, remat, advice):
   """7 GB for each row of a chip: two fit 16 GB, four do not."""
   found = _estimate(monkeypatch, lambda rows: 7e9 * rows / 8, remat=remat)
   assert (found.fits, found.largest_batch, found.hours) == (False, 16, [])
-  assert found.advice == f'features does not fit: {said}'
+  assert found.advice == f'features does not fit: {advice}'
 
 
 def test_no_batch_is_advised_where_none_fits(monkeypatch):

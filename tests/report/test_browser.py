@@ -192,8 +192,8 @@ def test_intervals_stand_beside_scores_and_order_rows(explorer, shown):
   explorer.choose('target', 'docs')
   row = shown.scores['docs'].argmax()
   reach = float(shown.reach['docs'][row] / shown.scores['docs'].std())
-  told = explorer.js("return document.querySelector('.x-row .x-reach').textContent")
-  assert abs(float(told.removeprefix('± ')) - reach) <= 0.006 + 0.014 * reach
+  text = explorer.js("return document.querySelector('.x-row .x-reach').textContent")
+  assert abs(float(text.removeprefix('± ')) - reach) <= 0.006 + 0.014 * reach
   low_N = shown.scores['docs'] - shown.reach['docs']
   explorer.choose('sort', 'sure')
   order_N = np.argsort(-low_N)

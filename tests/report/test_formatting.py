@@ -27,7 +27,7 @@ def test_headline_for_each_outcome():
   better = _comparison('docs', 0.17, 0.05, 'better')
   worse = _comparison('api_qa', -0.3, 0.1, 'worse')
   neither = _comparison('cs_algorithms', 0.01, 0.04, 'no evidence')
-  start = 'Trained on data chosen by DsDm, the same model at the same token budget'
+  start = 'In log-probability, the same model trained on data chosen by DsDm at the same token budget'
   end = 'with as many passes over randomly chosen data'
   assert _headlines(better) == [f'{start} is better by 0.17 nats [0.12, 0.22] on documentation prose than {end}.']
   assert _headlines(better, worse, neither) == [
@@ -40,13 +40,13 @@ def test_headline_for_each_outcome():
   assert _headlines() == []
 
 
-def test_second_headline_goes_on_from_the_first():
+def test_second_headline_refers_to_the_first():
   equal = _comparison('docs', 0.17, 0.05, 'better')
   single = _comparison('docs', 0.2, 0.05, 'better', baseline='random_one_epoch')
   assert _headlines(equal, single)[1].startswith(
     'It is better by 0.20 nats [0.15, 0.25] on documentation prose than with a single'
   )
-  assert _headlines(single)[0].startswith('Trained on data chosen by DsDm')
+  assert _headlines(single)[0].startswith('In log-probability, the same model trained on data chosen by DsDm')
 
 
 def test_headline_prefers_the_arm_for_all_targets():
@@ -66,12 +66,12 @@ def test_headline_of_single_targets_speaks_of_their_own_task():
 @pytest.mark.parametrize(
   ('verdicts', 'title'),
   [
-    (['better', 'better'], 'DsDm beats random data on all 2 targets'),
-    (['better'], 'DsDm beats random data'),
-    (['better', 'no evidence', 'no evidence'], 'DsDm beats random data on 1 of 3 targets'),
-    (['no evidence'], 'DsDm and random data: no difference that this run can show'),
-    (['better', 'worse'], 'DsDm beats random data on 1 and loses on 1 of 2 targets'),
-    (['worse'], 'DsDm loses to random data'),
+    (['better', 'better'], 'DsDm beats random data in log-probability on all 2 targets'),
+    (['better'], 'DsDm beats random data in log-probability'),
+    (['better', 'no evidence', 'no evidence'], 'DsDm beats random data in log-probability on 1 of 3 targets'),
+    (['no evidence'], 'DsDm and random data: this run shows no difference in log-probability'),
+    (['better', 'worse'], 'In log-probability, DsDm beats random data on 1 and loses on 1 of 2 targets'),
+    (['worse'], 'DsDm loses to random data in log-probability'),
     ([], 'Dataset selection with datamodels'),
   ],
 )
@@ -82,7 +82,7 @@ def test_title_follows_the_verdicts(verdicts, title):
 
 def test_benchmarks_are_called_so():
   rows = [_comparison('docs', 0.17, 0.05, 'better'), _comparison('piqa', 0.2, 0.05, 'better', split='benchmark')]
-  assert formatting.verdict_word({'comparisons': rows}) == 'DsDm beats random data on all 2 tasks'
+  assert formatting.verdict_word({'comparisons': rows}) == 'DsDm beats random data in log-probability on all 2 tasks'
   assert '[0.15, 0.25] on piqa (benchmark) than' in _headlines(*rows)[0]
   assert formatting.row_task_name({'task': 'mean', 'split': 'benchmark'}) == 'mean of all benchmarks'
 

@@ -92,12 +92,12 @@ def test_foreign_text_stays_text(seen, hostile):
 def test_policy_comes_before_anything_it_governs_and_allows_one_script(html):
   start = html.index('Content-Security-Policy')
   assert start < min(html.index('<style'), html.index('<link'))
-  said = unescape(html[start : html.index('">', start)])
-  assert "default-src 'none'" in said
-  assert not {"'unsafe-eval'", 'http:', 'https:', 'blob:'} & set(said.split())
+  policy = unescape(html[start : html.index('">', start)])
+  assert "default-src 'none'" in policy
+  assert not {"'unsafe-eval'", 'http:', 'https:', 'blob:'} & set(policy.split())
   script = html[html.rindex('<script>') + len('<script>') : html.rindex('</script>')]
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-  assert re.findall(r'script-src ([^;]*);', said) == [f"'sha256-{digest}'"]
+  assert re.findall(r'script-src ([^;]*);', policy) == [f"'sha256-{digest}'"]
 
 
 def test_script_sets_text_and_never_markup(repo_root):

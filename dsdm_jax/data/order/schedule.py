@@ -103,9 +103,13 @@ class Schedule:
 
   @staticmethod
   def single(
-    name: str, rows: np.ndarray, length: int, seed: int, weights: np.ndarray | None = None,
+    name: str,
+    rows: np.ndarray,
+    length: int,
+    seed: int,
+    weights: np.ndarray | None = None,
     max_epochs: float | None = None,
-  ) -> 'Schedule':  # fmt: skip
+  ) -> 'Schedule':
     """The schedule of one selection: passes over `rows`, the last one cut at `length` examples.
 
     More than `max_epochs` passes are an error.

@@ -103,10 +103,13 @@ def run(context: Context) -> dict[str, Any]:
   storage.write_json(out / 'card.json', card)
   log_card(context, card, time.monotonic() - began)
   return {
-    'rows': first[-1], 'length': c.length, 'vocab_size': encoder.size, 'special_ids': card['special_ids'],
+    'rows': first[-1],
+    'length': c.length,
+    'vocab_size': encoder.size,
+    'special_ids': card['special_ids'],
     'row_order': 'an id is the row of the dataset: rows of the files, sorted by name, in their order; not checked '
     'for leaks or duplicates',
-  }  # fmt: skip
+  }
 
 
 def _rows_of(path: str, column: str) -> int:

@@ -78,9 +78,12 @@ def _row(name: str, category: str, shape: str, source: str, shots: int, delimite
 
 
 _COMMONSENSE, _LANGUAGE, _READING, _SYMBOLIC, _KNOWLEDGE = (
-  'commonsense reasoning', 'language understanding', 'reading comprehension', 'symbolic problem solving',
+  'commonsense reasoning',
+  'language understanding',
+  'reading comprehension',
+  'symbolic problem solving',
   'world knowledge',
-)  # fmt: skip
+)
 
 TABLE: tuple[Benchmark, ...] = (
   # Targets of the paper.

@@ -184,11 +184,11 @@
   }
 
   /** The lines that can be seen, and some on either side; those that stay are kept, so that the focus is not lost. */
-  function paint(anew) {
+  function paint(replace) {
     const list = $('x-list'), rows = $('x-rows');
     const first = Math.max(0, Math.floor(list.scrollTop / ROW) - 6);
     const last = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + 6);
-    if (anew) rows.replaceChildren();
+    if (replace) rows.replaceChildren();
     const have = new Set();
     for (const node of [...rows.children]) {
       const at = Number(node.dataset.at);

@@ -144,8 +144,9 @@ def test_digest_names_the_stream():
 
 @given(
   st.lists(st.tuples(st.integers(1, 40), st.floats(0.1, 9), st.integers(1, 5_000)), min_size=1, max_size=4),
-  st.integers(0, 4_000), st.integers(0, 5),
-)  # fmt: skip
+  st.integers(0, 4_000),
+  st.integers(0, 5),
+)
 def test_a_part_that_runs_out_leaves_its_place_to_the_others(parts, length: int, seed: int):
   values = tuple(Part(f'{i}', np.arange(size) + 100 * i, rate, most=most) for i, (size, rate, most) in enumerate(parts))
   values += (Part('endless', np.arange(7) + 1_000, 0.5),)

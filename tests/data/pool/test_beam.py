@@ -47,8 +47,11 @@ def test_the_direct_runner_gives_the_same_rows(beam: Path, repo_root: Path, tmp_
   (tmp_path / 'config.json').write_text(json.dumps(flatten(config)))
   values = subprocess.run(
     [beam, '-W', 'ignore', '-c', IN_THE_OTHER_PYTHON, tmp_path / 'config.json', tmp_path / 'there'],
-    cwd=repo_root, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+    cwd=repo_root,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert values.returncode == 0, values.stderr[-2_000:]
   there = Pool(tmp_path / 'there' / 'pool')
   assert here.num_rows == there.num_rows > 50

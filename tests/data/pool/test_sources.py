@@ -143,9 +143,10 @@ def test_bad_records_of_tfds_and_seqio(tmp_path: Path):
     name='mine', version=tfds.core.Version('1.0.0'), data_dir=str(tmp_path), module_name='m'
   )
   info = tfds.core.DatasetInfo(
-    builder=identity, features=tfds.features.FeaturesDict({'text': tfds.features.Text()}),
+    builder=identity,
+    features=tfds.features.FeaturesDict({'text': tfds.features.Text()}),
     disable_shuffling=True,
-  )  # fmt: skip
+  )
   writer = tfds.core.SequentialWriter(info, max_examples_per_shard=20, file_format='array_record')
   writer.initialize_splits(['train'])
   writer.add_examples({'train': [{'text': text} for text in texts_]})
@@ -170,10 +171,14 @@ def test_bad_records_of_tfds_and_seqio(tmp_path: Path):
 @pytest.mark.parametrize(
   ('line', 'name'),
   [
-    ('tfds:c4/en.noblocklist:3.1.0', 'c4'), ('tfds:/data/lines/1.0.0', 'lines'), ('tfds:gs://bucket/mine/', 'mine'),
-    ('tfds:/', 'tfds'), ('tfds:/data/lines/1.0.0 | name=web', 'web'), ('seqio:my_task', 'my_task'),
+    ('tfds:c4/en.noblocklist:3.1.0', 'c4'),
+    ('tfds:/data/lines/1.0.0', 'lines'),
+    ('tfds:gs://bucket/mine/', 'mine'),
+    ('tfds:/', 'tfds'),
+    ('tfds:/data/lines/1.0.0 | name=web', 'web'),
+    ('seqio:my_task', 'my_task'),
   ],
-)  # fmt: skip
+)
 def test_names_of_sources(line: str, name: str):
   assert sources.parse(line).name == name
 
@@ -231,9 +236,7 @@ def test_a_glob_without_files(tmp_path: Path):
   with pytest.raises(UserError, match=r'nothing-\*\.jsonl: matches no file'):
     build(tmp_path / 'a', f'jsonl:{tmp_path}/nothing-*.jsonl')
   (tmp_path / 'good.jsonl').write_bytes(lines(RECORDS))
-  pool = build(
-    tmp_path / 'b', f'jsonl:{tmp_path}/nothing-*.jsonl', f'jsonl:{tmp_path}/good.jsonl', on_error='skip'
-  )  # fmt: skip
+  pool = build(tmp_path / 'b', f'jsonl:{tmp_path}/nothing-*.jsonl', f'jsonl:{tmp_path}/good.jsonl', on_error='skip')
   assert pool.card['skipped'] == 1
   with pytest.raises(UserError, match='the pool is empty'):
     build(tmp_path / 'c', f'jsonl:{tmp_path}/nothing-*.jsonl', on_error='skip')

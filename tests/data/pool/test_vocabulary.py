@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dsdm_jax.data.pool import vocabulary
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
-from dsdm_jax.evaluation.suite import exam
+from dsdm_jax.evaluation.suite import open_suite
 from tests.helpers.data import context, invented, run_pool, run_targets, small_config
 
 SPACE_SIGN = '\u2581'  # SentencePiece's own sign for a space, which cannot come back
@@ -45,9 +45,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
   trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=400, special_tokens=['<|endoftext|>'], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    vocab_size=400,
+    special_tokens=['<|endoftext|>'],
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
-  )  # fmt: skip
+  )
   tokenizer.train_from_iterator(texts, trainer)
   tokenizer.save(str(base / 'tokenizer.json'))
   choices = {'bytes': 'bytes', 'sentencepiece': str(base / 'mine.model'), 'tokenizer': str(base / 'tokenizer.json')}
@@ -116,7 +118,7 @@ def test_a_tokenizer_makes_a_pool_its_targets_and_the_questions_of_evaluation(
   with np.load(tmp_path / 'targets' / 'cs_algorithms.target.npz') as arrays:
     assert (arrays['tokens_TL'][:, 0] == pool.encoder.eos).all()
   config.evaluation.tasks = (write_jsonl('{"context": "river", "continuation": "stone"}\n'),)
-  [request] = exam(context(config, tmp_path, 'evaluation', pool=artifact, targets=result)).requests
+  [request] = open_suite(context(config, tmp_path, 'evaluation', pool=artifact, targets=result)).requests
   assert request.ids_P[0].tolist() == [pool.encoder.eos, *pool.encoder.encode('river'), *pool.encoder.encode(' stone')]
 
 

@@ -283,8 +283,9 @@ def test_squad_from_tfds_has_the_papers_split(tmp_path: Path):
   side = tasks.split_documents([task], 0.5, 0)
   result = {s: sorted(item.answer for item in task.items if side[item.document] == s) for s in ('target', 'holdout')}
   assert result == {
-    'target': sorted(f'train {i}' for i in range(12)), 'holdout': sorted(f'validation {i}' for i in range(5)),
-  }  # fmt: skip
+    'target': sorted(f'train {i}' for i in range(12)),
+    'holdout': sorted(f'validation {i}' for i in range(5)),
+  }
   assert all(item.context.count('Question:') == 1 and item.answer.split()[0] in item.context for item in task.items)
   for split in result:
     own = [item for item in task.items if side[item.document] == split]
@@ -305,8 +306,6 @@ def test_squad_from_tfds_has_the_papers_split(tmp_path: Path):
   config.tasks, config.folder = ('squad', 'jeopardy'), f'tfds:{tmp_path} | {tmp_path}/files'
   assert [len(task.items) for task in tasks.read_tasks(config)] == [17, 4]
   settings = {'targets.folder': config.folder, 'targets.tasks': config.tasks}
-  assert tasks.places_of(settings) == {
-    'squad': f'tfds:{tmp_path}', 'jeopardy': f'{tmp_path}/files/jeopardy_all.jsonl'
-  }  # fmt: skip
+  assert tasks.places_of(settings) == {'squad': f'tfds:{tmp_path}', 'jeopardy': f'{tmp_path}/files/jeopardy_all.jsonl'}
   config.folder = f'tfds:{tmp_path}/none | {tmp_path}/files'  # where it is not prepared, the next place is asked
   assert [len(task.items) for task in tasks.read_tasks(config)] == [1, 4]

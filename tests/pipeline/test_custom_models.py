@@ -1,4 +1,4 @@
-"""A stranger's model and output function run end to end by config alone; no stage reads a key it did not declare."""
+"""A custom model and output function run end to end by config alone; stages read only keys that they declare."""
 
 import json
 import sys
@@ -17,21 +17,21 @@ from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
 
 FLAGS = (
-  '--config.model.factory=tests.pipeline.strangers:build',
+  '--config.model.factory=tests.helpers.custom_models:build',
   '--config.model.kv_heads=1',
-  '--config.features.output_fn=tests.pipeline.strangers:last_token_logit',
+  '--config.features.output_fn=tests.helpers.custom_models:last_token_logit',
   '--config.features.layers=mix/w[qkvo]|unembed',
   '--config.pretraining.train.save_every_steps=0',
   '--config.proxies.train.save_every_steps=0',
 )
-# Where arrays lie is not what they are: results do not depend on the mesh, and what shows progress is nobody's input.
+# Placement and progress: no result depends on these keys.
 FREE = ('mesh.', 'features.job', 'host.')
 
 
 @pytest.fixture(scope='module')
-def stranger(finished, tmp_path_factory):
+def custom(finished, tmp_path_factory):
   """(workdir of the run, stage → config keys that its code read)."""
-  workdir = tmp_path_factory.mktemp('stranger') / 'run'
+  workdir = tmp_path_factory.mktemp('custom') / 'run'
   read: dict[str, set[str]] = {}
   with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
     _record_reads(patch, read)
@@ -73,21 +73,25 @@ def _record_reads(patch: pytest.MonkeyPatch, read: dict[str, set[str]]) -> None:
   patch.setattr(Runner, 'run_stage', recorded)
 
 
-def test_it_runs_from_end_to_end(stranger):
-  workdir, _ = stranger
+def test_it_runs_from_end_to_end(custom):
+  workdir, _ = custom
   assert runs.stages_run(workdir) == list(pipeline.NAMES)
   results = json.loads((workdir / 'results.json').read_text())
   assert results['config']['model.factory'] == results['config']['proxies.model.factory']
-  assert results['config']['model.factory'] == 'tests.pipeline.strangers:build'
+  assert results['config']['model.factory'] == 'tests.helpers.custom_models:build'
   assert len(results['arms']) == 4 * 2 * 3 * 2
 
 
-def test_its_layers_are_probed_and_only_those(stranger):
-  workdir, _ = stranger
+def test_its_layers_are_probed_and_only_those(custom):
+  workdir, _ = custom
   semantics = json.loads((workdir / 'features/manifest.json').read_text())['semantics']
   assert [layer['path'] for layer in semantics['layers']] == [
-    'stack/0/mix/wk', 'stack/0/mix/wo', 'stack/0/mix/wq', 'stack/0/mix/wv', 'unembed'
-  ]  # fmt: skip
+    'stack/0/mix/wk',
+    'stack/0/mix/wo',
+    'stack/0/mix/wq',
+    'stack/0/mix/wv',
+    'unembed',
+  ]
   store = FeatureStore(
     files_of(workdir, 'features') / 'features_0.zarr', semantics['rows'], semantics['dimension'], 256, 'bfloat16'
   )
@@ -97,18 +101,18 @@ def test_its_layers_are_probed_and_only_those(stranger):
     assert np.abs(part).max() > 0, layer['path']
 
 
-def test_scores_are_its_own(stranger, finished):
+def test_scores_are_its_own(custom, finished):
   with (
-    np.load(files_of(stranger[0], 'datamodel') / 'scores.npz') as a,
+    np.load(files_of(custom[0], 'datamodel') / 'scores.npz') as a,
     np.load(files_of(finished, 'datamodel') / 'scores.npz') as b,
   ):
     assert abs(np.corrcoef(a['score_docs_N'], b['score_docs_N'])[0, 1]) < 0.9
 
 
-def test_no_stage_reads_a_key_that_it_did_not_declare(stranger):
+def test_no_stage_reads_a_key_that_it_did_not_declare(custom):
   """A key that is read and not declared would let a changed setting pass for a finished stage."""
-  _, read = stranger
-  assert set(read) == set(pipeline.NAMES)  # the recorder saw them all
+  _, read = custom
+  assert set(read) == set(pipeline.NAMES)  # every stage was recorded
   settings = validate.flatten(get_config())
   for stage in (s for s in pipeline.STAGES if not s.on_request):
     # What a stage upstream depends on is held by that artifact's digest, which is part of this stage's identity.

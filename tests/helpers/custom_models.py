@@ -1,4 +1,4 @@
-"""What somebody else might plug in, written without a look at the decoder of this project."""
+"""A custom model, document source and output function, independent of this project's decoder."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ class Layer(nnx.Module):
     return h + self.back(jax.nn.silu(self.gate(n)) * self.value(n))
 
 
-class StrangersModel(nnx.Module):
+class CustomModel(nnx.Module):
   """Untied: the table that reads tokens and the matrix that predicts them are two."""
 
   def __init__(self, s: Shape, hidden: int, depth: int, vocab: int, context: int, rngs: nnx.Rngs):
@@ -78,11 +78,11 @@ class StrangersModel(nnx.Module):
 
 def build(config: Any, vocab_size: int, length: int, rngs: nnx.Rngs) -> nnx.Module:
   shape = Shape(config.width, config.heads, config.kv_heads)
-  return StrangersModel(shape, config.mlp_width, config.layers, vocab_size, length, rngs)
+  return CustomModel(shape, config.mlp_width, config.layers, vocab_size, length, rngs)
 
 
 def last_token_logit(logits_LV: jax.Array, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
-  """An output function of one's own: the mean centred logit of the right tokens, which is no probability."""
+  """A custom output function: the mean centred logit of the right tokens, which is not a probability."""
   right_L = jnp.take_along_axis(logits_LV[:-1], tokens_L[1:, None], axis=-1)[:, 0]
   centred_L = right_L - logits_LV[:-1].mean(axis=-1)
   return jnp.sum(centred_L * weights_L[1:]) / jnp.maximum(jnp.sum(weights_L), 1.0)
