@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from dsdm_jax.attribution.scores import SHARES, Scores, overlap
 from dsdm_jax.core import artifacts
 from dsdm_jax.errors import UserError
 
@@ -167,6 +166,8 @@ def load(path: Path, target: str) -> dict[str, np.ndarray]:
   Raises:
     UserError: there are no scores at `path`, or they are damaged.
   """
+  from dsdm_jax.attribution.scores import Scores  # imports JAX, which a reader of files does without
+
   if path.is_file():
     return {target: read(path)}
   for folder in (path / 'datamodel', path):
@@ -186,6 +187,8 @@ def compare(a_N: np.ndarray, b_N: np.ndarray) -> dict[str, float]:
   Raises:
     UserError: the two have different numbers of rows.
   """
+  from dsdm_jax.attribution.scores import SHARES, overlap
+
   if len(a_N) != len(b_N):
     raise UserError(f'cannot compare {len(a_N)} scores with {len(b_N)}; both must be of one pool')
   counts = {f'{share:g}': round(share * len(a_N)) for share in SHARES}

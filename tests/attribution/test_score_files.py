@@ -10,7 +10,6 @@ import pytest
 from dsdm_jax.attribution import score_files
 from dsdm_jax.core import artifacts
 from dsdm_jax.errors import UserError
-from tests.helpers.workdirs import files_of
 
 SCORE_N = (np.arange(1_000) * 0.5 - 3).astype(np.float32)
 # What torch 2.13 writes for SCORE_N, but for the numbers themselves: protocol 2 opcodes.
@@ -134,7 +133,7 @@ def test_compare(tmp_path, capsys):
   assert mix.split()[1] == f'{found["spearman"]:+.3f}'
   order = [set(np.argsort(-x)[:100]) for x in (SCORE_N, noisy_N)]
   assert found['0.1'] == len(order[0] & order[1]) / 100
-  assert score_files.main([str(files_of(a, 'datamodel')), str(tmp_path / 'c.npy'), '--target=docs']) == 0
+  assert score_files.main([str(a / 'datamodel'), str(tmp_path / 'c.npy'), '--target=docs']) == 0
   assert capsys.readouterr().out.splitlines()[1].split() == ['docs', '+1.000', *['100%'] * 5]
 
 

@@ -91,7 +91,7 @@ def test_moments_of_an_optimizer_state():
   expected = (0.95 * 0.05 * 4 + 0.05 * 16) / (1 - 0.95**2)
   moment = SecondMoment.of_state(state, 0.95, EPSILON)
   np.testing.assert_allclose(moment.of_path['a/kernel'], expected, rtol=1e-6)
-  with pytest.raises(UserError, match='not trained by Adam'):
+  with pytest.raises(UserError, match='the proxy took no step of Adam'):
     SecondMoment.of_state(optax.sgd(0.1).init(params), 0.95, EPSILON)
 
 

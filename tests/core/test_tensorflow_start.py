@@ -44,8 +44,7 @@ def _started(path: Path) -> bool:
 
 
 def test_every_module_that_imports_it_starts_it():
-  # `data.pool` reads rows by a part of TFDS that imports no TensorFlow: test_pool.test_reading_needs_no_tensorflow.
-  exempt = ('core/tensorflow_start.py', 'data/pool.py')
+  exempt = ('core/tensorflow_start.py',)
   root = ROOT / 'dsdm_jax'
   modules = [path for path in root.rglob('*.py') if str(path.relative_to(root)) not in exempt]
   assert [str(path) for path in modules if not _started(path)] == []

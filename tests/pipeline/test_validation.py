@@ -39,7 +39,7 @@ def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path, capsys):
   assert table.main([str(files_of(workdir, 'validation'))]) == 0
   assert capsys.readouterr().out == (files_of(workdir, 'validation') / 'lds.md').read_text()
   assert table.main([str(tmp_path)]) == 2
-  assert 'does not hold a validation' in capsys.readouterr().err
+  assert 'has no results of a validation' in capsys.readouterr().err
 
   # A killed attempt resumes, and computes the rest, to the same table.
   whole = (files_of(workdir, 'validation') / 'lds.md').read_text()

@@ -68,5 +68,5 @@ def test_all_rows_together_weigh_their_visits(tmp_path):
 
 
 def test_a_mixture_that_cannot_be_filled_is_refused_during_selection(tmp_path):
-  with pytest.raises(UserError, match='may give 150 examples and 2000 are wanted'):
+  with pytest.raises(UserError, match='may give 150 of 2000 examples'):
     mixed(tmp_path, ('dsdm rows=50 cap=2', 'random rows=50 cap=1'), Budget(500, 4, 16))

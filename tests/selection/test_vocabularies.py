@@ -82,9 +82,9 @@ def test_an_exported_dataset_has_its_vocabulary(workdirs, tmp_path, kind):
 def test_a_scorer_of_ids_needs_the_same_vocabulary(workdirs, tmp_path, capsys, kind):
   out = tmp_path / 'scores.npy'
   flags = ['--workdir', str(workdirs[kind]), '--target', 'docs', '--out', str(out), '--buckets', '4096']
-  assert distilled.main([*flags, '--ngrams', 'tokens', '--pool', str(files_of(workdirs[kind], 'pool'))]) == 0
+  assert distilled.main([*flags, '--ngrams', 'tokens', '--pool', str(workdirs[kind] / 'pool')]) == 0
   assert len(np.load(out)) == Pool(files_of(workdirs[kind], 'pool')).num_rows
-  other = ['--pool', str(files_of(workdirs['sentencepiece'], 'pool'))]
+  other = ['--pool', str(workdirs['sentencepiece'] / 'pool')]
   capsys.readouterr()
   assert distilled.main([*flags, '--ngrams', 'tokens', *other]) == 2
   assert 'has another vocabulary' in capsys.readouterr().err

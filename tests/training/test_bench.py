@@ -51,7 +51,7 @@ def test_loop_refuses_what_it_cannot_measure(capsys, tmp_path):
   assert bench.main(['loop', '--cases=inptu']) == 2
   assert 'inptu is unknown; cases are first_step, input' in capsys.readouterr().err
   assert bench.main(['loop', f'--config={tmp_path / "no.py"}']) == 2
-  assert 'is not a file' in capsys.readouterr().err
+  assert 'is no Python file' in capsys.readouterr().err
 
 
 @pytest.mark.peers

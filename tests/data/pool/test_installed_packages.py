@@ -180,7 +180,7 @@ def test_cut_never_splits_a_character():
 def test_bad_names():
   with pytest.raises(UserError, match=r"pool\.sources has 'web'.*installed_packages"):
     sources.parse('web')
-  with pytest.raises(UserError, match=r"pool\.sources = 'nowhere:f'.*cannot be imported"):
+  with pytest.raises(UserError, match=r"pool\.sources = 'nowhere:f'.*cannot import module nowhere"):
     list(readers.generate(sources.parse('nowhere:f'), get_config().pool, 0))
   with pytest.raises(UserError, match=r"pool\.kinds has 'poems'"):
     read(kinds=('poems',))
