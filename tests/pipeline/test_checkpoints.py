@@ -1,12 +1,10 @@
 """Several checkpoints of each proxy, from training to scores."""
 
-import json
 import shutil
 
 import jax
 import numpy as np
 
-from dsdm_jax import pipeline
 from dsdm_jax.attribution.extractor import feature_step
 from dsdm_jax.attribution.store import Features
 from dsdm_jax.core import artifacts, mesh
@@ -63,10 +61,3 @@ def test_more_checkpoints_than_steps_are_told(finished, tmp_path):
   shutil.copytree(finished / 'pool', tmp_path / 'run' / 'pool')
   flags = (runs.TINY, f'--workdir={tmp_path / "run"}', '--stage=proxies', '--config.proxies.checkpoints=1000')
   assert 'are fewer than proxies.checkpoints = 1000' in runs.refused(*flags)
-
-
-def test_a_run_without_the_key_is_of_one_checkpoint(finished):
-  stage = next(stage for stage in pipeline.STAGES if stage.name == 'proxies')
-  assert 'proxies' in stage.keys
-  manifest = json.loads((finished / 'proxies' / 'manifest.json').read_text())
-  assert 'proxies.checkpoints' not in manifest['identity']['settings']

@@ -26,7 +26,7 @@ def test_benchmarks_and_a_checkpoint(copied, tmp_path):
   )  # fmt: skip
   message = runs.refused(*flags, '--config.evaluation.checkpoints=("mine=/no/such",)')
   assert 'evaluation.checkpoints names /no/such, which is no folder' in message
-  flags += (f'--config.evaluation.checkpoints=("mine={copied}/pretraining/random--any--0",)',)
+  flags += (f'--config.evaluation.checkpoints=("mine={files_of(copied, "pretraining")}/random--any--0",)',)
   output = runs.succeed(*flags)
   assert 'Accuracy on benchmarks' in output and 'choose' in output and 'mine' in output
 
