@@ -22,7 +22,7 @@ from dsdm_jax.data.targets.shapes import GENERATION, LANGUAGE_MODELLING
 from dsdm_jax.data.targets.targets import Examples, Targets
 from dsdm_jax.errors import UserError
 
-OWN = 'targets'  # stands for the run's own target tasks in evaluation.tasks
+OWN = 'targets'  # in evaluation.tasks: the run's own target tasks
 HOLDOUT, BENCHMARK = 'holdout', 'benchmark'  # splits
 SPLITS = ('target', HOLDOUT)  # of the run's own targets
 

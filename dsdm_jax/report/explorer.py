@@ -108,7 +108,7 @@ def _columns(
     draws, times_N = tables.draws(shown, arm), np.zeros(len(shown.source_N), np.int64)
     for drawn in draws:
       times_N[drawn] += 1
-    columns.append((f'arm {len(arms)}', np.minimum(times_N, 255).astype('u1')[row_N]))  # 255 stands for more
+    columns.append((f'arm {len(arms)}', np.minimum(times_N, 255).astype('u1')[row_N]))  # 255 means 255 or more
     arms.append({'name': formatting.heading(label), 'selections': len(draws), 'rows': int((times_N > 0).sum())})
   header = {
     'rows': len(row_N),
