@@ -20,12 +20,6 @@ from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import suite
 from dsdm_jax.lm import hugging_face
 
-# Inputs that count by content.
-_SOURCE_FILES = 'data.pool.sources:fingerprint'
-_TARGET_FILES = 'data.targets.tasks:fingerprint'
-_WEIGHTS = 'lm.hugging_face:fingerprint'
-_IMPORTED_SCORES = 'attribution.score_files:fingerprint'
-
 STAGES = (
   # Documents → tokens → a TFDS dataset, without documents that contain target text.
   Stage(
@@ -34,7 +28,6 @@ STAGES = (
     keys=('seed', 'pool', 'targets.tasks', 'targets.folder', 'targets.seed'),
     code='data.pool.build:run',
     format=2,
-    fingerprint=(_SOURCE_FILES, _TARGET_FILES),
   ),
   # Tasks → examples that the datamodel sees, and a holdout split that it never sees.
   Stage(
@@ -43,7 +36,6 @@ STAGES = (
     keys=('targets',),
     code='data.targets.targets:run',
     format=2,
-    fingerprint=(_TARGET_FILES,),
   ),
   # Small models on random subsets.
   Stage(
@@ -51,7 +43,6 @@ STAGES = (
     reads=('pool',),
     keys=('seed', 'proxies'),
     code='training.proxies:run',
-    fingerprint=(_WEIGHTS,),
     everywhere=True,
     batches=('proxies.train.batch_size',),
   ),
@@ -62,7 +53,6 @@ STAGES = (
     keys=('seed', 'features', 'proxies'),
     code='attribution.features:run',
     format=2,
-    fingerprint=(_WEIGHTS,),
     everywhere=True,
     repairable=True,
   ),
@@ -73,7 +63,6 @@ STAGES = (
     keys=('seed', 'datamodel', 'features', 'proxies'),
     code='attribution.scores:run',
     format=2,
-    fingerprint=(_WEIGHTS,),
     everywhere=True,
   ),
   # Models trained on many subsets of the pool: do scores predict what training does?
@@ -82,7 +71,6 @@ STAGES = (
     reads=('pool', 'targets'),
     keys=('seed', 'validation', 'proxies', 'features', 'datamodel'),
     code='validation.validate:run',
-    fingerprint=(_WEIGHTS,),
     on_request=True,
   ),
   # Scores → rows for each arm. Only the inputs that a method needs are opened.
@@ -92,7 +80,6 @@ STAGES = (
     keys=('seed', 'selection', 'mixture', 'pretraining.seeds'),
     code='selection.select:run',
     format=2,
-    fingerprint=(_IMPORTED_SCORES,),
     everywhere=True,
   ),
   # One model per arm and seed, on a seqio mixture of its rows.
@@ -101,7 +88,6 @@ STAGES = (
     reads=('pool', 'selection'),
     keys=('seed', 'model', 'pretraining'),
     code='training.pretraining:run',
-    fingerprint=(_WEIGHTS,),
     everywhere=True,
     batches=('pretraining.train.batch_size',),
   ),
@@ -111,7 +97,6 @@ STAGES = (
     reads=('pool',),
     keys=('seed', 'ladder', 'model', 'pretraining.train', 'selection.examples', 'selection.epochs'),
     code='training.ladder:run',
-    fingerprint=(_WEIGHTS,),
     everywhere=True,
     batches=('pretraining.train.batch_size',),
   ),
@@ -122,7 +107,6 @@ STAGES = (
     keys=('evaluation', 'model', 'pretraining', 'targets.seed', 'targets.folder'),
     code='evaluation.evaluate:run',
     format=4,
-    fingerprint=(_TARGET_FILES, _WEIGHTS),
     everywhere=True,
     batches=('evaluation.batch_size',),
   ),
@@ -202,8 +186,7 @@ def _publish(workdir: Path, config: ConfigDict, done: Mapping[str, Artifact]) ->
   results = json.loads((done['evaluation'].path / 'results.json').read_text())
   results['cost'] = {name: done[name].manifest['cost'] for name in NAMES if name in done}
   results['versions'] = done['evaluation'].manifest['versions']
-  files = {key: value for key, value in done['pool'].settings.items() if key.startswith('pool.files of ')}
-  results['config'] = {**flatten(config), **files}
+  results['config'] = flatten(config)
   storage.write_json(workdir / 'results.json', results)
   print(text_tables(results))
   print(f'results: {workdir / "results.json"}')

@@ -6,7 +6,6 @@ the share of the top rows in common.
 """
 
 import argparse
-import hashlib
 import os
 import pickletools
 import struct
@@ -14,7 +13,6 @@ import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -140,24 +138,6 @@ def _dtype_and_length(pickled: bytes, path: Path) -> tuple[str, int]:
   if len(tuples) < 2 or tuples[1] != 1 or len(numbers) < 4 or numbers[1] != 0:
     raise UserError(f'{path} holds a view, not a contiguous vector; save it with .clone()')
   return _STORAGES[storages[0]], tuples[0]
-
-
-def fingerprint(
-  selected: Mapping[str, Any], settings: Mapping[str, Any], previous: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Checksum of the file that `selection.imported` names, for `Stage.fingerprint`.
-
-  Raises:
-    UserError: the file does not exist.
-  """
-  del settings, previous
-  if not selected['selection.imported']:
-    return {}
-  file = Path(selected['selection.imported'])
-  if not file.is_file():
-    raise UserError(f'selection.imported = {str(file)!r} is not a file; give a file with one score per row')
-  with open(file, 'rb') as opened:
-    return {f'SHA-256 of {file}': hashlib.file_digest(opened, 'sha256').hexdigest()}
 
 
 def load(path: Path, target: str) -> dict[str, np.ndarray]:

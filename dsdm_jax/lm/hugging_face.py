@@ -4,10 +4,7 @@ The folder is what `save_pretrained` writes: `config.json` and one or many safet
 one, so that a large model is in memory once.
 """
 
-import functools
-import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,6 @@ _DTYPES = ('F32', 'F16', 'BF16')
 _GELUS = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_exact'}
 _EPSILON = 1e-5  # of the decoder's layer norms
 _PADDING = 10  # an embedding table may have one row of padding for every so many tokens of the vocabulary
-_OUTER = 65_536  # bytes that are hashed at each end of a file
 
 
 def model_keys(folder: str) -> dict[str, Any]:
@@ -231,29 +227,3 @@ def _config(folder: Path) -> dict[str, Any]:
       f'model.weights: {file} cannot be read ({error}); give a folder with config.json and *.safetensors'
     ) from error
   return values if isinstance(values, dict) else {}
-
-
-def fingerprint(
-  selected: Mapping[str, Any], settings: Mapping[str, Any], previous: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Digests of the folders that `model.weights` and `proxies.model.weights` name, for `Stage.fingerprint`."""
-  del settings, previous
-  keys = [key for key, value in selected.items() if key.endswith('model.weights') and value]
-  return {f'SHA-256 of {key}': digest(selected[key]) for key in keys}
-
-
-def digest(folder: str) -> str:
-  """Hash of the folder: its config, and the size, the head (with all shapes) and the tail of each tensor file."""
-  files = sorted([*Path(folder).glob('*.safetensors'), Path(folder) / 'config.json'])
-  return _digest(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()))
-
-
-@functools.lru_cache(maxsize=16)
-def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
-  h = hashlib.sha256()
-  for name, size, _ in files:
-    with open(name, 'rb') as f:
-      h.update(f'{Path(name).name}\x1f{size}\x1f'.encode() + f.read(_OUTER))
-      f.seek(max(0, size - _OUTER), os.SEEK_SET)
-      h.update(f.read(_OUTER))
-  return h.hexdigest()
