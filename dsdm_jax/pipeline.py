@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from dsdm_jax.attribution import score_files
+from dsdm_jax.config.relations import OUR_FACTORY
 from dsdm_jax.config.validate import flatten, resolve, validate
 from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.core.artifacts import Artifact
@@ -168,6 +170,7 @@ def run_connected(config: ConfigDict, workdir: Path, only: str | None = None, re
   """`run` for a resolved config, in a process that is connected to the other processes of the run."""
   tasks.check_files(config.targets, config.pool.leakage_benchmarks if config.pool.leakage_guard else ())
   suite.check(config.evaluation, config.targets.folder, config.pool.length)
+  processes.decide(lambda: _check_imported(config, workdir))
   with locked(workdir, config.features.job if config.features.jobs > 1 else None) as created:
     done = Runner(STAGES, config, workdir).run(only, rerun, created)
     if processes.is_first() and 'evaluation' in done and only in (None, 'evaluation'):
@@ -177,6 +180,17 @@ def run_connected(config: ConfigDict, workdir: Path, only: str | None = None, re
         artifacts.publish(done[name])
     if processes.is_first() and 'report' in done and only in (None, 'report'):
       print(f'report: {workdir / "report" / "index.html"}', flush=True)
+
+
+def _check_imported(config: ConfigDict, workdir: Path) -> None:
+  """Reads weights and scores that others made before the pool is built; what uses them later checks them again."""
+  if artifacts.open_stage(workdir, 'pool') is not None:
+    return
+  for model in (config.model, config.proxies.model):
+    if model.weights and model.factory == OUR_FACTORY:
+      hugging_face.check(model.weights, model)
+  if config.selection.imported:
+    score_files.read(config.selection.imported)
 
 
 def _publish(workdir: Path, config: ConfigDict, done: Mapping[str, Artifact]) -> None:
