@@ -80,7 +80,7 @@ class Run:
     """Flat config key → value, from all finished stages."""
     merged: dict[str, Any] = {}
     for stage in self.stages:
-      merged |= self.artifact(stage).settings
+      merged |= self.artifact(stage).config
     return dict(sorted(merged.items()))
 
   @functools.cached_property

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from dsdm_jax.attribution import score_files
+from dsdm_jax.config.relations import OUR_FACTORY
 from dsdm_jax.config.validate import flatten, resolve, validate
 from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.core.artifacts import Artifact
@@ -20,12 +22,6 @@ from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import suite
 from dsdm_jax.lm import hugging_face
 
-# Inputs that count by content.
-_SOURCE_FILES = 'data.pool.sources:fingerprint'
-_TARGET_FILES = 'data.targets.tasks:fingerprint'
-_WEIGHTS = 'lm.hugging_face:fingerprint'
-_IMPORTED_SCORES = 'attribution.score_files:fingerprint'
-
 STAGES = (
   # Documents → tokens → a TFDS dataset, without documents that contain target text.
   Stage(
@@ -34,7 +30,6 @@ STAGES = (
     keys=('seed', 'pool', 'targets.tasks', 'targets.folder', 'targets.seed'),
     code='data.pool.build:run',
     format=2,
-    fingerprint=(_SOURCE_FILES, _TARGET_FILES),
   ),
   # Tasks → examples that the datamodel sees, and a holdout split that it never sees.
   Stage(
@@ -43,7 +38,6 @@ STAGES = (
     keys=('targets',),
     code='data.targets.targets:run',
     format=2,
-    fingerprint=(_TARGET_FILES,),
   ),
   # Small models on random subsets.
   Stage(
@@ -51,7 +45,6 @@ STAGES = (
     reads=('pool',),
     keys=('seed', 'proxies'),
     code='training.proxies:run',
-    fingerprint=(_WEIGHTS,),
     everywhere=True,
     batches=('proxies.train.batch_size',),
   ),
@@ -62,7 +55,6 @@ STAGES = (
     keys=('seed', 'features', 'proxies'),
     code='attribution.features:run',
     format=2,
-    fingerprint=(_WEIGHTS,),
     everywhere=True,
     repairable=True,
   ),
@@ -73,7 +65,6 @@ STAGES = (
     keys=('seed', 'datamodel', 'features', 'proxies'),
     code='attribution.scores:run',
     format=2,
-    fingerprint=(_WEIGHTS,),
     everywhere=True,
   ),
   # Models trained on many subsets of the pool: do scores predict what training does?
@@ -82,7 +73,6 @@ STAGES = (
     reads=('pool', 'targets'),
     keys=('seed', 'validation', 'proxies', 'features', 'datamodel'),
     code='validation.validate:run',
-    fingerprint=(_WEIGHTS,),
     on_request=True,
   ),
   # Scores → rows for each arm. Only the inputs that a method needs are opened.
@@ -92,7 +82,6 @@ STAGES = (
     keys=('seed', 'selection', 'mixture', 'pretraining.seeds'),
     code='selection.select:run',
     format=2,
-    fingerprint=(_IMPORTED_SCORES,),
     everywhere=True,
   ),
   # One model per arm and seed, on a seqio mixture of its rows.
@@ -101,7 +90,6 @@ STAGES = (
     reads=('pool', 'selection'),
     keys=('seed', 'model', 'pretraining'),
     code='training.pretraining:run',
-    fingerprint=(_WEIGHTS,),
     everywhere=True,
     batches=('pretraining.train.batch_size',),
   ),
@@ -111,7 +99,6 @@ STAGES = (
     reads=('pool',),
     keys=('seed', 'ladder', 'model', 'pretraining.train', 'selection.examples', 'selection.epochs'),
     code='training.ladder:run',
-    fingerprint=(_WEIGHTS,),
     everywhere=True,
     batches=('pretraining.train.batch_size',),
   ),
@@ -122,7 +109,6 @@ STAGES = (
     keys=('evaluation', 'model', 'pretraining', 'targets.seed', 'targets.folder'),
     code='evaluation.evaluate:run',
     format=4,
-    fingerprint=(_TARGET_FILES, _WEIGHTS),
     everywhere=True,
     batches=('evaluation.batch_size',),
   ),
@@ -184,6 +170,7 @@ def run_connected(config: ConfigDict, workdir: Path, only: str | None = None, re
   """`run` for a resolved config, in a process that is connected to the other processes of the run."""
   tasks.check_files(config.targets, config.pool.leakage_benchmarks if config.pool.leakage_guard else ())
   suite.check(config.evaluation, config.targets.folder, config.pool.length)
+  processes.decide(lambda: _check_imported(config, workdir))
   with locked(workdir, config.features.job if config.features.jobs > 1 else None) as created:
     done = Runner(STAGES, config, workdir).run(only, rerun, created)
     if processes.is_first() and 'evaluation' in done and only in (None, 'evaluation'):
@@ -195,6 +182,17 @@ def run_connected(config: ConfigDict, workdir: Path, only: str | None = None, re
       print(f'report: {workdir / "report" / "index.html"}', flush=True)
 
 
+def _check_imported(config: ConfigDict, workdir: Path) -> None:
+  """Reads weights and scores that others made before the pool is built; what uses them later checks them again."""
+  if artifacts.open_stage(workdir, 'pool') is not None:
+    return
+  for model in (config.model, config.proxies.model):
+    if model.weights and model.factory == OUR_FACTORY:
+      hugging_face.check(model.weights, model)
+  if config.selection.imported:
+    score_files.read(config.selection.imported)
+
+
 def _publish(workdir: Path, config: ConfigDict, done: Mapping[str, Artifact]) -> None:
   """Writes `results.json` in the workdir and prints the table."""
   from dsdm_jax.evaluation.results import text_tables
@@ -202,8 +200,7 @@ def _publish(workdir: Path, config: ConfigDict, done: Mapping[str, Artifact]) ->
   results = json.loads((done['evaluation'].path / 'results.json').read_text())
   results['cost'] = {name: done[name].manifest['cost'] for name in NAMES if name in done}
   results['versions'] = done['evaluation'].manifest['versions']
-  files = {key: value for key, value in done['pool'].settings.items() if key.startswith('pool.files of ')}
-  results['config'] = {**flatten(config), **files}
+  results['config'] = flatten(config)
   storage.write_json(workdir / 'results.json', results)
   print(text_tables(results))
   print(f'results: {workdir / "results.json"}')

@@ -6,7 +6,6 @@ the share of the top rows in common.
 """
 
 import argparse
-import hashlib
 import os
 import pickletools
 import struct
@@ -14,7 +13,6 @@ import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -25,6 +23,7 @@ from dsdm_jax.errors import UserError
 # Storage classes that a .pt file may name → NumPy dtype.
 _STORAGES = {'DoubleStorage': '<f8', 'FloatStorage': '<f4', 'HalfStorage': '<f2'}
 _LARGEST_PICKLE = 1 << 20  # bytes; the pickle of one vector has about 400
+_LARGEST_MEMBER = 16  # bytes of a member that names the byte order
 _LARGEST_COMPRESSED = 1 << 30  # bytes of a compressed vector, which is read into memory
 _LOCAL_HEADER = struct.Struct('<26xHH')  # of a zip member: lengths of its name and extra field
 
@@ -41,7 +40,7 @@ def read(path: str | os.PathLike, rows: int | None = None, column: str = 'score'
     UserError: unreadable, not one vector of floating-point numbers, of another length, or not finite.
   """
   path = Path(path)
-  readers = {'.npy': _read_npy, '.pt': _read_pt, '.parquet': lambda p: _read_parquet(p, column)}
+  readers = {'.npy': _read_npy, '.pt': _read_pt, '.parquet': lambda p: _read_parquet(p, column, rows)}
   if path.suffix not in readers:
     raise UserError(f'{path} must end in one of {", ".join(readers)}; save the scores in one of these formats')
   try:
@@ -65,14 +64,22 @@ def _read_npy(path: Path) -> np.ndarray:
   return np.load(path, mmap_mode='r', allow_pickle=False)
 
 
-def _read_parquet(path: Path, column: str) -> np.ndarray:
-  from pyarrow import ArrowInvalid, parquet
+def _read_parquet(path: Path, column: str, rows: int | None) -> np.ndarray:
+  from pyarrow import ArrowInvalid, parquet, types
 
   try:
-    names = parquet.read_schema(path).names
-    if column not in names:
-      raise UserError(f'{path} has no column {column!r}; it has {", ".join(names)}')
-    table = parquet.read_table(path, columns=[column, *(['row'] if 'row' in names else [])])
+    with parquet.ParquetFile(path) as file:
+      schema, count = file.schema_arrow, file.metadata.num_rows
+      names = schema.names
+      if column not in names:
+        raise UserError(f'{path} has no column {column!r}; it has {", ".join(names)[:200]}')
+      if not types.is_floating(schema.field(column).type):  # before a text of any length is read
+        raise UserError(f'{path} holds {schema.field(column).type}; pass one floating-point number per row')
+      if rows is not None and count != rows:
+        raise UserError(f'{path} has {count} scores and the pool {rows} rows; pass the scores of this pool')
+      if 'row' in names and not types.is_integer(schema.field('row').type):
+        raise UserError(f'{path}: column row must name each of the {count} rows once; correct it or remove it')
+      table = file.read(columns=[column, *(['row'] if 'row' in names else [])])
   except ArrowInvalid as error:
     raise ValueError(str(error)) from error
   score_N = table[column].to_numpy()
@@ -95,22 +102,22 @@ def _read_pt(path: Path) -> np.ndarray:
       raise UserError(f'{path} holds {len(storages)} tensors; save a single vector')
     if members['data.pkl'].file_size > _LARGEST_PICKLE:
       raise UserError(f'{path} holds more than a vector; save a single vector')
-    if 'byteorder' in members and archive.read(members['byteorder']) != b'little':
+    order = members.get('byteorder')
+    if order is not None and (order.file_size > _LARGEST_MEMBER or archive.read(order) != b'little'):
       raise UserError(f'{path} is not little-endian; save it on a little-endian machine')
     dtype, length = _dtype_and_length(archive.read(members['data.pkl']), path)
-    info = members[storages[0]]
+    info, size = members[storages[0]], length * np.dtype(dtype).itemsize
+    if not 0 <= size <= info.file_size:
+      raise UserError(f'{path} declares {length} numbers and holds fewer: it is truncated; download it again')
     if info.compress_type != zipfile.ZIP_STORED:
-      if info.file_size > _LARGEST_COMPRESSED:
-        raise UserError(
-          f'{path} decompresses to {info.file_size:,} bytes; save it with torch.save, which does not compress'
-        )
-      return np.frombuffer(archive.read(info), dtype)[:length]
+      if size > _LARGEST_COMPRESSED:
+        raise UserError(f'{path} decompresses to {size:,} bytes; save it with torch.save, which does not compress')
+      with archive.open(info) as member:
+        return np.frombuffer(member.read(size), dtype)
   with open(path, 'rb') as file:
     file.seek(info.header_offset)
     name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
   offset = info.header_offset + _LOCAL_HEADER.size + name + extra
-  if length * np.dtype(dtype).itemsize > info.file_size:
-    raise UserError(f'{path} declares {length} numbers and holds fewer: it is truncated; download it again')
   return np.memmap(path, dtype, mode='r', offset=offset, shape=(length,))
 
 
@@ -140,24 +147,6 @@ def _dtype_and_length(pickled: bytes, path: Path) -> tuple[str, int]:
   if len(tuples) < 2 or tuples[1] != 1 or len(numbers) < 4 or numbers[1] != 0:
     raise UserError(f'{path} holds a view, not a contiguous vector; save it with .clone()')
   return _STORAGES[storages[0]], tuples[0]
-
-
-def fingerprint(
-  selected: Mapping[str, Any], settings: Mapping[str, Any], previous: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Checksum of the file that `selection.imported` names, for `Stage.fingerprint`.
-
-  Raises:
-    UserError: the file does not exist.
-  """
-  del settings, previous
-  if not selected['selection.imported']:
-    return {}
-  file = Path(selected['selection.imported'])
-  if not file.is_file():
-    raise UserError(f'selection.imported = {str(file)!r} is not a file; give a file with one score per row')
-  with open(file, 'rb') as opened:
-    return {f'SHA-256 of {file}': hashlib.file_digest(opened, 'sha256').hexdigest()}
 
 
 def load(path: Path, target: str) -> dict[str, np.ndarray]:

@@ -45,7 +45,7 @@ class TokenScores:
     self._datamodel, self._proxies = inputs['datamodel'], inputs['proxies']
     if self._datamodel.semantics['unit_norm']:
       raise UserError('datamodel.unit_norm divides a row by its norm, which is no sum over tokens; set it to False')
-    settings = inputs['features'].settings
+    settings = inputs['features'].config
     sections = ('seed', 'features', 'proxies')
     config = config_lib.nested({k: v for k, v in settings.items() if k.partition('.')[0] in sections})
     with config.unlocked():

@@ -103,6 +103,16 @@ class Artifact:
     return self.identity['settings']
 
   @property
+  def given(self) -> Mapping[str, Any]:
+    """The settings that named files as they were given; `settings` has digests in their place."""
+    return self.semantics.get('given', {})
+
+  @property
+  def config(self) -> dict[str, Any]:
+    """The settings as they were given."""
+    return {**self.settings, **self.given}
+
+  @property
   def digest(self) -> str:
     """SHA-256 over identity and file checksums: changes whenever identity or content does.
 

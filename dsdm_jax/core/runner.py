@@ -17,6 +17,8 @@ from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context, Stage
 from dsdm_jax.errors import UserError
 
+# Puts digests in the place of the paths in settings. Named as stages are, because it belongs to a higher layer.
+_BY_CONTENT = 'data.inputs:by_content'
 # Keys that say how a stage is computed and not what it computes; no identity contains them.
 _EXECUTION = ('features.job', 'features.jobs', 'features.batch_size', 'features.microbatch')
 
@@ -46,6 +48,7 @@ class Runner:
     self.shared = config.features.jobs > 1  # several jobs work on one stage, and none has the workdir for itself
     self.done: dict[str, Artifact] = {}
     self._selected: dict[str, dict[str, Any]] = {}
+    self._given: dict[str, dict[str, Any]] = {}
 
   def run(self, only: str | None = None, rerun: bool = False, created: bool = False) -> dict[str, Artifact]:
     """Runs all stages, or `only` one, and skips those that are finished.
@@ -102,13 +105,20 @@ class Runner:
     if stage.name not in self._selected:
       selected = {k: v for k, v in select(self.settings, stage.keys).items() if k not in _EXECUTION}
       finished = artifacts.open_stage(self.workdir, stage.name)
-      previous = finished.settings if finished is not None else {}
-      for name in stage.fingerprint:
-        selected |= _load(name)(selected, self.settings, previous)
-      self._selected[stage.name] = selected
+      self._selected[stage.name], self._given[stage.name] = _load(_BY_CONTENT)(selected, self.settings, finished)
     if inputs is None:
       inputs = {name: artifact.digest for name, artifact in self._inputs(stage).items()}
     return Identity(stage.name, stage.format, self._selected[stage.name], inputs)
+
+  def _current(self, stage: Stage) -> Identity:
+    """`identity` with the inputs as they are now: earlier stages may have taken days."""
+    self._selected.pop(stage.name, None)
+    return self.identity(stage)
+
+  def _check_unchanged(self, stage: Stage, identity: Identity) -> None:
+    phrases = artifacts.differences(identity.as_json(), self._current(stage).as_json())
+    if phrases:
+      raise UserError(f'an input changed while {stage.name} read it: {phrases[0]}; start again with --rerun')
 
   def upstream(self, name: str) -> set[str]:
     """The stages that `name` reads, directly or not."""
@@ -213,7 +223,7 @@ class Runner:
     """Runs one stage and adds it to `done`; not if this job has finished its share and other jobs have not."""
     first, job = processes.is_first(), self.config.features.job
     # Process 0 alone computes the identity, which may read large files.
-    identity = Identity(**processes.decide(lambda: self.identity(stage).as_json()))
+    identity = Identity(**processes.decide(lambda: self._current(stage).as_json()))
     resumed = processes.decide(lambda: artifacts.resumable(self.workdir, identity))
     out = Path(processes.decide(lambda: str(artifacts.begin(self.workdir, identity, self.shared))))
     log, cost = Log(self.workdir, stage.name, enabled=first), artifacts.Cost(out, job, enabled=first)
@@ -238,6 +248,9 @@ class Runner:
       log.event('shared', job=job, seconds=cost.seconds, flop=cost.flop)
       _print(f'{stage.name}: this job has finished its share; the last job, or a run without jobs, finishes the stage')
       return
+    processes.decide(lambda: self._check_unchanged(stage, identity))
+    if given := self._given.get(stage.name):
+      semantics = {**semantics, 'given': given}
     processes.decide(lambda: artifacts.commit(self.workdir, identity, semantics, cost).digest)
     self._open([stage.name])
     spent = self.done[stage.name].manifest['cost']

@@ -19,9 +19,6 @@ class Stage:
     keys: prefixes of the config keys that it depends on.
     code: 'module:function' below `dsdm_jax`, called as `function(context) -> semantics`.
     format: version of what it writes.
-    fingerprint: 'module:function' below `dsdm_jax` for inputs that count by content and not by name, such as files.
-      Each is called as `function(selected, settings, previous)`: the settings that `keys` select, all settings, and
-      those of the finished stage (empty without one). The result updates the selected settings.
     everywhere: whether all processes run it together. Otherwise process 0 runs it alone.
     on_request: whether it runs only when `--stage` names it.
     optional: stages whose artifacts it uses if they exist. When one changes, the stage runs again without `--rerun`.
@@ -34,7 +31,6 @@ class Stage:
   keys: tuple[str, ...]
   code: str
   format: int = 1
-  fingerprint: tuple[str, ...] = ()
   everywhere: bool = False
   on_request: bool = False
   optional: tuple[str, ...] = ()

@@ -4,24 +4,36 @@ Pools, targets, benchmarks, vocabularies and tokenizers are all read through thi
 """
 
 import contextlib
+import errno
+import fnmatch
+import functools
 import hashlib
 import io
 import json
 import os
+import time
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from dsdm_jax.core import storage
 from dsdm_jax.errors import UserError
 
 LONGEST_LINE = 128 * 2**20  # bytes; a document of `readers.LARGEST` bytes takes 96 MiB if every character is escaped
 READ_ERRORS = (OSError, EOFError, zlib.error)  # what reading an opened file may raise
 _BUFFER = 2**20
 _CODECS = {'.gz': 'gzip', '.bz2': 'bz2', '.xz': 'xz'}  # of fsspec; `_Zstd` reads .zst
-_HASHED_BYTES = 2**28  # `versions` hashes file contents up to this size: 0.2 s if the kernel has them cached
+_READ_REMOTE = 2**28  # bytes of remote files that are read for a digest
+_REMEMBERED_BYTES, _MOST_REMEMBERED = 2**20, 200_000  # size and number of files whose digest is kept for later runs
+_TICK_NS = 50_000_000  # times of change are no finer than this on some file systems
 _PACKAGES = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 'hf': 'huggingface_hub', 'az': 'adlfs'}
-_ETAGS = ('etag', 'ETag', 'md5Hash', 'blob_id', 'mtime', 'updated', 'created')  # as fsspec's systems call them
+# What fsspec's systems report: checksums of the content, then what only changes with it.
+_MARKS = ('md5Hash', 'crc32c', 'sha256', 'blob_id', 'etag', 'ETag', 'mtime', 'updated', 'created')
+# (state of a file) → SHA-256, of this process; and those that are not in the user's cache folder yet.
+_digests: dict[str, str] = {}
+_new: dict[str, str] = {}
 
 
 def is_remote(path: str) -> bool:
@@ -200,29 +212,115 @@ def describe(error: Exception) -> str:
   return f'cannot be read ({message or type(error).__name__})'
 
 
-def versions(paths: Sequence[str]) -> list[str]:
-  """A string for each file that changes when the file does: its size with a hash, modification time or ETag.
+def digests(paths: Sequence[str]) -> list[str]:
+  """SHA-256 of the bytes of each file; nothing else makes a digest of what a user names.
 
-  Local files are hashed (SHA-256) if all of them together have at most 256 MiB, so that copying the same text again
-  changes nothing. Otherwise their modification time counts, which needs no reading. For URLs the server's ETag counts.
+  A local file is read once: its digest is remembered with device, inode, size and both times, and for files of 1 MiB
+  and more also for later runs, in the user's cache folder. Remote files are read if all of them have at most 256 MiB.
+  Otherwise the checksum counts that the server reports, or its ETag or time, by which a copy differs from its original.
 
   Raises:
-    OSError: a file does not exist.
+    OSError: a file cannot be read.
+    UserError: a package that a URL needs is missing.
   """
-  hashed = sum(Path(path).stat().st_size for path in paths if not is_remote(path)) <= _HASHED_BYTES
-  result = []
-  for path in paths:
-    if is_remote(path):
-      system, inside = _remote(path)
-      info = _call(system.info, inside)
-      marks = [str(info[key]) for key in _ETAGS if info.get(key)]
-      result.append(', '.join([f'{info["size"]} bytes', *marks[:1]]))
-      continue
-    with Path(path).open('rb') as file:
-      stat = os.fstat(file.fileno())
-      mark = hashlib.file_digest(file, 'sha256').hexdigest() if hashed else f'changed {stat.st_mtime_ns}'
-    result.append(f'{stat.st_size} bytes, {mark}')
+  remote = {path: _remote_state(path) for path in paths if is_remote(path)}
+  read = sum(size for size, _ in remote.values()) <= _READ_REMOTE
+
+  def one(path: str) -> str:
+    if not is_remote(path):
+      return _local_digest(path)
+    size, mark = remote[path]
+    if mark and not read:
+      return hashlib.sha256(f'{size}\x1f{mark}'.encode()).hexdigest()
+    key = f'{path}\x1f{size}\x1f{mark}'
+    if not mark or key not in _digests:
+      with io.BufferedReader(_RemoteFile(path), _BUFFER) as file:
+        _digests[key] = hashlib.file_digest(file, 'sha256').hexdigest()
+    return _digests[key]
+
+  with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:  # hashing releases the GIL
+    result = list(threads.map(one, paths))
+  _remember()
   return result
+
+
+def digest(path: str, patterns: Sequence[str] = ('*',)) -> str:
+  """SHA-256 of a file; of a folder, of the relative paths and digests of all files below whose name fits a pattern.
+
+  Raises:
+    OSError: there is no such file, or no such file in the folder.
+    UserError: as `digests`.
+  """
+  if is_file(path):
+    return digests([path])[0]
+  names = [name for name in _tree(path) if any(fnmatch.fnmatchcase(name.rpartition('/')[2], p) for p in patterns)]
+  if not names:
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+  found = zip(digests([f'{path.rstrip("/")}/{name}' for name in names]), names, strict=True)
+  return hashlib.sha256('\n'.join(f'{sha256}  {name}' for sha256, name in found).encode()).hexdigest()
+
+
+def _tree(folder: str) -> list[str]:
+  """Relative POSIX paths of all files below a folder, through symbolic links too, sorted."""
+  if is_remote(folder):
+    system, inside = _remote(folder)
+    inside = inside.rstrip('/')
+    return sorted(path[len(inside) + 1 :] for path in _call(system.find, inside))
+  names, entered = [], set()
+  for at, folders, here in os.walk(folder, followlinks=True):
+    names += [os.path.relpath(os.path.join(at, name), folder) for name in here]
+    entered.add(os.path.realpath(at))
+    folders[:] = [name for name in folders if os.path.realpath(os.path.join(at, name)) not in entered]
+  return sorted(names)
+
+
+def _remote_state(url: str) -> tuple[int, str]:
+  system, inside = _remote(url)
+  info = _call(system.info, inside)
+  return int(info.get('size') or 0), next((str(info[key]) for key in _MARKS if info.get(key)), '')
+
+
+def _local_digest(path: str) -> str:
+  with open(path, 'rb') as file:
+    state, now = os.fstat(file.fileno()), time.time_ns()
+    # Programs can set the time of the content, but not that of the inode.
+    key = f'{state.st_dev}:{state.st_ino}:{state.st_size}:{state.st_mtime_ns}:{state.st_ctime_ns}'
+    large = state.st_size >= _REMEMBERED_BYTES
+    known = _digests.get(key) or (_remembered().get(key) if large else None)
+    if known is None:
+      known = hashlib.file_digest(file, 'sha256').hexdigest()
+      if now - max(state.st_mtime_ns, state.st_ctime_ns) > _TICK_NS:  # a later change will have another time
+        _digests[key] = known
+        if large:
+          _new[key] = known
+    return known
+
+
+def _cache() -> Path:
+  return Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')) / 'dsdm_jax' / 'digests.json'
+
+
+@functools.cache
+def _remembered() -> dict[str, str]:
+  """The digests of earlier runs; none if the file is missing or damaged."""
+  try:
+    checksum, _, data = _cache().read_bytes().partition(b'\n')
+    return json.loads(data) if hashlib.sha256(data).hexdigest().encode() == checksum else {}
+  except OSError:
+    return {}
+
+
+def _remember() -> None:
+  """Writes digests of large files for later runs, if the cache folder can be written."""
+  if not _new:
+    return
+  _remembered.cache_clear()  # another run may have added some
+  latest = list((_remembered() | _new).items())[-_MOST_REMEMBERED:]
+  _new.clear()
+  _remembered.cache_clear()
+  data = json.dumps(dict(latest)).encode()
+  with contextlib.suppress(OSError):
+    storage.write_bytes(_cache(), hashlib.sha256(data).hexdigest().encode() + b'\n' + data)
 
 
 class BadLineError(ValueError):

@@ -51,7 +51,7 @@ def models(context: Context) -> list[dict[str, Any]]:
   """Every model to evaluate: `name`, `method`, `target_mix`, `seed`, `selection`, and its `folder`.
 
   Raises:
-    UserError: a folder that `evaluation.checkpoints` names does not exist, or has the name of an arm.
+    UserError: a name in `evaluation.checkpoints` is that of an arm.
   """
   index = json.loads((context.inputs['selection'].path / 'index.json').read_text())
   pretrained = context.inputs['pretraining'].path
@@ -63,8 +63,6 @@ def models(context: Context) -> list[dict[str, Any]]:
     name, _, folder = spec.partition('=')
     if name in {entry['method'] for entry in index}:
       raise UserError(f'evaluation.checkpoints calls {folder} {name!r}, as an arm is called; give it another name')
-    if not Path(folder).is_dir():
-      raise UserError(f'evaluation.checkpoints names {folder}, which is no folder; give one that holds a checkpoint')
     checkpoint = {'name': f'checkpoint--{name}', 'method': name, 'target_mix': UNTARGETED, 'seed': 0}
     entries.append({**checkpoint, 'selection': None, 'folder': folder})
   return entries

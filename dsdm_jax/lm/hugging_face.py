@@ -1,13 +1,11 @@
 """Loads weights of Hugging Face's GPT-2 and GPT-NeoX (Pythia) from a local folder into the decoder.
 
-The folder is what `save_pretrained` writes: `config.json` and one or many safetensors files. Tensors are read one by
-one, so that a large model is in memory once.
+The folder is what `save_pretrained` writes: `config.json` and one or many safetensors files, with an index if many.
+Tensors are read one by one, so that a large model is in memory once.
 """
 
-import functools
-import hashlib
 import json
-import os
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,16 @@ import numpy as np
 import safetensors
 from ml_collections import ConfigDict
 
+from dsdm_jax.config.values import brief
 from dsdm_jax.errors import UserError
 
 _DTYPES = ('F32', 'F16', 'BF16')
 _GELUS = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_exact'}
 _EPSILON = 1e-5  # of the decoder's layer norms
+_INDEX = 'model.safetensors.index.json'
+_MOST_JSON = 64 * 2**20  # bytes of config.json and of the index
+_SLICE = 2**24  # numbers of a tensor that are checked at once
 _PADDING = 10  # an embedding table may have one row of padding for every so many tokens of the vocabulary
-_OUTER = 65_536  # bytes that are hashed at each end of a file
 
 
 def model_keys(folder: str) -> dict[str, Any]:
@@ -35,16 +36,16 @@ def model_keys(folder: str) -> dict[str, Any]:
   theirs = _config(Path(folder))
   kind = theirs.get('model_type')
   if kind not in ('gpt2', 'gpt_neox'):
-    raise UserError(f'{folder}: config.json has model_type {kind!r}; gpt2 and gpt_neox (Pythia) are supported')
+    raise UserError(f'{folder}: config.json has model_type {brief(kind)}; gpt2 and gpt_neox (Pythia) are supported')
   keys = (_gpt2_keys if kind == 'gpt2' else _neox_keys)(theirs, folder)
   epsilon = theirs.get('layer_norm_epsilon' if kind == 'gpt2' else 'layer_norm_eps', _EPSILON)
   gelu = theirs.get('activation_function' if kind == 'gpt2' else 'hidden_act', 'gelu_new' if kind == 'gpt2' else 'gelu')
   unsupported = {
-    f'layer norms with epsilon {epsilon}': epsilon != _EPSILON,
-    f'activation {gelu!r}': gelu not in tuple(_GELUS),
-    'attention weights that are scaled by layer': theirs.get('scale_attn_by_inverse_layer_idx', False),
-    'attention weights that are not scaled': not theirs.get('scale_attn_weights', True),
-    'attention without biases': not theirs.get('attention_bias', True),
+    f'layer norms with epsilon {brief(epsilon)}': epsilon != _EPSILON,
+    f'activation {brief(gelu)}': gelu not in tuple(_GELUS),
+    'attention weights that are scaled by layer': _flag(theirs, 'scale_attn_by_inverse_layer_idx', False, folder),
+    'attention weights that are not scaled': not _flag(theirs, 'scale_attn_weights', True, folder),
+    'attention without biases': not _flag(theirs, 'attention_bias', True, folder),
   }
   if any(unsupported.values()):
     needs = ' and '.join(name for name, needed in unsupported.items() if needed)
@@ -61,7 +62,7 @@ def _gpt2_keys(theirs: Mapping[str, Any], folder: str) -> dict[str, Any]:
     'mlp_width': _positive(theirs, 'n_inner', folder) if theirs.get('n_inner') else 4 * width,
     'positions': 'learned',
     'parallel_residual': False,
-    'tied_embeddings': theirs.get('tie_word_embeddings', True),
+    'tied_embeddings': _flag(theirs, 'tie_word_embeddings', True, folder),
   }
 
 
@@ -69,14 +70,16 @@ def _neox_keys(theirs: Mapping[str, Any], folder: str) -> dict[str, Any]:
   rope = theirs.get('rope_parameters') or {}
   kind = rope.get('rope_type', 'default') if isinstance(rope, dict) else rope
   if not isinstance(rope, dict) or kind != 'default' or theirs.get('rope_scaling'):
-    raise UserError(f'{folder}: config.json asks for rotary positions of type {kind!r}; only default is supported')
+    raise UserError(f'{folder}: config.json asks for rotary positions of type {brief(kind)}; only default is supported')
   rotary = {
     'rotary_share': rope.get('partial_rotary_factor', theirs.get('rotary_pct', 0.25)),
     'rotary_base': rope.get('rope_theta', theirs.get('rotary_emb_base', 10_000)),
   }
   for key, value in rotary.items():
-    if type(value) not in (int, float):
-      raise UserError(f'{folder}: config.json has {value!r} for {key}, which must be a number; copy the file again')
+    if type(value) not in (int, float) or not abs(value) < 1e30:  # also false for NaN
+      raise UserError(
+        f'{folder}: config.json has {brief(value)} for {key}, which must be a number; copy the file again'
+      )
   return {
     'layers': _positive(theirs, 'num_hidden_layers', folder),
     'width': _positive(theirs, 'hidden_size', folder),
@@ -84,16 +87,48 @@ def _neox_keys(theirs: Mapping[str, Any], folder: str) -> dict[str, Any]:
     'mlp_width': _positive(theirs, 'intermediate_size', folder),
     'positions': 'rope',
     **{key: float(value) for key, value in rotary.items()},
-    'parallel_residual': theirs.get('use_parallel_residual', True),
-    'tied_embeddings': theirs.get('tie_word_embeddings', False),
+    'parallel_residual': _flag(theirs, 'use_parallel_residual', True, folder),
+    'tied_embeddings': _flag(theirs, 'tie_word_embeddings', False, folder),
   }
 
 
 def _positive(theirs: Mapping[str, Any], name: str, folder: str) -> int:
   value = theirs.get(name)
   if type(value) is not int or value < 1:
-    problem = f'has {name} = {value!r}, which must be a whole number above 0' if name in theirs else f'has no {name}'
+    problem = (
+      f'has {name} = {brief(value)}, which must be a whole number above 0' if name in theirs else f'has no {name}'
+    )
     raise UserError(f'{folder}: config.json {problem}; copy the file again from where the model was saved')
+  return value
+
+
+def check(folder: str, config: ConfigDict) -> None:
+  """Checks what can be known of the weights without the pool: files, names, shapes, types, and that they are finite.
+
+  Args:
+    folder: of the model.
+    config: as in `parameters`.
+
+  Raises:
+    UserError: as `parameters`.
+  """
+  tensors = _Tensors(Path(folder), read=False)
+  gpt2 = _config(Path(folder))['model_type'] == 'gpt2'
+  names = ['transformer.wte.weight', 'transformer.wpe.weight'] if gpt2 else ['gpt_neox.embed_in.weight']
+  names += [] if config.tied_embeddings else ['lm_head.weight' if gpt2 else 'embed_out.weight']
+  for name in names:
+    tensors.get(name, None, config.width)
+  _norm(tensors, 'transformer.ln_f' if gpt2 else 'gpt_neox.final_layer_norm', 'norm', config.width)
+  for layer in range(config.layers):
+    (_gpt2_block if gpt2 else _neox_block)(tensors, layer, config)
+
+
+def _flag(theirs: Mapping[str, Any], name: str, default: bool, folder: str) -> bool:
+  value = theirs.get(name, default)
+  if type(value) is not bool:
+    raise UserError(
+      f'{folder}: config.json has {name} = {brief(value)}, which must be true or false; copy the file again'
+    )
   return value
 
 
@@ -107,7 +142,8 @@ def parameters(folder: str, config: ConfigDict, vocab_size: int, length: int) ->
     length: tokens of a row; learned positions beyond it are dropped.
 
   Raises:
-    UserError: the model has another vocabulary or fewer positions, or a tensor is missing or has another shape.
+    UserError: the model has another vocabulary or fewer positions, or a tensor is missing, has another shape, or has a
+      number that is not finite.
   """
   tensors = _Tensors(Path(folder))
   gpt2 = _config(Path(folder))['model_type'] == 'gpt2'
@@ -186,31 +222,49 @@ def _linear(
 
 
 class _Tensors:
-  """All tensors of a folder by name; files may omit the leading `transformer.` or `gpt_neox.` of a name."""
+  """The tensors of a folder by name; files may omit the leading `transformer.` or `gpt_neox.` of a name.
 
-  def __init__(self, folder: Path):
-    self._folder = folder
+  Args:
+    folder: of the model. Where it has an index, that says which file has which tensor; other files are not read.
+    read: False checks the tensors and gives zeros that take no memory.
+
+  Raises:
+    UserError: a file is missing or damaged, or two files have the same tensor.
+  """
+
+  def __init__(self, folder: Path, read: bool = True):
+    self._folder, self._read = folder, read
     self._files: dict[str, Any] = {}
-    for file in sorted(folder.glob('*.safetensors')):
-      try:
-        opened = safetensors.safe_open(file, framework='numpy')
-      except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f'{file} is not a complete safetensors file ({error}); copy it again') from error
-      self._files |= dict.fromkeys(opened.keys(), opened)
-    if not self._files:
+    index = _index(folder)
+    names = sorted(set(index.values())) or sorted(file.name for file in folder.glob('*.safetensors'))
+    origin: dict[str, str] = {}
+    for name in names:
+      opened = _open(folder / name)
+      for tensor in sorted(opened.keys()):
+        if index and index.get(tensor) != name:
+          continue
+        if tensor in origin:
+          raise UserError(
+            f'{folder}: {origin[tensor]} and {name} both have the tensor {tensor}; keep the files of one model only'
+          )
+        origin[tensor], self._files[tensor] = name, opened
+    if not names:
       raise UserError(f'{folder} contains no *.safetensors file; save the model there with safe_serialization')
+    for tensor, name in index.items():
+      if tensor not in origin:
+        raise UserError(f'{folder}: {_INDEX} names the tensor {tensor}, which {name} lacks; copy the files again')
 
   def get(self, name: str, *shape: int | None) -> np.ndarray:
     """Returns the tensor with this name and shape; None matches any length.
 
     Raises:
-      UserError: it is missing, or has another shape or dtype.
+      UserError: it is missing, has another shape or dtype, or a number that is not finite.
     """
     stored = name if name in self._files else name.partition('.')[2]
     if stored not in self._files:
       raise UserError(f'{self._folder}: no tensor {name}; files are missing, or belong to another model')
-    header = self._files[stored].get_slice(stored)
-    actual, dtype = header.get_shape(), header.get_dtype()
+    rows = self._files[stored].get_slice(stored)
+    actual, dtype = rows.get_shape(), rows.get_dtype()
     if len(actual) != len(shape) or any(n not in (None, m) for m, n in zip(actual, shape, strict=True)):
       wanted = ' × '.join('any' if n is None else str(n) for n in shape)
       raise UserError(
@@ -219,41 +273,55 @@ class _Tensors:
       )
     if dtype not in _DTYPES:
       raise UserError(f'{self._folder}: tensor {name} has dtype {dtype}; save the model in one of {", ".join(_DTYPES)}')
-    return self._files[stored].get_tensor(stored)
+    step = max(1, _SLICE // max(1, math.prod(actual[1:])))
+    for start in range(0, actual[0], step):
+      if not np.isfinite(rows[start : min(start + step, actual[0])]).all():
+        raise UserError(
+          f'{self._folder}: tensor {name} has a number that is not finite (NaN or infinite); copy the file again, '
+          'or use a checkpoint from before the training diverged'
+        )
+    return self._files[stored].get_tensor(stored) if self._read else np.broadcast_to(np.float32(0), actual)
+
+
+def _open(file: Path) -> Any:
+  try:
+    if not file.is_file():  # a pipe would wait for ever
+      raise FileNotFoundError('no such file')
+    return safetensors.safe_open(file, framework='numpy')
+  except (OSError, safetensors.SafetensorError) as error:
+    reason = ' '.join(str(error).split())[:200]
+    raise UserError(f'{file} is not a complete safetensors file ({reason}); copy it again') from error
+
+
+def _index(folder: Path) -> dict[str, str]:
+  """Tensor → file, of a model in several files; empty where there is no index."""
+  file = folder / _INDEX
+  if not file.exists():
+    return {}
+  files = _json(file).get('weight_map')
+  if (
+    not isinstance(files, dict)
+    or not files
+    or not all(isinstance(x, str) and x == Path(x).name for x in files.values())
+  ):
+    raise UserError(f'{file}: weight_map must map tensors to names of files in that folder; copy it again')
+  return files
 
 
 def _config(folder: Path) -> dict[str, Any]:
-  file = folder / 'config.json'
+  return _json(folder / 'config.json')
+
+
+def _json(file: Path) -> dict[str, Any]:
   try:
+    if file.stat().st_size > _MOST_JSON:
+      raise ValueError(f'it has more than {_MOST_JSON:,} bytes')
     values = json.loads(file.read_bytes())
-  except (OSError, ValueError) as error:
+    if not isinstance(values, dict):
+      raise ValueError(f'it holds {type(values).__name__} and not an object')
+  except (OSError, ValueError, RecursionError) as error:
+    reason = ' '.join(str(error).split())[:200]
     raise UserError(
-      f'model.weights: {file} cannot be read ({error}); give a folder with config.json and *.safetensors'
+      f'model.weights: {file} cannot be read ({reason}); give a folder with config.json and *.safetensors'
     ) from error
-  return values if isinstance(values, dict) else {}
-
-
-def fingerprint(
-  selected: Mapping[str, Any], settings: Mapping[str, Any], previous: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Digests of the folders that `model.weights` and `proxies.model.weights` name, for `Stage.fingerprint`."""
-  del settings, previous
-  keys = [key for key, value in selected.items() if key.endswith('model.weights') and value]
-  return {f'SHA-256 of {key}': digest(selected[key]) for key in keys}
-
-
-def digest(folder: str) -> str:
-  """Hash of the folder: its config, and the size, the head (with all shapes) and the tail of each tensor file."""
-  files = sorted([*Path(folder).glob('*.safetensors'), Path(folder) / 'config.json'])
-  return _digest(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()))
-
-
-@functools.lru_cache(maxsize=16)
-def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
-  h = hashlib.sha256()
-  for name, size, _ in files:
-    with open(name, 'rb') as f:
-      h.update(f'{Path(name).name}\x1f{size}\x1f'.encode() + f.read(_OUTER))
-      f.seek(max(0, size - _OUTER), os.SEEK_SET)
-      h.update(f.read(_OUTER))
-  return h.hexdigest()
+  return values

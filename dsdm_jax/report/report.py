@@ -10,7 +10,7 @@ def run(context: Context) -> dict:
   from dsdm_jax.data.pool.pool import Pool
 
   options = context.config.report
-  settings = {key: value for artifact in context.inputs.values() for key, value in artifact.settings.items()}
+  settings = {key: value for artifact in context.inputs.values() for key, value in artifact.config.items()}
   shown = report_data.load(context.inputs, settings, Pool(context.inputs['pool']).text)
   packed = explorer.pack(shown, options.explorer_rows, options.explorer_bytes)
   drawings = page.report_figures(shown)

@@ -27,7 +27,7 @@ _UNIT = 1e-3  # values are stored as multiples of a thousandth of a nat
 _MOST = 10**8  # values of one array: bounds the memory that a malicious file can make us allocate
 # Settings of the evaluation stage that decide which items it has. The place of their files does not.
 _EVALUATION = ('tasks', 'max_items', 'file_', 'generate_tokens', 'begin_with_end_mark')
-_QUESTIONS = (*(f'evaluation.{key}' for key in _EVALUATION), 'targets.seed', 'SHA-256 of ')
+_QUESTIONS = (*(f'evaluation.{key}' for key in _EVALUATION), 'targets.seed')
 _CARD = ('name', 'method', 'target', 'distinct', 'tokens', 'documents', 'duplicates', 'sources')
 
 
@@ -103,7 +103,7 @@ def write(workdir: Path, name: str, config: Mapping[str, Any], path: Path) -> No
 
 
 def _questions(stages: Mapping[str, artifacts.Artifact]) -> dict[str, Any]:
-  """Settings of the items, and checksums of the targets' files (the targets' own inputs hold times, which differ)."""
+  """Settings of the items, and checksums of the targets' files."""
   questions = {k: v for k, v in stages['evaluation'].settings.items() if k.startswith(_QUESTIONS)}
   files = {f'targets/{name}': entry['sha256'] for name, entry in stages['targets'].manifest['files'].items()}
   return json.loads(json.dumps(questions | files))

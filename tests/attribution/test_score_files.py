@@ -1,6 +1,7 @@
 """Scores from files, and how far two sets of scores agree."""
 
 import io
+import resource
 import struct
 import zipfile
 
@@ -19,9 +20,13 @@ _PICKLE = (
 )
 
 
-def _pt(path, *, storage=b'FloatStorage', length=1_000, offset=0, size=None, stride=1, byteorder=b'little', data=None):
+def _pickle(storage=b'FloatStorage', length=1_000, offset=0, size=None, stride=1):
   count = struct.pack('<H', length), struct.pack('<H', length if size is None else size)
-  pickled = _PICKLE % (storage, count[0], offset, count[1], stride)
+  return _PICKLE % (storage, count[0], offset, count[1], stride)
+
+
+def _pt(path, *, byteorder=b'little', data=None, **options):
+  pickled = _pickle(**options)
   with zipfile.ZipFile(path, 'w') as archive:
     archive.writestr('scores/data.pkl', pickled)
     archive.writestr('scores/byteorder', byteorder)
@@ -54,6 +59,39 @@ def test_pt_of_other_precision_and_a_compressed_one(tmp_path):
     for info in old.infolist():
       new.writestr(info.filename, old.read(info), zipfile.ZIP_DEFLATED)
   np.testing.assert_array_equal(score_files.read(tmp_path / 'packed.pt'), SCORE_N)
+
+
+@pytest.mark.parametrize('where', ['byteorder', 'data/0', 'data.pkl', 'text', 'rows'])
+def test_a_small_file_of_much_content_is_not_read_whole(tmp_path, where):
+  import pyarrow
+  from pyarrow import parquet
+
+  path, size = tmp_path / 'a.pt', 512 << 20
+  if where in ('text', 'rows'):
+    path = tmp_path / 'a.parquet'
+    column = pyarrow.array(['x' * 2**20] * 512) if where == 'text' else pyarrow.array(np.zeros(2**26, np.float32))
+    parquet.write_table(pyarrow.table({'score': column}), path)
+  else:
+    members = {'data.pkl': _pickle(), 'byteorder': b'little', 'data/0': SCORE_N.tobytes()}
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+      for name, data in members.items():
+        if name != where:
+          archive.writestr(f'scores/{name}', data)
+        else:
+          info = zipfile.ZipInfo(f'scores/{name}')
+          info.compress_type = zipfile.ZIP_DEFLATED
+          with archive.open(info, 'w', force_zip64=True) as member:
+            for _ in range(size >> 24):
+              member.write(bytes(1 << 24))
+  assert path.stat().st_size < 8 << 20
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  if where == 'data/0':  # the thousand numbers that the tensor has are at the beginning
+    np.testing.assert_array_equal(score_files.read(path), np.zeros(1_000))
+  else:
+    with pytest.raises(UserError) as caught:
+      score_files.read(path, rows=1_000)
+    assert '\n' not in str(caught.value)
+  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
 
 
 def test_a_pickle_that_would_run_something_is_only_looked_at(tmp_path):

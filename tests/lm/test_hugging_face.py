@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from safetensors.numpy import save_file as save
 
 from configs import base
 from dsdm_jax.config import validate as checks
@@ -34,8 +36,8 @@ def write_gpt2(folder: Path, vocab_size: int, width: int, mlp_width: int, positi
     shapes |= {f'{name}.weight': (width,), f'{name}.bias': (width,)}
   rng = np.random.default_rng(0)
   tensors = {name: (0.2 * rng.normal(size=shape)).astype('<f4') for name, shape in shapes.items()}
-  folder.mkdir()
-  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+  folder.mkdir(exist_ok=True)
+  save(tensors, folder / 'model.safetensors')
   shape = {'vocab_size': vocab_size, 'n_embd': width, 'n_layer': 1, 'n_head': 2, 'n_positions': positions}
   (folder / 'config.json').write_text(json.dumps(shape | {'model_type': 'gpt2', 'n_inner': mlp_width}))
   return tensors
@@ -178,31 +180,131 @@ def test_vocabulary_that_is_larger_than_the_table_or_much_smaller_is_refused(tmp
     ({'n_inner': 40}, r'tensor transformer.h.0.mlp.c_fc.weight is 16 × 48 and config.json asks for 16 × 40; the files'),
     ({'n_embd': 32}, 'tensor transformer.wte.weight is 96 × 16 and config.json asks for any × 32; the files'),
     ({}, 'config.json has no n_head; copy the file again'),
+    ({'n_head': 'x' * 10_000}, r'n_head = .x{50,300}…, which must be a whole number above 0'),
+    ({'tie_word_embeddings': 'no'}, "tie_word_embeddings = 'no', which must be true or false"),
+    ([], 'config.json cannot be read .it holds list and not an object'),
+    (b'[' * 100_000, 'config.json cannot be read .maximum recursion depth'),
+    (b'{"n_head": ' + b'9' * 5_000 + b'}', 'config.json cannot be read'),
   ],
 )
 def test_config_that_does_not_fit_the_tensors_is_reported_in_one_line(tmp_path, change, words):
   write_gpt2(tmp_path / 'model', vocab_size=VOCAB, width=16, mlp_width=48, positions=40)
   file = tmp_path / 'model/config.json'
   config = json.loads(file.read_text())
-  if not change:
+  if change == {}:
     del config['n_head']
-  file.write_text(json.dumps(config | change))
-  with pytest.raises(UserError, match=words) as caught:
-    trainer_of(tmp_path / 'model').init(jax.random.key(0))
-  assert '\n' not in str(caught.value)
-  assert str(tmp_path / 'model') in str(caught.value)
+  changed = config | change if isinstance(change, dict) else change
+  file.write_bytes(changed if isinstance(changed, bytes) else json.dumps(changed).encode())
+  refused(tmp_path / 'model', words)
+
+
+def _header(file: Path, change: Callable[[dict], object]) -> None:
+  """Rewrites the header of a safetensors file as `change` returns it."""
+  data = file.read_bytes()
+  size = int.from_bytes(data[:8], 'little')
+  header = change(json.loads(data[8 : 8 + size]))
+  text = header if isinstance(header, bytes) else json.dumps(header).encode()
+  file.write_bytes(len(text).to_bytes(8, 'little') + text + data[8 + size :])
+
+
+def _with(header: dict, name: str, **entry) -> dict:
+  return header | {name: header[name] | entry}
+
+
+def _damage_tensor(folder: Path, name: str, value: float, dtype: str = '<f4') -> None:
+  tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+  tensors[name].reshape(-1)[-1] = value
+  save({key: x.astype(dtype) for key, x in tensors.items()}, folder / 'model.safetensors')
+
+
+HEADERS = {
+  'overlapping': (lambda h: _with(h, 'ln_f.bias', data_offsets=h['ln_f.weight']['data_offsets']), 'not a complete'),
+  'negative': (lambda h: _with(h, 'ln_f.bias', data_offsets=[-64, 0]), 'not a complete'),
+  'reversed': (lambda h: _with(h, 'ln_f.bias', data_offsets=h['ln_f.bias']['data_offsets'][::-1]), 'not a complete'),
+  'past the end': (lambda h: _with(h, 'ln_f.bias', data_offsets=[2**60, 2**60 + 64]), 'not a complete'),
+  'list': (lambda h: list(h), 'not a complete'),
+  'text': (lambda h: b'"header"', 'not a complete'),
+  'deep': (lambda h: b'{"a":' + b'[' * 100_000, 'not a complete'),
+  'number as shape': (lambda h: _with(h, 'ln_f.bias', shape=16), 'not a complete'),
+  'huge shape': (lambda h: _with(h, 'ln_f.bias', shape=[2**62, 2**62]), 'not a complete'),
+  'unknown type': (lambda h: _with(h, 'ln_f.bias', dtype='F33'), 'not a complete'),
+  'no tensors': (lambda h: {}, 'not a complete'),
+}
+
+
+@pytest.mark.parametrize('kind', HEADERS)
+def test_header_of_a_damaged_file_is_refused_in_one_line(tmp_path, kind):
+  change, words = HEADERS[kind]
+  write_gpt2(tmp_path, vocab_size=VOCAB, width=16, mlp_width=48, positions=40)
+  _header(tmp_path / 'model.safetensors', change)
+  refused(tmp_path, words)
+
+
+def refused(folder: Path, words: str) -> None:
+  """The check before the pool is read, and the import itself, refuse the model in one short line."""
+  for read in (checked, lambda folder: trainer_of(folder).init(jax.random.key(0))):
+    with pytest.raises(UserError, match=words) as caught:
+      read(folder)
+    assert '\n' not in str(caught.value) and len(str(caught.value)) < 1_000 and str(folder) in str(caught.value)
+
+
+def checked(folder: Path) -> None:
+  config = base.get_config()
+  config.model.weights = str(folder)
+  config = checks.resolve(config, hugging_face.model_keys)
+  checks.validate(config)
+  hugging_face.check(str(folder), config.model)
+
+
+@pytest.mark.parametrize('dtype', ['<f4', '<f2', 'bfloat16'])
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_number_that_is_not_finite_is_named_with_its_tensor(tmp_path, monkeypatch, dtype, value):
+  monkeypatch.setattr(hugging_face, '_SLICE', 100)
+  write_gpt2(tmp_path, vocab_size=VOCAB, width=16, mlp_width=48, positions=40)
+  _damage_tensor(tmp_path, 'h.0.mlp.c_fc.weight', 1.0, dtype)
+  checked(tmp_path)
+  _damage_tensor(tmp_path, 'h.0.mlp.c_fc.weight', value, dtype)
+  refused(tmp_path, r'tensor transformer\.h\.0\.mlp\.c_fc\.weight has a number that is not finite')
+
+
+def test_the_index_says_which_file_has_which_tensor(tmp_path):
+  tensors = write_gpt2(tmp_path, vocab_size=VOCAB, width=16, mlp_width=48, positions=40)
+  whole, index = tmp_path / 'model.safetensors', tmp_path / 'model.safetensors.index.json'
+  names = sorted(tensors)
+  parts = {'a.safetensors': names[:5], 'b.safetensors': names[5:]}
+  for name, of_part in parts.items():
+    save({key: tensors[key] for key in of_part}, tmp_path / name)
+  refused(tmp_path, r'a\.safetensors and model\.safetensors both have the tensor')
+  save({key: x + 1 for key, x in tensors.items()}, whole)
+  files = {key: name for name, of_part in parts.items() for key in of_part}
+  index.write_text(json.dumps({'weight_map': files}))
+  found = flat(trainer_of(tmp_path).init(jax.random.key(0)).params)
+  np.testing.assert_array_equal(found['embedding/embedding'], tensors['wte.weight'])
+  for weight_map, words in (
+    (files | {names[0]: 'c.safetensors'}, r'c\.safetensors is not a complete safetensors file'),
+    (files | {names[0]: 'b.safetensors'}, rf'names the tensor {names[0]}, which b\.safetensors lacks'),
+    (files | {names[0]: '../a.safetensors'}, 'weight_map must map tensors to names of files in that folder'),
+    (files | {names[0]: 3}, 'weight_map must map'),
+    (['a.safetensors'], 'weight_map must map'),
+  ):
+    index.write_text(json.dumps({'weight_map': weight_map}))
+    refused(tmp_path, words)
+  index.write_text('[' * 100_000)
+  refused(tmp_path, 'index.json cannot be read')
+  index.unlink()
+  whole.unlink()
+  os.mkfifo(whole)  # nobody writes to it
+  refused(tmp_path, 'no such file')
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
 def test_half_precision_weights_are_read_exactly(tmp_path, dtype):
   tensors = write_gpt2(tmp_path / 'model', vocab_size=VOCAB, width=16, mlp_width=48, positions=40)
   half = {name: x.astype(jax.numpy.dtype(dtype)) for name, x in tensors.items()}
-  safetensors.numpy.save_file(half, tmp_path / 'model/model.safetensors')
+  save(half, tmp_path / 'model/model.safetensors')
   found = flat(trainer_of(tmp_path / 'model').init(jax.random.key(0)).params)
   np.testing.assert_array_equal(found['embedding/embedding'], half['wte.weight'].astype(np.float32))
-  safetensors.numpy.save_file(
-    {'wte.weight': tensors['wte.weight'].astype(np.int8)}, tmp_path / 'model/model.safetensors'
-  )
+  save({'wte.weight': tensors['wte.weight'].astype(np.int8)}, tmp_path / 'model/model.safetensors')
   with pytest.raises(UserError, match='has dtype I8; save the model in one of F32, F16, BF16'):
     trainer_of(tmp_path / 'model').init(jax.random.key(0))
 

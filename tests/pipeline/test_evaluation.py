@@ -53,4 +53,4 @@ def test_benchmarks_and_a_checkpoint(copied, tmp_path):
 
   (tmp_path / 'words.jsonl').write_text('{"context": "The cat saw the", "continuation": "dog"}\n' * 2)
   message = runs.refused(*[flag for flag in flags if flag != '--rerun'])
-  assert f'SHA-256 of {tmp_path}/words.jsonl was' in message
+  assert 'evaluation.tasks was ["words.jsonl: content ' in message

@@ -29,7 +29,8 @@ def test_loaded_model_is_the_proxy(copied, tmp_path):
   manifest = json.loads((copied / 'proxies/manifest.json').read_text())
   assert manifest['semantics']['steps'] == 0
   assert manifest['identity']['settings']['proxies.model.mlp_width'] == 48  # the folder says so
-  assert len(manifest['identity']['settings']['SHA-256 of proxies.model.weights']) == 64
+  assert manifest['identity']['settings']['proxies.model.weights'].startswith('content ')
+  assert manifest['semantics']['given'] == {'proxies.model.weights': str(tmp_path / 'gpt2')}
   config = base.get_config()
   config.model.weights = str(tmp_path / 'gpt2')
   config = checks.resolve(config, hugging_face.model_keys)

@@ -7,13 +7,11 @@ sources, units and records, which depends only on the settings and the files.
 
 import dataclasses
 import glob
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dsdm_jax.config import values
-from dsdm_jax.config.validate import select
 from dsdm_jax.core import tensorflow_start
 from dsdm_jax.data import files
 from dsdm_jax.data.targets import tfds_items
@@ -188,38 +186,6 @@ def _files(entry: Entry) -> list[str]:
       raise UserError(f'{folder} has no state.json; hf: needs a folder written by save_to_disk of datasets')
     paths += files.glob(f'{glob.escape(folder)}/data-*.arrow')
   return paths
-
-
-def states(lines: Iterable[str]) -> dict[str, str]:
-  """For each source of files: the number of files and a digest of their names and versions.
-
-  '' if there are no files or they cannot be listed, so that changes cannot be detected.
-  """
-  result = {}
-  for entry in map(parse, lines):
-    if entry.kind in (*FILES, 'tokens'):
-      try:
-        paths = _files(entry)
-        noted = [f'{path}\x1f{version}' for path, version in zip(paths, files.versions(paths), strict=True)]
-      except (OSError, UserError):  # a finished pool is usable without its files
-        noted = []
-      digest = hashlib.blake2b('\x1e'.join(noted).encode(), digest_size=8).hexdigest()
-      result[f'{entry.kind}:{entry.target}'] = f'{len(noted)} files, state {digest}' if noted else ''
-  return result
-
-
-def fingerprint(
-  selected: Mapping[str, Any], settings: Mapping[str, Any], previous: Mapping[str, Any]
-) -> dict[str, Any]:
-  """State of the source files, for `Stage.fingerprint`; that of the finished pool where files are gone.
-
-  With planted targets, also the settings that decide which examples are in the target split.
-  """
-  result = {f'pool.files of {source}': state for source, state in states(selected['pool.sources']).items()}
-  result = {key: state or previous.get(key, '') for key, state in result.items()}
-  if selected['pool.plant_targets']:
-    result |= select(settings, ('targets.holdout_share', 'targets.max_examples'))
-  return result
 
 
 def tfds_builder(name: str) -> Any:

@@ -11,13 +11,11 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
-from dsdm_jax.data import files
 from dsdm_jax.data.targets import benchmarks, builtin, shapes
 from dsdm_jax.data.targets.leakage import TargetText, words
 from dsdm_jax.errors import UserError
@@ -116,36 +114,6 @@ def with_shots(task: RawTask, items: Sequence[RawItem], seed: int) -> list[RawIt
     shown = [items[i] for i in benchmarks.shots(task.benchmark, len(items), index, seed)]
     preamble = ''.join(f'{other.context.rstrip()} {other.answer.strip()}\n' for other in shown)
     result.append(dataclasses.replace(item, context=preamble + item.context))
-  return result
-
-
-def places_of(settings: Mapping[str, Any]) -> dict[str, str]:
-  """Benchmark or .jsonl path in the flat `settings` → the file, or the place of TFDS, that it is read from.
-
-  Benchmarks that are not available are left out.
-  """
-  places = benchmarks.places(settings['targets.folder'])
-  result = {}
-  for key in ('targets.tasks', 'pool.leakage_benchmarks', 'evaluation.tasks'):
-    for name in settings.get(key, ()):
-      if name.endswith('.jsonl'):
-        result[name] = name
-      elif name in benchmarks.BENCHMARKS and (place := benchmarks.place(benchmarks.BENCHMARKS[name], places)):
-        result[name] = place
-  return result
-
-
-def fingerprint(
-  selected: Mapping[str, Any], settings: Mapping[str, Any], previous: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Checksums of the target files in place of their folder, for `Stage.fingerprint`."""
-  del settings, previous
-  result = {'targets.folder': ''}
-  for task, place in places_of(selected).items():
-    if benchmarks.in_tfds(place):
-      result[f'TFDS of {task}'] = place
-    else:
-      result[f'SHA-256 of {task}'] = hashlib.sha256(files.read_bytes(place)).hexdigest()
   return result
 
 

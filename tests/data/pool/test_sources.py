@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from dsdm_jax.data import files
 from dsdm_jax.data.pool import sources
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
@@ -407,35 +405,3 @@ def test_an_address_that_cannot_be_reached_is_one_line(tmp_path: Path):
     with pytest.raises(UserError, match=expected) as caught:
       build(tmp_path / 'a', f'jsonl:{address}')
     assert '\n' not in str(caught.value)
-
-
-def test_states_of_source_files(tmp_path: Path):
-  line = f'jsonl:{tmp_path}/*.jsonl'
-  assert sources.states([line, 'installed_packages']) == {line: ''}
-  (tmp_path / 'a.jsonl').write_bytes(lines(RECORDS))
-  [first] = sources.states([f'{line} | weight=2']).values()
-  assert first.startswith('1 files, state ') and sources.states([line]) == {line: first}
-  (tmp_path / 'a.jsonl').write_bytes(lines(RECORDS[1:]))
-  [second] = sources.states([line]).values()
-  (tmp_path / 'b.jsonl').write_bytes(b'')
-  [third] = sources.states([line]).values()
-  assert len({first, second, third}) == 3
-
-
-def test_state_is_the_content_of_small_files_and_the_time_of_large_ones(tmp_path: Path, monkeypatch):
-  """Copying the same text again does not rebuild a pool; large files are not read at each start."""
-  file, line = tmp_path / 'a.jsonl', f'jsonl:{tmp_path}/*.jsonl'
-  text = lines(RECORDS)
-
-  def state(text: bytes, time: int) -> str:
-    file.write_bytes(text)
-    os.utime(file, ns=(time, time))
-    [result] = sources.states([line]).values()
-    return result
-
-  first = state(text, 10**18)
-  assert state(text, 2 * 10**18) == first
-  assert state(text.swapcase(), 10**18) != first
-  monkeypatch.setattr(files, '_HASHED_BYTES', len(text) - 1)
-  large = state(text, 10**18)
-  assert state(text.swapcase(), 10**18) == large != state(text, 2 * 10**18)

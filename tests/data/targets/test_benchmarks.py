@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.base import get_config
+from dsdm_jax.data import files, inputs
 from dsdm_jax.data.targets import benchmarks, shapes, tasks, tfds_items
 from dsdm_jax.data.targets.benchmarks import BENCHMARKS, TABLE, Prompt, of_file, prompt, read_items
 from dsdm_jax.errors import UserError
@@ -306,6 +307,9 @@ def test_squad_from_tfds_has_the_papers_split(tmp_path: Path):
   config.tasks, config.folder = ('squad', 'jeopardy'), f'tfds:{tmp_path} | {tmp_path}/files'
   assert [len(task.items) for task in tasks.read_tasks(config)] == [17, 4]
   settings = {'targets.folder': config.folder, 'targets.tasks': config.tasks}
-  assert tasks.places_of(settings) == {'squad': f'tfds:{tmp_path}', 'jeopardy': f'{tmp_path}/files/jeopardy_all.jsonl'}
+  found, given = inputs.by_content(settings, settings, None)
+  digests = [files.digest(f'{tmp_path}/{place}') for place in ('squad', 'files/jeopardy_all.jsonl')]
+  assert found['targets.tasks'] == [f'squad: content {digests[0]}', f'jeopardy: content {digests[1]}']
+  assert given == settings and not found['targets.folder']
   config.folder = f'tfds:{tmp_path}/none | {tmp_path}/files'  # where it is not prepared, the next place is asked
   assert [len(task.items) for task in tasks.read_tasks(config)] == [1, 4]
