@@ -3,17 +3,21 @@
 Pools, targets, benchmarks, vocabularies and tokenizers are all read through this module.
 """
 
+import bz2
 import contextlib
 import errno
 import fnmatch
 import functools
+import glob as local
 import hashlib
 import io
 import json
+import lzma
 import os
+import re
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -21,10 +25,11 @@ from typing import Any, BinaryIO, Literal
 from dsdm_jax.core import storage
 from dsdm_jax.errors import UserError
 
-LONGEST_LINE = 128 * 2**20  # bytes; a document of `readers.LARGEST` bytes takes 96 MiB if every character is escaped
-READ_ERRORS = (OSError, EOFError, zlib.error)  # what reading an opened file may raise
+LONGEST_LINE = 64 * 2**20  # bytes; a document of `readers.LARGEST` bytes takes 48 MiB if all but ASCII is escaped
+READ_ERRORS = (OSError, EOFError)  # what reading an opened file may raise
+BOM = b'\xef\xbb\xbf'  # a byte order mark in UTF-8
+_MOST_VALUES = 4 * 2**20  # JSON values in a line; each takes up to 64 bytes of memory
 _BUFFER = 2**20
-_CODECS = {'.gz': 'gzip', '.bz2': 'bz2', '.xz': 'xz'}  # of fsspec; `_Zstd` reads .zst
 _READ_REMOTE = 2**28  # bytes of remote files that are read for a digest
 _REMEMBERED_BYTES, _MOST_REMEMBERED = 2**20, 200_000  # size and number of files whose digest is kept for later runs
 _TICK_NS = 50_000_000  # times of change are no finer than this on some file systems
@@ -70,29 +75,73 @@ def _call(function: Any, *arguments: Any) -> Any:
     raise OSError(one_line(error)) from error
 
 
+def _wildcards(pattern: str) -> str:
+  return '*[' if pattern.startswith(('http://', 'https://')) else '*?['  # a query follows the ? of an address
+
+
+def _has_wildcard(pattern: str) -> bool:
+  return any(sign in pattern for sign in _wildcards(pattern))
+
+
+def natural_order(path: str) -> list[str | int]:
+  """Sorting key: numbers in names count by value, so that part-2 is before part-10."""
+  return [int(part) if index % 2 else part for index, part in enumerate(re.split('([0-9]+)', path))]
+
+
 def glob(pattern: str, kind: Literal['file', 'directory'] = 'file') -> list[str]:
-  """Sorted paths that match `pattern`; a pattern without wildcards is returned as it is, whether it exists or not.
+  """Paths that match `pattern` as in `glob.glob(pattern, recursive=True)`, also behind an address, in natural order.
+
+  Hidden names match only a pattern that begins with a dot, and symbolic links are followed. A link to a missing file is
+  in the result, so that reading it fails. A pattern without wildcards is returned as it is, whether it exists or not.
 
   Raises:
     UserError: a URL cannot be listed, because a package, the network or credentials are missing.
   """
-  if not any(sign in pattern for sign in '*?['):
+  if not _has_wildcard(pattern):
     return [pattern]
-  if is_remote(pattern):
-    system, inside = _remote(pattern)
-    try:
-      paths = [path for path, info in system.glob(inside, detail=True).items() if info['type'] == kind]
-    except Exception as error:  # as in `_remote`
-      raise UserError(
-        f'{pattern} cannot be listed ({one_line(error)}); check address, network and credentials'
-      ) from error
-    return sorted(system.unstrip_protocol(path) for path in paths)
-  # The parts before the first wildcard name a folder, the rest is a pattern below it.
+  if not is_remote(pattern):
+    return _local_glob(pattern, kind)
+  system, inside = _remote(pattern)
+  if 'file' in system.protocol:
+    return [system.unstrip_protocol(path) for path in _local_glob(inside, kind)]
+  # In fsspec, unlike in Python, ** may only be a whole part of a path, and * matches hidden names.
+  parts = [part if part == '**' else re.sub(r'\*+', '*', part) for part in inside.split('/')]
+  try:
+    found = system.glob('/'.join(parts), detail=True).items()
+  except Exception as error:  # as in `_remote`
+    raise UserError(
+      f'{pattern} cannot be listed ({one_line(error)}); check address, network and credentials'
+    ) from error
+  paths = [path for path, info in found if info['type'] == kind and _matches(path.split('/'), parts)]
+  return [system.unstrip_protocol(path) for path in sorted(paths, key=lambda path: (natural_order(path), path))]
+
+
+def _local_glob(pattern: str, kind: str) -> list[str]:
+  wanted = os.path.isdir if kind == 'directory' else lambda path: os.path.isfile(path) or not os.path.exists(path)
+  paths = {path for path in local.glob(pattern, recursive=True) if wanted(path)}
+  return sorted(paths, key=lambda path: (natural_order(path), path))
+
+
+def _matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
+  """Whether the parts of a path match those of a pattern, with Python's rules."""
+  if not pattern or not path:
+    return not path and all(part == '**' for part in pattern)
+  if pattern[0] == '**':
+    hidden = path[0].startswith('.')
+    return _matches(path, pattern[1:]) or (not hidden and _matches(path[1:], pattern))
+  hidden = path[0].startswith('.') and not pattern[0].startswith('.') and local.has_magic(pattern[0])
+  same = fnmatch.fnmatchcase(path[0], pattern[0]) if local.has_magic(pattern[0]) else path[0] == pattern[0]
+  return same and not hidden and _matches(path[1:], pattern[1:])
+
+
+def below(path: str, pattern: str) -> str:
+  """`path` from the part of `pattern` on that has the first wildcard; without one, the file's name."""
+  # fsspec may write an address with more slashes than the user.
+  path, pattern = (re.sub('^[^:/]*://+', '', x) if is_remote(x) else x for x in (path, pattern))
   parts = pattern.split('/')
-  first = next(i for i, part in enumerate(parts) if any(sign in part for sign in '*?['))
-  root = Path('/'.join(parts[:first]) or ('/' if pattern.startswith('/') else '.'))
-  matches = root.glob('/'.join(parts[first:]))
-  return sorted(str(path) for path in matches if (path.is_file() if kind == 'file' else path.is_dir()))
+  first = next((i for i, part in enumerate(parts) if _has_wildcard(part)), len(parts) - 1)
+  fixed = '/'.join([*parts[:first], ''])
+  return path.removeprefix(fixed).lstrip('/')
 
 
 def is_file(path: str) -> bool:
@@ -133,43 +182,74 @@ class _RemoteFile(io.RawIOBase):
     super().close()
 
 
-class _Zstd(io.RawIOBase):
-  """The content of zstd frames; a truncated frame raises EOFError.
+def _zstd() -> Any:
+  import zstandard
 
-  fsspec's reader stops after the first frame, and zstandard's stream reader ends silently inside a truncated frame.
+  return zstandard.ZstdDecompressor().decompressobj()
+
+
+# What unpacks one stream; a file may hold several. Windows above 128 MiB are refused, for xz above 256 MiB.
+_STREAMS: Mapping[str, Callable[[], Any]] = {
+  '.gz': lambda: zlib.decompressobj(wbits=31),
+  '.bz2': bz2.BZ2Decompressor,
+  '.xz': lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28),
+  '.zst': _zstd,
+}
+
+
+class _Unpacked(io.RawIOBase):
+  """The content of a packed file, in bounded memory, by one rule for all formats.
+
+  Streams follow each other without a gap. Zero bytes after a stream are padding. A stream that ends early raises
+  EOFError, and anything else that is no stream OSError: the readers of gzip, bz2, lzma, zstandard and fsspec differ in
+  which of these they pass over in silence.
   """
 
-  _CHUNK = 2**12  # compressed bytes; they expand to at most 128 MiB
+  _CHUNK = 2**12  # packed bytes; zstd unpacks them to at most 128 MiB, zlib to 4 MiB
+  _PIECE = 2**20  # unpacked bytes at once where the decompressor takes a limit
 
-  def __init__(self, file: BinaryIO):
-    import zstandard
-
+  def __init__(self, file: BinaryIO, start: Callable[[], Any]):
     self._file = file
-    self._decompressor = zstandard.ZstdDecompressor()
-    self._error = zstandard.ZstdError
-    self._frame: Any = None  # None between frames
+    self._start = start
+    self._stream: Any = start()  # None between streams
     self._packed = b''
     self._data = memoryview(b'')
 
   def readable(self) -> bool:
     return True
 
-  def readinto(self, buffer: Any) -> int:
-    while not self._data:
+  def _unpack(self) -> bytes | None:
+    """The next piece, which may be empty; None at the end of the file."""
+    waiting = self._stream is not None and not getattr(self._stream, 'needs_input', True)
+    if not waiting:
       self._packed = self._packed or self._file.read(self._CHUNK)
       if not self._packed:
-        if self._frame is not None:
-          raise EOFError('the last zstd frame is truncated')
+        if self._stream is not None:
+          raise EOFError('the last stream is truncated')
+        return None
+    if self._stream is None:
+      self._packed = self._packed.lstrip(b'\0')
+      if not self._packed:
+        return b''
+      self._stream = self._start()
+    limit = (self._PIECE,) if hasattr(self._stream, 'needs_input') else ()
+    try:
+      data = self._stream.decompress(self._packed, *limit)
+    except (OSError, MemoryError):
+      raise
+    except Exception as error:  # each package has its own
+      raise OSError(str(error)) from error
+    self._packed = b''
+    if self._stream.eof:
+      self._packed, self._stream = self._stream.unused_data, None
+    return data
+
+  def readinto(self, buffer: Any) -> int:
+    while not self._data:
+      data = self._unpack()
+      if data is None:
         return 0
-      if self._frame is None:
-        self._frame = self._decompressor.decompressobj()
-      try:
-        self._data = memoryview(self._frame.decompress(self._packed))
-      except self._error as error:
-        raise OSError(str(error)) from error
-      self._packed = self._frame.unused_data
-      if self._frame.eof:
-        self._frame = None
+      self._data = memoryview(data)
     count = min(len(buffer), len(self._data))
     buffer[:count] = self._data[:count]
     self._data = self._data[count:]
@@ -184,18 +264,12 @@ def open_bytes(path: str) -> Iterator[BinaryIO]:
     OSError: the file cannot be opened. Reading raises one of `READ_ERRORS`, also if a compressed file is truncated.
     UserError: a package that the URL needs is missing.
   """
-  import fsspec.compression
-
   with contextlib.ExitStack() as stack:
     raw = _RemoteFile(path) if is_remote(path) else io.FileIO(path)
     file: Any = stack.enter_context(io.BufferedReader(raw, _BUFFER))
-    suffix = os.path.splitext(path)[1]
-    if suffix == '.zst':
-      file = stack.enter_context(io.BufferedReader(_Zstd(file), _BUFFER))
-    elif suffix in _CODECS:
-      unpacked = fsspec.compression.compr[_CODECS[suffix]](file, mode='r')
-      file = stack.enter_context(io.BufferedReader(unpacked, _BUFFER))
-    yield file
+    name = path.partition('?')[0] if is_remote(path) else path
+    start = _STREAMS.get(os.path.splitext(name)[1].lower())
+    yield stack.enter_context(io.BufferedReader(_Unpacked(file, start), _BUFFER)) if start else file
 
 
 def read_bytes(path: str) -> bytes:
@@ -328,7 +402,10 @@ class BadLineError(ValueError):
 
 
 def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-  """(number from 1, line) for every line; lines longer than `LONGEST_LINE` are cut one byte after it."""
+  """(number from 1, line) for every line; lines longer than `LONGEST_LINE` are cut one byte after it.
+
+  A byte order mark is removed at the beginning of any line, since files may have been concatenated.
+  """
   number = 0
   while line := file.readline(LONGEST_LINE + 1):
     number += 1
@@ -336,7 +413,7 @@ def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     # A compressed file of a few MB may hold one line of many GB.
     while len(line) > LONGEST_LINE and not line.endswith(b'\n'):
       line = file.readline(LONGEST_LINE + 1)
-    yield number, whole
+    yield number, whole.removeprefix(BOM)
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -347,6 +424,8 @@ def parse_line(line: bytes) -> dict[str, Any]:
   """
   if len(line) > LONGEST_LINE:
     raise BadLineError(f'a line of more than {LONGEST_LINE:,} bytes')
+  if len(line) > _MOST_VALUES and sum(map(line.count, (b',', b'[', b'{'))) > _MOST_VALUES:
+    raise BadLineError(f'a line with more than {_MOST_VALUES:,} commas and brackets')
   try:
     record = json.loads(line.decode())
     if b'\\ud' in line.lower():  # a lone surrogate is no text and cannot be written
