@@ -42,7 +42,7 @@ STAGES = (
     reads=('pool',),
     keys=('targets',),
     code='data.targets.targets:run',
-    format=2,
+    format=3,
     fingerprint=(_TARGET_FILES,),
   ),
   # Small models on random subsets.
@@ -121,7 +121,7 @@ STAGES = (
     reads=('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'ladder'),
     keys=('evaluation', 'model', 'pretraining', 'targets.seed', 'targets.folder'),
     code='evaluation.evaluate:run',
-    format=4,
+    format=5,
     fingerprint=(_TARGET_FILES, _WEIGHTS),
     everywhere=True,
     batches=('evaluation.batch_size',),
