@@ -37,7 +37,7 @@ STAGES = (
     reads=('pool',),
     keys=('targets',),
     code='data.targets.targets:run',
-    format=2,
+    format=3,
   ),
   # Small models on random subsets.
   Stage(
@@ -108,7 +108,7 @@ STAGES = (
     reads=('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'ladder'),
     keys=('evaluation', 'model', 'pretraining', 'targets.seed', 'targets.folder'),
     code='evaluation.evaluate:run',
-    format=4,
+    format=5,
     everywhere=True,
     batches=('evaluation.batch_size',),
   ),

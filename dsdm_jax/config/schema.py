@@ -46,6 +46,7 @@ FunctionName = Annotated[
   str, must(v.is_function_name, "must be 'package.module:function' with a module that Python finds from here")
 ]
 Regex = Annotated[str, must(v.is_regex, 'must be a regular expression')]
+Delimiter = Annotated[str, must(lambda x: len(x) <= 1_000, 'must have at most 1,000 characters')]
 OneLine = Annotated[str, must(lambda x: '\n' not in x, 'must be one line')]
 
 
@@ -153,6 +154,8 @@ class Targets(Section):
       "must be one line that does not begin or end with white space; several places are joined by ' | '",
     ),
   ] = key('', "Folder of benchmark files, tfds or tfds:DATA_DIR; with several ('a | b') the first that has one wins.")
+  file_shots: Few = key(0, 'Solved examples before each question of a task given by its path.')
+  file_delimiter: Delimiter = key(' ', "Between context and answer of such a task; '' for nothing.")
   max_examples: Annotated[Count, Ge(1)] = key(256, 'Maximum examples of each task and split.')
   holdout_share: OpenShare = key(0.5, "Share of a task's documents that the datamodel does not see.")
   seed: Seed = key(0, 'Seed of generated tasks and of the split.')
@@ -408,9 +411,7 @@ class Evaluation(Section):
     0, 'Maximum items of each benchmark, spread evenly over its file; 0 takes all.'
   )
   file_shots: Few = key(0, 'Solved examples before each question of a file given by its path.')
-  file_delimiter: Annotated[str, must(lambda x: x != '', 'must not be empty; use a space, for example')] = key(
-    ' ', 'Between context and answer in such a file.'
-  )
+  file_delimiter: Delimiter = key(' ', "Between context and answer in such a file; '' for nothing.")
   generate_tokens: Tokens = key(16, 'Maximum length of a generated answer; below pool.length.')
   begin_with_end_mark: bool = key(True, 'Put an end mark before each prompt, as before each document of the pool.')
   checkpoints: Annotated[

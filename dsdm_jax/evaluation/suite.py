@@ -1,25 +1,26 @@
 """The evaluation suite: the run's own targets and the benchmarks, as token sequences ready for a model.
 
-A sequence is [end mark] + context + answer. Context and answer are tokenized apart; the white space between them
-belongs to the answer. A sequence that is too long is cut at its beginning: the context first, then the first tokens of
-an answer that fills the whole sequence.
+A sequence is [end mark] + context + answer, whose text is tokenized as a whole (`vocabulary.encode_pair`); the white
+space between them belongs to the answer. A sequence that is too long is cut at its beginning: the context first, then
+the first tokens of an answer that fills the whole sequence.
 """
 
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool.vocabulary import Encoder, open_encoder
+from dsdm_jax.data.pool.vocabulary import Encoder, encode_pair, open_encoder
 from dsdm_jax.data.targets import benchmarks
 from dsdm_jax.data.targets.benchmarks import BENCHMARKS, Benchmark
 from dsdm_jax.data.targets.shapes import GENERATION, LANGUAGE_MODELLING
 from dsdm_jax.data.targets.targets import Examples, Targets
+from dsdm_jax.data.targets.tasks import BUILT_IN
 from dsdm_jax.errors import UserError
 
 OWN = 'targets'  # in evaluation.tasks: the run's own target tasks
@@ -34,14 +35,14 @@ class Sequences:
   A sequence without a context always begins with the end mark: the answer's first token needs something before it.
   """
 
-  encode: Callable[[str], list[int]]
+  encoder: Encoder
   length: int
   eos: int
   begin: bool = True
 
   def pair(self, context: str, answer: str) -> tuple[np.ndarray, int]:
     """(ids, number of answer tokens at the end of them), int32."""
-    return self.joined(self.encode(context), self.encode(answer))
+    return self.joined(*encode_pair(self.encoder, context, answer))
 
   def joined(self, context_ids: Sequence[int], answer_ids: Sequence[int]) -> tuple[np.ndarray, int]:
     """As `pair`, from token ids."""
@@ -52,8 +53,12 @@ class Sequences:
     return np.asarray(ids, np.int32), len(answer_ids)
 
   def prompt(self, context: str, room: int) -> np.ndarray:
-    """Token ids of a context that leaves room for `room` more tokens, int32."""
-    return dataclasses.replace(self, length=self.length - room + 1).joined(self.encode(context), [0])[0][:-1]
+    """Token ids of a context that leaves room for `room` more tokens, int32.
+
+    Spaces at its end are left out: they are part of the first piece of what follows.
+    """
+    ids = self.encoder.encode(context.rstrip(' '))
+    return dataclasses.replace(self, length=self.length - room + 1).joined(ids, [0])[0][:-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +118,7 @@ class Suite:
     encoder: of the pool's vocabulary.
     length: L.
     generate: maximum number of tokens of a generated answer.
+    file_shots: of targets that are files.
   """
 
   examples: Mapping[tuple[str, str], Examples]
@@ -120,12 +126,14 @@ class Suite:
   encoder: Encoder
   length: int
   generate: int
+  file_shots: int = 0
 
   def tasks(self) -> list[dict[str, Any]]:
     """The `tasks` part of `results.json`."""
     own: list[dict[str, Any]] = []
     for (task, split), examples in self.examples.items():
-      shots = BENCHMARKS[task].shots if task in BENCHMARKS else 0
+      of_file = 0 if task in BUILT_IN else self.file_shots
+      shots = BENCHMARKS[task].shots if task in BENCHMARKS else of_file
       facts = {'task': task, 'split': split, 'rule': 'exact_argmax', 'shots': shots}
       own.append({**facts, 'n_items': len(examples), 'categories': []})
     return own + [request.describe() for request in self.requests]
@@ -153,14 +161,15 @@ def open_suite(context: Context) -> Suite:
   if OWN in config.evaluation.tasks:
     targets = Targets(context.inputs['targets'])
     examples = {(task, split): targets.examples(task, split) for task in targets.tasks for split in SPLITS}
-  sequences = Sequences(encoder.encode, length, encoder.eos, config.evaluation.begin_with_end_mark)
+  sequences = Sequences(encoder, length, encoder.eos, config.evaluation.begin_with_end_mark)
   requests = tuple(read(config.evaluation, config.targets.folder, sequences, config.targets.seed))
   for request in requests:
     if request.benchmark.name in {task for task, _ in examples}:
       raise UserError(
         f'evaluation.tasks and targets.tasks both have a task {request.benchmark.name!r}; rename one of the files'
       )
-  return Suite(examples, requests, encoder, length, config.evaluation.generate_tokens)
+  generate, file_shots = config.evaluation.generate_tokens, config.targets.file_shots
+  return Suite(examples, requests, encoder, length, generate, file_shots)
 
 
 def selected_benchmarks(config: ConfigDict) -> list[Benchmark]:
@@ -244,10 +253,9 @@ def build(
   for index in range(len(items)):
     prompt = benchmarks.prompt(benchmark, items, index, seed)
     gold.append(len(ids) + prompt.gold)
-    context_ids = {context: sequences.encode(context) for context in dict.fromkeys(prompt.contexts)}
     for context, answer in zip(prompt.contexts, prompt.answers, strict=True):
-      answer_ids = sequences.encode(answer)
-      sequence, count = sequences.joined(context_ids[context], answer_ids)
+      context_ids, answer_ids = encode_pair(sequences.encoder, context, answer)
+      sequence, count = sequences.joined(context_ids, answer_ids)
       if not count:
         raise UserError(f'benchmark {benchmark.name}, {items[index].id}: an answer has no tokens')
       cut += count < len(answer_ids)

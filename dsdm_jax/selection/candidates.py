@@ -120,7 +120,7 @@ class Target:
 
   def texts(self, task: str) -> list[str]:
     """Context and answer of each target example."""
-    return [f'{r["context"].rstrip()} {r["answer"].strip()}'.strip() for r in self.examples(task).records]
+    return [(r['context'] + r['answer']).strip() for r in self.examples(task).records]
 
   def sequences(self, task: str) -> list[np.ndarray]:
     """Token ids of each target example, int32, from its end mark to the last token of the answer."""

@@ -44,6 +44,7 @@ BAD: dict[str, list] = {
     ('a+b.jsonl',),
   ],
   'targets.folder': ['a\nb', ' data', 'data '],
+  'targets.file_delimiter': ['x' * 1_001],
   'proxies.epochs': [0.0],
   'features.output_fn': ['margin', 'no_such_package:margin', 'dsdm_jax.no_such_module:margin', 'a b:c', 'a:b:c', ':'],
   'features.layers': ['(', '*'],
@@ -73,7 +74,7 @@ BAD: dict[str, list] = {
   'ladder.rungs': [('1',), ('1', '1'), ('0', '1'), ('1', 'two'), ('1', 'inf'), ('1', '1000001')],
   'evaluation.tasks': [(), ('piqa', 'piqa')],
   'evaluation.max_items': [1],
-  'evaluation.file_delimiter': [''],
+  'evaluation.file_delimiter': ['x' * 1_001],
   'evaluation.checkpoints': [('mine',), ('a b=x',), ('a=',), ('a=x', 'a=y')],
   'plan.topology': ['v5e', 'v5e:16', 'v5e-256', 'v5e:99999x2'],
 }

@@ -8,6 +8,7 @@ from flax import nnx
 from configs import base
 from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.data.pool.vocabulary import ByteEncoder
 from dsdm_jax.data.targets import benchmarks
 from dsdm_jax.data.targets.shapes import Item
 from dsdm_jax.evaluation import suite
@@ -130,9 +131,8 @@ def test_generation_with_a_custom_model(trained):
   inner = Plain(nnx.merge(trainer.graphdef, state.params, state.rest))
   _, params, rest = nnx.split(inner, nnx.Param, ...)
   items = [Item(str(i), f'Say {"x" * i} please:', 'ok', aliases=('ok',)) for i in range(6)]
-  encode = lambda text: [byte + 3 for byte in text.encode()]  # noqa: E731
   decode = lambda ids: ''.join(chr(int(i) - 3) for i in ids if i > 2)  # noqa: E731
-  request = suite.build(benchmarks.BENCHMARKS['trivia_qa'], items, suite.Sequences(encode, L, 1), 5, 0)
+  request = suite.build(benchmarks.BENCHMARKS['trivia_qa'], items, suite.Sequences(ByteEncoder(), L, 1), 5, 0)
   stop_V = np.arange(V) == 13
   found = [
     score_request(Scorer(t, 4, 0), s, request, L, 5, stop_V, decode)

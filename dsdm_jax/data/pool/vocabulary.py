@@ -148,6 +148,7 @@ class Encoder(Protocol):
     size: V, number of ids.
     eos: id that ends a document.
     pad: id that pads sequences.
+    unk: id of text that has no piece; −1 if there is none.
   """
 
   @property
@@ -156,7 +157,12 @@ class Encoder(Protocol):
   def eos(self) -> int: ...
   @property
   def pad(self) -> int: ...
+  @property
+  def unk(self) -> int: ...
   def encode(self, text: str) -> list[int]: ...
+  def offsets(self, text: str) -> list[tuple[int, int]]:
+    """First character and end of what each id of `encode(text)` covers; both equal for an id that covers none."""
+
   def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
   def decode_batch(self, ids_BL: np.ndarray) -> list[str]: ...
 
@@ -164,10 +170,13 @@ class Encoder(Protocol):
 class ByteEncoder:
   """UTF-8 bytes, as seqio's ByteVocabulary without extra ids: padding 0, end 1, unknown 2, byte b is b + 3."""
 
-  size, eos, pad = 259, 1, 0
+  size, eos, pad, unk = 259, 1, 0, -1
 
   def encode(self, text: str) -> list[int]:
     return (np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3).tolist()
+
+  def offsets(self, text: str) -> list[tuple[int, int]]:
+    return [(i, i + 1) for i, character in enumerate(text) for _ in character.encode()]
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     return bytes(i - 3 for i in np.asarray(ids).tolist() if i >= 3).decode(errors='replace')
@@ -203,9 +212,17 @@ class SentencePieceEncoder:
     """Id of padding; 0 if the model has none."""
     return max(self._processor.pad_id(), 0)
 
+  @property
+  def unk(self) -> int:
+    return self._processor.unk_id()
+
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, without an end mark."""
     return self._processor.encode(text)
+
+  def offsets(self, text: str) -> list[tuple[int, int]]:
+    """As `Encoder.offsets`; of the bytes of one character only the last covers it."""
+    return self._processor.encode(text, return_type='offset_mapping')['offsets']
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Text of `ids`; padding and end marks are dropped, a character cut at the edge becomes U+FFFD."""
@@ -247,10 +264,14 @@ class HuggingFaceEncoder:
     self.eos: int = int(self.tokenizer.token_to_id(known[0]) or 0)
     pad = self.tokenizer.token_to_id('<pad>')
     self.pad: int = self.eos if pad is None else pad
+    self.unk: int = -1
     self.data = data
 
   def encode(self, text: str) -> list[int]:
     return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+  def offsets(self, text: str) -> list[tuple[int, int]]:
+    return self.tokenizer.encode(text, add_special_tokens=False).offsets
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     special = {self.eos, self.pad}
@@ -258,6 +279,26 @@ class HuggingFaceEncoder:
 
   def decode_batch(self, ids_BL: np.ndarray) -> list[str]:
     return [self.decode(ids_L) for ids_L in ids_BL]
+
+
+def encode_pair(encoder: Encoder, context: str, answer: str) -> tuple[list[int], list[int]]:
+  """Ids of a context and of the answer that follows it; joined they are the ids of `context + answer`.
+
+  The text is encoded once, as a document of the pool is: `encode(a + b)` is not `encode(a) + encode(b)`, because pieces
+  may cross the boundary and some vocabularies put a space before every text. White space at the end of the context and
+  a piece with characters of both belong to the answer, as in lm-evaluation-harness.
+  """
+  ids, place = encoder.encode(context + answer), len(context.rstrip())
+  before = encoder.encode(context[:place])
+  first = len(before)
+  # Ids of the context that begin the whole end where the answer begins, unless the last stands for unknown text.
+  if ids[:first] == before and first < len(ids) and encoder.unk not in before[-1:]:
+    return before, ids[first:]
+  spans = encoder.offsets(context + answer)
+  first = next((i for i, (_, stop) in enumerate(spans) if stop > place), len(spans))
+  while first and spans[first - 1][0] >= place:  # of one character's bytes only the last may cover it
+    first -= 1
+  return ids[:first], ids[first:]
 
 
 def save(choice: str, folder: Path, end: str = '') -> None:

@@ -8,7 +8,7 @@ used as well, see `of_file`.
 
 import dataclasses
 import glob
-import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -36,6 +36,10 @@ SCORING: Mapping[str, str] = {
   GENERATION: ALIAS_PREFIX,
 }
 ANSWER = '\nAnswer: '
+# Thai to Burmese and Khmer; Chinese and Japanese characters, punctuation and wide forms.
+_UNSPACED = re.compile(
+  '[\u0e00-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]*'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +53,15 @@ class Benchmark:
     source: name of its JSONL file.
     tfds: 'dataset/config:split' in TFDS, '' for none.
     shots: solved examples before the question.
-    delimiter: between context and answer; white space at its end belongs to the answer.
+    delimiter: between context and answer; white space at its end belongs to the answer. May be empty.
     scoring: the rule for correct answers, one of `SCORING`'s values.
     tfds_target: 'dataset/config:split' of the target's items, if TFDS separates them from the holdout's.
     role: 'target', 'held_out' or 'other'.
     per_category: averaged within each category first.
     left_out: categories of items that are dropped.
     counts: (target, holdout) items in the paper, (0, 0) if it has none.
+    own_space: white space that an item has where context and answer meet replaces that of the delimiter, see `joined`.
+      Otherwise it is stripped, as LLM-Foundry does.
   """
 
   name: str
@@ -71,6 +77,7 @@ class Benchmark:
   per_category: bool = False
   left_out: tuple[str, ...] = ()
   counts: tuple[int, int] = (0, 0)
+  own_space: bool = False
 
 
 def _row(name: str, category: str, shape: str, source: str, shots: int, delimiter: str = ' ', **more: Any) -> Benchmark:
@@ -134,7 +141,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark i
 
 
 def of_file(path: str, shots: int = 0, delimiter: str = ' ') -> Benchmark:
-  """A custom benchmark: a JSONL file whose first record determines the shape.
+  """A custom benchmark: a JSONL file whose first record determines the shape, with the file's own white space.
 
   Raises:
     UserError: the file does not exist, has no records, or its fields match no shape.
@@ -147,7 +154,7 @@ def of_file(path: str, shots: int = 0, delimiter: str = ' ') -> Benchmark:
         '"continuation", "query", "choices" and "gold", "context_options", "continuation" and "gold", or "context", '
         '"answer" and "aliases"'
       )
-    return _row(PurePosixPath(path).stem, '', shape, path, shots, delimiter, role='other')
+    return _row(PurePosixPath(path).stem, '', shape, path, shots, delimiter, role='other', own_space=True)
   raise UserError(f'{path} has no items; it needs one JSON object a line')
 
 
@@ -269,12 +276,32 @@ def prompt(benchmark: Benchmark, items: Sequence[Item], index: int, seed: int = 
   """
   item = items[index]
   preamble = ''.join(f'{solved(benchmark, items[i])}\n' for i in shots(benchmark, len(items), index, seed))
-  joint = benchmark.delimiter.rstrip()
-  space = benchmark.delimiter[len(joint) :]
-  contexts = [preamble + context.rstrip() + joint for context in item.context_options or [item.context]]
-  answers = [space + answer.strip() for answer in item.choices or [item.continuation]]
-  pairs = list(itertools.product(contexts, answers))
-  return Prompt(tuple(c for c, _ in pairs), tuple(a for _, a in pairs), max(item.gold, 0))
+  pairs = [
+    joined(benchmark, context, answer)
+    for context in item.context_options or [item.context]
+    for answer in item.choices or [item.continuation]
+  ]
+  return Prompt(tuple(preamble + c for c, _ in pairs), tuple(a for _, a in pairs), max(item.gold, 0))
+
+
+def joined(benchmark: Benchmark, context: str, answer: str) -> tuple[str, str]:
+  """Context and answer whose concatenation is the text; the answer begins with the white space between them.
+
+  With `own_space`, white space at the end of the context or the beginning of the answer is the file's own (code,
+  lists): both remain as they are, and a delimiter of white space is left out. It is also left out without a context,
+  and between two characters of scripts without spaces. Before the text of another delimiter the context's end is
+  stripped.
+  """
+  text = benchmark.delimiter.strip()
+  before, _, after = benchmark.delimiter.partition(text) if text else ('', '', benchmark.delimiter)
+  own = answer[:1].isspace() or (not text and context[-1:].isspace())
+  if not benchmark.own_space:
+    return context.rstrip() + before + text, after + answer.strip()
+  if text:
+    return context.rstrip() + before + text, answer if own else after + answer.rstrip()
+  if own or not context:
+    return context, answer
+  return context, ('' if _UNSPACED.fullmatch(context[-1] + answer[:1]) else after) + answer.rstrip()
 
 
 def shots(benchmark: Benchmark, count: int, index: int, seed: int) -> list[int]:
@@ -287,4 +314,4 @@ def shots(benchmark: Benchmark, count: int, index: int, seed: int) -> list[int]:
 def solved(benchmark: Benchmark, item: Item) -> str:
   """An item with its answer, as a shot."""
   context = item.context_options[item.gold] if item.context_options else item.context
-  return f'{context.rstrip()}{benchmark.delimiter}{item.continuation.strip()}'
+  return ''.join(joined(benchmark, context, item.continuation))

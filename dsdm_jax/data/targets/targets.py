@@ -1,8 +1,9 @@
 """The targets stage: tasks become token sequences with weights on the tokens to predict.
 
 A sequence is [end mark] + context tokens + answer tokens, padded to L. The padding id may equal the end mark, so
-weights, not ids, mark what counts. Context and answer are tokenized separately, so that the answer has the same tokens
-after any context; it begins with the space that joins them. A context that is too long loses its beginning.
+weights, not ids, mark what counts. The text of an item is context + answer, tokenized as a whole
+(`vocabulary.encode_pair`); the white space between them belongs to the answer. A context that is too long loses its
+beginning.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from dsdm_jax.core import prng, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool.vocabulary import EOS, PAD, Encoder, open_encoder
+from dsdm_jax.data.pool.vocabulary import Encoder, encode_pair, open_encoder
 from dsdm_jax.data.targets.tasks import SPLITS, RawItem, read_tasks, split_documents, with_shots
 from dsdm_jax.errors import UserError
 
@@ -30,7 +31,7 @@ class Examples:
   Attributes:
     tokens_TL: int32, padded with the encoder's `pad`.
     weights_TL: float32, 1 for tokens to predict, else 0; column 0 is all 0.
-    records: for each example {"id", "context", "answer", "document"}.
+    records: for each example {"id", "context", "answer", "document"}; its text is context + answer.
   """
 
   tokens_TL: np.ndarray
@@ -49,18 +50,15 @@ def text_mask(weights_XL: np.ndarray) -> np.ndarray:
   return np.cumsum(weights_XL[:, ::-1] > 0, axis=1)[:, ::-1] > 0
 
 
-def sequence(
-  encode: Encode, context: str, answer: str, length: int, eos: int = EOS, pad: int = PAD
-) -> tuple[np.ndarray, np.ndarray] | None:
-  """(tokens_L, weights_L) of one item; None if the answer has no tokens or does not fit into L − 1."""
-  context = context.rstrip()
-  answer_ids = encode(f' {answer.strip()}' if context else answer)
-  if not answer.strip() or len(answer_ids) > length - 1:
+def sequence(encoder: Encoder, context: str, answer: str, length: int) -> tuple[np.ndarray, np.ndarray] | None:
+  """(tokens_L, weights_L) of the text context + answer; None if the answer has no tokens or more than L − 1."""
+  context_ids, answer_ids = encode_pair(encoder, context, answer)
+  if not answer.strip() or not 0 < len(answer_ids) < length:
     return None
   room = length - 1 - len(answer_ids)
-  context_ids = encode(context)[-room:] if room else []
-  ids = [eos, *context_ids, *answer_ids]
-  tokens_L = np.full(length, pad, np.int32)
+  context_ids = context_ids[-room:] if room else []
+  ids = [encoder.eos, *context_ids, *answer_ids]
+  tokens_L = np.full(length, encoder.pad, np.int32)
   tokens_L[: len(ids)] = ids
   weights_L = np.zeros(length, np.float32)
   weights_L[1 + len(context_ids) : len(ids)] = 1
@@ -167,7 +165,7 @@ def _examples(items: Sequence[RawItem], encoder: Encoder, length: int, most: int
   for item in items:
     if len(records) == most:
       break
-    arrays = sequence(encoder.encode, item.context, item.answer, length, encoder.eos, encoder.pad)
+    arrays = sequence(encoder, item.context, item.answer, length)
     if arrays is None:
       unfit += 1
       continue

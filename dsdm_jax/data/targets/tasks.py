@@ -33,7 +33,8 @@ class RawItem:
   Attributes:
     id: unique in its task.
     context: the prompt, '' for language modelling.
-    answer: the text to predict. For language modelling a whole document, cut into pieces later.
+    answer: the text to predict, which follows the context directly: it begins with the white space between them. For
+      language modelling a whole document, cut into pieces later.
     document: items of one document are in the same split.
   """
 
@@ -67,7 +68,7 @@ def task_name(task: str) -> str:
   return Path(task).stem if task.endswith('.jsonl') else task
 
 
-def read_jsonl(path: str) -> RawTask:
+def read_jsonl(path: str, shots: int = 0, delimiter: str = ' ') -> RawTask:
   """A custom task: one JSON object a line, in the shape of `shapes` that the first line has; "document" is optional.
 
   Without "document" each line is a separate document.
@@ -75,7 +76,7 @@ def read_jsonl(path: str) -> RawTask:
   Raises:
     UserError: the file does not exist, or a line is malformed; the message names the line.
   """
-  return benchmark_task(benchmarks.of_file(path), None, task_name(path))
+  return benchmark_task(benchmarks.of_file(path, shots, delimiter), None, task_name(path))
 
 
 def benchmark_task(benchmark: benchmarks.Benchmark, folder: str | None, name: str) -> RawTask:
@@ -97,7 +98,7 @@ def _zero_shot(benchmark: benchmarks.Benchmark, items: Sequence[shapes.Item], na
   for index, item in enumerate(items):
     prompt = benchmarks.prompt(zero_shot, items, index)
     document = item.document if item.document != item.id else f'{name}/{item.id}'
-    result.append(RawItem(item.id, prompt.contexts[prompt.gold], item.continuation, document))
+    result.append(RawItem(item.id, prompt.contexts[prompt.gold], prompt.answers[prompt.gold], document))
   return result
 
 
@@ -112,7 +113,7 @@ def with_shots(task: RawTask, items: Sequence[RawItem], seed: int) -> list[RawIt
   result = []
   for index, item in enumerate(items):
     shown = [items[i] for i in benchmarks.shots(task.benchmark, len(items), index, seed)]
-    preamble = ''.join(f'{other.context.rstrip()} {other.answer.strip()}\n' for other in shown)
+    preamble = ''.join(f'{other.context}{other.answer}\n' for other in shown)
     result.append(dataclasses.replace(item, context=preamble + item.context))
   return result
 
@@ -148,14 +149,14 @@ def _api_qa() -> RawTask:
   for entry in builtin.read_library().entries:
     question = 'What is it?' if entry.kind == 'Class' else 'What does it do?'
     context = f'Module: {entry.module}\n{entry.kind}: {entry.signature}\nQuestion: {question}\nAnswer:'
-    items.append(RawItem(entry.id, context, entry.summary, entry.module))
+    items.append(RawItem(entry.id, context, f' {entry.summary}', entry.module))
   return RawTask('api_qa', tuple(items))
 
 
 @functools.lru_cache(maxsize=2)
 def _cs_algorithms(seed: int) -> RawTask:
   questions = builtin.generate_questions(GENERATED, seed)
-  items = (RawItem(f'{i:06d}', q.context, q.answer, f'cs_algorithms/{i:06d}') for i, q in enumerate(questions))
+  items = (RawItem(f'{i:06d}', q.context, f' {q.answer}', f'cs_algorithms/{i:06d}') for i, q in enumerate(questions))
   return RawTask('cs_algorithms', tuple(items))
 
 
@@ -171,7 +172,7 @@ def read_tasks(config: ConfigDict) -> list[RawTask]:
   tasks = []
   for task in config.tasks:
     if task.endswith('.jsonl'):
-      tasks.append(read_jsonl(task))
+      tasks.append(read_jsonl(task, config.file_shots, config.file_delimiter))
     elif task in benchmarks.BENCHMARKS:
       tasks.append(benchmark_task(benchmarks.BENCHMARKS[task], config.folder or '.', task))
     elif task == 'docs':
@@ -206,7 +207,7 @@ def raw_texts(config: ConfigDict) -> list[TargetText]:
       continue
     for item in task.items:
       context = '' if task.name == 'api_qa' else item.context
-      texts.append(TargetText(task.name, f'{context} {item.answer}'))
+      texts.append(TargetText(task.name, f'{context}{item.answer}'))
   return texts
 
 

@@ -56,6 +56,42 @@ def test_shapes_and_prompts_by_hand(tmp_path: Path, shape: str, wanted: Prompt):
   assert prompt(benchmark, items, 0) == wanted
 
 
+CODE = {'context': 'def add(a, b):\n', 'answer': '    return a + b\n'}
+LIST = {'context': 'Q: List two.\nA:', 'answer': '\n1. one\n2. two'}
+CHINESE = {'context': '中国的首都是', 'answer': '北京'}
+
+
+@pytest.mark.parametrize(
+  ('record', 'delimiter', 'wanted'),
+  [
+    (CODE, ' ', 'def add(a, b):\n    return a + b\n'),
+    (LIST, ' ', 'Q: List two.\nA:\n1. one\n2. two'),
+    (LIST, '\nSo: ', 'Q: List two.\nA:\nSo:\n1. one\n2. two'),
+    (CHINESE, ' ', '中国的首都是北京'),
+    ({'context': 'Was ist 首', 'answer': 'das'}, ' ', 'Was ist 首 das'),
+    ({'context': '日本の首都は?', 'answer': '東京'}, '', '日本の首都は?東京'),
+    ({'context': 'The word is sub', 'answer': 'marine'}, '', 'The word is submarine'),
+    ({'context': '', 'answer': 'Once'}, ' ', 'Once'),
+    ({'context': 'a\t', 'answer': '\u3000b '}, '', 'a\t\u3000b '),
+    ({'context': ' a', 'answer': 'b '}, '\n', ' a\nb'),
+    ({'context': 'a ', 'answer': 'b'}, '\nSo: ', 'a\nSo: b'),
+  ],
+)
+def test_text_is_the_files_where_it_has_white_space_of_its_own(
+  tmp_path: Path, record: dict, delimiter: str, wanted: str
+):
+  """For targets, evaluation and shots alike."""
+  path = write(tmp_path / 'mine.jsonl', record, record)
+  benchmark = of_file(path, 1, delimiter)
+  asked = prompt(benchmark, read_items(benchmark), 0)
+  assert asked.contexts[0] + asked.answers[0] == f'{wanted}\n{wanted}'
+  config = get_config().targets
+  config.tasks, config.file_delimiter, config.file_shots = (path,), delimiter, 1
+  [task] = tasks.read_tasks(config)
+  assert [item.context + item.answer for item in task.items] == [wanted] * 2
+  assert [item.context + item.answer for item in tasks.with_shots(task, task.items, 0)] == [f'{wanted}\n{wanted}'] * 2
+
+
 def test_aliases_categories_and_squad(tmp_path: Path):
   squad = {'id': 'x', 'context': 'It has 3 legs. ', 'question': ' How many legs?', 'answers': ['3', 'three']}
   path = write(tmp_path / 'mine.jsonl', squad, squad | {'question': 'Of what?', 'answers': ['legs']})
@@ -284,8 +320,8 @@ def test_squad_from_tfds_has_the_papers_split(tmp_path: Path):
   side = tasks.split_documents([task], 0.5, 0)
   result = {s: sorted(item.answer for item in task.items if side[item.document] == s) for s in ('target', 'holdout')}
   assert result == {
-    'target': sorted(f'train {i}' for i in range(12)),
-    'holdout': sorted(f'validation {i}' for i in range(5)),
+    'target': sorted(f' train {i}' for i in range(12)),
+    'holdout': sorted(f' validation {i}' for i in range(5)),
   }
   assert all(item.context.count('Question:') == 1 and item.answer.split()[0] in item.context for item in task.items)
   for split in result:

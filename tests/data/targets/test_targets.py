@@ -21,46 +21,53 @@ def by_bytes(text: str) -> list[int]:
 
 
 class Bytes(ByteEncoder):
+  eos: int = 1
+  pad: int = 0
+
   def encode(self, text: str) -> list[int]:
     return by_bytes(text)
 
 
 def test_sequence_by_hand():
-  tokens_L, weights_L = sequence(by_bytes, 'Q:', 'yes', 10)
+  tokens_L, weights_L = sequence(Bytes(), 'Q:', ' yes', 10)
   assert tokens_L.tolist() == [1, *by_bytes('Q: yes'), 0, 0, 0]
   assert weights_L.tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
   assert (tokens_L.dtype, weights_L.dtype) == (np.int32, np.float32)
 
 
 def test_padding_is_the_vocabularys():
-  tokens_L, weights_L = sequence(by_bytes, 'Q:', 'yes', 10, eos=7, pad=9)
+  other = Bytes()
+  other.eos, other.pad = 7, 9
+  tokens_L, weights_L = sequence(other, 'Q:', ' yes', 10)
   assert tokens_L.tolist() == [7, *by_bytes('Q: yes'), 9, 9, 9]
   assert weights_L.tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
 
 
-def test_white_space_where_context_and_answer_meet_is_one_space():
-  assert sequence(by_bytes, 'Q: \n', '  yes ', 10)[0].tolist() == [1, *by_bytes('Q: yes'), 0, 0, 0]
+def test_white_space_where_context_and_answer_meet_belongs_to_the_answer():
+  tokens_L, weights_L = sequence(Bytes(), 'Q:\n', '  y ', 10)
+  assert tokens_L.tolist() == [1, *by_bytes('Q:\n  y '), 0, 0]
+  assert weights_L.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 0, 0]
 
 
 def test_long_context_loses_its_beginning():
-  tokens_L, weights_L = sequence(by_bytes, 'abcdef', 'xy', 7)
+  tokens_L, weights_L = sequence(Bytes(), 'abcdef', ' xy', 7)
   assert tokens_L.tolist() == [1, *by_bytes('def xy')]
   assert weights_L.tolist() == [0, 0, 0, 0, 1, 1, 1]
-  tokens_L, weights_L = sequence(by_bytes, 'abcdef', 'xyzuv', 7)
+  tokens_L, weights_L = sequence(Bytes(), 'abcdef', ' xyzuv', 7)
   assert tokens_L.tolist() == [1, *by_bytes(' xyzuv')]
   assert weights_L.tolist() == [0, 1, 1, 1, 1, 1, 1]
 
 
 def test_language_modelling_counts_all_but_the_end_mark():
-  tokens_L, weights_L = sequence(by_bytes, '', ' ab', 6)
+  tokens_L, weights_L = sequence(Bytes(), '', ' ab', 6)
   assert tokens_L.tolist() == [1, *by_bytes(' ab'), 0, 0]
   assert weights_L.tolist() == [0, 1, 1, 1, 0, 0]
 
 
 def test_answers_that_are_empty_or_do_not_fit():
-  assert sequence(by_bytes, 'Q:', ' ', 10) is None
-  assert sequence(by_bytes, 'Q:', 'x' * 9, 10) is None
-  assert sequence(by_bytes, '', 'x' * 9, 10) is not None
+  assert sequence(Bytes(), 'Q:', ' ', 10) is None
+  assert sequence(Bytes(), 'Q:', ' ' + 'x' * 9, 10) is None
+  assert sequence(Bytes(), '', 'x' * 9, 10) is not None
 
 
 @given(st.text('ab \n', max_size=300), st.integers(8, 40))
@@ -138,7 +145,7 @@ def test_odd_text_survives_the_files(tiny_artifact: Artifact, tmp_path: Path, wr
   records = [{'context': f'{odd}{i}', 'answer': f'{odd}{i}'} for i in range(40)]
   config.targets.tasks = (write_jsonl('\n'.join(json.dumps(r, ensure_ascii=False) for r in records)),)
   result = Targets(run_targets(config, tmp_path, tiny_artifact)).examples('mine', 'target')
-  assert all(r['answer'].startswith(odd) for r in result.records)
+  assert all(r['answer'].startswith(f' {odd}') for r in result.records)
 
 
 def test_pool_and_targets_agree_on_the_examples(tmp_path: Path):

@@ -17,7 +17,7 @@ def test_prompts_by_hand():
   assert result['api_qa']['textwrap.shorten'] == RawItem(
     'textwrap.shorten',
     'Module: textwrap\nFunction: shorten(text, width, **kwargs)\nQuestion: What does it do?\nAnswer:',
-    'Collapse and truncate the given text to fit in the given width.',
+    ' Collapse and truncate the given text to fit in the given width.',
     'textwrap',
   )
   assert result['api_qa']['textwrap.TextWrapper'].context == (
@@ -41,7 +41,7 @@ def test_jsonl(write_jsonl: Callable[[str], str]):
   task = read_jsonl(path)
   assert task.name == 'mine'
   assert task.items == (
-    RawItem('line 1', 'a\u2028b', 'c\x85d', 'mine/line 1'),
+    RawItem('line 1', 'a\u2028b', ' c\x85d', 'mine/line 1'),
     RawItem('line 3', '', 'x', 'book'),
   )
 
