@@ -73,8 +73,9 @@ class FeatureExtractor:
       moments = self._moments.sums(prepared, [(tokens_NL[part], weights_NL[part]) for part in parts])
       row = tokens_NL[:1], weights_NL[:1]
       self._context.add_flop(flops.count(self._moments.apply, prepared, *row) * len(tokens_NL))
+      leading = Basis.leading(self.step.layers, moments, moment)  # on all processes: each may hold a part of `moment`
       if self._context.first:
-        Basis.leading(self.step.layers, moments, moment).save(file, self.step.layers)
+        leading.save(file, self.step.layers)
       processes.wait()
     basis = Basis.load(file, self.step.layers)
     return self.step.prepare(params, checkpoint, moment, basis.projections), notes | {'basis_kept': basis.kept}

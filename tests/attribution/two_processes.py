@@ -15,8 +15,7 @@ from dsdm_jax.core import processes
 from tests.pipeline.tiny import get_config
 
 SETTINGS = {
-  'store': {},
-  'stream': {'basis': 'eigenvectors', 'basis_rows': 40, 'precondition': 'adam', 'mode': 'stream'},
+  'store': {'basis': 'eigenvectors', 'basis_rows': 40, 'precondition': 'adam'},
   'jvp': {'projection': 'dense', 'mode': 'jvp', 'gram_rows': 64, 'precondition': 'adam', 'dimension': 48},
 }  # of features
 
@@ -31,8 +30,7 @@ def begin():
 def settings(name: str):
   config = begin()
   config.features.update(SETTINGS[name])
-  if name == 'jvp':
-    config.datamodel.bootstrap, config.datamodel.groups, config.datamodel.examples = 0, 1, 0
+  config.datamodel.bootstrap, config.datamodel.groups, config.datamodel.examples = 0, 1, 0
   return config
 
 

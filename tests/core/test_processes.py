@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -140,13 +141,20 @@ def start(program: str, *arguments: str, processes: int = 2, **keys: str) -> lis
   return begun
 
 
-def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-  """(exit code, standard output, standard error) of each; none is left behind."""
-  try:
-    outputs = [process.communicate(timeout=250) for process in processes]
-  finally:
+def ends(processes: list[subprocess.Popen[str]], seconds: float = 250) -> list[tuple[int, str, str]]:
+  """(exit code, standard output, standard error) of each, read at once; all are killed after `seconds`."""
+
+  def kill() -> None:
     for process in processes:
       process.kill()
+
+  limit = threading.Timer(seconds, kill)
+  limit.start()
+  try:
+    with ThreadPoolExecutor(len(processes)) as readers:
+      outputs = list(readers.map(subprocess.Popen.communicate, processes))
+  finally:
+    limit.cancel()
   return [(process.returncode, out, err) for process, (out, err) in zip(processes, outputs, strict=True)]
 
 
