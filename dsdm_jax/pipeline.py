@@ -139,6 +139,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
     UserError: the config or the workdir is wrong, or another run uses the workdir. Errors that can be known beforehand
       are raised before anything is written.
   """
+  workdir = storage.check_folder(workdir, '--workdir')
   validate(config)
   if only not in (None, *NAMES, *ON_REQUEST):
     raise UserError(f'--stage={only} is not a stage; stages are {", ".join((*NAMES, *ON_REQUEST))}')
@@ -151,7 +152,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
   config = runner_config(config)
   validate(config)
   with processes.running(config, flatten(config)):
-    run_connected(config, Path(workdir).absolute(), only, rerun)
+    run_connected(config, workdir, only, rerun)
 
 
 def runner_config(config: ConfigDict) -> ConfigDict:

@@ -7,6 +7,7 @@ makes all digests. The name of a function stays, and the source code of its modu
 import ast
 import dataclasses
 import functools
+import glob
 import hashlib
 import importlib
 import importlib.util
@@ -20,12 +21,17 @@ from typing import Any
 from dsdm_jax.config.relations import MODELS, OUR_FACTORY
 from dsdm_jax.config.validate import select
 from dsdm_jax.config.values import CALLABLE, SOURCE_KINDS, is_jsonl, task_name
-from dsdm_jax.core import tensorflow_start
+from dsdm_jax.core import storage, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data import files
 from dsdm_jax.data.pool import sources
 from dsdm_jax.data.targets import benchmarks
 from dsdm_jax.errors import UserError
+
+
+class _WildcardError(UserError):
+  """A path is taken for a pattern."""
+
 
 Replace = Callable[[str], str]
 _PACKAGE = 'dsdm_jax'  # its own code counts by `Stage.format`
@@ -67,7 +73,7 @@ def by_content(
         if key.startswith('pool.') and finished is not None and list(old)[index : index + 1] == [text]:
           kept = finished.settings[key]
           replaced.append(kept if isinstance(value, str) else kept[index])
-        elif key == 'pool.sources':  # the stage reports it, or skips it
+        elif key == 'pool.sources' and not isinstance(error, _WildcardError):  # the stage reports it, or skips it
           replaced.append(f'{text.partition(":")[0]}: {_NONE}')
         elif isinstance(error, UserError):
           raise
@@ -97,9 +103,7 @@ def _replacement(key: str, settings: Mapping[str, Any]) -> Replace | None:
     'pool.sources': _source,
     'pool.vocabulary': _vocabulary,
     'targets.folder': lambda _: '',
-    'selection.targets': _without_folders,
     'selection.imported': lambda text: text and f'content {files.digests([text])[0]}',
-    'mixture.parts': lambda text: ' '.join(map(_without_folders, text.split(' '))),
     'evaluation.checkpoints': _checkpoint,
   }.get(key)
 
@@ -120,12 +124,6 @@ def _task(text: str, places: tuple[str, ...]) -> str:
   return f'{text}: content {files.digest(place)}'
 
 
-def _without_folders(text: str) -> str:
-  """Targets are named by task: 'random@a/b.jsonl+docs' becomes 'random@b+docs'."""
-  method, at, targets = text.rpartition('@')
-  return method + at + '+'.join(map(task_name, targets.split('+')))
-
-
 def _vocabulary(text: str) -> str:
   if text in ('train', 'bytes'):
     return text
@@ -137,6 +135,7 @@ def _checkpoint(text: str) -> str:
   name, _, folder = text.partition('=')
   if not os.path.isdir(folder):
     raise UserError(f'evaluation.checkpoints names {folder}, which is no folder; give one that holds a checkpoint')
+  storage.check_folder(folder, 'evaluation.checkpoints')
   return f'{name}: content {files.digest(folder)}'
 
 
@@ -149,6 +148,11 @@ def _source(line: str) -> str:
     content = f'{entry.target}, content {_joined(_seqio(entry))}'
   elif entry.kind in SOURCE_KINDS:
     paths = [path for unit in sources.units(entry) for path in unit.paths]
+    if not paths and os.path.exists(entry.target):
+      raise _WildcardError(
+        f'pool.sources: {entry.target} matches no file, as it is a pattern, but a file of that name exists; write '
+        f'{glob.escape(entry.target)}'
+      )
     content = (
       f'content {_joined(files.digests(paths))} of {len(paths)} file{"s" * (len(paths) > 1)}' if paths else _NONE
     )

@@ -111,8 +111,7 @@ def benchmark_folder(root: str, letter: str) -> dict[str, Any]:
 
 
 def target_named_by_path(root: str, letter: str) -> dict[str, Any]:
-  path = record(root, 'mine', letter)
-  return {'targets.tasks': (path,), 'selection.targets': (path,), 'mixture.parts': (f'random@{path} rows=9',)}
+  return {'targets.tasks': (record(root, 'mine', letter),), 'selection.targets': ('mine',)}
 
 
 def remote(root: str, letter: str) -> dict[str, Any]:
@@ -246,23 +245,6 @@ def test_large_remote_files_count_by_what_the_server_reports(monkeypatch):
   assert digest('a') == digest('a') != digest('b')
   monkeypatch.setattr(files, '_READ_REMOTE', 0)
   assert digest('a') != digest('a'), 'the time changed, and nothing is read'
-
-
-def test_files_of_a_seqio_task_count(tmp_path):
-  import seqio
-
-  path = f'{tmp_path}/a.txt'
-  seqio.TaskRegistry.add(
-    'lines_of_a_file',
-    source=seqio.TextLineDataSource({'train': path}),
-    output_features={'text': seqio.Feature(seqio.ByteVocabulary())},
-  )
-
-  def identity(letter: str) -> str:
-    write(path, letter)
-    return identities({'pool.sources': ('seqio:lines_of_a_file',)}, tmp_path / 'run')
-
-  assert identity('a') == identity('a') != identity('b')
 
 
 def test_missing_inputs_are_one_line_that_names_the_key(tmp_path):
