@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution import score_files
 from dsdm_jax.config.relations import OUR_FACTORY
 from dsdm_jax.config.validate import flatten, resolve, validate
 from dsdm_jax.core import artifacts, processes, storage
@@ -191,6 +190,8 @@ def _check_imported(config: ConfigDict, workdir: Path) -> None:
     if model.weights and model.factory == OUR_FACTORY:
       hugging_face.check(model.weights, model)
   if config.selection.imported:
+    from dsdm_jax.attribution import score_files  # imports SciPy
+
     score_files.read(config.selection.imported)
 
 
