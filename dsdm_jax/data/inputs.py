@@ -36,7 +36,7 @@ class _WildcardError(UserError):
 Replace = Callable[[str], str]
 _PACKAGE = 'dsdm_jax'  # its own code counts by `Stage.format`
 _WEIGHTS = ('config.json', '*.safetensors', '*.safetensors.index.json')  # what `lm.hugging_face` reads
-_BESIDE = ('tokenizer_config.json', 'generation_config.json', 'special_tokens_map.json')  # of a tokenizer.json
+_BESIDE = ('tokenizer_config.json', 'generation_config.json')  # of a tokenizer.json; they may name its end mark
 _INSTALLED = {'site-packages', 'dist-packages'}
 _NONE = 'no file matches'
 
