@@ -63,16 +63,17 @@ def by_content(
     replace = _replacement(key, settings)
     if replace is None:
       continue
-    before = finished.given.get(key) if finished is not None else None
-    texts, old = ([value], [before]) if isinstance(value, str) else (value, before or [])
+    known = {}
+    if finished is not None and key.startswith('pool.'):
+      pairs = zip(_texts(finished.given.get(key)), _texts(finished.settings.get(key)), strict=False)
+      known = {text: kept for text, kept in pairs if isinstance(text, str) and isinstance(kept, str)}
     replaced = []
-    for index, text in enumerate(texts):
+    for text in _texts(value):
       try:
         replaced.append(replace(text))
       except (OSError, UserError) as error:
-        if key.startswith('pool.') and finished is not None and list(old)[index : index + 1] == [text]:
-          kept = finished.settings[key]
-          replaced.append(kept if isinstance(value, str) else kept[index])
+        if text in known:
+          replaced.append(known[text])
         elif key == 'pool.sources' and not isinstance(error, _WildcardError):  # the stage reports it, or skips it
           replaced.append(f'{text.partition(":")[0]}: {_NONE}')
         elif isinstance(error, UserError):
@@ -89,11 +90,15 @@ def by_content(
   return result, given
 
 
+def _texts(value: Any) -> list[Any]:
+  return [value] if isinstance(value, str) else value if isinstance(value, list) else []
+
+
 def _replacement(key: str, settings: Mapping[str, Any]) -> Replace | None:
   """What takes the paths out of a text of `key`; None if it has none."""
   model, _, name = key.rpartition('.')
   if model in MODELS and settings[f'{model}.factory'] != OUR_FACTORY:  # a custom model may have any keys
-    return _custom if isinstance(settings[key], str) else None
+    return (lambda text: _custom(text, name == 'weights')) if isinstance(settings[key], str) else None
   if model in MODELS and name == 'weights':
     return lambda text: text and f'content {files.digest(text, _WEIGHTS)}'
   if key in ('targets.tasks', 'pool.leakage_benchmarks', 'evaluation.tasks'):
@@ -108,8 +113,8 @@ def _replacement(key: str, settings: Mapping[str, Any]) -> Replace | None:
   }.get(key)
 
 
-def _custom(text: str) -> str:
-  return f'content {files.digest(text)}' if os.sep in text and os.path.exists(text) else text
+def _custom(text: str, weights: bool) -> str:
+  return f'content {files.digest(text)}' if (weights or os.sep in text) and os.path.exists(text) else text
 
 
 def _task(text: str, places: tuple[str, ...]) -> str:
@@ -120,7 +125,8 @@ def _task(text: str, places: tuple[str, ...]) -> str:
     return text
   if benchmarks.in_tfds(place):
     folder = _tfds(benchmarks.BENCHMARKS[text].tfds.partition(':')[0], place.partition(':')[2])
-    return f'{text}: content {files.digest(folder) if os.path.isdir(folder) else "of TFDS"}'
+    exists = files.is_remote(folder) or os.path.isdir(folder)
+    return f'{text}: content {files.digest(folder) if exists else "of TFDS"}'
   return f'{text}: content {files.digest(place)}'
 
 
@@ -176,9 +182,12 @@ def _seqio(entry: sources.Entry) -> list[str]:
   tensorflow_start.start()
   import seqio
 
-  if entry.module:
-    importlib.import_module(entry.module)
-  shards = seqio.TaskRegistry.get(entry.target).source.list_shards(entry.split)
+  try:
+    if entry.module:
+      importlib.import_module(entry.module)
+    shards = seqio.TaskRegistry.get(entry.target).source.list_shards(entry.split)
+  except Exception as error:  # a boundary: the user's module may fail in any way, and the stage says how
+    raise UserError(f'pool.sources: seqio:{entry.target} cannot be opened ({files.one_line(error)})') from error
   return files.digests([shard for shard in shards if files.is_file(shard)])
 
 
@@ -188,9 +197,8 @@ def _joined(digests: Iterable[str]) -> str:
 
 def _modules(value: Any) -> set[str]:
   """Modules outside this package in texts such as 'module:function', 'module:function@mix', '… | module=MODULE'."""
-  texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
   names = set()
-  for text in filter(lambda text: isinstance(text, str), texts):
+  for text in filter(lambda text: isinstance(text, str), _texts(value)):
     head, *options = (part.strip() for part in text.split(' | '))
     name, _, _ = head.partition('@')
     if CALLABLE.fullmatch(name) and name.partition(':')[0] not in SOURCE_KINDS:

@@ -267,6 +267,7 @@ def test_missing_inputs_are_one_line_that_names_the_key(tmp_path):
     with pytest.raises(UserError, match=f'{key} names .*{tmp_path}.*; ') as caught:
       identities(settings, tmp_path / 'run')
     assert '\n' not in str(caught.value)
+  assert 'no file matches' in identities({'pool.sources': ('seqio:nowhere | module=json',)}, tmp_path / 'run')
   missing = identities({'pool.sources': (f'jsonl:{tmp_path}/a.jsonl',)}, tmp_path / 'run')
   record(str(tmp_path), 'a', 'a')  # the pool stage reports it, or skips it
   assert identities({'pool.sources': (f'jsonl:{tmp_path}/a.jsonl',)}, tmp_path / 'run') != missing
