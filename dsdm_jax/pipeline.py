@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution import score_files
 from dsdm_jax.config.relations import OUR_FACTORY
 from dsdm_jax.config.validate import flatten, resolve, validate
 from dsdm_jax.core import artifacts, processes, storage
@@ -139,6 +138,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
     UserError: the config or the workdir is wrong, or another run uses the workdir. Errors that can be known beforehand
       are raised before anything is written.
   """
+  workdir = storage.check_folder(workdir, '--workdir')
   validate(config)
   if only not in (None, *NAMES, *ON_REQUEST):
     raise UserError(f'--stage={only} is not a stage; stages are {", ".join((*NAMES, *ON_REQUEST))}')
@@ -151,7 +151,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
   config = runner_config(config)
   validate(config)
   with processes.running(config, flatten(config)):
-    run_connected(config, Path(workdir).absolute(), only, rerun)
+    run_connected(config, workdir, only, rerun)
 
 
 def runner_config(config: ConfigDict) -> ConfigDict:
@@ -190,6 +190,8 @@ def _check_imported(config: ConfigDict, workdir: Path) -> None:
     if model.weights and model.factory == OUR_FACTORY:
       hugging_face.check(model.weights, model)
   if config.selection.imported:
+    from dsdm_jax.attribution import score_files  # imports SciPy
+
     score_files.read(config.selection.imported)
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from dsdm_jax.config.methods import method_name
 from dsdm_jax.config.schema import Config, Model
-from dsdm_jax.config.values import MixturePart, are_targets, brief, weights_differ
+from dsdm_jax.config.values import LONGEST_NAME, MixturePart, are_targets, brief, task_name, weights_differ
 
 OUR_FACTORY = Model().factory
 MODELS = ('model', 'proxies.model')
@@ -67,13 +68,18 @@ def broken(c: Config) -> Iterator[tuple[str, str, str]]:
     rule = f'must be at most targets.max_examples = {most}'
     yield 'pool.plant_targets', rule, f'set --config.pool.plant_targets to {most} or less'
   parts = [part for part in map(MixturePart.parse, c.mixture.parts) if part is not None]
-  known = f"must be 'mix', a task of targets.tasks = {brief(c.targets.tasks)}, or several of them joined by '+'"
+  tasks = brief(tuple(map(task_name, c.targets.tasks)))
+  known = f"must be 'mix', the name of a task of targets.tasks = {tasks}, or several of them joined by '+'"
   if not are_targets(s.targets, c.targets.tasks):
     way_out = 'set --config.selection.targets="(\'mix\',)", or add the task to --config.targets.tasks'
     yield 'selection.targets', f'each {known}', way_out
   if not are_targets([part.target for part in parts], c.targets.tasks):
     way_out = 'correct the target, or add the task to --config.targets.tasks'
     yield 'mixture.parts', f"each target after '@' {known}", way_out
+  arms = [f'{method_name(method)}--{target}' for method in s.methods for target in s.targets]
+  if len((longest := max(arms, key=lambda arm: len(arm.encode()))).encode()) > LONGEST_NAME:
+    rule = f'makes an arm of {len(longest.encode())} bytes, {brief(longest)}, and files are named after it'
+    yield 'selection.targets', rule, f'rename tasks or functions, so that it has at most {LONGEST_NAME}'
   if not s.imported and 'imported' in (*s.methods, *(part.method for part in parts)):
     rule = "must be a file where selection.methods or mixture.parts have 'imported'"
     yield 'selection.imported', rule, 'set --config.selection.imported=scores.npy'

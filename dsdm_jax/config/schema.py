@@ -47,6 +47,10 @@ FunctionName = Annotated[
 ]
 Regex = Annotated[str, must(v.is_regex, 'must be a regular expression')]
 Delimiter = Annotated[str, must(lambda x: len(x) <= 1_000, 'must have at most 1,000 characters')]
+ShortNames = must(
+  lambda x: all(map(v.is_short_name, x)),
+  f'must have names (of a path: the file name without .jsonl) of at most {v.LONGEST_NAME} bytes',
+)
 OneLine = Annotated[str, must(lambda x: '\n' not in x, 'must be one line')]
 
 
@@ -146,6 +150,7 @@ class Targets(Section):
       "must have different names (a path: the file name without .jsonl) of letters, digits, '.', '-' and single '_', "
       "and none may be 'mix'",
     ),
+    ShortNames,
   ] = key(v.TASKS, 'Built-in tasks, names of benchmarks (docs/benchmarks.md), or paths of JSONL files.')
   folder: Annotated[
     str,
@@ -404,7 +409,9 @@ class Ladder(Section):
 class Evaluation(Section):
   """Questions for the trained models, and the statistics of their answers (docs/evaluation.md)."""
 
-  tasks: Annotated[Texts, must(lambda x: 0 < len(x) == len(set(x)), 'must name at least one task, each once')] = key(
+  tasks: Annotated[
+    Texts, must(lambda x: 0 < len(x) == len(set(x)), 'must name at least one task, each once'), ShortNames
+  ] = key(
     ('targets',), "targets (the run's own, both splits), names of benchmarks in targets.folder, paths of JSONL files."
   )
   max_items: Annotated[Count, must(lambda n: n == 0 or n >= 2, 'must be 0 for all, or at least 2')] = key(
@@ -419,6 +426,10 @@ class Evaluation(Section):
     must(
       lambda x: all(v.is_named_folder(text) for text in x) and len({text.split('=')[0] for text in x}) == len(x),
       "must be texts 'name=folder', each name once, of letters, digits, '.', '-' and '_'",
+    ),
+    must(
+      lambda x: all(v.is_short_name(text.split('=')[0]) for text in x),
+      f'must have names of at most {v.LONGEST_NAME} bytes',
     ),
   ] = key((), "Other models to compare: 'name=folder', an Orbax checkpoint of `model` with the pool's vocabulary.")
   bootstrap: Annotated[Draws, Ge(100)] = key(10_000, 'Bootstrap over items, where each arm has one model.')

@@ -25,6 +25,7 @@ BENCHMARKS = tuple(
 )
 EVALUATED = 'evaluated'  # in pool.leakage_benchmarks
 MIX = 'mix'  # in selection.targets
+LONGEST_NAME = 100  # bytes of the name of a task, a checkpoint or an arm
 CALLABLE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*')
 
 
@@ -123,6 +124,11 @@ def task_name(task: str) -> str:
   return PurePath(task).stem if is_jsonl(task) else task
 
 
+def is_short_name(name: str) -> bool:
+  """Whether files may be named after this and a little more: a file system takes 255 bytes."""
+  return len(task_name(name).encode(errors='replace')) <= LONGEST_NAME
+
+
 def have_distinct_names(tasks: Iterable[str]) -> bool:
   names = [task_name(task) for task in tasks]
   plain = all(re.fullmatch(r'[\w.-]+', name) and '__' not in name and name != MIX for name in names)
@@ -130,8 +136,8 @@ def have_distinct_names(tasks: Iterable[str]) -> bool:
 
 
 def are_targets(targets: Iterable[str], tasks: Iterable[str]) -> bool:
-  """Whether each target is 'mix', or one or more of `tasks` joined by '+'."""
-  names = {*tasks, *(task_name(task) for task in tasks)}
+  """Whether each target is 'mix', or the names of one or more of `tasks` joined by '+'."""
+  names = set(map(task_name, tasks))
   split = [target.split('+') for target in targets if target != MIX]
   return all(len(parts) == len(set(parts)) and names.issuperset(parts) for parts in split)
 

@@ -105,7 +105,8 @@ class Artifact:
   @property
   def given(self) -> Mapping[str, Any]:
     """The settings that named files as they were given; `settings` has digests in their place."""
-    return self.semantics.get('given', {})
+    given = self.semantics.get('given')
+    return given if isinstance(given, dict) else {}
 
   @property
   def config(self) -> dict[str, Any]:

@@ -110,15 +110,15 @@ class Runner:
       inputs = {name: artifact.digest for name, artifact in self._inputs(stage).items()}
     return Identity(stage.name, stage.format, self._selected[stage.name], inputs)
 
-  def _current(self, stage: Stage) -> Identity:
-    """`identity` with the inputs as they are now: earlier stages may have taken days."""
+  def _current(self, stage: Stage, inputs: Mapping[str, str] | None = None) -> Identity:
+    """`identity` with files as they are now: earlier stages may have taken days."""
     self._selected.pop(stage.name, None)
-    return self.identity(stage)
+    return self.identity(stage, inputs)
 
   def _check_unchanged(self, stage: Stage, identity: Identity) -> None:
-    phrases = artifacts.differences(identity.as_json(), self._current(stage).as_json())
+    phrases = artifacts.differences(identity.as_json(), self._current(stage, identity.inputs).as_json())
     if phrases:
-      raise UserError(f'an input changed while {stage.name} read it: {phrases[0]}; start again with --rerun')
+      raise UserError(f'a file changed while {stage.name} read it: {phrases[0]}; start again with --rerun')
 
   def upstream(self, name: str) -> set[str]:
     """The stages that `name` reads, directly or not."""

@@ -19,11 +19,40 @@ from typing import Any
 
 import numpy as np
 
+from dsdm_jax.errors import UserError
+
 _TEMPORARY = re.compile(r'\..+\.[a-z0-9_]{8}')  # as tempfile names a file that is being written
 _MOST_CHECKSUMS = 65_536
+_LONGEST_NAME, _LONGEST_PATH = 255, 3_072  # bytes; Linux allows 255 and 4,095, and files in the folder have names too
 _TICK_NS = 50_000_000  # times of change are no finer than this on some file systems
 # (device, inode, bytes, time of change) → SHA-256, of files that this process wrote or read whole.
 _checksums: dict[tuple[int, int, int, int], str] = {}
+
+
+def check_folder(path: str | os.PathLike, name: str) -> Path:
+  r"""The absolute path of a folder for models and results, if all packages that open files in it can do so.
+
+  Args:
+    path: to check; it need not exist.
+    name: of the flag or key that holds it, for the message.
+
+  Raises:
+    UserError: a part of the path is too long, or has a character that a package takes for something else. Orbax finds
+      no files in `v[1]`, and TensorStore writes those of `a\b` to `a/b`.
+  """
+  folder = Path(os.path.abspath(path))
+  wrong = [sign for sign in str(folder) if sign in '*?[\\' or not sign.isprintable()]
+  if wrong:
+    raise UserError(
+      f'{name} = {str(folder)!a} contains {wrong[0]!a}; use a folder whose path has no *, ?, [, backslash or control '
+      'character'
+    )
+  if len(os.fsencode(folder)) > _LONGEST_PATH or max(map(len, map(os.fsencode, folder.parts))) > _LONGEST_NAME:
+    raise UserError(
+      f'{name} = {str(folder)[:200]}… is too long; use a path of at most {_LONGEST_PATH:,} bytes, whose parts have at '
+      f'most {_LONGEST_NAME}'
+    )
+  return folder
 
 
 def read_bytes(path: str | os.PathLike) -> bytes | None:

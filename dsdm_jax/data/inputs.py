@@ -7,6 +7,7 @@ makes all digests. The name of a function stays, and the source code of its modu
 import ast
 import dataclasses
 import functools
+import glob
 import hashlib
 import importlib
 import importlib.util
@@ -20,17 +21,22 @@ from typing import Any
 from dsdm_jax.config.relations import MODELS, OUR_FACTORY
 from dsdm_jax.config.validate import select
 from dsdm_jax.config.values import CALLABLE, SOURCE_KINDS, is_jsonl, task_name
-from dsdm_jax.core import tensorflow_start
+from dsdm_jax.core import storage, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data import files
 from dsdm_jax.data.pool import sources
 from dsdm_jax.data.targets import benchmarks
 from dsdm_jax.errors import UserError
 
+
+class _WildcardError(UserError):
+  """A path is taken for a pattern."""
+
+
 Replace = Callable[[str], str]
 _PACKAGE = 'dsdm_jax'  # its own code counts by `Stage.format`
 _WEIGHTS = ('config.json', '*.safetensors', '*.safetensors.index.json')  # what `lm.hugging_face` reads
-_BESIDE = ('tokenizer_config.json', 'generation_config.json', 'special_tokens_map.json')  # of a tokenizer.json
+_BESIDE = ('tokenizer_config.json', 'generation_config.json')  # of a tokenizer.json; they may name its end mark
 _INSTALLED = {'site-packages', 'dist-packages'}
 _NONE = 'no file matches'
 
@@ -57,17 +63,18 @@ def by_content(
     replace = _replacement(key, settings)
     if replace is None:
       continue
-    before = finished.given.get(key) if finished is not None else None
-    texts, old = ([value], [before]) if isinstance(value, str) else (value, before or [])
+    known = {}
+    if finished is not None and key.startswith('pool.'):
+      pairs = zip(_texts(finished.given.get(key)), _texts(finished.settings.get(key)), strict=False)
+      known = {text: kept for text, kept in pairs if isinstance(text, str) and isinstance(kept, str)}
     replaced = []
-    for index, text in enumerate(texts):
+    for text in _texts(value):
       try:
         replaced.append(replace(text))
       except (OSError, UserError) as error:
-        if key.startswith('pool.') and finished is not None and list(old)[index : index + 1] == [text]:
-          kept = finished.settings[key]
-          replaced.append(kept if isinstance(value, str) else kept[index])
-        elif key == 'pool.sources':  # the stage reports it, or skips it
+        if text in known:
+          replaced.append(known[text])
+        elif key == 'pool.sources' and not isinstance(error, _WildcardError):  # the stage reports it, or skips it
           replaced.append(f'{text.partition(":")[0]}: {_NONE}')
         elif isinstance(error, UserError):
           raise
@@ -83,11 +90,15 @@ def by_content(
   return result, given
 
 
+def _texts(value: Any) -> list[Any]:
+  return [value] if isinstance(value, str) else value if isinstance(value, list) else []
+
+
 def _replacement(key: str, settings: Mapping[str, Any]) -> Replace | None:
   """What takes the paths out of a text of `key`; None if it has none."""
   model, _, name = key.rpartition('.')
   if model in MODELS and settings[f'{model}.factory'] != OUR_FACTORY:  # a custom model may have any keys
-    return _custom if isinstance(settings[key], str) else None
+    return (lambda text: _custom(text, name == 'weights')) if isinstance(settings[key], str) else None
   if model in MODELS and name == 'weights':
     return lambda text: text and f'content {files.digest(text, _WEIGHTS)}'
   if key in ('targets.tasks', 'pool.leakage_benchmarks', 'evaluation.tasks'):
@@ -97,15 +108,13 @@ def _replacement(key: str, settings: Mapping[str, Any]) -> Replace | None:
     'pool.sources': _source,
     'pool.vocabulary': _vocabulary,
     'targets.folder': lambda _: '',
-    'selection.targets': _without_folders,
     'selection.imported': lambda text: text and f'content {files.digests([text])[0]}',
-    'mixture.parts': lambda text: ' '.join(map(_without_folders, text.split(' '))),
     'evaluation.checkpoints': _checkpoint,
   }.get(key)
 
 
-def _custom(text: str) -> str:
-  return f'content {files.digest(text)}' if os.sep in text and os.path.exists(text) else text
+def _custom(text: str, weights: bool) -> str:
+  return f'content {files.digest(text)}' if (weights or os.sep in text) and os.path.exists(text) else text
 
 
 def _task(text: str, places: tuple[str, ...]) -> str:
@@ -116,14 +125,9 @@ def _task(text: str, places: tuple[str, ...]) -> str:
     return text
   if benchmarks.in_tfds(place):
     folder = _tfds(benchmarks.BENCHMARKS[text].tfds.partition(':')[0], place.partition(':')[2])
-    return f'{text}: content {files.digest(folder) if os.path.isdir(folder) else "of TFDS"}'
+    exists = files.is_remote(folder) or os.path.isdir(folder)
+    return f'{text}: content {files.digest(folder) if exists else "of TFDS"}'
   return f'{text}: content {files.digest(place)}'
-
-
-def _without_folders(text: str) -> str:
-  """Targets are named by task: 'random@a/b.jsonl+docs' becomes 'random@b+docs'."""
-  method, at, targets = text.rpartition('@')
-  return method + at + '+'.join(map(task_name, targets.split('+')))
 
 
 def _vocabulary(text: str) -> str:
@@ -137,6 +141,7 @@ def _checkpoint(text: str) -> str:
   name, _, folder = text.partition('=')
   if not os.path.isdir(folder):
     raise UserError(f'evaluation.checkpoints names {folder}, which is no folder; give one that holds a checkpoint')
+  storage.check_folder(folder, 'evaluation.checkpoints')
   return f'{name}: content {files.digest(folder)}'
 
 
@@ -149,6 +154,11 @@ def _source(line: str) -> str:
     content = f'{entry.target}, content {_joined(_seqio(entry))}'
   elif entry.kind in SOURCE_KINDS:
     paths = [path for unit in sources.units(entry) for path in unit.paths]
+    if not paths and os.path.exists(entry.target):
+      raise _WildcardError(
+        f'pool.sources: {entry.target} matches no file, as it is a pattern, but a file of that name exists; write '
+        f'{glob.escape(entry.target)}'
+      )
     content = (
       f'content {_joined(files.digests(paths))} of {len(paths)} file{"s" * (len(paths) > 1)}' if paths else _NONE
     )
@@ -172,9 +182,12 @@ def _seqio(entry: sources.Entry) -> list[str]:
   tensorflow_start.start()
   import seqio
 
-  if entry.module:
-    importlib.import_module(entry.module)
-  shards = seqio.TaskRegistry.get(entry.target).source.list_shards(entry.split)
+  try:
+    if entry.module:
+      importlib.import_module(entry.module)
+    shards = seqio.TaskRegistry.get(entry.target).source.list_shards(entry.split)
+  except Exception as error:  # a boundary: the user's module may fail in any way, and the stage says how
+    raise UserError(f'pool.sources: seqio:{entry.target} cannot be opened ({files.one_line(error)})') from error
   return files.digests([shard for shard in shards if files.is_file(shard)])
 
 
@@ -184,9 +197,8 @@ def _joined(digests: Iterable[str]) -> str:
 
 def _modules(value: Any) -> set[str]:
   """Modules outside this package in texts such as 'module:function', 'module:function@mix', '… | module=MODULE'."""
-  texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
   names = set()
-  for text in filter(lambda text: isinstance(text, str), texts):
+  for text in filter(lambda text: isinstance(text, str), _texts(value)):
     head, *options = (part.strip() for part in text.split(' | '))
     name, _, _ = head.partition('@')
     if CALLABLE.fullmatch(name) and name.partition(':')[0] not in SOURCE_KINDS:

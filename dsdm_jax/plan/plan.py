@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,10 +21,10 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
   Raises:
     UserError: the config is invalid, the topology is unknown, or the mesh does not divide a batch.
   """
+  folder = storage.check_folder(workdir or '.', '--workdir')
   validate(config)
   plan = make(resolve(config, hugging_face.model_keys))
   name = f'plan_{config.plan.topology.replace(":", "_")}.json'
-  folder = Path(workdir or '.')
   folder.mkdir(parents=True, exist_ok=True)
   storage.write_text(folder / name, json.dumps(plan, indent=2) + '\n')
   print(page.text(plan))

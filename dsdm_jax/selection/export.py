@@ -191,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write(workdir: Path, arm: str, form: str, out: Path) -> str:
   """Writes an arm into the new folder `out`, completely or not at all, and returns a message about it."""
+  out = storage.check_folder(out, '--out')
   if out.exists():
     raise UserError(f'--out={out} exists; name a folder that does not')
   export = Export(workdir, arm)

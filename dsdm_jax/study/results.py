@@ -41,11 +41,11 @@ def run(flags: argparse.Namespace) -> None:
   Raises:
     UserError: no file matches, a file cannot be read, or the arms cannot be compared.
   """
+  out = storage.check_folder(flags.out, '--out')
   arms = [arm_file.read(Path(path)) for path in sorted(glob.glob(flags.files))]
   if not arms:
     raise UserError(f'--files={flags.files} matches no file; give a glob of files that `dsdm_jax.study run` wrote')
   arms.sort(key=lambda arm: arm.name != study.BASE)
-  out = Path(flags.out)
   out.mkdir(parents=True, exist_ok=True)
   comparison = study.compare(arms)
   storage.write_text(out / 'study.csv', study.as_csv(comparison))

@@ -46,7 +46,7 @@ def run(flags: argparse.Namespace) -> None:
   Raises:
     UserError: a flag is wrong, or a run fails.
   """
-  workdir = Path(flags.workdir).absolute()
+  workdir = storage.check_folder(flags.workdir, '--workdir')
   module = configs.load(flags.config, 'configs/study.py')
   known, get_config = getattr(module, 'ARMS', {}), module.get_config
   if BASE not in known:

@@ -42,6 +42,7 @@ BAD: dict[str, list] = {
     ('docs', 'my/docs.jsonl'),
     ('mix.jsonl',),
     ('a+b.jsonl',),
+    (f'a/{"n" * 101}.jsonl',),
   ],
   'targets.folder': ['a\nb', ' data', 'data '],
   'targets.file_delimiter': ['x' * 1_001],
@@ -72,10 +73,10 @@ BAD: dict[str, list] = {
   ],
   'pretraining.max_epochs': [0.5],
   'ladder.rungs': [('1',), ('1', '1'), ('0', '1'), ('1', 'two'), ('1', 'inf'), ('1', '1000001')],
-  'evaluation.tasks': [(), ('piqa', 'piqa')],
+  'evaluation.tasks': [(), ('piqa', 'piqa'), (f'{"漢" * 34}.jsonl',)],
   'evaluation.max_items': [1],
   'evaluation.file_delimiter': ['x' * 1_001],
-  'evaluation.checkpoints': [('mine',), ('a b=x',), ('a=',), ('a=x', 'a=y')],
+  'evaluation.checkpoints': [('mine',), ('a b=x',), ('a=',), ('a=x', 'a=y'), (f'{"n" * 101}=x',)],
   'plan.topology': ['v5e', 'v5e:16', 'v5e-256', 'v5e:99999x2'],
 }
 for _model in ('model', 'proxies.model'):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsdm_jax.core import storage
+from dsdm_jax.errors import UserError
 
 
 def test_write_replaces_or_leaves_alone(tmp_path, monkeypatch):
@@ -28,6 +29,30 @@ def test_write_replaces_or_leaves_alone(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match='JSON compliant'):
     storage.write_json(file, {'a': float('nan')})
   assert file.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+  'name', ['a b', 'ü漢字', '-dash', '--workdir=x', 'n' * 255, '{a}~#%20@5:b,;&$HOME|', '.hidden', 'deep/' * 100 + 'x']
+)
+def test_a_folder_may_have_any_other_name(tmp_path, monkeypatch, name):
+  assert storage.check_folder(tmp_path / name, '--out') == tmp_path / name
+  monkeypatch.chdir(tmp_path)
+  assert storage.check_folder(name, '--out') == tmp_path / name
+
+
+@pytest.mark.parametrize(
+  ('name', 'words'),
+  [
+    *((f'a{sign}b/c', 'contains ') for sign in ('*', '?', '[', '\\', '\n', '\x1b', '\x00', '\udcff', '\u202e')),
+    *((name, 'is too long') for name in ('n' * 256, '漢' * 86, 'deep/' * 700)),
+  ],
+  ids=ascii,
+)
+def test_a_folder_that_packages_misread_is_refused(tmp_path, monkeypatch, name, words):
+  for path in (tmp_path / name, name):
+    with pytest.raises(UserError, match=f'--out = .*{words}.*; use ') as caught:
+      storage.check_folder(path, '--out')
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1_000
 
 
 def test_equal_arrays_are_equal_bytes(tmp_path):

@@ -1,7 +1,9 @@
 """What a run reads counts by its content and never by its path."""
 
+import glob
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -9,13 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs.base import get_config
 from dsdm_jax import pipeline
+from dsdm_jax.attribution import score_files
 from dsdm_jax.core.runner import Runner
 from dsdm_jax.data import files, inputs
+from dsdm_jax.data.pool import readers, sources
+from dsdm_jax.data.targets import benchmarks, tasks
 from dsdm_jax.errors import UserError
+from dsdm_jax.lm import hugging_face
+from tests.lm.test_hugging_face import write_gpt2
 
 Make = Callable[[str, str], dict[str, Any]]
 
@@ -111,8 +120,7 @@ def benchmark_folder(root: str, letter: str) -> dict[str, Any]:
 
 
 def target_named_by_path(root: str, letter: str) -> dict[str, Any]:
-  path = record(root, 'mine', letter)
-  return {'targets.tasks': (path,), 'selection.targets': (path,), 'mixture.parts': (f'random@{path} rows=9',)}
+  return {'targets.tasks': (record(root, 'mine', letter),), 'selection.targets': ('mine',)}
 
 
 def remote(root: str, letter: str) -> dict[str, Any]:
@@ -248,23 +256,6 @@ def test_large_remote_files_count_by_what_the_server_reports(monkeypatch):
   assert digest('a') != digest('a'), 'the time changed, and nothing is read'
 
 
-def test_files_of_a_seqio_task_count(tmp_path):
-  import seqio
-
-  path = f'{tmp_path}/a.txt'
-  seqio.TaskRegistry.add(
-    'lines_of_a_file',
-    source=seqio.TextLineDataSource({'train': path}),
-    output_features={'text': seqio.Feature(seqio.ByteVocabulary())},
-  )
-
-  def identity(letter: str) -> str:
-    write(path, letter)
-    return identities({'pool.sources': ('seqio:lines_of_a_file',)}, tmp_path / 'run')
-
-  assert identity('a') == identity('a') != identity('b')
-
-
 def test_missing_inputs_are_one_line_that_names_the_key(tmp_path):
   for settings in (
     {'pool.vocabulary': f'{tmp_path}/v.model'},
@@ -276,6 +267,47 @@ def test_missing_inputs_are_one_line_that_names_the_key(tmp_path):
     with pytest.raises(UserError, match=f'{key} names .*{tmp_path}.*; ') as caught:
       identities(settings, tmp_path / 'run')
     assert '\n' not in str(caught.value)
+  assert 'no file matches' in identities({'pool.sources': ('seqio:nowhere | module=json',)}, tmp_path / 'run')
   missing = identities({'pool.sources': (f'jsonl:{tmp_path}/a.jsonl',)}, tmp_path / 'run')
   record(str(tmp_path), 'a', 'a')  # the pool stage reports it, or skips it
   assert identities({'pool.sources': (f'jsonl:{tmp_path}/a.jsonl',)}, tmp_path / 'run') != missing
+
+
+@pytest.mark.parametrize(
+  'name', ['a b', 'ü漢字', '-dash', 'n' * 200, 'v[1]', 'back\\slash', 's*', "{x}100%20#@:,$HOME'"]
+)
+def test_inputs_in_a_folder_of_an_odd_name_are_read(tmp_path, monkeypatch, name):
+  (tmp_path / 'v1').mkdir()
+  for root in (f'{tmp_path}/{name}', name):  # the second one is relative
+    monkeypatch.chdir(tmp_path)
+    path = write(f'{root}/a.jsonl', json.dumps({'text': 'hello', 'context': 'a', 'answer': 'b'}) + '\n')
+    write_gpt2(Path(root) / 'model', vocab_size=96, width=16, mlp_width=48, positions=40)
+    np.save(f'{root}/s.npy', np.zeros(3, np.float32))
+    write(f'{root}/tokenizer.json', '{}')
+    for target in (glob.escape(path), f'{glob.escape(root)}/*.jsonl'):
+      [unit, *_] = sources.units(sources.parse(f'jsonl:{target}'))
+      assert [document.text for document in readers.read(unit)] == ['hello']
+    [item] = tasks.read_jsonl(path).items
+    assert item.answer.strip() == 'b'
+    assert benchmarks.find(benchmarks.BENCHMARKS['squad'], path) == path
+    assert len(score_files.read(f'{root}/s.npy')) == 3
+    keys = hugging_face.model_keys(f'{root}/model')
+    hugging_face.check(f'{root}/model', ConfigDict(keys))
+    found = identities(
+      {
+        'pool.sources': (f'jsonl:{glob.escape(root)}/*.jsonl',), 'pool.vocabulary': f'{root}/tokenizer.json',
+        'targets.tasks': (path,), 'targets.folder': root, 'selection.imported': f'{root}/s.npy',
+        'model.weights': f'{root}/model',
+      },
+      tmp_path / 'run',
+    )  # fmt: skip
+    assert len(set(re.findall('content [0-9a-f]{64}', found))) == 5 and root not in found
+    settings = {'evaluation.checkpoints': (f'mine={root}/model',)}
+    if set(name) & set('*[\\'):
+      with pytest.raises(UserError, match='evaluation.checkpoints = .* contains .*; use a folder'):
+        identities(settings, tmp_path / 'run')
+      if '[' in name:
+        with pytest.raises(UserError, match=r'matches no file, as it is a pattern, but .*; write .*\[\[\]1\]/a\.jsonl'):
+          identities({'pool.sources': (f'jsonl:{path}',)}, tmp_path / 'run')
+    else:
+      assert 'mine: content' in identities(settings, tmp_path / 'run')

@@ -1,5 +1,6 @@
 """What a user may get wrong: one line on stderr, exit code 2, nothing written."""
 
+import argparse
 import os
 import re
 import shutil
@@ -7,13 +8,19 @@ from pathlib import Path
 
 import jax
 import pytest
+import tensorflow_datasets as tfds
 
 from dsdm_jax import pipeline
 from dsdm_jax.core import lock
 from dsdm_jax.core.checkpoints import Checkpoints
+from dsdm_jax.errors import UserError
+from dsdm_jax.plan import plan
+from dsdm_jax.selection import export
+from dsdm_jax.study import results, study
 from tests.helpers.workdirs import files_of, unfinish
 from tests.lm.test_hugging_face import write_gpt2
 from tests.pipeline import runs
+from tests.pipeline.tiny import get_config
 from tests.training.test_step import make_trainer
 
 
@@ -270,3 +277,28 @@ def test_password_in_the_config_is_refused_and_not_repeated(tmp_path, path, word
   assert f'config key targets.tasks holds {words}' in message
   assert 's3cret' not in message
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_folder_of_an_odd_name_works_or_is_refused_before_anything_is_written(finished, tmp_path):
+  """All signs that are allowed in one path; the others are in tests/core/test_storage.py."""
+  config, bad = get_config(), tmp_path / 'v[1]'
+  for run in (
+    lambda: pipeline.run(config, bad),
+    lambda: study.run(argparse.Namespace(workdir=bad)),
+    lambda: results.run(argparse.Namespace(files='', out=bad)),
+    lambda: export.write(finished, 'dsdm--mix', 'tfds', bad),
+    lambda: plan.run(config, bad),
+  ):
+    with pytest.raises(UserError, match=r"= '.*/v\[1\]' contains '\['; use a folder"):
+      run()
+  assert list(tmp_path.iterdir()) == []
+  odd = tmp_path / '-a b' / 'ü漢字' / "{x}~100%20#@5:,;&$HOME|'" / ('n' * 200) / 'run'
+  shutil.copytree(finished, odd)
+  for stage in ('pretraining', 'evaluation', 'report'):
+    shutil.rmtree(odd / stage)
+  runs.succeed(runs.TINY, f'--workdir={odd}')
+  runs.assert_same_outcome(odd, finished)
+  for form in export.FORMATS:
+    export.write(odd, 'dsdm--mix', form, odd / 'out' / form)
+  data = tfds.builder_from_directory(str(odd / 'out/tfds/selection/1.0.0')).as_dataset(split='train')
+  assert len(data) == config.selection.examples

@@ -51,7 +51,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monkeyp
     return semantics
 
   monkeypatch.setattr(build, 'run', slow)
-  with pytest.raises(UserError, match=r'an input changed while pool read it: pool\.sources was .*--rerun'):
+  with pytest.raises(UserError, match=r'a file changed while pool read it: pool\.sources was .*--rerun'):
     pipeline.run(config, tmp_path / 'run', 'pool')
   monkeypatch.setattr(build, 'run', real)
   pipeline.run(config, tmp_path / 'run', 'pool', rerun=True)

@@ -158,7 +158,7 @@ def _name(kind: str, target: str) -> str:
 
 def is_folder(target: str) -> bool:
   """Whether the target of a tfds: source is a folder and not the name of a dataset."""
-  return target.startswith(('/', 'gs://'))
+  return target.startswith('/') or files.is_remote(target) or files.is_file(f'{target}/dataset_info.json')
 
 
 def units(entry: Entry) -> list[Unit]:
@@ -201,7 +201,7 @@ def tfds_builder(name: str) -> Any:
     builder = tfds.builder_from_directory(name) if is_folder(name) else tfds.builder(name)
     if builder.is_prepared() or is_folder(name):
       return builder
-  except (tfds.core.DatasetNotFoundError, FileNotFoundError, KeyError) as error:
+  except (tfds.core.DatasetNotFoundError, FileNotFoundError, KeyError, ValueError) as error:
     raise UserError(f'pool.sources: TFDS has no dataset {name} ({" ".join(str(error).split())[:200]})') from error
   raise UserError(
     f'pool.sources: the TFDS dataset {name} is not prepared in {builder.data_dir}; prepare it with network access: '

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from dsdm_jax.data import inputs
 from dsdm_jax.data.pool import sources
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
@@ -405,3 +406,19 @@ def test_an_address_that_cannot_be_reached_is_one_line(tmp_path: Path):
     with pytest.raises(UserError, match=expected) as caught:
       build(tmp_path / 'a', f'jsonl:{address}')
     assert '\n' not in str(caught.value)
+
+
+def test_files_of_a_seqio_task_count_by_content(tmp_path: Path):
+  import seqio
+
+  file = tmp_path / 'a.txt'
+  source = seqio.TextLineDataSource({'train': str(file)})
+  features = {'text': seqio.Feature(seqio.ByteVocabulary())}
+  seqio.TaskRegistry.add('lines_of_a_file', source=source, output_features=features)
+  settings = {'pool.sources': ['seqio:lines_of_a_file'], 'pool.plant_targets': 0}
+
+  def identity(text: str) -> dict:
+    file.write_text(text)
+    return inputs.by_content(settings, settings, None)[0]
+
+  assert identity('a') == identity('a') != identity('b')

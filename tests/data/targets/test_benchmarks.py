@@ -342,7 +342,7 @@ def test_squad_from_tfds_has_the_papers_split(tmp_path: Path):
   write(tmp_path / 'files' / 'squad.jsonl', {'context': 'not', 'continuation': 'this'})
   config.tasks, config.folder = ('squad', 'jeopardy'), f'tfds:{tmp_path} | {tmp_path}/files'
   assert [len(task.items) for task in tasks.read_tasks(config)] == [17, 4]
-  settings = {'targets.folder': config.folder, 'targets.tasks': config.tasks}
+  settings = {'targets.folder': config.folder, 'targets.tasks': list(config.tasks)}
   found, given = inputs.by_content(settings, settings, None)
   digests = [files.digest(f'{tmp_path}/{place}') for place in ('squad', 'files/jeopardy_all.jsonl')]
   assert found['targets.tasks'] == [f'squad: content {digests[0]}', f'jeopardy: content {digests[1]}']
