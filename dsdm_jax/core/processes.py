@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from dsdm_jax.core.command_line import system_error
 from dsdm_jax.errors import UserError
 
 _T = TypeVar('_T')
@@ -74,10 +75,10 @@ def running(config: ConfigDict, settings: Mapping[str, Any]) -> Iterator[None]:
     _check(wanted, settings)
     yield
     wait()
-  except (UserError, OSError):
-    _disconnect()
-    raise  # main prints it, and `leave` ends the process
-  except BaseException as error:  # noqa: BLE001  reported, and the process ends
+  except BaseException as error:
+    if isinstance(error, UserError) or system_error(error) is not None:
+      _disconnect()
+      raise  # main prints it, and `leave` ends the process
     _report(error)
     _disconnect()
     leave(1)

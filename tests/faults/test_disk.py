@@ -162,7 +162,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 def test_read_only_disk(tmp_path, count):
   with mounted(tmp_path / 'disk', 'ro,size=1m') as disk:
     message = runs.refused(runs.TINY, f'--workdir={disk / "run"}')
-    assert f'cannot write {disk / "run"}: Read-only file system' in message
+    assert f'cannot use {disk / "run"}: Read-only file system' in message
     assert '--workdir' in message
     assert list(disk.iterdir()) == []
   count('faults injected')
@@ -182,7 +182,7 @@ def test_full_disk_keeps_what_is_finished_and_goes_on_when_there_is_room(finishe
     assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
     assert 'Traceback' not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith('dsdm_jax: cannot write ')
+    assert last.startswith('dsdm_jax: cannot use ')
     assert 'No space left on device' in last
     assert 'finished stages are kept' in last
     after = runs.fingerprint(disk)
