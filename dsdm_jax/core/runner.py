@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dsdm_jax.config.validate import check_callables, check_devices, flatten, select
-from dsdm_jax.core import artifacts, lock, processes, storage
+from dsdm_jax.core import artifacts, compile_cache, lock, processes, storage
 from dsdm_jax.core.artifacts import Artifact, Identity
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context, Stage
@@ -264,7 +264,10 @@ class Runner:
     if jax.default_backend() == 'cpu':
       processes.keep_freed_memory()
     if jax.config.values['jax_compilation_cache_dir'] is None:
-      jax.config.update('jax_compilation_cache_dir', str(self.workdir / 'xla_cache'))
+      cache, line = compile_cache.start(alone=processes.count() == 1)
+      jax.config.update('jax_compilation_cache_dir', None if cache is None else str(cache))
+      if line:
+        _print(line)
 
 
 def _load(name: str) -> Callable[..., Any]:
