@@ -232,10 +232,9 @@ class Runner:
       raise
     finally:
       log.close()
-      if first and out.is_dir():
-        cost.add(seconds=time.monotonic() - start)
     if semantics is None:
-      log.event('shared', job=job, seconds=cost.seconds, flop=cost.flop)
+      cost.save()
+      log.event('shared', job=job, seconds=cost.seconds)
       _print(f'{stage.name}: this job has finished its share; the last job, or a run without jobs, finishes the stage')
       return
     processes.decide(lambda: artifacts.commit(self.workdir, identity, semantics, cost).digest)
