@@ -66,13 +66,15 @@ class FeatureExtractor:
       return self.step.prepare(params, checkpoint, moment), notes
     # All jobs share one basis: rounding may rotate eigenvectors.
     file = basis_file(self._folder, checkpoint)
-    rows = min(self._context.config.features.basis_rows, self._pool.num_rows)
-    moments_of = self._moments.prepare(params)
-    self._context.add_flop(flops.count(self._moments.apply, moments_of, *_rows(1, self._pool.length)) * rows)
+    if self._context.out == self._folder:  # stages that read features do not pay for their basis
+      rows = min(self._context.config.features.basis_rows, self._pool.num_rows)
+      prepared = self._moments.prepare(params)
+      self._context.add_flop(flops.count(self._moments.apply, prepared, *_rows(1, self._pool.length)) * rows)
     if not processes.decide(file.is_file):
       tokens_NL, weights_NL = self._first_rows(self._context.config.features.basis_rows)
+      prepared = self._moments.prepare(params)
       parts = covariances.batches(len(tokens_NL), self.batch_size, self.mesh.shape[DATA])
-      moments = self._moments.sums(moments_of, [(tokens_NL[part], weights_NL[part]) for part in parts])
+      moments = self._moments.sums(prepared, [(tokens_NL[part], weights_NL[part]) for part in parts])
       leading = Basis.leading(self.step.layers, moments, moment)  # on all processes: each may hold a part of `moment`
       if self._context.first:
         leading.save(file, self.step.layers)

@@ -17,6 +17,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -404,6 +405,10 @@ def _spent(file: Path) -> tuple[float, dict[str, dict[str, float]]]:
   try:
     saved = json.loads(file.read_bytes())
     parts = {name: {k: float(v) for k, v in part.items()} for name, part in saved.get('parts', {}).items()}
+    if not all(
+      0 <= v < math.inf for part in ({'seconds': float(saved['seconds'])}, *parts.values()) for v in part.values()
+    ):
+      raise ValueError('no cost')
     return float(saved['seconds']), parts
   except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
     return 0.0, {}
