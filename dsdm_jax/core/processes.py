@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -246,6 +247,8 @@ def leave(code: int) -> None:
   If processes are still connected, it ends at once: the normal exit of the interpreter would wait for the others, which
   may be lost.
   """
+  if code:  # what the interpreter warns of at its end is no news after the error
+    warnings.simplefilter('ignore')
   jax = sys.modules.get('jax')
   if jax is None or not jax.distributed.is_initialized():
     sys.exit(code)

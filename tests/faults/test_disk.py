@@ -192,3 +192,23 @@ def test_full_disk_keeps_what_is_finished_and_goes_on_when_there_is_room(finishe
     runs.succeed(*flags)
     assert (disk / stage / 'manifest.json').is_file()
   count('faults injected')
+
+
+LIMITS = {'-f 8': 'File too large', '-n 16': 'Too many open files'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('limit', LIMITS if FAULTS else list(LIMITS)[:1])
+def test_limits_of_the_system_while_training_are_one_line(finished, tmp_path, count, limit):
+  for name in ('pool', 'targets'):
+    shutil.copytree(finished / name, tmp_path / name)
+  flags = (runs.TINY, f'--workdir={tmp_path}', '--stage=proxies')
+  done = subprocess.run(
+    ['/bin/sh', '-c', f'ulimit {limit}; exec "$@"', 'sh', *runs.command(*flags)],
+    cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True, timeout=300, check=False,
+  )  # fmt: skip
+  assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr[-2000:]
+  last = done.stderr.strip().splitlines()[-1]
+  assert last.startswith(f'dsdm_jax: cannot use {tmp_path}') and LIMITS[limit] in last
+  runs.succeed(*flags)
+  count('faults injected')
