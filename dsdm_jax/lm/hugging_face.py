@@ -204,7 +204,7 @@ class _Tensors:
     """Returns the tensor with this name and shape; None matches any length.
 
     Raises:
-      UserError: it is missing, or has another shape or dtype.
+      UserError: it is missing, has another shape or dtype, or a value that is not finite.
     """
     stored = name if name in self._files else name.partition('.')[2]
     if stored not in self._files:
@@ -219,7 +219,14 @@ class _Tensors:
       )
     if dtype not in _DTYPES:
       raise UserError(f'{self._folder}: tensor {name} has dtype {dtype}; save the model in one of {", ".join(_DTYPES)}')
-    return self._files[stored].get_tensor(stored)
+    tensor = self._files[stored].get_tensor(stored)
+    finite = np.isfinite(tensor)
+    if not finite.all():
+      raise UserError(
+        f'{self._folder}: tensor {name} has {finite.size - np.count_nonzero(finite)} values that are NaN or infinite; '
+        'download the model again, or use another'
+      )
+    return tensor
 
 
 def _config(folder: Path) -> dict[str, Any]:
