@@ -14,6 +14,7 @@ from typing import Any
 import argcomplete
 
 from dsdm_jax import configs
+from dsdm_jax.core.command_line import cannot_use, open_streams, report, system_error
 from dsdm_jax.errors import UserError
 
 REPOSITORY = 'https://github.com/dsdm-jax/dsdm_jax'
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command. Returns 0, or 2 after one line on stderr that says what to change."""
+  open_streams()
   arguments = list(sys.argv[1:] if argv is None else argv)
   commands = parser()
   argcomplete.autocomplete(commands)
@@ -67,8 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     return _run(command, rest)
   except UserError as error:
-    sys.stderr.write(f'dsdm: {error}\n')
+    report(f'dsdm: {error}')
     return error.exit_code
+  except Exception as error:
+    found = system_error(error)
+    if found is None:
+      raise
+    report(f'dsdm: {cannot_use(found, None)}')
+    return 2
 
 
 def _run(command: str, rest: list[str]) -> int:

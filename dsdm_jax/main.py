@@ -8,7 +8,7 @@ from ml_collections import config_flags
 from dsdm_jax import configs, pipeline
 from dsdm_jax.config.validate import whole_numbers
 from dsdm_jax.core import processes
-from dsdm_jax.core.command_line import DISK, cannot_write, explain
+from dsdm_jax.core.command_line import cannot_use, explain, open_streams, report, system_error
 from dsdm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file with get_config(), or a packaged config: quickstart.')
@@ -35,6 +35,7 @@ def _parse(argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
   """Returns exit code 0, or 2 after one line on stderr about an error that the user can resolve."""
+  open_streams()
   try:
     _parse(sys.argv if argv is None else argv)
     if _STAGE.value == 'plan':
@@ -43,13 +44,15 @@ def main(argv: list[str] | None = None) -> int:
       plan.run(_CONFIG.value, _WORKDIR.value)
     else:
       pipeline.run(_CONFIG.value, str(_WORKDIR.value), _STAGE.value, _RERUN.value)
+    sys.stdout.flush()
   except UserError as error:
-    print(f'dsdm_jax: {error}', file=sys.stderr)
+    report(f'dsdm_jax: {error}')
     return error.exit_code
-  except OSError as error:
-    if error.errno not in DISK:
+  except Exception as error:
+    found = system_error(error)
+    if found is None:
       raise
-    print(f'dsdm_jax: {cannot_write(error, _WORKDIR.value)}', file=sys.stderr)
+    report(f'dsdm_jax: {cannot_use(found, _WORKDIR.value)}')
     return 2
   return 0
 

@@ -29,10 +29,11 @@ class Accumulator:
 
   Args:
     folder: of the unfinished stage; None saves nothing.
+    saved: called after each write.
   """
 
-  def __init__(self, folder: Path | None = None):
-    self._folder = folder
+  def __init__(self, folder: Path | None = None, saved: Callable[[], object] = lambda: None):
+    self._folder, self._saved = folder, saved
     self._due = time.monotonic() + SAVE_SECONDS
 
   def sum(
@@ -93,6 +94,7 @@ class Accumulator:
           bounds_S2 = np.array([(start, stop) for start, stop, _ in unsaved])
           result = np.concatenate([result for _, _, result in unsaved])
           storage.save_npz(folder / f'partial_{name}_{unsaved[0][0]:012d}.npz', bounds_S2=bounds_S2, result=result)
+          self._saved()
         self._due = time.monotonic() + SAVE_SECONDS
         unsaved = []
 
@@ -112,6 +114,7 @@ class Accumulator:
     began = time.monotonic()
     if processes.is_first():
       storage.save_npz(file, row=np.array(row), **{f'total_{number}': total for number, total in enumerate(totals)})
+      self._saved()
     self._due = time.monotonic() + max(SAVE_SECONDS, 10 * (time.monotonic() - began))
 
   def _is_due(self) -> bool:

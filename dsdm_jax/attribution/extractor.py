@@ -66,13 +66,15 @@ class FeatureExtractor:
       return self.step.prepare(params, checkpoint, moment), notes
     # All jobs share one basis: rounding may rotate eigenvectors.
     file = basis_file(self._folder, checkpoint)
+    if self._context.out == self._folder:  # stages that read features do not pay for their basis
+      rows = min(self._context.config.features.basis_rows, self._pool.num_rows)
+      prepared = self._moments.prepare(params)
+      self._context.add_flop(flops.count(self._moments.apply, prepared, *_rows(1, self._pool.length)) * rows)
     if not processes.decide(file.is_file):
       tokens_NL, weights_NL = self._first_rows(self._context.config.features.basis_rows)
       prepared = self._moments.prepare(params)
       parts = covariances.batches(len(tokens_NL), self.batch_size, self.mesh.shape[DATA])
       moments = self._moments.sums(prepared, [(tokens_NL[part], weights_NL[part]) for part in parts])
-      row = tokens_NL[:1], weights_NL[:1]
-      self._context.add_flop(flops.count(self._moments.apply, prepared, *row) * len(tokens_NL))
       leading = Basis.leading(self.step.layers, moments, moment)  # on all processes: each may hold a part of `moment`
       if self._context.first:
         leading.save(file, self.step.layers)
@@ -80,13 +82,13 @@ class FeatureExtractor:
     basis = Basis.load(file, self.step.layers)
     return self.step.prepare(params, checkpoint, moment, basis.projections), notes | {'basis_kept': basis.kept}
 
-  def coverage(self, checkpoint: int) -> dict[str, Any]:
-    """Share of the gradient in parameters without a probe, see `GradientCoverage.unprobed`."""
+  def coverage(self, checkpoint: int, measured: bool) -> dict[str, Any]:
+    """Share of the gradient in parameters without a probe, see `GradientCoverage.unprobed`; empty if `measured`."""
     params, moment = self.weights(checkpoint)
     step = self._coverage
     tokens_BL, weights_BL = self._first_rows(coverage.ROWS)
     self._context.add_flop(flops.count(step.apply, (params, None), tokens_BL[0], weights_BL[0]) * len(tokens_BL))
-    return step.unprobed(params, tokens_BL, weights_BL, moment)
+    return {} if measured else step.unprobed(params, tokens_BL, weights_BL, moment)
 
   # Both are compiled once and serve all proxies.
 
@@ -143,6 +145,11 @@ class FeatureExtractor:
       return state.params, None
     train = config.proxies.train
     return state.params, SecondMoment.of_state(state.opt_state, train.adam_b2, train.adam_eps, train.adam_eps_root)
+
+
+def _rows(count: int, length: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+  """Shapes of tokens_BL and weights_BL, to count operations with."""
+  return jax.ShapeDtypeStruct((count, length), jnp.int32), jax.ShapeDtypeStruct((count, length), jnp.float32)
 
 
 def without_kernels(model: ConfigDict) -> ConfigDict:

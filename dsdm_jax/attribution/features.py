@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tqdm
 from jax.sharding import Mesh
@@ -77,9 +78,10 @@ def run(context: Context) -> dict | None:
 def _measure_coverage(context: Context, extractor: FeatureExtractor, checkpoint: int) -> None:
   """Reports and saves how much of the gradient has no probe, once per checkpoint, in one of the jobs."""
   file, features = _coverage_file(context.out, checkpoint), context.config.features
-  if checkpoint % features.jobs != features.job or processes.decide(file.is_file):
+  mine = checkpoint % features.jobs == features.job
+  result = extractor.coverage(checkpoint, measured=not mine or processes.decide(file.is_file))
+  if not result:
     return
-  result = extractor.coverage(checkpoint)
   if context.first:
     storage.write_json(file, result)
   context.log.event('unprobed', checkpoint=checkpoint, share=result['share'])
@@ -96,29 +98,35 @@ def _extract_targets(
   """Features of this job's target tasks that are missing."""
   features, origin = context.config.features, _origin(context)
   batch, _ = step_rows(features, mesh)
+  flop: float | None = None
   for number, task in enumerate(targets.tasks, start=checkpoint * len(targets.tasks)):
     file, marker = _target_files(context.out, task, checkpoint)
     written = functools.partial(read_marker, marker, [file], origin)
+    examples, parts = targets.examples(task, 'target'), []
+    if flop is None:
+      shape = batch, examples.tokens_TL.shape[1]
+      shapes = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, np.float32)
+      flop = flops.count(step.apply, prepared, *shapes) / batch
+    context.add_flop(flop * len(examples.tokens_TL))
     if number % features.jobs != features.job or processes.decide(written) is not None:
       continue
-    examples = targets.examples(task, 'target')
-    parts = []
     for start in range(0, len(examples.tokens_TL), batch):
       rows = examples.tokens_TL[start : start + batch], examples.weights_TL[start : start + batch]
       padded = tuple(np.pad(x, ((0, batch - len(x)), (0, 0))) for x in rows)
       tokens_BL, weights_BL = place(padded, batch_sharding(mesh))
       parts.append(fetch(step(prepared, tokens_BL, weights_BL)))
-    context.add_flop(flops.count(step.apply, prepared, tokens_BL, weights_BL) * len(parts))
     phi_TJ = np.concatenate(parts)[: len(examples.tokens_TL)]
     check_finite(step, phi_TJ, 0, checkpoint_name(context.config, checkpoint), f'example of target {task}')
     if context.first:
       storage.save_npy(file, phi_TJ)
       marker.parent.mkdir(exist_ok=True)
       mark(marker, [file], origin)
+      context.cost.save()
 
 
 def _extract_pool(context: Context, step: FeatureStep, source: Recomputed, checkpoint: int, bar: tqdm.tqdm) -> None:
   """Computes this job's shards that are missing; a shard is written while the next one is computed."""
+  source.charge()
   # Process 0 opens the store first, and creates it if it is absent.
   missing = processes.decide(lambda: _missing(context, _store(context, step, source.rows, checkpoint), checkpoint))
   store, features = _store(context, step, source.rows, checkpoint), context.config.features
@@ -136,6 +144,7 @@ def _extract_pool(context: Context, step: FeatureStep, source: Recomputed, check
       fidelity = store.quantizer.fidelity(phi_BJ[:_FIDELITY_ROWS])
       storage.write_json(_fidelity_file(context.out, checkpoint), fidelity)
     bar.update(len(phi_BJ))
+    context.cost.save()
 
 
 def _complete(context: Context, targets: Targets, rows: int, step: FeatureStep, checkpoint: int) -> bool:

@@ -48,7 +48,7 @@ def run(context: Context) -> dict:
     )
     for name, e in zip(names, examples, strict=True)
   ]
-  accumulator, mesh, proxies = Accumulator(context.out), make_mesh(config.mesh), config.proxies
+  accumulator, mesh, proxies = Accumulator(context.out, context.cost.save), make_mesh(config.mesh), config.proxies
   mode, members = solve.open_members(features, names, options.gram, options.unit_norm)
   seen_PN, q_N = seen(context.inputs['proxies'], proxies.count, features.rows), None
   total = (2 * len(members) + (proxies.count if options.q else 0)) * features.rows

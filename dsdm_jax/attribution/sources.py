@@ -119,7 +119,7 @@ class PoolPass:
     step: (prepared, tokens_BL, weights_BL) → one entry per row; compiled once, as all batches have one shape.
     prepared: its first argument.
     pool, batch_size, mesh: rows, global batch size and devices.
-    add_flop: called with the floating-point operations of each range.
+    add_flop: called by `charge`.
     check: called with the results of a range and its first row; raises if they are invalid.
   """
 
@@ -139,7 +139,12 @@ class PoolPass:
     weights_BL = np.ones((batch_size, pool.length), np.float32)
     weights_BL[:, 0] = 0.0
     self._weights_BL = place(weights_BL, self._sharding)
-    self._flop: float | None = None
+
+  def charge(self, rows: int) -> None:
+    """Adds the floating-point operations of `rows`, without what pads their batches."""
+    tokens_BL = jax.ShapeDtypeStruct(self._weights_BL.shape, jnp.int32)
+    flop = flops.count(self._step.apply, self._prepared, tokens_BL, self._weights_BL)
+    self._add_flop(flop / self._batch_size * rows)
 
   def ranges(self, bounds: Iterable[tuple[int, int]]) -> Iterator[Shard]:
     """Results of each range of rows, in order. The device computes the next range while the caller uses this one."""
@@ -155,8 +160,6 @@ class PoolPass:
     parts = []
     for tokens, _, valid_B in ahead(row_range_batches(self._pool, start, stop, self._batch_size, self._share)):
       tokens_BL = assemble(tokens, self._sharding, self._batch_size)
-      if self._flop is None:
-        self._flop = flops.count(self._step.apply, self._prepared, tokens_BL, self._weights_BL)
       parts.append((self._step(self._prepared, tokens_BL, self._weights_BL), int(valid_B.sum())))
     return parts
 
@@ -168,7 +171,6 @@ class PoolPass:
     result = np.concatenate([array[:valid] for array, (_, valid) in zip(arrays, parts, strict=True)])
     if self._check is not None:
       self._check(result, start)
-    self._add_flop((self._flop or 0.0) * len(parts))
     return start, stop, result
 
 
@@ -190,6 +192,10 @@ class Recomputed(RowSource):
     """The first rows alone."""
     return Recomputed(self._features, min(rows, self.rows), self.dimension, self._shard_rows, self._quantizer)
 
+  def charge(self) -> None:
+    """Adds the floating-point operations of one pass over all rows, however many an earlier attempt did."""
+    self._features.charge(self.rows)
+
   def ranges(self, bounds: Iterable[tuple[int, int]]) -> Iterator[Shard]:
     """Features of some ranges, not quantized: the input of a store."""
     return self._features.ranges(bounds)
@@ -199,6 +205,7 @@ class Recomputed(RowSource):
     return ((start, min(start + self._shard_rows, self.rows)) for start in range(row, self.rows, self._shard_rows))
 
   def from_row(self, row: int) -> Iterator[Shard]:
+    self.charge()
     for start, stop, phi_BJ in self.ranges(self.bounds(row)):
       yield start, stop, self._quantizer.round_trip(phi_BJ)
 
@@ -225,4 +232,6 @@ class DirectionalSource(RowSource):
 
   def scores(self, u_JK: np.ndarray, row: int = 0) -> Iterator[Shard]:
     """As `RowSource.scores`, with φ neither computed nor quantized."""
-    return self._start(u_JK).ranges(self._features.bounds(row))
+    features = self._start(u_JK)
+    features.charge(self.rows)
+    return features.ranges(self._features.bounds(row))

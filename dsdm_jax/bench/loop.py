@@ -45,6 +45,7 @@ from dsdm_jax.training.step import trainer
 
 CASES = ('first_step', 'input')
 _ALONE = 10  # times as many steps to time the reader alone, so that prefetching does not matter
+_CACHE = 'cache'  # of programs that the measured runs compile
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +78,8 @@ def run(flags: argparse.Namespace) -> None:
 
 def _started(config: str, workdir: Path, stage: str) -> subprocess.Popen[bytes]:
   command = [sys.executable, '-m', 'dsdm_jax.main', f'--config={config}', f'--workdir={workdir}', f'--stage={stage}']
-  environment = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}  # use that of the workdir
+  environment = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
+  environment['XDG_CACHE_HOME'] = str(workdir / _CACHE)
   with open(workdir.with_name('output'), 'wb') as output:
     return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
@@ -92,7 +94,7 @@ def _check(process: subprocess.Popen[bytes], workdir: Path) -> None:
 def _first_steps(flags: argparse.Namespace, workdir: Path) -> Iterator[dict[str, Any]]:
   measured: dict[str, list[tuple[float, float]]] = {'cold': [], 'warm': []}
   for _ in range(flags.repeats):
-    shutil.rmtree(workdir / 'xla_cache', ignore_errors=True)
+    shutil.rmtree(workdir / _CACHE, ignore_errors=True)
     for runs in measured.values():
       runs.append(_first_step(flags.config, workdir))
   for cache, runs in measured.items():

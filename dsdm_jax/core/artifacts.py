@@ -17,9 +17,11 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -376,39 +378,51 @@ def _is_note(name: str) -> bool:
 
 
 class Cost:
-  """Seconds and floating-point operations spent on a stage, in all runs that worked on the attempt.
+  """Seconds and floating-point operations of the work that an attempt holds, whichever processes did it.
+
+  What a kill destroyed does not count. FLOP follow from the work: a stage goes through all of it in each process, and
+  adds the FLOP of what is done already too. Seconds are saved with the work: call `save` when some is on disk.
 
   Args:
     attempt: folder of the unfinished stage.
-    job: which of several jobs on the stage; each has its own account.
+    job: which of several jobs on the stage; each has its own seconds.
     enabled: False on every process of a job but the first: each counts the FLOP of all.
+
+  Attributes:
+    flop: of the whole attempt, once the stage has gone through it.
+    parts: name → 'seconds' or 'flop' of a part of the work, for stages that need them; saved with the seconds.
   """
 
   def __init__(self, attempt: Path, job: int = 0, enabled: bool = True):
     self.attempt, self._enabled = attempt, enabled
     self._file = attempt / _COST.replace('*', f'_{job}' if job else '')
-    spent = _spent(self._file)
-    self.seconds: float = spent['seconds']
-    self.flop: float = spent['flop']
+    self._earlier, self.parts = _spent(self._file)
+    self._began, self.flop = time.monotonic(), 0.0
+
+  @property
+  def seconds(self) -> float:
+    return self._earlier + time.monotonic() - self._began
 
   def of_all_jobs(self) -> dict[str, float]:
-    accounts = [_spent(file) for file in sorted(self.attempt.glob(_COST)) if file != self._file]
-    accounts.append({'seconds': self.seconds, 'flop': self.flop})
-    return {key: sum(account[key] for account in accounts) for key in ('seconds', 'flop')}
+    others = [_spent(file)[0] for file in sorted(self.attempt.glob(_COST)) if file != self._file]
+    return {'seconds': self.seconds + sum(others), 'flop': self.flop}
 
-  def add(self, *, seconds: float = 0.0, flop: float = 0.0) -> None:
-    self.seconds += seconds
-    self.flop += flop
+  def save(self) -> None:
     if self._enabled:
-      storage.write_json(self._file, {'seconds': self.seconds, 'flop': self.flop})
+      storage.write_json(self._file, {'seconds': self.seconds, 'parts': self.parts})
 
 
-def _spent(file: Path) -> dict[str, float]:
+def _spent(file: Path) -> tuple[float, dict[str, dict[str, float]]]:
   try:
-    account = json.loads(file.read_bytes())
-    return {key: float(account[key]) for key in ('seconds', 'flop')}
-  except (OSError, ValueError, KeyError, TypeError, RecursionError):
-    return {'seconds': 0.0, 'flop': 0.0}
+    saved = json.loads(file.read_bytes())
+    parts = {name: {k: float(v) for k, v in part.items()} for name, part in saved.get('parts', {}).items()}
+    if not all(
+      0 <= v < math.inf for part in ({'seconds': float(saved['seconds'])}, *parts.values()) for v in part.values()
+    ):
+      raise ValueError('no cost')
+    return float(saved['seconds']), parts
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    return 0.0, {}
 
 
 def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost: Cost) -> Artifact:

@@ -3,10 +3,13 @@
 import copy
 import dataclasses
 import errno
+import functools
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,19 @@ from orbax.checkpoint import checkpoint_managers as policy
 
 from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.errors import Stopped, UserError, as_os_error
+
+# Orbax logs pages about what its threads raise, and the event loops that they leave print more when they are deleted or
+# called. The error itself is raised again where it is reported.
+logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname or record.levelno < logging.ERROR)
+
+
+def _without_event_loops(hook: Callable[..., Any], unraisable: Any) -> None:
+  deleted = getattr(unraisable.object, '__qualname__', '') == 'BaseEventLoop.__del__'
+  if not deleted and str(unraisable.exc_value) != 'Event loop is closed':
+    hook(unraisable)
+
+
+sys.unraisablehook = functools.partial(_without_event_loops, sys.unraisablehook)
 
 _CHECKSUMS = 'checksums.json'  # of the files of the items; Orbax writes its own metadata later
 _ITEMS = ('state', 'record', 'shapes')

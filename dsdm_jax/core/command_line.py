@@ -1,5 +1,6 @@
 """Errors of the command line and of the disk as one line, and --help."""
 
+import contextlib
 import errno
 import os
 import sys
@@ -8,8 +9,19 @@ from typing import Any
 
 from absl import flags
 
-# Errors that a user can resolve.
-DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+from dsdm_jax.errors import as_os_error
+
+# What to do about errors of the system; about others, whatever resolves them.
+_REMEDIES = {
+  errno.ENOSPC: 'free space there',
+  errno.EDQUOT: 'free space there',
+  errno.EFBIG: 'raise the limit on the size of files (ulimit -f)',
+  errno.EMFILE: 'raise the number of open files (ulimit -n 4096)',
+  errno.ENFILE: 'close other programs, or raise the number of open files of this machine',
+  errno.EIO: 'check that disk (dmesg)',
+  errno.ESTALE: 'look whether another machine has replaced it',
+  errno.ENOMEM: 'use a machine with more memory',
+}
 
 
 _USAGE = """usage: python -m dsdm_jax.main --config=FILE --workdir=FOLDER [--stage=STAGE] [--config.KEY=VALUE ...]
@@ -39,12 +51,57 @@ class _Help(flags.BooleanFlag):
 flags.DEFINE_flag(_Help())
 
 
-def cannot_write(error: OSError, workdir: str | None) -> str:
-  """The message for a file that cannot be written."""
+def open_streams() -> None:
+  """Makes standard output and error usable: one that is closed goes nowhere, and one in ASCII escapes other characters.
+
+  Otherwise the next file to be opened would get the number of a closed stream, and libraries would print into it.
+  """
+  for number, name in enumerate(('stdin', 'stdout', 'stderr')):
+    try:
+      os.fstat(number)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    stream = getattr(sys, name)
+    if stream is None:
+      setattr(sys, name, open(number, 'r' if number == 0 else 'w', closefd=False))  # noqa: SIM115  for good
+    elif number and hasattr(stream, 'reconfigure'):
+      stream.reconfigure(errors='backslashreplace')
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+  """The error of the system behind `error`: itself, what caused it, or what TensorStore or Orbax report as text."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno is not None:
+      return error
+    if isinstance(error, Exception) and (hidden := as_os_error(error, '')) is not None:
+      return hidden
+    error = error.__cause__
+  return None
+
+
+def cannot_use(error: OSError, workdir: str | None) -> str:
+  """The message for an error of the system, in one line."""
+  remedy = _REMEDIES.get(error.errno or 0, 'resolve that')
+  if error.errno == errno.EPIPE and not error.filename:
+    return (
+      'standard output or error was closed; start the same command again with one that stays open: work on disk is kept'
+    )
   return (
-    f'cannot write {error.filename or workdir}: {os.strerror(error.errno or 0)}; resolve that or use another --workdir '
-    'and start the same command again: finished stages are kept'
+    f'cannot use {error.filename or workdir}: {os.strerror(error.errno or 0)}; {remedy}, or use another folder, and '
+    'start the same command again: finished stages are kept'
   )
+
+
+def report(text: str) -> None:
+  """Prints an error as one line on standard error, where that is open."""
+  with contextlib.suppress(OSError, ValueError):
+    sys.stderr.write(f'{text}\n')
+    sys.stderr.flush()
+  for stream in (sys.stdout, sys.stderr):  # what cannot be written now must not fail at exit
+    try:
+      stream.flush()
+    except (OSError, ValueError):
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def explain(error: Exception, argv: Sequence[str]) -> str:

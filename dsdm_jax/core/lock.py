@@ -1,10 +1,12 @@
 """One run at a time on a workdir: a lock file that names its owner. The lock of a dead owner is removed.
 
 On the machine of the owner, its process number and start time show whether it is alive. From another machine or
-container, only the age of the lock file does: an owner touches the file every few seconds.
+container, only the lock file does, which an owner touches every few seconds. Clocks of two machines may differ, so a
+lock that looks old, or comes from the future, is watched for some seconds before it is taken.
 """
 
 import contextlib
+import errno
 import getpass
 import json
 import os
@@ -25,6 +27,7 @@ LOCK = 'lock.json'
 _JOBS = 'lock_job_*.json'  # of jobs, which share a workdir with each other and not with a whole run
 TOUCH_SECONDS = 10.0
 DEAD_SECONDS = 120.0  # without a touch, for an owner on another machine
+_OWNER = {'token': str, 'user': str, 'host': str, 'machine': str, 'pid': int, 'since': (int, float)}
 
 
 @contextlib.contextmanager
@@ -56,8 +59,9 @@ def hold(workdir: Path, job: int | None = None) -> Iterator[bool]:
     finally:
       stop.set()
       thread.join()
-      if _owner(file).get('token') == token:
-        file.unlink(missing_ok=True)
+      with contextlib.suppress(UserError, OSError):  # changed by hand, or a disk that fails: an error of the run counts
+        if _owner(file).get('token') == token:
+          file.unlink(missing_ok=True)
   finally:
     if created:
       with contextlib.suppress(OSError):  # not empty: that is the run
@@ -99,22 +103,53 @@ def _guarded(workdir: Path) -> Iterator[None]:
 
 
 def _owner(file: Path) -> Mapping[str, Any]:
-  """What the lock says; empty where there is none. It is written at once, so one that is unreadable is nobody's."""
-  try:
-    owner = json.loads(file.read_bytes())
-  except (FileNotFoundError, ValueError):
+  """What the lock says; empty where there is none.
+
+  Raises:
+    UserError: the file is no lock of this program, which writes locks whole.
+  """
+  data = storage.read_bytes(file)
+  if data is None:
     return {}
-  wanted = {'pid', 'started', 'machine', 'since', 'user', 'host'}
-  return owner if isinstance(owner, dict) and wanted <= owner.keys() else {}
+  try:
+    owner = json.loads(data)
+    fits = all(type(owner[key]) in (kind if isinstance(kind, tuple) else (kind,)) for key, kind in _OWNER.items())
+    if fits and isinstance(owner['started'], (str, type(None))) and abs(owner['since']) < 1e12:
+      return owner
+  except (ValueError, KeyError, TypeError, RecursionError):
+    pass
+  raise UserError(f'{file} is no lock of dsdm_jax; if no run uses {file.parent}, delete that file and start again')
 
 
 def _alive(owner: Mapping[str, Any], file: Path) -> bool:
   if owner['machine'] == _machine():
-    return _started(int(owner['pid'])) == owner['started']
-  try:
-    return _now(file.parent) - file.stat().st_mtime < DEAD_SECONDS
-  except FileNotFoundError:  # its owner has just ended
+    return _started(owner['pid']) == owner['started']
+  touched = _touched(file)
+  if touched is None:  # its owner has just ended
     return False
+  if -TOUCH_SECONDS < _now(file.parent) - touched < DEAD_SECONDS:
+    return True
+  sys.stdout.write(f'{file.parent}: watching whether {_name(owner)} is still alive\n')
+  sys.stdout.flush()
+  end = time.monotonic() + 3 * TOUCH_SECONDS
+  while time.monotonic() < end:
+    time.sleep(TOUCH_SECONDS / 20)
+    if _touched(file) not in (touched, None):
+      return True
+  return False
+
+
+def _touched(file: Path) -> float | None:
+  """Time of the last touch; None if there is no such file."""
+  try:
+    with open(file, 'rb') as opened:  # a shared disk looks at the server's file when it is opened
+      return os.fstat(opened.fileno()).st_mtime
+  except FileNotFoundError:
+    return None
+  except OSError as error:
+    if error.errno != errno.ESTALE:  # replaced on another machine at this moment
+      raise
+    return None
 
 
 def _machine() -> str:
@@ -165,9 +200,11 @@ def _name(owner: Mapping[str, Any]) -> str:
 def _refusal(file: Path, owner: Mapping[str, Any]) -> str:
   minutes, seconds = divmod(max(0, round(time.time() - owner['since'])), 60)
   hours, minutes = divmod(minutes, 60)
-  since = f'{hours} h {minutes} min' if hours else f'{minutes} min {seconds} s'
+  since = f', for {hours} h {minutes} min' if hours else f', for {minutes} min {seconds} s'
+  if owner['machine'] != _machine():  # whose clock may differ
+    since = ''
   return (
-    f'{file.parent} is in use by {_name(owner)}, for {since}; wait for it, take another --workdir, or, if that run is '
+    f'{file.parent} is in use by {_name(owner)}{since}; wait for it, take another --workdir, or, if that run is '
     f'surely gone, delete {file} and start again'
   )
 
@@ -181,7 +218,7 @@ def _touch(file: Path, token: str, stop: threading.Event) -> None:
         continue
     except FileNotFoundError:
       pass
-    except (OSError, ValueError):  # a shared disk that does not answer for a moment
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # a shared disk that fails for a moment
       continue
     # Two runs that write in one folder would damage both; what this one has finished is complete.
     sys.stderr.write(f'dsdm_jax: the lock {file} was taken from this run, which stops; finished stages are kept\n')

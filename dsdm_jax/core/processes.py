@@ -19,11 +19,13 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from dsdm_jax.core.command_line import system_error
 from dsdm_jax.errors import UserError
 
 _T = TypeVar('_T')
@@ -74,10 +76,10 @@ def running(config: ConfigDict, settings: Mapping[str, Any]) -> Iterator[None]:
     _check(wanted, settings)
     yield
     wait()
-  except (UserError, OSError):
-    _disconnect()
-    raise  # main prints it, and `leave` ends the process
-  except BaseException as error:  # noqa: BLE001  reported, and the process ends
+  except BaseException as error:
+    if isinstance(error, UserError) or system_error(error) is not None:
+      _disconnect()
+      raise  # main prints it, and `leave` ends the process
     _report(error)
     _disconnect()
     leave(1)
@@ -245,6 +247,8 @@ def leave(code: int) -> None:
   If processes are still connected, it ends at once: the normal exit of the interpreter would wait for the others, which
   may be lost.
   """
+  if code:  # what the interpreter warns of at its end is no news after the error
+    warnings.simplefilter('ignore')
   jax = sys.modules.get('jax')
   if jax is None or not jax.distributed.is_initialized():
     sys.exit(code)

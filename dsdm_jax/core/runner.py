@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dsdm_jax.config.validate import check_callables, check_devices, flatten, select
-from dsdm_jax.core import artifacts, lock, processes, storage
+from dsdm_jax.core import artifacts, compile_cache, lock, processes, storage
 from dsdm_jax.core.artifacts import Artifact, Identity
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context, Stage
@@ -86,7 +86,10 @@ class Runner:
           continue
         if not rerun:
           processes.decide(lambda: artifacts.check_versions(self.workdir, self.identity(stage)))  # noqa: B023
-        self.run_stage(stage)
+        if processes.count() == 1:  # several would get out of step
+          storage.retried(lambda: self.run_stage(stage))  # noqa: B023  called at once; it resumes
+        else:
+          self.run_stage(stage)
     except UserError:
       unfinished = any(artifacts.unfinished(self.workdir, name) for name in self.stages)
       if processes.is_first() and created and not self.done and not unfinished:
@@ -242,10 +245,9 @@ class Runner:
       raise
     finally:
       log.close()
-      if first and out.is_dir():
-        cost.add(seconds=time.monotonic() - start)
     if semantics is None:
-      log.event('shared', job=job, seconds=cost.seconds, flop=cost.flop)
+      cost.save()
+      log.event('shared', job=job, seconds=cost.seconds)
       _print(f'{stage.name}: this job has finished its share; the last job, or a run without jobs, finishes the stage')
       return
     processes.decide(lambda: self._check_unchanged(stage, identity))
@@ -277,7 +279,10 @@ class Runner:
     if jax.default_backend() == 'cpu':
       processes.keep_freed_memory()
     if jax.config.values['jax_compilation_cache_dir'] is None:
-      jax.config.update('jax_compilation_cache_dir', str(self.workdir / 'xla_cache'))
+      cache, line = compile_cache.start(alone=processes.count() == 1)
+      jax.config.update('jax_compilation_cache_dir', None if cache is None else str(cache))
+      if line:
+        _print(line)
 
 
 def _load(name: str) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ class Context:
     out: folder to write in, and nowhere else. It may hold the files of a killed attempt with the same settings.
     inputs: stage name → artifact, for the stages that it declares to read.
     log: progress bars, events and scalars.
-    cost: cost of all attempts at this stage; the runner adds the seconds.
+    cost: of the work in `out`; call `save` on it when work is on disk.
     first: whether this process writes the files that all processes share. A stage that runs on all processes must look
       at files through `processes.decide`, so that all of them take the same branch.
   """
@@ -60,5 +60,5 @@ class Context:
   first: bool = True
 
   def add_flop(self, flop: float) -> None:
-    """Adds floating-point operations to the stage's cost (a multiply-add counts as two)."""
-    self.cost.add(flop=flop)
+    """Adds floating-point operations to the stage's cost (a multiply-add counts as two), also of work done earlier."""
+    self.cost.flop += flop

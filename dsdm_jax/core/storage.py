@@ -4,6 +4,7 @@ An object store can do all of it: no rename of folders, no append, and no state 
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -13,14 +14,16 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dsdm_jax.errors import UserError
 
+_T = TypeVar('_T')
+_STALE_SECONDS = (0.05, 0.2, 0.8)  # between tries to read a stale file
 _TEMPORARY = re.compile(r'\..+\.[a-z0-9_]{8}')  # as tempfile names a file that is being written
 _MOST_CHECKSUMS = 65_536
 _LONGEST_NAME, _LONGEST_PATH = 255, 3_072  # bytes; Linux allows 255 and 4,095, and files in the folder have names too
@@ -58,9 +61,24 @@ def check_folder(path: str | os.PathLike, name: str) -> Path:
 def read_bytes(path: str | os.PathLike) -> bytes | None:
   """The content of a file; None if it does not exist."""
   try:
-    return Path(path).read_bytes()
+    return retried(Path(path).read_bytes)
   except (FileNotFoundError, NotADirectoryError):
     return None
+
+
+def retried(read: Callable[[], _T]) -> _T:
+  """`read()`, again after a moment where a shared disk says that its handle of a file is stale (ESTALE).
+
+  A network file system does when another machine has replaced the file; the next open finds the new one.
+  """
+  for seconds in _STALE_SECONDS:
+    try:
+      return read()
+    except OSError as error:
+      if error.errno != errno.ESTALE:
+        raise
+      time.sleep(seconds)
+  return read()
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -152,6 +170,10 @@ def delete_temporary(folder: Path, pattern: str) -> None:
 
 def sha256(path: Path) -> str:
   """SHA-256 of a file, read from disk."""
+  return retried(lambda: _sha256(path))
+
+
+def _sha256(path: Path) -> str:
   with open(path, 'rb') as file:
     digest = hashlib.file_digest(file, 'sha256').hexdigest()
     state = os.fstat(file.fileno())

@@ -78,14 +78,17 @@ def _evaluate(
   with context.log.bar(total=len(entries), desc=title, unit='model') as bar:
     for entry in entries:
       file = context.out / 'runs' / f'{entry["name"]}.npz'
-      if not processes.decide(file.is_file):
+      parts = context.cost.parts
+      if not processes.decide(lambda: file.is_file() and entry['name'] in parts):  # noqa: B023  called at once
         before = scorer.flop
         arrays, texts = scoring.evaluate(suite, scorer, load_state(Path(entry['folder']), compiled))
-        context.add_flop(scorer.flop - before)
+        parts[entry['name']] = {'flop': scorer.flop - before}
+        context.cost.save()
         if context.first:
           if 'method' in entry:
             _write_answers(context.out, entry['name'], suite, arrays, texts)
           storage.save_npz(file, **arrays)
+      context.add_flop(parts.get(entry['name'], {'flop': 0.0})['flop'])
       bar.update(1)
 
 

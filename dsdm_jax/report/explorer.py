@@ -88,7 +88,7 @@ def _columns(
   shown: Evidence, row_N: np.ndarray, document_N: np.ndarray, names: Sequence[str], characters: int | None
 ) -> bytes:
   """The bytes of `columns`; `document_N` are indices into `names`."""
-  columns: list[tuple[str, np.ndarray]] = [('row', row_N.astype('<u4')), ('document', document_N.astype('<u4'))]
+  columns: list[tuple[str, np.ndarray]] = [('row', _narrowed(row_N)), ('document', _narrowed(document_N))]
   described: list[dict[str, Any]] = []
   for name in tables.targets(shown):
     z_N = figures.standardised(shown.scores[name])
@@ -102,14 +102,17 @@ def _columns(
       spread = float(np.std(shown.scores[target['id']], dtype=np.float64)) or 1.0
       code_N, target['reach'] = _lengths(shown.reach[target['id']][row_N] / spread)
       columns.append((f'reach {target["id"]}', code_N))
-  columns += [('source', shown.source_N[row_N].astype('u1')), ('planted', (shown.planted_N[row_N] >= 0).astype('u1'))]
+  columns += [('source', _narrowed(shown.source_N[row_N])), ('planted', _narrowed(shown.planted_N[row_N] >= 0))]
   arms: list[dict[str, Any]] = []
   for arm, label in tables.arms(shown).items():
     draws, times_N = tables.draws(shown, arm), np.zeros(len(shown.source_N), np.int64)
     for drawn in draws:
       times_N[drawn] += 1
-    columns.append((f'arm {len(arms)}', np.minimum(times_N, 255).astype('u1')[row_N]))  # 255 means 255 or more
+    columns.append((f'arm {len(arms)}', _narrowed(times_N[row_N])))
     arms.append({'name': formatting.heading(label), 'selections': len(draws), 'rows': int((times_N > 0).sum())})
+  columns.sort(
+    key=lambda column: -column[1].itemsize
+  )  # the widest first, so that each begins at a multiple of its width
   header = {
     'rows': len(row_N),
     'pool': len(shown.source_N),
@@ -130,8 +133,15 @@ def _columns(
     'columns': [[name, array.dtype.kind + str(array.dtype.itemsize)] for name, array in columns],
   }
   head = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
-  head += b' ' * (-(len(head) + 4) % 4)  # arrays with four-byte entries come first, so all are aligned
+  head += b' ' * (-(len(head) + 4) % 8)
   return len(head).to_bytes(4, 'little') + head + b''.join(array.tobytes() for _, array in columns)
+
+
+def _narrowed(values_N: np.ndarray) -> np.ndarray:
+  """Counts or indices in the narrowest type of `explorer.js` that holds all of them: 1, 2 or 4 bytes, or float64."""
+  largest = int(values_N.max(initial=0))
+  assert int(values_N.min(initial=0)) >= 0 and largest <= 2**53
+  return values_N.astype(next((f'<u{width}' for width in (1, 2, 4) if largest < 256**width), '<f8'))
 
 
 def _lengths(length_N: np.ndarray) -> tuple[np.ndarray, float]:

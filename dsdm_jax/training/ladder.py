@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import math
-import time
 from typing import Any
 
 import jax
@@ -127,18 +126,14 @@ def run(context: Context) -> dict:
         rng = prng.numpy_stream(config.seed, 'ladder', number, seed)
         rows = np.sort(rng.choice(pool.num_rows, min(count, pool.num_rows), replace=False)).astype(np.int64)
         schedule = Schedule.single(name, rows, count, prng.derive(config.seed, 'ladder_order', number, seed))
-        fresh = not (context.out / name).exists()
-        began = time.monotonic()
         batches = functools.partial(training_batches, pool, schedule, train.batch_size, share=local_rows)
         key = prng.stream(config.seed, 'init', 'ladder', number, seed)
         loop.train(context, compiled, loop.Run(name, key, batches, steps[number]), train, bar)
-        clock = context.out / f'{name}.seconds'
-        if fresh and context.first:  # the seconds of a resumed run are unknown
-          storage.write_text(clock, f'{time.monotonic() - began:.3f}')
         entry = {'name': name, 'rung': number, 'seed': seed, 'factor': r.factor, 'model': r.model.to_dict()}
         entry |= {'parameters': r.parameters, 'examples': count, 'tokens': count * pool.length}
         entry |= {'epochs': count / len(rows), 'flop': flop}
-        index.append(entry | {'seconds': float(clock.read_text()) if clock.is_file() else None})
+        spent = context.cost.parts.get(name)
+        index.append(entry | {'seconds': None if spent is None else round(spent['seconds'], 3)})
   if context.first:
     storage.write_text(context.out / 'index.json', json.dumps(index, indent=1))
   return {'rungs': [{'parameters': r.parameters, 'examples': r.examples, 'factor': r.factor} for r in rungs]}

@@ -70,9 +70,17 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
     UserError: a metric is not finite, or the checkpoint belongs to another model.
   """
   record_file = context.out / f'{run.name}.jsonl'
+  context.add_flop(trainer.flop_per_step * run.steps if run.steps else 0.0)
   if processes.decide(record_file.is_file):
     bar.update(run.steps * trainer.models)
     return read_history(record_file)
+
+  spent = context.cost.parts.setdefault(run.name, {'seconds': 0.0})
+  earlier, began = spent['seconds'], time.monotonic()
+
+  def save_cost() -> None:
+    spent['seconds'] = earlier + time.monotonic() - began
+    context.cost.save()
 
   keep = Keep(config.keep_checkpoints, config.keep_every_steps, config.keep_every_hours, run.keep_steps)
   with processes.sigterm_watched() as stop_requested:
@@ -145,16 +153,17 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
             _check_finite(run, step, metrics)  # a run must not resume from a state that diverged
             checkpoints.save(step, state, {'history': history})
             saved = time.monotonic()
+            save_cost()
           if stop:
             raise _stopped(run, step)
       finally:
-        context.add_flop(meter.flop_per_step * (step - start))
         meter.stop_profile()
       record()
       context.log.event('speed', run=run.name, **meter.speed())
       if checkpoints.latest != run.steps:
         checkpoints.save(run.steps, state, {'history': history})
 
+    save_cost()
     if context.first:
       storage.write_text(record_file, ''.join(json.dumps(line) + '\n' for line in history))
     context.log.event('trained', run=run.name, steps=run.steps, loss=history[-1]['loss'] if history else None)

@@ -79,11 +79,12 @@ def train(
   While they train, `<first name>.together/` holds the states of all of them.
   """
   files = [context.out / f'{name}.jsonl' for name in names]
+  vmapped = _vmapped(trainer, len(names))
   if processes.decide(lambda: all(file.is_file() for file in files)):
     bar.update(steps * len(names))
+    context.add_flop(vmapped.flop_per_step * steps if steps else 0.0)
     return
   group = f'{names[0]}.together'
-  vmapped = _vmapped(trainer, len(names))
 
   def stacked(start: int) -> Iterator[dict[str, np.ndarray]]:
     for parts in zip(*(batch(start) for batch in batches), strict=True):

@@ -138,7 +138,12 @@ class Setting:
     weight_SN, seeds = self._subsets.weight_SN, self._options.seeds
     with self._context.log.bar(total=seeds * len(weight_SN), desc=f'{self._name} bank', unit='model') as bar:
       at_once = self._options.models_at_once
-      truth = subsets.truth(self._folder, self._training, self._outputs, weight_SN, seeds, at_once, bar.update)
+
+      def saved(models: int) -> None:
+        bar.update(models)
+        self._context.cost.save()
+
+      truth = subsets.truth(self._folder, self._training, self._outputs, weight_SN, seeds, at_once, saved)
     training = self._training
     state = jax.eval_shape(lambda: training.trainer.init(jax.random.key(0)))  # noqa: TID251  only its shape is used
     tokens_BL = jax.ShapeDtypeStruct((training.batch_size, self._examples.tokens_NL.shape[1]), jnp.int32)
@@ -156,9 +161,10 @@ class Setting:
     with self._context.log.bar(range(self._options.seeds), desc=f'{self._name} oracle', unit='seed') as seeds:
       for seed in seeds:
         file = self._folder / f'oracle-{seed}.npy'
+        self._context.add_flop(compute.flop(seed))
         if not file.is_file():
-          self._context.add_flop(compute.flop(seed))
           storage.save_npy(file, compute(seed, weight_N)[1])
+          self._context.cost.save()
         derivatives.append(np.load(file, allow_pickle=False))
     return np.stack(derivatives)
 
@@ -188,6 +194,7 @@ class Setting:
     if not file.is_file():
       self._folder.mkdir(parents=True, exist_ok=True)
       storage.save_npy(file, make().astype(np.float32))
+      self._context.cost.save()
     return np.load(file, allow_pickle=False)
 
 

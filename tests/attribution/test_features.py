@@ -42,6 +42,9 @@ class Source:
   rows: int = ROWS
   computed: list = dataclasses.field(default_factory=list)
 
+  def charge(self):
+    pass
+
   def ranges(self, bounds):
     for start, stop in bounds:
       self.computed.append((start, stop))

@@ -1,11 +1,14 @@
 """What parsing raises becomes one line that names the flag."""
 
+import errno
+import os
 import subprocess
+import sys
 
 import pytest
 from absl import flags
 
-from dsdm_jax.core.command_line import explain
+from dsdm_jax.core.command_line import cannot_use, explain, system_error
 from tests.pipeline import runs
 
 ARGV = ['dsdm_jax', '--config=mine.py', '--config.pool.lenght=3', '--workdir=w']
@@ -44,3 +47,53 @@ def test_help_into_a_pipe_that_is_closed_is_silent():
     process.stdout.close()
     assert process.stderr.read() == b''
   assert process.returncode == 0
+
+
+@pytest.mark.parametrize('number', 'EIO ESTALE EFBIG EPIPE EMFILE ENOSPC EDQUOT EROFS EXDEV ENOMEM ELOOP'.split())
+def test_errors_of_the_system_are_one_line(number):
+  """Wherever they come from: the system, another package's exception, or the text of TensorStore."""
+  code = getattr(errno, number)
+  error = OSError(code, os.strerror(code), '/disk/file')
+  hidden = ValueError(f"INTERNAL: Error writing '/disk/file' [os_error_code='{code}']")
+  caused = RuntimeError('a checkpoint failed')
+  caused.__cause__ = hidden
+  for raised, named in ((error, '/disk/file'), (hidden, 'runs/mine'), (caused, 'runs/mine')):
+    found = system_error(raised)
+    line = cannot_use(found, 'runs/mine')
+    assert found.errno == code and '\n' not in line and line.endswith(' is kept' if 'closed' in line else ' are kept')
+    assert 'closed' in line or line.startswith(f'cannot use {named}: {os.strerror(code)}; ')
+  assert system_error(KeyError('x')) is None and system_error(OSError('no number')) is None
+
+
+STREAMS = """
+import sys
+from dsdm_jax.core.command_line import open_streams, report
+open_streams()
+with open(sys.argv[1], 'w') as file:
+  assert file.fileno() > 2
+  try:
+    print('\u03bb score', flush=True)
+    print('progress \u03bb', file=sys.stderr, flush=True)
+  except OSError:
+    pass
+report('dsdm_jax: the last line \u03bb')
+sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize(
+  ('encoding', 'shown', 'closed'),
+  [('ascii', '\\u03bb', ''), ('latin-1', '\\u03bb', ''), ('utf-8', 'λ', '')]
+  + [('utf-8', 'λ', closed) for closed in ('>&-', '2>&-', '>&- 2>&-', '<&- >&- 2>&-', '>/dev/full', '2>/dev/full')],
+)
+def test_streams_that_are_closed_full_or_narrow_end_with_the_line_alone(tmp_path, encoding, shown, closed):
+  done = subprocess.run(
+    ['/bin/sh', '-c', f'"$0" -c "$1" "$2" {closed}', sys.executable, STREAMS, str(tmp_path / 'file')],
+    cwd=runs.ROOT, env=os.environ | {'PYTHONIOENCODING': encoding}, capture_output=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 2, done.stderr
+  out, err = (stream.decode(encoding) for stream in (done.stdout, done.stderr))
+  assert out == ('' if '>&-' in closed.replace('2>&-', '') or closed == '>/dev/full' else f'{shown} score\n')
+  progress = '' if closed == '>/dev/full' else f'progress {shown}\n'
+  assert err == ('' if closed.endswith(('2>&-', '2>/dev/full')) else f'{progress}dsdm_jax: the last line {shown}\n')
+  assert (tmp_path / 'file').read_bytes() == b''

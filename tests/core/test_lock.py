@@ -1,18 +1,20 @@
 """One run on a workdir, tried with real processes: the second is refused, the dead give way, of many only one wins."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from dsdm_jax.core import lock
+from dsdm_jax.core import lock, storage
 from dsdm_jax.errors import UserError
 from tests.conftest import ROOT
 
@@ -106,19 +108,42 @@ def test_another_process_of_the_same_number_is_not_the_owner(workdir):
     taken.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize(('age', 'refused'), [(lock.DEAD_SECONDS / 2, True), (lock.DEAD_SECONDS * 2, False)])
-def test_owner_on_another_machine_is_judged_by_age(workdir, age, refused):
+DAY = 86_400
+
+
+@pytest.mark.parametrize(
+  ('age', 'touched', 'refused'),
+  [
+    (lock.DEAD_SECONDS / 2, False, True),
+    (lock.DEAD_SECONDS * 2, False, False),
+    (-DAY, False, False),  # a clock that is ahead, and the run is dead
+    (-DAY, True, True),
+    (DAY, True, True),  # a clock that is behind
+    (lock.DEAD_SECONDS * 2, True, True),
+  ],
+)
+def test_owner_on_another_machine_is_judged_by_its_touches(workdir, monkeypatch, age, touched, refused):
   held = lock.hold(workdir)
   held.__enter__()
-  edit(workdir, machine='another', host='elsewhere', pid=1)
-  os.utime(workdir / lock.LOCK, (time.time() - age,) * 2)
+  edit(workdir, machine='another', host='elsewhere', pid=1, since=time.time() - age)
+  file = workdir / lock.LOCK
+  os.utime(file, (time.time() - age,) * 2)
+  monkeypatch.setattr(lock, 'TOUCH_SECONDS', 0.2)
+  ended = threading.Event()
+
+  def touch() -> None:
+    while touched and not ended.wait(0.01):
+      os.utime(file, (time.time() - age,) * 2)
+
+  threading.Thread(target=touch).start()
   second = lock.hold(workdir)
   if refused:
-    with pytest.raises(UserError, match='process 1 of .* on elsewhere'):
+    with pytest.raises(UserError, match='in use by process 1 of .* on elsewhere; wait'):
       second.__enter__()
   else:
     second.__enter__()
     second.__exit__(None, None, None)
+  ended.set()
   held.__exit__(None, None, None)
 
 
@@ -152,11 +177,47 @@ def test_of_many_after_one_that_died_only_one_gets_it(workdir):
   assert sum(line.startswith('refused: ') for line in answers) == 5
 
 
-@pytest.mark.parametrize('content', ['', '{"pid"', '[]', '{}'])
-def test_lock_that_says_nothing_is_nobodys(workdir, content):
-  (workdir / lock.LOCK).write_text(content)
-  with lock.hold(workdir):
-    pass
+WHOLE = {'token': 't', 'user': 'u', 'host': 'h', 'machine': 'm', 'pid': 1, 'started': '1', 'since': 1.0}
+
+
+@pytest.mark.parametrize('job', [None, 0])
+@pytest.mark.parametrize(
+  'content',
+  ['', '{"pid"', '[]', '{}', '[' * 100_000, '"x"', 'null', '\ufeff{}']
+  + [json.dumps(WHOLE | change) for change in (
+    {'pid': 'one'}, {'pid': None}, {'pid': True}, {'pid': 1.5}, {'since': 'now'}, {'since': 1e300}, {'since': None},
+    {'started': 3}, {'machine': ['m']}, {'host': None}, {'user': {}}, {'token': 1},
+  )],
+)  # fmt: skip
+def test_a_file_that_is_no_lock_is_named_and_stays(workdir, content, job):
+  file = workdir / lock.LOCK
+  file.write_text(content)
+  with pytest.raises(UserError, match=f'^{file} is no lock of dsdm_jax; if no run uses {workdir}, delete that file'):
+    lock.hold(workdir, job).__enter__()
+  assert file.read_text() == content
+
+
+@pytest.mark.parametrize('error', [errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize('times', [2, 99])
+def test_a_stale_lock_is_read_again(workdir, monkeypatch, error, times):
+  monkeypatch.setattr(storage, '_STALE_SECONDS', (0.001,) * 3)
+  left, read = [times], Path.read_bytes
+
+  def fail(path: Path) -> bytes:
+    left[0] -= 1
+    if left[0] >= 0:
+      raise OSError(error, os.strerror(error), str(path))
+    return read(path)
+
+  monkeypatch.setattr(Path, 'read_bytes', fail)
+  if (error, times) == (errno.ESTALE, 2):
+    with lock.hold(workdir):
+      pass
+    return
+  with pytest.raises(OSError, match=os.strerror(error)) as raised:
+    lock.hold(workdir).__enter__()
+  assert raised.value.errno == error
+  assert left[0] == times - (4 if error == errno.ESTALE else 1)
 
 
 def test_folder_in_which_nothing_came_goes_again(tmp_path):

@@ -162,7 +162,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 def test_read_only_disk(tmp_path, count):
   with mounted(tmp_path / 'disk', 'ro,size=1m') as disk:
     message = runs.refused(runs.TINY, f'--workdir={disk / "run"}')
-    assert f'cannot write {disk / "run"}: Read-only file system' in message
+    assert f'cannot use {disk / "run"}: Read-only file system' in message
     assert '--workdir' in message
     assert list(disk.iterdir()) == []
   count('faults injected')
@@ -182,7 +182,7 @@ def test_full_disk_keeps_what_is_finished_and_goes_on_when_there_is_room(finishe
     assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
     assert 'Traceback' not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith('dsdm_jax: cannot write ')
+    assert last.startswith('dsdm_jax: cannot use ')
     assert 'No space left on device' in last
     assert 'finished stages are kept' in last
     after = runs.fingerprint(disk)
@@ -191,4 +191,24 @@ def test_full_disk_keeps_what_is_finished_and_goes_on_when_there_is_room(finishe
     subprocess.run(['mount', '-o', 'remount,size=64m', str(disk)], check=True)
     runs.succeed(*flags)
     assert (disk / stage / 'manifest.json').is_file()
+  count('faults injected')
+
+
+LIMITS = {'-f 8': 'File too large', '-n 16': 'Too many open files'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('limit', LIMITS if FAULTS else list(LIMITS)[:1])
+def test_limits_of_the_system_while_training_are_one_line(finished, tmp_path, count, limit):
+  for name in ('pool', 'targets'):
+    shutil.copytree(finished / name, tmp_path / name)
+  flags = (runs.TINY, f'--workdir={tmp_path}', '--stage=proxies')
+  done = subprocess.run(
+    ['/bin/sh', '-c', f'ulimit {limit}; exec "$@"', 'sh', *runs.command(*flags)],
+    cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True, timeout=300, check=False,
+  )  # fmt: skip
+  assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr[-2000:]
+  last = done.stderr.strip().splitlines()[-1]
+  assert last.startswith(f'dsdm_jax: cannot use {tmp_path}') and LIMITS[limit] in last
+  runs.succeed(*flags)
   count('faults injected')

@@ -272,8 +272,8 @@ def test_notes_of_an_attempt(data, tmp_path, tried):
     artifacts.differences(found, {'format': 1, 'settings': {}, 'inputs': {}})
   assert isinstance(artifacts.Cost(part).seconds, float)
   (tmp_path / lock.LOCK).write_bytes(data)
-  with lock.hold(tmp_path):
-    pass
+  with pytest.raises(UserError, match='is no lock of dsdm_jax'):
+    lock.hold(tmp_path).__enter__()
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'int8'])

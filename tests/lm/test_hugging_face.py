@@ -297,6 +297,17 @@ def test_the_index_says_which_file_has_which_tensor(tmp_path):
   refused(tmp_path, 'no such file')
 
 
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_one_value_that_is_not_finite_is_named_with_its_tensor(tmp_path, value, dtype):
+  tensors = write_gpt2(tmp_path / 'model', vocab_size=VOCAB, width=16, mlp_width=48, positions=40)
+  tensors['h.0.mlp.c_fc.weight'][3, 5] = value
+  saved = {name: x.astype(jax.numpy.dtype(dtype)) for name, x in tensors.items()}
+  safetensors.numpy.save_file(saved, tmp_path / 'model/model.safetensors')
+  with pytest.raises(UserError, match=r'tensor transformer.h.0.mlp.c_fc.weight has 1 values that are NaN or infinite'):
+    trainer_of(tmp_path / 'model').init(jax.random.key(0))
+
+
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
 def test_half_precision_weights_are_read_exactly(tmp_path, dtype):
   tensors = write_gpt2(tmp_path / 'model', vocab_size=VOCAB, width=16, mlp_width=48, positions=40)

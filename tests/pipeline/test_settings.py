@@ -1,6 +1,8 @@
 """A changed key reruns exactly the stages that depend on it, and only on request."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +14,7 @@ from dsdm_jax import pipeline
 from dsdm_jax.config.validate import flatten
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.runner import Runner
+from dsdm_jax.core.stage import Stage
 from dsdm_jax.errors import UserError
 from tests.helpers.workdirs import change_manifest, files_of
 from tests.pipeline import runs
@@ -268,3 +271,23 @@ def test_a_real_rerun(finished, copied):
   assert narrow['arms'] == wide['arms']
   for a, b in zip(narrow['comparisons'], wide['comparisons'], strict=True):
     assert b['low'] < a['low'] < a['difference'] == b['difference'] < a['high'] < b['high']
+
+
+@pytest.mark.parametrize(('number', 'times', 'ends'), [('ESTALE', 2, True), ('ESTALE', 9, False), ('EIO', 2, False)])
+def test_a_stage_that_meets_a_stale_file_resumes(workdir, monkeypatch, number, times, ends):
+  seen = []
+
+  def code(context) -> dict:
+    seen.append(sorted(path.name for path in context.out.glob('part*')))
+    (context.out / f'part{len(seen)}').write_text('x')
+    if len(seen) <= times:
+      raise OSError(getattr(errno, number), 'of a shared disk')
+    return {}
+
+  monkeypatch.setattr('dsdm_jax.core.runner._load', lambda _: code)
+  monkeypatch.setattr(storage, '_STALE_SECONDS', (0.0,) * 3)
+  runner = Runner([Stage('pool', (), ('seed',), 'any:code')], get_config(), workdir)
+  with contextlib.nullcontext() if ends else pytest.raises(OSError, match='of a shared disk'):
+    runner.run()
+  assert len(seen) == (times + 1 if ends else 4 if number == 'ESTALE' else 1)
+  assert seen[0] == [] and all(len(parts) == at for at, parts in enumerate(seen)), 'each attempt goes on'

@@ -55,6 +55,21 @@ def test_all_that_is_packed_comes_out(shown, packed, hostile):
   assert columns[f'arm {at}'].tolist() == [sum(n in rows for rows in map(set, random_rows)) for n in row_N]
 
 
+@pytest.mark.parametrize('most', [255, 256, 65_536, 2**31 + 1, 2**32])
+def test_no_source_row_or_number_of_draws_wraps(shown, most):
+  """Values around the ends of one, two and four bytes, and above."""
+  values_N = np.array([0, most - 1, most])
+  assert explorer._narrowed(values_N).tolist() == values_N.tolist()
+  if most >= 2**31:
+    return
+  sources = [f'source {n}' for n in range(most + 1)]
+  many = dataclasses.replace(shown, sources=sources, source_N=np.resize(np.arange(most, -1, -97), len(shown.source_N)))
+  header, columns, _ = unpack(explorer.pack(many, 200, 10_000))
+  assert [header['sources'][s]['name'] for s in columns['source']] == [
+    sources[many.source_N[int(row)]] for row in columns['row']
+  ]
+
+
 def test_target_examples_point_at_rows_that_are_there(shown):
   packed = explorer.pack(shown, 120, 10_000_000)
   header, columns, _ = unpack(packed)

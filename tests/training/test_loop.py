@@ -77,8 +77,12 @@ def trainer():
   return make_trainer(**KEYS)
 
 
-def train(folder: Path, trainer, batches_from, bar=None, first=True, log=None, evaluate=None, keep_steps=(), **keys):
+def train(
+  folder: Path, trainer, batches_from, bar=None, first=True, log=None, evaluate=None, keep_steps=(), costs=None, **keys
+):
   where = context(folder, first) if log is None else Context(None, folder, {}, log, Cost(folder))
+  if costs is not None:
+    costs.append(where.cost)
   run = loop.Run('model', key(), batches_from, STEPS, evaluate, keep_steps)
   return loop.train(where, trainer, run, config(**keys), bar or Bar())
 
@@ -105,8 +109,11 @@ def test_stopped_run_resumes_as_the_uninterrupted_one(trainer, uninterrupted, tm
   assert not (tmp_path / 'model.jsonl').exists()
   asked: list[int] = []
   bar = Bar()
-  train(tmp_path, trainer, stream(asked), bar)
+  costs: list[Cost] = []
+  train(tmp_path, trainer, stream(asked), bar, costs=costs)
   assert asked == [at // 2 * 2], 'resumes from the newest checkpoint'
+  assert costs[0].flop == trainer.flop_per_step * STEPS > 0, 'of the steps in the result, whoever took them'
+  assert 0 < costs[0].parts['model']['seconds'] <= costs[0].seconds
   assert bar.done == STEPS
   assert_same(tmp_path, uninterrupted, trainer)
 
@@ -115,8 +122,10 @@ def test_finished_run_is_not_trained_again(trainer, uninterrupted):
   before = (uninterrupted / 'model.jsonl').stat().st_mtime_ns
   asked: list[int] = []
   bar = Bar()
-  history = train(uninterrupted, trainer, stream(asked), bar)
+  costs: list[Cost] = []
+  history = train(uninterrupted, trainer, stream(asked), bar, costs=costs)
   assert asked == []
+  assert costs[0].flop == trainer.flop_per_step * STEPS
   assert bar.done == STEPS
   assert [line['step'] for line in history] == list(range(1, STEPS + 1))
   assert (uninterrupted / 'model.jsonl').stat().st_mtime_ns == before

@@ -148,7 +148,9 @@ class Builder:
     few = 0 < self.bytes < _FEW_BYTES
     with tqdm.tqdm(disable=True) if few else self.context.log.bar(total=total, desc=desc, unit=unit) as bar:
       workers = 1 if few else passes.worker_count(self.config.host.workers)
-      return passes.run_parallel(function, jobs, workers, bar)
+      results = passes.run_parallel(function, jobs, workers, bar)
+    self.context.cost.save()
+    return results
 
   def units(self) -> tuple[list[Entry], list[Unit], list[Problem]]:
     """The sources, their units, and the patterns that match nothing."""

@@ -93,8 +93,10 @@ def parse(record: Mapping[str, Any], shape: str, id: str, where: str) -> Item:
     item = _squad(fields)
   else:
     item = _PARSERS[shape](fields)
-  document = str(record['document']) if 'document' in record else (item.document or id)
-  return dataclasses.replace(item, id=id, category=str(record.get('category', '')), document=document)
+  document = record.get('document', item.document or id)
+  if not isinstance(document, (str, int)) or isinstance(document, bool) or document == '':
+    raise fields.fail('"document" is neither a name nor a whole number; leave it out for an item without a document')
+  return dataclasses.replace(item, id=id, category=str(record.get('category', '')), document=str(document))
 
 
 @dataclasses.dataclass(frozen=True)

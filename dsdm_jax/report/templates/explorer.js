@@ -25,7 +25,7 @@
   function parse(bytes) {
     const size = new DataView(bytes.buffer).getUint32(0, true);
     const header = JSON.parse(new TextDecoder().decode(bytes.subarray(4, 4 + size)));
-    const kinds = { u4: Uint32Array, i2: Int16Array, u1: Uint8Array };
+    const kinds = { f8: Float64Array, u4: Uint32Array, i2: Int16Array, u2: Uint16Array, u1: Uint8Array };
     const column = {};
     let at = 4 + size;
     for (const [name, kind] of header.columns) {

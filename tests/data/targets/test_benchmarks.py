@@ -349,3 +349,11 @@ def test_squad_from_tfds_has_the_papers_split(tmp_path: Path):
   assert given == settings and not found['targets.folder']
   config.folder = f'tfds:{tmp_path}/none | {tmp_path}/files'  # where it is not prepared, the next place is asked
   assert [len(task.items) for task in tasks.read_tasks(config)] == [1, 4]
+
+
+@pytest.mark.parametrize('document', [None, '', [], ['a'], {}, True, 1.5])
+def test_a_document_that_is_no_name_is_refused_and_merges_nothing(document):
+  record = {'context': 'One and', 'continuation': 'two', 'document': document}
+  with pytest.raises(UserError, match='^file.jsonl:3: "document" is neither a name nor a whole number; leave it out'):
+    shapes.parse(record, shapes.LANGUAGE_MODELLING, 'file/2', 'file.jsonl:3')
+  assert shapes.parse(record | {'document': 7}, shapes.LANGUAGE_MODELLING, 'file/2', '').document == '7'

@@ -1,0 +1,89 @@
+"""JAX's cache of compiled programs, in the user's cache folder; a start that crashes empties it.
+
+JAX runs what it reads from the cache, and checks neither where it comes from nor whether it is whole: one flipped byte
+can end the process with a signal. So no workdir contains a cache, and each process that uses the cache leaves a file
+beside it, in which Python's fault handler writes when a fatal signal ends the process. The next start looks for it.
+"""
+
+import atexit
+import contextlib
+import faulthandler
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+_MOST_BYTES = 2 * 2**30  # of entries; above it, the oldest are deleted
+_ALONE, _OF_SEVERAL = '.alone', '.several'  # suffixes of canaries
+_ABORTED = 'Aborted'  # how JAX ends a process whose partner was lost, too
+
+
+def folder() -> Path:
+  """The cache of this user for this kind of CPU: programs that are compiled for one kind need not run on another."""
+  info = Path('/proc/cpuinfo')
+  flags = next((line for line in info.read_text().splitlines() if 'flags' in line), '') if info.is_file() else ''
+  kind = hashlib.sha256(f'{platform.platform()} {flags}'.encode()).hexdigest()[:12]
+  base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+  return Path(base) / 'dsdm_jax' / 'xla' / kind
+
+
+def start(alone: bool = True) -> tuple[Path | None, str]:
+  """Opens the cache for this process.
+
+  Args:
+    alone: whether this is the only process of its run.
+
+  Returns:
+    The folder, or None if it cannot be written; a line about a cache that was emptied, or ''.
+  """
+  line = ''
+  try:
+    cache = folder()
+    canaries = cache / 'running'
+    canaries.mkdir(parents=True, exist_ok=True)
+    crash = _crash(canaries)
+    entries = [(path, path.stat()) for path in cache.iterdir() if path.is_file()]
+    size, most = sum(state.st_size for _, state in entries), 0 if crash else _MOST_BYTES
+    for path, state in sorted(entries, key=lambda entry: entry[1].st_mtime):
+      if size > most or crash:
+        path.unlink(missing_ok=True)
+        size -= state.st_size
+    if crash:
+      line = f'an earlier start crashed ({crash}); the cache of compiled programs in {cache} may be damaged: emptied it'
+    _put_canary(canaries / f'{os.getpid()}{_ALONE if alone else _OF_SEVERAL}')
+  except (OSError, RuntimeError):  # no home, or one that cannot be written: every start compiles
+    return None, line
+  return cache, line
+
+
+def _crash(canaries: Path) -> str:
+  """The signal that ended an earlier process, or ''. Canaries of processes that have ended are deleted."""
+  import fcntl
+
+  crash = ''
+  for path in canaries.iterdir():
+    with contextlib.suppress(FileNotFoundError), open(path, 'r+b') as file:  # another start may delete it
+      written = file.readline(200).decode('ascii', 'replace').strip().rpartition(': ')[2]
+      with contextlib.suppress(BlockingIOError):  # its process is alive
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+        if written and not (path.suffix == _OF_SEVERAL and _ABORTED in written):
+          crash = written
+  return crash
+
+
+def _put_canary(path: Path) -> None:
+  import fcntl
+
+  if faulthandler.is_enabled():  # its output goes where somebody wants it
+    return
+  file = open(path, 'wb')  # noqa: SIM115  open until the process ends
+  fcntl.flock(file, fcntl.LOCK_SH)
+  faulthandler.enable(file)
+  atexit.register(_remove, path, file)
+
+
+def _remove(path: Path, file: object) -> None:
+  del file
+  faulthandler.disable()
+  path.unlink(missing_ok=True)
