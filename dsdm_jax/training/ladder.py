@@ -135,10 +135,11 @@ def run(context: Context) -> dict:
         clock = context.out / f'{name}.seconds'
         if fresh and context.first:  # the seconds of a resumed run are unknown
           storage.write_text(clock, f'{time.monotonic() - began:.3f}')
+          storage.mark(clock)
         entry = {'name': name, 'rung': number, 'seed': seed, 'factor': r.factor, 'model': r.model.to_dict()}
         entry |= {'parameters': r.parameters, 'examples': count, 'tokens': count * pool.length}
         entry |= {'epochs': count / len(rows), 'flop': flop}
-        index.append(entry | {'seconds': float(clock.read_text()) if clock.is_file() else None})
+        index.append(entry | {'seconds': float(clock.read_text()) if storage.is_marked(clock) else None})
   if context.first:
     storage.write_text(context.out / 'index.json', json.dumps(index, indent=1))
   return {'rungs': [{'parameters': r.parameters, 'examples': r.examples, 'factor': r.factor} for r in rungs]}

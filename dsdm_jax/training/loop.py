@@ -70,7 +70,7 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
     UserError: a metric is not finite, or the checkpoint belongs to another model.
   """
   record_file = context.out / f'{run.name}.jsonl'
-  if processes.decide(record_file.is_file):
+  if processes.decide(lambda: storage.is_marked(record_file)):
     bar.update(run.steps * trainer.models)
     return read_history(record_file)
 
@@ -157,6 +157,7 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
 
     if context.first:
       storage.write_text(record_file, ''.join(json.dumps(line) + '\n' for line in history))
+      storage.mark(record_file)
     context.log.event('trained', run=run.name, steps=run.steps, loss=history[-1]['loss'] if history else None)
     # SIGTERM arrived in the last step or while it was saved: this run is finished, and the next one must not start.
     if any(processes.gather(stop_requested())):

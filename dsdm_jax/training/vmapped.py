@@ -6,7 +6,6 @@ products of another shape.
 
 import functools
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -79,10 +78,11 @@ def train(
   While they train, `<first name>.together/` holds the states of all of them.
   """
   files = [context.out / f'{name}.jsonl' for name in names]
-  if processes.decide(lambda: all(file.is_file() for file in files)):
-    bar.update(steps * len(names))
-    return
   group = f'{names[0]}.together'
+  if processes.decide(lambda: all(storage.is_marked(file) for file in files)):
+    bar.update(steps * len(names))
+    _delete(context, group)
+    return
   vmapped = _vmapped(trainer, len(names))
 
   def stacked(start: int) -> Iterator[dict[str, np.ndarray]]:
@@ -103,6 +103,13 @@ def train(
   if context.first:
     for file, record in zip(files, records, strict=True):
       storage.write_text(file, ''.join(json.dumps(line) + '\n' for line in record))
-    (context.out / f'{group}.jsonl').unlink()
-    shutil.rmtree(context.out / group)
+      storage.mark(file)
+  _delete(context, group)
+
+
+def _delete(context: Context, group: str) -> None:
+  """Deletes the states of models that are saved one by one, also where a kill came before that."""
+  if context.first:
+    storage.unmark(context.out / f'{group}.jsonl')
+    storage.delete(context.out / group)
   processes.wait()

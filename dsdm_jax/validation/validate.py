@@ -156,9 +156,10 @@ class Setting:
     with self._context.log.bar(range(self._options.seeds), desc=f'{self._name} oracle', unit='seed') as seeds:
       for seed in seeds:
         file = self._folder / f'oracle-{seed}.npy'
-        if not file.is_file():
+        if not storage.is_marked(file):
           self._context.add_flop(compute.flop(seed))
           storage.save_npy(file, compute(seed, weight_N)[1])
+          storage.mark(file)
         derivatives.append(np.load(file, allow_pickle=False))
     return np.stack(derivatives)
 
@@ -185,9 +186,10 @@ class Setting:
 
   def _score_of(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     file = self._folder / f'score-{re.sub("[^A-Za-z0-9]+", "-", name)}.npy'
-    if not file.is_file():
+    if not storage.is_marked(file):
       self._folder.mkdir(parents=True, exist_ok=True)
       storage.save_npy(file, make().astype(np.float32))
+      storage.mark(file)
     return np.load(file, allow_pickle=False)
 
 
