@@ -326,7 +326,10 @@ def _note(attempt: Path) -> dict[str, Any] | None:
   try:
     data = storage.read_bytes(file)
     if data is None:
-      if any(not storage.is_temporary(name) for name in storage.files(attempt)):
+      names = [name for name in storage.files(attempt) if not storage.is_temporary(name)]
+      if _BEGUN in names:  # another job has written it at this moment
+        return _note(attempt)
+      if names:
         raise UserError(f'{file} is missing; {way_out}')
       return None
     note = unseal(data)

@@ -470,7 +470,7 @@ def test_jobs_that_commit_at_once_leave_one_whole_stage(workdir, count, monkeypa
   def commit(folder, identity, job) -> bool:
     out = artifacts.begin(folder, identity, shared=True)
     (out / f'part_{job}').write_text(str(job))
-    start.wait()
+    start.wait(60)
     try:
       return artifacts.commit(folder, identity, {}, Cost(out, job)).identity == identity.as_json()
     except UserError as error:
