@@ -152,7 +152,7 @@ class Artifact:
 
   def last_step(self, model: str) -> int | None:
     """Number of the last checkpoint of `model` that the manifest lists; None if it lists none."""
-    parts = (name.split('/') for name in self.manifest['files'])
+    parts = (name.split('/') for name in self.manifest.get('files', ()))
     return max((int(p[1]) for p in parts if p[0] == model and len(p) > 2 and p[1].isdecimal()), default=None)
 
 
