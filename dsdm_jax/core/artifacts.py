@@ -595,10 +595,7 @@ def publish(artifact: Artifact) -> None:
   Files that an earlier call wrote and that the stage no longer has are deleted, unless somebody has changed them.
   """
   folder, files = artifact.path.parent, artifact.manifest['files']
-  try:
-    before = dict(unseal(storage.read_bytes(folder / _PUBLISHED) or b'{}')['files'])
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-    before = {}  # nothing is known of other files, so they stay
+  before = _published(folder)
   now = {name: entry['sha256'] for name, entry in files.items()}
   storage.write_bytes(folder / _PUBLISHED, seal({'files': {**before, **now}}))
   for name in files:
@@ -617,6 +614,14 @@ def stage_around(path: Path) -> Path | None:
     if folder.name in STAGES and any((o / MANIFEST).is_file() or any(o.glob(f'*/{_BEGUN}')) for o in others):
       return folder
   return None
+
+
+def _published(folder: Path) -> dict[str, str]:
+  """Name → SHA-256 of what `publish` wrote in the folder of a stage."""
+  try:
+    return dict(unseal(storage.read_bytes(folder / _PUBLISHED) or b'{}')['files'])
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    return {}  # nothing is known of other files, so they stay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -654,17 +659,20 @@ def inspect(workdir: Path) -> Iterator[Finding]:
     for attempt in attempts:
       if finished is None or attempt != finished.path:
         yield _inspect_attempt(attempt, superseded=finished is not None)
-    second = {} if finished is None else finished.manifest['files']
+    published = _published(folder)
+    current = {} if finished is None else finished.manifest['files']
     for name in storage.files(folder):
       file = folder / name
       if name in (MANIFEST, _PUBLISHED) or any(file.is_relative_to(attempt) for attempt in attempts):
         continue
       if storage.is_temporary(name):
         yield Finding('superfluous', file, 'a kill left it half-written; the next run deletes it')
-      elif name not in second:
+      elif name not in published:
         yield Finding('foreign', file, 'this program did not write it')
-      elif storage.checksum(file) != second[name]['sha256']:
-        yield Finding('foreign', file, 'it was changed after it was published; the next run replaces it')
+      elif storage.checksum(file) != published[name]:
+        yield Finding('foreign', file, 'it was changed after it was published')
+      elif name not in current:
+        yield Finding('superfluous', file, 'it is of a stage that was replaced')
 
 
 def _inspect_finished(artifact: Artifact, stage: str) -> Iterator[Finding]:

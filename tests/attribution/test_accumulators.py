@@ -89,10 +89,10 @@ def test_scores_resume_at_the_last_saved_shard(tmp_path):
 def test_damaged_partial_results_are_computed_again(tmp_path):
   """Of a sum all of it; of shards those from the damaged file on."""
 
-  def scores(source):
-    return list(Accumulator(tmp_path).shards('a', lambda row: source.from_row(row)))
+  def scores(source, folder=tmp_path):
+    return list(Accumulator(folder).shards('a', source.from_row))
 
-  (gram,), shards = datamodel.gram(Rows()), scores(Rows())
+  (gram,), shards = datamodel.gram(Rows()), scores(Rows(), None)
   for act in (lambda: scores(Rows(killed_at=32)), lambda: datamodel.gram(Rows(32), accumulator=Accumulator(tmp_path))):
     with pytest.raises(Killed):
       act()
