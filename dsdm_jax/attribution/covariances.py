@@ -178,8 +178,8 @@ class Basis:
     for number, layer in enumerate(layers):
       for side, projection in zip(('in', 'out'), self.projections[layer.path], strict=True):
         arrays[f'{side}_{number}'] = np.asarray(projection)
-    if storage.marked(file):
-      storage.unmark(file)  # the caller found that it is not what was marked
+    if storage.marked(file) and not storage.is_marked(file):
+      storage.unmark(file)
     storage.save_first_npz(file, **arrays)
     storage.mark(file)
 
