@@ -57,9 +57,10 @@ def _export(workdir: Path, scratch: Path) -> Any:
 
 def _report(workdir: Path, scratch: Path) -> Any:
   inputs = artifacts.read(workdir, *report_data.STAGES, 'validation')
-  shown = dataclasses.asdict(report_data.load(inputs, {}, Pool(inputs['pool']).text))
+  shown = dict(vars(report_data.load(inputs, {}, Pool(inputs['pool']).text)))
   del shown['text'], shown['environment']
-  return json.dumps(shown | {'documents': list(shown['documents'])}, default=lambda array: array.tolist())
+  shown['documents'] = list(shown['documents'])
+  return json.dumps(shown, default=lambda x: vars(x) if dataclasses.is_dataclass(x) else x.tolist())
 
 
 def _scores(workdir: Path, scratch: Path) -> Any:
