@@ -597,14 +597,16 @@ def publish(artifact: Artifact) -> None:
   folder, files = artifact.path.parent, artifact.manifest['files']
   before = _published(folder)
   now = {name: entry['sha256'] for name, entry in files.items()}
-  storage.write_bytes(folder / _PUBLISHED, seal({'files': {**before, **now}}))
+  if before != now:
+    storage.write_bytes(folder / _PUBLISHED, seal({'files': {**before, **now}}))
   for name in files:
     storage.copy(artifact.path / name, folder / name)
   for name, digest in before.items():
     file = inside(folder, name)
     if name not in files and file.is_file() and storage.checksum(file) == digest:
       storage.delete(file)
-  storage.write_bytes(folder / _PUBLISHED, seal({'files': now}))
+  if before != now:
+    storage.write_bytes(folder / _PUBLISHED, seal({'files': now}))
 
 
 def stage_around(path: Path) -> Path | None:
