@@ -64,15 +64,13 @@ class Run:
   def artifact(self, stage: str) -> Artifact:
     """A finished stage: `.path`, and `.manifest` with settings, semantics, cost and versions.
 
-    Raises a `UserError` if the stage is not finished, or one of its files is missing or damaged.
+    Raises a `UserError` if the stage is not finished, if one of its files is missing or damaged, or if it was computed
+    from another input than the one in the workdir.
     """
     if stage not in self._opened:
-      artifact = artifacts.open_stage(self.workdir, stage)
-      if artifact is None:
+      if stage not in self.stages:
         raise UserError(f'{self.workdir} has no finished {stage}, only {", ".join(self.stages)}; resume the run')
-      if self._verify:
-        artifact.verify()
-      self._opened[stage] = artifact
+      self._opened |= artifacts.read(self.workdir, stage, known=self._opened, verify=self._verify)
     return self._opened[stage]
 
   @functools.cached_property

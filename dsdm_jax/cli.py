@@ -6,9 +6,11 @@ the modules that they are named after. Complete arguments in bash with: eval "$(
 """
 
 import argparse
+import collections
 import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import argcomplete
@@ -22,6 +24,7 @@ _COMMANDS = {
   'run': 'run the pipeline, or one stage of it',
   'plan': 'print the time, memory and price of a config on TPUs; needs no TPU',
   'export': "write an arm's rows as jsonl, parquet, datasets or tfds",
+  'verify': 'say what in a workdir is whole, damaged, superfluous or foreign',
   'study': 'run many arms of a config and compare them',
   'bench': 'measure speed and memory (in a checkout of the repository)',
 }
@@ -91,6 +94,10 @@ def _run(command: str, rest: list[str]) -> int:
     from dsdm_jax.selection import export
 
     return export.main(rest)
+  if command == 'verify':
+    flags = argparse.ArgumentParser(prog='dsdm verify', description=_verify.__doc__)
+    flags.add_argument('workdir', metavar='RUN', help='folder of a run')
+    return _verify(Path(flags.parse_args(rest).workdir))
   if command == 'study':
     from dsdm_jax.study import study
 
@@ -102,6 +109,25 @@ def _run(command: str, rest: list[str]) -> int:
     raise UserError(f'benches are not installed; run python -m dsdm_jax.bench in a checkout of {REPOSITORY}')
   bench = importlib.import_module('dsdm_jax.bench.__main__')
   return int(bench.main(rest))
+
+
+def _verify(workdir: Path) -> int:
+  """Reads all files of a run and says what is whole, unfinished, damaged, superfluous or foreign. Nothing is changed.
+
+  The exit code is 2 if something is damaged, else 0.
+  """
+  from dsdm_jax.core import artifacts
+
+  if not workdir.is_dir():
+    raise UserError(f'{workdir} is not a folder; give the --workdir of a run')
+  kinds = collections.Counter[str]()
+  for finding in artifacts.inspect(workdir):
+    kinds[finding.kind] += 1
+    sys.stdout.write(f'{finding.kind:12}{finding.path.relative_to(workdir)}: {finding.text}\n')
+  if not kinds:
+    raise UserError(f'{workdir} has no stage; give the --workdir of a run')
+  sys.stdout.write(', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items())) + '\n')
+  return 2 if kinds['damaged'] else 0
 
 
 if __name__ == '__main__':

@@ -48,6 +48,13 @@ def test_modules_are_named_for_what_they_do():
   assert [name_of(path) for path in MODULES if path.stem in vague] == []
 
 
+def test_folders_of_a_workdir_are_those_of_the_stages():
+  from dsdm_jax import pipeline
+  from dsdm_jax.core import artifacts
+
+  assert [stage.name for stage in pipeline.STAGES] == list(artifacts.STAGES)
+
+
 def test_main_stays_short():
   assert len((PACKAGE / 'main.py').read_text().splitlines()) <= 60
 

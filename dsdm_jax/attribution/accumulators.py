@@ -4,6 +4,7 @@ A pass goes through the shards in order. One row number therefore says how far i
 it and none after it. Passes that take less than `SAVE_SECONDS` write nothing.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ class Accumulator:
     totals = [np.zeros(shape, np.float64) for shape in shapes]
     file = None if self._folder is None else self._folder / f'partial_{name}.npz'
     begin = 0
-    if file is not None and processes.decide(file.is_file):
+    if file is not None and processes.decide(lambda: storage.is_marked(file)):
       with np.load(file, allow_pickle=False) as arrays:
         totals, begin = [arrays[f'total_{number}'] for number in range(len(totals))], int(arrays['row'])
     progress(begin)
@@ -76,7 +77,7 @@ class Accumulator:
     row, folder = 0, self._folder
     files: list[Path] = []
     if folder is not None:
-      saved = processes.decide(lambda: sorted(file.name for file in folder.glob(f'partial_{name}_*.npz')))
+      saved = processes.decide(lambda: _marked(folder, f'partial_{name}_*.npz'))
       files = [folder / file for file in saved]
     for file in files:
       with np.load(file, allow_pickle=False) as arrays:
@@ -93,7 +94,9 @@ class Accumulator:
         if processes.is_first():
           bounds_S2 = np.array([(start, stop) for start, stop, _ in unsaved])
           result = np.concatenate([result for _, _, result in unsaved])
-          storage.save_npz(folder / f'partial_{name}_{unsaved[0][0]:012d}.npz', bounds_S2=bounds_S2, result=result)
+          file = folder / f'partial_{name}_{unsaved[0][0]:012d}.npz'
+          storage.save_npz(file, bounds_S2=bounds_S2, result=result)
+          storage.mark(file)
           self._saved()
         self._due = time.monotonic() + SAVE_SECONDS
         unsaved = []
@@ -102,7 +105,7 @@ class Accumulator:
     """Deletes all partial results, once the stage has its own."""
     if self._folder is not None and processes.is_first():
       for file in self._folder.glob('partial_*.npz'):
-        file.unlink()
+        storage.unmark(file)
 
   def _save_sums(self, file: Path | None, totals: list[np.ndarray], row: int, *, last: bool = False) -> None:
     """Saves the sums over all rows before `row` if it is time; the last ones only over earlier ones.
@@ -114,11 +117,21 @@ class Accumulator:
     began = time.monotonic()
     if processes.is_first():
       storage.save_npz(file, row=np.array(row), **{f'total_{number}': total for number, total in enumerate(totals)})
+      storage.mark(file)
       self._saved()
     self._due = time.monotonic() + max(SAVE_SECONDS, 10 * (time.monotonic() - began))
 
   def _is_due(self) -> bool:
     return processes.decide(lambda: time.monotonic() >= self._due)
+
+
+def _marked(folder: Path, pattern: str) -> list[str]:
+  """Names of the files before the first damaged one, which is deleted with those after it: they follow each other."""
+  files = sorted(folder.glob(pattern))
+  whole = list(itertools.takewhile(storage.is_marked, files))
+  for file in files[len(whole) :]:
+    storage.unmark(file)
+  return [file.name for file in whole]
 
 
 def _add(totals: Sequence[np.ndarray], parts: Sequence[Any]) -> None:

@@ -173,12 +173,15 @@ class Basis:
     return cls(projections, kept)
 
   def save(self, file: Path, layers: Sequence[ProbedLayer]) -> None:
-    """Writes the file unless another job has: the first one is kept."""
+    """Writes the file unless another job has: the first one is kept, unless it is damaged."""
     arrays = {'kept_N2': np.array([self.kept[layer.path] for layer in layers])}
     for number, layer in enumerate(layers):
       for side, projection in zip(('in', 'out'), self.projections[layer.path], strict=True):
         arrays[f'{side}_{number}'] = np.asarray(projection)
+    if storage.marked(file) and not storage.is_marked(file):
+      storage.unmark(file)
     storage.save_first_npz(file, **arrays)
+    storage.mark(file)
 
   @classmethod
   def load(cls, file: Path, layers: Sequence[ProbedLayer]) -> 'Basis':

@@ -22,7 +22,7 @@ from dsdm_jax.attribution.quantization import Quantizer, column_blocks
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.attribution.sources import DirectionalSource, PoolPass, Recomputed, ahead
 from dsdm_jax.config.validate import load_callable
-from dsdm_jax.core import flops, processes
+from dsdm_jax.core import flops, processes, storage
 from dsdm_jax.core.mesh import DATA, assemble, fetch, make_mesh, place, share
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.batches import row_range_batches
@@ -70,7 +70,7 @@ class FeatureExtractor:
       rows = min(self._context.config.features.basis_rows, self._pool.num_rows)
       prepared = self._moments.prepare(params)
       self._context.add_flop(flops.count(self._moments.apply, prepared, *_rows(1, self._pool.length)) * rows)
-    if not processes.decide(file.is_file):
+    if not processes.decide(lambda: storage.is_marked(file)):
       tokens_NL, weights_NL = self._first_rows(self._context.config.features.basis_rows)
       prepared = self._moments.prepare(params)
       parts = covariances.batches(len(tokens_NL), self.batch_size, self.mesh.shape[DATA])
@@ -139,8 +139,10 @@ class FeatureExtractor:
     config = self._context.config
     proxies, each = self._context.inputs['proxies'], config.proxies.checkpoints
     proxy, place = divmod(checkpoint, each)
-    step = checkpoint_steps(proxies.semantics['steps'], each)[place] if place < each - 1 else None  # None is the newest
-    state = load_state(proxies.path / f'proxy_{proxy}', self._trainer, step)
+    name = f'proxy_{proxy}'
+    last = place == each - 1
+    step = proxies.last_step(name) if last else checkpoint_steps(proxies.semantics['steps'], each)[place]
+    state = load_state(proxies.path / name, self._trainer, step)
     if config.features.precondition == 'none':
       return state.params, None
     train = config.proxies.train

@@ -79,11 +79,12 @@ def _measure_coverage(context: Context, extractor: FeatureExtractor, checkpoint:
   """Reports and saves how much of the gradient has no probe, once per checkpoint, in one of the jobs."""
   file, features = _coverage_file(context.out, checkpoint), context.config.features
   mine = checkpoint % features.jobs == features.job
-  result = extractor.coverage(checkpoint, measured=not mine or processes.decide(file.is_file))
+  result = extractor.coverage(checkpoint, measured=not mine or processes.decide(lambda: storage.is_marked(file)))
   if not result:
     return
   if context.first:
     storage.write_json(file, result)
+    storage.mark(file)
   context.log.event('unprobed', checkpoint=checkpoint, share=result['share'])
   largest = ', '.join(f'{path} {share:.0%}' for path, share in list(result['parameters'].items())[:2])
   context.log.say(
@@ -143,6 +144,7 @@ def _extract_pool(context: Context, step: FeatureStep, source: Recomputed, check
     if shard == 0:
       fidelity = store.quantizer.fidelity(phi_BJ[:_FIDELITY_ROWS])
       storage.write_json(_fidelity_file(context.out, checkpoint), fidelity)
+      storage.mark(_fidelity_file(context.out, checkpoint))
     bar.update(len(phi_BJ))
     context.cost.save()
 
@@ -153,7 +155,7 @@ def _complete(context: Context, targets: Targets, rows: int, step: FeatureStep, 
     file, marker = _target_files(context.out, task, checkpoint)
     if read_marker(marker, [file], _origin(context), verify=False) is None:
       return False
-  if isinstance(step, TwoSidedFeatures) and not _coverage_file(context.out, checkpoint).is_file():
+  if isinstance(step, TwoSidedFeatures) and not storage.is_marked(_coverage_file(context.out, checkpoint)):
     return False
   if context.config.features.mode != 'store':
     return True
@@ -163,7 +165,8 @@ def _complete(context: Context, targets: Targets, rows: int, step: FeatureStep, 
 def _missing(context: Context, store: FeatureStore, checkpoint: int, *, verify: bool = True) -> list[int]:
   """Shards to compute. The fidelity report comes from the first one."""
   missing = store.missing(verify=verify)
-  return missing if 0 in missing or _fidelity_file(context.out, checkpoint).is_file() else [0, *missing]
+  measured = storage.is_marked(_fidelity_file(context.out, checkpoint))
+  return missing if 0 in missing or measured else [0, *missing]
 
 
 def _store(context: Context, step: FeatureStep, rows: int, checkpoint: int) -> FeatureStore:

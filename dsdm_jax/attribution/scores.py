@@ -137,8 +137,8 @@ def _proxies(context: Context) -> tuple[ProxyOutputs, Any]:
   mesh = make_mesh(config.mesh)
   compiled = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, mesh)
   passes = ProxyOutputs(compiled, load_callable(config.features.output_fn), step_rows(config.features, mesh)[0])
-  folder = context.inputs['proxies'].path
-  return passes, (load_state(folder / f'proxy_{c}', compiled) for c in range(config.proxies.count))
+  proxies, names = context.inputs['proxies'], [f'proxy_{c}' for c in range(config.proxies.count)]
+  return passes, (load_state(proxies.path / name, compiled, proxies.last_step(name)) for name in names)
 
 
 def _check(name: str, score_N: np.ndarray) -> None:

@@ -8,11 +8,16 @@ An attempt is named after the digest of its identity, so that jobs which share a
 `begun.json` has the identity and the package versions; an attempt with that note can be resumed. A rerun writes another
 attempt, replaces the manifest, then deletes the old attempt. So a kill at any moment leaves a stage that is finished or
 an attempt that can be resumed.
+
+Manifest and note carry a digest of themselves. Only attempts with a sound note are deleted; a note that cannot be read
+is an error. `read` opens artifacts for all readers outside of a run: it compares the digests of inputs and the
+checksums of files.
 """
 
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -22,17 +27,24 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsdm_jax.core import storage
 from dsdm_jax.errors import UserError
 
+# Names of the pipeline's stages: these folders of a workdir are its own.
+STAGES = tuple(
+  'pool targets proxies features datamodel validation selection pretraining ladder evaluation report'.split()
+)
 MANIFEST = 'manifest.json'
 _BEGUN = 'begun.json'
 _COST = 'cost*.json'  # one for each job that shares the stage
+_PUBLISHED = 'published.json'  # names that `publish` wrote in the folder of a stage
+_SELF_CHECKED = '*.zarr/c/*'  # chunks of a store, whose crc32c each read checks
 _ATTEMPT = re.compile(r'[0-9a-f]{12}-\d+')
+_LARGE = 2**30  # bytes of such files in a stage, above which opening it compares only their sizes
 _IDENTITY = {'stage': str, 'format': int, 'settings': dict, 'inputs': dict}
 # Packages that can change results bit for bit. A stage that was started under one version cannot be resumed under
 # another.
@@ -127,7 +139,7 @@ class Artifact:
     return _digest({'identity': self.identity, 'files': files})
 
   def verify(self) -> None:
-    """Reads every file back.
+    """Compares every file with its checksum. A file that this process knows is not read again until it changes.
 
     Raises:
       UserError: a file is missing, has another size or other bytes, or is a link that leads out of the folder; the
@@ -136,12 +148,30 @@ class Artifact:
     for _, phrase in self.damaged():
       raise UserError(f'{phrase}; delete {self.path.parent} and start again to run that stage again')
 
-  def damaged(self) -> Iterator[tuple[Path, str]]:
-    """Files that are not as they were written, see `damaged`."""
-    return damaged(self.path, self.manifest['files'])
+  def damaged(self, all_bytes: bool = False) -> Iterator[tuple[Path, str]]:
+    """Files that are not as they were written, see `damaged`.
+
+    Args:
+      all_bytes: also read large stores whose chunks are checked at each read.
+    """
+    files: Mapping[str, Mapping[str, Any]] = self.manifest['files']
+    chunks = {name for name in files if fnmatch.fnmatch(name, _SELF_CHECKED)}
+    large = not all_bytes and sum(files[name]['bytes'] for name in chunks) > _LARGE
+    return damaged(self.path, files, sizes_only=chunks if large else ())
+
+  def file(self, name: str) -> Path | None:
+    """Path of a file that the manifest lists; None if it lists no such file, whatever else is in the folder."""
+    return self.path / name if name in self.manifest['files'] else None
+
+  def last_step(self, model: str) -> int | None:
+    """Number of the last checkpoint of `model` that the manifest lists; None if it lists none."""
+    parts = (name.split('/') for name in self.manifest.get('files', ()))
+    return max((int(p[1]) for p in parts if p[0] == model and len(p) > 2 and p[1].isdecimal()), default=None)
 
 
-def damaged(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Path, str]]:
+def damaged(
+  folder: Path, files: Mapping[str, Mapping[str, Any]], sizes_only: Collection[str] = ()
+) -> Iterator[tuple[Path, str]]:
   """The `files` of `checksums` that are not as they were written, each with a phrase that says how; see `inside`."""
   for name, entry in files.items():
     file = inside(folder, name)
@@ -149,7 +179,7 @@ def damaged(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterator[tu
       yield file, f'{file} is missing'
     elif file.stat().st_size != entry['bytes']:
       yield file, f'{file} has {file.stat().st_size} bytes where {entry["bytes"]} were written'
-    elif storage.sha256(file) != entry['sha256']:
+    elif name not in sizes_only and storage.checksum(file) != entry['sha256']:
       yield file, f'{file} has changed since it was written'
 
 
@@ -166,11 +196,17 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:
-  """Relative POSIX path of every file below `folder`, without notes on the attempt → size in bytes and SHA-256."""
+  """Relative POSIX path of every file below `folder`, without notes and temporary files → size in bytes and SHA-256.
+
+  Raises:
+    UserError: a file is a link that leads out of the folder, or to a folder.
+  """
   result = {}
   for name in storage.files(folder):
-    if not _is_note(name):
+    if not _is_note(name) and not storage.is_temporary(name):
       file = folder / name
+      if file.is_symlink() and inside(folder, name).is_dir():
+        raise UserError(f'{file} is a link to a folder; make the folder of the whole stage a link instead')
       result[name] = {'bytes': file.stat().st_size, 'sha256': storage.checksum(file)}
   return result
 
@@ -179,23 +215,25 @@ def open_stage(workdir: str | os.PathLike, stage: str) -> Artifact | None:
   """The finished artifact of `stage`; None if it is not finished.
 
   Raises:
-    UserError: its manifest is unreadable, damaged or of an older version.
+    UserError: its manifest is unreadable, damaged or of an older version, or its folder is a link that leads nowhere.
   """
   file = Path(workdir) / stage / MANIFEST
+  if file.parent.is_symlink() and not file.parent.exists():
+    raise UserError(f'{file.parent} is a link to {os.readlink(file.parent)}, which does not exist; mount that disk')
   try:
     data = storage.read_bytes(file)
     if data is None:
       return None
-    manifest = json.loads(data)
-    if 'attempt' not in manifest and 'identity' in manifest:
+    if not {'attempt', 'sha256'} & (manifest := json.loads(data)).keys() and 'identity' in manifest:
       raise UserError(f'{file.parent} was written by an older version of dsdm_jax; use another --workdir')
-    if manifest.pop('sha256') != _digest(manifest):
-      raise ValueError('its checksum is wrong')
+    manifest = unseal(data)
     for key in ('identity', 'files', 'semantics', 'cost', 'versions'):
       if not isinstance(manifest[key], dict):
         raise TypeError(f'{key} is not an object')
     if not _ATTEMPT.fullmatch(manifest['attempt']) or not _is_identity(manifest['identity']):
       raise ValueError('attempt or identity is incomplete')
+    if manifest['identity']['stage'] != stage:
+      raise ValueError(f'it is of the stage {manifest["identity"]["stage"]!r}')
     for key in ('seconds', 'flop'):
       manifest['cost'][key] + 0.0
     if not all(isinstance(name, str) for name in manifest['models']):
@@ -217,19 +255,73 @@ def open_stage(workdir: str | os.PathLike, stage: str) -> Artifact | None:
 
 
 def open_folder(folder: Path) -> Artifact | None:
-  """The artifact in `WORKDIR/<stage>`; None if that is not a finished stage."""
+  """The artifact in `WORKDIR/<stage>`, or `WORKDIR/<stage>/<attempt>`; None if that is not a finished stage."""
   folder = Path(folder).absolute()
-  return open_stage(folder.parent, folder.name)
+  artifact = open_stage(folder.parent, folder.name)
+  if artifact is None and _ATTEMPT.fullmatch(folder.name):
+    artifact = open_stage(folder.parent.parent, folder.parent.name)
+    return artifact if artifact is not None and artifact.path == folder else None
+  return artifact
+
+
+def read(
+  workdir: str | os.PathLike, *stages: str, known: Mapping[str, Artifact] | None = None, verify: bool = True
+) -> dict[str, Artifact]:
+  """Opens finished stages that are read together.
+
+  Args:
+    known: stages of this workdir that are open already.
+    verify: compare the files with their checksums.
+
+  Raises:
+    UserError: a stage is not finished or damaged, or it was computed from another input than the one in the workdir.
+  """
+  opened = {stage: open_stage(workdir, stage) for stage in stages}
+  if missing := [stage for stage, artifact in opened.items() if artifact is None]:
+    raise UserError(f'{workdir} has no finished {" and ".join(missing)}; run these stages first')
+  result = {stage: artifact for stage, artifact in opened.items() if artifact is not None}
+  for phrase in mismatches(workdir, {**(known or {}), **result}):
+    raise UserError(f'{phrase}; start the run again with --rerun before reading it')
+  if verify:
+    for artifact in result.values():
+      artifact.verify()
+  return result
+
+
+def mismatches(workdir: str | os.PathLike, opened: Mapping[str, Artifact]) -> Iterator[str]:
+  """A phrase for each of `opened` that was computed from another input than the one in `opened` or in the workdir."""
+  there = dict(opened)
+  for stage, artifact in opened.items():
+    for name, digest in artifact.identity['inputs'].items():
+      if name not in there:
+        found = open_stage(workdir, name)
+        if found is None:
+          continue
+        there[name] = found
+      if there[name].digest != digest:
+        yield f'{stage} of {workdir} was computed from another {name} than the one that is there now'
 
 
 def _digest(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def seal(manifest: Mapping[str, Any]) -> bytes:
-  """The manifest as it is written, with a checksum of itself."""
-  manifest = json.loads(json.dumps(manifest))  # so that the checksum is of what is read back
-  return storage.as_json({**manifest, 'sha256': _digest(manifest)})
+def seal(content: Mapping[str, Any]) -> bytes:
+  """A manifest or note as it is written, with a checksum of itself."""
+  content = json.loads(json.dumps(content))  # so that the checksum is of what is read back
+  return storage.as_json({**content, 'sha256': _digest(content)})
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+  """The content of `seal`.
+
+  Raises:
+    ValueError, KeyError, TypeError, AttributeError, RecursionError: the checksum is wrong, or there is none.
+  """
+  content = json.loads(data)
+  if content.pop('sha256') != _digest(content):
+    raise ValueError('its checksum is wrong')
+  return dict(content)
 
 
 def _is_identity(value: Any) -> bool:
@@ -237,19 +329,40 @@ def _is_identity(value: Any) -> bool:
 
 
 def _note(attempt: Path) -> dict[str, Any] | None:
+  """The note of an attempt; None if the folder is empty, or is being created or deleted.
+
+  Raises:
+    UserError: the note is damaged, cannot be read, or is missing although the folder has files.
+  """
+  file = attempt / _BEGUN
+  way_out = f'nothing was deleted; restore it, or delete {attempt} to lose that unfinished work'
   try:
-    note = json.loads(storage.read_bytes(attempt / _BEGUN) or b'')
-  except (OSError, ValueError, RecursionError):
-    return None
-  return note if _is_identity(note) else None
+    data = storage.read_bytes(file)
+    if data is None:
+      names = [name for name in storage.files(attempt) if not storage.is_temporary(name)]
+      if _BEGUN in names:  # another job has written it at this moment
+        return _note(attempt)
+      if names:
+        raise UserError(f'{file} is missing; {way_out}')
+      return None
+    note = unseal(data)
+    if not note.get('discarded') and not _is_identity(note):
+      raise ValueError('it has no identity')
+  except UserError:
+    raise
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    reason = ' '.join(str(error).split())[:200]
+    raise UserError(f'{file} is unreadable ({type(error).__name__}: {reason}); {way_out}') from error
+  return None if note.get('discarded') else note
 
 
 def _attempts(workdir: Path, stage: str) -> list[Path]:
   """All attempts at a stage but the finished one."""
   folder = Path(workdir) / stage
-  paths = sorted(folder.iterdir()) if folder.is_dir() else []
   finished = open_stage(workdir, stage)
-  return [path for path in paths if _ATTEMPT.fullmatch(path.name) and (finished is None or path != finished.path)]
+  paths = sorted(folder.iterdir()) if folder.is_dir() else []
+  paths = [path for path in paths if _ATTEMPT.fullmatch(path.name) and path.is_dir()]
+  return [path for path in paths if finished is None or path != finished.path]
 
 
 def unfinished(workdir: Path, stage: str) -> list[Path]:
@@ -329,7 +442,7 @@ def begin(workdir: Path, identity: Identity, shared: bool = False) -> Path:
         discard(attempt)
   if resumed:
     return resumed[0]
-  prefix, note = _digest(identity.as_json())[:12], storage.as_json({**identity.as_json(), 'versions': versions()})
+  prefix, note = _digest(identity.as_json())[:12], seal({**identity.as_json(), 'versions': versions()})
   for number in itertools.count():
     attempt = Path(workdir) / identity.stage / f'{prefix}-{number}'
     if finished is not None and attempt == finished.path:
@@ -340,41 +453,56 @@ def begin(workdir: Path, identity: Identity, shared: bool = False) -> Path:
 
 
 def discard(attempt: Path) -> None:
-  """Deletes an attempt; after a kill in the middle, what is left is not resumed."""
-  storage.write_bytes(attempt / _BEGUN, b'{}')
+  """Deletes an attempt; after a kill in the middle, its note says that the rest is to be deleted."""
+  storage.write_bytes(attempt / _BEGUN, seal({'discarded': True}))
   for path in attempt.iterdir():
     if path.name != _BEGUN:
       storage.delete(path)
-  storage.delete(attempt)
-  with contextlib.suppress(OSError):  # not empty
-    attempt.parent.rmdir()
+  storage.delete(attempt / _BEGUN)
+  for folder in (attempt, attempt.parent):
+    with contextlib.suppress(OSError):  # not empty, or a link
+      folder.rmdir()
 
 
 def discard_others(workdir: Path, stages: Iterable[str]) -> None:
-  """Deletes all attempts at finished stages but the finished ones."""
+  """Deletes all attempts at finished stages but the finished ones.
+
+  Raises:
+    UserError: the note of one cannot be read.
+  """
   for stage in stages:
     for attempt in _attempts(workdir, stage):
+      _note(attempt)
       discard(attempt)
 
 
 def sweep(workdir: Path, stages: Iterable[str]) -> None:
-  """Deletes what a kill left half-written or half-deleted. Only for a run that has locked the workdir."""
+  """Deletes what a kill left half-written or half-deleted. Only for a run that has locked the workdir.
+
+  Raises:
+    UserError: the note of an attempt cannot be read; nothing of that stage is deleted.
+  """
+  storage.delete_temporary(Path(workdir))
   for stage in stages:
-    storage.delete_temporary(Path(workdir) / stage, '.*')
-    for attempt in _attempts(workdir, stage):
-      if _note(attempt) is None:
+    notes = {attempt: _note(attempt) for attempt in _attempts(workdir, stage)}
+    for attempt, note in notes.items():
+      if note is None:
         discard(attempt)
       else:
-        storage.delete_temporary(attempt, '**/.*')
+        storage.delete_temporary(attempt, below=True)
+    storage.delete_temporary(Path(workdir) / stage)
+    finished = open_stage(workdir, stage)
+    if finished is not None:
+      storage.delete_temporary(finished.path, below=True)
 
 
 def holds_work(attempt: Path) -> bool:
   """Whether an attempt has more than notes."""
-  return any(not _is_note(name) for name in storage.files(attempt))
+  return any(not _is_note(name) and not storage.is_temporary(name) for name in storage.files(attempt))
 
 
 def _is_note(name: str) -> bool:
-  return name == _BEGUN or fnmatch.fnmatch(name, _COST)
+  return name == _BEGUN or fnmatch.fnmatch(name, _COST) or storage.is_mark(name)
 
 
 class Cost:
@@ -426,7 +554,7 @@ def _spent(file: Path) -> tuple[float, dict[str, dict[str, float]]]:
 
 
 def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost: Cost) -> Artifact:
-  """Writes the manifest, which makes the attempt of `cost` the finished stage, and deletes other attempts.
+  """Writes the manifest, which makes the attempt of `cost` the finished stage, and deletes the one that was finished.
 
   Several jobs may commit the same attempt; the first one writes the manifest.
 
@@ -434,9 +562,9 @@ def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost
     UserError: another run has finished the stage with other settings.
   """
   file, attempt = Path(workdir) / identity.stage / MANIFEST, cost.attempt
-  known, finished = storage.read_bytes(file), open_stage(workdir, identity.stage)
-  if finished is not None and finished.path == attempt:
-    return finished
+  known, before = storage.read_bytes(file), open_stage(workdir, identity.stage)
+  if before is not None and before.path == attempt:
+    return before
   spent, files = cost.of_all_jobs(), checksums(attempt)
   folders = {name.partition('/')[0] for name in files if '/' in name}
   manifest = {
@@ -452,8 +580,8 @@ def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost
   finished = open_stage(workdir, identity.stage)
   if finished is None or finished.identity != identity.as_json():
     raise UserError(f'{file} was written by another run at this moment; start again when that run has ended')
-  if replaced and known is not None:
-    discard_others(workdir, [identity.stage])
+  if replaced and before is not None:
+    discard(before.path)
   return finished
 
 
@@ -467,7 +595,7 @@ def reopen(artifact: Artifact) -> list[str]:
   if damage:
     # Until the manifest is deleted, a kill leaves a finished stage that lacks files, and this starts again.
     note = {**artifact.identity, 'versions': artifact.manifest['versions']}
-    storage.create(artifact.path / _BEGUN, storage.as_json(note))
+    storage.create(artifact.path / _BEGUN, seal(note))
     if not list(artifact.path.glob(_COST)):
       storage.write_json(artifact.path / _COST.replace('*', ''), artifact.manifest['cost'])
     for file, _ in damage:
@@ -479,27 +607,141 @@ def reopen(artifact: Artifact) -> list[str]:
 def link(artifact: Artifact, workdir: Path) -> None:
   """Adds a finished stage to another workdir. Its files get a second name there; neither is written to any more."""
   folder = Path(workdir) / artifact.identity['stage']
-  for name in artifact.manifest['files']:
+  storage.create(folder / artifact.path.name / _BEGUN, seal({**artifact.identity, 'versions': versions()}))
+  marks = [name for name in storage.files(artifact.path) if storage.is_mark(name)]
+  for name in (*artifact.manifest['files'], *marks):
     storage.copy(artifact.path / name, folder / artifact.path.name / name)
   storage.create(folder / MANIFEST, seal(artifact.manifest))
 
 
 def publish(artifact: Artifact) -> None:
-  """Gives the files of a finished stage a second name directly in `WORKDIR/<stage>/`, where people look for them."""
+  """Gives the files of a finished stage a second name directly in `WORKDIR/<stage>/`, where people look for them.
+
+  Files that an earlier call wrote and that the stage no longer has are deleted, unless somebody has changed them.
+  """
   folder, files = artifact.path.parent, artifact.manifest['files']
+  before = _published(folder)
+  now = {name: entry['sha256'] for name, entry in files.items()}
+  if before != now:
+    storage.write_bytes(folder / _PUBLISHED, seal({'files': {**before, **now}}))
   for name in files:
     storage.copy(artifact.path / name, folder / name)
-  for name in storage.files(folder):
-    if name != MANIFEST and name not in files and not _ATTEMPT.fullmatch(name.partition('/')[0]):
-      storage.delete(folder / name)
+  for name, digest in before.items():
+    file = inside(folder, name)
+    if name not in files and file.is_file() and storage.checksum(file) == digest:
+      storage.delete(file)
+  if before != now:
+    storage.write_bytes(folder / _PUBLISHED, seal({'files': now}))
+
+
+def stage_around(path: Path) -> Path | None:
+  """The folder of a stage that `path` is or is in, also of a stage that has not begun; None if there is none."""
+  for folder in (path, *path.parents):
+    others = [folder.parent / name for name in STAGES]
+    if folder.name in STAGES and any((o / MANIFEST).is_file() or any(o.glob(f'*/{_BEGUN}')) for o in others):
+      return folder
+  return None
+
+
+def _published(folder: Path) -> dict[str, str]:
+  """Name → SHA-256 of what `publish` wrote in the folder of a stage."""
+  try:
+    return dict(unseal(storage.read_bytes(folder / _PUBLISHED) or b'{}')['files'])
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    return {}  # nothing is known of other files, so they stay
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """What `inspect` says of one stage or path.
+
+  Attributes:
+    kind: 'whole', 'unfinished', 'damaged', 'superfluous' or 'foreign'.
+  """
+
+  kind: str
+  path: Path
+  text: str
+
+
+def inspect(workdir: Path) -> Iterator[Finding]:
+  """Compares everything in the stages of a workdir with manifests and notes, whose bytes are all read; writes nothing.
+
+  Stages are *whole*, *unfinished*, or *damaged*: another file or input than their manifest lists. Files are
+  *superfluous* if this program wrote them and nothing needs them, and *foreign* if it did not.
+  """
+  for folder in sorted(path for path in Path(workdir).iterdir() if path.is_dir() or path.is_symlink()):
+    stage, attempts = folder.name, []
+    if folder.is_dir():
+      attempts = [path for path in sorted(folder.iterdir()) if _ATTEMPT.fullmatch(path.name) and path.is_dir()]
+    try:
+      finished = open_stage(workdir, stage)
+      if finished is None and not attempts:
+        continue
+      if finished is not None:
+        yield from _inspect_finished(finished, stage)
+    except UserError as error:
+      yield Finding('damaged', folder / MANIFEST, str(error))
+      continue
+    for attempt in attempts:
+      if finished is None or attempt != finished.path:
+        yield _inspect_attempt(attempt, superseded=finished is not None)
+    published = _published(folder)
+    current = {} if finished is None else finished.manifest['files']
+    for name in storage.files(folder):
+      file = folder / name
+      if name in (MANIFEST, _PUBLISHED) or any(file.is_relative_to(attempt) for attempt in attempts):
+        continue
+      if storage.is_temporary(name):
+        yield Finding('superfluous', file, 'a kill left it half-written; the next run deletes it')
+      elif name not in published:
+        yield Finding('foreign', file, 'this program did not write it')
+      elif storage.checksum(file) != published[name]:
+        yield Finding('foreign', file, 'it was changed after it was published')
+      elif name not in current:
+        yield Finding('superfluous', file, 'it is of a stage that was replaced')
+
+
+def _inspect_finished(artifact: Artifact, stage: str) -> Iterator[Finding]:
+  files, bad = artifact.manifest['files'], False
+  for phrase in mismatches(artifact.path.parent.parent, {stage: artifact}):
+    bad = True
+    yield Finding('damaged', artifact.path, phrase)
+  for file, phrase in artifact.damaged(all_bytes=True):
+    bad = True
+    yield Finding('damaged', file, phrase)
+  for name in storage.files(artifact.path):
+    if name not in files and not _is_note(name):
+      temporary = storage.is_temporary(name)
+      kind, text = ('superfluous', 'a kill left it half-written') if temporary else ('foreign', 'no manifest lists it')
+      yield Finding(kind, artifact.path / name, text)
+  if not bad:
+    size = sum(entry['bytes'] for entry in files.values())
+    yield Finding('whole', artifact.path, f'{len(files):,} files, {size / 1e6:,.1f} MB')
+
+
+def _inspect_attempt(attempt: Path, superseded: bool) -> Finding:
+  try:
+    note = _note(attempt)
+  except UserError as error:
+    return Finding('damaged', attempt / _BEGUN, str(error))
+  if note is None or superseded:
+    return Finding('superfluous', attempt, 'an attempt that is no longer needed; the next run deletes it')
+  marks = [attempt / name for name in storage.files(attempt) if storage.is_mark(name)]
+  torn = [mark.name for mark in marks if not storage.is_marked(mark.with_suffix(''))]
+  lost = f'; damaged and computed again: {", ".join(torn[:3])}' if torn else ''
+  return Finding('unfinished', attempt, f'the same command resumes it{lost}')
 
 
 def versions() -> dict[str, str]:
   """Versions of Python and of the packages that a result depends on."""
-  result = {'python': platform.python_version()}
+  return dict(_versions())
+
+
+@functools.cache  # a look at all packages takes a tenth of a second
+def _versions() -> tuple[tuple[str, str], ...]:
+  result = [('python', platform.python_version())]
   for name in _PACKAGES:
-    try:
-      result[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return result
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      result.append((name, importlib.metadata.version(name)))
+  return tuple(result)

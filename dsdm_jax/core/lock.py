@@ -69,7 +69,7 @@ def hold(workdir: Path, job: int | None = None) -> Iterator[bool]:
 
 
 def _take(file: Path, token: str) -> None:
-  with _guarded(file.parent):
+  with storage.guarded(file.parent):  # two processes must not take the same dead lock
     whole = file.parent / LOCK
     for other in [whole, *file.parent.glob(_JOBS)] if file == whole else [whole, file]:
       owner = _owner(other)
@@ -83,23 +83,6 @@ def _take(file: Path, token: str) -> None:
       'token': token, 'user': _user(), 'host': socket.gethostname(), 'machine': _machine(), 'pid': os.getpid(),
       'started': _started(os.getpid()), 'since': round(time.time(), 1),
     })  # fmt: skip
-
-
-@contextlib.contextmanager
-def _guarded(workdir: Path) -> Iterator[None]:
-  """Keeps two processes from taking the same dead lock, where the file system has locks."""
-  try:
-    import fcntl
-  except ImportError:  # not POSIX
-    yield
-    return
-  folder = os.open(workdir, os.O_RDONLY)
-  try:
-    with contextlib.suppress(OSError):
-      fcntl.flock(folder, fcntl.LOCK_EX)
-    yield
-  finally:
-    os.close(folder)
 
 
 def _owner(file: Path) -> Mapping[str, Any]:

@@ -21,6 +21,8 @@ class Log:
     enabled: False on every process but the first.
   """
 
+  FILES = ('events.jsonl', 'tensorboard')  # what it writes in the workdir
+
   def __init__(self, workdir: Path, stage: str, enabled: bool = True):
     self._workdir = Path(workdir)
     self._stage = stage

@@ -93,9 +93,8 @@ class Runner:
     except UserError:
       unfinished = any(artifacts.unfinished(self.workdir, name) for name in self.stages)
       if processes.is_first() and created and not self.done and not unfinished:
-        for path in self.workdir.iterdir():
-          if path.name != lock.LOCK:
-            storage.delete(path)
+        for name in (*self.stages, *Log.FILES, 'xla_cache'):
+          storage.delete(self.workdir / name)
       raise
     return self.done
 
@@ -141,8 +140,14 @@ class Runner:
       artifact = artifacts.open_stage(self.workdir, name)
       reads = {read: self.done[read].digest for read in self.stages[name].reads}
       if artifact is not None and artifact.identity['inputs'] == reads:
+        artifact.verify()
         inputs[name] = artifact
     return inputs
+
+  def _verify_inputs(self, stage: Stage) -> None:
+    # Damage since they were written or verified; a file that has not changed is not read again.
+    for artifact in self._inputs(stage).values():
+      artifact.verify()
 
   def _find_finished(self, only: str | None, rerun: bool) -> list[str]:
     """Names of the stages that are finished with these settings, which are also in `done`.
@@ -225,6 +230,7 @@ class Runner:
   def run_stage(self, stage: Stage) -> None:
     """Runs one stage and adds it to `done`; not if this job has finished its share and other jobs have not."""
     first, job = processes.is_first(), self.config.features.job
+    processes.decide(lambda: self._verify_inputs(stage))
     # Process 0 alone computes the identity, which may read large files.
     identity = Identity(**processes.decide(lambda: self._current(stage).as_json()))
     resumed = processes.decide(lambda: artifacts.resumable(self.workdir, identity))

@@ -24,7 +24,10 @@ from dsdm_jax.errors import UserError
 
 _T = TypeVar('_T')
 _STALE_SECONDS = (0.05, 0.2, 0.8)  # between tries to read a stale file
-_TEMPORARY = re.compile(r'\..+\.[a-z0-9_]{8}')  # as tempfile names a file that is being written
+_PART = '.dsdm'  # ending of a file that is being written: no other program uses it
+# Such files, and those that TensorStore, Orbax and NFS name while they write or delete.
+_TEMPORARY = re.compile(r'\..+\.[a-z0-9_]{8}\.dsdm|.*\.__lock|.*\.orbax-checkpoint-tmp.*|\.nfs[0-9a-f]+')
+_MARK = '.sha256'  # ending of the note that a file is complete
 _MOST_CHECKSUMS = 65_536
 _LONGEST_NAME, _LONGEST_PATH = 255, 3_072  # bytes; Linux allows 255 and 4,095, and files in the folder have names too
 _TICK_NS = 50_000_000  # times of change are no finer than this on some file systems
@@ -100,14 +103,32 @@ def create(path: str | os.PathLike, data: bytes) -> bool:
 def replace(path: str | os.PathLike, data: bytes, known: bytes | None) -> bool:
   """Writes a file whole if its content is `known` (None: if it does not exist). Returns whether it did.
 
-  Of several writers that know no file, one succeeds. To replace a known one, hold the lock of the workdir.
+  Of several writers one succeeds. For a known file this takes a file system with locks, or the lock of the workdir.
   """
   if known is None:
     return create(path, data)
-  if read_bytes(path) != known:
-    return False
-  write_bytes(path, data)
-  return True
+  with guarded(Path(path).parent):
+    if read_bytes(path) != known:
+      return False
+    write_bytes(path, data)
+    return True
+
+
+@contextlib.contextmanager
+def guarded(folder: Path) -> Iterator[None]:
+  """Lets one process at a time into the block, where the file system has locks."""
+  try:
+    import fcntl
+  except ImportError:  # not POSIX
+    yield
+    return
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError):
+      fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(handle)
 
 
 @contextlib.contextmanager
@@ -115,7 +136,7 @@ def _written(path: str | os.PathLike, data: bytes) -> Iterator[str]:
   """A synced temporary file beside `path` that holds `data`; deleted at the end if it is still there."""
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=_PART)
   try:
     with os.fdopen(handle, 'wb') as file:
       file.write(data)
@@ -138,7 +159,7 @@ def _umask() -> int:
 def copy(source: Path, target: Path) -> None:
   """Gives a file that is not written to any more a second name; copies it where the disk has no hard links."""
   target.parent.mkdir(parents=True, exist_ok=True)
-  temporary = target.with_name(f'.{target.name}.00000000')
+  temporary = target.with_name(f'.{target.name}.00000000{_PART}')
   temporary.unlink(missing_ok=True)
   try:
     os.link(source, temporary)
@@ -157,15 +178,64 @@ def delete(path: Path) -> None:
 
 
 def files(folder: Path) -> list[str]:
-  """Relative POSIX paths of all files below `folder`, sorted."""
-  return sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
+  """Relative POSIX paths of all files below `folder`, sorted; a link to a folder counts as a file."""
+  result = []
+  for root, folders, names in os.walk(folder):
+    links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+    result += [Path(root, name).relative_to(folder).as_posix() for name in (*names, *links)]
+  return sorted(result)
 
 
-def delete_temporary(folder: Path, pattern: str) -> None:
-  """Deletes files in `folder` that a kill left half-written. No other process may be writing there."""
-  for path in folder.glob(pattern):
-    if path.is_file() and _TEMPORARY.fullmatch(path.name):
-      path.unlink()
+def is_temporary(name: str) -> bool:
+  """Whether a relative path is of a file that is being written, or that a kill left half-written."""
+  return any(_TEMPORARY.fullmatch(part) for part in name.split('/'))
+
+
+def delete_temporary(folder: Path, below: bool = False) -> None:
+  """Deletes what a kill left half-written in `folder`, and below it. No other process may be writing there."""
+  for name in files(folder) if below else os.listdir(folder) if folder.is_dir() else ():
+    if is_temporary(name) and (folder / name).is_file():
+      (folder / name).unlink()
+
+
+def mark(file: Path, *more: Path) -> None:
+  """Notes in `<file>.sha256` that `file`, and `more` files that belong to it, are complete; sha256sum reads it."""
+  names = [os.path.relpath(each, file.parent) for each in (file, *more)]
+  lines = [f'{checksum(file.parent / name)}  {name}\n' for name in names]
+  write_text(f'{file}{_MARK}', ''.join(lines) + _count(len(lines)))
+
+
+def is_marked(file: Path) -> bool:
+  """Whether `file` and what belongs to it are as they were when `mark` noted that they are complete."""
+  try:
+    *lines, last = Path(f'{file}{_MARK}').read_text('utf-8').splitlines(keepends=True)
+    noted = [line.removesuffix('\n').partition('  ')[::2] for line in lines]
+    return (
+      noted[0][1] == file.name
+      and last == _count(len(noted))
+      and all(checksum(file.parent / name) == digest for digest, name in noted)
+    )
+  except (OSError, ValueError, IndexError):
+    return False
+
+
+def _count(files: int) -> str:
+  return f'# {files} files\n'  # so that a note that is cut short is none
+
+
+def marked(file: Path) -> bool:
+  """Whether there is a note on `file`, right or wrong."""
+  return Path(f'{file}{_MARK}').is_file()
+
+
+def unmark(file: Path) -> None:
+  """Deletes a file and the note on it, if they exist."""
+  for path in (Path(f'{file}{_MARK}'), file):
+    path.unlink(missing_ok=True)
+
+
+def is_mark(name: str) -> bool:
+  return name.endswith(_MARK)
 
 
 def sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.config.methods import STAGES
 from dsdm_jax.core import processes, storage
+from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.pool import Pool
@@ -38,8 +39,7 @@ def run(context: Context) -> dict:
   for rung in sorted({entry['rung'] for entry in ladder}):
     same = [entry for entry in ladder if entry['rung'] == rung]
     rung_entries = [
-      {'name': f'ladder--{entry["name"]}', 'folder': str(context.inputs['ladder'].path / entry['name'])}
-      for entry in same
+      {'name': f'ladder--{entry["name"]}', **_checkpoint(context.inputs['ladder'], entry['name'])} for entry in same
     ]
     _evaluate(context, suite, ConfigDict(same[0]['model']), rung_entries, 'ladder')
   if context.first:
@@ -48,24 +48,28 @@ def run(context: Context) -> dict:
 
 
 def models(context: Context) -> list[dict[str, Any]]:
-  """Every model to evaluate: `name`, `method`, `target_mix`, `seed`, `selection`, and its `folder`.
+  """Every model to evaluate: `name`, `method`, `target_mix`, `seed`, `selection`, and its `folder` and `step`.
 
   Raises:
     UserError: a name in `evaluation.checkpoints` is that of an arm.
   """
   index = json.loads((context.inputs['selection'].path / 'index.json').read_text())
-  pretrained = context.inputs['pretraining'].path
   entries = []
   for entry in index:
     facts = {key: entry[key] for key in ('name', 'method', 'seed', 'selection')}
-    entries.append({**facts, 'target_mix': entry['target'], 'folder': str(pretrained / entry['name'])})
+    own = _checkpoint(context.inputs['pretraining'], entry['name'])
+    entries.append({**facts, 'target_mix': entry['target'], **own})
   for spec in context.config.evaluation.checkpoints:
     name, _, folder = spec.partition('=')
     if name in {entry['method'] for entry in index}:
       raise UserError(f'evaluation.checkpoints calls {folder} {name!r}, as an arm is called; give it another name')
     checkpoint = {'name': f'checkpoint--{name}', 'method': name, 'target_mix': UNTARGETED, 'seed': 0}
-    entries.append({**checkpoint, 'selection': None, 'folder': folder})
+    entries.append({**checkpoint, 'selection': None, 'folder': folder, 'step': None})
   return entries
+
+
+def _checkpoint(artifact: Artifact, name: str) -> dict[str, Any]:
+  return {'folder': str(artifact.path / name), 'step': artifact.last_step(name)}
 
 
 def _evaluate(
@@ -79,22 +83,23 @@ def _evaluate(
     for entry in entries:
       file = context.out / 'runs' / f'{entry["name"]}.npz'
       parts = context.cost.parts
-      if not processes.decide(lambda: file.is_file() and entry['name'] in parts):  # noqa: B023  called at once
+      if not processes.decide(lambda: storage.is_marked(file) and entry['name'] in parts):  # noqa: B023  called at once
         before = scorer.flop
-        arrays, texts = scoring.evaluate(suite, scorer, load_state(Path(entry['folder']), compiled))
+        arrays, texts = scoring.evaluate(suite, scorer, load_state(Path(entry['folder']), compiled, entry['step']))
         parts[entry['name']] = {'flop': scorer.flop - before}
         context.cost.save()
         if context.first:
-          if 'method' in entry:
-            _write_answers(context.out, entry['name'], suite, arrays, texts)
+          answers = _write_answers(context.out, entry['name'], suite, arrays, texts) if 'method' in entry else []
           storage.save_npz(file, **arrays)
+          storage.mark(file, *answers)
       context.add_flop(parts.get(entry['name'], {'flop': 0.0})['flop'])
       bar.update(1)
 
 
 def _write_answers(
   out: Path, name: str, suite: Suite, arrays: Mapping[str, np.ndarray], texts: Mapping[str, list[str]]
-) -> None:
+) -> list[Path]:
+  files = []
   for request in suite.requests:
     task = request.benchmark.name
     if task in texts:
@@ -103,7 +108,9 @@ def _write_answers(
         json.dumps({'id': id, 'output': text, 'right': bool(right)}) + '\n'
         for id, text, right in zip(request.item_ids_I, texts[task], right_I, strict=True)
       ]
-      storage.write_text(out / 'answers' / f'{name}--{task}.jsonl', ''.join(lines))
+      files.append(out / 'answers' / f'{name}--{task}.jsonl')
+      storage.write_text(files[-1], ''.join(lines))
+  return files
 
 
 def _summarize(

@@ -147,7 +147,7 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
     source_N=source_N,
     document_N=document_N,
     offset_N=offset_N,
-    documents=Documents(pool),
+    documents=Documents(pool, inputs['pool'].manifest['files']),
     planted_N=planted_N,
     scores={target: scores.score_N(target) for target in targets},
     reach=reach,
@@ -198,9 +198,9 @@ def _environment() -> dict[str, str]:
 
 
 def _optional(inputs: Mapping[str, Artifact], stage: str, name: str) -> Any:
-  """A JSON file, or None if it is missing."""
-  file = inputs[stage].path / name if stage in inputs else None
-  return _json(file) if file is not None and file.is_file() else None
+  """A JSON file, or None if its stage has none."""
+  file = inputs[stage].file(name) if stage in inputs else None
+  return None if file is None else _json(file)
 
 
 def curves(folder: Path, runs: Sequence[Mapping[str, Any]]) -> tuple[list[Curve], int]:

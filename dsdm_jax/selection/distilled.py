@@ -131,9 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace) -> str:
-  own_pool, datamodel = (artifacts.open_stage(flags.workdir, stage) for stage in ('pool', 'datamodel'))
-  if own_pool is None or datamodel is None:
-    raise UserError(f'{flags.workdir} has no finished pool and datamodel; run these stages first')
+  own_pool, datamodel = artifacts.read(flags.workdir, 'pool', 'datamodel').values()
   scores = Scores(datamodel)
   unknown = set(flags.target.split('+')) - {*scores.tasks, 'mix'}
   if unknown:
@@ -146,6 +144,7 @@ def _run(flags: argparse.Namespace) -> str:
     artifact = artifacts.open_folder(flags.pool)
     if artifact is None:
       raise UserError(f'--pool={flags.pool} is not a finished pool folder; give one, such as RUN/pool')
+    artifact.verify()
     other = ngrams.PoolGrams(Pool(artifact), flags.ngrams, flags.buckets)
   if flags.ngrams == 'tokens' and read_vocabulary(pool.path) != read_vocabulary(other.pool.path):
     raise UserError(f'{flags.pool} has another vocabulary, so its ids mean other text; use --ngrams=words')

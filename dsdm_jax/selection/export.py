@@ -28,13 +28,12 @@ from dsdm_jax.core import artifacts, storage, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
-from dsdm_jax.data.pool.vocabulary import BYTES, MODEL, TOKENIZER
+from dsdm_jax.data.pool.vocabulary import FILES
 from dsdm_jax.errors import UserError
 
 FORMATS = ('parquet', 'jsonl', 'datasets', 'tfds')
 _BLOCK = 4_096  # rows that are read and written together
 _SHARD_ROWS = 65_536  # of one Parquet or TFRecord file
-_VOCABULARY = (MODEL, TOKENIZER, 'end_piece.json', BYTES)  # files of all kinds of vocabularies
 
 
 class Export:
@@ -45,15 +44,12 @@ class Export:
     arm: name of a selection, '<method>--<target>--<seed>', or '<method>--<target>' for its first seed.
 
   Raises:
-    UserError: no such run or arm.
+    UserError: no such run or arm, or an artifact is damaged or of another pool.
   """
 
   def __init__(self, workdir: Path, arm: str):
-    stages = {stage: artifacts.open_stage(workdir, stage) for stage in ('pool', 'datamodel', 'selection')}
-    opened = {stage: artifact for stage, artifact in stages.items() if artifact is not None}
-    if missing := [stage for stage in stages if stage not in opened]:
-      raise UserError(f'{workdir} has no finished {" and ".join(missing)}; run these stages first')
-    names = sorted(path.stem for path in opened['selection'].path.glob('*--*.npz'))
+    opened = artifacts.read(workdir, 'pool', 'datamodel', 'selection')
+    names = sorted(name.removesuffix('.npz') for name in opened['selection'].manifest['files'] if name.endswith('.npz'))
     name = arm if arm in names else f'{arm}--0'
     if name not in names:
       raise UserError(f'--arm={arm}: {workdir} has {", ".join(names)}; name one')
@@ -165,7 +161,7 @@ def read_vocabulary(folder: str | os.PathLike) -> dict[str, bytes]:
   Raises:
     UserError: there are none.
   """
-  files = {name: (Path(folder) / name).read_bytes() for name in _VOCABULARY if (Path(folder) / name).is_file()}
+  files = {name: (Path(folder) / name).read_bytes() for name in FILES if (Path(folder) / name).is_file()}
   if not files:
     raise UserError(f'{folder} has no vocabulary; run --stage=pool')
   return files
@@ -179,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--workdir', type=Path, required=True, help='a run whose selection stage is finished')
   parser.add_argument('--arm', required=True, help='<method>--<target>[--<seed>]')
   parser.add_argument('--format', choices=FORMATS, required=True)
-  parser.add_argument('--out', type=Path, required=True, help='folder to write; it must not exist')
+  parser.add_argument('--out', type=Path, required=True, help='folder to write; it must be missing or empty')
   flags = parser.parse_args(argv)
   try:
     sys.stdout.write(write(flags.workdir, flags.arm, flags.format, flags.out) + '\n')
@@ -190,16 +186,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(workdir: Path, arm: str, form: str, out: Path) -> str:
-  """Writes an arm into the new folder `out`, completely or not at all, and returns a message about it."""
-  out = storage.check_folder(out, '--out')
-  if out.exists():
-    raise UserError(f'--out={out} exists; name a folder that does not')
+  """Writes an arm into the folder `out`, completely or not at all, and returns a message about it.
+
+  Raises:
+    UserError: `out` is not empty, or in a stage of a workdir; another export writes it; or as `Export`.
+  """
+  target = storage.check_folder(out, '--out').resolve()
+  if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    raise UserError(f'--out={out} exists and is not an empty folder; name a folder that is missing or empty')
+  if (stage := artifacts.stage_around(target)) is not None:
+    raise UserError(f'--out={out} is in {stage}, which belongs to a run; name a folder elsewhere')
   export = Export(workdir, arm)
-  part = out.with_name(f'{out.name}.part')
-  shutil.rmtree(part, ignore_errors=True)
-  part.mkdir(parents=True)
-  getattr(export, form)(part)
-  part.rename(out)
+  part = target.with_name(f'.{target.name}.export.dsdm')
+  part.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    part.mkdir()
+  except FileExistsError:
+    raise UserError(f'{part} exists: another export writes it, or was killed; then delete it') from None
+  try:
+    getattr(export, form)(part)
+    part.replace(target)
+  except BaseException:
+    shutil.rmtree(part, ignore_errors=True)
+    raise
   return f'{export.selection.name}: {export.selection.size} rows as {form} in {out}'
 
 

@@ -35,7 +35,7 @@ class Proxies:
 
   def __init__(self, context: Context, pool: Pool):
     self._context, self._pool = context, pool
-    self._config, self._folder = context.config, context.inputs['proxies'].path
+    self._config, self._proxies = context.config, context.inputs['proxies']
     # Always one device, for the same reason as _TOKENS.
     self._mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
     self._trainer = self._trainer_of(self._config.proxies.train)
@@ -49,7 +49,8 @@ class Proxies:
     return trainer(self._config.proxies.model, train, self._pool.vocab_size, self._pool.length, self._mesh)
 
   def state(self, checkpoint: int) -> TrainState:
-    return load_state(self._folder / f'proxy_{checkpoint}', self._trainer)
+    name = f'proxy_{checkpoint}'
+    return load_state(self._proxies.path / name, self._trainer, self._proxies.last_step(name))
 
   def log_likelihood_N(self) -> np.ndarray:
     """Mean log-probability of each row's tokens given the tokens before them, nats per token; float32 [N].

@@ -76,8 +76,7 @@ def write(workdir: Path, name: str, config: Mapping[str, Any], path: Path) -> No
     name: of the arm.
     config: flat.
   """
-  done = {stage: artifacts.open_stage(workdir, stage) for stage in pipeline.needed('evaluation')}
-  stages = {stage: artifact for stage, artifact in done.items() if artifact is not None}
+  stages = artifacts.read(workdir, *pipeline.needed('evaluation'))
   evaluation, selection, pool = (stages[stage].path for stage in ('evaluation', 'selection', 'pool'))
   index = json.loads((stages['ladder'].path / 'index.json').read_text())
   card = json.loads((pool / 'card.json').read_text())
@@ -99,7 +98,7 @@ def write(workdir: Path, name: str, config: Mapping[str, Any], path: Path) -> No
     'config': config,
     'versions': stages['evaluation'].manifest['versions'],
   }
-  storage.write_json(path, content)
+  storage.write_bytes(path, artifacts.seal(content))
 
 
 def _questions(stages: Mapping[str, artifacts.Artifact]) -> dict[str, Any]:
@@ -137,7 +136,7 @@ def read(path: Path) -> ArmFile:
     UserError: the file is missing, damaged, or of another format.
   """
   try:
-    content = json.loads(path.read_text('utf-8'))
+    content = artifacts.unseal(path.read_bytes())
     if content['format'] != FORMAT:
       raise UserError(f'{path} has format {content["format"]} and this version reads {FORMAT}; run the arm again')
     ladder = content['ladder']

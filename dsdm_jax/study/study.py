@@ -102,6 +102,7 @@ def share(config: Any, workdir: Path, others: Sequence[Path]) -> list[str]:
       for other in others:
         there = artifacts.open_stage(other, stage.name)
         if there is not None and there.identity == wanted:
+          there.verify()
           artifacts.link(there, workdir)
           linked.append(stage.name)
           here = artifacts.open_stage(workdir, stage.name)

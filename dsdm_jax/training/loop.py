@@ -71,7 +71,7 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
   """
   record_file = context.out / f'{run.name}.jsonl'
   context.add_flop(trainer.flop_per_step * run.steps if run.steps else 0.0)
-  if processes.decide(record_file.is_file):
+  if processes.decide(lambda: storage.is_marked(record_file)):
     bar.update(run.steps * trainer.models)
     return read_history(record_file)
 
@@ -166,6 +166,7 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
     save_cost()
     if context.first:
       storage.write_text(record_file, ''.join(json.dumps(line) + '\n' for line in history))
+      storage.mark(record_file)
     context.log.event('trained', run=run.name, steps=run.steps, loss=history[-1]['loss'] if history else None)
     # SIGTERM arrived in the last step or while it was saved: this run is finished, and the next one must not start.
     if any(processes.gather(stop_requested())):

@@ -6,7 +6,6 @@ products of another shape.
 
 import functools
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -79,12 +78,13 @@ def train(
   While they train, `<first name>.together/` holds the states of all of them.
   """
   files = [context.out / f'{name}.jsonl' for name in names]
+  group = f'{names[0]}.together'
   vmapped = _vmapped(trainer, len(names))
-  if processes.decide(lambda: all(file.is_file() for file in files)):
+  if processes.decide(lambda: all(storage.is_marked(file) for file in files)):
     bar.update(steps * len(names))
     context.add_flop(vmapped.flop_per_step * steps if steps else 0.0)
+    _delete(context, group)
     return
-  group = f'{names[0]}.together'
 
   def stacked(start: int) -> Iterator[dict[str, np.ndarray]]:
     for parts in zip(*(batch(start) for batch in batches), strict=True):
@@ -104,6 +104,13 @@ def train(
   if context.first:
     for file, record in zip(files, records, strict=True):
       storage.write_text(file, ''.join(json.dumps(line) + '\n' for line in record))
-    (context.out / f'{group}.jsonl').unlink()
-    shutil.rmtree(context.out / group)
+      storage.mark(file)
+  _delete(context, group)
+
+
+def _delete(context: Context, group: str) -> None:
+  """Deletes the states of models that are saved one by one, also where a kill came before that."""
+  if context.first:
+    storage.unmark(context.out / f'{group}.jsonl')
+    storage.delete(context.out / group)
   processes.wait()

@@ -109,11 +109,12 @@ def truth(
     for start in range(0, len(weight_SN), at_once):
       weight_MN = weight_SN[start : start + at_once]
       file = folder / f'{seed}-{start}.npz'
-      if not file.is_file():
+      if not storage.is_marked(file):
         folder.mkdir(parents=True, exist_ok=True)
         padded = np.pad(weight_MN, ((0, at_once - len(weight_MN)), (0, 0)))  # one shape, one compilation
         output_MT, log_likelihood_MT = outputs(training.train(seed, padded)[0])
         storage.save_npz(file, output=output_MT[: len(weight_MN)], log_likelihood=log_likelihood_MT[: len(weight_MN)])
+        storage.mark(file)
       with np.load(file, allow_pickle=False) as arrays:
         chunks.append((arrays['output'], arrays['log_likelihood']))
       progress(len(weight_MN))

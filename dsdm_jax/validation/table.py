@@ -119,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   folder = parser.parse_args(argv).folder
   try:
     artifact = artifacts.open_folder(folder)
-    folder = folder if artifact is None else artifact.path
+    if artifact is not None:
+      artifact.verify()
+      folder = artifact.path
     lds, monotone = (json.loads((folder / f'{name}.json').read_text()) for name in ('lds', 'monotone'))
   except (OSError, ValueError) as error:
     sys.stderr.write(f'dsdm_jax: {folder} has no results of a validation ({error}); give the folder of that stage\n')

@@ -162,8 +162,9 @@ class Setting:
       for seed in seeds:
         file = self._folder / f'oracle-{seed}.npy'
         self._context.add_flop(compute.flop(seed))
-        if not file.is_file():
+        if not storage.is_marked(file):
           storage.save_npy(file, compute(seed, weight_N)[1])
+          storage.mark(file)
           self._context.cost.save()
         derivatives.append(np.load(file, allow_pickle=False))
     return np.stack(derivatives)
@@ -191,9 +192,10 @@ class Setting:
 
   def _score_of(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     file = self._folder / f'score-{re.sub("[^A-Za-z0-9]+", "-", name)}.npy'
-    if not file.is_file():
+    if not storage.is_marked(file):
       self._folder.mkdir(parents=True, exist_ok=True)
       storage.save_npy(file, make().astype(np.float32))
+      storage.mark(file)
       self._context.cost.save()
     return np.load(file, allow_pickle=False)
 

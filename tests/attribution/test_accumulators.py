@@ -86,6 +86,30 @@ def test_scores_resume_at_the_last_saved_shard(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+def test_damaged_partial_results_are_computed_again(tmp_path):
+  """Of a sum all of it; of shards those from the damaged file on."""
+
+  def scores(source, folder=tmp_path):
+    return list(Accumulator(folder).shards('a', source.from_row))
+
+  (gram,), shards = datamodel.gram(Rows()), scores(Rows(), None)
+  for act in (lambda: scores(Rows(killed_at=32)), lambda: datamodel.gram(Rows(32), accumulator=Accumulator(tmp_path))):
+    with pytest.raises(Killed):
+      act()
+  files = sorted(tmp_path.glob('partial_a_*.npz'))
+  for file in (files[1], next(tmp_path.glob('partial_g*.npz'))):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+  again = Rows()
+  for (*_, a), (*_, b) in zip(scores(again), shards, strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert again.computed == [8, 16, 24, 32]
+  again = Rows()
+  np.testing.assert_array_equal(datamodel.gram(again, accumulator=Accumulator(tmp_path))[0], gram)
+  assert again.computed[0] == 0
+
+
 def test_short_passes_write_nothing(tmp_path, monkeypatch):
   monkeypatch.undo()
   datamodel.gram(Rows(), accumulator=Accumulator(tmp_path))

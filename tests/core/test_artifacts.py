@@ -2,15 +2,19 @@
 
 import contextlib
 import json
+import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from dsdm_jax import cli
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Cost, Identity
 from dsdm_jax.errors import UserError
+from tests.conftest import FAULTS
 from tests.helpers.workdirs import change_manifest
 
 IDENTITY = Identity('pool', 1, {'pool.length': 8, 'pool.kinds': ('a', 'b')}, {})
@@ -133,7 +137,7 @@ def test_changed_manifest_and_one_of_an_older_version_are_refused(workdir):
   file.write_text(json.dumps(manifest | {'semantics': {'rows': 4}}))
   with pytest.raises(UserError, match='its checksum is wrong'):
     artifacts.open_stage(workdir, 'pool')
-  del manifest['attempt']
+  del manifest['attempt'], manifest['sha256']
   file.write_text(json.dumps(manifest))
   with pytest.raises(UserError, match='pool was written by an older version of dsdm_jax; use another --workdir'):
     artifacts.open_stage(workdir, 'pool')
@@ -190,7 +194,8 @@ def test_attempt_of_the_same_settings_is_resumed_and_any_other_discarded(workdir
   assert not out.exists()
 
 
-def test_jobs_that_begin_and_commit_at_once_share_one_attempt_and_each_has_its_cost(workdir):
+def test_jobs_that_begin_and_commit_at_once_share_one_attempt_and_each_has_its_cost(workdir, monkeypatch):
+  monkeypatch.setattr(os, 'fsync', lambda _: None)
   with ThreadPoolExecutor(8) as threads:
     for number in range(20):
       identity = Identity('pool', 1, {'pool.length': number}, {})
@@ -243,7 +248,7 @@ def test_attempt_without_versions_is_resumed(workdir, versions):
   out = artifacts.begin(workdir, IDENTITY)
   (out / 'half').write_text('x')
   note = IDENTITY.as_json() if versions is None else {**IDENTITY.as_json(), 'versions': versions}
-  (out / 'begun.json').write_text(json.dumps(note))
+  (out / 'begun.json').write_bytes(artifacts.seal(note))
   artifacts.check_versions(workdir, IDENTITY)
   assert artifacts.begun(workdir, 'pool') == IDENTITY.as_json()
   assert (artifacts.begin(workdir, IDENTITY) / 'half').exists()
@@ -338,17 +343,234 @@ def test_damaged_stage_is_reopened_without_the_damaged_files(workdir):
   assert again.digest == made.digest and again.manifest['cost'] == made.manifest['cost']
 
 
-def test_half_written_files_and_half_deleted_attempts_are_swept_and_nothing_else(workdir):
+def test_clean_up_deletes_what_a_kill_left_and_nothing_of_a_user(workdir):
   part = artifacts.begin(workdir, IDENTITY)
   kept = {part / 'rows.npy', part / '.hidden', part / 'begun.json', workdir / '.mine.12345678'}
-  kept |= {workdir / 'pool' / 'index.html'}
-  gone = {part / '.rows.npy.ab_34xyz', workdir / 'pool/.manifest.json.0a1b2c3d', workdir / 'pool/0123456789ab-0/rows'}
+  kept |= {workdir / 'pool' / name for name in ('index.html', '.notes.part.20240101', 'mine.part/a', 'features.old/a')}
+  kept |= {workdir / name for name in ('mine.part/a', '.notes.part.20240101/a', 'pool.old/manifest.json')}
+  half = workdir / 'pool/0123456789ab-0'
+  gone = {part / '.rows.npy.ab_34xyz.dsdm', workdir / 'pool/.manifest.json.0a1b2c3d.dsdm', half / 'rows'}
+  gone |= {workdir / '.results.json.0a1b2c3d.dsdm', part / 'a.zarr/c/0.__lock'}
   for file in kept | gone:
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(exist_ok=True, parents=True)
     file.write_text(file.read_text() if file.is_file() else 'x')
+  (half / 'begun.json').write_bytes(artifacts.seal({'discarded': True}))  # killed while it was deleted
+  (workdir / 'pool/ba9876543210-0').mkdir()  # killed before it had a note
   artifacts.sweep(workdir, ['pool'])
-  assert all(file.is_file() for file in kept)
-  assert not any(file.exists() for file in gone) and not (workdir / 'pool/0123456789ab-0').exists()
+  artifacts.discard_others(workdir, ['pool'])
+  assert all(file.is_file() for file in kept - {part / 'begun.json', part / 'rows.npy', part / '.hidden'})
+  assert not any(file.exists() for file in gone)
+  assert sorted(p.name for p in workdir.glob('pool/*-0')) == []
+
+
+def _damages_of_a_note(data: bytes) -> list[bytes]:
+  flips = [bytes(b ^ 1 << n % 8 if i == n else b for i, b in enumerate(data)) for n in range(0, len(data), 7)]
+  return [b'', b'{}', data[:-9], b'null', b'[' * 100_000, *flips]
+
+
+def test_note_that_cannot_be_read_is_named_and_nothing_is_deleted(workdir):
+  """Emptied, torn, flipped, unreadable and lost notes, in everything that looks at them or cleans up."""
+  part = artifacts.begin(workdir, IDENTITY)
+  (part / 'half').write_text('x')
+  note = part / 'begun.json'
+  whole = note.read_bytes()
+
+  def check() -> None:
+    before = sorted(workdir.rglob('*'))
+    for act in (
+      lambda: artifacts.sweep(workdir, ['pool']),
+      lambda: artifacts.begin(workdir, IDENTITY),
+      lambda: artifacts.begin(workdir, OTHER),
+      lambda: artifacts.discard_others(workdir, ['pool']),
+      lambda: artifacts.begun(workdir, 'pool'),
+      lambda: artifacts.check_versions(workdir, IDENTITY),
+    ):
+      with pytest.raises(UserError, match=r'begun\.json is (unreadable|missing).*; nothing was deleted'):
+        act()
+    assert sorted(workdir.rglob('*')) == before
+
+  for data in _damages_of_a_note(whole):
+    note.write_bytes(data)
+    check()
+  note.unlink()
+  check()
+  note.mkdir()  # a read that fails
+  check()
+  note.rmdir()
+  note.write_bytes(whole)
+  assert artifacts.begin(workdir, IDENTITY) == part and (part / 'half').is_file()
+
+
+def test_every_flipped_bit_of_a_manifest_is_an_error_or_changes_nothing(workdir, monkeypatch):
+  made = make(workdir, one='text')
+  file = workdir / 'pool/manifest.json'
+  whole, same = file.read_bytes(), []
+  for bit in range(8 * len(whole)):
+    data = bytearray(whole)
+    data[bit // 8] ^= 1 << bit % 8
+    monkeypatch.setattr(storage, 'read_bytes', lambda _, data=bytes(data): data)
+    try:
+      found = artifacts.open_stage(workdir, 'pool')
+    except UserError as error:
+      message = str(error)
+    else:
+      assert found == made
+      same.append(bit)
+      continue
+    assert str(file) in message and '\n' not in message
+  assert len(same) < 8 * len(whole) / 100, 'white space'
+
+
+def test_readers_refuse_what_was_computed_from_another_input(workdir):
+  """As after `--stage=pool --rerun`, after an interrupted one, and where a workdir was copied over another."""
+  pool = make(workdir)
+  scores = Identity('datamodel', 1, {}, {'pool': pool.digest})
+  made = make(workdir, scores, scores='1 2')
+  opened = artifacts.read(workdir, 'pool', 'datamodel')
+  assert list(opened.values()) == [pool, made]
+  with pytest.raises(UserError, match='has no finished selection and report; run these stages first'):
+    artifacts.read(workdir, 'pool', 'selection', 'report')
+  make(workdir, OTHER, one='other')
+  for stages in (['pool', 'datamodel'], ['datamodel']):
+    with pytest.raises(UserError, match='datamodel of .* was computed from another pool than the one that is there'):
+      artifacts.read(workdir, *stages)
+  with pytest.raises(UserError, match='another pool'):  # the pool changed after it was opened
+    artifacts.read(workdir, 'pool', known={'datamodel': made})
+  (artifacts.read(workdir, 'pool')['pool'].path / 'one').write_text('OTHER')
+  with pytest.raises(UserError, match='one has changed'):
+    artifacts.read(workdir, 'pool')
+  shutil.rmtree(workdir / 'pool')
+  assert artifacts.read(workdir, 'datamodel') == {'datamodel': made}
+
+
+def test_stage_holds_what_its_manifest_lists(workdir):
+  out = artifacts.begin(workdir, IDENTITY)
+  for name in ('proxy_0/8/d/a', 'proxy_0/16/d/a', '.rows.npy.ab_34xyz.dsdm', 'a.zarr/c/0.__lock', '.nfs000012'):
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text('x')
+  made = make(workdir)
+  assert made.manifest['files'].keys() == {'one', 'deep/er.txt', 'proxy_0/8/d/a', 'proxy_0/16/d/a'}
+  shutil.copytree(made.path / 'proxy_0/16', made.path / 'proxy_0/99')  # as of an older copy
+  (made.path / 'two').write_text('x')
+  made.verify()
+  assert made.last_step('proxy_0') == 16 and made.last_step('proxy_1') is None
+  assert made.file('one') == made.path / 'one' and made.file('two') is None
+
+
+def test_a_large_store_is_opened_by_the_sizes_of_its_chunks(workdir, monkeypatch):
+  monkeypatch.setattr(artifacts, '_LARGE', 3)
+  out = artifacts.begin(workdir, IDENTITY)
+  (out / 'features_0.zarr/c/0').mkdir(parents=True)
+  (out / 'features_0.zarr/c/0/0').write_text('abcd')
+  made = make(workdir)
+  (made.path / 'features_0.zarr/c/0/0').write_text('abXd')
+  made.verify()
+  assert [file.name for file, _ in made.damaged(all_bytes=True)] == ['0']
+  (made.path / 'features_0.zarr/c/0/0').write_text('abX')
+  with pytest.raises(UserError, match='3 bytes where 4'):
+    made.verify()
+
+
+@pytest.mark.parametrize('how', ['first', 'over a finished stage', 'with other settings'])
+def test_jobs_that_commit_at_once_leave_one_whole_stage(workdir, count, monkeypatch, how):
+  """The finished stage is never lost, whichever job wins; in threads, each with its own descriptors and locks."""
+  monkeypatch.setattr(os, 'fsync', lambda _: None)  # a hundred times the time of the rest
+  tries, jobs = 2_000 if FAULTS else 100, 3
+  start = threading.Barrier(jobs)
+
+  def commit(folder, identity, job) -> bool:
+    out = artifacts.begin(folder, identity, shared=True)
+    (out / f'part_{job}').write_text(str(job))
+    start.wait(60)
+    try:
+      return artifacts.commit(folder, identity, {}, Cost(out, job)).identity == identity.as_json()
+    except UserError as error:
+      return 'was written by another run at this moment' not in str(error)
+
+  with ThreadPoolExecutor(jobs) as threads:
+    for number in range(tries):
+      folder = workdir / str(number)
+      if how != 'first':
+        make(folder, OTHER, one='old')
+      identities = [Identity('pool', 1, {'job': job if how == 'with other settings' else 0}, {}) for job in range(jobs)]
+      won = list(threads.map(commit, [folder] * jobs, identities, range(jobs)))
+      artifact = artifacts.open_stage(folder, 'pool')
+      artifact.verify()
+      assert won[artifact.settings['job']] and (how == 'with other settings' or all(won))
+      assert artifact.identity == identities[artifact.settings['job']].as_json()
+      assert len(artifact.manifest['files']) == (1 if how == 'with other settings' else jobs)
+      shutil.rmtree(folder)
+  count('commits at once', tries)
+
+
+def test_stage_on_another_disk_can_be_replaced_and_repaired(workdir, tmp_path):
+  """The folder of a stage, or of a whole workdir, is a link, or was moved or copied."""
+  elsewhere = tmp_path / 'disk'
+  elsewhere.mkdir()
+  (workdir / 'pool').symlink_to(elsewhere)
+  made = make(workdir, one='text', two='text')
+  (made.path / 'two').unlink()
+  assert artifacts.reopen(made) and artifacts.begin(workdir, IDENTITY) == made.path
+  made = make(workdir, one='text', two='text')
+  new = make(workdir, OTHER, one='new')
+  new.verify()
+  assert (workdir / 'pool').is_symlink() and not made.path.exists()
+  moved = shutil.copytree(workdir, tmp_path / 'copy')
+  assert artifacts.read(moved, 'pool')['pool'].digest == new.digest
+  make(moved, IDENTITY).verify()
+  new.verify()
+  shutil.rmtree(elsewhere)
+  for act in (lambda: artifacts.begin(workdir, IDENTITY), lambda: artifacts.open_stage(workdir, 'pool')):
+    with pytest.raises(UserError, match=r'pool is a link to .*disk, which does not exist; mount that disk'):
+      act()
+  assert (workdir / 'pool').is_symlink()
+
+
+def test_attempt_with_a_link_to_another_folder_is_not_committed(workdir, tmp_path):
+  out = artifacts.begin(workdir, IDENTITY)
+  for target, words in ((tmp_path / 'disk', 'is outside it'), (out / 'deep', 'is a link to a folder')):
+    target.mkdir(exist_ok=True)
+    (out / 'linked').symlink_to(target)
+    with pytest.raises(UserError, match=words):
+      artifacts.commit(workdir, IDENTITY, {}, Cost(out))
+    (out / 'linked').unlink()
+  assert artifacts.open_stage(workdir, 'pool') is None
+
+
+def test_inspection_names_whatever_is_not_whole(workdir, tmp_path, capsys):
+  def kinds() -> dict[str, str]:
+    return {str(f.path.relative_to(workdir)): f.kind for f in artifacts.inspect(workdir)}
+
+  pool = make(workdir)
+  part = artifacts.begin(workdir, Identity('features', 1, {}, {'pool': pool.digest}))
+  (part / 'basis_0.npz').write_text('x')
+  storage.mark(part / 'basis_0.npz')
+  attempt = f'pool/{pool.path.name}'
+  assert kinds() == {attempt: 'whole', f'features/{part.name}': 'unfinished'}
+  assert cli.main(['verify', str(workdir)]) == 0
+  assert '1 unfinished, 1 whole' in capsys.readouterr().out
+  (part / 'basis_0.npz').write_text('y')
+  assert 'damaged and computed again: basis_0.npz' in next(f.text for f in artifacts.inspect(workdir))
+  artifacts.publish(pool)
+  (workdir / 'pool/one').unlink()
+  for name in ('pool/mine.txt', f'{attempt}/mine.txt', 'pool/one', 'pool/.x.0a1b2c3d.dsdm'):
+    (workdir / name).write_text('mine')
+  make(workdir, Identity('datamodel', 1, {}, {'pool': 'another'}))
+  artifacts.begin(workdir, OTHER, shared=True)
+  (part / 'begun.json').write_text('{')
+  found = kinds()
+  superseded = artifacts._attempts(workdir, 'pool')[0]
+  assert {name: kind for name, kind in found.items() if not name.startswith('datamodel')} == {
+    attempt: 'whole', f'{attempt}/mine.txt': 'foreign', 'pool/mine.txt': 'foreign', 'pool/one': 'foreign',
+    'pool/.x.0a1b2c3d.dsdm': 'superfluous', str(superseded.relative_to(workdir)): 'superfluous',
+    f'features/{part.name}/begun.json': 'damaged',
+  }  # fmt: skip
+  assert 'damaged' in [kind for name, kind in found.items() if name.startswith('datamodel')]
+  (pool.path / 'one').write_text('TEXT')
+  assert cli.main(['verify', str(workdir)]) == 2
+  assert f'damaged     {attempt}/one: ' in capsys.readouterr().out
+  assert cli.main(['verify', str(tmp_path / 'no')]) == cli.main(['verify', str(tmp_path)]) == 2
+  assert capsys.readouterr().err.count('\n') == 2
 
 
 def test_linked_stage_is_whole_and_can_be_reopened_alone(workdir, tmp_path):
@@ -374,6 +596,14 @@ def test_published_files_are_those_of_the_artifact(workdir):
   assert (workdir / 'pool/one').read_text() == 'next' and (workdir / 'pool/deep/er.txt').is_file()
   assert not (workdir / 'pool/two').exists()
   new.verify()
+  for name in ('mine.txt', 'one', '.notes.part.20240101/a'):
+    (workdir / 'pool' / name).parent.mkdir(exist_ok=True)
+    (workdir / 'pool' / name).unlink(missing_ok=True)
+    (workdir / 'pool' / name).write_text('mine')
+  artifacts.publish(make(workdir, two='text'))
+  assert not (workdir / 'pool/deep').joinpath('no').exists() and (workdir / 'pool/two').exists()
+  for name in ('mine.txt', 'one', '.notes.part.20240101/a'):  # also a published file that somebody changed
+    assert (workdir / 'pool' / name).read_text() == 'mine'
 
 
 def test_deleted_stage_is_not_finished(workdir):

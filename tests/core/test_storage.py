@@ -94,6 +94,27 @@ def test_a_file_is_hashed_once_also_after_a_rename_and_again_when_it_has_changed
   assert storage.checksum(tmp_path / 'b') == 'read' and read == [tmp_path / 'b']
 
 
+def test_mark_tells_a_complete_file_from_any_other(tmp_path):
+  file, more = tmp_path / 'runs/a.npz', tmp_path / 'answers/a.jsonl'
+  for path in (file, more):
+    storage.write_text(path, 'content')
+  assert not storage.is_marked(file)
+  storage.mark(file, more)
+  assert storage.is_marked(file)
+  note = file.with_name('a.npz.sha256')
+  for path in (file, more, note):
+    whole = path.read_bytes()
+    for damage in (b'', whole[:-1], whole + b'x', bytes([whole[0] ^ 1]) + whole[1:], b'\xff\n'):
+      path.write_bytes(damage)
+      assert not storage.is_marked(file), (path, damage)
+    path.unlink()
+    assert not storage.is_marked(file)
+    path.write_bytes(whole)
+    assert storage.is_marked(file)
+  storage.unmark(file)
+  assert not file.exists() and not note.exists()
+
+
 def test_copy_shares_the_bytes_and_replaces(tmp_path):
   (tmp_path / 'a').write_text('new')
   (tmp_path / 'b').write_text('old')

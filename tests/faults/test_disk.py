@@ -12,6 +12,7 @@ import pytest
 
 from dsdm_jax import pipeline
 from dsdm_jax.attribution.store import FeatureStore
+from dsdm_jax.core import artifacts, storage
 from dsdm_jax.errors import UserError
 from tests.conftest import FAULTS
 from tests.helpers.workdirs import files_of
@@ -157,6 +158,45 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
     yield folder
   finally:
     subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+def test_stage_in_the_lower_layer_of_an_overlay_can_be_replaced_and_repaired(tmp_path, count):
+  """As in a container whose image holds a finished run: its folders cannot be renamed."""
+  identity, other = (artifacts.Identity('features', 1, {'seed': seed}, {}) for seed in (0, 1))
+
+  def make(workdir: Path, identity: artifacts.Identity) -> artifacts.Artifact:
+    out = artifacts.begin(workdir, identity)
+    for name in ('one', 'deep/two'):
+      storage.write_text(out / name, name)
+    return artifacts.commit(workdir, identity, {}, artifacts.Cost(out))
+
+  with mounted(tmp_path / 'disk', 'size=8m') as disk:  # an overlay cannot lie on an overlay
+    folders = [disk / name for name in ('lower', 'upper', 'work', 'run')]
+    for folder in folders:
+      folder.mkdir()
+    lower, upper, work, run = folders
+    make(lower, identity)
+    before = runs.fingerprint(lower)
+    options = f'lowerdir={lower},upperdir={upper},workdir={work}'
+    done = subprocess.run(
+      ['mount', '-t', 'overlay', '-o', options, 'overlay', str(run)], capture_output=True, check=False
+    )
+    if done.returncode:
+      pytest.skip('no overlay can be mounted here')
+    try:
+      made = artifacts.read(run, 'features')['features']
+      artifacts.publish(made)
+      (made.path / 'one').write_text('eno')
+      assert artifacts.reopen(made)
+      repaired = make(run, identity)
+      assert repaired.path == made.path and repaired.digest == made.digest
+      make(run, other).verify()
+      assert not made.path.exists()
+      assert {finding.kind for finding in artifacts.inspect(run)} <= {'whole', 'superfluous'}
+      assert runs.fingerprint(lower) == before
+    finally:
+      subprocess.run(['umount', '-l', str(run)], check=True)
+  count('faults injected')
 
 
 def test_read_only_disk(tmp_path, count):

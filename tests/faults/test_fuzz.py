@@ -28,7 +28,8 @@ from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool import readers, sources, vocabulary
 from dsdm_jax.data.targets import shapes, tasks
 from dsdm_jax.errors import UserError
-from tests.conftest import ROOT
+from tests.conftest import FAULTS, ROOT
+from tests.helpers import flips
 
 SECONDS = 20  # for one input; the slowest takes a tenth of a second
 BOUND = 1536 * 2**20  # bytes of memory for a bomb that unpacks to 2 GiB: the interpreter and its packages take 400 MiB
@@ -253,9 +254,16 @@ def test_manifest(data, tmp_path, tried, manifest):
   refused_by_name(folder, act)
 
 
-NOTE = (
-  b'{"stage": "pool", "format": 1, "settings": {}, "inputs": {}, "versions": {"jax": "0.1"}, "seconds": 1, "flop": 2}'
-)
+_NOTE = {
+  'stage': 'pool',
+  'format': 1,
+  'settings': {},
+  'inputs': {},
+  'versions': {'jax': '0.1'},
+  'seconds': 1,
+  'flop': 2,
+}
+NOTE = artifacts.seal(_NOTE)
 
 
 @fuzz
@@ -266,14 +274,29 @@ def test_notes_of_an_attempt(data, tmp_path, tried):
   part.mkdir(parents=True, exist_ok=True)
   for name in ('begun.json', 'cost.json'):
     (part / name).write_bytes(data)
-  assert '\n' not in str(artifacts.other_versions(part))
-  found = artifacts.begun(tmp_path, 'pool')
-  if found is not None:
-    artifacts.differences(found, {'format': 1, 'settings': {}, 'inputs': {}})
+
+  def act() -> None:
+    assert '\n' not in str(artifacts.other_versions(part))
+    found = artifacts.begun(tmp_path, 'pool')
+    if found is not None:
+      artifacts.differences(found, {'format': 1, 'settings': {}, 'inputs': {}})
+
+  refused_by_name(part / 'begun.json', act)
   assert isinstance(artifacts.Cost(part).seconds, float)
   (tmp_path / lock.LOCK).write_bytes(data)
   with pytest.raises(UserError, match='is no lock of dsdm_jax'):
     lock.hold(tmp_path).__enter__()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FAULTS, reason='launch/test.sh --faults runs it; tests/pipeline/test_api.py has the short one')
+def test_flipped_bits_before_every_reader(copied, tmp_path, count):
+  flips.prepare(copied)
+  for number, _ in enumerate(flips.flips(copied, tmp_path / 'scratch', 5_000, seed=1)):
+    signal.alarm(SECONDS)
+    assert number < 5_000
+  signal.alarm(0)
+  count('bits flipped before readers', 5_000)
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'int8'])

@@ -1,6 +1,8 @@
 """`dsdm_jax.load` on a real run: what it gives is what the stages' own readers give."""
 
+import argparse
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,10 +11,14 @@ import pytest
 
 import dsdm_jax
 from dsdm_jax.attribution.scores import Scores
+from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import open_stage
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
+from dsdm_jax.selection import distilled, export
+from dsdm_jax.study import arm_file
+from tests.helpers import flips
 from tests.helpers.workdirs import files_of
 
 pandas = pytest.importorskip('pandas', reason='pandas is not installed')
@@ -105,8 +111,6 @@ def test_plots(run, tmp_path):
 
 
 def test_unfinished_run(copied):
-  import shutil
-
   shutil.rmtree(copied / 'evaluation')
   run = dsdm_jax.load(copied)
   assert 'evaluation' not in run.stages
@@ -120,6 +124,54 @@ def test_damaged_file_is_named(copied):
   file.write_bytes(file.read_bytes()[:-1])
   with pytest.raises(UserError, match='scores.npz has .* bytes'):
     _ = dsdm_jax.load(copied).scores
+
+
+def test_a_flipped_bit_never_reaches_a_reader(copied, tmp_path, count):
+  """Load, export, report, tables, files of arms, scores, features, verify: an error line or the same result."""
+  flips.prepare(copied)
+  ends = list(flips.flips(copied, tmp_path / 'scratch', 3 * len(flips.READERS)))
+  assert {reader for reader, _ in ends} == {reader.__name__ for reader in flips.READERS}
+  assert sum(end == 'an error line' for _, end in ends) > len(ends) * 0.8, ends
+  count('bits flipped', len(ends))
+
+
+def test_readers_refuse_a_pool_that_scores_and_selections_are_not_of(copied, tmp_path):
+  """As after `--stage=pool --rerun`, or a rerun that was interrupted."""
+  other = artifacts.Identity('pool', 2, {'pool.length': 16}, {})
+  out = artifacts.begin(copied, other)
+  before = artifacts.open_stage(copied, 'pool')
+  shutil.copytree(before.path, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns('begun.json'))
+  artifacts.commit(copied, other, before.semantics, artifacts.Cost(out))
+  words = 'was computed from another pool than the one that is there now'
+  for act in (
+    lambda: dsdm_jax.load(copied).scores,
+    lambda: dsdm_jax.load(copied).selections,
+    lambda: dsdm_jax.load(copied).results,
+    lambda: export.write(copied, 'dsdm--mix', 'jsonl', tmp_path / 'out'),
+    lambda: distilled._run(argparse.Namespace(workdir=copied)),
+    lambda: arm_file.write(copied, 'a', {}, tmp_path / 'a.json'),
+  ):
+    with pytest.raises(UserError, match=words):
+      act()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['run']
+
+
+def test_readers_take_only_what_the_manifests_list(copied, tmp_path):
+  """A copy over an older copy leaves files that look newer; they change nothing, or are named."""
+  flips.prepare(copied)
+  wanted = {reader: reader(copied, tmp_path) for reader in (flips._load, flips._report, flips._pool)}
+  pool, evaluation = files_of(copied, 'pool'), files_of(copied, 'evaluation')
+  shutil.copy(next(pool.glob('documents/*.parquet')), pool / 'documents/999999.parquet')
+  storage.write_json(evaluation / 'multiplier.json', {'older': True})
+  proxies = artifacts.open_stage(copied, 'proxies')
+  step = proxies.last_step('proxy_0')
+  shutil.copytree(proxies.path / f'proxy_0/{step}', proxies.path / f'proxy_0/{step + 99}')
+  assert proxies.last_step('proxy_0') == step
+  for reader, read in wanted.items():
+    assert reader(copied, tmp_path) == read
+  (pool / 'tokenizer.json').write_text('{}')
+  with pytest.raises(UserError, match=r'tokenizer\.json is a vocabulary that the manifest of the pool does not list'):
+    _ = dsdm_jax.load(copied).pool
 
 
 def test_no_run(tmp_path):

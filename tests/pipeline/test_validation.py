@@ -46,6 +46,9 @@ def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path, capsys):
   part = unfinish(workdir, 'validation')
   for name in ('lds.md', 'lds.json', 'monotone.json', 'plain/0-0.npz', 'metasmooth/oracle-1.npy'):
     (part / name).unlink()
+  score = next(part.glob('plain/score-*.npy'))
+  score_bytes = score.read_bytes()
+  score.write_bytes(b'')  # torn
   kept = part / 'plain/0-8.npz'
   with np.load(kept) as arrays:
     assert arrays['output'].shape == (8, 12)
@@ -53,6 +56,7 @@ def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path, capsys):
   assert 'validation: resumed' in runs.succeed(runs.TINY, f'--workdir={workdir}', *SMALL)
   assert (files_of(workdir, 'validation') / 'lds.md').read_text() == whole
   assert (files_of(workdir, 'validation') / 'plain/0-8.npz').stat().st_mtime_ns == before
+  assert score.read_bytes() == score_bytes
 
 
 def test_bench_holds_the_derivative_to_finite_differences(finished, tmp_path, capsys):

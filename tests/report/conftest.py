@@ -139,7 +139,7 @@ def build(folder: Path) -> dict[str, Artifact]:
         'semantics': SCORES if stage == 'datamodel' else {},
         'identity': {'settings': flatten(base.get_config())},
         'versions': {'jax': '0.10.2'},
-        'files': {'one': {'bytes': 1_500}, 'two': {'bytes': 2_000_000}},
+        'files': {'documents/000000.parquet': {'bytes': 1_500}, 'two': {'bytes': 2_000_000}},
       },
     )
     for stage, s, f in zip(report_data.STAGES, spent, flop, strict=True)

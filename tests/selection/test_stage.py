@@ -280,16 +280,31 @@ def test_hugging_face_opens_the_folder(chosen, tmp_path):
 
 
 def test_export_refuses(chosen, tmp_path, capsys):
-  (tmp_path / 'there').mkdir()
+  kept = [tmp_path / name / 'mine' for name in ('there', 'new.part', '.old.export.dsdm')]
+  for file in kept:
+    file.parent.mkdir()
+    file.write_text('mine')
+  own = ('--workdir', str(chosen), '--arm', 'dsdm--docs', '--out')
+  before = sorted(chosen.rglob('*'))
   for flags, words in [
-    (('--workdir', str(chosen), '--arm', 'dsdm--docs', '--out', str(tmp_path / 'there')), 'exists; name a folder'),
+    ((*own, str(tmp_path / 'there')), 'exists and is not an empty folder'),
+    ((*own, str(kept[0])), 'exists and is not an empty folder'),
+    ((*own, str(tmp_path / 'old')), 'another export writes it, or was killed; then delete it'),
+    ((*own, str(chosen / 'ladder')), 'ladder, which belongs to a run'),  # a stage that has not begun
+    ((*own, str(chosen / 'selection/new')), 'selection, which belongs to a run'),
+    ((*own, str(files_of(chosen, 'pool') / 'deep/new')), 'pool, which belongs to a run'),
     (('--workdir', str(chosen), '--arm', 'dsdm--squad', '--out', str(tmp_path / 'new')), 'dsdm--docs--0'),
     (('--workdir', str(tmp_path), '--arm', 'dsdm--docs', '--out', str(tmp_path / 'new')), 'has no finished pool'),
   ]:
     assert export.main([*flags, '--format', 'jsonl']) == 2
     message = capsys.readouterr().err
     assert words in message and message.count('\n') == 1
-  assert not (tmp_path / 'new').exists() and not (tmp_path / 'new.part').exists()
+  assert not (tmp_path / 'new').exists() and sorted(chosen.rglob('*')) == before
+  (tmp_path / 'new').mkdir()
+  for out in (tmp_path / 'new', chosen / 'exports/a'):
+    assert export.main([*own, str(out), '--format', 'jsonl']) == 0
+    assert [path.name for path in out.iterdir()] == ['dsdm--docs--0.jsonl']
+  assert all(file.read_text() == 'mine' for file in kept)
 
 
 def test_a_distilled_scorer_scores_another_pool(chosen, tmp_path, capsys):

@@ -131,6 +131,19 @@ def test_finished_run_is_not_trained_again(trainer, uninterrupted):
   assert (uninterrupted / 'model.jsonl').stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize('damage', [b'', b'{"step": 1, "loss": 9.0}\n', None], ids=['emptied', 'changed', 'note lost'])
+def test_damaged_history_of_an_unfinished_stage_is_written_again(trainer, uninterrupted, tmp_path, damage):
+  shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+  if damage is None:
+    (tmp_path / 'model.jsonl.sha256').unlink()
+  else:
+    (tmp_path / 'model.jsonl').write_bytes(damage)
+  asked: list[int] = []
+  train(tmp_path, trainer, stream(asked))
+  assert asked == [], 'nothing is trained again'
+  assert_same(tmp_path, uninterrupted, trainer)
+
+
 def test_state_on_disk_is_the_last_one(trainer, uninterrupted):
   """The checkpoint is of the last step, not of the one before it, independent of save_every_steps."""
   state = loop.load_state(uninterrupted / 'model', trainer)

@@ -8,16 +8,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from dsdm_jax.core import artifacts, tensorflow_start
+from dsdm_jax.core import artifacts, storage, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import vocabulary as vocabulary_lib
+from dsdm_jax.errors import UserError
 
 if TYPE_CHECKING:
   import seqio
@@ -35,10 +36,12 @@ class Documents(Sequence[dict[str, Any]]):
   are read once; a lookup in a large one reads a group of a few thousand documents.
   """
 
-  def __init__(self, folder: Path):
+  def __init__(self, folder: Path, files: Iterable[str] | None = None):
     import pyarrow.parquet as pq
 
-    self._files = [pq.ParquetFile(path) for path in sorted((folder / 'documents').glob('*.parquet'))]
+    names = storage.files(folder) if files is None else files  # a folder may hold more than its manifest lists
+    tables = sorted(name for name in names if name.startswith('documents/') and name.endswith('.parquet'))
+    self._files = [pq.ParquetFile(folder / name) for name in tables]
     counts = [f.metadata.row_group(g).num_rows for f in self._files for g in range(f.metadata.num_row_groups)]
     self._groups = [(f, g) for f in self._files for g in range(f.metadata.num_row_groups)]
     self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -73,18 +76,27 @@ class Pool:
 
   Args:
     artifact: the artifact of the pool stage, its folder in the workdir, or a folder of the same files.
+
+  Raises:
+    UserError: the folder is a finished pool and one of its files is damaged; or it has a vocabulary that its manifest
+      does not list.
   """
 
   def __init__(self, artifact: Artifact | str | os.PathLike):
     if not isinstance(artifact, Artifact):
       folder = Path(artifact)
       artifact = artifacts.open_folder(folder) or Artifact(folder, {})
+      if artifact.manifest:
+        artifact.verify()
     self.path = artifact.path
     self.card: dict[str, Any] = json.loads((self.path / 'card.json').read_text())
     self.num_rows: int = self.card['rows']
     self.length: int = self.card['length']
     self.vocab_size: int = self.card['vocab_size']
     self._files = artifact.manifest.get('files')
+    for name in vocabulary_lib.FILES:
+      if self._files is not None and name not in self._files and (self.path / name).is_file():
+        raise UserError(f'{self.path / name} is a vocabulary that the manifest of the pool does not list; delete it')
 
   @functools.cached_property
   def _reader(self) -> Any:
@@ -141,7 +153,7 @@ class Pool:
   @functools.cached_property
   def documents(self) -> Documents:
     """{"id", "source", "bytes", "tokens"} of every document, in the order in which documents were joined."""
-    return Documents(self.path)
+    return Documents(self.path, self._files)
 
   @functools.cached_property
   def digest(self) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
   import seqio
 
 MODEL, TOKENIZER, BYTES = 'vocabulary.model', 'tokenizer.json', 'bytes.json'
+FILES = (MODEL, TOKENIZER, 'end_piece.json', BYTES)  # of all kinds of vocabularies
 PAD = 0
 EOS = 1
 UNK = 2

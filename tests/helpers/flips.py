@@ -1,0 +1,166 @@
+"""One flipped bit in a finished run, before every reader: an error line, or what was read before."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dsdm_jax
+from dsdm_jax import cli
+from dsdm_jax.attribution import score_files
+from dsdm_jax.attribution.store import Features
+from dsdm_jax.core import artifacts, storage
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
+from dsdm_jax.report import report_data
+from dsdm_jax.selection import export
+from dsdm_jax.study import arm_file
+from dsdm_jax.validation import table
+
+MOST_CHARACTERS = 2_000
+
+
+def add_validation(workdir: Path) -> None:
+  """A made-up finished validation."""
+  inputs = {name: artifact.digest for name, artifact in artifacts.read(workdir, 'pool', 'targets').items()}
+  identity = artifacts.Identity('validation', 1, {}, inputs)
+  out = artifacts.begin(workdir, identity)
+  record = {
+    'setting': 'plain', 'predictor': 'reference', 'family': 'halves', 'subsets': 9, 'lds': 0.33, 'low': 0.1,
+    'high': 0.5, 'ceiling': None,
+  }  # fmt: skip
+  storage.write_json(out / 'lds.json', {'by_example': [record], 'by_task': [record]})
+  storage.write_json(out / 'monotone.json', {'docs': [{'loss': [1.0, 2.0, 3.5], 'ordered': True}]})
+  artifacts.commit(workdir, identity, {}, artifacts.Cost(out))
+
+
+def _load(workdir: Path, scratch: Path) -> Any:
+  run = dsdm_jax.load(workdir)
+  rows = [0, run.pool.num_rows - 1]
+  return (
+    run.pool.show(rows).to_csv(), {target: run.scores[target].tobytes() for target in run.scores},
+    run.scores.interval('docs').to_csv(), run.selections.table.to_csv(),
+    {name: run.selections[name].rows.tobytes() for name in run.selections}, run.results.raw,
+    run.results.losses.to_csv(), run.config, run.cost.to_csv(),
+  )  # fmt: skip
+
+
+def _export(workdir: Path, scratch: Path) -> Any:
+  export.write(workdir, 'dsdm--mix', 'jsonl', scratch / 'export')
+  return (scratch / 'export/dsdm--mix--0.jsonl').read_bytes()
+
+
+def _report(workdir: Path, scratch: Path) -> Any:
+  inputs = artifacts.read(workdir, *report_data.STAGES, 'validation')
+  shown = dict(vars(report_data.load(inputs, {}, Pool(inputs['pool']).text)))
+  del shown['text'], shown['environment']
+  shown['documents'] = list(shown['documents'])
+  return json.dumps(shown, default=lambda x: vars(x) if dataclasses.is_dataclass(x) else x.tolist())
+
+
+def _scores(workdir: Path, scratch: Path) -> Any:
+  return {name: score_N.tobytes() for name, score_N in score_files.load(workdir, 'mix').items()}
+
+
+def _arm(workdir: Path, scratch: Path) -> Any:
+  arm_file.write(workdir, 'a', {}, scratch / 'a.json')
+  return (scratch / 'a.json').read_bytes()
+
+
+def _arm_file(workdir: Path, scratch: Path) -> Any:
+  return repr(arm_file.read(workdir / 'arm.json'))
+
+
+def _pool(workdir: Path, scratch: Path) -> Any:
+  pool = Pool(workdir / 'pool')
+  return pool.tokens(range(pool.num_rows)).tobytes(), list(pool.documents), pool.sources, pool.planted
+
+
+def _features(workdir: Path, scratch: Path) -> Any:
+  features = Features(artifacts.read(workdir, 'features')['features'])
+  return [(first, phi_BJ.tobytes()) for c in range(features.checkpoints) for first, _, phi_BJ in features.pool(c)]
+
+
+def _printed(act: Callable[[list[str]], int], arguments: list[str]) -> str:
+  out, error = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+    code = act(arguments)
+  if code:
+    raise UserError((error.getvalue() or out.getvalue().splitlines()[-1]).strip())
+  return out.getvalue()
+
+
+def _table(workdir: Path, scratch: Path) -> Any:
+  return _printed(table.main, [str(workdir / 'validation')])
+
+
+def _verify(workdir: Path, scratch: Path) -> Any:
+  return _printed(cli.main, ['verify', str(workdir)])
+
+
+# Reader → the stages that it reads; '' for the file of an arm.
+READERS: dict[Callable[[Path, Path], Any], tuple[str, ...]] = {
+  _load: report_data.STAGES,
+  _export: ('pool', 'datamodel', 'selection'),
+  _report: (*report_data.STAGES, 'validation'),
+  _scores: ('datamodel',),
+  _arm: ('pool', 'targets', 'selection', 'pretraining', 'ladder', 'evaluation'),
+  _arm_file: ('',),
+  _pool: ('pool',),
+  _features: ('features',),
+  _table: ('validation',),
+  _verify: (*report_data.STAGES, 'validation'),
+}
+
+
+def prepare(workdir: Path) -> None:
+  add_validation(workdir)
+  _arm(workdir, workdir)
+  (workdir / 'a.json').rename(workdir / 'arm.json')
+
+
+def _files(workdir: Path) -> dict[str, list[Path]]:
+  """Stage → its manifest and the files that this lists."""
+  files = {'': [workdir / 'arm.json']}
+  for stage in (*report_data.STAGES, 'validation'):
+    artifact = artifacts.read(workdir, stage)[stage]
+    files[stage] = [artifact.path.parent / artifacts.MANIFEST, *(artifact.path / n for n in artifact.manifest['files'])]
+  return files
+
+
+def flips(workdir: Path, scratch: Path, number: int, seed: int = 0) -> Iterator[tuple[str, str]]:
+  """Flips bits one after the other; yields each (reader, how it ended) after checking it. Each reader comes in turn."""
+  rng, files, before = random.Random(seed), _files(workdir), {}
+  for index in range(number):
+    reader, stages = list(READERS.items())[index % len(READERS)]
+
+    def read(reader: Callable[[Path, Path], Any] = reader) -> Any:
+      shutil.rmtree(scratch, ignore_errors=True)
+      scratch.mkdir()
+      return reader(workdir, scratch)
+
+    if reader not in before:
+      before[reader] = read()
+    file = rng.choice([file for file in files[rng.choice(stages)] if file.stat().st_size])
+    whole = file.read_bytes()
+    data = bytearray(whole)
+    at = rng.randrange(len(data))
+    data[at] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+    where = f'{reader.__name__} after a flip in byte {at} of {file}'
+    assert not storage.marked(file) or not storage.is_marked(file), where
+    try:
+      found = read()
+    except UserError as error:
+      ended, message = 'an error line', str(error)
+      assert '\n' not in message and len(message) <= MOST_CHARACTERS, f'{where}: {message[:300]}'
+    else:
+      ended = 'the same result'
+      assert found == before[reader], where
+    file.write_bytes(whole)
+    yield reader.__name__, ended
