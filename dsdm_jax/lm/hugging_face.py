@@ -23,6 +23,7 @@ _DTYPES = ('F32', 'F16', 'BF16')
 _GELUS = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_exact'}
 _EPSILON = 1e-5  # of the decoder's layer norms
 _PADDING = 10  # an embedding table may have one row of padding for every so many tokens of the vocabulary
+_INDEX = 'model.safetensors.index.json'
 _OUTER = 65_536  # bytes that are hashed at each end of a file
 
 
@@ -185,18 +186,50 @@ def _linear(
   return {f'{ours}/kernel': kernel.T if transposed else kernel, f'{ours}/bias': bias}
 
 
+def tensor_files(folder: Path) -> list[Path]:
+  """The tensor files of a model: those that its index lists, or all `*.safetensors` of a folder without one.
+
+  Raises:
+    UserError: the index cannot be read, or a file that it lists is missing.
+  """
+  place = _index(folder)
+  if place is None:
+    return sorted(folder.glob('*.safetensors'))
+  files = [folder / name for name in sorted(set(place.values()))]
+  if missing := [file.name for file in files if not file.is_file()]:
+    listed = f'{missing[0]}, which is missing ({len(missing)} of {len(files)} files)'
+    raise UserError(f'{folder / _INDEX} lists {listed}; copy the folder again')
+  return files
+
+
+def _index(folder: Path) -> dict[str, str] | None:
+  """Name of each tensor → name of its file, or None if the folder has no index."""
+  file = folder / _INDEX
+  try:
+    place = json.loads(file.read_bytes())['weight_map']
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    place = None
+  if not isinstance(place, dict) or not all(isinstance(x, str) and Path(x).name == x for x in place.values()):
+    raise UserError(f"{file} has no 'weight_map' from tensors to names of files in its folder; copy the file again")
+  return place
+
+
 class _Tensors:
   """All tensors of a folder by name; files may omit the leading `transformer.` or `gpt_neox.` of a name."""
 
   def __init__(self, folder: Path):
     self._folder = folder
     self._files: dict[str, Any] = {}
-    for file in sorted(folder.glob('*.safetensors')):
+    place = _index(folder)
+    for file in tensor_files(folder):
       try:
         opened = safetensors.safe_open(file, framework='numpy')
       except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f'{file} is not a complete safetensors file ({error}); copy it again') from error
-      self._files |= dict.fromkeys(opened.keys(), opened)
+      names = opened.keys()
+      self._files |= {name: opened for name in names if place is None or place.get(name) == file.name}
     if not self._files:
       raise UserError(f'{folder} contains no *.safetensors file; save the model there with safe_serialization')
 
@@ -244,7 +277,7 @@ def fingerprint(
 
 def digest(folder: str) -> str:
   """Hash of the folder: its config, and the size, the head (with all shapes) and the tail of each tensor file."""
-  files = sorted([*Path(folder).glob('*.safetensors'), Path(folder) / 'config.json'])
+  files = sorted([*tensor_files(Path(folder)), Path(folder) / 'config.json', Path(folder) / _INDEX])
   return _digest(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()))
 
 

@@ -255,3 +255,32 @@ def test_parallel_residual_reads_the_same_input_twice():
   x_BLD = jax.random.normal(jax.random.key(1), (2, 6, 16))
   wanted = x_BLD + block.attention(block.attention_norm(x_BLD)) + block.mlp(block.mlp_norm(x_BLD))
   np.testing.assert_allclose(block(x_BLD), wanted, atol=1e-6)
+
+
+def test_the_index_decides_which_files_are_read(tmp_path):
+  folder = tmp_path / 'sharded'
+  tensors = write_gpt2(folder, VOCAB, 8, 16, LENGTH)
+  trainer = trainer_of(folder)
+  wanted = flat(trainer.init(jax.random.key(0)).params)
+  half = len(tensors) // 2
+  names = {name: f'model-{1 + (i >= half)}.safetensors' for i, name in enumerate(tensors)}
+  for file in set(names.values()):
+    safetensors.numpy.save_file({n: tensors[n] for n in tensors if names[n] == file}, folder / file)
+  (folder / hugging_face._INDEX).write_text(json.dumps({'weight_map': names}))
+  # Left over from another save: other values, and a tensor that the index places elsewhere.
+  safetensors.numpy.save_file({name: 0 * value for name, value in tensors.items()}, folder / 'model.safetensors')
+  stray = {n: tensors[n] for n in tensors if names[n] == 'model-2.safetensors'} | {
+    'wte.weight': 0 * tensors['wte.weight']
+  }
+  safetensors.numpy.save_file(stray, folder / 'model-2.safetensors')
+  found = flat(trainer_of(folder).init(jax.random.key(0)).params)
+  assert found.keys() == wanted.keys()
+  for path, value in wanted.items():
+    np.testing.assert_array_equal(found[path], value)
+  (folder / 'model-2.safetensors').unlink()
+  with pytest.raises(UserError, match=r'index\.json lists model-2\.safetensors, which is missing \(1 of 2 files\)'):
+    hugging_face.digest(str(folder))
+  for damaged in ('[]', '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": 1}}', '{', '[' * 9_999):
+    (folder / hugging_face._INDEX).write_text(damaged)
+    with pytest.raises(UserError, match="has no 'weight_map'"):
+      hugging_face.tensor_files(folder)

@@ -140,12 +140,12 @@ def decide(
     problems += notes['problems']
     with np.load(job.file('scan', 'npz')) as arrays:
       bytes_M, leak_M = arrays['bytes_M'], arrays['leak_M']
-    mine = slice(first, first + len(bytes_M))
-    _add(lost['duplicates'], bytes_M[again_M[mine]])
+    of_unit = slice(first, first + len(bytes_M))
+    _add(lost['duplicates'], bytes_M[again_M[of_unit]])
     if drop_leaks:
-      _add(lost['leaks'], bytes_M[keep_M[mine] & leak_M])
-      keep_M[mine] &= ~leak_M
-    supply[owner[id(job.unit.entry)]] += int(bytes_M[keep_M[mine]].sum())
+      _add(lost['leaks'], bytes_M[keep_M[of_unit] & leak_M])
+      keep_M[of_unit] &= ~leak_M
+    supply[owner[id(job.unit.entry)]] += int(bytes_M[keep_M[of_unit]].sum())
   before_M = keep_M.copy()
   allowed = shares(entries, supply, budget)
   _cap(entries, jobs, begin, keep_M, supply, allowed, seed)

@@ -188,8 +188,8 @@ def units(entry: Entry) -> list[Unit]:
     splits = tfds_builder(entry.target).info.splits
     if entry.split not in splits:
       raise no_split(entry, splits)
-    rows, labels = splits[entry.split].num_examples, (entry.split,)
-    return [Unit(entry, (), i, min(i + _TFDS_ROWS, rows), labels) for i in range(0, rows, _TFDS_ROWS)]
+    rows = splits[entry.split].num_examples
+    return [Unit(entry, (), i, min(i + _TFDS_ROWS, rows), (entry.split,)) for i in range(0, rows, _TFDS_ROWS)]
   paths = _files(entry)
   labels = tuple(files.below(path, entry.target) for path in paths)
   step = _TEXT_FILES if entry.kind == 'text' else 1
