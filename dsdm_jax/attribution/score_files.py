@@ -95,6 +95,8 @@ def _read_pt(path: Path) -> np.ndarray:
       raise UserError(f'{path} holds {len(storages)} tensors; save a single vector')
     if members['data.pkl'].file_size > _LARGEST_PICKLE:
       raise UserError(f'{path} holds more than a vector; save a single vector')
+    if 'byteorder' in members and members['byteorder'].file_size > _LARGEST_PICKLE:
+      raise UserError(f'{path} holds more than a vector; save a single vector')
     if 'byteorder' in members and archive.read(members['byteorder']) != b'little':
       raise UserError(f'{path} is not little-endian; save it on a little-endian machine')
     dtype, length = _dtype_and_length(archive.read(members['data.pkl']), path)
