@@ -175,6 +175,24 @@ def test_parquet(data, tmp_path, tried):
   read_pool(path, 'parquet')
 
 
+def arrow() -> bytes:
+  file = io.BytesIO()
+  text = pa.array(['one two', None, 'three', 'one two'])
+  table = pa.table({'text': text, 'id': [1, 2, 3, 4], 'source': text.dictionary_encode()})
+  with pa.ipc.new_stream(file, table.schema) as stream:
+    stream.write_table(table)
+  return file.getvalue()
+
+
+@fuzz
+@given(data=anything(arrow()))
+def test_arrow(data, tmp_path, tried):
+  tried()
+  path = tmp_path / 'mine.arrow'
+  path.write_bytes(data)
+  read_pool(path, 'hf')
+
+
 BOMB = """
 import itertools, resource, sys
 from pathlib import Path
@@ -199,21 +217,22 @@ print(used('VmHWM') - before)
 def repeated(kind: str, path: Path) -> None:
   """1e5 rows of one text of 4 MiB, which a dictionary holds once: 400 GB if they are written out."""
   text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(100_000, np.int32)), pa.array(['ab ' * (2**22 // 3)]))
-  table = pa.table({'text': text})
+  table = pa.table({'text': pa.array(['a' * 2**29]) if kind == 'packed' else text})
   if kind == 'parquet':
     pq.write_table(table, path, compression='zstd')
     return
+  options = pa.ipc.IpcWriteOptions(compression='zstd' if kind == 'packed' else None)
   path.mkdir()
   (path / 'state.json').write_text('{"_data_files": [{"filename": "a.arrow"}]}')
-  with pa.OSFile(str(path / 'a.arrow'), 'wb') as file, pa.ipc.new_stream(file, table.schema) as stream:
+  with pa.OSFile(str(path / 'a.arrow'), 'wb') as file, pa.ipc.new_stream(file, table.schema, options=options) as stream:
     stream.write_table(table)
 
 
 def swollen(path: Path) -> None:
   """Half a GiB or more in a few MB."""
   block, name = b'a' * 2**26, path.name
-  if name.startswith('dictionary'):
-    repeated(path.suffix[1:], path)
+  if name.startswith('dictionary') or name == 'packed.hf':
+    repeated('packed' if name == 'packed.hf' else path.suffix[1:], path)
   elif name == 'one_value.parquet':
     pq.write_table(pa.table({'text': pa.array(['a' * 2**29])}), path, compression='zstd', use_dictionary=False)
   elif name == 'values.jsonl.gz':  # 2e7 lists in a line of 60 MB
@@ -227,7 +246,7 @@ def swollen(path: Path) -> None:
 @pytest.mark.parametrize(
   'name',
   ['mine.jsonl.gz', 'mine.jsonl.xz', 'mine.txt.bz2', 'mine.txt.zst', 'dictionary.parquet', 'one_value.parquet',
-   'dictionary.hf', 'values.jsonl.gz'],
+   'dictionary.hf', 'packed.hf', 'values.jsonl.gz'],
 )  # fmt: skip
 def test_memory_has_a_bound(name, tmp_path, tried):
   path = tmp_path / name

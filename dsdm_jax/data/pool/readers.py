@@ -4,8 +4,9 @@ Lines end at newline characters only: text with Unicode line separators stays in
 """
 
 import dataclasses
+import struct
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -60,7 +61,9 @@ def read_with_places(unit: Unit, max_bytes: int = 0) -> Iterator[tuple[str, Docu
 
 def _checked(where: str, document: Document, max_bytes: int) -> Document | Problem:
   """The document, cut to `max_bytes` and without a byte order mark, or what is wrong with it."""
-  text = document.text.removeprefix(_MARK)
+  text = document.text
+  if text.startswith(_MARK):
+    text = text.removeprefix(_MARK)
   try:
     data = text.encode()
   except UnicodeEncodeError as error:
@@ -81,15 +84,17 @@ def _checked(where: str, document: Document, max_bytes: int) -> Document | Probl
     return Problem(where, what, size)
   if not text.strip():
     return Problem(where, 'a document without text', size)
-  return Document(document.id, document.source, text, size - len(data))
+  lost = size - len(data)
+  same = lost == document.lost and text is document.text
+  return document if same else Document(document.id, document.source, text, lost)
 
 
 def _value(record: Mapping[str, Any], name: str) -> Any:
   """The value of the field `name`, None if there is none; 'meta.id' is also the field 'id' of the record 'meta'."""
   if name in record:
     return record[name]
-  for at, sign in enumerate(name):
-    inside = record.get(name[:at]) if sign == '.' else None
+  for at in (at for at, sign in enumerate(name) if sign == '.') if '.' in name else ():
+    inside = record.get(name[:at])
     if isinstance(inside, Mapping) and (value := _value(inside, name[at + 1 :])) is not None:
       return value
   return None
@@ -103,7 +108,9 @@ def _name_in(record: Mapping[str, Any], option: str, named: str | None) -> str |
   """
   field = option if named is None else named
   value = _value(record, field) if field else None
-  if isinstance(value, (Mapping, list, tuple, np.ndarray)):
+  if value and isinstance(value, str):
+    return value
+  if value is not None and isinstance(value, (Mapping, list, tuple, np.ndarray)):
     kind = type(value).__name__
     raise ValueError(f'field {field!r} is {kind}, not text or a number; name another with | {option}=FIELD')
   text = '' if value is None else value.decode() if isinstance(value, bytes) else str(value)
@@ -257,13 +264,19 @@ def _arrow(unit: Unit) -> Records:
   row = 0
   try:
     with files.open_bytes(path) as file:
+      if _has_packed_buffers(file):
+        yield Problem(path, 'its buffers are compressed, so that their size is unknown; write it with save_to_disk')
+        return
+      file.seek(0)
       with pa.ipc.open_stream(file) as stream:
         columns = _columns(unit.entry, stream.schema)
         if isinstance(columns, str):
           yield Problem(path, columns)
           return
         for batch in stream:
-          for record in _rows(batch.select(list(dict.fromkeys(columns.values())))):
+          used = batch.select(list(dict.fromkeys(columns.values())))
+          used.validate(full=True)  # Arrow trusts the offsets in a file
+          for record in _rows(used):
             row += 1
             yield _from_fields(unit.entry, record, f'{path}, row {row}', f'{label}:{row}')
       file.seek(-len(_END_OF_STREAM), 2)
@@ -276,6 +289,42 @@ def _arrow(unit: Unit) -> Records:
     yield Problem(path, 'the file is empty')
 
 
+def _has_packed_buffers(file: BinaryIO) -> bool:
+  """Whether a message of an Arrow stream has compressed buffers, which Arrow would unpack whole, whatever their size.
+
+  Reads the FlatBuffers table before each message; of a stream that is damaged, only as far as it can be read.
+  """
+
+  def number(kind: str, at: int) -> int:
+    return struct.unpack_from(f'<{kind}', table, at)[0]
+
+  def field(of: int, index: int) -> int:
+    """Place of a field of the table at `of`; 0 if it is not there."""
+    fields = of - number('i', of)
+    at = 4 + 2 * index
+    offset = number('H', fields + at) if at < number('H', fields) else 0
+    return of + offset if offset else 0
+
+  while len(head := file.read(8)) == 8:
+    marker, size = struct.unpack('<ii', head)
+    if marker != -1 or size <= 0:
+      return False
+    table = file.read(min(size, _PIECE))
+    try:
+      message = number('I', 0)
+      kind, header, length = (field(message, index) for index in (1, 2, 3))
+      batch = header + number('I', header)
+      if (kind := number('B', kind) if kind else 0) == _DICTIONARY:
+        batch = (inner := field(batch, 1)) + number('I', inner)
+      if kind in (_DICTIONARY, _RECORDS) and field(batch, 3):
+        return True
+      file.seek(max(0, size - len(table)) + (number('q', length) if length else 0), 1)
+    except (struct.error, OSError, ValueError):
+      return False
+  return False
+
+
+_DICTIONARY, _RECORDS = 2, 3  # kinds of messages
 _END_OF_STREAM = b'\xff\xff\xff\xff\0\0\0\0'
 
 

@@ -584,6 +584,26 @@ def test_the_index_of_a_folder_decides_what_is_read(tmp_path: Path):
     documents(f'hf:{folder} | split=dev')
 
 
+def test_compressed_arrow_is_refused(tmp_path: Path):
+  """Arrow would unpack its buffers whole. Dictionaries come in messages of their own."""
+  folder = tmp_path / 'saved'
+  write_hf(folder, lines(RECORDS[:3]))
+  [file] = folder.glob('*.arrow')
+  texts_ = pa.array([r['text'] * 9 for r in RECORDS])
+  for column in (texts_, texts_.dictionary_encode()):
+    for compression in (None, 'zstd', 'lz4'):
+      table = pa.table({'text': column, 'n': range(len(column))})
+      options = pa.ipc.IpcWriteOptions(compression=compression)
+      with pa.OSFile(str(file), 'wb') as f, pa.ipc.new_stream(f, table.schema, options=options) as stream:
+        stream.write_table(table.slice(0, 9))
+        stream.write_table(table.slice(9))
+      found = documents(f'hf:{folder}')
+      if compression:
+        assert 'its buffers are compressed' in str(found[0]) and len(found) == 1
+      else:
+        assert [d.text for d in found] == texts_.to_pylist()
+
+
 def test_row_numbers_of_tfrecord_files(tmp_path: Path):
   """TFDS takes records from 16 files in turn by default; `dataset_info.json` decides which files there are."""
   import seqio
