@@ -13,7 +13,7 @@ from dsdm_jax.configs import base
 
 def get_config():
   config = base.get_config()
-  config.pool.max_bytes = config.pool.max_document_bytes = 0  # all of the pool
+  config.pool.max_bytes = 0  # all of the pool
   config.pool.length = 1_024
   config.pool.vocab_size = 50_304
   config.model.size = '1.3B'

@@ -17,6 +17,7 @@ from dsdm_jax.configs import base
 def get_config():
   config = base.get_config()
   config.pool.max_bytes = 1_000_000
+  config.pool.max_document_bytes = 8_192
   config.targets.max_examples = 128
   config.model.positions = 'rope'
   config.model.init_std = 0.1

@@ -70,6 +70,7 @@ def get_config(arm='base'):
   config = base.get_config()
   config.pool.sources = ('jsonl:data/pool/*.jsonl.gz',)
   config.pool.max_bytes = 9_000_000
+  config.pool.max_document_bytes = 8_192
   config.pool.vocab_size = 2_048
   config.targets.tasks = ('lambada', 'squad_xquad', 'jeopardy', 'bigbench_cs_algorithms')
   config.targets.folder = 'data/benchmarks'

@@ -18,6 +18,7 @@ from dsdm_jax.configs import base
 def get_config():
   config = base.get_config()
   config.pool.max_bytes = 500_000
+  config.pool.max_document_bytes = 8_192
   config.pool.length = 64
   config.pool.vocab_size = 512
   config.targets.max_examples = 64

@@ -101,7 +101,9 @@ class Pool(Section):
     must(lambda x: 0 < len(x) == len(set(x)), 'must name at least one, each once'),
   ] = key(v.KINDS, 'Kinds of file that installed_packages reads.')
   max_bytes: Bytes = key(1_100_000, 'UTF-8 text in the pool, divided over the sources by weight; 0 takes all.')
-  max_document_bytes: Bytes = key(8_192, 'Longer documents are cut here, in UTF-8; 0 cuts none.')
+  max_document_bytes: Annotated[Bytes, Le(16 * 2**20)] = key(
+    0, 'Longer documents are cut here, in UTF-8 and at the end of a character; 0 cuts none.'
+  )
   on_error: Literal['fail', 'skip'] = key('fail', 'Bad input stops the run, or is skipped, counted and listed.')
   drop_duplicates: bool = key(True, 'Keep only the first of documents with identical bytes.')
   length: Annotated[Tokens, Ge(8)] = key(128, 'L, the tokens of one row.')

@@ -401,19 +401,25 @@ class BadLineError(ValueError):
   """Why a line holds no JSON object, in a few words."""
 
 
-def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-  """(number from 1, line) for every line; lines longer than `LONGEST_LINE` are cut one byte after it.
+def sized_lines(file: BinaryIO) -> Iterator[tuple[int, bytes, int]]:
+  """(number from 1, line, its bytes) for every line; lines longer than `LONGEST_LINE` are cut one byte after it.
 
   A byte order mark is removed at the beginning of any line, since files may have been concatenated.
   """
   number = 0
   while line := file.readline(LONGEST_LINE + 1):
     number += 1
-    whole = line
+    whole, size = line.removeprefix(BOM), len(line)
     # A compressed file of a few MB may hold one line of many GB.
     while len(line) > LONGEST_LINE and not line.endswith(b'\n'):
       line = file.readline(LONGEST_LINE + 1)
-    yield number, whole.removeprefix(BOM)
+      size += len(line)
+    yield number, whole, size
+
+
+def lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+  """`sized_lines` without the sizes."""
+  return ((number, line) for number, line, _ in sized_lines(file))
 
 
 def parse_line(line: bytes) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from dsdm_jax.errors import UserError
 
 PLANTED = 'planted'  # source of planted target examples
 _SAMPLED_UNITS = 64  # a vocabulary is trained on text of at most so many units
+_SAMPLED_SHARE = 32  # a document gives at most 1/32 of that text
 _FEW_BYTES = 4_000_000  # reading less text is faster than starting processes
 
 
@@ -57,7 +58,13 @@ def run(context: Context) -> dict[str, Any]:
   except UserError:
     shutil.rmtree(work, ignore_errors=True)  # other settings or files are needed, which cannot reuse this
     raise
-  plan, planted, rows_S = builder.rows(jobs, selected, encoder, tokens)
+  selected.lost['bad_input']['documents'] += len(missing)
+  read = {
+    'documents': sum(s.documents + s.problems for s in scanned) + len(missing),
+    'bytes': sum(s.bytes for s in scanned),
+  }
+  check_sum(read, selected)
+  plan, planted, rows_S, unfilled = builder.rows(jobs, selected, encoder, tokens)
   names = [*selected.names, PLANTED] if planted else selected.names
   extra = [
     {
@@ -91,9 +98,9 @@ def run(context: Context) -> dict[str, Any]:
     'dropped_by_task': dict(collections.Counter(leak['task'] for leak in dropped)),
     'leaks_kept': len(leaking),
     'boilerplate_runs': boilerplate_runs,
-    'exact_duplicates': selected.duplicates,
-    'above_caps': selected.over_cap,
-    'skipped': selected.problem_count + len(missing),
+    'read': read,
+    'lost': selected.lost,
+    'unfilled_row': unfilled,
     'special_ids': {'pad': encoder.pad, 'eos': encoder.eos},
   }
   card['bytes_per_token'] = round(card['bytes'] / card['tokens'], 4)
@@ -107,6 +114,18 @@ def run(context: Context) -> dict[str, Any]:
     'special_ids': card['special_ids'],
     'row_order': 'an id is the row of the dataset; documents in a seeded order are joined, cut, and the rows shuffled',
   }
+
+
+def check_sum(read: dict[str, int], selected: Selected) -> None:
+  """Checks that all text that was read is in the pool or counted as lost.
+
+  Raises:
+    RuntimeError: it is not, which is a bug.
+  """
+  for unit, remain in (('documents', selected.count), ('bytes', selected.bytes)):
+    lost = {name: of[unit] for name, of in selected.lost.items() if (unit, name) != ('documents', 'cut')}
+    if read[unit] != remain + sum(lost.values()):
+      raise RuntimeError(f'the pool read {read[unit]} {unit}, but {remain} remain and {lost} are counted as lost')
 
 
 def _per_source(
@@ -165,14 +184,17 @@ class Builder:
         self.bytes = Path(path).stat().st_size if len(entries) == 1 else 0
         units.append(Unit(entry, (path,)))
         continue
-      units += (of_entry := sources.units(entry))
+      of_entry = sources.units(entry)
+      absent = [path for unit in of_entry for path in sources.missing_files(unit)]
+      missing += [Problem(path, f'is missing, though the index of {entry.target} lists it') for path in absent]
       if not of_entry:
         missing.append(Problem(entry.target, 'matches no file'))
-        if self.pool_config.on_error != 'skip':
-          raise passes.fail(missing[-1])
+      if missing and self.pool_config.on_error != 'skip':
+        raise passes.fail(missing[0])
+      units += [unit for unit in of_entry if not set(absent) & {*unit.paths}]
     if not units:
       raise UserError('the pool is empty: no pattern of pool.sources matches a file; correct the patterns')
-    return entries, units, missing
+    return entries, sources.distinct(units), missing
 
   def _until_problem(self, records: readers.Records) -> Iterator[readers.Record | Problem]:
     """Raises at the first problem if problems are errors: reading the rest may take long."""
@@ -220,6 +242,15 @@ class Builder:
         f'{sum(s.documents for s in scanned)} documents and the leakage guard dropped '
         f'{len(selected.leaks) if c.drop_leaks else 0}; choose other kinds or raise pool.max_bytes'
       )
+    if same := layout.repeated_id(jobs, selected.keep_M):
+      owner = [int(np.searchsorted([job.end for job in jobs], number, side='right')) for number in same]
+      found = [passes.place((jobs[i], number - jobs[i].begin)) for i, number in zip(owner, same, strict=True)]
+      (where, id), (again, other) = found
+      if id == other:
+        raise UserError(
+          f'{where} and {again} have the same id {id!r}, and ids must be unique in the pool; name another field with '
+          '| id=FIELD, or end the source with | id= to number documents by file and line'
+        )
     np.save(self.work / 'keep.npy', selected.keep_M)
     self.bytes = selected.bytes
     return [dataclasses.replace(job, first=selected.first[i]) for i, job in enumerate(jobs)], selected
@@ -245,18 +276,20 @@ class Builder:
       documents = layout.document_order(selected.count, seed)
       order_K = vocabulary.sample_order(selected.count, seed)
       order_K = documents.at(order_K) if documents.stored else order_K
+    wanted_bytes = vocabulary.sample_bytes(self.pool_config.vocab_size)
+    most = wanted_bytes // _SAMPLED_SHARE
     size_K = np.zeros(selected.count, np.int64)
     for i in chosen:
       with np.load(jobs[i].file('scan', 'npz')) as arrays:
         mine = selected.keep_M[jobs[i].begin : jobs[i].end]
-        size_K[selected.first[i] : selected.first[i + 1]] = arrays['bytes_M'][mine]
-    enough = int(np.searchsorted(np.cumsum(size_K[order_K]), vocabulary.sample_bytes(self.pool_config.vocab_size))) + 1
+        size_K[selected.first[i] : selected.first[i + 1]] = np.minimum(arrays['bytes_M'][mine], most)
+    enough = int(np.searchsorted(np.cumsum(size_K[order_K]), wanted_bytes)) + 1
     order_K = order_K[:enough]
     unit_K = np.searchsorted(selected.first, order_K, side='right') - 1
-    wanted = [(jobs[i], np.sort(order_K[unit_K == i]) - selected.first[i]) for i in np.unique(unit_K)]
+    wanted = [(jobs[i], np.sort(order_K[unit_K == i]) - selected.first[i], most) for i in np.unique(unit_K)]
     text_of = {
       number + job.first: text
-      for (job, numbers), texts in zip(wanted, self.execute(passes.texts, wanted, 'sample', 'B', None), strict=True)
+      for (job, numbers, _), texts in zip(wanted, self.execute(passes.texts, wanted, 'sample', 'B', None), strict=True)
       for number, text in zip(numbers.tolist(), texts, strict=True)
     }
     return [text_of[number] for number in order_K.tolist()]
@@ -271,11 +304,17 @@ class Builder:
 
   def rows(
     self, jobs: list[Job], selected: Selected, encoder: vocabulary.Encoder, tokens: int
-  ) -> tuple[Plan, list[dict], np.ndarray]:
-    """Cuts and writes the rows; returns their plan, the planted examples, and the number of rows of each source."""
+  ) -> tuple[Plan, list[dict], np.ndarray, int]:
+    """Cuts and writes the rows.
+
+    Returns:
+      Their plan, the planted examples, the number of rows of each source, and the tokens after the last full row.
+    """
     c, seed = self.pool_config, self.config.seed
     order = layout.join(jobs, selected.count, seed, self.work)
     total = int(order.begin[-1])
+    if total != tokens + selected.count:
+      raise RuntimeError(f'{selected.count} documents of {tokens} tokens and their end marks became {total} tokens')
     if total < c.length:
       raise UserError(
         f'the pool is empty: its {tokens} tokens do not fill one row of pool.length {c.length}; '
@@ -293,7 +332,7 @@ class Builder:
     rows_S = self._origins(order, selected, plan)
     for entry, ids in zip(planted, sequences, strict=True):
       entry['tokens'], entry['text'] = len(ids), encoder.decode(ids)
-    return plan, planted, rows_S
+    return plan, planted, rows_S, total - plan.rows * c.length
 
   def _write_rows(self, jobs: list[Job], plan: Plan, last: Sequence[np.ndarray]) -> None:
     """Writes the dataset: the rows of the stream in the pool's order, followed by the rows `last`."""

@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import hashlib
 import importlib.metadata
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from ml_collections import ConfigDict
 
-from dsdm_jax.data.pool.sources import Document, cut
+from dsdm_jax.data.pool.sources import LARGEST, Document, cut
 from dsdm_jax.errors import UserError
 
 KINDS = ('source', 'docs', 'licences', 'metadata', 'data')
@@ -129,30 +130,47 @@ def _files() -> Iterator[_File]:
         yield _File(kind, package, row[0], size, root)
 
 
-def _read(file: _File, limit: int) -> str | None:
-  """Text of at most `limit` bytes; None for a missing, empty, binary or non-UTF-8 file."""
+def _read(file: _File, most: int, excerpt: bool) -> tuple[str, int] | None:
+  """Text of at most `most` bytes, and how many follow it.
+
+  None for a missing, empty, binary or non-UTF-8 file, and for a longer one if no `excerpt` is wanted.
+  """
   try:
     with open(file.root / file.path, 'rb') as f:
       # One byte beyond the limit shows that the file is longer. The header of METADATA has unknown length.
-      data = f.read() if file.part else f.read(limit + 1)
+      data = f.read() if file.part else f.read(most + 1)
+      size = os.fstat(f.fileno()).st_size
   except OSError:
     return None
   if file.part:
     header, _, body = data.replace(b'\r\n', b'\n').partition(b'\n\n')
     data = header + b'\n' if file.part == 'header' else body
-  data = cut(data, limit)
+    size = len(data)
+  if len(data) > most and not excerpt:
+    return None
+  data = _excerpt(data, most)
   if b'\0' in data:
     return None
   try:
     text = data.decode()
   except UnicodeDecodeError:
     return None
-  return text if text.strip() else None
+  return (text, size - len(data)) if text.strip() else None
+
+
+def _excerpt(data: bytes, most: int) -> bytes:
+  """At most `most` bytes: whole lines, or whole characters if lines would leave less than half."""
+  if len(data) <= most:
+    return data
+  end = data.rfind(b'\n', 0, most) + 1
+  return data[:end] if end > most // 2 else cut(data, most)
 
 
 def installed_packages(config: ConfigDict, seed: int) -> Iterator[Document]:
   """Documents of the installed packages, `config.max_bytes` bytes of UTF-8 in total; 0 takes everything.
 
+  With `config.max_document_bytes`, longer files give an excerpt of whole lines, and the last file of a kind one that
+  fills the budget. Without it, files that do not fit are passed over, as are those above `LARGEST`.
   The bytes are shared evenly over `config.kinds`; what a kind cannot fill goes to the others. Within a kind, files come
   in the order of a seeded hash of (kind, package, path), so neither file system nor installer matters.
 
@@ -166,12 +184,12 @@ def installed_packages(config: ConfigDict, seed: int) -> Iterator[Document]:
   def place(file: _File) -> bytes:
     return hashlib.blake2b(f'{seed}\x1f{file.id}'.encode(), digest_size=16).digest()
 
-  limit, left = config.max_document_bytes or _UNLIMITED, config.max_bytes or _UNLIMITED
+  limit, left = config.max_document_bytes, config.max_bytes or _UNLIMITED
   files: dict[str, list[_File]] = {kind: [] for kind in config.kinds}
   for file in _files():
     if file.kind in files:
       files[file.kind].append(file)
-  supply = {kind: sum(min(file.size, limit) for file in group) for kind, group in files.items()}
+  supply = {kind: sum(min(file.size, limit or LARGEST) for file in group) for kind, group in files.items()}
   seen: set[bytes] = set()
   # Water-filling: the scarcest kind first; each gets an even share of what is left.
   for index, kind in enumerate(sorted(files, key=lambda kind: (supply[kind], kind))):
@@ -189,7 +207,7 @@ def _of_kind(files: list[_File], budget: int, limit: int, seen: set[bytes]) -> I
 
   def in_turn() -> Iterator[_File]:
     for file in files:
-      if taken[file.package] >= fair:
+      if taken[file.package] >= fair or (not limit and file.size > fair):
         deferred.append(file)
       else:
         yield file
@@ -198,9 +216,12 @@ def _of_kind(files: list[_File], budget: int, limit: int, seen: set[bytes]) -> I
   for file in in_turn():
     if budget <= 0:
       return
-    text = _read(file, min(limit, budget))
-    if text is None:
+    if not limit and file.size > min(budget, LARGEST):
       continue
+    found = _read(file, min(limit or LARGEST, budget), excerpt=bool(limit))
+    if found is None:
+      continue
+    text, lost = found
     data = text.encode()
     digest = hashlib.blake2b(data, digest_size=16).digest()
     if digest in seen:
@@ -209,4 +230,4 @@ def _of_kind(files: list[_File], budget: int, limit: int, seen: set[bytes]) -> I
     size = len(data)
     taken[file.package] += size
     budget -= size
-    yield Document(file.id, file.kind, text)
+    yield Document(file.id, file.kind, text, lost)

@@ -14,7 +14,9 @@ from dsdm_jax.data.pool.sources import Entry
 from dsdm_jax.errors import UserError
 
 _GROUP = 2**22  # documents whose hashes are compared at once
+_LONG = 0.1  # of a limit in bytes; longer documents are drawn last
 _ROWS = 2**16  # rows whose origin is computed at once
+LOSSES = ('cut', 'bad_input', 'duplicates', 'leaks', 'above_caps', 'without_tokens')
 _SOURCES = np.iinfo(np.int16).max  # indices of int16, one of which is for planted rows
 
 
@@ -29,6 +31,8 @@ class Selected:
     source_K: int16, for each selected document, index into `names`.
     bytes: of selected text.
     leaks: documents with text of a target: the dropped ones, or the selected ones if none are dropped.
+    problems: those that are listed.
+    lost: documents and bytes of each kind of `LOSSES`. A document that is cut remains.
   """
 
   keep_M: np.ndarray
@@ -36,11 +40,9 @@ class Selected:
   names: list[str]
   source_K: np.ndarray
   bytes: int
-  duplicates: int
   leaks: list[dict]
   problems: list[dict]
-  problem_count: int
-  over_cap: int
+  lost: dict[str, dict[str, int]]
 
   @property
   def count(self) -> int:
@@ -90,11 +92,32 @@ def shares(entries: Sequence[Entry], supply: Sequence[int], budget: int) -> list
   return given
 
 
+def loss(documents: int = 0, bytes: int = 0) -> dict[str, int]:
+  """An entry of `Selected.lost`."""
+  return {'documents': int(documents), 'bytes': int(bytes)}
+
+
+def repeated_id(jobs: Sequence[Job], keep_M: np.ndarray) -> tuple[int, int] | None:
+  """Numbers of two selected documents with the same id (by its 64-bit hash), or None."""
+  hashes = [np.empty(0, np.uint64)]
+  for job in jobs:
+    with np.load(job.file('scan', 'npz')) as arrays:
+      hashes.append(arrays['id_M'][keep_M[job.begin : job.end]])
+  hash_K = np.concatenate(hashes)
+  ordered = np.sort(hash_K)
+  same = np.flatnonzero(ordered[1:] == ordered[:-1])
+  if not len(same):
+    return None
+  first = hash_K[np.flatnonzero(np.isin(hash_K, ordered[same]))[0]]
+  one, other = np.flatnonzero(keep_M)[np.flatnonzero(hash_K == first)[:2]].tolist()
+  return one, other
+
+
 def decide(
   entries: Sequence[Entry], jobs: Sequence[Job], scanned: Sequence[Scanned], duplicates: bool, drop_leaks: bool,
   budget: int, seed: int,
 ) -> Selected:  # fmt: skip
-  """Drops duplicates and leaks as configured, then documents above caps and budget, chosen by a seeded hash.
+  """Drops duplicates and leaks as configured, then documents above caps and budget, as `_cap` chooses them.
 
   Raises:
     UserError: more sources than int16 has indices.
@@ -106,6 +129,9 @@ def decide(
   problems: list[dict] = []
   names: dict[str, int] = {}
   supply = [0] * len(entries)
+  lost = {name: loss() for name in LOSSES}
+  lost['cut'] = loss(sum(s.cut for s in scanned), sum(s.cut_bytes for s in scanned))
+  lost['bad_input'] = loss(sum(s.problems for s in scanned), sum(s.problem_bytes for s in scanned))
   owner = {id(entry): index for index, entry in enumerate(entries)}
   for job, first in zip(jobs, begin, strict=False):
     notes = read_json(job.file('scan', 'json'))
@@ -113,10 +139,14 @@ def decide(
     leaks += [leak for leak in of_pool if not again_M[leak['document']]]
     problems += notes['problems']
     with np.load(job.file('scan', 'npz')) as arrays:
-      if drop_leaks:
-        keep_M[first : first + len(arrays['leak_M'])] &= ~arrays['leak_M']
-      supply[owner[id(job.unit.entry)]] += int(arrays['bytes_M'][keep_M[first : first + len(arrays['leak_M'])]].sum())
-  before = int(keep_M.sum())
+      bytes_M, leak_M = arrays['bytes_M'], arrays['leak_M']
+    of_unit = slice(first, first + len(bytes_M))
+    _add(lost['duplicates'], bytes_M[again_M[of_unit]])
+    if drop_leaks:
+      _add(lost['leaks'], bytes_M[keep_M[of_unit] & leak_M])
+      keep_M[of_unit] &= ~leak_M
+    supply[owner[id(job.unit.entry)]] += int(bytes_M[keep_M[of_unit]].sum())
+  before_M = keep_M.copy()
   allowed = shares(entries, supply, budget)
   _cap(entries, jobs, begin, keep_M, supply, allowed, seed)
   sources, total, counts = [], 0, [0]
@@ -133,6 +163,7 @@ def decide(
         )
       sources.append(mapping[code].astype(np.int16) if len(present) else np.empty(0, np.int16))
       total += int(arrays['bytes_M'][mine].sum())
+      _add(lost['above_caps'], arrays['bytes_M'][before_M[first : first + len(mine)] & ~mine])
       counts.append(counts[-1] + int(mine.sum()))
   if not drop_leaks:
     leaks = [leak for leak in leaks if keep_M[leak['document']]]
@@ -140,35 +171,33 @@ def decide(
   place = {name: index for index, name in enumerate(ordered)}
   rank = np.array([place[name] for name in names], np.int16)
   source_K = rank[np.concatenate(sources)] if len(names) else np.empty(0, np.int16)
-  return Selected(
-    keep_M, counts, ordered, source_K, total, int(again_M.sum()), leaks, problems,
-    sum(s.problems for s in scanned), before - counts[-1],
-  )  # fmt: skip
+  return Selected(keep_M, counts, ordered, source_K, total, leaks, problems, lost)
+
+
+def _add(of: dict[str, int], bytes_M: np.ndarray) -> None:
+  of['documents'] += len(bytes_M)
+  of['bytes'] += int(bytes_M.sum())
 
 
 def without_tokens(jobs: Sequence[Job], selected: Selected) -> tuple[list[Job], Selected]:
   """`jobs` and `selected` without the documents for which `encode` found no tokens."""
-  keep_M, removed, problems, lost, first = (
-    selected.keep_M.copy(),
-    [np.empty(0, np.int64)],
-    list(selected.problems),
-    0,
-    [0],
-  )
+  keep_M, removed, problems = selected.keep_M.copy(), [np.empty(0, np.int64)], list(selected.problems)
+  lost, total, first = loss(), 0, [0]
   for job in jobs:
     notes = read_json(job.file('encode', 'json'))
     empty_E = np.array(notes['empty'], np.int64)
     place_E = np.flatnonzero(keep_M[job.begin : job.end])[empty_E]
     with np.load(job.file('scan', 'npz')) as arrays:
-      lost += int(arrays['bytes_M'][place_E].sum())
+      _add(lost, arrays['bytes_M'][place_E])
+    total += notes['bytes']
     keep_M[job.begin + place_E] = False
     removed.append(job.first + empty_E)
     problems += notes['problems']
     first.append(first[-1] + int(keep_M[job.begin : job.end].sum()))
   removed_E = np.concatenate(removed)
   changed = dataclasses.replace(
-    selected, keep_M=keep_M, first=first, source_K=np.delete(selected.source_K, removed_E), bytes=selected.bytes - lost,
-    problems=problems, problem_count=selected.problem_count + len(removed_E),
+    selected, keep_M=keep_M, first=first, source_K=np.delete(selected.source_K, removed_E), bytes=total,
+    problems=problems, lost=selected.lost | {'without_tokens': lost},
   )  # fmt: skip
   return [dataclasses.replace(job, first=begin) for job, begin in zip(jobs, first, strict=False)], changed
 
@@ -177,27 +206,46 @@ def _cap(
   entries: Sequence[Entry], jobs: Sequence[Job], begin: Sequence[int], keep_M: np.ndarray, supply: Sequence[int],
   allowed: Sequence[float], seed: int,
 ) -> None:  # fmt: skip
-  """Reduces `keep_M` for sources that exceed their limits."""
+  """Reduces `keep_M` for sources that exceed their limits.
+
+  Documents come in the order of a seeded hash of their text, so neither files nor their order matter. Those that do not
+  fit into what is left are passed over. Documents of more than `_LONG` of the limit come after all others: one of them
+  cannot replace many.
+  """
   for index, entry in enumerate(entries):
     mine = [(job, first) for job, first in zip(jobs, begin, strict=False) if job.unit.entry is entry]
-    count = sum(int(keep_M[first : first + job.end - job.begin].sum()) for job, first in mine)
-    most = entry.max_documents or count
-    share = min(allowed[index] / max(supply[index], 1), most / max(count, 1))
-    if share >= 1:
+    number_K = np.concatenate(
+      [
+        np.empty(0, np.int64),
+        *(first + np.flatnonzero(keep_M[first : first + job.end - job.begin]) for job, first in mine),
+      ]
+    )
+    most = entry.max_documents or len(number_K)
+    if supply[index] <= allowed[index] and len(number_K) <= most:
       continue
     salt = np.frombuffer(hashlib.blake2b(f'{seed}\x1f{entry.name}'.encode(), digest_size=8).digest(), '<u8')[0]
-    left_bytes, left_documents = allowed[index], most
+    draws, sizes = [], []
     for job, first in mine:
       with np.load(job.file('scan', 'npz')) as arrays:
-        draw_M = ((arrays['hash_M2'][:, 1] ^ salt) >> np.uint64(11)).astype(np.float64) / 2**53
-        keep = keep_M[first : first + len(draw_M)]
-        keep &= draw_M < share
-        chosen = np.flatnonzero(keep)
-        used = np.cumsum(arrays['bytes_M'][chosen])
-        fit = min(int(np.searchsorted(used, left_bytes, side='right')), left_documents)
-        keep[chosen[fit:]] = False
-        left_bytes -= int(used[fit - 1]) if fit else 0
-        left_documents -= fit
+        keep = keep_M[first : first + job.end - job.begin]
+        draws.append(arrays['hash_M2'][keep, 1] ^ salt)
+        sizes.append(arrays['bytes_M'][keep])
+    draw_K, size_K = np.concatenate(draws), np.concatenate(sizes)
+    order_K = np.lexsort((draw_K, size_K > allowed[index] * _LONG))
+    keep_M[number_K] = False
+    keep_M[number_K[order_K[_fitting(size_K[order_K], int(allowed[index]), most)]]] = True
+
+
+def _fitting(size_K: np.ndarray, limit: int, most: int) -> np.ndarray:
+  """Places of at most `most` sizes, taken in order, each if it fits into what is left of `limit`."""
+  taken = [np.empty(0, np.int64)]
+  left_K = np.arange(len(size_K))
+  while most and len(left_K := left_K[size_K[left_K] <= limit]):
+    used = np.cumsum(size_K[left_K])
+    count = min(int(np.searchsorted(used, limit, side='right')), most)
+    taken.append(left_K[:count])
+    limit, most, left_K = limit - int(used[count - 1]), most - count, left_K[count:]
+  return np.concatenate(taken)
 
 
 @dataclasses.dataclass(frozen=True)

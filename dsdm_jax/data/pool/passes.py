@@ -7,10 +7,11 @@ does not grow with the pool, and the result does not depend on which process did
 """
 
 import array
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from dsdm_jax.core import prng, storage
 from dsdm_jax.data.pool import readers, vocabulary
 from dsdm_jax.data.pool.permutation import Shuffle
 from dsdm_jax.data.pool.readers import Problem
-from dsdm_jax.data.pool.sources import Document, Unit
+from dsdm_jax.data.pool.sources import Document, Unit, cut
 from dsdm_jax.data.targets.leakage import Guard
 from dsdm_jax.errors import UserError
 
@@ -61,8 +62,18 @@ def run_parallel(function: Callable[[T], Result], jobs: Sequence[T], workers: in
   Processes are started by a fork server: a fork of a process that runs XLA's threads may hang.
 
   Raises:
+    UserError: a process was killed, or memory ran out.
     The first error of a job, in the order of jobs.
   """
+  try:
+    return _run_parallel(function, jobs, workers, bar)
+  except (concurrent.futures.process.BrokenProcessPool, MemoryError) as error:
+    killed = not isinstance(error, MemoryError)
+    what = 'a worker process was killed, probably because memory ran out' if killed else 'memory ran out'
+    raise UserError(f'{what}; lower --config.host.workers, or set --config.pool.max_document_bytes') from error
+
+
+def _run_parallel(function: Callable[[T], Result], jobs: Sequence[T], workers: int, bar: tqdm.tqdm) -> list[Result]:
   if workers == 1 or len(jobs) <= 1:
     outer = _counter
     counter = multiprocessing.get_context('spawn').Value('q', 0)
@@ -127,10 +138,17 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Scanned:
-  """Totals of a unit; `scan-*.npz` has arrays with one entry per document."""
+  """Totals of a unit; `scan-*.npz` has arrays with one entry per document.
+
+  `bytes` were read in all: those of the documents, `cut_bytes` off the ends of `cut` documents, and `problem_bytes`.
+  """
 
   documents: int
   problems: int
+  bytes: int
+  cut: int
+  cut_bytes: int
+  problem_bytes: int
 
 
 @functools.lru_cache(maxsize=1)
@@ -143,28 +161,34 @@ def fail(problem: Problem) -> UserError:
 
 
 def scan(job: Job) -> Scanned:
-  """Reads a unit; writes hashes [M, 2], sizes, sources and leaks of its M documents.
+  """Reads a unit; writes hashes of text [M, 2] and ids [M], sizes, sources and leaks of its M documents.
 
   Raises:
     UserError: bad input, unless `job.skip`; the message names file and line.
   """
   guard = _guard(job.guard) if job.guard else None
-  # 29 bytes a document; lists of Python objects would take four times that.
-  hashes, sizes, sources, leaking = bytearray(), array.array('q'), array.array('i'), bytearray()
+  # 37 bytes a document; lists of Python objects would take four times that.
+  hashes, ids, sizes, sources, leaking = bytearray(), bytearray(), array.array('q'), array.array('i'), bytearray()
   names: dict[str, int] = {}
   leaks: list[dict[str, Any]] = []
-  problems: list[dict[str, str]] = []
-  count = 0
+  problems: list[dict[str, Any]] = []
+  count, total, cut, cut_bytes, problem_bytes = 0, 0, 0, 0, 0
   for document in readers.read(job.unit, job.max_bytes):
     if isinstance(document, Problem):
       if not job.skip:
         raise fail(document)
       count += 1
+      total += document.bytes
+      problem_bytes += document.bytes
       if len(problems) < _LISTED:
         problems.append(dataclasses.asdict(document))
       continue
     data = document.text.encode()
+    total += len(data) + document.lost
+    cut += document.lost > 0
+    cut_bytes += document.lost
     hashes.extend(hashlib.blake2b(data, digest_size=16).digest())
+    ids.extend(hashlib.blake2b(document.id.encode(), digest_size=8).digest())
     sizes.append(len(data))
     sources.append(names.setdefault(document.source, len(names)))
     leak = guard.leak(document) if guard else None
@@ -175,12 +199,13 @@ def scan(job: Job) -> Scanned:
   storage.save_npz(
     job.file('scan', 'npz'),
     hash_M2=np.frombuffer(bytes(hashes), '<u8').reshape(-1, 2),
+    id_M=np.frombuffer(bytes(ids), '<u8'),
     bytes_M=np.array(sizes, np.int64),
     source_M=np.array(sources, np.int32),
     leak_M=np.frombuffer(bytes(leaking), np.bool_),
   )
   storage.write_json(job.file('scan', 'json'), {'sources': list(names), 'leaks': leaks, 'problems': problems})
-  return Scanned(len(sizes), count)
+  return Scanned(len(sizes), count, total, cut, cut_bytes, problem_bytes)
 
 
 @functools.lru_cache(maxsize=1)
@@ -202,11 +227,20 @@ def selected_documents(job: Job) -> Iterator[tuple[str, Document]]:
     number += 1
 
 
-def texts(job_numbers: tuple[Job, np.ndarray]) -> list[str]:
-  """Texts of the given ones of a unit's selected documents; the numbers ascend from 0."""
-  job, numbers = job_numbers
+def place(job_number: tuple[Job, int]) -> tuple[str, str]:
+  """(place, id) of a document by its number in the unit; both are for messages."""
+  job, number = job_number
+  documents = (x for x in readers.read_with_places(job.unit, job.max_bytes) if not isinstance(x[1], Problem))
+  where, document = next(itertools.islice(documents, number, None))
+  return where, document.id  # type: ignore[union-attr]
+
+
+def texts(job_numbers: tuple[Job, np.ndarray, int]) -> list[str]:
+  """Texts of the given ones of a unit's selected documents, cut to so many bytes; the numbers ascend from 0."""
+  job, numbers, most = job_numbers
   wanted = set(numbers.tolist())
-  return [document.text for number, (_, document) in enumerate(selected_documents(job)) if number in wanted]
+  chosen = (document for number, (_, document) in enumerate(selected_documents(job)) if number in wanted)
+  return [cut(document.text.encode(), most).decode() for document in chosen]
 
 
 @functools.lru_cache(maxsize=1)
@@ -256,7 +290,8 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 def encode(job: Job) -> int:
   """Writes the ids of selected documents, their counts and the document table; returns the number of ids.
 
-  Documents without tokens are left out; `encode-*.json` has their numbers among the unit's selected documents.
+  Documents without tokens are left out; `encode-*.json` has their numbers among the unit's selected documents, and the
+  bytes of the others.
 
   Raises:
     UserError: there is such a document, unless `job.skip`; the message names file and line.
@@ -266,12 +301,13 @@ def encode(job: Job) -> int:
   table = _Table(job.out / 'documents' / f'{job.index:06d}.parquet')
   counts = array.array('q')
   empty: list[int] = []
-  problems: list[dict[str, str]] = []
+  total = 0
+  problems: list[dict[str, Any]] = []
   with open(job.file('tokens', 'bin'), 'wb') as file:
     for number, (where, document) in enumerate(selected_documents(job)):
       ids = encoder.encode(document.text)
       if not ids:
-        problem = Problem(where, 'a document of zero tokens')
+        problem = Problem(where, 'a document of zero tokens', len(document.text.encode()))
         if not job.skip:
           raise fail(problem)
         empty.append(number)
@@ -280,11 +316,12 @@ def encode(job: Job) -> int:
       file.write(np.array(ids, dtype).tobytes())
       counts.append(len(ids))
       size = len(document.text.encode())
+      total += size
       table.add(id=document.id, source=document.source, bytes=size, tokens=len(ids))
       report_progress(size)
   table.close()
   storage.save_npy(job.file('counts', 'npy'), np.array(counts, np.int64))
-  storage.write_json(job.file('encode', 'json'), {'empty': empty, 'problems': problems})
+  storage.write_json(job.file('encode', 'json'), {'empty': empty, 'problems': problems, 'bytes': total})
   return sum(counts)
 
 

@@ -298,12 +298,18 @@ def log_card(context: Context, card: dict[str, Any], seconds: float) -> None:
   """Logs the card of a new pool as an event, and prints it."""
   rate = card['bytes'] / seconds / 1e6
   context.log.event('pool', **card, seconds=round(seconds, 3), megabytes_per_second=round(rate, 3))
-  leaks_kept = f', {card["leaks_kept"]:,} leaks listed but not dropped' if card['leaks_kept'] else ''
+  leaks_kept = f'; {card["leaks_kept"]:,} leaks are listed but not dropped' if card['leaks_kept'] else ''
+  lost = [
+    f'{of["documents"]:,} {name.replace("_", " ")} ({of["bytes"] / 1e6:,.2f} MB)'
+    for name, of in card['lost'].items()
+    if of['documents']
+  ]
   context.log.say(
     f'  {card["rows"]:,} rows of {card["length"]} tokens from {card["documents"]:,} documents '
     f'({card["bytes"] / 1e6:,.1f} MB, {card["tokens"]:,} tokens, {card["bytes_per_token"]:.2f} bytes a token)\n'
-    f'  dropped: {card["exact_duplicates"]:,} exact duplicates, {card["dropped_for_leakage"]:,} leaks{leaks_kept}, '
-    f'{card["above_caps"]:,} above caps, {card["skipped"]:,} bad inputs; {seconds:.1f} s, {rate:.1f} MB/s'
+    f'  of {card["read"]["documents"]:,} documents read ({card["read"]["bytes"] / 1e6:,.2f} MB); lost: '
+    f'{", ".join([*lost, str(card["unfilled_row"]) + " tokens after the last full row"])}{leaks_kept}; '
+    f'{seconds:.1f} s, {rate:.1f} MB/s'
   )
   for name, s in sorted(card['sources'].items(), key=lambda item: -item[1]['rows'])[:20]:
     context.log.say(f'  {name:32} {s["documents"]:>12,} documents {s["bytes"] / 1e6:>12,.2f} MB {s["rows"]:>12,} rows')

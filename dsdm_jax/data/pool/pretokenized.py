@@ -18,9 +18,11 @@ from ml_collections import ConfigDict
 from dsdm_jax.core import storage
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data import files
-from dsdm_jax.data.pool import passes, sources, vocabulary
+from dsdm_jax.data.pool import layout, passes, sources, vocabulary
 from dsdm_jax.data.pool.pool import log_card, write_dataset
 from dsdm_jax.errors import UserError
+
+_BATCH = 256  # rows decoded at once
 
 
 def wanted(config: ConfigDict) -> bool:
@@ -76,7 +78,7 @@ def run(context: Context) -> dict[str, Any]:
   vocabulary.save(c.vocabulary, out, c.end_piece)
   encoder = vocabulary.open_encoder(out)
   dtype = vocabulary.dtype_of(encoder.size)
-  counts = [_rows_of(path, entry.text) for path in paths]
+  counts = [_rows_of(path, entry.text, c.length) for path in paths]
   first = [0, *np.cumsum(counts).tolist()]
   if not first[-1]:
     raise UserError(f'the pool is empty: {entry.target} has no rows')
@@ -91,12 +93,14 @@ def run(context: Context) -> dict[str, Any]:
       return passes.run_parallel(_write, parts, passes.worker_count(context.config.host.workers), bar)
 
   write_dataset(out / 'dataset', first[-1], c.length, dtype, write_shards)
-  _write_origins(out, paths, counts, entry.name, c.length)
+  labels = [files.below(path, entry.target) for path in paths]
+  _write_origins(out, labels, counts, entry.name, c.length)
   tokens = first[-1] * c.length
   card = {
     'rows': first[-1], 'length': c.length, 'vocab_size': encoder.size, 'documents': len(paths), 'bytes': 0,
     'tokens': tokens, 'bytes_per_token': 0.0, 'planted': 0, 'dropped_for_leakage': 0, 'dropped_by_task': {},
-    'leaks_kept': 0, 'boilerplate_runs': 0, 'exact_duplicates': 0, 'above_caps': 0, 'skipped': 0,
+    'leaks_kept': 0, 'boilerplate_runs': 0, 'read': layout.loss(len(paths)),
+    'lost': {name: layout.loss() for name in layout.LOSSES}, 'unfilled_row': 0,
     'sources': {entry.name: {'documents': len(paths), 'bytes': 0, 'rows': first[-1]}},
     'special_ids': {'pad': encoder.pad, 'eos': encoder.eos},
   }  # fmt: skip
@@ -112,7 +116,7 @@ def run(context: Context) -> dict[str, Any]:
   }
 
 
-def _rows_of(path: str, column: str) -> int:
+def _rows_of(path: str, column: str, length: int) -> int:
   import pyarrow as pa
   import pyarrow.parquet as pq
 
@@ -129,6 +133,11 @@ def _rows_of(path: str, column: str) -> int:
         raise UserError(
           f'{path}: column {column!r} has {kind}, not lists of integers; name the column of ids with | text=COLUMN'
         )
+      for group in (table.metadata.row_group(index) for index in range(table.metadata.num_row_groups)):
+        chunks = (group.column(index) for index in range(group.num_columns))
+        ids = sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.partition('.')[0] == column)
+        if ids > 2 * group.num_rows * length:  # reading them might take all memory
+          raise UserError(f'{path} has {ids / group.num_rows:,.0f} ids a row, but pool.length is {length}')
       return table.metadata.num_rows
   except (*files.READ_ERRORS, pa.ArrowException) as error:
     raise UserError(f'{path} cannot be read as Parquet ({" ".join(str(error).split())})') from error
@@ -159,8 +168,12 @@ def _rows(part: _Part) -> Any:
         count = table.metadata.row_group(group).num_rows
         low, high = max(part.first - number, 0), min(part.stop - number, count)
         if low < high:
-          column = table.read_row_group(group, [part.column]).column(0).combine_chunks()
-          yield from _checked(part, column.slice(low, high - low), path, number + low - begin)
+          at = number
+          for batch in table.iter_batches(_BATCH, row_groups=[group], columns=[part.column]):
+            start, stop = max(at, number + low), min(at + batch.num_rows, number + high)
+            if start < stop:
+              yield from _checked(part, batch.column(0).slice(start - at, stop - start), path, start - begin)
+            at += batch.num_rows
         number += count
 
 

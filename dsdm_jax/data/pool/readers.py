@@ -4,38 +4,47 @@ Lines end at newline characters only: text with Unicode line separators stays in
 """
 
 import dataclasses
+import struct
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import tensorflow_start
 from dsdm_jax.data import files
 from dsdm_jax.data.pool.installed_packages import installed_packages
-from dsdm_jax.data.pool.sources import Document, Entry, Unit, cut, no_split, tfds_builder
+from dsdm_jax.data.pool.sources import LARGEST, Document, Entry, Unit, cut, no_split, tfds_builder
 from dsdm_jax.data.targets import tfds_items
 from dsdm_jax.errors import UserError
 
 Source = Callable[[ConfigDict, int], Iterator[Document]]
-LARGEST = 16 * 2**20  # bytes of UTF-8 in a document; encoding longer ones would take gigabytes
 _BATCH = 1_024
-_ROWS = 64  # Parquet rows decoded at once: each may hold a long text
+_PIECE = 2**20  # bytes read at once of what is not used
+_ROWS = 8  # Parquet rows decoded at once: each may hold a long text
+_UNPACKED = 128 * 2**20  # bytes of a column of a row group that may unpack to more than
+_EXPANSION = 200  # times its packed size
+_MARK = '\ufeff'  # a byte order mark
 _LONGEST_NAME = 1_000  # characters of an id or source
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """Why a record gives no document: where (file and line) and what is wrong."""
+  """Why a record gives no document: where (file and line) and what is wrong, and how many bytes of text are lost.
+
+  `bytes` counts what was read: the text, or the line if it has none; 0 if nothing could be read.
+  """
 
   where: str
   what: str
+  bytes: int = 0
 
   def __str__(self) -> str:
     return f'{self.where}: {self.what}'
 
 
-Record = tuple[str, str, str, str]  # where, id, source, text
+Record = tuple[str, Document]  # where, and the whole document as far as it was read
 Records = Iterator[Record | Problem]
 
 
@@ -47,76 +56,134 @@ def read(unit: Unit, max_bytes: int = 0) -> Iterator[Document | Problem]:
 def read_with_places(unit: Unit, max_bytes: int = 0) -> Iterator[tuple[str, Document | Problem]]:
   """As `read`, each with its place: file and line."""
   for record in _READERS[unit.entry.kind](unit):
-    yield (record.where, record) if isinstance(record, Problem) else (record[0], _document(*record, max_bytes))
+    yield (record.where, record) if isinstance(record, Problem) else (record[0], _checked(*record, max_bytes))
 
 
-def _document(where: str, id: str, source: str, text: str, max_bytes: int) -> Document | Problem:
+def _checked(where: str, document: Document, max_bytes: int) -> Document | Problem:
+  """The document, cut to `max_bytes` and without a byte order mark, or what is wrong with it."""
+  text = document.text
+  if text.startswith(_MARK):
+    text = text.removeprefix(_MARK)
   try:
     data = text.encode()
   except UnicodeEncodeError as error:
-    return Problem(where, f'not valid Unicode (a lone surrogate at character {error.start})')
+    return Problem(where, f'not valid Unicode (a lone surrogate at character {error.start})', 3 * len(text))
+  size = len(data) + document.lost
   try:
-    f'{id}{source}'.encode()
+    f'{document.id}{document.source}'.encode()
   except UnicodeEncodeError:
-    return Problem(where, 'not valid Unicode (a lone surrogate in its id or source)')
-  for name, value in (('id', id), ('source', source)):
+    return Problem(where, 'not valid Unicode (a lone surrogate in its id or source)', size)
+  for name, value in (('id', document.id), ('source', document.source)):
     if len(value) > _LONGEST_NAME:
-      return Problem(where, f'{name} has {len(value):,} characters, more than {_LONGEST_NAME:,}')
+      return Problem(where, f'{name} has {len(value):,} characters, more than {_LONGEST_NAME:,}', size)
   if max_bytes and len(data) > max_bytes:
-    text = cut(data, max_bytes).decode()
-  elif len(data) > LARGEST:
-    return Problem(
-      where, f'a document of {len(data):,} bytes, more than {LARGEST:,}; set --config.pool.max_document_bytes to cut it'
-    )
+    data = cut(data, max_bytes)
+    text = data.decode()
+  elif size > LARGEST and not (max_bytes and document.lost):
+    what = f'a document of {size:,} bytes, more than {LARGEST:,}; set --config.pool.max_document_bytes to cut it'
+    return Problem(where, what, size)
   if not text.strip():
-    return Problem(where, 'a document without text')
-  return Document(id, source, text)
+    return Problem(where, 'a document without text', size)
+  lost = size - len(data)
+  same = lost == document.lost and text is document.text
+  return document if same else Document(document.id, document.source, text, lost)
 
 
-def _from_fields(entry: Entry, record: Mapping[str, Any], where: str, place: str) -> Record | Problem:
-  text = record.get(entry.text)
-  if not isinstance(text, str):
-    if entry.text in record:
-      return Problem(where, f'field {entry.text!r} is {type(text).__name__}, not text')
-    has = ', '.join(sorted(record)) or 'none'
-    return Problem(where, f'no field {entry.text!r} among {has}; name it with | text=FIELD')
-  source = str(record[entry.source]) if record.get(entry.source) else entry.name
-  id = record[entry.id] if record.get(entry.id) is not None else place
-  id = str(id) if str(id).startswith(f'{source}/') else f'{source}/{id}'
-  return where, id, source, text
+def _value(record: Mapping[str, Any], name: str) -> Any:
+  """The value of the field `name`, None if there is none; 'meta.id' is also the field 'id' of the record 'meta'."""
+  if name in record:
+    return record[name]
+  for at in (at for at, sign in enumerate(name) if sign == '.') if '.' in name else ():
+    inside = record.get(name[:at])
+    if isinstance(inside, Mapping) and (value := _value(inside, name[at + 1 :])) is not None:
+      return value
+  return None
+
+
+def _name_in(record: Mapping[str, Any], option: str, named: str | None) -> str | None:
+  """The id or source of a record; None if it has none and the user named no field.
+
+  Raises:
+    ValueError: the field that the user named is not there, or its value is no name.
+  """
+  field = option if named is None else named
+  value = _value(record, field) if field else None
+  if value and isinstance(value, str):
+    return value
+  if value is not None and isinstance(value, (Mapping, list, tuple, np.ndarray)):
+    kind = type(value).__name__
+    raise ValueError(f'field {field!r} is {kind}, not text or a number; name another with | {option}=FIELD')
+  text = '' if value is None else value.decode() if isinstance(value, bytes) else str(value)
+  if named and not text:
+    raise ValueError(f'{_nothing_in(record, named)}; name another with | {option}=FIELD')
+  return text or None
+
+
+def _nothing_in(record: Mapping[str, Any], field: str) -> str:
+  if field in record:
+    return f'field {field!r} is empty'
+  return f'no field {field!r} among {", ".join(sorted(map(str, record))) or "none"}'
+
+
+def _from_fields(entry: Entry, record: Mapping[str, Any], where: str, place: str, size: int = 0) -> Record | Problem:
+  """The document of a record; `place` is its id if it has none, and `size` counts if it has no text."""
+  text = _value(record, entry.text)
+  try:
+    plain = text.decode() if isinstance(text, bytes) else text
+    if plain is None and entry.text not in record:
+      raise ValueError(f'{_nothing_in(record, entry.text)}; name it with | text=FIELD')
+    if not isinstance(plain, str):
+      raise ValueError(f'field {entry.text!r} is {type(plain).__name__}, not text')
+    source = _name_in(record, 'source', entry.source) or entry.name
+    id = _name_in(record, 'id', entry.id) or f'{source}/{place}'
+    return where, Document(id, source, plain)
+  except UnicodeDecodeError as error:
+    what = f'not UTF-8 ({error.reason} at byte {error.start})'
+  except ValueError as error:
+    what = str(error)
+  if isinstance(text, (str, bytes)):
+    size = len(text if isinstance(text, bytes) else text.encode(errors='surrogatepass'))
+  return Problem(where, what, size)
 
 
 def _text(unit: Unit) -> Records:
-  for path in unit.paths:
-    name = unit.entry.name
+  name = unit.entry.name
+  for path, label in zip(unit.paths, unit.labels or unit.paths, strict=True):
+    size = 0
     try:
       with files.open_bytes(path) as file:
-        # `_document` refuses or cuts what is longer.
-        data = cut(file.read(files.LONGEST_LINE + 1), files.LONGEST_LINE)
-      yield path, f'{name}/{path}', name, data.decode()
+        data = file.read(LARGEST + 1)
+        size = len(data)
+        while rest := len(file.read(_PIECE)):
+          size += rest
+      kept = data if size == len(data) else cut(data, LARGEST)
+      # A byte order mark is no text.
+      yield path, Document(f'{name}/{label}', name, kept.removeprefix(files.BOM).decode(), size - len(kept))
     except UnicodeDecodeError as error:
-      yield Problem(path, f'not UTF-8 ({error.reason} at byte {error.start})')
+      yield Problem(path, f'not UTF-8 ({error.reason} at byte {error.start})', size)
     except files.READ_ERRORS as error:
-      yield Problem(path, files.describe(error))
+      yield Problem(path, files.describe(error), size)
 
 
 def _jsonl(unit: Unit) -> Records:
   [path] = unit.paths
-  number, short = 0, path.rsplit('/', 1)[-1]
+  [label] = unit.labels or unit.paths
+  number, records = 0, 0
   try:
     with files.open_bytes(path) as file:
-      for number, line in files.lines(file):
+      for number, line, size in files.sized_lines(file):
         if not line.strip():
           continue
         where = f'{path}, line {number}'
+        records += 1
         try:
-          yield _from_fields(unit.entry, files.parse_line(line), where, f'{short}:{number}')
+          yield _from_fields(unit.entry, files.parse_line(line), where, f'{label}:{number}', size)
         except files.BadLineError as error:
-          yield Problem(where, str(error))
+          yield Problem(where, str(error), size)
   except files.READ_ERRORS as error:
     yield Problem(path if isinstance(error, FileNotFoundError) else f'{path}, line {number + 1}', files.describe(error))
     return
-  if not number:
+  if not records:
     yield Problem(path, 'the file is empty')
 
 
@@ -125,54 +192,155 @@ def _parquet(unit: Unit) -> Records:
   import pyarrow.parquet as pq
 
   [path] = unit.paths
+  [label] = unit.labels or unit.paths
   row = 0
   try:
     with files.open_bytes(path) as file:
-      table = pq.ParquetFile(file)
-      names = table.schema_arrow.names
-      if unit.entry.text not in names:
-        yield Problem(path, f'no column {unit.entry.text!r} among {", ".join(names)}; name it with | text=COLUMN')
+      table = pq.ParquetFile(file, buffer_size=_PIECE)
+      columns = _columns(unit.entry, table.schema_arrow)
+      if isinstance(columns, str):
+        yield Problem(path, columns)
         return
-      columns = [name for name in (unit.entry.text, unit.entry.id, unit.entry.source) if name in names]
-      for batch in table.iter_batches(_ROWS, columns=columns):
-        for place in range(batch.num_rows):
-          record = {name: batch.column(name)[place].as_py() for name in columns}
+      if (group := _swollen(table.metadata, columns)) is not None:
+        yield Problem(path, f'row group {group} unpacks to more than {_EXPANSION} times its size')
+        return
+      for batch in table.iter_batches(_ROWS, columns=list(columns)):
+        for record in _rows(batch):
           row += 1
-          yield _from_fields(unit.entry, record, f'{path}, row {row}', f'{path.rsplit("/", 1)[-1]}:{row}')
-  except (OSError, pa.ArrowException, UnicodeDecodeError, OverflowError, ValueError) as error:
+          yield _from_fields(unit.entry, record, f'{path}, row {row}', f'{label}:{row}')
+  except (*files.READ_ERRORS, pa.ArrowException, UnicodeDecodeError, OverflowError, ValueError) as error:
     yield Problem(f'{path}, row {row + 1}', files.describe(error))
+    return
+  if not row:
+    yield Problem(path, 'the file is empty')
+
+
+def _columns(entry: Entry, schema: Any) -> dict[str, str] | str:
+  """The columns with the fields of an entry → the outermost column of each, or what is wrong with them."""
+  import pyarrow as pa
+
+  def column(name: str, within: Any) -> list[str]:
+    names = [field.name for field in within]
+    if name in names:
+      return [name]
+    for at, sign in enumerate(name):
+      if sign == '.' and name[:at] in names and pa.types.is_struct(inner := within.field(name[:at]).type):
+        return [name[:at], *rest] if (rest := column(name[at + 1 :], inner)) else []
+    return []
+
+  found = {}
+  for option, named in (('text', entry.text), ('id', entry.id), ('source', entry.source)):
+    name = option if named is None else named
+    if name and (parts := column(name, schema)):
+      found['.'.join(parts)] = parts[0]
+    elif named:
+      return f'no column {name!r} among {", ".join(schema.names)}; name it with | {option}=COLUMN'
+  return found
+
+
+def _swollen(metadata: Any, columns: Mapping[str, str]) -> int | None:
+  """The first row group that unpacks to far more than text does: a value of a few KB may have GBs."""
+  for group in range(metadata.num_row_groups):
+    for index in range(metadata.num_columns):
+      column = metadata.row_group(group).column(index)
+      size = column.total_uncompressed_size
+      if column.path_in_schema in columns and size > max(_UNPACKED, _EXPANSION * column.total_compressed_size):
+        return group
+  return None
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any]]:
+  """Records of a batch, one at a time: dictionaries of Arrow repeat a long text in few bytes."""
+  names, columns = batch.schema.names, batch.columns
+  for row in range(batch.num_rows):
+    yield {name: column[row].as_py() for name, column in zip(names, columns, strict=True)}
 
 
 def _arrow(unit: Unit) -> Records:
   import pyarrow as pa
 
   [path] = unit.paths
+  [label] = unit.labels or unit.paths
   row = 0
   try:
-    with files.open_bytes(path) as file, pa.ipc.open_stream(file) as stream:
-      for batch in stream:
-        for record in batch.to_pylist():
-          row += 1
-          yield _from_fields(unit.entry, record, f'{path}, row {row}', f'{path.rsplit("/", 1)[-1]}:{row}')
-  except (OSError, pa.ArrowException, UnicodeDecodeError, OverflowError, ValueError) as error:
+    with files.open_bytes(path) as file:
+      if _has_packed_buffers(file):
+        yield Problem(path, 'its buffers are compressed, so that their size is unknown; write it with save_to_disk')
+        return
+      file.seek(0)
+      with pa.ipc.open_stream(file) as stream:
+        columns = _columns(unit.entry, stream.schema)
+        if isinstance(columns, str):
+          yield Problem(path, columns)
+          return
+        for batch in stream:
+          used = batch.select(list(dict.fromkeys(columns.values())))
+          used.validate(full=True)  # Arrow trusts the offsets in a file
+          for record in _rows(used):
+            row += 1
+            yield _from_fields(unit.entry, record, f'{path}, row {row}', f'{label}:{row}')
+      file.seek(-len(_END_OF_STREAM), 2)
+      if file.read() != _END_OF_STREAM:  # Arrow takes the end of the file for the end of the stream
+        raise EOFError
+  except (*files.READ_ERRORS, pa.ArrowException, UnicodeDecodeError, OverflowError, ValueError) as error:
     yield Problem(f'{path}, row {row + 1}', files.describe(error))
+    return
+  if not row:
+    yield Problem(path, 'the file is empty')
+
+
+def _has_packed_buffers(file: BinaryIO) -> bool:
+  """Whether a message of an Arrow stream has compressed buffers, which Arrow would unpack whole, whatever their size.
+
+  Reads the FlatBuffers table before each message; of a stream that is damaged, only as far as it can be read.
+  """
+
+  def number(kind: str, at: int) -> int:
+    return struct.unpack_from(f'<{kind}', table, at)[0]
+
+  def field(of: int, index: int) -> int:
+    """Place of a field of the table at `of`; 0 if it is not there."""
+    fields = of - number('i', of)
+    at = 4 + 2 * index
+    offset = number('H', fields + at) if at < number('H', fields) else 0
+    return of + offset if offset else 0
+
+  while len(head := file.read(8)) == 8:
+    marker, size = struct.unpack('<ii', head)
+    if marker != -1 or size <= 0:
+      return False
+    table = file.read(min(size, _PIECE))
+    try:
+      message = number('I', 0)
+      kind, header, length = (field(message, index) for index in (1, 2, 3))
+      batch = header + number('I', header)
+      if (kind := number('B', kind) if kind else 0) == _DICTIONARY:
+        batch = (inner := field(batch, 1)) + number('I', inner)
+      if kind in (_DICTIONARY, _RECORDS) and field(batch, 3):
+        return True
+      file.seek(max(0, size - len(table)) + (number('q', length) if length else 0), 1)
+    except (struct.error, OSError, ValueError):
+      return False
+  return False
+
+
+_DICTIONARY, _RECORDS = 2, 3  # kinds of messages
+_END_OF_STREAM = b'\xff\xff\xff\xff\0\0\0\0'
 
 
 def _tfds(unit: Unit) -> Records:
-  entry = unit.entry
-  records = tfds_items.records(tfds_builder(entry.target), f'{entry.split}[{unit.first}:{unit.stop}]')
-  for row, record in enumerate(records, unit.first):
-    yield _tensorflow_record(entry, record, row)
-
-
-def _tensorflow_record(entry: Entry, record: Mapping[str, Any], row: int) -> Record | Problem:
-  where = f'{entry.target}:{entry.split}, row {row}'
-  fields = {entry.text, entry.id, entry.source}
+  entry, row = unit.entry, unit.first
   try:
-    plain = {key: v.decode() if isinstance(v, bytes) and key in fields else v for key, v in record.items()}
-  except UnicodeDecodeError as error:
-    return Problem(where, f'not UTF-8 ({error.reason} at byte {error.start})')
-  return _from_fields(entry, plain, where, f'{entry.split}:{row}')
+    for record in tfds_items.records(tfds_builder(entry.target), f'{entry.split}[{unit.first}:{unit.stop}]'):
+      yield _tensorflow_record(entry, record, row, unit.labels)
+      row += 1
+  except OSError as error:
+    yield Problem(f'{entry.target}:{entry.split}, row {row}', files.describe(error))
+
+
+def _tensorflow_record(entry: Entry, record: Mapping[str, Any], row: int, labels: tuple[str, ...]) -> Record | Problem:
+  [label] = labels or (entry.split,)
+  return _from_fields(entry, record, f'{entry.target}:{entry.split}, row {row}', f'{label}:{row}')
 
 
 def _seqio(entry: Entry) -> Records:
@@ -189,11 +357,18 @@ def _seqio(entry: Entry) -> Records:
       f'pool.sources: no seqio task {entry.target!r} is registered; name the module that registers it: '
       '| module=my.tasks'
     )
+  import tensorflow_datasets as tfds
+
   source = seqio.TaskRegistry.get(entry.target).source
   if entry.split.partition('[')[0] not in source.splits:
     raise no_split(entry, source.splits)
-  for row, record in enumerate(source.get_dataset(split=entry.split, shuffle=False).as_numpy_iterator()):
-    yield _tensorflow_record(entry, record, row)
+  # By default a TFDS source takes records from 16 files in turn, and row numbers would name other rows than TFDS's.
+  seqio.utils.set_tfds_read_config_override(tfds.ReadConfig(interleave_cycle_length=1))
+  try:
+    for row, record in enumerate(source.get_dataset(split=entry.split, shuffle=False).as_numpy_iterator()):
+      yield _tensorflow_record(entry, record, row, ())
+  finally:
+    seqio.utils.set_tfds_read_config_override(None)
 
 
 def generate(entry: Entry, config: ConfigDict, seed: int) -> Iterator[Document]:
@@ -221,24 +396,20 @@ def read_generated(entry: Entry, config: ConfigDict, seed: int) -> Records:
   if entry.kind == 'seqio':
     yield from _seqio(entry)
   else:
-    for document in generate(entry, config, seed):
-      yield document.id, document.id, document.source, document.text
-
-
-_FIELDS = ('where', 'id', 'source', 'text')
+    yield from ((document.id, document) for document in generate(entry, config, seed))
 
 
 def spill(records: Records, path: str) -> None:
   """Writes the records of a `generated` source to an Arrow file, so that they can be read as a unit."""
   import pyarrow as pa
 
-  schema = pa.schema([(name, pa.string()) for name in (*_FIELDS, 'what')])
+  texts, numbers = ('where', 'id', 'source', 'text', 'what'), ('lost', 'bytes')
+  schema = pa.schema([(name, pa.string()) for name in texts] + [(name, pa.int64()) for name in numbers])
   with pa.OSFile(path, 'wb') as file, pa.ipc.new_stream(file, schema) as stream:
-    batch: list[dict[str, str]] = []
+    batch: list[dict[str, Any]] = []
     for record in records:
-      batch.append(
-        dataclasses.asdict(record) if isinstance(record, Problem) else dict(zip(_FIELDS, record, strict=True))
-      )
+      plain = {} if isinstance(record, Problem) else {'where': record[0]}
+      batch.append(plain | dataclasses.asdict(record if isinstance(record, Problem) else record[1]))
       if len(batch) == _BATCH:
         stream.write_batch(pa.RecordBatch.from_pylist(batch, schema))
         batch = []
@@ -252,10 +423,9 @@ def _spilled(unit: Unit) -> Records:
     for batch in stream:
       for record in batch.to_pylist():
         if record['what'] is None:
-          where, id, source, text = (record[name] for name in _FIELDS)
-          yield where, id, source, text
+          yield record['where'], Document(*(record[name] for name in ('id', 'source', 'text', 'lost')))
         else:
-          yield Problem(record['where'], record['what'])
+          yield Problem(*(record[name] for name in ('where', 'what', 'bytes')))
 
 
 _READERS: Mapping[str, Callable[[Unit], Records]] = {

@@ -5,8 +5,9 @@ Each source is cut into units that are read independently (files, row ranges). D
 sources, units and records, which depends only on the settings and the files.
 """
 
+import collections
 import dataclasses
-import glob
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from dsdm_jax.errors import UserError
 FILES = ('text', 'jsonl', 'parquet', 'hf')
 KINDS = (*FILES, 'tfds', 'seqio', 'tokens')
 SIZED = ('installed_packages', 'function')
+LARGEST = 16 * 2**20  # bytes of UTF-8 in a document; encoding longer ones would take gigabytes
 _TEXT_FILES = 256  # small files per unit
 _TFDS_ROWS = 65_536  # rows per unit
 _LIMITS = {
@@ -34,23 +36,22 @@ class Document:
   """One text of the pool.
 
   Attributes:
-    id: unique in the pool, '/'-separated, begins with the source: 'docs/numpy/numpy/random/LICENSE.md'.
+    id: unique in the pool.
     source: the class it is counted under in cards, selections and reports ('docs').
     text: valid Unicode with at least one character that is not white space.
+    lost: bytes of UTF-8 that the source cut off the end of the text.
   """
 
   id: str
   source: str
   text: str
+  lost: int = 0
 
 
 def cut(data: bytes, limit: int) -> bytes:
-  """At most `limit` bytes of UTF-8, cut at the end of a line, or of a character if the first line is too long."""
+  """At most `limit` bytes of UTF-8, cut at the end of a character."""
   if len(data) <= limit:
     return data
-  end = data.rfind(b'\n', 0, limit) + 1
-  if end:
-    return data[:end]
   end = limit
   while end and data[end] & 0xC0 == 0x80:  # a continuation byte: its character began before the limit
     end -= 1
@@ -65,7 +66,8 @@ class Entry:
     kind: one of `KINDS`, 'installed_packages', or 'function' for 'package.module:function'.
     target: glob, name of a dataset or task, or function.
     name: source of documents whose record names none.
-    text, id, source: field names of a record; `id` and `source` may be missing from it.
+    text, id, source: field names of a record, 'meta.id' for one inside another. A record must have the fields that the
+      user named. None takes the field 'id' or 'source' where there is one, '' none.
     split: of a TFDS dataset, seqio task or dataset dict.
     weight: share of pool.max_bytes, relative to the other sources; positive.
     max_bytes, max_documents: caps; 0 for none.
@@ -76,8 +78,8 @@ class Entry:
   target: str
   name: str
   text: str = 'text'
-  id: str = 'id'
-  source: str = 'source'
+  id: str | None = None
+  source: str | None = None
   split: str = 'train'
   weight: float = 1.0
   max_bytes: int = 0
@@ -97,18 +99,33 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-  """Part of a source: `paths`, or rows `first` to `stop` − 1 of a TFDS dataset."""
+  """Part of a source: `paths`, or rows `first` to `stop` − 1 of a TFDS dataset.
+
+  `labels` name the paths (or the split) in ids of documents that have none of their own.
+  """
 
   entry: Entry
   paths: tuple[str, ...]
   first: int = 0
   stop: int = 0
+  labels: tuple[str, ...] = ()
 
 
 _OPTIONS: Mapping[str, Callable[[str], Any]] = {
   **dict.fromkeys(('name', 'text', 'id', 'source', 'split', 'module'), str),
   'weight': float,
   **dict.fromkeys(('max_bytes', 'max_documents'), lambda value: int(float(value))),
+}
+_CAPS = ('weight', 'max_bytes', 'max_documents')
+_FIELDS = ('text', 'id', 'source', 'name')
+_OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
+  'installed_packages': _CAPS,
+  'function': _CAPS,
+  'text': ('name', *_CAPS),
+  **dict.fromkeys(('jsonl', 'parquet'), (*_FIELDS, *_CAPS)),
+  **dict.fromkeys(('hf', 'tfds'), (*_FIELDS, 'split', *_CAPS)),
+  'seqio': (*_FIELDS, 'split', 'module', *_CAPS),
+  'tokens': ('text', 'name'),
 }
 
 
@@ -132,15 +149,17 @@ def parse(line: str) -> Entry:
   options: dict[str, Any] = {'name': _name(kind, target)}
   for part in rest:
     key, equals, value = (x.strip() for x in part.partition('='))
-    if key not in _OPTIONS or not equals:
-      raise UserError(f'{where}: option {part!r} is none of {", ".join(f"{key}=" for key in _OPTIONS)}')
+    usable = _OPTIONS_OF[kind]
+    if key not in usable or not equals:
+      raise UserError(f'{where}: option {part!r} is none of those of {kind}: {", ".join(f"{key}=" for key in usable)}')
     try:
       options[key] = _OPTIONS[key](value)
     except (ValueError, OverflowError) as error:  # OverflowError: 1e999
       raise UserError(f'{where}: {key}={value} is not a number') from error
   entry = Entry(kind, target, **options)
-  if not entry.name:
-    raise UserError(f'{where}: name= is empty; give a name or remove it')
+  for key in ('name', 'text'):
+    if not getattr(entry, key):
+      raise UserError(f'{where}: {key}= is empty; give a name or remove it')
   for key, most in _LIMITS.items():
     number = getattr(entry, key)
     if not 0 <= number <= most or (key == 'weight' and not number):
@@ -168,24 +187,76 @@ def units(entry: Entry) -> list[Unit]:
     if entry.split not in splits:
       raise no_split(entry, splits)
     rows = splits[entry.split].num_examples
-    return [Unit(entry, (), i, min(i + _TFDS_ROWS, rows)) for i in range(0, rows, _TFDS_ROWS)]
+    return [Unit(entry, (), i, min(i + _TFDS_ROWS, rows), (entry.split,)) for i in range(0, rows, _TFDS_ROWS)]
   paths = _files(entry)
+  labels = tuple(files.below(path, entry.target) for path in paths)
   step = _TEXT_FILES if entry.kind == 'text' else 1
-  return [Unit(entry, tuple(paths[i : i + step])) for i in range(0, len(paths), step)]
+  return [Unit(entry, tuple(paths[i : i + step]), labels=labels[i : i + step]) for i in range(0, len(paths), step)]
+
+
+def distinct(units_: Iterable[Unit]) -> list[Unit]:
+  """The units; if two files have one label, all labels become paths below the folder that all files share."""
+  result = list(units_)
+  places = [unit.paths or (f'{unit.entry.target}/{unit.entry.split}',) for unit in result]
+  of_label = collections.defaultdict(set)
+  for unit, paths in zip(result, places, strict=True):
+    for path, label in zip(paths, unit.labels, strict=False):
+      of_label[label].add(path)
+  if all(len(paths) == 1 for paths in of_label.values()):
+    return result
+  parts = [path.split('/') for unit, paths in zip(result, places, strict=True) if unit.labels for path in paths]
+  shared = next(i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1)
+  labels = [tuple('/'.join(path.split('/')[shared:]) for path in paths) for paths in places]
+  return [
+    dataclasses.replace(unit, labels=new) if unit.labels else unit for unit, new in zip(result, labels, strict=True)
+  ]
+
+
+def missing_files(unit: Unit) -> list[str]:
+  """Files that the index of the source lists and that do not exist."""
+  if unit.entry.kind == 'hf':
+    return [path for path in unit.paths if not files.is_file(path)]
+  if unit.entry.kind == 'tfds' and not unit.first:
+    return tfds_items.missing_files(tfds_builder(unit.entry.target), unit.entry.split)
+  return []
 
 
 def _files(entry: Entry) -> list[str]:
-  """Files of a source; for hf: the Arrow files of folders that `save_to_disk` of `datasets` wrote."""
+  """Files of a source; for hf: the Arrow files that the index of a folder lists."""
   if entry.kind != 'hf':
     return files.glob(entry.target)
   paths: list[str] = []
   for folder in files.glob(entry.target.rstrip('/') or '/', 'directory'):
-    if files.is_file(f'{folder}/dataset_dict.json'):
+    if files.is_file(index := f'{folder}/dataset_dict.json'):
+      splits = _read_index(index, 'splits', str)
+      if entry.split not in splits:
+        raise no_split(entry, splits)
       folder = f'{folder}/{entry.split}'
-    if not files.is_file(f'{folder}/state.json'):
+    if not files.is_file(index := f'{folder}/state.json'):
       raise UserError(f'{folder} has no state.json; hf: needs a folder written by save_to_disk of datasets')
-    paths += files.glob(f'{glob.escape(folder)}/data-*.arrow')
+    names = [listed.get('filename') for listed in _read_index(index, '_data_files', dict)]
+    for name in names:
+      if not isinstance(name, str) or '/' in name or name in ('', '.', '..') or names.count(name) > 1:
+        raise UserError(f'{index} lists {name!r}, which is no file of that folder; write it again with save_to_disk')
+    paths += [f'{folder}/{name}' for name in names]
   return paths
+
+
+def _read_index(path: str, key: str, kind: type) -> list:
+  """The list `key` of an index file, whose entries have type `kind`.
+
+  Raises:
+    UserError: there is no such list.
+  """
+  try:
+    listed = json.loads(files.read_bytes(path))[key]
+  except files.READ_ERRORS as error:
+    raise UserError(f'{path}: {files.describe(error)}') from error
+  except (ValueError, KeyError, TypeError, RecursionError):
+    listed = None
+  if not isinstance(listed, list) or not all(isinstance(value, kind) for value in listed):
+    raise UserError(f'{path} has no list {key!r}; write the folder again with save_to_disk of datasets')
+  return listed
 
 
 def tfds_builder(name: str) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dsdm_jax.core import tensorflow_start
+from dsdm_jax.data import files
 from dsdm_jax.data.targets.shapes import Item, squad_prompt
 from dsdm_jax.errors import UserError
 
@@ -28,13 +29,18 @@ def read(name: str, data_dir: str | None = None) -> Iterator[Item]:
       f'the TFDS dataset {dataset} is not prepared in {data_dir or "~/tensorflow_datasets"}; with network '
       f'access run: {prepare_command(dataset, data_dir)}'
     )
+  if split in builder.info.splits and (missing := missing_files(builder, split)):
+    raise UserError(f'{missing[0]} is missing, though dataset_info.json lists it; prepare {dataset} again')
   if split not in builder.info.splits:
     raise UserError(
       f'the TFDS dataset {dataset} in {builder.data_dir} has no split {split}, only '
       f'{", ".join(builder.info.splits) or "none"}; prepare it again with that split'
     )
-  for index, record in enumerate(records(builder, split)):
-    yield from convert(f'{split}/{index}', record)
+  try:
+    for index, record in enumerate(records(builder, split)):
+      yield from convert(f'{split}/{index}', record)
+  except OSError as error:
+    raise UserError(f'the TFDS dataset {dataset} in {builder.data_dir}: {error}; prepare it again') from error
 
 
 def is_prepared(name: str, data_dir: str | None = None) -> bool:
@@ -59,15 +65,38 @@ def prepare_command(name: str, data_dir: str | None = None) -> str:
   return f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}{where}).download_and_prepare()"'
 
 
+def missing_files(builder: Any, split: str) -> list[str]:
+  """Files of a split that `dataset_info.json` lists and that do not exist."""
+  return [str(path) for path in builder.info.splits[split].filepaths if not path.exists()]
+
+
 def records(builder: Any, split: str) -> Iterator[Mapping[str, Any]]:
-  """Records of a split, or of a part such as 'train[5:9]', in the order of its files."""
+  """Records of a split, or of a part such as 'train[5:9]', in the order of the files that `dataset_info.json` lists.
+
+  Raises:
+    OSError: the files cannot be read, or hold another number of records than `dataset_info.json` says.
+  """
   import tensorflow_datasets as tfds
 
-  # tf.data cannot read ArrayRecord, and as_data_source cannot read TFRecord.
-  if 'array_record' in str(builder.info.file_format).lower():
-    yield from builder.as_data_source(split=split)
-  else:
-    yield from tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
+  number = 0
+  try:
+    # tf.data cannot read ArrayRecord, and as_data_source cannot read TFRecord.
+    if 'array_record' in str(builder.info.file_format).lower():
+      found = iter(builder.as_data_source(split=split))
+    else:
+      # By default TFDS takes records from 16 files in turn.
+      order = tfds.ReadConfig(interleave_cycle_length=1)
+      found = iter(tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False, read_config=order)))
+    for record in found:
+      number += 1
+      yield record
+  except UserError:
+    raise
+  except Exception as error:  # of TensorFlow, array_record and TFDS
+    raise OSError(files.one_line(error)) from error
+  wanted = builder.info.splits[split].num_examples
+  if number != wanted:
+    raise OSError(f'{number:,} records, but dataset_info.json says {wanted:,}')
 
 
 def _text(value: Any) -> str:

@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tqdm
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +18,7 @@ from dsdm_jax.data.pool import layout, passes, permutation
 from dsdm_jax.data.pool.passes import Job, Plan
 from dsdm_jax.data.pool.permutation import Shuffle
 from dsdm_jax.data.pool.sources import Unit, parse
+from dsdm_jax.errors import UserError
 from tests.helpers.data import RECORDS, contents, lines, run_pool, small_config
 
 
@@ -71,7 +75,7 @@ def test_same_bytes_on_any_number_of_processes(tmp_path: Path, monkeypatch: pyte
     values.append(contents(run_pool(config, tmp_path / f'run{workers}').path))
   assert values[0].keys() == values[1].keys()
   assert [name for name in values[0] if values[0][name] != values[1][name]] == []
-  assert json.loads(values[0]['card.json'])['exact_duplicates'] == 3
+  assert json.loads(values[0]['card.json'])['lost']['duplicates']['documents'] == 3
 
 
 def test_a_computed_permutation_serves_where_one_is_too_large_to_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -128,3 +132,20 @@ def test_a_document_table_of_many_groups(tiny_artifact: Artifact, tmp_path: Path
   assert len(large.documents._groups) > 3
   assert list(large.documents) == list(wanted)
   assert large.documents[3:6] == wanted[3:6] and large.documents[-1] == wanted[-1]
+
+
+def _killed(job: int) -> int:
+  if job == 2:
+    os.kill(os.getpid(), signal.SIGKILL)
+  return job
+
+
+def _without_memory(job: int) -> int:
+  raise MemoryError
+
+
+@pytest.mark.parametrize(('function', 'workers'), [(_killed, 2), (_without_memory, 1)])
+def test_a_killed_worker_is_one_line(function, workers: int):
+  with pytest.raises(UserError, match=r'(was killed|ran out).*lower --config\.host\.workers') as caught:
+    passes.run_parallel(function, list(range(4)), workers, tqdm.tqdm(disable=True))
+  assert '\n' not in str(caught.value)

@@ -143,7 +143,7 @@ def test_order_depends_on_seed_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_scarce_kinds_leave_their_share_to_the_others(site: Path):
   install(site, 'one', {f'one/{i}.py': text(f's{i}', 5_000) for i in range(20)} | {'one/a.csv': text('d', 2_000)})
-  result = read(kinds=('source', 'data'), max_bytes=40_000)
+  result = read(kinds=('source', 'data'), max_bytes=40_000, max_document_bytes=8_192)
   size = {k: sum(len(d.text.encode()) for d in result if d.source == k) for k in ('source', 'data')}
   assert size['data'] == len(text('d', 2_000))
   assert 40_000 - 100 <= size['source'] + size['data'] <= 40_000  # less than a line is lost at the cut
@@ -166,6 +166,23 @@ def test_long_documents_end_with_a_line(site: Path):
   (document,) = read(kinds=('source',), max_document_bytes=1_000)
   assert document.text.endswith('\n')
   assert 900 < len(document.text.encode()) <= 1_000
+  assert len(document.text.encode()) + document.lost == len(text('é', 9_000))
+
+
+def test_a_title_before_one_long_line_is_not_all_that_remains(site: Path):
+  install(site, 'one', {'one/a.md': b'# Title\n' + 'é'.encode() * 9_000})
+  (document,) = [d for d in read(kinds=('docs',), max_document_bytes=1_000) if d.id.endswith('a.md')]
+  assert len(document.text.encode()) == 1_000 and document.lost == 8 + 18_000 - 1_000
+
+
+def test_without_a_limit_whole_files_fill_the_budget(site: Path):
+  """A long file neither takes the budget nor ends the filling."""
+  install(site, 'one', {f'one/{i}.py': text(f's{i}', 1_000) for i in range(30)} | {'one/long.py': text('long', 18_000)})
+  for seed in range(4):
+    result = read(seed, kinds=('source',), max_bytes=20_000)
+    assert all(d.lost == 0 and len(d.text) < 2_000 for d in result)
+    assert 19_000 < sum(len(d.text.encode()) for d in result) <= 20_000
+  assert len(read(kinds=('source',), max_bytes=0)) == 31
 
 
 def test_cut_never_splits_a_character():
@@ -173,8 +190,7 @@ def test_cut_never_splits_a_character():
   for limit in range(1, len(data)):
     assert sources.cut(data, limit).decode() == 'aé€😀'[: len(sources.cut(data, limit).decode())]
     assert len(sources.cut(data, limit)) <= limit
-  assert sources.cut(b'one\ntwo\nthree', 9) == b'one\ntwo\n'
-  assert sources.cut(b'one\ntwo\n', 8) == b'one\ntwo\n'
+  assert sources.cut(b'one\ntwo\nthree', 9) == b'one\ntwo\nt'
 
 
 def test_bad_names():

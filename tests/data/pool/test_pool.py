@@ -153,7 +153,7 @@ def test_leaks_and_duplicates_are_dropped_and_reported(tmp_path: Path):
   assert len(dropped[0]['words'].split()) == 12
   pool = Pool(artifact)
   assert not {'prose/leak', 'prose/again'} & {d['id'] for d in pool.documents}
-  assert (pool.card['dropped_for_leakage'], pool.card['exact_duplicates']) == (1, 1)
+  assert (pool.card['dropped_for_leakage'], pool.card['lost']['duplicates']['documents']) == (1, 1)
   assert pool.card['dropped_by_task'] == {'cs_algorithms': 1}
   off = Pool(run_pool(small_config(sources=(f'{__name__}:leaky',), leakage_guard=False), tmp_path / 'off'))
   assert 'prose/leak' in {d['id'] for d in off.documents}

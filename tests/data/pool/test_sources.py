@@ -1,18 +1,22 @@
 """Pools of files: every format gives the same documents, errors name file and line, caps hold."""
 
+import dataclasses
 import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dsdm_jax.data import inputs
-from dsdm_jax.data.pool import sources
+from dsdm_jax.data import files, inputs
+from dsdm_jax.data.pool import readers, sources
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
 from tests.helpers.data import RECORDS, lines, run_pool, small_config
@@ -21,6 +25,11 @@ from tests.helpers.data import RECORDS, lines, run_pool, small_config
 def build(folder: Path, *lines_: str, **keys) -> Pool:
   keys = {'vocabulary': 'bytes', 'max_bytes': 0, 'max_document_bytes': 0, 'leakage_guard': False} | keys
   return Pool(run_pool(small_config(sources=lines_, **keys), folder))
+
+
+def bad_inputs(pool: Pool) -> int:
+  lost = pool.card['lost']
+  return lost['bad_input']['documents'] + lost['without_tokens']['documents']
 
 
 def texts(pool: Pool) -> dict[str, str]:
@@ -78,7 +87,7 @@ def test_text_files_and_fields_by_name(tmp_path: Path):
   (tmp_path / 'x.jsonl').write_bytes(lines(renamed))
   pool = build(tmp_path / 'b', f'jsonl:{tmp_path}/x.jsonl | text=body | id=url | source=domain')
   assert pool.sources == ['web']
-  assert {d['id'] for d in pool.documents} == {f'web/u{i}' for i in range(len(RECORDS))}
+  assert {d['id'] for d in pool.documents} == {f'u{i}' for i in range(len(RECORDS))}
 
 
 def test_a_folder_of_hugging_face_datasets(tmp_path: Path):
@@ -113,8 +122,8 @@ def test_tfds_and_seqio(tmp_path: Path):
   writer.add_examples({'train': [{'text': r['text'], 'url': f'u{i}'} for i, r in enumerate(RECORDS)]})
   writer.close_all()
   pool = build(tmp_path / 'a', f'tfds:{folder} | name=c4 | id=url')
-  assert [d['id'] for d in sorted(pool.documents, key=lambda d: int(d['id'][4:]))] == [
-    f'c4/u{i}' for i in range(len(RECORDS))
+  assert [d['id'] for d in sorted(pool.documents, key=lambda d: int(d['id'][1:]))] == [
+    f'u{i}' for i in range(len(RECORDS))
   ]
   source = seqio.FunctionDataSource(
     lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices({'text': [r['text'] for r in RECORDS]}),
@@ -160,7 +169,7 @@ def test_bad_records_of_tfds_and_seqio(tmp_path: Path):
     with pytest.raises(UserError, match=rf'^{target}:train, row 1: not UTF-8 .*on_error=skip'):
       build(tmp_path / f'{kind}_fail', line)
     pool = build(tmp_path / f'{kind}_skip', line, on_error='skip')
-    assert pool.card['skipped'] == 2 and len(pool.documents) == 2
+    assert bad_inputs(pool) == 2 and len(pool.documents) == 2
     skipped = [json.loads(entry) for entry in (pool.path / 'skipped.jsonl').read_text().splitlines()]
     assert [s['where'] for s in skipped] == [f'{target}:train, row 1', f'{target}:train, row 2']
   with pytest.raises(UserError, match=rf"^{name}:train, row 0: no field 'body' among text"):
@@ -225,7 +234,7 @@ def test_bad_input(name: str, tmp_path: Path):
   assert '--config.pool.on_error=skip' in message and '\n' not in message
   (tmp_path / 'good.jsonl').write_bytes(lines(RECORDS))
   pool = build(tmp_path / 'b', line, f'jsonl:{tmp_path}/good.jsonl', on_error='skip')
-  assert pool.card['skipped'] == 1
+  assert bad_inputs(pool) == 1
   [skipped] = [json.loads(entry) for entry in (pool.path / 'skipped.jsonl').read_text().splitlines()]
   assert skipped['where'].startswith(str(tmp_path / name))
   assert {d['id'] for d in pool.documents} >= {r['id'] for r in RECORDS}
@@ -236,7 +245,7 @@ def test_a_glob_without_files(tmp_path: Path):
     build(tmp_path / 'a', f'jsonl:{tmp_path}/nothing-*.jsonl')
   (tmp_path / 'good.jsonl').write_bytes(lines(RECORDS))
   pool = build(tmp_path / 'b', f'jsonl:{tmp_path}/nothing-*.jsonl', f'jsonl:{tmp_path}/good.jsonl', on_error='skip')
-  assert pool.card['skipped'] == 1
+  assert bad_inputs(pool) == 1
   with pytest.raises(UserError, match='the pool is empty'):
     build(tmp_path / 'c', f'jsonl:{tmp_path}/nothing-*.jsonl', on_error='skip')
 
@@ -268,8 +277,9 @@ def test_a_document_of_zero_tokens(tmp_path: Path):
   wanted = build(tmp_path / 'wanted', f'jsonl:{tmp_path}/*.jsonl', **keys)
   np.testing.assert_array_equal(pool.tokens(range(pool.num_rows)), wanted.tokens(range(wanted.num_rows)))
   assert list(pool.documents) == list(wanted.documents)
-  assert pool.card['skipped'] == 2 and pool.card['sources'].pop('none') == {'documents': 0, 'bytes': 0, 'rows': 0}
-  assert {**pool.card, 'skipped': 0} == wanted.card
+  assert bad_inputs(pool) == 2 and pool.card['sources'].pop('none') == {'documents': 0, 'bytes': 0, 'rows': 0}
+  assert pool.card | {'read': 0, 'lost': 0} == wanted.card | {'read': 0, 'lost': 0}
+  assert pool.card['lost']['without_tokens'] == {'documents': 2, 'bytes': 12}
   skipped = [json.loads(entry) for entry in (pool.path / 'skipped.jsonl').read_text().splitlines()]
   assert [s['where'] for s in skipped] == [f'{tmp_path}/a.jsonl, line 6', f'{tmp_path}/b.jsonl, line 1']
   (tmp_path / 'none.jsonl').write_bytes(lines(records[5:6]))
@@ -298,7 +308,7 @@ def test_caps_and_weights(tmp_path: Path):
     selected = card['sources'][name]
     assert selected['bytes'] <= share * total / 2 * 1.0 + 1
     assert abs(selected['documents'] - share * 300) <= 5 * (300 * share * (1 - share)) ** 0.5
-  assert card['above_caps'] == 600 - card['documents']
+  assert card['lost']['above_caps']['documents'] == 600 - card['documents']
   card = build(tmp_path / 'caps', f'{a} | max_documents=40', f'{b} | max_bytes=3e3').card
   assert 0 < card['sources']['a']['documents'] <= 40
   assert 0 < card['sources']['b']['bytes'] <= 3_000
@@ -321,7 +331,7 @@ def test_caps_and_weights_hold_for_sources_that_are_read_from_beginning_to_end(t
   assert build(tmp_path / 'bytes', f'seqio:{name} | max_bytes=3e3').card['bytes'] <= 3_000
   assert 0 < build(tmp_path / 'documents', f'seqio:{name} | max_documents=40').card['documents'] <= 40
   card = build(tmp_path / 'budget', f'seqio:{name}', max_bytes=size // 4).card
-  assert 0.15 * size < card['bytes'] <= size // 4 and card['above_caps'] == 300 - card['documents']
+  assert 0.15 * size < card['bytes'] <= size // 4 and card['lost']['above_caps']['documents'] == 300 - card['documents']
   other = [{'id': f'b/{i}', 'source': 'b', 'text': f'other {i} ' + 'word ' * 18} for i in range(300)]
   (tmp_path / 'b.jsonl').write_bytes(lines(other))
   card = build(tmp_path / 'weights', f'seqio:{name} | weight=3', f'jsonl:{tmp_path}/b.jsonl', max_bytes=size // 2).card
@@ -339,12 +349,16 @@ def test_caps_and_weights_hold_for_sources_that_are_read_from_beginning_to_end(t
 @pytest.mark.parametrize(
   ('line', 'expected'),
   [
-    ('jsonl:a | wieght=2', "option 'wieght=2' is none of name="),
+    ('jsonl:a | wieght=2', "option 'wieght=2' is none of those of jsonl: text=, id=, source=, name=, weight="),
     ('jsonl:a | weight=much', 'weight=much is not a number'),
     ('jsonl:a | weight=0', 'weight must be above 0'),
     ('jsonl:a | weight=inf', 'weight must be above 0 and at most 1,000,000'),
     ('jsonl:a | max_bytes=1e999', 'max_bytes=1e999 is not a number'),
     ('jsonl:a | max_documents=1e15', 'max_documents must be at least 0 and at most 1,000,000,000,000'),
+    ('jsonl:a | text=', 'text= is empty'),
+    ('text:a | id=name', "option 'id=name' is none of those of text: name="),
+    ('jsonl:a | split=test', "option 'split=test' is none of those of jsonl"),
+    ('tokens:a | max_documents=5', "'max_documents=5' is none of those of tokens: text=, name=$"),
     ('csv/x', 'whose kind is not'),
     ('jsonl:', 'jsonl: needs a pattern'),
     ('jsonl:a | name=', 'name= is empty'),
@@ -422,3 +436,288 @@ def test_files_of_a_seqio_task_count_by_content(tmp_path: Path):
     return inputs.by_content(settings, settings, None)[0]
 
   assert identity('a') == identity('a') != identity('b')
+
+
+def write_hf(path: Path, data: bytes) -> None:
+  """A folder as `save_to_disk` writes it, with the records of `data` in one Arrow stream."""
+  path.mkdir()
+  table = pa.Table.from_pylist([json.loads(line) for line in data.splitlines()])
+  name = 'data-00000-of-00001.arrow'
+  (path / 'state.json').write_text(json.dumps({'_data_files': [{'filename': name}]}))
+  with pa.OSFile(str(path / name), 'wb') as file, pa.ipc.new_stream(file, table.schema) as stream:
+    stream.write_table(table)
+
+
+KINDS = pytest.mark.parametrize(
+  ('kind', 'write'), [('jsonl', write_jsonl), ('parquet', write_parquet), ('hf', write_hf)]
+)
+
+
+def documents(line: str, max_bytes: int = 0) -> list[sources.Document | readers.Problem]:
+  return [found for unit in sources.units(sources.parse(line)) for found in readers.read(unit, max_bytes)]
+
+
+@KINDS
+def test_fields_by_name(kind: str, write: Callable[[Path, bytes], None], tmp_path: Path):
+  """Nested ones too. What the user named must be there; 0 is a name, and an empty text is none."""
+  path = tmp_path / f'a.{kind}'
+  write(
+    path,
+    lines(
+      [
+        {'text': 'one', 'source': 0, 'meta': {'id': 7, 'in': {'name': 'x'}, 'empty': ''}, 'a.b': 'dotted', 'list': [1]},
+        {'text': 'two', 'source': 1, 'meta': {'id': 8, 'in': {'name': 'y'}, 'empty': ''}, 'a.b': 'point', 'list': [2]},
+      ]
+    ),
+  )
+
+  def read(options: str) -> list:
+    return [
+      (d.id, d.source) if isinstance(d, sources.Document) else str(d) for d in documents(f'{kind}:{path}{options}')
+    ]
+
+  first = f'a.{kind}/data-00000-of-00001.arrow:1' if kind == 'hf' else f'a.{kind}:1'
+  assert read('')[0] == (f'0/{first}', '0')
+  assert read(' | id=meta.id | source=meta.in.name') == [('7', 'x'), ('8', 'y')]
+  assert read(' | id=a.b | source=') == [('dotted', kind), ('point', kind)]
+  assert [d.text for d in documents(f'{kind}:{path} | text=meta.in.name')] == ['x', 'y']
+  for option in ('id', 'source', 'text'):
+    for name in ('nowhere', 'meta.nowhere', 'text.x', 'meta.in.id'):
+      found = read(f' | {option}={name}')[0]
+      assert f'{name!r} among' in found and f'with | {option}=' in found, found
+    assert 'not text' in read(f' | {option}=list')[0]
+  for option in ('id', 'source'):
+    assert "field 'meta.empty'" in (found := read(f' | {option}=meta.empty')[0]) or "'meta.empty' among" in found
+
+
+def test_ids_are_unique_and_those_of_the_user(tmp_path: Path):
+  for folder in ('x/a', 'x/b', 'y/a'):
+    (tmp_path / folder).mkdir(parents=True)
+    records = [{'text': f'{folder} {i} {r["text"]}'} for i, r in enumerate(RECORDS[:10])]
+    (tmp_path / folder / 'part-0.jsonl').write_bytes(lines(records))
+    (tmp_path / folder / 'own.jsonl').write_bytes(lines([{'id': str(i), **r} for i, r in enumerate(records)]))
+
+  def ids(*lines_: str) -> set[str]:
+    found = [d['id'] for d in build(tmp_path / 'pool', *lines_).documents]
+    assert len(found) == len(set(found))
+    return set(found)
+
+  each = {f'{i}' for i in range(10)}
+  numbers = range(1, 11)
+  assert ids(f'jsonl:{tmp_path}/x/*/part-0.jsonl') == {f'jsonl/{f}/part-0.jsonl:{n}' for f in 'ab' for n in numbers}
+  assert ids(f'jsonl:{tmp_path}/x/a/part-0.jsonl') == {f'jsonl/part-0.jsonl:{n}' for n in numbers}
+  assert ids(f'jsonl:{tmp_path}/x/a/own.jsonl') == each
+  # Two sources whose files have the same name below the first wildcard.
+  assert ids(f'jsonl:{tmp_path}/x/a/*.jsonl | id=', f'text:{tmp_path}/y/*/part-0.jsonl') == {
+    *(f'jsonl/{name}.jsonl:{n}' for name in ('part-0', 'own') for n in numbers if name == 'own'),
+    'text/a/part-0.jsonl',
+  }
+  assert ids(f'jsonl:{tmp_path}/x/a/part*.jsonl', f'jsonl:{tmp_path}/y/a/part*.jsonl') == {
+    f'jsonl/{f}/a/part-0.jsonl:{n}' for f in 'xy' for n in numbers
+  }
+  with pytest.raises(
+    UserError, match=r"a/own\.jsonl, line 1 and .*b/own\.jsonl, line 1 have the same id '0'.*\| id="
+  ) as e:
+    ids(f'jsonl:{tmp_path}/x/*/own.jsonl')
+  assert '\n' not in str(e.value)
+  assert len(ids(f'jsonl:{tmp_path}/x/*/own.jsonl | id=')) == 20
+
+
+def test_byte_order_marks_are_removed(tmp_path: Path):
+  mark = files.BOM
+  (tmp_path / 'a.jsonl').write_bytes(mark + lines(RECORDS[:2]) + mark + lines(RECORDS[2:3]) + mark + b'\n')
+  write_gzip(tmp_path / 'b.jsonl.gz', mark + lines([{'text': '\ufefftext \ufeff of b'}]))
+  (tmp_path / 't.txt').write_bytes(mark + 'text \ufeff of t'.encode())
+  write_parquet(tmp_path / 'c.parquet', lines([{'text': '\ufefftext of c'}]))
+  assert [d.text for d in documents(f'jsonl:{tmp_path}/a.jsonl')] == [r['text'] for r in RECORDS[:3]]
+  assert [d.text for d in documents(f'jsonl:{tmp_path}/b.jsonl.gz')] == ['text \ufeff of b']
+  assert [d.text for d in documents(f'text:{tmp_path}/t.txt')] == ['text \ufeff of t']
+  assert [d.text for d in documents(f'parquet:{tmp_path}/c.parquet')] == ['text of c']
+  (tmp_path / 'd.jsonl').write_bytes(mark)
+  (tmp_path / 'd.txt').write_bytes(mark)
+  assert ['empty' in str(d) for d in documents(f'jsonl:{tmp_path}/d.jsonl')] == [True]
+  assert ['without text' in str(d) for d in documents(f'text:{tmp_path}/d.txt')] == [True]
+
+
+def test_the_index_of_a_folder_decides_what_is_read(tmp_path: Path):
+  folder = tmp_path / 'saved'
+  write_hf(folder, lines(RECORDS[:9]))
+  [file] = folder.glob('*.arrow')
+  whole = file.read_bytes()
+  (folder / 'data-00001-of-00002.arrow').write_bytes(whole)  # left over from an earlier save
+  assert len(documents(f'hf:{folder}')) == 9
+  for end in (1, 8, 9, 200, len(whole) - 20):
+    file.write_bytes(whole[:-end])
+    assert any(isinstance(d, readers.Problem) for d in documents(f'hf:{folder}')), end
+  file.write_bytes(whole)
+  for state, what in (
+    ({'_data_files': [{'filename': file.name}, {'filename': 'data-9.arrow'}]}, r'data-9\.arrow: is missing, though'),
+    ({'_data_files': [{'filename': '../x.arrow'}]}, "lists '../x.arrow', which is no file of that folder"),
+    ({'_data_files': 3}, "no list '_data_files'"),
+    ([], "no list '_data_files'"),
+  ):
+    (folder / 'state.json').write_text(json.dumps(state))
+    with pytest.raises(UserError, match=what):
+      build(tmp_path / 'pool', f'hf:{folder}')
+  (folder / 'state.json').write_text(json.dumps({'_data_files': [{'filename': n} for n in (file.name, 'gone.arrow')]}))
+  pool = build(tmp_path / 'pool', f'hf:{folder}', on_error='skip')
+  assert bad_inputs(pool) == 1 and len(pool.documents) == 9
+  (folder / 'dataset_dict.json').write_text('{"splits": ["train", "test"]}')
+  with pytest.raises(UserError, match="no split 'dev', only train, test"):
+    documents(f'hf:{folder} | split=dev')
+
+
+def test_compressed_arrow_is_refused(tmp_path: Path):
+  """Arrow would unpack its buffers whole. Dictionaries come in messages of their own."""
+  folder = tmp_path / 'saved'
+  write_hf(folder, lines(RECORDS[:3]))
+  [file] = folder.glob('*.arrow')
+  texts_ = pa.array([r['text'] * 9 for r in RECORDS])
+  for column in (texts_, texts_.dictionary_encode()):
+    for compression in (None, 'zstd', 'lz4'):
+      table = pa.table({'text': column, 'n': range(len(column))})
+      options = pa.ipc.IpcWriteOptions(compression=compression)
+      with pa.OSFile(str(file), 'wb') as f, pa.ipc.new_stream(f, table.schema, options=options) as stream:
+        stream.write_table(table.slice(0, 9))
+        stream.write_table(table.slice(9))
+      found = documents(f'hf:{folder}')
+      if compression:
+        assert 'its buffers are compressed' in str(found[0]) and len(found) == 1
+      else:
+        assert [d.text for d in found] == texts_.to_pylist()
+
+
+def test_row_numbers_of_tfrecord_files(tmp_path: Path):
+  """TFDS takes records from 16 files in turn by default; `dataset_info.json` decides which files there are."""
+  import seqio
+  import tensorflow_datasets as tfds
+
+  identity = tfds.core.dataset_info.DatasetIdentity(
+    name='mine', version=tfds.core.Version('1.0.0'), data_dir=str(tmp_path / 'mine/1.0.0'), module_name='m'
+  )
+  (tmp_path / 'mine/1.0.0').mkdir(parents=True)
+  info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict({'text': tfds.features.Text()}))
+  writer = tfds.core.SequentialWriter(info, max_examples_per_shard=20, file_format='tfrecord')
+  writer.initialize_splits(['train'])
+  writer.add_examples({'train': [{'text': f'text of row {i}'} for i in range(70)]})
+  writer.close_all()
+  wanted = [(f'mine/train:{i}', f'text of row {i}') for i in range(70)]
+  line = f'tfds:{tmp_path}/mine/1.0.0'
+  assert [(d.id, d.text) for d in documents(line)] == wanted
+  part = dataclasses.replace(sources.units(sources.parse(line))[0], first=15, stop=45)
+  assert [(d.id, d.text) for d in readers.read(part)] == wanted[15:45]
+  seqio.TaskRegistry.add(
+    'test_row_numbers',
+    source=seqio.TfdsDataSource('mine:1.0.0', tfds_data_dir=str(tmp_path)),
+    output_features={'text': seqio.Feature(seqio.ByteVocabulary())},
+  )
+  entry = sources.parse('seqio:test_row_numbers | name=mine')
+  assert [(d.id, d.text) for _, d in readers.read_generated(entry, None, 0)] == wanted
+  shards = sorted((tmp_path / 'mine/1.0.0').glob('*tfrecord*'))
+  (tmp_path / 'mine/1.0.0' / shards[0].name.replace('00000', '00009')).write_bytes(shards[0].read_bytes())
+  assert len(documents(line)) == 70
+  whole = shards[2].read_bytes()
+  for damaged in (whole[: len(whole) // 20 * 10], whole[:-3], b'', whole + whole[: len(whole) // 20 * 10]):
+    shards[2].write_bytes(damaged)
+    assert isinstance(documents(line)[-1], readers.Problem), len(damaged)
+  shards[2].unlink()
+  with pytest.raises(UserError, match=r'mine-train\.tfrecord-00002\S*: is missing, though the index of'):
+    build(tmp_path / 'pool', line)
+
+
+WORDS = st.sampled_from(['word', ' ', '\n', 'é', '😀', '\ufeff', '\u2028', '\0'])
+TEXTS = st.lists(WORDS, max_size=30).map(''.join)
+
+
+@given(
+  records=st.lists(TEXTS | st.sampled_from(['same', b'broken', b'{"text": 3}', b'', None]), min_size=1, max_size=25),
+  limit=st.sampled_from([0, 1, 5, 20]),
+  budget=st.sampled_from([0, 3, 40, 200]),
+  duplicates=st.booleans(),
+  leaks=st.booleans(),
+)
+def test_all_text_is_in_the_pool_or_counted_as_lost(records, limit, budget, duplicates, leaks, tmp_path_factory):
+  from dsdm_jax.data.pool import build as stage
+  from dsdm_jax.data.pool import layout, passes, vocabulary
+
+  folder = tmp_path_factory.mktemp('sum')
+  (folder / 'documents').mkdir()
+  raw = [r if isinstance(r, bytes) else json.dumps({'text': r}, ensure_ascii=False).encode() for r in records]
+  half = len(raw) // 2
+  (folder / 'a.jsonl').write_bytes(b'\n'.join(raw[:half]) + b'\n')
+  (folder / 'b.jsonl.gz').write_bytes(gzip.compress(b'\n'.join(raw[half:])))
+  vocabulary.save('bytes', folder)
+  entries = [sources.parse(f'jsonl:{folder}/*.jsonl*')]
+  jobs = [
+    passes.Job(unit, index, folder, limit, True, out=folder)
+    for index, unit in enumerate(sources.distinct(sources.units(entries[0])))
+  ]
+  guard = mock.Mock(leak=lambda d: mock.Mock(id=d.id, task='t', words='w') if 'word' in d.text else None)
+  with mock.patch.object(passes, '_guard', return_value=guard):
+    jobs = [dataclasses.replace(job, guard='x') for job in jobs]
+    scanned = [passes.scan(job) for job in jobs]
+  begin = layout.bounds(scanned)
+  jobs = [dataclasses.replace(job, begin=begin[i], end=begin[i + 1]) for i, job in enumerate(jobs)]
+  selected = layout.decide(entries, jobs, scanned, duplicates, leaks, budget, 0)
+  np.save(folder / 'keep.npy', selected.keep_M)
+  passes._keep.cache_clear()
+  jobs = [dataclasses.replace(job, first=selected.first[i]) for i, job in enumerate(jobs)]
+  for job in jobs:
+    passes.encode(job)
+  jobs, selected = layout.without_tokens(jobs, selected)
+  read = {'documents': sum(s.documents + s.problems for s in scanned), 'bytes': sum(s.bytes for s in scanned)}
+  stage.check_sum(read, selected)
+  # Independently: text without its mark, or the line where there is no text.
+  bad = [line for line in raw if line.strip() and not isinstance(json_text(line), str)]
+  good = [text.removeprefix('\ufeff').encode() for line in raw if isinstance(text := json_text(line), str)]
+  ends = sum(line in bad for line in raw[:half]) + sum(line in bad for line in raw[half:-1])  # newlines of bad lines
+  empty = sum(not any(map(bytes.strip, part)) for part in (raw[:half], raw[half:]))  # an empty file is a bad input
+  assert read == {'documents': len(good) + len(bad) + empty, 'bytes': sum(map(len, good + bad)) + ends}
+  kept = pq.read_table(folder / 'documents')
+  assert selected.bytes == sum(kept['bytes'].to_pylist()) and selected.count == kept.num_rows
+  assert not budget or selected.bytes <= budget
+  assert not limit or max([0, *kept['bytes'].to_pylist()]) <= limit
+
+
+def json_text(line: bytes) -> str | None:
+  try:
+    return json.loads(line)['text']
+  except ValueError:
+    return None
+
+
+def test_long_documents_are_cut_at_the_limit_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture):
+  """A title before one long paragraph: nothing is cut by default, and the title is not all that remains."""
+  values = [{'id': str(i), 'text': f'Title\n{"é" * 500}{i}'} for i in range(20)]
+  (tmp_path / 'a.jsonl').write_bytes(lines(values))
+  for i, value in enumerate(values):
+    (tmp_path / f'{i}.txt').write_text(value['text'])
+  for line in (f'jsonl:{tmp_path}/a.jsonl', f'text:{tmp_path}/*.txt'):
+    card = build(tmp_path / 'whole', line).card
+    total = sum(len(value['text'].encode()) for value in values)
+    assert card['read'] == {'documents': 20, 'bytes': total} and card['bytes'] == total
+    assert card['lost']['cut'] == {'documents': 0, 'bytes': 0}
+    card = build(tmp_path / 'cut', line, max_document_bytes=101, drop_duplicates=False).card
+    # 6 bytes of the title, and 47 letters of two bytes: 101 would split one.
+    assert card['bytes'] == 20 * 100 and card['lost']['cut'] == {'documents': 20, 'bytes': total - 2_000}
+    assert card['read'] == {'documents': 20, 'bytes': total}
+
+
+@pytest.mark.parametrize('place', [0, 150, 299])
+def test_a_budget_takes_a_sample_that_a_long_document_does_not_fill(place: int, tmp_path: Path):
+  values = [{'id': str(i), 'text': f'{i} ' + 'word ' * 18} for i in range(300)]
+  values[place]['text'] = 'long ' * 1_000
+  (tmp_path / 'a.jsonl').write_bytes(lines(values[:200]))
+  (tmp_path / 'b.jsonl').write_bytes(lines(values[200:]))
+  pool = build(tmp_path / 'pool', f'jsonl:{tmp_path}/*.jsonl', max_bytes=9_000)
+  ids = sorted(int(d['id']) for d in pool.documents)
+  assert place not in ids
+  assert 8_900 < pool.card['bytes'] <= 9_000
+  # Both files and both halves of them give their share: five standard deviations of 95 draws.
+  for low, high in ((0, 100), (100, 200), (200, 300)):
+    assert 95 / 3 - 24 < sum(low <= i < high for i in ids) < 95 / 3 + 24
+  other = small_config(sources=(f'jsonl:{tmp_path}/*.jsonl',), max_bytes=9_000, vocabulary='bytes', leakage_guard=False)
+  other.seed = 1
+  assert sorted(int(d['id']) for d in Pool(run_pool(other, tmp_path / 'other')).documents) != ids
+  # Where long documents are all there is, they are taken.
+  assert build(tmp_path / 'all', f'jsonl:{tmp_path}/*.jsonl', max_bytes=33_500).card['bytes'] > 28_000
