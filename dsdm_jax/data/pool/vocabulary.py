@@ -356,9 +356,8 @@ class HuggingFaceEncoder:
     else:
       self.unk = ids.get(unknown, -1)
     # Special pieces that the model, too, has: T5's and other Unigram models would match them in a text.
-    self._never = (
-      {ids[piece] for piece in (*special, self.end)} - {self.unk} if self.unk not in (-1, self.eos) else set()
-    )
+    never = {ids[piece] for piece in (*special, self.end) if piece in ids} - {self.unk}
+    self._never = never if self.unk not in (-1, self.eos) else set()
     # Also where the file does not call it special, so that it is text when it is written out.
     self.tokenizer.add_special_tokens([tokenizers.AddedToken(self.end, normalized=False)])
     self.data = data
@@ -421,11 +420,14 @@ def round_trip(encoder: Encoder, text: str) -> dict[str, int]:
 
   Characters that are in no piece count as a piece of unknown text each, unless they are white space.
   """
-  ids, inside = encoder.encode(text), np.zeros(len(text), bool)
-  for first, stop in encoder.offsets(text):
-    inside[first:stop] = True
-  lost = sum(not text[i].isspace() for i in np.flatnonzero(~inside).tolist())
-  counts = {'documents': 1, 'unchanged': int(encoder.decode(ids) == text)}
+  ids = encoder.encode(text)
+  unchanged, lost = encoder.decode(ids) == text, 0
+  if not unchanged:
+    inside = np.zeros(len(text), bool)
+    for first, stop in encoder.offsets(text):
+      inside[first:stop] = True
+    lost = sum(not text[i].isspace() for i in np.flatnonzero(~inside).tolist())
+  counts = {'documents': 1, 'unchanged': int(unchanged)}
   return counts | {'pieces': len(ids) + lost, 'unknown': ids.count(encoder.unk) + lost}
 
 
