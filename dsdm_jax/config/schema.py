@@ -111,7 +111,7 @@ class Pool(Section):
   vocab_size: Annotated[int, Ge(300), Le(10**7), 'pieces'] = key(1_024, 'Size of a trained vocabulary.')
   end_piece: OneLine = key('', "Piece of a tokenizer.json that ends a document; '' takes that of its configuration.")
   max_unknown_share: Annotated[float, Ge(0), Le(1)] = key(
-    0.01, 'Maximum share of unknown pieces in a sample of the pool, encoded with a given vocabulary.'
+    0.001, 'Maximum share of unknown pieces in a sample of the pool, encoded with a given vocabulary.'
   )
   leakage_guard: bool = key(True, 'Find documents that contain target text, and list them.')
   drop_leaks: bool = key(True, 'Drop these documents.')

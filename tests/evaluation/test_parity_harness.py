@@ -179,7 +179,7 @@ def test_scores_equal_the_harness_item_by_item(peers, trained, tmp_path):
     capture_output=True,
     text=True,
     check=False,
-    timeout=400,
+    timeout=900,
     env=environment | {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'home'), 'TOKENIZERS_PARALLELISM': 'false'},
   )
   assert done.returncode == 0, done.stderr[-3000:]

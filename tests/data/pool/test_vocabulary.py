@@ -298,7 +298,7 @@ def test_a_round_trip_of_the_pool_is_in_its_card_and_unknown_text_is_refused(
   assert any('of their pieces are unknown text; it loses newlines, indentation, tabs, NUL' in line for line in told)
   config.pool.max_unknown_share = base.get_config().pool.max_unknown_share
   with pytest.raises(
-    UserError, match=r't5\.model.* does not fit this pool: .* more than pool\.max_unknown_share = 0\.01;'
+    UserError, match=r't5\.model.* does not fit this pool: .* more than pool\.max_unknown_share = 0\.001;'
   ):
     run_pool(config, tmp_path / 'b')
   assert tiny_pool.card['vocabulary'] | {'documents': 0} == {'documents': 0, 'unchanged': 1, 'unknown': 0, 'loses': []}
