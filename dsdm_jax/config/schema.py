@@ -115,7 +115,10 @@ class Pool(Section):
     ),
   ] = key('train', 'train (SentencePiece unigram on the pool), bytes, or a SentencePiece .model or tokenizer.json.')
   vocab_size: Annotated[int, Ge(300), Le(10**7), 'pieces'] = key(1_024, 'Size of a trained vocabulary.')
-  end_piece: OneLine = key('', "Piece of a tokenizer.json that ends a document; '' takes the first usual one.")
+  end_piece: OneLine = key('', "Piece of a tokenizer.json that ends a document; '' takes that of its configuration.")
+  max_unknown_share: Annotated[float, Ge(0), Le(1)] = key(
+    0.001, 'Maximum share of unknown pieces in a sample of the pool, encoded with a given vocabulary.'
+  )
   leakage_guard: bool = key(True, 'Find documents that contain target text, and list them.')
   drop_leaks: bool = key(True, 'Drop these documents.')
   leakage_ngram: Annotated[Few, Ge(2)] = key(12, 'Consecutive words that count as the same text.')

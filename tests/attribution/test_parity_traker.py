@@ -109,7 +109,8 @@ def test_scores_equal_the_references(peers, one_device, tmp_path):
     env=environment,
   )
   assert done.returncode == 0, done.stderr[-3000:]
-  theirs_NT = np.load(tmp_path / 'out.npz')['score_NT']
+  with np.load(tmp_path / 'out.npz') as arrays:
+    theirs_NT = arrays['score_NT']
   error = np.linalg.norm(ours_NT - theirs_NT) / np.linalg.norm(theirs_NT)
   print(f'relative difference {error:.1e}')
   assert error < 1e-4

@@ -1,11 +1,12 @@
-"""Scores by lm-evaluation-harness, in a process of its own: `python harness_scores.py IN.npz TASKS.json OUT.json`.
+"""Scores by lm-evaluation-harness, in a process of its own: `python harness_scores.py FOLDER…`.
 
-Reads weights of a small GPT-2 under transformers' names, its alphabet (a character is a token), and tasks; writes for
-each task and item the log-probability and greediness of every answer, acc and acc_norm. Needs requirements-peers.txt
-and nothing of this project.
+Each folder has weights of a small GPT-2 under transformers' names (in.npz), the ids of every text that the harness may
+ask for (ids.json) and tasks (tasks.json). Writes for each task and item the log-probability and greediness of every
+answer, acc and acc_norm (out.json). Needs requirements-peers.txt and nothing of this project.
 """
 
 import json
+import os
 import sys
 import tempfile
 
@@ -13,15 +14,29 @@ import numpy as np
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizer
 
 
-def tokenizer(alphabet):
-  vocabulary = {'<end>': 0, **{character: index for index, character in enumerate(alphabet, 1)}}
-  plain = Tokenizer(models.WordLevel(vocabulary, unk_token='<end>'))
-  plain.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
-  return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token='<end>', unk_token='<end>')
+class Table(PreTrainedTokenizer):
+  """A tokenizer that knows some texts as a whole, so that the harness splits the ids of a real vocabulary."""
+
+  def __init__(self, ids, size):
+    self.ids, self.size = ids, size
+    super().__init__(eos_token='0')
+
+  vocab_size = property(lambda self: self.size)
+
+  def get_vocab(self):
+    return {str(i): i for i in range(self.size)}
+
+  def _convert_token_to_id(self, token):
+    return int(token)
+
+  def encode(self, text, **options):
+    return self.ids[text]
+
+  def decode(self, ids, **options):
+    return '<end>'
 
 
 def model(arrays):
@@ -33,17 +48,21 @@ def model(arrays):
   return found.eval()
 
 
-def main(weights_file, tasks_file, out_file):
-  arrays = np.load(weights_file)
-  language_model = HFLM(
-    pretrained=model(arrays),
-    tokenizer=tokenizer(str(arrays['alphabet'])),
-    batch_size=7,
-    device='cpu',
-    max_length=int(arrays['n_positions']),
-  )
-  with open(tasks_file) as file:
-    tasks = json.load(file)
+def read(folder, name):
+  with open(os.path.join(folder, name)) as file:
+    return json.load(file)
+
+
+def main(folder):
+  with np.load(os.path.join(folder, 'in.npz')) as arrays:
+    language_model = HFLM(
+      pretrained=model(arrays),
+      tokenizer=Table(read(folder, 'ids.json'), int(arrays['vocab_size'])),
+      batch_size=7,
+      device='cpu',
+      max_length=int(arrays['n_positions']),
+    )
+  tasks = read(folder, 'tasks.json')
   with tempfile.TemporaryDirectory() as cache:
     for task in tasks:
       task['dataset_kwargs']['cache_dir'] = cache
@@ -58,9 +77,10 @@ def main(weights_file, tasks_file, out_file):
       }
       for sample in sorted(samples, key=lambda sample: sample['doc_id'])
     ]
-  with open(out_file, 'w') as file:
+  with open(os.path.join(folder, 'out.json'), 'w') as file:
     json.dump(scores, file)
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  for folder in sys.argv[1:]:
+    main(folder)

@@ -31,6 +31,7 @@ from dsdm_jax.errors import UserError
 PLANTED = 'planted'  # source of planted target examples
 _SAMPLED_UNITS = 64  # a vocabulary is trained on text of at most so many units
 _SAMPLED_SHARE = 32  # a document gives at most 1/32 of that text
+_TRIED_BYTES = 1_000_000  # text whose round trip through the vocabulary is tried, a sample of documents
 _FEW_BYTES = 4_000_000  # reading less text is faster than starting processes
 
 
@@ -49,12 +50,13 @@ def run(context: Context) -> dict[str, Any]:
   work.mkdir()
   builder = Builder(context, work)
   try:
+    builder.copy_vocabulary()
     entries, units, missing = builder.units()
     guard, boilerplate_runs = builder.guard(units)
     jobs, scanned = builder.scan(units, guard)
     jobs, selected = builder.decide(entries, jobs, scanned)
     encoder = builder.prepare_vocabulary(jobs, selected)
-    jobs, selected, tokens = builder.encode(jobs, selected)
+    jobs, selected, tokens, trips = builder.encode(jobs, selected, encoder)
   except UserError:
     shutil.rmtree(work, ignore_errors=True)  # other settings or files are needed, which cannot reuse this
     raise
@@ -102,6 +104,7 @@ def run(context: Context) -> dict[str, Any]:
     'lost': selected.lost,
     'unfilled_row': unfilled,
     'special_ids': {'pad': encoder.pad, 'eos': encoder.eos},
+    'vocabulary': trips,
   }
   card['bytes_per_token'] = round(card['bytes'] / card['tokens'], 4)
   storage.write_json(out / 'card.json', card)
@@ -255,13 +258,16 @@ class Builder:
     self.bytes = selected.bytes
     return [dataclasses.replace(job, first=selected.first[i]) for i, job in enumerate(jobs)], selected
 
+  def copy_vocabulary(self) -> None:
+    """Copies a given vocabulary, before anything is read, because it may be malformed."""
+    if self.pool_config.vocabulary != 'train':
+      vocabulary.save(self.pool_config.vocabulary, self.out, self.pool_config.end_piece)
+
   def prepare_vocabulary(self, jobs: list[Job], selected: Selected) -> vocabulary.Encoder:
-    """Trains or copies the vocabulary of the pool."""
+    """The vocabulary of the pool, which is trained unless one was given."""
     if self.pool_config.vocabulary == 'train':
       texts = self._sample(jobs, selected)
       storage.write_bytes(self.out / vocabulary.MODEL, vocabulary.train(texts, self.pool_config.vocab_size))
-    else:
-      vocabulary.save(self.pool_config.vocabulary, self.out, self.pool_config.end_piece)
     return vocabulary.open_encoder(self.out)
 
   def _sample(self, jobs: list[Job], selected: Selected) -> list[str]:
@@ -294,13 +300,24 @@ class Builder:
     }
     return [text_of[number] for number in order_K.tolist()]
 
-  def encode(self, jobs: list[Job], selected: Selected) -> tuple[list[Job], Selected, int]:
-    """Encodes the selected documents; returns those with tokens, and the number of tokens."""
+  def encode(
+    self, jobs: list[Job], selected: Selected, encoder: vocabulary.Encoder
+  ) -> tuple[list[Job], Selected, int, dict[str, Any]]:
+    """Encodes the selected documents; returns those with tokens, the number of tokens, and the vocabulary's card."""
+    sampled = min(1.0, _TRIED_BYTES / max(selected.bytes, 1))
+    jobs = [dataclasses.replace(job, sampled=sampled) for job in jobs]
     tokens = sum(self.execute(passes.encode, jobs, 'tokens', 'B', self.bytes))
+    trips = vocabulary.summary(encoder, (passes.read_json(job.file('encode', 'json'))['trips'] for job in jobs))
+    if trips['unknown'] > (most := self.pool_config.max_unknown_share):
+      raise UserError(
+        f'pool.vocabulary = {self.pool_config.vocabulary!r} does not fit this pool: of the pieces in '
+        f'{trips["documents"]:,} sampled documents {trips["unknown"]:.2%} are unknown text, more than '
+        f'pool.max_unknown_share = {most:g}; take a vocabulary with byte fallback, or raise the limit'
+      )
     jobs, selected = layout.without_tokens(jobs, selected)
     if not selected.count:
       raise UserError('the pool is empty: no document has a token of pool.vocabulary; choose another vocabulary')
-    return jobs, selected, tokens
+    return jobs, selected, tokens, trips
 
   def rows(
     self, jobs: list[Job], selected: Selected, encoder: vocabulary.Encoder, tokens: int

@@ -7,6 +7,7 @@ does not grow with the pool, and the result does not depend on which process did
 """
 
 import array
+import collections
 import concurrent.futures.process
 import dataclasses
 import functools
@@ -15,6 +16,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -32,6 +34,7 @@ from dsdm_jax.errors import UserError
 
 _LISTED = 1_000  # problems of a unit that are listed; all are counted
 _DOCUMENTS = 4_096  # rows per row group of the document table
+_TRIED = 2**18  # characters of a document whose round trip is tried
 _TOKENS = 2**22  # tokens that `fragments` joins at once
 
 T = TypeVar('T')
@@ -119,6 +122,7 @@ class Job:
     first: number of the unit's first selected document.
     begin, end: range of its documents among all that were read.
     out: folder of the pool.
+    sampled: share of the documents whose round trip through the vocabulary is tried.
   """
 
   unit: Unit
@@ -131,6 +135,7 @@ class Job:
   begin: int = 0
   end: int = 0
   out: Path = Path()
+  sampled: float = 1.0
 
   def file(self, pass_name: str, ending: str) -> Path:
     return self.work / f'{pass_name}-{self.index:06d}.{ending}'
@@ -290,8 +295,9 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 def encode(job: Job) -> int:
   """Writes the ids of selected documents, their counts and the document table; returns the number of ids.
 
-  Documents without tokens are left out; `encode-*.json` has their numbers among the unit's selected documents, and the
-  bytes of the others.
+  Documents without tokens, and those that the vocabulary cannot encode, are left out. `encode-*.json` has their numbers
+  among the unit's selected documents, the bytes of the others, and what `vocabulary.round_trip` counts in a sample of
+  them.
 
   Raises:
     UserError: there is such a document, unless `job.skip`; the message names file and line.
@@ -301,27 +307,36 @@ def encode(job: Job) -> int:
   table = _Table(job.out / 'documents' / f'{job.index:06d}.parquet')
   counts = array.array('q')
   empty: list[int] = []
+  trips: collections.Counter[str] = collections.Counter()
   total = 0
   problems: list[dict[str, Any]] = []
   with open(job.file('tokens', 'bin'), 'wb') as file:
     for number, (where, document) in enumerate(selected_documents(job)):
-      ids = encoder.encode(document.text)
-      if not ids:
-        problem = Problem(where, 'a document of zero tokens', len(document.text.encode()))
+      ids, what, data = np.empty(0, dtype), 'a document of zero tokens', document.text.encode()
+      try:
+        ids = np.array(encoder.encode(document.text), dtype)
+        if (ids == encoder.eos).any():
+          what, ids = 'its text gives the end mark of pool.vocabulary', ids[:0]
+      except UserError as error:
+        what = str(error)
+      if not len(ids):
+        problem = Problem(where, what, len(data))
         if not job.skip:
           raise fail(problem)
         empty.append(number)
         problems += [dataclasses.asdict(problem)] * (len(problems) < _LISTED)
         continue
-      file.write(np.array(ids, dtype).tobytes())
+      file.write(ids.tobytes())
       counts.append(len(ids))
-      size = len(document.text.encode())
-      total += size
-      table.add(id=document.id, source=document.source, bytes=size, tokens=len(ids))
-      report_progress(size)
+      total += len(data)
+      table.add(id=document.id, source=document.source, bytes=len(data), tokens=len(ids))
+      report_progress(len(data))
+      # A hash of the text: the sample does not depend on files and processes.
+      if job.sampled == 1 or zlib.crc32(data) < job.sampled * 2**32 or number == job.index == 0:
+        trips.update(vocabulary.round_trip(encoder, document.text[:_TRIED]))
   table.close()
   storage.save_npy(job.file('counts', 'npy'), np.array(counts, np.int64))
-  storage.write_json(job.file('encode', 'json'), {'empty': empty, 'problems': problems, 'bytes': total})
+  storage.write_json(job.file('encode', 'json'), {'empty': empty, 'problems': problems, 'bytes': total, 'trips': trips})
   return sum(counts)
 
 

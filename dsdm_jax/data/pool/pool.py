@@ -311,5 +311,12 @@ def log_card(context: Context, card: dict[str, Any], seconds: float) -> None:
     f'{", ".join([*lost, str(card["unfilled_row"]) + " tokens after the last full row"])}{leaks_kept}; '
     f'{seconds:.1f} s, {rate:.1f} MB/s'
   )
+  if 'vocabulary' in card:
+    v = card['vocabulary']
+    context.log.say(
+      f'  vocabulary: {v["unchanged"]:.1%} of {v["documents"]:,} sampled documents come back unchanged, '
+      f'{v["unknown"]:.2%} of their pieces are unknown text'
+      + (f'; it loses {", ".join(v["loses"])}' if v['loses'] else '')
+    )
   for name, s in sorted(card['sources'].items(), key=lambda item: -item[1]['rows'])[:20]:
     context.log.say(f'  {name:32} {s["documents"]:>12,} documents {s["bytes"] / 1e6:>12,.2f} MB {s["rows"]:>12,} rows')

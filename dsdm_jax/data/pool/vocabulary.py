@@ -10,18 +10,20 @@ SentencePiece vocabularies gives other ids on most texts.
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import io
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from dsdm_jax.config.values import brief
 from dsdm_jax.core import prng, storage, tensorflow_start
 from dsdm_jax.data import files
 from dsdm_jax.errors import UserError
@@ -29,6 +31,7 @@ from dsdm_jax.errors import UserError
 if TYPE_CHECKING:
   import seqio
 
+_T = TypeVar('_T')
 MODEL, TOKENIZER, BYTES = 'vocabulary.model', 'tokenizer.json', 'bytes.json'
 FILES = (MODEL, TOKENIZER, 'end_piece.json', BYTES)  # of all kinds of vocabularies
 PAD = 0
@@ -39,6 +42,11 @@ SMALLEST = 300  # 3 special ids, 256 bytes, and room for some pieces
 # Training uses at most this much text: more is slower but not better for vocabularies of a few thousand pieces.
 SAMPLE_BYTES = 400_000
 _SENTENCE_BYTES = 1_000
+LARGEST = 2**26  # bytes of a file; the largest of public models have 35 MB and 2.5 million JSON values
+_VALUES = 5 * 10**6
+_LARGEST_CONFIG = 2**24
+_LARGEST_SIZE = 10**7  # ids; every one is a row of the model's embeddings
+_END_KEY = '--config.pool.end_piece to the piece that ends a document'
 _END_PIECES = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '[SEP]', '<|eos|>')
 
 
@@ -217,6 +225,9 @@ class SentencePieceEncoder:
   def unk(self) -> int:
     return self._processor.unk_id()
 
+  def piece(self, id: int) -> str:
+    return self._processor.id_to_piece(id)
+
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, without an end mark."""
     return self._processor.encode(text)
@@ -234,45 +245,148 @@ class SentencePieceEncoder:
     return self._processor.decode(ids_BL.tolist(), num_threads=1)
 
 
+def _attempt(what: str, function: Callable[..., _T], *arguments: Any) -> _T:
+  """Calls a function of a tokenizer package.
+
+  Raises:
+    UserError: it fails in any way. tokenizers raises bare Exceptions, and panics of Rust that are no Exceptions.
+  """
+  try:
+    with _without_stderr():
+      return function(*arguments)
+  except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
+    raise
+  except BaseException as error:
+    raise UserError(f'{what} ({" ".join(str(error).split())[:200]})') from error
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+  """Discards what native code writes to standard error: a panic prints its place before it is raised."""
+  try:
+    stderr = os.dup(2)
+  except OSError:  # it is closed
+    yield
+    return
+  null = os.open(os.devnull, os.O_WRONLY)
+  try:
+    os.dup2(null, 2)
+    yield
+  finally:
+    os.dup2(stderr, 2)
+    os.close(null)
+    os.close(stderr)
+
+
+def _tokenizer(data: bytes) -> Any:
+  """The tokenizers.Tokenizer of a tokenizer.json.
+
+  Raises:
+    UserError: it is none, or is too large.
+  """
+  import tokenizers
+
+  # While the package reads the file, a JSON value takes up to 100 bytes.
+  values = sum(data.count(sign) for sign in (b',', b'[', b'{'))
+  if len(data) > LARGEST or values > _VALUES:
+    raise UserError(f'it is too large for a tokenizer.json: at most {LARGEST:,} bytes and {_VALUES:,} values')
+  return _attempt('it is not a tokenizer.json', tokenizers.Tokenizer.from_buffer, data)
+
+
+def _only(candidates: Sequence[str], of: str = 'the tokenizer') -> str:
+  """The only candidate for the end piece.
+
+  Raises:
+    UserError: there is none, or several.
+  """
+  pieces = list(dict.fromkeys(candidates))
+  if len(pieces) == 1:
+    return pieces[0]
+  if not pieces:
+    usual = ', '.join(_END_PIECES)
+    raise UserError(f'{of} names no piece that ends a document and has none of {usual}; set {_END_KEY}')
+  raise UserError(f'{of} has several pieces that may end a document: {" and ".join(map(repr, pieces))}; set {_END_KEY}')
+
+
 class HuggingFaceEncoder:
   """A tokenizer.json of Hugging Face's tokenizers. Special tokens that are written out in a text are text.
 
   Args:
     data: bytes of the file.
-    end: the piece that ends a document; '' takes the first of the usual ones that exists.
+    end: the piece that ends a document; '' takes the only special token with a usual name, or the only piece with one.
+
+  Attributes:
+    end: that piece. Written out in a text it is text.
 
   Raises:
-    UserError: the file is not a tokenizer, or has no such piece.
+    UserError: the file is not a tokenizer, is too large or draws at random; or no such piece, or several.
   """
 
   def __init__(self, data: bytes, end: str = ''):
     import tokenizers
 
-    try:
-      self.tokenizer = tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # the package raises bare Exceptions
-      raise UserError(f'pool.vocabulary is not a tokenizer.json ({" ".join(str(error).split())[:200]})') from error
+    self.tokenizer = _tokenizer(data)
     self.tokenizer.no_truncation()
     self.tokenizer.no_padding()
     self.tokenizer.encode_special_tokens = True
-    known = [piece for piece in ([end] if end else _END_PIECES) if self.tokenizer.token_to_id(piece) is not None]
-    if not known:
+    model = self.tokenizer.model
+    # The last two are not read from files by today's version.
+    for option in ('dropout', 'alpha', 'nbest_size'):
+      if value := getattr(model, option, None):
+        raise UserError(
+          f'the tokenizer draws its ids at random ({option} = {value:.3g}): a text would have other ids each time; set '
+          f'"{option}" in its "model" to null'
+        )
+    ids = self.tokenizer.get_vocab(with_added_tokens=True)
+    self.size = max(ids.values(), default=-1) + 1
+    if not 0 < self.size <= _LARGEST_SIZE:
       raise UserError(
-        f'the tokenizer has no piece {end or " or ".join(_END_PIECES)} to end a document with; '
-        'set --config.pool.end_piece to one of its pieces'
+        f'the tokenizer has {len(ids):,} pieces with ids below {self.size:,}; needs 1 to {_LARGEST_SIZE:,}'
       )
-    self.size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    self.eos: int = int(self.tokenizer.token_to_id(known[0]) or 0)
-    pad = self.tokenizer.token_to_id('<pad>')
-    self.pad: int = self.eos if pad is None else pad
-    self.unk: int = -1
+    special = {token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special}
+    self.end = end or _only(
+      [piece for piece in _END_PIECES if piece in special] or [piece for piece in _END_PIECES if piece in ids]
+    )
+    if self.end not in ids:
+      raise UserError(f'the tokenizer has no piece {self.end!r} to end a document with; set {_END_KEY}')
+    self.eos: int = ids[self.end]
+    self.pad: int = ids['<pad>'] if '<pad>' in special else self.eos
+    unknown = getattr(model, 'unk_token', None)
+    if isinstance(model, tokenizers.models.Unigram):
+      self.unk: int = -1 if (number := json.loads(data)['model'].get('unk_id')) is None else number
+    else:
+      self.unk = ids.get(unknown, -1)
+    # Special pieces that the model, too, has: T5's and other Unigram models would match them in a text.
+    never = {ids[piece] for piece in (*special, self.end) if piece in ids} - {self.unk}
+    self._never = never if self.unk not in (-1, self.eos) else set()
+    # Also where the file does not call it special, so that it is text when it is written out.
+    self.tokenizer.add_special_tokens([tokenizers.AddedToken(self.end, normalized=False)])
     self.data = data
 
   def encode(self, text: str) -> list[int]:
-    return self.tokenizer.encode(text, add_special_tokens=False).ids
+    """Ids of `text`, without an end mark; a special piece that the model matches is unknown text."""
+    ids = self._encoding(text).ids
+    return ids if self._never.isdisjoint(ids) else [self.unk if i in self._never else i for i in ids]
 
   def offsets(self, text: str) -> list[tuple[int, int]]:
-    return self.tokenizer.encode(text, add_special_tokens=False).offsets
+    return self._encoding(text).offsets
+
+  def _encoding(self, text: str) -> Any:
+    try:
+      return self.tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:
+      raise self._failed(text, error) from error
+    except BaseException as error:  # a panic of Rust, such as a regular expression that takes too long
+      if type(error).__name__ != 'PanicException':
+        raise
+      raise self._failed(text, error) from error
+
+  @staticmethod
+  def _failed(text: str, error: BaseException) -> UserError:
+    reason = ' '.join(str(error).split())[:200]
+    return UserError(
+      f'the tokenizer fails on {brief(text[:60])} ({reason}); correct it or take another pool.vocabulary'
+    )
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     special = {self.eos, self.pad}
@@ -302,31 +416,135 @@ def encode_pair(encoder: Encoder, context: str, answer: str) -> tuple[list[int],
   return ids[:first], ids[first:]
 
 
+def round_trip(encoder: Encoder, text: str) -> dict[str, int]:
+  """Counts of what `encoder` does to a document: whether it comes back unchanged, and pieces of unknown text.
+
+  Characters that are in no piece count as a piece of unknown text each, unless they are white space.
+  """
+  ids = encoder.encode(text)
+  unchanged, lost = encoder.decode(ids) == text, 0
+  if not unchanged:
+    inside = np.zeros(len(text), bool)
+    for first, stop in encoder.offsets(text):
+      inside[first:stop] = True
+    lost = sum(not text[i].isspace() for i in np.flatnonzero(~inside).tolist())
+  counts = {'documents': 1, 'unchanged': int(unchanged)}
+  return counts | {'pieces': len(ids) + lost, 'unknown': ids.count(encoder.unk) + lost}
+
+
+def summary(encoder: Encoder, trips: Iterable[Mapping[str, int]]) -> dict[str, Any]:
+  """The pool's card about its vocabulary, from `round_trip` of a sample.
+
+  Returns:
+    "documents" of the sample, the shares "unchanged" of them and "unknown" of their pieces, and "loses": which of
+    newlines, indentation, tabs and NUL do not come back.
+  """
+  total = sum(map(collections.Counter, trips), collections.Counter())
+  back = encoder.decode(encoder.encode('x\ny\n    x\ty\0x'))
+  signs = {'newlines': '\n', 'indentation': '\n    ', 'tabs': '\t', 'NUL': '\0'}
+  return {
+    'documents': total['documents'],
+    'unchanged': round(total['unchanged'] / max(total['documents'], 1), 6),
+    'unknown': round(total['unknown'] / max(total['pieces'], 1), 6),
+    'loses': [name for name, sign in signs.items() if sign not in back],
+  }
+
+
 def save(choice: str, folder: Path, end: str = '') -> None:
   """Writes the vocabulary `choice` to `folder`: 'bytes', or the path of a SentencePiece model or a tokenizer.json.
 
+  Args:
+    choice: `pool.vocabulary`.
+    folder: of the pool.
+    end: piece of a tokenizer.json that ends a document; '' takes that of the configuration beside the file
+      (tokenizer_config.json, generation_config.json), otherwise that of `HuggingFaceEncoder`.
+
   Raises:
-    UserError: the file does not exist or is of an unknown kind.
+    UserError: the file does not exist, is of an unknown kind, or fails on common texts; or its end piece is not unique
+      or comes from text.
   """
   if choice == 'bytes':
     storage.write_json(folder / BYTES, {'vocabulary': 'bytes'})
     return
   try:
-    data = files.read_bytes(choice)
+    _save_file(choice, folder, end)
   except files.READ_ERRORS as error:
     raise UserError(f'pool.vocabulary = {choice!r}: {files.describe(error)}') from error
+  except UserError as error:
+    raise UserError(f'pool.vocabulary = {choice!r}: {error}') from error
+
+
+def _save_file(choice: str, folder: Path, end: str) -> None:
+  with files.open_bytes(choice) as file:
+    data = file.read(LARGEST + 1)
   if choice.endswith('.json'):
-    HuggingFaceEncoder(data, end)
+    tokenizer = HuggingFaceEncoder(data, end or _configured_end(choice, data))
+    _try(tokenizer, tokenizer.end)
     storage.write_bytes(folder / TOKENIZER, data)
-    storage.write_json(folder / 'end_piece.json', {'end_piece': end})
+    storage.write_json(folder / 'end_piece.json', {'end_piece': tokenizer.end})
     return
-  try:
-    encoder = SentencePieceEncoder(data)
-  except (RuntimeError, UnicodeDecodeError) as error:  # the second: SentencePiece's message quotes bytes
-    raise UserError(f'pool.vocabulary = {choice!r} is not a SentencePiece model ({error})') from error
+  if end:
+    raise UserError(
+      f'it has an end piece of its own, and pool.end_piece = {end!r} is for a tokenizer.json; leave it out'
+    )
+  if len(data) > LARGEST:
+    raise UserError(f'a SentencePiece model of more than {LARGEST:,} bytes is too large')
+  encoder = _attempt('it is not a SentencePiece model', SentencePieceEncoder, data)
   if encoder.eos < 0:
-    raise UserError(f'pool.vocabulary = {choice!r} has no end piece; train it with an eos_id')
+    raise UserError('it has no end piece; train it with an eos_id')
+  _try(encoder, encoder.piece(encoder.eos))
   storage.write_bytes(folder / MODEL, data)
+
+
+def _configured_end(path: str, data: bytes) -> str:
+  """The end piece that the files beside a tokenizer.json name; '' if they name none.
+
+  Raises:
+    UserError: they name several, or one is malformed.
+  """
+  folder, tokenizer, named = path[: path.rfind('/') + 1], None, {}
+  for name, key in (('tokenizer_config.json', 'eos_token'), ('generation_config.json', 'eos_token_id')):
+    if not files.is_file(folder + name):
+      continue
+    with files.open_bytes(folder + name) as file:
+      content = file.read(_LARGEST_CONFIG + 1)
+    if len(content) > _LARGEST_CONFIG:
+      raise UserError(f'{folder}{name} has more than {_LARGEST_CONFIG:,} bytes; set {_END_KEY}')
+    try:
+      value = files.parse_line(content).get(key)
+    except files.BadLineError as error:
+      raise UserError(f'{folder}{name}: {error}; correct it, or set {_END_KEY}') from error
+    for entry in value if isinstance(value, list) else [value]:
+      piece = entry.get('content') if isinstance(entry, dict) else entry
+      if type(piece) is int and 0 <= piece < _LARGEST_SIZE:
+        tokenizer = tokenizer or _tokenizer(data)
+        piece = tokenizer.id_to_token(piece)
+      if isinstance(piece, str):
+        named[piece] = name
+      elif entry is not None:
+        raise UserError(f'{folder}{name}: "{key}" is {brief(value)}, which is no piece; set {_END_KEY}')
+  return _only(list(named), f'its configuration ({", ".join(dict.fromkeys(named.values()))})') if named else ''
+
+
+def _try(encoder: Encoder, end: str) -> None:
+  """Encodes and decodes texts that are common in pools, hard on regular expressions, unknown, or hold the piece `end`.
+
+  Raises:
+    UserError: one of them fails, vanishes or gives the end mark.
+  """
+  lasts = ('', '!', 'Z')
+  runs = [sign * 300 + last for sign in ('a', 'A', '1', ' ', '\n', '\t', '.', '_', 'ab ', '中', 'é') for last in lasts]
+  texts = ['', 'def f(a):\r\n\treturn {a: "€"}\n\0', 'é ñ 中文 עברית 😀 e\u0301\x01', *runs]
+  for text in (*texts, *'€中😀Ж', end, f' {end} ', f'a{end}b', f'\n{end}\n'):
+    shown = brief(text[:60])
+    ids = _attempt(f'it fails on {shown}', encoder.encode, text)
+    _attempt(f'it fails on the ids of {shown}', encoder.decode, ids)
+    if encoder.eos in ids:
+      raise UserError(f'the text {shown} gives the end mark {end!r}, which would end a document inside; set {_END_KEY}')
+    if len(text) == 1 and not ids:
+      raise UserError(
+        f'it has no piece for {shown} and none for unknown text, which would vanish; give it an unk_token'
+      )
 
 
 def open_encoder(folder: str | os.PathLike) -> Encoder:
