@@ -28,7 +28,11 @@ _VERDICTS = (
   'A verdict is given where the p-value, adjusted by Holm over the comparisons of one task, is below {alpha:g}, and '
   'both arms have at least three seeds.'
 )
-_ONE_MODEL = 'One model stands for each arm: intervals are over items alone, and other seeds may differ by more.'
+_ONE_MODEL = (
+  'One model stands for each arm: intervals are over items alone, other seeds may differ by more, and no verdict is '
+  'given.'
+)
+_NO_BASELINE = "No two arms are compared: add 'random', the baseline, to selection.methods."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +227,7 @@ def _compare(table: Table, metric: str, runs: Runs, options: Options) -> list[di
 def _notes(compared: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
   """Sentences that belong beside the intervals."""
   if not compared:
-    return []
+    return [_NO_BASELINE]
   notes = [_VERDICTS.format(alpha=round(1 - confidence, 6)), _NO_EVIDENCE]
   if any(c['conditional'] for c in compared):
     notes.append(_ONE_SELECTION)

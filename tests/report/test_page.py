@@ -245,6 +245,24 @@ def test_benchmarks_have_a_table_and_are_not_called_held_out(shown):
   assert section.count('acc_norm') == 1 + len({r['method'] for r in asked.results['summary']})
 
 
+@pytest.mark.parametrize('method', ['dsdm', 'random'])
+def test_a_run_with_one_arm_has_a_whole_page(shown, html, method):
+  selected = [s for s in shown.selected if s.method == method]
+  runs = [{'method': s.method, 'target_mix': s.target_mix, 'seed': s.seed} for s in selected]
+  g = np.random.default_rng(0)
+  items = {f'{metric}__docs__holdout': g.normal(-4, 1, (len(runs), 30)) for metric in ('logprob', 'accuracy')}
+  alone = dataclasses.replace(
+    shown,
+    results=results.results(results.Items(items), runs, Options()),
+    selected=selected,
+    curves=[c for c in shown.curves if c.method == method],
+  )
+  assert 'No two arms of this run are compared' in render(alone, page.report_figures(alone))
+  assert 'No two arms' not in html
+  figures.forest_standalone(alone.results['comparisons'], 0.95, 'random')
+  assert dict(tables.csv_files(alone, np.arange(3)))['comparisons.csv'].strip() == ''
+
+
 def test_means_over_tasks_and_accuracies_are_compared(shown, html):
   table = html[html.index('<summary>The same in tables') : html.index('<section id="means"')]
   every = [

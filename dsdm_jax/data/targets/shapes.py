@@ -93,8 +93,8 @@ def parse(record: Mapping[str, Any], shape: str, id: str, where: str) -> Item:
     item = _squad(fields)
   else:
     item = _PARSERS[shape](fields)
-  document = str(record['document']) if 'document' in record else (item.document or id)
-  return dataclasses.replace(item, id=id, category=str(record.get('category', '')), document=document)
+  document = fields.label('document') or item.document or id
+  return dataclasses.replace(item, id=id, category=fields.label('category'), document=document)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +122,15 @@ class _Fields:
     if not isinstance(value, list) or len(value) < least or not all(isinstance(v, str) for v in value):
       raise self.fail(f'"{key}" must be a list of at least {least} strings')
     return tuple(value)
+
+  def label(self, key: str) -> str:
+    """A name that may be missing, null or blank: ''. Numbers count as names."""
+    value = self.record.get(key)
+    if value is None:
+      return ''
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+      raise self.fail(f'"{key}" must be a string or a number, not {type(value).__name__}')
+    return str(value) if str(value).strip() else ''
 
   def gold(self, count: int) -> int:
     value = self.record.get('gold')

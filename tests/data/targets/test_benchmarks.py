@@ -124,6 +124,22 @@ def test_broken_records_are_named(tmp_path: Path, record: dict, expected: str):
     of_file(write(tmp_path / 'other.jsonl', {'text': 'a'}))
 
 
+def test_document_and_category_without_a_value_are_as_if_missing(tmp_path: Path):
+  good = RECORDS['multiple_choice']
+  blank = [{key: value} for key in ('document', 'category') for value in (None, '', ' ')]
+  items = read_items(of_file(write(tmp_path / 'mine.jsonl', *(good | more for more in blank))))
+  assert [item.document for item in items] == [item.id for item in items]
+  assert {item.category for item in items} == {''}
+  [item] = read_items(of_file(write(tmp_path / 'n.jsonl', good | {'document': 0, 'category': 1.5})))
+  assert (item.document, item.category) == ('0', '1.5')
+  squad = {'context': 'It has legs.', 'question': 'What?', 'answers': ['legs'], 'document': None}
+  [item] = read_items(of_file(write(tmp_path / 's.jsonl', squad)))
+  assert item.document == 'It has legs.'
+  for value in (True, [], {}):
+    with pytest.raises(UserError, match=r'x\.jsonl, line 1: "document" must be a string or a number'):
+      read_items(of_file(write(tmp_path / 'x.jsonl', good | {'document': value})))
+
+
 def test_a_missing_file_names_other_places(tmp_path: Path):
   with pytest.raises(UserError, match=rf'benchmark cbt: {tmp_path} is not a file and has no cbt\.jsonl; put'):
     read_items(BENCHMARKS['cbt'], str(tmp_path))
