@@ -42,7 +42,7 @@ STAGES = (
     reads=('pool',),
     keys=('targets',),
     code='data.targets.targets:run',
-    format=2,
+    format=3,
     fingerprint=(_TARGET_FILES,),
   ),
   # Small models on random subsets.
@@ -121,7 +121,7 @@ STAGES = (
     reads=('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'ladder'),
     keys=('evaluation', 'model', 'pretraining', 'targets.seed', 'targets.folder'),
     code='evaluation.evaluate:run',
-    format=4,
+    format=5,
     fingerprint=(_TARGET_FILES, _WEIGHTS),
     everywhere=True,
     batches=('evaluation.batch_size',),
@@ -183,7 +183,7 @@ def needed(name: str) -> list[str]:
 def run_connected(config: ConfigDict, workdir: Path, only: str | None = None, rerun: bool = False) -> None:
   """`run` for a resolved config, in a process that is connected to the other processes of the run."""
   tasks.check_files(config.targets, config.pool.leakage_benchmarks if config.pool.leakage_guard else ())
-  suite.check(config.evaluation, config.targets.folder, config.pool.length)
+  suite.check(config.evaluation, config.targets, config.pool.length)
   with locked(workdir, config.features.job if config.features.jobs > 1 else None) as created:
     done = Runner(STAGES, config, workdir).run(only, rerun, created)
     if processes.is_first() and 'evaluation' in done and only in (None, 'evaluation'):

@@ -236,6 +236,30 @@ def _notes(compared: Sequence[Mapping[str, Any]], confidence: float) -> list[str
   return notes
 
 
+def shortened(results: Mapping[str, Any]) -> list[str]:
+  """A sentence for each task and split in which most prompts were shortened to fit; these belong into headlines."""
+  sentences = []
+  for task in results['tasks']:
+    lost, count = task['prompts'], task['n_items']
+    if 2 * lost['shortened'] > count:
+      sentences.append(
+        f'Most prompts of {task["task"]} ({task["split"]}) are shortened: of {count:,}, {lost["lost_shots"]:,} lose '
+        f'shots and {lost["contexts_cut"]:,} the beginning of their question, since they are longer than pool.length.'
+      )
+  return sentences
+
+
+def prompt_row(task: Mapping[str, Any]) -> tuple[str, str, str]:
+  """Items, shots and cut contexts of an entry of `tasks`, in words."""
+  lost = task['prompts']
+  shots = ', '.join(f'{count:,} with {number}' for number, count in lost['shots'].items())
+  cut = f'{lost["contexts_cut"]:,}'
+  if lost['contexts_cut']:
+    mean = lost['tokens_cut'] / lost['contexts_cut']
+    cut += f' (by {mean:,.0f} tokens on average, at most {lost["most_tokens_cut"]:,})'
+  return f'{task["n_items"]:,}', shots, cut
+
+
 def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
   """`results.json` as plain text: log-probabilities per task, accuracies on benchmarks, differences with intervals."""
   from rich import box
@@ -246,6 +270,8 @@ def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
   several = len({row['target_mix'] for row in results['summary']} - {UNTARGETED}) > 1
   console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
   with console.capture() as captured:
+    for sentence in shortened(results):
+      console.print(sentence)
     for split, metric, title in (
       (HOLDOUT, 'logprob', 'Log-probability of the right answer on held-out items (nats per token; higher is better)'),
       (BENCHMARK, 'accuracy', f'Accuracy on benchmarks, with {percent} intervals where they fit'),
@@ -257,6 +283,12 @@ def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
     if results['comparisons']:
       console.print(f'Differences with {percent} intervals over seeds and items (above zero: the first is better)')
       console.print(_fill_differences(RichTable(box=box.SIMPLE), results['comparisons'], several))
+    if results['tasks']:
+      console.print('Prompts: their shots, and contexts of which the beginning was cut')
+      table = RichTable('task', 'split', 'items', 'shots', 'contexts cut', box=box.SIMPLE)
+      for task in results['tasks']:
+        table.add_row(task['task'], task['split'], *prompt_row(task))
+      console.print(table)
     for note in results.get('notes', ()):
       console.print(note)
   return '\n'.join(line.rstrip() for line in captured.get().splitlines()).strip('\n') + '\n'

@@ -3,6 +3,7 @@
 The vocabulary is bytes: a character of these texts is a token, its code plus three.
 """
 
+import dataclasses
 import json
 
 import numpy as np
@@ -50,8 +51,8 @@ def test_shots_are_joined_by_newlines_and_are_never_the_item():
 
 def test_multiple_choice():
   item = Item('0', 'Q: up?', 'no', choices=('yes', 'no'), gold=1)
-  request = _build('boolq', [item, item])
-  shot = 'Q: up?\nAnswer: no\n'
+  request = _build('boolq', [item, dataclasses.replace(item, context='Q: down?')])
+  shot = 'Q: down?\nAnswer: no\n'
   assert [text_of(ids) for ids in request.ids_P[:2]] == [f'|{shot}Q: up?\nAnswer: yes', f'|{shot}Q: up?\nAnswer: no']
   assert request.item_P.tolist() == [0, 0, 1, 1]
   assert request.gold_I.tolist() == [1, 3]
@@ -109,6 +110,13 @@ def test_cut_answers_are_counted():
   assert request.cut == 1
 
 
+def _targets(folder: str = '', *tasks: str):
+  config = base.get_config().targets
+  config.folder = folder
+  config.tasks = tasks or config.tasks
+  return config
+
+
 def _config(*tasks: str):
   config = base.get_config().evaluation
   config.tasks = tasks
@@ -121,12 +129,12 @@ def test_selected_benchmarks(tmp_path):
   selected = suite.selected_benchmarks(_config('targets', 'piqa', str(mine)))
   shapes = [(b.name, b.shape, b.shots) for b in selected]
   assert shapes == [('piqa', 'multiple_choice', 10), ('mine', 'multiple_choice', 0)]
-  suite.check(_config('targets', str(mine)), '', 32)
+  suite.check(_config('targets', str(mine)), _targets(), 32)
   (tmp_path / 'asked.jsonl').write_text('{"context": "q", "answer": "a", "aliases": []}\n')
   with pytest.raises(UserError, match='generate_tokens = 16 must be less than pool.length = 16'):
-    suite.check(_config(str(tmp_path / 'asked.jsonl')), '', 16)
+    suite.check(_config(str(tmp_path / 'asked.jsonl')), _targets(), 16)
   for task, words in (('piqua', 'is it piqa?'), (str(tmp_path / 'none.jsonl'), 'No such file')):
     with pytest.raises(UserError, match=words):
-      suite.check(_config(task), '', 32)
+      suite.check(_config(task), _targets(), 32)
   with pytest.raises(UserError, match=r'piqa\.jsonl'):
-    suite.check(_config('piqa'), str(tmp_path), 32)
+    suite.check(_config('piqa'), _targets(str(tmp_path)), 32)

@@ -4,8 +4,11 @@ The shapes are those of LLM-Foundry's JSONL files and of SQuAD's own. Lines end 
 contain Unicode line separators.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dsdm_jax.data import files
@@ -16,6 +19,11 @@ MULTIPLE_CHOICE = 'multiple_choice'  # "query", "choices", "gold"
 SCHEMA = 'schema'  # "context_options", "continuation", "gold"
 GENERATION = 'generation'  # "context", "answer", "aliases"
 SHAPES = (LANGUAGE_MODELLING, MULTIPLE_CHOICE, SCHEMA, GENERATION)
+# White space, invisible characters, and the punctuation that copies of a question differ in. Signs of arithmetic,
+# decimal points and brackets stay: they may be all that tells two questions apart.
+_IGNORED = re.compile(
+  '[.,](?!\\d)|(?<!\\d)[.,]|[\\s;:!?"\'`´‘’‚“”„«»‹›¿¡…。、「」『』\u00ad\u200b-\u200f\u2060\ufeff]+'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +172,30 @@ def _generation(fields: _Fields) -> Item:
 def _squad(fields: _Fields) -> Item:
   passage, question, answers = fields.text('context'), fields.text('question'), fields.texts('answers', 1)
   return Item('', squad_prompt(passage, question), answers[0], document=passage)
+
+
+def content_key(text: str) -> str:
+  """`text` without what does not change its content: case, white space, Unicode form, punctuation of sentences."""
+  folded = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', text).casefold())
+  return _IGNORED.sub('', folded) or text.strip()
+
+
+def is_template(count: int, items: int) -> bool:
+  """Whether text that `count` of `items` items share is a form that they are asked in, and not what is asked."""
+  return count > max(4, 0.75 * items)
+
+
+def question_keys(items: Sequence[Item]) -> list[str]:
+  """A key for what each item asks, equal for equal content.
+
+  It is the normalised context, with the answer where there is no context or nearly all items have the same one.
+  """
+  keys = [content_key('\n'.join(sorted(item.context_options)) or item.context) for item in items]
+  count = collections.Counter(keys)
+  return [
+    f'{key}\n{content_key(item.continuation)}' if not key or is_template(count[key], len(items)) else key
+    for key, item in zip(keys, items, strict=True)
+  ]
 
 
 def squad_prompt(passage: str, question: str) -> str:

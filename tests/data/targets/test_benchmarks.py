@@ -71,15 +71,16 @@ def test_shots_are_others_of_the_file_and_joined_by_newlines(tmp_path: Path):
   records = [{'context': f'Question {i}?', 'continuation': f'{i}'} for i in range(5)]
   benchmark = of_file(write(tmp_path / 'mine.jsonl', *records), shots=3, delimiter='\nAnswer: ')
   items = read_items(benchmark)
+  equal = benchmarks.alike(items)
   for index in range(5):
-    shown = benchmarks.shots(benchmark, 5, index, seed=0)
+    shown = benchmarks.shots(benchmark, equal, index, seed=0)
     assert len(set(shown)) == 3 and index not in shown
     wanted = [f'Question {i}?\nAnswer: {i}' for i in shown] + [f'Question {index}?\nAnswer:']
     assert prompt(benchmark, items, index).contexts == ('\n'.join(wanted),)
-  assert len({tuple(benchmarks.shots(benchmark, 5, 0, seed)) for seed in range(9)}) > 1
-  seen = {i for seed in range(40) for i in benchmarks.shots(benchmark, 5, 2, seed)}
+  assert len({tuple(benchmarks.shots(benchmark, equal, 0, seed)) for seed in range(9)}) > 1
+  seen = {i for seed in range(40) for i in benchmarks.shots(benchmark, equal, 2, seed)}
   assert seen == {0, 1, 3, 4}
-  assert len(benchmarks.shots(benchmark, 2, 0, seed=0)) == 1
+  assert len(benchmarks.shots(benchmark, benchmarks.alike(items[:2]), 0, seed=0)) == 1
 
 
 def test_a_targets_shots_are_of_its_own_split(tmp_path: Path):

@@ -41,8 +41,8 @@ def test_jsonl(write_jsonl: Callable[[str], str]):
   task = read_jsonl(path)
   assert task.name == 'mine'
   assert task.items == (
-    RawItem('line 1', 'a\u2028b', 'c\x85d', 'mine/line 1'),
-    RawItem('line 3', '', 'x', 'book'),
+    RawItem('line 1', 'a\u2028b', 'c\x85d', 'mine/line 1', question='ab'),
+    RawItem('line 3', '', 'x', 'book', question='\nx'),
   )
 
 
