@@ -220,7 +220,7 @@ def too_long(cut: int, length: int, key: str) -> str:
 
 
 def _record(item: RawItem) -> dict[str, Any]:
-  record = {'id': item.id, 'context': item.context, 'answer': item.answer, 'document': item.document}
+  record: dict[str, Any] = {key: getattr(item, key) for key in ('id', 'context', 'answer', 'document')}
   record['starts'] = list(item.starts)
   if item.choices or item.context_options:
     record['gold'] = item.gold

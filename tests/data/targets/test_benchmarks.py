@@ -102,6 +102,68 @@ def test_a_targets_shots_are_of_its_own_split(tmp_path: Path):
   assert tasks.with_shots(task, [], 0) == [] and len(tasks.with_shots(task, by_split['target'][:1], 0)) == 1
 
 
+def _asked_twice(record: dict, other: dict) -> list[dict]:
+  """Ten pairs of records in which {i} is the number of the pair."""
+  fill = lambda x, i: {k: v.format(i=f'{i}é') if isinstance(v, str) else v for k, v in x.items()}  # noqa: E731
+  return [fill(x, i) for i in range(10) for x in (record, other)]
+
+
+@pytest.mark.parametrize(
+  'records',
+  [
+    _asked_twice(
+      {'context': 'What is {i} + 1?', 'answer': 'It is {i}'}, {'context': 'WHAT  is {i}+1', 'answer': 'x{i}'}
+    ),
+    _asked_twice(
+      {'context': 'Who made {i}?', 'answer': 'Ada {i}'}, {'context': 'By whom is {i}?', 'answer': ' ada {i}.'}
+    ),
+    _asked_twice(
+      {'context': 'Who is {i}?', 'answer': 'a', 'aliases': []}, {'context': 'Who is {i}?', 'answer': 'b', 'aliases': []}
+    ),
+    [
+      {'query': f'{form} {i}?', 'choices': [f'town {i}', f'{form} other'], 'gold': 0}
+      for i in range(10)
+      for form in ('Where is', 'At what place is')
+    ],
+    [
+      {'context_options': [f'{x}{i} is big', f'{y}{i} is big'], 'continuation': f'so {x}', 'gold': 0}
+      for i in range(10)
+      for x, y in (('cup', 'box'), ('box', 'cup'))
+    ],
+  ],
+  ids=['question', 'answer', 'generation', 'choices', 'schema'],
+)
+def test_shots_are_never_equal_to_the_item_in_content(tmp_path: Path, records: list[dict]):
+  """Neighbours of a pair ask the same or have the same answer; as benchmark, and as target."""
+  path = write(tmp_path / 'mine.jsonl', *records)
+  benchmark = of_file(path, shots=17)
+  items = read_items(benchmark)
+  equal = benchmarks.alike(items)
+  seen = set()
+  for seed in range(3):
+    for index in range(20):
+      shown = benchmarks.shots(benchmark, equal, index, seed)
+      assert len(set(shown)) == 17 and not {index, index ^ 1} & set(shown)
+      seen |= {(index, other) for other in shown}
+  assert len(seen) == 20 * 18
+  task = tasks.benchmark_task(benchmark, None, 'mine')
+  for index, item in enumerate(tasks.with_shots(task, task.items, 0)):
+    preamble = item.context[: item.starts[-1]]
+    assert len(item.starts) == 18
+    assert task.items[index].context not in preamble and task.items[index ^ 1].context not in preamble
+
+
+def test_answers_that_are_labels_do_not_decide_about_shots(tmp_path: Path):
+  """Yes or no, with choices and without: shots with both answers, or they would give the answer away."""
+  for extra in ({'choices': ['yes', 'no']}, {}):
+    records = [
+      {'context': f'Is {i * 7919} a prime?', 'answer': 'yes' if i % 2 else 'no', 'gold': (i + 1) % 2, **extra}
+      for i in range(20)
+    ]
+    items = read_items(of_file(write(tmp_path / 'mine.jsonl', *records)))
+    assert all(sets == (frozenset([i]),) for i, sets in enumerate(benchmarks.alike(items)))
+
+
 def test_unicode_line_separators_stay_inside_a_record(tmp_path: Path):
   path = write(tmp_path / 'mine.jsonl', {'context': 'a\u2028b\x85c', 'continuation': 'd'})
   assert read_items(of_file(path))[0].context == 'a\u2028b\x85c'
