@@ -155,7 +155,9 @@ class Targets(Section):
   ] = key('', "Folder of benchmark files, tfds or tfds:DATA_DIR; with several ('a | b') the first that has one wins.")
   max_examples: Annotated[Count, Ge(1)] = key(256, 'Maximum examples of each task and split.')
   holdout_share: OpenShare = key(0.5, "Share of a task's documents that the datamodel does not see.")
-  long_prompts: Literal['cut', 'refuse'] = key('cut', 'As evaluation.long_prompts, for the examples of targets.')
+  long_prompts: Literal['cut', 'refuse'] = key(
+    'cut', 'A prompt of a target that is too long without shots loses its beginning, or the run stops.'
+  )
   seed: Seed = key(0, 'Seed of generated tasks and of the split.')
 
 
@@ -413,7 +415,7 @@ class Evaluation(Section):
     ' ', 'Between context and answer in such a file.'
   )
   long_prompts: Literal['cut', 'refuse'] = key(
-    'cut', 'A prompt that is too long loses whole shots; if that is not enough, it loses its start, or the run stops.'
+    'cut', 'A prompt of a benchmark that is too long without shots loses its beginning, or the run stops.'
   )
   generate_tokens: Tokens = key(16, 'Maximum length of a generated answer; below pool.length.')
   begin_with_end_mark: bool = key(True, 'Put an end mark before each prompt, as before each document of the pool.')

@@ -243,8 +243,8 @@ def shortened(results: Mapping[str, Any]) -> list[str]:
     lost, count = task['prompts'], task['n_items']
     if 2 * lost['shortened'] > count:
       sentences.append(
-        f'Most prompts of {task["task"]} ({task["split"]}) are shortened: of {count:,}, {lost["lost_shots"]:,} lose '
-        f'shots and {lost["contexts_cut"]:,} the beginning of their question, since they are longer than pool.length.'
+        f'Most prompts of {task["task"]} ({task["split"]}) are longer than pool.length: of {count:,}, '
+        f'{lost["lost_shots"]:,} lose shots and {lost["contexts_cut"]:,} lose the beginning of their context.'
       )
   return sentences
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.vocabulary import Encoder, open_encoder
 from dsdm_jax.data.targets import benchmarks, tasks
@@ -221,8 +222,7 @@ def open_suite(context: Context) -> Suite:
         requests.append(request)
       else:
         examples[task, split] = of_split
-  sequences = Sequences(encoder.encode, length, encoder.eos, config.evaluation.begin_with_end_mark)
-  requests += read(config.evaluation, config.targets, sequences)
+  requests += read(config.evaluation, config.targets, _sequences(config, pool))
   return Suite(examples, tuple(requests), encoder, length, config.evaluation.generate_tokens)
 
 
@@ -234,10 +234,10 @@ def of_target(task: str, split: str, examples: Examples, sequences: Sequences, c
     split: one of `SPLITS`.
     examples: of that split.
     sequences: turns text into tokens.
-    config: the `evaluation` part.
+    config: the `evaluation` part. Its `long_prompts` is for benchmarks; the stage `targets` obeys its own.
 
   Raises:
-    UserError: as `build`.
+    UserError: an answer has no tokens.
   """
   fields = {'choices': MULTIPLE_CHOICE, 'context_options': SCHEMA, 'aliases': GENERATION}
   shape = next((shape for field, shape in fields.items() if any(field in r for r in examples.records)), None)
@@ -265,7 +265,7 @@ def of_target(task: str, split: str, examples: Examples, sequences: Sequences, c
     items.append(item)
     zero_shot = benchmarks.prompt(dataclasses.replace(benchmark, shots=0), [item], 0)
     asked.append(dataclasses.replace(zero_shot, starts=tuple(r['starts'])))
-  request = _request(benchmark, split, items, asked, sequences, config.generate_tokens, config.long_prompts)
+  request = _request(benchmark, split, items, asked, sequences, config.generate_tokens, 'cut')
   before_I = [record['shots_dropped'] for record in examples.records]
   dropped_I = tuple(a + b for a, b in zip(before_I, request.dropped_I, strict=True))
   return dataclasses.replace(request, dropped_I=dropped_I)
@@ -329,6 +329,16 @@ def check(config: ConfigDict, targets: ConfigDict, length: int) -> None:
         f'evaluation.tasks: {left_out} items of {benchmark.name} are in the target split of targets.tasks, which '
         f'leaves {len(items)} to evaluate, and it takes two; remove it, or give it other items'
       )
+
+
+def check_prompts(config: ConfigDict, pool: Artifact) -> None:
+  """Raises UserError if a benchmark has a prompt that `evaluation.long_prompts` refuses; reads pool and files only."""
+  collections.deque(read(config.evaluation, config.targets, _sequences(config, pool)), maxlen=0)
+
+
+def _sequences(config: ConfigDict, pool: Artifact) -> Sequences:
+  length, encoder = json.loads((pool.path / 'card.json').read_text())['length'], open_encoder(pool.path)
+  return Sequences(encoder.encode, length, encoder.eos, config.evaluation.begin_with_end_mark)
 
 
 def _unasked(selected: Sequence[Benchmark], targets: ConfigDict) -> Iterator[tuple[Benchmark, list[Item], int]]:
