@@ -346,7 +346,7 @@ def _unasked(selected: Sequence[Benchmark], targets: ConfigDict) -> Iterator[tup
   asked = tasks.target_questions(targets) if selected else frozenset()
   for benchmark in selected:
     items = benchmarks.read_items(benchmark, _folder(benchmark, targets.folder))
-    keys = question_keys(items)
+    keys = question_keys(items) if asked else [''] * len(items)
     others = [item for item, key in zip(items, keys, strict=True) if key not in asked]
     yield benchmark, others, len(items) - len(others)
 
