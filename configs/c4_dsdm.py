@@ -40,7 +40,7 @@ def get_config():
   # The paper trains its large models for this mix, the mean of raw scores.
   config.selection.targets = ('jeopardy+squad+lambada',)
   config.selection.methods = ('dsdm', 'classifier', 'dsir', 'semdedup_one_epoch', 'random_one_epoch')
-  config.pretraining.seeds = 1  # as the paper: one run for each arm
+  config.pretraining.seeds = 1  # as the paper: one run for each arm, too few for verdicts
   config.ladder.rungs = ('1', '2')  # Random, and Random with 1.8 billion parameters at twice the compute
   config.ladder.seeds = 1
   config.evaluation.tasks = (

@@ -18,6 +18,7 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.order import selection as selection_lib
 from dsdm_jax.data.pool import pool as pool_lib
 from dsdm_jax.errors import UserError
+from dsdm_jax.evaluation.results import shortened
 from dsdm_jax.report import figures, formatting, report_data, tables
 from dsdm_jax.report.figures import Drawing
 
@@ -323,7 +324,7 @@ class ResultsView:
   @property
   def headline(self) -> str:
     """The result in words: the first sentences of the report."""
-    return ' '.join(formatting.headlines(self.raw)).replace('\u00a0', ' ')
+    return ' '.join([*shortened(self.raw), *formatting.headlines(self.raw)]).replace('\u00a0', ' ')
 
   def plot(self, task: str) -> Drawing:
     """Differences on one task, with their intervals."""

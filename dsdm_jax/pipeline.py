@@ -169,10 +169,13 @@ def needed(name: str) -> list[str]:
 def run_connected(config: ConfigDict, workdir: Path, only: str | None = None, rerun: bool = False) -> None:
   """`run` for a resolved config, in a process that is connected to the other processes of the run."""
   tasks.check_files(config.targets, config.pool.leakage_benchmarks if config.pool.leakage_guard else ())
-  suite.check(config.evaluation, config.targets.folder, config.pool.length)
+  suite.check(config.evaluation, config.targets, config.pool.length)
   processes.decide(lambda: _check_imported(config, workdir))
   with locked(workdir, config.features.job if config.features.jobs > 1 else None) as created:
-    done = Runner(STAGES, config, workdir).run(only, rerun, created)
+    # Which prompts fit is known as soon as there is a vocabulary, long before they are evaluated.
+    refuses = config.evaluation.long_prompts == 'refuse' and only in (None, 'evaluation')
+    checks = {'pool': lambda pool: suite.check_prompts(config, pool)} if refuses else {}
+    done = Runner(STAGES, config, workdir, checks).run(only, rerun, created)
     if processes.is_first() and 'evaluation' in done and only in (None, 'evaluation'):
       _publish(workdir, config, done)
     for name in ('report', 'validation'):

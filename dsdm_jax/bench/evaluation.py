@@ -29,7 +29,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(flags: argparse.Namespace) -> None:
   """Measures and prints; see the module."""
   config = quickstart.get_config()
-  config.evaluation.max_items = flags.items
+  config.evaluation.max_items, config.targets.folder = flags.items, flags.folder
   tasks = tuple(flags.tasks.split(','))
   unknown = [task for task in tasks if task not in benchmarks.BENCHMARKS]
   if unknown:
@@ -46,7 +46,7 @@ def run(flags: argparse.Namespace) -> None:
     config.evaluation.tasks = (task,)
     began = time.perf_counter()
     sequences = suite.Sequences(encoder, config.pool.length, encoder.eos)
-    (request,) = suite.read(config.evaluation, flags.folder, sequences, config.targets.seed)
+    (request,) = suite.read(config.evaluation, config.targets, sequences)
     line = {'task': task, 'items': len(request.item_ids_I), 'tokenize_s': time.perf_counter() - began}
     scorer = Scorer(compiled, config.evaluation.batch_size, encoder.eos)
     for name in ('first', 'again'):

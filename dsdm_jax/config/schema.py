@@ -168,6 +168,9 @@ class Targets(Section):
   file_delimiter: Delimiter = key(' ', "Between context and answer of such a task; '' for nothing.")
   max_examples: Annotated[Count, Ge(1)] = key(256, 'Maximum examples of each task and split.')
   holdout_share: OpenShare = key(0.5, "Share of a task's documents that the datamodel does not see.")
+  long_prompts: Literal['cut', 'refuse'] = key(
+    'cut', 'A prompt of a target that is too long without shots loses its beginning, or the run stops.'
+  )
   seed: Seed = key(0, 'Seed of generated tasks and of the split.')
 
 
@@ -424,6 +427,9 @@ class Evaluation(Section):
   )
   file_shots: Few = key(0, 'Solved examples before each question of a file given by its path.')
   file_delimiter: Delimiter = key(' ', "Between context and answer in such a file; '' for nothing.")
+  long_prompts: Literal['cut', 'refuse'] = key(
+    'cut', 'A prompt of a benchmark that is too long without shots loses its beginning, or the run stops.'
+  )
   generate_tokens: Tokens = key(16, 'Maximum length of a generated answer; below pool.length.')
   begin_with_end_mark: bool = key(True, 'Put an end mark before each prompt, as before each document of the pool.')
   checkpoints: Annotated[

@@ -37,12 +37,21 @@ class Runner:
     stages: in order; each reads only stages before it.
     config: the whole config, validated and resolved.
     workdir: absolute folder, locked by the caller (not needed for `identity`).
+    checks: stage → a function of its artifact that raises UserError if what comes later cannot work. It is called on
+      process 0 when the stage is finished and others follow.
 
   Attributes:
     done: stage name → artifact, of the stages that are finished with these settings.
   """
 
-  def __init__(self, stages: Sequence[Stage], config: ConfigDict, workdir: Path):
+  def __init__(
+    self,
+    stages: Sequence[Stage],
+    config: ConfigDict,
+    workdir: Path,
+    checks: Mapping[str, Callable[[Artifact], None]] | None = None,
+  ):
+    self._checks = checks or {}
     self.stages = {stage.name: stage for stage in stages}
     self.config, self.settings, self.workdir = config, flatten(config), workdir
     self.shared = config.features.jobs > 1  # several jobs work on one stage, and none has the workdir for itself
@@ -80,6 +89,7 @@ class Runner:
     try:
       if wanted:
         self._start_jax([key for stage in wanted for key in stage.batches])
+        self._check(self.done)
       for stage in wanted:
         if processes.decide(lambda: self._reuse(stage)):  # noqa: B023  called at once
           self._open([stage.name])
@@ -90,6 +100,7 @@ class Runner:
           storage.retried(lambda: self.run_stage(stage))  # noqa: B023  called at once; it resumes
         else:
           self.run_stage(stage)
+        self._check([stage.name])
     except UserError:
       unfinished = any(artifacts.unfinished(self.workdir, name) for name in self.stages)
       if processes.is_first() and created and not self.done and not unfinished:
@@ -97,6 +108,11 @@ class Runner:
           storage.delete(self.workdir / name)
       raise
     return self.done
+
+  def _check(self, names: Iterable[str]) -> None:
+    for name in names:
+      if name in self._checks and name in self.done:
+        processes.decide(lambda: self._checks[name](self.done[name]))  # noqa: B023  called at once
 
   def identity(self, stage: Stage, inputs: Mapping[str, str] | None = None) -> Identity:
     """What `stage` is computed from.

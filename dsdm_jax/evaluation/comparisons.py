@@ -67,8 +67,7 @@ def compare(
   ]
   adjusted = statistics.holm([c['p_value'] for c in compared])
   for comparison, p_holm in zip(compared, adjusted, strict=True):
-    # Two seeds say too little about how seeds vary. With one seed on each side, only items are judged.
-    few = 'seeds' in comparison['basis'] and min(comparison['seeds']) < FEWEST_SEEDS
+    few = min(comparison['seeds']) < FEWEST_SEEDS  # these say too little about how seeds vary
     direction = BETTER if comparison['difference'] > 0 else WORSE
     comparison['p_holm'] = float(p_holm)
     comparison['verdict'] = NEITHER if few or p_holm >= 1 - options.confidence else direction

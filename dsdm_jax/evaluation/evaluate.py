@@ -97,18 +97,19 @@ def _evaluate(
 
 
 def _write_answers(
-  out: Path, name: str, suite: Suite, arrays: Mapping[str, np.ndarray], texts: Mapping[str, list[str]]
+  out: Path, name: str, suite: Suite, arrays: Mapping[str, np.ndarray], texts: Mapping[tuple[str, str], list[str]]
 ) -> list[Path]:
   files = []
   for request in suite.requests:
-    task = request.benchmark.name
-    if task in texts:
-      right_I = arrays[f'accuracy__{task}__{BENCHMARK}']
+    task, split = request.key
+    if request.key in texts:
+      right_I = arrays[f'accuracy__{task}__{split}']
       lines = [
         json.dumps({'id': id, 'output': text, 'right': bool(right)}) + '\n'
-        for id, text, right in zip(request.item_ids_I, texts[task], right_I, strict=True)
+        for id, text, right in zip(request.item_ids_I, texts[request.key], right_I, strict=True)
       ]
-      files.append(out / 'answers' / f'{name}--{task}.jsonl')
+      of_split = '' if split == BENCHMARK else f'.{split}'
+      files.append(out / 'answers' / f'{name}--{task}{of_split}.jsonl')
       storage.write_text(files[-1], ''.join(lines))
   return files
 

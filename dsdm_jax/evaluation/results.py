@@ -28,7 +28,11 @@ _VERDICTS = (
   'A verdict is given where the p-value, adjusted by Holm over the comparisons of one task, is below {alpha:g}, and '
   'both arms have at least three seeds.'
 )
-_ONE_MODEL = 'One model stands for each arm: intervals are over items alone, and other seeds may differ by more.'
+_ONE_MODEL = (
+  'One model stands for each arm: intervals are over items alone, other seeds may differ by more, and no verdict is '
+  'given.'
+)
+_NO_BASELINE = "No two arms are compared: add 'random', the baseline, to selection.methods."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,13 +227,37 @@ def _compare(table: Table, metric: str, runs: Runs, options: Options) -> list[di
 def _notes(compared: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
   """Sentences that belong beside the intervals."""
   if not compared:
-    return []
+    return [_NO_BASELINE]
   notes = [_VERDICTS.format(alpha=round(1 - confidence, 6)), _NO_EVIDENCE]
   if any(c['conditional'] for c in compared):
     notes.append(_ONE_SELECTION)
   if any('items only' in c['basis'] for c in compared):
     notes.append(_ONE_MODEL)
   return notes
+
+
+def shortened(results: Mapping[str, Any]) -> list[str]:
+  """A sentence for each task and split in which most prompts were shortened to fit; these belong into headlines."""
+  sentences = []
+  for task in results['tasks']:
+    lost, count = task['prompts'], task['n_items']
+    if 2 * lost['shortened'] > count:
+      sentences.append(
+        f'Most prompts of {task["task"]} ({task["split"]}) are longer than pool.length: of {count:,}, '
+        f'{lost["lost_shots"]:,} lose shots and {lost["contexts_cut"]:,} lose the beginning of their context.'
+      )
+  return sentences
+
+
+def prompt_row(task: Mapping[str, Any]) -> tuple[str, str, str]:
+  """Items, shots and cut contexts of an entry of `tasks`, in words."""
+  lost = task['prompts']
+  shots = ', '.join(f'{count:,} with {number}' for number, count in lost['shots'].items())
+  cut = f'{lost["contexts_cut"]:,}'
+  if lost['contexts_cut']:
+    mean = lost['tokens_cut'] / lost['contexts_cut']
+    cut += f' (by {mean:,.0f} tokens on average, at most {lost["most_tokens_cut"]:,})'
+  return f'{task["n_items"]:,}', shots, cut
 
 
 def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
@@ -242,6 +270,8 @@ def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
   several = len({row['target_mix'] for row in results['summary']} - {UNTARGETED}) > 1
   console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
   with console.capture() as captured:
+    for sentence in shortened(results):
+      console.print(sentence)
     for split, metric, title in (
       (HOLDOUT, 'logprob', 'Log-probability of the right answer on held-out items (nats per token; higher is better)'),
       (BENCHMARK, 'accuracy', f'Accuracy on benchmarks, with {percent} intervals where they fit'),
@@ -253,6 +283,12 @@ def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
     if results['comparisons']:
       console.print(f'Differences with {percent} intervals over seeds and items (above zero: the first is better)')
       console.print(_fill_differences(RichTable(box=box.SIMPLE), results['comparisons'], several))
+    if results['tasks']:
+      console.print('Prompts: their shots, and contexts of which the beginning was cut')
+      table = RichTable('task', 'split', 'items', 'shots', 'contexts cut', box=box.SIMPLE)
+      for task in results['tasks']:
+        table.add_row(task['task'], task['split'], *prompt_row(task))
+      console.print(table)
     for note in results.get('notes', ()):
       console.print(note)
   return '\n'.join(line.rstrip() for line in captured.get().splitlines()).strip('\n') + '\n'

@@ -19,7 +19,7 @@ from flax import nnx
 from dsdm_jax.core import flops
 from dsdm_jax.core.mesh import fetch, place
 from dsdm_jax.data.pool.vocabulary import Encoder
-from dsdm_jax.evaluation.suite import BENCHMARK, Request, Suite
+from dsdm_jax.evaluation.suite import Request, Suite
 from dsdm_jax.lm.decoder import Decoder
 from dsdm_jax.lm.decoding import greedy
 from dsdm_jax.training.step import Trainer, TrainState
@@ -280,18 +280,21 @@ def stop_tokens(encoder: Encoder) -> np.ndarray:
   return stop_V
 
 
-def evaluate(suite: Suite, scorer: Scorer, state: TrainState) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-  """(`<metric>__<task>__<split>` → values [items], benchmark → generated texts) of one model on the whole suite."""
-  arrays, texts = {}, {}
+def evaluate(
+  suite: Suite, scorer: Scorer, state: TrainState
+) -> tuple[dict[str, np.ndarray], dict[tuple[str, str], list[str]]]:
+  """(`<metric>__<task>__<split>` → values [items], (task, split) → generated texts) of one model on the whole suite."""
+  arrays: dict[str, np.ndarray] = {}
+  texts: dict[tuple[str, str], list[str]] = {}
   for (task, split), examples in suite.examples.items():
     logprob_I, accuracy_I = scorer.score(state, examples.tokens_TL, examples.weights_TL)
     arrays[f'logprob__{task}__{split}'], arrays[f'accuracy__{task}__{split}'] = logprob_I, accuracy_I
   generates = any(request.prompts_I for request in suite.requests)
   stop_V = stop_tokens(suite.encoder) if generates else np.zeros(0, bool)
   for request in suite.requests:
-    name, decode = request.benchmark.name, suite.encoder.decode
+    (name, split), decode = request.key, suite.encoder.decode
     values, generated = score_request(scorer, state, request, suite.length, suite.generate, stop_V, decode)
-    arrays |= {f'{metric}__{name}__{BENCHMARK}': value_I for metric, value_I in values.items()}
+    arrays |= {f'{metric}__{name}__{split}': value_I for metric, value_I in values.items()}
     if generated:
-      texts[name] = generated
+      texts[name, split] = generated
   return arrays, texts

@@ -1,12 +1,16 @@
 """The evaluation suite: the run's own targets and the benchmarks, as token sequences ready for a model.
 
 A sequence is [end mark] + context + answer, whose text is tokenized as a whole (`vocabulary.encode_pair`); the white
-space between them belongs to the answer. A sequence that is too long is cut at its beginning: the context first, then
-the first tokens of an answer that fills the whole sequence.
+space between them belongs to the answer. A sequence that is too long loses whole shots, from the left. If that is not
+enough, it is refused or cut at its beginning (`evaluation.long_prompts`): the context first, then the first tokens of
+an answer that fills the whole sequence.
 """
 
+import collections
 import dataclasses
 import difflib
+import functools
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,13 +18,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.vocabulary import Encoder, encode_pair, open_encoder
-from dsdm_jax.data.targets import benchmarks
-from dsdm_jax.data.targets.benchmarks import BENCHMARKS, Benchmark
-from dsdm_jax.data.targets.shapes import GENERATION, LANGUAGE_MODELLING
-from dsdm_jax.data.targets.targets import Examples, Targets
-from dsdm_jax.data.targets.tasks import BUILT_IN
+from dsdm_jax.data.targets import benchmarks, tasks
+from dsdm_jax.data.targets.benchmarks import BENCHMARKS, Benchmark, Prompt, shots_to_drop
+from dsdm_jax.data.targets.shapes import GENERATION, LANGUAGE_MODELLING, MULTIPLE_CHOICE, SCHEMA, Item, question_keys
+from dsdm_jax.data.targets.targets import Examples, Targets, too_long
 from dsdm_jax.errors import UserError
 
 OWN = 'targets'  # in evaluation.tasks: the run's own target tasks
@@ -39,6 +43,26 @@ class Sequences:
   length: int
   eos: int
   begin: bool = True
+
+  def encoded(self, prompt: Prompt) -> list[tuple[list[int], list[int]]]:
+    """(context ids, answer ids) of each pair of `prompt`."""
+    pairs = zip(prompt.contexts, prompt.answers, strict=True)
+    return [encode_pair(self.encoder, context, answer) for context, answer in pairs]
+
+  def excess(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], room: int = 0) -> int:
+    """Tokens by which the longest of `pairs` is too long; at most 0 if all fit.
+
+    Args:
+      pairs: (context ids, answer ids) of each.
+      room: tokens that the contexts must leave free, at least.
+    """
+    return (
+      max(
+        int(self.begin or not context_ids) + len(context_ids) + max(len(answer_ids), room)
+        for context_ids, answer_ids in pairs
+      )
+      - self.length
+    )
 
   def pair(self, context: str, answer: str) -> tuple[np.ndarray, int]:
     """(ids, number of answer tokens at the end of them), int32."""
@@ -63,10 +87,11 @@ class Sequences:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A benchmark ready for a model: I items with P (context, answer) pairs.
+  """A benchmark, or one split of a target, ready for a model: I items with P (context, answer) pairs.
 
   Attributes:
     benchmark: how it is scored.
+    split: `BENCHMARK`, or one of `SPLITS`.
     ids_P: token ids of each pair.
     count_P: number of answer tokens, at the end of the sequence.
     item_P: item of each pair, from 0, not decreasing.
@@ -78,9 +103,14 @@ class Request:
     category_I: '' where the benchmark has none.
     document_I: items of one document are not independent.
     cut: number of answers whose beginning was cut off.
+    shots_I: shots in the prompt of each item.
+    dropped_I: shots that were left out because they did not fit.
+    tokens_cut_I: tokens that were cut from the beginning of the item's longest context, after that.
+    left_out: items of the source that are not here, because a target asks the same.
   """
 
   benchmark: Benchmark
+  split: str
   ids_P: tuple[np.ndarray, ...]
   count_P: np.ndarray
   item_P: np.ndarray
@@ -92,6 +122,15 @@ class Request:
   category_I: tuple[str, ...]
   document_I: tuple[str, ...]
   cut: int
+  shots_I: tuple[int, ...]
+  dropped_I: tuple[int, ...]
+  tokens_cut_I: tuple[int, ...]
+  left_out: int = 0
+
+  @property
+  def key(self) -> tuple[str, str]:
+    """(task, split)"""
+    return self.benchmark.name, self.split
 
   @property
   def is_choice(self) -> bool:
@@ -102,10 +141,24 @@ class Request:
     """The benchmark's entry under `tasks` in `results.json`."""
     benchmark = self.benchmark
     return (
-      {'task': benchmark.name, 'split': BENCHMARK, 'rule': benchmark.scoring, 'shape': benchmark.shape}
+      {'task': benchmark.name, 'split': self.split, 'rule': benchmark.scoring, 'shape': benchmark.shape}
       | {'shots': benchmark.shots, 'delimiter': benchmark.delimiter, 'n_items': len(self.item_ids_I)}
       | {'categories': sorted(set(self.category_I) - {''}), 'group': benchmark.category, 'answers_cut': self.cut}
+      | {'left_out': self.left_out, 'prompts': prompts(self.shots_I, self.dropped_I, self.tokens_cut_I)}
     )
+
+
+def prompts(shots_I: Sequence[int], dropped_I: Sequence[int], tokens_cut_I: Sequence[int]) -> dict[str, Any]:
+  """The `prompts` entry of a task in `results.json`: what did not fit. The arguments are those of `Request`."""
+  cut = [tokens for tokens in tokens_cut_I if tokens]
+  return {
+    'shots': {str(shots): count for shots, count in sorted(collections.Counter(shots_I).items(), reverse=True)},
+    'lost_shots': sum(map(bool, dropped_I)),
+    'contexts_cut': len(cut),
+    'tokens_cut': sum(cut),
+    'most_tokens_cut': max(cut, default=0),
+    'shortened': sum(bool(dropped or tokens) for dropped, tokens in zip(dropped_I, tokens_cut_I, strict=True)),
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,20 +185,27 @@ class Suite:
     """The `tasks` part of `results.json`."""
     own: list[dict[str, Any]] = []
     for (task, split), examples in self.examples.items():
-      of_file = 0 if task in BUILT_IN else self.file_shots
+      of_file = 0 if task in tasks.BUILT_IN else self.file_shots
       shots = BENCHMARKS[task].shots if task in BENCHMARKS else of_file
       facts = {'task': task, 'split': split, 'rule': 'exact_argmax', 'shots': shots}
-      own.append({**facts, 'n_items': len(examples), 'categories': []})
+      own.append({**facts, 'n_items': len(examples), 'categories': [], 'prompts': prompts(*_shortened(examples))})
     return own + [request.describe() for request in self.requests]
 
   def documents(self) -> dict[tuple[str, str], list[str]]:
     """(task, split) → the document of each item."""
     own = {key: [record['document'] for record in e.records] for key, e in self.examples.items()}
-    return own | {(r.benchmark.name, BENCHMARK): list(r.document_I) for r in self.requests}
+    return own | {request.key: list(request.document_I) for request in self.requests}
 
   def categories(self) -> dict[tuple[str, str], list[str]]:
     """(task, split) → the category of each item, for benchmarks that are averaged by category."""
-    return {(r.benchmark.name, BENCHMARK): list(r.category_I) for r in self.requests if any(r.category_I)}
+    return {request.key: list(request.category_I) for request in self.requests if any(request.category_I)}
+
+
+def _shortened(examples: Examples) -> tuple[list[int], list[int], list[int]]:
+  """Shots, dropped shots and cut tokens of each example."""
+  records = examples.records
+  shots = [len(record['starts']) - 1 for record in records]
+  return shots, [record['shots_dropped'] for record in records], [record['tokens_cut'] for record in records]
 
 
 def open_suite(context: Context) -> Suite:
@@ -157,19 +217,62 @@ def open_suite(context: Context) -> Suite:
   config, pool = context.config, context.inputs['pool']
   length = json.loads((pool.path / 'card.json').read_text())['length']
   encoder = open_encoder(pool.path)
-  examples = {}
+  examples: dict[tuple[str, str], Examples] = {}
+  requests: list[Request] = []
   if OWN in config.evaluation.tasks:
     targets = Targets(context.inputs['targets'])
-    examples = {(task, split): targets.examples(task, split) for task in targets.tasks for split in SPLITS}
-  sequences = Sequences(encoder, length, encoder.eos, config.evaluation.begin_with_end_mark)
-  requests = tuple(read(config.evaluation, config.targets.folder, sequences, config.targets.seed))
-  for request in requests:
-    if request.benchmark.name in {task for task, _ in examples}:
-      raise UserError(
-        f'evaluation.tasks and targets.tasks both have a task {request.benchmark.name!r}; rename one of the files'
-      )
+    own = Sequences(encoder, length, encoder.eos)
+    for task, split in itertools.product(targets.tasks, SPLITS):
+      of_split = targets.examples(task, split)
+      if request := of_target(task, split, of_split, own, config):
+        requests.append(request)
+      else:
+        examples[task, split] = of_split
+  requests += read(config.evaluation, config.targets, _sequences(config, pool))
   generate, file_shots = config.evaluation.generate_tokens, config.targets.file_shots
-  return Suite(examples, requests, encoder, length, generate, file_shots)
+  return Suite(examples, tuple(requests), encoder, length, generate, file_shots)
+
+
+def of_target(task: str, split: str, examples: Examples, sequences: Sequences, config: ConfigDict) -> Request | None:
+  """The request of one split of a target task that is scored by more than its answer; None for language modelling.
+
+  Args:
+    task: name of the task.
+    split: one of `SPLITS`.
+    examples: of that split.
+    sequences: turns text into tokens.
+    config: the whole config. `evaluation.long_prompts` is for benchmarks; the stage `targets` obeys its own.
+
+  Raises:
+    UserError: an answer has no tokens.
+  """
+  fields = {'choices': MULTIPLE_CHOICE, 'context_options': SCHEMA, 'aliases': GENERATION}
+  shape = next((shape for field, shape in fields.items() if any(field in r for r in examples.records)), None)
+  if shape is None:
+    return None
+  known = BENCHMARKS.get(task)
+  benchmark = Benchmark(
+    name=task,
+    category=known.category if known else '',
+    shape=shape,
+    source='',
+    shots=known.shots if known else config.targets.file_shots,
+    delimiter=' ',
+    scoring=benchmarks.SCORING[shape],
+    per_category=known is not None and known.per_category,
+  )
+  items, asked = [], []
+  for r in examples.records:
+    choices, options, aliases = (tuple(r.get(key, ())) for key in ('choices', 'context_options', 'aliases'))
+    gold, category = r.get('gold', -1), r.get('category', '')
+    items.append(Item(r['id'], r['context'], r['answer'], choices, options, gold, aliases, category, r['document']))
+    contexts = options or (r['context'],) * max(1, len(choices))
+    answers = choices or (r['answer'],) * len(contexts)
+    asked.append(Prompt(contexts, answers, max(gold, 0), tuple(r['starts'])))
+  request = _request(benchmark, split, items, asked, sequences, config.evaluation.generate_tokens, 'cut')
+  before_I = [record['shots_dropped'] for record in examples.records]
+  dropped_I = tuple(a + b for a, b in zip(before_I, request.dropped_I, strict=True))
+  return dataclasses.replace(request, dropped_I=dropped_I)
 
 
 def selected_benchmarks(config: ConfigDict) -> list[Benchmark]:
@@ -197,36 +300,82 @@ def selected_benchmarks(config: ConfigDict) -> list[Benchmark]:
   return selected
 
 
-def check(config: ConfigDict, folder: str, length: int) -> None:
+def check(config: ConfigDict, targets: ConfigDict, length: int) -> None:
   """Reads the benchmarks of `config.tasks`, so that a broken file is reported before anything is written.
 
   Args:
     config: the `evaluation` part.
-    folder: `targets.folder`.
+    targets: the `targets` part.
     length: of sequences, in tokens.
 
   Raises:
-    UserError: as `selected_benchmarks` and `benchmarks.read_items`; or generated answers leave no room for a prompt.
+    UserError: as `selected_benchmarks` and `benchmarks.read_items`; generated answers leave no room for a prompt; a
+      benchmark is also a target of `config.tasks`, or has fewer than two items that no target asks.
   """
-  selected = selected_benchmarks(config)
-  if config.generate_tokens >= length and any(benchmark.shape == GENERATION for benchmark in selected):
+  selected, own = selected_benchmarks(config), targets.tasks if OWN in config.tasks else ()
+  shapes = {benchmark.shape for benchmark in selected}
+  shapes |= {BENCHMARKS[task].shape for task in own if task in BENCHMARKS}
+  shapes |= {benchmarks.of_file(task).shape for task in own if task.endswith('.jsonl')}
+  if config.generate_tokens >= length and GENERATION in shapes:
     raise UserError(
       f'config key evaluation.generate_tokens = {config.generate_tokens} must be less than pool.length = {length}: a '
       'prompt comes before it'
     )
   for benchmark in selected:
-    benchmarks.read_items(benchmark, _folder(benchmark, folder))
+    if benchmark.name in map(tasks.task_name, own):
+      raise UserError(
+        f'evaluation.tasks has {OWN!r}, which evaluates the holdout of {benchmark.name!r}, and the benchmark of that '
+        'name; remove one of the two from --config.evaluation.tasks, or rename one of the files'
+      )
+  for benchmark, items, left_out in _unasked(selected, targets):
+    if left_out and len(items) < 2:
+      raise UserError(
+        f'evaluation.tasks: {left_out} items of {benchmark.name} are in the target split of targets.tasks, which '
+        f'leaves {len(items)} to evaluate, and it takes two; remove it, or give it other items'
+      )
 
 
-def read(config: ConfigDict, folder: str, sequences: Sequences, seed: int) -> Iterator[Request]:
-  """The request of each benchmark of `config.tasks`, in order; `folder` and `seed` are those of `targets`.
+def check_prompts(config: ConfigDict, pool: Artifact) -> None:
+  """Raises UserError if a benchmark has a prompt that `evaluation.long_prompts` refuses; reads pool and files only."""
+  collections.deque(read(config.evaluation, config.targets, _sequences(config, pool)), maxlen=0)
+
+
+def _sequences(config: ConfigDict, pool: Artifact) -> Sequences:
+  length, encoder = json.loads((pool.path / 'card.json').read_text())['length'], open_encoder(pool.path)
+  return Sequences(encoder, length, encoder.eos, config.evaluation.begin_with_end_mark)
+
+
+def _unasked(selected: Sequence[Benchmark], targets: ConfigDict) -> Iterator[tuple[Benchmark, list[Item], int]]:
+  """Each benchmark, its items that are not in the target split of a target, and the number of those that are."""
+  asked = tasks.target_questions(targets) if selected else frozenset()
+  for benchmark in selected:
+    items = benchmarks.read_items(benchmark, _folder(benchmark, targets.folder))
+    keys = question_keys(items) if asked else [''] * len(items)
+    others = [item for item, key in zip(items, keys, strict=True) if key not in asked]
+    yield benchmark, others, len(items) - len(others)
+
+
+def read(config: ConfigDict, targets: ConfigDict, sequences: Sequences) -> Iterator[Request]:
+  """The request of each benchmark of `config.tasks`, in order, without the items of the targets' target splits.
+
+  Args:
+    config: the `evaluation` part.
+    targets: the `targets` part.
+    sequences: turns text into tokens.
 
   Raises:
-    UserError: as `check`.
+    UserError: as `check` and `build`.
   """
-  for benchmark in selected_benchmarks(config):
-    items = benchmarks.read_items(benchmark, _folder(benchmark, folder), config.max_items or None)
-    yield build(benchmark, items, sequences, config.generate_tokens, seed)
+  for benchmark, items, left_out in _unasked(selected_benchmarks(config), targets):
+    request = build(
+      benchmark,
+      benchmarks.evenly(items, config.max_items or None),
+      sequences,
+      config.generate_tokens,
+      targets.seed,
+      config.long_prompts,
+    )
+    yield dataclasses.replace(request, left_out=left_out)
 
 
 def _folder(benchmark: Benchmark, folder: str) -> str | None:
@@ -234,7 +383,12 @@ def _folder(benchmark: Benchmark, folder: str) -> str | None:
 
 
 def build(
-  benchmark: Benchmark, items: Sequence[benchmarks.Item], sequences: Sequences, generate: int, seed: int
+  benchmark: Benchmark,
+  items: Sequence[Item],
+  sequences: Sequences,
+  generate: int,
+  seed: int,
+  long_prompts: str = 'cut',
 ) -> Request:
   """The request of `items`.
 
@@ -244,38 +398,68 @@ def build(
     sequences: turns text into tokens.
     generate: maximum number of tokens of a generated answer.
     seed: of the few-shot examples.
+    long_prompts: 'cut', or 'refuse' those that do not fit without shots.
 
   Raises:
-    UserError: an answer has no tokens.
+    UserError: an answer has no tokens, or a prompt is refused.
   """
+  equal = benchmarks.alike(items) if benchmark.shots else None
+  asked = [benchmarks.prompt(benchmark, items, index, seed, equal) for index in range(len(items))]
+  return _request(benchmark, BENCHMARK, items, asked, sequences, generate, long_prompts)
+
+
+def _request(
+  benchmark: Benchmark,
+  split: str,
+  items: Sequence[Item],
+  asked: Sequence[Prompt],
+  sequences: Sequences,
+  generate: int,
+  long_prompts: str,
+) -> Request:
   ids: list[np.ndarray] = []
-  counts, owners, gold, characters, prompts, cut = [], [], [], [], [], 0
-  for index in range(len(items)):
-    prompt = benchmarks.prompt(benchmark, items, index, seed)
+  counts, owners, gold, characters, continued, cut = [], [], [], [], [], 0
+  shots, dropped, tokens_cut = [], [], []
+  room = generate if benchmark.shape == GENERATION else 0
+  for index, (item, whole) in enumerate(zip(items, asked, strict=True)):
+    encoded = functools.cache(lambda count, whole=whole: sequences.encoded(whole.without(count)))
+    drop = shots_to_drop(whole.starts, lambda count: sequences.excess(encoded(count), room) <= 0)  # noqa: B023
+    over = max(0, sequences.excess(encoded(drop), room))
+    if over and long_prompts == 'refuse':
+      raise UserError(
+        f'{benchmark.name} ({split}), {item.id}: {too_long(over, sequences.length, "evaluation.long_prompts")}'
+      )
+    prompt = whole.without(drop)
     gold.append(len(ids) + prompt.gold)
-    for context, answer in zip(prompt.contexts, prompt.answers, strict=True):
-      context_ids, answer_ids = encode_pair(sequences.encoder, context, answer)
+    for answer, (context_ids, answer_ids) in zip(prompt.answers, encoded(drop), strict=True):
       sequence, count = sequences.joined(context_ids, answer_ids)
       if not count:
-        raise UserError(f'benchmark {benchmark.name}, {items[index].id}: an answer has no tokens')
+        raise UserError(f'benchmark {benchmark.name}, {item.id}: an answer has no tokens')
       cut += count < len(answer_ids)
       ids.append(sequence)
       counts.append(count)
       owners.append(index)
       characters.append(len(answer.lstrip()))
     if benchmark.shape == GENERATION:
-      prompts.append(sequences.prompt(prompt.contexts[0], generate))
+      continued.append(sequences.prompt(prompt.contexts[0], generate))
+    shots.append(len(prompt.starts) - 1)
+    dropped.append(drop)
+    tokens_cut.append(over)
   return Request(
     benchmark=benchmark,
+    split=split,
     ids_P=tuple(ids),
     count_P=np.asarray(counts),
     item_P=np.asarray(owners),
     gold_I=np.asarray(gold),
     characters_P=np.asarray(characters),
-    prompts_I=tuple(prompts),
+    prompts_I=tuple(continued),
     aliases_I=tuple(item.aliases for item in items) if benchmark.shape == GENERATION else (),
     item_ids_I=tuple(item.id for item in items),
     category_I=tuple(item.category if benchmark.per_category else '' for item in items),
     document_I=tuple(item.document for item in items),
     cut=cut,
+    shots_I=tuple(shots),
+    dropped_I=tuple(dropped),
+    tokens_cut_I=tuple(tokens_cut),
   )

@@ -164,8 +164,8 @@ def forest_standalone(comparisons: Sequence[Mapping[str, Any]], confidence: floa
   items = 'held-out items and benchmarks' if benchmarks else 'held-out items'
   lines = {task: _forest_lines([c for c in comparisons if c['task'] == task]) for task in tasks}
   with matplotlib.rc_context(_STYLE | {'svg.fonttype': 'path'}):
-    height = 1.35 + 0.4 * max(len(r) for r in lines.values())
-    figure = Figure(figsize=(0.4 + 3.3 * len(tasks), height), facecolor='white')
+    height = 1.35 + 0.4 * max((len(r) for r in lines.values()), default=0)
+    figure = Figure(figsize=(0.4 + 3.3 * max(1, len(tasks)), height), facecolor='white')
     figure.set_layout_engine('constrained', w_pad=0.14, h_pad=0.08, wspace=0.06)
     figure.suptitle(
       f'How much better than random data: log-probability of the right answer on {items}, '
@@ -175,6 +175,9 @@ def forest_standalone(comparisons: Sequence[Mapping[str, Any]], confidence: floa
       fontsize=10,
       color=COLOURS['muted'],
     )
+    if not tasks:
+      figure.text(0.015, 0.3, 'No two arms are compared.', fontsize=11)
+      return _raw_svg(figure)
     axes = figure.subplots(1, len(tasks), squeeze=False, sharex=True)[0]
     for ax, task in zip(axes, tasks, strict=True):
       _forest_rows(ax, lines[task], several)

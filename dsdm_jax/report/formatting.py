@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dsdm_jax.config.methods import label
+from dsdm_jax.evaluation.comparisons import FEWEST_SEEDS
 from dsdm_jax.evaluation.results import MEAN, UNTARGETED
 from dsdm_jax.evaluation.suite import BENCHMARK, HOLDOUT
 
@@ -163,12 +164,18 @@ def _headline(rows: Sequence[Mapping[str, Any]], subject: str, against: str) -> 
   undecided = joined(
     [f'{row_task_name(c)} {interval(c["low"], c["high"])}' for c in rows if c['verdict'] == 'no evidence']
   )
+  if not phrases and _too_few_seeds(rows):
+    return f'{subject} and one trained {against} get no verdict, which takes three seeds: {undecided}.'
   if not phrases:
     return f'{subject} does not measurably differ from one trained {against}: {undecided}.'
   sentence = f'{subject} is {" but ".join(phrases)} than {against}'
   if undecided:
     sentence += f'; there is no evidence of a difference on {undecided}'
   return sentence + '.'
+
+
+def _too_few_seeds(rows: Sequence[Mapping[str, Any]]) -> bool:
+  return all(min(c['seeds']) < FEWEST_SEEDS for c in rows)
 
 
 def verdict_word(results: Mapping[str, Any]) -> str:
@@ -183,6 +190,8 @@ def verdict_word(results: Mapping[str, Any]) -> str:
     return 'DsDm loses to random data in log-probability' + (f' on all {worse} {kind}' if worse > 1 else '')
   if worse:
     return f'In log-probability, DsDm beats random data on {better} and loses on {worse} of {len(rows)} {kind}'
+  if not better and _too_few_seeds(rows):
+    return 'DsDm and random data: too few seeds for a verdict'
   if not better:
     return 'DsDm and random data: this run shows no difference in log-probability'
   if better == len(rows):

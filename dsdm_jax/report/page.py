@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from dsdm_jax.config import methods
-from dsdm_jax.evaluation.results import UNTARGETED
+from dsdm_jax.evaluation.results import UNTARGETED, prompt_row, shortened
 from dsdm_jax.report import figures, formatting, tables
 from dsdm_jax.report.explorer import Packed
 from dsdm_jax.report.figures import Drawing
@@ -64,7 +64,8 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     script=Markup(script),
     packed=packed,
     title=formatting.verdict_word(results),
-    headlines=formatting.headlines(results),
+    headlines=[*shortened(results), *formatting.headlines(results)],
+    prompts=[(formatting.task_name(task['task']), task['split'], *prompt_row(task)) for task in results['tasks']],
     results=results,
     config=shown.config,
     versions=shown.versions,

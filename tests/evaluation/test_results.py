@@ -188,20 +188,29 @@ def test_holm_is_over_the_arms_of_one_task():
 
 
 def test_verdict_needs_three_seeds_on_both_sides():
-  """A plain difference at two seeds and one remains without a verdict; at one seed on each side, items are judged."""
+  """A plain difference at two seeds or one remains without a verdict, as the notes say."""
   g = np.random.default_rng(5)
   item_I = g.normal(-4, 1, 60)
 
-  def verdict(seeds: int) -> tuple[str, str]:
+  def verdict(seeds: int) -> tuple[str, str, bool]:
     runs = [r for r in RUNS if r['method'] in ('bottom', 'random') and r['seed'] < seeds]
     values = [item_I + (-3 if r['method'] == 'bottom' else 0) + g.normal(0, 0.001, 60) for r in runs]
     items = {'logprob__docs__holdout': np.stack(values), 'accuracy__docs__holdout': np.zeros((len(runs), 60))}
-    found = _results(items, runs)['comparisons'][0]
-    return found['verdict'], found['basis']
+    found = _results(items, runs)
+    first = found['comparisons'][0]
+    return first['verdict'], first['basis'], any('no verdict is given' in note for note in found['notes'])
 
-  assert verdict(3) == ('worse', 'seeds and items')
-  assert verdict(2) == ('no evidence', 'seeds and items')
-  assert verdict(1) == ('worse', 'items only (bootstrap)')
+  assert verdict(3) == ('worse', 'seeds and items', False)
+  assert verdict(2) == ('no evidence', 'seeds and items', False)
+  assert verdict(1) == ('no evidence', 'items only (bootstrap)', True)
+
+
+def test_arms_without_a_baseline_are_tabulated_and_the_note_says_what_is_missing():
+  runs = [r for r in RUNS if (r['method'], r['target_mix']) == ('dsdm', 'mix')]
+  found = _results(_items(runs), runs)
+  assert not found['comparisons']
+  printed = results.text_tables(found)
+  assert 'No two arms are compared' in printed and printed.count('dsdm') == 1
 
 
 def test_conditional_on_one_selection():

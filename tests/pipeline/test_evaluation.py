@@ -26,6 +26,10 @@ def test_benchmarks_and_a_checkpoint(copied, tmp_path):
   )  # fmt: skip
   message = runs.refused(*flags, '--config.evaluation.checkpoints=("mine=/no/such",)')
   assert 'evaluation.checkpoints names /no/such, which is no folder' in message
+  (tmp_path / 'long.jsonl').write_text(json.dumps({'context': 'word ' * 99, 'answer': 'x'}) + '\n')
+  long = f'--config.evaluation.tasks=("{tmp_path}/long.jsonl",)'
+  message = runs.refused(*flags, long, '--config.evaluation.long_prompts=refuse')
+  assert 'long (benchmark), line 1: prompt and answer are' in message and 'evaluation.long_prompts=cut' in message
   flags += (f'--config.evaluation.checkpoints=("mine={files_of(copied, "pretraining")}/random--any--0",)',)
   output = runs.succeed(*flags)
   assert 'Accuracy on benchmarks' in output and 'choose' in output and 'mine' in output

@@ -5,7 +5,7 @@ import pytest
 from dsdm_jax.report import formatting
 
 
-def _comparison(task, difference, half, verdict, baseline='random', target='mix', split='holdout'):
+def _comparison(task, difference, half, verdict, baseline='random', target='mix', split='holdout', seeds=3):
   return {
     'method': 'dsdm',
     'target_mix': target,
@@ -16,6 +16,7 @@ def _comparison(task, difference, half, verdict, baseline='random', target='mix'
     'low': difference - half,
     'high': difference + half,
     'verdict': verdict,
+    'seeds': [3, seeds],
   }
 
 
@@ -38,6 +39,11 @@ def test_headline_for_each_outcome():
     f'{start} does not measurably differ from one trained {end}: CS algorithms [−0.03, 0.05].'
   ]
   assert _headlines() == []
+  few = _comparison('docs', 0.17, 0.05, 'no evidence', seeds=2)
+  assert _headlines(few) == [
+    f'{start} and one trained {end} get no verdict, which takes three seeds: documentation prose [0.12, 0.22].'
+  ]
+  assert formatting.verdict_word({'comparisons': [few]}) == 'DsDm and random data: too few seeds for a verdict'
 
 
 def test_second_headline_refers_to_the_first():

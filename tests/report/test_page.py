@@ -245,6 +245,36 @@ def test_benchmarks_have_a_table_and_are_not_called_held_out(shown):
   assert section.count('acc_norm') == 1 + len({r['method'] for r in asked.results['summary']})
 
 
+@pytest.mark.parametrize('method', ['dsdm', 'random'])
+def test_a_run_with_one_arm_has_a_whole_page(shown, html, method):
+  selected = [s for s in shown.selected if s.method == method]
+  runs = [{'method': s.method, 'target_mix': s.target_mix, 'seed': s.seed} for s in selected]
+  g = np.random.default_rng(0)
+  items = {f'{metric}__docs__holdout': g.normal(-4, 1, (len(runs), 30)) for metric in ('logprob', 'accuracy')}
+  alone = dataclasses.replace(
+    shown,
+    results=results.results(results.Items(items), runs, Options()),
+    selected=selected,
+    curves=[c for c in shown.curves if c.method == method],
+  )
+  assert 'No two arms of this run are compared' in render(alone, page.report_figures(alone))
+  assert 'No two arms' not in html
+  figures.forest_standalone(alone.results['comparisons'], 0.95, 'random')
+  assert dict(tables.csv_files(alone, np.arange(3)))['comparisons.csv'].strip() == ''
+
+
+def test_prompts_that_did_not_fit_are_in_a_table_and_most_of_them_in_the_headline(shown, html, drawings):
+  lost = {'shots': {'3': 6, '0': 4}, 'lost_shots': 4, 'contexts_cut': 2, 'tokens_cut': 30, 'most_tokens_cut': 20}
+  entries = [
+    {'task': task, 'split': 'benchmark', 'n_items': 10, 'prompts': lost | {'shortened': shortened}}
+    for task, shortened in (('piqa', 4), ('boolq', 6))
+  ]
+  page_with = render(dataclasses.replace(shown, results={**shown.results, 'tasks': entries}), drawings)
+  assert page_with.count('<td>6 with 3, 4 with 0</td><td>2 (by 15 tokens on average, at most 20)</td>') == 2
+  assert '<p class="lead">Most prompts of boolq (benchmark) are longer than pool.length: of 10, 4 lose' in page_with
+  assert 'Most prompts of piqa' not in page_with and 'id="prompts"' not in html
+
+
 def test_means_over_tasks_and_accuracies_are_compared(shown, html):
   table = html[html.index('<summary>The same in tables') : html.index('<section id="means"')]
   every = [

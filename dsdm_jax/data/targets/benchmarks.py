@@ -6,10 +6,13 @@ those that LLM-Foundry does not have use 0 (cbt) or as many as SQuAD (news_qa). 
 used as well, see `of_file`.
 """
 
+import bisect
+import collections
 import dataclasses
 import glob
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -229,6 +232,11 @@ def read_items(benchmark: Benchmark, path: str | None = None, limit: int | None 
   items = [item for item in items if item.category not in benchmark.left_out]
   if not items:
     raise UserError(f'benchmark {benchmark.name}: {source} has no items')
+  return evenly(items, limit)
+
+
+def evenly(items: list[Item], limit: int | None) -> list[Item]:
+  """At most `limit` items, evenly spread; None takes all."""
   if limit is None or limit >= len(items):
     return items
   return [items[i] for i in (np.arange(limit) * len(items)) // limit]
@@ -258,30 +266,82 @@ class Prompt:
 
   Attributes:
     gold: index of the right pair.
+    starts: places in every context where its text begins if none, one, … all of the shots are left out from the left.
   """
 
   contexts: tuple[str, ...]
   answers: tuple[str, ...]
   gold: int = 0
+  starts: tuple[int, ...] = (0,)
+
+  def without(self, count: int) -> 'Prompt':
+    """The prompt without its first `count` shots."""
+    start = self.starts[count]
+    contexts = tuple(context[start:] for context in self.contexts)
+    return Prompt(contexts, self.answers, self.gold, tuple(s - start for s in self.starts[count:]))
 
 
-def prompt(benchmark: Benchmark, items: Sequence[Item], index: int, seed: int = 0) -> Prompt:
+def shots_to_drop(starts: Sequence[int], fits: Callable[[int], bool]) -> int:
+  """The least number of shots to leave out so that a prompt fits; all of them if it never does.
+
+  Args:
+    starts: of the prompt.
+    fits: whether the prompt fits without so many shots.
+  """
+  every = len(starts) - 1
+  if not every or fits(0):
+    return 0
+  return bisect.bisect_left(range(1, every), True, key=fits) + 1
+
+
+Alike = Sequence[tuple[frozenset[int], ...]]
+
+
+def alike(items: Sequence[Item]) -> Alike:
+  """For each item, sets of the indices of items that ask the same, and of those that have the same answer.
+
+  Answers that label many items, such as yes and no, do not count: those that at least five items and a tenth of all
+  have, and those to choose from the same choices. Nor does the answer of a schema, which its contexts share.
+  """
+  keys = [[f'question {key}'] for key in shapes.question_keys(items)]
+  answers = [shapes.content_key(item.continuation) for item in items]
+  choices = [frozenset(map(shapes.content_key, item.choices)) for item in items]
+  answer_count, choices_count = collections.Counter(answers), collections.Counter(choices)
+  for index, item in enumerate(items):
+    label = answer_count[answers[index]] > max(4, len(items) / 10)
+    if not (label or item.context_options or (item.choices and choices_count[choices[index]] > 1)):
+      keys[index].append(f'answer {answers[index]}')
+  owners: dict[str, list[int]] = {}
+  for index, own in enumerate(keys):
+    for key in own:
+      owners.setdefault(key, []).append(index)
+  sets = {key: frozenset(indices) for key, indices in owners.items()}
+  return [tuple(sets[key] for key in own) for own in keys]
+
+
+def prompt(
+  benchmark: Benchmark, items: Sequence[Item], index: int, seed: int = 0, equal: Alike | None = None
+) -> Prompt:
   """The prompt of `items[index]`, after `benchmark.shots` solved others.
 
   Args:
     benchmark: its shots and delimiter.
     items: all items. Shots are drawn from the others; there are fewer if the items do not suffice.
     index: of the item.
-    seed: of the draw; shots depend on the seed, benchmark, item and number of items.
+    seed: of the draw; shots depend on the seed, benchmark, item and items.
+    equal: `alike(items)`, for callers that ask for many prompts.
   """
   item = items[index]
-  preamble = ''.join(f'{solved(benchmark, items[i])}\n' for i in shots(benchmark, len(items), index, seed))
+  shown = shots(benchmark, equal or alike(items), index, seed) if benchmark.shots else []
+  parts = [f'{solved(benchmark, items[i])}\n' for i in shown]
+  preamble = ''.join(parts)
   pairs = [
     joined(benchmark, context, answer)
     for context in item.context_options or [item.context]
     for answer in item.choices or [item.continuation]
   ]
-  return Prompt(tuple(preamble + c for c, _ in pairs), tuple(a for _, a in pairs), max(item.gold, 0))
+  contexts, answers = tuple(preamble + c for c, _ in pairs), tuple(a for _, a in pairs)
+  return Prompt(contexts, answers, max(item.gold, 0), shot_starts(parts))
 
 
 def joined(benchmark: Benchmark, context: str, answer: str) -> tuple[str, str]:
@@ -304,11 +364,30 @@ def joined(benchmark: Benchmark, context: str, answer: str) -> tuple[str, str]:
   return context, ('' if _UNSPACED.fullmatch(context[-1] + answer[:1]) else after) + answer.rstrip()
 
 
-def shots(benchmark: Benchmark, count: int, index: int, seed: int) -> list[int]:
-  """Indices of the shots before item `index`: `benchmark.shots` different ones of the `count` items, never itself."""
+def shot_starts(parts: Sequence[str]) -> tuple[int, ...]:
+  """`Prompt.starts` of a context that begins with the shots `parts`."""
+  return tuple(itertools.accumulate(map(len, parts), initial=0))
+
+
+def shots(benchmark: Benchmark, equal: Alike, index: int, seed: int) -> list[int]:
+  """Indices of the shots before item `index`: `benchmark.shots` different ones, none equal to it in content.
+
+  Args:
+    benchmark: its name and number of shots.
+    equal: `alike` of all items.
+    index: of the item.
+    seed: of the draw.
+  """
   rng = prng.numpy_stream(seed, 'shots', benchmark.name, index)
-  chosen = rng.choice(count - 1, size=min(benchmark.shots, count - 1), replace=False)
-  return [int(i) + (int(i) >= index) for i in chosen]
+  count, excluded = len(equal), {index}.union(*equal[index])
+  drawn = rng.choice(count - 1, size=min(benchmark.shots, count - 1), replace=False)
+  chosen = [i for i in (int(i) + (int(i) >= index) for i in drawn) if i not in excluded]
+  wanted = min(benchmark.shots, count - len(excluded))
+  while len(chosen) < wanted:
+    other = int(rng.integers(count))
+    if other not in excluded and other not in chosen:
+      chosen.append(other)
+  return chosen
 
 
 def solved(benchmark: Benchmark, item: Item) -> str:

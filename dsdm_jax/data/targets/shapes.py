@@ -4,8 +4,11 @@ The shapes are those of LLM-Foundry's JSONL files and of SQuAD's own. Lines end 
 contain Unicode line separators.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dsdm_jax.data import files
@@ -16,6 +19,11 @@ MULTIPLE_CHOICE = 'multiple_choice'  # "query", "choices", "gold"
 SCHEMA = 'schema'  # "context_options", "continuation", "gold"
 GENERATION = 'generation'  # "context", "answer", "aliases"
 SHAPES = (LANGUAGE_MODELLING, MULTIPLE_CHOICE, SCHEMA, GENERATION)
+# White space, invisible characters, and the punctuation that copies of a question differ in. Signs of arithmetic,
+# decimal points and brackets stay: they may be all that tells two questions apart.
+_IGNORED = re.compile(
+  '[.,](?!\\d)|(?<!\\d)[.,]|[\\s;:!?"\'`´‘’‚“”„«»‹›¿¡…。、「」『』\u00ad\u200b-\u200f\u2060\ufeff]+'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +101,10 @@ def parse(record: Mapping[str, Any], shape: str, id: str, where: str) -> Item:
     item = _squad(fields)
   else:
     item = _PARSERS[shape](fields)
-  document = record.get('document', item.document or id)
-  if not isinstance(document, (str, int)) or isinstance(document, bool) or document == '':
-    raise fields.fail('"document" is neither a name nor a whole number; leave it out for an item without a document')
-  return dataclasses.replace(item, id=id, category=str(record.get('category', '')), document=str(document))
+  if 'document' in record and not fields.label('document'):
+    raise fields.fail('"document" is empty; leave it out for an item without a document')
+  document = fields.label('document') or item.document or id
+  return dataclasses.replace(item, id=id, category=fields.label('category'), document=document)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +132,15 @@ class _Fields:
     if not isinstance(value, list) or len(value) < least or not all(isinstance(v, str) for v in value):
       raise self.fail(f'"{key}" must be a list of at least {least} strings')
     return tuple(value)
+
+  def label(self, key: str) -> str:
+    """A name that may be missing, null or blank: ''. Numbers count as names."""
+    value = self.record.get(key)
+    if value is None:
+      return ''
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+      raise self.fail(f'"{key}" must be a string or a number, not {type(value).__name__}')
+    return str(value) if str(value).strip() else ''
 
   def gold(self, count: int) -> int:
     value = self.record.get('gold')
@@ -157,6 +174,30 @@ def _generation(fields: _Fields) -> Item:
 def _squad(fields: _Fields) -> Item:
   passage, question, answers = fields.text('context'), fields.text('question'), fields.texts('answers', 1)
   return Item('', squad_prompt(passage, question), answers[0], document=passage)
+
+
+def content_key(text: str) -> str:
+  """`text` without what does not change its content: case, white space, Unicode form, punctuation of sentences."""
+  folded = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', text).casefold())
+  return _IGNORED.sub('', folded) or text.strip()
+
+
+def is_template(count: int, items: int) -> bool:
+  """Whether text that `count` of `items` items share is a form that they are asked in, and not what is asked."""
+  return count > max(4, 0.75 * items)
+
+
+def question_keys(items: Sequence[Item]) -> list[str]:
+  """A key for what each item asks, equal for equal content.
+
+  It is the normalised context, with the answer where there is no context or nearly all items have the same one.
+  """
+  keys = [content_key('\n'.join(sorted(item.context_options)) or item.context) for item in items]
+  count = collections.Counter(keys)
+  return [
+    f'{key}\n{content_key(item.continuation)}' if not key or is_template(count[key], len(items)) else key
+    for key, item in zip(keys, items, strict=True)
+  ]
 
 
 def squad_prompt(passage: str, question: str) -> str:

@@ -2,8 +2,9 @@
 
 A sequence is [end mark] + context tokens + answer tokens, padded to L. The padding id may equal the end mark, so
 weights, not ids, mark what counts. The text of an item is context + answer, tokenized as a whole
-(`vocabulary.encode_pair`); the white space between them belongs to the answer. A context that is too long loses its
-beginning.
+(`vocabulary.encode_pair`); the white space between them belongs to the answer. A prompt that is too long loses whole
+shots, from the left; a context that is too long without shots loses its beginning, or is refused
+(`targets.long_prompts`).
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from dsdm_jax.core import prng, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.vocabulary import Encoder, encode_pair, open_encoder
-from dsdm_jax.data.targets.tasks import SPLITS, RawItem, read_tasks, split_documents, with_shots
+from dsdm_jax.data.targets.benchmarks import shots_to_drop
+from dsdm_jax.data.targets.tasks import SPLITS, RawItem, group_documents, read_tasks, split_documents, with_shots
 from dsdm_jax.errors import UserError
 
 Encode = Callable[[str], list[int]]
@@ -31,12 +33,15 @@ class Examples:
   Attributes:
     tokens_TL: int32, padded with the encoder's `pad`.
     weights_TL: float32, 1 for tokens to predict, else 0; column 0 is all 0.
-    records: for each example {"id", "context", "answer", "document"}; its text is context + answer.
+    records: for each example {"id", "context", "answer", "document"} of its prompt as it is used, whose text is context
+      + answer; "starts", the places of its shots and its question in the context; "shots_dropped", and "tokens_cut"
+      from its beginning. Where an item has them also "choices", "context_options" and "gold", "aliases" and
+      "category", for evaluation; choices too begin with the white space after the context.
   """
 
   tokens_TL: np.ndarray
   weights_TL: np.ndarray
-  records: tuple[dict[str, str], ...]
+  records: tuple[dict[str, Any], ...]
 
   def __len__(self) -> int:
     return len(self.records)
@@ -63,6 +68,14 @@ def sequence(encoder: Encoder, context: str, answer: str, length: int) -> tuple[
   weights_L = np.zeros(length, np.float32)
   weights_L[1 + len(context_ids) : len(ids)] = 1
   return tokens_L, weights_L
+
+
+def excess(encoder: Encoder, item: RawItem, length: int) -> int:
+  """Tokens by which the longest of the item's pairs of context and answer exceeds L − 1; at most 0 if all fit."""
+  pairs = [(context, item.answer) for context in item.context_options] or [
+    (item.context, answer) for answer in item.choices or (item.answer,)
+  ]
+  return max(sum(map(len, encode_pair(encoder, *pair))) for pair in pairs) - (length - 1)
 
 
 def pieces(encode: Encode, text: str, length: int) -> Iterator[str]:
@@ -115,18 +128,21 @@ def build(
     most: maximum of examples per task and split, None for `config.max_examples`. Fewer are a prefix of more.
 
   Returns:
-    {(task, split): Examples} and {task: {"documents", "items", "duplicates", "unfit", "target", "holdout"}}.
+    {(task, split): Examples} and {task: {"documents", "groups", "items", "duplicates", "unfit", "target", "holdout"}}.
 
   Raises:
-    UserError: a split of a task is empty, or a task is invalid, see `read_tasks`.
+    UserError: a split of a task is empty, a task is invalid, see `read_tasks`, or a prompt is refused.
   """
   tasks = read_tasks(config)
-  side = split_documents(tasks, config.holdout_share, config.seed)
+  group_of = group_documents(tasks)
+  side = split_documents(tasks, config.holdout_share, config.seed, group_of)
   examples, counts = {}, {}
   for task in tasks:
     by_split: dict[str, list[RawItem]] = {split: [] for split in SPLITS}
     seen: set[tuple[str, str]] = set()
-    count = {'documents': len({i.document for i in task.items}), 'items': 0, 'duplicates': 0, 'unfit': 0}
+    documents = {item.document for item in task.items}
+    count = {'documents': len(documents), 'groups': len({group_of[document] for document in documents})}
+    count |= {'items': 0, 'duplicates': 0, 'unfit': 0}
     items = list(task.items)
     if task.language_modelling:
       items = [
@@ -144,37 +160,67 @@ def build(
     for split, zero_shot in by_split.items():
       items = with_shots(task, zero_shot, config.seed)
       rng = prng.numpy_stream(config.seed, 'targets', task.name, split)
-      of_split, unfit = _examples(_spread(items, rng), encoder, length, most or config.max_examples)
+      try:
+        of_split, unfit = _examples(
+          _spread(items, rng), encoder, length, most or config.max_examples, config.long_prompts
+        )
+      except UserError as error:
+        raise UserError(f'target task {task.name!r}, {error}') from error
       count['unfit'] += unfit
       count[split] = len(of_split)
       if not len(of_split):
         raise UserError(
           f'target task {task.name!r} has no example in its {split} split ({len(items)} items, {unfit} do not fit into '
-          f'pool.length {length}); add documents, or change targets.holdout_share or pool.length'
+          f'pool.length {length}; {count["groups"]} groups of items that share a document, passage or question); add '
+          'documents, give items a "document" of their own, or change targets.holdout_share or pool.length'
         )
       examples[task.name, split] = of_split
     counts[task.name] = count
   return examples, counts
 
 
-def _examples(items: Sequence[RawItem], encoder: Encoder, length: int, most: int) -> tuple[Examples, int]:
+def _examples(
+  items: Sequence[RawItem], encoder: Encoder, length: int, most: int, long_prompts: str
+) -> tuple[Examples, int]:
   tokens: list[np.ndarray] = []
   weights: list[np.ndarray] = []
-  records: list[dict[str, str]] = []
+  records: list[dict[str, Any]] = []
   unfit = 0
   for item in items:
     if len(records) == most:
       break
-    arrays = sequence(encoder, item.context, item.answer, length)
+    dropped = shots_to_drop(item.starts, lambda n: excess(encoder, item.without(n), length) <= 0)  # noqa: B023
+    used = item.without(dropped)
+    arrays = sequence(encoder, used.context, used.answer, length)
     if arrays is None:
       unfit += 1
       continue
+    cut = max(0, excess(encoder, used, length))
+    if cut and long_prompts == 'refuse':
+      raise UserError(f'{item.id}: {too_long(cut, length, "targets.long_prompts")}')
     tokens.append(arrays[0])
     weights.append(arrays[1])
-    records.append(dataclasses.asdict(item))
+    records.append(_record(used) | {'shots_dropped': dropped, 'tokens_cut': cut})
   tokens_TL = np.stack(tokens) if tokens else np.zeros((0, length), np.int32)
   weights_TL = np.stack(weights) if weights else np.zeros((0, length), np.float32)
   return Examples(tokens_TL, weights_TL, tuple(records)), unfit
+
+
+def too_long(cut: int, length: int, key: str) -> str:
+  """What happened to a prompt whose key `long_prompts` refuses to cut it."""
+  return (
+    f'prompt and answer are {cut} tokens too long for pool.length {length}, also without shots; set a larger '
+    f'--config.pool.length, or --config.{key}=cut'
+  )
+
+
+def _record(item: RawItem) -> dict[str, Any]:
+  record: dict[str, Any] = {key: getattr(item, key) for key in ('id', 'context', 'answer', 'document')}
+  record['starts'] = list(item.starts)
+  if item.choices or item.context_options:
+    record['gold'] = item.gold
+  more = {key: getattr(item, key) for key in ('choices', 'context_options', 'aliases', 'category')}
+  return record | {key: value for key, value in more.items() if value}
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -190,6 +236,11 @@ def run(context: Context) -> dict[str, Any]:
     storage.write_bytes(f'{stem}.jsonl', ''.join(lines).encode())
   storage.write_json(context.out / 'tasks.json', list(counts))
   context.log.event('targets', counts=counts)
+  for task, count in counts.items():
+    context.log.say(
+      f'targets: {task}: {count["items"]:,} items in {count["groups"]:,} groups that share no document, passage or '
+      f'question; {count["target"]:,} target examples, {count["holdout"]:,} of the holdout'
+    )
   return {
     'tasks': list(counts),
     'counts': counts,

@@ -3,7 +3,7 @@
 A task has items (context, answer, document). `docs` has no context and is language modelling; `api_qa` and
 `cs_algorithms` are questions; a benchmark of `benchmarks.TABLE` is used by its name; a path that ends in .jsonl is a
 custom file in any shape of `shapes`. Items of one document, or of documents that share text, are never split between
-target and holdout.
+target and holdout, nor are items without a document whose texts share a passage.
 """
 
 import collections
@@ -11,9 +11,11 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from dsdm_jax.data.targets import benchmarks, builtin, shapes
@@ -36,12 +38,32 @@ class RawItem:
     answer: the text to predict, which follows the context directly: it begins with the white space between them. For
       language modelling a whole document, cut into pieces later.
     document: items of one document are in the same split.
+    question: equal for items that ask the same, see `shapes.question_keys`; '' for built-in tasks.
+    choices: as `shapes.Item`, for evaluation; so are the four that follow, with prompts in place of contexts.
+    starts: of the shots in `context` and `context_options`, see `benchmarks.Prompt`.
   """
 
   id: str
   context: str
   answer: str
   document: str
+  question: str = ''
+  choices: tuple[str, ...] = ()
+  context_options: tuple[str, ...] = ()
+  gold: int = -1
+  aliases: tuple[str, ...] = ()
+  category: str = ''
+  starts: tuple[int, ...] = (0,)
+
+  def without(self, shots: int) -> 'RawItem':
+    """The item without its first `shots` shots."""
+    start = self.starts[shots]
+    return dataclasses.replace(
+      self,
+      context=self.context[start:],
+      context_options=tuple(option[start:] for option in self.context_options),
+      starts=tuple(s - start for s in self.starts[shots:]),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +93,7 @@ def task_name(task: str) -> str:
 def read_jsonl(path: str, shots: int = 0, delimiter: str = ' ') -> RawTask:
   """A custom task: one JSON object a line, in the shape of `shapes` that the first line has; "document" is optional.
 
-  Without "document" each line is a separate document.
+  Lines without "document" are grouped by their text, see `near_equal`.
 
   Raises:
     UserError: the file does not exist, or a line is malformed; the message names the line.
@@ -95,11 +117,89 @@ def benchmark_task(benchmark: benchmarks.Benchmark, folder: str | None, name: st
 
 def _zero_shot(benchmark: benchmarks.Benchmark, items: Sequence[shapes.Item], name: str) -> list[RawItem]:
   zero_shot, result = dataclasses.replace(benchmark, shots=0), []
-  for index, item in enumerate(items):
+  for index, (item, question) in enumerate(zip(items, shapes.question_keys(items), strict=True)):
     prompt = benchmarks.prompt(zero_shot, items, index)
     document = item.document if item.document != item.id else f'{name}/{item.id}'
-    result.append(RawItem(item.id, prompt.contexts[prompt.gold], prompt.answers[prompt.gold], document))
+    options = prompt.contexts if item.context_options else ()
+    choices = prompt.answers if item.choices else ()
+    context, answer = prompt.contexts[prompt.gold], prompt.answers[prompt.gold]
+    more = question, choices, options, item.gold, item.aliases, item.category
+    result.append(RawItem(item.id, context, answer, document, *more))
+  alone = [index for index, item in enumerate(items) if item.document == item.id]
+  first = near_equal(tuple(result[index].context or result[index].answer for index in alone))
+  for index, place in zip(alone, first, strict=True):
+    result[index] = dataclasses.replace(result[index], document=result[alone[place]].document)
   return result
+
+
+_WINDOW = 12  # characters
+
+
+@functools.lru_cache(maxsize=4)
+def near_equal(texts: tuple[str, ...]) -> list[int]:
+  """The first text of each text's group; texts of one group share a passage, or are almost the same.
+
+  Texts are compared by their runs of 12 characters, without white space and sentence punctuation. Two are joined if
+  they have at least 12 runs in common, half of what either has in common with any text, and a third of either. Runs of
+  more than three quarters of the texts do not count, nor do those of more than a tenth and 30: they are a template.
+  """
+  runs = [_runs(shapes.content_key(text)) for text in texts]
+  count = len(texts)
+  owner_X = np.repeat(np.arange(count), [len(of_text) for of_text in runs])
+  _, run_X, owners_R = np.unique(np.concatenate([*runs, _runs('')]), return_inverse=True, return_counts=True)
+  template_R = (owners_R > max(4, 0.75 * count)) | ((owners_R > 30) & (owners_R > count / 10))
+  own_T = np.bincount(owner_X[~template_R[run_X]], minlength=count)
+  shared_X = ((owners_R > 1) & ~template_R)[run_X]
+  owner_X, run_X = owner_X[shared_X], run_X[shared_X]
+  shared_T = np.bincount(owner_X, minlength=count)
+  # Pairs of each owner of a run with its first owner; all pairs would be quadratic in the questions about a passage.
+  first_R = np.full(len(owners_R), count)
+  np.minimum.at(first_R, run_X, owner_X)
+  first_X = first_R[run_X]
+  pair_Y, common_Y = np.unique((first_X * count + owner_X)[first_X != owner_X], return_counts=True)
+  a_Y, b_Y = np.divmod(pair_Y, max(1, count))
+  joined_Y = (
+    (common_Y >= _WINDOW)
+    & (2 * common_Y >= np.minimum(shared_T[a_Y], shared_T[b_Y]))
+    & (3 * common_Y >= np.minimum(own_T[a_Y], own_T[b_Y]))
+  )
+  groups = Groups()
+  for a, b in zip(a_Y[joined_Y].tolist(), b_Y[joined_Y].tolist(), strict=True):
+    groups.join(a, b)
+  return [groups.of(index) for index in range(count)]
+
+
+def _runs(key: str) -> np.ndarray:
+  """Hashes of the different runs of characters of `key`: uint64, sorted."""
+  code = np.frombuffer(key.encode('utf-32-le', 'surrogatepass'), np.uint32).astype(np.uint64)
+  if len(code) < _WINDOW:
+    return np.zeros(0, np.uint64)
+  code = (code + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
+  code ^= code >> np.uint64(31)
+  power = np.cumprod(np.full(_WINDOW, 0x9E3779B97F4A7C15, np.uint64))
+  return np.unique(np.lib.stride_tricks.sliding_window_view(code, _WINDOW) @ power)
+
+
+_Member = TypeVar('_Member', int, str)
+
+
+class Groups(Generic[_Member]):
+  """Groups of members that were joined; a group is named by its least member."""
+
+  def __init__(self) -> None:
+    self._parent: dict[_Member, _Member] = {}
+
+  def of(self, member: _Member) -> _Member:
+    """The name of the member's group."""
+    parent = self._parent
+    parent.setdefault(member, member)
+    while parent[member] != member:
+      parent[member] = member = parent[parent[member]]
+    return member
+
+  def join(self, a: _Member, b: _Member) -> None:
+    low, high = sorted((self.of(a), self.of(b)))
+    self._parent[high] = low
 
 
 def with_shots(task: RawTask, items: Sequence[RawItem], seed: int) -> list[RawItem]:
@@ -108,13 +208,19 @@ def with_shots(task: RawTask, items: Sequence[RawItem], seed: int) -> list[RawIt
   Shots come from the item's own split. Otherwise prompts of target examples could contain questions and answers of the
   holdout, which the datamodel and selectors that read text are evaluated on.
   """
-  if task.benchmark is None or not task.benchmark.shots:
+  benchmark = task.benchmark
+  if benchmark is None or not benchmark.shots:
     return list(items)
-  result = []
+  # Equal items are found by the questions themselves, not by the prompts, whose last line may be the same in all.
+  asked = [shapes.Item(i.id, i.question, i.answer, i.choices, (i.question,) * bool(i.context_options)) for i in items]
+  equal, result = benchmarks.alike(asked), []
   for index, item in enumerate(items):
-    shown = [items[i] for i in benchmarks.shots(task.benchmark, len(items), index, seed)]
-    preamble = ''.join(f'{other.context}{other.answer}\n' for other in shown)
-    result.append(dataclasses.replace(item, context=preamble + item.context))
+    shown = [items[i] for i in benchmarks.shots(benchmark, equal, index, seed)]
+    parts = [f'{other.context}{other.answer}\n' for other in shown]
+    preamble = ''.join(parts)
+    options = tuple(preamble + option for option in item.context_options)
+    context, starts = preamble + item.context, benchmarks.shot_starts(parts)
+    result.append(dataclasses.replace(item, context=context, context_options=options, starts=starts))
   return result
 
 
@@ -230,54 +336,76 @@ def _text(task: str, item: shapes.Item) -> TargetText:
   return TargetText(task, f'{_LABELS.sub("", context)} {item.continuation}')
 
 
-def split_documents(tasks: Sequence[RawTask], holdout_share: float, seed: int) -> dict[str, str]:
-  """Document → 'target' or 'holdout', by a seeded hash of its group.
+def group_documents(tasks: Sequence[RawTask]) -> dict[str, str]:
+  """Document → its group, which is on one side of the split.
 
-  Documents of any task that share a paragraph or answer of at least eight words are in one group: posixpath and ntpath
-  document their functions alike, and sections of the language reference contain each other.
+  Documents of any task are in one group that ask the same question, or share a paragraph or answer of at least eight
+  words: posixpath and ntpath document their functions alike, and sections of the language reference contain each other.
   """
-  parent: dict[str, str] = {}
-
-  def find(document: str) -> str:
-    while parent[document] != document:
-      parent[document] = parent[parent[document]]
-      document = parent[document]
-    return document
-
+  groups: Groups[str] = Groups()
   first_owner: dict[str, str] = {}
   for task in tasks:
     for item in task.items:
-      parent.setdefault(item.document, item.document)
-      for paragraph in item.answer.split('\n\n'):
-        key = words(paragraph)
-        if len(key) >= 8:
-          owner = first_owner.setdefault(' '.join(key), item.document)
-          a, b = sorted((find(owner), find(item.document)))
-          parent[b] = a
+      paragraphs = (words(paragraph) for paragraph in item.answer.split('\n\n'))
+      keys = [' '.join(key) for key in paragraphs if len(key) >= 8]
+      for key in [*keys, *([f'question\n{item.question}'] if item.question else [])]:
+        groups.join(first_owner.setdefault(key, item.document), item.document)
+  return {item.document: groups.of(item.document) for task in tasks for item in task.items}
+
+
+def split_documents(
+  tasks: Sequence[RawTask], holdout_share: float, seed: int, group_of: Mapping[str, str] | None = None
+) -> dict[str, str]:
+  """Document → 'target' or 'holdout', by a seeded hash of its group.
+
+  Args:
+    tasks: of a run.
+    holdout_share: of the groups.
+    seed: of the hash.
+    group_of: `group_documents(tasks)`, if it is known.
+  """
+  group_of = group_of or group_documents(tasks)
   limit = holdout_share * 2**64
-  side = {document: 'holdout' if _draw(find(document), seed) < limit else 'target' for document in parent}
+  side = {document: 'holdout' if _draw(group, seed) < limit else 'target' for document, group in group_of.items()}
   for task in tasks:
     if task.halves:
-      _split_evenly(task, side, find, holdout_share, seed)
+      _split_evenly(task, side, group_of, holdout_share, seed)
     if task.holdout is not None:
-      holdout_groups = {find(document) for document in task.holdout}
-      groups = {find(item.document) for item in task.items}
-      side.update((d, 'holdout' if find(d) in holdout_groups else 'target') for d in side if find(d) in groups)
+      holdout_groups = {group_of[document] for document in task.holdout}
+      groups = {group_of[item.document] for item in task.items}
+      side.update(
+        (d, 'holdout' if group in holdout_groups else 'target') for d, group in group_of.items() if group in groups
+      )
   return side
 
 
+def target_questions(config: ConfigDict) -> frozenset[str]:
+  """Questions of the target splits of files and benchmarks, see `RawItem.question`.
+
+  Args:
+    config: the `targets` part of the config.
+
+  Raises:
+    UserError: as `read_tasks`.
+  """
+  if not any(task.endswith('.jsonl') or task in benchmarks.BENCHMARKS for task in config.tasks):
+    return frozenset()
+  tasks = read_tasks(config)
+  side = split_documents(tasks, config.holdout_share, config.seed)
+  return frozenset(i.question for task in tasks for i in task.items if i.question and side[i.document] == 'target')
+
+
 def _split_evenly(
-  task: RawTask, side: dict[str, str], find: Callable[[str], str], holdout_share: float, seed: int
+  task: RawTask, side: dict[str, str], group_of: Mapping[str, str], holdout_share: float, seed: int
 ) -> None:
   """Assigns `holdout_share` of the task's items to the holdout, except for at most one group of documents."""
-  group_of = {item.document: find(item.document) for item in task.items}
   sizes = collections.Counter(group_of[item.document] for item in task.items)
   left = round(holdout_share * len(task.items))
   chosen = {}
   for group in sorted(sizes, key=lambda group: (_draw(group, seed), group)):
     chosen[group] = 'holdout' if left >= sizes[group] else 'target'
     left -= sizes[group] if chosen[group] == 'holdout' else 0
-  side.update((document, chosen[find(document)]) for document in side if find(document) in chosen)
+  side.update((document, chosen[group]) for document, group in group_of.items() if group in chosen)
 
 
 def _draw(group: str, seed: int) -> int:

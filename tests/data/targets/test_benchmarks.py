@@ -81,15 +81,19 @@ def test_text_is_the_files_where_it_has_white_space_of_its_own(
   tmp_path: Path, record: dict, delimiter: str, wanted: str
 ):
   """For targets, evaluation and shots alike."""
-  path = write(tmp_path / 'mine.jsonl', record, record)
-  benchmark = of_file(path, 1, delimiter)
-  asked = prompt(benchmark, read_items(benchmark), 0)
-  assert asked.contexts[0] + asked.answers[0] == f'{wanted}\n{wanted}'
+  other = {'context': f'x{record["context"]}', 'answer': record['answer'].rstrip() + 'y'}
+  path = write(tmp_path / 'mine.jsonl', record, other)
+  items = read_items(of_file(path))
+  first, second = (p.contexts[0] + p.answers[0] for i in (0, 1) if (p := prompt(of_file(path, 0, delimiter), items, i)))
+  assert first == wanted
+  asked = prompt(of_file(path, 1, delimiter), items, 0)
+  assert asked.contexts[0] + asked.answers[0] == f'{second}\n{wanted}'
   config = get_config().targets
   config.tasks, config.file_delimiter, config.file_shots = (path,), delimiter, 1
   [task] = tasks.read_tasks(config)
-  assert [item.context + item.answer for item in task.items] == [wanted] * 2
-  assert [item.context + item.answer for item in tasks.with_shots(task, task.items, 0)] == [f'{wanted}\n{wanted}'] * 2
+  assert [item.context + item.answer for item in task.items] == [wanted, second]
+  shown = [item.context + item.answer for item in tasks.with_shots(task, task.items, 0)]
+  assert shown == [f'{second}\n{wanted}', f'{wanted}\n{second}']
 
 
 def test_aliases_categories_and_squad(tmp_path: Path):
@@ -108,15 +112,16 @@ def test_shots_are_others_of_the_file_and_joined_by_newlines(tmp_path: Path):
   records = [{'context': f'Question {i}?', 'continuation': f'{i}'} for i in range(5)]
   benchmark = of_file(write(tmp_path / 'mine.jsonl', *records), shots=3, delimiter='\nAnswer: ')
   items = read_items(benchmark)
+  equal = benchmarks.alike(items)
   for index in range(5):
-    shown = benchmarks.shots(benchmark, 5, index, seed=0)
+    shown = benchmarks.shots(benchmark, equal, index, seed=0)
     assert len(set(shown)) == 3 and index not in shown
     wanted = [f'Question {i}?\nAnswer: {i}' for i in shown] + [f'Question {index}?\nAnswer:']
     assert prompt(benchmark, items, index).contexts == ('\n'.join(wanted),)
-  assert len({tuple(benchmarks.shots(benchmark, 5, 0, seed)) for seed in range(9)}) > 1
-  seen = {i for seed in range(40) for i in benchmarks.shots(benchmark, 5, 2, seed)}
+  assert len({tuple(benchmarks.shots(benchmark, equal, 0, seed)) for seed in range(9)}) > 1
+  seen = {i for seed in range(40) for i in benchmarks.shots(benchmark, equal, 2, seed)}
   assert seen == {0, 1, 3, 4}
-  assert len(benchmarks.shots(benchmark, 2, 0, seed=0)) == 1
+  assert len(benchmarks.shots(benchmark, benchmarks.alike(items[:2]), 0, seed=0)) == 1
 
 
 def test_a_targets_shots_are_of_its_own_split(tmp_path: Path):
@@ -136,6 +141,68 @@ def test_a_targets_shots_are_of_its_own_split(tmp_path: Path):
       assert not any(o.answer in item.context for o in other)
     assert shown == tasks.with_shots(task, items, 3) != tasks.with_shots(task, items, 4)
   assert tasks.with_shots(task, [], 0) == [] and len(tasks.with_shots(task, by_split['target'][:1], 0)) == 1
+
+
+def _asked_twice(record: dict, other: dict) -> list[dict]:
+  """Ten pairs of records in which {i} is the number of the pair."""
+  fill = lambda x, i: {k: v.format(i=f'{i}é') if isinstance(v, str) else v for k, v in x.items()}  # noqa: E731
+  return [fill(x, i) for i in range(10) for x in (record, other)]
+
+
+@pytest.mark.parametrize(
+  'records',
+  [
+    _asked_twice(
+      {'context': 'What is {i} + 1?', 'answer': 'It is {i}'}, {'context': 'WHAT  is {i}+1', 'answer': 'x{i}'}
+    ),
+    _asked_twice(
+      {'context': 'Who made {i}?', 'answer': 'Ada {i}'}, {'context': 'By whom is {i}?', 'answer': ' ada {i}.'}
+    ),
+    _asked_twice(
+      {'context': 'Who is {i}?', 'answer': 'a', 'aliases': []}, {'context': 'Who is {i}?', 'answer': 'b', 'aliases': []}
+    ),
+    [
+      {'query': f'{form} {i}?', 'choices': [f'town {i}', f'{form} other'], 'gold': 0}
+      for i in range(10)
+      for form in ('Where is', 'At what place is')
+    ],
+    [
+      {'context_options': [f'{x}{i} is big', f'{y}{i} is big'], 'continuation': f'so {x}', 'gold': 0}
+      for i in range(10)
+      for x, y in (('cup', 'box'), ('box', 'cup'))
+    ],
+  ],
+  ids=['question', 'answer', 'generation', 'choices', 'schema'],
+)
+def test_shots_are_never_equal_to_the_item_in_content(tmp_path: Path, records: list[dict]):
+  """Neighbours of a pair ask the same or have the same answer; as benchmark, and as target."""
+  path = write(tmp_path / 'mine.jsonl', *records)
+  benchmark = of_file(path, shots=17)
+  items = read_items(benchmark)
+  equal = benchmarks.alike(items)
+  seen = set()
+  for seed in range(3):
+    for index in range(20):
+      shown = benchmarks.shots(benchmark, equal, index, seed)
+      assert len(set(shown)) == 17 and not {index, index ^ 1} & set(shown)
+      seen |= {(index, other) for other in shown}
+  assert len(seen) == 20 * 18
+  task = tasks.benchmark_task(benchmark, None, 'mine')
+  for index, item in enumerate(tasks.with_shots(task, task.items, 0)):
+    preamble = item.context[: item.starts[-1]]
+    assert len(item.starts) == 18
+    assert task.items[index].context not in preamble and task.items[index ^ 1].context not in preamble
+
+
+def test_answers_that_are_labels_do_not_decide_about_shots(tmp_path: Path):
+  """Yes or no, with choices and without: shots with both answers, or they would give the answer away."""
+  for extra in ({'choices': ['yes', 'no']}, {}):
+    records = [
+      {'context': f'Is {i * 7919} a prime?', 'answer': 'yes' if i % 2 else 'no', 'gold': (i + 1) % 2, **extra}
+      for i in range(20)
+    ]
+    items = read_items(of_file(write(tmp_path / 'mine.jsonl', *records)))
+    assert all(sets == (frozenset([i]),) for i, sets in enumerate(benchmarks.alike(items)))
 
 
 def test_unicode_line_separators_stay_inside_a_record(tmp_path: Path):
@@ -159,6 +226,23 @@ def test_broken_records_are_named(tmp_path: Path, record: dict, expected: str):
   assert str(caught.value).startswith(f'{path}, line 2: {expected}')
   with pytest.raises(UserError, match='match no shape'):
     of_file(write(tmp_path / 'other.jsonl', {'text': 'a'}))
+
+
+@pytest.mark.parametrize('document', [None, '', ' ', [], ['a'], {}, True])
+@pytest.mark.parametrize('shape', ['language_modelling', 'squad'])
+def test_a_document_that_is_no_name_is_refused_and_merges_nothing(document, shape, tmp_path: Path):
+  records = {
+    'language_modelling': {'context': 'One and', 'continuation': 'two'},
+    'squad': {'context': 'It has legs.', 'question': 'What?', 'answers': ['legs']},
+  }
+  good = records[shape]
+  with pytest.raises(
+    UserError, match=r'x\.jsonl, line 1: "document" (is empty; leave it out|must be a string or a numb)'
+  ):
+    read_items(of_file(write(tmp_path / 'x.jsonl', good | {'document': document})))
+  for name in (7, 0, 1.5, 'a'):
+    [item] = read_items(of_file(write(tmp_path / 'n.jsonl', good | {'document': name, 'category': None})))
+    assert (item.document, item.category) == (str(name), '')
 
 
 def test_a_missing_file_names_other_places(tmp_path: Path):
@@ -349,11 +433,3 @@ def test_squad_from_tfds_has_the_papers_split(tmp_path: Path):
   assert given == settings and not found['targets.folder']
   config.folder = f'tfds:{tmp_path}/none | {tmp_path}/files'  # where it is not prepared, the next place is asked
   assert [len(task.items) for task in tasks.read_tasks(config)] == [1, 4]
-
-
-@pytest.mark.parametrize('document', [None, '', [], ['a'], {}, True, 1.5])
-def test_a_document_that_is_no_name_is_refused_and_merges_nothing(document):
-  record = {'context': 'One and', 'continuation': 'two', 'document': document}
-  with pytest.raises(UserError, match='^file.jsonl:3: "document" is neither a name nor a whole number; leave it out'):
-    shapes.parse(record, shapes.LANGUAGE_MODELLING, 'file/2', 'file.jsonl:3')
-  assert shapes.parse(record | {'document': 7}, shapes.LANGUAGE_MODELLING, 'file/2', '').document == '7'

@@ -129,7 +129,9 @@ def test_stage(tiny_artifact: Artifact, tmp_path: Path):
     assert not examples.weights_TL[:, 0].any()
     assert (examples.weights_TL.sum(axis=1) >= 1).all()
     assert not examples.weights_TL[examples.tokens_TL == 0].any()
-    assert set(examples.records[0]) == {'id', 'context', 'answer', 'document'}
+    assert set(examples.records[0]) == {
+      'id', 'context', 'answer', 'document', 'starts', 'shots_dropped', 'tokens_cut',
+    }  # fmt: skip
   with pytest.raises(KeyError):
     result.examples('docs', 'target')
   with pytest.raises(KeyError):

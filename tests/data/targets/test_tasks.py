@@ -1,9 +1,13 @@
 """Tasks as text: prompts, files of the user's, and a split that no document straddles."""
 
 import json
+import unicodedata
 from collections.abc import Callable
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs.base import get_config
 from dsdm_jax.data.targets import tasks
@@ -41,8 +45,8 @@ def test_jsonl(write_jsonl: Callable[[str], str]):
   task = read_jsonl(path)
   assert task.name == 'mine'
   assert task.items == (
-    RawItem('line 1', 'a\u2028b', ' c\x85d', 'mine/line 1'),
-    RawItem('line 3', '', 'x', 'book'),
+    RawItem('line 1', 'a\u2028b', ' c\x85d', 'mine/line 1', question='ab'),
+    RawItem('line 3', '', 'x', 'book', question='\nx'),
   )
 
 
@@ -107,6 +111,92 @@ def test_split_keeps_documents_and_their_copies_together():
   # Other documents do not move a document to the other side.
   assert split_documents([first], 0.25, seed=0)['d399'] == side['d399']
   assert split_documents([first], 0.25, seed=1) != split_documents([first], 0.25, seed=0)
+
+
+def _sides(path: str, seed: int = 0, share: float = 0.5) -> tuple[list[str], int]:
+  """The side of each line of a file, in order, and the number of groups."""
+  task = read_jsonl(path)
+  side = split_documents([task], share, seed)
+  return [side[item.document] for item in task.items], len(set(tasks.group_documents([task]).values()))
+
+
+def _passages(passages: int, questions: int, form: str) -> list[dict]:
+  return [
+    {'context': form.format(p=p, q=q), 'answer': f'fact {p}-{q}'} for p in range(passages) for q in range(questions)
+  ]
+
+
+@pytest.mark.parametrize(
+  'form',
+  [
+    'Context: Passage number {p} tells a long story about the town of T{p}.\nQuestion: What about point {q}?\nAnswer:',
+    'Read the text. Passage number {p} tells a long story about T{p}. Now tell me what it says of point {q}.',
+    '第{p}個村莊的故事很長,講述了第{p}條河流和住在那裡的人們。\n問題:第{q}點說的是什麼?',
+  ],
+)
+@pytest.mark.parametrize('passages', [4, 40])
+def test_items_about_one_passage_are_on_one_side_without_documents(write_jsonl, form: str, passages: int):
+  path = write_jsonl('\n'.join(map(json.dumps, _passages(passages, 5, form))))
+  sides, groups = _sides(path)
+  assert groups == passages
+  assert all(len(set(sides[5 * p : 5 * p + 5])) == 1 for p in range(passages))
+
+
+def test_other_questions_in_the_same_form_are_not_grouped(write_jsonl):
+  """A template is no passage: arithmetic, long instructions, and the two forms of a generated task."""
+  instruction = 'Read the following question carefully, think about it step by step, and answer with one number only.'
+  for form in ('What is {i} plus {j}?', f'{instruction}\nWhat is {{i}} plus {{j}}?', f'Item {{i}}. {instruction * 9}'):
+    records = [{'query': form.format(i=i, j=i * i), 'choices': ['yes', 'no'], 'gold': i % 2} for i in range(100)]
+    assert _sides(write_jsonl('\n'.join(map(json.dumps, records))))[1] == 100
+  forms = (
+    'Strings: {} and {}\nQuestion: How long is their longest common subsequence?',
+    'Brackets: {} {}\nAre they closed?',
+  )
+  records = [{'context': forms[i % 2].format(i * 7919, i * 104729), 'answer': str(i)} for i in range(100)]
+  assert _sides(write_jsonl('\n'.join(map(json.dumps, records))))[1] == 100
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 6), min_size=3, max_size=12), st.integers(0, 4))
+def test_splits_share_no_passage_and_no_question(tmp_path_factory, seed: int, questions: list[int], change: int):
+  """Passages of random words, written in other ways: case and space, Unicode form, punctuation, one word, cut."""
+  g = np.random.default_rng(seed)
+  letters = list('abcdeéfghijklmnoöprstuvwz')
+  text = lambda words: ' '.join(''.join(g.choice(letters, g.integers(2, 9))) for _ in range(words))  # noqa: E731
+  changes = [
+    lambda p: p.upper().replace(' ', '  \n'),
+    lambda p: unicodedata.normalize('NFD', p),
+    lambda p: f'“{p.replace(" ", ", ")}”!',
+    lambda p: p.replace(p.split()[20], 'another'),
+    lambda p: p[: len(p) * 2 // 3],
+  ]
+  records, owner = [], []
+  for number, count in enumerate(questions):
+    passage = text(60)
+    for turn in range(count):
+      records.append({'context': f'{changes[change](passage) if turn % 2 else passage}\n{text(6)}?', 'answer': text(2)})
+      owner.append(number)
+  again = int(g.integers(len(records)))
+  records.append({'context': records[again]['context'].swapcase(), 'answer': text(2)})
+  owner.append(owner[again])
+  path = tmp_path_factory.mktemp('split') / 'mine.jsonl'
+  path.write_text('\n'.join(map(json.dumps, records)))
+  sides, groups = _sides(str(path), seed % 1000)
+  assert groups == len(questions)
+  assert all(len({side for side, o in zip(sides, owner, strict=True) if o == number}) == 1 for number in set(owner))
+
+
+def test_equal_questions_of_two_tasks_are_on_one_side(tmp_path):
+  """The same questions under another name, form and document; a document of the user's joins what text does not."""
+  for name, changed in (('one', str), ('two', str.upper)):
+    records = [
+      {'context': changed(f'Who wrote book {i}?'), 'answer': 'A', 'document': f'{name} {i}'} for i in range(40)
+    ]
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, records)))
+  result = [read_jsonl(str(tmp_path / f'{name}.jsonl')) for name in ('one', 'two')]
+  side = split_documents(result, 0.5, 0)
+  assert {side[f'one {i}'] == side[f'two {i}'] for i in range(40)} == {True}
+  assert set(side.values()) == {'target', 'holdout'}
 
 
 def test_built_in_tasks_share_no_long_answer_between_the_sides():
