@@ -176,11 +176,11 @@ def test_arms_from_elsewhere_join_the_table(studied, tmp_path):
 
 
 def test_files_that_do_not_fit_are_refused(studied, tmp_path, capsys):
-  whole = json.loads((studied / 'finished/damped.json').read_text())
+  whole = artifacts.unseal((studied / 'finished/damped.json').read_bytes())
   (tmp_path / 'base.json').write_text((studied / 'finished/base.json').read_text())
 
   def refused(**changes) -> str:
-    (tmp_path / 'damped.json').write_text(json.dumps({**whole, **changes}))
+    (tmp_path / 'damped.json').write_bytes(artifacts.seal({**whole, **changes}))
     assert main(['results', '--files', f'{tmp_path}/*.json', '--out', str(tmp_path / 'out')]) == 2
     message = capsys.readouterr().err
     assert message.count('\n') == 1

@@ -33,7 +33,7 @@ def test_three_at_once_are_the_three_one_by_one(trainer, tmp_path):
   bar = Bar()
   train(tmp_path / 'many', trainer, bar)
   assert bar.done == 3 * STEPS
-  files = 'a a.jsonl b b.jsonl c c.jsonl cost.json'.split()
+  files = 'a a.jsonl a.jsonl.sha256 b b.jsonl b.jsonl.sha256 c c.jsonl c.jsonl.sha256 cost.json'.split()
   assert sorted(p.name for p in (tmp_path / 'many').iterdir()) == files
   for i, name in enumerate(NAMES):
     run = loop.Run(name, jax.random.key(i), stream(seed=i), STEPS)
