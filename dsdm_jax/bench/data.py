@@ -62,6 +62,7 @@ def _build(folder: Path, files: str, flags: argparse.Namespace) -> Pool:
   c = config.pool
   c.sources, c.max_bytes, c.max_document_bytes = (f'jsonl:{files}',), 0, 0
   c.length, c.vocabulary, c.vocab_size, c.leakage_guard = flags.length, flags.vocabulary, 8_192, flags.guard
+  c.leakage_benchmarks = ()
   config.host.workers = flags.workers
   out = folder / 'pool'
   out.mkdir()

@@ -72,8 +72,9 @@ def run(context: Context) -> dict[str, Any]:
     passes.write_table(out / 'documents' / f'{len(jobs):06d}.parquet', extra)
   storage.write_json(out / 'planted.json', [{k: p[k] for k in ('task', 'index', 'id')} for p in planted])
   storage.write_json(out / 'sources.json', names)
-  leaks = [{k: leak[k] for k in ('id', 'task', 'words')} for leak in selected.leaks]
-  dropped, leaking = (leaks, []) if context.config.pool.drop_leaks else ([], leaks)
+  leaks = [_listed(leak, common_phrase=False) for leak in selected.leaks]
+  dropped, kept = (leaks, []) if context.config.pool.drop_leaks else ([], leaks)
+  leaking = kept + [_listed(leak, common_phrase=True) for leak in selected.phrases]
   problems = [dataclasses.asdict(problem) for problem in missing] + selected.problems
   for name, records in (('dropped', dropped), ('leaking', leaking), ('skipped', problems)):
     lines = ''.join(json.dumps(record, sort_keys=True) + '\n' for record in records)
@@ -89,7 +90,9 @@ def run(context: Context) -> dict[str, Any]:
     'planted': plan.planted,
     'dropped_for_leakage': len(dropped),
     'dropped_by_task': dict(collections.Counter(leak['task'] for leak in dropped)),
-    'leaks_kept': len(leaking),
+    'leaks_of_short_texts': sum(leak['short'] for leak in leaks),
+    'leaks_kept': len(kept),
+    'common_phrases': len(selected.phrases),
     'boilerplate_runs': boilerplate_runs,
     'exact_duplicates': selected.duplicates,
     'above_caps': selected.over_cap,
@@ -99,7 +102,7 @@ def run(context: Context) -> dict[str, Any]:
   card['bytes_per_token'] = round(card['bytes'] / card['tokens'], 4)
   storage.write_json(out / 'card.json', card)
   shutil.rmtree(work)
-  log_card(context, card, time.monotonic() - began)
+  log_card(context, card, time.monotonic() - began, leaks)
   return {
     'rows': card['rows'],
     'length': card['length'],
@@ -107,6 +110,11 @@ def run(context: Context) -> dict[str, Any]:
     'special_ids': card['special_ids'],
     'row_order': 'an id is the row of the dataset; documents in a seeded order are joined, cut, and the rows shuffled',
   }
+
+
+def _listed(leak: dict[str, Any], common_phrase: bool) -> dict[str, Any]:
+  hidden = ('document', 'whole')
+  return {key: value for key, value in leak.items() if key not in hidden} | {'common_phrase': common_phrase}
 
 
 def _per_source(
@@ -211,7 +219,9 @@ class Builder:
   def decide(self, entries: list[Entry], jobs: list[Job], scanned: list) -> tuple[list[Job], Selected]:
     """Selects documents; writes `keep.npy` for the passes."""
     c = self.pool_config
-    selected = layout.decide(entries, jobs, scanned, c.drop_duplicates, c.drop_leaks, c.max_bytes, self.config.seed)
+    selected = layout.decide(
+      entries, jobs, scanned, c.drop_duplicates, c.drop_leaks, c.max_bytes, self.config.seed, c.leakage_common
+    )
     if not selected.count:
       raise UserError(
         f'the pool is empty: pool.sources {tuple(c.sources)} with pool.kinds {tuple(c.kinds)} gave '

@@ -26,7 +26,8 @@ from dsdm_jax.data.pool import readers, vocabulary
 from dsdm_jax.data.pool.permutation import Shuffle
 from dsdm_jax.data.pool.readers import Problem
 from dsdm_jax.data.pool.sources import Document, Unit
-from dsdm_jax.data.targets.leakage import Guard
+from dsdm_jax.data.targets import leakage
+from dsdm_jax.data.targets.leakage import Guard, Leak
 from dsdm_jax.errors import UserError
 
 _LISTED = 1_000  # problems of a unit that are listed; all are counted
@@ -143,43 +144,49 @@ def fail(problem: Problem) -> UserError:
 
 
 def scan(job: Job) -> Scanned:
-  """Reads a unit; writes hashes [M, 2], sizes, sources and leaks of its M documents.
+  """Reads a unit; writes hashes [M, 2], sizes and sources of its M documents, and the Q runs of those that leak.
 
   Raises:
     UserError: bad input, unless `job.skip`; the message names file and line.
   """
   guard = _guard(job.guard) if job.guard else None
   # 29 bytes a document; lists of Python objects would take four times that.
-  hashes, sizes, sources, leaking = bytearray(), array.array('q'), array.array('i'), bytearray()
+  hashes, sizes, sources = bytearray(), array.array('q'), array.array('i')
   names: dict[str, int] = {}
-  leaks: list[dict[str, Any]] = []
+  leaks: dict[int, Leak] = {}  # by document
   problems: list[dict[str, str]] = []
   count = 0
-  for document in readers.read(job.unit, job.max_bytes):
-    if isinstance(document, Problem):
+
+  def good() -> Iterator[Document]:
+    nonlocal count
+    for document in readers.read(job.unit, job.max_bytes):
+      if not isinstance(document, Problem):
+        yield document
+        continue
       if not job.skip:
         raise fail(document)
       count += 1
       if len(problems) < _LISTED:
         problems.append(dataclasses.asdict(document))
-      continue
-    data = document.text.encode()
-    hashes.extend(hashlib.blake2b(data, digest_size=16).digest())
-    sizes.append(len(data))
-    sources.append(names.setdefault(document.source, len(names)))
-    leak = guard.leak(document) if guard else None
-    leaking.append(leak is not None)
-    if leak:
-      leaks.append({'document': len(sizes) - 1, 'id': leak.id, 'task': leak.task, 'words': leak.words})
-    report_progress(len(data))
+
+  for batch in leakage.batches(good()):
+    leaks |= {len(sizes) + index: leak for index, leak in (guard.leaks(batch) if guard else {}).items()}
+    for document in batch:
+      data = document.text.encode()
+      hashes.extend(hashlib.blake2b(data, digest_size=16).digest())
+      sizes.append(len(data))
+      sources.append(names.setdefault(document.source, len(names)))
+      report_progress(len(data))
   storage.save_npz(
     job.file('scan', 'npz'),
     hash_M2=np.frombuffer(bytes(hashes), '<u8').reshape(-1, 2),
     bytes_M=np.array(sizes, np.int64),
     source_M=np.array(sources, np.int32),
-    leak_M=np.frombuffer(bytes(leaking), np.bool_),
+    leak_Q=np.repeat(np.fromiter(leaks, np.int64, len(leaks)), [len(leak.runs) for leak in leaks.values()]),
+    run_Q=np.concatenate([np.empty(0, np.int64), *(leak.runs for leak in leaks.values())]),
   )
-  storage.write_json(job.file('scan', 'json'), {'sources': list(names), 'leaks': leaks, 'problems': problems})
+  listed = [{'document': document, **leak.record()} for document, leak in leaks.items()]
+  storage.write_json(job.file('scan', 'json'), {'sources': list(names), 'leaks': listed, 'problems': problems})
   return Scanned(len(sizes), count)
 
 

@@ -282,16 +282,28 @@ def write_array(folder: Path, tokens_NL: np.ndarray) -> None:
   write_dataset(folder, len(tokens_NL), tokens_NL.shape[1], tokens_NL.dtype, write_shards)
 
 
-def log_card(context: Context, card: dict[str, Any], seconds: float) -> None:
-  """Logs the card of a new pool as an event, and prints it."""
+def log_card(
+  context: Context, card: dict[str, Any], seconds: float, leaks: Sequence[dict[str, Any]] = (), most: int = 3
+) -> None:
+  """Logs the card of a new pool as an event, and prints it with the first of the leaks."""
   rate = card['bytes'] / seconds / 1e6
   context.log.event('pool', **card, seconds=round(seconds, 3), megabytes_per_second=round(rate, 3))
   leaks_kept = f', {card["leaks_kept"]:,} leaks listed but not dropped' if card['leaks_kept'] else ''
+  if card['leaks_of_short_texts']:
+    leaks_kept += f' ({card["leaks_of_short_texts"]:,} of short texts only)'
+  if card['common_phrases']:
+    leaks_kept += f', {card["common_phrases"]:,} documents with common phrases not dropped'
   context.log.say(
     f'  {card["rows"]:,} rows of {card["length"]} tokens from {card["documents"]:,} documents '
     f'({card["bytes"] / 1e6:,.1f} MB, {card["tokens"]:,} tokens, {card["bytes_per_token"]:.2f} bytes a token)\n'
     f'  dropped: {card["exact_duplicates"]:,} exact duplicates, {card["dropped_for_leakage"]:,} leaks{leaks_kept}, '
     f'{card["above_caps"]:,} above caps, {card["skipped"]:,} bad inputs; {seconds:.1f} s, {rate:.1f} MB/s'
   )
+  for leak in leaks[:most]:
+    (begin, end), (first, last) = leak['in_document'], leak['in_target']
+    context.log.say(
+      f'  leak: {leak["id"]}, characters {begin} to {end}, is {leak["task"]} {leak["item"]}, characters {first} to '
+      f'{last}: {leak["words"]}'
+    )
   for name, s in sorted(card['sources'].items(), key=lambda item: -item[1]['rows'])[:20]:
     context.log.say(f'  {name:32} {s["documents"]:>12,} documents {s["bytes"] / 1e6:>12,.2f} MB {s["rows"]:>12,} rows')
