@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from dsdm_jax.core import artifacts, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import vocabulary as vocabulary_lib
+from dsdm_jax.errors import UserError
 
 if TYPE_CHECKING:
   import seqio
@@ -26,6 +27,15 @@ END_OF_DOCUMENT = '\n␄\n'  # replaces the end mark in the text of a row
 SHARD_ROWS = 16_384
 _RESIDENT_BYTES = 16 * 2**20  # the tokens of a pool up to this size are read once and stay in memory
 _RESIDENT_DOCUMENTS = 2**20  # likewise a table of up to so many documents
+
+
+class _File(NamedTuple):
+  """A file of the dataset as `array_record` takes it: its path, and that all its rows are read."""
+
+  filename: str
+  skip: int
+  take: int
+  examples_in_shard: int
 
 
 class Documents(Sequence[dict[str, Any]]):
@@ -88,12 +98,32 @@ class Pool:
 
   @functools.cached_property
   def _reader(self) -> Any:
-    import tensorflow_datasets as tfds  # reads rows without importing TensorFlow
+    # Not by TFDS, which imports the module of the class that `features.json` names.
+    from array_record.python import array_record_data_source
 
-    return tfds.builder_from_directory(str(self.path / 'dataset')).as_data_source(split='train')
+    folder = self.path / 'dataset'
+    try:
+      [split] = json.loads((folder / 'dataset_info.json').read_text())['splits']
+      counts = [int(count) for count in split['shardLengths']]
+    except (ValueError, KeyError, TypeError) as error:
+      raise UserError(f'{folder}/dataset_info.json is damaged ({error!r}); rerun the pool stage') from error
+    paths = sorted(folder.glob('pool-train.array_record-*'))
+    if len(paths) != len(counts) or sum(counts) != self.num_rows:
+      raise UserError(
+        f'{folder} has {len(paths)} files of {sum(counts)} rows and not {len(counts)} of {self.num_rows}; rerun the '
+        'pool stage'
+      )
+    files = [_File(str(path), 0, count, count) for path, count in zip(paths, counts, strict=True)]
+    return array_record_data_source.ArrayRecordDataSource(files)
 
   def _read(self, row_B: np.ndarray) -> np.ndarray:
-    return np.stack([record['tokens'] for record in self._reader.__getitems__(row_B.tolist())])
+    # A record is a head of the same length in all rows, and the row.
+    dtype = vocabulary_lib.dtype_of(self.vocab_size)
+    size = self.length * dtype.itemsize
+    records = self._reader.__getitems__(row_B.tolist())
+    if any(len(record) < size for record in records):
+      raise UserError(f'{self.path}/dataset has rows of another length than card.json says; rerun the pool stage')
+    return np.stack([np.frombuffer(record[-size:], dtype) for record in records])
 
   @functools.cached_property
   def _resident_NL(self) -> np.ndarray | None:
