@@ -9,7 +9,7 @@ from dsdm_jax import configs, pipeline
 from dsdm_jax.config.validate import whole_numbers
 from dsdm_jax.core import processes
 from dsdm_jax.core.command_line import DISK, cannot_write, explain
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import UserError, visible
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file with get_config(), or a packaged config: quickstart.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
   except OSError as error:
     if error.errno not in DISK:
       raise
-    print(f'dsdm_jax: {cannot_write(error, _WORKDIR.value)}', file=sys.stderr)
+    print(f'dsdm_jax: {visible(cannot_write(error, _WORKDIR.value))}', file=sys.stderr)
     return 2
   return 0
 

@@ -1,6 +1,7 @@
 """Data is never executed: what ruff's rules (`S` and the bans in pyproject.toml) cannot see, and hostile files."""
 
 import ast
+import csv
 import io
 import json
 import pickle
@@ -12,15 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import dsdm_jax
 from dsdm_jax.attribution import score_files
-from dsdm_jax.core import artifacts
+from dsdm_jax.core import artifacts, storage
+from dsdm_jax.core.progress import Log
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool import readers, sources, vocabulary
 from dsdm_jax.data.pool.pool import write_array
 from dsdm_jax.data.targets import benchmarks, tfds_items
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import UserError, visible, visible_lines
 from dsdm_jax.lm import hugging_face
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -245,3 +249,73 @@ def test_no_file_runs_code(read: Callable, refused: bool, tmp_path: Path, monkey
   else:
     read(folder, payload)
   assert not ran.exists() and 'canary' not in sys.modules
+
+
+def unseen_prints(source: str) -> list[int]:
+  """Lines that print text which went through none of `visible`, `visible_lines` and `UserError`."""
+  result = []
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Call) and re.fullmatch(
+      r'print|(sys\.std(out|err)|tqdm\.tqdm)\.write', ast.unparse(node.func)
+    ):
+      texts = [ast.unparse(word) for word in node.args if not isinstance(word, ast.Constant)]
+      allowed = r"visible|json\.dumps|f'dsdm(_jax)?: \{error\}(\\n)?'|_USAGE"
+      result += [node.lineno for text in texts if not re.search(allowed, text)]
+  return result
+
+
+def test_text_of_others_is_printed_visibly():
+  assert [len(unseen_prints(x)) for x in ('print(x)', 'print(visible(x))', "sys.stderr.write(f'{x}')")] == [1, 0, 1]
+  paths = [path for path in SOURCES if 'bench' not in path.parts]
+  lines = {str(path.relative_to(ROOT)): unseen_prints(path.read_text()) for path in paths}
+  known = {
+    'dsdm_jax/evaluation/results.py',
+    'dsdm_jax/selection/summaries.py',
+  }  # rich's consoles, printed visibly later
+  assert {path for path, found in lines.items() if found} <= known
+
+
+@given(st.text(max_size=4_000))
+def test_visible_text_is_one_plain_line(text: str):
+  shown = visible(text)
+  assert shown.isprintable() and len(shown) <= 2_000 and visible(shown) == shown
+  assert visible_lines(f'{text}\n{text}').count('\n') == 2 * text.count('\n') + 1
+
+
+@pytest.mark.parametrize(
+  ('text', 'shown'),
+  [
+    ('a\x1b[2Jb\r\nc\t', r'a\x1b[2Jb\r\nc\t'),
+    ('\u202egpj.exe \u2066x\u2069', r'\u202egpj.exe \u2066x\u2069'),
+    ('\x9b31m \x00 \x7f', r'\x9b31m \x00 \x7f'),
+    ('half \ud800', r'half \ud800'),
+    ('café 長江 🙂', 'café 長江 🙂'),
+  ],
+)
+def test_what_a_terminal_obeys_is_escaped(text: str, shown: str, capsys: pytest.CaptureFixture, tmp_path: Path):
+  assert str(UserError(text)) == shown == str(pickle.loads(pickle.dumps(UserError(text))))
+  Log(tmp_path, 'pool').say(text.replace('\n', ''))
+  assert capsys.readouterr().err.rstrip('\n').isprintable()
+
+
+def test_long_messages_keep_their_end():
+  message = str(UserError('x' * 5_000 + '; do this'))
+  assert len(message) == 2_000 and message.endswith('; do this') and '(3,009 characters more)' in message
+
+
+@pytest.mark.parametrize('cell', ['=1+1', '+cmd', '-x', '@SUM(A1)', '\tx', '\rx', ' =1', '＝1', '-1+2', '+inf', '\n=1'])
+def test_cells_of_csv_files_are_no_formulas(cell: str):
+  text = storage.csv_text((cell, 'b'), [(cell, -1.5), ('x', '-2e-3'), ('a=b', '+0.1')])
+  assert list(csv.reader(io.StringIO(text, newline=''))) == [
+    ["'" + cell.replace('\r', r'\r'), 'b'],
+    ["'" + cell.replace('\r', r'\r'), '-1.5'],
+    ['x', '-2e-3'],
+    ['a=b', '+0.1'],
+  ]
+
+
+def test_all_csv_files_are_written_by_one_function():
+  users = {
+    str(path.relative_to(ROOT)) for path in SOURCES if re.search(r'csv\.(writer|DictWriter)|to_csv', path.read_text())
+  }
+  assert users == {'dsdm_jax/core/storage.py'}

@@ -18,7 +18,7 @@ from dsdm_jax.core import artifacts, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import vocabulary as vocabulary_lib
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import UserError, visible
 
 if TYPE_CHECKING:
   import seqio
@@ -331,9 +331,11 @@ def log_card(
   )
   for leak in leaks[:most]:
     (begin, end), (first, last) = leak['in_document'], leak['in_target']
+    id, item, words = (visible(leak[key]) for key in ('id', 'item', 'words'))
     context.log.say(
-      f'  leak: {leak["id"]}, characters {begin} to {end}, is {leak["task"]} {leak["item"]}, characters {first} to '
-      f'{last}: {leak["words"]}'
+      f'  leak: {id}, characters {begin} to {end}, is {leak["task"]} {item}, characters {first} to {last}: {words}'
     )
   for name, s in sorted(card['sources'].items(), key=lambda item: -item[1]['rows'])[:20]:
-    context.log.say(f'  {name:32} {s["documents"]:>12,} documents {s["bytes"] / 1e6:>12,.2f} MB {s["rows"]:>12,} rows')
+    context.log.say(
+      f'  {visible(name):32} {s["documents"]:>12,} documents {s["bytes"] / 1e6:>12,.2f} MB {s["rows"]:>12,} rows'
+    )
