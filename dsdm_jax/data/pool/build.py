@@ -49,7 +49,7 @@ def run(context: Context) -> dict[str, Any]:
   builder = Builder(context, work)
   try:
     entries, units, missing = builder.units()
-    guard, boilerplate_runs = builder.guard(units)
+    guard, guarded, boilerplate_runs = builder.guard(units)
     jobs, scanned = builder.scan(units, guard)
     jobs, selected = builder.decide(entries, jobs, scanned)
     encoder = builder.prepare_vocabulary(jobs, selected)
@@ -94,6 +94,7 @@ def run(context: Context) -> dict[str, Any]:
     'leaks_kept': len(kept),
     'common_phrases': len(selected.phrases),
     'boilerplate_runs': boilerplate_runs,
+    'guarded': guarded,
     'exact_duplicates': selected.duplicates,
     'above_caps': selected.over_cap,
     'skipped': selected.problem_count + len(missing),
@@ -187,10 +188,10 @@ class Builder:
         raise passes.fail(record)
       yield record
 
-  def guard(self, units: Sequence[Unit]) -> tuple[str, int]:
-    """File of the leakage guard ('' for none) and the number of word runs that are boilerplate."""
+  def guard(self, units: Sequence[Unit]) -> tuple[str, list[str], int]:
+    """File of the leakage guard ('' for none), names of its tasks, and the number of runs that are boilerplate."""
     if not self.pool_config.leakage_guard:
-      return '', 0
+      return '', [], 0
     texts = tasks.raw_texts(self.config.targets) + tasks.benchmark_texts(
       self.pool_config.leakage_benchmarks, self.config.targets.folder or '.'
     )
@@ -203,7 +204,7 @@ class Builder:
     )
     guard = leakage.Guard(texts, self.pool_config.leakage_ngram, licences)
     guard.save(self.work / 'guard.npz')
-    return str(self.work / 'guard.npz'), guard.boilerplate_runs
+    return str(self.work / 'guard.npz'), sorted({text.task for text in texts}), guard.boilerplate_runs
 
   def scan(self, units: Sequence[Unit], guard: str) -> tuple[list[Job], list[passes.Scanned]]:
     """Reads everything once."""

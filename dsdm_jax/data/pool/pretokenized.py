@@ -96,7 +96,7 @@ def run(context: Context) -> dict[str, Any]:
   card = {
     'rows': first[-1], 'length': c.length, 'vocab_size': encoder.size, 'documents': len(paths), 'bytes': 0,
     'tokens': tokens, 'bytes_per_token': 0.0, 'planted': 0, 'dropped_for_leakage': 0, 'dropped_by_task': {},
-    'leaks_of_short_texts': 0, 'leaks_kept': 0, 'common_phrases': 0, 'boilerplate_runs': 0,
+    'leaks_of_short_texts': 0, 'leaks_kept': 0, 'common_phrases': 0, 'boilerplate_runs': 0, 'guarded': [],
     'exact_duplicates': 0, 'above_caps': 0, 'skipped': 0,
     'sources': {entry.name: {'documents': len(paths), 'bytes': 0, 'rows': first[-1]}},
     'special_ids': {'pad': encoder.pad, 'eos': encoder.eos},
