@@ -33,7 +33,7 @@ STAGES = (
     reads=(),
     keys=('seed', 'pool', 'targets.tasks', 'targets.folder', 'targets.seed'),
     code='data.pool.build:run',
-    format=2,
+    format=3,
     fingerprint=(_SOURCE_FILES, _TARGET_FILES),
   ),
   # Tasks → examples that the datamodel sees, and a holdout split that it never sees.
