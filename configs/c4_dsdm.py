@@ -30,7 +30,6 @@ from dsdm_jax.configs import paper
 def get_config():
   config = paper.two_sided(paper.get_config(), batch_size=4_096, shard_rows=65_536)
   config.pool.sources = ('tfds:c4/en.noblocklist',)
-  config.pool.leakage_benchmarks = ('evaluated',)
   config.pool.drop_duplicates = False  # C4 has none, and the paper dropped none
   config.pool.vocabulary = 'data/pythia/tokenizer.json'
   config.pool.vocab_size = 50_277  # of that tokenizer

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
   from dsdm_jax.attribution.tokens import TokenScores
 
 
-def load(workdir: str | os.PathLike, verify: bool = True) -> 'Run':
+def load(workdir: str | os.PathLike, verify: bool = True, functions: Collection[str] = ()) -> 'Run':
   """Opens the finished stages of a workdir.
 
   Args:
     workdir: the `--workdir` of the run.
     verify: check the files of each stage against their checksums on its first use.
+    functions: 'module:function' names of your own models and outputs, which `scores.tokens` may import.
 
   Raises:
     UserError: no stage is finished.
@@ -49,14 +50,14 @@ def load(workdir: str | os.PathLike, verify: bool = True) -> 'Run':
   stages = tuple(stage for stage in report_data.STAGES if (workdir / stage / artifacts.MANIFEST).is_file())
   if not stages:
     raise UserError(f'{workdir} has no finished stage; give the --workdir of a run')
-  return Run(workdir, stages, verify)
+  return Run(workdir, stages, verify, functions)
 
 
 class Run:
   """A run. Attributes: `workdir`, its folder; `stages`, names of its finished stages."""
 
-  def __init__(self, workdir: Path, stages: Sequence[str], verify: bool):
-    self.workdir, self.stages, self._verify = workdir, tuple(stages), verify
+  def __init__(self, workdir: Path, stages: Sequence[str], verify: bool, functions: Collection[str]):
+    self.workdir, self.stages, self._verify, self.functions = workdir, tuple(stages), verify, functions
     self._opened: dict[str, Artifact] = {}
 
   def __repr__(self) -> str:
@@ -192,7 +193,7 @@ class ScoresView(Mapping[str, np.ndarray]):
       raise KeyError(f'no scores of tokens for {target!r}, only for {", ".join(self.tasks)}')
     if batch_size not in self._token_scores:
       inputs = {stage: self._run.artifact(stage) for stage in ('pool', 'proxies', 'features', 'datamodel')}
-      self._token_scores = {batch_size: TokenScores(inputs, batch_size)}
+      self._token_scores = {batch_size: TokenScores(inputs, batch_size, self._run.functions)}
     return self._token_scores[batch_size](target, rows)
 
   def _ranked(self, target: str, row_B: np.ndarray) -> 'pd.DataFrame':

@@ -1,7 +1,31 @@
-"""The exception whose text is a message to the user, and system errors inside the exceptions of other packages."""
+"""The exception whose text is a message to the user, and system errors inside the exceptions of other packages.
+
+Text of users and of files (records, keys, names, paths) goes to a terminal or a log only through `visible`.
+"""
 
 import os
 import re
+
+_MOST, _LAST = 2_000, 500  # characters of a line, and those of its end that remain if it is cut
+
+
+def visible(text: str) -> str:
+  r"""`text` in one line of at most 2,000 characters, safe to print; calling it again changes nothing.
+
+  What a terminal would obey or not show (control characters, line ends, invisible characters, changes of direction)
+  becomes an escape such as \x1b. The middle of a longer text is left out, because its end says what to do.
+  """
+  if not text.isprintable():
+    text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+  if len(text) <= _MOST:
+    return text
+  mark = f' … ({len(text) - _MOST:,} characters more) … '
+  return f'{text[: _MOST - _LAST - len(mark)]}{mark}{text[-_LAST:]}'
+
+
+def visible_lines(text: str) -> str:
+  """`visible` for each line of a text whose line ends are the program's own."""
+  return '\n'.join(map(visible, text.split('\n')))
 
 
 class UserError(ValueError):
@@ -12,6 +36,9 @@ class UserError(ValueError):
   """
 
   exit_code = 2
+
+  def __init__(self, message: str):
+    super().__init__(visible(message))
 
 
 class Stopped(UserError):  # noqa: N818  not an error: the work is saved

@@ -17,7 +17,7 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.runner import Runner, locked
 from dsdm_jax.core.stage import Stage
 from dsdm_jax.data.targets import tasks
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import UserError, visible, visible_lines
 from dsdm_jax.evaluation import suite
 from dsdm_jax.lm import hugging_face
 
@@ -28,7 +28,7 @@ STAGES = (
     reads=(),
     keys=('seed', 'pool', 'targets.tasks', 'targets.folder', 'targets.seed'),
     code='data.pool.build:run',
-    format=2,
+    format=3,
   ),
   # Tasks → examples that the datamodel sees, and a holdout split that it never sees.
   Stage(
@@ -182,7 +182,7 @@ def run_connected(config: ConfigDict, workdir: Path, only: str | None = None, re
       if processes.is_first() and name in done and only in (None, name):
         artifacts.publish(done[name])
     if processes.is_first() and 'report' in done and only in (None, 'report'):
-      print(f'report: {workdir / "report" / "index.html"}', flush=True)
+      print(visible(f'report: {workdir / "report" / "index.html"}'), flush=True)
 
 
 def _check_imported(config: ConfigDict, workdir: Path) -> None:
@@ -207,5 +207,5 @@ def _publish(workdir: Path, config: ConfigDict, done: Mapping[str, Artifact]) ->
   results['versions'] = done['evaluation'].manifest['versions']
   results['config'] = flatten(config)
   storage.write_json(workdir / 'results.json', results)
-  print(text_tables(results))
-  print(f'results: {workdir / "results.json"}')
+  print(visible_lines(text_tables(results)))
+  print(visible(f'results: {workdir / "results.json"}'))

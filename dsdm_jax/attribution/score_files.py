@@ -18,7 +18,7 @@ import numpy as np
 import scipy.stats
 
 from dsdm_jax.core import artifacts
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import UserError, visible_lines
 
 # Storage classes that a .pt file may name → NumPy dtype.
 _STORAGES = {'DoubleStorage': '<f8', 'FloatStorage': '<f4', 'HalfStorage': '<f2'}
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except UserError as error:
     sys.stderr.write(f'dsdm_jax: {error}\n')
     return 2
-  sys.stdout.write(f'{table(rows)}\nShare of the top rows in common; chance gives the share itself.\n')
+  sys.stdout.write(f'{visible_lines(table(rows))}\nShare of the top rows in common; chance gives the share itself.\n')
   return 0
 
 

@@ -5,7 +5,7 @@ space that corresponds to u: Rᵀu in the dense projection; in the two-sided one
 elsewhere, as ⟨AᵀGB, U⟩ = ⟨G, A U Bᵀ⟩.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from dsdm_jax.attribution.gradients import TwoSidedFeatures
 from dsdm_jax.attribution.scores import SOLUTION, proxy_weights, seen
 from dsdm_jax.config import validate as config_lib
 from dsdm_jax.config.validate import load_callable
+from dsdm_jax.config.values import CALLABLE
 from dsdm_jax.core.artifacts import Artifact, Cost
 from dsdm_jax.core.mesh import batch_sharding, fetch, place
 from dsdm_jax.core.progress import Log
@@ -36,16 +37,25 @@ class TokenScores:
   Args:
     inputs: 'pool', 'proxies', 'features' and 'datamodel'.
     batch_size: rows that are computed at once.
+    functions: 'module:function' names outside dsdm_jax that the run's settings may import.
 
   Raises:
-    UserError: rows have unit norm, or the output function has no function `<name>_shares` beside it.
+    UserError: the settings name a function that is not among these; rows have unit norm, or the output function has no
+      function `<name>_shares` beside it.
   """
 
-  def __init__(self, inputs: Mapping[str, Artifact], batch_size: int = 8):
+  def __init__(self, inputs: Mapping[str, Artifact], batch_size: int = 8, functions: Collection[str] = ()):
     self._datamodel, self._proxies = inputs['datamodel'], inputs['proxies']
     if self._datamodel.semantics['unit_norm']:
       raise UserError('datamodel.unit_norm divides a row by its norm, which is no sum over tokens; set it to False')
     settings = inputs['features'].config
+    for key, name in settings.items():  # of a workdir, which may come from anyone
+      named = isinstance(name, str) and CALLABLE.fullmatch(name)
+      if named and not name.startswith('dsdm_jax.lm.') and name not in functions:
+        raise UserError(
+          f'{key} of the run is the function {name}; if you trust its module, name it: '
+          f'dsdm_jax.load(..., functions=({name!r},))'
+        )
     sections = ('seed', 'features', 'proxies')
     config = config_lib.nested({k: v for k, v in settings.items() if k.partition('.')[0] in sections})
     with config.unlocked():

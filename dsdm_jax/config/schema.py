@@ -122,13 +122,16 @@ class Pool(Section):
   leakage_guard: bool = key(True, 'Find documents that contain target text, and list them.')
   drop_leaks: bool = key(True, 'Drop these documents.')
   leakage_ngram: Annotated[Few, Ge(2)] = key(12, 'Consecutive words that count as the same text.')
+  leakage_common: Count = key(10, 'A passage that more documents share is a common phrase, and no leak; 0 for none.')
   leakage_benchmarks: Annotated[
     Texts,
     must(
       lambda x: all(b in (v.EVALUATED, *v.BENCHMARKS) or v.is_jsonl(b) for b in x),
       f"must be '{v.EVALUATED}', names of {', '.join(v.BENCHMARKS)}, or paths that end in .jsonl",
     ),
-  ] = key((), 'Benchmarks that the pool must not contain: names, .jsonl files, or evaluated (evaluation.tasks).')
+  ] = key(
+    (v.EVALUATED,), 'Benchmarks that the pool must not contain: names, .jsonl files, or evaluated (evaluation.tasks).'
+  )
   plant_targets: Count = key(0, 'Control: target examples of each task that are added verbatim as documents.')
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import flags
 
-from dsdm_jax.errors import as_os_error
+from dsdm_jax.errors import as_os_error, visible
 
 # What to do about errors of the system; about others, whatever resolves them.
 _REMEDIES = {
@@ -95,7 +95,7 @@ def cannot_use(error: OSError, workdir: str | None) -> str:
 def report(text: str) -> None:
   """Prints an error as one line on standard error, where that is open."""
   with contextlib.suppress(OSError, ValueError):
-    sys.stderr.write(f'{text}\n')
+    sys.stderr.write(f'{visible(text)}\n')
     sys.stderr.flush()
   for stream in (sys.stdout, sys.stderr):  # what cannot be written now must not fail at exit
     try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdm_jax.core import storage
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import UserError, visible
 
 LOCK = 'lock.json'
 _JOBS = 'lock_job_*.json'  # of jobs, which share a workdir with each other and not with a whole run
@@ -77,7 +77,8 @@ def _take(file: Path, token: str) -> None:
         continue
       if _alive(owner, other):
         raise UserError(_refusal(other, owner))
-      sys.stdout.write(f'{file.parent}: the run that held it, {_name(owner)}, is dead; this one resumes it\n')
+      dead = f'{file.parent}: the run that held it, {_name(owner)}, is dead; this one resumes it'
+      sys.stdout.write(f'{visible(dead)}\n')
       other.unlink(missing_ok=True)
     storage.write_json(file, {
       'token': token, 'user': _user(), 'host': socket.gethostname(), 'machine': _machine(), 'pid': os.getpid(),
@@ -204,6 +205,7 @@ def _touch(file: Path, token: str, stop: threading.Event) -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # a shared disk that fails for a moment
       continue
     # Two runs that write in one folder would damage both; what this one has finished is complete.
-    sys.stderr.write(f'dsdm_jax: the lock {file} was taken from this run, which stops; finished stages are kept\n')
+    taken = f'the lock {file} was taken from this run, which stops; finished stages are kept'
+    sys.stderr.write(f'dsdm_jax: {visible(taken)}\n')
     sys.stderr.flush()
     os._exit(2)

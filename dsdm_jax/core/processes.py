@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from dsdm_jax.core.command_line import system_error
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import UserError, visible
 
 _T = TypeVar('_T')
 
@@ -273,8 +273,10 @@ def _report(error: BaseException) -> None:
   if lost:
     reason = str(error).splitlines()[0][:200]
     print(  # noqa: T201
-      f'dsdm_jax: process {_State.process}: a step that all processes take together failed ({reason}); if another '
-      'process was lost, see its last message, then start all of them again: the run resumes',
+      visible(
+        f'dsdm_jax: process {_State.process}: a step that all processes take together failed ({reason}); if another '
+        'process was lost, see its last message, then start all of them again: the run resumes'
+      ),
       file=sys.stderr,
     )
   elif isinstance(error, KeyboardInterrupt):

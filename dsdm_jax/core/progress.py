@@ -10,6 +10,7 @@ from typing import Any
 import tqdm
 
 from dsdm_jax.core import tensorflow_start
+from dsdm_jax.errors import visible_lines
 
 
 class Log:
@@ -47,9 +48,9 @@ class Log:
     )  # fmt: skip
 
   def say(self, text: str) -> None:
-    """Prints a line on stderr."""
+    """Prints lines on stderr."""
     if self._enabled:
-      tqdm.tqdm.write(text, file=sys.stderr)
+      tqdm.tqdm.write(visible_lines(text), file=sys.stderr)
 
   def event(self, name: str, **fields: Any) -> None:
     """Appends one JSON line to `events.jsonl`."""

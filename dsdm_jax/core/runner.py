@@ -15,7 +15,7 @@ from dsdm_jax.core import artifacts, compile_cache, lock, processes, storage
 from dsdm_jax.core.artifacts import Artifact, Identity
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context, Stage
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import UserError, visible
 
 # Puts digests in the place of the paths in settings. Named as stages are, because it belongs to a higher layer.
 _BY_CONTENT = 'data.inputs:by_content'
@@ -226,7 +226,7 @@ class Runner:
     artifact = artifacts.open_stage(self.workdir, stage.name)
     if artifact is None or artifact.identity != self.identity(stage).as_json() or not self._intact(stage, artifact):
       return False
-    print(f'{stage.name}: reused from {artifact.path}')
+    print(visible(f'{stage.name}: reused from {artifact.path}'))
     return True
 
   def _intact(self, stage: Stage, artifact: Artifact) -> bool:
@@ -240,7 +240,7 @@ class Runner:
       return True
     damage = artifacts.reopen(artifact)
     for phrase in damage:
-      print(f'{stage.name}: {phrase}; only this file is computed again')
+      print(visible(f'{stage.name}: {phrase}; only this file is computed again'))
     return not damage
 
   def run_stage(self, stage: Stage) -> None:
@@ -314,4 +314,4 @@ def _load(name: str) -> Callable[..., Any]:
 
 def _print(text: str) -> None:
   if processes.is_first():
-    print(text, flush=True)
+    print(visible(text), flush=True)

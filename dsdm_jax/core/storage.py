@@ -4,6 +4,7 @@ An object store can do all of it: no rename of folders, no append, and no state 
 """
 
 import contextlib
+import csv
 import errno
 import functools
 import hashlib
@@ -14,7 +15,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,8 @@ _PART = '.dsdm'  # ending of a file that is being written: no other program uses
 # Such files, and those that TensorStore, Orbax and NFS name while they write or delete.
 _TEMPORARY = re.compile(r'\..+\.[a-z0-9_]{8}\.dsdm|.*\.__lock|.*\.orbax-checkpoint-tmp.*|\.nfs[0-9a-f]+')
 _MARK = '.sha256'  # ending of the note that a file is complete
+# How formulas begin; spreadsheets take full-width signs for the same, and some skip white space before them.
+_FORMULA = re.compile(r'\s*[=+\-@＝＋－＠]|[\t\r\n]')
 _MOST_CHECKSUMS = 65_536
 _LONGEST_NAME, _LONGEST_PATH = 255, 3_072  # bytes; Linux allows 255 and 4,095, and files in the folder have names too
 _TICK_NS = 50_000_000  # times of change are no finer than this on some file systems
@@ -278,6 +281,26 @@ def as_json(value: Any) -> bytes:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
   write_bytes(path, as_json(value))
+
+
+def csv_text(header: Sequence[str], lines: Iterable[Iterable[Any]]) -> str:
+  """A CSV table. Text that begins as a formula and is no number gets an apostrophe, so that no spreadsheet runs it."""
+  buffer = io.StringIO()
+  writer = csv.writer(buffer, lineterminator='\n')
+  writer.writerows([_plain(cell) for cell in line] for line in (header, *lines))
+  return buffer.getvalue()
+
+
+def _plain(cell: Any) -> Any:
+  if not isinstance(cell, str):
+    return cell
+  is_formula = _FORMULA.match(cell)
+  cell = cell.replace('\r', r'\r')  # CR ends a line for others, and csv does not quote it
+  try:
+    is_number = cell.isascii() and cell == cell.strip() and np.isfinite(float(cell))
+  except ValueError:
+    is_number = False
+  return f"'{cell}" if is_formula and not is_number else cell
 
 
 def save_npy(path: str | os.PathLike, array: np.ndarray) -> None:

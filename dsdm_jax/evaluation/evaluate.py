@@ -41,7 +41,9 @@ def run(context: Context) -> dict:
     rung_entries = [
       {'name': f'ladder--{entry["name"]}', **_checkpoint(context.inputs['ladder'], entry['name'])} for entry in same
     ]
-    _evaluate(context, suite, ConfigDict(same[0]['model']), rung_entries, 'ladder')
+    # A file of a workdir must not name a function.
+    model = ConfigDict(same[0]['model'] | {'factory': context.config.model.factory})
+    _evaluate(context, suite, model, rung_entries, 'ladder')
   if context.first:
     _summarize(context, suite, entries, ladder)
   return {**scoring.METRICS, 'intervals': 'see notes in results.json'}
@@ -129,6 +131,9 @@ def _summarize(
     )
   summary = results.results(items, runs, Options(config.confidence, config.paired_seeds, config.bootstrap))
   summary['multiplier'] = None
+  # Tasks that the leakage guard did not look for, such as benchmarks that were added after the pool was built.
+  if unguarded := sorted({task for task, _ in documents} - set(Pool(context.inputs['pool']).card['guarded'])):
+    summary['notes'].append(f'The pool was not checked for text of {", ".join(unguarded)} (docs/pools.md).')
   if ladder:
     values = _stacked(out / 'runs', [f'ladder--{entry["name"]}' for entry in ladder])
     storage.save_npz(out / 'ladder_items.npz', **values)

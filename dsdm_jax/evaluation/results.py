@@ -268,7 +268,7 @@ def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
 
   percent = f'{100 * results["confidence"]:g} %'
   several = len({row['target_mix'] for row in results['summary']} - {UNTARGETED}) > 1
-  console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
+  console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False, markup=False)
   with console.capture() as captured:
     for sentence in shortened(results):
       console.print(sentence)

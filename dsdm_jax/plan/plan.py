@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dsdm_jax.config.validate import check_callables, check_devices, flatten, resolve, validate
 from dsdm_jax.core import storage
 from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.errors import visible, visible_lines
 from dsdm_jax.lm import hugging_face
 from dsdm_jax.plan import cost, page, programs, topology
 
@@ -27,8 +28,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
   name = f'plan_{config.plan.topology.replace(":", "_")}.json'
   folder.mkdir(parents=True, exist_ok=True)
   storage.write_text(folder / name, json.dumps(plan, indent=2) + '\n')
-  print(page.text(plan))
-  print(f'plan: {folder / name}')
+  print(visible_lines(page.text(plan)))
+  print(visible(f'plan: {folder / name}'))
 
 
 def make(config: ConfigDict) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def make(config: ConfigDict) -> dict[str, Any]:
     share = count // config.mesh.model
     estimates, compiler = [], cost.Compiler()
     for work in works if compiled else ():
-      print(f'plan: compiling {work.stage}', flush=True)
+      print(visible(f'plan: compiling {work.stage}'), flush=True)
       estimates.append(cost.estimate(work, compiler, kind, count, share, config.plan.calibration))
     j = programs.dimension(config, mesh)
     flop = {work.stage: work.flop() * work.runs for work in works}

@@ -1,13 +1,12 @@
 """The tables of the report, and the same data as CSV files."""
 
-import csv
 import dataclasses
-import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from dsdm_jax.core import storage
 from dsdm_jax.report import formatting
 from dsdm_jax.report.report_data import Evidence, Selected
 
@@ -111,20 +110,20 @@ def csv_files(shown: Evidence, row_N: np.ndarray) -> Iterator[tuple[str, str]]:
     for seed, loss_P in enumerate(curve.loss_SP)
     for step, loss in zip(curve.step_P, loss_P, strict=True)
   )
-  yield 'losses.csv', _csv(('method', 'target_mix', 'seed', 'step', 'loss'), losses)
+  yield 'losses.csv', storage.csv_text(('method', 'target_mix', 'seed', 'step', 'loss'), losses)
   shares = (
     (label, source, float(share))
     for label, share_S in sources(shown).items()
     for source, share in zip(shown.sources, share_S, strict=True)
   )
-  yield 'sources.csv', _csv(('selection', 'source', 'share'), shares)
+  yield 'sources.csv', storage.csv_text(('selection', 'source', 'share'), shares)
   shared = overlap(shown)
   pairs = (
     (a, b, *('' if np.isnan(x[i, j]) else float(x[i, j]) for x in (shared.share_AB, shared.chance_AB)))
     for i, a in enumerate(shared.labels)
     for j, b in enumerate(shared.labels)
   )
-  yield 'overlap.csv', _csv(('of', 'also_in', 'share', 'by_chance'), pairs)
+  yield 'overlap.csv', storage.csv_text(('of', 'also_in', 'share', 'by_chance'), pairs)
   yield 'cost.csv', _records([{'stage': stage, **spent} for stage, spent in shown.cost.items()])
   yield 'rows.csv', _rows(shown, row_N)
 
@@ -156,7 +155,7 @@ def _rows(shown: Evidence, row_N: np.ndarray) -> str:
     (n, shown.sources[shown.source_N[n]], shown.documents[shown.document_N[n]]['id'], int(shown.offset_N[n]), *values)
     for n, *values in zip(row_N.tolist(), *lists, strict=True)
   )
-  return _csv(('row', 'source', 'document', 'offset', *(name for name, _ in columns)), lines)
+  return storage.csv_text(('row', 'source', 'document', 'offset', *(name for name, _ in columns)), lines)
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,12 +168,4 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _records(records: Sequence[Mapping[str, Any]]) -> str:
   keys = list(dict.fromkeys(key for record in records for key in record))
-  return _csv(keys, ([record.get(key, '') for key in keys] for record in records))
-
-
-def _csv(header: Sequence[str], lines: Iterable[Iterable[Any]]) -> str:
-  buffer = io.StringIO()
-  writer = csv.writer(buffer, lineterminator='\n')
-  writer.writerow(header)
-  writer.writerows(lines)
-  return buffer.getvalue()
+  return storage.csv_text(keys, ([record.get(key, '') for key in keys] for record in records))

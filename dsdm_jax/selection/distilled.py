@@ -24,7 +24,7 @@ from dsdm_jax.attribution.scores import Scores
 from dsdm_jax.core import artifacts, prng, storage
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import UserError, visible_lines
 from dsdm_jax.selection import ngrams, ranking
 from dsdm_jax.selection.candidates import Budget, Candidates, Target
 from dsdm_jax.selection.classifier import shares
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--buckets', type=int, default=65_536)
   flags = parser.parse_args(argv)
   try:
-    sys.stdout.write(_run(flags) + '\n')
+    sys.stdout.write(visible_lines(_run(flags)) + '\n')
   except UserError as error:
     sys.stderr.write(f'dsdm_jax: {error}\n')
     return 2

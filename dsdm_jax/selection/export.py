@@ -29,7 +29,7 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.pool.vocabulary import FILES
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import UserError, visible
 
 FORMATS = ('parquet', 'jsonl', 'datasets', 'tfds')
 _BLOCK = 4_096  # rows that are read and written together
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--out', type=Path, required=True, help='folder to write; it must be missing or empty')
   flags = parser.parse_args(argv)
   try:
-    sys.stdout.write(write(flags.workdir, flags.arm, flags.format, flags.out) + '\n')
+    sys.stdout.write(visible(write(flags.workdir, flags.arm, flags.format, flags.out)) + '\n')
   except UserError as error:
     sys.stderr.write(f'dsdm_jax: {error}\n')
     return 2

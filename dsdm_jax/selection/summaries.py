@@ -7,6 +7,7 @@ import numpy as np
 
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import visible
 
 if TYPE_CHECKING:
   from rich.table import Table
@@ -89,12 +90,12 @@ def text_tables(cards: Sequence[Mapping[str, Any]], width: int = 160) -> str:
   contents = Table(box=box.SIMPLE)
   for column in ('', 'arm', 'for', 'rows', 'passes', 'tokens', 'documents', 'duplicates', *sources):
     is_name = column in ('arm', 'for')
-    contents.add_column(column, no_wrap=is_name, justify='left' if is_name else 'right')
+    contents.add_column(visible(column), no_wrap=is_name, justify='left' if is_name else 'right')
   for number, card in enumerate(cards, 1):
     names = str(number), card['method'], card['target']
     counts = f'{card["distinct"]:,}', f'{card["epochs"]:.3g}', f'{card["tokens"]:,}', f'{card["documents"]:,}'
     contents.add_row(*names, *counts, f'{card["duplicates"]:.1%}', *(f'{card["sources"][s]:.0%}' for s in sources))
-  console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
+  console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False, markup=False)
   with console.capture() as captured:
     console.print(contents)
     if len(cards) > 1:

@@ -13,7 +13,7 @@ from typing import Any
 
 from dsdm_jax.config.methods import label
 from dsdm_jax.core import storage
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import UserError, visible
 from dsdm_jax.evaluation.results import MEAN, UNTARGETED
 from dsdm_jax.evaluation.suite import BENCHMARK, HOLDOUT
 from dsdm_jax.report import figures, formatting
@@ -52,7 +52,7 @@ def run(flags: argparse.Namespace) -> None:
   storage.write_text(out / 'tables.md', tables(comparison, arms, flags.files))
   for name, drawing in drawings(comparison).items():
     drawing.save(out / f'{name}.svg')
-  print(f'results: {out / "tables.md"}')
+  print(visible(f'results: {out / "tables.md"}'))
 
 
 def headline_task(comparison: Mapping[str, Any]) -> str:

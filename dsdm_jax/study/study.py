@@ -7,9 +7,7 @@ and `study.csv` for all of them. Arms that finished elsewhere join the table wit
 """
 
 import argparse
-import csv
 import glob
-import io
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from dsdm_jax import configs, pipeline
 from dsdm_jax.config.validate import flatten, validate
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.runner import Runner
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import UserError, visible, visible_lines
 from dsdm_jax.evaluation import multiplier, results
 from dsdm_jax.evaluation.comparisons import BASELINES, Options
 from dsdm_jax.study import arm_file
@@ -71,7 +69,7 @@ def run(flags: argparse.Namespace) -> None:
     config.pretraining.models_at_once = flags.models_at_once or config.pretraining.models_at_once
     validate(config)
   for number, (arm, config) in enumerate(arm_configs.items(), 1):
-    print(f'== {arm} ({number} of {len(arm_configs)})', flush=True)
+    print(visible(f'== {arm} ({number} of {len(arm_configs)})'), flush=True)
     folder, began = workdir / 'arms' / arm, time.monotonic()
     share(config, folder, [workdir / 'arms' / other for other in arm_configs if other != arm])
     for name in pipeline.needed(LAST):
@@ -81,9 +79,9 @@ def run(flags: argparse.Namespace) -> None:
     comparison = compare([*done, *(arm for arm in others if arm.name not in arm_configs)])
     storage.write_json(workdir / 'study.json', comparison)
     storage.write_text(workdir / 'study.csv', as_csv(comparison))
-    print(f'== {arm}: {time.monotonic() - began:.0f} s', flush=True)
-  print(results.text_tables(comparison))
-  print(f'study: {workdir / "study.json"}')
+    print(visible(f'== {arm}: {time.monotonic() - began:.0f} s'), flush=True)
+  print(visible_lines(results.text_tables(comparison)))
+  print(visible(f'study: {workdir / "study.json"}'))
 
 
 def share(config: Any, workdir: Path, others: Sequence[Path]) -> list[str]:
@@ -182,10 +180,5 @@ def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:
 
 def as_csv(comparison: Mapping[str, Any]) -> str:
   """The comparisons of `study.json` as CSV."""
-  text = io.StringIO()
-  table = csv.DictWriter(text, _COLUMNS, extrasaction='ignore', lineterminator='\n')
-  table.writeheader()
-  table.writerows(
-    [*comparison['comparisons'], *comparison['accuracy_comparisons'], *comparison['means']['comparisons']]
-  )
-  return text.getvalue()
+  records = *comparison['comparisons'], *comparison['accuracy_comparisons'], *comparison['means']['comparisons']
+  return storage.csv_text(_COLUMNS, ([record.get(column, '') for column in _COLUMNS] for record in records))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dsdm_jax.core import artifacts
+from dsdm_jax.errors import visible, visible_lines
 from dsdm_jax.validation import agreement
 from dsdm_jax.validation.subsets import FAMILIES, Subsets
 
@@ -124,9 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
       folder = artifact.path
     lds, monotone = (json.loads((folder / f'{name}.json').read_text()) for name in ('lds', 'monotone'))
   except (OSError, ValueError) as error:
-    sys.stderr.write(f'dsdm_jax: {folder} has no results of a validation ({error}); give the folder of that stage\n')
+    message = f'{folder} has no results of a validation ({error}); give the folder of that stage'
+    sys.stderr.write(f'dsdm_jax: {visible(message)}\n')
     return 2
-  sys.stdout.write(page(lds['by_example'], lds['by_task'], monotone))
+  sys.stdout.write(visible_lines(page(lds['by_example'], lds['by_task'], monotone)))
   return 0
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs.base import get_config
+from dsdm_jax.config.validate import resolve
 from dsdm_jax.core.artifacts import Artifact, Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
@@ -53,7 +54,7 @@ def small_config(**pool_keys: Any) -> ConfigDict:
 def context(config: ConfigDict, workdir: Path, stage: str, **inputs: Artifact) -> Context:
   out = workdir / stage
   out.mkdir(parents=True, exist_ok=True)
-  return Context(config, out, inputs, Log(workdir, stage, enabled=False), Cost(out))
+  return Context(resolve(config, dict), out, inputs, Log(workdir, stage, enabled=False), Cost(out))
 
 
 def run_pool(config: ConfigDict, workdir: Path) -> Artifact:

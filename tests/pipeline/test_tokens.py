@@ -69,11 +69,12 @@ def _seen_by_all(folder, count):
 def test_what_does_not_tell_of_tokens_is_refused(copied):
   run = dsdm_jax.load(copied)
   inputs = {stage: run.artifact(stage) for stage in ('pool', 'proxies', 'features', 'datamodel')}
-  inputs['features'].manifest['identity']['settings']['features.output_fn'] = (
-    'tests.helpers.custom_models:last_token_logit'
-  )
-  with pytest.raises(UserError, match='write a function last_token_logit_shares beside it'):
+  name = 'tests.helpers.custom_models:last_token_logit'
+  inputs['features'].manifest['identity']['settings']['features.output_fn'] = name
+  with pytest.raises(UserError, match=r'features.output_fn of the run is the function .*load\(..., functions='):
     TokenScores(inputs)
+  with pytest.raises(UserError, match='write a function last_token_logit_shares beside it'):
+    TokenScores(inputs, functions=(name,))
   inputs['datamodel'].manifest['semantics']['unit_norm'] = True
   with pytest.raises(UserError, match='unit_norm divides a row by its norm'):
     TokenScores(inputs)

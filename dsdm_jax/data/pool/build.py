@@ -52,7 +52,7 @@ def run(context: Context) -> dict[str, Any]:
   try:
     builder.copy_vocabulary()
     entries, units, missing = builder.units()
-    guard, boilerplate_runs = builder.guard(units)
+    guard, guarded, boilerplate_runs = builder.guard(units)
     jobs, scanned = builder.scan(units, guard)
     jobs, selected = builder.decide(entries, jobs, scanned)
     encoder = builder.prepare_vocabulary(jobs, selected)
@@ -81,8 +81,9 @@ def run(context: Context) -> dict[str, Any]:
     passes.write_table(out / 'documents' / f'{len(jobs):06d}.parquet', extra)
   storage.write_json(out / 'planted.json', [{k: p[k] for k in ('task', 'index', 'id')} for p in planted])
   storage.write_json(out / 'sources.json', names)
-  leaks = [{k: leak[k] for k in ('id', 'task', 'words')} for leak in selected.leaks]
-  dropped, leaking = (leaks, []) if context.config.pool.drop_leaks else ([], leaks)
+  leaks = [_listed(leak, common_phrase=False) for leak in selected.leaks]
+  dropped, kept = (leaks, []) if context.config.pool.drop_leaks else ([], leaks)
+  leaking = kept + [_listed(leak, common_phrase=True) for leak in selected.phrases]
   problems = [dataclasses.asdict(problem) for problem in missing] + selected.problems
   for name, records in (('dropped', dropped), ('leaking', leaking), ('skipped', problems)):
     lines = ''.join(json.dumps(record, sort_keys=True) + '\n' for record in records)
@@ -98,18 +99,21 @@ def run(context: Context) -> dict[str, Any]:
     'planted': plan.planted,
     'dropped_for_leakage': len(dropped),
     'dropped_by_task': dict(collections.Counter(leak['task'] for leak in dropped)),
-    'leaks_kept': len(leaking),
+    'leaks_of_short_texts': sum(leak['short'] for leak in leaks),
+    'leaks_kept': len(kept),
+    'common_phrases': len(selected.phrases),
     'boilerplate_runs': boilerplate_runs,
     'read': read,
     'lost': selected.lost,
     'unfilled_row': unfilled,
+    'guarded': guarded,
     'special_ids': {'pad': encoder.pad, 'eos': encoder.eos},
     'vocabulary': trips,
   }
   card['bytes_per_token'] = round(card['bytes'] / card['tokens'], 4)
   storage.write_json(out / 'card.json', card)
   shutil.rmtree(work)
-  log_card(context, card, time.monotonic() - began)
+  log_card(context, card, time.monotonic() - began, leaks)
   return {
     'rows': card['rows'],
     'length': card['length'],
@@ -129,6 +133,11 @@ def check_sum(read: dict[str, int], selected: Selected) -> None:
     lost = {name: of[unit] for name, of in selected.lost.items() if (unit, name) != ('documents', 'cut')}
     if read[unit] != remain + sum(lost.values()):
       raise RuntimeError(f'the pool read {read[unit]} {unit}, but {remain} remain and {lost} are counted as lost')
+
+
+def _listed(leak: dict[str, Any], common_phrase: bool) -> dict[str, Any]:
+  hidden = ('document', 'whole')
+  return {key: value for key, value in leak.items() if key not in hidden} | {'common_phrase': common_phrase}
 
 
 def _per_source(
@@ -206,10 +215,10 @@ class Builder:
         raise passes.fail(record)
       yield record
 
-  def guard(self, units: Sequence[Unit]) -> tuple[str, int]:
-    """File of the leakage guard ('' for none) and the number of word runs that are boilerplate."""
+  def guard(self, units: Sequence[Unit]) -> tuple[str, list[str], int]:
+    """File of the leakage guard ('' for none), names of its tasks, and the number of runs that are boilerplate."""
     if not self.pool_config.leakage_guard:
-      return '', 0
+      return '', [], 0
     texts = tasks.raw_texts(self.config.targets) + tasks.benchmark_texts(
       self.pool_config.leakage_benchmarks, self.config.targets.folder or '.'
     )
@@ -222,7 +231,7 @@ class Builder:
     )
     guard = leakage.Guard(texts, self.pool_config.leakage_ngram, licences)
     guard.save(self.work / 'guard.npz')
-    return str(self.work / 'guard.npz'), guard.boilerplate_runs
+    return str(self.work / 'guard.npz'), sorted({text.task for text in texts}), guard.boilerplate_runs
 
   def scan(self, units: Sequence[Unit], guard: str) -> tuple[list[Job], list[passes.Scanned]]:
     """Reads everything once."""
@@ -238,7 +247,9 @@ class Builder:
   def decide(self, entries: list[Entry], jobs: list[Job], scanned: list) -> tuple[list[Job], Selected]:
     """Selects documents; writes `keep.npy` for the passes."""
     c = self.pool_config
-    selected = layout.decide(entries, jobs, scanned, c.drop_duplicates, c.drop_leaks, c.max_bytes, self.config.seed)
+    selected = layout.decide(
+      entries, jobs, scanned, c.drop_duplicates, c.drop_leaks, c.max_bytes, self.config.seed, c.leakage_common
+    )
     if not selected.count:
       raise UserError(
         f'the pool is empty: pool.sources {tuple(c.sources)} with pool.kinds {tuple(c.kinds)} gave '

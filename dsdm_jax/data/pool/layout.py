@@ -11,6 +11,7 @@ from dsdm_jax.core import prng
 from dsdm_jax.data.pool.passes import Job, Plan, Scanned, read_json, row_order
 from dsdm_jax.data.pool.permutation import Shuffle
 from dsdm_jax.data.pool.sources import Entry
+from dsdm_jax.data.targets import leakage
 from dsdm_jax.errors import UserError
 
 _GROUP = 2**22  # documents whose hashes are compared at once
@@ -33,6 +34,7 @@ class Selected:
     leaks: documents with text of a target: the dropped ones, or the selected ones if none are dropped.
     problems: those that are listed.
     lost: documents and bytes of each kind of `LOSSES`. A document that is cut remains.
+    phrases: selected documents that share only common phrases with targets.
   """
 
   keep_M: np.ndarray
@@ -43,6 +45,7 @@ class Selected:
   leaks: list[dict]
   problems: list[dict]
   lost: dict[str, dict[str, int]]
+  phrases: list[dict]
 
   @property
   def count(self) -> int:
@@ -113,9 +116,26 @@ def repeated_id(jobs: Sequence[Job], keep_M: np.ndarray) -> tuple[int, int] | No
   return one, other
 
 
+def _leaks(jobs: Sequence[Job], begin: Sequence[int], again_M: np.ndarray, most: int) -> tuple[list[dict], list[dict]]:
+  """Documents with text of a target, and those that share only phrases that more than `most` documents have."""
+  leaks: dict[int, dict] = {}
+  document, run = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+  for job, first in zip(jobs, begin, strict=False):
+    for leak in read_json(job.file('scan', 'json'))['leaks']:
+      leaks[first + leak['document']] = {**leak, 'document': first + leak['document']}
+    with np.load(job.file('scan', 'npz')) as arrays:
+      mine = ~again_M[first + arrays['leak_Q']]
+      document.append(first + arrays['leak_Q'][mine])
+      run.append(arrays['run_Q'][mine])
+  common = leakage.common_phrases(np.concatenate(document), np.concatenate(run), most).tolist()
+  phrases = [leak for number in common if not (leak := leaks[number])['whole']]
+  aside = {leak['document'] for leak in phrases}
+  return [leak for number, leak in leaks.items() if number not in aside and not again_M[number]], phrases
+
+
 def decide(
   entries: Sequence[Entry], jobs: Sequence[Job], scanned: Sequence[Scanned], duplicates: bool, drop_leaks: bool,
-  budget: int, seed: int,
+  budget: int, seed: int, common: int = 0,
 ) -> Selected:  # fmt: skip
   """Drops duplicates and leaks as configured, then documents above caps and budget, as `_cap` chooses them.
 
@@ -125,7 +145,9 @@ def decide(
   begin = bounds(scanned)
   again_M = repeated(jobs, begin) if duplicates else np.zeros(begin[-1], np.bool_)
   keep_M = ~again_M
-  leaks: list[dict] = []
+  leaks, phrases = _leaks(jobs, begin, again_M, common)
+  if drop_leaks:
+    keep_M[[leak['document'] for leak in leaks]] = False
   problems: list[dict] = []
   names: dict[str, int] = {}
   supply = [0] * len(entries)
@@ -135,16 +157,12 @@ def decide(
   owner = {id(entry): index for index, entry in enumerate(entries)}
   for job, first in zip(jobs, begin, strict=False):
     notes = read_json(job.file('scan', 'json'))
-    of_pool = ({**leak, 'document': first + leak['document']} for leak in notes['leaks'])
-    leaks += [leak for leak in of_pool if not again_M[leak['document']]]
     problems += notes['problems']
     with np.load(job.file('scan', 'npz')) as arrays:
-      bytes_M, leak_M = arrays['bytes_M'], arrays['leak_M']
+      bytes_M = arrays['bytes_M']
     of_unit = slice(first, first + len(bytes_M))
     _add(lost['duplicates'], bytes_M[again_M[of_unit]])
-    if drop_leaks:
-      _add(lost['leaks'], bytes_M[keep_M[of_unit] & leak_M])
-      keep_M[of_unit] &= ~leak_M
+    _add(lost['leaks'], bytes_M[~keep_M[of_unit] & ~again_M[of_unit]])
     supply[owner[id(job.unit.entry)]] += int(bytes_M[keep_M[of_unit]].sum())
   before_M = keep_M.copy()
   allowed = shares(entries, supply, budget)
@@ -153,7 +171,7 @@ def decide(
   for job, first in zip(jobs, begin, strict=False):
     unit_names = read_json(job.file('scan', 'json'))['sources']
     with np.load(job.file('scan', 'npz')) as arrays:
-      mine = keep_M[first : first + len(arrays['leak_M'])]
+      mine = keep_M[first : first + job.end - job.begin]
       present, code = np.unique(arrays['source_M'][mine], return_inverse=True)
       mapping = np.array([names.setdefault(unit_names[i], len(names)) for i in present], np.int64)
       if len(names) > _SOURCES:
@@ -171,7 +189,8 @@ def decide(
   place = {name: index for index, name in enumerate(ordered)}
   rank = np.array([place[name] for name in names], np.int16)
   source_K = rank[np.concatenate(sources)] if len(names) else np.empty(0, np.int16)
-  return Selected(keep_M, counts, ordered, source_K, total, leaks, problems, lost)
+  phrases = [leak for leak in phrases if keep_M[leak['document']]]
+  return Selected(keep_M, counts, ordered, source_K, total, leaks, problems, lost, phrases)
 
 
 def _add(of: dict[str, int], bytes_M: np.ndarray) -> None:

@@ -29,7 +29,8 @@ from dsdm_jax.data.pool import readers, vocabulary
 from dsdm_jax.data.pool.permutation import Shuffle
 from dsdm_jax.data.pool.readers import Problem
 from dsdm_jax.data.pool.sources import Document, Unit, cut
-from dsdm_jax.data.targets.leakage import Guard
+from dsdm_jax.data.targets import leakage
+from dsdm_jax.data.targets.leakage import Guard, Leak
 from dsdm_jax.errors import UserError
 
 _LISTED = 1_000  # problems of a unit that are listed; all are counted
@@ -166,20 +167,25 @@ def fail(problem: Problem) -> UserError:
 
 
 def scan(job: Job) -> Scanned:
-  """Reads a unit; writes hashes of text [M, 2] and ids [M], sizes, sources and leaks of its M documents.
+  """Reads a unit; writes hashes of text [M, 2] and ids [M], sizes and sources of its M documents, and Q runs of leaks.
 
   Raises:
     UserError: bad input, unless `job.skip`; the message names file and line.
   """
   guard = _guard(job.guard) if job.guard else None
   # 37 bytes a document; lists of Python objects would take four times that.
-  hashes, ids, sizes, sources, leaking = bytearray(), bytearray(), array.array('q'), array.array('i'), bytearray()
+  hashes, ids, sizes, sources = bytearray(), bytearray(), array.array('q'), array.array('i')
   names: dict[str, int] = {}
-  leaks: list[dict[str, Any]] = []
+  leaks: dict[int, Leak] = {}  # by document
   problems: list[dict[str, Any]] = []
-  count, total, cut, cut_bytes, problem_bytes = 0, 0, 0, 0, 0
-  for document in readers.read(job.unit, job.max_bytes):
-    if isinstance(document, Problem):
+  count, total, shortened, cut_bytes, problem_bytes = 0, 0, 0, 0, 0
+
+  def good() -> Iterator[Document]:
+    nonlocal count, total, problem_bytes
+    for document in readers.read(job.unit, job.max_bytes):
+      if not isinstance(document, Problem):
+        yield document
+        continue
       if not job.skip:
         raise fail(document)
       count += 1
@@ -187,30 +193,31 @@ def scan(job: Job) -> Scanned:
       problem_bytes += document.bytes
       if len(problems) < _LISTED:
         problems.append(dataclasses.asdict(document))
-      continue
-    data = document.text.encode()
-    total += len(data) + document.lost
-    cut += document.lost > 0
-    cut_bytes += document.lost
-    hashes.extend(hashlib.blake2b(data, digest_size=16).digest())
-    ids.extend(hashlib.blake2b(document.id.encode(), digest_size=8).digest())
-    sizes.append(len(data))
-    sources.append(names.setdefault(document.source, len(names)))
-    leak = guard.leak(document) if guard else None
-    leaking.append(leak is not None)
-    if leak:
-      leaks.append({'document': len(sizes) - 1, 'id': leak.id, 'task': leak.task, 'words': leak.words})
-    report_progress(len(data))
+
+  for batch in leakage.batches(good()):
+    leaks |= {len(sizes) + index: leak for index, leak in (guard.leaks(batch) if guard else {}).items()}
+    for document in batch:
+      data = document.text.encode()
+      total += len(data) + document.lost
+      shortened += document.lost > 0
+      cut_bytes += document.lost
+      hashes.extend(hashlib.blake2b(data, digest_size=16).digest())
+      ids.extend(hashlib.blake2b(document.id.encode(), digest_size=8).digest())
+      sizes.append(len(data))
+      sources.append(names.setdefault(document.source, len(names)))
+      report_progress(len(data))
   storage.save_npz(
     job.file('scan', 'npz'),
     hash_M2=np.frombuffer(bytes(hashes), '<u8').reshape(-1, 2),
     id_M=np.frombuffer(bytes(ids), '<u8'),
     bytes_M=np.array(sizes, np.int64),
     source_M=np.array(sources, np.int32),
-    leak_M=np.frombuffer(bytes(leaking), np.bool_),
+    leak_Q=np.repeat(np.fromiter(leaks, np.int64, len(leaks)), [len(leak.runs) for leak in leaks.values()]),
+    run_Q=np.concatenate([np.empty(0, np.int64), *(leak.runs for leak in leaks.values())]),
   )
-  storage.write_json(job.file('scan', 'json'), {'sources': list(names), 'leaks': leaks, 'problems': problems})
-  return Scanned(len(sizes), count, total, cut, cut_bytes, problem_bytes)
+  listed = [{'document': document, **leak.record()} for document, leak in leaks.items()]
+  storage.write_json(job.file('scan', 'json'), {'sources': list(names), 'leaks': listed, 'problems': problems})
+  return Scanned(len(sizes), count, total, shortened, cut_bytes, problem_bytes)
 
 
 @functools.lru_cache(maxsize=1)

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from dsdm_jax.core import artifacts, storage, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import vocabulary as vocabulary_lib
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import UserError, visible
 
 if TYPE_CHECKING:
   import seqio
@@ -27,6 +27,15 @@ END_OF_DOCUMENT = '\n␄\n'  # replaces the end mark in the text of a row
 SHARD_ROWS = 16_384
 _RESIDENT_BYTES = 16 * 2**20  # the tokens of a pool up to this size are read once and stay in memory
 _RESIDENT_DOCUMENTS = 2**20  # likewise a table of up to so many documents
+
+
+class _File(NamedTuple):
+  """A file of the dataset as `array_record` takes it: its path, and that all its rows are read."""
+
+  filename: str
+  skip: int
+  take: int
+  examples_in_shard: int
 
 
 class Documents(Sequence[dict[str, Any]]):
@@ -100,12 +109,32 @@ class Pool:
 
   @functools.cached_property
   def _reader(self) -> Any:
-    import tensorflow_datasets as tfds  # reads rows without importing TensorFlow
+    # Not by TFDS, which imports the module of the class that `features.json` names.
+    from array_record.python import array_record_data_source
 
-    return tfds.builder_from_directory(str(self.path / 'dataset')).as_data_source(split='train')
+    folder = self.path / 'dataset'
+    try:
+      [split] = json.loads((folder / 'dataset_info.json').read_text())['splits']
+      counts = [int(count) for count in split['shardLengths']]
+    except (ValueError, KeyError, TypeError) as error:
+      raise UserError(f'{folder}/dataset_info.json is damaged ({error!r}); rerun the pool stage') from error
+    paths = sorted(folder.glob('pool-train.array_record-*'))
+    if len(paths) != len(counts) or sum(counts) != self.num_rows:
+      raise UserError(
+        f'{folder} has {len(paths)} files of {sum(counts)} rows and not {len(counts)} of {self.num_rows}; rerun the '
+        'pool stage'
+      )
+    files = [_File(str(path), 0, count, count) for path, count in zip(paths, counts, strict=True)]
+    return array_record_data_source.ArrayRecordDataSource(files)
 
   def _read(self, row_B: np.ndarray) -> np.ndarray:
-    return np.stack([record['tokens'] for record in self._reader.__getitems__(row_B.tolist())])
+    # A record is a head of the same length in all rows, and the row.
+    dtype = vocabulary_lib.dtype_of(self.vocab_size)
+    size = self.length * dtype.itemsize
+    records = self._reader.__getitems__(row_B.tolist())
+    if any(len(record) < size for record in records):
+      raise UserError(f'{self.path}/dataset has rows of another length than card.json says; rerun the pool stage')
+    return np.stack([np.frombuffer(record[-size:], dtype) for record in records])
 
   @functools.cached_property
   def _resident_NL(self) -> np.ndarray | None:
@@ -294,11 +323,17 @@ def write_array(folder: Path, tokens_NL: np.ndarray) -> None:
   write_dataset(folder, len(tokens_NL), tokens_NL.shape[1], tokens_NL.dtype, write_shards)
 
 
-def log_card(context: Context, card: dict[str, Any], seconds: float) -> None:
-  """Logs the card of a new pool as an event, and prints it."""
+def log_card(
+  context: Context, card: dict[str, Any], seconds: float, leaks: Sequence[dict[str, Any]] = (), most: int = 3
+) -> None:
+  """Logs the card of a new pool as an event, and prints it with the first of the leaks."""
   rate = card['bytes'] / seconds / 1e6
   context.log.event('pool', **card, seconds=round(seconds, 3), megabytes_per_second=round(rate, 3))
-  leaks_kept = f'; {card["leaks_kept"]:,} leaks are listed but not dropped' if card['leaks_kept'] else ''
+  leaks_kept = f', {card["leaks_kept"]:,} leaks listed but not dropped' if card['leaks_kept'] else ''
+  if card['leaks_of_short_texts']:
+    leaks_kept += f' ({card["leaks_of_short_texts"]:,} of short texts only)'
+  if card['common_phrases']:
+    leaks_kept += f', {card["common_phrases"]:,} documents with common phrases not dropped'
   lost = [
     f'{of["documents"]:,} {name.replace("_", " ")} ({of["bytes"] / 1e6:,.2f} MB)'
     for name, of in card['lost'].items()
@@ -318,5 +353,13 @@ def log_card(context: Context, card: dict[str, Any], seconds: float) -> None:
       f'{v["unknown"]:.2%} of their pieces are unknown text'
       + (f'; it loses {", ".join(v["loses"])}' if v['loses'] else '')
     )
+  for leak in leaks[:most]:
+    (begin, end), (first, last) = leak['in_document'], leak['in_target']
+    id, item, words = (visible(leak[key]) for key in ('id', 'item', 'words'))
+    context.log.say(
+      f'  leak: {id}, characters {begin} to {end}, is {leak["task"]} {item}, characters {first} to {last}: {words}'
+    )
   for name, s in sorted(card['sources'].items(), key=lambda item: -item[1]['rows'])[:20]:
-    context.log.say(f'  {name:32} {s["documents"]:>12,} documents {s["bytes"] / 1e6:>12,.2f} MB {s["rows"]:>12,} rows')
+    context.log.say(
+      f'  {visible(name):32} {s["documents"]:>12,} documents {s["bytes"] / 1e6:>12,.2f} MB {s["rows"]:>12,} rows'
+    )

@@ -99,8 +99,8 @@ def run(context: Context) -> dict[str, Any]:
   card = {
     'rows': first[-1], 'length': c.length, 'vocab_size': encoder.size, 'documents': len(paths), 'bytes': 0,
     'tokens': tokens, 'bytes_per_token': 0.0, 'planted': 0, 'dropped_for_leakage': 0, 'dropped_by_task': {},
-    'leaks_kept': 0, 'boilerplate_runs': 0, 'read': layout.loss(len(paths)),
-    'lost': {name: layout.loss() for name in layout.LOSSES}, 'unfilled_row': 0,
+    'leaks_of_short_texts': 0, 'leaks_kept': 0, 'common_phrases': 0, 'boilerplate_runs': 0, 'guarded': [],
+    'read': layout.loss(len(paths)), 'lost': {name: layout.loss() for name in layout.LOSSES}, 'unfilled_row': 0,
     'sources': {entry.name: {'documents': len(paths), 'bytes': 0, 'rows': first[-1]}},
     'special_ids': {'pad': encoder.pad, 'eos': encoder.eos},
   }  # fmt: skip

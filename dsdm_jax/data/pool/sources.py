@@ -269,9 +269,10 @@ def tfds_builder(name: str) -> Any:
   import tensorflow_datasets as tfds
 
   try:
-    builder = tfds.builder_from_directory(name) if is_folder(name) else tfds.builder(name)
-    if builder.is_prepared() or is_folder(name):
-      return builder
+    with tfds_items.no_foreign_classes():
+      builder = tfds.builder_from_directory(name) if is_folder(name) else tfds.builder(name)
+      if builder.is_prepared() or is_folder(name):
+        return builder
   except (tfds.core.DatasetNotFoundError, FileNotFoundError, KeyError, ValueError) as error:
     raise UserError(f'pool.sources: TFDS has no dataset {name} ({" ".join(str(error).split())[:200]})') from error
   raise UserError(

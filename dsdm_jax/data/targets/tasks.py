@@ -313,7 +313,7 @@ def raw_texts(config: ConfigDict) -> list[TargetText]:
       continue
     for item in task.items:
       context = '' if task.name == 'api_qa' else item.context
-      texts.append(TargetText(task.name, f'{context}{item.answer}'))
+      texts.append(TargetText(task.name, f'{context}{item.answer}', item.id))
   return texts
 
 
@@ -333,7 +333,9 @@ def benchmark_texts(names: Iterable[str], folder: str) -> list[TargetText]:
 
 def _text(task: str, item: shapes.Item) -> TargetText:
   context = item.context_options[item.gold] if item.context_options else item.context
-  return TargetText(task, f'{_LABELS.sub("", context)} {item.continuation}')
+  # Labels become spaces, so that places in the text remain.
+  context = _LABELS.sub(lambda label: ' ' * len(label[0]), context)
+  return TargetText(task, f'{context} {item.continuation}', item.id)
 
 
 def group_documents(tasks: Sequence[RawTask]) -> dict[str, str]:

@@ -4,6 +4,7 @@ Prepared datasets in ArrayRecord and TFRecord files can be read. Nothing is down
 that downloads and prepares a dataset.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -48,13 +49,38 @@ def is_prepared(name: str, data_dir: str | None = None) -> bool:
   return _prepared(name.partition(':')[0], data_dir) is not None
 
 
+@contextlib.contextmanager
+def no_foreign_classes() -> Iterator[None]:
+  """Keeps TFDS from importing the modules that a dataset's `features.json` names, except its own.
+
+  Raises:
+    UserError: the file names a class of another package that the program has not imported.
+  """
+  tensorflow_start.start()
+  from tensorflow_datasets.core.features.feature import FeatureConnector
+
+  by_name = FeatureConnector.__dict__['cls_from_name']
+
+  def own(cls: type, name: Any) -> Any:
+    if name not in cls._registered_features and not str(name).startswith('tensorflow_datasets.'):  # type: ignore[attr-defined]
+      raise UserError(f'features.json of a TFDS dataset names the class {name}; a dataset must not bring code')
+    return by_name.__func__(cls, name)
+
+  FeatureConnector.cls_from_name = classmethod(own)
+  try:
+    yield
+  finally:
+    FeatureConnector.cls_from_name = by_name
+
+
 def _prepared(dataset: str, data_dir: str | None) -> Any:
   tensorflow_start.start()
   import tensorflow_datasets as tfds
 
   try:
-    builder = tfds.builder(dataset, data_dir=data_dir, try_gcs=False)
-    return builder if builder.is_prepared() else None
+    with no_foreign_classes():
+      builder = tfds.builder(dataset, data_dir=data_dir, try_gcs=False)
+      return builder if builder.is_prepared() else None
   except (tfds.core.DatasetNotFoundError, FileNotFoundError):
     return None
 

@@ -150,7 +150,7 @@ def test_leaks_and_duplicates_are_dropped_and_reported(tmp_path: Path):
   artifact = run_pool(small_config(sources=(f'{__name__}:leaky',)), tmp_path)
   dropped = [json.loads(line) for line in (artifact.path / 'dropped.jsonl').read_text().splitlines()]
   assert [(d['id'], d['task']) for d in dropped] == [('prose/leak', 'cs_algorithms')]
-  assert len(dropped[0]['words'].split()) == 12
+  assert dropped[0]['words'].startswith('Strings: ') and dropped[0]['passages'] == 1
   pool = Pool(artifact)
   assert not {'prose/leak', 'prose/again'} & {d['id'] for d in pool.documents}
   assert (pool.card['dropped_for_leakage'], pool.card['lost']['duplicates']['documents']) == (1, 1)
@@ -160,16 +160,23 @@ def test_leaks_and_duplicates_are_dropped_and_reported(tmp_path: Path):
 
 
 ASKED = 'Which of the seven lanterns did the keeper of the green river leave burning last'
+CHINESE = '长江是中国最长的河流，全长约六千三百公里，发源于青藏高原的唐古拉山脉，最后在哪一座城市附近流入东海？'
+NOTICE = 'you may copy and share this page as long as you name its author'
 
 
 def asked_about(config: ConfigDict, seed: int) -> Iterator[Document]:
   yield from invented(config, seed)
   yield Document('prose/leak', 'prose', f'It is said: {ASKED} night?\n')
+  yield Document('prose/zh', 'prose', f'前言：这里是网页的导航栏{CHINESE}以上内容转载自网络论坛')
+  for i in range(11):
+    yield Document(f'prose/notice{i}', 'prose', f'Page {i}. {NOTICE.upper()} ({i})')
 
 
 def test_leaks_of_benchmarks_are_found_and_may_be_kept(tmp_path: Path):
   benchmark = tmp_path / 'asked.jsonl'
-  benchmark.write_text(json.dumps({'context': ASKED, 'continuation': 'night'}))
+  passage = f'{ASKED[::-1]} {NOTICE} {NOTICE[::-1]} {ASKED[::-1].upper()[3:]}'
+  items = [ASKED, 'night'], [CHINESE, '上海'], [passage, 'x']
+  benchmark.write_text('\n'.join(json.dumps({'context': c, 'continuation': a}) for c, a in items))
 
   def run(name: str, *named: str, **keys: Any) -> Pool:
     config = small_config(sources=(f'{__name__}:asked_about',), leakage_benchmarks=named, **keys)
@@ -180,18 +187,26 @@ def test_leaks_of_benchmarks_are_found_and_may_be_kept(tmp_path: Path):
     result = [json.loads(line) for line in (pool.path / file).read_text().splitlines()]
     return [(leak['id'], leak['task']) for leak in result]
 
-  leak = ('prose/leak', 'asked')
+  found, common = [('prose/leak', 'asked'), ('prose/zh', 'asked')], [(f'prose/notice{i}', 'asked') for i in range(11)]
   for name, named in (('file', str(benchmark)), ('word', 'evaluated')):
     pool = run(name, named)
-    assert listed(pool, 'dropped.jsonl') == [leak] and listed(pool, 'leaking.jsonl') == []
-    assert (pool.card['dropped_by_task'], pool.card['leaks_kept']) == ({'asked': 1}, 0)
+    assert listed(pool, 'dropped.jsonl') == found and listed(pool, 'leaking.jsonl') == common
+    assert (pool.card['dropped_by_task'], pool.card['leaks_kept']) == ({'asked': 2}, 0)
+    assert (pool.card['common_phrases'], pool.card['leaks_of_short_texts']) == (11, 0)
+    assert pool.card['guarded'] == ['asked', 'cs_algorithms']
     assert 'prose/leak' not in {d['id'] for d in pool.documents}
-  selected = run('kept', 'evaluated', drop_leaks=False)
-  assert listed(selected, 'dropped.jsonl') == [] and listed(selected, 'leaking.jsonl') == [leak]
+  place = json.loads((pool.path / 'dropped.jsonl').read_text().splitlines()[0])
+  assert (place['item'], place['in_document'], place['in_target']) == (
+    'line 1',
+    [12, 98],
+    [0, 86],
+  )
+  selected = run('kept', 'evaluated', drop_leaks=False, leakage_common=0)
+  assert listed(selected, 'dropped.jsonl') == [] and listed(selected, 'leaking.jsonl') == found + common
   assert (selected.card['dropped_for_leakage'], selected.card['dropped_by_task'], selected.card['leaks_kept']) == (
     0,
     {},
-    1,
+    13,
   )
   assert 'prose/leak' in {d['id'] for d in selected.documents}
   assert listed(run('none'), 'dropped.jsonl') == []
