@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dsdm_jax import pipeline
 from dsdm_jax.config.validate import flatten
 from dsdm_jax.core import artifacts, storage
+from dsdm_jax.core import runner as runner_lib
 from dsdm_jax.core.runner import Runner
 from dsdm_jax.core.stage import Stage
 from dsdm_jax.errors import UserError
@@ -70,7 +71,7 @@ class Ran:
     out = artifacts.begin(runner.workdir, identity)
     storage.write_json(out / 'made.json', identity.as_json())
     if stage.name == 'evaluation':
-      storage.write_json(out / 'results.json', {'summary': [], 'comparisons': [], 'confidence': 0.95})
+      storage.write_json(out / 'results.json', {'summary': [], 'comparisons': [], 'tasks': [], 'confidence': 0.95})
     runner.done[stage.name] = artifacts.commit(runner.workdir, identity, {}, artifacts.Cost(out))
 
 
@@ -285,7 +286,8 @@ def test_a_stage_that_meets_a_stale_file_resumes(workdir, monkeypatch, number, t
       raise OSError(getattr(errno, number), 'of a shared disk')
     return {}
 
-  monkeypatch.setattr('dsdm_jax.core.runner._load', lambda _: code)
+  load = runner_lib._load
+  monkeypatch.setattr(runner_lib, '_load', lambda name: code if name == 'any:code' else load(name))
   monkeypatch.setattr(storage, '_STALE_SECONDS', (0.0,) * 3)
   runner = Runner([Stage('pool', (), ('seed',), 'any:code')], get_config(), workdir)
   with contextlib.nullcontext() if ends else pytest.raises(OSError, match='of a shared disk'):
