@@ -17,7 +17,7 @@ import argcomplete
 
 from dsdm_jax import configs
 from dsdm_jax.core.command_line import cannot_use, open_streams, report, system_error
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import UserError, visible
 
 REPOSITORY = 'https://github.com/dsdm-jax/dsdm_jax'
 _COMMANDS = {
@@ -123,10 +123,10 @@ def _verify(workdir: Path) -> int:
   kinds = collections.Counter[str]()
   for finding in artifacts.inspect(workdir):
     kinds[finding.kind] += 1
-    sys.stdout.write(f'{finding.kind:12}{finding.path.relative_to(workdir)}: {finding.text}\n')
+    sys.stdout.write(visible(f'{finding.kind:12}{finding.path.relative_to(workdir)}: {finding.text}') + '\n')
   if not kinds:
     raise UserError(f'{workdir} has no stage; give the --workdir of a run')
-  sys.stdout.write(', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items())) + '\n')
+  sys.stdout.write(visible(', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))) + '\n')
   return 2 if kinds['damaged'] else 0
 
 

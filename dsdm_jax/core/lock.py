@@ -113,7 +113,7 @@ def _alive(owner: Mapping[str, Any], file: Path) -> bool:
     return False
   if -TOUCH_SECONDS < _now(file.parent) - touched < DEAD_SECONDS:
     return True
-  sys.stdout.write(f'{file.parent}: watching whether {_name(owner)} is still alive\n')
+  sys.stdout.write(visible(f'{file.parent}: watching whether {_name(owner)} is still alive') + '\n')
   sys.stdout.flush()
   end = time.monotonic() + 3 * TOUCH_SECONDS
   while time.monotonic() < end:
