@@ -76,5 +76,6 @@ def lines(records: list[dict]) -> bytes:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-  """Relative path → bytes of every file in `folder`."""
-  return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+  """Relative path → bytes of every file in `folder`, without that of the seconds that it took."""
+  files = (p for p in sorted(folder.rglob('*')) if p.is_file() and p.name != 'cost.json')
+  return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
