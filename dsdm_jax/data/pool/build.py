@@ -256,6 +256,10 @@ class Builder:
         f'{sum(s.documents for s in scanned)} documents and the leakage guard dropped '
         f'{len(selected.leaks) if c.drop_leaks else 0}; choose other kinds or raise pool.max_bytes'
       )
+    if c.plant_targets and PLANTED in selected.names:
+      raise UserError(
+        f'documents have the source {PLANTED!r}, which pool.plant_targets needs; name another field with | source=FIELD'
+      )
     if same := layout.repeated_id(jobs, selected.keep_M):
       owner = [int(np.searchsorted([job.end for job in jobs], number, side='right')) for number in same]
       found = [passes.place((jobs[i], number - jobs[i].begin)) for i, number in zip(owner, same, strict=True)]
