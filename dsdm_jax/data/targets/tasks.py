@@ -302,18 +302,19 @@ def read_tasks(config: ConfigDict) -> list[RawTask]:
 def raw_texts(config: ConfigDict) -> list[TargetText]:
   """Every text of every task and both splits, also of items that are not sampled: the pool must not contain them.
 
-  Prompts of `api_qa` are left out: a signature alone does not give the answer away.
+  Prompts of `api_qa` are left out: a signature alone does not give the answer away. Shots and delimiters do not matter.
   """
   texts = []
   for task in read_tasks(config):
-    if task.name in config.tasks and task.name in benchmarks.BENCHMARKS:
-      texts += benchmark_texts((task.name,), config.folder or '.')
-      items = benchmarks.target_items(benchmarks.BENCHMARKS[task.name], config.folder)
-      texts += [_text(task.name, item) for item in items]
+    if task.benchmark is None:
+      prompts = [''] * len(task.items) if task.name == 'api_qa' else [item.context for item in task.items]
+      pairs = zip(prompts, task.items, strict=True)
+      texts += [TargetText(task.name, f'{prompt}{item.answer}', item.id) for prompt, item in pairs]
       continue
-    for item in task.items:
-      context = '' if task.name == 'api_qa' else item.context
-      texts.append(TargetText(task.name, f'{context}{item.answer}', item.id))
+    name = next(given for given in config.tasks if task_name(given) == task.name)
+    texts += benchmark_texts((name,), config.folder or '.')
+    if name in benchmarks.BENCHMARKS:
+      texts += [_text(name, item) for item in benchmarks.target_items(task.benchmark, config.folder)]
   return texts
 
 

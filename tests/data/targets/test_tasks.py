@@ -3,6 +3,7 @@
 import json
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,6 +214,18 @@ def test_built_in_tasks_share_no_long_answer_between_the_sides():
   assert not paragraphs['target'] & paragraphs['holdout']
   count = {s: sum(v == s for k, v in side.items() if not k.startswith('cs_')) for s in tasks.SPLITS}
   assert min(count.values()) > 100
+
+
+@pytest.mark.parametrize('delimiter', ['', '\nAnswer: '])
+def test_the_text_of_a_file_for_the_guard_needs_no_setting(tmp_path, delimiter: str):
+  """Nor is a file one of the built-in tasks or a benchmark if it has their name."""
+  config = get_config().targets
+  config.file_delimiter, config.file_shots = delimiter, 1
+  config.tasks = tuple(f'{tmp_path}/{name}.jsonl' for name in ('api_qa', 'docs', 'squad'))
+  for path in config.tasks:
+    Path(path).write_text(''.join(json.dumps({'context': f'why {i}', 'answer': f'so {i}'}) + '\n' for i in range(2)))
+  wanted = [(name, f'why {i} so {i}') for name in ('api_qa', 'docs', 'squad') for i in range(2)]
+  assert [(text.task, text.text) for text in tasks.raw_texts(config)] == wanted
 
 
 def test_raw_texts_hold_answers_and_no_signatures():
