@@ -37,6 +37,8 @@ Replace = Callable[[str], str]
 _PACKAGE = 'dsdm_jax'  # its own code counts by `Stage.format`
 _WEIGHTS = ('config.json', '*.safetensors', '*.safetensors.index.json')  # what `lm.hugging_face` reads
 _BESIDE = ('tokenizer_config.json', 'generation_config.json')  # of a tokenizer.json; they may name its end mark
+# What planted examples depend on, beside the tasks; `max_examples` keeps their order.
+_PLANTED = ('holdout_share', 'file_shots', 'file_delimiter', 'long_prompts')
 _INSTALLED = {'site-packages', 'dist-packages'}
 _NONE = 'no file matches'
 
@@ -86,7 +88,7 @@ def by_content(
   for module in sorted({module for value in selected.values() for module in _modules(value)}):
     result[f'code of {module}'] = code(module)
   if selected.get('pool.plant_targets'):  # the pool then holds the target split
-    result |= select(settings, ('targets.holdout_share', 'targets.max_examples'))
+    result |= select(settings, [f'targets.{key}' for key in _PLANTED])
   return result, given
 
 

@@ -39,11 +39,11 @@ def record(root: str, name: str, letter: str) -> str:
   return write(f'{root}/{name}.jsonl', json.dumps({'context': 'a', 'answer': letter}) + '\n')
 
 
-def two_files(kind: str, suffix: str) -> Make:
+def two_files(kind: str, suffix: str, option: str = 'weight=2') -> Make:
   def make(root: str, letter: str) -> dict[str, Any]:
     write(f'{root}/a.{suffix}', 'one')
     write(f'{root}/b.{suffix}', letter)
-    return {'pool.sources': (f'{kind}:{root}/*.{suffix} | weight=2',), 'pool.max_bytes': 9_000}
+    return {'pool.sources': (f'{kind}:{root}/*.{suffix} | {option}',), 'pool.max_bytes': 9_000}
 
   return make
 
@@ -133,7 +133,7 @@ KINDS: dict[str, Make] = {
   'text': two_files('text', 'txt'),
   'jsonl': two_files('jsonl', 'jsonl.gz'),
   'parquet': two_files('parquet', 'parquet'),
-  'tokens': two_files('tokens', 'parquet'),
+  'tokens': two_files('tokens', 'parquet', 'text=ids'),
   'hf': saved_dataset,
   'remote': remote,
   'tfds folder': tfds_folder,
@@ -197,6 +197,17 @@ def test_content_counts_and_the_path_does_not(kind, tmp_path):
   if here in sys.path:
     sys.path.remove(here)
   assert identities(make(there, 'a'), tmp_path / 'run') == first
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'), [('holdout_share', 0.25), ('file_shots', 1), ('file_delimiter', ''), ('long_prompts', 'refuse')]
+)
+def test_planted_targets_count_with_what_they_depend_on(tmp_path, key, value):
+  runs = [
+    {'pool.plant_targets': planted, **settings} for planted in (1, 0) for settings in ({}, {f'targets.{key}': value})
+  ]
+  first, second, *plain = [json.loads(identities(settings, tmp_path))['pool'] for settings in runs]
+  assert first != second and plain[0] == plain[1]
 
 
 def test_same_content_in_another_file_or_copied_again_is_the_same(tmp_path):
