@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from configs.base import get_config
 from dsdm_jax import pipeline
 from dsdm_jax.attribution import score_files
+from dsdm_jax.config.values import guarded
 from dsdm_jax.core.runner import Runner
 from dsdm_jax.data import files, inputs
 from dsdm_jax.data.pool import readers, sources
@@ -208,6 +209,16 @@ def test_planted_targets_count_with_what_they_depend_on(tmp_path, key, value):
   ]
   first, second, *plain = [json.loads(identities(settings, tmp_path))['pool'] for settings in runs]
   assert first != second and plain[0] == plain[1]
+
+
+def test_the_folders_of_evaluated_files_do_not_order_them(tmp_path):
+  digests = []
+  for first, second in (('a', 'b'), ('d', 'c')):
+    tasks_ = record(f'{tmp_path}/{first}', 'one', 'x'), record(f'{tmp_path}/{second}', 'two', 'y')
+    digests.append(
+      json.loads(identities({'pool.leakage_benchmarks': guarded(('evaluated',), tasks_)}, tmp_path))['pool']
+    )
+  assert digests[0] == digests[1]
 
 
 def test_same_content_in_another_file_or_copied_again_is_the_same(tmp_path):
