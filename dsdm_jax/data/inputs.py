@@ -105,7 +105,7 @@ def _replacement(key: str, settings: Mapping[str, Any]) -> Replace | None:
     return lambda text: text and f'content {files.digest(text, _WEIGHTS)}'
   if key in ('targets.tasks', 'pool.leakage_benchmarks', 'evaluation.tasks'):
     places = benchmarks.places(settings['targets.folder'])
-    return lambda text: _task(text, places)
+    return lambda text: of_task(text, places)
   return {
     'pool.sources': _source,
     'pool.vocabulary': _vocabulary,
@@ -119,7 +119,8 @@ def _custom(text: str, weights: bool) -> str:
   return f'content {files.digest(text)}' if (weights or os.sep in text) and os.path.exists(text) else text
 
 
-def _task(text: str, places: tuple[str, ...]) -> str:
+def of_task(text: str, places: tuple[str, ...] = ()) -> str:
+  """A task by its content: a JSONL file, or a benchmark in one of the places of `targets.folder`."""
   if is_jsonl(text):
     return f'{task_name(text)}.jsonl: content {files.digest(text)}'
   place = benchmarks.place(benchmarks.BENCHMARKS[text], places) if text in benchmarks.BENCHMARKS else None

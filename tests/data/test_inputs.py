@@ -24,6 +24,7 @@ from dsdm_jax.data import files, inputs
 from dsdm_jax.data.pool import readers, sources
 from dsdm_jax.data.targets import benchmarks, tasks
 from dsdm_jax.errors import UserError
+from dsdm_jax.evaluation.evaluate import unguarded
 from dsdm_jax.lm import hugging_face
 from tests.lm.test_hugging_face import write_gpt2
 
@@ -209,6 +210,15 @@ def test_planted_targets_count_with_what_they_depend_on(tmp_path, key, value):
   ]
   first, second, *plain = [json.loads(identities(settings, tmp_path))['pool'] for settings in runs]
   assert first != second and plain[0] == plain[1]
+
+
+def test_the_guard_knows_files_by_content(tmp_path):
+  """A file that moved was guarded; another file of the same name was not."""
+  old, same, other = (record(f'{tmp_path}/{i}', 'one', letter) for i, letter in enumerate('xxy'))
+  for key in ('pool.leakage_benchmarks', 'targets.tasks'):
+    pool = {key: [inputs.of_task(old)]}
+    assert unguarded(['one', 'docs'], pool, ['one', 'docs', 'piqa'], ['targets', 'piqa', same]) == ['piqa']
+    assert unguarded(['one', 'docs'], pool, ['one', 'docs'], ['targets', other]) == ['one']
 
 
 def test_the_folders_of_evaluated_files_do_not_order_them(tmp_path):
