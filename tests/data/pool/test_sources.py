@@ -249,6 +249,9 @@ def test_a_glob_without_files(tmp_path: Path):
   assert bad_inputs(pool) == 1
   with pytest.raises(UserError, match='the pool is empty'):
     build(tmp_path / 'c', f'jsonl:{tmp_path}/nothing-*.jsonl', on_error='skip')
+  (tmp_path / 'bad.jsonl').write_text('no JSON\n')
+  with pytest.raises(UserError, match='the pool is empty: .* gave 0 documents and 1 bad inputs'):
+    build(tmp_path / 'd', f'jsonl:{tmp_path}/bad.jsonl', on_error='skip')
 
 
 def test_unicode_line_separators_stay_in_their_document(tmp_path: Path):
