@@ -113,10 +113,13 @@ def weights_differ(lines: Iterable[str]) -> bool:
 
 
 def guarded(names: Iterable[str], evaluated: Iterable[str]) -> tuple[str, ...]:
-  """`pool.leakage_benchmarks`, sorted, with the benchmarks of `evaluation.tasks` in the place of 'evaluated'."""
+  """`pool.leakage_benchmarks` with the benchmarks of `evaluation.tasks` in the place of 'evaluated'.
+
+  They are sorted by their names, not their paths: the order is part of the pool's identity, and files may move.
+  """
   names = set(names)
   benchmarks = {name for name in evaluated if name in BENCHMARKS or is_jsonl(name)} if EVALUATED in names else set()
-  return tuple(sorted((names - {EVALUATED}) | benchmarks))
+  return tuple(sorted((names - {EVALUATED}) | benchmarks, key=lambda name: (task_name(name), name)))
 
 
 def task_name(task: str) -> str:

@@ -102,6 +102,8 @@ def glob(pattern: str, kind: Literal['file', 'directory'] = 'file') -> list[str]
   if not is_remote(pattern):
     return _local_glob(pattern, kind)
   system, inside = _remote(pattern)
+  if pattern.endswith('/') and kind == 'file':  # fsspec drops the slash, after which there are only folders
+    return []
   if 'file' in system.protocol:
     return [system.unstrip_protocol(path) for path in _local_glob(inside, kind)]
   # In fsspec, unlike in Python, ** may only be a whole part of a path, and * matches hidden names.

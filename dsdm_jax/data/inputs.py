@@ -37,6 +37,8 @@ Replace = Callable[[str], str]
 _PACKAGE = 'dsdm_jax'  # its own code counts by `Stage.format`
 _WEIGHTS = ('config.json', '*.safetensors', '*.safetensors.index.json')  # what `lm.hugging_face` reads
 _BESIDE = ('tokenizer_config.json', 'generation_config.json')  # of a tokenizer.json; they may name its end mark
+# What planted examples depend on, beside the tasks; `max_examples` keeps their order.
+_PLANTED = ('holdout_share', 'file_shots', 'file_delimiter', 'long_prompts')
 _INSTALLED = {'site-packages', 'dist-packages'}
 _NONE = 'no file matches'
 
@@ -86,7 +88,7 @@ def by_content(
   for module in sorted({module for value in selected.values() for module in _modules(value)}):
     result[f'code of {module}'] = code(module)
   if selected.get('pool.plant_targets'):  # the pool then holds the target split
-    result |= select(settings, ('targets.holdout_share', 'targets.max_examples'))
+    result |= select(settings, [f'targets.{key}' for key in _PLANTED])
   return result, given
 
 
@@ -103,7 +105,7 @@ def _replacement(key: str, settings: Mapping[str, Any]) -> Replace | None:
     return lambda text: text and f'content {files.digest(text, _WEIGHTS)}'
   if key in ('targets.tasks', 'pool.leakage_benchmarks', 'evaluation.tasks'):
     places = benchmarks.places(settings['targets.folder'])
-    return lambda text: _task(text, places)
+    return lambda text: of_task(text, places)
   return {
     'pool.sources': _source,
     'pool.vocabulary': _vocabulary,
@@ -117,7 +119,8 @@ def _custom(text: str, weights: bool) -> str:
   return f'content {files.digest(text)}' if (weights or os.sep in text) and os.path.exists(text) else text
 
 
-def _task(text: str, places: tuple[str, ...]) -> str:
+def of_task(text: str, places: tuple[str, ...] = ()) -> str:
+  """A task by its content: a JSONL file, or a benchmark in one of the places of `targets.folder`."""
   if is_jsonl(text):
     return f'{task_name(text)}.jsonl: content {files.digest(text)}'
   place = benchmarks.place(benchmarks.BENCHMARKS[text], places) if text in benchmarks.BENCHMARKS else None

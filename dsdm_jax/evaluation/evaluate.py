@@ -1,7 +1,7 @@
 """Stage `evaluation`: every model on every task and split, then differences between arms with intervals."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dsdm_jax.config.methods import STAGES
+from dsdm_jax.config.values import is_jsonl, task_name
 from dsdm_jax.core import processes, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
+from dsdm_jax.data import inputs
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import multiplier, results, scoring
@@ -131,15 +133,29 @@ def _summarize(
     )
   summary = results.results(items, runs, Options(config.confidence, config.paired_seeds, config.bootstrap))
   summary['multiplier'] = None
-  # Tasks that the leakage guard did not look for, such as benchmarks that were added after the pool was built.
-  if unguarded := sorted({task for task, _ in documents} - set(Pool(context.inputs['pool']).card['guarded'])):
-    summary['notes'].append(f'The pool was not checked for text of {", ".join(unguarded)} (docs/pools.md).')
+  pool = context.inputs['pool']
+  if missing := unguarded(Pool(pool).card['guarded'], pool.settings, {task for task, _ in documents}, config.tasks):
+    summary['notes'].append(f'The pool was not checked for text of {", ".join(missing)} (docs/pools.md).')
   if ladder:
     values = _stacked(out / 'runs', [f'ladder--{entry["name"]}' for entry in ladder])
     storage.save_npz(out / 'ladder_items.npz', **values)
     summary['multiplier'] = _multipliers(context, items, runs, ladder, Items(values, documents, categories))
     storage.write_json(out / 'multiplier.json', summary['multiplier'])
   storage.write_json(out / 'results.json', summary)
+
+
+def unguarded(guarded: Iterable[str], pool: Mapping[str, Any], names: Iterable[str], tasks: Iterable[str]) -> list[str]:
+  """Evaluated tasks whose text the leakage guard did not look for, such as benchmarks that are newer than the pool.
+
+  Args:
+    guarded: names of tasks in the pool's card.
+    pool: settings in the pool's identity, where files are digests: another file of the same name is another task.
+    names: of what is evaluated.
+    tasks: `evaluation.tasks`.
+  """
+  known = {text for key in ('pool.leakage_benchmarks', 'targets.tasks') for text in pool.get(key, ())}
+  others = {task_name(task) for task in tasks if is_jsonl(task) and inputs.of_task(task) not in known}
+  return sorted(set(names) - set(guarded) | others)
 
 
 def _multipliers(

@@ -171,7 +171,7 @@ class Suite:
     encoder: of the pool's vocabulary.
     length: L.
     generate: maximum number of tokens of a generated answer.
-    file_shots: of targets that are files.
+    shots: of each of the run's own targets, in full.
   """
 
   examples: Mapping[tuple[str, str], Examples]
@@ -179,15 +179,13 @@ class Suite:
   encoder: Encoder
   length: int
   generate: int
-  file_shots: int = 0
+  shots: Mapping[str, int]
 
   def tasks(self) -> list[dict[str, Any]]:
     """The `tasks` part of `results.json`."""
     own: list[dict[str, Any]] = []
     for (task, split), examples in self.examples.items():
-      of_file = 0 if task in tasks.BUILT_IN else self.file_shots
-      shots = BENCHMARKS[task].shots if task in BENCHMARKS else of_file
-      facts = {'task': task, 'split': split, 'rule': 'exact_argmax', 'shots': shots}
+      facts = {'task': task, 'split': split, 'rule': 'exact_argmax', 'shots': self.shots[task]}
       own.append({**facts, 'n_items': len(examples), 'categories': [], 'prompts': prompts(*_shortened(examples))})
     return own + [request.describe() for request in self.requests]
 
@@ -229,8 +227,23 @@ def open_suite(context: Context) -> Suite:
       else:
         examples[task, split] = of_split
   requests += read(config.evaluation, config.targets, _sequences(config, pool))
-  generate, file_shots = config.evaluation.generate_tokens, config.targets.file_shots
-  return Suite(examples, tuple(requests), encoder, length, generate, file_shots)
+  shots = {task: _of_target(task, config.targets)[1] for task, _ in examples}
+  return Suite(examples, tuple(requests), encoder, length, config.evaluation.generate_tokens, shots)
+
+
+def _of_target(task: str, config: ConfigDict) -> tuple[Benchmark | None, int, str]:
+  """The benchmark of a target task, its shots and its delimiter.
+
+  A file may have the name of a benchmark or of a built-in task, and is neither.
+
+  Args:
+    task: name of the task.
+    config: the `targets` part of the config.
+  """
+  if task not in config.tasks:
+    return None, config.file_shots, config.file_delimiter
+  known = BENCHMARKS.get(task)
+  return (known, known.shots, known.delimiter) if known else (None, 0, ' ')
 
 
 def of_target(task: str, split: str, examples: Examples, sequences: Sequences, config: ConfigDict) -> Request | None:
@@ -250,14 +263,14 @@ def of_target(task: str, split: str, examples: Examples, sequences: Sequences, c
   shape = next((shape for field, shape in fields.items() if any(field in r for r in examples.records)), None)
   if shape is None:
     return None
-  known = BENCHMARKS.get(task)
+  known, shots, delimiter = _of_target(task, config.targets)
   benchmark = Benchmark(
     name=task,
     category=known.category if known else '',
     shape=shape,
     source='',
-    shots=known.shots if known else config.targets.file_shots,
-    delimiter=' ',
+    shots=shots,
+    delimiter=delimiter,
     scoring=benchmarks.SCORING[shape],
     per_category=known is not None and known.per_category,
   )

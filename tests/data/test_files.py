@@ -65,8 +65,9 @@ PARTS = st.sampled_from(
   paths=st.lists(st.lists(NAMES, min_size=1, max_size=3), min_size=1, max_size=8),
   pattern=st.lists(PARTS, min_size=1, max_size=4),
   link=st.booleans(),
+  end=st.sampled_from(['', '/']),
 )
-def test_patterns_match_as_in_python(paths, pattern, link, tmp_path_factory):
+def test_patterns_match_as_in_python(paths, pattern, link, end, tmp_path_factory):
   """Locally, through a link to a folder, and in fsspec's in-memory file system."""
   folder = tmp_path_factory.mktemp('tree')
   memory = fsspec.filesystem('memory')
@@ -78,7 +79,7 @@ def test_patterns_match_as_in_python(paths, pattern, link, tmp_path_factory):
       memory.pipe(f'/{folder.name}/{"/".join(parts)}', b'')
   if link:
     (folder / 'linked').symlink_to(folder / 'tree')
-  wanted = '/'.join(pattern)
+  wanted = '/'.join(pattern) + end
   found = {p for p in glob.glob(f'{folder}/tree/{wanted}', recursive=True) if os.path.isfile(p)}
   if not glob.has_magic(wanted):
     return

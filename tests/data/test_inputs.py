@@ -18,11 +18,13 @@ from ml_collections import ConfigDict
 from configs.base import get_config
 from dsdm_jax import pipeline
 from dsdm_jax.attribution import score_files
+from dsdm_jax.config.values import guarded
 from dsdm_jax.core.runner import Runner
 from dsdm_jax.data import files, inputs
 from dsdm_jax.data.pool import readers, sources
 from dsdm_jax.data.targets import benchmarks, tasks
 from dsdm_jax.errors import UserError
+from dsdm_jax.evaluation.evaluate import unguarded
 from dsdm_jax.lm import hugging_face
 from tests.lm.test_hugging_face import write_gpt2
 
@@ -39,11 +41,11 @@ def record(root: str, name: str, letter: str) -> str:
   return write(f'{root}/{name}.jsonl', json.dumps({'context': 'a', 'answer': letter}) + '\n')
 
 
-def two_files(kind: str, suffix: str) -> Make:
+def two_files(kind: str, suffix: str, option: str = 'weight=2') -> Make:
   def make(root: str, letter: str) -> dict[str, Any]:
     write(f'{root}/a.{suffix}', 'one')
     write(f'{root}/b.{suffix}', letter)
-    return {'pool.sources': (f'{kind}:{root}/*.{suffix} | weight=2',), 'pool.max_bytes': 9_000}
+    return {'pool.sources': (f'{kind}:{root}/*.{suffix} | {option}',), 'pool.max_bytes': 9_000}
 
   return make
 
@@ -133,7 +135,7 @@ KINDS: dict[str, Make] = {
   'text': two_files('text', 'txt'),
   'jsonl': two_files('jsonl', 'jsonl.gz'),
   'parquet': two_files('parquet', 'parquet'),
-  'tokens': two_files('tokens', 'parquet'),
+  'tokens': two_files('tokens', 'parquet', 'text=ids'),
   'hf': saved_dataset,
   'remote': remote,
   'tfds folder': tfds_folder,
@@ -197,6 +199,36 @@ def test_content_counts_and_the_path_does_not(kind, tmp_path):
   if here in sys.path:
     sys.path.remove(here)
   assert identities(make(there, 'a'), tmp_path / 'run') == first
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'), [('holdout_share', 0.25), ('file_shots', 1), ('file_delimiter', ''), ('long_prompts', 'refuse')]
+)
+def test_planted_targets_count_with_what_they_depend_on(tmp_path, key, value):
+  runs = [
+    {'pool.plant_targets': planted, **settings} for planted in (1, 0) for settings in ({}, {f'targets.{key}': value})
+  ]
+  first, second, *plain = [json.loads(identities(settings, tmp_path))['pool'] for settings in runs]
+  assert first != second and plain[0] == plain[1]
+
+
+def test_the_guard_knows_files_by_content(tmp_path):
+  """A file that moved was guarded; another file of the same name was not."""
+  old, same, other = (record(f'{tmp_path}/{i}', 'one', letter) for i, letter in enumerate('xxy'))
+  for key in ('pool.leakage_benchmarks', 'targets.tasks'):
+    pool = {key: [inputs.of_task(old)]}
+    assert unguarded(['one', 'docs'], pool, ['one', 'docs', 'piqa'], ['targets', 'piqa', same]) == ['piqa']
+    assert unguarded(['one', 'docs'], pool, ['one', 'docs'], ['targets', other]) == ['one']
+
+
+def test_the_folders_of_evaluated_files_do_not_order_them(tmp_path):
+  digests = []
+  for first, second in (('a', 'b'), ('d', 'c')):
+    tasks_ = record(f'{tmp_path}/{first}', 'one', 'x'), record(f'{tmp_path}/{second}', 'two', 'y')
+    digests.append(
+      json.loads(identities({'pool.leakage_benchmarks': guarded(('evaluated',), tasks_)}, tmp_path))['pool']
+    )
+  assert digests[0] == digests[1]
 
 
 def test_same_content_in_another_file_or_copied_again_is_the_same(tmp_path):

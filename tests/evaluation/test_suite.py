@@ -212,6 +212,19 @@ def test_a_target_is_asked_as_its_file_would_be_as_a_benchmark(tmp_path, shape: 
     assert sum(request.tokens_cut_I) > 0
 
 
+def test_a_target_file_with_the_name_of_a_benchmark_is_not_that_benchmark(tmp_path):
+  config = base.get_config()
+  path = tmp_path / 'jeopardy.jsonl'
+  path.write_bytes(Path(_mine(tmp_path, 'multiple_choice')).read_bytes())
+  config.targets.tasks, config.targets.file_shots, config.targets.file_delimiter = (str(path),), 1, '\n'
+  built, _ = targets_lib.build(config.targets, ByteEncoder(), 256)
+  sequences = Sequences(ByteEncoder(), 256, EOS)
+  for (task, split), examples in built.items():
+    facts = suite.of_target(task, split, examples, sequences, config).describe()
+    assert (facts['shots'], facts['delimiter'], facts['group'], facts['categories']) == (1, '\n', '', [])
+    assert not suite.of_target(task, split, examples, sequences, config).benchmark.per_category
+
+
 def test_a_benchmark_leaves_out_the_target_split(tmp_path):
   """Of a target of the same name, and of the same questions in another file; or it is refused before the run."""
   path = _mine(tmp_path, 'multiple_choice', count=60)

@@ -251,10 +251,15 @@ class Builder:
       entries, jobs, scanned, c.drop_duplicates, c.drop_leaks, c.max_bytes, self.config.seed, c.leakage_common
     )
     if not selected.count:
+      bad, leaks = selected.lost['bad_input']['documents'], len(selected.leaks) if c.drop_leaks else 0
       raise UserError(
         f'the pool is empty: pool.sources {tuple(c.sources)} with pool.kinds {tuple(c.kinds)} gave '
-        f'{sum(s.documents for s in scanned)} documents and the leakage guard dropped '
-        f'{len(selected.leaks) if c.drop_leaks else 0}; choose other kinds or raise pool.max_bytes'
+        f'{sum(s.documents for s in scanned)} documents and {bad} bad inputs, and the leakage guard dropped {leaks}; '
+        'choose other kinds or raise pool.max_bytes'
+      )
+    if c.plant_targets and PLANTED in selected.names:
+      raise UserError(
+        f'documents have the source {PLANTED!r}, which pool.plant_targets needs; name another field with | source=FIELD'
       )
     if same := layout.repeated_id(jobs, selected.keep_M):
       owner = [int(np.searchsorted([job.end for job in jobs], number, side='right')) for number in same]

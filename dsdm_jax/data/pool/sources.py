@@ -111,10 +111,16 @@ class Unit:
   labels: tuple[str, ...] = ()
 
 
+def _whole(value: str) -> int:
+  if (number := float(value)) != int(number):
+    raise ValueError
+  return int(number)
+
+
 _OPTIONS: Mapping[str, Callable[[str], Any]] = {
   **dict.fromkeys(('name', 'text', 'id', 'source', 'split', 'module'), str),
   'weight': float,
-  **dict.fromkeys(('max_bytes', 'max_documents'), lambda value: int(float(value))),
+  **dict.fromkeys(('max_bytes', 'max_documents'), _whole),
 }
 _CAPS = ('weight', 'max_bytes', 'max_documents')
 _FIELDS = ('text', 'id', 'source', 'name')
@@ -155,7 +161,8 @@ def parse(line: str) -> Entry:
     try:
       options[key] = _OPTIONS[key](value)
     except (ValueError, OverflowError) as error:  # OverflowError: 1e999
-      raise UserError(f'{where}: {key}={value} is not a number') from error
+      kind = 'number' if key == 'weight' else 'whole number'
+      raise UserError(f'{where}: {key}={value} is not a {kind}') from error
   entry = Entry(kind, target, **options)
   for key in ('name', 'text'):
     if not getattr(entry, key):

@@ -304,7 +304,9 @@ def _only(candidates: Sequence[str], of: str = 'the tokenizer') -> str:
     return pieces[0]
   if not pieces:
     usual = ', '.join(_END_PIECES)
-    raise UserError(f'{of} names no piece that ends a document and has none of {usual}; set {_END_KEY}')
+    raise UserError(
+      f'{of} names no piece that ends a document, and none of its special pieces is {usual}; set {_END_KEY}'
+    )
   raise UserError(f'{of} has several pieces that may end a document: {" and ".join(map(repr, pieces))}; set {_END_KEY}')
 
 
@@ -313,7 +315,8 @@ class HuggingFaceEncoder:
 
   Args:
     data: bytes of the file.
-    end: the piece that ends a document; '' takes the only special token with a usual name, or the only piece with one.
+    end: the piece that ends a document; '' takes the only special token with a usual name, or, if no token is special,
+      the only piece with one.
 
   Attributes:
     end: that piece. Written out in a text it is text.
@@ -345,7 +348,8 @@ class HuggingFaceEncoder:
       )
     special = {token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special}
     self.end = end or _only(
-      [piece for piece in _END_PIECES if piece in special] or [piece for piece in _END_PIECES if piece in ids]
+      [piece for piece in _END_PIECES if piece in special]
+      or [piece for piece in _END_PIECES if piece in ids and not special]
     )
     if self.end not in ids:
       raise UserError(f'the tokenizer has no piece {self.end!r} to end a document with; set {_END_KEY}')

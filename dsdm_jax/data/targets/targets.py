@@ -237,9 +237,17 @@ def run(context: Context) -> dict[str, Any]:
   storage.write_json(context.out / 'tasks.json', list(counts))
   context.log.event('targets', counts=counts)
   for task, count in counts.items():
+    left_out = ''.join(
+      f'; left out: {count[name]:,} {of}'
+      for name, of in (
+        ('duplicates', 'duplicates'),
+        ('unfit', f'whose answer has no tokens, or more than {length - 1}'),
+      )
+      if count[name]
+    )
     context.log.say(
       f'targets: {task}: {count["items"]:,} items in {count["groups"]:,} groups that share no document, passage or '
-      f'question; {count["target"]:,} target examples, {count["holdout"]:,} of the holdout'
+      f'question; {count["target"]:,} target examples, {count["holdout"]:,} of the holdout{left_out}'
     )
   return {
     'tasks': list(counts),

@@ -133,15 +133,17 @@ def _zero_shot(benchmark: benchmarks.Benchmark, items: Sequence[shapes.Item], na
 
 
 _WINDOW = 12  # characters
+_DENSE = 0x2E80  # Chinese, Japanese and Korean begin here: a character counts as two
 
 
 @functools.lru_cache(maxsize=4)
 def near_equal(texts: tuple[str, ...]) -> list[int]:
   """The first text of each text's group; texts of one group share a passage, or are almost the same.
 
-  Texts are compared by their runs of 12 characters, without white space and sentence punctuation. Two are joined if
-  they have at least 12 runs in common, half of what either has in common with any text, and a third of either. Runs of
-  more than three quarters of the texts do not count, nor do those of more than a tenth and 30: they are a template.
+  Texts are compared by their runs of 12 characters (6 of Chinese, Japanese and Korean), without white space and
+  punctuation of sentences. Two are joined if they have at least 12 runs in common, half of what either has in common
+  with any text, and a third of either. Runs of more than three quarters of the texts do not count, nor do those of more
+  than a tenth and 30: they are a template.
   """
   runs = [_runs(shapes.content_key(text)) for text in texts]
   count = len(texts)
@@ -172,6 +174,7 @@ def near_equal(texts: tuple[str, ...]) -> list[int]:
 def _runs(key: str) -> np.ndarray:
   """Hashes of the different runs of characters of `key`: uint64, sorted."""
   code = np.frombuffer(key.encode('utf-32-le', 'surrogatepass'), np.uint32).astype(np.uint64)
+  code = np.repeat(code, 1 + (code >= _DENSE))
   if len(code) < _WINDOW:
     return np.zeros(0, np.uint64)
   code = (code + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -302,18 +305,19 @@ def read_tasks(config: ConfigDict) -> list[RawTask]:
 def raw_texts(config: ConfigDict) -> list[TargetText]:
   """Every text of every task and both splits, also of items that are not sampled: the pool must not contain them.
 
-  Prompts of `api_qa` are left out: a signature alone does not give the answer away.
+  Prompts of `api_qa` are left out: a signature alone does not give the answer away. Shots and delimiters do not matter.
   """
   texts = []
   for task in read_tasks(config):
-    if task.name in config.tasks and task.name in benchmarks.BENCHMARKS:
-      texts += benchmark_texts((task.name,), config.folder or '.')
-      items = benchmarks.target_items(benchmarks.BENCHMARKS[task.name], config.folder)
-      texts += [_text(task.name, item) for item in items]
+    if task.benchmark is None:
+      prompts = [''] * len(task.items) if task.name == 'api_qa' else [item.context for item in task.items]
+      pairs = zip(prompts, task.items, strict=True)
+      texts += [TargetText(task.name, f'{prompt}{item.answer}', item.id) for prompt, item in pairs]
       continue
-    for item in task.items:
-      context = '' if task.name == 'api_qa' else item.context
-      texts.append(TargetText(task.name, f'{context}{item.answer}', item.id))
+    name = next(given for given in config.tasks if task_name(given) == task.name)
+    texts += benchmark_texts((name,), config.folder or '.')
+    if name in benchmarks.BENCHMARKS:
+      texts += [_text(name, item) for item in benchmarks.target_items(task.benchmark, config.folder)]
   return texts
 
 

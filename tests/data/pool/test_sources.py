@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from dsdm_jax.data import files, inputs
 from dsdm_jax.data.pool import readers, sources
 from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets import leakage
 from dsdm_jax.errors import UserError
 from tests.helpers.data import RECORDS, lines, run_pool, small_config
 
@@ -248,6 +249,9 @@ def test_a_glob_without_files(tmp_path: Path):
   assert bad_inputs(pool) == 1
   with pytest.raises(UserError, match='the pool is empty'):
     build(tmp_path / 'c', f'jsonl:{tmp_path}/nothing-*.jsonl', on_error='skip')
+  (tmp_path / 'bad.jsonl').write_text('no JSON\n')
+  with pytest.raises(UserError, match='the pool is empty: .* gave 0 documents and 1 bad inputs'):
+    build(tmp_path / 'd', f'jsonl:{tmp_path}/bad.jsonl', on_error='skip')
 
 
 def test_unicode_line_separators_stay_in_their_document(tmp_path: Path):
@@ -259,16 +263,17 @@ def test_unicode_line_separators_stay_in_their_document(tmp_path: Path):
 
 
 def test_a_document_of_zero_tokens(tmp_path: Path):
-  """A tokenizer without an unknown piece drops what it does not know: nothing is left of some texts."""
+  """A tokenizer may drop what it calls no text, such as spaces of zero width: nothing is left of some texts."""
   tokenizers = pytest.importorskip('tokenizers')
-  letters = {letter: i for i, letter in enumerate('abcdefghijklmnopqrstuvwxyz')}
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
+  letters = {letter: i for i, letter in enumerate('?abcdefghijklmnopqrstuvwxyz')}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[], unk_token='?'))
+  tokenizer.normalizer = tokenizers.normalizers.Replace('\u200b', '')
   tokenizer.add_special_tokens(['<|endoftext|>'])
   tokenizer.save(str(tmp_path / 'tokenizer.json'))
-  records = [*RECORDS[:5], {'id': 'none/1', 'source': 'none', 'text': '你好'}, *RECORDS[5:]]
+  records = [*RECORDS[:5], {'id': 'none/1', 'source': 'none', 'text': '\u200b\u200b'}, *RECORDS[5:]]
   (tmp_path / 'a.jsonl').write_bytes(lines(records))
-  (tmp_path / 'b.jsonl').write_bytes(lines([{'id': 'prose/x', 'source': 'prose', 'text': '再见'}, *RECORDS[:1]]))
-  keys = {'vocabulary': str(tmp_path / 'tokenizer.json')}
+  (tmp_path / 'b.jsonl').write_bytes(lines([{'id': 'prose/x', 'source': 'prose', 'text': '\u200b'}, *RECORDS[:1]]))
+  keys = {'vocabulary': str(tmp_path / 'tokenizer.json'), 'max_unknown_share': 1.0}
   with pytest.raises(UserError, match=r'a\.jsonl, line 6: a document of zero tokens; .*on_error=skip'):
     build(tmp_path / 'fail', f'jsonl:{tmp_path}/*.jsonl', **keys)
   pool = build(tmp_path / 'skip', f'jsonl:{tmp_path}/*.jsonl', on_error='skip', **keys)
@@ -279,12 +284,18 @@ def test_a_document_of_zero_tokens(tmp_path: Path):
   assert list(pool.documents) == list(wanted.documents)
   assert bad_inputs(pool) == 2 and pool.card['sources'].pop('none') == {'documents': 0, 'bytes': 0, 'rows': 0}
   assert pool.card | {'read': 0, 'lost': 0} == wanted.card | {'read': 0, 'lost': 0}
-  assert pool.card['lost']['without_tokens'] == {'documents': 2, 'bytes': 12}
+  assert pool.card['lost']['without_tokens'] == {'documents': 2, 'bytes': 9}
   skipped = [json.loads(entry) for entry in (pool.path / 'skipped.jsonl').read_text().splitlines()]
   assert [s['where'] for s in skipped] == [f'{tmp_path}/a.jsonl, line 6', f'{tmp_path}/b.jsonl, line 1']
   (tmp_path / 'none.jsonl').write_bytes(lines(records[5:6]))
   with pytest.raises(UserError, match='no document has a token'):
     build(tmp_path / 'empty', f'jsonl:{tmp_path}/none.jsonl', on_error='skip', **keys)
+
+
+def test_the_source_of_planted_targets_has_no_other_documents(tmp_path: Path):
+  (tmp_path / 'a.jsonl').write_bytes(lines([{'source': 'planted', 'text': 'text'}]))
+  with pytest.raises(UserError, match="have the source 'planted', which pool.plant_targets needs"):
+    build(tmp_path / 'pool', f'jsonl:{tmp_path}/a.jsonl', plant_targets=1)
 
 
 def test_more_sources_than_can_be_told_apart(tmp_path: Path):
@@ -353,7 +364,8 @@ def test_caps_and_weights_hold_for_sources_that_are_read_from_beginning_to_end(t
     ('jsonl:a | weight=much', 'weight=much is not a number'),
     ('jsonl:a | weight=0', 'weight must be above 0'),
     ('jsonl:a | weight=inf', 'weight must be above 0 and at most 1,000,000'),
-    ('jsonl:a | max_bytes=1e999', 'max_bytes=1e999 is not a number'),
+    ('jsonl:a | max_bytes=1e999', 'max_bytes=1e999 is not a whole number'),
+    ('jsonl:a | max_bytes=0.5', 'max_bytes=0.5 is not a whole number'),
     ('jsonl:a | max_documents=1e15', 'max_documents must be at least 0 and at most 1,000,000,000,000'),
     ('jsonl:a | text=', 'text= is empty'),
     ('text:a | id=name', "option 'id=name' is none of those of text: name="),
@@ -652,7 +664,8 @@ def test_all_text_is_in_the_pool_or_counted_as_lost(records, limit, budget, dupl
     passes.Job(unit, index, folder, limit, True, out=folder)
     for index, unit in enumerate(sources.distinct(sources.units(entries[0])))
   ]
-  guard = mock.Mock(leak=lambda d: mock.Mock(id=d.id, task='t', words='w') if 'word' in d.text else None)
+  leak = leakage.Leak('id', (leakage.Span('t', 'i', 'word', (0, 4), (0, 4)),), 1, False, True, np.zeros(1, np.int64))
+  guard = mock.Mock(leaks=lambda batch: {i: leak for i, document in enumerate(batch) if 'word' in document.text})
   with mock.patch.object(passes, '_guard', return_value=guard):
     jobs = [dataclasses.replace(job, guard='x') for job in jobs]
     scanned = [passes.scan(job) for job in jobs]

@@ -253,6 +253,7 @@ LETTERS = {
     (TAGS, {'generation_config': {'eos_token_id': [3]}}, '<table>'),
     (TAGS, {'tokenizer_config': {'eos_token': None}}, '<eos>'),
     (TAGS[2:], {}, '</s>'),
+    (TAGS[::2], {}, ('none of its special pieces is <|endoftext|>',)),
     (TAGS, {'tokenizer_config': {'eos_token': '</s>'}, 'generation_config': {'eos_token_id': 1}}, ('</s>', '<eos>')),
     (TAGS, {'generation_config': {'eos_token_id': [1, 3]}}, ('<eos>', '<table>')),
     ([*TAGS[:2], added(2, '</s>', special=True)], {}, ('</s>', '<eos>')),

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.core.progress import Log
+from dsdm_jax.data.pool import vocabulary
 from dsdm_jax.data.pool.vocabulary import ByteEncoder
 from dsdm_jax.data.targets.targets import Targets, build, pieces, sequence
 from dsdm_jax.errors import UserError
@@ -106,6 +108,19 @@ def test_build_splits_samples_and_counts(write_jsonl: Callable[[str], str]):
   fewer, _ = build(config, Bytes(), 24)
   assert len({r['document'] for r in fewer['mine', 'target'].records}) == len(documents['target'])
   assert fewer['mine', 'target'].records == examples['mine', 'target'].records[: config.max_examples]
+
+
+def test_what_is_left_out_is_printed(tmp_path, write_jsonl: Callable[[str], str], monkeypatch):
+  records = [{'context': f'c{i}', 'answer': 'x' * (40 if i < 3 else 4)} for i in range(30)]
+  path = write_jsonl('\n'.join(map(json.dumps, [*records, *records[-2:]])))
+  config = small_config()
+  config.targets.tasks, config.targets.max_examples = (path,), 1_000
+  said: list[str] = []
+  monkeypatch.setattr(Log, 'say', lambda _, text: said.append(text))
+  (tmp_path / 'card.json').write_text('{"length": 24}')
+  vocabulary.save('bytes', tmp_path)
+  run_targets(config, tmp_path, Artifact(tmp_path, {}))
+  assert said[-1].endswith('left out: 2 duplicates; left out: 3 whose answer has no tokens, or more than 23')
 
 
 def test_a_split_without_examples_is_an_error(write_jsonl: Callable[[str], str]):

@@ -3,6 +3,7 @@
 import json
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +143,18 @@ def test_items_about_one_passage_are_on_one_side_without_documents(write_jsonl, 
   assert all(len(set(sides[5 * p : 5 * p + 5])) == 1 for p in range(passages))
 
 
+def test_a_short_passage_of_a_dense_script_is_one(write_jsonl):
+  """Fourteen characters of Chinese say what seven English words do."""
+  g = np.random.default_rng(0)
+  text = lambda count: ''.join(map(chr, g.integers(0x4E00, 0x5E00, count)))  # noqa: E731
+  passages = [text(14) for _ in range(20)]
+  records = [{'context': f'{passage}\n{text(7)}？', 'answer': text(3)} for passage in passages for _ in range(3)]
+  sides, groups = _sides(write_jsonl('\n'.join(map(json.dumps, records))))
+  assert groups == 20 and all(len(set(sides[i : i + 3])) == 1 for i in range(0, 60, 3))
+  records = [{'context': f'第{i}個數加上第{i * i}個數是多少？', 'answer': str(i + i * i)} for i in range(100)]
+  assert _sides(write_jsonl('\n'.join(map(json.dumps, records))))[1] == 100
+
+
 def test_other_questions_in_the_same_form_are_not_grouped(write_jsonl):
   """A template is no passage: arithmetic, long instructions, and the two forms of a generated task."""
   instruction = 'Read the following question carefully, think about it step by step, and answer with one number only.'
@@ -213,6 +226,18 @@ def test_built_in_tasks_share_no_long_answer_between_the_sides():
   assert not paragraphs['target'] & paragraphs['holdout']
   count = {s: sum(v == s for k, v in side.items() if not k.startswith('cs_')) for s in tasks.SPLITS}
   assert min(count.values()) > 100
+
+
+@pytest.mark.parametrize('delimiter', ['', '\nAnswer: '])
+def test_the_text_of_a_file_for_the_guard_needs_no_setting(tmp_path, delimiter: str):
+  """Nor is a file one of the built-in tasks or a benchmark if it has their name."""
+  config = get_config().targets
+  config.file_delimiter, config.file_shots = delimiter, 1
+  config.tasks = tuple(f'{tmp_path}/{name}.jsonl' for name in ('api_qa', 'docs', 'squad'))
+  for path in config.tasks:
+    Path(path).write_text(''.join(json.dumps({'context': f'why {i}', 'answer': f'so {i}'}) + '\n' for i in range(2)))
+  wanted = [(name, f'why {i} so {i}') for name in ('api_qa', 'docs', 'squad') for i in range(2)]
+  assert [(text.task, text.text) for text in tasks.raw_texts(config)] == wanted
 
 
 def test_raw_texts_hold_answers_and_no_signatures():
