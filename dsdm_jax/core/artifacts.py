@@ -45,6 +45,8 @@ _PUBLISHED = 'published.json'  # names that `publish` wrote in the folder of a s
 _SELF_CHECKED = '*.zarr/c/*'  # chunks of a store, whose crc32c each read checks
 _ATTEMPT = re.compile(r'[0-9a-f]{12}-\d+')
 _LARGE = 2**30  # bytes of such files in a stage, above which opening it compares only their sizes
+# What reading a damaged or foreign manifest or note raises.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _IDENTITY = {'stage': str, 'format': int, 'settings': dict, 'inputs': dict}
 # Packages that can change results bit for bit. A stage that was started under one version cannot be resumed under
 # another.
@@ -245,7 +247,7 @@ def open_stage(workdir: str | os.PathLike, stage: str) -> Artifact | None:
         raise TypeError(f'{name} has no size or no checksum')
   except UserError:
     raise
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+  except _UNREADABLE as error:
     reason = ' '.join(str(error).split())[:200]
     raise UserError(
       f'{file} is unreadable ({type(error).__name__}: {reason}); delete {file.parent} and start again to run that '
@@ -350,7 +352,7 @@ def _note(attempt: Path) -> dict[str, Any] | None:
       raise ValueError('it has no identity')
   except UserError:
     raise
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+  except _UNREADABLE as error:
     reason = ' '.join(str(error).split())[:200]
     raise UserError(f'{file} is unreadable ({type(error).__name__}: {reason}); {way_out}') from error
   return None if note.get('discarded') else note
@@ -518,7 +520,10 @@ class Cost:
 
   Attributes:
     flop: of the whole attempt, once the stage has gone through it.
-    parts: name → 'seconds' or 'flop' of a part of the work, for stages that need them; saved with the seconds.
+    parts: name → seconds or FLOP of a part of the work, for stages that need them; saved with the seconds.
+
+  Raises:
+    UserError: what was saved is damaged or cannot be read.
   """
 
   def __init__(self, attempt: Path, job: int = 0, enabled: bool = True):
@@ -537,20 +542,25 @@ class Cost:
 
   def save(self) -> None:
     if self._enabled:
-      storage.write_json(self._file, {'seconds': self.seconds, 'parts': self.parts})
+      storage.write_bytes(self._file, seal({'seconds': self.seconds, 'parts': self.parts}))
 
 
-def _spent(file: Path) -> tuple[float, dict[str, dict[str, float]]]:
+def _spent(file: Path) -> tuple[float, dict[str, float]]:
   try:
-    saved = json.loads(file.read_bytes())
-    parts = {name: {k: float(v) for k, v in part.items()} for name, part in saved.get('parts', {}).items()}
-    if not all(
-      0 <= v < math.inf for part in ({'seconds': float(saved['seconds'])}, *parts.values()) for v in part.values()
-    ):
-      raise ValueError('no cost')
+    data = storage.read_bytes(file)
+    if data is None:
+      return 0.0, {}
+    saved = unseal(data)
+    parts = {name: float(value) for name, value in saved['parts'].items()}
+    if not all(0 <= value < math.inf for value in (saved['seconds'], *parts.values())):
+      raise ValueError('it has no cost')
     return float(saved['seconds']), parts
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-    return 0.0, {}
+  except _UNREADABLE as error:
+    reason = ' '.join(str(error).split())[:200]
+    raise UserError(
+      f'{file} is unreadable ({type(error).__name__}: {reason}); restore it, or delete it: then {file.parent.parent} '
+      'resumes without the seconds that were spent there'
+    ) from error
 
 
 def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost: Cost) -> Artifact:
@@ -595,9 +605,10 @@ def reopen(artifact: Artifact) -> list[str]:
   if damage:
     # Until the manifest is deleted, a kill leaves a finished stage that lacks files, and this starts again.
     note = {**artifact.identity, 'versions': artifact.manifest['versions']}
-    storage.create(artifact.path / _BEGUN, seal(note))
+    storage.write_bytes(artifact.path / _BEGUN, seal(note))  # no manifest vouches for the one that is there
     if not list(artifact.path.glob(_COST)):
-      storage.write_json(artifact.path / _COST.replace('*', ''), artifact.manifest['cost'])
+      spent = {'seconds': artifact.manifest['cost']['seconds'], 'parts': {}}
+      storage.write_bytes(artifact.path / _COST.replace('*', ''), seal(spent))
     for file, _ in damage:
       storage.delete(file)
     storage.delete(artifact.path.parent / MANIFEST)
@@ -647,7 +658,7 @@ def _published(folder: Path) -> dict[str, str]:
   """Name → SHA-256 of what `publish` wrote in the folder of a stage."""
   try:
     return dict(unseal(storage.read_bytes(folder / _PUBLISHED) or b'{}')['files'])
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+  except _UNREADABLE:
     return {}  # nothing is known of other files, so they stay
 
 
@@ -728,6 +739,11 @@ def _inspect_attempt(attempt: Path, superseded: bool) -> Finding:
   if note is None or superseded:
     return Finding('superfluous', attempt, 'an attempt that is no longer needed; the next run deletes it')
   marks = [attempt / name for name in storage.files(attempt) if storage.is_mark(name)]
+  for file in sorted(attempt.glob(_COST)):
+    try:
+      _spent(file)
+    except UserError as error:
+      return Finding('damaged', file, str(error))
   torn = [mark.name for mark in marks if not storage.is_marked(mark.with_suffix(''))]
   lost = f'; damaged and computed again: {", ".join(torn[:3])}' if torn else ''
   return Finding('unfinished', attempt, f'the same command resumes it{lost}')

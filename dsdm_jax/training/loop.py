@@ -75,11 +75,10 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
     bar.update(run.steps * trainer.models)
     return read_history(record_file)
 
-  spent = context.cost.parts.setdefault(run.name, {'seconds': 0.0})
-  earlier, began = spent['seconds'], time.monotonic()
+  earlier, began = context.cost.parts.get(run.name, 0.0), time.monotonic()
 
   def save_cost() -> None:
-    spent['seconds'] = earlier + time.monotonic() - began
+    context.cost.parts[run.name] = earlier + time.monotonic() - began
     context.cost.save()
 
   keep = Keep(config.keep_checkpoints, config.keep_every_steps, config.keep_every_hours, run.keep_steps)

@@ -325,7 +325,7 @@ def test_notes_of_an_attempt(data, tmp_path, tried):
       artifacts.differences(found, {'format': 1, 'settings': {}, 'inputs': {}})
 
   refused_by_name(part / 'begun.json', act)
-  assert isinstance(artifacts.Cost(part).seconds, float)
+  refused_by_name(part / 'cost.json', lambda: artifacts.Cost(part))
   (tmp_path / lock.LOCK).write_bytes(data)
   with pytest.raises(UserError, match='is no lock of dsdm_jax'):
     lock.hold(tmp_path).__enter__()
