@@ -235,9 +235,10 @@ def test_damaged_cost_is_named_and_not_charged(workdir, monkeypatch):
       [finding] = artifacts.inspect(workdir)
       assert (finding.kind, finding.path) == ('damaged', out / name)
     (out / name).write_bytes(whole)
-  with monkeypatch.context() as patched, pytest.raises(UserError, match='Input/output error'):
+  with monkeypatch.context() as patched:
     patched.setattr(Path, 'read_bytes', _fails(errno.EIO))
-    Cost(out)
+    with pytest.raises(UserError, match='Input/output error'):
+      Cost(out)
   assert Cost(out).of_all_jobs()['seconds'] == pytest.approx(4, abs=1)
 
 
