@@ -618,9 +618,11 @@ def reopen(artifact: Artifact) -> list[str]:
 def link(artifact: Artifact, workdir: Path) -> None:
   """Adds a finished stage to another workdir. Its files get a second name there; neither is written to any more."""
   folder = Path(workdir) / artifact.identity['stage']
-  storage.create(folder / artifact.path.name / _BEGUN, seal({**artifact.identity, 'versions': versions()}))
-  marks = [name for name in storage.files(artifact.path) if storage.is_mark(name)]
-  for name in (*artifact.manifest['files'], *marks):
+  note = seal({**artifact.identity, 'versions': artifact.manifest['versions']})
+  storage.create(folder / artifact.path.name / _BEGUN, note)
+  # After a kill the attempt is resumed: what is noted as complete has its cost.
+  notes = [name for name in storage.files(artifact.path) if _is_note(name) and name != _BEGUN]
+  for name in (*artifact.manifest['files'], *sorted(notes, key=storage.is_mark)):
     storage.copy(artifact.path / name, folder / artifact.path.name / name)
   storage.create(folder / MANIFEST, seal(artifact.manifest))
 

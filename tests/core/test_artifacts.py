@@ -619,6 +619,24 @@ def test_linked_stage_is_whole_and_can_be_reopened_alone(workdir, tmp_path):
   made.verify()
 
 
+def test_link_that_is_killed_leaves_no_complete_file_without_its_cost(workdir, tmp_path, monkeypatch):
+  out = artifacts.begin(workdir, IDENTITY)
+  (out / 'model.jsonl').write_text('loss')
+  storage.mark(out / 'model.jsonl')
+  spend(out, 7, model=7.0)
+  made, copy = make(workdir), storage.copy
+  for left in range(1, 6):  # two files of `make`, the record, the cost and the note on the record
+    other, copies = tmp_path / str(left), iter(range(left))
+    monkeypatch.setattr(storage, 'copy', lambda *paths, copies=copies: next(copies) + 1 and copy(*paths))
+    with contextlib.suppress(StopIteration):
+      artifacts.link(made, other)
+    part = other / 'pool' / out.name
+    assert not storage.is_marked(part / 'model.jsonl') or Cost(part).parts == {'model': 7.0}
+    assert (left == 5) == storage.is_marked(part / 'model.jsonl')
+  assert artifacts.other_versions(part) == {}
+  assert json.loads((part / 'begun.json').read_text())['versions'] == made.manifest['versions']
+
+
 def test_published_files_are_those_of_the_artifact(workdir):
   made = make(workdir, one='text', two='text')
   artifacts.publish(made)
