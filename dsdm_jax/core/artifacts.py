@@ -536,6 +536,10 @@ class Cost:
   def seconds(self) -> float:
     return self._earlier + time.monotonic() - self._began
 
+  def resume(self, seconds: float) -> None:
+    """Counts work on disk that had taken `seconds` in all, although a kill came before they were saved."""
+    self._earlier = max(self._earlier, seconds)
+
   def of_all_jobs(self) -> dict[str, float]:
     others = [_spent(file)[0] for file in sorted(self.attempt.glob(_COST)) if file != self._file]
     return {'seconds': self.seconds + sum(others), 'flop': self.flop}
