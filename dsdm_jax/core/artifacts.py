@@ -40,7 +40,7 @@ STAGES = tuple(
 )
 MANIFEST = 'manifest.json'
 _BEGUN = 'begun.json'
-_COST = 'cost*.json'  # one for each job that shares the stage
+_COST = re.compile(r'cost(_\d+)?\.json')  # one for each job that shares the stage
 _PUBLISHED = 'published.json'  # names that `publish` wrote in the folder of a stage
 _SELF_CHECKED = '*.zarr/c/*'  # chunks of a store, whose crc32c each read checks
 _ATTEMPT = re.compile(r'[0-9a-f]{12}-\d+')
@@ -504,7 +504,7 @@ def holds_work(attempt: Path) -> bool:
 
 
 def _is_note(name: str) -> bool:
-  return name == _BEGUN or fnmatch.fnmatch(name, _COST) or storage.is_mark(name)
+  return name == _BEGUN or _COST.fullmatch(name) is not None or storage.is_mark(name)
 
 
 class Cost:
@@ -528,7 +528,7 @@ class Cost:
 
   def __init__(self, attempt: Path, job: int = 0, enabled: bool = True):
     self.attempt, self._enabled = attempt, enabled
-    self._file = attempt / _COST.replace('*', f'_{job}' if job else '')
+    self._file = attempt / (f'cost_{job}.json' if job else 'cost.json')
     self._earlier, self.parts = _spent(self._file)
     self._began, self.flop = time.monotonic(), 0.0
 
@@ -541,12 +541,16 @@ class Cost:
     self._earlier = max(self._earlier, seconds)
 
   def of_all_jobs(self) -> dict[str, float]:
-    others = [_spent(file)[0] for file in sorted(self.attempt.glob(_COST)) if file != self._file]
+    others = [_spent(file)[0] for file in _costs(self.attempt) if file != self._file]
     return {'seconds': self.seconds + sum(others), 'flop': self.flop}
 
   def save(self) -> None:
     if self._enabled:
       storage.write_bytes(self._file, seal({'seconds': self.seconds, 'parts': self.parts}))
+
+
+def _costs(attempt: Path) -> list[Path]:
+  return sorted(path for path in attempt.iterdir() if _COST.fullmatch(path.name))
 
 
 def _spent(file: Path) -> tuple[float, dict[str, float]]:
@@ -610,9 +614,9 @@ def reopen(artifact: Artifact) -> list[str]:
     # Until the manifest is deleted, a kill leaves a finished stage that lacks files, and this starts again.
     note = {**artifact.identity, 'versions': artifact.manifest['versions']}
     storage.write_bytes(artifact.path / _BEGUN, seal(note))  # no manifest vouches for the one that is there
-    if not list(artifact.path.glob(_COST)):
+    if not _costs(artifact.path):
       spent = {'seconds': artifact.manifest['cost']['seconds'], 'parts': {}}
-      storage.write_bytes(artifact.path / _COST.replace('*', ''), seal(spent))
+      storage.write_bytes(artifact.path / 'cost.json', seal(spent))
     for file, _ in damage:
       storage.delete(file)
     storage.delete(artifact.path.parent / MANIFEST)
@@ -745,7 +749,7 @@ def _inspect_attempt(attempt: Path, superseded: bool) -> Finding:
   if note is None or superseded:
     return Finding('superfluous', attempt, 'an attempt that is no longer needed; the next run deletes it')
   marks = [attempt / name for name in storage.files(attempt) if storage.is_mark(name)]
-  for file in sorted(attempt.glob(_COST)):
+  for file in _costs(attempt):
     try:
       _spent(file)
     except UserError as error:

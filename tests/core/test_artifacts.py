@@ -153,6 +153,18 @@ def spend(attempt: Path, seconds: float, job: int = 0, **parts: float) -> None:
   cost._began -= 100  # work that is lost
 
 
+def test_files_that_are_named_like_notes_are_files(workdir):
+  """As those of a selector that is named `cost_aware`."""
+  names = ['cost_aware--mix--0.json', 'costs.json', 'cost_/1.json', 'cost_1.jsonl', 'a/cost.json', 'a/begun.json']
+  out = artifacts.begin(workdir, IDENTITY)
+  spend(out, 3, job=1)
+  for name in names:
+    storage.write_text(out / name, '[]')
+  made = make(workdir)
+  assert made.manifest['files'].keys() == {*names, 'one', 'deep/er.txt'}
+  assert made.manifest['cost']['seconds'] == pytest.approx(3, abs=1)
+
+
 def test_digest_depends_on_settings_and_content_and_not_on_cost(workdir, tmp_path):
   a = make(workdir)
   others = []
