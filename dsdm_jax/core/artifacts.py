@@ -706,7 +706,7 @@ def inspect(workdir: Path) -> Iterator[Finding]:
       continue
     for attempt in attempts:
       if finished is None or attempt != finished.path:
-        yield _inspect_attempt(attempt, superseded=finished is not None)
+        yield _inspect_attempt(attempt, finished)
     published = _published(folder)
     current = {} if finished is None else finished.manifest['files']
     for name in storage.files(folder):
@@ -741,12 +741,13 @@ def _inspect_finished(artifact: Artifact, stage: str) -> Iterator[Finding]:
     yield Finding('whole', artifact.path, f'{len(files):,} files, {size / 1e6:,.1f} MB')
 
 
-def _inspect_attempt(attempt: Path, superseded: bool) -> Finding:
+def _inspect_attempt(attempt: Path, finished: Artifact | None) -> Finding:
   try:
     note = _note(attempt)
   except UserError as error:
     return Finding('damaged', attempt / _BEGUN, str(error))
-  if note is None or superseded:
+  again = finished is not None and note is not None and {key: note[key] for key in _IDENTITY} != finished.identity
+  if note is None or (finished is not None and not (again and holds_work(attempt))):
     return Finding('superfluous', attempt, 'an attempt that is no longer needed; the next run deletes it')
   marks = [attempt / name for name in storage.files(attempt) if storage.is_mark(name)]
   for file in _costs(attempt):
@@ -756,7 +757,8 @@ def _inspect_attempt(attempt: Path, superseded: bool) -> Finding:
       return Finding('damaged', file, str(error))
   torn = [mark.name for mark in marks if not storage.is_marked(mark.with_suffix(''))]
   lost = f'; damaged and computed again: {", ".join(torn[:3])}' if torn else ''
-  return Finding('unfinished', attempt, f'the same command resumes it{lost}')
+  deleted = '; a run with the settings of the finished stage deletes it' if again else ''
+  return Finding('unfinished', attempt, f'the same command resumes it{deleted}{lost}')
 
 
 def versions() -> dict[str, str]:

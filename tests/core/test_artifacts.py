@@ -611,6 +611,8 @@ def test_inspection_names_whatever_is_not_whole(workdir, tmp_path, capsys):
     f'features/{part.name}/begun.json': 'damaged',
   }  # fmt: skip
   assert 'damaged' in [kind for name, kind in found.items() if name.startswith('datamodel')]
+  (superseded / 'half').write_text('work of an interrupted rerun')
+  assert kinds()[str(superseded.relative_to(workdir))] == 'unfinished'
   (pool.path / 'one').write_text('TEXT')
   assert cli.main(['verify', str(workdir)]) == 2
   assert f'damaged     {attempt}/one: ' in capsys.readouterr().out
