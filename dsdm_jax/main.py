@@ -49,8 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     report(f'dsdm_jax: {error}')
     return error.exit_code
   except Exception as error:
-    found = system_error(error)
-    if found is None:
+    if (found := system_error(error)) is None:
       raise
     report(f'dsdm_jax: {cannot_use(found, _WORKDIR.value)}')
     return 2
