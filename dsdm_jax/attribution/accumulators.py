@@ -4,6 +4,7 @@ A pass goes through the shards in order. One row number therefore says how far i
 it and none after it. Passes that take less than `SAVE_SECONDS` write nothing.
 """
 
+import glob
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,22 +55,22 @@ class Accumulator:
       progress: called with the rows that an earlier attempt summed, then with those of each shard.
     """
     totals = [np.zeros(shape, np.float64) for shape in shapes]
-    file = None if self._folder is None else self._folder / f'partial_{name}.npz'
-    begin = 0
-    if file is not None and processes.decide(lambda: storage.is_marked(file)):
-      with np.load(file, allow_pickle=False) as arrays:
+    begin, folder = 0, self._folder
+    saved = None if folder is None else processes.decide(lambda: next(filter(_is_whole, _sums(folder, name)), None))
+    if saved is not None:
+      with np.load(saved, allow_pickle=False) as arrays:
         totals, begin = [arrays[f'total_{number}'] for number in range(len(totals))], int(arrays['row'])
     progress(begin)
     pending, stop = None, begin
     for start, stop, arrays in parts(begin):
       if pending is not None:
         _add(totals, pending)
-        self._save_sums(file, totals, start)
+        self._save_sums(name, totals, start)
       pending = arrays
       progress(stop - start)
     if pending is not None:
       _add(totals, pending)
-      self._save_sums(file, totals, stop, last=True)
+      self._save_sums(name, totals, stop, last=True)
     return totals
 
   def shards(self, name: str, remaining: Callable[[int], Iterator[Shard]]) -> Iterator[Shard]:
@@ -107,22 +108,37 @@ class Accumulator:
       for file in self._folder.glob('partial_*.npz'):
         storage.unmark(file)
 
-  def _save_sums(self, file: Path | None, totals: list[np.ndarray], row: int, *, last: bool = False) -> None:
+  def _save_sums(self, name: str, totals: list[np.ndarray], row: int, *, last: bool = False) -> None:
     """Saves the sums over all rows before `row` if it is time; the last ones only over earlier ones.
 
-    A pass that ends before its first save is faster to repeat than to read.
+    A pass that ends before its first save is faster to repeat than to read. Earlier sums are deleted last, so that a
+    kill leaves whole ones.
     """
-    if file is None or not (self._is_due() or (last and processes.decide(file.is_file))):
+    folder = self._folder
+    if folder is None or not (self._is_due() or (last and processes.decide(lambda: bool(_sums(folder, name))))):
       return
     began = time.monotonic()
     if processes.is_first():
+      file, earlier = folder / f'partial_{name}.{row:012d}.npz', _sums(folder, name)
       storage.save_npz(file, row=np.array(row), **{f'total_{number}': total for number, total in enumerate(totals)})
       storage.mark(file)
       self._saved()
+      for path in map(Path, earlier):
+        if path != file:
+          storage.unmark(path)
     self._due = time.monotonic() + max(SAVE_SECONDS, 10 * (time.monotonic() - began))
 
   def _is_due(self) -> bool:
     return processes.decide(lambda: time.monotonic() >= self._due)
+
+
+def _sums(folder: Path, name: str) -> list[str]:
+  """Paths of the saved sums of a pass, those of most rows first."""
+  return sorted(map(str, folder.glob(f'partial_{glob.escape(name)}.*.npz')), reverse=True)
+
+
+def _is_whole(path: str) -> bool:
+  return storage.is_marked(Path(path))
 
 
 def _marked(folder: Path, pattern: str) -> list[str]:

@@ -75,7 +75,6 @@ def run(context: Context) -> dict:
   for name, task in zip(names, tasks, strict=True):
     _check(name, task.score_N)
 
-  accumulator.clear()
   report = {
     'subset_effect': {n: t.subset_effect for n, t in zip(names, tasks, strict=True)},
     'average': {n: t.average for n, t in zip(names, tasks, strict=True)},
@@ -97,6 +96,7 @@ def run(context: Context) -> dict:
     storage.save_npz(context.out / 'scores.npz', **_arrays(names, tasks, weights, options.mix))
     storage.save_npz(context.out / SOLUTION, **u, **({} if q_N is None else {'q_N': q_N}))
     storage.write_json(context.out / 'report.json', report)
+  accumulator.clear()  # only now: until then, a kill must not lose the passes
   for name, task in zip(names, tasks, strict=True):
     if task.subset_effect and task.average == UNSEEN and options.average == AUTO:
       shift = task.subset_effect['shift_sd']

@@ -40,11 +40,13 @@ STAGES = tuple(
 )
 MANIFEST = 'manifest.json'
 _BEGUN = 'begun.json'
-_COST = 'cost*.json'  # one for each job that shares the stage
+_COST = re.compile(r'cost(_\d+)?\.json')  # one for each job that shares the stage
 _PUBLISHED = 'published.json'  # names that `publish` wrote in the folder of a stage
 _SELF_CHECKED = '*.zarr/c/*'  # chunks of a store, whose crc32c each read checks
 _ATTEMPT = re.compile(r'[0-9a-f]{12}-\d+')
 _LARGE = 2**30  # bytes of such files in a stage, above which opening it compares only their sizes
+# What reading a damaged or foreign manifest or note raises.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _IDENTITY = {'stage': str, 'format': int, 'settings': dict, 'inputs': dict}
 # Packages that can change results bit for bit. A stage that was started under one version cannot be resumed under
 # another.
@@ -245,7 +247,7 @@ def open_stage(workdir: str | os.PathLike, stage: str) -> Artifact | None:
         raise TypeError(f'{name} has no size or no checksum')
   except UserError:
     raise
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+  except _UNREADABLE as error:
     reason = ' '.join(str(error).split())[:200]
     raise UserError(
       f'{file} is unreadable ({type(error).__name__}: {reason}); delete {file.parent} and start again to run that '
@@ -350,7 +352,7 @@ def _note(attempt: Path) -> dict[str, Any] | None:
       raise ValueError('it has no identity')
   except UserError:
     raise
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+  except _UNREADABLE as error:
     reason = ' '.join(str(error).split())[:200]
     raise UserError(f'{file} is unreadable ({type(error).__name__}: {reason}); {way_out}') from error
   return None if note.get('discarded') else note
@@ -502,7 +504,7 @@ def holds_work(attempt: Path) -> bool:
 
 
 def _is_note(name: str) -> bool:
-  return name == _BEGUN or fnmatch.fnmatch(name, _COST) or storage.is_mark(name)
+  return name == _BEGUN or _COST.fullmatch(name) is not None or storage.is_mark(name)
 
 
 class Cost:
@@ -518,12 +520,15 @@ class Cost:
 
   Attributes:
     flop: of the whole attempt, once the stage has gone through it.
-    parts: name → 'seconds' or 'flop' of a part of the work, for stages that need them; saved with the seconds.
+    parts: name → seconds or FLOP of a part of the work, for stages that need them; saved with the seconds.
+
+  Raises:
+    UserError: what was saved is damaged or cannot be read.
   """
 
   def __init__(self, attempt: Path, job: int = 0, enabled: bool = True):
     self.attempt, self._enabled = attempt, enabled
-    self._file = attempt / _COST.replace('*', f'_{job}' if job else '')
+    self._file = attempt / (f'cost_{job}.json' if job else 'cost.json')
     self._earlier, self.parts = _spent(self._file)
     self._began, self.flop = time.monotonic(), 0.0
 
@@ -531,26 +536,39 @@ class Cost:
   def seconds(self) -> float:
     return self._earlier + time.monotonic() - self._began
 
+  def resume(self, seconds: float) -> None:
+    """Counts work on disk that had taken `seconds` in all, although a kill came before they were saved."""
+    self._earlier = max(self._earlier, seconds)
+
   def of_all_jobs(self) -> dict[str, float]:
-    others = [_spent(file)[0] for file in sorted(self.attempt.glob(_COST)) if file != self._file]
+    others = [_spent(file)[0] for file in _costs(self.attempt) if file != self._file]
     return {'seconds': self.seconds + sum(others), 'flop': self.flop}
 
   def save(self) -> None:
     if self._enabled:
-      storage.write_json(self._file, {'seconds': self.seconds, 'parts': self.parts})
+      storage.write_bytes(self._file, seal({'seconds': self.seconds, 'parts': self.parts}))
 
 
-def _spent(file: Path) -> tuple[float, dict[str, dict[str, float]]]:
+def _costs(attempt: Path) -> list[Path]:
+  return sorted(path for path in attempt.iterdir() if _COST.fullmatch(path.name))
+
+
+def _spent(file: Path) -> tuple[float, dict[str, float]]:
   try:
-    saved = json.loads(file.read_bytes())
-    parts = {name: {k: float(v) for k, v in part.items()} for name, part in saved.get('parts', {}).items()}
-    if not all(
-      0 <= v < math.inf for part in ({'seconds': float(saved['seconds'])}, *parts.values()) for v in part.values()
-    ):
-      raise ValueError('no cost')
+    data = storage.read_bytes(file)
+    if data is None:
+      return 0.0, {}
+    saved = unseal(data)
+    parts = {name: float(value) for name, value in saved['parts'].items()}
+    if not all(0 <= value < math.inf for value in (saved['seconds'], *parts.values())):
+      raise ValueError('it has no cost')
     return float(saved['seconds']), parts
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-    return 0.0, {}
+  except _UNREADABLE as error:
+    reason = ' '.join(str(error).split())[:200]
+    raise UserError(
+      f'{file} is unreadable ({type(error).__name__}: {reason}); restore it, or delete it: then {file.parent.parent} '
+      'resumes without the seconds that were spent there'
+    ) from error
 
 
 def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost: Cost) -> Artifact:
@@ -595,9 +613,10 @@ def reopen(artifact: Artifact) -> list[str]:
   if damage:
     # Until the manifest is deleted, a kill leaves a finished stage that lacks files, and this starts again.
     note = {**artifact.identity, 'versions': artifact.manifest['versions']}
-    storage.create(artifact.path / _BEGUN, seal(note))
-    if not list(artifact.path.glob(_COST)):
-      storage.write_json(artifact.path / _COST.replace('*', ''), artifact.manifest['cost'])
+    storage.write_bytes(artifact.path / _BEGUN, seal(note))  # no manifest vouches for the one that is there
+    if not _costs(artifact.path):
+      spent = {'seconds': artifact.manifest['cost']['seconds'], 'parts': {}}
+      storage.write_bytes(artifact.path / 'cost.json', seal(spent))
     for file, _ in damage:
       storage.delete(file)
     storage.delete(artifact.path.parent / MANIFEST)
@@ -607,9 +626,11 @@ def reopen(artifact: Artifact) -> list[str]:
 def link(artifact: Artifact, workdir: Path) -> None:
   """Adds a finished stage to another workdir. Its files get a second name there; neither is written to any more."""
   folder = Path(workdir) / artifact.identity['stage']
-  storage.create(folder / artifact.path.name / _BEGUN, seal({**artifact.identity, 'versions': versions()}))
-  marks = [name for name in storage.files(artifact.path) if storage.is_mark(name)]
-  for name in (*artifact.manifest['files'], *marks):
+  note = seal({**artifact.identity, 'versions': artifact.manifest['versions']})
+  storage.create(folder / artifact.path.name / _BEGUN, note)
+  # After a kill the attempt is resumed: what is noted as complete has its cost.
+  notes = [name for name in storage.files(artifact.path) if _is_note(name) and name != _BEGUN]
+  for name in (*artifact.manifest['files'], *sorted(notes, key=storage.is_mark)):
     storage.copy(artifact.path / name, folder / artifact.path.name / name)
   storage.create(folder / MANIFEST, seal(artifact.manifest))
 
@@ -647,7 +668,7 @@ def _published(folder: Path) -> dict[str, str]:
   """Name → SHA-256 of what `publish` wrote in the folder of a stage."""
   try:
     return dict(unseal(storage.read_bytes(folder / _PUBLISHED) or b'{}')['files'])
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+  except _UNREADABLE:
     return {}  # nothing is known of other files, so they stay
 
 
@@ -685,7 +706,7 @@ def inspect(workdir: Path) -> Iterator[Finding]:
       continue
     for attempt in attempts:
       if finished is None or attempt != finished.path:
-        yield _inspect_attempt(attempt, superseded=finished is not None)
+        yield _inspect_attempt(attempt, finished)
     published = _published(folder)
     current = {} if finished is None else finished.manifest['files']
     for name in storage.files(folder):
@@ -720,17 +741,24 @@ def _inspect_finished(artifact: Artifact, stage: str) -> Iterator[Finding]:
     yield Finding('whole', artifact.path, f'{len(files):,} files, {size / 1e6:,.1f} MB')
 
 
-def _inspect_attempt(attempt: Path, superseded: bool) -> Finding:
+def _inspect_attempt(attempt: Path, finished: Artifact | None) -> Finding:
   try:
     note = _note(attempt)
   except UserError as error:
     return Finding('damaged', attempt / _BEGUN, str(error))
-  if note is None or superseded:
+  again = finished is not None and note is not None and {key: note[key] for key in _IDENTITY} != finished.identity
+  if note is None or (finished is not None and not (again and holds_work(attempt))):
     return Finding('superfluous', attempt, 'an attempt that is no longer needed; the next run deletes it')
   marks = [attempt / name for name in storage.files(attempt) if storage.is_mark(name)]
+  for file in _costs(attempt):
+    try:
+      _spent(file)
+    except UserError as error:
+      return Finding('damaged', file, str(error))
   torn = [mark.name for mark in marks if not storage.is_marked(mark.with_suffix(''))]
   lost = f'; damaged and computed again: {", ".join(torn[:3])}' if torn else ''
-  return Finding('unfinished', attempt, f'the same command resumes it{lost}')
+  deleted = '; a run with the settings of the finished stage deletes it' if again else ''
+  return Finding('unfinished', attempt, f'the same command resumes it{deleted}{lost}')
 
 
 def versions() -> dict[str, str]:

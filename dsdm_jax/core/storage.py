@@ -209,16 +209,20 @@ def mark(file: Path, *more: Path) -> None:
 
 
 def is_marked(file: Path) -> bool:
-  """Whether `file` and what belongs to it are as they were when `mark` noted that they are complete."""
+  """Whether `file` and what belongs to it are as they were when `mark` noted that they are complete.
+
+  Raises:
+    OSError: one cannot be read, which says nothing about it.
+  """
   try:
-    *lines, last = Path(f'{file}{_MARK}').read_text('utf-8').splitlines(keepends=True)
+    *lines, last = (read_bytes(f'{file}{_MARK}') or b'').decode().splitlines(keepends=True)
     noted = [line.removesuffix('\n').partition('  ')[::2] for line in lines]
     return (
       noted[0][1] == file.name
       and last == _count(len(noted))
       and all(checksum(file.parent / name) == digest for digest, name in noted)
     )
-  except (OSError, ValueError, IndexError):
+  except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, IndexError):
     return False
 
 

@@ -86,17 +86,18 @@ def _evaluate(
   with context.log.bar(total=len(entries), desc=title, unit='model') as bar:
     for entry in entries:
       file = context.out / 'runs' / f'{entry["name"]}.npz'
-      parts = context.cost.parts
-      if not processes.decide(lambda: storage.is_marked(file) and entry['name'] in parts):  # noqa: B023  called at once
-        before = scorer.flop
+      flop_of = context.cost.parts
+      if not processes.decide(lambda: storage.is_marked(file) and entry['name'] in flop_of):  # noqa: B023  called at once
+        scorer.flop = 0.0  # a difference would depend on what this process evaluated before
         arrays, texts = scoring.evaluate(suite, scorer, load_state(Path(entry['folder']), compiled, entry['step']))
-        parts[entry['name']] = {'flop': scorer.flop - before}
-        context.cost.save()
         if context.first:
           answers = _write_answers(context.out, entry['name'], suite, arrays, texts) if 'method' in entry else []
           storage.save_npz(file, **arrays)
           storage.mark(file, *answers)
-      context.add_flop(parts.get(entry['name'], {'flop': 0.0})['flop'])
+        # Last: a model that a kill left without its cost is evaluated again, and none is charged twice.
+        flop_of[entry['name']] = scorer.flop
+        context.cost.save()
+      context.add_flop(flop_of.get(entry['name'], 0.0))
       bar.update(1)
 
 

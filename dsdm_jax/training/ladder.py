@@ -132,8 +132,8 @@ def run(context: Context) -> dict:
         entry = {'name': name, 'rung': number, 'seed': seed, 'factor': r.factor, 'model': r.model.to_dict()}
         entry |= {'parameters': r.parameters, 'examples': count, 'tokens': count * pool.length}
         entry |= {'epochs': count / len(rows), 'flop': flop}
-        spent = context.cost.parts.get(name)
-        index.append(entry | {'seconds': None if spent is None else round(spent['seconds'], 3)})
+        seconds = context.cost.parts.get(name)
+        index.append(entry | {'seconds': None if seconds is None else round(seconds, 3)})
   if context.first:
     storage.write_text(context.out / 'index.json', json.dumps(index, indent=1))
   return {'rungs': [{'parameters': r.parameters, 'examples': r.examples, 'factor': r.factor} for r in rungs]}

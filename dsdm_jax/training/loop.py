@@ -75,12 +75,17 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
     bar.update(run.steps * trainer.models)
     return read_history(record_file)
 
-  spent = context.cost.parts.setdefault(run.name, {'seconds': 0.0})
-  earlier, began = spent['seconds'], time.monotonic()
+  earlier, began = context.cost.parts.get(run.name, 0.0), time.monotonic()
 
   def save_cost() -> None:
-    spent['seconds'] = earlier + time.monotonic() - began
+    context.cost.parts[run.name] = earlier + time.monotonic() - began
     context.cost.save()
+
+  def save_checkpoint(step: int, state: TrainState) -> None:
+    # The checkpoint has the cost too, as a kill may come before that is saved.
+    spent = [context.cost.seconds, earlier + time.monotonic() - began]
+    checkpoints.save(step, state, {'history': history, 'spent': spent})
+    save_cost()
 
   keep = Keep(config.keep_checkpoints, config.keep_every_steps, config.keep_every_hours, run.keep_steps)
   with processes.sigterm_watched() as stop_requested:
@@ -88,6 +93,9 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
       # Initialize, or restore the newest checkpoint that is not damaged.
       restored = checkpoints.restore(trainer.abstract)
       state, history = (restored[0], restored[1]['history']) if restored else (trainer.init(run.key), [])
+      if restored and 'spent' in restored[1]:
+        context.cost.resume(restored[1]['spent'][0])
+        earlier = max(earlier, restored[1]['spent'][1])
       start = _step_of(state)
       bar.update(start * trainer.models)
       if start:
@@ -151,9 +159,8 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
           if save or stop:
             record()
             _check_finite(run, step, metrics)  # a run must not resume from a state that diverged
-            checkpoints.save(step, state, {'history': history})
+            save_checkpoint(step, state)
             saved = time.monotonic()
-            save_cost()
           if stop:
             raise _stopped(run, step)
       finally:
@@ -161,7 +168,7 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
       record()
       context.log.event('speed', run=run.name, **meter.speed())
       if checkpoints.latest != run.steps:
-        checkpoints.save(run.steps, state, {'history': history})
+        save_checkpoint(run.steps, state)
 
     save_cost()
     if context.first:

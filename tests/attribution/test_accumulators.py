@@ -1,5 +1,8 @@
 """A killed pass over the pool resumes at a shard and gives the same bits."""
 
+import contextlib
+import os
+
 import numpy as np
 import pytest
 
@@ -55,6 +58,34 @@ def test_gram_resumes_at_the_last_saved_shard(tmp_path, wrap):
   third = Rows(killed_at=0)
   (result,) = datamodel.gram(wrap(third), accumulator=Accumulator(tmp_path))
   np.testing.assert_array_equal(result, wanted)
+
+
+@pytest.mark.parametrize('at', range(1, 13))
+def test_kill_while_sums_are_saved_loses_the_last_save_only(tmp_path, monkeypatch, at):
+  """Before each rename and deletion."""
+  (wanted,) = datamodel.gram(Rows())
+  with pytest.raises(Killed):
+    datamodel.gram(Rows(killed_at=24), accumulator=Accumulator(tmp_path))
+  saved = max(int(np.load(file)['row']) for file in tmp_path.glob('*.npz'))
+  left = iter(range(at - 1, -1, -1))
+
+  def killed_in(function):
+    def act(*arguments, **options):
+      if not next(left, 1):
+        raise Killed
+      return function(*arguments, **options)
+
+    return act
+
+  with monkeypatch.context() as patched, contextlib.suppress(Killed):
+    patched.setattr(os, 'replace', killed_in(os.replace))
+    patched.setattr(accumulators.storage, 'unmark', killed_in(accumulators.storage.unmark))
+    datamodel.gram(Rows(), accumulator=Accumulator(tmp_path))
+  again = Rows(killed_at=ROWS)
+  np.testing.assert_array_equal(datamodel.gram(again, accumulator=Accumulator(tmp_path))[0], wanted)
+  assert not again.computed or again.computed[0] >= saved
+  Accumulator(tmp_path).clear()
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_weighted_sums_resume_at_the_last_saved_shard(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from configs import base
-from dsdm_jax.attribution import scores
+from dsdm_jax.attribution import accumulators, scores
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact, Cost
@@ -99,6 +99,22 @@ def _one(phi_NJ, target_TJ, damping=0.1):
 
 def _close(got, expected, rtol=1e-4):
   np.testing.assert_allclose(got, expected, rtol=rtol, atol=0.1 * rtol * np.abs(expected).max())
+
+
+def test_partial_results_stay_until_the_scores_are_written(run, monkeypatch, tmp_path):
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(accumulators, 'SAVE_SECONDS', -1e9)
+  with monkeypatch.context() as patched:
+    patched.setattr(scores, 'agreement', killed)
+    with pytest.raises(KeyboardInterrupt):
+      run()
+  [out] = tmp_path.glob('out*')
+  assert list(out.glob('partial_*.npz'))
+  run()
+  [out] = {path.parent for path in tmp_path.glob('out*/report.json')}
+  assert not list(out.glob('partial_*'))
 
 
 def test_every_array_against_numpy(run):

@@ -36,7 +36,7 @@ def settings(name: str):
 
 def run(config, folder: Path, stages: tuple[str, ...] = ('features', 'datamodel')) -> None:
   for stage in stages:
-    pipeline.run_connected(config, folder, stage)
+    pipeline.run_connected(pipeline.runner_config(config), folder, stage)
 
 
 def main() -> None:

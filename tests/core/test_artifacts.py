@@ -1,6 +1,7 @@
 """Artifacts: finished or absent, and refused when they are not what was asked for."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -143,13 +144,25 @@ def test_changed_manifest_and_one_of_an_older_version_are_refused(workdir):
     artifacts.open_stage(workdir, 'pool')
 
 
-def spend(attempt: Path, seconds: float, job: int = 0, **parts: dict[str, float]) -> None:
+def spend(attempt: Path, seconds: float, job: int = 0, **parts: float) -> None:
   """As of a process that worked for `seconds`, saved, and was killed."""
   cost = Cost(attempt, job)
   cost._began -= seconds
   cost.parts |= parts
   cost.save()
   cost._began -= 100  # work that is lost
+
+
+def test_files_that_are_named_like_notes_are_files(workdir):
+  """As those of a selector that is named `cost_aware`."""
+  names = ['cost_aware--mix--0.json', 'costs.json', 'cost_/1.json', 'cost_1.jsonl', 'a/cost.json', 'a/begun.json']
+  out = artifacts.begin(workdir, IDENTITY)
+  spend(out, 3, job=1)
+  for name in names:
+    storage.write_text(out / name, '[]')
+  made = make(workdir)
+  assert made.manifest['files'].keys() == {*names, 'one', 'deep/er.txt'}
+  assert made.manifest['cost']['seconds'] == pytest.approx(3, abs=1)
 
 
 def test_digest_depends_on_settings_and_content_and_not_on_cost(workdir, tmp_path):
@@ -186,10 +199,10 @@ def test_digest_of_models_is_that_of_their_training_and_not_of_the_bytes_of_a_ch
 def test_attempt_of_the_same_settings_is_resumed_and_any_other_discarded(workdir):
   out = artifacts.begin(workdir, IDENTITY)
   (out / 'half').write_text('x')
-  spend(out, 2, part={'flop': 5.0})
+  spend(out, 2, part=5.0)
   assert artifacts.begin(workdir, IDENTITY) == out and (out / 'half').exists()
   resumed = Cost(out)
-  assert (resumed.seconds, resumed.flop, resumed.parts) == (pytest.approx(2, abs=0.5), 0, {'part': {'flop': 5}})
+  assert (resumed.seconds, resumed.flop, resumed.parts) == (pytest.approx(2, abs=0.5), 0, {'part': 5})
   assert artifacts.begin(workdir, OTHER) != out
   assert not out.exists()
 
@@ -215,6 +228,37 @@ def test_jobs_that_begin_and_commit_at_once_share_one_attempt_and_each_has_its_c
       assert made.manifest['cost'] == {'seconds': pytest.approx(6, abs=1), 'flop': 30}
       assert made.manifest['files'].keys() == {'file'}
       assert artifacts.begin(folder, identity, shared=True) == made.path, 'a job that comes late'
+
+
+def test_damaged_cost_is_named_and_not_charged(workdir, monkeypatch):
+  """Emptied, torn, flipped, foreign and unreadable costs of this job and of another, before a commit and `verify`."""
+  out = artifacts.begin(workdir, IDENTITY)
+  for job in (0, 1):
+    spend(out, 2, job, part=5.0)
+  foreign = [artifacts.seal({'seconds': s, 'parts': p}) for s, p in ((-1, {}), ('a', {}), (1, []), (1, {'a': {}}))]
+  for job, name in enumerate(('cost.json', 'cost_1.json')):
+    whole = (out / name).read_bytes()
+    for data in (*_damages_of_a_note(whole), *foreign):
+      (out / name).write_bytes(data)
+      with pytest.raises(UserError, match=rf'{name} is unreadable .*; restore it, or delete it'):
+        Cost(out, job)
+      with pytest.raises(UserError, match=name):
+        artifacts.commit(workdir, IDENTITY, {}, Cost(out, 1 - job))
+      [finding] = artifacts.inspect(workdir)
+      assert (finding.kind, finding.path) == ('damaged', out / name)
+    (out / name).write_bytes(whole)
+  with monkeypatch.context() as patched:
+    patched.setattr(Path, 'read_bytes', _fails(errno.EIO))
+    with pytest.raises(UserError, match='Input/output error'):
+      Cost(out)
+  assert Cost(out).of_all_jobs()['seconds'] == pytest.approx(4, abs=1)
+
+
+def _fails(code: int):
+  def fail(*_, **__):
+    raise OSError(code, os.strerror(code))
+
+  return fail
 
 
 def test_attempt_of_other_packages_is_another(workdir, monkeypatch):
@@ -330,6 +374,7 @@ def test_damaged_stage_is_reopened_without_the_damaged_files(workdir):
   assert artifacts.reopen(made) == []
   (made.path / 'two').write_text('next')
   (made.path / 'three').unlink()
+  (made.path / 'begun.json').write_text('{}')  # the manifest vouches for it no longer
   phrases = [phrase.split('/')[-1] for phrase in artifacts.reopen(made)]
   assert phrases == ['three is missing', 'two has changed since it was written']
   assert artifacts.open_stage(workdir, 'pool') is None and artifacts.begun(workdir, 'pool') == IDENTITY.as_json()
@@ -566,6 +611,8 @@ def test_inspection_names_whatever_is_not_whole(workdir, tmp_path, capsys):
     f'features/{part.name}/begun.json': 'damaged',
   }  # fmt: skip
   assert 'damaged' in [kind for name, kind in found.items() if name.startswith('datamodel')]
+  (superseded / 'half').write_text('work of an interrupted rerun')
+  assert kinds()[str(superseded.relative_to(workdir))] == 'unfinished'
   (pool.path / 'one').write_text('TEXT')
   assert cli.main(['verify', str(workdir)]) == 2
   assert f'damaged     {attempt}/one: ' in capsys.readouterr().out
@@ -584,6 +631,24 @@ def test_linked_stage_is_whole_and_can_be_reopened_alone(workdir, tmp_path):
   assert artifacts.reopen(linked)
   assert artifacts.begin(other, IDENTITY) == linked.path
   made.verify()
+
+
+def test_link_that_is_killed_leaves_no_complete_file_without_its_cost(workdir, tmp_path, monkeypatch):
+  out = artifacts.begin(workdir, IDENTITY)
+  (out / 'model.jsonl').write_text('loss')
+  storage.mark(out / 'model.jsonl')
+  spend(out, 7, model=7.0)
+  made, copy = make(workdir), storage.copy
+  for left in range(1, 6):  # two files of `make`, the record, the cost and the note on the record
+    other, copies = tmp_path / str(left), iter(range(left))
+    monkeypatch.setattr(storage, 'copy', lambda *paths, copies=copies: next(copies) + 1 and copy(*paths))
+    with contextlib.suppress(StopIteration):
+      artifacts.link(made, other)
+    part = other / 'pool' / out.name
+    assert not storage.is_marked(part / 'model.jsonl') or Cost(part).parts == {'model': 7.0}
+    assert (left == 5) == storage.is_marked(part / 'model.jsonl')
+  assert artifacts.other_versions(part) == {}
+  assert json.loads((part / 'begun.json').read_text())['versions'] == made.manifest['versions']
 
 
 def test_published_files_are_those_of_the_artifact(workdir):

@@ -115,6 +115,26 @@ def test_mark_tells_a_complete_file_from_any_other(tmp_path):
   assert not file.exists() and not note.exists()
 
 
+def test_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+  """What is damaged is deleted and computed again."""
+  file = tmp_path / 'a.npz'
+  storage.write_text(file, 'content')
+  storage.mark(file)
+  monkeypatch.setattr(storage, '_checksums', {})
+  for code in (errno.EIO, errno.EMFILE, errno.EACCES, errno.ESTALE):
+
+    def fail(*_, code=code):
+      raise OSError(code, os.strerror(code))
+
+    for name in ('_sha256', 'read_bytes'):
+      with monkeypatch.context() as patched:
+        patched.setattr(storage, name, fail)
+        patched.setattr(storage.time, 'sleep', lambda _: None)
+        with pytest.raises(OSError, match=os.strerror(code)):
+          storage.is_marked(file)
+  assert storage.is_marked(file)
+
+
 def test_copy_shares_the_bytes_and_replaces(tmp_path):
   (tmp_path / 'a').write_text('new')
   (tmp_path / 'b').write_text('old')

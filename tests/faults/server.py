@@ -41,8 +41,9 @@ class Server:
     self._process.wait(60)
     self._process.stdout.close()
 
-  def start(self, log: Path, *flags: str) -> 'Child':
-    return Child(self, self.ask(flags=['main', *flags], log=str(log)))
+  def start(self, log: Path, *flags: str, kill_at: int = 0, below: Path | None = None) -> 'Child':
+    """Starts a run; one that kills itself just before the `kill_at`th change of a file or folder in `below`."""
+    return Child(self, self.ask(flags=['main', *flags], log=str(log), kill_at=kill_at, below=str(below)))
 
   def ask(self, **question: Any) -> Any:
     assert self._process.stdin is not None and self._process.stdout is not None
@@ -88,7 +89,33 @@ class Child:
     return found
 
 
-def _run(flags: list[str], log: str) -> None:
+_CHANGES = ('os.rename', 'os.link', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.truncate', 'shutil.rmtree')
+
+
+def _kill_at(number: int, folder: str) -> None:
+  """Of the operations that Python sees: a file is opened for writing, renamed, linked or deleted, and a folder."""
+  left, mine = number, os.getpid()
+
+  def hook(event: str, arguments: tuple[Any, ...]) -> None:
+    nonlocal left
+    if event == 'open':
+      _, mode, flags = arguments
+      changes = bool(set(mode or '') & set('wax+')) or bool(flags & (os.O_WRONLY | os.O_RDWR))
+    else:
+      changes = event in _CHANGES
+    if not changes or os.getpid() != mine:
+      return
+    paths = [os.fsdecode(path) for path in arguments if isinstance(path, (str, bytes, os.PathLike))]
+    if any(path.startswith(folder) for path in paths) or (event == 'os.remove' and arguments[-1] != -1):
+      left -= 1
+      if not left:
+        os.write(2, f'killed before {event} of {paths}\n'.encode())
+        os.kill(mine, signal.SIGKILL)
+
+  sys.addaudithook(hook)
+
+
+def _run(flags: list[str], log: str, kill_at: int, below: str) -> None:
   os.setsid()
   with open(log, 'ab') as file:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -96,6 +123,8 @@ def _run(flags: list[str], log: str) -> None:
       os.dup2(file.fileno(), stream)
   from dsdm_jax import main
 
+  if kill_at:
+    _kill_at(kill_at, below)
   sys.argv = flags  # ml_collections looks there for the overrides
   code = 1
   try:

@@ -3,17 +3,20 @@
 A run that is killed twelve times stands for all in the normal tests; `launch/test.sh --faults` kills more than 100.
 """
 
+import json
+import math
 import os
 import random
 import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dsdm_jax import pipeline
-from dsdm_jax.core import artifacts
+from dsdm_jax.core import artifacts, storage
 from tests.conftest import FAULTS
 from tests.faults.conftest import LADDER
 from tests.helpers.workdirs import files_of
@@ -24,6 +27,7 @@ from tests.pipeline.test_validation import SMALL
 NORMAL = ['pool', 'targets', *['proxies'] * 2, *['features'] * 2, 'datamodel', 'selection', 'pretraining', 'ladder',
           'evaluation', 'report']  # fmt: skip
 RUNS = 5 if FAULTS else 1
+FLIPS = 20  # of each stage
 # Without derivatives through training in the normal tests, which take most of the stage's time.
 VALIDATION = SMALL if FAULTS else (
   *SMALL, '--config.validation.oracle=False', '--config.validation.seeds=1', '--config.validation.halves=4',
@@ -122,6 +126,77 @@ def test_run_that_is_killed_again_and_again(server, with_ladder, tmp_path, count
   runs.assert_same_outcome(tmp_path / 'run', with_ladder)
   assert left_over(tmp_path / 'run') == []
   count('kills survived', killed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FAULTS, reason='launch/test.sh --faults runs it')
+@pytest.mark.parametrize('stage', pipeline.NAMES)
+def test_kills_at_changes_of_files(server, with_ladder, tmp_path, count, stage):
+  """From each stage on, until 20 kills, each before the 5th to 200th change that its process makes."""
+  killer = Killer(server, tmp_path / 'run', {}, random.Random(f'changes {stage}'), LADDER)
+  killed, code = 0, 0
+  while killed < 20 or code:
+    if not code:  # from the beginning
+      shutil.rmtree(killer.workdir, ignore_errors=True)
+      shutil.copytree(with_ladder, killer.workdir)
+      for later in pipeline.NAMES[pipeline.NAMES.index(stage) :]:
+        shutil.rmtree(killer.workdir / later)
+    at = int(math.exp(killer.rng.uniform(math.log(5), math.log(200)))) if killed < 20 else 0
+    child = server.start(killer.log, runs.TINY, f'--workdir={killer.workdir}', *LADDER, kill_at=at, below=tmp_path)
+    code = child.wait(300)
+    assert code in (0, -signal.SIGKILL), killer.log_tail()
+    killer.no_orphans(child)
+    killed += code != 0
+    if not code:
+      compare(killer.workdir, with_ladder)
+  count('kills at changes of files survived', killed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FAULTS, reason='launch/test.sh --faults runs it')
+@pytest.mark.parametrize('stage', pipeline.NAMES[:-1])
+def test_flipped_bits_of_an_unfinished_stage(server, with_ladder, tmp_path, count, stage):
+  """One bit of any file of an attempt, notes included: an error line, or the same files as before."""
+  workdir, log, rng = tmp_path / 'run', tmp_path / 'log', random.Random(f'flips {stage}')
+  wanted = artifacts.read(with_ladder, stage)[stage]
+  for _ in range(FLIPS):
+    shutil.rmtree(workdir, ignore_errors=True)
+    log.unlink(missing_ok=True)
+    shutil.copytree(with_ladder, workdir)
+    for later in pipeline.NAMES[pipeline.NAMES.index(stage) + 1 :]:
+      shutil.rmtree(workdir / later)
+    (workdir / stage / artifacts.MANIFEST).unlink()
+    attempt = workdir / stage / wanted.path.name
+    names = [name for name in storage.files(attempt) if (attempt / name).stat().st_size]
+    notes = [name for name in names if name not in wanted.manifest['files']]
+    file = attempt / rng.choice(notes if rng.random() < 0.5 else names)
+    data = bytearray(file.read_bytes())
+    at = rng.randrange(len(data))
+    data[at] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+    code = server.start(log, runs.TINY, f'--workdir={workdir}', *LADDER, f'--stage={stage}').wait(300)
+    where = f'a flip in byte {at} of {file}: {log.read_text()[-2000:]}'
+    assert code in (0, 2) and 'Traceback' not in log.read_text(), where
+    if code == 0:
+      found = artifacts.read(workdir, stage)[stage]
+      assert content(found) == content(wanted), where
+      assert found.manifest['cost']['flop'] == wanted.manifest['cost']['flop'], where
+  count('bits flipped in unfinished stages', FLIPS)
+
+
+def content(artifact: artifacts.Artifact) -> dict[str, Any]:
+  """Checksum of each file but those of models, of which checkpoints have checksums of their own; without seconds."""
+  files = artifact.manifest['files'].items()
+  found = {name: entry['sha256'] for name, entry in files if name.split('/')[0] not in artifact.manifest['models']}
+  if artifact.identity['stage'] == 'ladder':
+    found['index.json'] = runs.without_seconds(json.loads((artifact.path / 'index.json').read_text()))
+  return found
+
+
+def compare(workdir: Path, wanted: Path) -> None:
+  runs.assert_same_outcome(workdir, wanted)
+  assert left_over(workdir) == []
+  assert {finding.kind for finding in artifacts.inspect(workdir)} == {'whole'}
 
 
 @pytest.mark.slow

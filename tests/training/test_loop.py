@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from dsdm_jax.core import flops
+from dsdm_jax.core import artifacts, flops
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.checkpoints import Checkpoints
 from dsdm_jax.core.progress import Log
@@ -113,9 +114,37 @@ def test_stopped_run_resumes_as_the_uninterrupted_one(trainer, uninterrupted, tm
   train(tmp_path, trainer, stream(asked), bar, costs=costs)
   assert asked == [at // 2 * 2], 'resumes from the newest checkpoint'
   assert costs[0].flop == trainer.flop_per_step * STEPS > 0, 'of the steps in the result, whoever took them'
-  assert 0 < costs[0].parts['model']['seconds'] <= costs[0].seconds
+  assert 0 < costs[0].parts['model'] <= costs[0].seconds
   assert bar.done == STEPS
   assert_same(tmp_path, uninterrupted, trainer)
+
+
+@pytest.mark.parametrize('saves', range(4))
+def test_kill_between_work_and_cost_loses_and_doubles_no_seconds(trainer, tmp_path, monkeypatch, saves):
+  """After each checkpoint, and after the last step; each step takes 100 s."""
+  seconds, save, left = [0.0], Cost.save, iter(range(saves))
+  clock = SimpleNamespace(monotonic=lambda: seconds[0])
+  monkeypatch.setattr(loop, 'time', clock)
+  monkeypatch.setattr(artifacts, 'time', clock)
+
+  def slow(start: int):
+    for batch in stream()(start):
+      seconds[0] += 100
+      yield batch
+
+  def killed(cost):
+    if next(left, None) is None:
+      raise Stop
+    save(cost)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(Cost, 'save', killed)
+    with pytest.raises(Stop):
+      train(tmp_path, trainer, slow)
+  seconds[0] += 1_000
+  train(tmp_path, trainer, slow)
+  saved = Cost(tmp_path)
+  assert (saved.seconds, saved.parts) == (100 * STEPS, {'model': 100 * STEPS})
 
 
 def test_finished_run_is_not_trained_again(trainer, uninterrupted):
