@@ -80,10 +80,18 @@ def _take(file: Path, token: str) -> None:
       dead = f'{file.parent}: the run that held it, {_name(owner)}, is dead; this one resumes it'
       sys.stdout.write(f'{visible(dead)}\n')
       other.unlink(missing_ok=True)
-    storage.write_json(file, {
-      'token': token, 'user': _user(), 'host': socket.gethostname(), 'machine': _machine(), 'pid': os.getpid(),
-      'started': _started(os.getpid()), 'since': round(time.time(), 1),
-    })  # fmt: skip
+    storage.write_json(
+      file,
+      {
+        'token': token,
+        'user': _user(),
+        'host': socket.gethostname(),
+        'machine': _machine(),
+        'pid': os.getpid(),
+        'started': _started(os.getpid()),
+        'since': round(time.time(), 1),
+      },
+    )
 
 
 def _owner(file: Path) -> Mapping[str, Any]:

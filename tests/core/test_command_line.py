@@ -89,8 +89,11 @@ sys.exit(2)
 def test_streams_that_are_closed_full_or_narrow_end_with_the_line_alone(tmp_path, encoding, shown, closed):
   done = subprocess.run(
     ['/bin/sh', '-c', f'"$0" -c "$1" "$2" {closed}', sys.executable, STREAMS, str(tmp_path / 'file')],
-    cwd=runs.ROOT, env=os.environ | {'PYTHONIOENCODING': encoding}, capture_output=True, check=False,
-  )  # fmt: skip
+    cwd=runs.ROOT,
+    env=os.environ | {'PYTHONIOENCODING': encoding},
+    capture_output=True,
+    check=False,
+  )
   assert done.returncode == 2, done.stderr
   out, err = (stream.decode(encoding) for stream in (done.stdout, done.stderr))
   assert out == ('' if '>&-' in closed.replace('2>&-', '') or closed == '>/dev/full' else f'{shown} score\n')

@@ -26,8 +26,12 @@ START = """
 def start(home: Path, alone: bool = True, ends_by: int = 0) -> tuple[str, str]:
   done = subprocess.run(
     [sys.executable, '-c', textwrap.dedent(START), 'alone' if alone else 'several', str(int(ends_by))],
-    cwd=ROOT, env=os.environ | {'XDG_CACHE_HOME': str(home)}, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+    cwd=ROOT,
+    env=os.environ | {'XDG_CACHE_HOME': str(home)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == -ends_by and 'Traceback' not in done.stderr, done.stderr
   cache, line = done.stdout.splitlines()
   return cache, line

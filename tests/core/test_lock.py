@@ -184,11 +184,24 @@ WHOLE = {'token': 't', 'user': 'u', 'host': 'h', 'machine': 'm', 'pid': 1, 'star
 @pytest.mark.parametrize(
   'content',
   ['', '{"pid"', '[]', '{}', '[' * 100_000, '"x"', 'null', '\ufeff{}']
-  + [json.dumps(WHOLE | change) for change in (
-    {'pid': 'one'}, {'pid': None}, {'pid': True}, {'pid': 1.5}, {'since': 'now'}, {'since': 1e300}, {'since': None},
-    {'started': 3}, {'machine': ['m']}, {'host': None}, {'user': {}}, {'token': 1},
-  )],
-)  # fmt: skip
+  + [
+    json.dumps(WHOLE | change)
+    for change in (
+      {'pid': 'one'},
+      {'pid': None},
+      {'pid': True},
+      {'pid': 1.5},
+      {'since': 'now'},
+      {'since': 1e300},
+      {'since': None},
+      {'started': 3},
+      {'machine': ['m']},
+      {'host': None},
+      {'user': {}},
+      {'token': 1},
+    )
+  ],
+)
 def test_a_file_that_is_no_lock_is_named_and_stays(workdir, content, job):
   file = workdir / lock.LOCK
   file.write_text(content)

@@ -327,12 +327,15 @@ def test_inputs_in_a_folder_of_an_odd_name_are_read(tmp_path, monkeypatch, name)
     hugging_face.check(f'{root}/model', ConfigDict(keys))
     found = identities(
       {
-        'pool.sources': (f'jsonl:{glob.escape(root)}/*.jsonl',), 'pool.vocabulary': f'{root}/tokenizer.json',
-        'targets.tasks': (path,), 'targets.folder': root, 'selection.imported': f'{root}/s.npy',
+        'pool.sources': (f'jsonl:{glob.escape(root)}/*.jsonl',),
+        'pool.vocabulary': f'{root}/tokenizer.json',
+        'targets.tasks': (path,),
+        'targets.folder': root,
+        'selection.imported': f'{root}/s.npy',
         'model.weights': f'{root}/model',
       },
       tmp_path / 'run',
-    )  # fmt: skip
+    )
     assert len(set(re.findall('content [0-9a-f]{64}', found))) == 5 and root not in found
     settings = {'evaluation.checkpoints': (f'mine={root}/model',)}
     if set(name) & set('*[\\'):

@@ -251,8 +251,13 @@ def test_limits_of_the_system_while_training_are_one_line(finished, tmp_path, co
   flags = (runs.TINY, f'--workdir={tmp_path}', '--stage=proxies')
   done = subprocess.run(
     ['/bin/sh', '-c', f'ulimit {limit}; exec "$@"', 'sh', *runs.command(*flags)],
-    cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True, timeout=300, check=False,
-  )  # fmt: skip
+    cwd=runs.ROOT,
+    env=runs.environment(),
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
   assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr[-2000:]
   last = done.stderr.strip().splitlines()[-1]
   assert last.startswith(f'dsdm_jax: cannot use {tmp_path}') and LIMITS[limit] in last

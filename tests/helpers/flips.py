@@ -31,9 +31,15 @@ def add_validation(workdir: Path) -> None:
   identity = artifacts.Identity('validation', 1, {}, inputs)
   out = artifacts.begin(workdir, identity)
   record = {
-    'setting': 'plain', 'predictor': 'reference', 'family': 'halves', 'subsets': 9, 'lds': 0.33, 'low': 0.1,
-    'high': 0.5, 'ceiling': None,
-  }  # fmt: skip
+    'setting': 'plain',
+    'predictor': 'reference',
+    'family': 'halves',
+    'subsets': 9,
+    'lds': 0.33,
+    'low': 0.1,
+    'high': 0.5,
+    'ceiling': None,
+  }
   storage.write_json(out / 'lds.json', {'by_example': [record], 'by_task': [record]})
   storage.write_json(out / 'monotone.json', {'docs': [{'loss': [1.0, 2.0, 3.5], 'ordered': True}]})
   artifacts.commit(workdir, identity, {}, artifacts.Cost(out))
@@ -43,11 +49,16 @@ def _load(workdir: Path, scratch: Path) -> Any:
   run = dsdm_jax.load(workdir)
   rows = [0, run.pool.num_rows - 1]
   return (
-    run.pool.show(rows).to_csv(), {target: run.scores[target].tobytes() for target in run.scores},
-    run.scores.interval('docs').to_csv(), run.selections.table.to_csv(),
-    {name: run.selections[name].rows.tobytes() for name in run.selections}, run.results.raw,
-    run.results.losses.to_csv(), run.config, run.cost.to_csv(),
-  )  # fmt: skip
+    run.pool.show(rows).to_csv(),
+    {target: run.scores[target].tobytes() for target in run.scores},
+    run.scores.interval('docs').to_csv(),
+    run.selections.table.to_csv(),
+    {name: run.selections[name].rows.tobytes() for name in run.selections},
+    run.results.raw,
+    run.results.losses.to_csv(),
+    run.config,
+    run.cost.to_csv(),
+  )
 
 
 def _export(workdir: Path, scratch: Path) -> Any:

@@ -25,9 +25,16 @@ def sentencepiece_model(**options) -> bytes:
   """A SentencePiece model; ids of padding, end mark and unknown text are 0, 1 and 2."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(texts()), model_writer=model, num_threads=1, minloglevel=2, pad_id=0, eos_id=1, unk_id=2,
-    bos_id=-1, **options,
-  )  # fmt: skip
+    sentence_iterator=iter(texts()),
+    model_writer=model,
+    num_threads=1,
+    minloglevel=2,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    **options,
+  )
   return model.getvalue()
 
 
@@ -48,9 +55,11 @@ def byte_level(**options) -> bytes:
     vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
   )
   return tokenizer_json(
-    models.BPE(), trainer, pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False, **options),
+    models.BPE(),
+    trainer,
+    pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False, **options),
     decoder=decoders.ByteLevel(),
-  )  # fmt: skip
+  )
 
 
 @functools.cache

@@ -51,10 +51,15 @@ def test_jobs_and_another_number_of_devices_make_what_one_run_makes(begun, finis
   elsewhere = shutil.copytree(begun, tmp_path / 'elsewhere')
   started = [
     subprocess.Popen(
-      runs.command(*flags(job, begun)), cwd=runs.ROOT, env=runs.environment(devices=1 + job),
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) for job in (0, 1)
-  ]  # fmt: skip
+      runs.command(*flags(job, begun)),
+      cwd=runs.ROOT,
+      env=runs.environment(devices=1 + job),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for job in (0, 1)
+  ]
   pipeline.run(config_of(2), elsewhere, 'features')
   for process in started:
     out, error = process.communicate(timeout=300)

@@ -134,9 +134,15 @@ def _leaks(jobs: Sequence[Job], begin: Sequence[int], again_M: np.ndarray, most:
 
 
 def decide(
-  entries: Sequence[Entry], jobs: Sequence[Job], scanned: Sequence[Scanned], duplicates: bool, drop_leaks: bool,
-  budget: int, seed: int, common: int = 0,
-) -> Selected:  # fmt: skip
+  entries: Sequence[Entry],
+  jobs: Sequence[Job],
+  scanned: Sequence[Scanned],
+  duplicates: bool,
+  drop_leaks: bool,
+  budget: int,
+  seed: int,
+  common: int = 0,
+) -> Selected:
   """Drops duplicates and leaks as configured, then documents above caps and budget, as `_cap` chooses them.
 
   Raises:
@@ -215,16 +221,26 @@ def without_tokens(jobs: Sequence[Job], selected: Selected) -> tuple[list[Job], 
     first.append(first[-1] + int(keep_M[job.begin : job.end].sum()))
   removed_E = np.concatenate(removed)
   changed = dataclasses.replace(
-    selected, keep_M=keep_M, first=first, source_K=np.delete(selected.source_K, removed_E), bytes=total,
-    problems=problems, lost=selected.lost | {'without_tokens': lost},
-  )  # fmt: skip
+    selected,
+    keep_M=keep_M,
+    first=first,
+    source_K=np.delete(selected.source_K, removed_E),
+    bytes=total,
+    problems=problems,
+    lost=selected.lost | {'without_tokens': lost},
+  )
   return [dataclasses.replace(job, first=begin) for job, begin in zip(jobs, first, strict=False)], changed
 
 
 def _cap(
-  entries: Sequence[Entry], jobs: Sequence[Job], begin: Sequence[int], keep_M: np.ndarray, supply: Sequence[int],
-  allowed: Sequence[float], seed: int,
-) -> None:  # fmt: skip
+  entries: Sequence[Entry],
+  jobs: Sequence[Job],
+  begin: Sequence[int],
+  keep_M: np.ndarray,
+  supply: Sequence[int],
+  allowed: Sequence[float],
+  seed: int,
+) -> None:
   """Reduces `keep_M` for sources that exceed their limits.
 
   Documents come in the order of a seeded hash of their text, so neither files nor their order matter. Those that do not
