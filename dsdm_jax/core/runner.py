@@ -196,8 +196,10 @@ class Runner:
       if existing is not None and not rerun:
         self._check_same(stage, existing, wanted)
       if only is not None and name != only:
+        phrases = artifacts.differences(existing, wanted)[:1] if existing is not None else []
         raise UserError(
-          f'--stage={only} reads {name}, which is not finished in {self.workdir} with these settings; '
+          f'--stage={only} reads {name}, which is not finished in {self.workdir} with these settings'
+          f'{f" ({phrases[0]})" if phrases else ""}; '
           f'run --stage={name} first, or leave --stage out to run what is missing'
         )
     return list(self.done)

@@ -114,4 +114,4 @@ def assert_same_outcome(found: Path, wanted: Path) -> None:
   a, b = outcome(found), outcome(wanted)
   assert a.keys() == b.keys()
   other = [key for key in b if a[key] != b[key]]
-  assert not other, other
+  assert not other, [(k, a[k], b[k]) for k in other]
