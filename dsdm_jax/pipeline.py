@@ -203,7 +203,9 @@ def _publish(workdir: Path, config: ConfigDict, done: Mapping[str, Artifact]) ->
   from dsdm_jax.evaluation.results import text_tables
 
   results = json.loads((done['evaluation'].path / 'results.json').read_text())
-  results['cost'] = {name: done[name].manifest['cost'] for name in NAMES if name in done}
+  # The same whichever stage was asked for: the report, which comes later, may be finished too.
+  stages = {name: done.get(name) or artifacts.open_stage(workdir, name) for name in NAMES}
+  results['cost'] = {name: artifact.manifest['cost'] for name, artifact in stages.items() if artifact is not None}
   results['versions'] = done['evaluation'].manifest['versions']
   results['config'] = flatten(config)
   storage.write_json(workdir / 'results.json', results)

@@ -144,7 +144,9 @@ def test_second_run_reuses_all_and_starts_neither_tensorflow_nor_a_device(finish
 
 @pytest.mark.parametrize('stage', pipeline.NAMES)
 def test_a_finished_stage_alone_is_reused(finished, stage, capsys):
+  before = (finished / 'results.json').read_bytes()
   pipeline.run(get_config(), finished, stage)
+  assert (finished / 'results.json').read_bytes() == before
   assert f'{stage}: reused from {files_of(finished, stage)}\n' in capsys.readouterr().out
 
 
