@@ -29,8 +29,7 @@ _VERDICTS = (
   'both arms have at least three seeds.'
 )
 _ONE_MODEL = (
-  'One model stands for each arm: intervals are over items alone, other seeds may differ by more, and no verdict is '
-  'given.'
+  'Each arm has one model: intervals are over items alone, other seeds may differ by more, and no verdict is given.'
 )
 _NO_BASELINE = "No two arms are compared: add 'random', the baseline, to selection.methods."
 

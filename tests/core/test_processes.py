@@ -108,7 +108,7 @@ def test_one_process_decides_for_itself():
 
 
 def start(program: str, *arguments: str, processes: int = 2, **keys: str) -> list[subprocess.Popen[str]]:
-  """`program`'s lines after the start, in each of `processes` that are connected; {process} stands for the number."""
+  """`program`'s lines after the start, in each of `processes` that are connected; {process} is its number."""
   address = f'127.0.0.1:{free_port()}'
   begun = []
   for process in range(processes):

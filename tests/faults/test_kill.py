@@ -1,6 +1,6 @@
 """SIGKILL at random moments of every stage, each followed by the same command: the same results, to the bit.
 
-A run that is killed twelve times stands for all in the normal tests; `launch/test.sh --faults` kills more than 100.
+The normal tests kill one run twelve times; `launch/test.sh --faults` kills more than 100.
 """
 
 import json

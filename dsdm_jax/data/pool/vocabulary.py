@@ -410,7 +410,7 @@ def encode_pair(encoder: Encoder, context: str, answer: str) -> tuple[list[int],
   ids, place = encoder.encode(context + answer), len(context.rstrip())
   before = encoder.encode(context[:place])
   first = len(before)
-  # Ids of the context that begin the whole end where the answer begins, unless the last stands for unknown text.
+  # The answer begins after the context's own ids, if the whole text begins with them and the last is no unknown piece.
   if ids[:first] == before and first < len(ids) and encoder.unk not in before[-1:]:
     return before, ids[first:]
   spans = encoder.offsets(context + answer)

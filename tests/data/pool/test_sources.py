@@ -399,7 +399,7 @@ def test_a_tfds_dataset_that_tfds_prepares(tmp_path: Path):
   [('jsonl', 'jsonl.gz', gzip.compress), ('jsonl', 'jsonl.zst', zstandard.compress), ('parquet', 'parquet', None)],
 )
 def test_files_behind_an_address(kind: str, ending: str, write: Callable[[bytes], bytes] | None, tmp_path: Path):
-  """fsspec's in-memory file system stands for gs://, hf:// and all others."""
+  """With fsspec's in-memory file system, which is opened as gs://, hf:// and all others are."""
   import fsspec
 
   local = tmp_path / f'a.{ending}'
