@@ -104,7 +104,7 @@ class Runner:
     except UserError:
       unfinished = any(artifacts.unfinished(self.workdir, name) for name in self.stages)
       if processes.is_first() and created and not self.done and not unfinished:
-        for name in (*self.stages, *Log.FILES, 'xla_cache'):
+        for name in (*self.stages, *Log.FILES):
           storage.delete(self.workdir / name)
       raise
     return self.done
