@@ -77,7 +77,7 @@ class GradientCoverage:
     """
     params = jax.device_put(params, self._shardings)
     scale = None if second_moment is None else jax.device_put(second_moment.scale(params), self._shardings)
-    probed = {f'{layer.path}/kernel' for layer in self.layers}
+    probed = {path for layer in self.layers for path in layer.parameters}
     shares: dict[str, float] = {}
     for row in zip(tokens_BL, weights_BL, strict=True):
       squares = fetch(self._step((params, scale), *place(row, replicated(self.mesh))))

@@ -42,9 +42,10 @@ class FeatureStep(Protocol):
 
 @dataclasses.dataclass
 class TwoSidedFeatures:
-  """φ = Aᵀ G B of each linear layer by probes (see `probes`; LoGra, arXiv 2405.13954, uses the same factorisation).
+  """φ = Aᵀ G B of each matrix by probes (see `probes`; LoGra, arXiv 2405.13954, uses the same factorisation).
 
-  Parameters outside those layers are ignored. E over A and B of φ·φ' is the inner product of the gradients.
+  Norm scales and biases are one more block, and other parameters are ignored. E over A and B of φ·φ' is the inner
+  product of the gradients.
 
       features = TwoSidedFeatures(model, margin, pattern='.*', requested_dimension=4096, seed=0, mesh=mesh)
       phi_BJ = features(features.prepare(nnx.state(model, nnx.Param), checkpoint=0), tokens_BL, weights_BL)
@@ -52,13 +53,13 @@ class TwoSidedFeatures:
   Args:
     model: an NNX module, tokens_BL → logits_BLV; may be abstract. It is not changed.
     output_fn: (logits_LV, tokens_L, weights_L) → scalar, such as `lm.outputs:margin`.
-    pattern: regex over paths of `nnx.Linear` layers.
+    pattern: regex over paths of parameters, see `probes.plan`.
     requested_dimension: upper bound of J; `dimension` is J itself, see `probes.plan`.
     seed: of the projections.
     mesh: axes `data` and `model` (see `make_mesh`); batch over `data`, weights by the partition table.
 
   Raises:
-    UserError: no layer matches the pattern, or J is smaller than the number of layers.
+    UserError: no parameter matches the pattern, or J is smaller than the number of layers.
   """
 
   model: nnx.Module
@@ -75,6 +76,7 @@ class TwoSidedFeatures:
     graphdef, state = nnx.split(self.model)
     abstract = nnx.eval_shape(lambda s: probes.instrument(nnx.merge(graphdef, s), self.layers), state)
     self._graphdef, _, rest = nnx.split(abstract, probes.Probe, ...)
+    self._vectors = self.layers[-1].vectors
     batch = batch_sharding(self.mesh)
     self.jitted = jax.jit(
       self.apply,
@@ -94,14 +96,13 @@ class TwoSidedFeatures:
 
     Args:
       second_moment: preconditions by scaling A and B with its rank-one approximation of each layer.
-      projections: A and B; None draws random ones.
+      projections: A and B of some layers; those of the others are random.
     """
-    if projections is None:
-      projections = probes.random_projections(self.layers, self.seed, checkpoint)
+    projections = probes.random_projections(self.layers, self.seed, checkpoint) | (projections or {})
     if second_moment is not None:
       projections = second_moment.into(self.layers, projections)
     model = probes.instrument(nnx.merge(self._model_graphdef, params), self.layers)
-    probes.set_projections(model, projections)
+    probes.set_projections(model, self.layers, projections)
     _, _, rest = nnx.split(model, probes.Probe, ...)
     return jax.device_put(rest, partition.shardings(rest, self.mesh))
 
@@ -111,18 +112,27 @@ class TwoSidedFeatures:
   def apply(self, prepared: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     """phi_BJ in float32; the pure function behind `__call__`."""
     prepared = partition.gathered(prepared, self.mesh)
-    zeros = {layer.path: jnp.zeros((*layer.stack, layer.a, layer.b), jnp.float32) for layer in self.layers}
+    zeros = {x.module: jnp.zeros((*x.stack, x.a, x.b), jnp.float32) for x in self.layers if not x.vectors}
+    vectors, rest = nnx.split_state(prepared, lambda path, _: '/'.join(map(str, path)) in self._vectors, ...)
 
-    def output(probe_of: dict[str, jax.Array], tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
+    def output(
+      probe_of: dict[str, jax.Array], vectors: nnx.State, tokens_L: jax.Array, weights_L: jax.Array
+    ) -> jax.Array:
       flat = {(*_path(path), 'probe'): probes.Probe(value) for path, value in probe_of.items()}
-      model = nnx.merge(self._graphdef, nnx.from_flat_state(flat), prepared)
+      model = nnx.merge(self._graphdef, nnx.from_flat_state(flat), vectors, rest)
       return self.output_fn(model(tokens_L[None])[0], tokens_L, weights_L)
 
-    gradients = jax.vmap(jax.grad(output), in_axes=(None, 0, 0), spmd_axis_name=DATA)
+    gradients = jax.vmap(jax.grad(output, argnums=(0, 1)), in_axes=(None, None, 0, 0), spmd_axis_name=DATA)
     with attention_tpu.on_mesh(self.mesh):
-      grads = gradients(zeros, tokens_BL, weights_BL)
+      grads, of_vectors = gradients(zeros, vectors, tokens_BL, weights_BL)
     batch = tokens_BL.shape[0]
-    return jnp.concatenate([grads[layer.path].reshape(batch, -1) for layer in self.layers], axis=1)
+    parts = [grads[x.module].reshape(batch, -1) for x in self.layers if not x.vectors]
+    if self._vectors:
+      grad_of = {'/'.join(map(str, path)): g[...] for path, g in nnx.to_flat_state(of_vectors)}
+      grad_BI = jnp.concatenate([grad_of[path].reshape(batch, -1) for path in self._vectors], axis=1)
+      sides = prepared[probes.VECTORS]
+      parts.append(grad_BI @ sides['input_projection'][...] * sides['output_projection'][...])
+    return jnp.concatenate(parts, axis=1)
 
   def describe(self) -> dict[str, Any]:
     return {'projection': 'two_sided', 'layers': [dataclasses.asdict(layer) for layer in self.layers]}

@@ -120,6 +120,15 @@ class Block(nnx.Module):
     return attended_BLD + self.mlp(self.mlp_norm(x_BLD if self.parallel else attended_BLD))
 
 
+class Table(nnx.Embed):
+  """An embedding that serves as the head as well."""
+
+  def attend(self, x_BLD: jax.Array) -> jax.Array:
+    """Products of `x_BLD`, in the compute dtype, with all rows, by the product of the linear layers."""
+    table_DV = self.embedding[...].astype(self.dtype).T
+    return products.dot_general(x_BLD, table_DV, (((2,), (0,)), ((), ())))
+
+
 class Decoder(nnx.Module):
   """tokens_BL (int32) → logits_BLV (float32); position l sees tokens 0…l."""
 
@@ -129,7 +138,7 @@ class Decoder(nnx.Module):
     self.dtype = jnp.dtype(config.compute_dtype)
     self.remat = config.remat
     init = nnx.initializers.normal(config.init_std)
-    self.embedding = nnx.Embed(vocab_size, config.width, embedding_init=init, dtype=self.dtype, rngs=rngs)
+    self.embedding = Table(vocab_size, config.width, embedding_init=init, dtype=self.dtype, rngs=rngs)
     learned = config.positions == 'learned'
     self.positions = (
       nnx.Embed(length, config.width, embedding_init=init, dtype=self.dtype, rngs=rngs) if learned else None
@@ -176,8 +185,7 @@ class Decoder(nnx.Module):
     x_BLD = self.norm(x_BLD).astype(self.dtype)
     if self.head is not None:
       return self.head(x_BLD).astype(jnp.float32)
-    table_DV = self.embedding.embedding[...].astype(self.dtype).T
-    return products.dot_general(x_BLD, table_DV, (((2,), (0,)), ((), ()))).astype(jnp.float32)
+    return self.embedding.attend(x_BLD).astype(jnp.float32)
 
   def _run_blocks(self, x_BLD: jax.Array) -> jax.Array:
     # Blocks run as pure functions of their state: graph references do not survive remat or scan under vmap(grad).

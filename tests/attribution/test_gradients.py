@@ -33,7 +33,7 @@ def _explicit_two_sided(problem, step, row, seed=3, checkpoint=0):
   parts = []
   for layer in step.layers:
     a, b = (np.asarray(x, np.float64) for x in projections[layer.path])
-    g = gradient[f'{layer.path}/kernel'].astype(np.float64)
+    g = np.concatenate([gradient[path].reshape(*layer.stack, -1, layer.outputs) for path in layer.parameters])
     parts.append(np.einsum('...io,...ia,...ob->...ab', g, a, b).ravel())
   return np.concatenate(parts)
 
@@ -166,7 +166,8 @@ def test_inner_products_are_kept_in_expectation(kind, one_device):
     names = list(gradients[0])
   else:
     step = _two_sided(problem, one_device, dimension=256, seed=0)
-    names = [f'{layer.path}/kernel' for layer in step.layers]
+    names = [path for layer in step.layers for path in layer.parameters]
+    assert set(names) == set(gradients[0])
   exact = [sum(float(np.vdot(gradients[i][n], gradients[j][n])) for n in names) for i, j in pairs]
   got = []
   for checkpoint in range(draws):
@@ -185,15 +186,15 @@ def test_checkpoints_have_projections_of_their_own(plain_problem, one_device):
 
 
 def test_plan_keeps_to_the_budget_and_the_layers_sizes(plain_problem):
-  layers = probes.plan(nnx.merge(*nnx.split(plain_problem.model)), 'mlp', 400)
-  assert [layer.path.split('/')[-1] for layer in layers] == ['down', 'up', 'down', 'up']
+  layers = probes.plan(nnx.merge(*nnx.split(plain_problem.model)), 'mlp/.*kernel', 400)
+  assert [layer.path.split('/')[-2] for layer in layers] == ['down', 'up', 'down', 'up']
   assert all((layer.a, layer.b) == (10, 10) for layer in layers)
-  wide = probes.plan(plain_problem.model, 'mlp/up', 10**9)
+  wide = probes.plan(plain_problem.model, 'mlp/up/kernel', 10**9)
   assert all((layer.a, layer.b) == (32, 64) for layer in wide)
 
 
 def test_no_layer_and_too_small_a_dimension_are_refused(plain_problem):
-  with pytest.raises(UserError, match='config.features.layers.*matches no linear layer'):
+  with pytest.raises(UserError, match='config.features.layers.*matches no parameter'):
     probes.plan(plain_problem.model, 'convolution', 64)
   with pytest.raises(UserError, match='config.features.dimension=3'):
     probes.plan(plain_problem.model, '.*', 3)
