@@ -53,7 +53,7 @@ STAGES = (
     reads=('pool', 'targets', 'proxies'),
     keys=('seed', 'features', 'proxies'),
     code='attribution.features:run',
-    format=2,
+    format=3,
     everywhere=True,
     repairable=True,
   ),

@@ -12,7 +12,7 @@ import dsdm_jax
 
 
 class OwnModel(nnx.Module):
-  """Any NNX module that maps tokens_BL to logits_BLV; its linear layers are probed."""
+  """Any NNX module that maps tokens_BL to logits_BLV; its linear layers and embeddings are probed."""
 
   def __init__(self, vocab_size: int, width: int, rngs: nnx.Rngs):
     self.embed = nnx.Embed(vocab_size, width, rngs=rngs)

@@ -3,7 +3,7 @@
 For y = xW the gradient of one example is Σ_l x_l dy_lᵀ. The second moment of x over tokens is I×I, that of dy is O×O,
 and AᵀGB with their leading eigenvectors keeps the directions in which inputs and output gradients have most power, as
 LoGra does (arXiv 2405.13954). Inner products are then those of the projected part of G, which is
-no unbiased estimate of those of G.
+no unbiased estimate of those of G. Tables, whose inputs have V² second moments, and vectors keep random projections.
 
 A measured layer carries a probe for each moment, whose gradient is the moment itself: reverse mode of the summed
 output function gives all of them in one pass, with no weight gradient.
@@ -73,6 +73,11 @@ class MeasuredLinear(probes.LinearWrapper):
     return measured_matmul(x, kernel_IO, self.in_moment[...], self.out_moment[...])
 
 
+def measured(layers: Sequence[ProbedLayer]) -> tuple[ProbedLayer, ...]:
+  """The linear ones among `layers`."""
+  return tuple(layer for layer in layers if layer.path.endswith('/kernel'))
+
+
 @dataclasses.dataclass
 class MomentStep:
   """Second moments of inputs and output gradients of the layers, summed over a batch's tokens.
@@ -80,7 +85,7 @@ class MomentStep:
   Args:
     model: an NNX module, tokens_BL → logits_BLV; may be abstract. It is not changed.
     output_fn: (logits_LV, tokens_L, weights_L) → scalar.
-    layers: the layers to measure.
+    layers: of which the linear ones are measured.
     mesh: batch over `data`, weights by the partition table.
   """
 
@@ -90,6 +95,7 @@ class MomentStep:
   mesh: Mesh
 
   def __post_init__(self) -> None:
+    self.layers = measured(self.layers)
     self._model_graphdef, state = nnx.split(self.model)
     abstract = nnx.eval_shape(lambda s: self._instrumented(nnx.merge(self._model_graphdef, s)), state)
     self._graphdef, self._moments, rest = nnx.split(abstract, Moment, ...)
@@ -120,7 +126,7 @@ class MomentStep:
       return jnp.sum(jax.vmap(self.output_fn)(logits_BLV, tokens_BL, weights_BL))
 
     grads = {'/'.join(map(str, path)): g[...] for path, g in nnx.to_flat_state(jax.grad(total)(zeros))}
-    return {x.path: (grads[f'{x.path}/in_moment'], grads[f'{x.path}/out_moment']) for x in self.layers}
+    return {x.path: (grads[f'{x.module}/in_moment'], grads[f'{x.module}/out_moment']) for x in self.layers}
 
   def sums(self, prepared: nnx.State, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Moments:
     """Sums over (tokens_BL, weights_BL) batches, float64. Every device computes a batch that `data` does not divide."""
@@ -162,7 +168,7 @@ class Basis:
       second_moment: x and dy are first divided by its factors, by which `SecondMoment.into` divides A and B later.
     """
     projections, kept = {}, {}
-    for layer in layers:
+    for layer in measured(layers):
       factors = (None, None) if second_moment is None else second_moment.factors(layer)
       sides = [
         _leading(moment if factor is None else moment / (factor[..., :, None] * factor[..., None, :]), count)
@@ -174,8 +180,8 @@ class Basis:
 
   def save(self, file: Path, layers: Sequence[ProbedLayer]) -> None:
     """Writes the file unless another job has: the first one is kept, unless it is damaged."""
-    arrays = {'kept_N2': np.array([self.kept[layer.path] for layer in layers])}
-    for number, layer in enumerate(layers):
+    arrays = {'kept_N2': np.array([self.kept[layer.path] for layer in measured(layers)])}
+    for number, layer in enumerate(measured(layers)):
       for side, projection in zip(('in', 'out'), self.projections[layer.path], strict=True):
         arrays[f'{side}_{number}'] = np.asarray(projection)
     if storage.marked(file) and not storage.is_marked(file):
@@ -186,6 +192,7 @@ class Basis:
   @classmethod
   def load(cls, file: Path, layers: Sequence[ProbedLayer]) -> 'Basis':
     with np.load(file, allow_pickle=False) as arrays:
+      layers = measured(layers)
       kept = {layer.path: (float(x), float(y)) for layer, (x, y) in zip(layers, arrays['kept_N2'], strict=True)}
       sides = {
         layer.path: (jnp.asarray(arrays[f'in_{n}']), jnp.asarray(arrays[f'out_{n}'])) for n, layer in enumerate(layers)

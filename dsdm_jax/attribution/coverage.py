@@ -1,7 +1,7 @@
 """How much of the gradient a two-sided projection covers: the share of ‖g‖² in parameters with and without a probe.
 
-Embeddings, norms, biases and linear layers outside `features.layers` have no probe. The share is measured on a few rows
-by explicit gradients, one row at a time.
+Parameters outside `features.layers` have no probe, nor have those of layers that `probes.plan` does not know. The share
+is measured on a few rows by explicit gradients, one row at a time.
 """
 
 import dataclasses

@@ -45,7 +45,7 @@ def run(context: Context) -> dict | None:
   if isinstance(step, TwoSidedFeatures):
     shapes = ', '.join(f'{a}×{b}' for a, b in sorted({(layer.a, layer.b) for layer in step.layers}))
     j = f'J = {step.dimension} (features.dimension = {step.requested_dimension})'
-    context.log.say(f'  two-sided projection: {shapes} for each linear layer, {j}')
+    context.log.say(f'  two-sided projection: {shapes} for each layer, {j}')
   else:
     context.log.say(f'  dense projection of all parameters to J = {step.dimension}')
 
@@ -86,7 +86,7 @@ def _measure_coverage(context: Context, extractor: FeatureExtractor, checkpoint:
     storage.write_json(file, result)
     storage.mark(file)
   context.log.event('unprobed', checkpoint=checkpoint, share=result['share'])
-  largest = ', '.join(f'{path} {share:.0%}' for path, share in list(result['parameters'].items())[:2])
+  largest = ', '.join(f'{path} {share:.0%}' for path, share in list(result['parameters'].items())[:2]) or 'none'
   context.log.say(
     f'  proxy {checkpoint_name(context.config, checkpoint)}: features cover {1 - result["share"]:.0%} of ‖g‖² on '
     f'{result["rows"]} rows (largest parameters without a probe: {largest})'

@@ -130,7 +130,7 @@ class TwoSidedFeatures:
     if self._vectors:
       grad_of = {'/'.join(map(str, path)): g[...] for path, g in nnx.to_flat_state(of_vectors)}
       grad_BI = jnp.concatenate([grad_of[path].reshape(batch, -1) for path in self._vectors], axis=1)
-      sides = prepared[probes.VECTORS]
+      sides = prepared[self.layers[-1].module]
       parts.append(grad_BI @ sides['input_projection'][...] * sides['output_projection'][...])
     return jnp.concatenate(parts, axis=1)
 

@@ -16,7 +16,7 @@ import abc
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from flax import nnx
 
 from dsdm_jax.core import prng
 from dsdm_jax.errors import UserError
+from dsdm_jax.lm.decoder import Table
 
 
 class Probe(nnx.Variable):
@@ -35,7 +36,7 @@ class Projection(nnx.Variable):
   """A [*stack, I, a] or B [*stack, O, b] of a probed layer, float32."""
 
 
-VECTORS = 'vectors'  # path of the norm scales and biases, which are one layer
+VECTORS = 'vectors'  # path of the layer of all norm scales and biases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class ProbedLayer:
   @property
   def module(self) -> str:
     """Path of the module that holds probe, A and B."""
-    return self.path if self.vectors else self.path.rpartition('/')[0]
+    return 'probed_vectors' if self.vectors else self.path.rpartition('/')[0]
 
   @property
   def columns(self) -> int:
@@ -244,7 +245,7 @@ def plan(model: nnx.Module, pattern: str, dimension: int) -> tuple[ProbedLayer, 
   """
   shapes = {'/'.join(map(str, path)): x.shape for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))}
   matrices = [path for path in _matrices(model) if re.search(pattern, path)]
-  small = [path for path, shape in shapes.items() if shape and (len(shape) == 1 or path.endswith(('scale', 'bias')))]
+  small = [path for path, shape in shapes.items() if shape and (len(shape) == 1 or path.endswith(('/scale', '/bias')))]
   vectors = tuple(path for path in small if re.search(pattern, path))
   if not matrices and not vectors:
     raise UserError(
@@ -257,7 +258,7 @@ def plan(model: nnx.Module, pattern: str, dimension: int) -> tuple[ProbedLayer, 
     raise UserError(
       f'config.features.dimension={dimension} is less than one column for each of {count} layers; raise it'
     )
-  sizes = [(path, shapes[path], ()) for path in matrices]
+  sizes: list[tuple[str, tuple[int, ...], tuple[str, ...]]] = [(path, shapes[path], ()) for path in matrices]
   if vectors:
     sizes.append((VECTORS, (sum(math.prod(shapes[path]) for path in vectors), 1), vectors))
   layers, start = [], 0
@@ -270,13 +271,33 @@ def plan(model: nnx.Module, pattern: str, dimension: int) -> tuple[ProbedLayer, 
   return tuple(layers)
 
 
+def least_flop(layers: Sequence[ProbedLayer], length: int, heads: Collection[str] = ()) -> float:
+  """FLOP that the probes add for one row of `length` tokens: xA, dy B and their product, and Aᵀg of the vectors.
+
+  `heads` are paths of the tables that are tied heads as well.
+  """
+  total = 0
+  for x in layers:
+    row, column, product = 2 * x.inputs * x.a, 2 * x.outputs * x.b, 2 * x.a * x.b
+    if x.vectors:
+      total += row
+    elif x.path.endswith('/kernel'):
+      total += math.prod(x.stack) * length * (row + column + product)
+    else:  # rows of A are looked up, and only a head multiplies by it
+      total += math.prod(x.stack) * length * (column + product)
+      total += length * (row + column + product) * (x.path in heads)
+  return float(total)
+
+
 def _matrices(model: nnx.Module) -> dict[str, nnx.Linear | nnx.Embed]:
-  """Path of the kernel or table → its module, in order of paths."""
+  """Path of the kernel or table → its module, in order; no subclasses, as they may compute something else."""
   matrices = {}
   for path, module in nnx.iter_modules(model):
-    if isinstance(module, nnx.Linear | nnx.Embed):
-      name = 'kernel' if isinstance(module, nnx.Linear) else 'embedding'
-      matrices['/'.join(map(str, (*path, name)))] = module
+    kind = type(module)
+    if kind.__call__ is nnx.Linear.__call__:
+      matrices['/'.join(map(str, (*path, 'kernel')))] = module
+    elif kind.__call__ is nnx.Embed.__call__ and kind.attend in (nnx.Embed.attend, Table.attend):
+      matrices['/'.join(map(str, (*path, 'embedding')))] = module
   return dict(sorted(matrices.items()))
 
 
@@ -287,7 +308,7 @@ def instrument(
 ) -> nnx.Module:
   """Replaces the module of each matrix in `model`, in place and everywhere, by a wrapper that shares its parameters.
 
-  Vectors stay where they are; the model gets a module `VECTORS` with their A and B. Returns `model`.
+  Vectors stay where they are; the model gets a module with their A and B. Returns `model`.
   """
   matrices = _matrices(model)
   wrappers = {id(matrices[x.path]): wrap(matrices[x.path], x) for x in layers if not x.vectors}
@@ -300,7 +321,7 @@ def instrument(
           setattr(owner, name, wrappers[id(child)])
   for layer in layers:
     if layer.vectors:
-      setattr(model, VECTORS, ProbedVectors(layer))
+      setattr(model, layer.module, ProbedVectors(layer))
   return model
 
 

@@ -5,9 +5,9 @@ step: that step on a row with gradient g_z moves θ by −η g_z/√v and lowers
 Features for that effect divide g by v^(1/4) on both sides, the gradient in the coordinates in which Adam's step is a
 plain gradient step, or g by √v in one factor only.
 
-In a dense projection the division is exact. A two-sided projection has no entry of g to divide; there each layer's
+In a dense projection the division is exact. A two-sided projection has no entry of g to divide; there each matrix'
 v ∈ R^{I×O} is replaced by the matrix of rank one with the same row sums r and column sums c, r cᵀ/Σr (Adafactor, arXiv
-1804.04235), whose inverse root is a scaling of A's rows and of B's rows.
+1804.04235), whose inverse root is a scaling of A's rows and of B's rows. For vectors (O = 1) this is exact.
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ class SecondMoment:
     errors = {}
     for layer in layers:
       row_I, column_O = self.factors(layer)
-      root = np.sqrt(np.asarray(fetch(self.of_path[f'{layer.path}/kernel']), np.float64))
+      root = np.sqrt(self._of_layer(layer))
       exact = root / (np.sqrt(root**2 + self.epsilon_root) + self.epsilon)
       approximate = root / (row_I[..., :, None].astype(np.float64) * column_O[..., None, :])
       errors[layer.path] = float(np.linalg.norm(approximate - exact) / (np.linalg.norm(exact) or 1.0))
@@ -95,8 +95,13 @@ class SecondMoment:
 
   def factors(self, layer: ProbedLayer) -> tuple[np.ndarray, np.ndarray]:
     """float32 [*stack, I] and [*stack, O] whose outer product is √(r cᵀ/Σr) + ε, nearly."""
-    v = np.asarray(fetch(self.of_path[f'{layer.path}/kernel']), np.float64)
+    v = self._of_layer(layer)
     v = np.maximum(v, _FLOOR * v.mean(axis=(-2, -1), keepdims=True)) + self.epsilon_root + self.epsilon**2
     row_I, column_O = v.mean(axis=-1), v.mean(axis=-2)
     mean = row_I.mean(axis=-1, keepdims=True)
     return np.sqrt(row_I).astype(np.float32), np.sqrt(column_O / mean).astype(np.float32)
+
+  def _of_layer(self, layer: ProbedLayer) -> np.ndarray:
+    """v [*stack, I, O] in float64."""
+    parts = [np.ravel(fetch(self.of_path[path])) for path in layer.parameters]
+    return np.concatenate(parts).astype(np.float64).reshape(*layer.stack, layer.inputs, layer.outputs)

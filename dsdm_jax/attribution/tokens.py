@@ -1,7 +1,7 @@
 """Contribution of each token of a row to the row's score.
 
 The output function is a mean over tokens, so φ(n)·u = ∇f_n·v is a sum of their shares, for the direction v in parameter
-space that corresponds to u: Rᵀu in the dense projection; in the two-sided one A U Bᵀ in each probed kernel and zero
+space that corresponds to u: Rᵀu in the dense projection; in the two-sided one A U Bᵀ in each probed matrix and zero
 elsewhere, as ⟨AᵀGB, U⟩ = ⟨G, A U Bᵀ⟩.
 """
 
@@ -122,16 +122,18 @@ class TokenScores:
 
 
 def _direction(step: TwoSidedFeatures, prepared: nnx.State, params: nnx.State, u_J: np.ndarray) -> Any:
-  """A U Bᵀ of each probed kernel and zeros, float32 [1, *parameter shape], a pytree like `params`."""
-  sides = {'/'.join(map(str, path)): value[...] for path, value in nnx.to_flat_state(prepared)}
-  kernels = {}
+  """A U Bᵀ of each probed parameter and zeros, float32 [1, *parameter shape], a pytree like `params`."""
+  sides, shapes = ({'/'.join(map(str, path)): x[...] for path, x in nnx.to_flat_state(s)} for s in (prepared, params))
+  directions: dict[str, jax.Array] = {}
   for layer in step.layers:
     u = u_J[layer.start : layer.stop].reshape(*layer.stack, layer.a, layer.b)
-    a, b = sides[f'{layer.path}/input_projection'], sides[f'{layer.path}/output_projection']
-    kernels[f'{layer.path}/kernel'] = jnp.einsum('...ia,...ab,...ob->...io', a, jnp.asarray(u), b)
+    a, b = sides[f'{layer.module}/input_projection'], sides[f'{layer.module}/output_projection']
+    whole = jnp.einsum('...ia,...ab,...ob->...io', a, jnp.asarray(u), b)
+    stops = np.cumsum([shapes[path].size for path in layer.parameters])
+    directions |= dict(zip(layer.parameters, jnp.split(whole.ravel(), stops[:-1]), strict=True))
 
   def one(path: Any, x: jax.Array) -> jax.Array:
-    kernel = kernels.get(partition.path_name(path))
-    return jnp.zeros((1, *x.shape), jnp.float32) if kernel is None else kernel[None]
+    direction = directions.get(partition.path_name(path), jnp.zeros(x.size, jnp.float32))
+    return direction.reshape(1, *x.shape)
 
   return jax.tree_util.tree_map_with_path(one, params)

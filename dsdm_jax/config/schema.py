@@ -273,7 +273,7 @@ class Features(Section):
     'random', "eigenvectors (two_sided): of the second moments of each layer's inputs and output gradients."
   )
   basis_rows: Annotated[Rows, Ge(1)] = key(512, 'First rows of the pool, for the eigenvectors.')
-  layers: Regex = key('.*', 'Regex over the paths of linear layers (two_sided).')
+  layers: Regex = key('.*', 'Regex over paths of parameters (two_sided); kernel$ takes linear layers only.')
   mode: Literal['store', 'stream', 'jvp'] = key(
     'store', 'Store features, recompute them for each pass, or score by directional derivatives (dense only).'
   )

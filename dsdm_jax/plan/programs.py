@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution import datamodel, sources
+from dsdm_jax.attribution import datamodel, probes, sources
 from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.extractor import feature_step, step_rows, without_kernels
 from dsdm_jax.attribution.gradients import TwoSidedFeatures
@@ -224,7 +224,9 @@ def _features(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
   }[features.mode]
   tokens = batch * length
   if isinstance(step, TwoSidedFeatures):
+    heads = ('embedding/embedding',) if config.proxies.model.tied_embeddings else ()
     least = (3 * model.forward_flop - 2 * model.matmul_weights) * tokens
+    least += batch * probes.least_flop(step.layers, length, heads)
   else:
     least = 3 * model.forward_flop * tokens + 2.0 * batch * model.parameters * step.dimension
 

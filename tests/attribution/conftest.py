@@ -22,6 +22,7 @@ VARIANTS = {
   'modern': {
     'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'tied_embeddings': False, 'kv_heads': 2, 'bias': False,
   },
+  'neox': {'positions': 'rope', 'mlp': 'gelu_exact', 'tied_embeddings': False, 'parallel_residual': True},
 }  # fmt: skip
 
 
@@ -44,6 +45,16 @@ class Problem:
 
     grads = jax.jit(jax.grad(output))(params)
     return {'/'.join(map(str, path)): np.asarray(v[...]) for path, v in nnx.to_flat_state(grads)}
+
+  def projected(self, row: int, layers, projections, scale=None) -> np.ndarray:
+    """AᵀGB of the explicit gradient of one example, in float64; entries of G times `scale` (path → array), if any."""
+    gradient, parts = self.gradient(row), []
+    for layer in layers:
+      whole = [gradient[path] * (1 if scale is None else scale[path]) for path in layer.parameters]
+      g = np.concatenate([x.reshape(*layer.stack, -1, layer.outputs) for x in whole], axis=-2).astype(np.float64)
+      sides = (np.asarray(x, np.float64) for x in projections[layer.path])
+      parts.append(np.einsum('...io,...ia,...ob->...ab', g, *sides).ravel())
+    return np.concatenate(parts)
 
 
 def make_problem(seed: int = 0, length: int = LENGTH, **overrides) -> Problem:

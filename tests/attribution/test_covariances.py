@@ -1,5 +1,7 @@
 """A and B of eigenvectors against covariances from explicit activations and output gradients."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ ORDER = ('attention/qkv', 'attention/out', 'mlp/up', 'mlp/down')  # in which a b
 def explicit(problem, layers, monkeypatch):
   """Path → (Σ x xᵀ, Σ dy dyᵀ): inputs as linear layers meet them, dy from an array added to what they give."""
   names = [f'blocks/{i}/{name}' for i in range(2) for name in ORDER]
-  sizes = {layer.path: layer.outputs for layer in layers}
+  sizes = {layer.module: layer.outputs for layer in layers}
   call, found = nnx.Linear.__call__, dict.fromkeys(names, (0.0, 0.0))
 
   def output(taps, tokens_L, weights_L):
@@ -47,11 +49,11 @@ def explicit(problem, layers, monkeypatch):
     for name, x, dy in zip(names, inputs, gradients, strict=True):
       x, dy = np.asarray(x[0], np.float64), np.asarray(dy[0], np.float64)
       found[name] = (found[name][0] + x.T @ x, found[name][1] + dy.T @ dy)
-  return found
+  return {f'{name}/kernel': sides for name, sides in found.items()}
 
 
 def _moments(problem, mesh, batches=1, dimension=512):
-  layers = probes.plan(problem.model, '.*', dimension)
+  layers = probes.plan(problem.model, 'kernel$', dimension)
   step = MomentStep(problem.model, outputs.margin, layers, mesh)
   size = BATCH // batches
   parts = covariances.batches(BATCH, size, mesh.shape['data'])
@@ -121,29 +123,31 @@ def test_moments_do_not_depend_on_the_mesh(plain_problem, one_device, eight_devi
 def test_features_are_explicit_gradients_in_the_eigenvectors(one_device, tmp_path):
   problem = make_problem(**VARIANTS['scanned'])
   step = TwoSidedFeatures(problem.model, outputs.margin, '.*', 512, 3, one_device)
-  layers, moments = _moments(problem, one_device)
+  layers = step.layers
+  measure = MomentStep(problem.model, outputs.margin, layers, one_device)
+  moments = measure.sums(measure.prepare(problem.params), [(problem.tokens_BL, problem.weights_BL)])
   Basis.leading(layers, moments, None).save(tmp_path / 'basis.npz', layers)
   basis = Basis.load(tmp_path / 'basis.npz', layers)
   prepared = step.prepare(problem.params, 0, projections=basis.projections)
   phi_BJ = step(prepared, problem.tokens_BL, problem.weights_BL)
-  gradient, parts = problem.gradient(5), []
-  for layer in layers:
-    g = gradient[f'{layer.path}/kernel'].reshape(-1, layer.inputs, layer.outputs).astype(np.float64)
-    of_side = [np.asarray(x).reshape(len(g), *x.shape[-2:]) for x in basis.projections[layer.path]]
+  for layer in covariances.measured(layers):
+    depth = math.prod(layer.stack)
+    of_side = [np.asarray(x).reshape(depth, *x.shape[-2:]) for x in basis.projections[layer.path]]
     kept = [[], []]
-    for i, one in enumerate(g):
+    for i in range(depth):
       for side, count in enumerate((layer.a, layer.b)):
-        moment = moments[layer.path][side].reshape(len(g), *moments[layer.path][side].shape[-2:])[i]
+        moment = moments[layer.path][side].reshape(depth, *moments[layer.path][side].shape[-2:])[i]
         values, vectors = np.linalg.eigh(moment)
         vectors = vectors[:, ::-1][:, :count]
         # The same directions in the same order, each up to its sign.
         cosine = np.abs(np.sum(vectors * of_side[side][i], axis=0))
         assert np.all(cosine > 1 - 1e-5)
         kept[side].append(values[::-1][:count].sum() / values.sum())
-      parts.append((of_side[0][i].T @ one @ of_side[1][i]).ravel())
     assert basis.kept[layer.path] == pytest.approx([np.mean(k) for k in kept], rel=1e-6)
     assert 0 < min(basis.kept[layer.path]) <= max(basis.kept[layer.path]) <= 1 + 1e-9
-  expected_J = np.concatenate(parts)
+  others = [x for x in step.layers if x.path not in basis.kept]
+  assert [x.path for x in others] == ['embedding/embedding', 'positions/embedding', 'vectors']
+  expected_J = problem.projected(5, step.layers, probes.random_projections(step.layers, 3, 0) | basis.projections)
   assert np.linalg.norm(phi_BJ[5] - expected_J) < 3e-6 * np.linalg.norm(expected_J)
 
 
@@ -153,7 +157,7 @@ def test_eigenvectors_keep_more_of_the_gradients_than_chance(plain_problem, one_
   basis = Basis.leading(layers, moments, None)
   rng, gradients = np.random.default_rng(0), [plain_problem.gradient(row) for row in (0, 5)]
   for layer in layers:
-    g_BIO = np.stack([gradient[f'{layer.path}/kernel'] for gradient in gradients])
+    g_BIO = np.stack([gradient[layer.path] for gradient in gradients])
     chance = [np.linalg.qr(rng.normal(size=(n, k)))[0] for n, k in ((layer.inputs, layer.a), (layer.outputs, layer.b))]
     kept, random = (
       np.square(a.T @ g_BIO @ b).sum() / np.square(g_BIO).sum()
@@ -167,7 +171,7 @@ def test_preconditioned_eigenvectors_are_those_of_preconditioned_moments(plain_p
   rng = np.random.default_rng(1)
   layers, moments = _moments(plain_problem, one_device)
   factor = {x.path: (rng.uniform(0.1, 9, x.inputs), rng.uniform(0.1, 9, x.outputs)) for x in layers}
-  v = {f'{path}/kernel': np.outer(r, c) for path, (r, c) in factor.items()}
+  v = {path: np.outer(r, c) for path, (r, c) in factor.items()}
   others = {path_name(p): np.ones(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(plain_problem.params)}
   second = SecondMoment({name: jax.numpy.asarray(x, np.float32) for name, x in (others | v).items()}, 1e-12)
   basis = Basis.leading(layers, moments, second)

@@ -149,7 +149,9 @@ def test_errors_of_checks_and_reads_are_raised(rows, one_device):
 @pytest.mark.parametrize('value', [np.nan, np.inf])
 def test_a_feature_that_is_not_finite_is_named_and_its_shard_is_not_written(value, rows, one_device, tmp_path):
   """Row 21, in shard 1, in the second layer of a scanned stack."""
-  step = TwoSidedFeatures(make_problem(scan_layers=True).model, outputs.margin, 'attention/out', J, 0, one_device)
+  step = TwoSidedFeatures(
+    make_problem(scan_layers=True).model, outputs.margin, 'attention/out/kernel', J, 0, one_device
+  )
   (layer,) = step.layers
   assert layer.stack == (2,)
 
@@ -164,7 +166,7 @@ def test_a_feature_that_is_not_finite_is_named_and_its_shard_is_not_written(valu
   columns = column_blocks(step.describe(), step.dimension)
   source = Recomputed(rows_pass, ROWS, step.dimension, SHARD, Quantizer('bfloat16', columns))
   store = FeatureStore(tmp_path / 'f.zarr', ROWS, step.dimension, SHARD, 'bfloat16', columns)
-  words = rf'row 21 is {value} in blocks/attention/out, layer 1 of the stack of proxy 3'
+  words = rf'row 21 is {value} in blocks/attention/out/kernel, layer 1 of the stack of proxy 3'
   with pytest.raises(UserError, match=words):
     list(store.fill([0, 1, 2], source.ranges(map(store.bounds, range(3)))))
   assert store.missing() == [1, 2]

@@ -86,11 +86,11 @@ def test_its_layers_are_probed_and_only_those(custom):
   workdir, _ = custom
   semantics = json.loads((workdir / 'features/manifest.json').read_text())['semantics']
   assert [layer['path'] for layer in semantics['layers']] == [
-    'stack/0/mix/wk',
-    'stack/0/mix/wo',
-    'stack/0/mix/wq',
-    'stack/0/mix/wv',
-    'unembed',
+    'stack/0/mix/wk/kernel',
+    'stack/0/mix/wo/kernel',
+    'stack/0/mix/wq/kernel',
+    'stack/0/mix/wv/kernel',
+    'unembed/kernel',
   ]
   store = FeatureStore(
     files_of(workdir, 'features') / 'features_0.zarr', semantics['rows'], semantics['dimension'], 256, 'bfloat16'

@@ -38,11 +38,14 @@ def test_without_libtpu_the_plan_has_counts_and_explains_how_to_install_it(confi
   assert found['flop']['proxies'] == proxy_steps * step
   assert found['flop']['pretraining'] == final_steps * step
   runs = 3 * -(-10_000 // 64)
-  least = (4 * matrices + 3 * attention) * 64 * 16
-  assert runs * least < found['flop']['features'] < 1.1 * runs * least  # projections are thin, and add some percent
+  # Eight linear layers, two tables and the vectors have 128 // 11 columns each: 3 × 3, or 11 × 1. Probes multiply by
+  # A and B in linear layers and in the tied head, and only by B where rows are looked up.
+  sides = 2 * (32 + 96 + 32 + 32 + 2 * (32 + 64)) + (512 + 32) + 2 * 32
+  thin = 2 * (3 * sides + 3 * 3 * 11) * 16 + 2 * 11 * (5 * 2 * 32 + 2 * (96 + 32 + 64 + 32))
+  assert found['flop']['features'] == runs * ((4 * matrices + 3 * attention) * 16 + thin) * 64
   j = found['dimension']
-  assert j == 8 * 4 * 4  # eight linear layers, 128 / 8 columns each
-  assert found['flop']['gram'] == 3 * 40 * 2 * 256 * 8 * (j // 8) ** 2  # a block for each layer
+  assert j == 10 * 3 * 3 + 11
+  assert found['flop']['gram'] == 3 * 40 * 2 * 256 * (10 * 9**2 + 11**2)  # a block for each layer
   assert found['store_bytes'] == 3 * 10_000 * j
 
 
