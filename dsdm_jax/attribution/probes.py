@@ -290,7 +290,7 @@ def least_flop(layers: Sequence[ProbedLayer], length: int, heads: Collection[str
 
 
 def _matrices(model: nnx.Module) -> dict[str, nnx.Linear | nnx.Embed]:
-  """Path of the kernel or table → its module, in order; no subclasses, as they may compute something else."""
+  """Path of the kernel or table → its module, in order; none of a subclass that may compute something else."""
   matrices = {}
   for path, module in nnx.iter_modules(model):
     kind = type(module)
