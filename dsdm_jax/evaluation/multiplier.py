@@ -152,7 +152,7 @@ def charge(
   """What an arm is charged: the stages that its method needs, in full even where other arms use them too.
 
   A method that needs the first proxy alone is charged one of them. Of the selection stage an arm is charged the mean of
-  its own selections.
+  its own selections; of a file from before these were recorded, the whole stage.
 
   Args:
     method: of the arm.
@@ -162,8 +162,9 @@ def charge(
     own_costs: selection → its 'flop' and 'seconds'.
     proxies: their number.
   """
-  own, units = [own_costs[name] for name in sorted(set(selections))], ('flop', 'seconds')
-  costs = {**costs, 'selection': {unit: float(np.mean([cost[unit] for cost in own])) for unit in units}}
+  names, units = sorted(set(selections)), ('flop', 'seconds')
+  if own_costs:
+    costs = {**costs, 'selection': {unit: float(np.mean([own_costs[name][unit] for name in names])) for unit in units}}
   shares = charged_shares(method, proxies)
   return Charge(final, {unit: sum(share * costs[stage][unit] for stage, share in shares.items()) for unit in units})
 

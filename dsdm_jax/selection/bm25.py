@@ -40,8 +40,8 @@ def _best(
   idf, mean_units = np.log1p((rows - holds + 0.5) / (holds + 0.5)), units / rows
 
   def score(task: str) -> np.ndarray:
-    weights = queries(grams.examples(target, task).units()).multiply(idf).tocsr()
-    return grams.scores(lambda rows: ngrams.nearest(saturated(rows, mean_units), weights))
+    weight_VT = queries(grams.examples(target, task).units()).multiply(idf).T.tocsr()
+    return grams.scores(lambda rows: ngrams.nearest(saturated(rows, mean_units), weight_VT))
 
   return ranking.ranked(target.mixed(score), pool, budget.examples)
 

@@ -254,6 +254,6 @@ def of_pool(pool: Candidates, buckets: int) -> PoolGrams:
   return pool.once(('n-grams', buckets), lambda: PoolGrams(pool.pool, options.ngrams, buckets))
 
 
-def nearest(rows: scipy.sparse.csr_matrix, queries: scipy.sparse.csr_matrix) -> np.ndarray:
+def nearest(rows_BV: scipy.sparse.csr_matrix, queries_VT: scipy.sparse.csr_matrix) -> np.ndarray:
   """Largest inner product of each row with a query, at least 0; float32 [B]."""
-  return (rows @ queries.T).max(axis=1).toarray().reshape(-1).astype(np.float32)
+  return (rows_BV @ queries_VT).max(axis=1).toarray().reshape(-1).astype(np.float32)

@@ -18,8 +18,8 @@ def tfidf(pool: Candidates, target: Target, budget: Budget, seed: int) -> Select
   grams, idf = weighting(pool)
 
   def score(task: str) -> np.ndarray:
-    target_TV = vectors(grams.examples(target, task), idf)
-    return grams.scores(lambda rows: ngrams.nearest(vectors(rows, idf), target_TV))
+    target_VT = vectors(grams.examples(target, task), idf).T.tocsr()
+    return grams.scores(lambda rows: ngrams.nearest(vectors(rows, idf), target_VT))
 
   return ranking.ranked(target.mixed(score), pool, budget.examples)
 
