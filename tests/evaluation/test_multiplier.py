@@ -90,8 +90,7 @@ def test_gross_and_net_by_hand():
 
 
 def _charge(method: str, *selections: str, own_costs=None) -> multiplier.Charge:
-  own_costs = own_costs or {'only': COSTS['selection']}
-  return multiplier.charge(method, selections or own_costs, {'flop': 2.0, 'seconds': 3.0}, COSTS, own_costs, proxies=2)
+  return multiplier.charge(method, selections, {'flop': 2.0, 'seconds': 3.0}, COSTS, own_costs or {}, proxies=2)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,8 @@ def test_an_arm_is_charged_its_own_selections():
 
   assert cost('dsir', 'dsir--mix--0', 'dsir--mix--1', 'dsir--mix--1') == pytest.approx({'flop': 0.3, 'seconds': 4.0})
   assert cost('dsdm', 'dsir--mix--0')['flop'] == pytest.approx(30 + 20 + 5 + 0.2)
-  assert cost('dsdm')['flop'] == 56
+  with pytest.raises(KeyError):
+    cost('dsdm', 'dsdm--mix--0')
 
 
 @pytest.mark.parametrize('cost', [1.9, 2.1])
