@@ -25,10 +25,11 @@ _DSDM = {'selection.methods': ('dsdm',), 'pretraining.seeds': 3, 'ladder.rungs':
 _ONE_PROXY = {**_DSDM, 'pretraining.seeds': 5, 'proxies.count': 1}
 _NARROW = {'proxies.model.width': 32, 'proxies.model.mlp_width': 128}
 _NARROWER = {'proxies.model.width': 16, 'proxies.model.mlp_width': 64}
+_CHEAPEST = {**_NARROWER, 'proxies.model.layers': 1, 'proxies.epochs': 0.5}
 _SINGLE = {**_DSDM, 'selection.targets': ('lambada', 'squad_xquad', 'jeopardy', 'bigbench_cs_algorithms')}
-_OF_TEXT = ('bottom', 'classifier', 'dsir', 'bm25')
-_OF_PROXIES = ('semdedup', 'embedding', 'gradient')
-_OF_LIKELIHOOD = ('perplexity_low', 'perplexity_high', 'color_filter')
+_OF_TEXT = ('bottom', 'classifier', 'fasttext', 'dsir', 'bm25', 'bm25_max', 'tfidf', 'lsa', 'minhash')
+_OF_PROXIES = ('semdedup', 'embedding', 'gradient', 'gradient_cosine', 'hybrid', 'hybrid_embedding')
+_OF_LIKELIHOOD = ('perplexity_low', 'perplexity_middle', 'perplexity_high', 'color_filter')
 
 # The most important arms come first, so that an interrupted study has them.
 ARMS: dict[str, dict] = {
@@ -44,7 +45,9 @@ ARMS: dict[str, dict] = {
   'single_baselines': {**_SINGLE, 'selection.methods': ('classifier', 'dsir', 'bm25')},
   'cheap': {**_ONE_PROXY, **_NARROW},
   'cheaper': {**_ONE_PROXY, **_NARROWER},
-  'cheapest': {**_ONE_PROXY, **_NARROWER, 'proxies.model.layers': 1, 'proxies.epochs': 0.5},
+  'cheapest': {**_ONE_PROXY, **_CHEAPEST},
+  # The same proxy for the methods that need one.
+  'cheapest_baselines': {**_ONE_PROXY, **_CHEAPEST, 'selection.methods': (*_OF_PROXIES, *_OF_LIKELIHOOD)},
   # The paper's projection and Gram matrix, but not its J, number of proxies or mean of raw scores.
   'paper': {**_DSDM, 'features.projection': 'dense', 'features.dimension': 512, 'datamodel.gram': 'full'},
   'gram_full': {**_DSDM, 'datamodel.gram': 'full'},

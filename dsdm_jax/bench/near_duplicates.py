@@ -2,7 +2,7 @@
 
 The pool is JSONL documents (`source`, `id`, `text`); the source COPIES has other versions of some documents of
 ORIGINALS. Takes the copies, their originals and `--others` further originals, trains one proxy of the quickstart's size
-on them, and drops near duplicates by its embeddings, as the selector `semdedup` does.
+on them, and drops near duplicates by its embeddings, as the selector `semdedup` does, and by text, as `minhash`.
 
 The truth is the share of a row's runs of eight tokens that are also in one other row. Each document is cut into rows
 from its start, so a copy's row mostly overlaps two rows of the original: results are for rows that share at least 0.5
@@ -35,7 +35,7 @@ from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
-from dsdm_jax.selection import ngrams, semdedup, summaries
+from dsdm_jax.selection import minhash, ngrams, semdedup, summaries
 from dsdm_jax.selection.proxy_signals import Proxies
 
 SIMILARITIES = (0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
@@ -156,8 +156,9 @@ def measure(config: ConfigDict, workdir: Path, copies: str) -> None:
   most_N = share.max(axis=1).toarray().reshape(-1)
   is_copy_N = pool.source_N == list(pool.sources).index(copies)
   across = share[np.flatnonzero(is_copy_N)][:, np.flatnonzero(~is_copy_N)]
-  for similarity in SIMILARITIES:
-    dropped_N = semdedup.near_duplicates(x_ND, 0, similarity)
+  near_N = semdedup.nearest_earlier(x_ND, 0)
+  by_text_N = minhash.duplicates(ngrams.PoolGrams(pool, 'words', 1 << 31))
+  for similarity, dropped_N in [*((s, near_N > s) for s in SIMILARITIES), ('minhash', by_text_N)]:
     line: dict[str, Any] = {'similarity': similarity, 'rows': pool.num_rows, 'dropped': int(dropped_N.sum())}
     line['false'] = float(dropped_N[most_N == 0].mean())
     for least in SHARES:

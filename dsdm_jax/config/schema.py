@@ -360,14 +360,18 @@ class Selection(Section):
   temperature: PositiveReal = key(1.0, 'dsdm_gumbel, dsdm_boltzmann: in standard deviations of the scores.')
   diversity: Real = key(1.0, 'dsdm_greedy, dsdm_clusters: standard deviations that full redundancy costs.')
   clusters: Count = key(0, 'dsdm_clusters, semdedup: clusters of k-means; 0 takes the square root of the rows.')
+  duplicate_keep: Annotated[float, Ge(0), Le(1)] = key(
+    0.2, "semdedup: share of the rows to keep, at least an arm's; 0 keeps all below duplicate_similarity."
+  )
   duplicate_similarity: Share = key(0.8, 'semdedup: cosine above which rows are near duplicates.')
   ngrams: Literal['words', 'tokens'] = key('words', 'words of the text, or stored token ids (several times faster).')
-  ngram_buckets: Annotated[int, Ge(2), Le(2**31)] = key(
-    65_536, 'Hash buckets of uni- and bigrams: classifier, dsir, bm25, dsdm_distilled.'
+  ngram_buckets: Annotated[int, Ge(0), Le(2**31), must(lambda n: n != 1, 'must be 0, or at least 2')] = key(
+    0, "Hash buckets of words and bigrams; 0 takes each method's own, such as dsir's published 10,000."
   )
   classifier_rows: Annotated[Rows, Ge(1)] = key(50_000, 'classifier: maximum rows of the pool to learn from.')
-  conditional_steps: Annotated[Steps, Ge(1)] = key(50, "color_filter: steps of the first proxy on a task's examples.")
-  conditional_learning_rate: PositiveReal = key(1e-3, 'color_filter: peak of these steps.')
+  conditional_steps: Annotated[Steps, Ge(1)] = key(
+    100, "color_filter: most steps of the first proxy on a task's examples; held-out ones choose steps and rate."
+  )
   distill_rows: Annotated[Rows, Ge(50)] = key(
     20_000, 'dsdm_distilled: rows whose scores it learns from and is tested on.'
   )

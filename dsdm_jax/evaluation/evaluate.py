@@ -164,12 +164,14 @@ def _multipliers(
 ) -> dict[str, Any]:
   config, final = context.config.evaluation, multiplier.final_cost(context.inputs['pretraining'])
   costs = {stage: context.inputs[stage].manifest['cost'] for stage in STAGES}
-  own_costs = context.inputs['selection'].semantics.get('cost', {})
+  own_costs = context.inputs['selection'].semantics['cost']
   return multiplier.multipliers(
     multiplier.tables_of(items, runs),
     runs,
     multiplier.Ladder(index, multiplier.tables_of(ladder_items, runs, len(index))),
-    lambda method, selections: multiplier.charge(method, selections, final, costs, own_costs),
+    lambda method, selections: multiplier.charge(
+      method, selections, final, costs, own_costs, context.config.proxies.count
+    ),
     config.confidence,
     config.selection_uses,
   )

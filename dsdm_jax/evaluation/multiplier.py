@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dsdm_jax.config.methods import charged_stages
+from dsdm_jax.config.methods import charged_shares
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.evaluation import results, statistics
 from dsdm_jax.evaluation.comparisons import Runs, arms, guarded, rows
@@ -147,10 +147,12 @@ def charge(
   final: Mapping[str, float],
   costs: Mapping[str, Mapping[str, float]],
   own_costs: Mapping[str, Mapping[str, float]],
+  proxies: int,
 ) -> Charge:
   """What an arm is charged: the stages that its method needs, in full even where other arms use them too.
 
-  Of the selection stage it is charged the mean of its own selections, or the whole stage if one of them is not known.
+  A method that needs the first proxy alone is charged one of them. Of the selection stage an arm is charged the mean of
+  its own selections; of a file from before these were recorded, the whole stage.
 
   Args:
     method: of the arm.
@@ -158,12 +160,13 @@ def charge(
     final: 'flop' and 'seconds' of one of its trainings.
     costs: stage → 'flop' and 'seconds', at least for `methods.STAGES`.
     own_costs: selection → its 'flop' and 'seconds'.
+    proxies: their number.
   """
   names, units = sorted(set(selections)), ('flop', 'seconds')
-  if names and set(names) <= own_costs.keys():
+  if own_costs:
     costs = {**costs, 'selection': {unit: float(np.mean([own_costs[name][unit] for name in names])) for unit in units}}
-  stages = charged_stages(method)
-  return Charge(final, {unit: sum(costs[stage][unit] for stage in stages) for unit in units})
+  shares = charged_shares(method, proxies)
+  return Charge(final, {unit: sum(share * costs[stage][unit] for stage, share in shares.items()) for unit in units})
 
 
 def arm(reading: Reading, charged: Charge, uses: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,10 +30,13 @@ from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Examples, Targets, text_mask
+from dsdm_jax.data.targets.tasks import RawItem, RawTask, group_documents, split_documents
 from dsdm_jax.errors import UserError
 from dsdm_jax.selection.proxy_signals import Proxies
 
 BLOCK = 4_096  # rows that are read together
+_CHOOSE_BY = 0.25  # share of the target examples that settings are chosen by
+_SPLITS = 16  # splits that are tried, for targets of few documents
 _T = TypeVar('_T')
 
 
@@ -133,6 +136,47 @@ class Target:
     if len(self.tasks) == 1:
       return np.asarray(score(self.tasks[0]), np.float32)
     return mix(np.stack([score(task) for task in self.tasks]), self.rule)
+
+  def nested(self) -> tuple['Target', 'Target'] | None:
+    """Two parts of the target examples, three quarters to fit and a quarter to choose settings by.
+
+    Documents of one group (`tasks.group_documents`) are in one part. None if no split leaves both parts examples of
+    every task.
+    """
+    records = {task: self.examples(task).records for task in self.tasks}
+    items = [
+      RawTask(task, tuple(RawItem(r['id'], r['context'], r['answer'], r['document']) for r in of_task))
+      for task, of_task in records.items()
+    ]
+    group_of = group_documents(items)
+    for seed in range(_SPLITS):
+      side = split_documents(items, _CHOOSE_BY, seed, group_of)
+      sides = {task: np.array([side[r['document']] == 'holdout' for r in of_task]) for task, of_task in records.items()}
+      if all(0 < held_T.sum() < len(held_T) for held_T in sides.values()):
+        return self._part({task: ~held_T for task, held_T in sides.items()}), self._part(sides)
+    return None
+
+  def _part(self, mask: Mapping[str, np.ndarray]) -> 'Target':
+    def examples(task: str) -> Examples:
+      whole, places = self.examples(task), np.flatnonzero(mask[task])
+      return Examples(
+        whole.tokens_TL[places], whole.weights_TL[places], tuple(whole.records[place] for place in places)
+      )
+
+    return dataclasses.replace(self, examples=examples)
+
+
+def choose(target: Target, settings: Sequence[_T], loss: Callable[[_T, Target, Target], float]) -> _T:
+  """The setting of a method for which `loss(setting, fitted, held)` is least, over a nested split of the target.
+
+  The only way in which a method chooses its settings by the target: the holdout, which results are reported on, is not
+  here. The first setting is the default, which ties and targets that cannot be split keep.
+  """
+  parts = target.nested()
+  if parts is None:
+    return settings[0]
+  losses = [loss(setting, *parts) for setting in settings]
+  return settings[int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,7 @@ class DistilledScorer:
 def dsdm_distilled(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
   """The k rows with the highest scores by a scorer that is fitted to the scores of `selection.distill_rows` rows."""
   del seed
-  grams = ngrams.of_pool(pool)
+  grams = ngrams.of_pool(pool, ngrams.FITTED)
   scorer = fit(grams, pool.scores.score_N(target.name), pool.options.distill_rows)
   correlation = round(scorer.correlation, 4)
   provenance = {'held_out_spearman': correlation, 'fitted_rows': scorer.fitted, 'ridge': scorer.ridge}
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--out', type=Path, required=True, help='.npy: one float32 per row of the pool')
   parser.add_argument('--rows', type=int, default=20_000, help='rows of the run that are fitted to and held out')
   parser.add_argument('--ngrams', choices=('words', 'tokens'), default='words')
-  parser.add_argument('--buckets', type=int, default=65_536)
+  parser.add_argument('--buckets', type=int, default=ngrams.FITTED)
   flags = parser.parse_args(argv)
   try:
     sys.stdout.write(visible_lines(_run(flags)) + '\n')

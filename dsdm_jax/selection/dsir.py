@@ -10,6 +10,7 @@ from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ngrams, ranking
 from dsdm_jax.selection.candidates import Budget, Candidates, Target
 
+_BUCKETS = 10_000  # as published; with many more, the weight mostly counts n-grams that the target lacks
 _FLOOR = 1e-8  # added to each probability, so that an n-gram that one side lacks has a logarithm
 
 
@@ -26,7 +27,7 @@ def log_ratio(target_counts: np.ndarray, pool_counts: np.ndarray) -> np.ndarray:
 
 
 def _log_weights(pool: Candidates, target: Target) -> np.ndarray:
-  grams = ngrams.of_pool(pool)
+  grams = ngrams.of_pool(pool, _BUCKETS)
   by_task = [grams.examples(target, task).counts() for task in target.tasks]
   target_counts = np.sum([counts / max(counts.sum(), 1) for counts in by_task], axis=0)
   return grams.sums(log_ratio(target_counts, grams.counts), mean=False)

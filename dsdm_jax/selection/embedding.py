@@ -14,11 +14,16 @@ from dsdm_jax.selection.candidates import BLOCK, Budget, Candidates, Target
 def embedding(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
   """The k rows with the highest cosine to their nearest target example, in the first proxy's embedding."""
   del seed
+  return ranking.ranked(nearest(pool, target), pool, budget.examples)
+
+
+def nearest(pool: Candidates, target: Target) -> np.ndarray:
+  """Cosine of each row to its nearest target example, mixed over tasks; float32 [N]."""
   embedding_ND = pool.once('embeddings', pool.proxies.embeddings)
 
-  def nearest(task: str) -> np.ndarray:
+  def score(task: str) -> np.ndarray:
     target_TD = pool.once(('target embeddings', task), lambda: pool.proxies.embeddings_of(target.sequences(task)))
     parts = [(embedding_ND[i : i + BLOCK] @ target_TD.T).max(axis=1) for i in range(0, len(embedding_ND), BLOCK)]
     return np.concatenate(parts)
 
-  return ranking.ranked(target.mixed(nearest), pool, budget.examples)
+  return target.mixed(score)

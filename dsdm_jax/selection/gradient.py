@@ -1,12 +1,16 @@
-"""Gradient dot product without curvature: TracIn at the end of training (arXiv 2002.08484, TracInCP of one checkpoint).
+"""Gradient match without curvature: TracIn at the end of training (arXiv 2002.08484, TracInCP of one checkpoint).
 
-score(n) = mean over target examples t of ∇f(n) · ∇f(t), both projected.
+score(n) = mean over target examples t of ∇f(n) · ∇f(t), both projected. With norms it is a cosine, as in LESS (arXiv
+2402.04333), which otherwise prefers short and odd rows, whose gradients are large. LESS also takes Adam's step in place
+of the gradient: set `features.precondition=adam`.
 """
 
 import numpy as np
 
 from dsdm_jax.attribution import datamodel
+from dsdm_jax.attribution.sources import UnitNorm
 from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.errors import UserError
 from dsdm_jax.selection import ranking
 from dsdm_jax.selection.candidates import Budget, Candidates, Target
 
@@ -14,6 +18,25 @@ from dsdm_jax.selection.candidates import Budget, Candidates, Target
 def gradient(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
   """The k rows with the highest φ(n) · mean target φ, averaged over proxies: DsDm with the identity as Gram matrix."""
   del seed
+  return _match(pool, target, budget, norm=False)
+
+
+def gradient_cosine(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
+  """The k rows with the highest cosine of φ(n) to the mean target φ, averaged over proxies.
+
+  Raises:
+    UserError: features.mode = 'jvp', which has no norms.
+  """
+  del seed
+  if pool.features.semantics['mode'] == 'jvp':
+    raise UserError(
+      "features.mode = 'jvp' has no norms of gradients; set --config.features.mode=store or stream, or leave "
+      'gradient_cosine out of selection.methods'
+    )
+  return _match(pool, target, budget, norm=True)
+
+
+def _match(pool: Candidates, target: Target, budget: Budget, norm: bool) -> Selection:
   features = pool.features
 
   def dot(task: str) -> np.ndarray:
@@ -21,9 +44,12 @@ def gradient(pool: Candidates, target: Target, budget: Budget, seed: int) -> Sel
       total_N = np.zeros(pool.num_rows)
       for checkpoint in range(features.checkpoints):
         mean_J = features.target(task, checkpoint).astype(np.float64).mean(axis=0)
-        total_N += datamodel.scores(features.pool(checkpoint), mean_J[:, None])[:, 0]
+        rows = features.pool(checkpoint)
+        if norm:
+          rows, mean_J = UnitNorm(rows), mean_J / (np.linalg.norm(mean_J) or 1.0)
+        total_N += datamodel.scores(rows, mean_J[:, None])[:, 0]
       return (total_N / features.checkpoints).astype(np.float32)
 
-    return pool.once(('gradient', task), compute)
+    return pool.once(('gradient', norm, task), compute)
 
   return ranking.ranked(target.mixed(dot), pool, budget.examples)

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -20,8 +20,10 @@ from dsdm_jax.selection.candidates import BLOCK, Candidates, Target
 
 _BLOCK_TOKENS = 1 << 15  # tokens that are hashed together: three times as fast if they fit a core's cache
 _SAMPLE = 65_536  # rows
+TERMS = 1 << 18  # buckets of methods that are published without hashing: few words of a pool share one
+FITTED = 1 << 16  # of methods that learn a weight for each bucket
 _BASIC = 1 << 16  # code points of the basic plane
-_ODD, _BASE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
+ODD, _BASE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Grams:
     return counts
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   return x ^ (x >> np.uint64(27))
 
@@ -93,7 +95,7 @@ def _bucket(hash_M: np.ndarray, buckets: int) -> np.ndarray:
 def _grams(unit_M: np.ndarray, first_B: np.ndarray, buckets: int) -> Grams:
   bi_M = np.full(len(unit_M), buckets, np.int64)
   if len(unit_M):
-    bi_M[:-1] = _bucket(_mix(unit_M[:-1] * _ODD + unit_M[1:]), buckets)
+    bi_M[:-1] = _bucket(mix(unit_M[:-1] * ODD + unit_M[1:]), buckets)
     ends = first_B[1:][np.diff(first_B) > 0] - 1
     bi_M[ends] = buckets
   return Grams(_bucket(unit_M, buckets), bi_M, first_B, buckets)
@@ -136,9 +138,9 @@ def of_texts(texts: Sequence[str], buckets: int) -> Grams:
   is_word_M = kind_P[np.minimum(begin_M, len(kind_P) - 1)] > 0
   begin_M, end_M = begin_M[is_word_M], end_M[is_word_M]
   powers, inverses = _powers(1 << max(16, len(code_P).bit_length()))
-  value_P = _mix((code_P.astype(np.uint64) + np.uint64(1)) * _ODD) * powers[: len(code_P)]
+  value_P = mix((code_P.astype(np.uint64) + np.uint64(1)) * ODD) * powers[: len(code_P)]
   total_P = np.concatenate([np.zeros(1, np.uint64), np.cumsum(value_P)])
-  unit_M = _mix((total_P[end_M] - total_P[begin_M]) * inverses[begin_M] * _ODD)
+  unit_M = mix((total_P[end_M] - total_P[begin_M]) * inverses[begin_M] * ODD)
   return _grams(unit_M, np.searchsorted(begin_M, start_B).astype(np.int64), buckets)
 
 
@@ -146,13 +148,13 @@ def of_sequences(sequences: Sequence[np.ndarray], buckets: int) -> Grams:
   """n-grams of token ids of sequences of any lengths."""
   first_B = np.concatenate([[0], np.cumsum([len(s) for s in sequences], dtype=np.int64)])
   flat = np.concatenate([np.zeros(0, np.int64), *sequences]).astype(np.uint64)
-  return _grams(_mix((flat + np.uint64(1)) * _ODD), first_B, buckets)
+  return _grams(mix((flat + np.uint64(1)) * ODD), first_B, buckets)
 
 
 def of_rows(tokens_BL: np.ndarray, buckets: int) -> Grams:
   """n-grams of token ids of rows of the same length."""
   first_B = np.arange(len(tokens_BL) + 1, dtype=np.int64) * tokens_BL.shape[1]
-  return _grams(_mix((tokens_BL.reshape(-1).astype(np.uint64) + np.uint64(1)) * _ODD), first_B, buckets)
+  return _grams(mix((tokens_BL.reshape(-1).astype(np.uint64) + np.uint64(1)) * ODD), first_B, buckets)
 
 
 class PoolGrams:
@@ -224,16 +226,34 @@ class PoolGrams:
     """Count of each bucket in the pool's `sample`: float64 [buckets]."""
     return sum((grams.counts() for grams in self.sample()), np.zeros(self.buckets))
 
-  def sums(self, weight: np.ndarray, mean: bool) -> np.ndarray:
-    """Sum or mean of the weights of each row's n-grams: float32 [N]."""
+  def frequencies(self) -> tuple[int, int, np.ndarray]:
+    """(rows, units, number of rows that have each bucket as a unit) of the pool's `sample`; float64 [buckets]."""
+    rows, units, holds = 0, 0, np.zeros(self.buckets)
+    for block in self.sample():
+      rows += len(block.size_B)
+      units += len(block.uni_M)
+      holds += np.bincount(block.units().indices, minlength=self.buckets)
+    return rows, units, holds
+
+  def scores(self, score: Callable[[Grams], np.ndarray]) -> np.ndarray:
+    """`score`, block by block, of every row: float32 [N]."""
     score_N = np.empty(self.pool.num_rows, np.float32)
     for start, stop, grams in self:
-      sum_B = grams.sums(weight)
-      score_N[start:stop] = sum_B / np.maximum(grams.size_B, 1) if mean else sum_B
+      score_N[start:stop] = score(grams)
     return score_N
 
+  def sums(self, weight: np.ndarray, mean: bool) -> np.ndarray:
+    """Sum or mean of the weights of each row's n-grams: float32 [N]."""
+    return self.scores(lambda grams: grams.sums(weight) / (np.maximum(grams.size_B, 1) if mean else 1))
 
-def of_pool(pool: Candidates) -> PoolGrams:
-  """n-grams by `selection.ngrams` and `selection.ngram_buckets`, shared by all arms."""
+
+def of_pool(pool: Candidates, buckets: int) -> PoolGrams:
+  """n-grams by `selection.ngrams`, shared by arms; `buckets` unless `selection.ngram_buckets` has another number."""
   options = pool.options
-  return pool.once('n-grams', lambda: PoolGrams(pool.pool, options.ngrams, options.ngram_buckets))
+  buckets = options.ngram_buckets or buckets
+  return pool.once(('n-grams', buckets), lambda: PoolGrams(pool.pool, options.ngrams, buckets))
+
+
+def nearest(rows_BV: scipy.sparse.csr_matrix, queries_VT: scipy.sparse.csr_matrix) -> np.ndarray:
+  """Largest inner product of each row with a query, at least 0; float32 [B]."""
+  return (rows_BV @ queries_VT).max(axis=1).toarray().reshape(-1).astype(np.float32)

@@ -40,6 +40,7 @@ class Proxies:
     self._mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
     self._trainer = self._trainer_of(self._config.proxies.train)
     self._batch = max(1, _TOKENS // pool.length)
+    self._tuners: dict[float, Trainer] = {}
     sharded = self._trainer.batch_sharding
     states = self._trainer.shardings.params, self._trainer.shardings.rest
     self._likelihood = jax.jit(self._mean_log_probability, in_shardings=(*states, sharded), out_shardings=sharded)
@@ -99,32 +100,53 @@ class Proxies:
       x_ND[start : start + BLOCK] = x_BD / np.where(norm_B > 0, norm_B, 1)
     return x_ND
 
-  def tuned(self, sequences: Sequence[np.ndarray], steps: int, learning_rate: float, seed: int) -> TrainState:
+  def tuned(self, sequences: Sequence[np.ndarray], steps: int, rate: float) -> TrainState:
     """The first proxy after `steps` steps on `sequences`, which are joined and cut into rows like the pool.
 
+    Args:
+      sequences: token ids.
+      steps: of the proxies' optimizer and schedule.
+      rate: share of the proxies' learning rate.
+
     Raises:
-      UserError: the sequences have no tokens, or training diverged.
+      UserError: the sequences have no tokens.
     """
+    tokens_NL, train = self._joined(sequences), ConfigDict(self._config.proxies.train.to_dict())
+    train.learning_rate *= rate
+    if rate not in self._tuners:  # compiled once
+      self._tuners[rate] = self._trainer_of(train)
+    compiled = self._tuners[rate]
+    rng = prng.numpy_stream(0, 'selection', 'tuned')
+    old = self.state(0)
+    state = compiled.init(prng.stream(0, 'selection', 'tuned'))._replace(params=old.params, rest=old.rest)
+    weight_B = np.ones(train.batch_size, np.float32)
+    for _ in range(steps):
+      tokens_BL = tokens_NL[rng.integers(len(tokens_NL), size=train.batch_size)]
+      batch = jax.device_put((tokens_BL, weight_B), compiled.batch_sharding)
+      state, _ = compiled.step(state, *batch, jnp.int32(steps))
+    self._context.add_flop(compiled.flop_per_step * steps)
+    return state
+
+  def log_likelihood_of_texts(self, state: TrainState, sequences: Sequence[np.ndarray]) -> float:
+    """Mean log-probability of token ids, joined and cut into rows like the pool, by one model; nats per token."""
+    tokens_NL = self._joined(sequences)
+    total = 0.0
+    for start in range(0, len(tokens_NL), self._batch):
+      rows_BL = tokens_NL[start : start + self._batch]
+      tokens_BL = np.resize(rows_BL, (self._batch, self._pool.length))
+      if not start:
+        flop = flops.count(self._likelihood, state.params, state.rest, tokens_BL)
+        self._context.add_flop(flop * -(-len(tokens_NL) // self._batch))
+      total += float(np.asarray(self._likelihood(state.params, state.rest, tokens_BL))[: len(rows_BL)].sum())
+    return total / len(tokens_NL)
+
+  def _joined(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
     stream = np.concatenate([np.zeros(0, np.int32), *sequences])
     if not len(stream):
       raise UserError('the target has no tokens to train on; give it examples, or leave color_filter out')
-    length, train = self._pool.length, ConfigDict(self._config.proxies.train.to_dict())
-    train.learning_rate = learning_rate
-    compiled = self._trainer_of(train)
+    length = self._pool.length
     rows = -(-len(stream) // length)
-    tokens_NL = np.resize(stream, rows * length).reshape(rows, length)  # padded with its beginning
-    rng = prng.numpy_stream(seed, 'selection', 'tuned')
-    old = self.state(0)
-    state = compiled.init(prng.stream(seed, 'selection', 'tuned'))._replace(params=old.params, rest=old.rest)
-    weight_B = np.ones(train.batch_size, np.float32)
-    for _ in range(steps):
-      tokens_BL = tokens_NL[rng.integers(rows, size=train.batch_size)]
-      batch = jax.device_put((tokens_BL, weight_B), compiled.batch_sharding)
-      state, metrics = compiled.step(state, *batch, jnp.int32(steps))
-    self._context.add_flop(compiled.flop_per_step * steps)
-    if not np.isfinite(float(metrics['loss'])):
-      raise UserError('training on the target diverged; lower selection.conditional_learning_rate')
-    return state
+    return np.resize(stream, rows * length).reshape(rows, length)  # padded with its beginning
 
   def metagradient_N(self, examples: Examples) -> np.ndarray:
     """Derivative of the examples' mean output with respect to each row's weight, through a training; float32 [N].

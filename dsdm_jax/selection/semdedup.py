@@ -1,14 +1,18 @@
 """SemDeDup: drops near duplicates in embedding space, then draws rows at random (arXiv 2303.09540, section 3).
 
 Embeddings are those of the first proxy (`Proxies.embeddings`). Rows are compared within `selection.clusters` clusters
-of k-means. A row is dropped if its cosine to an earlier row of its cluster is above `selection.duplicate_similarity`.
-Rows far from the centre come first and so stay, as in the paper.
+of k-means, each with earlier rows of its cluster; rows far from the centre come first and so stay, as in the paper. The
+share `selection.duplicate_keep` of rows with the lowest largest cosine is kept: a fifth, as in the DsDm paper. With 0,
+a row is dropped if that cosine is above `selection.duplicate_similarity`.
 """
+
+import math
 
 import numpy as np
 
 from dsdm_jax.core import prng
 from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.selection import ranking
 from dsdm_jax.selection.candidates import Budget, Candidates, Target
 from dsdm_jax.selection.controls import draw
 
@@ -36,44 +40,49 @@ def semdedup_one_epoch(pool: Candidates, target: Target, budget: Budget, seed: i
 def _drawn(pool: Candidates, name: str, count: int, seed: int) -> Selection:
   options = pool.options
 
-  def survivors() -> np.ndarray:
-    embedding_ND = pool.once('embeddings', pool.proxies.embeddings)
-    return np.flatnonzero(~near_duplicates(embedding_ND, options.clusters, options.duplicate_similarity))
+  def compare() -> np.ndarray:
+    return nearest_earlier(pool.once('embeddings', pool.proxies.embeddings), options.clusters)
 
-  left = pool.once('semdedup', survivors)
+  near_N = pool.once('semdedup', compare)
+  if options.duplicate_keep:
+    keep = max(math.ceil(options.duplicate_keep * pool.num_rows), min(count, pool.num_rows))
+    left = np.sort(ranking.top(-near_N, keep))
+  else:
+    left = np.flatnonzero(near_N <= options.duplicate_similarity)
   rows = draw(pool.num_rows, name, count, seed, among=left)
-  return Selection.of(rows, dropped=pool.num_rows - len(left), similarity=options.duplicate_similarity)
+  similarity = float(near_N[left].max(initial=-1))
+  return Selection.of(rows, dropped=pool.num_rows - len(left), similarity=similarity)
 
 
-def near_duplicates(x_ND: np.ndarray, count: int, similarity: float) -> np.ndarray:
-  """Whether each row is dropped as a near duplicate: bool [N].
+def nearest_earlier(x_ND: np.ndarray, count: int) -> np.ndarray:
+  """Largest cosine of each row to an earlier row of its cluster, −1 for the first: float32 [N].
 
   Args:
     x_ND: embeddings of length one, float32.
     count: number of clusters; 0 takes the square root of the number of rows.
-    similarity: the cosine above which two rows are duplicates.
   """
   centres_KD = kmeans(x_ND, count, prng.numpy_stream(0, 'selection', 'semdedup'))
   cluster_N = nearest_centre(x_ND, centres_KD)
-  dropped_N = np.zeros(len(x_ND), bool)
+  near_N = np.empty(len(x_ND), np.float32)
   order = np.argsort(cluster_N, kind='stable')
   for rows in np.split(order, np.flatnonzero(np.diff(cluster_N[order])) + 1):
     nearness = x_ND[rows] @ centres_KD[cluster_N[rows[0]]]
     rows = rows[np.argsort(nearness, kind='stable')]
-    dropped_N[rows] = _near_an_earlier(x_ND[rows], similarity)
-  return dropped_N
+    near_N[rows] = _to_earlier(x_ND[rows])
+  return near_N
 
 
-def _near_an_earlier(x_MD: np.ndarray, similarity: float) -> np.ndarray:
-  """Whether a row's cosine to any earlier row, dropped or not, is above `similarity`: bool [M]."""
-  near_M = np.zeros(len(x_MD), bool)
+def _to_earlier(x_MD: np.ndarray) -> np.ndarray:
+  """A row's largest cosine to any earlier row, dropped or not; −1 for the first: float32 [M]."""
+  near_M = np.full(len(x_MD), -1, np.float32)
   for start in range(0, len(x_MD), _BLOCK):
     block_BD = x_MD[start : start + _BLOCK]
     for first in range(0, start + 1, _BLOCK):
-      near_BM = block_BD @ x_MD[first : first + _BLOCK].T > similarity
+      cosine_BM = block_BD @ x_MD[first : first + _BLOCK].T
       if first == start:
-        near_BM &= np.tri(len(block_BD), k=-1, dtype=bool)
-      near_M[start : start + len(block_BD)] |= near_BM.any(axis=1)
+        cosine_BM[~np.tri(len(block_BD), k=-1, dtype=bool)] = -1
+      near_B = near_M[start : start + len(block_BD)]
+      np.maximum(near_B, cosine_BM.max(axis=1), out=near_B)
   return near_M
 
 

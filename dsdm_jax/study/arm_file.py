@@ -91,7 +91,7 @@ def write(workdir: Path, name: str, config: Mapping[str, Any], path: Path) -> No
     'tasks': json.loads((evaluation / 'results.json').read_text())['tasks'],
     'ladder': {'index': index, 'items': _packed_items(evaluation / 'ladder_items.npz')} if index else None,
     'cost': {stage: artifact.manifest['cost'] for stage, artifact in stages.items()},
-    'choices': stages['selection'].semantics.get('cost', {}),
+    'choices': stages['selection'].semantics['cost'],
     'final': multiplier.final_cost(stages['pretraining']),
     'cards': [{key: summary[key] for key in _CARD} for summary in cards],
     'pool': {'rows': card['rows'], 'sources': {s: n['rows'] / card['rows'] for s, n in card['sources'].items()}},
@@ -147,8 +147,10 @@ def read(path: Path) -> ArmFile:
       documents=_names(content['documents']),
       categories=_names(content['categories']),
       ladder=ladder and (ladder['index'], _items(ladder['items'])),
-      choices=content.get('choices', {}),
-      **{key: content[key] for key in ('runs', 'tasks', 'cost', 'final', 'cards', 'pool', 'config', 'versions')},
+      **{
+        key: content[key]
+        for key in ('runs', 'tasks', 'cost', 'choices', 'final', 'cards', 'pool', 'config', 'versions')
+      },
     )
   except OSError as error:
     raise UserError(f'{path} cannot be read ({error.strerror}); give files that `dsdm_jax.study run` wrote') from error

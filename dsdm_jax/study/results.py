@@ -116,13 +116,16 @@ def _multiplier(multiplier: Mapping[str, Any], task: str) -> str:
       formatting.signed(row['value']),
       row['gross']['text'],
       f'{row["flop_selection"] / row["flop_final"]:.2f}',
+      f'{row["seconds_selection"] / row["seconds_final"]:.2f}',
       row['net']['text'],
       _pays_from(row),
     ]
     for row in sorted(rows, key=lambda row: -row['value'])
   ]
   net = f'net, shared by {multiplier["uses"]}'
-  return markdown(['arm', 'log-probability', 'gross', 'C_selection / C_final', net, 'pays from'], lines)
+  return markdown(
+    ['arm', 'log-probability', 'gross', 'C_selection / C_final', 'the same in seconds', net, 'pays from'], lines
+  )
 
 
 def _pays_from(row: Mapping[str, Any]) -> str:

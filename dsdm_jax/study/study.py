@@ -163,7 +163,7 @@ def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:
     method, _, of = name.partition('/')
     arm = by_name.get(of, base)  # all arms of 'dsdm/again' cost what `base` costs
     own = [selection for of, _, selection in (s.partition('/') for s in selections) if of == arm.name]
-    return multiplier.charge(method, own, arm.final, arm.cost, arm.choices)
+    return multiplier.charge(method, own, arm.final, arm.cost, arm.choices, arm.config['proxies.count'])
 
   index, ladder_items = base.ladder
   of_ladder = results.Items(ladder_items, base.documents, base.categories)

@@ -15,7 +15,7 @@ from pydantic import AfterValidator
 from configs import base
 from dsdm_jax.config import validate as checks
 from dsdm_jax.config import values
-from dsdm_jax.config.methods import METHODS, NEEDS, STAGES, charged_stages, label, method_name
+from dsdm_jax.config.methods import METHODS, NEEDS, STAGES, charged_shares, label, method_name
 from dsdm_jax.config.schema import FIELDS
 from dsdm_jax.config.values import brief
 from dsdm_jax.errors import UserError
@@ -58,6 +58,7 @@ BAD: dict[str, list] = {
   'selection.examples': [7],
   'selection.repeat_cap': [3],
   'selection.imported': ['scores.csv'],
+  'selection.ngram_buckets': [1],
   'mixture.parts': [
     ('doremi',),
     ('dsdm', 'dsdm'),
@@ -446,11 +447,12 @@ def test_names_are_those_of_the_packages_that_use_them():
 def test_methods():
   for name, method in METHODS.items():
     assert callable(checks.load_callable(method.path)), name
-    assert set(method.needs) <= set(NEEDS) and set(method.stages) <= set(STAGES)
-  assert METHODS['random'].stages == ()
-  assert METHODS['dsir'].stages == ('selection',)
-  assert METHODS['gradient'].stages == ('proxies', 'features', 'selection')
-  assert METHODS['dsdm_greedy'].stages == charged_stages('mixture') == STAGES
+    assert set(method.needs) <= set(NEEDS) and set(method.shares(2)) <= set(STAGES)
+  assert METHODS['random'].shares(2) == {}
+  assert METHODS['dsir'].shares(2) == {'selection': 1}
+  assert METHODS['embedding'].shares(4) == {'proxies': 0.25, 'selection': 1}
+  assert METHODS['gradient'].shares(4) == {'proxies': 1, 'features': 1, 'selection': 1}
+  assert METHODS['dsdm_greedy'].shares(4) == charged_shares('mixture', 4) == dict.fromkeys(STAGES, 1)
   assert (label('color_filter'), label('my_method')) == ('CoLoR-Filter', 'my method')
   assert [method_name(m) for m in ('dsdm', 'a.b:mine')] == ['dsdm', 'mine']
 

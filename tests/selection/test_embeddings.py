@@ -35,7 +35,7 @@ class Proxies:
 @given(st.integers(0, 20), st.integers(2, 60), st.floats(0.2, 0.99))
 def test_in_one_cluster_rows_that_stay_are_apart_and_dropped_rows_have_a_duplicate(seed, rows, similarity):
   x_ND = unit(np.random.default_rng(seed).normal(size=(rows, 3)))
-  dropped_N = semdedup.near_duplicates(x_ND, 1, similarity)
+  dropped_N = semdedup.nearest_earlier(x_ND, 1) > similarity
   cosine_NN = x_ND.astype(np.float64) @ x_ND.T.astype(np.float64)
   np.fill_diagonal(cosine_NN, -1)
   left = np.flatnonzero(~dropped_N)
@@ -49,7 +49,7 @@ def test_copies_are_dropped_in_any_number_of_clusters():
   apart_ND = unit(rng.normal(size=(300, 32)))
   copies_ND = unit(apart_ND[:80] + 0.01 * rng.normal(size=(80, 32)))
   for count in (0, 5, 40):
-    dropped_N = semdedup.near_duplicates(np.concatenate([apart_ND, copies_ND]), count, 0.95)
+    dropped_N = semdedup.nearest_earlier(np.concatenate([apart_ND, copies_ND]), count) > 0.95
     # One of each pair stays, or both where a boundary of clusters separates them.
     assert (~dropped_N[:80] & ~dropped_N[300:]).sum() <= 4
     assert not (dropped_N[:80] & dropped_N[300:]).any()
@@ -59,21 +59,26 @@ def test_copies_are_dropped_in_any_number_of_clusters():
 def test_blocks_of_a_cluster_are_compared_with_each_other(monkeypatch):
   monkeypatch.setattr(semdedup, '_BLOCK', 7)
   x_MD = unit(np.random.default_rng(0).normal(size=(50, 3)))
-  found = semdedup._near_an_earlier(x_MD, 0.8)
-  by_hand = [bool((x_MD[:i] @ x_MD[i] > 0.8).any()) for i in range(50)]
-  assert found.tolist() == by_hand
+  by_hand = [(x_MD[:i] @ x_MD[i]).max(initial=-1) for i in range(50)]
+  np.testing.assert_allclose(semdedup._to_earlier(x_MD), by_hand, atol=1e-6)
 
 
 def test_semdedup_draws_from_the_rows_that_are_left():
   rng = np.random.default_rng(0)
   x_ND = unit(np.concatenate([np.tile(rng.normal(size=(1, 16)), (60, 1)), rng.normal(size=(40, 16))]))
-  pool = ArrayCandidates(np.zeros(100), proxies=Proxies(x_ND), clusters=4)
+  pool = ArrayCandidates(np.zeros(100), proxies=Proxies(x_ND), clusters=4, duplicate_keep=0.0, duplicate_similarity=0.8)
   found = selected('semdedup', pool, 30)
   assert found.provenance['dropped'] == 59
   assert (found.rows < 60).sum() <= 1
   assert found.rows.tolist() != selected('semdedup', pool, 30, seed=1).rows.tolist()
   with pytest.raises(UserError, match='42 rows and 41 are left of the 100'):
     selected('semdedup', pool, 42)
+  # By share: of a fifth no row is one of the copies, but for their first; an arm that needs more rows has them.
+  pool.options.duplicate_keep = 0.2
+  del pool.costs._values['semdedup']
+  found = selected('semdedup', pool, 20)
+  assert found.provenance['dropped'] == 80 and (found.rows < 60).sum() <= 1
+  assert selected('semdedup', pool, 42).provenance['dropped'] == 58
 
 
 def test_semdedup_in_one_epoch_fills_the_budget_with_distinct_rows():
@@ -120,6 +125,7 @@ def test_perplexity_has_two_ends():
   pool = ArrayCandidates(np.zeros(4), proxies=Proxies(np.float32([[-1.0], [-4.0], [-2.0], [-3.0]])))
   assert selected('perplexity_low', pool, 2).rows.tolist() == [0, 2]
   assert selected('perplexity_high', pool, 2).rows.tolist() == [1, 3]
+  assert selected('perplexity_middle', pool, 2).rows.tolist() == [2, 3]
 
 
 def test_color_filter_by_hand():
@@ -129,20 +135,27 @@ def test_color_filter_by_hand():
     def state(self, checkpoint):
       return checkpoint
 
-    def tuned(self, sequences, steps, learning_rate, seed):
-      self.tuned_with = [s.tolist() for s in sequences], steps, learning_rate
+    def tuned(self, sequences, steps, rate):
+      self.tuned_with = [s.tolist() for s in sequences], steps, rate
       return 1
+
+    def log_likelihood_of_texts(self, state, sequences):
+      held.extend(s.tolist() for s in sequences)
+      _, steps, rate = self.tuned_with
+      return -abs(steps - 2) - rate
 
     def log_likelihood_of(self, state):
       return np.float32([[-3.0, -2.0, -1.0, -4.0], [-1.0, -2.0, -2.5, -1.0]])[state]
 
   proxies = Tuned()
-  pool = ArrayCandidates(np.zeros(4), proxies=proxies, conditional_steps=7, conditional_learning_rate=0.5)
-  found = selected('color_filter', pool, 4, target=target(sequences=[[1, 5, 6], [1, 9]]))
+  pool, held = ArrayCandidates(np.zeros(4), proxies=proxies, conditional_steps=8), []
+  wanted = target([f't{i}' for i in range(8)], [[1, i] for i in range(8)])
+  found = selected('color_filter', pool, 4, target=wanted)
   # After − before: 2, 0, −1.5, 3.
   assert found.rows.tolist() == [3, 0, 1, 2]
   assert found.scores.tolist() == [3, 2, 0, -1.5]
-  assert proxies.tuned_with == ([[1, 5, 6], [1, 9]], 7, 0.5)
+  assert proxies.tuned_with == ([[1, i] for i in range(8)], 2, 0.1)
+  assert 0 < len({tuple(s) for s in held}) < 8
 
 
 def test_duplicates_are_recognised_after_a_shift():

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsdm_jax.errors import UserError
-from dsdm_jax.selection import bm25, distilled, dsir, ngrams
+from dsdm_jax.selection import bm25, candidates, distilled, dsir, lsa, minhash, ngrams, tfidf
 from dsdm_jax.selection.classifier import shares
 from tests.conftest import ROOT
 from tests.helpers.selection import ArrayCandidates, Rows, selected, target
@@ -106,7 +106,9 @@ LIKENESS_N = np.array([np.mean([int(w[1:]) for w in t.split()]) for t in POOL])
 
 
 @pytest.mark.parametrize('kind', ['words', 'tokens'])
-@pytest.mark.parametrize('method', ['dsir', 'classifier', 'classifier_pareto', 'bm25'])
+@pytest.mark.parametrize(
+  'method', ['dsir', 'classifier', 'classifier_pareto', 'bm25', 'bm25_max', 'tfidf', 'lsa', 'fasttext']
+)
 def test_rows_like_the_target_are_selected(method, kind):
   """Measured by a property of the synthetic text that no method knows: the positions of its words in the vocabulary."""
   if kind == 'words':
@@ -207,38 +209,161 @@ def reference() -> Path:
     return Path(os.environ['DSDM_JAX_PEERS'])
   python = ROOT / '.venv-peers' / 'bin' / 'python'
   found = python.is_file() and subprocess.run(
-    [python, '-c', 'import importlib.util as u; assert u.find_spec("data_selection")'], capture_output=True, check=False
+    [python, '-c', 'import importlib.util as u; assert u.find_spec("data_selection") and u.find_spec("fasttext")'],
+    capture_output=True,
+    check=False,
   )
   if not found or found.returncode:
     pytest.skip('no environment with requirements-peers.txt; launch/test.sh makes .venv-peers')
   return python
 
 
+PUBLISHED_DSIR = """
+import json, sys
+import numpy as np
+from data_selection import HashedNgramDSIR
+from data_selection.hashed_ngram_dsir import hash_buckets
+from nltk.tokenize import WordPunctTokenizer
+
+folder = sys.argv[1]
+files = [folder + '/raw.jsonl'], [folder + '/target.jsonl']
+model = HashedNgramDSIR(*files, folder + '/cache', num_proc=1)
+model.fit_importance_estimator(num_tokens_to_fit='all')
+model.compute_importance_weights()
+parts = sorted(model.log_importance_weights_dir.iterdir(), key=lambda file: int(file.stem))
+np.save(folder + '/weights.npy', np.concatenate([np.load(part) for part in parts]))
+bucket = {}
+for file in files:
+  for line in open(file[0]):
+    words = WordPunctTokenizer().tokenize(json.loads(line)['text'].lower())
+    bucket |= {gram: hash_buckets(gram) for gram in [*words, *map(' '.join, zip(words, words[1:]))]}
+json.dump(bucket, open(folder + '/buckets.json', 'w'))
+"""
+
+
+def published(reference: Path, folder: Path, code: str) -> None:
+  command = [reference, '-c', code, str(folder)]
+  done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+  assert done.returncode == 0, done.stderr[-2_000:]
+
+
 @pytest.mark.peers
-def test_dsir_ranks_as_the_published_one(reference, tmp_path):
-  """The same words, n-grams and smoothing; only the hash functions differ, so with many buckets the weights agree."""
+def test_dsir_is_the_published_one_at_its_defaults(reference, tmp_path):
+  """10,000 buckets. By the package's own hash weights are equal; our hash shares other buckets, and ranks alike."""
   rng = np.random.default_rng(5)
   pool = [f"{t}. It's {' '.join(rng.choice(TEXTS[0].split(), 3))} ({i})!" for i, t in enumerate(POOL)]
   for name, texts in (('raw', pool), ('target', TARGET)):
     (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
-  code = (
-    'import sys, numpy as np\n'
-    'from data_selection import HashedNgramDSIR\n'
-    'd = sys.argv[1]\n'
-    "m = HashedNgramDSIR([d + '/raw.jsonl'], [d + '/target.jsonl'], d + '/cache', num_proc=1, num_buckets=200_000)\n"
-    'm.fit_importance_estimator(num_tokens_to_fit="all")\n'
-    'm.compute_importance_weights()\n'
-    'files = sorted(m.log_importance_weights_dir.iterdir(), key=lambda f: int(f.stem))\n'
-    "np.save(d + '/weights.npy', np.concatenate([np.load(f) for f in files]))\n"
-  )
-  done = subprocess.run(
-    [reference, '-c', code, str(tmp_path)], capture_output=True, text=True, check=False, cwd=tmp_path
-  )
-  assert done.returncode == 0, done.stderr[-2_000:]
-  theirs_N = np.load(tmp_path / 'weights.npy')
-  made, wanted = pool_of(pool, ngram_buckets=200_000), target(texts=TARGET)
-  ours_N = dsir._log_weights(made, wanted)
+  published(reference, tmp_path, PUBLISHED_DSIR)
+  theirs_N, bucket = np.load(tmp_path / 'weights.npy'), json.loads((tmp_path / 'buckets.json').read_text())
+  ours_N = dsir._log_weights(pool_of(pool), target(texts=TARGET))
   assert len(theirs_N) == len(ours_N) == 300
-  # Some 5,000 distinct n-grams in 200,000 buckets: one in forty meets another, in either program.
-  assert scipy.stats.spearmanr(ours_N, theirs_N).statistic > 0.99
-  assert len(set(np.argsort(-ours_N)[:50].tolist()) & set(np.argsort(-theirs_N)[:50].tolist())) >= 45
+
+  def weights(bucket) -> np.ndarray:
+    def hashed(texts) -> ngrams.Grams:
+      units = [words(text) for text in texts]
+      pairs = [pair for text in units for pair in itertools.zip_longest(text, text[1:])]
+      uni_M = np.array([bucket[unit] for unit, _ in pairs])
+      bi_M = np.array([10_000 if after is None else bucket[f'{unit} {after}'] for unit, after in pairs])
+      return ngrams.Grams(uni_M, bi_M, np.cumsum([0, *map(len, units)]), 10_000)
+
+    raw, wanted = hashed(pool), hashed(TARGET)
+    return raw.sums(dsir.log_ratio(wanted.counts(), raw.counts()))
+
+  np.testing.assert_allclose(weights(bucket), theirs_N, rtol=1e-5)  # ours are sums of float32
+  # Some 5,000 n-grams share buckets. How far does that move ranks? As far as with any other hash.
+  other_N = weights(dict(zip(bucket, np.random.default_rng(0).integers(0, 10_000, len(bucket)), strict=True)))
+  level = scipy.stats.spearmanr(other_N, theirs_N).statistic
+  assert scipy.stats.spearmanr(ours_N, theirs_N).statistic == pytest.approx(level, abs=0.03)
+
+
+PUBLISHED_FASTTEXT = """
+import json, sys
+import fasttext
+import numpy as np
+
+folder = sys.argv[1]
+model = fasttext.train_supervised(folder + '/train.txt', wordNgrams=2, bucket=2_000_000, thread=1, verbose=0)
+found = []
+for line in open(folder + '/pool.txt'):
+  labels, p = model.predict(line.strip(), k=2)
+  p = dict(zip(labels, np.float64(p)))
+  found.append(np.log(p['__label__1'] / p['__label__0']))
+np.save(folder + '/logits.npy', found)
+"""
+
+
+@pytest.mark.peers
+def test_fasttext_ranks_as_the_published_one(reference, tmp_path):
+  """Both start from other random numbers and see the texts in another order."""
+  order = np.random.default_rng(0).permutation(600)
+  labelled = [f'__label__0 {t}' for t in POOL] + [f'__label__1 {TARGET[i % 40]}' for i in range(300)]
+  (tmp_path / 'train.txt').write_text(''.join(labelled[i] + '\n' for i in order))
+  (tmp_path / 'pool.txt').write_text(''.join(text + '\n' for text in POOL))
+  published(reference, tmp_path, PUBLISHED_FASTTEXT)
+  theirs_N = np.load(tmp_path / 'logits.npy')
+  found = selected('fasttext', pool_of(POOL), 300, target=target(texts=TARGET))
+  assert scipy.stats.spearmanr(found.scores, theirs_N[found.rows]).statistic > 0.97
+
+
+@pytest.mark.parametrize('method', ['tfidf', 'lsa'])
+def test_nearest_targets_are_those_of_scikit_learn(method):
+  """Its vectors of exact words, its SVD of the words in two rows, its cosine."""
+  from sklearn.decomposition import TruncatedSVD
+  from sklearn.feature_extraction.text import TfidfVectorizer
+
+  vectorizer = TfidfVectorizer(tokenizer=words, token_pattern=None).fit(POOL)
+  x_NV, target_TV = (vectorizer.transform(texts) for texts in (POOL, TARGET))
+  if method == 'lsa':
+    svd = TruncatedSVD(lsa._DIMENSIONS if x_NV.shape[1] > lsa._DIMENSIONS else x_NV.shape[1], random_state=0).fit(x_NV)
+    x_NV, target_TV = (sklearn_normalized(svd.transform(x)) for x in (x_NV, target_TV))
+  theirs_N = np.asarray(
+    (x_NV @ target_TV.T).max(axis=1).todense() if method == 'tfidf' else (x_NV @ target_TV.T).max(1)
+  )
+  found = selected(method, pool_of(POOL), 300, target=target(texts=TARGET))
+  np.testing.assert_allclose(found.scores, theirs_N.reshape(-1)[found.rows], atol=2e-5)  # float32
+
+
+def sklearn_normalized(x_ND: np.ndarray) -> np.ndarray:
+  return x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)
+
+
+def test_lsa_finds_rows_of_the_same_topic_that_share_no_word():
+  topics = [[f'{topic}{i}' for i in range(12)] for topic in 'ab']
+  rng = np.random.default_rng(0)
+  texts = [' '.join(rng.choice(topics[row % 2], 5, replace=False)) for row in range(400)]
+  space = lsa.fit(ngrams.PoolGrams(rows_of(texts), 'words', 1 << 18), np.ones(1 << 18, np.float32), dimensions=2)
+  ones = np.ones(1 << 18, np.float32)
+  a, b, other = (
+    space.unit(tfidf.vectors(ngrams.of_texts([text], 1 << 18), ones))[0] for text in ('a0 a1 a2', 'a3 a4 a5', 'b3 b4')
+  )
+  assert a @ b > 0.9 > 0.3 > abs(a @ other)
+
+
+def test_minhash_drops_what_overlaps():
+  """1 − (1 − J⁸)¹⁴ of pairs: all at J = 0.98, hardly any at 0.3; short texts as a whole."""
+  rng = np.random.default_rng(0)
+  base = [' '.join(f'w{i}' for i in rng.integers(0, 5_000, 100)) for _ in range(200)]
+  # A new last word changes one of 96 runs, J = 95 / 97; 44 of 96 runs in common are J = 44 / 148.
+  near = [text.rpartition(' ')[0] + ' new' for text in base[:50]]
+  half = [
+    ' '.join(text.split()[:48]) + ' ' + ' '.join(f'v{i}' for i in rng.integers(0, 5_000, 52)) for text in base[50:150]
+  ]
+  short = ['one two', 'two one', 'one two', '', '', '你好世界', '你好世界']
+  dropped_N = minhash.duplicates(ngrams.PoolGrams(rows_of([*base, *near, *half, *short]), 'words', 1 << 31))
+  assert not dropped_N[:200].any()
+  assert dropped_N[200:250].all()
+  assert dropped_N[250:350].sum() <= 2  # 0.0009 each
+  assert dropped_N[350:].tolist() == [False, False, True, False, False, False, True]
+
+
+def test_settings_are_chosen_by_other_documents_of_the_target():
+  texts = [f'{i} {" ".join(f"d{i // 2}w{j}" for j in range(9))}' for i in range(40)]  # pairs share a passage
+  whole = target(texts=texts)
+  fitted, held = whole.nested()
+  parts = [{record['answer'] for record in part.examples('docs').records} for part in (fitted, held)]
+  assert parts[0] | parts[1] == set(texts) and not parts[0] & parts[1]
+  assert 2 <= len(parts[1]) <= 18  # binomial: 40 of 0.25 in pairs
+  assert candidates.choose(whole, (3, 1, 2), lambda x, *split: x if split else 9) == 1
+  assert candidates.choose(whole, (3, 1, 2), lambda x, *_: np.nan if x == 1 else x) == 2
+  assert candidates.choose(target(texts=texts[:1]), (3, 1, 2), lambda x, *_: x) == 3, 'one document cannot be split'
