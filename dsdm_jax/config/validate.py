@@ -14,7 +14,7 @@ from pydantic import StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter,
 from dsdm_jax.config import schema
 from dsdm_jax.config.relations import BATCHES, MODELS, OUR_FACTORY, TRAINS, broken
 from dsdm_jax.config.schema import FIELDS
-from dsdm_jax.config.values import CALLABLE, EVALUATED, SOURCE_KINDS, MixturePart, brief, guarded
+from dsdm_jax.config.values import CALLABLE, EVALUATED, SOURCE_KINDS, MixturePart, brief, guarded, source_parts
 from dsdm_jax.errors import UserError
 
 _MOST = 10_000  # characters of a text, parts of a tuple
@@ -209,7 +209,7 @@ def check_callables(config: ConfigDict) -> None:
   for key in (*(f'{model}.factory' for model in MODELS), 'features.output_fn'):
     load_callable(flat[key], key)
   parts = [part.method for part in map(MixturePart.parse, flat['mixture.parts']) if part is not None]
-  sources = [line.partition(' | ')[0].strip() for line in flat['pool.sources']]
+  sources = [source_parts(line)[0] for line in flat['pool.sources']]
   sources = [source for source in sources if source.partition(':')[0] not in SOURCE_KINDS]
   for key, names in {
     'pool.sources': sources,

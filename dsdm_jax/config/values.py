@@ -70,8 +70,13 @@ def is_jsonl(value: str) -> bool:
   return value.endswith('.jsonl')
 
 
+def source_parts(line: str) -> list[str]:
+  """A line of `pool.sources`: kind and target, then its options. A bar that no `key=` follows belongs to the target."""
+  return [part.strip() for part in re.split(r' \|(?=\s+\w+\s*=)', line)]
+
+
 def is_source(line: str) -> bool:
-  head = line.partition(' | ')[0].strip()
+  head = source_parts(line)[0]
   kind, _, target = head.partition(':')
   if kind in SOURCE_KINDS:
     return bool(target)

@@ -118,6 +118,17 @@ def glob(pattern: str, kind: Literal['file', 'directory'] = 'file') -> list[str]
   return [system.unstrip_protocol(path) for path in sorted(paths, key=lambda path: (natural_order(path), path))]
 
 
+def escaped(pattern: str) -> str | None:
+  """`pattern` with wildcards escaped in those of its leading parts that are names of files or folders; None without."""
+  parts, changed = pattern.split('/'), False
+  for index in range(len(parts) if not is_remote(pattern) else 0):
+    if not os.path.lexists('/'.join(pattern.split('/')[: index + 1]) or '/'):
+      break
+    parts[index], before = local.escape(parts[index]), parts[index]
+    changed |= parts[index] != before
+  return '/'.join(parts) if changed else None
+
+
 def _local_glob(pattern: str, kind: str) -> list[str]:
   wanted = os.path.isdir if kind == 'directory' else lambda path: os.path.isfile(path) or not os.path.exists(path)
   paths = {path for path in local.glob(pattern, recursive=True) if wanted(path)}

@@ -7,7 +7,6 @@ makes all digests. The name of a function stays, and the source code of its modu
 import ast
 import dataclasses
 import functools
-import glob
 import hashlib
 import importlib
 import importlib.util
@@ -20,7 +19,7 @@ from typing import Any
 
 from dsdm_jax.config.relations import MODELS, OUR_FACTORY
 from dsdm_jax.config.validate import select
-from dsdm_jax.config.values import CALLABLE, SOURCE_KINDS, is_jsonl, task_name
+from dsdm_jax.config.values import CALLABLE, SOURCE_KINDS, is_jsonl, source_parts, task_name
 from dsdm_jax.core import storage, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data import files
@@ -157,10 +156,10 @@ def _source(line: str) -> str:
     content = f'{entry.target}, content {_joined(_seqio(entry))}'
   elif entry.kind in SOURCE_KINDS:
     paths = [path for unit in sources.units(entry) for path in unit.paths]
-    if not paths and os.path.exists(entry.target):
+    if not paths and (escaped := files.escaped(entry.target)):
       raise _WildcardError(
-        f'pool.sources: {entry.target} matches no file, as it is a pattern, but a file of that name exists; write '
-        f'{glob.escape(entry.target)}'
+        f'pool.sources: {entry.target} matches no file, as it is a pattern, but a file or folder of that name exists; '
+        f'write {escaped}'
       )
     content = (
       f'content {_joined(files.digests(paths))} of {len(paths)} file{"s" * (len(paths) > 1)}' if paths else _NONE
@@ -202,7 +201,7 @@ def _modules(value: Any) -> set[str]:
   """Modules outside this package in texts such as 'module:function', 'module:function@mix', '… | module=MODULE'."""
   names = set()
   for text in filter(lambda text: isinstance(text, str), _texts(value)):
-    head, *options = (part.strip() for part in text.split(' | '))
+    head, *options = source_parts(text)
     name, _, _ = head.partition('@')
     if CALLABLE.fullmatch(name) and name.partition(':')[0] not in SOURCE_KINDS:
       names.add(name.partition(':')[0])

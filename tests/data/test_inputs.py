@@ -344,5 +344,7 @@ def test_inputs_in_a_folder_of_an_odd_name_are_read(tmp_path, monkeypatch, name)
       if '[' in name:
         with pytest.raises(UserError, match=r'matches no file, as it is a pattern, but .*; write .*\[\[\]1\]/a\.jsonl'):
           identities({'pool.sources': (f'jsonl:{path}',)}, tmp_path / 'run')
+        with pytest.raises(UserError, match=r'but a file or folder of that name exists; write .*\[\[\]1\]/\*\.jsonl'):
+          identities({'pool.sources': (f'jsonl:{root}/*.jsonl',)}, tmp_path / 'run')
     else:
       assert 'mine: content' in identities(settings, tmp_path / 'run')

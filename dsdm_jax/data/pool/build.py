@@ -31,7 +31,7 @@ from dsdm_jax.errors import UserError
 PLANTED = 'planted'  # source of planted target examples
 _SAMPLED_UNITS = 64  # a vocabulary is trained on text of at most so many units
 _SAMPLED_SHARE = 32  # a document gives at most 1/32 of that text
-_TRIED_BYTES = 1_000_000  # text whose round trip through the vocabulary is tried, a sample of documents
+_TRIED, _LEAST_TRIED = 2**20, 2**14  # characters of all units and of each whose round trip is tried
 _FEW_BYTES = 4_000_000  # reading less text is faster than starting processes
 
 
@@ -55,8 +55,8 @@ def run(context: Context) -> dict[str, Any]:
     guard, guarded, boilerplate_runs = builder.guard(units)
     jobs, scanned = builder.scan(units, guard)
     jobs, selected = builder.decide(entries, jobs, scanned)
-    encoder = builder.prepare_vocabulary(jobs, selected)
-    jobs, selected, tokens, trips = builder.encode(jobs, selected, encoder)
+    encoder, trips = builder.prepare_vocabulary(jobs, selected, scanned)
+    jobs, selected, tokens = builder.encode(jobs, selected)
   except UserError:
     shutil.rmtree(work, ignore_errors=True)  # other settings or files are needed, which cannot reuse this
     raise
@@ -237,8 +237,10 @@ class Builder:
     """Reads everything once."""
     c = self.pool_config
     skip = c.on_error == 'skip'
+    tried = 0 if c.vocabulary == 'train' else max(_TRIED // len(units), _LEAST_TRIED)
     jobs = [
-      Job(unit, index, self.work, c.max_document_bytes, skip, guard, out=self.out) for index, unit in enumerate(units)
+      Job(unit, index, self.work, c.max_document_bytes, skip, guard, out=self.out, tried=tried)
+      for index, unit in enumerate(units)
     ]
     scanned = self.execute(passes.scan, jobs, 'read', 'B', None)
     begin = layout.bounds(scanned)
@@ -279,12 +281,25 @@ class Builder:
     if self.pool_config.vocabulary != 'train':
       vocabulary.save(self.pool_config.vocabulary, self.out, self.pool_config.end_piece)
 
-  def prepare_vocabulary(self, jobs: list[Job], selected: Selected) -> vocabulary.Encoder:
-    """The vocabulary of the pool, which is trained unless one was given."""
-    if self.pool_config.vocabulary == 'train':
+  def prepare_vocabulary(
+    self, jobs: list[Job], selected: Selected, scanned: Sequence[passes.Scanned]
+  ) -> tuple[vocabulary.Encoder, dict[str, Any]]:
+    """The vocabulary of the pool, which is trained unless one was given, and its `vocabulary.summary`."""
+    c = self.pool_config
+    if c.vocabulary == 'train':
       texts = self._sample(jobs, selected)
-      storage.write_bytes(self.out / vocabulary.MODEL, vocabulary.train(texts, self.pool_config.vocab_size))
-    return vocabulary.open_encoder(self.out)
+      storage.write_bytes(self.out / vocabulary.MODEL, vocabulary.train(texts, c.vocab_size))
+    encoder = vocabulary.open_encoder(self.out)
+    if c.vocabulary == 'train':
+      return encoder, vocabulary.summary(encoder, (vocabulary.round_trip(encoder, text) for text in texts))
+    trips = vocabulary.summary(encoder, (unit.trips for unit in scanned))
+    if trips['unknown'] > c.max_unknown_share:
+      raise UserError(
+        f'pool.vocabulary = {c.vocabulary!r} does not fit this pool: of the pieces in {trips["documents"]:,} sampled '
+        f'documents {trips["unknown"]:.2%} are unknown text, more than pool.max_unknown_share = '
+        f'{c.max_unknown_share:g}; take a vocabulary with byte fallback, or raise the limit'
+      )
+    return encoder, trips
 
   def _sample(self, jobs: list[Job], selected: Selected) -> list[str]:
     """Texts to train on, in a seeded order; of a large pool, from `_SAMPLED_UNITS` units."""
@@ -316,24 +331,13 @@ class Builder:
     }
     return [text_of[number] for number in order_K.tolist()]
 
-  def encode(
-    self, jobs: list[Job], selected: Selected, encoder: vocabulary.Encoder
-  ) -> tuple[list[Job], Selected, int, dict[str, Any]]:
-    """Encodes the selected documents; returns those with tokens, the number of tokens, and the vocabulary's card."""
-    sampled = min(1.0, _TRIED_BYTES / max(selected.bytes, 1))
-    jobs = [dataclasses.replace(job, sampled=sampled) for job in jobs]
+  def encode(self, jobs: list[Job], selected: Selected) -> tuple[list[Job], Selected, int]:
+    """Encodes the selected documents; returns those with tokens, and the number of tokens."""
     tokens = sum(self.execute(passes.encode, jobs, 'tokens', 'B', self.bytes))
-    trips = vocabulary.summary(encoder, (passes.read_json(job.file('encode', 'json'))['trips'] for job in jobs))
-    if trips['unknown'] > (most := self.pool_config.max_unknown_share):
-      raise UserError(
-        f'pool.vocabulary = {self.pool_config.vocabulary!r} does not fit this pool: of the pieces in '
-        f'{trips["documents"]:,} sampled documents {trips["unknown"]:.2%} are unknown text, more than '
-        f'pool.max_unknown_share = {most:g}; take a vocabulary with byte fallback, or raise the limit'
-      )
     jobs, selected = layout.without_tokens(jobs, selected)
     if not selected.count:
       raise UserError('the pool is empty: no document has a token of pool.vocabulary; choose another vocabulary')
-    return jobs, selected, tokens, trips
+    return jobs, selected, tokens
 
   def rows(
     self, jobs: list[Job], selected: Selected, encoder: vocabulary.Encoder, tokens: int

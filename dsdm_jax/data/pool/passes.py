@@ -9,14 +9,15 @@ does not grow with the pool, and the result does not depend on which process did
 import array
 import collections
 import concurrent.futures.process
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import heapq
 import itertools
 import json
 import multiprocessing
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -123,7 +124,7 @@ class Job:
     first: number of the unit's first selected document.
     begin, end: range of its documents among all that were read.
     out: folder of the pool.
-    sampled: share of the documents whose round trip through the vocabulary is tried.
+    tried: characters of text whose round trip through a given vocabulary is tried, a sample of documents; 0 for none.
   """
 
   unit: Unit
@@ -136,7 +137,7 @@ class Job:
   begin: int = 0
   end: int = 0
   out: Path = Path()
-  sampled: float = 1.0
+  tried: int = 0
 
   def file(self, pass_name: str, ending: str) -> Path:
     return self.work / f'{pass_name}-{self.index:06d}.{ending}'
@@ -147,6 +148,7 @@ class Scanned:
   """Totals of a unit; `scan-*.npz` has arrays with one entry per document.
 
   `bytes` were read in all: those of the documents, `cut_bytes` off the ends of `cut` documents, and `problem_bytes`.
+  `trips` are counts of `vocabulary.round_trip` for the sample, times the number of documents that each stands for.
   """
 
   documents: int
@@ -155,6 +157,7 @@ class Scanned:
   cut: int
   cut_bytes: int
   problem_bytes: int
+  trips: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @functools.lru_cache(maxsize=1)
@@ -179,6 +182,9 @@ def scan(job: Job) -> Scanned:
   leaks: dict[int, Leak] = {}  # by document
   problems: list[dict[str, Any]] = []
   count, total, shortened, cut_bytes, problem_bytes = 0, 0, 0, 0, 0
+  # The documents with the least hashes of their text, so that the sample does not depend on their order.
+  sample: list[tuple[int, str]] = []
+  room, stop = job.tried, 2**64
 
   def good() -> Iterator[Document]:
     nonlocal count, total, problem_bytes
@@ -201,7 +207,14 @@ def scan(job: Job) -> Scanned:
       total += len(data) + document.lost
       shortened += document.lost > 0
       cut_bytes += document.lost
-      hashes.extend(hashlib.blake2b(data, digest_size=16).digest())
+      digest = hashlib.blake2b(data, digest_size=16).digest()
+      hashes.extend(digest)
+      if job.tried and (place := int.from_bytes(digest[:8], 'little')) < stop:
+        heapq.heappush(sample, (-place, document.text[:_TRIED]))
+        room -= min(len(document.text), _TRIED)
+        while room < 0 and len(sample) > 1:
+          place, text = heapq.heappop(sample)
+          stop, room = -place, room + len(text)
       ids.extend(hashlib.blake2b(document.id.encode(), digest_size=8).digest())
       sizes.append(len(data))
       sources.append(names.setdefault(document.source, len(names)))
@@ -217,7 +230,13 @@ def scan(job: Job) -> Scanned:
   )
   listed = [{'document': document, **leak.record()} for document, leak in leaks.items()]
   storage.write_json(job.file('scan', 'json'), {'sources': list(names), 'leaks': listed, 'problems': problems})
-  return Scanned(len(sizes), count, total, shortened, cut_bytes, problem_bytes)
+  trips: collections.Counter[str] = collections.Counter()
+  for _, text in sample:
+    with contextlib.suppress(UserError):  # `encode` reports it, if the document is selected
+      trips.update(vocabulary.round_trip(_encoder(job.out, job.work), text))
+  weighted = {name: number * 2**64 / stop for name, number in trips.items() if name != 'documents'}
+  weighted['documents'] = trips['documents']
+  return Scanned(len(sizes), count, total, shortened, cut_bytes, problem_bytes, weighted)
 
 
 @functools.lru_cache(maxsize=1)
@@ -303,8 +322,7 @@ def encode(job: Job) -> int:
   """Writes the ids of selected documents, their counts and the document table; returns the number of ids.
 
   Documents without tokens, and those that the vocabulary cannot encode, are left out. `encode-*.json` has their numbers
-  among the unit's selected documents, the bytes of the others, and what `vocabulary.round_trip` counts in a sample of
-  them.
+  among the unit's selected documents, and the bytes of the others.
 
   Raises:
     UserError: there is such a document, unless `job.skip`; the message names file and line.
@@ -314,7 +332,6 @@ def encode(job: Job) -> int:
   table = _Table(job.out / 'documents' / f'{job.index:06d}.parquet')
   counts = array.array('q')
   empty: list[int] = []
-  trips: collections.Counter[str] = collections.Counter()
   total = 0
   problems: list[dict[str, Any]] = []
   with open(job.file('tokens', 'bin'), 'wb') as file:
@@ -338,12 +355,9 @@ def encode(job: Job) -> int:
       total += len(data)
       table.add(id=document.id, source=document.source, bytes=len(data), tokens=len(ids))
       report_progress(len(data))
-      # A hash of the text: the sample does not depend on files and processes.
-      if job.sampled == 1 or zlib.crc32(data) < job.sampled * 2**32 or number == job.index == 0:
-        trips.update(vocabulary.round_trip(encoder, document.text[:_TRIED]))
   table.close()
   storage.save_npy(job.file('counts', 'npy'), np.array(counts, np.int64))
-  storage.write_json(job.file('encode', 'json'), {'empty': empty, 'problems': problems, 'bytes': total, 'trips': trips})
+  storage.write_json(job.file('encode', 'json'), {'empty': empty, 'problems': problems, 'bytes': total})
   return sum(counts)
 
 

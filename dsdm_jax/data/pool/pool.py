@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
-from dsdm_jax.core import artifacts, storage, tensorflow_start
+from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import vocabulary as vocabulary_lib
@@ -224,8 +224,7 @@ class Pool:
 
 def _dataset_info(folder: Path, length: int, dtype: np.dtype) -> Any:
   """TFDS's description of the dataset in `folder`: one ordered split 'train'."""
-  tensorflow_start.start()
-  import tensorflow_datasets as tfds
+  import tensorflow_datasets as tfds  # without TensorFlow, which takes seconds to start
 
   features = tfds.features.FeaturesDict(
     {'tokens': tfds.features.Tensor(shape=(length,), dtype=dtype.type, encoding='bytes')}

@@ -142,7 +142,7 @@ def parse(line: str) -> Entry:
     UserError: an unknown kind or option, or an invalid value.
   """
   where = f'pool.sources has {line!r}'
-  head, *rest = (part.strip() for part in line.split(' | '))
+  head, *rest = values.source_parts(line)
   kind, colon, target = head.partition(':')
   if head == 'installed_packages':
     kind, target = head, head

@@ -436,14 +436,16 @@ def round_trip(encoder: Encoder, text: str) -> dict[str, int]:
   return counts | {'pieces': len(ids) + lost, 'unknown': ids.count(encoder.unk) + lost}
 
 
-def summary(encoder: Encoder, trips: Iterable[Mapping[str, int]]) -> dict[str, Any]:
+def summary(encoder: Encoder, trips: Iterable[Mapping[str, float]]) -> dict[str, Any]:
   """The pool's card about its vocabulary, from `round_trip` of a sample.
 
   Returns:
     "documents" of the sample, the shares "unchanged" of them and "unknown" of their pieces, and "loses": which of
     newlines, indentation, tabs and NUL do not come back.
   """
-  total = sum(map(collections.Counter, trips), collections.Counter())
+  total = collections.Counter[str]()
+  for trip in trips:
+    total.update(trip)
   back = encoder.decode(encoder.encode('x\ny\n    x\ty\0x'))
   signs = {'newlines': '\n', 'indentation': '\n    ', 'tabs': '\t', 'NUL': '\0'}
   return {

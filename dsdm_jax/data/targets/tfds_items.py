@@ -5,7 +5,8 @@ that downloads and prepares a dataset.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from dsdm_jax.core import tensorflow_start
@@ -105,9 +106,12 @@ def records(builder: Any, split: str) -> Iterator[Mapping[str, Any]]:
   import tensorflow_datasets as tfds
 
   number = 0
+  packed = 'array_record' in str(builder.info.file_format).lower()
+  if packed:
+    _check_array_records(builder.info.splits[split].file_instructions)
   try:
     # tf.data cannot read ArrayRecord, and as_data_source cannot read TFRecord.
-    if 'array_record' in str(builder.info.file_format).lower():
+    if packed:
       found = iter(builder.as_data_source(split=split))
     else:
       # By default TFDS takes records from 16 files in turn.
@@ -123,6 +127,17 @@ def records(builder: Any, split: str) -> Iterator[Mapping[str, Any]]:
   wanted = builder.info.splits[split].num_examples
   if number != wanted:
     raise OSError(f'{number:,} records, but dataset_info.json says {wanted:,}')
+
+
+def _check_array_records(shards: Iterable[Any]) -> None:
+  """Compares numbers of records: of a file that ends at a block's edge, array_record gives empty records."""
+  from array_record.python import array_record_module
+
+  for file in shards:
+    name, wanted = os.path.basename(file.filename), file.examples_in_shard
+    number = array_record_module.ArrayRecordReader(str(file.filename)).num_records()  # 0 if it cannot be read
+    if number != wanted:
+      raise OSError(f'{name} is truncated: {number:,} records, but dataset_info.json says {wanted:,}')
 
 
 def _text(value: Any) -> str:

@@ -23,6 +23,15 @@ from dsdm_jax.errors import UserError
 from tests.helpers.data import contents, invented, run_pool, run_targets, small_config
 
 
+def test_writing_a_pool_needs_no_tensorflow(tmp_path: Path):
+  """Its start would take longer than a small pool."""
+  code = (
+    'import sys, numpy; from pathlib import Path; from dsdm_jax.data.pool import build, pool; '
+    'pool.write_array(Path(sys.argv[1]), numpy.zeros((9, 8), "uint16")); assert "tensorflow" not in sys.modules'
+  )
+  subprocess.run([sys.executable, '-c', code, str(tmp_path / 'dataset')], check=True)
+
+
 def test_plain_tfds_reads_the_rows_in_order(tiny_artifact: Artifact, tiny_pool: Pool):
   import tensorflow_datasets as tfds
 

@@ -15,6 +15,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsdm_jax.config import values
 from dsdm_jax.data import files, inputs
 from dsdm_jax.data.pool import readers, sources
 from dsdm_jax.data.pool.pool import Pool
@@ -136,6 +137,14 @@ def test_tfds_and_seqio(tmp_path: Path):
   assert {d['id'] for d in pool.documents} == {f'{name}/train:{i}' for i in range(len(RECORDS))}
   with pytest.raises(UserError, match=r"no seqio task 'other' is registered"):
     build(tmp_path / 'c', 'seqio:other')
+  shard = min(folder.glob('*array_record*'))
+  whole = shard.read_bytes()
+  for damaged in (b'', whole[:10], whole[: 2**16], whole[:-100], whole + b'x'):
+    shard.write_bytes(damaged)
+    # Cut at 64 KiB, the file opens, and array_record gives empty records.
+    with pytest.raises(UserError, match=rf'row 0: cannot be read \({shard.name} is truncated: \d+ records, but'):
+      build(tmp_path / 'cut', f'tfds:{folder}')
+  shard.write_bytes(whole)
   for line in (f'tfds:{folder}', f'seqio:{name}'):
     with pytest.raises(UserError, match=r"has no split 'test', only train; choose one with \| split=SPLIT"):
       build(tmp_path / 'd', f'{line} | split=test')
@@ -239,6 +248,16 @@ def test_bad_input(name: str, tmp_path: Path):
   [skipped] = [json.loads(entry) for entry in (pool.path / 'skipped.jsonl').read_text().splitlines()]
   assert skipped['where'].startswith(str(tmp_path / name))
   assert {d['id'] for d in pool.documents} >= {r['id'] for r in RECORDS}
+
+
+def test_a_bar_in_a_path(tmp_path: Path):
+  folder = tmp_path / 'a | b' / 'c | d'
+  folder.mkdir(parents=True)
+  (folder / 'x | y.jsonl').write_bytes(lines(RECORDS))
+  for target in (f'{folder}/x | y.jsonl', f'{folder}/*.jsonl'):
+    assert values.is_source(f'jsonl:{target} | name=n')
+    found = documents(f'jsonl:{target} | name=n | text = text')
+    assert [d.text for d in found] == [r['text'] for r in RECORDS]
 
 
 def test_a_glob_without_files(tmp_path: Path):

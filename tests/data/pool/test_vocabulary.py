@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import base
-from dsdm_jax.data.pool import vocabulary
+from dsdm_jax.data.pool import passes, vocabulary
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation.suite import open_suite
@@ -298,6 +298,7 @@ def test_a_round_trip_of_the_pool_is_in_its_card_and_unknown_text_is_refused(
   assert found['loses'] == ['newlines', 'indentation', 'tabs', 'NUL']
   assert any('of their pieces are unknown text; it loses newlines, indentation, tabs, NUL' in line for line in told)
   config.pool.max_unknown_share = base.get_config().pool.max_unknown_share
+  monkeypatch.setattr(passes, 'encode', lambda job: pytest.fail('the pool was encoded before it was refused'))
   with pytest.raises(
     UserError, match=r't5\.model.* does not fit this pool: .* more than pool\.max_unknown_share = 0\.001;'
   ):
