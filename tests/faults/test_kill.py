@@ -4,7 +4,6 @@ The normal tests kill one run twelve times; `launch/test.sh --faults` kills more
 """
 
 import json
-import math
 import os
 import random
 import shutil
@@ -126,30 +125,6 @@ def test_run_that_is_killed_again_and_again(server, with_ladder, tmp_path, count
   runs.assert_same_outcome(tmp_path / 'run', with_ladder)
   assert left_over(tmp_path / 'run') == []
   count('kills survived', killed)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not FAULTS, reason='launch/test.sh --faults runs it')
-@pytest.mark.parametrize('stage', pipeline.NAMES)
-def test_kills_at_changes_of_files(server, with_ladder, tmp_path, count, stage):
-  """From each stage on, until 20 kills, each before the 5th to 200th change that its process makes."""
-  killer = Killer(server, tmp_path / 'run', {}, random.Random(f'changes {stage}'), LADDER)
-  killed, code = 0, 0
-  while killed < 20 or code:
-    if not code:  # from the beginning
-      shutil.rmtree(killer.workdir, ignore_errors=True)
-      shutil.copytree(with_ladder, killer.workdir)
-      for later in pipeline.NAMES[pipeline.NAMES.index(stage) :]:
-        shutil.rmtree(killer.workdir / later)
-    at = int(math.exp(killer.rng.uniform(math.log(5), math.log(200)))) if killed < 20 else 0
-    child = server.start(killer.log, runs.TINY, f'--workdir={killer.workdir}', *LADDER, kill_at=at, below=tmp_path)
-    code = child.wait(300)
-    assert code in (0, -signal.SIGKILL), killer.log_tail()
-    killer.no_orphans(child)
-    killed += code != 0
-    if not code:
-      compare(killer.workdir, with_ladder)
-  count('kills at changes of files survived', killed)
 
 
 @pytest.mark.slow
