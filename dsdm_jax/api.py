@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsdm_jax.core import artifacts
+from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.order import selection as selection_lib
 from dsdm_jax.data.pool import pool as pool_lib
@@ -131,7 +131,7 @@ class ScoresView(Mapping[str, np.ndarray]):
   """
 
   def __init__(self, artifact: Artifact, pool: PoolView, run: Run):
-    with np.load(artifact.path / 'scores.npz', allow_pickle=False) as arrays:
+    with storage.load(artifact.path / 'scores.npz') as arrays:
       self.arrays: dict[str, np.ndarray] = dict(arrays)
     self._artifact = artifact
     self.semantics = artifact.semantics

@@ -45,8 +45,8 @@ _PUBLISHED = 'published.json'  # names that `publish` wrote in the folder of a s
 _SELF_CHECKED = '*.zarr/c/*'  # chunks of a store, whose crc32c each read checks
 _ATTEMPT = re.compile(r'[0-9a-f]{12}-\d+')
 _LARGE = 2**30  # bytes of such files in a stage, above which opening it compares only their sizes
-# What reading a damaged or foreign manifest or note raises.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+# What reading a damaged or foreign manifest or note raises. An OSError says nothing about its content.
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _IDENTITY = {'stage': str, 'format': int, 'settings': dict, 'inputs': dict}
 # Packages that can change results bit for bit. A stage that was started under one version cannot be resumed under
 # another.

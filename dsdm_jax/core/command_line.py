@@ -5,7 +5,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 from absl import flags
 
@@ -82,9 +82,11 @@ def system_error(error: BaseException | None) -> OSError | None:
 def cannot_use(error: OSError, workdir: str | None) -> str:
   """The message for an error of the system, in one line."""
   remedy = _REMEDIES.get(error.errno or 0, 'resolve that')
-  if error.errno == errno.EPIPE and not error.filename:
+  if not error.filename and (error.errno == errno.EPIPE or not _can_flush(sys.stdout) or not _can_flush(sys.stderr)):
+    reason = 'was closed' if error.errno == errno.EPIPE else f'cannot be written: {os.strerror(error.errno or 0)}'
     return (
-      'standard output or error was closed; start the same command again with one that stays open: work on disk is kept'
+      f'standard output or error {reason}; start the same command again with one that stays open and has room: work on '
+      'disk is kept'
     )
   return (
     f'cannot use {error.filename or workdir}: {os.strerror(error.errno or 0)}; {remedy}, or use another folder, and '
@@ -92,15 +94,21 @@ def cannot_use(error: OSError, workdir: str | None) -> str:
   )
 
 
+def _can_flush(stream: IO[str]) -> bool:
+  try:
+    stream.flush()  # what could not be written is tried again
+  except (OSError, ValueError):
+    return False
+  return True
+
+
 def report(text: str) -> None:
   """Prints an error as one line on standard error, where that is open."""
   with contextlib.suppress(OSError, ValueError):
     sys.stderr.write(f'{visible(text)}\n')
     sys.stderr.flush()
-  for stream in (sys.stdout, sys.stderr):  # what cannot be written now must not fail at exit
-    try:
-      stream.flush()
-    except (OSError, ValueError):
+  for stream in (sys.stdout, sys.stderr):
+    if not _can_flush(stream):  # and must not fail at exit
       os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

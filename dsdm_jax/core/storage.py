@@ -10,14 +10,16 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -305,6 +307,41 @@ def _plain(cell: Any) -> Any:
   except ValueError:
     is_number = False
   return f"'{cell}" if is_formula and not is_number else cell
+
+
+def load(path: str | os.PathLike) -> Any:
+  """`numpy.load` for a file by `save_npy` or `save_npz`; it takes no more memory than the file has bytes.
+
+  Raises:
+    UserError: its members are compressed, overlap, hold objects, or are shorter than their headers say.
+  """
+  path = Path(path)
+  try:
+    with open(path, 'rb') as file:
+      size = os.fstat(file.fileno()).st_size
+      if path.suffix == '.npy':
+        _check_array(file, size)
+      else:
+        with zipfile.ZipFile(file) as archive:
+          members = archive.infolist()
+          if sum(info.file_size for info in members) > size:
+            raise ValueError('it unpacks to more than its size')
+          for info in members:
+            with archive.open(info) as member:
+              _check_array(member, info.file_size)
+    return np.load(path, allow_pickle=False)
+  except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    raise UserError(
+      f'{path} is damaged or was not written by dsdm_jax ({" ".join(str(error).split())[:200]})'
+    ) from error
+
+
+def _check_array(file: IO[bytes], size: int) -> None:
+  version = np.lib.format.read_magic(file)
+  read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+  shape, _, dtype = read(file)
+  if dtype.hasobject or math.prod(shape) * dtype.itemsize != size - file.tell():
+    raise ValueError('its header and its size do not agree')
 
 
 def save_npy(path: str | os.PathLike, array: np.ndarray) -> None:

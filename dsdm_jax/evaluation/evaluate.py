@@ -179,6 +179,6 @@ def _stacked(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
   """The arrays [items] of each `<name>.npz`, stacked into [runs, items]."""
   loaded = []
   for name in names:
-    with np.load(folder / f'{name}.npz', allow_pickle=False) as arrays:
+    with storage.load(folder / f'{name}.npz') as arrays:
       loaded.append(dict(arrays))
   return {key: np.stack([arrays[key] for arrays in loaded]) for key in loaded[0]}

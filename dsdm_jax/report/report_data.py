@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dsdm_jax.attribution.scores import Scores
+from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact, inside
 from dsdm_jax.data.pool.pool import Documents
 from dsdm_jax.errors import UserError
@@ -131,7 +132,7 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
   for target in targets:
     with contextlib.suppress(UserError):  # no resamples, or a mix of ranks: scores without intervals
       reach[target] = scores.reach_N(target)
-  with np.load(inputs['datamodel'].path / 'scores.npz') as file:
+  with storage.load(inputs['datamodel'].path / 'scores.npz') as file:
     examples = {
       task: _examples(inputs['targets'].path, task, file[f'example_rows_{task}_EM'], file[f'example_score_{task}_EM'])
       for task in scores.tasks
@@ -169,7 +170,7 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
 def _selected(folder: Path, runs: list[Mapping[str, Any]]) -> Iterator[Selected]:
   for run in runs:
     # All seeds of a deterministic method train on one selection.
-    with np.load(inside(folder, f'{run["selection"]}.npz')) as arrays:
+    with storage.load(inside(folder, f'{run["selection"]}.npz')) as arrays:
       rows = arrays['rows']
     yield Selected(run['method'], run['target'], run['seed'], rows, run['epochs'], run['selection'])
 

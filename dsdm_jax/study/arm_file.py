@@ -109,7 +109,7 @@ def _questions(stages: Mapping[str, artifacts.Artifact]) -> dict[str, Any]:
 
 
 def _packed_items(path: Path) -> dict[str, Any]:
-  with np.load(path, allow_pickle=False) as arrays:
+  with storage.load(path) as arrays:
     keys = [key for key in arrays.files if key.rpartition('__')[2] in results.COMPARED_SPLITS]
     return {key: _packed(np.rint(arrays[key] / _UNIT)) for key in keys}
 

@@ -51,13 +51,15 @@ def test_help_into_a_pipe_that_is_closed_is_silent():
 
 @pytest.mark.parametrize('number', 'EIO ESTALE EFBIG EPIPE EMFILE ENOSPC EDQUOT EROFS EXDEV ENOMEM ELOOP'.split())
 def test_errors_of_the_system_are_one_line(number):
-  """Wherever they come from: the system, another package's exception, or the text of TensorStore."""
+  """Wherever they come from: the system, another package's exception, or the text of TensorStore or ArrayRecord."""
   code = getattr(errno, number)
   error = OSError(code, os.strerror(code), '/disk/file')
   hidden = ValueError(f"INTERNAL: Error writing '/disk/file' [os_error_code='{code}']")
   caused = RuntimeError('a checkpoint failed')
   caused.__cause__ = hidden
-  for raised, named in ((error, '/disk/file'), (hidden, 'runs/mine'), (caused, 'runs/mine')):
+  record = RuntimeError(f'read() failed: {os.strerror(code)}; reading /disk/file; at byte 0; Could not read')
+  pairs = ((error, '/disk/file'), (hidden, 'runs/mine'), (caused, 'runs/mine'), (record, '/disk/file'))
+  for raised, named in pairs:
     found = system_error(raised)
     line = cannot_use(found, 'runs/mine')
     assert found.errno == code and '\n' not in line and line.endswith(' is kept' if 'closed' in line else ' are kept')

@@ -114,7 +114,9 @@ def test_kills_while_xla_compiles(shimmed, with_ladder, tmp_path, count, name):
 def test_errors_of_the_system_at_operations_on_files(shimmed, with_ladder, tmp_path, count, name):
   """One operation fails, or all that follow: one line and exit code 2, or the same files as without the fault."""
   stage, rng = Stage(shimmed, with_ladder, tmp_path, name), random.Random(f'errors {name}')
-  tries = [(error, times) for error in ERRORS for times in (1, 10**6)] if FAULTS else [(errno.EIO, 1), (errno.EDQUOT, 10**6)]
+  tries = (
+    [(error, times) for error in ERRORS for times in (1, 10**6)] if FAULTS else [(errno.EIO, 1), (errno.EDQUOT, 10**6)]
+  )
   for error, times in tries:
     kinds = ERRORS[error]
     fault = Fault(f'{stage.workdir}/', 'fail', rng.randint(1, max(1, stage.seen(kinds) * 2 // 3)), kinds, error, times)

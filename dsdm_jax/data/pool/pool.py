@@ -18,7 +18,7 @@ from dsdm_jax.core import artifacts, storage, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import vocabulary as vocabulary_lib
-from dsdm_jax.errors import UserError, visible
+from dsdm_jax.errors import UserError, as_os_error, visible
 
 if TYPE_CHECKING:
   import seqio
@@ -131,7 +131,10 @@ class Pool:
     # A record is a head of the same length in all rows, and the row.
     dtype = vocabulary_lib.dtype_of(self.vocab_size)
     size = self.length * dtype.itemsize
-    records = self._reader.__getitems__(row_B.tolist())
+    try:
+      records = self._reader.__getitems__(row_B.tolist())
+    except RuntimeError as error:
+      raise as_os_error(error, self.path) or error from error
     if any(len(record) < size for record in records):
       raise UserError(f'{self.path}/dataset has rows of another length than card.json says; rerun the pool stage')
     return np.stack([np.frombuffer(record[-size:], dtype) for record in records])

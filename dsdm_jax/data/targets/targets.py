@@ -269,7 +269,7 @@ class Targets:
     if task not in self.tasks or split not in SPLITS:
       raise KeyError(f'no target examples {task!r}, {split!r}')
     stem = f'{task}.{split}'
-    with np.load(self._path / f'{stem}.npz') as arrays:
+    with storage.load(self._path / f'{stem}.npz') as arrays:
       tokens_TL, weights_TL = arrays['tokens_TL'], arrays['weights_TL']
     lines = (self._path / f'{stem}.jsonl').read_bytes().split(b'\n')
     records = tuple(json.loads(line) for line in lines if line)
