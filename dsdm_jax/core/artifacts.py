@@ -352,7 +352,7 @@ def _note(attempt: Path) -> dict[str, Any] | None:
       raise ValueError('it has no identity')
   except UserError:
     raise
-  except _UNREADABLE as error:
+  except (*_UNREADABLE, OSError) as error:
     reason = ' '.join(str(error).split())[:200]
     raise UserError(f'{file} is unreadable ({type(error).__name__}: {reason}); {way_out}') from error
   return None if note.get('discarded') else note
@@ -563,7 +563,7 @@ def _spent(file: Path) -> tuple[float, dict[str, float]]:
     if not all(0 <= value < math.inf for value in (saved['seconds'], *parts.values())):
       raise ValueError('it has no cost')
     return float(saved['seconds']), parts
-  except _UNREADABLE as error:
+  except (*_UNREADABLE, OSError) as error:
     reason = ' '.join(str(error).split())[:200]
     raise UserError(
       f'{file} is unreadable ({type(error).__name__}: {reason}); restore it, or delete it: then {file.parent.parent} '

@@ -314,8 +314,12 @@ def load(path: str | os.PathLike) -> Any:
 
   Raises:
     UserError: its members are compressed, overlap, hold objects, or are shorter than their headers say.
+    OSError: it cannot be read.
   """
-  path = Path(path)
+  return retried(lambda: _load(Path(path)))
+
+
+def _load(path: Path) -> Any:
   try:
     with open(path, 'rb') as file:
       size = os.fstat(file.fileno()).st_size
@@ -331,9 +335,10 @@ def load(path: str | os.PathLike) -> Any:
               _check_array(member, info.file_size)
     return np.load(path, allow_pickle=False)
   except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-    raise UserError(
-      f'{path} is damaged or was not written by dsdm_jax ({" ".join(str(error).split())[:200]})'
-    ) from error
+    if isinstance(error.__context__, OSError):  # zipfile takes a disk that fails for a file that is no archive
+      raise error.__context__ from None
+    reason = ' '.join(str(error).split())[:200]
+    raise UserError(f'{path} is damaged, or dsdm_jax did not write it ({reason}); delete it') from error
 
 
 def _check_array(file: IO[bytes], size: int) -> None:
