@@ -5,6 +5,7 @@ that takes more memory than its bound or hangs.
 """
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 
 from dsdm_jax.attribution import score_files
 from dsdm_jax.attribution.store import FeatureStore
-from dsdm_jax.core import artifacts, lock
+from dsdm_jax.core import artifacts, lock, storage
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool import readers, sources, vocabulary
 from dsdm_jax.data.targets import shapes, tasks
@@ -353,6 +354,35 @@ def test_notes_of_an_attempt(data, tmp_path, tried):
   (tmp_path / lock.LOCK).write_bytes(data)
   with pytest.raises(UserError, match='is no lock of dsdm_jax'):
     lock.hold(tmp_path).__enter__()
+
+
+def test_every_bit_of_manifests_and_notes(tmp_path, count):
+  """A note with one flipped bit is refused, or as good as none; CI tries every 41st bit."""
+  identity = artifacts.Identity('pool', 1, {'pool.length': 32}, {'targets': 'ab'})
+  part = artifacts.begin(tmp_path, identity)
+  storage.write_text(part / 'file', 'content')
+  storage.mark(part / 'file')
+  cost = artifacts.Cost(part)
+  cost.parts['one'] = 1.5
+  cost.save()
+  artifacts.publish(artifacts.commit(tmp_path, identity, {}, cost))
+  readers = {
+    part.parent / artifacts.MANIFEST: lambda: artifacts.read(tmp_path, 'pool')['pool'].manifest,
+    part.parent / 'published.json': lambda: artifacts._published(part.parent) or None,
+    part / 'begun.json': lambda: artifacts._note(part),
+    part / 'cost.json': lambda: artifacts._spent(part / 'cost.json'),
+    part / 'file.sha256': lambda: storage.is_marked(part / 'file') or None,
+  }
+  for file, read in readers.items():
+    whole, wanted = file.read_bytes(), read()
+    for bit in range(0, 8 * len(whole), 1 if FAULTS else 41):
+      data = bytearray(whole)
+      data[bit // 8] ^= 1 << bit % 8
+      file.write_bytes(data)
+      with contextlib.suppress(UserError):
+        assert read() in (wanted, None), (file, bit)
+      count('bits flipped in notes')
+    file.write_bytes(whole)
 
 
 @pytest.mark.slow
