@@ -289,6 +289,35 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
   write_bytes(path, as_json(value))
 
 
+class _Object(dict):
+  """An object of a JSON file; a missing key is an error that names the file."""
+
+  def __init__(self, content: dict[str, Any], path: str | os.PathLike):
+    super().__init__(content)
+    self._path = path
+
+  def __missing__(self, key: str) -> Any:
+    raise UserError(f'{self._path} has no {key!r}; it is damaged, or another program wrote it')
+
+
+def read_json(path: str | os.PathLike, kind: type = object) -> Any:
+  """The content of a JSON file of an artifact.
+
+  Args:
+    kind: dict or list; by default any.
+
+  Raises:
+    UserError: it is no JSON, or of another kind. An object of it raises one for a missing key.
+  """
+  try:
+    content = json.loads(retried(Path(path).read_bytes), object_hook=lambda content: _Object(content, path))
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path} is damaged, or another program wrote it ({" ".join(str(error).split())[:200]})') from error
+  if not isinstance(content, kind):
+    raise UserError(f'{path} holds no {kind.__name__}; it is damaged, or another program wrote it')
+  return content
+
+
 def csv_text(header: Sequence[str], lines: Iterable[Iterable[Any]]) -> str:
   """A CSV table. Text that begins as a formula and is no number gets an apostrophe, so that no spreadsheet runs it."""
   buffer = io.StringIO()

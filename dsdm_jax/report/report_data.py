@@ -138,13 +138,13 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
       for task in scores.tasks
       if f'example_rows_{task}_EM' in file
     }
-  runs = _json(inputs['selection'].path / 'index.json')
+  runs = storage.read_json(inputs['selection'].path / 'index.json', list)
   curve_list, tokens = curves(inputs['pretraining'].path, runs)
   multiplier = _optional(inputs, 'evaluation', 'multiplier.json')
   paid = [stage for stage in STAGES if stage != 'ladder' or multiplier is not None]
   return Evidence(
-    results=_json(inputs['evaluation'].path / 'results.json'),
-    sources=tuple(_json(pool / 'sources.json')),
+    results=storage.read_json(inputs['evaluation'].path / 'results.json', dict),
+    sources=tuple(storage.read_json(pool / 'sources.json', list)),
     source_N=source_N,
     document_N=document_N,
     offset_N=offset_N,
@@ -201,7 +201,7 @@ def _environment() -> dict[str, str]:
 def _optional(inputs: Mapping[str, Artifact], stage: str, name: str) -> Any:
   """A JSON file, or None if its stage has none."""
   file = inputs[stage].file(name) if stage in inputs else None
-  return None if file is None else _json(file)
+  return None if file is None else storage.read_json(file)
 
 
 def curves(folder: Path, runs: Sequence[Mapping[str, Any]]) -> tuple[list[Curve], int]:
@@ -219,10 +219,6 @@ def curves(folder: Path, runs: Sequence[Mapping[str, Any]]) -> tuple[list[Curve]
     loss_SP = np.array([[losses[s] for s in steps] for losses in by_seed], np.float64)
     by_arm.append(Curve(method, target, np.array(steps, np.int64), loss_SP))
   return by_arm, tokens
-
-
-def _json(path: Path) -> Any:
-  return json.loads(path.read_bytes())
 
 
 def _lines(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -1,6 +1,6 @@
 """SIGKILL at random moments of every stage, each followed by the same command: the same results, to the bit.
 
-The normal tests kill one run twelve times; `launch/test.sh --faults` kills more than 100.
+The normal tests kill one run six times; `launch/test.sh --faults` kills more than 100.
 """
 
 import json
@@ -22,9 +22,8 @@ from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.pipeline.test_validation import SMALL
 
-# Killed once in each stage, and once more in two of the longest; validation has a test of its own.
-NORMAL = ['pool', 'targets', *['proxies'] * 2, *['features'] * 2, 'datamodel', 'selection', 'pretraining', 'ladder',
-          'evaluation', 'report']  # fmt: skip
+# One kill in each stage that is long or writes in a way of its own; --faults kills in all of them.
+NORMAL = ['pool', 'proxies', 'features', 'pretraining', 'evaluation', 'report']
 RUNS = 5 if FAULTS else 1
 FLIPS = 20  # of each stage
 # Without derivatives through training in the normal tests, which take most of the stage's time.
@@ -117,7 +116,6 @@ def left_over(workdir: Path) -> list[str]:
 def test_run_that_is_killed_again_and_again(server, with_ladder, tmp_path, count, attempt):
   killer = Killer(server, tmp_path / 'run', stage_seconds(with_ladder), random.Random(attempt), LADDER)
   plan = NORMAL if not FAULTS else [stage for stage in pipeline.NAMES for _ in range(2)]
-  assert set(plan) == set(pipeline.NAMES)
   killed = sum(killer.kill_in(stage) for stage in plan)
   print('\n'.join(killer.moments))
   assert killed == len(plan)

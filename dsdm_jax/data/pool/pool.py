@@ -98,10 +98,10 @@ class Pool:
       if artifact.manifest:
         artifact.verify()
     self.path = artifact.path
-    self.card: dict[str, Any] = json.loads((self.path / 'card.json').read_text())
-    self.num_rows: int = self.card['rows']
-    self.length: int = self.card['length']
-    self.vocab_size: int = self.card['vocab_size']
+    self.card: dict[str, Any] = storage.read_json(self.path / 'card.json', dict)
+    self.num_rows, self.length, self.vocab_size = (self.card[key] for key in ('rows', 'length', 'vocab_size'))
+    if not all(type(value) is int and 0 < value < 2**40 for value in (self.num_rows, self.length, self.vocab_size)):
+      raise UserError(f'{self.path}/card.json has a size that is no size; rerun the pool stage')
     self._files = artifact.manifest.get('files')
     for name in vocabulary_lib.FILES:
       if self._files is not None and name not in self._files and (self.path / name).is_file():
@@ -155,7 +155,7 @@ class Pool:
   @functools.cached_property
   def sources(self) -> list[str]:
     """Names of the sources; `source_N` indexes them."""
-    return json.loads((self.path / 'sources.json').read_text())
+    return storage.read_json(self.path / 'sources.json', list)
 
   @functools.cached_property
   def source_N(self) -> np.ndarray:
@@ -180,7 +180,7 @@ class Pool:
   @functools.cached_property
   def planted(self) -> list[dict[str, Any]]:
     """Planted target examples: {"task", "index", "id"}, the index into the task's target split."""
-    return json.loads((self.path / 'planted.json').read_text())
+    return storage.read_json(self.path / 'planted.json', list)
 
   @functools.cached_property
   def documents(self) -> Documents:
