@@ -47,14 +47,17 @@ def start(alone: bool = True) -> tuple[Path | None, str]:
     canaries = cache / 'running'
     canaries.mkdir(parents=True, exist_ok=True)
     crash = _crash(canaries)
-    known, damaged, size = _known(cache), 0, 0
+    known, kept, damaged, size = _known(cache), {}, 0, 0
     for path, state in sorted(_entries(cache), key=lambda entry: -entry[1].st_mtime):
       size += state.st_size
       noted = known.get(path.name)
-      whole = not crash and size <= _MOST_BYTES and noted == storage.sha256(path)
-      if not whole:
+      if noted is not None and not crash and size <= _MOST_BYTES and noted == storage.sha256(path):
+        kept[path.name] = noted
+      else:
         path.unlink(missing_ok=True)
         damaged += noted is not None and size <= _MOST_BYTES
+    if kept != known:
+      storage.write_json(cache / _CHECKSUMS, kept)  # a program that is compiled again need not have the same bytes
     if crash:
       line = f'an earlier start crashed ({crash}); the cache of compiled programs in {cache} may be damaged: emptied it'
     elif damaged:

@@ -86,6 +86,9 @@ def test_an_entry_that_has_changed_is_deleted_before_jax_reads_it(tmp_path, monk
     [entry.name] if damage in ('none', 'other') else []
   )
   assert line.startswith('1 compiled programs in ') == (isinstance(damage, int) or damage == 'cut')
+  entry.write_bytes(entry.read_bytes() if entry.exists() else b'compiled again')
+  compile_cache._note(cache)
+  assert compile_cache.start() == (cache, '') and entry.exists()
 
 
 def test_a_home_that_cannot_be_written_has_no_cache(tmp_path):
