@@ -5,7 +5,6 @@ Objects read finished stages, each on its first use. Nothing here writes.
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsdm_jax.core import artifacts
+from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.order import selection as selection_lib
 from dsdm_jax.data.pool import pool as pool_lib
@@ -131,7 +130,7 @@ class ScoresView(Mapping[str, np.ndarray]):
   """
 
   def __init__(self, artifact: Artifact, pool: PoolView, run: Run):
-    with np.load(artifact.path / 'scores.npz', allow_pickle=False) as arrays:
+    with storage.load(artifact.path / 'scores.npz') as arrays:
       self.arrays: dict[str, np.ndarray] = dict(arrays)
     self._artifact = artifact
     self.semantics = artifact.semantics
@@ -217,7 +216,7 @@ class SelectionsView(Mapping[str, selection_lib.Selection]):
 
   def __init__(self, artifact: Artifact, pool: PoolView):
     self._path, self._pool = artifact.path, pool
-    self._index: list[dict[str, Any]] = json.loads((self._path / 'index.json').read_bytes())
+    self._index: list[dict[str, Any]] = storage.read_json(self._path / 'index.json', list)
     self._names = tuple(dict.fromkeys(entry['selection'] for entry in self._index))
 
   def __getitem__(self, name: str) -> selection_lib.Selection:
@@ -279,7 +278,7 @@ class ResultsView:
   """
 
   def __init__(self, artifact: Artifact, run: Run):
-    self.raw: dict[str, Any] = json.loads((artifact.path / 'results.json').read_bytes())
+    self.raw: dict[str, Any] = storage.read_json(artifact.path / 'results.json', dict)
     self._run = run
 
   @property
@@ -336,7 +335,7 @@ class ResultsView:
 
   @functools.cached_property
   def _curves(self) -> list[report_data.Curve]:
-    index = json.loads((self._run.artifact('selection').path / 'index.json').read_bytes())
+    index = storage.read_json(self._run.artifact('selection').path / 'index.json', list)
     return report_data.curves(self._run.artifact('pretraining').path, index)[0]
 
   @property

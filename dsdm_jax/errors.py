@@ -3,6 +3,7 @@
 Text of users and of files (records, keys, names, paths) goes to a terminal or a log only through `visible`.
 """
 
+import errno
 import os
 import re
 
@@ -48,6 +49,14 @@ class Stopped(UserError):  # noqa: N818  not an error: the work is saved
 
 
 def as_os_error(error: Exception, path: str | os.PathLike) -> OSError | None:
-  """The OSError about `path` behind a failed write of TensorStore or Orbax, which report its number only as text."""
-  code = re.search(r"os_error_code='(\d+)'", str(error))
-  return OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else None
+  """The OSError behind an error of TensorStore, Orbax or ArrayRecord, which report its number or name only as text.
+
+  Args:
+    path: what it is about, where the text does not say so.
+  """
+  if code := re.search(r"os_error_code='(\d+)'", str(error)):
+    return OSError(int(code[1]), os.strerror(int(code[1])), str(path))
+  if failed := re.search(r'\w\(\) failed: ([^;]+); \w+ing (?:to )?([^;]+)', str(error)):
+    numbers = [number for number in errno.errorcode if os.strerror(number) == failed[1]]
+    return OSError(numbers[0], failed[1], failed[2]) if numbers else None
+  return None

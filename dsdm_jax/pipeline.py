@@ -3,7 +3,6 @@
 `core/runner.py` decides which stages run, resume or are reused.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -202,7 +201,7 @@ def _publish(workdir: Path, config: ConfigDict, done: Mapping[str, Artifact]) ->
   """Writes `results.json` in the workdir and prints the table."""
   from dsdm_jax.evaluation.results import text_tables
 
-  results = json.loads((done['evaluation'].path / 'results.json').read_text())
+  results = storage.read_json(done['evaluation'].path / 'results.json', dict)
   # The same whichever stage was asked for: the report, which comes later, may be finished too.
   stages = {name: done.get(name) or artifacts.open_stage(workdir, name) for name in NAMES}
   results['cost'] = {name: artifact.manifest['cost'] for name, artifact in stages.items() if artifact is not None}

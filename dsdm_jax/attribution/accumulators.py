@@ -58,7 +58,7 @@ class Accumulator:
     begin, folder = 0, self._folder
     saved = None if folder is None else processes.decide(lambda: next(filter(_is_whole, _sums(folder, name)), None))
     if saved is not None:
-      with np.load(saved, allow_pickle=False) as arrays:
+      with storage.load(saved) as arrays:
         totals, begin = [arrays[f'total_{number}'] for number in range(len(totals))], int(arrays['row'])
     progress(begin)
     pending, stop = None, begin
@@ -81,7 +81,7 @@ class Accumulator:
       saved = processes.decide(lambda: _marked(folder, f'partial_{name}_*.npz'))
       files = [folder / file for file in saved]
     for file in files:
-      with np.load(file, allow_pickle=False) as arrays:
+      with storage.load(file) as arrays:
         bounds = arrays['bounds_S2'].tolist()
         parts = np.split(arrays['result'], np.cumsum([stop - start for start, stop in bounds])[:-1])
       for (start, stop), part in zip(bounds, parts, strict=True):

@@ -191,7 +191,7 @@ class Basis:
 
   @classmethod
   def load(cls, file: Path, layers: Sequence[ProbedLayer]) -> 'Basis':
-    with np.load(file, allow_pickle=False) as arrays:
+    with storage.load(file) as arrays:
       layers = measured(layers)
       kept = {layer.path: (float(x), float(y)) for layer, (x, y) in zip(layers, arrays['kept_N2'], strict=True)}
       sides = {

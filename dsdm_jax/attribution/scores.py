@@ -159,7 +159,7 @@ def seen(proxies: Artifact, count: int, rows: int) -> np.ndarray:
   """Whether proxy p trained on row n, bool [P, N]."""
   seen_PN = np.zeros((count, rows), bool)
   for proxy in range(count):
-    seen_PN[proxy, np.load(proxies.path / f'subset_{proxy}.npy', allow_pickle=False)] = True
+    seen_PN[proxy, storage.load(proxies.path / f'subset_{proxy}.npy')] = True
   return seen_PN
 
 
@@ -501,7 +501,7 @@ class Scores:
   """A finished datamodel stage, opened for reading."""
 
   def __init__(self, artifact: Artifact):
-    with np.load(artifact.path / 'scores.npz', allow_pickle=False) as arrays:
+    with storage.load(artifact.path / 'scores.npz') as arrays:
       self._arrays = dict(arrays)
     self.tasks = tuple(artifact.semantics['tasks'])
     self._rule = artifact.semantics['mix']

@@ -284,4 +284,4 @@ class Features:
 
   def target(self, task: str, checkpoint: int) -> np.ndarray:
     """phi_TJ of the target split of `task`, float32."""
-    return np.load(self._path / f'{task}_{checkpoint}.npy', allow_pickle=False)
+    return storage.load(self._path / f'{task}_{checkpoint}.npy')

@@ -20,6 +20,7 @@ from dsdm_jax.attribution.scores import SOLUTION, proxy_weights, seen
 from dsdm_jax.config import validate as config_lib
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.config.values import CALLABLE
+from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact, Cost
 from dsdm_jax.core.mesh import batch_sharding, fetch, place
 from dsdm_jax.core.progress import Log
@@ -84,7 +85,7 @@ class TokenScores:
     before `scores.level`.
     """
     semantics, rows_B = self._datamodel.semantics, np.asarray(rows, np.int64)
-    with np.load(self._datamodel.path / SOLUTION, allow_pickle=False) as arrays:
+    with storage.load(self._datamodel.path / SOLUTION) as arrays:
       u_CJ = arrays[f'u_{task}_CJ']
       q_B = arrays['q_N'][rows_B] if 'q_N' in arrays else np.ones(len(rows_B))
     if semantics['gram'] == 'joint':  # one datamodel, whose scores are sums over checkpoints

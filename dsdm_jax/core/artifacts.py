@@ -45,8 +45,8 @@ _PUBLISHED = 'published.json'  # names that `publish` wrote in the folder of a s
 _SELF_CHECKED = '*.zarr/c/*'  # chunks of a store, whose crc32c each read checks
 _ATTEMPT = re.compile(r'[0-9a-f]{12}-\d+')
 _LARGE = 2**30  # bytes of such files in a stage, above which opening it compares only their sizes
-# What reading a damaged or foreign manifest or note raises.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+# What reading a damaged or foreign manifest or note raises. An OSError says nothing about its content.
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _IDENTITY = {'stage': str, 'format': int, 'settings': dict, 'inputs': dict}
 # Packages that can change results bit for bit. A stage that was started under one version cannot be resumed under
 # another.
@@ -352,7 +352,7 @@ def _note(attempt: Path) -> dict[str, Any] | None:
       raise ValueError('it has no identity')
   except UserError:
     raise
-  except _UNREADABLE as error:
+  except (*_UNREADABLE, OSError) as error:
     reason = ' '.join(str(error).split())[:200]
     raise UserError(f'{file} is unreadable ({type(error).__name__}: {reason}); {way_out}') from error
   return None if note.get('discarded') else note
@@ -563,7 +563,7 @@ def _spent(file: Path) -> tuple[float, dict[str, float]]:
     if not all(0 <= value < math.inf for value in (saved['seconds'], *parts.values())):
       raise ValueError('it has no cost')
     return float(saved['seconds']), parts
-  except _UNREADABLE as error:
+  except (*_UNREADABLE, OSError) as error:
     reason = ' '.join(str(error).split())[:200]
     raise UserError(
       f'{file} is unreadable ({type(error).__name__}: {reason}); restore it, or delete it: then {file.parent.parent} '

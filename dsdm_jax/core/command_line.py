@@ -2,9 +2,10 @@
 
 import contextlib
 import errno
+import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
@@ -24,6 +25,7 @@ _REMEDIES = {
 }
 
 
+_STREAMS = ('standard output', 'standard error')
 _USAGE = """usage: python -m dsdm_jax.main --config=FILE --workdir=FOLDER [--stage=STAGE] [--config.KEY=VALUE ...]
 
 configs/quickstart.py is the place to begin, and configs/base.py has every key with its unit.
@@ -66,6 +68,17 @@ def open_streams() -> None:
       setattr(sys, name, open(number, 'r' if number == 0 else 'w', closefd=False))  # noqa: SIM115  for good
     elif number and hasattr(stream, 'reconfigure'):
       stream.reconfigure(errors='backslashreplace')
+      for method in ('write', 'flush'):
+        if not isinstance(getattr(stream, method), functools.partial):
+          setattr(stream, method, functools.partial(_naming, getattr(stream, method), _STREAMS[number - 1]))
+
+
+def _naming(call: Callable[..., Any], stream: str, *arguments: Any) -> Any:
+  try:
+    return call(*arguments)
+  except OSError as error:  # which would name nothing
+    error.filename = stream
+    raise
 
 
 def system_error(error: BaseException | None) -> OSError | None:
@@ -82,9 +95,10 @@ def system_error(error: BaseException | None) -> OSError | None:
 def cannot_use(error: OSError, workdir: str | None) -> str:
   """The message for an error of the system, in one line."""
   remedy = _REMEDIES.get(error.errno or 0, 'resolve that')
-  if error.errno == errno.EPIPE and not error.filename:
+  if error.filename in _STREAMS or (error.errno == errno.EPIPE and not error.filename):
     return (
-      'standard output or error was closed; start the same command again with one that stays open: work on disk is kept'
+      f'cannot write {error.filename or "standard output or error"}: {os.strerror(error.errno or 0)}; start the same '
+      'command again with one that stays open and has room: work on disk is kept'
     )
   return (
     f'cannot use {error.filename or workdir}: {os.strerror(error.errno or 0)}; {remedy}, or use another folder, and '

@@ -1,19 +1,24 @@
-"""JAX's cache of compiled programs, in the user's cache folder; a start that crashes empties it.
+"""JAX's cache of compiled programs, in the user's cache folder, with a checksum of each entry.
 
 JAX runs what it reads from the cache, and checks neither where it comes from nor whether it is whole: one flipped byte
-can end the process with a signal. So no workdir contains a cache, and each process that uses the cache leaves a file
-beside it, in which Python's fault handler writes when a fatal signal ends the process. The next start looks for it.
+can end the process with a signal. So no workdir contains a cache. A process notes the checksums of the entries when it
+ends, and the next start deletes entries that are not as noted. Each process that uses the cache also leaves a file
+beside it, in which Python's fault handler writes when a fatal signal ends the process; the next start then empties it.
 """
 
 import atexit
 import contextlib
 import faulthandler
 import hashlib
+import json
 import os
 import platform
 from pathlib import Path
 
+from dsdm_jax.core import storage
+
 _MOST_BYTES = 2 * 2**30  # of entries; above it, the oldest are deleted
+_CHECKSUMS = 'checksums.json'  # entry → SHA-256
 _ALONE, _OF_SEVERAL = '.alone', '.several'  # suffixes of canaries
 _ABORTED = 'Aborted'  # how JAX ends a process whose partner was lost, too
 
@@ -42,18 +47,46 @@ def start(alone: bool = True) -> tuple[Path | None, str]:
     canaries = cache / 'running'
     canaries.mkdir(parents=True, exist_ok=True)
     crash = _crash(canaries)
-    entries = [(path, path.stat()) for path in cache.iterdir() if path.is_file()]
-    size, most = sum(state.st_size for _, state in entries), 0 if crash else _MOST_BYTES
-    for path, state in sorted(entries, key=lambda entry: entry[1].st_mtime):
-      if size > most or crash:
+    known, kept, damaged, size = _known(cache), {}, 0, 0
+    for path, state in sorted(_entries(cache), key=lambda entry: -entry[1].st_mtime):
+      size += state.st_size
+      noted = known.get(path.name)
+      if noted is not None and not crash and size <= _MOST_BYTES and noted == storage.sha256(path):
+        kept[path.name] = noted
+      else:
         path.unlink(missing_ok=True)
-        size -= state.st_size
+        damaged += noted is not None and size <= _MOST_BYTES
+    if kept != known:
+      storage.write_json(cache / _CHECKSUMS, kept)  # a program that is compiled again need not have the same bytes
     if crash:
       line = f'an earlier start crashed ({crash}); the cache of compiled programs in {cache} may be damaged: emptied it'
+    elif damaged:
+      line = f'{damaged} compiled programs in {cache} have changed since they were written: deleted them'
+    atexit.register(_note, cache)
     _put_canary(canaries / f'{os.getpid()}{_ALONE if alone else _OF_SEVERAL}')
   except (OSError, RuntimeError):  # no home, or one that cannot be written: every start compiles
     return None, line
   return cache, line
+
+
+def _entries(cache: Path) -> list[tuple[Path, os.stat_result]]:
+  return [(path, path.stat()) for path in cache.iterdir() if path.is_file() and path.name != _CHECKSUMS]
+
+
+def _known(cache: Path) -> dict[str, str]:
+  try:
+    return dict(json.loads(storage.read_bytes(cache / _CHECKSUMS) or b'{}'))
+  except (ValueError, TypeError, RecursionError):
+    return {}
+
+
+def _note(cache: Path) -> None:
+  """Adds the entries that are new; those of a process that was killed are compiled again."""
+  with contextlib.suppress(OSError, RuntimeError):
+    known = _known(cache)
+    noted = {path.name: known.get(path.name) or storage.sha256(path) for path, _ in _entries(cache)}
+    if noted != known:
+      storage.write_json(cache / _CHECKSUMS, noted)
 
 
 def _crash(canaries: Path) -> str:

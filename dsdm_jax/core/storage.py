@@ -10,14 +10,16 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -287,6 +289,35 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
   write_bytes(path, as_json(value))
 
 
+class _Object(dict):
+  """An object of a JSON file; a missing key is an error that names the file."""
+
+  def __init__(self, content: dict[str, Any], path: str | os.PathLike):
+    super().__init__(content)
+    self._path = path
+
+  def __missing__(self, key: str) -> Any:
+    raise UserError(f'{self._path} has no {key!r}; it is damaged, or another program wrote it')
+
+
+def read_json(path: str | os.PathLike, kind: type = object) -> Any:
+  """The content of a JSON file of an artifact.
+
+  Args:
+    kind: dict or list; by default any.
+
+  Raises:
+    UserError: it is no JSON, or of another kind. An object of it raises one for a missing key.
+  """
+  try:
+    content = json.loads(retried(Path(path).read_bytes), object_hook=lambda content: _Object(content, path))
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path} is damaged, or another program wrote it ({" ".join(str(error).split())[:200]})') from error
+  if not isinstance(content, kind):
+    raise UserError(f'{path} holds no {kind.__name__}; it is damaged, or another program wrote it')
+  return content
+
+
 def csv_text(header: Sequence[str], lines: Iterable[Iterable[Any]]) -> str:
   """A CSV table. Text that begins as a formula and is no number gets an apostrophe, so that no spreadsheet runs it."""
   buffer = io.StringIO()
@@ -305,6 +336,46 @@ def _plain(cell: Any) -> Any:
   except ValueError:
     is_number = False
   return f"'{cell}" if is_formula and not is_number else cell
+
+
+def load(path: str | os.PathLike) -> Any:
+  """`numpy.load` for a file by `save_npy` or `save_npz`; it takes no more memory than the file has bytes.
+
+  Raises:
+    UserError: its members are compressed, overlap, hold objects, or are shorter than their headers say.
+    OSError: it cannot be read.
+  """
+  return retried(lambda: _load(Path(path)))
+
+
+def _load(path: Path) -> Any:
+  try:
+    with open(path, 'rb') as file:
+      size = os.fstat(file.fileno()).st_size
+      if path.suffix == '.npy':
+        _check_array(file, size)
+      else:
+        with zipfile.ZipFile(file) as archive:
+          members = archive.infolist()
+          if sum(info.file_size for info in members) > size:
+            raise ValueError('it unpacks to more than its size')
+          for info in members:
+            with archive.open(info) as member:
+              _check_array(member, info.file_size)
+    return np.load(path, allow_pickle=False)
+  except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    if isinstance(error.__context__, OSError):  # zipfile takes a disk that fails for a file that is no archive
+      raise error.__context__ from None
+    reason = ' '.join(str(error).split())[:200]
+    raise UserError(f'{path} is damaged, or dsdm_jax did not write it ({reason}); delete it') from error
+
+
+def _check_array(file: IO[bytes], size: int) -> None:
+  version = np.lib.format.read_magic(file)
+  read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+  shape, _, dtype = read(file)
+  if dtype.hasobject or math.prod(shape) * dtype.itemsize != size - file.tell():
+    raise ValueError('its header and its size do not agree')
 
 
 def save_npy(path: str | os.PathLike, array: np.ndarray) -> None:

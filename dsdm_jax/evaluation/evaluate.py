@@ -37,7 +37,7 @@ def run(context: Context) -> dict:
     (context.out / folder).mkdir(exist_ok=True)
   _evaluate(context, suite, context.config.model, entries, 'evaluation')
 
-  ladder = json.loads((context.inputs['ladder'].path / 'index.json').read_text())
+  ladder = storage.read_json(context.inputs['ladder'].path / 'index.json')
   for rung in sorted({entry['rung'] for entry in ladder}):
     same = [entry for entry in ladder if entry['rung'] == rung]
     rung_entries = [
@@ -57,7 +57,7 @@ def models(context: Context) -> list[dict[str, Any]]:
   Raises:
     UserError: a name in `evaluation.checkpoints` is that of an arm.
   """
-  index = json.loads((context.inputs['selection'].path / 'index.json').read_text())
+  index = storage.read_json(context.inputs['selection'].path / 'index.json', list)
   entries = []
   for entry in index:
     facts = {key: entry[key] for key in ('name', 'method', 'seed', 'selection')}
@@ -181,6 +181,6 @@ def _stacked(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
   """The arrays [items] of each `<name>.npz`, stacked into [runs, items]."""
   loaded = []
   for name in names:
-    with np.load(folder / f'{name}.npz', allow_pickle=False) as arrays:
+    with storage.load(folder / f'{name}.npz') as arrays:
       loaded.append(dict(arrays))
   return {key: np.stack([arrays[key] for arrays in loaded]) for key in loaded[0]}

@@ -11,13 +11,13 @@ import dataclasses
 import difflib
 import functools
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.vocabulary import Encoder, encode_pair, open_encoder
@@ -213,7 +213,7 @@ def open_suite(context: Context) -> Suite:
     UserError: as `read`; or a benchmark has the name of a target task.
   """
   config, pool = context.config, context.inputs['pool']
-  length = json.loads((pool.path / 'card.json').read_text())['length']
+  length = storage.read_json(pool.path / 'card.json', dict)['length']
   encoder = open_encoder(pool.path)
   examples: dict[tuple[str, str], Examples] = {}
   requests: list[Request] = []
@@ -354,7 +354,7 @@ def check_prompts(config: ConfigDict, pool: Artifact) -> None:
 
 
 def _sequences(config: ConfigDict, pool: Artifact) -> Sequences:
-  length, encoder = json.loads((pool.path / 'card.json').read_text())['length'], open_encoder(pool.path)
+  length, encoder = storage.read_json(pool.path / 'card.json', dict)['length'], open_encoder(pool.path)
   return Sequences(encoder, length, encoder.eos, config.evaluation.begin_with_end_mark)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dsdm_jax.attribution.scores import Scores
+from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact, inside
 from dsdm_jax.data.pool.pool import Documents
 from dsdm_jax.errors import UserError
@@ -131,19 +132,19 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
   for target in targets:
     with contextlib.suppress(UserError):  # no resamples, or a mix of ranks: scores without intervals
       reach[target] = scores.reach_N(target)
-  with np.load(inputs['datamodel'].path / 'scores.npz') as file:
+  with storage.load(inputs['datamodel'].path / 'scores.npz') as file:
     examples = {
       task: _examples(inputs['targets'].path, task, file[f'example_rows_{task}_EM'], file[f'example_score_{task}_EM'])
       for task in scores.tasks
       if f'example_rows_{task}_EM' in file
     }
-  runs = _json(inputs['selection'].path / 'index.json')
+  runs = storage.read_json(inputs['selection'].path / 'index.json', list)
   curve_list, tokens = curves(inputs['pretraining'].path, runs)
   multiplier = _optional(inputs, 'evaluation', 'multiplier.json')
   paid = [stage for stage in STAGES if stage != 'ladder' or multiplier is not None]
   return Evidence(
-    results=_json(inputs['evaluation'].path / 'results.json'),
-    sources=tuple(_json(pool / 'sources.json')),
+    results=storage.read_json(inputs['evaluation'].path / 'results.json', dict),
+    sources=tuple(storage.read_json(pool / 'sources.json', list)),
     source_N=source_N,
     document_N=document_N,
     offset_N=offset_N,
@@ -169,7 +170,7 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
 def _selected(folder: Path, runs: list[Mapping[str, Any]]) -> Iterator[Selected]:
   for run in runs:
     # All seeds of a deterministic method train on one selection.
-    with np.load(inside(folder, f'{run["selection"]}.npz')) as arrays:
+    with storage.load(inside(folder, f'{run["selection"]}.npz')) as arrays:
       rows = arrays['rows']
     yield Selected(run['method'], run['target'], run['seed'], rows, run['epochs'], run['selection'])
 
@@ -200,7 +201,7 @@ def _environment() -> dict[str, str]:
 def _optional(inputs: Mapping[str, Artifact], stage: str, name: str) -> Any:
   """A JSON file, or None if its stage has none."""
   file = inputs[stage].file(name) if stage in inputs else None
-  return None if file is None else _json(file)
+  return None if file is None else storage.read_json(file)
 
 
 def curves(folder: Path, runs: Sequence[Mapping[str, Any]]) -> tuple[list[Curve], int]:
@@ -218,10 +219,6 @@ def curves(folder: Path, runs: Sequence[Mapping[str, Any]]) -> tuple[list[Curve]
     loss_SP = np.array([[losses[s] for s in steps] for losses in by_seed], np.float64)
     by_arm.append(Curve(method, target, np.array(steps, np.int64), loss_SP))
   return by_arm, tokens
-
-
-def _json(path: Path) -> Any:
-  return json.loads(path.read_bytes())
 
 
 def _lines(path: Path) -> Iterator[Mapping[str, Any]]:

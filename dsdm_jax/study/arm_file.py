@@ -78,17 +78,17 @@ def write(workdir: Path, name: str, config: Mapping[str, Any], path: Path) -> No
   """
   stages = artifacts.read(workdir, *pipeline.needed('evaluation'))
   evaluation, selection, pool = (stages[stage].path for stage in ('evaluation', 'selection', 'pool'))
-  index = json.loads((stages['ladder'].path / 'index.json').read_text())
-  card = json.loads((pool / 'card.json').read_text())
-  cards = json.loads((selection / 'cards.json').read_text())
+  index = storage.read_json(stages['ladder'].path / 'index.json')
+  card = storage.read_json(pool / 'card.json', dict)
+  cards = storage.read_json(selection / 'cards.json', list)
   content = {
     'format': FORMAT,
     'arm': name,
     'asked': _questions(stages),
-    'runs': json.loads((evaluation / 'runs.json').read_text()),
+    'runs': storage.read_json(evaluation / 'runs.json', list),
     'items': _packed_items(evaluation / 'items.npz'),
     **{kind: _packed_names(evaluation / f'{kind}.json') for kind in ('documents', 'categories')},
-    'tasks': json.loads((evaluation / 'results.json').read_text())['tasks'],
+    'tasks': storage.read_json(evaluation / 'results.json', dict)['tasks'],
     'ladder': {'index': index, 'items': _packed_items(evaluation / 'ladder_items.npz')} if index else None,
     'cost': {stage: artifact.manifest['cost'] for stage, artifact in stages.items()},
     'choices': stages['selection'].semantics['cost'],
@@ -109,7 +109,7 @@ def _questions(stages: Mapping[str, artifacts.Artifact]) -> dict[str, Any]:
 
 
 def _packed_items(path: Path) -> dict[str, Any]:
-  with np.load(path, allow_pickle=False) as arrays:
+  with storage.load(path) as arrays:
     keys = [key for key in arrays.files if key.rpartition('__')[2] in results.COMPARED_SPLITS]
     return {key: _packed(np.rint(arrays[key] / _UNIT)) for key in keys}
 
@@ -117,7 +117,7 @@ def _packed_items(path: Path) -> dict[str, Any]:
 def _packed_names(path: Path) -> dict[str, Any]:
   """Names as numbers: only which items share a name matters."""
   packed = {}
-  for key, names in json.loads(path.read_text()).items():
+  for key, names in storage.read_json(path, dict).items():
     if key.rpartition('__')[2] in results.COMPARED_SPLITS:
       packed[key] = _packed(np.unique(names, return_inverse=True)[1])
   return packed

@@ -1,9 +1,8 @@
 """Stage `pretraining`: trains one model per arm and seed on the arm's mixture, all with the same number of tokens."""
 
 import functools
-import json
 
-from dsdm_jax.core import prng
+from dsdm_jax.core import prng, storage
 from dsdm_jax.core.mesh import make_mesh, share
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order import selection as selection_lib
@@ -24,7 +23,7 @@ def run(context: Context) -> dict:
   config, pretraining = context.config, context.config.pretraining
   pool = Pool(context.inputs['pool'])
   selections = context.inputs['selection']
-  index = json.loads((selections.path / 'index.json').read_text())
+  index = storage.read_json(selections.path / 'index.json', list)
   budget = selections.semantics['budget_examples']
   steps = budget // pretraining.train.batch_size
   compiled = trainer(config.model, pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))

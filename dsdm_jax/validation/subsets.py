@@ -115,7 +115,7 @@ def truth(
         output_MT, log_likelihood_MT = outputs(training.train(seed, padded)[0])
         storage.save_npz(file, output=output_MT[: len(weight_MN)], log_likelihood=log_likelihood_MT[: len(weight_MN)])
         storage.mark(file)
-      with np.load(file, allow_pickle=False) as arrays:
+      with storage.load(file) as arrays:
         chunks.append((arrays['output'], arrays['log_likelihood']))
       progress(len(weight_MN))
   output, log_likelihood = (np.concatenate(x).reshape(seeds, len(weight_SN), -1) for x in zip(*chunks, strict=True))

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dsdm_jax.core import artifacts
+from dsdm_jax.core import artifacts, storage
 from dsdm_jax.errors import visible, visible_lines
 from dsdm_jax.validation import agreement
 from dsdm_jax.validation.subsets import FAMILIES, Subsets
@@ -123,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if artifact is not None:
       artifact.verify()
       folder = artifact.path
-    lds, monotone = (json.loads((folder / f'{name}.json').read_text()) for name in ('lds', 'monotone'))
+    lds, monotone = (storage.read_json(folder / f'{name}.json', dict) for name in ('lds', 'monotone'))
   except (OSError, ValueError) as error:
     message = f'{folder} has no results of a validation ({error}); give the folder of that stage'
     sys.stderr.write(f'dsdm_jax: {visible(message)}\n')

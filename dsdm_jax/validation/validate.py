@@ -166,7 +166,7 @@ class Setting:
           storage.save_npy(file, compute(seed, weight_N)[1])
           storage.mark(file)
           self._context.cost.save()
-        derivatives.append(np.load(file, allow_pickle=False))
+        derivatives.append(storage.load(file))
     return np.stack(derivatives)
 
   def _scores(self) -> dict[str, np.ndarray]:
@@ -197,7 +197,7 @@ class Setting:
       storage.save_npy(file, make().astype(np.float32))
       storage.mark(file)
       self._context.cost.save()
-    return np.load(file, allow_pickle=False)
+    return storage.load(file)
 
 
 def train_config(config: ConfigDict, name: str) -> ConfigDict:

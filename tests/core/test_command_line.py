@@ -51,31 +51,34 @@ def test_help_into_a_pipe_that_is_closed_is_silent():
 
 @pytest.mark.parametrize('number', 'EIO ESTALE EFBIG EPIPE EMFILE ENOSPC EDQUOT EROFS EXDEV ENOMEM ELOOP'.split())
 def test_errors_of_the_system_are_one_line(number):
-  """Wherever they come from: the system, another package's exception, or the text of TensorStore."""
+  """Wherever they come from: the system, another package's exception, or the text of TensorStore or ArrayRecord."""
   code = getattr(errno, number)
   error = OSError(code, os.strerror(code), '/disk/file')
   hidden = ValueError(f"INTERNAL: Error writing '/disk/file' [os_error_code='{code}']")
   caused = RuntimeError('a checkpoint failed')
   caused.__cause__ = hidden
-  for raised, named in ((error, '/disk/file'), (hidden, 'runs/mine'), (caused, 'runs/mine')):
+  record = RuntimeError(f'read() failed: {os.strerror(code)}; reading /disk/file; at byte 0; Could not read')
+  pairs = ((error, '/disk/file'), (hidden, 'runs/mine'), (caused, 'runs/mine'), (record, '/disk/file'))
+  for raised, named in pairs:
     found = system_error(raised)
     line = cannot_use(found, 'runs/mine')
-    assert found.errno == code and '\n' not in line and line.endswith(' is kept' if 'closed' in line else ' are kept')
-    assert 'closed' in line or line.startswith(f'cannot use {named}: {os.strerror(code)}; ')
+    piped = number == 'EPIPE' and not found.filename
+    assert found.errno == code and '\n' not in line and line.endswith(' is kept' if piped else ' are kept')
+    assert piped or line.startswith(f'cannot use {named}: {os.strerror(code)}; ')
   assert system_error(KeyError('x')) is None and system_error(OSError('no number')) is None
 
 
 STREAMS = """
 import sys
-from dsdm_jax.core.command_line import open_streams, report
+from dsdm_jax.core.command_line import cannot_use, open_streams, report
 open_streams()
 with open(sys.argv[1], 'w') as file:
   assert file.fileno() > 2
   try:
     print('\u03bb score', flush=True)
     print('progress \u03bb', file=sys.stderr, flush=True)
-  except OSError:
-    pass
+  except OSError as error:
+    assert cannot_use(error, 'runs/mine').startswith('cannot write standard ')
 report('dsdm_jax: the last line \u03bb')
 sys.exit(2)
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dsdm_jax.core import compile_cache
 from tests.conftest import ROOT
 
 START = """
@@ -16,6 +17,8 @@ START = """
   from dsdm_jax.core import compile_cache
   alone, signal = sys.argv[1:]
   cache, line = compile_cache.start(alone == 'alone')
+  if cache is not None:
+    (cache / 'jit_apply-0123-cache').write_bytes(b'program')
   print(cache, flush=True)
   print(line, flush=True)
   if signal != '0':
@@ -52,13 +55,40 @@ def start(home: Path, alone: bool = True, ends_by: int = 0) -> tuple[str, str]:
 def test_a_crash_and_nothing_else_empties_the_cache(tmp_path, ends_by, alone, emptied):
   cache, line = start(tmp_path, alone, ends_by)
   assert Path(cache).is_relative_to(tmp_path) and line == ''
-  entry = Path(cache) / 'jit_apply-0123-cache'
-  entry.write_bytes(b'x')
   again, line = start(tmp_path)
-  assert again == cache and entry.exists() != emptied
+  assert again == cache
   assert line.startswith('an earlier start crashed (') == emptied and line.endswith('emptied it') == emptied
   assert list((Path(cache) / 'running').iterdir()) == []
   assert start(tmp_path) == (cache, '')
+
+
+@pytest.mark.parametrize('damage', ['none', *range(0, 7 * 8, 5), 'cut', 'other', 'note', 'no note'])
+def test_an_entry_that_has_changed_is_deleted_before_jax_reads_it(tmp_path, monkeypatch, damage):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  monkeypatch.setattr(compile_cache, '_put_canary', lambda path: None)  # of this process, which does not end
+  monkeypatch.setattr(compile_cache.atexit, 'register', lambda *call: None)
+  cache, _ = compile_cache.start()
+  entry, note = cache / 'jit_apply-0123-cache', cache / 'checksums.json'
+  entry.write_bytes(b'program')
+  compile_cache._note(cache)
+  if isinstance(damage, int):
+    data = bytearray(entry.read_bytes())
+    data[damage // 8] ^= 1 << damage % 8
+    entry.write_bytes(data)
+  elif damage == 'cut':
+    entry.write_bytes(b'prog')
+  elif damage == 'other':
+    (cache / 'jit_other-0123-cache').write_bytes(b'of a process that was killed')
+  elif damage != 'none':
+    note.write_bytes(b'{"jit' if damage == 'note' else b'{}')
+  again, line = compile_cache.start()
+  assert again == cache and [p.name for p in cache.glob('jit*')] == (
+    [entry.name] if damage in ('none', 'other') else []
+  )
+  assert line.startswith('1 compiled programs in ') == (isinstance(damage, int) or damage == 'cut')
+  entry.write_bytes(entry.read_bytes() if entry.exists() else b'compiled again')
+  compile_cache._note(cache)
+  assert compile_cache.start() == (cache, '') and entry.exists()
 
 
 def test_a_home_that_cannot_be_written_has_no_cache(tmp_path):

@@ -1,6 +1,8 @@
 """The finished run and its copies are those of the pipeline's tests; one server starts the runs that are killed."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from tests.faults.server import Server
 from tests.pipeline import runs
 from tests.pipeline.conftest import copied, finished
 
-__all__ = ['copied', 'finished', 'server', 'with_ladder']
+__all__ = ['copied', 'finished', 'server', 'shimmed', 'with_ladder']
 
 LADDER = ("--config.ladder.rungs=('0.5','1')", '--config.ladder.seeds=2')  # of the run that is killed in every stage
 
@@ -18,6 +20,20 @@ LADDER = ("--config.ladder.rungs=('0.5','1')", '--config.ladder.seeds=2')  # of 
 @pytest.fixture(scope='session')
 def server() -> Iterator[Server]:
   with Server(runs.environment()) as started:
+    yield started
+
+
+@pytest.fixture(scope='session')
+def shimmed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+  """A server whose runs stop or fail at operations on files."""
+  compiler = next(filter(shutil.which, ('cc', 'gcc', 'clang')), None)
+  if compiler is None or sys.platform != 'linux':
+    pytest.skip('faults at operations on files take Linux and a C compiler')
+  library = tmp_path_factory.mktemp('shim') / 'shim.so'
+  source = Path(__file__).with_name('shim.c')
+  command = [compiler, '-shared', '-fPIC', '-O1', '-D_LARGEFILE64_SOURCE', '-o', str(library), str(source), '-ldl']
+  subprocess.run(command, check=True)
+  with Server(runs.environment(LD_PRELOAD=str(library))) as started:
     yield started
 
 

@@ -1,20 +1,51 @@
 """Starts runs for tests that kill many of them: imports everything once, then forks a process for each.
 
 Nothing of JAX or TensorFlow has started when it forks, so that a child is what `python -m dsdm_jax.main` is after its
-imports, and `main` is called there with the same arguments. One JSON line in, one out.
+imports, and `main` is called there with the same arguments. One JSON line in, one out. A library that is loaded before
+all others (shim.c) stops a child at a chosen operation on files, or lets that operation fail.
 """
 
+import ctypes
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]  # not of tests.conftest, which would give this process eight devices
+
+
+WRITE, NAME, OPEN, READ, SYNC = (2**i for i in range(5))  # kinds of operations, as in shim.c
+CHANGES = WRITE | NAME | OPEN
+_MODES = ('count', 'before', 'during', 'after', 'fail', 'compile')
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+  """What happens to a run at one of its operations on files.
+
+  Attributes:
+    below: prefix of the paths that count.
+    how: 'before', 'during' (half of a write) or 'after' it, the run is killed; 'fail': the operation fails; 'compile':
+      the run is killed while XLA compiles its `at`th program; 'count': nothing happens.
+    at: which of these operations, from 1.
+    kinds: of operations that count.
+    error: number of the error of the system.
+    times: how many operations fail from then on.
+  """
+
+  below: str
+  how: str = 'count'
+  at: int = 0
+  kinds: int = CHANGES
+  error: int = 0
+  times: int = 1
 
 
 class Server:
@@ -41,9 +72,9 @@ class Server:
     self._process.wait(60)
     self._process.stdout.close()
 
-  def start(self, log: Path, *flags: str, kill_at: int = 0, below: Path | None = None) -> 'Child':
-    """Starts a run; one that kills itself just before the `kill_at`th change of a file or folder in `below`."""
-    return Child(self, self.ask(flags=['main', *flags], log=str(log), kill_at=kill_at, below=str(below)))
+  def start(self, log: Path, *flags: str, fault: Fault | None = None) -> 'Child':
+    asked = dataclasses.asdict(fault) if fault else None
+    return Child(self, self.ask(flags=['main', *flags], log=str(log), fault=asked))
 
   def ask(self, **question: Any) -> Any:
     assert self._process.stdin is not None and self._process.stdout is not None
@@ -89,33 +120,27 @@ class Child:
     return found
 
 
-_CHANGES = ('os.rename', 'os.link', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.truncate', 'shutil.rmtree')
+def _arm(shim: ctypes.CDLL, fault: Fault) -> None:
+  if fault.how == 'compile':
+    threading.Thread(target=_kill_while_compiling, args=(fault.at,), daemon=True).start()
+    return
+  mode = _MODES.index(fault.how)
+  shim.shim_arm(fault.below.encode(), ctypes.c_long(fault.at), mode, fault.error, fault.kinds, fault.times)
 
 
-def _kill_at(number: int, folder: str) -> None:
-  """Of the operations that Python sees: a file is opened for writing, renamed, linked or deleted, and a folder."""
-  left, mine = number, os.getpid()
-
-  def hook(event: str, arguments: tuple[Any, ...]) -> None:
-    nonlocal left
-    if event == 'open':
-      _, mode, flags = arguments
-      changes = bool(set(mode or '') & set('wax+')) or bool(flags & (os.O_WRONLY | os.O_RDWR))
-    else:
-      changes = event in _CHANGES
-    if not changes or os.getpid() != mine:
-      return
-    paths = [os.fsdecode(path) for path in arguments if isinstance(path, (str, bytes, os.PathLike))]
-    if any(path.startswith(folder) for path in paths) or (event == 'os.remove' and arguments[-1] != -1):
-      left -= 1
-      if not left:
-        os.write(2, f'killed before {event} of {paths}\n'.encode())
-        os.kill(mine, signal.SIGKILL)
-
-  sys.addaudithook(hook)
+def _kill_while_compiling(number: int) -> None:
+  main, seen, compiles = threading.main_thread().ident or 0, 0, False
+  while seen < number or not compiles:
+    frame, before, compiles = sys._current_frames().get(main), compiles, False
+    while frame is not None and not compiles:
+      frame, compiles = frame.f_back, frame.f_code.co_name == 'backend_compile_and_load'
+    seen += compiles and not before
+    time.sleep(0.0005)
+  os.write(2, b'stopped while XLA compiles\n')
+  os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _run(flags: list[str], log: str, kill_at: int, below: str) -> None:
+def _run(flags: list[str], log: str, fault: dict[str, Any] | None, shim: ctypes.CDLL | None) -> None:
   os.setsid()
   with open(log, 'ab') as file:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -123,10 +148,11 @@ def _run(flags: list[str], log: str, kill_at: int, below: str) -> None:
       os.dup2(file.fileno(), stream)
   from dsdm_jax import main
 
-  if kill_at:
-    _kill_at(kill_at, below)
   sys.argv = flags  # ml_collections looks there for the overrides
   code = 1
+  if fault is not None:
+    assert shim is not None
+    _arm(shim, Fault(**fault))
   try:
     code = main.main(flags)
   except BaseException:  # noqa: BLE001  what the interpreter would print
@@ -134,6 +160,8 @@ def _run(flags: list[str], log: str, kill_at: int, below: str) -> None:
   finally:
     sys.stdout.flush()
     sys.stderr.flush()
+    if fault is not None and fault['how'] == 'count':
+      print('operations', *(shim.shim_seen(kind) for kind in range(5)), flush=True)  # type: ignore[union-attr]
     os._exit(code)
 
 
@@ -151,6 +179,8 @@ def _serve() -> None:
     importlib.import_module(f'dsdm_jax.{stage.code.partition(":")[0]}')
   for heavy in ('seqio', 'tensorflow', 'tensorflow_datasets', 'clu.metric_writers', 'matplotlib.pyplot'):
     importlib.import_module(heavy)
+  preloaded = os.environ.get('LD_PRELOAD')
+  shim = ctypes.CDLL(preloaded) if preloaded else None
   for line in sys.stdin:
     question = json.loads(line)
     if 'poll' in question:
@@ -158,7 +188,7 @@ def _serve() -> None:
     else:
       answer = os.fork()
       if answer == 0:
-        _run(**question)
+        _run(**question, shim=shim)
     print(json.dumps(answer), flush=True)
 
 

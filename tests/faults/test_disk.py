@@ -36,7 +36,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('case', CASES if FAULTS else list(CASES)[1:4])
+@pytest.mark.parametrize('case', CASES if FAULTS else list(CASES)[1:3])
 def test_fault_is_named_and_one_stage_rerun(server, finished, copied, tmp_path, count, case):
   stage, pattern, fault, words = CASES[case]
   folder = copied / stage if pattern == 'manifest.json' else files_of(copied, stage)
@@ -214,7 +214,7 @@ def test_read_only_disk(tmp_path, count):
   count('faults injected')
 
 
-@pytest.mark.parametrize('stage', ['pool', 'proxies', 'features'])
+@pytest.mark.parametrize('stage', ['proxies', 'pool', 'features'] if FAULTS else ['proxies'])
 def test_full_disk_keeps_what_is_finished_and_goes_on_when_there_is_room(finished, tmp_path, count, stage):
   kept = pipeline.NAMES[: pipeline.NAMES.index(stage)]
   size = sum(f.stat().st_size for name in kept for f in (finished / name).rglob('*') if f.is_file())
@@ -244,7 +244,8 @@ LIMITS = {'-f 8': 'File too large', '-n 16': 'Too many open files'}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('limit', LIMITS if FAULTS else list(LIMITS)[:1])
+@pytest.mark.skipif(not FAULTS, reason='launch/test.sh --faults runs it; test_operations.py has the short one')
+@pytest.mark.parametrize('limit', LIMITS)
 def test_limits_of_the_system_while_training_are_one_line(finished, tmp_path, count, limit):
   for name in ('pool', 'targets'):
     shutil.copytree(finished / name, tmp_path / name)

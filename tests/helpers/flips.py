@@ -10,17 +10,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 import dsdm_jax
-from dsdm_jax import cli
+from dsdm_jax import cli, pipeline
 from dsdm_jax.attribution import score_files
 from dsdm_jax.attribution.store import Features
 from dsdm_jax.core import artifacts, storage
+from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
 from dsdm_jax.report import report_data
 from dsdm_jax.selection import export
-from dsdm_jax.study import arm_file
+from dsdm_jax.study import arm_file, study
+from dsdm_jax.training import loop, step
 from dsdm_jax.validation import table
+from tests.pipeline import tiny
 
 MOST_CHARACTERS = 2_000
 
@@ -97,6 +103,31 @@ def _features(workdir: Path, scratch: Path) -> Any:
   return [(first, phi_BJ.tobytes()) for c in range(features.checkpoints) for first, _, phi_BJ in features.pool(c)]
 
 
+def _run(workdir: Path, scratch: Path) -> Any:
+  with contextlib.redirect_stdout(io.StringIO()):
+    pipeline.run(tiny.get_config(), workdir)
+  return (workdir / 'results.json').read_bytes()
+
+
+def _study(workdir: Path, scratch: Path) -> Any:
+  with contextlib.redirect_stdout(io.StringIO()):
+    linked = study.share(tiny.get_config(), scratch / 'arm', [workdir])
+  return {name: artifacts.read(scratch / 'arm', name)[name].digest for name in linked}
+
+
+def _checkpoint(workdir: Path, scratch: Path) -> Any:
+  """As evaluation reads a model of `evaluation.checkpoints`."""
+  folder = _model(workdir)
+  config, pool = pipeline.runner_config(tiny.get_config()), Pool(workdir / 'pool')
+  trainer = step.trainer(config.model, config.pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
+  state = loop.load_state(folder, trainer)
+  return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def _model(workdir: Path) -> Path:
+  return sorted(path for path in workdir.glob('pretraining/*/*') if path.is_dir())[0]
+
+
 def _printed(act: Callable[[list[str]], int], arguments: list[str]) -> str:
   out, error = io.StringIO(), io.StringIO()
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
@@ -114,7 +145,7 @@ def _verify(workdir: Path, scratch: Path) -> Any:
   return _printed(cli.main, ['verify', str(workdir)])
 
 
-# Reader → the stages that it reads; '' for the file of an arm.
+# Reader → the stages that it reads; '' for the file of an arm, 'model' for one model's checkpoints.
 READERS: dict[Callable[[Path, Path], Any], tuple[str, ...]] = {
   _load: report_data.STAGES,
   _export: ('pool', 'datamodel', 'selection'),
@@ -125,6 +156,9 @@ READERS: dict[Callable[[Path, Path], Any], tuple[str, ...]] = {
   _pool: ('pool',),
   _features: ('features',),
   _table: ('validation',),
+  _run: (*(stage for stage in report_data.STAGES if stage != 'features'), 'report'),  # a run repairs features
+  _study: report_data.STAGES,
+  _checkpoint: ('model',),
   _verify: (*report_data.STAGES, 'validation'),
 }
 
@@ -137,8 +171,8 @@ def prepare(workdir: Path) -> None:
 
 def _files(workdir: Path) -> dict[str, list[Path]]:
   """Stage → its manifest and the files that this lists."""
-  files = {'': [workdir / 'arm.json']}
-  for stage in (*report_data.STAGES, 'validation'):
+  files = {'': [workdir / 'arm.json'], 'model': [p for p in sorted(_model(workdir).rglob('*')) if p.is_file()]}
+  for stage in (*report_data.STAGES, 'validation', 'report'):
     artifact = artifacts.read(workdir, stage)[stage]
     files[stage] = [artifact.path.parent / artifacts.MANIFEST, *(artifact.path / n for n in artifact.manifest['files'])]
   return files
@@ -146,17 +180,16 @@ def _files(workdir: Path) -> dict[str, list[Path]]:
 
 def flips(workdir: Path, scratch: Path, number: int, seed: int = 0) -> Iterator[tuple[str, str]]:
   """Flips bits one after the other; yields each (reader, how it ended) after checking it. Each reader comes in turn."""
-  rng, files, before = random.Random(seed), _files(workdir), {}
+
+  def read(reader: Callable[[Path, Path], Any]) -> Any:
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    return reader(workdir, scratch)
+
+  before = {reader: read(reader) for reader in (_run, *READERS)}  # the first run adds the validation to the report
+  rng, files = random.Random(seed), _files(workdir)
   for index in range(number):
     reader, stages = list(READERS.items())[index % len(READERS)]
-
-    def read(reader: Callable[[Path, Path], Any] = reader) -> Any:
-      shutil.rmtree(scratch, ignore_errors=True)
-      scratch.mkdir()
-      return reader(workdir, scratch)
-
-    if reader not in before:
-      before[reader] = read()
     file = rng.choice([file for file in files[rng.choice(stages)] if file.stat().st_size])
     whole = file.read_bytes()
     data = bytearray(whole)
@@ -166,7 +199,7 @@ def flips(workdir: Path, scratch: Path, number: int, seed: int = 0) -> Iterator[
     where = f'{reader.__name__} after a flip in byte {at} of {file}'
     assert not storage.marked(file) or not storage.is_marked(file), where
     try:
-      found = read()
+      found = read(reader)
     except UserError as error:
       ended, message = 'an error line', str(error)
       assert '\n' not in message and len(message) <= MOST_CHARACTERS, f'{where}: {message[:300]}'

@@ -95,8 +95,7 @@ class Selection:
     """Raises UserError if `folder` has no such selection, ValueError if it is malformed."""
     arrays_file, provenance_file = (inside(Path(folder), f'{name}.{kind}') for kind in ('npz', 'json'))
     try:
-      # NumPy leaves a file open that it opens itself and that is not a zip file.
-      with open(arrays_file, 'rb') as file, np.load(file) as arrays:
+      with storage.load(arrays_file) as arrays:
         rows, weights = arrays['rows'], arrays['weights']
         scores = arrays['scores'] if 'scores' in arrays.files else None
       provenance = json.loads(provenance_file.read_text())

@@ -145,7 +145,7 @@ def _per_source(
 ) -> dict[str, dict[str, int]]:
   bytes_S = np.zeros(len(selected.names), np.int64)
   for i, job in enumerate(jobs):
-    with np.load(job.file('scan', 'npz')) as arrays:
+    with storage.load(job.file('scan', 'npz')) as arrays:
       size_K = arrays['bytes_M'][selected.keep_M[job.begin : job.end]]
     source_K = selected.source_K[selected.first[i] : selected.first[i + 1]]
     bytes_S += np.bincount(source_K, size_K, len(selected.names)).astype(np.int64)
@@ -317,7 +317,7 @@ class Builder:
     most = wanted_bytes // _SAMPLED_SHARE
     size_K = np.zeros(selected.count, np.int64)
     for i in chosen:
-      with np.load(jobs[i].file('scan', 'npz')) as arrays:
+      with storage.load(jobs[i].file('scan', 'npz')) as arrays:
         mine = selected.keep_M[jobs[i].begin : jobs[i].end]
         size_K[selected.first[i] : selected.first[i + 1]] = np.minimum(arrays['bytes_M'][mine], most)
     enough = int(np.searchsorted(np.cumsum(size_K[order_K]), wanted_bytes)) + 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsdm_jax.core import prng
+from dsdm_jax.core import prng, storage
 from dsdm_jax.data.pool.passes import Job, Plan, Scanned, read_json, row_order
 from dsdm_jax.data.pool.permutation import Shuffle
 from dsdm_jax.data.pool.sources import Entry
@@ -65,7 +65,7 @@ def repeated(jobs: Sequence[Job], begin: Sequence[int]) -> np.ndarray:
   for group in range(groups):
     hashes, numbers = [], []
     for job, first in zip(jobs, begin, strict=False):
-      with np.load(job.file('scan', 'npz')) as arrays:
+      with storage.load(job.file('scan', 'npz')) as arrays:
         hash_M2 = arrays['hash_M2']
       mine = np.flatnonzero(hash_M2[:, 0] % np.uint64(groups) == group) if groups > 1 else np.arange(len(hash_M2))
       hashes.append(hash_M2[mine])
@@ -104,7 +104,7 @@ def repeated_id(jobs: Sequence[Job], keep_M: np.ndarray) -> tuple[int, int] | No
   """Numbers of two selected documents with the same id (by its 64-bit hash), or None."""
   hashes = [np.empty(0, np.uint64)]
   for job in jobs:
-    with np.load(job.file('scan', 'npz')) as arrays:
+    with storage.load(job.file('scan', 'npz')) as arrays:
       hashes.append(arrays['id_M'][keep_M[job.begin : job.end]])
   hash_K = np.concatenate(hashes)
   ordered = np.sort(hash_K)
@@ -123,7 +123,7 @@ def _leaks(jobs: Sequence[Job], begin: Sequence[int], again_M: np.ndarray, most:
   for job, first in zip(jobs, begin, strict=False):
     for leak in read_json(job.file('scan', 'json'))['leaks']:
       leaks[first + leak['document']] = {**leak, 'document': first + leak['document']}
-    with np.load(job.file('scan', 'npz')) as arrays:
+    with storage.load(job.file('scan', 'npz')) as arrays:
       mine = ~again_M[first + arrays['leak_Q']]
       document.append(first + arrays['leak_Q'][mine])
       run.append(arrays['run_Q'][mine])
@@ -164,7 +164,7 @@ def decide(
   for job, first in zip(jobs, begin, strict=False):
     notes = read_json(job.file('scan', 'json'))
     problems += notes['problems']
-    with np.load(job.file('scan', 'npz')) as arrays:
+    with storage.load(job.file('scan', 'npz')) as arrays:
       bytes_M = arrays['bytes_M']
     of_unit = slice(first, first + len(bytes_M))
     _add(lost['duplicates'], bytes_M[again_M[of_unit]])
@@ -176,7 +176,7 @@ def decide(
   sources, total, counts = [], 0, [0]
   for job, first in zip(jobs, begin, strict=False):
     unit_names = read_json(job.file('scan', 'json'))['sources']
-    with np.load(job.file('scan', 'npz')) as arrays:
+    with storage.load(job.file('scan', 'npz')) as arrays:
       mine = keep_M[first : first + job.end - job.begin]
       present, code = np.unique(arrays['source_M'][mine], return_inverse=True)
       mapping = np.array([names.setdefault(unit_names[i], len(names)) for i in present], np.int64)
@@ -212,7 +212,7 @@ def without_tokens(jobs: Sequence[Job], selected: Selected) -> tuple[list[Job], 
     notes = read_json(job.file('encode', 'json'))
     empty_E = np.array(notes['empty'], np.int64)
     place_E = np.flatnonzero(keep_M[job.begin : job.end])[empty_E]
-    with np.load(job.file('scan', 'npz')) as arrays:
+    with storage.load(job.file('scan', 'npz')) as arrays:
       _add(lost, arrays['bytes_M'][place_E])
     total += notes['bytes']
     keep_M[job.begin + place_E] = False
@@ -261,7 +261,7 @@ def _cap(
     salt = np.frombuffer(hashlib.blake2b(f'{seed}\x1f{entry.name}'.encode(), digest_size=8).digest(), '<u8')[0]
     draws, sizes = [], []
     for job, first in mine:
-      with np.load(job.file('scan', 'npz')) as arrays:
+      with storage.load(job.file('scan', 'npz')) as arrays:
         keep = keep_M[first : first + job.end - job.begin]
         draws.append(arrays['hash_M2'][keep, 1] ^ salt)
         sizes.append(arrays['bytes_M'][keep])
@@ -306,7 +306,7 @@ def join(jobs: Sequence[Job], count: int, seed: int, work: Path) -> Order:
   shuffle = document_order(count, seed)
   begin = np.zeros(count + 1, np.int64)
   for job in jobs:
-    counts_M = np.load(job.file('counts', 'npy'))
+    counts_M = storage.load(job.file('counts', 'npy'))
     begin[1 + shuffle.place(np.arange(job.first, job.first + len(counts_M)))] = counts_M + 1
   np.cumsum(begin, out=begin)
   starts = np.lib.format.open_memmap(work / 'starts.npy', 'w+', np.int64, (count,))

@@ -391,7 +391,7 @@ def fragments(job: Job, plan: Plan) -> Any:
 
   A fragment begins at `row`, `column` of the stream and at `place` in tokens. It lies in one row. End marks included.
   """
-  counts_M = np.load(job.file('counts', 'npy'))
+  counts_M = storage.load(job.file('counts', 'npy'))
   starts_M = np.load(job.work / 'starts.npy', mmap_mode='r')[job.first : job.first + len(counts_M)]
   ids = np.memmap(job.file('tokens', 'bin'), plan.dtype, 'r') if counts_M.sum() else np.empty(0, plan.dtype)
   bounds = np.concatenate([[0], np.cumsum(counts_M)])

@@ -18,7 +18,7 @@ from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import vocabulary as vocabulary_lib
-from dsdm_jax.errors import UserError, visible
+from dsdm_jax.errors import UserError, as_os_error, visible
 
 if TYPE_CHECKING:
   import seqio
@@ -98,10 +98,10 @@ class Pool:
       if artifact.manifest:
         artifact.verify()
     self.path = artifact.path
-    self.card: dict[str, Any] = json.loads((self.path / 'card.json').read_text())
-    self.num_rows: int = self.card['rows']
-    self.length: int = self.card['length']
-    self.vocab_size: int = self.card['vocab_size']
+    self.card: dict[str, Any] = storage.read_json(self.path / 'card.json', dict)
+    self.num_rows, self.length, self.vocab_size = (self.card[key] for key in ('rows', 'length', 'vocab_size'))
+    if not all(type(value) is int and 0 < value < 2**40 for value in (self.num_rows, self.length, self.vocab_size)):
+      raise UserError(f'{self.path}/card.json has a size that is no size; rerun the pool stage')
     self._files = artifact.manifest.get('files')
     for name in vocabulary_lib.FILES:
       if self._files is not None and name not in self._files and (self.path / name).is_file():
@@ -131,7 +131,10 @@ class Pool:
     # A record is a head of the same length in all rows, and the row.
     dtype = vocabulary_lib.dtype_of(self.vocab_size)
     size = self.length * dtype.itemsize
-    records = self._reader.__getitems__(row_B.tolist())
+    try:
+      records = self._reader.__getitems__(row_B.tolist())
+    except RuntimeError as error:
+      raise as_os_error(error, self.path) or error from error
     if any(len(record) < size for record in records):
       raise UserError(f'{self.path}/dataset has rows of another length than card.json says; rerun the pool stage')
     return np.stack([np.frombuffer(record[-size:], dtype) for record in records])
@@ -152,7 +155,7 @@ class Pool:
   @functools.cached_property
   def sources(self) -> list[str]:
     """Names of the sources; `source_N` indexes them."""
-    return json.loads((self.path / 'sources.json').read_text())
+    return storage.read_json(self.path / 'sources.json', list)
 
   @functools.cached_property
   def source_N(self) -> np.ndarray:
@@ -177,7 +180,7 @@ class Pool:
   @functools.cached_property
   def planted(self) -> list[dict[str, Any]]:
     """Planted target examples: {"task", "index", "id"}, the index into the task's target split."""
-    return json.loads((self.path / 'planted.json').read_text())
+    return storage.read_json(self.path / 'planted.json', list)
 
   @functools.cached_property
   def documents(self) -> Documents:

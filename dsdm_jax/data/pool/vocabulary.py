@@ -566,7 +566,7 @@ def open_encoder(folder: str | os.PathLike) -> Encoder:
 
 
 def _end_piece(folder: Path) -> str:
-  return json.loads((folder / 'end_piece.json').read_text())['end_piece']
+  return storage.read_json(folder / 'end_piece.json', dict)['end_piece']
 
 
 def seqio_vocabulary(folder: str) -> 'seqio.Vocabulary':

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dsdm_jax.core import storage
 from dsdm_jax.data.pool.sources import Document
 
 SHORTEST = 6  # words
@@ -395,14 +396,14 @@ class Guard:
   @classmethod
   def load(cls, path: str | os.PathLike) -> 'Guard':
     guard = cls([], 2)
-    with np.load(path) as arrays:
+    with storage.load(path) as arrays:
       guard._set(**{name: arrays[name] for name in arrays.files if name != 'texts'})
     guard._texts, guard._path = None, path
     return guard
 
   def _text(self, number: int) -> TargetText:
     if self._texts is None:  # read for the first leak only
-      with np.load(self._path) as arrays:
+      with storage.load(self._path) as arrays:
         self._texts = [TargetText(*fields) for fields in json.loads(arrays['texts'].tobytes())]
     return self._texts[number]
 

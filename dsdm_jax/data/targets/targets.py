@@ -226,7 +226,7 @@ def _record(item: RawItem) -> dict[str, Any]:
 def run(context: Context) -> dict[str, Any]:
   """The stage: reads the pool's vocabulary and length, writes `<task>.<split>.npz`, `.jsonl` and `tasks.json`."""
   pool = context.inputs['pool']
-  length = json.loads((pool.path / 'card.json').read_text())['length']
+  length = storage.read_json(pool.path / 'card.json', dict)['length']
   encoder = open_encoder(pool.path)
   examples, counts = build(context.config.targets, encoder, length)
   for (task, split), of_split in examples.items():
@@ -262,14 +262,14 @@ class Targets:
 
   def __init__(self, artifact: Artifact):
     self._path = artifact.path
-    self.tasks: list[str] = json.loads((self._path / 'tasks.json').read_text())
+    self.tasks: list[str] = storage.read_json(self._path / 'tasks.json', list)
 
   def examples(self, task: str, split: str) -> Examples:
     """Raises KeyError for an unknown task or split."""
     if task not in self.tasks or split not in SPLITS:
       raise KeyError(f'no target examples {task!r}, {split!r}')
     stem = f'{task}.{split}'
-    with np.load(self._path / f'{stem}.npz') as arrays:
+    with storage.load(self._path / f'{stem}.npz') as arrays:
       tokens_TL, weights_TL = arrays['tokens_TL'], arrays['weights_TL']
     lines = (self._path / f'{stem}.jsonl').read_bytes().split(b'\n')
     records = tuple(json.loads(line) for line in lines if line)
