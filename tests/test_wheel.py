@@ -110,7 +110,6 @@ def test_help_names_commands_and_configs(programs, folder):
   [
     (['bench', 'features'], 'dsdm: benches are not installed'),
     (['run', '--workdir=run'], 'dsdm_jax: --config is missing'),
-    (['run', '--config=no_such_config', '--workdir=run'], 'dsdm_jax: --config=no_such_config'),
     (['study', '--config=no_such_config', '--workdir=run'], 'dsdm: --config=no_such_config is no Python file'),
   ],
 )

@@ -1,6 +1,7 @@
 """Scores agree over numbers of devices and over dtypes: features, Gram, solution, scores, as the stages make them."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -31,6 +32,7 @@ class Rows(RowSource):
     yield 0, self.rows, self.phi_NJ
 
 
+@functools.cache
 def score_N(kind: str, dtype: str, devices: int) -> np.ndarray:
   """Scores of ROWS random rows for the mean of TARGETS others."""
   problem = make_problem(layers=1, compute_dtype=dtype)
@@ -58,11 +60,11 @@ def score_N(kind: str, dtype: str, devices: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize('kind', ['two_sided', 'dense'])
-def test_the_same_rows_are_chosen_on_1_2_4_and_8_devices(kind):
+def test_the_same_rows_are_chosen_on_1_2_and_8_devices(kind):
   """At least 0.999 of the top: with 64 of 384 rows, all of them."""
   one_N = score_N(kind, 'float32', 1)
   top = set(np.argsort(one_N)[-TOP:])
-  for devices in (2, 4, 8):
+  for devices in (2, 8):
     found_N = score_N(kind, 'float32', devices)
     assert np.linalg.norm(found_N - one_N) < 1e-4 * np.linalg.norm(one_N)
     assert len(top & set(np.argsort(found_N)[-TOP:])) >= 0.999 * TOP

@@ -18,7 +18,7 @@ from dsdm_jax.errors import UserError
 from dsdm_jax.lm import outputs
 from dsdm_jax.lm.partition import path_name
 
-from .conftest import BATCH, LENGTH, VARIANTS, make_problem
+from .conftest import BATCH, LENGTH, make_problem
 
 ORDER = ('attention/qkv', 'attention/out', 'mlp/up', 'mlp/down')  # in which a block calls its linear layers
 
@@ -111,7 +111,6 @@ def test_a_scanned_stack_has_moments_for_each_of_its_layers(one_device):
         _close(moment[i], of_layers[path.replace('blocks/', f'blocks/{i}/')][side])
 
 
-@pytest.mark.parametrize('eight_devices', [(4, 2)], ids=['4x2'], indirect=True)
 def test_moments_do_not_depend_on_the_mesh(plain_problem, one_device, eight_devices):
   _, one = _moments(plain_problem, one_device)
   _, eight = _moments(plain_problem, eight_devices)
@@ -121,7 +120,7 @@ def test_moments_do_not_depend_on_the_mesh(plain_problem, one_device, eight_devi
 
 
 def test_features_are_explicit_gradients_in_the_eigenvectors(one_device, tmp_path):
-  problem = make_problem(**VARIANTS['scanned'])
+  problem = make_problem(scan_layers=True)
   step = TwoSidedFeatures(problem.model, outputs.margin, '.*', 512, 3, one_device)
   layers = step.layers
   measure = MomentStep(problem.model, outputs.margin, layers, one_device)

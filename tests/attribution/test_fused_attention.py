@@ -30,8 +30,6 @@ def interpreted(monkeypatch) -> None:
 @pytest.mark.parametrize(
   ('devices', 'variant'),
   [
-    ((1, 1), {}),
-    ((4, 2), {}),
     ((4, 2), {'kv_heads': 1, 'positions': 'rope'}),
     ((2, 1), {'scan_layers': True, 'remat': True}),
   ],

@@ -89,16 +89,7 @@ def test_dense_columns_differ_between_checkpoints_at_every_dimension(plain_probl
   assert len(np.unique(same[:64], axis=1).T) == 12_000
 
 
-def test_features_do_not_depend_on_the_other_rows_of_the_batch(plain_problem, one_device):
-  p, step = plain_problem, _two_sided(plain_problem, one_device)
-  prepared = step.prepare(p.params, 0)
-  together = step(prepared, p.tokens_BL, p.weights_BL)
-  reversed_ = step(prepared, p.tokens_BL[::-1], p.weights_BL[::-1])[::-1]
-  np.testing.assert_allclose(together, reversed_, rtol=1e-5, atol=1e-5 * float(np.abs(together).max()))
-
-
-@pytest.mark.parametrize(('data', 'model'), [(2, 1), (4, 1), (8, 1), (4, 2), (1, 8)])
-@pytest.mark.parametrize('kind', ['two_sided', 'dense'])
+@pytest.mark.parametrize(('kind', 'data', 'model'), [('two_sided', 4, 2), ('two_sided', 1, 8), ('dense', 4, 2)])
 def test_same_features_on_any_mesh(kind, data, model, plain_problem, one_device):
   """One device against several, weights split over both axes: ‖Δφ‖/‖φ‖ ≤ 1e-5 per row."""
 
@@ -123,7 +114,6 @@ def test_same_features_on_any_mesh(kind, data, model, plain_problem, one_device)
   [
     ({'scan_layers': True}, 1e-5),
     # Three roundings a term, as in test_bfloat16.py, on both sides: their difference has √2 times the spread of one.
-    ({'compute_dtype': 'bfloat16'}, 2**0.5 * 3 * 2**-8),
     ({'compute_dtype': 'bfloat16', 'scan_layers': True}, 2**0.5 * 3 * 2**-8),
   ],
 )

@@ -11,7 +11,7 @@ import scipy.stats
 from dsdm_jax.attribution.store import Features
 from dsdm_jax.core import artifacts
 from tests.attribution.two_processes import SETTINGS, begin, run, settings
-from tests.conftest import ROOT
+from tests.conftest import FAULTS, ROOT
 from tests.core.test_processes import ends, free_port
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
@@ -19,7 +19,8 @@ from tests.pipeline import runs
 
 @pytest.mark.slow
 def test_two_processes_make_the_features_and_scores_of_one(tmp_path):
-  pairs = {name: (tmp_path / 'two' / name, tmp_path / 'one' / name) for name in SETTINGS}
+  names = SETTINGS if FAULTS else ('store',)
+  pairs = {name: (tmp_path / 'two' / name, tmp_path / 'one' / name) for name in names}
   run(begin(), tmp_path / 'begun', ('pool', 'targets', 'proxies'))
   for folders in pairs.values():
     for folder in folders:

@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 
 from dsdm_jax.core.command_line import cannot_use, explain, system_error
+from tests.conftest import ROOT
 from tests.pipeline import runs
 
 ARGV = ['dsdm_jax', '--config=mine.py', '--config.pool.lenght=3', '--workdir=w']
@@ -42,7 +43,7 @@ def test_help_names_the_flags_and_is_no_error():
 
 def test_help_into_a_pipe_that_is_closed_is_silent():
   with subprocess.Popen(
-    runs.command('--help'), cwd=runs.ROOT, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    runs.command('--help'), cwd=ROOT, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
   ) as process:
     process.stdout.close()
     assert process.stderr.read() == b''
@@ -92,7 +93,7 @@ sys.exit(2)
 def test_streams_that_are_closed_full_or_narrow_end_with_the_line_alone(tmp_path, encoding, shown, closed):
   done = subprocess.run(
     ['/bin/sh', '-c', f'"$0" -c "$1" "$2" {closed}', sys.executable, STREAMS, str(tmp_path / 'file')],
-    cwd=runs.ROOT,
+    cwd=ROOT,
     env=os.environ | {'PYTHONIOENCODING': encoding},
     capture_output=True,
     check=False,

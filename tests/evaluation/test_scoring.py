@@ -1,5 +1,7 @@
 """The scores of answers equal plain sums of log-probabilities and do not depend on the batch."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -46,49 +48,57 @@ def trained():
   return trainer, trainer.init(prng.stream(0, 'test'))
 
 
+@pytest.fixture(scope='module')
+def eight(trained) -> Scorer:
+  """Eight answers at once; compiled for all tests."""
+  return Scorer(trained[0], 8, 0)
+
+
 def _pairs(count: int) -> tuple[list[np.ndarray], np.ndarray]:
   g = np.random.default_rng(0)
   size_P = g.integers(3, L + 1, count)
   return [g.integers(3, V, size).astype(np.int32) for size in size_P], g.integers(1, size_P)
 
 
+@functools.cache
+def _logits(trainer):
+  return jax.jit(lambda params, rest, tokens_BL: nnx.merge(trainer.graphdef, params, rest)(tokens_BL))
+
+
 def _oracle(trainer, state, ids, count) -> tuple[float, bool]:
   """From the logits of the unpadded sequence, in float64."""
   padded = np.full((1, L), V - 1, np.int32)
   padded[0, : len(ids)] = ids
-  run = jax.jit(lambda params, rest, tokens_BL: nnx.merge(trainer.graphdef, params, rest)(tokens_BL))
-  logits_LV = np.asarray(run(state.params, state.rest, padded)[0], np.float64)
+  logits_LV = np.asarray(_logits(trainer)(state.params, state.rest, padded)[0], np.float64)
   logprob_LV = logits_LV - np.log(np.exp(logits_LV).sum(-1, keepdims=True))
   places = range(len(ids) - count, len(ids))
   return sum(logprob_LV[i - 1, ids[i]] for i in places), all(logprob_LV[i - 1].argmax() == ids[i] for i in places)
 
 
-def test_answers_are_sums_of_log_probabilities(trained):
+def test_answers_are_sums_of_log_probabilities(trained, eight):
   """float32 rounding over at most 39 terms of size 10: 1e-4 at the very worst, seen 1e-5."""
   trainer, state = trained
   ids_P, count_P = _pairs(6)
-  first_id = int(
-    np.argmax(jax.jit(lambda p, r: nnx.merge(trainer.graphdef, p, r)(ids_P[0][None]))(state.params, state.rest)[0, -1])
-  )
+  first_id = int(np.argmax(_logits(trainer)(state.params, state.rest, ids_P[0][None])[0, -1]))
   ids_P.append(np.append(ids_P[0][-L + 1 :], first_id).astype(np.int32))  # one that is greedy
   count_P = np.append(count_P, 1)
   if len(ids_P[0]) >= L:
     ids_P[-1] = ids_P[-1][-L:]
-  found = Scorer(trainer, 4, 0).answers(state, ids_P, count_P, L)
+  found = eight.answers(state, ids_P, count_P, L)
   wanted = [_oracle(trainer, state, ids, count) for ids, count in zip(ids_P, count_P, strict=True)]
   np.testing.assert_allclose(found.total_P, [total for total, _ in wanted], atol=1e-4)
   assert found.greedy_P.tolist() == [greedy for _, greedy in wanted]
   assert found.greedy_P.any() and not found.greedy_P.all()
 
 
-def test_log_probabilities_do_not_depend_on_the_batch(trained):
+def test_log_probabilities_do_not_depend_on_the_batch(trained, eight):
   """Alone, in another order, and in batches of another size: to 1e-5 nats a token."""
   trainer, state = trained
   ids_P, count_P = _pairs(30)
-  whole = Scorer(trainer, 8, 0).answers(state, ids_P, count_P, L)
+  whole = eight.answers(state, ids_P, count_P, L)
   order = np.random.default_rng(1).permutation(30)
-  shuffled = Scorer(trainer, 8, 0).answers(state, [ids_P[i] for i in order], count_P[order], L)
-  single = [Scorer(trainer, 8, 0).answers(state, [ids_P[i]], count_P[[i]], L).mean_P[0] for i in range(5)]
+  shuffled = eight.answers(state, [ids_P[i] for i in order], count_P[order], L)
+  single = [eight.answers(state, [ids_P[i]], count_P[[i]], L).mean_P[0] for i in range(5)]
   np.testing.assert_allclose(shuffled.mean_P, whole.mean_P[order], atol=1e-5, rtol=0)
   np.testing.assert_allclose(single, whole.mean_P[:5], atol=1e-5, rtol=0)
   larger = Scorer(trainer, 30, 0).answers(state, ids_P, count_P, L)
@@ -113,15 +123,14 @@ def test_sequences_are_padded_with_the_vocabularys_padding_id(trained):
   assert set(np.concatenate(filled).tolist()) == {2}
 
 
-def test_score_reads_weights(trained):
-  trainer, state = trained
+def test_score_reads_weights(trained, eight):
+  _, state = trained
   ids_P, count_P = _pairs(5)
   tokens_IL, weights_IL = np.zeros((5, L), np.int32), np.zeros((5, L), np.float32)
   for row, (ids, count) in enumerate(zip(ids_P, count_P, strict=True)):
     tokens_IL[row, : len(ids)], weights_IL[row, len(ids) - count : len(ids)] = ids, 1
-  scorer = Scorer(trainer, 8, 0)
-  logprob_I, _ = scorer.score(state, tokens_IL, weights_IL)
-  np.testing.assert_allclose(logprob_I, scorer.answers(state, ids_P, count_P, L).mean_P, atol=1e-5)
+  logprob_I, _ = eight.score(state, tokens_IL, weights_IL)
+  np.testing.assert_allclose(logprob_I, eight.answers(state, ids_P, count_P, L).mean_P, atol=1e-5)
 
 
 def test_generation_with_a_custom_model(trained):

@@ -149,9 +149,9 @@ def test_items_of_one_document_count_once():
   assert naive.high - naive.low < 0.55 * (original.high - original.low)
 
 
-@pytest.mark.parametrize('paired', [False, True])
-@pytest.mark.parametrize('seed_sd', [0.0, 0.03, 0.2])
-@pytest.mark.parametrize('seeds', [3, 5, 10])
+@pytest.mark.parametrize(
+  ('seeds', 'seed_sd', 'paired'), [(3, 0.0, False), (3, 0.03, True), (5, 0.2, False), (10, 0.03, False)]
+)
 def test_coverage(seeds, seed_sd, paired):
   """95 % intervals hold the truth in 91 to 98 % of 1,500 experiments (standard error of that share 0.6 points).
 
@@ -166,34 +166,6 @@ def test_coverage(seeds, seed_sd, paired):
     found = statistics.crossed_difference(a_SI, b_SI, paired_seeds=paired)
     hits += found.low <= 0.1 <= found.high
   assert 0.91 <= hits / experiments <= 0.98
-
-
-def test_coverage_with_documents():
-  """The same where ten items share a document, and the document decides how much an arm suits them."""
-  g = _rng(8)
-  hits, naive_hits, experiments = 0, 0, 1_000
-  document_I = np.repeat(np.arange(25), 10)
-  for _ in range(experiments):
-    item_I = g.normal(-4, 1, 250)
-    taste_I = np.repeat(g.normal(0, 0.15, 25), 10)
-    a_SI = _arm(g, item_I + taste_I, 3)
-    b_SI = _arm(g, item_I, 3)
-    found = statistics.crossed_difference(a_SI, b_SI, documents_I=document_I)
-    naive = statistics.crossed_difference(a_SI, b_SI)
-    hits += found.low <= 0 <= found.high
-    naive_hits += naive.low <= 0 <= naive.high
-  assert 0.91 <= hits / experiments <= 0.98
-  assert naive_hits < hits
-
-
-def test_random_against_random_is_rarely_called_a_difference():
-  """Forty comparisons of arms that are alike: two are expected to be called, more than five has a chance of 1.4 %."""
-  g = _rng(9)
-  called = 0
-  for _ in range(40):
-    item_I = g.normal(-4, 1, 200)
-    called += statistics.crossed_difference(_arm(g, item_I, 3), _arm(g, item_I, 3)).excludes_zero()
-  assert called <= 5
 
 
 def test_holm_hand_worked():
@@ -240,18 +212,6 @@ def test_contrast_hand_worked():
   assert half.difference == statistics.contrast([table_SI / 2, np.zeros((2, 2))], [1, -1]).difference
 
 
-def test_coverage_of_a_point_between_two_arms():
-  """What the compute multiplier rests on: an arm against a point a third of the way between two others."""
-  g = _rng(11)
-  hits, experiments = 0, 1_500
-  for _ in range(experiments):
-    item_I = g.normal(-4, 1, 60)
-    a_SI, b_SI, c_SI = (_arm(g, item_I, 3, effect=effect) for effect in (0.1, 0.0, 0.3))
-    found = statistics.contrast([a_SI, b_SI, c_SI], [1, -2 / 3, -1 / 3])
-    hits += found.low <= 0 <= found.high
-  assert 0.91 <= hits / experiments <= 0.98
-
-
 def test_macro_average_hand_worked():
   """Categories x = {1, 3}, y = {6, 9, 12}: macro mean (2 + 9)/2. Weights are 1/4 and 1/6."""
   weight_I = statistics.macro_weights(['x', 'y', 'y', 'x', 'y'])
@@ -294,17 +254,16 @@ def test_bootstrap_draws_documents_whole():
   assert (same.low, same.high, same.p_value) == (0, 0, 1)
 
 
-@pytest.mark.parametrize('values', ['normal', 'exponential', 'accuracy'])
+@pytest.mark.parametrize('values', ['exponential', 'accuracy'])
 def test_bootstrap_coverage(values):
-  """95 % intervals over 100 items hold the truth in 91 to 98 % of 800 experiments, also where items are skewed or 0/1.
+  """95 % intervals over 100 items hold the truth in 91 to 98 % of 300 experiments, where items are skewed or 0/1.
 
-  The standard error of that share is 0.8 points.
+  The standard error of that share is 1.3 points.
   """
   g = _rng(19, len(values))
   draw = {
-    'normal': lambda: g.normal(0.1, 1, 100),
     'exponential': lambda: g.exponential(1, 100) - 0.9,
     'accuracy': lambda: (g.random(100) < 0.4) * 1.0 - (g.random(100) < 0.3),
   }
-  found = [statistics.bootstrap_difference(draw[values](), g, resamples=1_000) for _ in range(800)]
+  found = [statistics.bootstrap_difference(draw[values](), g, resamples=1_000) for _ in range(300)]
   assert 0.91 <= np.mean([f.low <= 0.1 <= f.high for f in found]) <= 0.98

@@ -14,7 +14,7 @@ from dsdm_jax import pipeline
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.errors import UserError
-from tests.conftest import FAULTS
+from tests.conftest import FAULTS, ROOT
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.pipeline.test_bad_input import _flip
@@ -252,7 +252,7 @@ def test_limits_of_the_system_while_training_are_one_line(finished, tmp_path, co
   flags = (runs.TINY, f'--workdir={tmp_path}', '--stage=proxies')
   done = subprocess.run(
     ['/bin/sh', '-c', f'ulimit {limit}; exec "$@"', 'sh', *runs.command(*flags)],
-    cwd=runs.ROOT,
+    cwd=ROOT,
     env=runs.environment(),
     capture_output=True,
     text=True,

@@ -7,25 +7,57 @@ import pytest
 
 # Only with --all. Each component keeps a shorter test in the default tier.
 FULL = (
+  'tests/attribution/test_bench.py::test_features_prints',
+  'tests/attribution/test_bench.py::test_passes_are_compared',
   'tests/data/pool/test_beam.py',
+  'tests/evaluation/test_bench.py',
   'tests/faults/test_kill.py::test_kill_where_data_is_made_again',
   'tests/faults/test_kill.py::test_validation_that_is_killed',
   'tests/faults/test_soak.py',
   'tests/faults/test_two_processes.py',
+  'tests/pipeline/test_validation.py::test_bench_holds_the_derivative_to_finite_differences',
   'tests/plan/test_compile.py::test_the_papers_scale_compiles_and_fits',
-  'tests/study/test_study.py',
   'tests/test_colab.py::test_runs_from_start_to_end',
+  'tests/training/test_bench.py::test_gpt2_is_timed_beside_a_training_step',
+  'tests/training/test_bench.py::test_loop_measures_first_step_and_cost_of_input',
+  'tests/training/test_differentiable.py::test_metagradient_agrees_with_finite_differences',
+  'tests/training/test_processes.py::test_terminated_run_of_two_processes_saves_the_step_that_it_reports',
+  'tests/validation/test_oracle.py::test_oracle_agrees_with_finite_differences[plain',
 )
+FULL_FIXTURES = {'studied'}
 # Not with --fast, beside what is marked slow, browser or peers.
-SLOW = ('tests/faults/', 'tests/test_wheel.py')
+# These compile or train models, or start processes.
+SLOW = (
+  *(
+    f'tests/attribution/test_{name}.py'
+    for name in (
+      'agreement bench bfloat16 collectives covariances coverage damping directional fused_attention planted_pairs '
+      'processes second_moment sources'
+    ).split()
+  ),
+  *(f'tests/core/test_{name}.py' for name in ('compile_cache', 'processes', 'tensorflow_start')),
+  *(f'tests/evaluation/test_{name}.py' for name in ('bench', 'scoring')),
+  'tests/faults/',
+  *(f'tests/lm/test_{name}.py' for name in ('attention_tpu', 'decoding', 'products')),
+  *(f'tests/selection/test_{name}.py' for name in ('proxy_signals', 'vocabularies')),
+  'tests/test_wheel.py',
+  *(
+    f'tests/training/test_{name}.py'
+    for name in ('bench', 'collectives', 'differentiable', 'loop', 'processes', 'vmapped')
+  ),
+  *(f'tests/training/test_optimizer.py::test_{name}' for name in ('training_in', 'parts_of_a_batch', 'z_loss')),
+  *(f'tests/validation/test_{name}.py' for name in ('oracle', 'variants')),
+)
 # A test that uses one of these waits for a whole run, for another environment, or for a browser.
 SLOW_FIXTURES = {'beam', 'browser', 'copied', 'finished', 'libtpu', 'peers', 'server'}
 
 
 def mark(item: pytest.Item) -> None:
   """Adds the marker `full` or `slow` to a test that these lists name."""
-  if item.nodeid.startswith(FULL):
+  fixtures = set(getattr(item, 'fixturenames', ()))
+  if fixtures & FULL_FIXTURES or item.nodeid.startswith(FULL):
     item.add_marker(pytest.mark.full)
-  fixtures = SLOW_FIXTURES.intersection(getattr(item, 'fixturenames', ()))
-  if fixtures or item.nodeid.startswith(SLOW) or any(map(item.get_closest_marker, ('browser', 'peers'))):
+  if (
+    fixtures & SLOW_FIXTURES or item.nodeid.startswith(SLOW) or any(map(item.get_closest_marker, ('browser', 'peers')))
+  ):
     item.add_marker(pytest.mark.slow)

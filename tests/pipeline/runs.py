@@ -1,18 +1,23 @@
 """Starts the real command line on the tiny config, and compares what runs leave."""
 
+import atexit
+import dataclasses
 import functools
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.conftest import ROOT
+from tests.core.test_processes import free_port
+from tests.faults.server import Child, Server
 from tests.helpers.workdirs import files_of
 
 TINY = '--config=tests/pipeline/tiny.py'
@@ -30,10 +35,48 @@ def command(*flags: str) -> list[str]:
   return [sys.executable, '-m', 'dsdm_jax.main', *flags]
 
 
-def run(*flags: str, devices: int = 1, cwd: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
-  return subprocess.run(
-    command(*flags), cwd=cwd, env=environment(devices, **more), capture_output=True, text=True, timeout=900, check=False
-  )
+@functools.cache
+def _server() -> Server:
+  server = Server(environment())
+  atexit.register(server.__exit__, None, None, None)
+  return server
+
+
+def start(*flags: str, devices: int = 1, **more: str) -> 'Run':
+  """Starts a run without waiting for its end; `more` are variables of its environment."""
+  folder = Path(tempfile.mkdtemp())
+  out, err = folder / 'out', folder / 'err'
+  return Run(_server().start(out, *flags, err=err, devices=devices, environment=more), flags, out, err)
+
+
+@dataclasses.dataclass
+class Run:
+  """One run, forked: what `python -m dsdm_jax.main` is after its imports."""
+
+  child: Child
+  flags: tuple[str, ...]
+  out: Path
+  err: Path
+
+  def wait(self, seconds: float = 900) -> subprocess.CompletedProcess[str]:
+    code = self.child.wait(seconds)
+    texts = self.out.read_text(), self.err.read_text()
+    shutil.rmtree(self.out.parent)
+    return subprocess.CompletedProcess(self.flags, code, *texts)
+
+
+def run(*flags: str, devices: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
+  return start(*flags, devices=devices, **more).wait()
+
+
+def run_two(*flags: str) -> list[subprocess.CompletedProcess[str]]:
+  """Both ends of one run of two connected processes."""
+  address = f'--config.distributed.coordinator=127.0.0.1:{free_port()}'
+  started = [
+    start(*flags, address, '--config.distributed.processes=2', f'--config.distributed.process={process}')
+    for process in (0, 1)
+  ]
+  return [process.wait(300) for process in started]
 
 
 def succeed(*flags: str, **options: Any) -> str:

@@ -119,13 +119,6 @@ def test_unfinished_run(copied):
     _ = run.results
 
 
-def test_damaged_file_is_named(copied):
-  file = files_of(copied, 'datamodel') / 'scores.npz'
-  file.write_bytes(file.read_bytes()[:-1])
-  with pytest.raises(UserError, match='scores.npz has .* bytes'):
-    _ = dsdm_jax.load(copied).scores
-
-
 def test_a_flipped_bit_never_reaches_a_reader(copied, tmp_path, count):
   """Load, export, report, tables, files of arms, scores, features, verify: an error line or the same result."""
   flips.prepare(copied)

@@ -1,8 +1,6 @@
 """The features stage is killed on four devices and goes on with three, in batches of another size."""
 
 import shutil
-import signal
-import subprocess
 import time
 
 import numpy as np
@@ -40,13 +38,18 @@ def _stage(name, folder, flags, devices):
 @pytest.mark.parametrize(
   ('kind', 'first', 'second'),
   [
-    ({}, ['batch_size=32'], ['batch_size=40']),
+    pytest.param({}, ['batch_size=32'], ['batch_size=40'], marks=pytest.mark.full),
     (
       {'basis': 'eigenvectors', 'basis_rows': 41, 'precondition': 'adam'},
       ['batch_size=8'],
       ['batch_size=33', 'microbatch=5'],
     ),
-    ({'projection': 'dense', 'dimension': 48}, ['batch_size=16', 'microbatch=8'], ['batch_size=20', 'microbatch=4']),
+    pytest.param(
+      {'projection': 'dense', 'dimension': 48},
+      ['batch_size=16', 'microbatch=8'],
+      ['batch_size=20', 'microbatch=4'],
+      marks=pytest.mark.full,
+    ),
   ],
   ids=['two_sided', 'eigenvectors', 'dense'],
 )
@@ -55,16 +58,10 @@ def test_a_killed_stage_goes_on_with_other_devices_and_batches(kind, first, seco
   one, other = ([*kept, *(f'--config.features.{flag}' for flag in flags)] for flags in (first, second))
   elastic, undisturbed = (shutil.copytree(begun, tmp_path / name) for name in ('elastic', 'undisturbed'))
 
-  process = subprocess.Popen(
-    runs.command(*FLAGS, *one, f'--workdir={elastic}', '--stage=features'),
-    cwd=runs.ROOT,
-    env=runs.environment(devices=4),
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.DEVNULL,
-  )
-  while not list(elastic.glob('features/*/features_0.done/000002.json')) and process.poll() is None:
+  process = runs.start(*FLAGS, *one, f'--workdir={elastic}', '--stage=features', devices=4)
+  while not list(elastic.glob('features/*/features_0.done/000002.json')) and process.child.poll() is None:
     time.sleep(0.005)
-  process.send_signal(signal.SIGKILL)
+  process.child.kill()
   process.wait()
   part = attempt_of(elastic, 'features')
   by_four = sorted((part / 'features_0.done').glob('*.json'))

@@ -3,13 +3,14 @@
 import json
 import math
 import re
-import time
+import subprocess
 
 import pytest
 
 from dsdm_jax import pipeline
 from dsdm_jax.config.validate import flatten
 from dsdm_jax.data.pool.pool import Pool
+from tests.conftest import ROOT
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
@@ -127,9 +128,10 @@ def test_pool_rows_are_whole_and_each_has_its_document(finished):
 
 def test_second_run_reuses_all_and_starts_neither_tensorflow_nor_a_device(finished):
   before = runs.fingerprint(finished)
-  began = time.monotonic()
-  done = runs.run(runs.TINY, f'--workdir={finished}', PYTHONPROFILEIMPORTTIME='1')
-  seconds = time.monotonic() - began
+  done = subprocess.run(
+    runs.command(runs.TINY, f'--workdir={finished}'),
+    cwd=ROOT, env=runs.environment(PYTHONPROFILEIMPORTTIME='1'), capture_output=True, text=True, check=False,
+  )  # fmt: skip
   assert done.returncode == 0, done.stderr[-2000:]
   assert re.findall(r'^(\w+): reused from', done.stdout, re.M) == list(pipeline.NAMES)
   imported = set(re.findall(r'\|\s+([\w.]+)$', done.stderr, re.M))
@@ -139,15 +141,14 @@ def test_second_run_reuses_all_and_starts_neither_tensorflow_nor_a_device(finish
   assert after.keys() == before.keys()
   assert [n for n in before if after[n] != before[n] and n != 'results.json'] == []
   assert after['results.json'][0] == before['results.json'][0]
-  assert seconds < 20  # about 1 s on an idle machine
 
 
-@pytest.mark.parametrize('stage', pipeline.NAMES)
-def test_a_finished_stage_alone_is_reused(finished, stage, capsys):
+def test_a_finished_stage_alone_is_reused(finished, capsys):
   before = (finished / 'results.json').read_bytes()
-  pipeline.run(get_config(), finished, stage)
-  assert (finished / 'results.json').read_bytes() == before
-  assert f'{stage}: reused from {files_of(finished, stage)}\n' in capsys.readouterr().out
+  for stage in pipeline.NAMES:
+    pipeline.run(get_config(), finished, stage)
+    assert (finished / 'results.json').read_bytes() == before
+    assert f'{stage}: reused from {files_of(finished, stage)}\n' in capsys.readouterr().out
 
 
 def test_a_stage_alone_wants_what_it_reads(tmp_path):

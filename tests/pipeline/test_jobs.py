@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -49,22 +48,12 @@ def begun(finished, tmp_path):
 def test_jobs_and_another_number_of_devices_make_what_one_run_makes(begun, finished, tmp_path, capsys):
   """Jobs 0 (one device) and 1 (two) at once on one disk, job 2 (eight) on its own; a run without jobs finishes it."""
   elsewhere = shutil.copytree(begun, tmp_path / 'elsewhere')
-  started = [
-    subprocess.Popen(
-      runs.command(*flags(job, begun)),
-      cwd=runs.ROOT,
-      env=runs.environment(devices=1 + job),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for job in (0, 1)
-  ]
+  started = [runs.start(*flags(job, begun), devices=1 + job) for job in (0, 1)]
   pipeline.run(config_of(2), elsewhere, 'features')
   for process in started:
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error[-3000:]
-    assert 'this job has finished its share' in out
+    done = process.wait(300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'this job has finished its share' in done.stdout
   assert not finished_in(begun, 'features') and not finished_in(elsewhere, 'features')
   part = attempt_of(begun, 'features')
   shutil.copytree(attempt_of(elsewhere, 'features'), part, dirs_exist_ok=True)
@@ -88,23 +77,19 @@ def test_jobs_and_another_number_of_devices_make_what_one_run_makes(begun, finis
       assert np.all(np.linalg.norm(a_TJ - b_TJ, axis=1) <= 1e-5 * np.linalg.norm(b_TJ, axis=1))
 
 
-def test_the_last_job_finishes_the_stage(begun):
-  for job in (2, 0, 1):
-    pipeline.run(config_of(job), begun, 'features')
-    assert finished_in(begun, 'features') == (job == 1)
-  artifacts.open_stage(begun, 'features').verify()
-
-
 def test_jobs_share_one_basis_of_eigenvectors(begun):
   first = []
-  for job in range(JOBS):
+  for job in (2, 0, 1):
     config = config_of(job)
     config.features.basis, config.features.basis_rows = 'eigenvectors', 40
     pipeline.run(config, begun, 'features')
+    assert finished_in(begun, 'features') == (job == 1), 'the last job finishes the stage'
     bases = [file.read_bytes() for file in sorted(begun.glob('features/*/basis_*.npz'))]
     first = first or bases
     assert len(bases) == 2 and bases == first
-  semantics = artifacts.open_stage(begun, 'features').semantics
+  made = artifacts.open_stage(begun, 'features')
+  made.verify()
+  semantics = made.semantics
   assert semantics['basis'] == 'eigenvectors'
   for kept in semantics['basis_kept']:
     assert kept.keys() == {layer['path'] for layer in semantics['layers']}

@@ -10,10 +10,8 @@ import pytest
 import dsdm_jax
 from dsdm_jax.config.methods import STAGES
 from dsdm_jax.core import artifacts, prng
-from dsdm_jax.data.order import batches
 from dsdm_jax.data.order import selection as selection_lib
 from dsdm_jax.data.order.selection import Selection
-from dsdm_jax.data.pool.pool import Pool
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 
@@ -62,19 +60,6 @@ def test_the_mixture_trained_to_its_end_on_its_schedule(trained):
   every = Selection.load(files_of(folder, 'selection'), 'mixture--any--0').rows
   assert set(row_B.tolist()) <= set(every.tolist())
   assert 'mixture' in output
-
-  import seqio
-
-  name = batches.register(schedule, Pool(artifacts.open_stage(folder, 'pool')))
-  stream = seqio.get_mixture_or_task(name).get_dataset(
-    sequence_length=None,
-    split='train',
-    shuffle=False,
-    num_epochs=1,
-    passthrough_features=('row',),
-    trim_output_features=False,
-  )
-  assert [int(x['row']) for x in stream.as_numpy_iterator()] == row_B.tolist()
 
 
 def test_the_mixture_is_compared_and_reported(trained):

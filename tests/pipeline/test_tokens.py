@@ -34,7 +34,7 @@ def test_tokens_sum_up_to_the_row_in_a_finished_run(finished):
 @pytest.mark.parametrize(
   ('features', 'datamodel'),
   [
-    ({'precondition': 'adam'}, {'q': True, 'average': 'unseen'}),
+    pytest.param({'precondition': 'adam'}, {'q': True, 'average': 'unseen'}, marks=pytest.mark.full),
     ({'basis': 'eigenvectors', 'basis_rows': 40, 'mode': 'stream'}, {'gram': 'joint'}),
     ({'output_fn': 'dsdm_jax.lm.outputs:log_likelihood', **JVP}, {'bootstrap': 0, 'groups': 1, 'examples': 0}),
   ],

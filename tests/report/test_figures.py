@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from dsdm_jax.report import figures, page
+from dsdm_jax.report import figures
 from dsdm_jax.report.report_data import Curve
 
 
@@ -52,17 +52,6 @@ def test_standardised():
 def test_empty_curve_and_equal_scores_draw():
   assert '<svg' in figures.losses([Curve('dsdm', 'mix', np.zeros(0, int), np.zeros((2, 0)))]).svg('x')
   assert '<svg' in figures.histogram(np.zeros(5), None, None).svg('x')
-
-
-def test_figures_are_repeatable_as_svg_and_as_png(shown, drawings):
-  again = page.report_figures(shown)
-  assert list(again) == list(drawings)
-  for name in ('overlap', 'forest-docs'):
-    first = again[name].svg('x')
-    assert first == drawings[name].svg('x') == again[name].svg('x')
-    png = again[name].png()
-    assert png == drawings[name].png()
-    assert png.startswith(b'\x89PNG')
 
 
 def test_difference_without_an_interval_is_a_dot(shown):

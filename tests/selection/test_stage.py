@@ -21,7 +21,6 @@ from dsdm_jax.errors import UserError
 from dsdm_jax.selection import export
 from dsdm_jax.selection.proxy_signals import _TOKENS
 from tests.conftest import ROOT
-from tests.core.test_processes import ends, free_port
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.selection import every
@@ -110,45 +109,28 @@ def test_each_selection_is_charged_for_what_it_uses(chosen):
   assert all(spent['seconds'] > 0 for spent in found.semantics['cost'].values())
 
 
-def test_two_processes_select_the_rows_of_one(chosen, finished, tmp_path):
-  """Two connected processes of one device each, beside one of eight: every method, from the stage's own command."""
+@pytest.mark.parametrize(
+  'methods',
+  [
+    ('dsdm', 'random', 'embedding', 'perplexity_low', 'color_filter'),
+    pytest.param(tuple(m for m in METHODS if m != 'imported'), marks=pytest.mark.full, id='all'),
+  ],
+)
+def test_two_processes_select_the_rows_of_one(chosen, finished, tmp_path, methods):
+  """Two connected processes of one device each, beside one of eight, from the stage's own command."""
   folder = tmp_path / 'run'
   for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
     shutil.copytree(finished / stage, folder / stage)
-  flags = (
-    '--config=tests/selection/every.py',
-    f'--workdir={folder}',
-    '--stage=selection',
-    '--config.distributed.processes=2',
-    f'--config.distributed.coordinator=127.0.0.1:{free_port()}',
-  )
-  outputs = ends(
-    [
-      subprocess.Popen(
-        runs.command(*flags, f'--config.distributed.process={process}'),
-        cwd=ROOT,
-        env=runs.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-      for process in (0, 1)
-    ]
-  )
-  for code, _, err in outputs:
-    assert code == 0, err[-3_000:]
-  assert 'selection: done in' in outputs[0][1] and 'selection' not in outputs[1][1]
-  assert_same_rows(chosen, folder)
-
-
-def assert_same_rows(a: Path, b: Path) -> None:
-  """Every selection of two runs has the same rows in the same order, and there is at least one of every method."""
-  names = sorted(path.name for path in (files_of(a, 'selection')).glob('*.npz'))
-  assert names == sorted(path.name for path in (files_of(b, 'selection')).glob('*.npz'))
-  assert {*METHODS, 'shortest', 'mixture'} - {'imported'} <= {name.partition('--')[0] for name in names}
+  flags = (f'--workdir={folder}', '--stage=selection', f'--config.selection.methods={methods}')
+  first, second = runs.run_two('--config=tests/selection/every.py', *flags)
+  for done in (first, second):
+    assert done.returncode == 0, done.stderr[-3_000:]
+  assert 'selection: done in' in first.stdout and 'selection' not in second.stdout
+  made = sorted(path.name for path in files_of(folder, 'selection').glob('*.npz'))
+  assert {name.partition('--')[0] for name in made} == {*methods, 'mixture'}
   differ = []
-  for name in names:
-    with np.load(files_of(a, 'selection') / name) as one, np.load(files_of(b, 'selection') / name) as other:
+  for name in made:
+    with np.load(files_of(chosen, 'selection') / name) as one, np.load(files_of(folder, 'selection') / name) as other:
       differ += [name] if one['rows'].tolist() != other['rows'].tolist() else []
   assert differ == []
 
@@ -305,19 +287,6 @@ def test_export_refuses(chosen, tmp_path, capsys):
     assert export.main([*own, str(out), '--format', 'jsonl']) == 0
     assert [path.name for path in out.iterdir()] == ['dsdm--docs--0.jsonl']
   assert all(file.read_text() == 'mine' for file in kept)
-
-
-def test_a_distilled_scorer_scores_another_pool(chosen, tmp_path, capsys):
-  from dsdm_jax.selection import distilled
-
-  out = tmp_path / 'scores.npy'
-  flags = ['--workdir', str(chosen), '--target', 'docs', '--out', str(out), '--buckets', '4096']
-  assert distilled.main([*flags, '--pool', str(chosen / 'pool')]) == 0
-  assert 'Spearman' in capsys.readouterr().out
-  score_N = np.load(out)
-  assert len(score_N) == Pool(artifacts.open_stage(chosen, 'pool')).num_rows and np.isfinite(score_N).all()
-  assert distilled.main([*flags[:2], '--target', 'squad', '--out', str(out)]) == 2
-  assert 'squad' in capsys.readouterr().err
 
 
 def test_the_mix_is_exported_with_its_interval(finished, tmp_path):

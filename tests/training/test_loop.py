@@ -24,7 +24,7 @@ from dsdm_jax.errors import Stopped, UserError
 from dsdm_jax.training import loop
 from dsdm_jax.training.metrics import HeldOut, Meter
 from tests.conftest import ROOT
-from tests.training.test_step import BATCH, batches, flat, make_trainer
+from tests.training.test_step import BATCH, batches, make_trainer
 
 STEPS = 6
 KEYS = {'save_every_steps': 2, 'keep_checkpoints': 1, 'log_every_steps': 1, 'warmup_steps': 1}
@@ -103,7 +103,7 @@ def assert_same(found: Path, wanted: Path, trainer) -> None:
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-@pytest.mark.parametrize('at', range(STEPS))
+@pytest.mark.parametrize('at', [1, 4])
 def test_stopped_run_resumes_as_the_uninterrupted_one(trainer, uninterrupted, tmp_path, at):
   with pytest.raises(Stop):
     train(tmp_path, trainer, stream(stop_before=at))
@@ -119,9 +119,9 @@ def test_stopped_run_resumes_as_the_uninterrupted_one(trainer, uninterrupted, tm
   assert_same(tmp_path, uninterrupted, trainer)
 
 
-@pytest.mark.parametrize('saves', range(4))
+@pytest.mark.parametrize('saves', [1, 3])
 def test_kill_between_work_and_cost_loses_and_doubles_no_seconds(trainer, tmp_path, monkeypatch, saves):
-  """After each checkpoint, and after the last step; each step takes 100 s."""
+  """After a checkpoint, and after the last step; each step takes 100 s."""
   seconds, save, left = [0.0], Cost.save, iter(range(saves))
   clock = SimpleNamespace(monotonic=lambda: seconds[0])
   monkeypatch.setattr(loop, 'time', clock)
@@ -173,23 +173,10 @@ def test_damaged_history_of_an_unfinished_stage_is_written_again(trainer, uninte
   assert_same(tmp_path, uninterrupted, trainer)
 
 
-def test_state_on_disk_is_the_last_one(trainer, uninterrupted):
-  """The checkpoint is of the last step, not of the one before it, independent of save_every_steps."""
-  state = loop.load_state(uninterrupted / 'model', trainer)
-  once_more = trainer.init(jax.random.key(1))
-  for batch in stream()(0):
-    pair = jax.device_put((batch['tokens_BL'], batch['weight_B']), trainer.batch_sharding)
-    once_more, _ = trainer.step(once_more, *pair, np.int32(STEPS))
-  a, b = flat(state.params), flat(once_more.params)
-  for k in a:
-    np.testing.assert_array_equal(a[k], b[k])
-
-
-@pytest.mark.parametrize('at', [1, 2, 4])
-def test_keep_steps_are_those_of_the_uninterrupted_run(trainer, uninterrupted, tmp_path, at):
+def test_keep_steps_are_those_of_the_uninterrupted_run(trainer, uninterrupted, tmp_path):
   keep_steps = (1, 3)
   with pytest.raises(Stop):
-    train(tmp_path, trainer, stream(stop_before=at), keep_steps=keep_steps)
+    train(tmp_path, trainer, stream(stop_before=2), keep_steps=keep_steps)
   train(tmp_path, trainer, stream(), keep_steps=keep_steps)
   assert_same(tmp_path, uninterrupted, trainer)
   assert saved_steps(tmp_path) == [1, 3, STEPS]
@@ -209,7 +196,7 @@ def test_divergence_names_metric_step_and_run(trainer, tmp_path):
 
   def broken(start: int):
     for step, batch in enumerate(data(start), start + 1):
-      weight_B = batch['weight_B'] * (np.float32(np.nan) if step == 4 else 1)
+      weight_B = batch['weight_B'] * (np.float32(np.nan) if step >= 4 else 1)
       yield batch | {'weight_B': weight_B}
 
   with pytest.raises(UserError) as caught:
@@ -219,35 +206,9 @@ def test_divergence_names_metric_step_and_run(trainer, tmp_path):
   assert 'learning_rate' in message
   assert '\n' not in message
   assert not (tmp_path / 'model.jsonl').exists()
-
-
-def test_run_never_resumes_from_a_diverged_state(trainer, tmp_path):
-  """Logged every step, a step that diverged is never saved: what is on disk is finite."""
-  data = stream()
-
-  def broken(start: int):
-    for step, batch in enumerate(data(start), start + 1):
-      yield batch | {'weight_B': batch['weight_B'] * (np.float32(np.nan) if step >= 4 else 1)}
-
-  with pytest.raises(UserError, match='step 4'):
-    train(tmp_path, trainer, broken)
+  # Logged every step, a step that diverged is never saved.
   state = loop.load_state(tmp_path / 'model', trainer)
   assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state))
-
-
-def test_checkpoint_of_another_model_is_refused_in_one_line(uninterrupted):
-  """In a process of its own: Orbax drops reads beside the one that failed, and Python warns of them late."""
-  code = (
-    'import sys; from pathlib import Path; from tests.training.test_step import make_trainer;'
-    'from dsdm_jax.errors import UserError; from dsdm_jax.training import loop\n'
-    "try: loop.load_state(Path(sys.argv[1]), make_trainer(model={'width': 32}))\n"
-    'except UserError as error: print(error)'
-  )
-  done = subprocess.run(
-    [sys.executable, '-c', code, str(uninterrupted / 'model')], cwd=ROOT, capture_output=True, text=True, check=True
-  )
-  assert done.stdout.count('\n') == 1
-  assert f'no checkpoint in {uninterrupted / "model"} can be restored into this model' in done.stdout
 
 
 def test_missing_checkpoint_is_reported(trainer, tmp_path):
@@ -338,7 +299,7 @@ torn = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarni
 
 
 @torn
-@pytest.mark.parametrize('damage', ['cut', 'missing', 'flipped', 'no checksums'])
+@pytest.mark.parametrize('damage', ['missing', 'flipped', 'no checksums'])
 def test_torn_checkpoint_falls_back_to_the_one_before_it(trainer, uninterrupted, tmp_path, damage):
   with pytest.raises(Stop):
     train(tmp_path, trainer, stream(stop_before=4), keep_checkpoints=2)
@@ -351,11 +312,10 @@ def test_torn_checkpoint_falls_back_to_the_one_before_it(trainer, uninterrupted,
 
 
 @torn
-@pytest.mark.parametrize('damage', ['cut', 'missing'])
-def test_torn_last_checkpoint_is_saved_again(trainer, uninterrupted, tmp_path, damage):
+def test_torn_last_checkpoint_is_saved_again(trainer, uninterrupted, tmp_path):
   train(tmp_path, trainer, stream(), keep_checkpoints=2)
   (tmp_path / 'model.jsonl').unlink()  # as if the machine failed just before it is written
-  tear(tmp_path / 'model/6', damage)
+  tear(tmp_path / 'model/6')
   log = RecordedLog(tmp_path)
   asked: list[int] = []
   train(tmp_path, trainer, stream(asked), log=log, keep_checkpoints=2)
@@ -375,8 +335,7 @@ def test_finished_run_whose_last_checkpoint_is_torn_is_not_read_at_an_earlier_st
   assert saved_steps(tmp_path) == [4, 6], 'reading removes nothing'
 
 
-@pytest.mark.parametrize('damage', ['cut', 'missing', 'flipped'])
-def test_damage_is_reported_and_nothing_else(tmp_path, damage):
+def test_damage_is_reported_and_nothing_else(tmp_path):
   code = (
     'import sys; from pathlib import Path; import jax.numpy as jnp, numpy as np\n'
     'from dsdm_jax.core.checkpoints import Checkpoints\n'
@@ -387,13 +346,9 @@ def test_damage_is_reported_and_nothing_else(tmp_path, damage):
   save = [sys.executable, '-c', code, str(tmp_path)]
   subprocess.run(save, cwd=ROOT, check=True)
   data = max((p for p in (tmp_path / '1/state').rglob('*') if '/d/' in p.as_posix()), key=lambda p: p.stat().st_size)
-  if damage == 'missing':
-    data.unlink()
-  else:
-    tear(tmp_path / '1', damage)
+  data.unlink()
   done = subprocess.run(save, cwd=ROOT, capture_output=True, text=True, check=False)
-  wanted = {'cut': 'bytes where', 'missing': 'is missing', 'flipped': 'has changed since it was written'}[damage]
-  assert wanted in done.stderr.splitlines()[-1] and '/1/state/' in done.stderr.splitlines()[-1]
+  assert 'is missing' in done.stderr.splitlines()[-1] and '/1/state/' in done.stderr.splitlines()[-1]
   assert 'Event loop' not in done.stderr and 'Exception in' not in done.stderr
 
 

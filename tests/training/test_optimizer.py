@@ -90,9 +90,8 @@ def test_moments_are_stored_in_the_requested_dtype(halved, other):
   assert differs, 'something was rounded'
 
 
-@pytest.mark.parametrize('nu_dtype', ['float32', 'bfloat16'])
-def test_training_in_bfloat16_keeps_parameters_moments_and_loss_in_float32(nu_dtype):
-  trainer = make_trainer(model={'compute_dtype': 'bfloat16'}, nu_dtype=nu_dtype)
+def test_training_in_bfloat16_keeps_parameters_moments_and_loss_in_float32():
+  trainer = make_trainer(model={'compute_dtype': 'bfloat16'}, nu_dtype='bfloat16')
   whole = make_trainer()
   (tokens_BL,) = batches(1)
   start = trainer.init(jax.random.key(3))
@@ -112,7 +111,7 @@ def test_training_in_bfloat16_keeps_parameters_moments_and_loss_in_float32(nu_dt
   assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
   (adam,) = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, 'mu')) if hasattr(s, 'mu')]
   assert {x.dtype for x in jax.tree.leaves(adam.mu)} == {jnp.dtype('float32')}
-  assert {x.dtype for x in jax.tree.leaves(adam.nu)} == {jnp.dtype(nu_dtype)}
+  assert {x.dtype for x in jax.tree.leaves(adam.nu)} == {jnp.dtype('bfloat16')}
 
 
 def test_wsd_stays_at_the_peak_and_falls_to_its_floor():

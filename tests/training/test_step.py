@@ -44,7 +44,7 @@ def run_steps(trainer: Trainer, tokens, weights=None, steps: int = 6):
   return flat(state.params), seen
 
 
-@pytest.mark.parametrize(('devices', 'models'), [(1, 1), (8, 1), (1, 3), (8, 3)])
+@pytest.mark.parametrize(('devices', 'models'), [(1, 1), (8, 3)])
 def test_counting_flop_does_not_trace_the_step_again(devices, models, monkeypatch):
   traced = []
   apply = Trainer.apply
@@ -149,25 +149,12 @@ def test_row_of_weight_zero_is_left_out_and_others_keep_their_weight():
   assert first[0]['loss'] == pytest.approx(sum(losses) - losses[2], rel=1e-5)  # divided by B, not by the weights' sum
 
 
-def test_weight_two_counts_a_row_twice():
-  trainer = make_trainer()
-  (tokens_BL,) = batches(1)
-  tokens_BL[1] = tokens_BL[0]
-  twice_B, once_B = np.ones(BATCH, np.float32), np.ones(BATCH, np.float32)
-  twice_B[0], twice_B[1] = 2, 0
-  _, first = run_steps(trainer, [tokens_BL], [twice_B])
-  _, second = run_steps(trainer, [tokens_BL], [once_B])
-  assert first[0]['loss'] == pytest.approx(second[0]['loss'], rel=1e-6)
-  assert first[0]['gradient_norm'] == pytest.approx(second[0]['gradient_norm'], rel=1e-5)
-
-
-@pytest.mark.parametrize('grid', [(8, 1), (2, 4)], ids=str)
-def test_eight_devices_train_as_one(grid):
+def test_eight_devices_train_as_one():
   tokens = batches(5)
   one = make_trainer(1)
   config = base.get_config()
   config.model.update({'layers': 1, 'width': 16, 'heads': 2, 'kv_heads': 2, 'mlp_width': 32})
-  config.mesh.data, config.mesh.model = grid
+  config.mesh.data, config.mesh.model = 2, 4
   config.pretraining.train.batch_size = BATCH
   many = Trainer(config.model, config.pretraining.train, VOCAB, LENGTH, mesh.make_mesh(config.mesh))
   shardings = [s.spec for s in jax.tree.leaves(many.shardings.params)]

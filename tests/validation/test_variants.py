@@ -17,18 +17,17 @@ from dsdm_jax.validation.variants import REFERENCE, Kind, Proxy, ProxyPool, Scor
 VOCAB, LENGTH = 32, 10
 
 
-@pytest.mark.parametrize('pad', [0, 5])
-def test_embeddings_ignore_padding(pad):
+def test_embeddings_ignore_padding():
   config = base.get_config()
   config.proxies.model.update({'width': 16, 'mlp_width': 32, 'layers': 1, 'heads': 2, 'kv_heads': 2})
   config.features.batch_size = 4
   mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
   compiled = trainer(config.proxies.model, config.proxies.train, VOCAB, LENGTH, mesh)
   state = compiled.init(prng.stream(0, 'init'))
-  model = nnx.merge(compiled.graphdef, state.params, state.rest)
+  hidden = jax.jit(nnx.merge(compiled.graphdef, state.params, state.rest).hidden)
   tokens_NL = np.random.default_rng(0).integers(0, VOCAB, (6, LENGTH)).astype(np.int32)
   sequences = [[5, 7, 8], [5, 0, 9, 3, 0], list(range(1, 11))]  # the end mark first; token 0 is a text's too
-  tokens_TL, weights_TL = np.full((3, LENGTH), pad, np.int32), np.zeros((3, LENGTH), np.float32)
+  tokens_TL, weights_TL = np.full((3, LENGTH), 5, np.int32), np.zeros((3, LENGTH), np.float32)
   for i, sequence in enumerate(sequences):
     tokens_TL[i, : len(sequence)] = sequence
     weights_TL[i, len(sequence) - 1] = 1
@@ -36,7 +35,7 @@ def test_embeddings_ignore_padding(pad):
   proxy = Proxy(types.SimpleNamespace(trainer=compiled), (state, state, state))
   for found, texts in zip(scorer.embeddings(proxy), (tokens_NL, sequences), strict=True):
     for x_D, tokens in zip(found, texts, strict=True):
-      hidden_LD = np.asarray(model.hidden(np.int32(tokens)[None])[0], np.float32)
+      hidden_LD = np.asarray(hidden(np.int32(tokens)[None])[0], np.float32)
       np.testing.assert_allclose(x_D, hidden_LD.mean(axis=0), rtol=1e-4, atol=1e-4)
   nats_N = scorer.loss(proxy)
   assert nats_N.shape == (6,) and (nats_N > 0).all()
@@ -58,7 +57,7 @@ def made():
   return proxies, lambda proxies: Scorer(config, proxies, VOCAB, tokens_NL, tokens_TL, weights_TL)
 
 
-@pytest.mark.parametrize(('length', 'steps'), [(0.5, 6), (1.0, 12), (2.0, 24)])
+@pytest.mark.parametrize(('length', 'steps'), [(0.5, 6), (2.0, 24)])
 def test_proxies_of_other_lengths_see_the_same_rows_for_other_numbers_of_steps(made, length, steps):
   proxies = made[0]
   proxy = proxies(Kind(length=length), 1)
