@@ -74,12 +74,14 @@ def tables(comparison: Mapping[str, Any], arms: Sequence[ArmFile], files: str) -
     f'Made by `python -m dsdm_jax.study results --files {files!r} --out FOLDER`. Differences are in nats per token, '
     f'with {percent} intervals over crossed seeds and items; bold means significant after Holm over the comparisons '
     'of the column. `method/x` belongs to arm `x` of the study; the last table lists what that arm changes. The random '
-    'data is that of the arm `base`, also for arms that change the epochs.',
+    'data is that of the arm `base`, also for arms that change the epochs. † an arm is below n-grams.',
     f'## Held-out items of the targets, against {random}',
     _differences(held_out, columns, _RANDOM),
     '## The same against DsDm of the arm `base`',
     _differences(held_out, columns, 'dsdm'),
   ]
+  if comparison['lines']:
+    parts += ['## Reference lines: log-probability above the best of them, in nats per token', _lines(comparison)]
   if benchmarks:
     columns = list(dict.fromkeys(c['task'] for c in benchmarks))
     parts += [f'## Benchmarks that were not targeted, against {random}', _differences(benchmarks, columns, _RANDOM)]
@@ -100,11 +102,26 @@ def _differences(compared: Sequence[Mapping[str, Any]], columns: Sequence[str], 
     if c is None:
       return _NONE
     text = f'{formatting.signed(c["difference"])} {formatting.interval(c["low"], c["high"])}'
+    if c.get('below_ngrams'):
+      return f'{text} †'
     return text if c['verdict'] == 'no evidence' else f'**{text}**'
 
   order = sorted(dict.fromkeys((method, target) for method, target, _ in cells), key=lambda arm: -effect(arm))
   rows = [[_arm(*arm), seeds[arm], *(cell(cells.get((*arm, task))) for task in columns)] for arm in order]
   return markdown(['arm', 'seeds', *map(_task, columns)], rows)
+
+
+def _lines(comparison: Mapping[str, Any]) -> str:
+  """A row per task: the arm `random` of the arm `base`, and how many arms are below n-grams."""
+  rows = []
+  shown = [row for row in comparison['summary'] if row['best_line'] is not None]
+  for task, split in dict.fromkeys((row['task'], row['split']) for row in shown):
+    of_task = [row for row in shown if (row['task'], row['split']) == (task, split)]
+    below = sum(row['below_ngrams'] for row in of_task)
+    row = next((row for row in of_task if row['method'] == _RANDOM), of_task[0])
+    over = f'{formatting.signed(row["over_line"])} {formatting.interval(row["over_line_low"], row["over_line_high"])}'
+    rows.append([_task(task), split, row['best_line'], over, f'{below} of {len(of_task)}'])
+  return markdown(['task', 'split', 'best line of random', 'random above it', 'arms below n-grams'], rows)
 
 
 def _multiplier(multiplier: Mapping[str, Any], task: str) -> str:
