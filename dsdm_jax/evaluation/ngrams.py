@@ -112,7 +112,7 @@ class NGrams:
   @property
   def bytes(self) -> int:
     """Memory of the counts."""
-    return sum(x.nbytes for x in (*self.keys, *self.plain, *self.continued))
+    return sum(x.nbytes for x in [*self.keys, *self.plain, *self.continued])
 
   def probabilities(self, tokens_T: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """p(token | history) by the models of orders 1 to `order`: float64 [order, T].

@@ -222,7 +222,7 @@ def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bo
       y += 0.62
       continue
     # Only verdicts above n-grams are coloured. An interval that excludes zero may have none: Holm's rule, three seeds.
-    verdict = None if line.get('below_ngrams') else line['verdict']
+    verdict = '' if line.get('below_ngrams') else line['verdict']
     colour = COLOURS[{'better': 'blue', 'worse': 'orange'}.get(verdict, 'muted')]
     ax.text(
       0,
@@ -262,7 +262,13 @@ def reference_lines(summary: Sequence[Mapping[str, Any]], lines: Sequence[Mappin
       best = max(own, key=lambda x: x['logprob'])
       value = row['logprob']
       colour = method_colour(row['method'])
-      ax.plot([min(value, best['logprob']), max(value, best['logprob'])], [y, y], color=COLOURS['grid'], lw=5)
+      ax.plot(
+        [min(value, best['logprob']), max(value, best['logprob'])],
+        [y, y],
+        color=COLOURS['grid'],
+        lw=5,
+        solid_capstyle='butt',
+      )
       for x in own:
         is_best = x is best
         ink, width, tall = (COLOURS['ink'], 2.0, 0.17) if is_best else (COLOURS['neutral'], 1.0, 0.11)
@@ -272,7 +278,7 @@ def reference_lines(summary: Sequence[Mapping[str, Any]], lines: Sequence[Mappin
       across = ax.get_yaxis_transform()
       name = formatting.arm_name(row['method'], row['target_mix'], several)
       ax.text(0, y - 0.38, name, transform=across, fontsize=9.2, va='center')
-      gain = f'{formatting.signed(row["over_line"])} to {row["best_line"]}'
+      gain = f'{formatting.signed(row["over_line"])} against {row["best_line"]}'
       ax.text(1, y - 0.38, gain, transform=across, fontsize=9.2, va='center', ha='right', color=COLOURS['muted'])
     ax.set_ylim(len(summary) - 0.65, -0.7)
     ax.set_yticks([])

@@ -167,11 +167,11 @@ def _means(results: Mapping[str, Any], several: bool, split: str) -> dict[str, A
   }
 
 
-def _by_task(results: Mapping[str, Any]) -> dict[tuple[str, str], tuple[list, list]]:
+def _by_task(results: Mapping[str, Any]) -> dict[tuple[str, str], list[list[Mapping[str, Any]]]]:
   """(task, split) → its rows of `summary` and of `lines`, where it has lines."""
   tasks = dict.fromkeys((row['task'], row['split']) for row in results.get('lines', ()))
   return {
-    task: tuple([row for row in results[kind] if (row['task'], row['split']) == task] for kind in ('summary', 'lines'))
+    task: [[row for row in results[kind] if (row['task'], row['split']) == task] for kind in ('summary', 'lines')]
     for task in tasks
   }
 
