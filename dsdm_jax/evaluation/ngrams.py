@@ -86,8 +86,8 @@ class NGrams:
     self.vocab, self.eos, self.order = vocab, eos, order
     token_T = np.asarray(tokens_T, np.int64)
     history_T = histories(token_T, starts, eos, order - 1)
-    self.keys = [np.arange(vocab)]
-    self.plain = [np.bincount(token_T, minlength=vocab).astype(np.int32)]
+    self.keys: list[np.ndarray] = [np.arange(vocab)]
+    self.plain: list[np.ndarray] = [np.bincount(token_T, minlength=vocab).astype(np.int32)]
     self.continued: list[np.ndarray] = []
     id_T = token_T
     for k in range(1, order):
@@ -112,7 +112,7 @@ class NGrams:
   @property
   def bytes(self) -> int:
     """Memory of the counts."""
-    return sum(x.nbytes for x in [*self.keys, *self.plain, *self.continued])
+    return sum(x.nbytes for x in self.keys + self.plain + self.continued)
 
   def probabilities(self, tokens_T: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """p(token | history) by the models of orders 1 to `order`: float64 [order, T].

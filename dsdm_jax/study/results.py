@@ -74,14 +74,15 @@ def tables(comparison: Mapping[str, Any], arms: Sequence[ArmFile], files: str) -
     f'Made by `python -m dsdm_jax.study results --files {files!r} --out FOLDER`. Differences are in nats per token, '
     f'with {percent} intervals over crossed seeds and items; bold means significant after Holm over the comparisons '
     'of the column. `method/x` belongs to arm `x` of the study; the last table lists what that arm changes. The random '
-    'data is that of the arm `base`, also for arms that change the epochs. † an arm is below n-grams.',
+    'data is that of the arm `base`, also for arms that change the epochs.',
     f'## Held-out items of the targets, against {random}',
     _differences(held_out, columns, _RANDOM),
     '## The same against DsDm of the arm `base`',
     _differences(held_out, columns, 'dsdm'),
   ]
   if comparison['lines']:
-    parts += ['## Reference lines: log-probability above the best of them, in nats per token', _lines(comparison)]
+    heading = '## Reference lines: log-probability above the best of them, in nats per token'
+    parts += [heading, _lines(comparison), 'In the other tables, † marks a comparison with an arm below n-grams.']
   if benchmarks:
     columns = list(dict.fromkeys(c['task'] for c in benchmarks))
     parts += [f'## Benchmarks that were not targeted, against {random}', _differences(benchmarks, columns, _RANDOM)]
