@@ -84,14 +84,14 @@ def _pairs(runs: Runs, baselines: Sequence[str]) -> Iterator[tuple[Arm, Arm]]:
   candidates = [(arm, name) for name in baselines for arm in known]
   candidates += [(arm, other) for method, other in EXTRA for arm in known if arm[0] == method]
   for arm, name in candidates:
-    baseline = _baseline(known, name, arm[1])
+    baseline = baseline_arm(known, name, arm[1])
     if baseline is None or arm[0] == name or (baseline, arm) in seen or _models(runs, arm) & _models(runs, baseline):
       continue
     seen.add((arm, baseline))
     yield arm, baseline
 
 
-def _baseline(known: Sequence[Arm], name: str, target: str) -> Arm | None:
+def baseline_arm(known: Sequence[Arm], name: str, target: str) -> Arm | None:
   """The arm `name` for `target`, or else its first arm, which ignores targets."""
   named = [arm for arm in known if arm[0] == name]
   if not named:

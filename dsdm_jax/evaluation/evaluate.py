@@ -17,7 +17,7 @@ from dsdm_jax.core.stage import Context
 from dsdm_jax.data import inputs
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
-from dsdm_jax.evaluation import multiplier, results, scoring
+from dsdm_jax.evaluation import multiplier, ngrams, results, scoring
 from dsdm_jax.evaluation.comparisons import Options, Runs
 from dsdm_jax.evaluation.results import UNTARGETED, Items
 from dsdm_jax.evaluation.suite import BENCHMARK, Suite, open_suite
@@ -28,9 +28,9 @@ from dsdm_jax.training.step import trainer
 def run(context: Context) -> dict:
   """Writes the artifact of the stage.
 
-  `runs/<name>.npz` has the values of one model, `items.npz` those of all, `runs.json` what they are, and `answers/` the
-  generated texts. `documents.json` and `categories.json` have those of each item, by task and split. `results.json` and
-  `multiplier.json` are the summaries.
+  `runs/<name>.npz` has the values of one model, `items.npz` those of all, `runs.json` what they are, `lines.npz` the
+  values of their reference lines, and `answers/` the generated texts. `documents.json` and `categories.json` have those
+  of each item, by task and split. `results.json` and `multiplier.json` are the summaries.
   """
   suite, entries = open_suite(context), models(context)
   for folder in ('runs', 'answers'):
@@ -124,9 +124,12 @@ def _summarize(
 ) -> None:
   out, config = context.out, context.config.evaluation
   documents, categories = suite.documents(), suite.categories()
-  items = Items(_stacked(out / 'runs', [entry['name'] for entry in entries]), documents, categories, suite.tasks())
+  values = _stacked(out / 'runs', [entry['name'] for entry in entries])
+  lines = ngrams.lines(context, suite, entries) if config.ngram_tokens else {}
+  items = Items(values, documents, categories, suite.tasks(), lines)
   runs = [{key: entry[key] for key in ('method', 'target_mix', 'seed', 'selection')} for entry in entries]
   storage.save_npz(out / 'items.npz', **items.values)
+  storage.save_npz(out / 'lines.npz', **lines)
   storage.write_json(out / 'runs.json', runs)
   for name, by_task in (('documents', documents), ('categories', categories)):
     storage.write_json(
@@ -165,10 +168,11 @@ def _multipliers(
   config, final = context.config.evaluation, multiplier.final_cost(context.inputs['pretraining'])
   costs = {stage: context.inputs[stage].manifest['cost'] for stage in STAGES}
   own_costs = context.inputs['selection'].semantics['cost']
+  tables, ladder_tables = multiplier.tables_of(items, runs, ladder_items, len(index))
   return multiplier.multipliers(
-    multiplier.tables_of(items, runs),
+    tables,
     runs,
-    multiplier.Ladder(index, multiplier.tables_of(ladder_items, runs, len(index))),
+    multiplier.Ladder(index, ladder_tables),
     lambda method, selections: multiplier.charge(
       method, selections, final, costs, own_costs, context.config.proxies.count
     ),

@@ -252,16 +252,22 @@ def multipliers(
   }
 
 
-def tables_of(items: Items, runs: Runs, models: int | None = None) -> list[Table]:
-  """Held-out tasks and benchmarks, then the means of `results.means`.
+def tables_of(items: Items, runs: Runs, ladder_items: Items, models: int) -> tuple[list[Table], list[Table]]:
+  """Held-out tasks and benchmarks, then the means of `results.means`: of the arms' runs, and of the ladder's models.
 
   Args:
-    items: values of the arms' runs, or of the ladder's models.
-    runs: of the arms, which decide over which tasks there is a mean.
-    models: number of rows of the arrays; None for one per run.
+    items: values of the arms' runs, which decide over which tasks there is a mean.
+    runs: of the arms.
+    ladder_items: values of the ladder's models.
+    models: number of these.
   """
-  compared = [t for t in results.read_tables(items, models or len(runs)) if t.split in results.COMPARED_SPLITS]
-  return compared + results.means(compared, runs)
+  of_arms, of_ladder = (
+    [table for table in results.read_tables(each, count) if table.split in results.COMPARED_SPLITS]
+    for each, count in ((items, len(runs)), (ladder_items, models))
+  )
+  of_arms = results.judged(of_arms, runs)
+  below = results.below_lines(of_arms, runs)
+  return of_arms + results.means(of_arms, runs, below), of_ladder + results.means(of_ladder, runs, below)
 
 
 def _rungs(ladder: Ladder) -> list[dict[str, Any]]:
@@ -302,7 +308,9 @@ def _arms(
     reading = read_off(values_SI, rungs, compute, confidence, table.documents_I)
     charges = charged(method, [runs[place]['selection'] for place in places])
     names = {'method': method, 'target_mix': target, 'task': table.task, 'split': table.split, 'metric': 'logprob'}
-    arm_rows.append({**names, 'value': float(values_SI.mean()), **arm(reading, charges, uses)})
+    below = None if table.below is None else (method, target) in table.below['logprob']
+    value = {'value': float(values_SI.mean()), 'below_ngrams': below}
+    arm_rows.append({**names, **value, **arm(reading, charges, uses)})
   return arm_rows
 
 

@@ -1,14 +1,14 @@
 """From the values of every item to `results.json`, whose schema is in `docs/evaluation.md`. Pure functions."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import comparisons, statistics
-from dsdm_jax.evaluation.comparisons import Options, Runs, arms, rows
+from dsdm_jax.evaluation.comparisons import BASELINES, Arm, Options, Runs, arms, rows
 from dsdm_jax.evaluation.suite import BENCHMARK, HOLDOUT
 
 if TYPE_CHECKING:
@@ -31,6 +31,12 @@ _VERDICTS = (
 _ONE_MODEL = (
   'Each arm has one model: intervals are over items alone, other seeds may differ by more, and no verdict is given.'
 )
+_LINES = (
+  'Reference lines are n-gram models (counts, modified Kneser-Ney) of the rows that an arm was trained on, '
+  "and unigrams of the targets' answers. A comparison on a task where one of its arms does not beat the best of them "
+  'takes no part in a headline.'
+)
+_NO_MEAN = 'Fewer than two tasks are above n-grams: means are over all tasks, and take no part in a headline.'
 _NO_BASELINE = "No two arms are compared: add 'random', the baseline, to selection.methods."
 
 
@@ -46,12 +52,14 @@ class Items:
       is its own document where the key is absent.
     categories: (task, split) → the category of each item, for results that are averaged within categories first.
     tasks: the `tasks` part of `results.json`.
+    lines: values of the reference lines of each run, `<line>__` before the keys of `values`; see `ngrams`.
   """
 
   values: Mapping[str, np.ndarray]
   documents: Mapping[tuple[str, str], Sequence[str]] = dataclasses.field(default_factory=dict)
   categories: Mapping[tuple[str, str], Sequence[str]] = dataclasses.field(default_factory=dict)
   tasks: Sequence[Mapping[str, Any]] = ()
+  lines: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +70,8 @@ class Table:
     values: metric → float64 [runs, items]; a result is the plain mean over items, macro averages included.
     documents_I: document of each item, or None where each item is its own.
     categories: number of categories that the results are averaged over; 1 for a plain mean over items.
+    lines: reference line → metric → float64 [runs, items]; empty where there are none.
+    below: metric → arms that do not beat the best of their lines; None where there are no lines.
   """
 
   task: str
@@ -69,6 +79,13 @@ class Table:
   values: Mapping[str, np.ndarray]
   documents_I: np.ndarray | None
   categories: int
+  lines: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+  below: Mapping[str, Collection[Arm]] | None = None
+
+  def best_line(self, run_numbers: Sequence[int], metric: str) -> str | None:
+    """The line with the highest mean over some runs and all items; None where no line has the metric."""
+    means = {line: float(v[metric][run_numbers].mean()) for line, v in self.lines.items() if metric in v}
+    return max(means, key=means.__getitem__) if means else None
 
 
 def results(items: Items, runs: Runs, options: Options) -> dict[str, Any]:
@@ -83,7 +100,7 @@ def results(items: Items, runs: Runs, options: Options) -> dict[str, Any]:
   Raises:
     UserError: rows that do not match `runs`, values that are not finite, or a task with fewer than two items.
   """
-  tables = list(read_tables(items, len(runs)))
+  tables = judged(list(read_tables(items, len(runs))), runs)
   by_arm: list[dict[str, Any]] = []
   summary: list[dict[str, Any]] = []
   compared: dict[str, list[dict[str, Any]]] = {metric: [] for metric in METRICS}
@@ -93,7 +110,7 @@ def results(items: Items, runs: Runs, options: Options) -> dict[str, Any]:
     if table.split in COMPARED_SPLITS:
       for metric in METRICS:
         compared[metric] += _compare(table, metric, runs, options)
-  averaged = means(tables, runs)
+  averaged = means(tables, runs, below_lines(tables, runs))
   return {
     'arms': by_arm,
     'summary': summary,
@@ -103,8 +120,9 @@ def results(items: Items, runs: Runs, options: Options) -> dict[str, Any]:
       'summary': [row for table in averaged for row in _summary(table, runs, options.confidence)],
       'comparisons': [c for table in averaged for metric in METRICS for c in _compare(table, metric, runs, options)],
     },
+    'lines': [row for table in tables for row in _line_rows(table, runs)],
     'tasks': [dict(task) for task in items.tasks],
-    'notes': _notes(compared['logprob'], options.confidence),
+    'notes': _notes(compared['logprob'], options.confidence) + _line_notes(tables, averaged, runs),
     'confidence': options.confidence,
     'cost': {},
     'versions': {},
@@ -133,11 +151,20 @@ def read_tables(items: Items, runs: int) -> Iterator[Table]:
         f'evaluation of task {task}, split {split}: got arrays {sorted(values)} of {sorted(shapes)} for {runs} runs; '
         'delete the evaluation folder and start again'
       )
+    lines: dict[str, dict[str, np.ndarray]] = {}
+    for name, values_RI in items.lines.items():
+      line, metric, *place = name.split('__', 2)
+      if place == [f'{task}__{split}']:
+        lines.setdefault(line, {})[metric] = np.asarray(values_RI, np.float64)
     count = 1
     if (task, split) in items.categories:
       category_I = items.categories[task, split]
       weight_I, count = statistics.macro_weights(category_I), len(set(category_I))
-      values = {metric: statistics.reweighted(values_RI, weight_I) for metric, values_RI in values.items()}
+      values, *weighted = (
+        {metric: statistics.reweighted(values_RI, weight_I) for metric, values_RI in by_metric.items()}
+        for by_metric in (values, *lines.values())
+      )
+      lines = dict(zip(lines, weighted, strict=True))
     names, n_items = items.documents.get((task, split)), values['logprob'].shape[1]
     if names is not None and len(names) != n_items:
       raise UserError(
@@ -146,31 +173,73 @@ def read_tables(items: Items, runs: int) -> Iterator[Table]:
       )
     # A file without documents gives all its items the same one, which says nothing about which items depend on others.
     documents_I = np.asarray(names) if names is not None and len(set(names)) > 1 else None
-    yield Table(task, split, values, documents_I, count)
+    yield Table(task, split, values, documents_I, count, lines)
 
 
-def means(tables: Sequence[Table], runs: Runs) -> list[Table]:
-  """The mean over all tasks of each split, and over the held-out tasks of each mix that an arm was selected for.
+def judged(tables: Sequence[Table], runs: Runs) -> list[Table]:
+  """The tables that have lines, with the arms `below` them; others as they are.
 
-  The latter have the mix's name, such as 'lambada+squad'; a mix of all tasks gets no mean of its own.
+  An arm is below where its mean over seeds and items is at most that of the best line of the same runs. In accuracy,
+  only tasks with choices have lines; on others the log-probability decides.
   """
-  averaged = [mean_table(tables, split) for split in COMPARED_SPLITS]
+
+  def is_below(table: Table, arm: Arm, metric: str) -> bool:
+    own = rows(runs, arm)
+    line = table.best_line(own, metric)
+    if line is None:
+      return is_below(table, arm, 'logprob')
+    return bool(table.values[metric][own].mean() <= table.lines[line][metric][own].mean())
+
+  return [
+    dataclasses.replace(
+      table, below={metric: [arm for arm in arms(runs) if is_below(table, arm, metric)] for metric in METRICS}
+    )
+    if table.lines
+    else table
+    for table in tables
+  ]
+
+
+def below_lines(tables: Sequence[Table], runs: Runs) -> list[tuple[str, str]]:
+  """(task, split) of the judged tables that means leave out: the baseline is below its lines in log-probability.
+
+  The baseline decides for all arms, so that they have the same tasks and no method has a say in its own test.
+  """
+  known = arms(runs)
+  baseline = next((arm for name in BASELINES for arm in known if arm[0] == name), known[0])
+  return [(t.task, t.split) for t in tables if t.below is not None and baseline in t.below['logprob']]
+
+
+def means(tables: Sequence[Table], runs: Runs, below: Collection[tuple[str, str]] = ()) -> list[Table]:
+  """The mean over the tasks of each split, and over the held-out tasks of each mix that an arm was selected for.
+
+  The latter have the mix's name, such as 'lambada+squad'; a mix of all tasks gets no mean of its own. A mean leaves out
+  tasks in `below`; where that leaves fewer than two, it is over all, with all arms `below`.
+  """
+  selections = [(split, MEAN, [table for table in tables if table.split == split]) for split in COMPARED_SPLITS]
   held_out = {table.task for table in tables if table.split == HOLDOUT}
   for mix in sorted({run['target_mix'] for run in runs if '+' in run['target_mix']}):
     tasks = set(mix.split('+'))
     if tasks < held_out:
-      averaged.append(mean_table([table for table in tables if table.task in tasks], HOLDOUT, mix))
-  return [table for table in averaged if table is not None]
+      selections.append((HOLDOUT, mix, [table for table in tables if table.task in tasks and table.split == HOLDOUT]))
+  averaged = []
+  for split, name, selected in selections:
+    above = [table for table in selected if (table.task, table.split) not in below]
+    judged_arms: Collection[Arm] = ()
+    if len(above) < 2 and len(above) < len(selected):
+      above, judged_arms = selected, arms(runs)
+    if len(above) > 1:
+      mean = mean_table(above, split, name)
+      has_lines = any(table.below is not None for table in above)
+      averaged.append(dataclasses.replace(mean, below=dict.fromkeys(METRICS, judged_arms)) if has_lines else mean)
+  return averaged
 
 
-def mean_table(tables: Sequence[Table], split: str, name: str = MEAN) -> Table | None:
-  """All tasks of a split as one Table, each task with the same weight; None where there are fewer than two.
+def mean_table(selected: Sequence[Table], split: str, name: str = MEAN) -> Table:
+  """At least two tasks of a split as one Table, each task with the same weight.
 
   A model's seed moves all tasks at once, so the interval of a mean is not that of independent tasks.
   """
-  selected = [table for table in tables if table.split == split]
-  if len(selected) < 2:
-    return None
   counts = [table.values['logprob'].shape[1] for table in selected]
   weight_I = statistics.macro_weights(np.repeat([table.task for table in selected], counts).tolist())
   values = {
@@ -210,7 +279,31 @@ def _summary(table: Table, runs: Runs, confidence: float) -> Iterator[dict[str, 
       | {'accuracy': accuracy.difference, 'accuracy_low': accuracy.low, 'accuracy_high': accuracy.high}
       | {metric: _mean(table, metric, own) for metric in OTHER_RULES}
       | {'n_items': table.values['logprob'].shape[1]}
+      | _over_line(table, arm, own, confidence)
     )
+
+
+def _over_line(table: Table, arm: Arm, own: Sequence[int], confidence: float) -> dict[str, Any]:
+  """What an arm's log-probability is above that of its best line, seed by seed, with its interval."""
+  line = table.best_line(own, 'logprob')
+  over: dict[str, Any] = dict.fromkeys(('best_line', 'over_line', 'over_line_low', 'over_line_high'))
+  if line is not None:
+    difference_SI = table.values['logprob'][own] - table.lines[line]['logprob'][own]
+    labels = {'task': table.task, 'split': table.split}
+    interval = comparisons.guarded(labels, statistics.mean_interval, difference_SI, confidence, table.documents_I)
+    over = dict(zip(over, (line, interval.difference, interval.low, interval.high), strict=True))
+  return over | {'below_ngrams': None if table.below is None else arm in table.below['logprob']}
+
+
+def _line_rows(table: Table, runs: Runs) -> Iterator[dict[str, Any]]:
+  """Means over seeds: a row per arm and reference line."""
+  for arm in arms(runs):
+    own = rows(runs, arm)
+    for line, values in table.lines.items():
+      yield (
+        {'method': arm[0], 'target_mix': arm[1], 'task': table.task, 'split': table.split, 'line': line}
+        | {m: float(values[m][own].mean()) if m in values else None for m in (*METRICS, *OTHER_RULES)}
+      )
 
 
 def _mean(table: Table, metric: str, run_numbers: Sequence[int]) -> float | None:
@@ -218,9 +311,14 @@ def _mean(table: Table, metric: str, run_numbers: Sequence[int]) -> float | None
 
 
 def _compare(table: Table, metric: str, runs: Runs, options: Options) -> list[dict[str, Any]]:
-  return comparisons.compare(
+  """Comparisons of arms; `below_ngrams` where one of the two is below its reference lines."""
+  compared = comparisons.compare(
     table.values[metric], runs, table.documents_I, options, task=table.task, split=table.split, metric=metric
   )
+  for c in compared:
+    pair = (c['method'], c['target_mix']), comparisons.baseline_arm(arms(runs), c['baseline'], c['target_mix'])
+    c['below_ngrams'] = None if table.below is None else any(arm in table.below[metric] for arm in pair)
+  return compared
 
 
 def _notes(compared: Sequence[Mapping[str, Any]], confidence: float) -> list[str]:
@@ -232,6 +330,17 @@ def _notes(compared: Sequence[Mapping[str, Any]], confidence: float) -> list[str
     notes.append(_ONE_SELECTION)
   if any('items only' in c['basis'] for c in compared):
     notes.append(_ONE_MODEL)
+  return notes
+
+
+def _line_notes(tables: Sequence[Table], averaged: Sequence[Table], runs: Runs) -> list[str]:
+  if all(table.below is None for table in tables):
+    return []
+  notes = [_LINES]
+  if below := [f'{task} ({split})' for task, split in below_lines(tables, runs)]:
+    notes.append(f'Below n-grams by the baseline, and so in no mean over tasks: {", ".join(below)}.')
+  if any(table.below and table.below['logprob'] for table in averaged):
+    notes.append(_NO_MEAN)
   return notes
 
 
@@ -282,6 +391,9 @@ def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
     if results['comparisons']:
       console.print(f'Differences with {percent} intervals over seeds and items (above zero: the first is better)')
       console.print(_fill_differences(RichTable(box=box.SIMPLE), results['comparisons'], several))
+    if results.get('lines'):
+      console.print(f'Log-probability above the best reference line, with {percent} intervals (docs/evaluation.md)')
+      console.print(_fill_lines(RichTable(box=box.SIMPLE), results['summary'], several))
     if results['tasks']:
       console.print('Prompts: their shots, and contexts of which the beginning was cut')
       table = RichTable('task', 'split', 'items', 'shots', 'contexts cut', box=box.SIMPLE)
@@ -325,6 +437,23 @@ def _fill_differences(table: 'RichTable', compared: Sequence[Mapping[str, Any]],
         f'{c["difference"]:+.3f}  [{c["low"]:+.3f}, {c["high"]:+.3f}]',
         '<0.001' if c['p_holm'] < 0.001 else f'{c["p_holm"]:.3f}',
         c['verdict'],
+      )
+    table.add_section()
+  return table
+
+
+def _fill_lines(table: 'RichTable', summary: Sequence[Mapping[str, Any]], several: bool) -> 'RichTable':
+  for column in ('task', 'trained on', 'best line', 'model − line', ''):
+    table.add_column(column, no_wrap=True)
+  shown = [row for row in summary if row['best_line'] is not None]
+  for task in dict.fromkeys((row['task'], row['split']) for row in shown):
+    for row in (row for row in shown if (row['task'], row['split']) == task):
+      table.add_row(
+        row['task'],
+        _arm_name(row['method'], row['target_mix'], several),
+        f'{row["logprob"] - row["over_line"]:.3f} {row["best_line"]}',
+        f'{row["over_line"]:+.3f}  [{row["over_line_low"]:+.3f}, {row["over_line_high"]:+.3f}]',
+        'below n-grams' if row['below_ngrams'] else '',
       )
     table.add_section()
   return table

@@ -182,6 +182,8 @@ def forest_standalone(comparisons: Sequence[Mapping[str, Any]], confidence: floa
     for ax, task in zip(axes, tasks, strict=True):
       _forest_rows(ax, lines[task], several)
       ax.set_title(formatting.heading(names[task]), loc='left', fontsize=11, fontweight='bold')
+      if any(c.get('below_ngrams') for c in comparisons if c['task'] == task):
+        ax.set_title('below n-grams', loc='right', fontsize=8.8, color=COLOURS['muted'])
       ax.set_xlabel('nats per token')
     axes[0].set_xlim(*_forest_limits(comparisons))
     return _raw_svg(figure)
@@ -219,8 +221,9 @@ def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bo
       ax.plot([0, 1], [y + 0.26] * 2, transform=across, color=COLOURS['grid'], lw=0.8)
       y += 0.62
       continue
-    # Only verdicts are coloured. An interval that excludes zero may have none: Holm's rule, three seeds.
-    colour = COLOURS[{'better': 'blue', 'worse': 'orange'}.get(line['verdict'], 'muted')]
+    # Only verdicts above n-grams are coloured. An interval that excludes zero may have none: Holm's rule, three seeds.
+    verdict = '' if line.get('below_ngrams') else line['verdict']
+    colour = COLOURS[{'better': 'blue', 'worse': 'orange'}.get(verdict, 'muted')]
     ax.text(
       0,
       y,
@@ -242,6 +245,46 @@ def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bo
   ax.set_ylim(y - 0.3, -0.25)
   ax.set_yticks([])
   ax.spines['left'].set_visible(False)
+
+
+def reference_lines(summary: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> Drawing:
+  """Each arm's log-probability on one task as a dot, and its reference lines as ticks, the best one named.
+
+  Args:
+    summary: of `results.json`, the rows of the task.
+    lines: of `results.json`, the rows of the task.
+  """
+  several = formatting.several_targets(row['target_mix'] for row in summary)
+  with matplotlib.rc_context(_STYLE):
+    figure, ax = _panel(0.55 + 0.62 * len(summary))
+    for y, row in enumerate(summary):
+      own = [x for x in lines if (x['method'], x['target_mix']) == (row['method'], row['target_mix'])]
+      best = max(own, key=lambda x: x['logprob'])
+      value = row['logprob']
+      colour = method_colour(row['method'])
+      ax.plot(
+        [min(value, best['logprob']), max(value, best['logprob'])],
+        [y, y],
+        color=COLOURS['grid'],
+        lw=5,
+        solid_capstyle='butt',
+      )
+      for x in own:
+        is_best = x is best
+        ink, width, tall = (COLOURS['ink'], 2.0, 0.17) if is_best else (COLOURS['neutral'], 1.0, 0.11)
+        ax.plot([x['logprob']] * 2, [y - tall, y + tall], color=ink, lw=width)
+      face = COLOURS['paper'] if row['below_ngrams'] else colour
+      ax.plot(value, y, 'o', ms=7.5, color=face, mec=colour, mew=1.8)
+      across = ax.get_yaxis_transform()
+      name = formatting.arm_name(row['method'], row['target_mix'], several)
+      ax.text(0, y - 0.38, name, transform=across, fontsize=9.2, va='center')
+      gain = f'{formatting.signed(row["over_line"])} against {row["best_line"]}'
+      ax.text(1, y - 0.38, gain, transform=across, fontsize=9.2, va='center', ha='right', color=COLOURS['muted'])
+    ax.set_ylim(len(summary) - 0.65, -0.7)
+    ax.set_yticks([])
+    ax.spines['left'].set_visible(False)
+    ax.set_xlabel('log-probability of the right answer, nats per token')
+    return Drawing(figure)
 
 
 def losses(curves: Sequence[Curve]) -> Drawing:

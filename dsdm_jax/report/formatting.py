@@ -41,6 +41,11 @@ def row_task_name(row: Mapping[str, Any]) -> str:
   return f'{name} (benchmark)' if row['split'] == BENCHMARK and row['task'] != MEAN else name
 
 
+def below(row: Mapping[str, Any]) -> str:
+  """The mark of a row of results whose arm, or one of whose arms, does not beat its reference lines; or nothing."""
+  return 'below n-grams' if row.get('below_ngrams') else ''
+
+
 def heading(text: str) -> str:
   return text[:1].upper() + text[1:]
 
@@ -125,17 +130,30 @@ def joined(phrases: Sequence[str]) -> str:
 
 
 def headlines(results: Mapping[str, Any]) -> list[str]:
-  """A sentence for each baseline that DsDm is compared with; later sentences refer to the first."""
+  """A sentence for each baseline that DsDm is compared with; later sentences refer to the first.
+
+  Tasks below n-grams are left out, and named in a sentence of their own.
+  """
   subject = 'In log-probability, the same model trained on data chosen by DsDm at the same token budget'
-  sentences = []
+  sentences: list[str] = []
+  below: dict[str, None] = {}
   for baseline, against in (
     ('random', 'with as many passes over randomly chosen data'),
     ('random_one_epoch', 'with a single pass over randomly chosen data'),
   ):
-    sentence = _headline(_of_dsdm(results, baseline), subject, against)
+    rows = _of_dsdm(results, baseline)
+    below |= {row_task_name(c): None for c in rows if c.get('below_ngrams')}
+    sentence = _headline([c for c in rows if not c.get('below_ngrams')], subject, against)
     if sentence:
       sentences.append(sentence)
       subject = 'It'
+  if below:
+    reason = 'a model does not beat n-gram counts of its own training rows, or unigrams of the answers'
+    left_out = f'On {joined(list(below))} {reason}'
+    if sentences:
+      sentences.append(f'{left_out}, which leaves {"it" if len(below) == 1 else "them"} out here.')
+    else:
+      sentences.append(f'{left_out}. So this run has no result to put in a headline, and its differences say little.')
   return sentences
 
 
@@ -180,10 +198,13 @@ def _too_few_seeds(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 def verdict_word(results: Mapping[str, Any]) -> str:
   """The title of the page: how DsDm compares with random data in log-probability, over the tasks."""
-  rows = _of_dsdm(results, 'random')
+  compared = _of_dsdm(results, 'random')
+  rows = [c for c in compared if not c.get('below_ngrams')]
   better = sum(c['verdict'] == 'better' for c in rows)
   worse = sum(c['verdict'] == 'worse' for c in rows)
-  kind = 'tasks' if any(c['split'] == BENCHMARK for c in rows) else 'targets'
+  kind = 'tasks' if any(c['split'] == BENCHMARK for c in compared) else 'targets'
+  if compared and not rows:
+    return f'DsDm and random data: no {kind.removesuffix("s")} on which models beat n-gram counts'
   if not rows:
     return 'Dataset selection with datamodels'
   if worse == len(rows):

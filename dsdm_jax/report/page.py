@@ -47,7 +47,7 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
   environment = jinja2.Environment(
     loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
   )
-  names = ('signed', 'plain', 'count', 'duration', 'size', 'scientific', 'heading', 'percent')
+  names = ('below', 'signed', 'plain', 'count', 'duration', 'size', 'scientific', 'heading', 'percent')
   environment.filters.update({name: getattr(formatting, name) for name in names})
   environment.filters.update(p=formatting.p_value, task=formatting.task_name, row_task=formatting.row_task_name)
   environment.filters.update(method=methods.label, json=json.dumps)
@@ -72,6 +72,7 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     environment=shown.environment,
     percent=f'{100 * results["confidence"]:g} %',
     several=several,
+    below={c['task'] for c in results['comparisons'] if c.get('below_ngrams')},
     arm=lambda row: formatting.arm_name(row['method'], row['target_mix'], several),
     facts=_facts(shown),
     svg=svg,
@@ -82,6 +83,8 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     compared=_compared(results),
     means=_means(results, several, 'holdout'),
     benchmarks=_means(results, several, 'benchmark'),
+    lines=_lines(results, several),
+    line_figures=of_kind('lines'),
     sources=_sources(shown),
     overlap=tables.overlap(shown),
     targets=list(_targets(shown, examples)),
@@ -95,6 +98,8 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
 def report_figures(shown: Evidence) -> dict[str, Drawing]:
   """Name → figure: all figures of the report. A name is 'kind' or 'kind-of what', and also a file name."""
   drawings = {f'forest-{task}': drawing for task, drawing in figures.forest(shown.results['comparisons']).items()}
+  for (task, split), (summary, lines) in _by_task(shown.results).items():
+    drawings[f'lines-{formatting.task_key(task, split)}'] = figures.reference_lines(summary, lines)
   if shown.multiplier is not None:
     arms = shown.multiplier['arms']
     several = formatting.several_targets(row['target_mix'] for row in arms)
@@ -160,6 +165,25 @@ def _means(results: Mapping[str, Any], several: bool, split: str) -> dict[str, A
       for (method, target), cells in arms.items()
     ],
   }
+
+
+def _by_task(results: Mapping[str, Any]) -> dict[tuple[str, str], list[list[Mapping[str, Any]]]]:
+  """(task, split) → its rows of `summary` and of `lines`, where it has lines."""
+  tasks = dict.fromkeys((row['task'], row['split']) for row in results.get('lines', ()))
+  return {
+    task: [[row for row in results[kind] if (row['task'], row['split']) == task] for kind in ('summary', 'lines')]
+    for task in tasks
+  }
+
+
+def _lines(results: Mapping[str, Any], several: bool) -> dict[str, Any]:
+  """The table of reference lines: a row per task and arm, a column per line."""
+  rows = []
+  for summary, lines in _by_task(results).values():
+    for row in summary:
+      own = {x['line']: x for x in lines if (x['method'], x['target_mix']) == (row['method'], row['target_mix'])}
+      rows.append({**row, 'name': formatting.arm_name(row['method'], row['target_mix'], several), 'own': own})
+  return {'names': list(dict.fromkeys(x['line'] for x in results.get('lines', ()))), 'rows': rows}
 
 
 def _multiplier(multiplier: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -99,6 +99,8 @@ def csv_files(shown: Evidence, row_N: np.ndarray) -> Iterator[tuple[str, str]]:
     yield f'{name}.csv', _records(shown.results[name])
   for name in ('summary', 'comparisons'):
     yield f'mean_{name}.csv', _records(shown.results['means'][name])
+  if shown.results.get('lines'):
+    yield 'lines.csv', _records(shown.results['lines'])
   if shown.multiplier is not None:
     yield 'multiplier.csv', _records(multipliers(shown.multiplier))
     yield 'ladder.csv', _records(ladder(shown.multiplier))

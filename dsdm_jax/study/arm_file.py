@@ -42,6 +42,7 @@ class ArmFile:
     items: `<metric>__<task>__<split>` → float64 [runs, items], of held-out items and benchmarks.
     documents, categories: (task, split) → document or category of each item.
     tasks: as in `results.json`.
+    lines: as `items`, of the reference lines; empty where there are none.
     ladder: index and items of the ladder's models; None without a ladder.
     cost: stage → 'flop' and 'seconds'.
     choices: selection → 'flop' and 'seconds' of this selection alone.
@@ -59,6 +60,7 @@ class ArmFile:
   documents: Mapping[tuple[str, str], Sequence[str]]
   categories: Mapping[tuple[str, str], Sequence[str]]
   tasks: Sequence[Mapping[str, Any]]
+  lines: Mapping[str, np.ndarray]
   ladder: tuple[Sequence[Mapping[str, Any]], Mapping[str, np.ndarray]] | None
   cost: Mapping[str, Mapping[str, float]]
   choices: Mapping[str, Mapping[str, float]]
@@ -87,6 +89,7 @@ def write(workdir: Path, name: str, config: Mapping[str, Any], path: Path) -> No
     'asked': _questions(stages),
     'runs': storage.read_json(evaluation / 'runs.json', list),
     'items': _packed_items(evaluation / 'items.npz'),
+    'lines': _packed_items(evaluation / 'lines.npz'),
     **{kind: _packed_names(evaluation / f'{kind}.json') for kind in ('documents', 'categories')},
     'tasks': storage.read_json(evaluation / 'results.json', dict)['tasks'],
     'ladder': {'index': index, 'items': _packed_items(evaluation / 'ladder_items.npz')} if index else None,
@@ -144,6 +147,7 @@ def read(path: Path) -> ArmFile:
       name=content['arm'],
       questions=content['asked'],
       items=_items(content['items']),
+      lines=_items(content.get('lines', {})),
       documents=_names(content['documents']),
       categories=_names(content['categories']),
       ladder=ladder and (ladder['index'], _items(ladder['items'])),

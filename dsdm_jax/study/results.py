@@ -80,6 +80,9 @@ def tables(comparison: Mapping[str, Any], arms: Sequence[ArmFile], files: str) -
     '## The same against DsDm of the arm `base`',
     _differences(held_out, columns, 'dsdm'),
   ]
+  if comparison['lines']:
+    heading = '## Reference lines: log-probability above the best of them, in nats per token'
+    parts += [heading, _lines(comparison), 'In the other tables, † marks a comparison with an arm below n-grams.']
   if benchmarks:
     columns = list(dict.fromkeys(c['task'] for c in benchmarks))
     parts += [f'## Benchmarks that were not targeted, against {random}', _differences(benchmarks, columns, _RANDOM)]
@@ -100,11 +103,26 @@ def _differences(compared: Sequence[Mapping[str, Any]], columns: Sequence[str], 
     if c is None:
       return _NONE
     text = f'{formatting.signed(c["difference"])} {formatting.interval(c["low"], c["high"])}'
+    if c.get('below_ngrams'):
+      return f'{text} †'
     return text if c['verdict'] == 'no evidence' else f'**{text}**'
 
   order = sorted(dict.fromkeys((method, target) for method, target, _ in cells), key=lambda arm: -effect(arm))
   rows = [[_arm(*arm), seeds[arm], *(cell(cells.get((*arm, task))) for task in columns)] for arm in order]
   return markdown(['arm', 'seeds', *map(_task, columns)], rows)
+
+
+def _lines(comparison: Mapping[str, Any]) -> str:
+  """A row per task: the arm `random` of the arm `base`, and how many arms are below n-grams."""
+  rows = []
+  shown = [row for row in comparison['summary'] if row['best_line'] is not None]
+  for task, split in dict.fromkeys((row['task'], row['split']) for row in shown):
+    of_task = [row for row in shown if (row['task'], row['split']) == (task, split)]
+    below = sum(row['below_ngrams'] for row in of_task)
+    row = next((row for row in of_task if row['method'] == _RANDOM), of_task[0])
+    over = f'{formatting.signed(row["over_line"])} {formatting.interval(row["over_line_low"], row["over_line_high"])}'
+    rows.append([_task(task), split, row['best_line'], over, f'{below} of {len(of_task)}'])
+  return markdown(['task', 'split', 'best line of random', 'random above it', 'arms below n-grams'], rows)
 
 
 def _multiplier(multiplier: Mapping[str, Any], task: str) -> str:

@@ -141,15 +141,16 @@ def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:
       if run['method'] == 'dsdm' and (arm is base or arm.name.startswith(AGAIN)):
         dsdm.append((arm.name, len(runs) - 1))
   items = {key: np.concatenate([arm.items[key] for arm in arms]) for key in base.items}
+  lines = {key: np.concatenate([arm.lines[key] for arm in arms]) for key in base.lines if all(a.lines for a in arms)}
   # The seed-th arm gives its model of that seed, as far as there are seeds.
   arm_names = sorted({name for name, _ in dsdm}, key=lambda name: (name != BASE, name))
   again = [row for seed, name in enumerate(arm_names) for of, row in dsdm if of == name and runs[row]['seed'] == seed]
   if len(again) > 1:
     runs += [{**runs[row], 'method': 'dsdm/again'} for row in again]
-    items = {key: np.concatenate([values, values[again]]) for key, values in items.items()}
+    items, lines = ({key: np.concatenate([x, x[again]]) for key, x in some.items()} for some in (items, lines))
   keys = {key.removeprefix('evaluation.'): value for key, value in base.config.items()}
   options = Options(keys['confidence'], keys['paired_seeds'], keys['bootstrap'], baselines=(*BASELINES, 'dsdm'))
-  known = results.Items(items, base.documents, base.categories, base.tasks)
+  known = results.Items(items, base.documents, base.categories, base.tasks, lines)
   comparison = results.results(known, runs, options) | {
     'cost': {f'{arm.name}/{stage}': spent for arm in arms for stage, spent in arm.cost.items()},
     'versions': base.versions,
@@ -167,10 +168,11 @@ def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:
 
   index, ladder_items = base.ladder
   of_ladder = results.Items(ladder_items, base.documents, base.categories)
+  tables, ladder_tables = multiplier.tables_of(known, runs, of_ladder, len(index))
   comparison['multiplier'] = multiplier.multipliers(
-    multiplier.tables_of(known, runs),
+    tables,
     runs,
-    multiplier.Ladder(index, multiplier.tables_of(of_ladder, runs, len(index))),
+    multiplier.Ladder(index, ladder_tables),
     charge,
     options.confidence,
     keys['selection_uses'],

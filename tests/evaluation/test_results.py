@@ -313,3 +313,62 @@ def test_random_arms_rarely_get_a_verdict():
   assert len(found) == 40
   assert sum(c['verdict'] != 'no evidence' for c in found) <= 5
   assert sum(c['p_value'] < 0.05 for c in found) <= 5
+
+
+def test_arms_below_their_lines_are_marked_and_leave_the_means():
+  """The line of every run is its own values plus 0.1 (`low` for `docs`), or minus 0.1; `bottom` is always below."""
+  items = _items()
+  base = {key.split('__', 1)[1]: values for key, values in items.items() if key.startswith('logprob')}
+  base |= {'third__holdout': base['docs__holdout'] - 1}
+  items |= {f'{metric}__third__holdout': base['third__holdout'] for metric in ('logprob', 'accuracy')}
+  bottom_R = np.array([run['method'] == 'bottom' for run in RUNS])[:, None]
+  height = {'docs': -0.1, 'api_qa': 0.1, 'third': -0.3}
+  lines = {}
+  for task, above in height.items():
+    for line, more in (('bigram', -1.0), ('5-gram', 0.0)):
+      values_RI = base[f'{task}__holdout'] + above + more
+      lines[f'{line}__logprob__{task}__holdout'] = np.where(bottom_R & (more == 0), values_RI + 1, values_RI)
+  found = results.results(results.Items(items, lines=lines), RUNS, Options())
+  assert json.loads(json.dumps(found, allow_nan=False)) == found
+  assert len(found['lines']) == 5 * 3 * 2
+  for row in found['summary']:
+    if row['split'] == 'holdout':
+      below = row['task'] == 'api_qa' or row['method'] == 'bottom'
+      assert row['below_ngrams'] == below and row['best_line'] == '5-gram'
+      over = -height[row['task']] - (row['method'] == 'bottom')
+      assert row['over_line'] == pytest.approx(over, abs=1e-6)
+      assert row['over_line_low'] <= row['over_line'] <= row['over_line_high']
+    else:
+      assert row['below_ngrams'] is None and row['best_line'] is None
+  for c in found['comparisons']:
+    assert c['below_ngrams'] == (c['task'] == 'api_qa' or 'bottom' in (c['method'], c['baseline']))
+  means = [row for row in found['means']['summary'] if row['method'] == 'dsdm' and row['target_mix'] == 'mix']
+  expected = (base['docs__holdout'][:3].mean() + base['third__holdout'][:3].mean()) / 2  # without `api_qa`
+  assert [row['logprob'] for row in means] == [pytest.approx(expected, rel=1e-6)]
+  assert not any(c['below_ngrams'] for c in found['means']['comparisons'])
+  assert any('api_qa (holdout)' in note for note in found['notes'])
+  text = results.text_tables(found)
+  assert text.count('below n-grams') == 5 + 2 + 0
+  # With one task above, the mean is over all of them and is marked.
+  lines |= {key: values + 0.2 for key, values in lines.items() if '__docs__' in key}
+  found = results.results(results.Items(items, lines=lines), RUNS, Options())
+  assert all(row['below_ngrams'] for row in found['means']['summary'] + found['means']['comparisons'])
+  assert found['means']['summary'][0]['logprob'] < expected + 1
+
+
+def test_accuracy_is_marked_by_the_lines_of_tasks_with_choices():
+  items = _items()
+  right = {'accuracy': 0.0, 'logprob': -9.0}
+  lines = {f'5-gram__{m}__docs__holdout': np.full_like(items[f'{m}__docs__holdout'], right[m]) for m in right}
+  lines['5-gram__accuracy__docs__holdout'] += 1
+  lines['5-gram__logprob__api_qa__holdout'] = np.zeros_like(items['logprob__api_qa__holdout'])
+  found = results.results(results.Items(items, lines=lines), RUNS, Options())
+  marks = {
+    (kind, c['task']): c['below_ngrams'] for kind in ('comparisons', 'accuracy_comparisons') for c in found[kind]
+  }
+  assert marks == {
+    ('comparisons', 'docs'): False,
+    ('comparisons', 'api_qa'): True,
+    ('accuracy_comparisons', 'docs'): True,
+    ('accuracy_comparisons', 'api_qa'): True,  # it has no choices: the log-probability decides
+  }

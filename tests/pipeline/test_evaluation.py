@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
@@ -55,6 +56,18 @@ def test_benchmarks_and_a_checkpoint(copied, tmp_path):
   assert {row['task'] for row in found['means']['summary']} == {'mean'}
   with np.load(files_of(copied, 'evaluation') / 'items.npz') as items:
     assert items['acc__choose__benchmark'].shape == (9, 4)
+  # Counts answer the same items; the checkpoint gets the lines of the first random model, which it is.
+  with np.load(files_of(copied, 'evaluation') / 'lines.npz') as lines:
+    assert {key.split('__')[0] for key in lines} == {'bigram', 'trigram', '4-gram', '5-gram', 'answer unigrams'}
+    assert {key.split('__')[1] for key in lines if 'words' in key} == {'logprob'}
+    right_RI = lines['5-gram__acc__choose__benchmark']
+    assert right_RI.shape == (9, 4) and set(np.unique(right_RI)) <= {0, 1}
+    assert all((lines[key] < 0).all() for key in lines if '__logprob__' in key)
+  by_arm = {(r['method'], r['task'], r['line']): r['logprob'] for r in found['lines']}
+  assert len(by_arm) == 5 * len(ITEMS) * len({method for method, _, _ in by_arm})
+  for row in found['summary']:
+    best = max(v for (method, task, _), v in by_arm.items() if (method, task) == (row['method'], row['task']))
+    assert row['over_line'] == pytest.approx(row['logprob'] - best) and row['below_ngrams'] == (row['over_line'] <= 0)
   lines = (files_of(copied, 'evaluation') / 'answers' / 'checkpoint--mine--asked.jsonl').read_text().splitlines()
   assert [json.loads(line)['id'] for line in lines] == [f'line {i}' for i in range(1, 5)]
 

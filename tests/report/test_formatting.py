@@ -86,6 +86,18 @@ def test_title_follows_the_verdicts(verdicts, title):
   assert formatting.verdict_word({'comparisons': rows}) == title
 
 
+def test_tasks_below_n_grams_are_named_and_no_result():
+  above = _comparison('docs', 0.17, 0.05, 'better')
+  below = _comparison('api_qa', 0.3, 0.05, 'better') | {'below_ngrams': True}
+  first, last = _headlines(above, below)
+  assert '0.17' in first and 'API' not in first and '0.30' not in first + last
+  assert last.startswith('On API questions a model does not beat n-gram counts') and 'leaves it out' in last
+  (only,) = _headlines(below)
+  assert 'no result to put in a headline' in only and '0.30' not in only
+  title = formatting.verdict_word({'comparisons': [below]})
+  assert title == 'DsDm and random data: no target on which models beat n-gram counts'
+
+
 def test_benchmarks_are_called_so():
   rows = [_comparison('docs', 0.17, 0.05, 'better'), _comparison('piqa', 0.2, 0.05, 'better', split='benchmark')]
   assert formatting.verdict_word({'comparisons': rows}) == 'DsDm beats random data in log-probability on all 2 tasks'

@@ -123,7 +123,7 @@ def test_every_section_has_its_content(seen, html, shown):
     'settings',
   ):
     assert f'<section id="{section}"' in html
-  assert seen.tags.count('svg') == 3 + 1 + 1 + 4  # tasks, losses, sources, targets with the mix
+  assert seen.tags.count('svg') == 3 + 3 + 1 + 1 + 4  # tasks, their lines, losses, sources, targets with the mix
   # Targets × best and worst × ten, config, versions, a row of the explorer and a target example.
   assert len(seen.pre) == 4 * 2 * 10 + 4
   for c in shown.results['comparisons']:
@@ -184,7 +184,7 @@ def test_multiplier_is_shown_where_there_is_a_ladder(shown, html):
 
 def test_number_that_could_not_be_given(shown, drawings):
   results = {**shown.results}
-  for part in ('summary', 'comparisons'):
+  for part in ('summary', 'comparisons', 'lines'):
     results[part] = [{**row, 'low': None, 'high': None, 'verdict': 'no evidence'} for row in results[part]]
   assert '– to –' in render(dataclasses.replace(shown, results=results), drawings)
 
@@ -201,7 +201,7 @@ def test_best_rows_are_the_highest_scores(shown, html):
 def test_arms_of_several_targets_are_told_apart(shown, drawings):
   """With an arm for one target alone each targeted arm names its target, and random arms do not."""
   results = {**shown.results}
-  for part in ('summary', 'comparisons'):
+  for part in ('summary', 'comparisons', 'lines'):
     extra = [{**row, 'target_mix': 'docs'} for row in results[part] if row['method'] == 'dsdm']
     results[part] = results[part] + extra
   selected = [*shown.selected, dataclasses.replace(shown.selected[0], target_mix='docs')]
@@ -294,6 +294,20 @@ def test_colour_is_for_verdicts(shown, html):
     svg = figures.forest_standalone([{**c, 'verdict': verdict}], 0.95, 'random')
     assert (blue in svg) == coloured
   assert 'even if their interval excludes zero' in html
+
+
+def test_tasks_below_n_grams_are_marked_and_take_no_part_in_a_headline(shown, html):
+  """Of the run's three tasks, `cs_algorithms` has a 5-gram line above every arm."""
+  lines = html[html.index('<section id="lines"') : html.index('<section id="training"')]
+  assert lines.count('<td>below n-grams</td>') == 4 == len({r['method'] for r in shown.results['summary']})
+  assert '<figcaption>CS algorithms · below n-grams</figcaption>' in html
+  header = html[html.index('<header>') : html.index('</header>')]
+  assert 'On CS algorithms a model does not beat n-gram counts' in header and 'CS algorithms [' not in header
+  assert 'of 2 targets' in header or 'on all 2 targets' in header
+  marked = [c for c in shown.results['comparisons'] if c['below_ngrams']]
+  assert {c['task'] for c in marked} == {'cs_algorithms'}
+  svg = figures.forest_standalone([{**c, 'verdict': 'better'} for c in marked], 0.95, 'random')
+  assert figures.COLOURS['blue'] not in svg
 
 
 def test_price_of_selecting(html, shown, drawings):

@@ -51,7 +51,8 @@ def test_csv_reads_back(shown, files):
   assert set(files) == {
     f'{name}.csv'
     for name in (
-      'summary comparisons accuracy_comparisons arms mean_summary mean_comparisons losses sources overlap cost rows'
+      'summary comparisons accuracy_comparisons arms lines mean_summary mean_comparisons losses sources overlap cost '
+      'rows'
     ).split()
   }
   read = {name: list(csv.DictReader(io.StringIO(text))) for name, text in files.items()}
