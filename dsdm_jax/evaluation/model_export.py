@@ -95,7 +95,7 @@ class TrainedModel:
     """Writes the files into the folder `out` and returns a message about them."""
     ids = tokenizer_files.write(self.pool.path, out, self.pool.length)
     hugging_face.write(out, self.config, self.theirs | ids, self.parameters(), dtype)
-    storage.write_json(out / 'generation_config.json', {'_from_model_config': True} | ids)
+    storage.write_json(out / 'generation_config.json', ids)
     rows = range(0, self.pool.num_rows, -(-self.pool.num_rows // _COMPARED_TEXTS))
     texts = [self.pool.text(row) for row in rows]
     same = tokenizer_files.agreement(self.pool.encoder, out, texts)
@@ -115,10 +115,10 @@ class TrainedModel:
       f'A language model of {self.theirs["model_type"]}\'s architecture, trained by dsdm_jax on rows of '
       f'{self.pool.length} tokens; longer texts are untested. Weights are in {dtype}.', '',
       '## Data', '',
-      f'{card["rows"]:,} rows from {card["documents"]:,} documents ({card["bytes"]:,} bytes, {card["tokens"]:,} tokens; '
-      f'vocabulary of {card["vocab_size"]:,}).', '',
+      f'{card["rows"]:,} rows from {card["documents"]:,} documents ({card["bytes"]:,} bytes, {card["tokens"]:,} '
+      f'tokens, a vocabulary of {card["vocab_size"]:,}).', '',
       '| source | documents | rows |', '|---|---|---|',
-      *(f'| {_cell(name)} | {s["documents"]:,} | {s["rows"]:,} |' for name, s in list(card['sources'].items())[:50]), '',
+      *(f'| {_cell(name)} | {s["documents"]:,} | {s["rows"]:,} |' for name, s in [*card['sources'].items()][:50]), '',
       f'The tokenizer gives the same ids as that of the training on {same} texts of the pool.', '',
     ]  # fmt: skip
     if self.selection is not None:

@@ -8,6 +8,7 @@ both directions copy through it in slices: nothing but the parameters and one te
 import dataclasses
 import json
 import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +29,8 @@ from dsdm_jax.lm import decoder
 _DTYPES = ('F32', 'F16', 'BF16')
 _INDEX = 'model.safetensors.index.json'
 _MOST_JSON = 64 * 2**20  # bytes of config.json and of the index
-_SLICE = 2**22  # numbers of a tensor that are read at once
-_SHARD = 2**28  # bytes of a file that `write` writes; safetensors holds them twice
+_SLICE = 2**19  # numbers of a tensor that are read at once: they fit into caches while they are transposed
+_SHARD = 2**27  # bytes of a file that `write` writes; safetensors holds them twice
 _PADDING = 10  # an embedding table may have one row of padding for every so many tokens of the vocabulary
 # Keys that do not say what a model computes.
 _FREE = ('factory', 'size', 'weights', 'init_std', 'scan_layers', 'remat', 'attention', 'compute_dtype')
@@ -445,7 +446,11 @@ class Weights:
       shape: of the parameter.
       check_only: read the tensors and return zeros that take no memory.
     """
-    result = np.broadcast_to(np.float32(0), shape) if check_only else np.empty(shape, np.float32)
+    if check_only:
+      result = np.broadcast_to(np.float32(0), shape)
+    else:  # whole pages: they go back to the system when the array is deleted, and JAX on CPU takes them as they are
+      pages = mmap.mmap(-1, 4 * math.prod(shape))
+      result = np.frombuffer(pages, np.float32).reshape(shape)
     for layer_path, x in _layers(path, result):
       for name, view, theirs in _views(self._family, self._config, layer_path, x):
         offset = float(self._family.gemma and path.endswith('scale'))
@@ -501,7 +506,7 @@ def _views(
 class _Tensors:
   """The tensors of a folder by name; files may omit the leading `transformer.`, `gpt_neox.` or `model.` of a name.
 
-  A file is open only while it is read, as its pages count as memory of this process until it is closed.
+  A file is opened for each slice, as the pages that are read count as memory of this process until it is closed.
 
   Args:
     folder: of the model. Where it has an index, that says which file has which tensor; other files are not read.
@@ -553,32 +558,32 @@ class _Tensors:
       UserError: it is missing, has another shape or dtype, or a number that is not finite.
     """
     stored = self._stored(name)
-    with _open(self._files[stored]) as opened:
+    file = self._files[stored]
+    with _open(file) as opened:
       rows = opened.get_slice(stored)
       actual, dtype = tuple(rows.get_shape()), rows.get_dtype()
-      longer = name.endswith(_TABLES) and actual[:1] > tuple(shape[:1]) and actual[1:] == tuple(shape[1:])
-      if actual != tuple(shape) and not longer:
+    longer = name.endswith(_TABLES) and actual[:1] > tuple(shape[:1]) and actual[1:] == tuple(shape[1:])
+    if actual != tuple(shape) and not longer:
+      raise UserError(
+        f'{self._folder}: tensor {name} is {" × ".join(map(str, actual))} and config.json asks for '
+        f'{" × ".join(map(str, shape))}; the files belong to another model'
+      )
+    if dtype not in _DTYPES:
+      raise UserError(f'{self._folder}: tensor {name} has dtype {dtype}; save the model in one of {", ".join(_DTYPES)}')
+    joined = 1 if into is None else shape[0] // len(into)  # rows of the tensor for each index of the view
+    step = max(1, _SLICE // max(1, joined * math.prod(actual[1:]))) * joined
+    for start in range(0, actual[0], step):
+      with _open(file) as opened:
+        part = opened.get_slice(stored)[start : min(start + step, actual[0])]
+      if not np.isfinite(part).all():
         raise UserError(
-          f'{self._folder}: tensor {name} is {" × ".join(map(str, actual))} and config.json asks for '
-          f'{" × ".join(map(str, shape))}; the files belong to another model'
+          f'{self._folder}: tensor {name} has a number that is not finite (NaN or infinite); copy the file again, '
+          'or use a checkpoint from before the training diverged'
         )
-      if dtype not in _DTYPES:
-        raise UserError(
-          f'{self._folder}: tensor {name} has dtype {dtype}; save the model in one of {", ".join(_DTYPES)}'
-        )
-      joined = 1 if into is None else shape[0] // len(into)  # rows of the tensor for each index of the view
-      step = max(1, _SLICE // max(1, joined * math.prod(actual[1:]))) * joined
-      for start in range(0, actual[0], step):
-        part = rows[start : min(start + step, actual[0])]
-        if not np.isfinite(part).all():
-          raise UserError(
-            f'{self._folder}: tensor {name} has a number that is not finite (NaN or infinite); copy the file again, '
-            'or use a checkpoint from before the training diverged'
-          )
-        if into is not None and start < shape[0]:
-          here = into[start // joined : (start + step) // joined]
-          part = part[: len(here) * joined].reshape(here.shape)
-          here[...] = part.astype(np.float32) + np.float32(offset) if offset else part
+      if into is not None and start < shape[0]:
+        here = into[start // joined : (start + step) // joined]
+        part = part[: len(here) * joined].reshape(here.shape)
+        here[...] = part.astype(np.float32) + np.float32(offset) if offset else part
 
 
 # Tables of a vocabulary or of positions.
@@ -681,13 +686,13 @@ def write(
         total, used = total + amount, used + amount
   names = [f'model-{n:05d}-of-{len(shards):05d}.safetensors' for n in range(1, len(shards) + 1)]
   names = names if len(shards) > 1 else ['model.safetensors']
+  storage.write_json(folder / 'config.json', dict(theirs) | {'dtype': dtype, 'torch_dtype': dtype})
   for file, shard in zip(names, shards, strict=True):
-    tensors = {name: tensor() for name, tensor in shard.items()}
-    safetensors.numpy.save_file(tensors, folder / file, metadata={'format': 'pt'})
+    safetensors.numpy.save_file({name: tensor() for name, tensor in shard.items()}, folder / file, {'format': 'pt'})
+    (folder / file).chmod((folder / 'config.json').stat().st_mode)  # the package lets no one else read it
   if len(shards) > 1:
     files = {name: names[number - 1] for name, number in weight_map.items()}
     storage.write_json(folder / _INDEX, {'metadata': {'total_size': total}, 'weight_map': files})
-  storage.write_json(folder / 'config.json', dict(theirs) | {'dtype': dtype, 'torch_dtype': dtype})
 
 
 def _open(file: Path) -> Any:

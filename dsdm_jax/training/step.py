@@ -102,7 +102,7 @@ class Trainer:
     weights = hugging_face.Weights(self._model_config.weights, self._model_config, self._vocab_size, self._length)
 
     def read(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.Array:
-      return place(weights.read(partition.path_name(path), x.shape), x.sharding)
+      return jax.block_until_ready(place(weights.read(partition.path_name(path), x.shape), x.sharding))
 
     params = jax.tree_util.tree_map_with_path(read, self.abstract.params)
     init = jax.jit(self._optimizer.init, out_shardings=self.shardings.opt_state)

@@ -1,4 +1,7 @@
-"""test_hugging_face.py runs this in an environment with transformers: saves small random models and their logits."""
+"""test_hugging_face.py runs this in an environment with transformers: saves small random models and their logits.
+
+With a second folder it saves the logits of the models in that folder, on the same tokens.
+"""
 
 import sys
 from pathlib import Path
@@ -53,6 +56,9 @@ MODELS = {
 
 def main() -> None:
   folder = Path(sys.argv[1])
+  if len(sys.argv) == 3:
+    opened(folder, Path(sys.argv[2]))
+    return
   for name, build in MODELS.items():
     torch.manual_seed(0)
     model = build().eval()
@@ -64,6 +70,14 @@ def main() -> None:
     model.save_pretrained(folder / name, max_shard_size='40KB' if name in ('gpt2', 'qwen3') else '1GB')
     arrays = {'logits_BLV': logits_BLV.numpy(), 'short_BLV': short_BLV.numpy()}
     np.savez(folder / f'{name}.npz', tokens_BL=tokens_BL.numpy().astype(np.int32), **arrays)
+
+
+def opened(folder: Path, tokens: Path) -> None:
+  for model in sorted(path.parent for path in folder.glob('*/config.json')):
+    with np.load(tokens / 'llama.npz') as arrays, torch.no_grad():
+      tokens_BL = torch.from_numpy(arrays['tokens_BL'].astype(np.int64))
+      loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+      np.save(model.with_suffix('.npy'), loaded(tokens_BL).logits.numpy())
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """Hugging Face's GPT-2 and GPT-NeoX give the logits of transformers; unreadable folders are reported."""
 
+import importlib
 import json
 import os
 import shutil
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from ml_collections import ConfigDict
 from safetensors.numpy import save_file as save
 
 from configs import base
 from dsdm_jax.config import validate as checks
 from dsdm_jax.core import mesh
 from dsdm_jax.errors import UserError
-from dsdm_jax.lm import hugging_face
+from dsdm_jax.lm import decoder, hugging_face
 from dsdm_jax.training.step import Trainer
 from tests.training.test_step import flat
 
@@ -47,15 +49,19 @@ def write_gpt2(folder: Path, vocab_size: int, width: int, mlp_width: int, positi
 def theirs(peers, tmp_path_factory) -> Path:
   """Folders of the models in peer_logits.py, each with <name>.npz beside it, as transformers made them."""
   folder = tmp_path_factory.mktemp('theirs')
+  run_peers(peers, folder)
+  return folder
+
+
+def run_peers(peers, *folders: Path) -> None:
   done = subprocess.run(
-    [peers, Path(__file__).with_name('peer_logits.py'), folder],
+    [peers, Path(__file__).with_name('peer_logits.py'), *folders],
     env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'HF_HUB_OFFLINE': '1'},
     capture_output=True,
     text=True,
     check=False,
   )
   assert done.returncode == 0, done.stderr[-2000:]
-  return folder
 
 
 def trainer_of(folder: Path, length: int = LENGTH, vocab_size: int = VOCAB, **keys) -> Trainer:
@@ -86,6 +92,99 @@ def test_logits_agree_with_transformers(theirs, name, deep):
       logits_BLV = trainer.logits(state.params, state.rest, tokens_BL)
       np.testing.assert_allclose(logits_BLV, found[wanted][..., :VOCAB], atol=1e-4)
     assert np.abs(found['logits_BLV']).max() > 1  # so 1e-4 says something
+
+
+NATIVE = {  # keys of `model` → the model type that it is exported as
+  'gpt2': {},
+  'gpt_neox': {'positions': 'rope', 'rotary_share': 0.5, 'parallel_residual': True, 'mlp': 'gelu_exact'},
+  'llama': {'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False, 'tied_embeddings': False},
+}
+NATIVE['llama'] |= {'kv_heads': 1, 'scan_layers': True, 'rotary_scaling': (8.0, 1.0, 4.0, 32.0)}
+
+
+@pytest.mark.peers
+def test_what_is_written_is_read_to_the_bit_and_opens_in_transformers(theirs, peers, tmp_path, monkeypatch):
+  monkeypatch.setattr(hugging_face, '_SHARD', 40_000)  # several files
+  wanted, files = {}, set()
+  for name in [name for name in FAMILIES if name != 'padded']:
+    with np.load(theirs / f'{name}.npz') as found:
+      wanted[name] = found['logits_BLV']
+    config = base.model()
+    config.update(hugging_face.model_keys(str(theirs / name)))
+    write(tmp_path / name, config, weights(theirs / name, config))
+    files |= {file.name for file in (tmp_path / name).iterdir()}
+  tokens_BL = np.load(theirs / 'llama.npz')['tokens_BL']
+  for kind, keys in NATIVE.items():
+    config = base.model()
+    config.update({'width': 32, 'mlp_width': 48, 'init_std': 0.3} | keys)
+    model = decoder.build(config, VOCAB, LENGTH, nnx.Rngs(0))
+    params = {'/'.join(map(str, path)): x[...] for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    assert write(tmp_path / f'native_{kind}', config, params) == kind
+    wanted[f'native_{kind}'] = nnx.jit(lambda model, tokens_BL: model(tokens_BL))(model, tokens_BL)
+  run_peers(peers, tmp_path, theirs)
+  for name, logits_BLV in wanted.items():
+    np.testing.assert_allclose(np.load(tmp_path / f'{name}.npy'), logits_BLV, atol=1e-4)
+    assert np.abs(logits_BLV).max() > 1
+  assert 'model.safetensors.index.json' in files and 'model-00001-of-00002.safetensors' in files
+
+
+def weights(folder: Path, config: ConfigDict) -> dict[str, np.ndarray]:
+  read = hugging_face.Weights(str(folder), config, VOCAB, LENGTH)
+  return {path: read.read(path, shape) for path, shape in hugging_face._shapes(config, VOCAB, LENGTH).items()}
+
+
+def write(folder: Path, config: ConfigDict, params: dict) -> str:
+  """Writes a model, compares what is read from it, and returns its type."""
+  theirs = hugging_face.their_config(config, VOCAB, LENGTH)
+  folder.mkdir()
+  hugging_face.write(folder, config, theirs, params)
+  keys = hugging_face.model_keys(str(folder))
+  assert keys == hugging_face._normal(config.to_dict())
+  read = hugging_face.Weights(str(folder), config, VOCAB, LENGTH)
+  for path, x in params.items():
+    np.testing.assert_array_equal(read.read(path, x.shape), x)
+  return theirs['model_type']
+
+
+@pytest.mark.parametrize(
+  ('keys', 'words'),
+  [
+    ({'positions': 'rope', 'kv_heads': 1}, 'the closest, gpt_neox, needs kv_heads = 2 .it is 1.'),
+    ({'bias': False}, 'the closest, gpt2, needs bias = True .it is False.'),
+    ({'norm': 'rmsnorm', 'positions': 'rope', 'bias': False}, "llama, needs mlp = 'swiglu' .it is 'gelu'."),
+  ],
+)
+def test_a_model_that_no_family_computes_is_refused_with_the_reason(keys, words):
+  config = base.model()
+  config.update(keys)
+  with pytest.raises(UserError, match=words):
+    hugging_face.their_config(config, VOCAB, LENGTH)
+
+
+@pytest.mark.parametrize('name', ['quickstart', 'paper', 'c4_dsdm', 'v5e_8', 'validation'])
+def test_the_models_of_all_configs_can_be_exported(name):
+  config = importlib.import_module(f'configs.{name}').get_config()
+  config = checks.resolve(config, hugging_face.model_keys)
+  for model in (config.model, config.proxies.model):
+    assert hugging_face.their_config(model, 1_000, 128)['model_type'] in ('gpt2', 'gpt_neox')
+
+
+def test_bfloat16_is_rounded_and_a_gemma_keeps_its_scales(tmp_path):
+  config = base.model()
+  config.update({'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'geglu', 'bias': False, 'norm_place': 'both'})
+  config.update({'embedding_scale': 8.0, 'logit_cap': 30.0})
+  shapes, random = hugging_face._shapes(config, VOCAB, LENGTH), np.random.default_rng(0)
+  params = {path: random.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+  theirs = hugging_face.their_config(config, VOCAB, LENGTH)
+  assert theirs['model_type'] == 'gemma2'
+  for dtype, tolerance in (('float32', 2**-24), ('bfloat16', 2**-8)):  # half an ulp of the largest value that is stored
+    (tmp_path / dtype).mkdir()
+    hugging_face.write(tmp_path / dtype, config, theirs, params, dtype)
+    found = weights(tmp_path / dtype, config)
+    for path, x in params.items():
+      limit = tolerance * np.maximum(np.abs(x - path.endswith('scale')), np.abs(x))
+      exact = dtype == 'float32' and not path.endswith('scale')
+      assert (np.abs(found[path] - x) <= (0 if exact else 2 * limit)).all()
 
 
 @pytest.mark.peers

@@ -68,6 +68,7 @@ def _sentencepiece(data: bytes) -> Any:
   proto.ParseFromString(data)
   trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
   pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+  model: Any
   if trainer.model_type == _UNIGRAM:
     model = models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
   elif trainer.model_type == _BPE:
@@ -84,17 +85,22 @@ def _sentencepiece(data: bytes) -> Any:
   else:
     raise UserError('the vocabulary is a SentencePiece model of words or characters, which no tokenizer.json expresses')
   tokenizer = Tokenizer(model)
-  steps = [normalizers.Precompiled(normalizer.precompiled_charsmap)] if normalizer.precompiled_charsmap else []
+  steps: list[Any] = (
+    [normalizers.Precompiled(normalizer.precompiled_charsmap)] if normalizer.precompiled_charsmap else []
+  )
   if normalizer.remove_extra_whitespaces:
     steps += [normalizers.Strip(), normalizers.Replace(Regex(' {2,}'), ' ')]
+  defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+  first = 'never'
+  if normalizer.add_dummy_prefix and defined:  # a normalizer works on each part between them; this on the first alone
+    first = 'first'
+  elif normalizer.add_dummy_prefix:
+    steps.append(normalizers.Prepend('▁'))
   if steps:
     tokenizer.normalizer = normalizers.Sequence(steps)
-  prefix = 'first' if normalizer.add_dummy_prefix else 'never'
-  tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement='▁', prepend_scheme=prefix, split=False)
-  tokenizer.decoder = decoders.Sequence(
-    [decoders.ByteFallback(), decoders.Metaspace(replacement='▁', prepend_scheme=prefix, split=False), decoders.Fuse()]
-  )
-  defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+  tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement='▁', prepend_scheme=first, split=False)
+  parts = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
+  tokenizer.decoder = decoders.Sequence(parts + [decoders.Strip(' ', 1, 0)] * normalizer.add_dummy_prefix)
   tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in defined])
   ends = {trainer.eos_id, max(trainer.pad_id, 0), trainer.unk_id} & set(range(len(pieces)))
   tokenizer.add_special_tokens([AddedToken(pieces[i][0], normalized=False) for i in sorted(ends)])
