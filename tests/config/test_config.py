@@ -84,6 +84,7 @@ for _model in ('model', 'proxies.model'):
     f'{_model}.factory': ['decoder', 'no_such_package:build'],
     f'{_model}.heads': [5],
     f'{_model}.kv_heads': [3, 8],
+    f'{_model}.rotary_scaling': [(0.0,), (8.0, 1.0), (8.0, 4.0, 1.0, 32.0)],
     f'{_model}.weights': [' x'],
   }
 for _train in ('proxies.train', 'pretraining.train'):
