@@ -199,8 +199,8 @@ class Model(Section):
   rotary_scaling: Annotated[
     tuple[float, ...],
     must(
-      lambda x: not x or (len(x) in (1, 4) and min(x) > 0 and max(x) <= 1e30 and (len(x) == 1 or x[1] < x[2])),
-      'must be empty, a factor above 0, or four numbers above 0 of which the second is less than the third',
+      v.is_rotary_scaling,
+      'must be empty, a factor above 1, or that and three numbers above 0 of which the first is less than the second',
     ),
   ] = key((), "(factor,), or Llama 3.1's (factor, low, high, length); see lm/decoder.py.")
   rotary_global_every: Annotated[int, Ge(1), Le(100_000), 'layers'] = key(

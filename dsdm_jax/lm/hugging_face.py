@@ -326,6 +326,8 @@ def _rotary(theirs: Mapping[str, Any], family: Family, layers: int, folder: str)
     'rotary_base': _number(rope, 'rope_theta', _number(theirs, base_name, base, folder), folder),
     'rotary_scaling': tuple(_number(rope, part, None, folder) for part in kinds[kind]),
   }
+  if keys['rotary_scaling'][:1] == (1.0,):  # as if there were none
+    keys['rotary_scaling'] = ()
   if local or family.architecture == 'Gemma3ForCausalLM':
     local_base = _number(local, 'rope_theta', _number(theirs, 'rope_local_base_freq', 10_000.0, folder), folder)
     types = theirs.get('layer_types') or _layer_types(layers, _field(theirs, 'sliding_window_pattern', 6, folder))

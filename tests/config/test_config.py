@@ -185,7 +185,7 @@ def test_bad_value_is_reported_in_one_line_that_names_key_and_value(key):
     ('pool.length', 7, 'must be at least 8; for example --config.pool.length=128'),
     ('datamodel.damping', 1e31, 'must be at most 1e+30; for example --config.datamodel.damping=0.1'),
     ('targets.holdout_share', 1.0, 'must be less than 1; for'),
-    ('model.mlp', 'swigul', 'must be one of gelu, gelu_exact, swiglu; is it swiglu?'),
+    ('model.mlp', 'swigul', 'must be one of gelu, gelu_exact, swiglu, geglu; is it swiglu?'),
     ('pool.kinds', ('doc',), 'must be one or more of source, docs, licences, metadata, data; is it docs?'),
   ],
 )

@@ -74,7 +74,8 @@ def main() -> None:
 
 def opened(folder: Path, tokens: Path) -> None:
   for model in sorted(path.parent for path in folder.glob('*/config.json')):
-    with np.load(tokens / 'llama.npz') as arrays, torch.no_grad():
+    own = tokens / f'{model.name}.npz'
+    with np.load(own if own.exists() else tokens / 'llama.npz') as arrays, torch.no_grad():
       tokens_BL = torch.from_numpy(arrays['tokens_BL'].astype(np.int64))
       loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
       np.save(model.with_suffix('.npy'), loaded(tokens_BL).logits.numpy())
