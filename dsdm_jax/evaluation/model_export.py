@@ -4,7 +4,7 @@
     dsdm export model --workdir RUN --proxy 0 --out FOLDER
     dsdm export model --workdir RUN --checkpoint OTHER/pretraining/…/dsdm--mix--0 --out FOLDER
 
-The folder has config.json, safetensors files of at most 256 MB, the tokenizer, generation_config.json, and a model card
+The folder has config.json, safetensors files of about 128 MB, the tokenizer, generation_config.json, and a model card
 with data, selection and results. `model.weights=FOLDER` reads it again to the bit, if it is written in float32.
 """
 
