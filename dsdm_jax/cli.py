@@ -23,7 +23,7 @@ REPOSITORY = 'https://github.com/dsdm-jax/dsdm_jax'
 _COMMANDS = {
   'run': 'run the pipeline, or one stage of it',
   'plan': 'print the time, memory and price of a config on TPUs; needs no TPU',
-  'export': "write an arm's rows as jsonl, parquet, datasets or tfds",
+  'export': "write an arm's rows as jsonl, parquet, datasets or tfds; export model: a model for transformers",
   'verify': 'say what in a workdir is whole, damaged, superfluous or foreign',
   'study': 'run many arms of a config and compare them',
   'bench': 'measure speed and memory (in a checkout of the repository)',
@@ -90,6 +90,10 @@ def _run(command: str, rest: list[str]) -> int:
     # ml_collections reads overrides of config keys from sys.argv.
     sys.argv = [f'dsdm {command}', *rest, *(['--stage=plan'] if command == 'plan' else [])]
     processes.leave(pipeline_main.main())  # does not return
+  if command == 'export' and rest[:1] == ['model']:
+    from dsdm_jax.evaluation import model_export
+
+    return model_export.main(rest[1:])
   if command == 'export':
     from dsdm_jax.selection import export
 

@@ -190,7 +190,7 @@ def _check_imported(config: ConfigDict, workdir: Path) -> None:
     return
   for model in (config.model, config.proxies.model):
     if model.weights and model.factory == OUR_FACTORY:
-      hugging_face.check(model.weights, model)
+      hugging_face.check(model.weights, model, config.pool.length)
   if config.selection.imported:
     from dsdm_jax.attribution import score_files  # imports SciPy
 

@@ -123,17 +123,26 @@ def broken(c: Config) -> Iterator[tuple[str, str, str]]:
   for at, m in zip(MODELS, (c.model, p.model), strict=True):
     if m.factory != OUR_FACTORY:
       continue
-    if m.width % m.heads:
-      way_out = f'set --config.{at}.width to a multiple of {m.heads}, or change --config.{at}.heads'
+    if not m.head_size and m.width % m.heads:
+      way_out = f'set --config.{at}.width to a multiple of {m.heads}, or change --config.{at}.heads or {at}.head_size'
       yield f'{at}.heads', f'must divide {at}.width = {m.width}', way_out
     if m.heads % m.kv_heads:
       way_out = f'set --config.{at}.kv_heads to a divisor of {m.heads}, for example 1'
       yield f'{at}.kv_heads', f'must divide {at}.heads = {m.heads}', way_out
-    rotated = int(m.width // m.heads * m.rotary_share)
+    rotated = int((m.head_size or m.width // m.heads) * m.rotary_share)
     if m.positions == 'rope' and (rotated < 2 or rotated % 2):
       yield (
         f'{at}.positions',
         f'needs an even head size, and {at}.rotary_share = {m.rotary_share} of {at}.width = {m.width} over {at}.heads '
         f'= {m.heads} is not',
-        f'set --config.{at}.width to a multiple of {2 * m.heads}, or --config.{at}.positions=learned',
+        f'set --config.{at}.head_size to an even number, or --config.{at}.positions=learned',
       )
+    if m.rotary_global_every > 1 and m.scan_layers:
+      rule = 'makes layers differ, and scan_layers compiles one for all'
+      yield f'{at}.rotary_global_every', rule, f'set --config.{at}.scan_layers=False'
+    if m.parallel_residual and m.norm_place == 'post':
+      rule = 'reads norms before attention and MLP, and norm_place = post has none'
+      yield f'{at}.parallel_residual', rule, f'set --config.{at}.norm_place=pre'
+    if m.attention_cap and m.attention == 'fused':
+      rule = 'needs scores, and no fused kernel gives them'
+      yield f'{at}.attention_cap', rule, f'set --config.{at}.attention=xla, or --config.{at}.attention_cap=0'

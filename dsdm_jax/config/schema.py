@@ -185,22 +185,47 @@ class Model(Section):
   )
   size: Literal['', '125M', '356M', '760M', '1.3B'] = key('', "The paper's layers, width, heads, and what follows.")
   weights: Annotated[str, must(lambda x: x == x.strip(), 'must be a folder, or empty')] = key(
-    '', "Folder of a Hugging Face GPT-2 or GPT-NeoX model, which sets shape and initial weights; '' for none."
+    '', "Folder of a Hugging Face model (docs/pretraining.md), which sets shape and initial weights; '' for none."
   )
   layers: Annotated[int, Ge(1), Le(100_000)] = key(2, 'Number of blocks.')
-  width: Width = key(64, 'D, a multiple of heads.')
+  width: Width = key(64, 'D, a multiple of heads unless head_size is set.')
   heads: Width = key(2, 'Query heads.')
   kv_heads: Width = key(2, 'Key and value heads; divides heads; fewer than heads is grouped-query attention.')
+  head_size: Annotated[int, Ge(0), Le(2**22)] = key(0, 'K, the width of a head; 0 takes width / heads.')
   mlp_width: Width = key(256, 'F, the width of the MLP.')
   positions: Literal['learned', 'rope'] = key('learned', 'Position embeddings.')
   rotary_share: Share = key(1.0, 'Share of a head that rope rotates; an even number of its dimensions.')
   rotary_base: Annotated[Real, Gt(1)] = key(10_000.0, "Base of rope's frequencies.")
+  rotary_scaling: Annotated[
+    tuple[float, ...],
+    must(
+      v.is_rotary_scaling,
+      'must be empty, a factor above 1, or that and three numbers above 0 of which the first is less than the second',
+    ),
+  ] = key((), "(factor,), or Llama 3.1's (factor, low, high, length); see lm/decoder.py.")
+  rotary_global_every: Annotated[int, Ge(1), Le(100_000), 'layers'] = key(
+    1, 'Only every n-th layer has rotary_base and rotary_scaling; 6 in Gemma 3.'
+  )
+  rotary_local_base: Annotated[Real, Gt(1)] = key(
+    10_000.0, 'Base of the other layers, whose frequencies are not scaled.'
+  )
   parallel_residual: bool = key(False, 'Attention and MLP read the same input, as in GPT-NeoX.')
   norm: Literal['layernorm', 'rmsnorm'] = key('layernorm', 'Normalization.')
-  mlp: Literal['gelu', 'gelu_exact', 'swiglu'] = key('gelu', 'Activation; gelu is the tanh form of GPT-2.')
+  norm_place: Literal['pre', 'post', 'both'] = key(
+    'pre', 'Norms before attention and MLP, after them (OLMo-2), or both (Gemma 2 and 3).'
+  )
+  norm_epsilon: Annotated[float, Ge(0), Le(1)] = key(0.0, '0 takes 1e-5 for layernorm and 1e-6 for rmsnorm.')
+  qk_norm: Literal['none', 'head', 'all'] = key(
+    'none', 'Norms of queries and keys: of each head (Qwen3, Gemma 3), or of all heads together (OLMo-2).'
+  )
+  mlp: Literal['gelu', 'gelu_exact', 'swiglu', 'geglu'] = key('gelu', 'Activation; gelu is the tanh form of GPT-2.')
+  attention_cap: Real = key(0.0, 'c > 0 replaces attention scores s by c·tanh(s/c), as in Gemma 2.')
+  logit_cap: Real = key(0.0, 'The same for logits.')
   tied_embeddings: bool = key(True, 'One table for input embedding and output logits.')
+  embedding_scale: PositiveReal = key(1.0, 'Factor of the input embedding; √width in Gemma.')
   init_std: PositiveReal = key(0.02, 'Initial weights and embeddings; narrow models learn faster near 1/√width.')
   bias: bool = key(True, 'Biases in linear layers and layer norms.')
+  qkv_bias: bool = key(False, 'Biases of queries, keys and values where bias is False, as in Qwen2.')
   scan_layers: bool = key(False, 'Compile one block for all layers: compiles faster, runs the same.')
   remat: bool = key(False, "Recompute each block's activations in the backward pass.")
   attention: Literal['xla', 'fused'] = key(

@@ -302,7 +302,7 @@ def _explain(key: str, value: Any, error: dict[str, Any]) -> tuple[str, str]:
   kind, limits = error['type'], error.get('ctx', {})
   default, annotation = FIELDS[key].default, FIELDS[key].annotation
   if isinstance(default, tuple) and (kind in _TYPES or not isinstance(value, (tuple, list))):
-    kind, of = 'tuple_type', 'numbers' if default and isinstance(default[0], float) else 'texts'
+    kind, of = 'tuple_type', 'numbers' if float in get_args(annotation) else 'texts'
     return f'must be a tuple of {of}, and is {type(value).__name__}', ''
   if kind in _TYPES:
     got = str(value) if isinstance(value, float) and kind == 'finite_number' else type(value).__name__

@@ -220,3 +220,10 @@ def brief(value: Any) -> str:
   except ValueError:  # Python does not write integers of thousands of digits
     return f'{type(value).__name__} of thousands of digits'
   return text if len(text) <= 200 else f'{text[:200]}…'
+
+
+def is_rotary_scaling(numbers: tuple[float, ...]) -> bool:
+  """(), (factor,) or (factor, low, high, length), see `lm.decoder.rotate`."""
+  if len(numbers) not in (1, 4):
+    return not numbers
+  return numbers[0] > 1 and min(numbers) > 0 and max(numbers) <= 1e30 and (len(numbers) == 1 or numbers[1] < numbers[2])

@@ -142,6 +142,34 @@ class Checkpoints:
       'it is damaged or belongs to another model: delete that folder and start again'
     ) from failure
 
+  def restore_part(self, like: dict[str, Any], step: int | None) -> dict[str, Any]:
+    """Some entries of the state of `step` or, if that is None, of the newest checkpoint, on the first CPU.
+
+    Args:
+      like: name of each entry → pytree of shapes.
+      step: to restore.
+
+    Raises:
+      UserError: there is no such checkpoint, it is damaged, or an array has another shape.
+    """
+    step = self.latest if step is None else step
+    try:
+      if step is None:
+        raise ValueError('it contains no checkpoint')
+      self._check_files(step)
+      stored = self._manager.restore(step, args=ocp.args.Composite(shapes=ocp.args.JsonRestore()))['shapes']
+      wanted = _shapes(like)
+      if wrong := [name for name in wanted if stored.get(name) != wanted[name]]:
+        raise ValueError(f'{wrong[0]} is {wanted[wrong[0]]} in the model and {stored.get(wrong[0])} in the checkpoint')
+      cpu = jax.sharding.SingleDeviceSharding(jax.devices('cpu')[0])
+      item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), like)
+      options = ocp.checkpoint_utils.construct_restore_args(item)
+      args = ocp.args.PyTreeRestore(item=item, restore_args=options, partial_restore=True)
+      return ocp.PyTreeCheckpointHandler().restore(self._directory / f'{step}' / 'state', args=args)
+    except (ValueError, OSError, KeyError, TypeError) as error:  # what Orbax raises for a damaged checkpoint
+      reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+      raise UserError(f'the checkpoint in {self._directory} cannot be read ({reason}); name another folder') from error
+
   def _write_checksums(self) -> None:
     # Orbax calls it in its thread, when a checkpoint is written and its folder does not have its final name yet.
     if not processes.is_first():

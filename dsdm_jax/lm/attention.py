@@ -12,7 +12,7 @@ BLOCKS = 4  # 0.625 of the scores; 8 blocks would save a tenth of that and lose 
 _SHORTEST = 16  # least number of queries in a block
 
 
-def causal(q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array) -> jax.Array:
+def causal(q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, cap: float = 0.0) -> jax.Array:
   """softmax(QKᵀ/√K) V, where each position sees itself and earlier ones; shape and dtype of `q_BLHK`.
 
   Scores, exponentials and sums are float32. Differentiable in forward and reverse mode, to any order.
@@ -21,17 +21,30 @@ def causal(q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array) -> jax.Array
     q_BLHK: queries of H heads.
     k_BLGK: keys of G heads, a divisor of H: H/G consecutive query heads share one.
     v_BLGK: values, shaped like the keys.
+    cap: c > 0 replaces each score s by c·tanh(s/c), as in Gemma 2 (arXiv 2408.00118).
   """
-  batch, length, _, head_size = q_BLHK.shape
-  q_BLGHK = (q_BLHK * head_size**-0.5).reshape(batch, length, k_BLGK.shape[2], -1, head_size)
-  q_BGHLK = q_BLGHK.transpose(0, 2, 3, 1, 4)
-  k_BGLK, v_BGLK = k_BLGK.transpose(0, 2, 1, 3), v_BLGK.transpose(0, 2, 1, 3)
-  blocks = [
-    _block(q_BGHLK[..., start:stop, :], k_BGLK[..., :stop, :], v_BGLK[..., :stop, :], start)
-    for start, stop in _bounds(length)
-  ]
-  y_BGHLK = jnp.concatenate(blocks, axis=3)
+  length = q_BLHK.shape[1]
+  q_BGHLK, k_BGLK, v_BGLK = _by_head(q_BLHK, k_BLGK, v_BLGK)
+
+  def block(start: int, stop: int) -> jax.Array:
+    sees_TS = jnp.arange(stop)[None] <= start + jnp.arange(stop - start)[:, None]
+    sees = sees_TS[None, None, None]
+    return _attend(q_BGHLK[..., start:stop, :], k_BGLK[..., :stop, :], v_BGLK[..., :stop, :], sees, cap)
+
+  y_BGHLK = jnp.concatenate([block(start, stop) for start, stop in _bounds(length)], axis=3)
   return y_BGHLK.transpose(0, 3, 1, 2, 4).reshape(q_BLHK.shape)
+
+
+def seeing(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, sees_BLS: jax.Array, cap: float = 0.0) -> jax.Array:
+  """`causal` for queries that see the keys where `sees_BLS` is true, in one block."""
+  y_BGHLK = _attend(*_by_head(q_BLHK, k_BSGK, v_BSGK), sees_BLS[:, None, None], cap)
+  return y_BGHLK.transpose(0, 3, 1, 2, 4).reshape(q_BLHK.shape)
+
+
+def _by_head(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  batch, length, _, head_size = q_BLHK.shape
+  q_BLGHK = (q_BLHK * head_size**-0.5).reshape(batch, length, k_BSGK.shape[2], -1, head_size)
+  return q_BLGHK.transpose(0, 2, 3, 1, 4), k_BSGK.transpose(0, 2, 1, 3), v_BSGK.transpose(0, 2, 1, 3)
 
 
 def computed_share(length: int) -> float:
@@ -44,13 +57,12 @@ def _bounds(length: int) -> list[tuple[int, int]]:
   return [(start, min(start + side, length)) for start in range(0, length, side)]
 
 
-def _block(q_BGHTK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, start: int) -> jax.Array:
-  """Attention of the queries start…start+T to the keys 0…S."""
+def _attend(q_BGHTK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, sees: jax.Array, cap: float) -> jax.Array:
   scores = _product(q_BGHTK, k_BGSK, 3)
-  queries, keys = scores.shape[-2:]
-  sees_TS = jnp.arange(keys)[None] <= start + jnp.arange(queries)[:, None]
+  if cap:
+    scores = cap * jnp.tanh(scores / cap)
   # Adding is faster than selecting on CPUs; no score comes near this number.
-  scores = scores + jnp.where(sees_TS, 0.0, -1e30)[None, None, None]
+  scores = scores + jnp.where(sees, 0.0, -1e30)
   # A constant of a row cancels, so its derivative is not needed.
   largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
   weights = jnp.exp(scores - largest)

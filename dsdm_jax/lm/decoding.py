@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsdm_jax.lm import attention as attention_lib
 from dsdm_jax.lm.decoder import Attention, Decoder
 
 
@@ -34,7 +35,7 @@ class _CachedAttention(nnx.Module):
     self.keys = self.keys.at[row_BL, self.position_BL].set(k_BLHK)
     self.values = self.values.at[row_BL, self.position_BL].set(v_BLHK)
     seen_BLS = jnp.arange(self.keys.shape[1])[None, None] <= self.position_BL[..., None]
-    y_BLHK = jax.nn.dot_product_attention(q_BLHK, self.keys, self.values, mask=seen_BLS[:, None])
+    y_BLHK = attention_lib.seeing(q_BLHK, self.keys, self.values, seen_BLS, self.attention.cap)
     return self.attention.out(y_BLHK.reshape(*x_BLD.shape[:2], -1))
 
 

@@ -1,30 +1,255 @@
-"""Loads weights of Hugging Face's GPT-2 and GPT-NeoX (Pythia) from a local folder into the decoder.
+"""Models of Hugging Face's transformers in local folders: `Weights` reads one into the decoder, `write` writes one.
 
 The folder is what `save_pretrained` writes: `config.json` and one or many safetensors files, with an index if many.
-Tensors are read one by one, so that a large model is in memory once.
+`FAMILIES` has one entry for each model type. A tensor of the folder is a view of one of our parameters (`_views`), and
+both directions copy through it in slices: nothing but the parameters and one tensor is in memory.
 """
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 import safetensors
+import safetensors.numpy
+from flax import nnx
 from ml_collections import ConfigDict
 
+from dsdm_jax.config.schema import Model
 from dsdm_jax.config.values import brief
+from dsdm_jax.core import storage
 from dsdm_jax.errors import UserError
+from dsdm_jax.lm import decoder
 
 _DTYPES = ('F32', 'F16', 'BF16')
-_GELUS = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_exact'}
-_EPSILON = 1e-5  # of the decoder's layer norms
 _INDEX = 'model.safetensors.index.json'
 _MOST_JSON = 64 * 2**20  # bytes of config.json and of the index
-_SLICE = 2**24  # numbers of a tensor that are checked at once
+_SLICE = 2**19  # numbers of a tensor that are read at once: they fit into caches while they are transposed
+_SHARD = 2**27  # bytes of a file that `write` writes; safetensors holds them twice
 _PADDING = 10  # an embedding table may have one row of padding for every so many tokens of the vocabulary
+# Keys that do not say what a model computes.
+_FREE = ('factory', 'size', 'weights', 'init_std', 'scan_layers', 'remat', 'attention', 'compute_dtype')
+_STANDARD = {key: value for key, value in Model().model_dump().items() if key not in _FREE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """One `model_type` of transformers.
+
+  Attributes:
+    architecture: its class there.
+    fields: (our key, field of config.json, its value where the file has none). `int` as value: the file must have it;
+      None: another key says it.
+    names: our module → theirs; `{}` stands for q, k and v, or for gate and up. `blocks` is what precedes the number of
+      a block in the names of its modules.
+    shared: our keys that have the same value in all its models.
+    activations: of the MLP there → our `mlp`; the first of equals is written.
+    supported: field → its only value that the decoder supports, which is also the one where the file has none.
+    rotary: share and base where the file has none; None: positions are learned.
+    rotary_names: fields for share and base outside `rope_parameters`.
+    qkv: how a matrix for queries, keys and values is stored: in three parts, in one head by head as here, or in one
+      with all queries first.
+    transposed: linear layers are [outputs, inputs].
+    window: field that says whether `sliding_window` counts; '' if it always does, None if never.
+    gemma: norm scales are stored minus one, and embeddings are multiplied by √width.
+  """
+
+  architecture: str
+  fields: tuple[tuple[str, str, Any], ...]
+  names: Mapping[str, str]
+  shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  activations: Mapping[str, str] = dataclasses.field(
+    default_factory=lambda: {'silu': 'swiglu', 'gelu_pytorch_tanh': 'geglu', 'gelu_new': 'geglu'}
+  )
+  supported: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  rotary: tuple[float, float] | None = (1.0, 10_000.0)
+  rotary_names: tuple[str, str] = ('partial_rotary_factor', 'rope_theta')
+  qkv: Literal['parts', 'heads', 'queries'] = 'parts'
+  transposed: bool = True
+  window: str | None = None
+  gemma: bool = False
+
+
+_GELUS = {'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu_exact'}
+_SIZES = (
+  ('layers', 'num_hidden_layers', int),
+  ('width', 'hidden_size', int),
+  ('heads', 'num_attention_heads', int),
+  ('mlp_width', 'intermediate_size', int),
+)
+_ROTARY_SIZES = (*_SIZES, ('kv_heads', 'num_key_value_heads', int), ('norm_epsilon', 'rms_norm_eps', 1e-6))
+_UNTIED = ('tied_embeddings', 'tie_word_embeddings', False)
+_NAMES = {
+  'embedding': 'model.embed_tokens',
+  'norm': 'model.norm',
+  'head': 'lm_head',
+  'blocks': 'model.layers',
+  'attention_norm': 'input_layernorm',
+  'mlp_norm': 'post_attention_layernorm',
+  'attention/qkv': 'self_attn.{}_proj',
+  'attention/q_norm': 'self_attn.q_norm',
+  'attention/k_norm': 'self_attn.k_norm',
+  'attention/out': 'self_attn.o_proj',
+  'mlp/up': 'mlp.{}_proj',
+  'mlp/down': 'mlp.down_proj',
+}
+_RMS = {'norm': 'rmsnorm', 'bias': False}
+_GEMMA_FIELDS = (
+  *_ROTARY_SIZES,
+  ('head_size', 'head_dim', 256),
+  ('tied_embeddings', 'tie_word_embeddings', True),
+)
+_GEMMA: dict[str, Any] = {
+  'names': {
+    **_NAMES,
+    'attention_post_norm': 'post_attention_layernorm',
+    'mlp_norm': 'pre_feedforward_layernorm',
+    'mlp_post_norm': 'post_feedforward_layernorm',
+  },
+  'activations': {'gelu_pytorch_tanh': 'geglu'},
+  'supported': {'attention_bias': False, 'use_bidirectional_attention': False},
+  'window': '',
+  'gemma': True,
+}
+FAMILIES: Mapping[str, Family] = {
+  'gpt2': Family(
+    'GPT2LMHeadModel',
+    (
+      ('layers', 'n_layer', int),
+      ('width', 'n_embd', int),
+      ('heads', 'n_head', int),
+      ('mlp_width', 'n_inner', None),
+      ('mlp', 'activation_function', 'gelu_new'),
+      ('norm_epsilon', 'layer_norm_epsilon', 1e-5),
+      ('tied_embeddings', 'tie_word_embeddings', True),
+    ),
+    {
+      'embedding': 'transformer.wte',
+      'positions': 'transformer.wpe',
+      'norm': 'transformer.ln_f',
+      'head': 'lm_head',
+      'blocks': 'transformer.h',
+      'attention_norm': 'ln_1',
+      'mlp_norm': 'ln_2',
+      'attention/qkv': 'attn.c_attn',
+      'attention/out': 'attn.c_proj',
+      'mlp/up': 'mlp.c_fc',
+      'mlp/down': 'mlp.c_proj',
+    },
+    activations=_GELUS,
+    supported={'scale_attn_by_inverse_layer_idx': False, 'scale_attn_weights': True},
+    rotary=None,
+    qkv='queries',
+    transposed=False,
+  ),
+  'gpt_neox': Family(
+    'GPTNeoXForCausalLM',
+    (
+      *_SIZES,
+      ('mlp', 'hidden_act', 'gelu'),
+      ('norm_epsilon', 'layer_norm_eps', 1e-5),
+      ('parallel_residual', 'use_parallel_residual', True),
+      _UNTIED,
+    ),
+    {
+      'embedding': 'gpt_neox.embed_in',
+      'norm': 'gpt_neox.final_layer_norm',
+      'head': 'embed_out',
+      'blocks': 'gpt_neox.layers',
+      'attention_norm': 'input_layernorm',
+      'mlp_norm': 'post_attention_layernorm',
+      'attention/qkv': 'attention.query_key_value',
+      'attention/out': 'attention.dense',
+      'mlp/up': 'mlp.dense_h_to_4h',
+      'mlp/down': 'mlp.dense_4h_to_h',
+    },
+    activations=_GELUS,
+    supported={'attention_bias': True},
+    rotary=(0.25, 10_000.0),
+    rotary_names=('rotary_pct', 'rotary_emb_base'),
+    qkv='heads',
+  ),
+  'llama': Family(
+    'LlamaForCausalLM',
+    (
+      *_SIZES,
+      ('kv_heads', 'num_key_value_heads', None),
+      ('head_size', 'head_dim', None),
+      ('norm_epsilon', 'rms_norm_eps', 1e-6),
+      ('mlp', 'hidden_act', 'silu'),
+      ('bias', 'attention_bias', False),
+      ('bias', 'mlp_bias', False),
+      _UNTIED,
+    ),
+    _NAMES,
+    {'norm': 'rmsnorm'},
+    supported={'partial_rotary_factor': 1.0},
+  ),
+  'mistral': Family(
+    'MistralForCausalLM',
+    (*_ROTARY_SIZES, ('head_size', 'head_dim', None), ('mlp', 'hidden_act', 'silu'), _UNTIED),
+    _NAMES,
+    _RMS,
+    window='',
+  ),
+  'qwen2': Family(
+    'Qwen2ForCausalLM',
+    (*_ROTARY_SIZES, ('mlp', 'hidden_act', 'silu'), _UNTIED),
+    _NAMES,
+    _RMS | {'qkv_bias': True},
+    window='use_sliding_window',
+  ),
+  'qwen3': Family(
+    'Qwen3ForCausalLM',
+    (*_ROTARY_SIZES, ('head_size', 'head_dim', 128), ('mlp', 'hidden_act', 'silu'), _UNTIED),
+    _NAMES,
+    _RMS | {'qk_norm': 'head'},
+    supported={'attention_bias': False},
+    window='use_sliding_window',
+  ),
+  'olmo2': Family(
+    'Olmo2ForCausalLM',
+    (
+      *_SIZES,
+      ('kv_heads', 'num_key_value_heads', None),
+      ('norm_epsilon', 'rms_norm_eps', 1e-5),
+      ('mlp', 'hidden_act', 'silu'),
+      _UNTIED,
+    ),
+    _NAMES | {'attention_norm': 'post_attention_layernorm', 'mlp_norm': 'post_feedforward_layernorm'},
+    _RMS | {'qk_norm': 'all', 'norm_place': 'post'},
+    supported={'attention_bias': False},
+  ),
+  'gemma2': Family(
+    'Gemma2ForCausalLM',
+    (
+      *_GEMMA_FIELDS,
+      ('mlp', 'hidden_activation', 'gelu_pytorch_tanh'),
+      ('attention_cap', 'attn_logit_softcapping', 50.0),
+      ('logit_cap', 'final_logit_softcapping', 30.0),
+    ),
+    shared=_RMS | {'norm_place': 'both'},
+    **_GEMMA,
+  ),
+  'gemma3_text': Family(
+    'Gemma3ForCausalLM',
+    (
+      *_GEMMA_FIELDS,
+      ('mlp', 'hidden_activation', 'gelu_pytorch_tanh'),
+      ('attention_cap', 'attn_logit_softcapping', 0.0),
+      ('logit_cap', 'final_logit_softcapping', 0.0),
+    ),
+    shared=_RMS | {'norm_place': 'both', 'qk_norm': 'head'},
+    rotary=(1.0, 1_000_000.0),
+    **_GEMMA,
+  ),
+}
+_KNOWN = f'model types that load are {", ".join(FAMILIES)}'
 
 
 def model_keys(folder: str) -> dict[str, Any]:
@@ -33,254 +258,443 @@ def model_keys(folder: str) -> dict[str, Any]:
   Raises:
     UserError: there is no such model, or it needs something that the decoder does not support.
   """
-  theirs = _config(Path(folder))
-  kind = theirs.get('model_type')
-  if kind not in ('gpt2', 'gpt_neox'):
-    raise UserError(f'{folder}: config.json has model_type {brief(kind)}; gpt2 and gpt_neox (Pythia) are supported')
-  keys = (_gpt2_keys if kind == 'gpt2' else _neox_keys)(theirs, folder)
-  epsilon = theirs.get('layer_norm_epsilon' if kind == 'gpt2' else 'layer_norm_eps', _EPSILON)
-  gelu = theirs.get('activation_function' if kind == 'gpt2' else 'hidden_act', 'gelu_new' if kind == 'gpt2' else 'gelu')
-  unsupported = {
-    f'layer norms with epsilon {brief(epsilon)}': epsilon != _EPSILON,
-    f'activation {brief(gelu)}': gelu not in tuple(_GELUS),
-    'attention weights that are scaled by layer': _flag(theirs, 'scale_attn_by_inverse_layer_idx', False, folder),
-    'attention weights that are not scaled': not _flag(theirs, 'scale_attn_weights', True, folder),
-    'attention without biases': not _flag(theirs, 'attention_bias', True, folder),
+  return _keys(_read_config(folder), folder)
+
+
+def _keys(theirs: Mapping[str, Any], folder: str) -> dict[str, Any]:
+  family = FAMILIES[theirs['model_type']]
+  for field, value in family.supported.items():
+    given = theirs.get(field, value)
+    if given != value and given is not None:
+      raise _unsupported(folder, field, given, f'only {json.dumps(value)}')
+  keys: dict[str, Any] = dict(family.shared)
+  for key, field, standard in family.fields:
+    value = _field(theirs, field, standard, folder)
+    if key == 'mlp':
+      if value not in tuple(family.activations):
+        raise _unsupported(folder, field, value, f'only {", ".join(family.activations)}')
+      value = family.activations[value]
+    if value is None:
+      continue
+    if keys.get(key, value) != value:
+      raise _unsupported(folder, field, value, f'only the value of {next(f for k, f, _ in family.fields if k == key)}')
+    keys[key] = value
+  keys = {'kv_heads': keys['heads'], 'mlp_width': 4 * keys['width']} | keys
+  if family.rotary is not None:
+    keys |= {'positions': 'rope'} | _rotary(theirs, family, keys['layers'], folder)
+  if family.gemma:
+    keys['embedding_scale'] = keys['width'] ** 0.5
+    scalar = _field(theirs, 'query_pre_attn_scalar', keys['head_size'], folder)
+    if scalar != keys['head_size']:
+      raise _unsupported(folder, 'query_pre_attn_scalar', scalar, f'only head_dim, which is {keys["head_size"]}')
+  return _normal(_STANDARD | keys)
+
+
+def _normal(keys: Mapping[str, Any]) -> dict[str, Any]:
+  """`keys` in the form that is equal for models which compute the same."""
+  result = {key: keys[key] for key in _STANDARD}
+  if result['head_size'] * result['heads'] == result['width']:
+    result['head_size'] = 0
+  result['norm_epsilon'] = decoder.norm_epsilon(ConfigDict(result))
+  result['qkv_bias'] = result['qkv_bias'] and not result['bias']
+  result['rotary_scaling'] = tuple(result['rotary_scaling'])
+  unused = () if result['positions'] == 'rope' else ('rotary_share', 'rotary_base', 'rotary_scaling')
+  if result['positions'] != 'rope' or result['rotary_global_every'] == 1:
+    unused = (*unused, 'rotary_global_every', 'rotary_local_base')
+  result['rotary_global_every'] = min(result['rotary_global_every'], result['layers'] + 1)
+  return result | {key: _STANDARD[key] for key in unused}
+
+
+def _rotary(theirs: Mapping[str, Any], family: Family, layers: int, folder: str) -> dict[str, Any]:
+  assert family.rotary is not None
+  name = 'rope_scaling' if theirs.get('rope_scaling') else 'rope_parameters'
+  rope: Any = theirs.get(name) or {}
+  local: Any = {}
+  if isinstance(rope, dict) and 'full_attention' in rope:  # Gemma 3, by the type of a layer
+    rope, local = rope['full_attention'] or {}, rope.get('sliding_attention') or {}
+  kinds: dict[Any, tuple[str, ...]] = {
+    'default': (),
+    'linear': ('factor',),
+    'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'),
   }
-  if any(unsupported.values()):
-    needs = ' and '.join(name for name, needed in unsupported.items() if needed)
-    raise UserError(f'{folder}: config.json asks for {needs}, which the decoder does not support')
-  return keys | {'mlp': _GELUS[gelu], 'norm': 'layernorm', 'bias': True, 'kv_heads': keys['heads']}
-
-
-def _gpt2_keys(theirs: Mapping[str, Any], folder: str) -> dict[str, Any]:
-  width = _positive(theirs, 'n_embd', folder)
-  return {
-    'layers': _positive(theirs, 'n_layer', folder),
-    'width': width,
-    'heads': _positive(theirs, 'n_head', folder),
-    'mlp_width': _positive(theirs, 'n_inner', folder) if theirs.get('n_inner') else 4 * width,
-    'positions': 'learned',
-    'parallel_residual': False,
-    'tied_embeddings': _flag(theirs, 'tie_word_embeddings', True, folder),
+  kind = rope.get('rope_type', rope.get('type', 'default')) if isinstance(rope, dict) else rope
+  if not isinstance(rope, dict) or not isinstance(local, dict) or kind not in tuple(kinds):
+    raise _unsupported(folder, name, kind, f'only the types {", ".join(kinds)}')
+  (share, base), (share_name, base_name) = family.rotary, family.rotary_names
+  keys: dict[str, Any] = {
+    'rotary_share': _number(rope, 'partial_rotary_factor', _number(theirs, share_name, share, folder), folder),
+    'rotary_base': _number(rope, 'rope_theta', _number(theirs, base_name, base, folder), folder),
+    'rotary_scaling': tuple(_number(rope, part, None, folder) for part in kinds[kind]),
   }
+  if keys['rotary_scaling'][:1] == (1.0,):  # as if there were none
+    keys['rotary_scaling'] = ()
+  if local or family.architecture == 'Gemma3ForCausalLM':
+    local_base = _number(local, 'rope_theta', _number(theirs, 'rope_local_base_freq', 10_000.0, folder), folder)
+    types = theirs.get('layer_types') or _layer_types(layers, _field(theirs, 'sliding_window_pattern', 6, folder))
+    every = next((n for n in range(1, layers + 2) if types == _layer_types(layers, n)), None)
+    if every is None or local.get('rope_type', 'default') != 'default':
+      raise _unsupported(folder, 'layer_types', types, 'only a full_attention layer after equally many others')
+    keys |= {'rotary_global_every': every, 'rotary_local_base': local_base}
+  return keys
 
 
-def _neox_keys(theirs: Mapping[str, Any], folder: str) -> dict[str, Any]:
-  rope = theirs.get('rope_parameters') or {}
-  kind = rope.get('rope_type', 'default') if isinstance(rope, dict) else rope
-  if not isinstance(rope, dict) or kind != 'default' or theirs.get('rope_scaling'):
-    raise UserError(f'{folder}: config.json asks for rotary positions of type {brief(kind)}; only default is supported')
-  rotary = {
-    'rotary_share': rope.get('partial_rotary_factor', theirs.get('rotary_pct', 0.25)),
-    'rotary_base': rope.get('rope_theta', theirs.get('rotary_emb_base', 10_000)),
-  }
-  for key, value in rotary.items():
-    if type(value) not in (int, float) or not abs(value) < 1e30:  # also false for NaN
-      raise UserError(
-        f'{folder}: config.json has {brief(value)} for {key}, which must be a number; copy the file again'
-      )
-  return {
-    'layers': _positive(theirs, 'num_hidden_layers', folder),
-    'width': _positive(theirs, 'hidden_size', folder),
-    'heads': _positive(theirs, 'num_attention_heads', folder),
-    'mlp_width': _positive(theirs, 'intermediate_size', folder),
-    'positions': 'rope',
-    **{key: float(value) for key, value in rotary.items()},
-    'parallel_residual': _flag(theirs, 'use_parallel_residual', True, folder),
-    'tied_embeddings': _flag(theirs, 'tie_word_embeddings', False, folder),
-  }
+def _layer_types(layers: int, every: int) -> list[str]:
+  return ['sliding_attention' if (layer + 1) % every else 'full_attention' for layer in range(layers)]
 
 
-def _positive(theirs: Mapping[str, Any], name: str, folder: str) -> int:
+def _unsupported(folder: str, field: str, value: Any, supported: str) -> UserError:
+  return UserError(
+    f'{folder}: config.json has {field} = {brief(value)}, which the decoder does not support ({supported}); {_KNOWN}'
+  )
+
+
+def _field(theirs: Mapping[str, Any], name: str, standard: Any, folder: str) -> Any:
+  """The value of a field, of the type of `standard`; null is 0.0 for a number and otherwise as if it were missing."""
   value = theirs.get(name)
-  if type(value) is not int or value < 1:
-    problem = (
-      f'has {name} = {brief(value)}, which must be a whole number above 0' if name in theirs else f'has no {name}'
-    )
-    raise UserError(f'{folder}: config.json {problem}; copy the file again from where the model was saved')
+  if isinstance(standard, float):
+    return 0.0 if name in theirs and value is None else _number(theirs, name, standard, folder)
+  if value is None and standard is not int:
+    return standard
+  if isinstance(standard, bool):
+    if type(value) is not bool:
+      raise UserError(
+        f'{folder}: config.json has {name} = {brief(value)}, which must be true or false; copy the file again'
+      )
+  elif not isinstance(standard, str) and (type(value) is not int or value < 1):
+    rule = f'has {name} = {brief(value)}, which must be a whole number above 0' if name in theirs else f'has no {name}'
+    raise UserError(f'{folder}: config.json {rule}; copy the file again from where the model was saved')
   return value
 
 
-def check(folder: str, config: ConfigDict) -> None:
+def _number(theirs: Mapping[str, Any], name: str, standard: float | None, folder: str) -> float:
+  value = theirs.get(name, standard)
+  if type(value) not in (int, float) or not abs(value) < 1e30:  # also false for NaN
+    raise UserError(f'{folder}: config.json has {name} = {brief(value)}, which must be a number; copy the file again')
+  return float(value)
+
+
+def check(folder: str, config: ConfigDict, length: int = 1) -> None:
   """Checks what can be known of the weights without the pool: files, names, shapes, types, and that they are finite.
 
   Args:
     folder: of the model.
-    config: as in `parameters`.
+    config: of the decoder, with the keys that `model_keys` returns.
+    length: tokens of a row.
 
   Raises:
-    UserError: as `parameters`.
+    UserError: as `Weights`.
   """
-  tensors = _Tensors(Path(folder), read=False)
-  gpt2 = _config(Path(folder))['model_type'] == 'gpt2'
-  names = ['transformer.wte.weight', 'transformer.wpe.weight'] if gpt2 else ['gpt_neox.embed_in.weight']
-  names += [] if config.tied_embeddings else ['lm_head.weight' if gpt2 else 'embed_out.weight']
-  for name in names:
-    tensors.get(name, None, config.width)
-  _norm(tensors, 'transformer.ln_f' if gpt2 else 'gpt_neox.final_layer_norm', 'norm', config.width)
-  for layer in range(config.layers):
-    (_gpt2_block if gpt2 else _neox_block)(tensors, layer, config)
+  weights = Weights(folder, config, None, length)
+  for path, shape in _shapes(config, weights.vocab_size, length).items():
+    weights.read(path, shape, check_only=True)
 
 
-def _flag(theirs: Mapping[str, Any], name: str, default: bool, folder: str) -> bool:
-  value = theirs.get(name, default)
-  if type(value) is not bool:
-    raise UserError(
-      f'{folder}: config.json has {name} = {brief(value)}, which must be true or false; copy the file again'
-    )
-  return value
+def _shapes(config: ConfigDict, vocab_size: int, length: int) -> dict[str, tuple[int, ...]]:
+  """Path → shape of all parameters of the decoder, layer by layer."""
+  one = ConfigDict(Model().model_dump() | config.to_dict() | {'layers': 1, 'scan_layers': False})
+  model = nnx.eval_shape(lambda: decoder.build(one, vocab_size, length, nnx.Rngs(0)))
+  shapes = {}
+  for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    name = '/'.join(map(str, path))
+    for layer in range(config.layers if name.startswith('blocks/') else 1):
+      shapes[name.replace('blocks/0/', f'blocks/{layer}/', 1)] = x.shape
+  return shapes
 
 
-def parameters(folder: str, config: ConfigDict, vocab_size: int, length: int) -> dict[str, np.ndarray]:
-  """Returns path → value (float32) for all parameters of the decoder; blocks are stacked where `config.scan_layers`.
+class Weights:
+  """The parameters of a model in a folder. Each is read when it is asked for.
 
   Args:
     folder: of the model.
     config: of the decoder, with the keys that `model_keys` returns.
     vocab_size: of the pool. A table with up to a tenth more rows counts as padded (Pythia) and loses its last rows.
+      None takes that of the model.
     length: tokens of a row; learned positions beyond it are dropped.
 
   Raises:
-    UserError: the model has another vocabulary or fewer positions, or a tensor is missing, has another shape, or has a
-      number that is not finite.
+    UserError: the model has another vocabulary, fewer positions or a shorter window; or a tensor is missing, has
+      another shape, or has a number that is not finite.
   """
-  tensors = _Tensors(Path(folder))
-  gpt2 = _config(Path(folder))['model_type'] == 'gpt2'
-  width = config.width
-  embedding = tensors.get('transformer.wte.weight' if gpt2 else 'gpt_neox.embed_in.weight', None, width)
-  rows = len(embedding)
-  if not vocab_size <= rows <= vocab_size + vocab_size // _PADDING:
-    more = f' (a padded table has up to {vocab_size // _PADDING} rows more)' if rows > vocab_size else ''
-    raise UserError(
-      f'model.weights = {folder!r} has a vocabulary of {rows} and the pool one of {vocab_size}{more}; tokenize the '
-      "pool with that model's own vocabulary"
-    )
-  values = {'embedding/embedding': embedding[:vocab_size]}
-  if gpt2:
-    positions = tensors.get('transformer.wpe.weight', None, width)
-    if len(positions) < length:
+
+  def __init__(self, folder: str, config: ConfigDict, vocab_size: int | None, length: int):
+    theirs = _read_config(folder)
+    self._config, self._family, self._tensors = config, FAMILIES[theirs['model_type']], _Tensors(Path(folder))
+    rows = self._tensors.shape(f'{self._family.names["embedding"]}.weight')[0]
+    self.vocab_size = rows if vocab_size is None else vocab_size
+    if not self.vocab_size <= rows <= self.vocab_size + self.vocab_size // _PADDING:
+      padding = self.vocab_size // _PADDING
+      more = f' (a padded table has up to {padding} rows more)' if rows > self.vocab_size else ''
       raise UserError(
-        f'model.weights = {folder!r} has {len(positions)} positions and rows have {length} tokens; set --config.pool.'
-        f'length={len(positions)} or less'
+        f'model.weights = {folder!r} has a vocabulary of {rows} and the pool one of {vocab_size}{more}; tokenize the '
+        "pool with that model's own vocabulary"
       )
-    values['positions/embedding'] = positions[:length]
-  read: Callable[[_Tensors, int, ConfigDict], dict[str, np.ndarray]] = _gpt2_block if gpt2 else _neox_block
-  values |= _norm(tensors, 'transformer.ln_f' if gpt2 else 'gpt_neox.final_layer_norm', 'norm', width)
-  blocks = [read(tensors, layer, config) for layer in range(config.layers)]
-  if config.scan_layers:
-    values |= {f'blocks/{path}': np.stack([block[path] for block in blocks]) for path in blocks[0]}
+    most, what = math.inf, ''
+    if self._family.rotary is None:
+      most, what = self._tensors.shape(f'{self._family.names["positions"]}.weight')[0], 'positions'
+    window, counts = theirs.get('sliding_window'), self._family.window
+    if window is not None and (counts == '' or (counts and _field(theirs, counts, False, folder))):
+      most, what = _field(theirs, 'sliding_window', int, folder), 'tokens in its sliding_window'
+    if most < length:
+      raise UserError(
+        f'model.weights = {folder!r} has {most} {what} and rows have {length} tokens; set --config.pool.'
+        f'length={most} or less'
+      )
+
+  def read(self, path: str, shape: Sequence[int], check_only: bool = False) -> np.ndarray:
+    """The parameter at `path`, float32; of all layers where `path` ('blocks/mlp/up/kernel') has no number of a layer.
+
+    Args:
+      path: in the decoder.
+      shape: of the parameter.
+      check_only: read the tensors and return zeros that take no memory.
+    """
+    if check_only:
+      result = np.broadcast_to(np.float32(0), shape)
+    else:  # whole pages: they go back to the system when the array is deleted, and JAX on CPU takes them as they are
+      pages = mmap.mmap(-1, 4 * math.prod(shape))
+      result = np.frombuffer(pages, np.float32).reshape(shape)
+    for layer_path, x in _layers(path, result):
+      for name, view, theirs in _views(self._family, self._config, layer_path, x):
+        offset = float(self._family.gemma and path.endswith('scale'))
+        self._tensors.read(name, theirs, None if check_only else view, offset)
+    return result
+
+
+def _layers(path: str, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+  """(path with the number of a layer, its parameter) for each layer of a stack; otherwise `path` and `x`."""
+  first, _, rest = path.partition('/')
+  if first != 'blocks' or rest[0].isdigit():
+    yield path, x
+    return
+  for layer, part in enumerate(x):
+    yield f'blocks/{layer}/{rest}', part
+
+
+def _views(
+  family: Family, config: ConfigDict, path: str, x: np.ndarray
+) -> Iterator[tuple[str, np.ndarray, tuple[int, ...]]]:
+  """(their name, view of `x`, their shape) for each tensor that holds a part of our parameter `x` at `path`.
+
+  A view may have more axes than the tensor, which is then this view with its first axes joined.
+  """
+  module, _, kind = path.rpartition('/')
+  at = ''
+  if module.startswith('blocks/'):
+    _, layer, module = module.split('/', 2)
+    at = f'{family.names["blocks"]}.{layer}.'
+  name = f'{at}{family.names[module]}.{"bias" if kind == "bias" else "weight"}'
+
+  def outputs_first(part: np.ndarray) -> np.ndarray:
+    return np.moveaxis(part, 0, -1) if kind == 'kernel' else part
+
+  if module == 'attention/qkv' and family.qkv != 'heads':
+    group, size = config.heads // config.kv_heads, decoder.head_size(config)
+    groups = x.reshape(*x.shape[:-1], config.kv_heads, group + 2, size)
+    if family.qkv == 'queries':
+      yield name, np.moveaxis(groups, -2, -3), x.shape
+      return
+    for letter, part in (('q', groups[..., :group, :]), ('k', groups[..., group, :]), ('v', groups[..., group + 1, :])):
+      outputs = config.heads * size if letter == 'q' else config.kv_heads * size
+      yield name.format(letter), outputs_first(part), (outputs, *x.shape[:-1])
+  elif module == 'mlp/up' and config.mlp in ('swiglu', 'geglu'):
+    for half, column in (('gate', 0), ('up', 1)):
+      view = outputs_first(x[..., column::2])
+      yield name.format(half), view, view.shape
   else:
-    values |= {f'blocks/{layer}/{path}': value for layer, block in enumerate(blocks) for path, value in block.items()}
-  if not config.tied_embeddings:
-    values['head/kernel'] = tensors.get('lm_head.weight' if gpt2 else 'embed_out.weight', rows, width)[:vocab_size].T
-  return {path: np.asarray(value, np.float32) for path, value in values.items()}
-
-
-def _gpt2_block(tensors: '_Tensors', layer: int, config: ConfigDict) -> dict[str, np.ndarray]:
-  """GPT-2 stores matrices as [inputs, outputs]: the queries of all heads, then the keys, then the values."""
-  at, heads, width, mlp_width = f'transformer.h.{layer}', config.heads, config.width, config.mlp_width
-
-  def by_head(x: np.ndarray) -> np.ndarray:
-    return x.reshape(*x.shape[:-1], 3, heads, -1).swapaxes(-3, -2).reshape(x.shape)
-
-  return {
-    **_norm(tensors, f'{at}.ln_1', 'attention_norm', width),
-    **_norm(tensors, f'{at}.ln_2', 'mlp_norm', width),
-    'attention/qkv/kernel': by_head(tensors.get(f'{at}.attn.c_attn.weight', width, 3 * width)),
-    'attention/qkv/bias': by_head(tensors.get(f'{at}.attn.c_attn.bias', 3 * width)),
-    **_linear(tensors, f'{at}.attn.c_proj', 'attention/out', width, width, False),
-    **_linear(tensors, f'{at}.mlp.c_fc', 'mlp/up', width, mlp_width, False),
-    **_linear(tensors, f'{at}.mlp.c_proj', 'mlp/down', mlp_width, width, False),
-  }
-
-
-def _neox_block(tensors: '_Tensors', layer: int, config: ConfigDict) -> dict[str, np.ndarray]:
-  """GPT-NeoX stores matrices as [outputs, inputs]: query, key and value head by head, as the decoder does."""
-  at, width, mlp_width = f'gpt_neox.layers.{layer}', config.width, config.mlp_width
-  return {
-    **_norm(tensors, f'{at}.input_layernorm', 'attention_norm', width),
-    **_norm(tensors, f'{at}.post_attention_layernorm', 'mlp_norm', width),
-    **_linear(tensors, f'{at}.attention.query_key_value', 'attention/qkv', width, 3 * width, True),
-    **_linear(tensors, f'{at}.attention.dense', 'attention/out', width, width, True),
-    **_linear(tensors, f'{at}.mlp.dense_h_to_4h', 'mlp/up', width, mlp_width, True),
-    **_linear(tensors, f'{at}.mlp.dense_4h_to_h', 'mlp/down', mlp_width, width, True),
-  }
-
-
-def _norm(tensors: '_Tensors', theirs: str, ours: str, width: int) -> dict[str, np.ndarray]:
-  scale, bias = (tensors.get(f'{theirs}.{name}', width) for name in ('weight', 'bias'))
-  return {f'{ours}/scale': scale, f'{ours}/bias': bias}
-
-
-def _linear(
-  tensors: '_Tensors', theirs: str, ours: str, inputs: int, outputs: int, transposed: bool
-) -> dict[str, np.ndarray]:
-  kernel = tensors.get(f'{theirs}.weight', *((outputs, inputs) if transposed else (inputs, outputs)))
-  bias = tensors.get(f'{theirs}.bias', outputs)
-  return {f'{ours}/kernel': kernel.T if transposed else kernel, f'{ours}/bias': bias}
+    view = outputs_first(x) if family.transposed or module == 'head' else x
+    yield name, view, view.shape
 
 
 class _Tensors:
-  """The tensors of a folder by name; files may omit the leading `transformer.` or `gpt_neox.` of a name.
+  """The tensors of a folder by name; files may omit the leading `transformer.`, `gpt_neox.` or `model.` of a name.
+
+  A file is opened for each slice, as the pages that are read count as memory of this process until it is closed.
 
   Args:
     folder: of the model. Where it has an index, that says which file has which tensor; other files are not read.
-    read: False checks the tensors and gives zeros that take no memory.
 
   Raises:
     UserError: a file is missing or damaged, or two files have the same tensor.
   """
 
-  def __init__(self, folder: Path, read: bool = True):
-    self._folder, self._read = folder, read
-    self._files: dict[str, Any] = {}
+  def __init__(self, folder: Path):
+    self._folder = folder
+    self._files: dict[str, Path] = {}
     index = _index(folder)
     names = sorted(set(index.values())) or sorted(file.name for file in folder.glob('*.safetensors'))
-    origin: dict[str, str] = {}
     for name in names:
-      opened = _open(folder / name)
-      for tensor in sorted(opened.keys()):
+      with _open(folder / name) as opened:
+        tensors = sorted(opened.keys())
+      for tensor in tensors:
         if index and index.get(tensor) != name:
           continue
-        if tensor in origin:
+        if tensor in self._files:
           raise UserError(
-            f'{folder}: {origin[tensor]} and {name} both have the tensor {tensor}; keep the files of one model only'
+            f'{folder}: {self._files[tensor].name} and {name} both have the tensor {tensor}; keep the files of one '
+            'model only'
           )
-        origin[tensor], self._files[tensor] = name, opened
+        self._files[tensor] = folder / name
     if not names:
       raise UserError(f'{folder} contains no *.safetensors file; save the model there with safe_serialization')
     for tensor, name in index.items():
-      if tensor not in origin:
+      if tensor not in self._files:
         raise UserError(f'{folder}: {_INDEX} names the tensor {tensor}, which {name} lacks; copy the files again')
 
-  def get(self, name: str, *shape: int | None) -> np.ndarray:
-    """Returns the tensor with this name and shape; None matches any length.
+  def _stored(self, name: str) -> str:
+    stored = name if name in self._files else name.partition('.')[2]
+    if stored not in self._files:
+      raise UserError(f'{self._folder}: no tensor {name}; files are missing, or belong to another model')
+    return stored
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    stored = self._stored(name)
+    with _open(self._files[stored]) as opened:
+      return tuple(opened.get_slice(stored).get_shape()) or (0,)
+
+  def read(self, name: str, shape: Sequence[int], into: np.ndarray | None, offset: float = 0.0) -> None:
+    """Checks the tensor with this name and shape, and copies it, plus `offset`, into an array.
+
+    A vocabulary or positions beyond those in `shape` are only checked.
 
     Raises:
       UserError: it is missing, has another shape or dtype, or a number that is not finite.
     """
-    stored = name if name in self._files else name.partition('.')[2]
-    if stored not in self._files:
-      raise UserError(f'{self._folder}: no tensor {name}; files are missing, or belong to another model')
-    rows = self._files[stored].get_slice(stored)
-    actual, dtype = rows.get_shape(), rows.get_dtype()
-    if len(actual) != len(shape) or any(n not in (None, m) for m, n in zip(actual, shape, strict=True)):
-      wanted = ' × '.join('any' if n is None else str(n) for n in shape)
+    stored = self._stored(name)
+    file = self._files[stored]
+    with _open(file) as opened:
+      rows = opened.get_slice(stored)
+      actual, dtype = tuple(rows.get_shape()), rows.get_dtype()
+    longer = name.endswith(_TABLES) and actual[:1] > tuple(shape[:1]) and actual[1:] == tuple(shape[1:])
+    if actual != tuple(shape) and not longer:
       raise UserError(
-        f'{self._folder}: tensor {name} is {" × ".join(map(str, actual))} and config.json asks for {wanted}; the '
-        'files belong to another model'
+        f'{self._folder}: tensor {name} is {" × ".join(map(str, actual))} and config.json asks for '
+        f'{" × ".join(map(str, shape))}; the files belong to another model'
       )
     if dtype not in _DTYPES:
       raise UserError(f'{self._folder}: tensor {name} has dtype {dtype}; save the model in one of {", ".join(_DTYPES)}')
-    step = max(1, _SLICE // max(1, math.prod(actual[1:])))
+    joined = 1 if into is None else shape[0] // len(into)  # rows of the tensor for each index of the view
+    step = max(1, _SLICE // max(1, joined * math.prod(actual[1:]))) * joined
     for start in range(0, actual[0], step):
-      if not np.isfinite(rows[start : min(start + step, actual[0])]).all():
+      with _open(file) as opened:
+        part = opened.get_slice(stored)[start : min(start + step, actual[0])]
+      if not np.isfinite(part).all():
         raise UserError(
           f'{self._folder}: tensor {name} has a number that is not finite (NaN or infinite); copy the file again, '
           'or use a checkpoint from before the training diverged'
         )
-    return self._files[stored].get_tensor(stored) if self._read else np.broadcast_to(np.float32(0), actual)
+      if into is not None and start < shape[0]:
+        here = into[start // joined : (start + step) // joined]
+        part = part[: len(here) * joined].reshape(here.shape)
+        here[...] = part.astype(np.float32) + np.float32(offset) if offset else part
+
+
+# Tables of a vocabulary or of positions.
+_TABLES = tuple(
+  f'{family.names[module]}.weight'
+  for family in FAMILIES.values()
+  for module in ('embedding', 'positions', 'head')
+  if module in family.names
+)
+
+
+def their_config(config: ConfigDict, vocab_size: int, length: int) -> dict[str, Any]:
+  """The config.json of a decoder, in the first family that can say all of it.
+
+  Raises:
+    UserError: there is none; it names the family that comes closest, and the keys that it cannot say.
+  """
+  ours = _normal(config.to_dict())
+  misses: list[tuple[str, dict[str, Any]]] = []
+  for kind, family in FAMILIES.items():
+    theirs: dict[str, Any] = {'architectures': [family.architecture], 'model_type': kind, 'vocab_size': vocab_size}
+    theirs |= dict(family.supported)
+    for key, field, standard in family.fields:
+      value = ours[key]
+      if key == 'head_size':
+        value = decoder.head_size(config)
+      if key == 'mlp':
+        value = next((t for t, o in family.activations.items() if o == value), standard)
+      theirs[field] = None if key.endswith('_cap') and not value else value
+    if family.rotary is None:
+      theirs['n_positions'] = length
+    else:
+      share, base = family.rotary_names
+      theirs |= {'max_position_embeddings': length, base: ours['rotary_base']}
+      theirs |= {share: ours['rotary_share']} if share == 'rotary_pct' else {}
+      theirs |= {'rope_scaling': _scaling(ours['rotary_scaling'])} if ours['rotary_scaling'] else {}
+    if family.window is not None:  # the decoder sees all tokens of a row
+      theirs |= {'sliding_window': length if family.gemma else None}
+    if family.gemma:
+      theirs['query_pre_attn_scalar'] = decoder.head_size(config)
+      if kind == 'gemma3_text':
+        theirs |= {'rope_local_base_freq': ours['rotary_local_base']}
+        theirs['layer_types'] = _layer_types(ours['layers'], ours['rotary_global_every'])
+    read = _keys(theirs, kind)
+    wrong = {key: read[key] for key in ours if read[key] != ours[key]}
+    if not wrong:
+      return theirs
+    misses.append((kind, wrong))
+  kind, wrong = min(misses, key=lambda miss: len(miss[1]))
+  needs = ', '.join(f'{key} = {value!r} (it is {ours[key]!r})' for key, value in wrong.items())
+  raise UserError(f'no model type of transformers computes what this decoder does; the closest, {kind}, needs {needs}')
+
+
+def _scaling(numbers: Sequence[float]) -> dict[str, Any]:
+  if len(numbers) == 1:
+    return {'rope_type': 'linear', 'factor': numbers[0]}
+  names = ('factor', 'low_freq_factor', 'high_freq_factor')
+  return {
+    'rope_type': 'llama3',
+    **dict(zip(names, numbers, strict=False)),
+    'original_max_position_embeddings': int(numbers[3]),
+  }
+
+
+def write(
+  folder: Path, config: ConfigDict, theirs: Mapping[str, Any], params: Mapping[str, Any], dtype: str = 'float32'
+) -> None:
+  """Writes `config.json` and safetensors files, from which `Weights` reads the same parameters in float32.
+
+  One file at a time is in memory, beside the parameters.
+
+  Args:
+    folder: to write into.
+    config: of the decoder.
+    theirs: as `their_config` returns it.
+    params: path → parameter, arrays of NumPy or JAX.
+    dtype: of the files, float32 or bfloat16.
+  """
+  family, size = FAMILIES[theirs['model_type']], np.dtype(dtype).itemsize
+  shards: list[dict[str, Callable[[], np.ndarray]]] = [{}]
+  weight_map, total, used = {}, 0, 0
+  for path, array in params.items():
+    stacked = path.startswith('blocks/') and not path.split('/')[1].isdigit()
+    for index, (layer_path, x) in enumerate(_layers(path, np.broadcast_to(np.float32(0), array.shape))):
+      for part, (name, _, shape) in enumerate(_views(family, config, layer_path, x)):
+        amount = math.prod(shape) * size
+        if shards[-1] and used + amount > _SHARD:
+          shards.append({})
+          used = 0
+
+        def tensor(
+          array: Any = array, layer: int | None = index if stacked else None, path: str = layer_path, part: int = part
+        ) -> np.ndarray:
+          ours = np.asarray(array if layer is None else array[layer])
+          _, view, shape = list(_views(family, config, path, ours))[part]
+          offset = np.float32(family.gemma and path.endswith('scale'))
+          return np.ascontiguousarray(view - offset if offset else view).reshape(shape).astype(dtype, copy=False)
+
+        shards[-1][name], weight_map[name] = tensor, len(shards)
+        total, used = total + amount, used + amount
+  names = [f'model-{n:05d}-of-{len(shards):05d}.safetensors' for n in range(1, len(shards) + 1)]
+  names = names if len(shards) > 1 else ['model.safetensors']
+  storage.write_json(folder / 'config.json', dict(theirs) | {'dtype': dtype, 'torch_dtype': dtype})
+  for file, shard in zip(names, shards, strict=True):
+    safetensors.numpy.save_file({name: tensor() for name, tensor in shard.items()}, folder / file, {'format': 'pt'})
+    (folder / file).chmod((folder / 'config.json').stat().st_mode)  # the package lets no one else read it
+  if len(shards) > 1:
+    files = {name: names[number - 1] for name, number in weight_map.items()}
+    storage.write_json(folder / _INDEX, {'metadata': {'total_size': total}, 'weight_map': files})
 
 
 def _open(file: Path) -> Any:
@@ -308,8 +722,11 @@ def _index(folder: Path) -> dict[str, str]:
   return files
 
 
-def _config(folder: Path) -> dict[str, Any]:
-  return _json(folder / 'config.json')
+def _read_config(folder: str) -> dict[str, Any]:
+  theirs = _json(Path(folder) / 'config.json')
+  if theirs.get('model_type') not in tuple(FAMILIES):
+    raise UserError(f'{folder}: config.json has model_type = {brief(theirs.get("model_type"))}; {_KNOWN}')
+  return theirs
 
 
 def _json(file: Path) -> dict[str, Any]:

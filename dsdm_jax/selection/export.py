@@ -189,14 +189,26 @@ def write(workdir: Path, arm: str, form: str, out: Path) -> str:
   """Writes an arm into the folder `out`, completely or not at all, and returns a message about it.
 
   Raises:
-    UserError: `out` is not empty, or in a stage of a workdir; another export writes it; or as `Export`.
+    UserError: as `new_folder` or `Export`.
+  """
+  with new_folder(out) as part:
+    export = Export(workdir, arm)
+    getattr(export, form)(part)
+  return f'{export.selection.name}: {export.selection.size} rows as {form} in {out}'
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+  """Yields a folder to write into, which becomes `out` at the end; after an error there is none.
+
+  Raises:
+    UserError: `out` is not empty, or in a stage of a workdir; or another export writes it.
   """
   target = storage.check_folder(out, '--out').resolve()
   if target.exists() and not (target.is_dir() and not any(target.iterdir())):
     raise UserError(f'--out={out} exists and is not an empty folder; name a folder that is missing or empty')
   if (stage := artifacts.stage_around(target)) is not None:
     raise UserError(f'--out={out} is in {stage}, which belongs to a run; name a folder elsewhere')
-  export = Export(workdir, arm)
   part = target.with_name(f'.{target.name}.export.dsdm')
   part.parent.mkdir(parents=True, exist_ok=True)
   try:
@@ -204,12 +216,11 @@ def write(workdir: Path, arm: str, form: str, out: Path) -> str:
   except FileExistsError:
     raise UserError(f'{part} exists: another export writes it, or was killed; then delete it') from None
   try:
-    getattr(export, form)(part)
+    yield part
     part.replace(target)
   except BaseException:
     shutil.rmtree(part, ignore_errors=True)
     raise
-  return f'{export.selection.name}: {export.selection.size} rows as {form} in {out}'
 
 
 if __name__ == '__main__':

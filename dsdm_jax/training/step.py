@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dsdm_jax.config.validate import load_callable
@@ -77,7 +77,7 @@ class Trainer:
       jax.ShapeDtypeStruct((config.batch_size,), jnp.float32, sharding=batch),
     )
     self._model_config, self._vocab_size, self._length = model_config, vocab_size, length
-    self._init = jax.jit(init, out_shardings=self.shardings)
+    self._fresh, self._init = init, jax.jit(init, out_shardings=self.shardings)
     self.step = jax.jit(
       self.apply,
       in_shardings=(self.shardings, batch, batch, replicated(mesh)),
@@ -96,17 +96,18 @@ class Trainer:
     Raises:
       UserError: these weights cannot be read, or do not fit the pool.
     """
-    state = self._init(key)
     if not self._model_config.weights or self._own is None:  # a custom model may load its own weights
-      return state
-    values = hugging_face.parameters(self._model_config.weights, self._model_config, self._vocab_size, self._length)
+      return self._init(key)
+    # One parameter after the other, and no random ones beside them.
+    weights = hugging_face.Weights(self._model_config.weights, self._model_config, self._vocab_size, self._length)
 
-    def put(path: tuple[Any, ...], x: jax.Array, sharding: NamedSharding) -> jax.Array:
-      return place(np.ascontiguousarray(values.pop(partition.path_name(path))).reshape(x.shape), sharding)
+    def read(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.Array:
+      return jax.block_until_ready(place(weights.read(partition.path_name(path), x.shape), x.sharding))
 
-    params = jax.tree_util.tree_map_with_path(put, state.params, self.shardings.params)
-    assert not values, f'tensors that the decoder lacks: {sorted(values)}'
-    return state._replace(params=params)
+    params = jax.tree_util.tree_map_with_path(read, self.abstract.params)
+    init = jax.jit(self._optimizer.init, out_shardings=self.shardings.opt_state)
+    rest = jax.jit(lambda key: self._fresh(key).rest, out_shardings=self.shardings.rest)(key)
+    return TrainState(place(np.zeros((), np.int32), self.shardings.step), params, rest, init(params))
 
   def logits(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array) -> jax.Array:
     """The model's forward pass: logits_BLV; pure."""

@@ -23,6 +23,16 @@ VARIANTS = {
     'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'tied_embeddings': False, 'kv_heads': 2, 'bias': False,
   },
   'neox': {'positions': 'rope', 'mlp': 'gelu_exact', 'tied_embeddings': False, 'parallel_residual': True},
+  # The keys of OLMo-2 with those of Qwen2 and Llama 3.1, and the keys of Gemma 2 and 3.
+  'post_norm': {
+    'positions': 'rope', 'rotary_scaling': (8.0, 1.0, 4.0, 32.0), 'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False,
+    'qkv_bias': True, 'qk_norm': 'all', 'norm_place': 'post', 'head_size': 8, 'heads': 4, 'kv_heads': 2,
+  },
+  'gemma': {
+    'positions': 'rope', 'rotary_global_every': 2, 'rotary_local_base': 100.0, 'rotary_scaling': (8.0,), 'bias': False,
+    'norm': 'rmsnorm', 'mlp': 'geglu', 'qk_norm': 'head', 'norm_place': 'both', 'head_size': 8, 'kv_heads': 1,
+    'embedding_scale': 32**0.5, 'attention_cap': 2.0, 'logit_cap': 3.0,
+  },
 }  # fmt: skip
 
 

@@ -85,6 +85,7 @@ for _model in ('model', 'proxies.model'):
     f'{_model}.factory': ['decoder', 'no_such_package:build'],
     f'{_model}.heads': [5],
     f'{_model}.kv_heads': [3, 8],
+    f'{_model}.rotary_scaling': [(0.0,), (8.0, 1.0), (8.0, 4.0, 1.0, 32.0)],
     f'{_model}.weights': [' x'],
   }
 for _train in ('proxies.train', 'pretraining.train'):
@@ -185,7 +186,7 @@ def test_bad_value_is_reported_in_one_line_that_names_key_and_value(key):
     ('pool.length', 7, 'must be at least 8; for example --config.pool.length=128'),
     ('datamodel.damping', 1e31, 'must be at most 1e+30; for example --config.datamodel.damping=0.1'),
     ('targets.holdout_share', 1.0, 'must be less than 1; for'),
-    ('model.mlp', 'swigul', 'must be one of gelu, gelu_exact, swiglu; is it swiglu?'),
+    ('model.mlp', 'swigul', 'must be one of gelu, gelu_exact, swiglu, geglu; is it swiglu?'),
     ('pool.kinds', ('doc',), 'must be one or more of source, docs, licences, metadata, data; is it docs?'),
   ],
 )

@@ -14,6 +14,7 @@ VARIANTS = {
   'gpt2': {},
   'modern': {'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'kv_heads': 2, 'tied_embeddings': False},
   'scanned': {'positions': 'rope', 'scan_layers': True, 'remat': True},
+  'gemma': {'positions': 'rope', 'qk_norm': 'all', 'attention_cap': 0.5, 'kv_heads': 2, 'rotary_global_every': 2},
 }
 
 

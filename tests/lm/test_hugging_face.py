@@ -1,5 +1,6 @@
 """Hugging Face's GPT-2 and GPT-NeoX give the logits of transformers; unreadable folders are reported."""
 
+import importlib
 import json
 import os
 import shutil
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from ml_collections import ConfigDict
 from safetensors.numpy import save_file as save
 
 from configs import base
 from dsdm_jax.config import validate as checks
 from dsdm_jax.core import mesh
 from dsdm_jax.errors import UserError
-from dsdm_jax.lm import hugging_face, partition
+from dsdm_jax.lm import decoder, hugging_face
 from dsdm_jax.training.step import Trainer
 from tests.training.test_step import flat
 
@@ -47,15 +49,19 @@ def write_gpt2(folder: Path, vocab_size: int, width: int, mlp_width: int, positi
 def theirs(peers, tmp_path_factory) -> Path:
   """Folders of the models in peer_logits.py, each with <name>.npz beside it, as transformers made them."""
   folder = tmp_path_factory.mktemp('theirs')
+  run_peers(peers, folder)
+  return folder
+
+
+def run_peers(peers, *folders: Path) -> None:
   done = subprocess.run(
-    [peers, Path(__file__).with_name('peer_logits.py'), folder],
+    [peers, Path(__file__).with_name('peer_logits.py'), *folders],
     env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'HF_HUB_OFFLINE': '1'},
     capture_output=True,
     text=True,
     check=False,
   )
   assert done.returncode == 0, done.stderr[-2000:]
-  return folder
 
 
 def trainer_of(folder: Path, length: int = LENGTH, vocab_size: int = VOCAB, **keys) -> Trainer:
@@ -68,68 +74,117 @@ def trainer_of(folder: Path, length: int = LENGTH, vocab_size: int = VOCAB, **ke
   return Trainer(config.model, config.pretraining.train, vocab_size, length, grid)
 
 
+FAMILIES = {
+  'gpt2': (True, False), 'pythia': (False,), 'neox_in_a_row': (True,), 'padded': (False,), 'llama': (False, True),
+  'llama3': (False,), 'llama_biased': (True,), 'mistral': (False,), 'qwen2': (False, True), 'qwen3': (True,),
+  'olmo2': (False,), 'gemma2': (True,), 'gemma3': (False,),
+}  # fmt: skip
+
+
 @pytest.mark.peers
-@pytest.mark.parametrize(
-  ('name', 'deep'), [('gpt2', True), ('pythia', False), ('neox_in_a_row', True), ('padded', False)]
-)
+@pytest.mark.parametrize(('name', 'deep'), [(name, deep) for name, deeps in FAMILIES.items() for deep in deeps])
 def test_logits_agree_with_transformers(theirs, name, deep):
   trainer = trainer_of(theirs / name, scan_layers=deep)
   state = trainer.init(jax.random.key(0))
   with np.load(theirs / f'{name}.npz') as found:
-    logits_BLV = trainer.logits(state.params, state.rest, found['tokens_BL'])
     assert found['logits_BLV'].shape[-1] == (104 if name == 'padded' else VOCAB)
-    np.testing.assert_allclose(logits_BLV, found['logits_BLV'][..., :VOCAB], atol=1e-4)
+    for tokens_BL, wanted in ((found['tokens_BL'], 'logits_BLV'), (found['tokens_BL'][:, -9:], 'short_BLV')):
+      logits_BLV = trainer.logits(state.params, state.rest, tokens_BL)
+      np.testing.assert_allclose(logits_BLV, found[wanted][..., :VOCAB], atol=1e-4)
     assert np.abs(found['logits_BLV']).max() > 1  # so 1e-4 says something
 
 
+NATIVE = {  # keys of `model` → the model type that it is exported as
+  'gpt2': {},
+  'gpt_neox': {'positions': 'rope', 'rotary_share': 0.5, 'parallel_residual': True, 'mlp': 'gelu_exact'},
+  'llama': {'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False, 'tied_embeddings': False},
+}
+NATIVE['llama'] |= {'kv_heads': 1, 'scan_layers': True, 'rotary_scaling': (8.0, 1.0, 4.0, 32.0)}
+
+
 @pytest.mark.peers
-def test_modern_variant_is_the_llama_of_transformers(theirs):
-  """Rotary positions, RMSNorm, SwiGLU, an untied head, and four heads of queries on two of keys."""
-  config = base.get_config()
-  config.model.update({'layers': 2, 'width': 32, 'heads': 4, 'kv_heads': 2, 'mlp_width': 48, 'scan_layers': True})
-  config.model.update({'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu'})
-  config.model.update({'bias': False, 'tied_embeddings': False})
-  grid = mesh.make_mesh(config.mesh, jax.devices()[:1])
-  trainer = Trainer(config.model, config.pretraining.train, VOCAB, LENGTH, grid)
-  tensors = safetensors.numpy.load_file(theirs / 'llama' / 'model.safetensors')
-  found = {
-    'embedding/embedding': tensors.pop('model.embed_tokens.weight'),
-    'norm/scale': tensors.pop('model.norm.weight'),
-    'head/kernel': tensors.pop('lm_head.weight').T,
-  }
-  blocks = [_llama_block(tensors, f'model.layers.{layer}') for layer in range(2)]
-  for path in blocks[0]:
-    found[f'blocks/{path}'] = np.stack([block[path] for block in blocks])
-  assert not tensors, 'all of the model has its place'
-  state = trainer.init(jax.random.key(0))
-
-  def put(path, x):
-    value = found.pop(partition.path_name(path))
-    assert value.shape == x.shape
-    return jax.numpy.asarray(value)
-
-  params = jax.tree_util.tree_map_with_path(put, state.params)
-  assert not found
-  with np.load(theirs / 'llama.npz') as wanted:
-    logits_BLV = trainer.logits(params, state.rest, wanted['tokens_BL'])
-    np.testing.assert_allclose(logits_BLV, wanted['logits_BLV'], atol=1e-4)
-    assert np.abs(wanted['logits_BLV']).max() > 1
+def test_what_is_written_is_read_to_the_bit_and_opens_in_transformers(theirs, peers, tmp_path, monkeypatch):
+  monkeypatch.setattr(hugging_face, '_SHARD', 40_000)  # several files
+  wanted, files = {}, set()
+  for name in [name for name in FAMILIES if name != 'padded']:
+    with np.load(theirs / f'{name}.npz') as found:
+      wanted[name] = found['logits_BLV']
+    config = base.model()
+    config.update(hugging_face.model_keys(str(theirs / name)))
+    write(tmp_path / name, config, weights(theirs / name, config))
+    files |= {file.name for file in (tmp_path / name).iterdir()}
+  tokens_BL = np.load(theirs / 'llama.npz')['tokens_BL']
+  for kind, keys in NATIVE.items():
+    config = base.model()
+    config.update({'width': 32, 'mlp_width': 48, 'init_std': 0.3} | keys)
+    model = decoder.build(config, VOCAB, LENGTH, nnx.Rngs(0))
+    params = {'/'.join(map(str, path)): x[...] for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    assert write(tmp_path / f'native_{kind}', config, params) == kind
+    wanted[f'native_{kind}'] = nnx.jit(lambda model, tokens_BL: model(tokens_BL))(model, tokens_BL)
+  run_peers(peers, tmp_path, theirs)
+  for name, logits_BLV in wanted.items():
+    np.testing.assert_allclose(np.load(tmp_path / f'{name}.npy'), logits_BLV, atol=1e-4)
+    assert np.abs(logits_BLV).max() > 1
+  assert 'model-00004-of-00004.safetensors' in files
 
 
-def _llama_block(tensors: dict[str, np.ndarray], at: str) -> dict[str, np.ndarray]:
-  """Takes a layer out of `tensors` and lays it out as ours, written out row by row."""
-  q, k, v = (tensors.pop(f'{at}.self_attn.{name}_proj.weight') for name in 'qkv')  # [outputs, inputs]
-  heads_of_8 = [q[:8], q[8:16], k[:8], v[:8], q[16:24], q[24:], k[8:], v[8:]]  # two queries, their key, their value
-  gate, up = (tensors.pop(f'{at}.mlp.{name}_proj.weight') for name in ('gate', 'up'))
-  alternating = [row for pair in zip(gate, up, strict=True) for row in pair]
-  return {
-    'attention_norm/scale': tensors.pop(f'{at}.input_layernorm.weight'),
-    'attention/qkv/kernel': np.concatenate(heads_of_8).T,
-    'attention/out/kernel': tensors.pop(f'{at}.self_attn.o_proj.weight').T,
-    'mlp_norm/scale': tensors.pop(f'{at}.post_attention_layernorm.weight'),
-    'mlp/up/kernel': np.stack(alternating).T,
-    'mlp/down/kernel': tensors.pop(f'{at}.mlp.down_proj.weight').T,
-  }
+def weights(folder: Path, config: ConfigDict) -> dict[str, np.ndarray]:
+  read = hugging_face.Weights(str(folder), config, VOCAB, LENGTH)
+  return {path: read.read(path, shape) for path, shape in hugging_face._shapes(config, VOCAB, LENGTH).items()}
+
+
+def write(folder: Path, config: ConfigDict, params: dict) -> str:
+  """Writes a model, compares what is read from it, and returns its type."""
+  theirs = hugging_face.their_config(config, VOCAB, LENGTH)
+  folder.mkdir()
+  hugging_face.write(folder, config, theirs, params)
+  keys = hugging_face.model_keys(str(folder))
+  assert keys == hugging_face._normal(config.to_dict())
+  read = hugging_face.Weights(str(folder), config, VOCAB, LENGTH)
+  for path, x in params.items():
+    np.testing.assert_array_equal(read.read(path, x.shape), x)
+  return theirs['model_type']
+
+
+@pytest.mark.parametrize(
+  ('keys', 'words'),
+  [
+    ({'positions': 'rope', 'kv_heads': 1}, 'the closest, gpt_neox, needs kv_heads = 2 .it is 1.'),
+    ({'bias': False}, 'the closest, gpt2, needs bias = True .it is False.'),
+    ({'norm': 'rmsnorm', 'positions': 'rope', 'bias': False}, "llama, needs mlp = 'swiglu' .it is 'gelu'."),
+  ],
+)
+def test_a_model_that_no_family_computes_is_refused_with_the_reason(keys, words):
+  config = base.model()
+  config.update(keys)
+  with pytest.raises(UserError, match=words):
+    hugging_face.their_config(config, VOCAB, LENGTH)
+
+
+@pytest.mark.parametrize('name', ['quickstart', 'paper', 'c4_dsdm', 'v5e_8', 'validation'])
+def test_the_models_of_all_configs_can_be_exported(name):
+  config = importlib.import_module(f'configs.{name}').get_config()
+  config = checks.resolve(config, hugging_face.model_keys)
+  for model in (config.model, config.proxies.model):
+    assert hugging_face.their_config(model, 1_000, 128)['model_type'] in ('gpt2', 'gpt_neox')
+
+
+def test_bfloat16_is_rounded_and_a_gemma_keeps_its_scales(tmp_path):
+  config = base.model()
+  config.update({'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'geglu', 'bias': False, 'norm_place': 'both'})
+  config.update({'embedding_scale': 8.0, 'logit_cap': 30.0})
+  shapes, random = hugging_face._shapes(config, VOCAB, LENGTH), np.random.default_rng(0)
+  params = {path: random.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+  theirs = hugging_face.their_config(config, VOCAB, LENGTH)
+  assert theirs['model_type'] == 'gemma2'
+  for dtype, tolerance in (('float32', 2**-24), ('bfloat16', 2**-8)):  # half an ulp of the largest value that is stored
+    (tmp_path / dtype).mkdir()
+    hugging_face.write(tmp_path / dtype, config, theirs, params, dtype)
+    found = weights(tmp_path / dtype, config)
+    for path, x in params.items():
+      limit = tolerance * np.maximum(np.abs(x - path.endswith('scale')), np.abs(x))
+      exact = dtype == 'float32' and not path.endswith('scale')
+      assert (np.abs(found[path] - x) <= (0 if exact else 2 * limit)).all()
 
 
 @pytest.mark.peers
@@ -149,10 +204,9 @@ def test_unreadable_folders_are_reported_in_one_line(theirs, tmp_path):
   file.unlink()
   refused('contains no .*safetensors file', copy)
   config = json.loads((copy / 'config.json').read_text())
-  (copy / 'config.json').write_text(json.dumps(config | {'model_type': 'llama'}))
-  refused("model_type 'llama'", copy)
-  (copy / 'config.json').write_text(json.dumps(config | {'hidden_act': 'relu', 'layer_norm_eps': 1e-6}))
-  refused("epsilon 1e-06 and activation 'relu'", copy)
+  (copy / 'config.json').write_text(json.dumps(config | {'model_type': 'bloom'}))
+  refused("model_type = 'bloom'; model types that load are gpt2, gpt_neox, llama, mistral, qwen2, qwen3, olmo2", copy)
+  refused('has 24 tokens in its sliding_window and rows have 25 tokens; set .*length=24', theirs / 'mistral', length=25)
 
 
 def test_vocabulary_that_is_larger_than_the_table_or_much_smaller_is_refused(tmp_path):
@@ -172,9 +226,14 @@ def test_vocabulary_that_is_larger_than_the_table_or_much_smaller_is_refused(tmp
   [
     ({'n_head': None}, 'config.json has n_head = None, which must be a whole number above 0; copy the file again'),
     ({'n_layer': '1'}, "config.json has n_layer = '1', which must be a whole number above 0"),
-    ({'activation_function': ['gelu']}, "asks for activation \\['gelu'\\]"),
-    ({'n_inner': 40}, r'tensor transformer.h.0.mlp.c_fc.weight is 16 × 48 and config.json asks for 16 × 40; the files'),
-    ({'n_embd': 32}, 'tensor transformer.wte.weight is 96 × 16 and config.json asks for any × 32; the files'),
+    (
+      {'activation_function': 'relu'},
+      "activation_function = 'relu', which .* .only gelu_new, .*; model types",
+    ),
+    ({'activation_function': ['gelu']}, "activation_function = \\['gelu'\\], which the decoder does not support"),
+    ({'scale_attn_weights': False}, 'scale_attn_weights = False, which the decoder does not support .only true'),
+    ({'n_inner': 40}, r'tensor transformer.h.0.mlp.c_\w+.weight is .* and config.json asks for .*40.*; the files'),
+    ({'n_embd': 32}, r'tensor transformer.h.0.\S+ is .* and config.json asks for .*32.*; the files'),
     ({}, 'config.json has no n_head; copy the file again'),
     ({'n_head': 'x' * 10_000}, r'n_head = .x{50,300}…, which must be a whole number above 0'),
     ({'tie_word_embeddings': 'no'}, "tie_word_embeddings = 'no', which must be true or false"),
@@ -299,22 +358,33 @@ def test_half_precision_weights_are_read_exactly(tmp_path, dtype):
   save(half, tmp_path / 'model/model.safetensors')
   found = flat(trainer_of(tmp_path / 'model').init(jax.random.key(0)).params)
   np.testing.assert_array_equal(found['embedding/embedding'], half['wte.weight'].astype(np.float32))
-  save({'wte.weight': tensors['wte.weight'].astype(np.int8)}, tmp_path / 'model/model.safetensors')
+  save({name: x.astype(np.int8) for name, x in tensors.items()}, tmp_path / 'model/model.safetensors')
   with pytest.raises(UserError, match='has dtype I8; save the model in one of F32, F16, BF16'):
     trainer_of(tmp_path / 'model').init(jax.random.key(0))
+
+
+_SIZES = {'num_hidden_layers': 2, 'hidden_size': 32, 'num_attention_heads': 4, 'intermediate_size': 64}
+_GEMMA = {'model_type': 'gemma2', 'num_key_value_heads': 4, 'head_dim': 8}
 
 
 @pytest.mark.parametrize(
   ('change', 'words'),
   [
-    ({}, 'has no num_hidden_layers; copy the file again'),
-    ({'rotary_pct': 'a quarter'}, "has 'a quarter' for rotary_share, which must be a number"),
-    ({'rope_parameters': {'rope_type': 'yarn'}}, "asks for rotary positions of type 'yarn'"),
-    ({'rope_parameters': 'yarn'}, "asks for rotary positions of type 'yarn'"),
+    ({'num_hidden_layers': None}, 'num_hidden_layers = None, which must be a whole number above 0'),
+    ({'rotary_pct': 'a quarter'}, "has rotary_pct = 'a quarter', which must be a number"),
+    ({'rope_parameters': {'rope_type': 'yarn'}}, "rope_parameters = 'yarn', which .* .only the types default, linear"),
+    ({'rope_scaling': {'type': 'dynamic'}}, "rope_scaling = 'dynamic', which"),
+    ({'rope_parameters': 'yarn'}, "rope_parameters = 'yarn', which"),
+    ({'attention_bias': False}, 'attention_bias = False, which'),
+    ({'model_type': 'llama', 'attention_bias': True}, 'mlp_bias = False, which .* .only the value of attention_bias'),
+    ({'model_type': 'llama', 'rope_scaling': {'rope_type': 'llama3'}}, 'has factor = None, which must be a number'),
+    ({'model_type': 'qwen3', 'num_key_value_heads': 2, 'attention_bias': True}, 'attention_bias = True, which'),
+    (_GEMMA | {'query_pre_attn_scalar': 144}, 'query_pre_attn_scalar = 144, which .* .only head_dim, which is 8'),
+    (_GEMMA | {'model_type': 'gemma3_text', 'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types = '),
   ],
 )
-def test_incomplete_neox_config_is_reported_in_one_line(tmp_path, change, words):
-  (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt_neox'} | change))
+def test_what_the_decoder_cannot_say_is_reported_in_one_line(tmp_path, change, words):
+  (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt_neox'} | _SIZES | change))
   with pytest.raises(UserError, match=words) as caught:
     hugging_face.model_keys(str(tmp_path))
   assert str(tmp_path) in str(caught.value)

@@ -1,0 +1,124 @@
+"""The pool's vocabulary as the files that `AutoTokenizer` of Hugging Face's transformers opens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsdm_jax.core import storage
+from dsdm_jax.data.pool.vocabulary import MODEL, TOKENIZER, Encoder, HuggingFaceEncoder, open_encoder
+from dsdm_jax.errors import UserError
+
+_UNIGRAM, _BPE = 1, 2  # kinds of SentencePiece models
+_USER_DEFINED = 4  # kind of a piece that is cut out of the text first
+
+
+def write(pool: Path, out: Path, length: int) -> dict[str, Any]:
+  """Writes `tokenizer.json` and `tokenizer_config.json`, whose ids are those of the pool.
+
+  The end mark is also the piece that a text begins with, as in the pool and in evaluations. Unlike the pool's encoder,
+  transformers turns special pieces that are written out in a text into their ids.
+
+  Args:
+    pool: folder of the pool.
+    out: folder to write into.
+    length: tokens that the model was trained on at once.
+
+  Returns:
+    `eos_token_id`, `bos_token_id` and `pad_token_id`.
+
+  Raises:
+    UserError: a SentencePiece model of words or characters, which `tokenizers` cannot express.
+  """
+  encoder = open_encoder(pool)
+  if isinstance(encoder, HuggingFaceEncoder):
+    data, names = encoder.data, {encoder.eos: encoder.end}
+    names[encoder.pad] = encoder.tokenizer.id_to_token(encoder.pad)
+  else:
+    tokenizer = _sentencepiece((pool / MODEL).read_bytes()) if (pool / MODEL).is_file() else _bytes()
+    data = tokenizer.to_str(pretty=True).encode()
+    names = {i: tokenizer.id_to_token(i) for i in (encoder.eos, encoder.pad)}
+  storage.write_bytes(out / TOKENIZER, data)
+  end = names[encoder.eos]
+  options = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': length, 'add_bos_token': False}
+  options |= {
+    'eos_token': end,
+    'bos_token': end,
+    'pad_token': names[encoder.pad],
+    'clean_up_tokenization_spaces': False,
+  }
+  storage.write_json(out / 'tokenizer_config.json', options)
+  return {'eos_token_id': encoder.eos, 'bos_token_id': encoder.eos, 'pad_token_id': encoder.pad}
+
+
+def agreement(encoder: Encoder, folder: Path, texts: Sequence[str]) -> int:
+  """The number of texts to which the tokenizer in `folder` gives the ids of `encoder`."""
+  import tokenizers
+
+  written = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+  written.encode_special_tokens = True
+  return sum(written.encode(text, add_special_tokens=False).ids == encoder.encode(text) for text in texts)
+
+
+def _sentencepiece(data: bytes) -> Any:
+  """A `tokenizers.Tokenizer` with the ids of a SentencePiece model."""
+  from sentencepiece import sentencepiece_model_pb2
+  from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+  proto = sentencepiece_model_pb2.ModelProto()
+  proto.ParseFromString(data)
+  trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+  pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+  model: Any
+  if trainer.model_type == _UNIGRAM:
+    model = models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+  elif trainer.model_type == _BPE:
+    number = {piece: index for index, (piece, _) in enumerate(pieces)}
+    merges = [
+      (-score, number[piece[:cut]], number[piece[cut:]], (piece[:cut], piece[cut:]))
+      for piece, score in pieces
+      for cut in range(1, len(piece))
+      if piece[:cut] in number and piece[cut:] in number
+    ]
+    unknown, fallback = pieces[trainer.unk_id][0], trainer.byte_fallback
+    ordered = [merge for *_, merge in sorted(merges)]
+    model = models.BPE(number, ordered, unk_token=unknown, fuse_unk=True, byte_fallback=fallback)
+  else:
+    raise UserError('the vocabulary is a SentencePiece model of words or characters, which no tokenizer.json expresses')
+  tokenizer = Tokenizer(model)
+  steps: list[Any] = (
+    [normalizers.Precompiled(normalizer.precompiled_charsmap)] if normalizer.precompiled_charsmap else []
+  )
+  if normalizer.remove_extra_whitespaces:
+    steps += [normalizers.Strip(), normalizers.Replace(Regex(' {2,}'), ' ')]
+  defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+  first = 'never'
+  if normalizer.add_dummy_prefix and defined:  # a normalizer works on each part between them; this on the first alone
+    first = 'first'
+  elif normalizer.add_dummy_prefix:
+    steps.append(normalizers.Prepend('▁'))
+  if steps:
+    tokenizer.normalizer = normalizers.Sequence(steps)
+  tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement='▁', prepend_scheme=first, split=False)
+  parts = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
+  tokenizer.decoder = decoders.Sequence(parts + [decoders.Strip(' ', 1, 0)] * normalizer.add_dummy_prefix)
+  tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in defined])
+  ends = {trainer.eos_id, max(trainer.pad_id, 0), trainer.unk_id} & set(range(len(pieces)))
+  tokenizer.add_special_tokens([AddedToken(pieces[i][0], normalized=False) for i in sorted(ends)])
+  return tokenizer
+
+
+def _bytes() -> Any:
+  """A `tokenizers.Tokenizer` with the ids of `ByteEncoder`."""
+  from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+  # Each byte's sign in byte-level tokenizers: printable ones of Latin-1 stand for themselves.
+  printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+  others = iter(range(256, 512))
+  signs = [chr(byte if byte in printable else next(others)) for byte in range(256)]
+  special = ('<pad>', '</s>', '<unk>')
+  vocabulary = {piece: index for index, piece in enumerate((*special, *signs))}
+  tokenizer = Tokenizer(models.BPE(vocabulary, []))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_special_tokens([AddedToken(piece, normalized=False) for piece in special])
+  return tokenizer
