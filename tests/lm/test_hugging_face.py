@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from dsdm_jax.core import mesh
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm import decoder, hugging_face
 from dsdm_jax.training.step import Trainer
+from tests.conftest import ROOT
 from tests.training.test_step import flat
 
 VOCAB, LENGTH = 96, 24
@@ -422,3 +424,50 @@ def test_parallel_residual_reads_the_same_input_twice():
   x_BLD = jax.random.normal(jax.random.key(1), (2, 6, 16))
   wanted = x_BLD + block.attention(block.attention_norm(x_BLD)) + block.mlp(block.mlp_norm(x_BLD))
   np.testing.assert_allclose(block(x_BLD), wanted, atol=1e-6)
+
+
+_READ = """
+import re, sys, jax
+from configs import base
+from dsdm_jax.config import validate
+from dsdm_jax.core import mesh
+from dsdm_jax.lm import hugging_face
+from dsdm_jax.training.step import Trainer
+
+def trainer(**keys):
+  config = base.get_config()
+  config.model.weights = sys.argv[1]
+  config = validate.resolve(config, hugging_face.model_keys)
+  config.model.update(keys)
+  config.pretraining.train.optimizer = 'sgd'  # has no moments
+  grid = mesh.make_mesh(config.mesh, jax.devices()[:1])
+  return Trainer(config.model, config.pretraining.train, 8_000, 128, grid)
+
+def peak():  # bytes; ru_maxrss would begin with that of the process that started this one
+  return 1024 * int(re.search('VmHWM: *(\\d+)', open('/proc/self/status').read().replace('\\t', ' '))[1])
+
+own = trainer()
+jax.block_until_ready(trainer(weights='', width=24, mlp_width=32, layers=1).init(jax.random.key(0)))
+before = peak()
+state = jax.block_until_ready(own.init(jax.random.key(0)))
+print((peak() - before) / sum(x.nbytes for x in jax.tree.leaves(state.params)))
+"""
+
+
+@pytest.mark.full
+def test_reading_takes_little_more_memory_than_the_parameters(tmp_path):
+  config = base.model()
+  config.update({'layers': 8, 'width': 768, 'heads': 12, 'kv_heads': 4, 'mlp_width': 2_048, 'positions': 'rope'})
+  config.update({'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False, 'tied_embeddings': False})
+  shapes, random = hugging_face._shapes(config, 8_000, 128), np.random.default_rng(0)
+  params = {path: random.standard_normal(shape, np.float32) for path, shape in shapes.items()}
+  hugging_face.write(tmp_path, config, hugging_face.their_config(config, 8_000, 128), params)
+  done = subprocess.run(
+    [sys.executable, '-c', _READ, str(tmp_path)],
+    env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': '1'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2_000:]
+  assert 0.9 < float(done.stdout) < 1.3, done.stdout
