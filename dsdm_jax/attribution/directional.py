@@ -1,7 +1,8 @@
-"""Scores in the dense projection without features: φ(n)·u = ∇f_n·(Rᵀu), a directional derivative.
+"""Scores without features: ∇f_n·v, a directional derivative. In the dense projection φ(n)·u = ∇f_n·(Rᵀu), so v = Rᵀu.
 
 One forward-mode pass over a batch gives it exactly, over all parameters and at any J, without a gradient and without
-residuals of a backward pass. Several targets share the pass over values; each adds a pass over tangents.
+residuals of a backward pass. Each further direction would add a pass over tangents, two products of three. A gradient
+costs three products and then serves all directions, so several directions take the gradients of a microbatch.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsdm_jax.attribution import rademacher
-from dsdm_jax.attribution.gradients import in_microbatches
+from dsdm_jax.attribution.gradients import in_microbatches, per_example
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core.mesh import batch_sharding
 from dsdm_jax.lm import partition
@@ -26,7 +27,7 @@ Prepared = tuple[nnx.State, Any]
 
 @dataclasses.dataclass
 class DirectionalScores:
-  """Scores of rows for T solved vectors u at once.
+  """Scores of rows for T directions, or T solved vectors u, at once.
 
   Args:
     model: an NNX module, tokens_BL → logits_BLV; may be abstract.
@@ -45,6 +46,7 @@ class DirectionalScores:
 
   def __post_init__(self) -> None:
     self._graphdef, _, self._rest = nnx.split(self.model, nnx.Param, ...)
+    self._gradients = per_example(self.model, self.output_fn, self.mesh)
     batch = batch_sharding(self.mesh)
     self.jitted = jax.jit(self.apply, in_shardings=(None, batch, batch), out_shardings=batch)
 
@@ -62,6 +64,10 @@ class DirectionalScores:
     directions = jax.jit(functools.partial(rademacher.transpose, like=like))(jnp.asarray(u_JT), leaf_keys=leaf_keys)
     if second_moment is not None:
       directions = jax.tree.map(lambda v, s: v * s[None], directions, second_moment.scale(params))
+    return self.placed(params, directions)
+
+  def placed(self, params: nnx.State, directions: Any) -> Prepared:
+    """Weights and directions, a pytree like `params` of [T, *parameter shape], on the devices of the mesh."""
     return jax.device_put((params, directions), partition.shardings((params, directions), self.mesh))
 
   def __call__(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
@@ -73,6 +79,7 @@ class DirectionalScores:
 
   def _rows(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     params, directions = partition.gathered(prepared, self.mesh)
+    count = jax.tree.leaves(directions)[0].shape[0]
 
     def outputs(params: nnx.State) -> jax.Array:
       logits_BLV = nnx.merge(self._graphdef, params, self._rest)(tokens_BL)
@@ -81,6 +88,10 @@ class DirectionalScores:
     def along(direction: nnx.State) -> jax.Array:
       return jax.jvp(outputs, (params,), (direction,))[1]
 
-    if jax.tree.leaves(directions)[0].shape[0] == 1:
+    if count == 1:
       return along(jax.tree.map(lambda v: v[0], directions))[..., None]
+    if jax.eval_shape(outputs, params).ndim == 1:
+      dot = functools.partial(jnp.einsum, 'b...,t...->bt', precision=jax.lax.Precision.HIGHEST)
+      gradients = self._gradients(params, tokens_BL, weights_BL)
+      return sum(jax.tree.leaves(jax.tree.map(dot, gradients, directions)), jnp.zeros((len(tokens_BL), count)))
     return jax.vmap(along, out_axes=-1)(directions)

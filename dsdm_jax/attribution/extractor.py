@@ -13,10 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution import covariances, coverage
+from dsdm_jax.attribution import covariances, coverage, ekfac
 from dsdm_jax.attribution.covariances import Basis, MomentStep
 from dsdm_jax.attribution.coverage import GradientCoverage
 from dsdm_jax.attribution.directional import DirectionalScores
+from dsdm_jax.attribution.ekfac import Factors, WholeGradients
 from dsdm_jax.attribution.gradients import DenseFeatures, FeatureStep, TwoSidedFeatures
 from dsdm_jax.attribution.quantization import Quantizer, column_blocks
 from dsdm_jax.attribution.second_moment import SecondMoment
@@ -82,6 +83,42 @@ class FeatureExtractor:
     basis = Basis.load(file, self.step.layers)
     return self.step.prepare(params, checkpoint, moment, basis.projections), notes | {'basis_kept': basis.kept}
 
+  def make_factors(self, checkpoint: int, mine: bool) -> bool:
+    """Computes EK-FAC of a checkpoint from the first `features.basis_rows` rows, unless another job does or has.
+
+    Returns:
+      Whether they are written.
+    """
+    file, (params, _) = factors_file(self._folder, checkpoint), self.weights(checkpoint)
+    tokens_NL, weights_NL = self._first_rows(self._context.config.features.basis_rows)
+    self._context.add_flop(self.whole.flop(params, len(tokens_NL), 1, self._pool.length)[0])
+    if processes.decide(lambda: storage.is_marked(file)):
+      return True
+    if mine:
+      factors = self.whole.factors(params, tokens_NL, weights_NL)
+      if self._context.first:
+        ekfac.save(file, factors)
+        self._context.cost.save()
+      processes.wait()
+    return mine
+
+  def factors(self, checkpoint: int) -> dict[str, Factors]:
+    """EK-FAC of a checkpoint, as the features stage wrote it."""
+    return ekfac.load(factors_file(self._folder, checkpoint))
+
+  @property
+  def whole(self) -> WholeGradients:
+    assert isinstance(self.step, WholeGradients)
+    return self.step
+
+  def mean_gradients(
+    self, checkpoint: int, tokens_TL: np.ndarray, weights_TL: np.ndarray, weight_KT: np.ndarray
+  ) -> ekfac.Means:
+    """Path → mean gradient of target examples for each weighting, [K, S, I, O]."""
+    params, _ = self.weights(checkpoint)
+    self._context.add_flop(self.whole.flop(params, len(tokens_TL), len(weight_KT), tokens_TL.shape[1])[1])
+    return self.whole.means(params, tokens_TL, weights_TL, weight_KT)
+
   def coverage(self, checkpoint: int, measured: bool) -> dict[str, Any]:
     """Share of the gradient in parameters without a probe, see `GradientCoverage.unprobed`; empty if `measured`."""
     params, moment = self.weights(checkpoint)
@@ -129,7 +166,10 @@ class FeatureExtractor:
     params, moment = self.weights(checkpoint)
 
     def start(u_JT: np.ndarray) -> PoolPass:
-      prepared = scorer.prepare(params, u_JT, checkpoint, moment)
+      if isinstance(self.step, WholeGradients):
+        prepared = scorer.placed(params, self.whole.tree(u_JT, params))
+      else:
+        prepared = scorer.prepare(params, u_JT, checkpoint, moment)
       return PoolPass(scorer, prepared, self._pool, self.batch_size, self.mesh, self._context.add_flop)
 
     return DirectionalSource(source, config.features.gram_rows or self._pool.num_rows, start)
@@ -180,8 +220,10 @@ def feature_step(config: ConfigDict, vocab_size: int, length: int, mesh: Mesh) -
   """The step that `features.projection` names, for the proxies' model."""
   model = abstract_model(config.proxies.model, vocab_size, length)
   output_fn = load_callable(config.features.output_fn)
+  batch, microbatch = step_rows(config.features, mesh)
+  if config.features.projection == 'ekfac':
+    return WholeGradients(model, output_fn, mesh, microbatch or batch)
   if config.features.projection == 'dense':
-    _, microbatch = step_rows(config.features, mesh)
     return DenseFeatures(model, output_fn, config.features.dimension, config.seed, mesh, microbatch)
   return TwoSidedFeatures(model, output_fn, config.features.layers, config.features.dimension, config.seed, mesh)
 
@@ -207,6 +249,10 @@ def checkpoint_name(config: ConfigDict, checkpoint: int) -> str:
 
 def basis_file(folder: Path, checkpoint: int) -> Path:
   return folder / f'basis_{checkpoint}.npz'
+
+
+def factors_file(folder: Path, checkpoint: int) -> Path:
+  return folder / f'factors_{checkpoint}.npz'
 
 
 def basis_digest(folder: Path, checkpoint: int, basis: str) -> str:

@@ -11,6 +11,7 @@ import tqdm
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dsdm_jax.attribution.ekfac import WholeGradients
 from dsdm_jax.attribution.extractor import (
   FeatureExtractor,
   basis_digest,
@@ -32,7 +33,8 @@ _FIDELITY_ROWS = 512  # of the first shard, whose inner products are compared be
 
 
 def run(context: Context) -> dict | None:
-  """Writes, for each checkpoint c, `<task>_<c>.npy` [T, J] (float32) and in mode `store` `features_<c>.zarr` [N, J].
+  """Writes, for each checkpoint c, `<task>_<c>.npy` [T, J] (float32) and in mode `store` `features_<c>.zarr` [N, J];
+  of EK-FAC `factors_<c>.npz` alone.
 
   Returns None if this is one of several jobs and the parts of others are not complete.
   """
@@ -46,6 +48,8 @@ def run(context: Context) -> dict | None:
     shapes = ', '.join(f'{a}×{b}' for a, b in sorted({(layer.a, layer.b) for layer in step.layers}))
     j = f'J = {step.dimension} (features.dimension = {step.requested_dimension})'
     context.log.say(f'  two-sided projection: {shapes} for each layer, {j}')
+  elif isinstance(step, WholeGradients):
+    return _factors(context, extractor, step, pool)
   else:
     context.log.say(f'  dense projection of all parameters to J = {step.dimension}')
 
@@ -73,6 +77,19 @@ def run(context: Context) -> dict | None:
     unchanged = min(fidelity['top_overlap'] for fidelity in semantics['fidelity'])
     context.log.say(f'  {config.features.store_dtype} store: {unchanged:.1%} of nearest neighbours unchanged')
   return semantics
+
+
+def _factors(context: Context, extractor: FeatureExtractor, step: WholeGradients, pool: Pool) -> dict | None:
+  features, count = context.config.features, checkpoints(context.config)
+  rows = min(features.basis_rows, pool.num_rows)
+  context.log.say(f'  EK-FAC of all matrices, {step.dimension:,} parameters, from {rows} rows')
+  with context.log.bar(range(count), desc='factors', unit='checkpoint') as bar:
+    # All of them: the cost of the stage is that of all jobs.
+    written = [extractor.make_factors(c, c % features.jobs == features.job) for c in bar]
+  if not all(written):
+    return None
+  semantics = step.describe() | {'dimension': step.dimension, 'rows': pool.num_rows, 'checkpoints': count}
+  return semantics | {k: features[k] for k in ('mode', 'shard_rows')} | {'sample': rows}
 
 
 def _measure_coverage(context: Context, extractor: FeatureExtractor, checkpoint: int) -> None:

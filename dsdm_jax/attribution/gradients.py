@@ -167,7 +167,8 @@ class DenseFeatures:
   microbatch: int = 0
 
   def __post_init__(self) -> None:
-    self._graphdef, params, self._rest = nnx.split(self.model, nnx.Param, ...)
+    params = nnx.state(self.model, nnx.Param)
+    self._gradients = per_example(self.model, self.output_fn, self.mesh)
     batch = batch_sharding(self.mesh)
     columns = MODEL if self.dimension % self.mesh.shape[MODEL] == 0 else None
     self._layout = NamedSharding(self.mesh, PartitionSpec(DATA, columns))
@@ -200,17 +201,9 @@ class DenseFeatures:
 
   def _rows(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     params, leaf_keys, scale = prepared
-    params, scale = partition.gathered((params, scale), self.mesh)
-
-    def output(params: nnx.State, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
-      model = nnx.merge(self._graphdef, params, self._rest)
-      return self.output_fn(model(tokens_L[None])[0], tokens_L, weights_L)
-
-    gradients = jax.vmap(jax.grad(output), in_axes=(None, 0, 0), spmd_axis_name=DATA)
-    with attention_tpu.on_mesh(self.mesh):
-      grads = gradients(params, tokens_BL, weights_BL)
+    grads = self._gradients(params, tokens_BL, weights_BL)
     if scale is not None:
-      grads = jax.tree.map(lambda g, s: g * s[None], grads, scale)
+      grads = jax.tree.map(lambda g, s: g * s[None], grads, partition.gathered(scale, self.mesh))
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=self._layout)
     return rademacher.project(grads, leaf_keys, self.dimension, place)
 
@@ -220,6 +213,24 @@ class DenseFeatures:
   def column_owner(self, column: int) -> str:
     del column
     return 'all parameters'
+
+
+def per_example(
+  model: nnx.Module, output_fn: OutputFn, mesh: Mesh
+) -> Callable[[nnx.State, jax.Array, jax.Array], nnx.State]:
+  """(params, tokens_BL, weights_BL) → the gradient of each row by all parameters, [B, *parameter shape]; pure."""
+  graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+
+  def output(params: nnx.State, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
+    return output_fn(nnx.merge(graphdef, params, rest)(tokens_L[None])[0], tokens_L, weights_L)
+
+  rows = jax.vmap(jax.grad(output), in_axes=(None, 0, 0), spmd_axis_name=DATA)
+
+  def gradients(params: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> nnx.State:
+    with attention_tpu.on_mesh(mesh):
+      return rows(partition.gathered(params, mesh), tokens_BL, weights_BL)
+
+  return gradients
 
 
 def in_microbatches(

@@ -271,6 +271,16 @@ def plan(model: nnx.Module, pattern: str, dimension: int) -> tuple[ProbedLayer, 
   return tuple(layers)
 
 
+def linears(model: nnx.Module) -> tuple[ProbedLayer, ...]:
+  """All linear layers of the model, without columns."""
+  layers = []
+  for path, module in _matrices(model).items():
+    if isinstance(module, nnx.Linear):
+      *stack, inputs, outputs = module.kernel.shape
+      layers.append(ProbedLayer(path, tuple(stack), inputs, outputs, a=0, b=0, start=0))
+  return tuple(layers)
+
+
 def least_flop(layers: Sequence[ProbedLayer], length: int, heads: Collection[str] = ()) -> float:
   """FLOP that the probes add for one row of `length` tokens: xA, dy B and their product, and Aᵀg of the vectors.
 

@@ -12,13 +12,13 @@ Blocks = tuple[tuple[int, int], ...]  # columns [start, stop) of each block, in 
 
 
 def column_blocks(described: Mapping[str, Any], dimension: int) -> Blocks:
-  """Columns of each layer, with one block for each layer of a scanned stack; one block of all in a dense projection.
+  """Columns of each layer, with one block for each layer of a scanned stack; one block of all if not two-sided.
 
   Args:
     described: what `describe` of the features says, or the manifest of a features stage.
     dimension: J.
   """
-  if described['projection'] == 'dense':
+  if described['projection'] != 'two_sided':
     return ((0, dimension),)
   sizes = [layer['a'] * layer['b'] for layer in described['layers'] for _ in range(math.prod(layer['stack']))]
   stops = np.cumsum(sizes).tolist()

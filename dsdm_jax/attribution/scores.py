@@ -49,23 +49,29 @@ def run(context: Context) -> dict:
     for name, e in zip(names, examples, strict=True)
   ]
   accumulator, mesh, proxies = Accumulator(context.out, context.cost.save), make_mesh(config.mesh), config.proxies
-  mode, members = solve.open_members(features, names, options.gram, options.unit_norm)
+  by_ekfac = features.semantics['projection'] == 'ekfac'
   seen_PN, q_N = seen(context.inputs['proxies'], proxies.count, features.rows), None
-  total = (2 * len(members) + (proxies.count if options.q else 0)) * features.rows
-  with context.log.bar(total=total, desc='datamodel', unit='row') as bar:
+  passes = (1 if options.gram == 'joint' else features.checkpoints) * (1 if by_ekfac else 2)
+  passes += proxies.count if options.q else 0
+  with context.log.bar(total=passes * features.rows, desc='datamodel', unit='row') as bar:
     held_out = None
     if options.damping_rule == 'auto':
-      passes, states = _proxies(context)
-      outputs = [[passes.of_examples(state, e.tokens_TL, e.weights_TL) for e in examples] for state in states]
-      context.add_flop(passes.flop)
+      forward, states = _proxies(context)
+      outputs = [[forward.of_examples(state, e.tokens_TL, e.weights_TL) for e in examples] for state in states]
+      context.add_flop(forward.flop)
       held_out = solve.HeldOutProxies(seen_PN, [np.stack(task) for task in zip(*outputs, strict=True)])
-    solved = solve.solve(mode, members, weights, options, mesh, bar.update, accumulator, held_out)
+    if by_ekfac:
+      solved = solve.by_ekfac(features, context, examples, weights, options.damping)
+    else:
+      mode, members = solve.open_members(features, names, options.gram, options.unit_norm)
+      solved = solve.solve(mode, members, weights, options, mesh, bar.update, accumulator, held_out)
     tasks = score_tasks(solved, weights, seen_PN, options.average, bar.update, accumulator)
     if options.q:
       q_N = 1 - _mean_probability(context, bar)
       for task in tasks:
         task.multiply(q_N, sample_rows(features.rows))
-  for member, solution in zip(members, solved.solutions, strict=True):  # Gram, solves, and the pass of scores
+  # Gram, solves, and the pass of scores
+  for member, solution in () if by_ekfac else zip(solved.members, solved.solutions, strict=True):
     sizes, rows = [stop - start for start, stop in member.blocks], member.source.rows
     solves = 1 if solved.choice is None else len(damping.FACTORS)
     context.add_flop(
@@ -86,9 +92,17 @@ def run(context: Context) -> dict:
     'damping': solved.damping,
     'damping_choice': None if solved.choice is None else solved.choice.as_json(),
   }
+  first = np.cumsum([0, *(len(w.weight_KT) for w in weights)])
+  if solved.norm_CK is not None:  # scores along one direction, Σ_t v_t/√(ḡᵀPḡ), order rows as the mix of z-scores does
+    scaled = [
+      t.by_member_CN / np.maximum(n_C, 1e-300)[:, None]
+      for t, n_C in zip(tasks, solved.norm_CK.T[first[:-1]], strict=True)
+    ]
+    report['one_direction_mix'] = agreement(
+      np.stack([np.sum(scaled, axis=(0, 1)), mix(np.stack([t.score_N for t in tasks]), 'zscore')])
+    )
   if context.first:
     # u of the mean of each task's examples; a joint datamodel has the columns of all checkpoints side by side.
-    first = np.cumsum([0, *(len(w.weight_KT) for w in weights)])
     u = {
       f'u_{name}_CJ': np.concatenate([s.u_JK[:, at] for s in solved.solutions]).reshape(features.checkpoints, -1)
       for name, at in zip(names, first, strict=False)

@@ -16,6 +16,8 @@ from dsdm_jax.attribution.quantization import Blocks, column_blocks
 from dsdm_jax.attribution.sources import Concatenated, RowSource, UnitNorm, unit_rows
 from dsdm_jax.attribution.store import Features
 from dsdm_jax.core import prng
+from dsdm_jax.core.stage import Context
+from dsdm_jax.data.targets.targets import Examples
 
 Mode = Literal['checkpoints', 'joint']
 
@@ -118,6 +120,7 @@ class Solved:
     spectra: of each block of each member.
     damping: the relative damping of the solutions.
     choice: how the damping was chosen, or None if it was fixed.
+    norm_CK: √(ḡᵀPḡ) of each direction of EK-FAC, nearly the standard deviation of its scores; None with a Gram matrix.
   """
 
   mode: Mode
@@ -126,6 +129,7 @@ class Solved:
   spectra: Sequence[list[dict[str, Any]]]
   damping: float
   choice: Choice | None = None
+  norm_CK: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +174,48 @@ def open_members(features: Features, tasks: Sequence[str], gram: str, unit_norm:
 def by_layers(gram: str, projection: str) -> bool:
   """Whether `datamodel.gram` asks for one block per layer of features of `features.projection`."""
   return gram == 'layers' or (gram == 'auto' and projection == 'two_sided')
+
+
+def by_ekfac(
+  features: Features,
+  context: Context,
+  examples: Sequence[Examples],
+  weights: Sequence[TargetWeights],
+  damping: float,
+) -> Solved:
+  """Solutions of all checkpoints by EK-FAC: u is a direction in parameter space, [W, K]."""
+  extractor = features.extractor()
+  members, solutions, spectra, norms = [], [], [], []
+  for checkpoint in range(features.checkpoints):
+    factors = extractor.factors(checkpoint)
+    parts = [
+      extractor.mean_gradients(checkpoint, e.tokens_TL, e.weights_TL, w.weight_KT)
+      for e, w in zip(examples, weights, strict=True)
+    ]
+    directions, lambdas, conditions, found, square_K = {}, [], [], [], 0.0
+    for path, f in factors.items():
+      mean_KSIO = np.concatenate([part[path] for part in parts])
+      directions[path], damped_SIO = f.solve(mean_KSIO, damping)
+      square_K = square_K + np.einsum('ksio,ksio->k', mean_KSIO, directions[path], dtype=np.float64)
+      sides = [len(side[0]) for side in (f.in_SII, f.out_SOO) if side is not None]
+      context.add_flop(4.0 * directions[path].size * sum(sides))
+      for number, (square, damped) in enumerate(zip(f.square_SIO.astype(np.float64), damped_SIO, strict=True)):
+        mean = float(square.mean()) or 1.0
+        lambdas.append(damping * float(square.mean()))
+        conditions.append(float(damped.max() / (damped.min() or 1.0)))
+        found.append(
+          {
+            'parameter': path if len(damped_SIO) == 1 else f'{path}, matrix {number} of the stack',
+            'largest_over_mean': float(square.max()) / mean,
+            'smallest_over_mean': float(square.min()) / mean,
+            'effective_rank': float(square.sum() ** 2 / (np.square(square).sum() or 1.0)),
+          }
+        )
+    members.append(Member(features.pool(checkpoint), (), (), f'{checkpoint}'))
+    solutions.append(Solution(extractor.whole.flat(directions), tuple(lambdas), tuple(conditions)))
+    spectra.append(found)
+    norms.append(np.sqrt(np.maximum(square_K, 0)))
+  return Solved('checkpoints', members, solutions, spectra, damping, norm_CK=np.stack(norms))
 
 
 def solve(

@@ -214,7 +214,7 @@ class DirectionalSource(RowSource):
   """Rows that are scored by directional derivatives. Only the Gram matrix computes features.
 
   Args:
-    features: of all rows.
+    features: of all rows; never computed where there is no Gram matrix.
     gram_rows: how many of the first rows make the Gram matrix.
     start: u_JT in float32 → the pass that gives score_BT.
   """

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorstore as ts
@@ -26,6 +26,9 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError, as_os_error
+
+if TYPE_CHECKING:
+  from dsdm_jax.attribution.extractor import FeatureExtractor
 
 
 def mark(marker: Path, files: Sequence[Path], origin: str, **more: Any) -> None:
@@ -274,13 +277,17 @@ class Features:
     mode = self.semantics['mode']
     if mode == 'store':
       return open_store(self._path, checkpoint, self.semantics)
-    if self._context is None:
-      raise ValueError(f'features of mode {mode} are recomputed from pool and proxies, which needs a context')
-    from dsdm_jax.attribution.extractor import FeatureExtractor  # with all of training, which stored rows do not need
-
-    extractor = FeatureExtractor(self._context, Pool(self._context.inputs['pool']), self._path)
+    extractor = self.extractor()
     source = extractor.source(checkpoint, extractor.prepare(checkpoint)[0])
     return source if mode == 'stream' else extractor.directional(checkpoint, source)
+
+  def extractor(self) -> 'FeatureExtractor':
+    """Computes what is not stored."""
+    if self._context is None:
+      raise ValueError('features that are not stored are recomputed from pool and proxies, which needs a context')
+    from dsdm_jax.attribution.extractor import FeatureExtractor  # with all of training, which stored rows do not need
+
+    return FeatureExtractor(self._context, Pool(self._context.inputs['pool']), self._path)
 
   def target(self, task: str, checkpoint: int) -> np.ndarray:
     """phi_TJ of the target split of `task`, float32."""

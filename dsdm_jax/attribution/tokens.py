@@ -1,8 +1,8 @@
 """Contribution of each token of a row to the row's score.
 
 The output function is a mean over tokens, so φ(n)·u = ∇f_n·v is a sum of their shares, for the direction v in parameter
-space that corresponds to u: Rᵀu in the dense projection; in the two-sided one A U Bᵀ in each probed matrix and zero
-elsewhere, as ⟨AᵀGB, U⟩ = ⟨G, A U Bᵀ⟩.
+space that corresponds to u: u itself in EK-FAC, Rᵀu in the dense projection; in the two-sided one A U Bᵀ in each probed
+matrix and zero elsewhere, as ⟨AᵀGB, U⟩ = ⟨G, A U Bᵀ⟩.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from dsdm_jax.attribution.directional import DirectionalScores
+from dsdm_jax.attribution.ekfac import WholeGradients
 from dsdm_jax.attribution.extractor import FeatureExtractor, without_kernels
 from dsdm_jax.attribution.gradients import TwoSidedFeatures
 from dsdm_jax.attribution.scores import SOLUTION, proxy_weights, seen
@@ -107,8 +108,9 @@ class TokenScores:
     step, size = self._extractor.step, self._extractor.batch_size
     params, moment = self._extractor.weights(checkpoint)
     if isinstance(step, TwoSidedFeatures):
-      prepared = params, _direction(step, self._extractor.prepare(checkpoint)[0], params, u_J)
-      prepared = jax.device_put(prepared, partition.shardings(prepared, self._extractor.mesh))
+      prepared = self._scorer.placed(params, _direction(step, self._extractor.prepare(checkpoint)[0], params, u_J))
+    elif isinstance(step, WholeGradients):
+      prepared = self._scorer.placed(params, step.tree(u_J[:, None], params))
     else:
       prepared = self._scorer.prepare(params, u_J[:, None], checkpoint, moment)
     weights_BL = np.ones((size, self._pool.length), np.float32)

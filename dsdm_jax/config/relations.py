@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from dsdm_jax.config.methods import method_name
+from dsdm_jax.config.methods import METHODS, method_name
 from dsdm_jax.config.schema import Config, Model
 from dsdm_jax.config.values import LONGEST_NAME, MixturePart, are_targets, brief, task_name, weights_differ
 
@@ -37,10 +37,24 @@ def broken(c: Config) -> Iterator[tuple[str, str, str]]:
   if c.distributed.processes > 1 and not c.distributed.coordinator:
     rule = "needs distributed.coordinator, the 'host:port' of process 0, so that the processes can connect"
     yield 'distributed.processes', rule, 'set --config.distributed.coordinator, or --config.distributed.processes=1'
-  if f.mode == 'jvp' and f.projection != 'dense':
-    rule = f'scores in the dense projection, and features.projection = {f.projection}'
-    yield 'features.mode', rule, 'set --config.features.projection=dense, or --config.features.mode=stream'
-  if f.mode == 'jvp' and (d.bootstrap or d.examples or d.groups > 1 or d.unit_norm or d.gram not in ('auto', 'full')):
+  if f.mode == 'jvp' and f.projection == 'two_sided':
+    rule = f'scores along directions of all parameters, and features.projection = {f.projection}'
+    yield 'features.mode', rule, 'set --config.features.projection=dense or ekfac, or --config.features.mode=stream'
+  if f.projection == 'ekfac':
+    wanted = {
+      'features.mode': 'jvp', 'features.precondition': 'none', 'datamodel.gram': 'auto', 'datamodel.unit_norm': False,
+      'datamodel.damping_rule': 'fixed', 'datamodel.target_share': 0.0, 'datamodel.recentre': False,
+    }  # fmt: skip
+    for at, value in wanted.items():
+      section, name = at.split('.')
+      if getattr(getattr(c, section), name) != value:
+        rule = 'must be {value!r} with features.projection = ekfac, which makes no features and no Gram matrix'
+        yield at, rule.format(value=value), f'set --config.{at}={value}, or --config.features.projection=two_sided'
+  if (
+    f.mode == 'jvp'
+    and f.projection == 'dense'
+    and (d.bootstrap or d.examples or d.groups > 1 or d.unit_norm or d.gram not in ('auto', 'full'))
+  ):
     yield (
       'features.mode',
       'pays for each direction and has no features to scale or join: needs datamodel.bootstrap = 0 (it is '
@@ -68,6 +82,12 @@ def broken(c: Config) -> Iterator[tuple[str, str, str]]:
     rule = f'must be at most targets.max_examples = {most}'
     yield 'pool.plant_targets', rule, f'set --config.pool.plant_targets to {most} or less'
   parts = [part for part in map(MixturePart.parse, c.mixture.parts) if part is not None]
+  named = [METHODS[m] for m in (*s.methods, *(part.method for part in parts)) if m in METHODS]
+  rows_needed = {'first_features'} if f.projection == 'dense' else {'features', 'first_features'}
+  if f.mode == 'jvp' and (without := [m.label for m in named if rows_needed & set(m.needs)]):
+    rule = f'have methods that need stored features ({", ".join(without)}), and features.mode = jvp stores none'
+    way_out = 'set --config.features.projection=two_sided and --config.features.mode=store, or leave them out'
+    yield 'selection.methods', rule, way_out
   tasks = brief(tuple(map(task_name, c.targets.tasks)))
   known = f"must be 'mix', the name of a task of targets.tasks = {tasks}, or several of them joined by '+'"
   if not are_targets(s.targets, c.targets.tasks):

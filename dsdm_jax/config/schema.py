@@ -290,17 +290,19 @@ class Features(Section):
   output_fn: FunctionName = key(
     'dsdm_jax.lm.outputs:margin', 'Its gradient is projected: (logits_LV, tokens_L, weights_L) → scalar.'
   )
-  projection: Literal['two_sided', 'dense'] = key('two_sided', 'Projection of each layer, or of the whole gradient.')
+  projection: Literal['two_sided', 'dense', 'ekfac'] = key(
+    'two_sided', 'Projection of each layer, or of the whole gradient; ekfac: none, curvature by EK-FAC (mode jvp).'
+  )
   dimension: Annotated[int, Ge(1), Le(2**24), 'columns'] = key(
     2_048, 'Requested J; two_sided takes the nearest a×b per layer below it.'
   )
   basis: Literal['random', 'eigenvectors'] = key(
     'random', "eigenvectors (two_sided): of the second moments of each layer's inputs and output gradients."
   )
-  basis_rows: Annotated[Rows, Ge(1)] = key(512, 'First rows of the pool, for the eigenvectors.')
+  basis_rows: Annotated[Rows, Ge(1)] = key(512, 'First rows of the pool, for the eigenvectors or for ekfac.')
   layers: Regex = key('.*', 'Regex over paths of parameters (two_sided); kernel$ takes linear layers only.')
   mode: Literal['store', 'stream', 'jvp'] = key(
-    'store', 'Store features, recompute them for each pass, or score by directional derivatives (dense only).'
+    'store', 'Store features, recompute them for each pass, or score by directional derivatives (dense, ekfac).'
   )
   gram_rows: Rows = key(0, 'First rows of the shuffled pool, for the Gram matrix of jvp; 0 takes all.')
   precondition: Literal['none', 'adam'] = key('none', "adam: divide by the root of the proxy's second moments.")
@@ -315,7 +317,7 @@ class Features(Section):
 class Datamodel(Section):
   """Scores φ(x)·(ΦᵀΦ/N + λI)⁻¹ mean target φ, averaged over proxies."""
 
-  damping: PositiveReal = key(0.1, 'λ relative to tr(ΦᵀΦ/N)/J.')
+  damping: PositiveReal = key(0.1, 'λ relative to tr(ΦᵀΦ/N)/J; with ekfac to the mean eigenvalue of each parameter.')
   damping_rule: Literal['fixed', 'auto'] = key(
     'fixed', 'auto: the damping, of 1/100 to 100 times the fixed one, that best predicts held-out proxies; needs 3.'
   )

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.attribution import datamodel, probes, sources
 from dsdm_jax.attribution.directional import DirectionalScores
+from dsdm_jax.attribution.ekfac import WholeGradients
 from dsdm_jax.attribution.extractor import feature_step, step_rows, without_kernels
 from dsdm_jax.attribution.gradients import TwoSidedFeatures
 from dsdm_jax.attribution.quantization import column_blocks
@@ -213,8 +214,8 @@ def _ladder(config: ConfigDict, mesh: Mesh) -> list[Work]:
 
 def _features(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
   features, length = config.features, config.pool.length
-  batch, _ = step_rows(features, mesh)
   step = feature_step(config, config.pool.vocab_size, length, mesh)
+  batch = step.rows if isinstance(step, WholeGradients) else step_rows(features, mesh)[0]
   abstract = nnx.state(abstract_model(config.proxies.model, config.pool.vocab_size, length), nnx.Param)
   prepared = jax.eval_shape(lambda params: step.prepare(params, 0), abstract)
   read = {
@@ -223,7 +224,9 @@ def _features(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
     'jvp': min(features.gram_rows or rows(config), rows(config)),
   }[features.mode]
   tokens = batch * length
-  if isinstance(step, TwoSidedFeatures):
+  if isinstance(step, WholeGradients):  # a pass for the eigenvectors and one for the eigenvalues
+    read, least = 2 * min(features.basis_rows, rows(config)), 3 * model.forward_flop * tokens
+  elif isinstance(step, TwoSidedFeatures):
     heads = ('embedding/embedding',) if config.proxies.model.tied_embeddings else ()
     least = (3 * model.forward_flop - 2 * model.matmul_weights) * tokens
     least += batch * probes.least_flop(step.layers, length, heads)
@@ -252,6 +255,8 @@ def _rows_of(mesh: Mesh, batch: int, length: int) -> Arguments:
 
 def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
   features = config.features
+  if features.projection == 'ekfac':
+    return [_directional(config, mesh, model)]
   step = feature_step(config, config.pool.vocab_size, config.pool.length, mesh)
   j, shard = step.dimension, features.shard_rows
   columns = column_blocks(step.describe(), j) if by_layers(config.datamodel.gram, features.projection) else ((0, j),)
@@ -269,7 +274,7 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
   added = work('gram', gram, runs=runs * count, least_flop=least, passes=passes)
   if features.mode == 'jvp':
     return [added, _directional(config, mesh, model)]
-  targets = len(config.targets.tasks) * (config.datamodel.groups + config.datamodel.bootstrap + 1)
+  targets = _columns(config)
 
   def scores(batch: int) -> tuple[Any, Arguments]:
     u_JK = jax.ShapeDtypeStruct((j, targets), jnp.float32)
@@ -279,15 +284,21 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
   return [added, work('scores', scores, runs=runs * count, least_flop=least, passes=passes)]
 
 
+def _columns(config: ConfigDict) -> int:
+  """Solved vectors of all targets."""
+  d = config.datamodel
+  return len(config.targets.tasks) * (1 + d.groups + d.examples + d.bootstrap)
+
+
 def _directional(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
-  length, targets = config.pool.length, len(config.targets.tasks)
+  length, targets = config.pool.length, _columns(config)
   batch, microbatch = step_rows(config.features, mesh)
   abstract = abstract_model(without_kernels(config.proxies.model), config.pool.vocab_size, length)
   output_fn = load_callable(config.features.output_fn)
   scorer = DirectionalScores(abstract, output_fn, config.seed, mesh, microbatch)
   params = nnx.state(abstract, nnx.Param)
-  u_JT = jax.ShapeDtypeStruct((config.features.dimension, targets), jnp.float32)
-  prepared = jax.eval_shape(lambda params, u_JT: scorer.prepare(params, u_JT, 0), params, u_JT)
+  directions = jax.tree.map(lambda x: jax.ShapeDtypeStruct((targets, *x.shape), jnp.float32), params)
+  prepared = jax.eval_shape(scorer.placed, params, directions)
 
   def program(batch: int) -> tuple[Any, Arguments]:
     return scorer.jitted, (prepared, *_rows_of(mesh, batch, length))
@@ -301,5 +312,5 @@ def _directional(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
     math.ceil(rows(config) / batch) * checkpoints(config),
     model.parameters,
     tokens,
-    (1 + 2 * targets) * model.forward_flop * tokens,
+    3 * model.forward_flop * tokens + (2.0 * batch * targets * model.parameters if targets > 1 else 0),
   )

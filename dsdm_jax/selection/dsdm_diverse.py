@@ -11,7 +11,6 @@ import numpy as np
 from dsdm_jax.attribution.sources import unit_rows
 from dsdm_jax.core import prng
 from dsdm_jax.data.order.selection import Selection
-from dsdm_jax.errors import UserError
 from dsdm_jax.selection import ranking, semdedup
 from dsdm_jax.selection.candidates import Budget, Candidates, Target
 
@@ -71,11 +70,6 @@ def greedy(z_M: np.ndarray, phi_MJ: np.ndarray, count: int, diversity: float) ->
 
 def _shortlist(pool: Candidates, target: Target, budget: Budget) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """(score_N, rows of the shortlist, their features of length one at the first proxy)."""
-  if pool.features.semantics['mode'] == 'jvp':
-    raise UserError(
-      "features.mode = 'jvp' stores no features, and the redundancy penalty needs them; set "
-      '--config.features.mode=store or stream, or leave dsdm_greedy and dsdm_clusters out of selection.methods'
-    )
   score_N = pool.scores.score_N(target.name)
   rows = ranking.capped_order(score_N, budget.examples, pool, SHORTLIST * budget.examples)
   return score_N, rows, pool.once(('phi', rows.tobytes()), lambda: _features(pool, rows))

@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.attribution import covariances, datamodel
 from dsdm_jax.attribution.covariances import Basis, MomentStep
+from dsdm_jax.attribution.directional import DirectionalScores
+from dsdm_jax.attribution.ekfac import WholeGradients
 from dsdm_jax.attribution.extractor import feature_step, step_rows
 from dsdm_jax.attribution.gradients import FeatureStep, TwoSidedFeatures
 from dsdm_jax.attribution.quantization import Blocks, column_blocks
@@ -121,6 +123,7 @@ class Variant:
 
 
 REFERENCE = Variant('reference')
+EKFAC: Changes = (('projection', 'ekfac'), ('mode', 'jvp'))  # curvature without a projection; `gram` says nothing
 BEST = 'Gram by layers, 4 proxies, three checkpoints'
 
 VARIANTS: tuple[Variant, ...] = (
@@ -151,6 +154,12 @@ VARIANTS: tuple[Variant, ...] = (
   Variant('Gram by layers, 4 proxies', gram='layers', proxies=4),
   Variant('Gram by layers, three checkpoints', gram='layers', checkpoints=(EARLY, MIDDLE, LATE)),
   Variant(BEST, gram='layers', proxies=4, checkpoints=(EARLY, MIDDLE, LATE)),
+  Variant('EK-FAC', features=EKFAC),
+  Variant('EK-FAC, 1 proxy', features=EKFAC, proxies=1),
+  Variant('EK-FAC, 4 proxies', features=EKFAC, proxies=4),
+  Variant('EK-FAC, damping × 0.1', features=EKFAC, damping=0.1),
+  Variant('EK-FAC, damping × 10', features=EKFAC, damping=10.0),
+  Variant('EK-FAC, 128 rows', features=(*EKFAC, ('basis_rows', 128))),
   Variant('joint Gram', gram='joint'),
   Variant('no curvature', gram='none'),
   Variant('no curvature, unit norm', gram='none', unit_norm=True),
@@ -204,6 +213,7 @@ class Scorer:
     self._weights = np.concatenate([weights_NL, weights_TL]).astype(np.float32)
     self._rows = len(tokens_NL)
     self._step = functools.lru_cache(maxsize=None)(self._make_step)
+    self._directional = functools.lru_cache(maxsize=None)(self._make_directional)
     self._features = functools.lru_cache(maxsize=_CACHED)(self._make_features)
 
   def __call__(self, variant: Variant) -> np.ndarray:
@@ -219,6 +229,9 @@ class Scorer:
     return score_NT.astype(np.float32)
 
   def _one(self, variant: Variant, proxy: int, checkpoint: int) -> np.ndarray:
+    step = self._step(variant.features, variant.kind.width)
+    if isinstance(step, WholeGradients):
+      return self._by_ekfac(step, variant, self._proxies(variant.kind, proxy).states[checkpoint].params)
     phi_XJ, layers = self._features_of(variant, proxy, checkpoint)
     phi_NJ, phi_TJ = phi_XJ[: self._rows], phi_XJ[self._rows :]
     if variant.gram == 'none':
@@ -228,6 +241,21 @@ class Scorer:
     parts = datamodel.gram(rows, columns)
     u_JT = datamodel.solve(parts, columns, phi_TJ, self._damping(variant), overwrite=True).u_JK
     return datamodel.scores(rows, u_JT)
+
+  def _by_ekfac(self, step: WholeGradients, variant: Variant, params: nnx.State) -> np.ndarray:
+    options = self._changed(variant.features, variant.kind.width).features
+    sample = slice(min(options.basis_rows, self._rows))
+    factors = step.factors(params, self._tokens[sample], self._weights[sample])
+    targets = self._tokens[self._rows :], self._weights[self._rows :]
+    means = step.means(params, *targets, np.eye(len(targets[0])))
+    u_JT = step.flat({path: f.solve(means[path], self._damping(variant))[0] for path, f in factors.items()})
+    scorer = self._directional(variant.features, variant.kind.width)
+    prepared, parts = scorer.placed(params, step.tree(u_JT, params)), []
+    for start in range(0, self._rows, step.rows):
+      stop = min(start + step.rows, self._rows)
+      batch = (jnp.asarray(_padded(x[start:stop], step.rows)) for x in (self._tokens, self._weights))
+      parts.append(np.asarray(scorer(prepared, *batch))[: stop - start])
+    return np.concatenate(parts)
 
   def _joint(self, variant: Variant, parts: Sequence[tuple[int, int]]) -> np.ndarray:
     phi = [self._features_of(variant, *part)[0] for part in parts]
@@ -276,6 +304,11 @@ class Scorer:
 
   def _make_step(self, features: Changes, width: float) -> FeatureStep:
     return feature_step(self._changed(features, width), self._vocab_size, self._tokens.shape[1], self._mesh)
+
+  def _make_directional(self, features: Changes, width: float) -> DirectionalScores:
+    step = self._step(features, width)
+    assert isinstance(step, WholeGradients)
+    return DirectionalScores(step.model, step.output_fn, self._config.seed, self._mesh)
 
   def _changed(self, features: Changes, width: float) -> ConfigDict:
     config = ConfigDict(self._config.to_dict())

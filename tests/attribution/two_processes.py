@@ -17,6 +17,7 @@ from tests.pipeline.tiny import get_config
 SETTINGS = {
   'store': {'basis': 'eigenvectors', 'basis_rows': 40, 'precondition': 'adam'},
   'jvp': {'projection': 'dense', 'mode': 'jvp', 'gram_rows': 64, 'precondition': 'adam', 'dimension': 48},
+  'ekfac': {'projection': 'ekfac', 'mode': 'jvp', 'basis_rows': 41},
 }  # of features
 
 

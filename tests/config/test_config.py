@@ -298,6 +298,22 @@ def test_good_configs_pass(config):
     ),
     (changed(pool__plant_targets=300), ['pool.plant_targets = 300', 'targets.max_examples = 256']),
     (changed(features__projection='dense', features__mode='jvp'), ["features.mode = 'jvp'", 'datamodel.bootstrap=0']),
+    (
+      changed(features__projection='ekfac'),
+      ["features.mode = 'store'", "must be 'jvp' with features.projection = ekfac"],
+    ),
+    (
+      changed(features__projection='ekfac', features__mode='jvp', datamodel__gram='full'),
+      ["datamodel.gram = 'full'", "must be 'auto' with features.projection = ekfac"],
+    ),
+    (
+      changed(features__projection='ekfac', features__mode='jvp', selection__methods=('dsdm', 'gradient')),
+      ['selection.methods', 'need stored features (gradient)', '--config.features.projection=two_sided'],
+    ),
+    (
+      changed(features__projection='ekfac', features__mode='jvp', mixture__parts=('dsdm_greedy rate=1',)),
+      ['selection.methods', 'need stored features (DsDm, greedy)'],
+    ),
     (changed(selection__methods=('dsdm', 'imported')), ["selection.imported = ''", '--config.selection.imported=']),
     (changed(mixture__parts=('imported rate=2',)), ["selection.imported = ''"]),
     (changed(selection__examples=7), ['selection.examples = 7', 'selection.epochs = 4', 'batch_size = 32']),
