@@ -477,7 +477,7 @@ class Evaluation(Section):
       f'must have names of at most {v.LONGEST_NAME} bytes',
     ),
   ] = key((), "Other models to compare: 'name=folder', an Orbax checkpoint of `model` with the pool's vocabulary.")
-  ngram_tokens: Count = key(
+  ngram_tokens: Annotated[int, Ge(0), Le(10**12), 'tokens'] = key(
     30_000_000, "Tokens of an arm's rows that the n-gram reference lines count, at most; 0 leaves the lines out."
   )
   bootstrap: Annotated[Draws, Ge(100)] = key(10_000, 'Bootstrap over items, where each arm has one model.')

@@ -227,3 +227,13 @@ def is_rotary_scaling(numbers: tuple[float, ...]) -> bool:
   if len(numbers) not in (1, 4):
     return not numbers
   return numbers[0] > 1 and min(numbers) > 0 and max(numbers) <= 1e30 and (len(numbers) == 1 or numbers[1] < numbers[2])
+
+
+def head_size(model: Any) -> int:
+  """K, of the section `model` of the model."""
+  return model.head_size or model.width // model.heads
+
+
+def norm_epsilon(model: Any) -> float:
+  """What the norms add to the variance, by default as GPT-2 and Llama do."""
+  return model.norm_epsilon or (1e-6 if model.norm == 'rmsnorm' else 1e-5)

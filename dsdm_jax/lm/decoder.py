@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from dsdm_jax.config.values import head_size, norm_epsilon
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm import attention, attention_tpu, partition, products
 
@@ -16,16 +17,6 @@ from dsdm_jax.lm import attention, attention_tpu, partition, products
 def build(config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs) -> 'Decoder':
   """Builds the decoder of `config` (section `model` of the config) for sequences of at most `length` tokens."""
   return Decoder(config, vocab_size, length, rngs)
-
-
-def head_size(config: ConfigDict) -> int:
-  """K, of the section `model` of the config."""
-  return config.head_size or config.width // config.heads
-
-
-def norm_epsilon(config: ConfigDict) -> float:
-  """What the norms add to the variance, by default as GPT-2 and Llama do."""
-  return config.norm_epsilon or (1e-6 if config.norm == 'rmsnorm' else 1e-5)
 
 
 def _linear(

@@ -17,14 +17,12 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 import safetensors
 import safetensors.numpy
-from flax import nnx
 from ml_collections import ConfigDict
 
 from dsdm_jax.config.schema import Model
-from dsdm_jax.config.values import brief
+from dsdm_jax.config.values import brief, head_size, norm_epsilon
 from dsdm_jax.core import storage
 from dsdm_jax.errors import UserError
-from dsdm_jax.lm import decoder
 
 _DTYPES = ('F32', 'F16', 'BF16')
 _INDEX = 'model.safetensors.index.json'
@@ -295,7 +293,7 @@ def _normal(keys: Mapping[str, Any]) -> dict[str, Any]:
   result = {key: keys[key] for key in _STANDARD}
   if result['head_size'] * result['heads'] == result['width']:
     result['head_size'] = 0
-  result['norm_epsilon'] = decoder.norm_epsilon(ConfigDict(result))
+  result['norm_epsilon'] = norm_epsilon(ConfigDict(result))
   result['qkv_bias'] = result['qkv_bias'] and not result['bias']
   result['rotary_scaling'] = tuple(result['rotary_scaling'])
   unused = () if result['positions'] == 'rope' else ('rotary_share', 'rotary_base', 'rotary_scaling')
@@ -391,6 +389,10 @@ def check(folder: str, config: ConfigDict, length: int = 1) -> None:
 
 def _shapes(config: ConfigDict, vocab_size: int, length: int) -> dict[str, tuple[int, ...]]:
   """Path → shape of all parameters of the decoder, layer by layer."""
+  from flax import nnx  # imports JAX, which a run that reuses everything does without
+
+  from dsdm_jax.lm import decoder
+
   one = ConfigDict(Model().model_dump() | config.to_dict() | {'layers': 1, 'scan_layers': False})
   model = nnx.eval_shape(lambda: decoder.build(one, vocab_size, length, nnx.Rngs(0)))
   shapes = {}
@@ -488,7 +490,7 @@ def _views(
     return np.moveaxis(part, 0, -1) if kind == 'kernel' else part
 
   if module == 'attention/qkv' and family.qkv != 'heads':
-    group, size = config.heads // config.kv_heads, decoder.head_size(config)
+    group, size = config.heads // config.kv_heads, head_size(config)
     groups = x.reshape(*x.shape[:-1], config.kv_heads, group + 2, size)
     if family.qkv == 'queries':
       yield name, np.moveaxis(groups, -2, -3), x.shape
@@ -611,7 +613,7 @@ def their_config(config: ConfigDict, vocab_size: int, length: int) -> dict[str, 
     for key, field, standard in family.fields:
       value = ours[key]
       if key == 'head_size':
-        value = decoder.head_size(config)
+        value = head_size(config)
       if key == 'mlp':
         value = next((t for t, o in family.activations.items() if o == value), standard)
       theirs[field] = None if key.endswith('_cap') and not value else value
@@ -625,7 +627,7 @@ def their_config(config: ConfigDict, vocab_size: int, length: int) -> dict[str, 
     if family.window is not None:  # the decoder sees all tokens of a row
       theirs |= {'sliding_window': length if family.gemma else None}
     if family.gemma:
-      theirs['query_pre_attn_scalar'] = decoder.head_size(config)
+      theirs['query_pre_attn_scalar'] = head_size(config)
       if kind == 'gemma3_text':
         theirs |= {'rope_local_base_freq': ours['rotary_local_base']}
         theirs['layer_types'] = _layer_types(ours['layers'], ours['rotary_global_every'])

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from dsdm_jax.attribution import ekfac, probes
 from dsdm_jax.attribution.covariances import MomentStep
@@ -9,7 +10,7 @@ from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.ekfac import WholeGradients
 from dsdm_jax.lm import outputs
 
-from .conftest import BATCH
+from .conftest import BATCH, VARIANTS, make_problem
 
 DAMPING = 0.1
 WEIGHT_KT = np.eye(3, BATCH) / 2 + np.eye(3, BATCH, 1) / 2  # the means of three pairs of rows
@@ -39,9 +40,13 @@ def _directions(problem, mesh, rows: int) -> tuple[WholeGradients, dict[str, ekf
   return step, factors, step.flat({path: f.solve(means[path], DAMPING)[0] for path, f in factors.items()})
 
 
-def test_scores_are_those_of_the_oracle(problem, one_device):
+@pytest.mark.parametrize(
+  'variant',
+  [v if v in ('scanned_rematerialised', 'gemma') else pytest.param(v, marks=pytest.mark.full) for v in VARIANTS],
+)
+def test_scores_are_those_of_the_oracle(variant, one_device):
   """Batches of three rows, the last one padded; both ways to score."""
-  p = problem
+  p = make_problem(**VARIANTS[variant])
   layers = probes.linears(p.model)
   measure = MomentStep(p.model, outputs.margin, layers, one_device)
   moments = measure.sums(measure.prepare(p.params), [(p.tokens_BL, p.weights_BL)])

@@ -193,6 +193,8 @@ def _run(
     _arm(shim, Fault(**fault))
   try:
     code = main.main(flags)
+  except SystemExit as leaving:
+    code = int(leaving.code or 0)
   except BaseException:  # noqa: BLE001  what the interpreter would print
     sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
   finally:

@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from tests.conftest import FAULTS
+from tests.conftest import FAULTS, ROOT
 from tests.pipeline import runs
-from tests.pipeline.runs import ROOT
 
 TIMES = 20 if FAULTS else 3
 # Per run, of 1,545 measured: caches of JAX and TFDS, and what TensorStore leaks for each array that Orbax saves or

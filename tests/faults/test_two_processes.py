@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import FAULTS
+from tests.conftest import FAULTS, ROOT
 from tests.core.test_processes import free_port
 from tests.pipeline import runs
-from tests.pipeline.runs import ROOT
 
 
 def start(workdir: Path) -> list[subprocess.Popen[str]]:

@@ -88,7 +88,7 @@ def test_results(run, finished):
   assert run.results.comparisons['difference'].tolist() == [c['difference'] for c in raw['comparisons']]
   assert len(run.results.arms) == len(raw['arms'])
   assert len(run.results.summary) == len(raw['summary'])
-  assert 'trained' in run.results.headline
+  assert 'n-gram' in run.results.headline  # so small models are below their counts
   assert run.cost.loc['proxies', 'seconds'] == raw['cost']['proxies']['seconds']
   assert run.cost['bytes'].min() > 0
   losses = run.results.losses
