@@ -4,7 +4,7 @@ Run it with:
 
     bash launch/run.sh
 
-Hardware and time: two CPU cores, 4 min 30 s after installation.
+Hardware and time: two CPU cores, 4 minutes after installation.
 
 Result: models trained on DsDm's selection have a higher log-probability than models trained on random rows, by 0.24
 nats per token on `docs` and 0.27 on `api_qa`; README.md has a table with intervals. The text depends on the installed

@@ -31,19 +31,21 @@ SLOW = (
   *(
     f'tests/attribution/test_{name}.py'
     for name in (
-      'agreement bench bfloat16 collectives covariances coverage damping directional fused_attention planted_pairs '
-      'processes second_moment sources'
+      'agreement bench bfloat16 collectives covariances coverage damping directional ekfac fused_attention gradients '
+      'planted_pairs processes score_files second_moment sources'
     ).split()
   ),
   *(f'tests/core/test_{name}.py' for name in ('compile_cache', 'processes', 'tensorflow_start')),
   *(f'tests/evaluation/test_{name}.py' for name in ('bench', 'scoring')),
   'tests/faults/',
-  *(f'tests/lm/test_{name}.py' for name in ('attention_tpu', 'decoding', 'products')),
+  *(f'tests/lm/test_{name}.py' for name in ('attention', 'attention_tpu', 'decoding', 'products')),
+  *(f'tests/pipeline/test_{name}.py' for name in ('bad_input', 'end_to_end', 'settings')),
+  'tests/plan/',
   *(f'tests/selection/test_{name}.py' for name in ('proxy_signals', 'vocabularies')),
   'tests/test_wheel.py',
   *(
     f'tests/training/test_{name}.py'
-    for name in ('bench', 'collectives', 'differentiable', 'loop', 'processes', 'vmapped')
+    for name in ('bench', 'collectives', 'differentiable', 'loop', 'processes', 'step', 'vmapped')
   ),
   *(f'tests/training/test_optimizer.py::test_{name}' for name in ('training_in', 'parts_of_a_batch', 'z_loss')),
   *(f'tests/validation/test_{name}.py' for name in ('oracle', 'variants')),
