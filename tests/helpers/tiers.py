@@ -41,7 +41,8 @@ SLOW = (
   *(f'tests/lm/test_{name}.py' for name in ('attention', 'attention_tpu', 'decoding', 'products')),
   *(f'tests/pipeline/test_{name}.py' for name in ('bad_input', 'end_to_end', 'settings')),
   'tests/plan/',
-  *(f'tests/selection/test_{name}.py' for name in ('proxy_signals', 'vocabularies')),
+  'tests/report/test_page.py',
+  *(f'tests/selection/test_{name}.py' for name in ('every_selector', 'proxy_signals', 'vocabularies')),
   'tests/test_wheel.py',
   *(
     f'tests/training/test_{name}.py'
