@@ -238,8 +238,12 @@ def save(file: Path, factors: Mapping[str, Factors]) -> None:
 
 
 def load(file: Path) -> dict[str, Factors]:
-  """Path → factors."""
-  with np.load(file, allow_pickle=False) as arrays:
+  """Path → factors.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  with storage.load(file) as arrays:
     return {
       str(path): Factors(arrays.get(f'in_{n}'), arrays.get(f'out_{n}'), arrays[f'square_{n}'])
       for n, path in enumerate(arrays['paths'])

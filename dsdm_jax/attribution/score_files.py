@@ -61,7 +61,7 @@ def read(path: str | os.PathLike, rows: int | None = None, column: str = 'score'
 
 
 def _read_npy(path: Path) -> np.ndarray:
-  return np.load(path, mmap_mode='r', allow_pickle=False)
+  return np.load(path, mmap_mode='r', allow_pickle=False)  # noqa: TID251  mapped
 
 
 def _read_parquet(path: Path, column: str, rows: int | None) -> np.ndarray:

@@ -43,8 +43,8 @@ class Family:
     architecture: its class there.
     fields: (our key, field of config.json, its value where the file has none). `int` as value: the file must have it;
       None: another key says it.
-    names: our module → theirs; `{}` stands for q, k and v, or for gate and up. `blocks` is what precedes the number of
-      a block in the names of its modules.
+    names: our module → theirs; `{}` is replaced by q, k and v, or by gate and up. `blocks` is what precedes the
+      number of a block in the names of its modules.
     shared: our keys that have the same value in all its models.
     activations: of the MLP there → our `mlp`; the first of equals is written.
     supported: field → its only value that the decoder supports, which is also the one where the file has none.

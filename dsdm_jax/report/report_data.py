@@ -125,7 +125,8 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
   """
   pool = inputs['pool'].path
   source_N, document_N, offset_N, planted_N = (
-    np.load(pool / 'rows' / f'{k}.npy', mmap_mode='r') for k in ('source', 'document', 'offset', 'planted')
+    np.load(pool / 'rows' / f'{k}.npy', mmap_mode='r')  # noqa: TID251  mapped
+    for k in ('source', 'document', 'offset', 'planted')
   )
   scores = Scores(inputs['datamodel'])
   targets, reach = (*scores.tasks, 'mix'), {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
 from dsdm_jax import cli
 from dsdm_jax.errors import UserError
@@ -55,20 +55,10 @@ def test_exported_models_open_in_transformers(finished, peers, tmp_path, capsys)
   for name, trained, tolerance in (('arm', model, 1e-4), ('proxy', TrainedModel(finished, proxy=1), 0.05)):
     graphdef, state = nnx.split(abstract_model(trained.config, model.pool.vocab_size, model.pool.length))
     values = trained.parameters()
-    nnx.replace_by_pure_dict(state, _nested(values))
+    path = {name: tuple(int(x) if x.isdigit() else x for x in name.split('/')) for name in values}
+    nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict({path[name]: x for name, x in values.items()}))
     logits_BLV = nnx.merge(graphdef, state)(tokens_BL)
     np.testing.assert_allclose(np.load(tmp_path / f'{name}.npy'), logits_BLV, atol=tolerance)
-
-
-def _nested(values: dict) -> dict:
-  tree: dict = {}
-  for path, x in values.items():
-    *parents, name = (int(part) if part.isdigit() else part for part in path.split('/'))
-    inner = tree
-    for part in parents:
-      inner = inner.setdefault(part, {})
-    inner[name] = x
-  return tree
 
 
 def test_the_card_has_data_selection_and_results(finished, tmp_path):

@@ -148,7 +148,7 @@ class Scanned:
   """Totals of a unit; `scan-*.npz` has arrays with one entry per document.
 
   `bytes` were read in all: those of the documents, `cut_bytes` off the ends of `cut` documents, and `problem_bytes`.
-  `trips` are counts of `vocabulary.round_trip` for the sample, times the number of documents that each stands for.
+  `trips` are sums of `vocabulary.round_trip` over the sample, scaled to all documents, except for its `documents`.
   """
 
   documents: int
@@ -241,7 +241,7 @@ def scan(job: Job) -> Scanned:
 
 @functools.lru_cache(maxsize=1)
 def _keep(work: Path) -> np.ndarray:
-  return np.load(work / 'keep.npy', mmap_mode='r')
+  return np.load(work / 'keep.npy', mmap_mode='r')  # noqa: TID251  mapped
 
 
 def selected_documents(job: Job) -> Iterator[tuple[str, Document]]:
@@ -392,7 +392,7 @@ def fragments(job: Job, plan: Plan) -> Any:
   A fragment begins at `row`, `column` of the stream and at `place` in tokens. It lies in one row. End marks included.
   """
   counts_M = storage.load(job.file('counts', 'npy'))
-  starts_M = np.load(job.work / 'starts.npy', mmap_mode='r')[job.first : job.first + len(counts_M)]
+  starts_M = np.load(job.work / 'starts.npy', mmap_mode='r')[job.first : job.first + len(counts_M)]  # noqa: TID251  mapped
   ids = np.memmap(job.file('tokens', 'bin'), plan.dtype, 'r') if counts_M.sum() else np.empty(0, plan.dtype)
   bounds = np.concatenate([[0], np.cumsum(counts_M)])
   begin = 0

@@ -54,7 +54,7 @@ class Documents(Sequence[dict[str, Any]]):
     counts = [f.metadata.row_group(g).num_rows for f in self._files for g in range(f.metadata.num_row_groups)]
     self._groups = [(f, g) for f in self._files for g in range(f.metadata.num_row_groups)]
     self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    self._order = np.load(folder / 'rows' / 'order.npy', mmap_mode='r')
+    self._order = np.load(folder / 'rows' / 'order.npy', mmap_mode='r')  # noqa: TID251  mapped
     cached = None if len(self) <= _RESIDENT_DOCUMENTS else 16
     self._group = functools.lru_cache(maxsize=cached)(self._read_group)
 
@@ -150,7 +150,7 @@ class Pool:
     return np.concatenate([self._read(np.arange(i, min(i + block, self.num_rows))) for i in starts])
 
   def _origin(self, name: str) -> np.ndarray:
-    return np.load(self.path / 'rows' / f'{name}.npy', mmap_mode='r')
+    return np.load(self.path / 'rows' / f'{name}.npy', mmap_mode='r')  # noqa: TID251  mapped
 
   @functools.cached_property
   def sources(self) -> list[str]:
