@@ -13,7 +13,8 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
   'first_proxy': (f'proxies{FIRST}',),  # the weights of proxy 0
   'embeddings': (f'proxies{FIRST}',),  # embeddings by proxy 0
   'log_likelihoods': ('proxies',),  # log-likelihoods of the pool's rows by all proxies
-  'features': ('proxies', 'features'),  # features of all proxies
+  'features': ('proxies', 'features'),  # features of all proxies, or products with them
+  'feature_rows': ('proxies', 'features'),  # features of all proxies, row by row
   'first_features': (f'proxies{FIRST}', f'features{FIRST}'),  # features of proxy 0
   'scores': ('proxies', 'features', 'datamodel'),  # scores of the datamodel
 }
@@ -79,7 +80,7 @@ METHODS: Mapping[str, Method] = {
   'perplexity_middle': _method('perplexity:perplexity_middle', 'perplexity middle', 'log_likelihoods', targeted=False),
   'color_filter': _method('color_filter:color_filter', 'CoLoR-Filter', 'first_proxy', 'text'),
   'gradient': _method('gradient:gradient', 'gradient', 'features'),
-  'gradient_cosine': _method('gradient:gradient_cosine', 'gradient cosine', 'features'),
+  'gradient_cosine': _method('gradient:gradient_cosine', 'gradient cosine', 'feature_rows'),
   'oracle': _method('oracle:oracle', 'oracle', 'training'),
   'imported': _method('dsdm:imported', 'imported', 'file', targeted=False),
   'dsdm_shifted': _method('controls:dsdm_shifted', 'dsdm shifted', 'scores'),

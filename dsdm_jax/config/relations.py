@@ -83,7 +83,7 @@ def broken(c: Config) -> Iterator[tuple[str, str, str]]:
     yield 'pool.plant_targets', rule, f'set --config.pool.plant_targets to {most} or less'
   parts = [part for part in map(MixturePart.parse, c.mixture.parts) if part is not None]
   named = [METHODS[m] for m in (*s.methods, *(part.method for part in parts)) if m in METHODS]
-  rows_needed = {'first_features'} if f.projection == 'dense' else {'features', 'first_features'}
+  rows_needed = {'feature_rows', 'first_features'} | (set() if f.projection == 'dense' else {'features'})
   if f.mode == 'jvp' and (without := [m.label for m in named if rows_needed & set(m.needs)]):
     rule = f'have methods that need stored features ({", ".join(without)}), and features.mode = jvp stores none'
     way_out = 'set --config.features.projection=two_sided and --config.features.mode=store, or leave them out'

@@ -2,7 +2,7 @@
 
 score(n) = mean over target examples t of ∇f(n) · ∇f(t), both projected. With norms it is a cosine, as in LESS (arXiv
 2402.04333), which otherwise prefers short and odd rows, whose gradients are large. LESS also takes Adam's step in place
-of the gradient: set `features.precondition=adam`.
+of the row's gradient; `features.precondition=adam` is near to that, but divides the target's gradient as well.
 """
 
 import numpy as np
@@ -10,7 +10,6 @@ import numpy as np
 from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.sources import UnitNorm
 from dsdm_jax.data.order.selection import Selection
-from dsdm_jax.errors import UserError
 from dsdm_jax.selection import ranking
 from dsdm_jax.selection.candidates import Budget, Candidates, Target
 
@@ -22,17 +21,8 @@ def gradient(pool: Candidates, target: Target, budget: Budget, seed: int) -> Sel
 
 
 def gradient_cosine(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """The k rows with the highest cosine of φ(n) to the mean target φ, averaged over proxies.
-
-  Raises:
-    UserError: features.mode = 'jvp', which has no norms.
-  """
+  """The k rows with the highest cosine of φ(n) to the mean target φ, averaged over proxies."""
   del seed
-  if pool.features.semantics['mode'] == 'jvp':
-    raise UserError(
-      "features.mode = 'jvp' has no norms of gradients; set --config.features.mode=store or stream, or leave "
-      'gradient_cosine out of selection.methods'
-    )
   return _match(pool, target, budget, norm=True)
 
 

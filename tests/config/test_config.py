@@ -311,6 +311,17 @@ def test_good_configs_pass(config):
       ['selection.methods', 'need stored features (gradient)', '--config.features.projection=two_sided'],
     ),
     (
+      changed(
+        features__projection='dense',
+        features__mode='jvp',
+        datamodel__bootstrap=0,
+        datamodel__groups=1,
+        datamodel__examples=0,
+        selection__methods=('dsdm', 'gradient', 'gradient_cosine'),
+      ),
+      ['selection.methods', 'need stored features (gradient cosine)'],
+    ),
+    (
       changed(features__projection='ekfac', features__mode='jvp', mixture__parts=('dsdm_greedy rate=1',)),
       ['selection.methods', 'need stored features (DsDm, greedy)'],
     ),
