@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from dsdm_jax.core import storage
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data import files
-from dsdm_jax.data.pool import layout, passes, sources, vocabulary
+from dsdm_jax.data.pool import layout, parquet_footer, passes, sources, vocabulary
 from dsdm_jax.data.pool.pool import log_card, write_dataset
 from dsdm_jax.errors import UserError
 
@@ -133,13 +133,14 @@ def _rows_of(path: str, column: str, length: int) -> int:
         raise UserError(
           f'{path}: column {column!r} has {kind}, not lists of integers; name the column of ids with | text=COLUMN'
         )
-      for group in (table.metadata.row_group(index) for index in range(table.metadata.num_row_groups)):
-        chunks = (group.column(index) for index in range(group.num_columns))
-        ids = sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.partition('.')[0] == column)
-        if ids > 2 * group.num_rows * length:  # reading them might take all memory
-          raise UserError(f'{path} has {ids / group.num_rows:,.0f} ids a row, but pool.length is {length}')
+      for count, chunks in parquet_footer.row_groups(file):
+        ids = sum(chunk.values for chunk in chunks if chunk.path.partition('.')[0] == column)
+        if ids > 2 * count * length:  # reading them might take all memory
+          raise UserError(f'{path} has {ids / max(count, 1):,.0f} ids a row, but pool.length is {length}')
       return table.metadata.num_rows
-  except (*files.READ_ERRORS, pa.ArrowException) as error:
+  except UserError:
+    raise
+  except (*files.READ_ERRORS, pa.ArrowException, ValueError) as error:
     raise UserError(f'{path} cannot be read as Parquet ({" ".join(str(error).split())})') from error
 
 

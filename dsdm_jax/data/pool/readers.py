@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import tensorflow_start
 from dsdm_jax.data import files
+from dsdm_jax.data.pool import parquet_footer
 from dsdm_jax.data.pool.installed_packages import installed_packages
 from dsdm_jax.data.pool.sources import LARGEST, Document, Entry, Unit, cut, no_split, tfds_builder
 from dsdm_jax.data.targets import tfds_items
@@ -201,7 +202,7 @@ def _parquet(unit: Unit) -> Records:
       if isinstance(columns, str):
         yield Problem(path, columns)
         return
-      if (group := _swollen(table.metadata, columns)) is not None:
+      if (group := _swollen(file, columns)) is not None:
         yield Problem(path, f'row group {group} unpacks to more than {_EXPANSION} times its size')
         return
       for batch in table.iter_batches(_ROWS, columns=list(columns)):
@@ -238,14 +239,12 @@ def _columns(entry: Entry, schema: Any) -> dict[str, str] | str:
   return found
 
 
-def _swollen(metadata: Any, columns: Mapping[str, str]) -> int | None:
+def _swollen(file: BinaryIO, columns: Mapping[str, str]) -> int | None:
   """The first row group that unpacks to far more than text does: a value of a few KB may have GBs."""
-  for group in range(metadata.num_row_groups):
-    for index in range(metadata.num_columns):
-      column = metadata.row_group(group).column(index)
-      size = column.total_uncompressed_size
-      if column.path_in_schema in columns and size > max(_UNPACKED, _EXPANSION * column.total_compressed_size):
-        return group
+  for number, (_, chunks) in enumerate(parquet_footer.row_groups(file)):
+    for chunk in chunks:
+      if chunk.path in columns and chunk.unpacked_bytes > max(_UNPACKED, _EXPANSION * chunk.packed_bytes):
+        return number
   return None
 
 
