@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 _BITS = {'pred': 8, 's4': 4, 'u4': 4, 'bf16': 16, 'token': 0, 'opaque': 0}
 _COMPUTATION = re.compile(r'^(?:ENTRY )?%?([^\s(]+) \(.*\{\s*$')
+_BEGIN = re.compile(r'^\s+(?:ROOT )?%?[\w.\-]+ = ')  # of an instruction
+_END = re.compile(r'^\}(?:, execution_thread="[^"]*")?\s*$')  # of a computation
 _ARRAY = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
 _NAME = re.compile(r'%([\w.\-]+)')
 _GROUP_FORMS = (
@@ -86,9 +88,20 @@ def analyse(text: str) -> Program:
 
 
 def parse(text: str) -> dict[str, Computation]:
-  """Name of each computation → its instructions by name; the key of the entry is also ''."""
+  """Name of each computation → its instructions by name; the key of the entry is also ''.
+
+  The attributes of a kernel may contain line breaks, and such a line may begin with a brace.
+  """
   computations: dict[str, Computation] = {}
   current: Computation | None = None
+  lines: list[str] = []  # of one instruction
+
+  def finish() -> None:
+    if lines and current is not None:
+      instruction = _instruction('\n'.join(lines))
+      current[instruction.name] = instruction
+    lines.clear()
+
   for line in text.splitlines():
     if current is None:
       head = _COMPUTATION.match(line)
@@ -96,11 +109,16 @@ def parse(text: str) -> dict[str, Computation]:
         current = computations.setdefault(head[1], {})
         if line.startswith('ENTRY'):
           computations[''] = current
-    elif line.startswith('}'):
+    elif _END.match(line):
+      finish()
       current = None
-    elif ' = ' in line:
-      instruction = _instruction(line)
-      current[instruction.name] = instruction
+    elif _BEGIN.match(line):
+      finish()
+      lines.append(line)
+    elif lines:
+      lines.append(line)
+  if current is not None:
+    raise ValueError('the text of a program ends within a computation')
   return computations
 
 
@@ -270,7 +288,7 @@ class _Walk:
         self._used(inner, number, self._operand(computation, instruction, number))
         for number in range(len(instruction.operands))
       )
-      return read + self._written(inner, written)
+      return read + self._written(inner, instruction.type)
     return written + sum(self._operand(computation, instruction, n) for n in range(len(instruction.operands)))
 
   def _operand(self, computation: Computation, instruction: Instruction, number: int) -> float:
@@ -302,15 +320,25 @@ class _Walk:
         return whole
     return total
 
-  def _written(self, inner: Computation, whole: float) -> float:
-    """Bytes that a fusion writes: only the update if it ends in a dynamic-update-slice."""
+  def _written(self, inner: Computation, type_: str) -> float:
+    """Bytes that a fusion with a result of `type_` writes: of what ends in a dynamic-update-slice only the update."""
     root = next((i for i in inner.values() if i.root), None)
-    while root is not None and root.opcode == 'bitcast':
-      root = inner.get(root.operands[0])
-    if root is not None and root.opcode == 'dynamic-update-slice':
-      update = inner.get(root.operands[1])
-      return min(whole, _values(update.type)) if update else whole
-    return whole
+    results = [root] if root else []
+    if root and root.opcode == 'tuple':
+      results = [inner[name] for name in root.operands if name in inner]
+    sizes = [padded for _, padded in arrays(type_)]
+    if len(results) != len(sizes):
+      return sum(sizes)
+    return sum(min(size, self._produced(inner, result)) for size, result in zip(sizes, results, strict=True))
+
+  def _produced(self, inner: Computation, result: Instruction) -> float:
+    if result.opcode == 'bitcast' and result.operands[0] in inner:
+      return self._produced(inner, inner[result.operands[0]])
+    if result.opcode == 'dynamic-update-slice' and result.operands[1] in inner:
+      return _values(inner[result.operands[1]].type)
+    if result.opcode == 'fusion' and (called := _attribute(result, 'calls')) in self._computations:
+      return self._written(self._computations[called], result.type)
+    return math.inf
 
 
 def _received(operation: str, sent: float, group: int) -> float:

@@ -1,5 +1,9 @@
 """Communication and HBM traffic of a program's text, against counts by hand."""
 
+import lzma
+import re
+from pathlib import Path
+
 import pytest
 
 from dsdm_jax.plan import hlo
@@ -124,3 +128,32 @@ def test_bytes_of_types(type_, values, padded):
 )
 def test_members_of_a_group(text, count):
   assert hlo.members(text, 8) == count
+
+
+@pytest.fixture(scope='module')
+def compiled():
+  """The features step of a model of three layers on v5e:2x4, by libtpu, without names of operations and bodies of
+  kernels."""
+  return lzma.decompress((Path(__file__).parent / 'features_v5e.hlo.xz').read_bytes()).decode()
+
+
+def test_no_instruction_of_a_computation_with_kernels_is_lost(compiled):
+  assert sum(line.startswith('}}') for line in compiled.splitlines()) == 9  # within attributes of a kernel
+  found = hlo.parse(compiled)
+  begins = re.findall(r'^ +(?:ROOT )?%([\w.\-]+) = ', compiled, re.MULTILINE)
+  assert sorted(name for key, each in found.items() if key for name in each) == sorted(begins)
+  assert all(sum(i.root for i in computation.values()) == 1 for computation in found.values())
+  called = re.findall(r'(?:calls|body|condition|to_apply)=%([\w.\-]+)', compiled)
+  assert set(called) <= set(found)
+
+
+def test_traffic_of_a_program_with_kernels(compiled):
+  program = hlo.analyse(compiled)
+  assert (program.kernels, program.unknown_trips) == (3 * 2, 0)  # attention forward and backward in each layer
+  assert program.hbm_bytes == 1_084_594_696
+  body = next(c for c in hlo.parse(compiled).values() if any('splash_mha_fwd' in name for name in c))
+  walk = hlo._Walk(hlo.parse(compiled), 8)
+  stored = body['bitcast_dynamic-update-slice_fusion.22']  # queries, keys and values of a layer, among those of all
+  layers, row = 3, 8 * 2 * 512 * 128 * 2  # bytes of one of the three
+  assert [padded for _, padded in hlo.arrays(stored.type)] == 3 * [layers * row]
+  assert walk._bytes(body, stored) == 3 * row + 3 * row + 4  # read and written; and the number of the layer
