@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class Run:
     from another input than the one in the workdir.
     """
     if stage not in self._opened:
-      if stage not in self.stages:
+      if not (self.workdir / stage / artifacts.MANIFEST).is_file():
         raise UserError(f'{self.workdir} has no finished {stage}, only {", ".join(self.stages)}; resume the run')
       self._opened |= artifacts.read(self.workdir, stage, known=self._opened, verify=self._verify)
     return self._opened[stage]
@@ -163,6 +163,28 @@ class ScoresView(Mapping[str, np.ndarray]):
 
     low_N, high_N = Scores(self._artifact).interval_2N(target)
     return _frame({'low': low_N, 'score': self[target], 'high': high_N}).rename_axis('row')
+
+  def documents(
+    self, targets: Sequence[str] = (), arms: Sequence[str] | None = None, by: Literal['rows', 'tokens'] = 'rows'
+  ) -> 'pd.DataFrame':
+    """One line per record of the sources, with the ids of the sources: status, place, and score for each target.
+
+    Columns, and scores `by` rows or tokens: `dsdm_jax.selection.documents`, which also writes them to files.
+
+    Args:
+      targets: tasks, 'mix', or tasks joined by '+'; () for all.
+      arms: selections whose share of each document is added; None for all of the run.
+    """
+    from dsdm_jax.selection.documents import DocumentScores
+
+    stages = ['pool', 'datamodel', *(('proxies', 'features') if by == 'tokens' else ())]
+    stages += [stage for stage in ('selection', 'validation') if artifacts.open_stage(self._run.workdir, stage)]
+    inputs = {stage: self._run.artifact(stage) for stage in stages}
+    scores = DocumentScores(inputs, targets, arms, by, self._run.functions)
+    columns = [table.to_pydict() for table in scores.tables()]
+    frame = _frame({name: [x for part in columns for x in part[name]] for name in scores.schema.names})
+    frame.attrs = scores.metadata
+    return frame
 
   def top(self, target: str = 'mix', count: int = 10) -> 'pd.DataFrame':
     """The rows with the highest scores, best first, with source, document and text."""

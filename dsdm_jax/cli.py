@@ -23,7 +23,7 @@ REPOSITORY = 'https://github.com/dsdm-jax/dsdm_jax'
 _COMMANDS = {
   'run': 'run the pipeline, or one stage of it',
   'plan': 'print the time, memory and price of a config on TPUs; needs no TPU',
-  'export': "write an arm's rows as jsonl, parquet, datasets or tfds; export model: a model for transformers",
+  'export': "write an arm's rows for other programs; export documents: scores; export model: for transformers",
   'verify': 'say what in a workdir is whole, damaged, superfluous or foreign',
   'study': 'run many arms of a config and compare them',
   'bench': 'measure speed and memory (in a checkout of the repository)',
@@ -94,6 +94,10 @@ def _run(command: str, rest: list[str]) -> int:
     from dsdm_jax.evaluation import model_export
 
     return model_export.main(rest[1:])
+  if command == 'export' and rest[:1] == ['documents']:
+    from dsdm_jax.selection import documents
+
+    return documents.main(rest[1:])
   if command == 'export':
     from dsdm_jax.selection import export
 

@@ -27,7 +27,7 @@ STAGES = (
     reads=(),
     keys=('seed', 'pool', 'targets.tasks', 'targets.folder', 'targets.seed'),
     code='data.pool.build:run',
-    format=3,
+    format=4,
   ),
   # Tasks → examples that the datamodel sees, and a holdout split that it never sees.
   Stage(

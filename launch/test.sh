@@ -32,7 +32,8 @@ look_into_venv() { # lets environment $1 import the packages of .venv
 if [[ $tier != fast ]]; then
   python=$(find_python)
   (make_environment "$root/.venv-peers" "$python" && install "$root/.venv-peers" "$root/requirements-peers.txt" &&
-    "$root/.venv-peers/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps kronfluence==1.0.1) ||
+    "$root/.venv-peers/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps kronfluence==1.0.1 \
+      dolma==1.2.1 mosaicml-streaming==0.13.0 megatron-core==0.16.1) ||
     printf '%s: no .venv-peers, so tests that compare with other packages are skipped\n' "$self" >&2 &
 fi
 prepare

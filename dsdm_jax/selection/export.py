@@ -4,11 +4,16 @@
 
 Formats:
   parquet, jsonl: one record per row: place, row, document, source, score (by which the method ranks), datamodel, low
-    and high (the datamodel's score for the arm's target and its interval), weight (1; visits in a mixture), text.
+    and high (the datamodel's score for the arm's target and its interval), weight (1; visits in a mixture), text and
+    tokens. The sign and scale of scores are in the schema of a Parquet file, and in metadata.json beside JSONL.
   datasets: a folder that Hugging Face's `datasets.load_dataset(FOLDER)` opens: Parquet files and a card.
+  arrayrecord: tf.train.Example in ArrayRecord, as Grain and MaxText read: tokens and row (int64), weight, id.
+  megatron: <arm>.bin and <arm>.idx of Megatron-LM, one document per row; they have no weights.
+  mds: shards of MosaicML's streaming: id, row, tokens (int32), weight.
   tfds: a TFDS dataset in TFRecord files, `selection:1.0.0`, that tfds and seqio open without this package. Records have
-    tokens, row and weight, in the order of the selection. The vocabulary is beside it: vocabulary.model, tokenizer.json
-    or bytes.json, as in the pool.
+    tokens, row and weight, in the order of the selection.
+Beside the formats of trainers and tfds is the vocabulary: vocabulary.model, tokenizer.json or bytes.json, as in the
+pool.
 """
 
 import argparse
@@ -30,8 +35,10 @@ from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.pool.vocabulary import FILES
 from dsdm_jax.errors import UserError, visible
+from dsdm_jax.selection import trainers
 
-FORMATS = ('parquet', 'jsonl', 'datasets', 'tfds')
+FORMATS = ('parquet', 'jsonl', 'datasets', 'arrayrecord', 'megatron', 'mds', 'tfds')
+METADATA = b'dsdm_jax'  # key of the schema of a Parquet file
 _BLOCK = 4_096  # rows that are read and written together
 _SHARD_ROWS = 65_536  # of one Parquet or TFRecord file
 
@@ -55,6 +62,9 @@ class Export:
       raise UserError(f'--arm={arm}: {workdir} has {", ".join(names)}; name one')
     self.selection = Selection.load(opened['selection'].path, name)
     self.pool = Pool(opened['pool'])
+    if artifacts.open_stage(workdir, 'validation') is not None:
+      opened |= artifacts.read(workdir, 'validation', known=opened)
+    self.metadata = metadata(opened['datamodel'], opened.get('validation')) | {'selection': self.selection.provenance}
     self._columns = _scores(opened['datamodel'], self.selection)
 
   def records(self) -> Iterator[dict[str, list[Any]]]:
@@ -76,7 +86,17 @@ class Export:
         columns[name] = self._columns[name][rows].tolist() if name in self._columns else missing
       columns['weight'] = selection.weights[here].tolist()
       columns['text'] = [pool.text(row) for row in rows.tolist()]
+      columns['tokens'] = pool.tokens(rows).tolist()
       yield columns
+
+  def examples(self) -> Iterator[trainers.Example]:
+    """Ids of each row, in the order of the selection."""
+    for start in range(0, self.selection.size, _BLOCK):
+      rows = self.selection.rows[start : start + _BLOCK]
+      ids = [self.pool.documents[d]['id'] for d in self.pool.document_N[rows]]
+      weights = self.selection.weights[start : start + _BLOCK].tolist()
+      for values in zip(ids, rows.tolist(), weights, self.pool.tokens(rows), strict=True):
+        yield trainers.Example(*values)
 
   def jsonl(self, out: Path) -> None:
     """Writes `<arm>.jsonl` in `out`."""
@@ -84,6 +104,7 @@ class Export:
       for columns in self.records():
         for values in zip(*columns.values(), strict=True):
           file.write(json.dumps(dict(zip(columns, values, strict=True)), ensure_ascii=False) + '\n')
+    storage.write_json(out / 'metadata.json', self.metadata)
 
   def parquet(self, out: Path, name: str | None = None) -> None:
     """Writes `<arm>-00000-of-0000n.parquet` in `out`."""
@@ -92,7 +113,8 @@ class Export:
 
     kinds = dict.fromkeys(('place', 'row'), pyarrow.int64()) | dict.fromkeys(('document', 'source'), pyarrow.string())
     kinds |= dict.fromkeys(('score', 'datamodel', 'low', 'high', 'weight'), pyarrow.float32())
-    schema = pyarrow.schema({**kinds, 'text': pyarrow.string()})
+    about = {METADATA: json.dumps(self.metadata, ensure_ascii=False).encode()}
+    schema = pyarrow.schema({**kinds, 'text': pyarrow.string(), 'tokens': pyarrow.list_(pyarrow.int32())}, about)
     shards, blocks = -(-self.selection.size // _SHARD_ROWS), self.records()
     for shard in range(shards):
       path = out / f'{name or self.selection.name}-{shard:05d}-of-{shards:05d}.parquet'
@@ -104,13 +126,33 @@ class Export:
     """Writes `data/train-*.parquet` and a card from which `datasets` finds them."""
     (out / 'data').mkdir(parents=True)
     self.parquet(out / 'data', 'train')
-    provenance = json.dumps(self.selection.provenance, indent=2, ensure_ascii=False)
+    about = json.dumps(self.metadata, indent=2, ensure_ascii=False)
     card = (
       '---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet\n---\n\n'
       f'# {self.selection.name}\n\n{self.selection.size} rows of {self.pool.length} tokens, selected by dsdm_jax:\n\n'
-      f'```json\n{provenance}\n```\n'
+      f'```json\n{about}\n```\n'
     )
     storage.write_text(out / 'README.md', card)
+
+  def arrayrecord(self, out: Path) -> None:
+    """Writes `<arm>-*.array_record` and the files of the vocabulary."""
+    trainers.arrayrecord(self.examples(), self.selection.size, out, self.selection.name)
+    self._beside(out)
+
+  def megatron(self, out: Path) -> None:
+    """Writes `<arm>.bin`, `<arm>.idx` and the files of the vocabulary."""
+    trainers.megatron(self.examples(), self.selection.size, out, self.selection.name, self.pool.vocab_size)
+    self._beside(out)
+
+  def mds(self, out: Path) -> None:
+    """Writes shards, their `index.json`, and the files of the vocabulary."""
+    trainers.mds(self.examples(), out)
+    self._beside(out)
+
+  def _beside(self, out: Path) -> None:
+    for name, data in read_vocabulary(self.pool.path).items():
+      storage.write_bytes(out / name, data)
+    storage.write_json(out / 'metadata.json', self.metadata)
 
   def tfds(self, out: Path) -> None:
     """Writes `selection/1.0.0/` (TFRecord, rows in the order of the selection) and the files of the vocabulary."""
@@ -125,7 +167,7 @@ class Export:
       builder=tfds.core.dataset_info.DatasetIdentity(
         name='selection', version=tfds.core.Version('1.0.0'), data_dir=str(folder), module_name='dsdm_jax.selection'
       ),
-      description=json.dumps(self.selection.provenance),
+      description=json.dumps(self.metadata),
       features=features,
       disable_shuffling=True,  # the order is the selection's
     )
@@ -140,8 +182,14 @@ class Export:
       writer.add_examples({'train': [{'tokens': t, 'row': r, 'weight': w} for t, r, w in examples]})
     writer.close_splits(['train'])
     info.write_to_directory(str(folder))
-    for name, data in read_vocabulary(self.pool.path).items():
-      storage.write_bytes(out / name, data)
+    self._beside(out)
+
+
+def metadata(datamodel: Artifact, validation: Artifact | None = None) -> dict[str, Any]:
+  """What the datamodel's scores mean: their sign and scale, and what they were computed with."""
+  semantics = datamodel.semantics
+  keys = ('sign', 'scale', 'output_fn', 'mix', 'confidence', 'damping', 'tasks')
+  return {key: semantics[key] for key in keys}
 
 
 def _scores(datamodel: Artifact, selection: Selection) -> dict[str, np.ndarray]:

@@ -1,7 +1,6 @@
 """The stage with every method on a real run: its files on any number of devices and processes, and its exports."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -21,10 +20,10 @@ from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
 from dsdm_jax.selection import export
 from dsdm_jax.selection.proxy_signals import _TOKENS
-from tests.conftest import ROOT
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.selection import every
+from tests.selection.test_trainers import open_with
 
 ONCE = {'random_one_epoch': 64, 'semdedup_one_epoch': 64}  # rows of those that do not take 32
 
@@ -204,6 +203,7 @@ def test_jsonl_and_parquet_hold_the_same(chosen, tmp_path):
     assert a['low'] < a['datamodel'] < a['high'] and (a['low'], a['high']) == (b['low'], b['high'])
     assert a['document'] == pool.documents[pool.document_N[row]]['id']
     assert a['source'] == pool.sources[pool.source_N[row]]
+    assert a['tokens'] == b['tokens'] == pool.tokens([row])[0].tolist()
 
 
 def test_other_programs_open_the_dataset(chosen, tmp_path):
@@ -241,26 +241,26 @@ def test_other_programs_open_the_dataset(chosen, tmp_path):
 
 @pytest.mark.peers
 def test_hugging_face_opens_the_folder(chosen, tmp_path):
-  python = Path(os.environ.get('DSDM_JAX_PEERS', ROOT / '.venv-peers' / 'bin' / 'python'))
-  known = 'import importlib.util, sys; sys.exit(importlib.util.find_spec("datasets") is None)'
-  if not python.is_file() or subprocess.run([python, '-c', known], check=False).returncode:
-    pytest.skip('no environment with requirements-peers.txt; launch/test.sh makes .venv-peers')
   export.write(chosen, 'random--any--1', 'datasets', tmp_path / 'h')
-  code = (
-    'import sys, datasets, json\n'
-    "d = datasets.load_dataset(sys.argv[1], split='train', cache_dir=sys.argv[2])\n"
-    "print(json.dumps(list(d['row'])))\n"
-  )
-  done = subprocess.run(
-    [python, '-c', code, str(tmp_path / 'h'), str(tmp_path / 'cache')],
-    capture_output=True,
-    text=True,
-    check=False,
-    env=runs.environment(1, HF_HUB_OFFLINE='1', PYTHONPATH=''),
-  )
-  assert done.returncode == 0, done.stderr[-3_000:]
+  found = open_with('datasets', tmp_path / 'h')
   rows = Selection.load(files_of(chosen, 'selection'), 'random--any--1').rows
-  assert json.loads(done.stdout.splitlines()[-1]) == rows.tolist()
+  tokens_BL = Pool(artifacts.open_stage(chosen, 'pool')).tokens(rows)
+  assert found == [
+    {'row': row, 'tokens': tokens.tolist()} for row, tokens in zip(rows.tolist(), tokens_BL, strict=True)
+  ]
+
+
+@pytest.mark.parametrize('form', ['arrayrecord', 'megatron', 'mds'])
+def test_files_of_trainers_have_the_rows_and_the_vocabulary(chosen, tmp_path, form):
+  export.write(chosen, 'dsdm--docs--0', form, tmp_path / form)
+  tokens_BL = Pool(artifacts.open_stage(chosen, 'pool')).tokens(
+    Selection.load(files_of(chosen, 'selection'), 'dsdm--docs--0').rows
+  )
+  if form == 'megatron':
+    assert np.fromfile(tmp_path / form / 'dsdm--docs--0.bin', '<u2').tolist() == tokens_BL.ravel().tolist()
+  assert (tmp_path / form / 'vocabulary.model').is_file()
+  about = json.loads((tmp_path / form / 'metadata.json').read_text())
+  assert about['sign'].startswith('higher') and about['selection']['method'] == 'dsdm'
 
 
 def test_export_refuses(chosen, tmp_path, capsys):
@@ -287,7 +287,7 @@ def test_export_refuses(chosen, tmp_path, capsys):
   (tmp_path / 'new').mkdir()
   for out in (tmp_path / 'new', chosen / 'exports/a'):
     assert export.main([*own, str(out), '--format', 'jsonl']) == 0
-    assert [path.name for path in out.iterdir()] == ['dsdm--docs--0.jsonl']
+    assert sorted(path.name for path in out.iterdir()) == ['dsdm--docs--0.jsonl', 'metadata.json']
   assert all(file.read_text() == 'mine' for file in kept)
 
 

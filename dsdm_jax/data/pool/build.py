@@ -23,7 +23,7 @@ from dsdm_jax.data.pool import beam, layout, passes, pretokenized, readers, sour
 from dsdm_jax.data.pool.layout import Selected
 from dsdm_jax.data.pool.passes import Job, Plan
 from dsdm_jax.data.pool.pool import log_card, write_dataset
-from dsdm_jax.data.pool.readers import Problem
+from dsdm_jax.data.pool.readers import Place, Problem
 from dsdm_jax.data.pool.sources import Entry, Unit
 from dsdm_jax.data.targets import leakage, targets, tasks
 from dsdm_jax.errors import UserError
@@ -73,6 +73,7 @@ def run(context: Context) -> dict[str, Any]:
       'id': f'{PLANTED}/{p["task"]}/{p["id"]}',
       'source': PLANTED,
       'bytes': len(p['text'].encode()),
+      'characters': len(p['text']),
       'tokens': p['tokens'],
     }
     for p in planted
@@ -84,7 +85,7 @@ def run(context: Context) -> dict[str, Any]:
   leaks = [_listed(leak, common_phrase=False) for leak in selected.leaks]
   dropped, kept = (leaks, []) if context.config.pool.drop_leaks else ([], leaks)
   leaking = kept + [_listed(leak, common_phrase=True) for leak in selected.phrases]
-  problems = [dataclasses.asdict(problem) for problem in missing] + selected.problems
+  problems = [problem.listed() for problem in missing] + selected.problems
   for name, records in (('dropped', dropped), ('leaking', leaking), ('skipped', problems)):
     lines = ''.join(json.dumps(record, sort_keys=True) + '\n' for record in records)
     storage.write_text(out / f'{name}.jsonl', lines)
@@ -108,6 +109,7 @@ def run(context: Context) -> dict[str, Any]:
     'unfilled_row': unfilled,
     'guarded': guarded,
     'special_ids': {'pad': encoder.pad, 'eos': encoder.eos},
+    'end_marks': 1,
     'vocabulary': trips,
   }
   card['bytes_per_token'] = round(card['bytes'] / card['tokens'], 4)
@@ -198,9 +200,9 @@ class Builder:
         continue
       of_entry = sources.units(entry)
       absent = [path for unit in of_entry for path in sources.missing_files(unit)]
-      missing += [Problem(path, f'is missing, though the index of {entry.target} lists it') for path in absent]
+      missing += [Problem(Place(path), f'is missing, though the index of {entry.target} lists it') for path in absent]
       if not of_entry:
-        missing.append(Problem(entry.target, 'matches no file'))
+        missing.append(Problem(Place(entry.target), 'matches no file'))
       if missing and self.pool_config.on_error != 'skip':
         raise passes.fail(missing[0])
       units += [unit for unit in of_entry if not set(absent) & {*unit.paths}]
@@ -247,7 +249,7 @@ class Builder:
     return [dataclasses.replace(job, begin=begin[i], end=begin[i + 1]) for i, job in enumerate(jobs)], scanned
 
   def decide(self, entries: list[Entry], jobs: list[Job], scanned: list) -> tuple[list[Job], Selected]:
-    """Selects documents; writes `keep.npy` for the passes."""
+    """Selects documents; writes `lost.npy` for the passes."""
     c = self.pool_config
     selected = layout.decide(
       entries, jobs, scanned, c.drop_duplicates, c.drop_leaks, c.max_bytes, self.config.seed, c.leakage_common
@@ -272,7 +274,7 @@ class Builder:
           f'{where} and {again} have the same id {id!r}, and ids must be unique in the pool; name another field with '
           '| id=FIELD, or end the source with | id= to number documents by file and line'
         )
-    np.save(self.work / 'keep.npy', selected.keep_M)
+    np.save(self.work / 'lost.npy', selected.lost_M)
     self.bytes = selected.bytes
     return [dataclasses.replace(job, first=selected.first[i]) for i, job in enumerate(jobs)], selected
 
@@ -366,7 +368,7 @@ class Builder:
       beam.write_rows(jobs, plan, last, self.work, self.out / 'dataset', self.config.host.beam)
     else:
       self._write_rows(jobs, plan, last)
-    rows_S = self._origins(order, selected, plan)
+    rows_S = self._origins(order, jobs, selected, plan)
     for entry, ids in zip(planted, sequences, strict=True):
       entry['tokens'], entry['text'] = len(ids), encoder.decode(ids)
     return plan, planted, rows_S, total - plan.rows * c.length
@@ -399,7 +401,7 @@ class Builder:
         sequences.append(of_task.tokens_TL[index][:stop].tolist())
     return planted, sequences
 
-  def _origins(self, order: layout.Order, selected: Selected, plan: Plan) -> np.ndarray:
+  def _origins(self, order: layout.Order, jobs: Sequence[Job], selected: Selected, plan: Plan) -> np.ndarray:
     """Writes the origin of each row as arrays that can be memory-mapped; returns the number of rows of each source."""
     folder = self.out / 'rows'
     folder.mkdir(exist_ok=True)
@@ -421,10 +423,12 @@ class Builder:
       rows_S += np.bincount(source_B, minlength=len(rows_S))
     rows_S[-1] = plan.planted
     at = np.lib.format.open_memmap(folder / 'order.npy', 'w+', np.int64, (count + plan.planted,))
-    at[count:] = count + np.arange(plan.planted)
-    for first in range(0, count, 2**20):
-      number = np.arange(first, min(first + 2**20, count))
-      at[order.shuffle.place(number)] = number
+    begin = 0  # of the unit's records in the document table
+    for job in jobs:
+      records_M = storage.load(job.file('records', 'npy'))
+      at[order.shuffle.place(np.arange(job.first, job.first + len(records_M)))] = begin + records_M
+      begin += passes.read_json(job.file('encode', 'json'))['records']
+    at[count:] = begin + np.arange(plan.planted)
     for array in (*arrays.values(), at):
       array.flush()
     return rows_S

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dsdm_jax.core import prng, storage
-from dsdm_jax.data.pool.passes import Job, Plan, Scanned, read_json, row_order
+from dsdm_jax.data.pool.passes import LOSSES, Job, Plan, Scanned, read_json, row_order
 from dsdm_jax.data.pool.permutation import Shuffle
 from dsdm_jax.data.pool.sources import Entry
 from dsdm_jax.data.targets import leakage
@@ -17,7 +17,6 @@ from dsdm_jax.errors import UserError
 _GROUP = 2**22  # documents whose hashes are compared at once
 _LONG = 0.1  # of a limit in bytes; longer documents are drawn last
 _ROWS = 2**16  # rows whose origin is computed at once
-LOSSES = ('cut', 'bad_input', 'duplicates', 'leaks', 'above_caps', 'without_tokens')
 _SOURCES = np.iinfo(np.int16).max  # indices of int16, one of which is for planted rows
 
 
@@ -27,17 +26,19 @@ class Selected:
 
   Attributes:
     keep_M: bool, for every document in the order of units.
+    lost_M: int8, index into `LOSSES`, of every document; -1 for those that were kept.
     first: number of each unit's first selected document, and the number of selected documents at the end.
     names: sources of selected documents, sorted.
     source_K: int16, for each selected document, index into `names`.
     bytes: of selected text.
     leaks: documents with text of a target: the dropped ones, or the selected ones if none are dropped.
     problems: those that are listed.
-    lost: documents and bytes of each kind of `LOSSES`. A document that is cut remains.
+    lost: documents and bytes of each kind of `LOSSES`.
     phrases: selected documents that share only common phrases with targets.
   """
 
   keep_M: np.ndarray
+  lost_M: np.ndarray
   first: list[int]
   names: list[str]
   source_K: np.ndarray
@@ -154,6 +155,7 @@ def decide(
   leaks, phrases = _leaks(jobs, begin, again_M, common)
   if drop_leaks:
     keep_M[[leak['document'] for leak in leaks]] = False
+  lost_M = np.where(again_M, LOSSES.index('duplicates'), np.where(keep_M, -1, LOSSES.index('leaks'))).astype(np.int8)
   problems: list[dict] = []
   names: dict[str, int] = {}
   supply = [0] * len(entries)
@@ -173,6 +175,7 @@ def decide(
   before_M = keep_M.copy()
   allowed = shares(entries, supply, budget)
   _cap(entries, jobs, begin, keep_M, supply, allowed, seed)
+  lost_M[before_M & ~keep_M] = LOSSES.index('above_caps')
   sources, total, counts = [], 0, [0]
   for job, first in zip(jobs, begin, strict=False):
     unit_names = read_json(job.file('scan', 'json'))['sources']
@@ -196,7 +199,7 @@ def decide(
   rank = np.array([place[name] for name in names], np.int16)
   source_K = rank[np.concatenate(sources)] if len(names) else np.empty(0, np.int16)
   phrases = [leak for leak in phrases if keep_M[leak['document']]]
-  return Selected(keep_M, counts, ordered, source_K, total, leaks, problems, lost, phrases)
+  return Selected(keep_M, lost_M, counts, ordered, source_K, total, leaks, problems, lost, phrases)
 
 
 def _add(of: dict[str, int], bytes_M: np.ndarray) -> None:

@@ -28,12 +28,14 @@ import tqdm
 from dsdm_jax.core import prng, storage
 from dsdm_jax.data.pool import readers, vocabulary
 from dsdm_jax.data.pool.permutation import Shuffle
-from dsdm_jax.data.pool.readers import Problem
+from dsdm_jax.data.pool.readers import Place, Problem
 from dsdm_jax.data.pool.sources import Document, Unit, cut
 from dsdm_jax.data.targets import leakage
 from dsdm_jax.data.targets.leakage import Guard, Leak
 from dsdm_jax.errors import UserError
 
+LOSSES = ('cut', 'bad_input', 'duplicates', 'leaks', 'above_caps', 'without_tokens')
+KEPT = 'kept'  # the status of a document without losses; a document that is cut remains
 _LISTED = 1_000  # problems of a unit that are listed; all are counted
 _DOCUMENTS = 4_096  # rows per row group of the document table
 _TRIED = 2**18  # characters of a document whose round trip is tried
@@ -198,7 +200,7 @@ def scan(job: Job) -> Scanned:
       total += document.bytes
       problem_bytes += document.bytes
       if len(problems) < _LISTED:
-        problems.append(dataclasses.asdict(document))
+        problems.append(document.listed())
 
   for batch in leakage.batches(good()):
     leaks |= {len(sizes) + index: leak for index, leak in (guard.leaks(batch) if guard else {}).items()}
@@ -240,37 +242,40 @@ def scan(job: Job) -> Scanned:
 
 
 @functools.lru_cache(maxsize=1)
-def _keep(work: Path) -> np.ndarray:
-  return np.load(work / 'keep.npy', mmap_mode='r')  # noqa: TID251  mapped
+def _lost(work: Path) -> np.ndarray:
+  return np.load(work / 'lost.npy', mmap_mode='r')  # noqa: TID251  mapped
 
 
-def selected_documents(job: Job) -> Iterator[tuple[str, Document]]:
-  """(place, document) of a unit's selected documents, in order."""
-  keep_M = np.asarray(_keep(job.work)[job.begin : job.end])
+def records(job: Job) -> Iterator[tuple[Place, Document | Problem, str]]:
+  """(place, document, status) of all that a unit holds, in order; the status is `KEPT` or one of `LOSSES`."""
+  lost_M = np.asarray(_lost(job.work)[job.begin : job.end])
   number = 0
   for where, document in readers.read_with_places(job.unit, job.max_bytes):
     if isinstance(document, Problem):
+      yield where, document, 'bad_input'
       continue
-    if number >= len(keep_M):
+    if number >= len(lost_M):
       raise UserError(f'{job.unit.paths or job.unit.entry.target} changed while it was read; start again')
-    if keep_M[number]:
-      yield where, document
+    whole = 'cut' if document.lost else KEPT
+    yield where, document, whole if lost_M[number] < 0 else LOSSES[lost_M[number]]
     number += 1
 
 
-def place(job_number: tuple[Job, int]) -> tuple[str, str]:
+def place(job_number: tuple[Job, int]) -> tuple[Place, str]:
   """(place, id) of a document by its number in the unit; both are for messages."""
   job, number = job_number
   documents = (x for x in readers.read_with_places(job.unit, job.max_bytes) if not isinstance(x[1], Problem))
   where, document = next(itertools.islice(documents, number, None))
-  return where, document.id  # type: ignore[union-attr]
+  return where, document.id
 
 
 def texts(job_numbers: tuple[Job, np.ndarray, int]) -> list[str]:
   """Texts of the given ones of a unit's selected documents, cut to so many bytes; the numbers ascend from 0."""
   job, numbers, most = job_numbers
   wanted = set(numbers.tolist())
-  chosen = (document for number, (_, document) in enumerate(selected_documents(job)) if number in wanted)
+  every = (document for _, document, status in records(job) if status in (KEPT, 'cut'))
+  selected = (document for document in every if isinstance(document, Document))
+  chosen = (document for number, document in enumerate(selected) if number in wanted)
   return [cut(document.text.encode(), most).decode() for document in chosen]
 
 
@@ -287,7 +292,8 @@ class _Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fields = {'id': pa.string(), 'source': pa.string(), 'bytes': pa.int64(), 'tokens': pa.int64()}
+    texts, numbers = ('id', 'source', 'status', 'file'), ('bytes', 'characters', 'tokens', 'number', 'begin', 'end')
+    fields = dict.fromkeys(texts, pa.string()) | dict.fromkeys(numbers, pa.int64())
     self._schema = pa.schema(list(fields.items()))
     path.parent.mkdir(parents=True, exist_ok=True)
     self._writer = pq.ParquetWriter(path, self._schema)
@@ -311,10 +317,10 @@ class _Table:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-  """Writes a small document table."""
+  """Writes a small document table of documents that are in the pool."""
   table = _Table(path)
   for row in rows:
-    table.add(**row)
+    table.add(**{'status': KEPT, 'file': '', 'number': 0, 'characters': 0} | row)
   table.close()
 
 
@@ -322,7 +328,8 @@ def encode(job: Job) -> int:
   """Writes the ids of selected documents, their counts and the document table; returns the number of ids.
 
   Documents without tokens, and those that the vocabulary cannot encode, are left out. `encode-*.json` has their numbers
-  among the unit's selected documents, and the bytes of the others.
+  among the unit's selected documents, and the bytes of the others. The table has every record of the unit, and
+  `records-*.npy` the numbers in it of the documents that were encoded.
 
   Raises:
     UserError: there is such a document, unless `job.skip`; the message names file and line.
@@ -330,13 +337,23 @@ def encode(job: Job) -> int:
   encoder = _encoder(job.out, job.work)
   dtype = vocabulary.dtype_of(encoder.size)
   table = _Table(job.out / 'documents' / f'{job.index:06d}.parquet')
-  counts = array.array('q')
+  counts, encoded = array.array('q'), array.array('q')
   empty: list[int] = []
-  total = 0
+  total, selected, record = 0, 0, -1
   problems: list[dict[str, Any]] = []
   with open(job.file('tokens', 'bin'), 'wb') as file:
-    for number, (where, document) in enumerate(selected_documents(job)):
+    for record, (where, document, status) in enumerate(records(job)):
+      at = {'file': where.file, 'number': where.number, 'begin': where.begin, 'end': where.end}
+      at |= {'id': document.id, 'source': document.source}
+      if isinstance(document, Problem):
+        table.add(**at, status=status, bytes=document.bytes, characters=0, tokens=0)
+        continue
       ids, what, data = np.empty(0, dtype), 'a document of zero tokens', document.text.encode()
+      size = {'bytes': len(data), 'characters': len(document.text)}
+      if status not in (KEPT, 'cut'):
+        table.add(**at, **size, status=status, tokens=0)
+        continue
+      selected += 1
       try:
         ids = np.array(encoder.encode(document.text), dtype)
         if (ids == encoder.eos).any():
@@ -347,17 +364,21 @@ def encode(job: Job) -> int:
         problem = Problem(where, what, len(data))
         if not job.skip:
           raise fail(problem)
-        empty.append(number)
-        problems += [dataclasses.asdict(problem)] * (len(problems) < _LISTED)
+        empty.append(selected - 1)
+        problems += [problem.listed()] * (len(problems) < _LISTED)
+        table.add(**at, **size, status='without_tokens', tokens=0)
         continue
       file.write(ids.tobytes())
       counts.append(len(ids))
+      encoded.append(record)
       total += len(data)
-      table.add(id=document.id, source=document.source, bytes=len(data), tokens=len(ids))
+      table.add(**at, **size, status=status, tokens=len(ids))
       report_progress(len(data))
   table.close()
   storage.save_npy(job.file('counts', 'npy'), np.array(counts, np.int64))
-  storage.write_json(job.file('encode', 'json'), {'empty': empty, 'problems': problems, 'bytes': total})
+  storage.save_npy(job.file('records', 'npy'), np.array(encoded, np.int64))
+  notes = {'empty': empty, 'problems': problems, 'bytes': total, 'records': record + 1}
+  storage.write_json(job.file('encode', 'json'), notes)
   return sum(counts)
 
 

@@ -18,9 +18,11 @@ from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import vocabulary as vocabulary_lib
+from dsdm_jax.data.pool.spans import Spans
 from dsdm_jax.errors import UserError, as_os_error, visible
 
 if TYPE_CHECKING:
+  import pyarrow
   import seqio
 
 END_OF_DOCUMENT = '\n␄\n'  # replaces the end mark in the text of a row
@@ -39,10 +41,15 @@ class _File(NamedTuple):
 
 
 class Documents(Sequence[dict[str, Any]]):
-  """{"id", "source", "bytes", "tokens"} of every document, in the order in which documents were joined.
+  """Records of the documents in the pool, in the order in which documents were joined.
 
-  The Parquet files have the order in which documents were read; `rows/order.npy` maps one to the other. Small tables
-  are read once; a lookup in a large one reads a group of a few thousand documents.
+  The Parquet files have the order in which documents were read, and also those that were lost, with the reason as their
+  `status`; `rows/order.npy` maps a document to its record. Small tables are read once; a lookup in a large one reads a
+  group of a few thousand documents.
+
+  A record has id, source, status ('kept' or a key of `lost` in the card), file (label of its file; '' for none), number
+  (line or row in the file, from 1), begin and end (its bytes in the decompressed file, or None), bytes, characters and
+  tokens.
   """
 
   def __init__(self, folder: Path, files: Iterable[str] | None = None):
@@ -78,6 +85,27 @@ class Documents(Sequence[dict[str, Any]]):
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
     return (self[index] for index in range(len(self)))
+
+  @property
+  def records(self) -> int:
+    """Number of all records, also of documents that are not in the pool."""
+    return int(self._first[-1])
+
+  @property
+  def tokens_D(self) -> np.ndarray:
+    """Number of tokens of each document, without its end mark: int64 [D]."""
+    counts = [file.read(columns=['tokens'])['tokens'].to_numpy() for file in self._files]
+    return np.concatenate(counts)[self._order]
+
+  def read(self, columns: Sequence[str] | None = None) -> Iterator[tuple[np.ndarray, 'pyarrow.Table']]:
+    """Groups of all records in the order in which they were read, with the index of each record's document.
+
+    The index is -1 for a record that is not in the pool.
+    """
+    document_R = np.full(int(self._first[-1]), -1, np.int64)
+    document_R[self._order] = np.arange(len(self))
+    for number, (file, group) in enumerate(self._groups):
+      yield document_R[self._first[number] : self._first[number + 1]], file.read_row_group(group, columns)
 
 
 class Pool:
@@ -184,8 +212,14 @@ class Pool:
 
   @functools.cached_property
   def documents(self) -> Documents:
-    """{"id", "source", "bytes", "tokens"} of every document, in the order in which documents were joined."""
+    """Records of the documents of the pool, in the order in which they were joined."""
     return Documents(self.path, self._files)
+
+  @functools.cached_property
+  def spans(self) -> Spans:
+    """The tokens of each document among the rows."""
+    planted = len(self.planted)
+    return Spans(self.documents.tokens_D + self.card['end_marks'], self, planted)
 
   @functools.cached_property
   def digest(self) -> str:

@@ -100,9 +100,9 @@ def run(context: Context) -> dict[str, Any]:
     'rows': first[-1], 'length': c.length, 'vocab_size': encoder.size, 'documents': len(paths), 'bytes': 0,
     'tokens': tokens, 'bytes_per_token': 0.0, 'planted': 0, 'dropped_for_leakage': 0, 'dropped_by_task': {},
     'leaks_of_short_texts': 0, 'leaks_kept': 0, 'common_phrases': 0, 'boilerplate_runs': 0, 'guarded': [],
-    'read': layout.loss(len(paths)), 'lost': {name: layout.loss() for name in layout.LOSSES}, 'unfilled_row': 0,
+    'read': layout.loss(len(paths)), 'lost': {name: layout.loss() for name in passes.LOSSES}, 'unfilled_row': 0,
     'sources': {entry.name: {'documents': len(paths), 'bytes': 0, 'rows': first[-1]}},
-    'special_ids': {'pad': encoder.pad, 'eos': encoder.eos},
+    'special_ids': {'pad': encoder.pad, 'eos': encoder.eos}, 'end_marks': 0,
   }  # fmt: skip
   storage.write_json(out / 'card.json', card)
   log_card(context, card, time.monotonic() - began)
@@ -219,7 +219,7 @@ def _write_origins(out: Path, paths: Sequence[str], counts: Sequence[int], name:
     array.flush()
   np.save(out / 'rows' / 'order.npy', np.arange(len(paths), dtype=np.int64))
   rows = [
-    {'id': f'{name}/{path}', 'source': name, 'bytes': 0, 'tokens': count * length}
+    {'id': f'{name}/{path}', 'source': name, 'file': path, 'bytes': 0, 'tokens': count * length}
     for path, count in zip(paths, counts, strict=True)
   ]
   passes.write_table(out / 'documents' / '000000.parquet', rows)

@@ -31,21 +31,49 @@ _LONGEST_NAME = 1_000  # characters of an id or source
 
 
 @dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a record is.
+
+  Attributes:
+    text: file and line, for messages.
+    file: its label, as in ids of documents without one; '' for a source without files.
+    number: of the line or row, from 1; 0 if the record is the whole file or there is none.
+    begin, end: its bytes in the decompressed file; None if they are not known.
+  """
+
+  text: str
+  file: str = ''
+  number: int = 0
+  begin: int | None = None
+  end: int | None = None
+
+  def __str__(self) -> str:
+    return self.text
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
   """Why a record gives no document: where (file and line) and what is wrong, and how many bytes of text are lost.
 
-  `bytes` counts what was read: the text, or the line if it has none; 0 if nothing could be read.
+  `bytes` counts what was read: the text, or the line if it has none; 0 if nothing could be read. `id` and `source` are
+  those of the record, as far as they are known.
   """
 
-  where: str
+  where: Place
   what: str
   bytes: int = 0
+  id: str = ''
+  source: str = ''
 
   def __str__(self) -> str:
     return f'{self.where}: {self.what}'
 
+  def listed(self) -> dict[str, Any]:
+    """The problem as a line of `skipped.jsonl`."""
+    return {'where': str(self.where), 'what': self.what, 'bytes': self.bytes}
 
-Record = tuple[str, Document]  # where, and the whole document as far as it was read
+
+Record = tuple[Place, Document]  # where, and the whole document as far as it was read
 Records = Iterator[Record | Problem]
 
 
@@ -54,25 +82,24 @@ def read(unit: Unit, max_bytes: int = 0) -> Iterator[Document | Problem]:
   return (result for _, result in read_with_places(unit, max_bytes))
 
 
-def read_with_places(unit: Unit, max_bytes: int = 0) -> Iterator[tuple[str, Document | Problem]]:
-  """As `read`, each with its place: file and line."""
+def read_with_places(unit: Unit, max_bytes: int = 0) -> Iterator[tuple[Place, Document | Problem]]:
+  """As `read`, each with its place."""
   for record in _READERS[unit.entry.kind](unit):
     yield (record.where, record) if isinstance(record, Problem) else (record[0], _checked(*record, max_bytes))
 
 
-def _checked(where: str, document: Document, max_bytes: int) -> Document | Problem:
+def _checked(where: Place, document: Document, max_bytes: int) -> Document | Problem:
   """The document, cut to `max_bytes` and without a byte order mark, or what is wrong with it."""
-  text = document.text
+  text, names = document.text, (document.id, document.source)
   if text.startswith(_MARK):
     text = text.removeprefix(_MARK)
   try:
     data = text.encode()
   except UnicodeEncodeError as error:
-    return Problem(where, f'not valid Unicode (a lone surrogate at character {error.start})', 3 * len(text))
+    named = names if all(map(_is_unicode, names)) else ('', '')
+    return Problem(where, f'not valid Unicode (a lone surrogate at character {error.start})', 3 * len(text), *named)
   size = len(data) + document.lost
-  try:
-    f'{document.id}{document.source}'.encode()
-  except UnicodeEncodeError:
+  if not all(map(_is_unicode, names)):
     return Problem(where, 'not valid Unicode (a lone surrogate in its id or source)', size)
   for name, value in (('id', document.id), ('source', document.source)):
     if len(value) > _LONGEST_NAME:
@@ -82,12 +109,20 @@ def _checked(where: str, document: Document, max_bytes: int) -> Document | Probl
     text = data.decode()
   elif size > LARGEST and not (max_bytes and document.lost):
     what = f'a document of {size:,} bytes, more than {LARGEST:,}; set --config.pool.max_document_bytes to cut it'
-    return Problem(where, what, size)
+    return Problem(where, what, size, *names)
   if not text.strip():
-    return Problem(where, 'a document without text', size)
+    return Problem(where, 'a document without text', size, *names)
   lost = size - len(data)
   same = lost == document.lost and text is document.text
   return document if same else Document(document.id, document.source, text, lost)
+
+
+def _is_unicode(text: str) -> bool:
+  try:
+    text.encode()
+  except UnicodeEncodeError:  # a lone surrogate
+    return False
+  return True
 
 
 def _value(record: Mapping[str, Any], name: str) -> Any:
@@ -126,17 +161,20 @@ def _nothing_in(record: Mapping[str, Any], field: str) -> str:
   return f'no field {field!r} among {", ".join(sorted(map(str, record))) or "none"}'
 
 
-def _from_fields(entry: Entry, record: Mapping[str, Any], where: str, place: str, size: int = 0) -> Record | Problem:
-  """The document of a record; `place` is its id if it has none, and `size` counts if it has no text."""
+def _from_fields(
+  entry: Entry, record: Mapping[str, Any], where: Place, size: int = 0, label: str = ''
+) -> Record | Problem:
+  """The document of a record; file (or `label`) and number are its id if it has none, `size` counts without text."""
   text = _value(record, entry.text)
+  id = source = ''
   try:
+    source = _name_in(record, 'source', entry.source) or entry.name
+    id = _name_in(record, 'id', entry.id) or f'{source}/{label or where.file}:{where.number}'
     plain = text.decode() if isinstance(text, bytes) else text
     if plain is None and entry.text not in record:
       raise ValueError(f'{_nothing_in(record, entry.text)}; name it with | text=FIELD')
     if not isinstance(plain, str):
       raise ValueError(f'field {entry.text!r} is {type(plain).__name__}, not text')
-    source = _name_in(record, 'source', entry.source) or entry.name
-    id = _name_in(record, 'id', entry.id) or f'{source}/{place}'
     return where, Document(id, source, plain)
   except UnicodeDecodeError as error:
     what = f'not UTF-8 ({error.reason} at byte {error.start})'
@@ -144,7 +182,8 @@ def _from_fields(entry: Entry, record: Mapping[str, Any], where: str, place: str
     what = str(error)
   if isinstance(text, (str, bytes)):
     size = len(text if isinstance(text, bytes) else text.encode(errors='surrogatepass'))
-  return Problem(where, what, size)
+  named = all(map(_is_unicode, (id, source))) and max(len(id), len(source)) <= _LONGEST_NAME
+  return Problem(where, what, size, *((id, source) if named else ('', '')))
 
 
 def _text(unit: Unit) -> Records:
@@ -159,33 +198,37 @@ def _text(unit: Unit) -> Records:
           size += rest
       kept = data if size == len(data) else cut(data, LARGEST)
       # A byte order mark is no text.
-      yield path, Document(f'{name}/{label}', name, kept.removeprefix(files.BOM).decode(), size - len(kept))
+      text, where = kept.removeprefix(files.BOM).decode(), Place(path, label, begin=0, end=size)
+      yield where, Document(f'{name}/{label}', name, text, size - len(kept))
     except UnicodeDecodeError as error:
-      yield Problem(path, f'not UTF-8 ({error.reason} at byte {error.start})', size)
+      what = f'not UTF-8 ({error.reason} at byte {error.start})'
+      yield Problem(Place(path, label), what, size, f'{name}/{label}', name)
     except files.READ_ERRORS as error:
-      yield Problem(path, files.describe(error), size)
+      yield Problem(Place(path, label), files.describe(error), size, f'{name}/{label}', name)
 
 
 def _jsonl(unit: Unit) -> Records:
   [path] = unit.paths
   [label] = unit.labels or unit.paths
-  number, records = 0, 0
+  number, records, end = 0, 0, 0
   try:
     with files.open_bytes(path) as file:
       for number, line, size in files.sized_lines(file):
+        begin, end = end, end + size
         if not line.strip():
           continue
-        where = f'{path}, line {number}'
+        where = Place(f'{path}, line {number}', label, number, begin, end)
         records += 1
         try:
-          yield _from_fields(unit.entry, files.parse_line(line), where, f'{label}:{number}', size)
+          yield _from_fields(unit.entry, files.parse_line(line), where, size)
         except files.BadLineError as error:
           yield Problem(where, str(error), size)
   except files.READ_ERRORS as error:
-    yield Problem(path if isinstance(error, FileNotFoundError) else f'{path}, line {number + 1}', files.describe(error))
+    where = Place(path if isinstance(error, FileNotFoundError) else f'{path}, line {number + 1}', label)
+    yield Problem(where, files.describe(error))
     return
   if not records:
-    yield Problem(path, 'the file is empty')
+    yield Problem(Place(path, label), 'the file is empty')
 
 
 def _parquet(unit: Unit) -> Records:
@@ -200,20 +243,21 @@ def _parquet(unit: Unit) -> Records:
       table = pq.ParquetFile(file, buffer_size=_PIECE)
       columns = _columns(unit.entry, table.schema_arrow)
       if isinstance(columns, str):
-        yield Problem(path, columns)
+        yield Problem(Place(path, label), columns)
         return
       if (group := _swollen(file, columns)) is not None:
-        yield Problem(path, f'row group {group} unpacks to more than {_EXPANSION} times its size')
+        what = f'row group {group} unpacks to more than {_EXPANSION} times its size'
+        yield Problem(Place(path, label), what)
         return
       for batch in table.iter_batches(_ROWS, columns=list(columns)):
         for record in _rows(batch):
           row += 1
-          yield _from_fields(unit.entry, record, f'{path}, row {row}', f'{label}:{row}')
+          yield _from_fields(unit.entry, record, Place(f'{path}, row {row}', label, row))
   except (*files.READ_ERRORS, pa.ArrowException, UnicodeDecodeError, OverflowError, ValueError) as error:
-    yield Problem(f'{path}, row {row + 1}', files.describe(error))
+    yield Problem(Place(f'{path}, row {row + 1}', label), files.describe(error))
     return
   if not row:
-    yield Problem(path, 'the file is empty')
+    yield Problem(Place(path, label), 'the file is empty')
 
 
 def _columns(entry: Entry, schema: Any) -> dict[str, str] | str:
@@ -264,28 +308,29 @@ def _arrow(unit: Unit) -> Records:
   try:
     with files.open_bytes(path) as file:
       if _has_packed_buffers(file):
-        yield Problem(path, 'its buffers are compressed, so that their size is unknown; write it with save_to_disk')
+        what = 'its buffers are compressed, so that their size is unknown; write it with save_to_disk'
+        yield Problem(Place(path, label), what)
         return
       file.seek(0)
       with pa.ipc.open_stream(file) as stream:
         columns = _columns(unit.entry, stream.schema)
         if isinstance(columns, str):
-          yield Problem(path, columns)
+          yield Problem(Place(path, label), columns)
           return
         for batch in stream:
           used = batch.select(list(dict.fromkeys(columns.values())))
           used.validate(full=True)  # Arrow trusts the offsets in a file
           for record in _rows(used):
             row += 1
-            yield _from_fields(unit.entry, record, f'{path}, row {row}', f'{label}:{row}')
+            yield _from_fields(unit.entry, record, Place(f'{path}, row {row}', label, row))
       file.seek(-len(_END_OF_STREAM), 2)
       if file.read() != _END_OF_STREAM:  # Arrow takes the end of the file for the end of the stream
         raise EOFError
   except (*files.READ_ERRORS, pa.ArrowException, UnicodeDecodeError, OverflowError, ValueError) as error:
-    yield Problem(f'{path}, row {row + 1}', files.describe(error))
+    yield Problem(Place(f'{path}, row {row + 1}', label), files.describe(error))
     return
   if not row:
-    yield Problem(path, 'the file is empty')
+    yield Problem(Place(path, label), 'the file is empty')
 
 
 def _has_packed_buffers(file: BinaryIO) -> bool:
@@ -334,12 +379,12 @@ def _tfds(unit: Unit) -> Records:
       yield _tensorflow_record(entry, record, row, unit.labels)
       row += 1
   except OSError as error:
-    yield Problem(f'{entry.target}:{entry.split}, row {row}', files.describe(error))
+    yield Problem(Place(f'{entry.target}:{entry.split}, row {row}'), files.describe(error))
 
 
 def _tensorflow_record(entry: Entry, record: Mapping[str, Any], row: int, labels: tuple[str, ...]) -> Record | Problem:
   [label] = labels or (entry.split,)
-  return _from_fields(entry, record, f'{entry.target}:{entry.split}, row {row}', f'{label}:{row}')
+  return _from_fields(entry, record, Place(f'{entry.target}:{entry.split}, row {row}', number=row), label=label)
 
 
 def _seqio(entry: Entry) -> Records:
@@ -395,20 +440,20 @@ def read_generated(entry: Entry, config: ConfigDict, seed: int) -> Records:
   if entry.kind == 'seqio':
     yield from _seqio(entry)
   else:
-    yield from ((document.id, document) for document in generate(entry, config, seed))
+    yield from ((Place(document.id), document) for document in generate(entry, config, seed))
 
 
 def spill(records: Records, path: str) -> None:
   """Writes the records of a `generated` source to an Arrow file, so that they can be read as a unit."""
   import pyarrow as pa
 
-  texts, numbers = ('where', 'id', 'source', 'text', 'what'), ('lost', 'bytes')
+  texts, numbers = ('where', 'file', 'id', 'source', 'text', 'what'), ('number', 'lost', 'bytes')
   schema = pa.schema([(name, pa.string()) for name in texts] + [(name, pa.int64()) for name in numbers])
   with pa.OSFile(path, 'wb') as file, pa.ipc.new_stream(file, schema) as stream:
     batch: list[dict[str, Any]] = []
     for record in records:
-      plain = {} if isinstance(record, Problem) else {'where': record[0]}
-      batch.append(plain | dataclasses.asdict(record if isinstance(record, Problem) else record[1]))
+      where, found = (record.where, record) if isinstance(record, Problem) else record
+      batch.append(dataclasses.asdict(found) | {'where': where.text, 'file': where.file, 'number': where.number})
       if len(batch) == _BATCH:
         stream.write_batch(pa.RecordBatch.from_pylist(batch, schema))
         batch = []
@@ -421,10 +466,11 @@ def _spilled(unit: Unit) -> Records:
   with pa.OSFile(unit.paths[0], 'rb') as file, pa.ipc.open_stream(file) as stream:
     for batch in stream:
       for record in batch.to_pylist():
+        where = Place(record['where'], record['file'], record['number'])
         if record['what'] is None:
-          yield record['where'], Document(*(record[name] for name in ('id', 'source', 'text', 'lost')))
+          yield where, Document(*(record[name] for name in ('id', 'source', 'text', 'lost')))
         else:
-          yield Problem(*(record[name] for name in ('where', 'what', 'bytes')))
+          yield Problem(where, *(record[name] for name in ('what', 'bytes', 'id', 'source')))
 
 
 _READERS: Mapping[str, Callable[[Unit], Records]] = {

@@ -1,0 +1,324 @@
+"""Scores of whole documents under the ids of their source, in layouts that other programs join with their data.
+
+    dsdm export documents --workdir RUN --format parquet --out FOLDER
+
+Formats:
+  parquet: documents-*.parquet, one record for each record of the sources, in the order in which they were read.
+  dolma: for each JSONL file of the sources a file of the same name with a line for each document, whose attributes are
+    spans [start, end, score] of characters. Name the folder …/attributes/NAME beside …/documents.
+  datakit: for each file of the sources a flat Parquet file with the columns id, partition_id, status and scores.
+
+Columns: id, source, status ('kept', or why the document has no score: 'duplicates', 'leaks', 'above_caps',
+'without_tokens', 'bad_input', 'unfilled_row'; 'cut' has a score), file, number (line or row in the file, from 1), begin
+and end (bytes in the decompressed file), bytes, characters, tokens, row_tokens (those in rows, with the end mark); for
+each target sum_T, score_T, low_T and high_T; and selected_A, the share of row_tokens that the arm A selected.
+"""
+
+import argparse
+import contextlib
+import gzip
+import io
+import itertools
+import json
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from dsdm_jax.attribution.scores import Scores
+from dsdm_jax.core import artifacts, storage
+from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.pool.passes import KEPT
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError, visible
+from dsdm_jax.selection import export
+
+if TYPE_CHECKING:
+  import pyarrow
+
+FORMATS = ('parquet', 'dolma', 'datakit')
+_SHARD = 2**20  # records of one Parquet file
+_BLOCK = 1_024  # rows whose token scores are computed between reports
+
+
+class DocumentScores:
+  """Scores of the documents of a finished run.
+
+  A row's score is spread over its tokens: evenly, or `by` tokens as `attribution.tokens` does. Of a document, `sum` is
+  what its tokens have, so that sums over documents are sums over rows. `score` is the mean over its tokens, times the
+  tokens of a row: it is on the scale of the rows' scores. `low` and `high` are the ends of its interval over the
+  target's documents, which may be wider than `datamodel.confidence`: errors of rows are added as if they always agreed.
+
+  Args:
+    inputs: finished stages: 'pool' and 'datamodel'; with 'selection' the shares that arms selected; with 'proxies' and
+      'features' scores by tokens.
+    targets: names as in `selection.targets`; () for all tasks and, by rows, their mix.
+    arms: names of selections; None for all.
+    by: 'rows' or 'tokens'.
+    functions: as in `dsdm_jax.load`.
+
+  Raises:
+    UserError: no such target or arm, or no scores by tokens (see `attribution.tokens.TokenScores`).
+  """
+
+  def __init__(
+    self,
+    inputs: Mapping[str, Artifact],
+    targets: Sequence[str] = (),
+    arms: Sequence[str] | None = None,
+    by: Literal['rows', 'tokens'] = 'rows',
+    functions: Collection[str] = (),
+  ):
+    self.pool, self._scores, self._by = Pool(inputs['pool']), Scores(inputs['datamodel']), by
+    tasks = self._scores.tasks
+    self.targets = tuple(targets) or (tasks if by == 'tokens' else (*tasks, 'mix'))
+    for target in self.targets:
+      parts = target.split('+')
+      if target != 'mix' and not set(parts) <= set(tasks):
+        raise UserError(
+          f'there are no scores for {target!r}; targets are {", ".join(tasks)}, mix, and tasks joined by +'
+        )
+      if by == 'tokens' and (target == 'mix' or len(parts) > 1):
+        raise UserError(f'the score for {target!r} is no sum over tokens; name single tasks, or take scores by rows')
+    self.metadata = export.metadata(inputs['datamodel'], inputs.get('validation')) | {'by': by}
+    spans = self.pool.spans
+    self._tokens_D = spans.tokens_D
+    self._values: dict[str, np.ndarray] = {}
+    tokens = None
+    for target in self.targets:
+      if by == 'tokens':
+        if tokens is None:
+          from dsdm_jax.attribution.tokens import TokenScores
+
+          tokens = TokenScores(inputs, functions=functions)
+        sum_D = self._sums_by_token(tokens, target)
+      else:
+        sum_D = spans.sums(self._scores.score_N(target))
+      mean_D = self._per_token(sum_D)
+      self._values |= {f'sum_{target}': sum_D, f'score_{target}': mean_D}
+      with contextlib.suppress(UserError):  # no resamples, or mean ranks: scores without intervals
+        reach_D = self._per_token(spans.sums(self._scores.reach_N(target)))
+        self._values |= {f'low_{target}': mean_D - reach_D, f'high_{target}': mean_D + reach_D}
+    for selection in self._selections(inputs.get('selection'), arms):
+      chosen_N = np.zeros(self.pool.num_rows)
+      chosen_N[selection.rows] = 1
+      self._values[f'selected_{selection.name}'] = self._per_token(spans.sums(chosen_N))
+
+  def _per_token(self, sum_D: np.ndarray) -> np.ndarray:
+    return sum_D * self.pool.length / np.maximum(self._tokens_D, 1)
+
+  def _sums_by_token(self, tokens: Any, task: str) -> np.ndarray:
+    spans, length = self.pool.spans, self.pool.length
+    sum_D = np.zeros(len(self._tokens_D))
+    for start in range(0, len(spans.row_S), _BLOCK):
+      score_BL = tokens(task, spans.row_S[start : start + _BLOCK])
+      token_B = np.arange(start * length, start * length + score_BL.size)
+      document_B = np.searchsorted(spans.begin_D, token_B, side='right') - 1
+      first = int(document_B[0])
+      sums = np.bincount(document_B - first, score_BL.ravel())
+      sum_D[first : first + len(sums)] += sums
+    return sum_D
+
+  @staticmethod
+  def _selections(artifact: Artifact | None, arms: Sequence[str] | None) -> Iterator[Selection]:
+    if artifact is None:
+      if arms:
+        raise UserError(f'the run has no finished selection, so no arm {arms[0]!r}; run it first')
+      return
+    index = storage.read_json(artifact.path / 'index.json', list)
+    names = list(dict.fromkeys(entry['selection'] for entry in index))
+    for arm in names if arms is None else arms:
+      if arm not in names:
+        raise UserError(f'there is no arm {arm!r}; name one of {", ".join(names)}')
+      yield Selection.load(artifact.path, arm)
+
+  @property
+  def schema(self) -> 'pyarrow.Schema':
+    """Columns of `tables`, and the metadata under the key `export.METADATA`."""
+    import pyarrow as pa
+
+    texts, numbers = ('id', 'source', 'status', 'file'), ('number', 'begin', 'end', 'bytes', 'characters', 'tokens')
+    fields = dict.fromkeys(texts, pa.string()) | dict.fromkeys((*numbers, 'row_tokens'), pa.int64())
+    fields |= {name: pa.float64() if name.startswith('sum_') else pa.float32() for name in self._values}
+    return pa.schema(fields, {export.METADATA: json.dumps(self.metadata, ensure_ascii=False).encode()})
+
+  def tables(self) -> Iterator['pyarrow.Table']:
+    """Blocks of records, in the order in which they were read. A document without a score has null there."""
+    import pyarrow as pa
+
+    schema = self.schema
+    for document_B, table in self.pool.documents.read():
+      inside_B = document_B >= 0
+      at_B = np.where(inside_B, document_B, 0)
+      tokens_B = np.where(inside_B, self._tokens_D[at_B], 0)
+      status = table['status'].to_numpy(zero_copy_only=False)
+      status = np.where((tokens_B == 0) & inside_B, 'unfilled_row', status)
+      columns = {name: table[name] for name in table.column_names} | {'status': status, 'row_tokens': tokens_B}
+      for name, value_D in self._values.items():
+        columns[name] = pa.array(value_D[at_B], schema.field(name).type, mask=tokens_B == 0)
+      yield pa.table(columns, schema=schema)
+
+  def parquet(self, out: Path) -> str:
+    """Writes `documents-0000i-of-0000n.parquet`."""
+    from pyarrow import parquet
+
+    shards = -(-self.pool.documents.records // _SHARD) or 1
+    written, shard, writer = 0, 0, None
+    for table in self.tables():
+      if writer is None or written >= (shard + 1) * _SHARD:
+        if writer is not None:
+          writer.close()
+          shard += 1
+        writer = parquet.ParquetWriter(out / f'documents-{shard:05d}-of-{shards:05d}.parquet', self.schema)
+      writer.write_table(table)
+      written += len(table)
+    if writer is not None:
+      writer.close()
+    return f'{written:,} documents'
+
+  def dolma(self, out: Path) -> str:
+    """Writes attributes beside the JSONL files of the sources, and `metadata.json`.
+
+    Raises:
+      UserError: there are no such files.
+    """
+    names = [name for name in self._values if name.startswith(('score_', 'selected_'))]
+    files, count = 0, 0
+    for label, tables in self._by_file():
+      if not _is_jsonl(label):
+        continue
+      with _open(out, label) as file:
+        for table in tables:
+          for record in table.select(['id', 'status', 'characters', *names]).to_pylist():
+            whole = (0, record['characters'])
+            spans = {f'dsdm__{n}': [] if record[n] is None else [[*whole, round(record[n], 9)]] for n in names}
+            if record['status'] not in (KEPT, 'cut'):
+              spans[f'dsdm__{record["status"]}'] = [[*whole, 1.0]]
+            file.write(json.dumps({'id': record['id'], 'attributes': spans}) + '\n')
+            count += 1
+      files += 1
+    if not files:
+      raise UserError('no source of the pool is a JSONL file, which dolma has; choose --format=parquet or datakit')
+    storage.write_json(out / 'metadata.json', self.metadata)
+    return f'{count:,} documents of {files:,} files'
+
+  def datakit(self, out: Path) -> str:
+    """Writes a Parquet file for each file of the sources, with its records in their order.
+
+    Raises:
+      UserError: no source has files.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    labels = sorted({label for _, table in self.pool.documents.read(['file']) for label in table['file'].to_pylist()})
+    partition = {label: number for number, label in enumerate(label for label in labels if label)}
+    kind = pa.field('partition_id', pa.int64())
+    own = [field for field in self.schema if field.name in ('status', *self._values)]
+    schema = pa.schema([self.schema.field('id'), kind, *own], self.schema.metadata)
+    count = 0
+    for label, tables in self._by_file():
+      path = artifacts.inside(out, f'{_stem(label)}.parquet')
+      path.parent.mkdir(parents=True, exist_ok=True)
+      with parquet.ParquetWriter(path, schema) as writer:
+        for table in tables:
+          number = pa.array(np.full(len(table), partition[label]), pa.int64())
+          writer.write_table(table.append_column(kind, number).select(schema.names).cast(schema))
+          count += len(table)
+    if not partition:
+      raise UserError('no source of the pool has files; choose --format=parquet')
+    return f'{count:,} documents of {len(partition):,} files'
+
+  def _by_file(self) -> Iterator[tuple[str, Iterator['pyarrow.Table']]]:
+    """(label, tables of its records) of each file; without records that stand for a whole file that cannot be read."""
+
+    def parts() -> Iterator[tuple[str, 'pyarrow.Table']]:
+      for table in self.tables():
+        labels = table['file'].to_numpy(zero_copy_only=False)
+        edges = [0, *(np.flatnonzero(labels[1:] != labels[:-1]) + 1).tolist(), len(labels)]
+        for start, stop in itertools.pairwise(edges):
+          part = table.slice(start, stop - start)
+          if labels[start]:
+            yield labels[start], part.filter(_is_record(part))
+
+    for label, group in itertools.groupby(parts(), key=lambda part: part[0]):
+      yield label, (table for _, table in group)
+
+
+def _is_record(table: 'pyarrow.Table') -> np.ndarray:
+  """Whether a record is a line or row of its file, or a whole file with text."""
+  number, status = table['number'].to_numpy(), table['status'].to_numpy(zero_copy_only=False)
+  return (number > 0) | (status != 'bad_input')
+
+
+def _is_jsonl(label: str) -> bool:
+  return any(label.endswith(f'.{kind}{packed}') for kind in ('jsonl', 'json') for packed in ('', '.gz', '.zst'))
+
+
+def _stem(label: str) -> str:
+  """A label without the endings of its format."""
+  for ending in ('.gz', '.zst', '.bz2', '.xz', '.jsonl', '.json', '.parquet', '.arrow', '.txt'):
+    label = label.removesuffix(ending)
+  return label
+
+
+@contextlib.contextmanager
+def _open(folder: Path, label: str) -> Iterator[IO[str]]:
+  """A new text file with the name and compression of a file of the sources."""
+  path = artifacts.inside(folder, label)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    raw: Any = stack.enter_context(open(path, 'wb'))
+    if label.endswith('.gz'):
+      raw = stack.enter_context(gzip.GzipFile('', 'wb', 6, raw, mtime=0))
+    elif label.endswith('.zst'):
+      import zstandard
+
+      raw = stack.enter_context(zstandard.ZstdCompressor().stream_writer(raw, closefd=False))
+    yield stack.enter_context(io.TextIOWrapper(raw, encoding='utf-8', newline='\n'))
+
+
+def write(
+  workdir: Path,
+  form: str,
+  out: Path,
+  targets: Sequence[str] = (),
+  arms: Sequence[str] | None = None,
+  by: Literal['rows', 'tokens'] = 'rows',
+) -> str:
+  """Writes the scores of a run's documents into the folder `out`, completely or not at all, and returns a message.
+
+  Raises:
+    UserError: as `export.new_folder` or `DocumentScores`, or the sources have no files of this format.
+  """
+  with export.new_folder(out) as part:
+    inputs = artifacts.read(workdir, 'pool', 'datamodel', *(('proxies', 'features') if by == 'tokens' else ()))
+    for name in ('selection', 'validation'):
+      if artifacts.open_stage(workdir, name) is not None:
+        inputs |= artifacts.read(workdir, name, known=inputs)
+    done = getattr(DocumentScores(inputs, targets, arms, by), form)(part)
+  return f'{done} as {form} in {out}'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Exit code 0; or 2 after one line on stderr."""
+  parser = argparse.ArgumentParser(
+    prog='dsdm export documents', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument('--workdir', type=Path, required=True, help='a run whose datamodel stage is finished')
+  parser.add_argument('--format', choices=FORMATS, required=True)
+  parser.add_argument('--out', type=Path, required=True, help='folder to write; it must be missing or empty')
+  parser.add_argument('--target', action='append', default=[], help='repeat for several (default: all)')
+  parser.add_argument('--arm', action='append', help='a selection, repeat for several (default: all)')
+  parser.add_argument('--by', choices=('rows', 'tokens'), default='rows', help='tokens: run the proxies on every row')
+  flags = parser.parse_args(argv)
+  try:
+    done = write(flags.workdir, flags.format, flags.out, flags.target, flags.arm, flags.by)
+  except UserError as error:
+    sys.stderr.write(f'dsdm_jax: {error}\n')
+    return 2
+  sys.stdout.write(visible(done) + '\n')
+  return 0

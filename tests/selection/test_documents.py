@@ -1,0 +1,251 @@
+"""Scores of documents: every record of the sources comes back once, and sums agree with those over rows."""
+
+import gzip
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+import dsdm_jax
+from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.pool.spans import Spans
+from dsdm_jax.data.targets import tasks
+from dsdm_jax.errors import UserError
+from dsdm_jax.selection import documents, export
+from dsdm_jax.selection.documents import DocumentScores
+from tests.helpers.data import RECORDS, lines, run_pool, small_config
+from tests.selection.test_trainers import open_with
+
+
+class Stream:
+  """Rows of a stream of documents, shuffled."""
+
+  def __init__(self, size_D, length, planted, seed):
+    begin_D = np.concatenate([[0], np.cumsum(size_D)])
+    rows = int(begin_D[-1]) // length
+    token_S = np.arange(rows) * length
+    document_S = np.searchsorted(begin_D, token_S, side='right') - 1
+    row_S = np.random.default_rng(seed).permutation(rows)
+    self.num_rows, self.length = rows + planted, length
+    self.document_N = np.append(np.empty(rows, np.int64), len(size_D) + np.arange(planted))
+    self.offset_N = np.zeros(rows + planted, np.int64)
+    self.document_N[row_S], self.offset_N[row_S] = document_S, token_S - begin_D[document_S]
+    self.owner_SL = np.repeat(np.arange(len(size_D)), size_D)[: rows * length].reshape(rows, length)
+    self.row_S = row_S
+
+
+@given(
+  size_D=st.lists(st.integers(1, 30), min_size=1, max_size=12),
+  length=st.integers(2, 9),
+  planted=st.integers(0, 2),
+  seed=st.integers(0, 3),
+)
+def test_sums_over_documents_against_a_count_of_tokens(size_D, length, planted, seed):
+  rows = Stream(size_D, length, planted, seed)
+  spans = Spans(np.array([*size_D, *[length] * planted], np.int64), rows, planted)
+  value_N = np.random.default_rng(seed).normal(size=rows.num_rows)
+  wanted_D = np.zeros(len(size_D) + planted)
+  for row, owner_L in zip(rows.row_S, rows.owner_SL, strict=True):
+    np.add.at(wanted_D, owner_L, value_N[row] / length)
+  wanted_D[len(size_D) :] += value_N[rows.num_rows - planted :]
+  np.testing.assert_allclose(spans.sums(value_N), wanted_D, rtol=1e-9, atol=1e-9)
+  assert np.isclose(spans.sums(value_N).sum(), value_N.sum())
+  counts = np.bincount(rows.owner_SL.ravel(), minlength=len(wanted_D))
+  counts[len(size_D) :] = length
+  assert spans.tokens_D.tolist() == counts.tolist()
+  for document in range(len(size_D)):
+    assert spans.rows_of(document).tolist() == rows.row_S[(rows.owner_SL == document).any(axis=1)].tolist()
+
+
+@pytest.fixture(scope='module')
+def lossy(tmp_path_factory):
+  """A pool whose sources lose documents in every way, and made-up scores of its rows."""
+  base = tmp_path_factory.mktemp('lossy')
+  folder = base / 'web' / 'documents'
+  folder.mkdir(parents=True)
+  config = small_config(
+    sources=(f'jsonl:{folder}/*.jsonl.gz', f'parquet:{base}/*.parquet', f'text:{base}/*.txt'),
+    max_bytes=16_000, max_document_bytes=700, on_error='skip',
+  )  # fmt: skip
+  leak = max((text.text for text in tasks.raw_texts(config.targets)), key=len)
+  control = {'id': '=1+1\u0007\u2028é', 'text': 'a text under an id with control characters ' * 3}
+  bad = [{'id': 'empty', 'text': ' '}, {'id': 'number', 'text': 3}, {'id': 'none'}]
+  for part in range(2):
+    records = [*RECORDS[part::3], *bad[part::2], {'id': f'again {part}', 'text': RECORDS[part]['text']}]
+    records += [control, {'id': 'leak', 'text': f'Words before. {leak} Words after.'}] if part else []
+    (folder / f'part-{part}.jsonl.gz').write_bytes(gzip.compress(lines(records)))
+  import pyarrow as pa
+
+  parquet.write_table(pa.Table.from_pylist([{**r, 'id': f'p {r["id"]}'} for r in RECORDS[2::3]]), base / 'a.parquet')
+  (base / 'note.txt').write_text('one file\n' * 20)
+  pool = run_pool(config, base / 'run')
+  count = Pool(pool.path).num_rows
+  rng = np.random.default_rng(0)
+  arrays = {
+    f'{kind}_{task}_N': rng.normal(size=count).astype(np.float32) for task in 'ab' for kind in ('score', 'error')
+  }
+  arrays = {name: abs(array) if name.startswith('error') else array for name, array in arrays.items()}
+  arrays['score_mix_N'] = (arrays['score_a_N'] + arrays['score_b_N']) / 2
+  (base / 'datamodel').mkdir()
+  np.savez(base / 'datamodel' / 'scores.npz', **arrays)
+  semantics = {'tasks': ['a', 'b'], 'mix': 'mean', 'half_width': {'a': 2.0, 'b': 3.0}, 'sign': 'higher helps'}
+  semantics |= dict.fromkeys(('scale', 'output_fn', 'confidence', 'damping'), '')
+  selection = base / 'selection'
+  selection.mkdir()
+  (selection / 'index.json').write_text(json.dumps([{'selection': 'dsdm--a--0'}]))
+  Selection('dsdm--a--0', np.arange(count // 2), np.ones(count // 2, np.float32), {}).save(selection)
+  inputs = {'pool': pool, 'datamodel': Artifact(base / 'datamodel', {'semantics': semantics})}
+  return base, inputs | {'selection': Artifact(selection, {})}, arrays
+
+
+def _records(inputs, **options):
+  return list(itertools.chain.from_iterable(t.to_pylist() for t in DocumentScores(inputs, **options).tables()))
+
+
+def test_every_record_comes_back_once_with_its_place(lossy):
+  base, inputs, _ = lossy
+  found = _records(inputs)
+  by_status = {}
+  for record in found:
+    by_status.setdefault(record['status'], set()).add(record['id'])
+  wanted = []
+  for path in sorted((base / 'web/documents').iterdir()):
+    data = gzip.decompress(path.read_bytes())
+    read = [r for r in found if r['file'] == path.name]
+    assert [r['number'] for r in read] == list(range(1, len(read) + 1))
+    for record in read:  # the bytes of the user's own line
+      assert json.loads(data[record['begin'] : record['end']])['id'] == record['id']
+    wanted += [json.loads(line)['id'] for line in data.decode().split('\n') if line]
+  wanted += [f'p {r["id"]}' for r in RECORDS[2::3]] + ['text/note.txt']
+  assert sorted(r['id'] for r in found) == sorted(wanted)
+  assert by_status['bad_input'] == {'empty', 'number', 'none'}
+  assert by_status['duplicates'] == {'again 0', 'again 1'}
+  assert by_status['leaks'] == {'leak'}
+  assert by_status['above_caps'] and by_status['cut'] and by_status['kept']
+  assert [r['begin'] for r in found if r['file'] == 'a.parquet'] == [None] * len(RECORDS[2::3])
+  [note] = (r for r in found if r['file'] == 'note.txt')
+  assert (note['begin'], note['end']) == (0, 180)
+
+
+def test_sums_over_documents_are_sums_over_rows(lossy):
+  _, inputs, arrays = lossy
+  pool, found = Pool(inputs['pool'].path), _records(inputs)
+  scored = [r for r in found if r['sum_a'] is not None]
+  assert {r['status'] for r in scored} == {'kept', 'cut'}
+  for target in ('a', 'b', 'mix'):
+    assert sum(r[f'sum_{target}'] for r in scored) == pytest.approx(
+      arrays[f'score_{target}_N'].sum(dtype=np.float64), rel=1e-6
+    )
+  assert sum(r['row_tokens'] for r in found) == pool.num_rows * pool.length
+  missing = pool.card['unfilled_row']
+  assert (
+    sum(r['tokens'] + 1 for r in found if r['status'] in ('kept', 'cut', 'unfilled_row'))
+    == missing + pool.num_rows * pool.length
+  )
+  for record in scored:
+    mean = record['sum_a'] * pool.length / record['row_tokens']
+    assert record['score_a'] == pytest.approx(mean, rel=1e-5, abs=1e-6)
+    assert record['low_a'] < record['score_a'] < record['high_a']
+  selected = sum(r['selected_dsdm--a--0'] * r['row_tokens'] for r in scored)
+  assert selected == pytest.approx(pool.num_rows // 2 * pool.length, rel=1e-5)
+  # A document in one row has the row's score.
+  span = pool.spans
+  document = int(np.flatnonzero(span.begin_D // pool.length == (span.end_D - 1) // pool.length)[0])
+  [record] = (r for r in scored if r['id'] == pool.documents[document]['id'])
+  assert record['score_a'] == pytest.approx(float(arrays['score_a_N'][span.rows_of(document)[0]]), rel=1e-4)
+
+
+def test_targets_and_arms_are_named(lossy):
+  _, inputs, _ = lossy
+  assert {n for n in _records(inputs, targets=['a+b'], arms=[])[0] if n.startswith(('score', 'sel'))} == {'score_a+b'}
+  for options, words in [
+    ({'targets': ['c']}, "no scores for 'c'; targets are a, b, mix"),
+    ({'arms': ['x']}, "no arm 'x'; name one of dsdm--a--0"),
+    ({'targets': ['mix'], 'by': 'tokens'}, "score for 'mix' is no sum over tokens"),
+  ]:
+    with pytest.raises(UserError, match=words):
+      DocumentScores(inputs, **options)
+
+
+def test_dolma_has_a_line_for_each_line(lossy, tmp_path):
+  base, inputs, _ = lossy
+  DocumentScores(inputs).dolma(tmp_path)
+  assert json.loads((tmp_path / 'metadata.json').read_text())['sign'] == 'higher helps'
+  scores = {r['id']: r for r in _records(inputs)}
+  for path in sorted((base / 'web/documents').iterdir()):
+    own = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().split('\n') if line]
+    found = [
+      json.loads(line) for line in gzip.decompress((tmp_path / path.name).read_bytes()).decode().split('\n') if line
+    ]
+    assert [f['id'] for f in found] == [o['id'] for o in own]
+    for mine, theirs in zip(found, own, strict=True):
+      record, spans = scores[mine['id']], mine['attributes']
+      if record['score_a'] is None:
+        assert spans['dsdm__score_a'] == [] and spans[f'dsdm__{record["status"]}'][0][2] == 1
+      else:
+        [[start, end, score]] = spans['dsdm__score_a']
+        assert score == pytest.approx(record['score_a'], rel=1e-5)
+        assert theirs['text'][start:end] == theirs['text'] if record['status'] == 'kept' else end < len(theirs['text'])
+
+
+@pytest.mark.peers
+def test_the_mixer_of_dolma_reads_the_attributes(lossy, tmp_path):
+  """It compares ids line by line, so every line of a file must have one."""
+  base, inputs, _ = lossy
+  (tmp_path / 'documents').mkdir()
+  for path in (base / 'web/documents').iterdir():
+    shutil.copy(path, tmp_path / 'documents')
+  (tmp_path / 'attributes/dsdm').mkdir(parents=True)
+  DocumentScores(inputs).dolma(tmp_path / 'attributes/dsdm')
+  wanted = [r['id'] for r in _records(inputs) if r['file'].endswith('.gz') and (r['score_a'] or 0) > 1e-9]
+  assert wanted and open_with('dolma', tmp_path) == wanted
+
+
+def test_datakit_has_a_file_for_each_file(lossy, tmp_path):
+  _base, inputs, _ = lossy
+  DocumentScores(inputs).datakit(tmp_path)
+  table = parquet.read_table(tmp_path / 'a.parquet')
+  assert table['id'].to_pylist() == [f'p {r["id"]}' for r in RECORDS[2::3]]
+  assert table.schema.names[:3] == ['id', 'partition_id', 'status']
+  assert json.loads(table.schema.metadata[export.METADATA])['sign'] == 'higher helps'
+  parts = [parquet.read_table(path) for path in sorted(tmp_path.rglob('*.parquet'))]
+  assert sorted({t['partition_id'][0].as_py() for t in parts}) == list(range(len(parts))) == [0, 1, 2, 3]
+
+
+def test_a_finished_run(finished, tmp_path, capsys):
+  run = dsdm_jax.load(finished)
+  frame = run.scores.documents()
+  assert frame.attrs['sign'].startswith('higher')
+  for target in run.scores:
+    assert frame[f'sum_{target}'].sum() == pytest.approx(run.scores[target].sum(dtype=np.float64), rel=1e-5, abs=1e-5)
+  flags = ['--workdir', str(finished), '--format', 'parquet', '--out', str(tmp_path / 'd'), '--target', 'docs']
+  assert documents.main(flags) == 0
+  assert f'{len(frame):,} documents as parquet' in capsys.readouterr().out
+  table = parquet.read_table(tmp_path / 'd')
+  assert table['id'].to_pylist() == frame['id'].tolist()
+  np.testing.assert_array_equal(table['score_docs'].to_pandas(), frame['score_docs'].astype(np.float32))
+  assert documents.main([*flags[:2], '--format', 'dolma', '--out', str(tmp_path / 'e')]) == 2
+  assert 'no source of the pool is a JSONL file' in capsys.readouterr().err
+
+
+def test_by_tokens_in_a_finished_run(finished):
+  """Contributions of tokens of one document, and of all: their sums are the rows'."""
+  run = dsdm_jax.load(finished)
+  rows, tokens = (run.scores.documents(['docs'], [], by) for by in ('rows', 'tokens'))
+  assert rows['id'].tolist() == tokens['id'].tolist()
+  wanted = run.scores['docs'].sum(dtype=np.float64)
+  assert tokens['sum_docs'].sum() == pytest.approx(
+    wanted, abs=0.02 * float(run.scores['docs'].std()) * len(rows) ** 0.5
+  )
+  first = rows['id'].tolist().index(run.pool.documents[0]['id'])
+  length, size = run.pool.length, int(rows['row_tokens'][first])
+  score_BL = run.scores.tokens('docs', run.pool.spans.rows_of(0))
+  assert tokens['sum_docs'][first] == pytest.approx(score_BL.ravel()[:size].sum(), rel=1e-4, abs=1e-7)
+  assert tokens['score_docs'][first] == pytest.approx(tokens['sum_docs'][first] * length / size, rel=1e-5)

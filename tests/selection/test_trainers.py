@@ -1,0 +1,111 @@
+"""Files of trainers: against the formats' descriptions here, and opened by the trainers' own readers in peer tests."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsdm_jax.selection import trainers
+from dsdm_jax.selection.trainers import Example
+from tests.pipeline import runs
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {'mds': 'streaming'}  # that are not named as their format
+RNG = np.random.default_rng(0)
+EXAMPLES = [
+  Example(f'é\u2028{i}', row, weight, RNG.integers(0, 60_000, size=size).astype(np.int32))
+  for i, (row, weight, size) in enumerate([(7, 1.0, 5), (2**40, 0.5, 300), (-1, 3.0, 1)])
+]
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory):
+  out = tmp_path_factory.mktemp('trainers')
+  (out / 'mds').mkdir()
+  trainers.arrayrecord(EXAMPLES, 3, out, 'a')
+  trainers.megatron(EXAMPLES, 3, out, 'small', 64_000)
+  trainers.megatron(EXAMPLES, 3, out, 'large', 128_000)
+  trainers.mds(EXAMPLES, out / 'mds')
+  return out
+
+
+@pytest.mark.parametrize(('name', 'dtype'), [('small', '<u2'), ('large', '<i4')])
+def test_megatron_by_its_description(written, name, dtype):
+  index, data = (written / f'{name}.idx').read_bytes(), (written / f'{name}.bin').read_bytes()
+  assert index[:9] == b'MMIDIDX\0\0'
+  version, code, sequences, bounds = struct.unpack('<QBQQ', index[9:34])
+  assert (version, {8: '<u2', 4: '<i4'}[code], sequences, bounds) == (1, dtype, 3, 4)
+  size_S, begin_S = np.frombuffer(index[34:46], '<i4'), np.frombuffer(index[46:70], '<i8')
+  assert np.frombuffer(index[70:], '<i8').tolist() == [0, 1, 2, 3]
+  for size, begin, example in zip(size_S, begin_S, EXAMPLES, strict=True):
+    assert np.frombuffer(data, dtype, size, begin).tolist() == example.tokens_L.tolist()
+
+
+def test_array_record_is_of_examples_in_order(written):
+  from array_record.python import array_record_data_source
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  source = array_record_data_source.ArrayRecordDataSource(str(written / 'a-00000-of-00001.array_record'))
+  for record, example in zip(
+    source[:] if hasattr(source, 'foo') else source.__getitems__([0, 1, 2]), EXAMPLES, strict=True
+  ):
+    feature = tf_example_pb2.Example.FromString(record).features.feature
+    assert list(feature['tokens'].int64_list.value) == example.tokens_L.tolist()
+    assert list(feature['row'].int64_list.value) == [example.row]
+    assert list(feature['weight'].float_list.value) == [example.weight]
+    assert feature['id'].bytes_list.value[0].decode() == example.id
+
+
+def test_shards_of_mds_are_of_a_limited_size(tmp_path, monkeypatch):
+  monkeypatch.setattr(trainers, '_SHARD_BYTES', 1_000)
+  trainers.mds(EXAMPLES, tmp_path)
+  index = json.loads((tmp_path / 'index.json').read_text())
+  assert [shard['samples'] for shard in index['shards']] == [1, 1, 1]  # the second alone is longer
+  for shard in index['shards']:
+    assert (tmp_path / shard['raw_data']['basename']).stat().st_size == shard['raw_data']['bytes']
+
+
+def open_with(form: str, folder: Path) -> list[Any]:
+  """What the reader of the package of a format gives; skips the test where it is not installed."""
+  python = Path(os.environ.get('DSDM_JAX_PEERS', ROOT / '.venv-peers' / 'bin' / 'python'))
+  known = f'import importlib.util, sys; sys.exit(importlib.util.find_spec({PACKAGES.get(form, form)!r}) is None)'
+  if not python.is_file() or subprocess.run([python, '-c', known], check=False).returncode:
+    pytest.skip(f'no environment with the package for {form}; launch/test.sh makes .venv-peers')
+  done = subprocess.run(
+    [python, str(ROOT / 'tests/selection/peer_read.py'), form, str(folder)],
+    capture_output=True,
+    text=True,
+    check=False,
+    env=runs.environment(1, HF_HUB_OFFLINE='1', PYTHONPATH=''),
+  )
+  assert done.returncode == 0, done.stderr[-3_000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.peers
+def test_grain_opens_array_record(written):
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  records = [bytes.fromhex(record) for record in open_with('grain', written)]
+  features = [tf_example_pb2.Example.FromString(record).features.feature for record in records]
+  assert [list(f['tokens'].int64_list.value) for f in features] == [e.tokens_L.tolist() for e in EXAMPLES]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize('name', ['small', 'large'])
+def test_megatron_opens_its_files(written, tmp_path, name):
+  for ending in ('bin', 'idx'):
+    shutil.copy(written / f'{name}.{ending}', tmp_path)
+  assert open_with('megatron', tmp_path) == [e.tokens_L.tolist() for e in EXAMPLES]
+
+
+@pytest.mark.peers
+def test_streaming_opens_mds(written):
+  wanted = [{'id': e.id, 'row': e.row, 'tokens': e.tokens_L.tolist(), 'weight': e.weight} for e in EXAMPLES]
+  assert open_with('mds', written / 'mds') == wanted
