@@ -48,9 +48,14 @@ def check_folder(path: str | os.PathLike, name: str) -> Path:
     name: of the flag or key that holds it, for the message.
 
   Raises:
-    UserError: a part of the path is too long, or has a character that a package takes for something else. Orbax finds
-      no files in `v[1]`, and TensorStore writes those of `a\b` to `a/b`.
+    UserError: it is an address (`gs://…`); a part of the path is too long, or has a character that a package takes for
+      something else. Orbax finds no files in `v[1]`, and TensorStore writes those of `a\b` to `a/b`.
   """
+  if '://' in os.fspath(path):
+    raise UserError(
+      f'{name} = {os.fspath(path)!a} is an address; give a folder of a disk, or of a share that all machines mount (NFS, '
+      'Filestore)'
+    )
   folder = Path(os.path.abspath(path))
   wrong = [sign for sign in str(folder) if sign in '*?[\\' or not sign.isprintable()]
   if wrong:
