@@ -20,6 +20,13 @@
 #   --queued             wait in a queue (queued resource) instead of failing when there is no capacity
 #   --spot               cheaper, but can be preempted at any time; use with --nfs, or a preemption loses the workdir
 #   --nfs=SERVER:/SHARE  mount it on every worker at /mnt/dsdm_jax; several workers need a workdir there
+#   --network=NAME --subnetwork=NAME   by default gcloud's
+#   --internal-ips       no external addresses; the network needs Cloud NAT, from which workers install packages
+#   --tunnel-through-iap reach workers through the Identity-Aware Proxy, as from outside a private network
+#   --service-account=EMAIL   of the workers; by default the project's
+#   --labels=KEY=VALUE,...    for bills and filters
+#   --reserved           use the project's reservation; --reservation=NAME names one
+#   --startup-script=FILE     that each worker runs when it starts
 #   --poll=60            seconds between checks
 #   --dry-run            print the commands, but do not run them
 #
@@ -46,12 +53,20 @@ esac
 shift 2
 
 zone='' type='' project='' version='' slices=1 queued='' spot='' nfs='' poll=60 dry_run='' arguments=()
+made_with=() tunnel='' reservation=''
 while (($#)); do
   case $1 in
     --zone=* | --type=* | --project=* | --version=* | --slices=* | --nfs=* | --poll=*)
       option=${1%%=*}
       printf -v "${option#--}" %s "${1#*=}"
       ;;
+    --network=* | --subnetwork=* | --service-account=* | --labels=* | --internal-ips | --reserved) made_with+=("$1") ;;
+    --reservation=*) reservation=${1#*=} && made_with+=("$1") ;;
+    --startup-script=*)
+      [[ -r ${1#*=} ]] || fail "$1 cannot be read; give the path of a script"
+      made_with+=("--metadata-from-file=startup-script=${1#*=}")
+      ;;
+    --tunnel-through-iap) tunnel=$1 ;;
     --queued) queued=yes ;;
     --spot) spot=yes ;;
     --dry-run) dry_run=yes ;;
@@ -99,14 +114,33 @@ kind=tpu-vm every=(--worker=all) first=(--worker=0)
 if [[ -n $queued ]]; then
   kind=queued-resources every=(--node=all --worker=all) first=(--node=0 --worker=0)
 fi
+if [[ -n $tunnel ]]; then
+  every+=("$tunnel") first+=("$tunnel")
+fi
+
+if ((workers * slices > 1)) && [[ $command == run || $command == resume || $command == all ]]; then
+  shared=''
+  for argument in "${arguments[@]+"${arguments[@]}"}"; do
+    [[ $argument != --workdir=/mnt/dsdm_jax/* ]] || shared=yes
+  done
+  [[ -n $nfs && -n $shared ]] || fail "$type with --slices=$slices has $((workers * slices)) workers, which must share" \
+    "a workdir; add --nfs=SERVER:/SHARE, and --workdir=/mnt/dsdm_jax/$name after --"
+elif [[ -n $spot && -z $nfs && ($command == all || $command == run) ]]; then
+  say "without --nfs the workdir is on the TPU's disk: a preemption loses the run"
+fi
 
 tpus() { # gcloud compute tpus …, or its text under --dry-run
+  local program=(gcloud compute tpus)
+  # Only the alpha track knows a reservation's name, and the tunnel for a TPU that was not queued.
+  if [[ $2 == create && -n $reservation ]] || [[ $1 == tpu-vm && $2 == s* && -n $tunnel ]]; then
+    program=(gcloud alpha compute tpus)
+  fi
   if [[ -n $dry_run ]]; then
-    printf 'gcloud compute tpus'
+    printf '%s' "${program[*]}"
     printf ' %q' "$@"
     printf '\n'
   else
-    gcloud compute tpus "$@"
+    "${program[@]}" "$@"
   fi
 }
 
@@ -141,7 +175,7 @@ lost() { # whether a TPU in state $1 will never be ready again
 }
 
 request() { # requests the TPU; a queued request waits for capacity
-  local options=("--accelerator-type=$type")
+  local options=("--accelerator-type=$type" "${made_with[@]+"${made_with[@]}"}")
   [[ -z $spot ]] || options+=(--spot)
   if [[ -z $queued ]]; then
     tpus tpu-vm create "$name" "${where[@]}" "${options[@]}" "--version=$version"
@@ -170,6 +204,8 @@ create() {
   done
 }
 
+path="export PATH=\$HOME/.local/bin:\$PATH" # where pip and uv put programs of the user
+
 on_first() { tpus "$kind" ssh "$name" "${where[@]}" "${first[@]}" --command="$1"; }
 
 everywhere() { tpus "$kind" ssh "$name" "${where[@]}" "${every[@]}" --command="$1"; }
@@ -183,10 +219,15 @@ setup() {
   tpus "$kind" scp "$archive" "$name:dsdm_jax.tar.gz" "${where[@]}" "${every[@]}" || return
   local steps='mkdir -p dsdm_jax && tar -xzf dsdm_jax.tar.gz -C dsdm_jax'
   if [[ -n $nfs ]]; then
-    steps+=' && sudo apt-get install -qq -y nfs-common && sudo mkdir -p /mnt/dsdm_jax'
+    # Ubuntu updates itself after the first start and holds the lock meanwhile.
+    steps+=' && sudo apt-get -o DPkg::Lock::Timeout=900 install -qq -y nfs-common && sudo mkdir -p /mnt/dsdm_jax'
     steps+=" && (mountpoint -q /mnt/dsdm_jax || sudo mount $(printf %q "$nfs") /mnt/dsdm_jax)"
     steps+=' && sudo chmod 777 /mnt/dsdm_jax'
   fi
+  # The images have Python 3.10, which is too old; uv installs one without root.
+  steps+=" && $path && (python3 -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' ||"
+  steps+=' ({ command -v uv || python3 -m pip install --quiet --user uv ||'
+  steps+=' curl -LsSf https://astral.sh/uv/install.sh | sh; } && uv python install 3.12))'
   everywhere "$steps && bash dsdm_jax/launch/run.sh --install"
 }
 
@@ -198,7 +239,7 @@ run() {
   local line='bash launch/run.sh'
   ((${#all[@]} == 0)) || line+=$(printf ' %q' "${all[@]}")
   line=$(printf %q "$line; echo \$? >exit_code")
-  everywhere "cd dsdm_jax && rm -f exit_code && (nohup bash -c $line >run.log 2>&1 </dev/null &)"
+  everywhere "cd dsdm_jax && $path && rm -f exit_code && (nohup bash -c $line >run.log 2>&1 </dev/null &)"
 }
 
 watch() { # ends with the run's own exit code
@@ -248,6 +289,7 @@ logs() {
     for ((worker = 0; worker < workers; worker++)); do
       local one=("--worker=$worker")
       [[ -z $queued ]] || one+=("--node=$node")
+      [[ -z $tunnel ]] || one+=("$tunnel")
       tpus "$kind" scp "$name:dsdm_jax/run.log" "$folder/$node-$worker.log" "${where[@]}" "${one[@]}"
     done
   done

@@ -1,6 +1,7 @@
 """launch/tpu.sh with a fake gcloud, which records its arguments and answers from a script."""
 
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from tests.helpers.launch import ERRORS, Cloud
 
 WHERE = ('--zone=us-west4-a',)
+NFS = '--nfs=10.0.0.2:/share'
 
 
 @pytest.fixture
@@ -46,6 +48,43 @@ def test_create(cloud, options, call):
   assert len(cloud.calls()) == (4 if 'queued' in call[0] else 1)  # a queued one is waited for
 
 
+@pytest.mark.parametrize('queued', [False, True])
+def test_private_networks_reservations_and_accounts(cloud, tmp_path, queued):
+  script = tmp_path / 'start.sh'
+  script.write_text('#!/bin/sh\n')
+  made_with = [
+    '--network=n', '--subnetwork=s', '--internal-ips', '--service-account=a@b.iam', '--labels=team=x,cost=y',
+    '--reserved', '--reservation=r',
+  ]  # fmt: skip
+  options = [*made_with, f'--startup-script={script}', '--tunnel-through-iap', '--type=v5p-8', '--poll=0']
+  done = cloud.run('all', 'mine', *WHERE, *options, *(['--queued'] if queued else []))
+  assert done.returncode == 0, done.stderr
+  kind = 'queued-resources' if queued else 'tpu-vm'
+  calls = cloud.calls()
+  assert set(made_with) | {f'--metadata-from-file=startup-script={script}'} <= set(calls[0])
+  assert '--tunnel-through-iap' not in calls[0]
+  reached = [call for call in calls if call[1] in ('ssh', 'scp')]
+  assert len(reached) >= 4 and all('--tunnel-through-iap' in call for call in reached)
+  # gcloud 528: only its alpha track names a reservation, and tunnels to a TPU that was not queued.
+  assert cloud.alpha() == {f'{kind} create', *([] if queued else ['tpu-vm ssh', 'tpu-vm scp'])}
+
+
+def test_spot_without_a_share_is_warned_of(cloud):
+  done = cloud.run('all', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
+  assert done.returncode == 0 and 'a preemption loses the run' in done.stderr
+  assert 'loses' not in cloud.run('all', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0', NFS).stderr
+
+
+def test_workers_get_a_python_that_is_new_enough(cloud):
+  cloud.run('all', 'mine', *WHERE, '--type=v5litepod-8', '--poll=0')
+  install, start = (call[-1] for call in cloud.calls() if call[1] == 'ssh' and 'launch/run.sh' in call[-1])
+  assert 'uv python install 3.12' in install
+  assert all('export PATH=$HOME/.local/bin:$PATH' in command for command in (install, start))
+  # The shell accepts it, and a Python that suits is used as it is.
+  check = install[install.index("(python3 -c 'import") : install.index(' && bash dsdm_jax/launch/run.sh')]
+  assert subprocess.run(['bash', '-c', check], check=True, capture_output=True).stdout == b''
+
+
 def test_failed_request_is_an_error(cloud):
   cloud.answer('ACCEPTED FAILED')
   done = cloud.run('create', 'mine', *WHERE, '--poll=0', '--type=v5p-16', '--queued')
@@ -59,7 +98,7 @@ def test_failed_request_is_an_error(cloud):
 )
 def test_the_same_command_runs_on_every_worker(cloud, type_, slices, processes):
   given = ['--config=configs/v5e_8.py', "--config.selection.targets=('mix', 'docs')", '--workdir=/mnt/dsdm_jax/a b']
-  done = cloud.run('run', 'mine', *WHERE, f'--type={type_}', f'--slices={slices}', '--', *given)
+  done = cloud.run('run', 'mine', *WHERE, f'--type={type_}', f'--slices={slices}', NFS, '--', *given)
   assert done.returncode == 0, done.stderr
   (call,) = cloud.calls()
   assert call[:3] == ['queued-resources' if slices > 1 else 'tpu-vm', 'ssh', 'mine']
@@ -170,13 +209,14 @@ def test_logs_and_delete_reach_every_worker(cloud, repo_root):
 
 
 def test_dry_run_prints_the_commands_only(cloud):
-  options = ('mine', *WHERE, '--type=v5litepod-16', '--spot')
-  done = cloud.run('all', *options, '--dry-run', '--', '--config=configs/v5e_8.py')
+  options = ('mine', *WHERE, '--type=v5litepod-16', '--spot', NFS)
+  arguments = ('--config=configs/v5e_8.py', '--workdir=/mnt/dsdm_jax/mine')
+  done = cloud.run('all', *options, '--dry-run', '--', *arguments)
   assert done.returncode == 0, done.stderr
   assert cloud.calls() == []
   printed = [shlex.split(line)[3:] for line in done.stdout.splitlines()]
   cloud.answer()
-  assert cloud.run('all', *options, '--poll=0', '--', '--config=configs/v5e_8.py').returncode == 0
+  assert cloud.run('all', *options, '--poll=0', '--', *arguments).returncode == 0
   assert [call for call in cloud.calls() if 'describe' not in call][: len(printed)] == printed
 
 
@@ -190,6 +230,10 @@ def test_dry_run_prints_the_commands_only(cloud):
     (['run', 'mine', *WHERE, '--type=v9-8'], 'unknown --type=v9-8'),
     (['run', 'mine', *WHERE, '--type=v6e-8', '--config=x.py'], 'come after --'),
     (['run', 'mine', *WHERE, '--type=v6e-8', '--slices=0'], 'at least 1'),
+    (['run', 'mine', *WHERE, '--type=v6e-8', '--startup-script=missing.sh'], 'missing.sh cannot be read'),
+    (['all', 'mine', *WHERE, '--type=v6e-16', '--', '--workdir=/mnt/dsdm_jax/a'], 'has 4 workers, which must share'),
+    (['all', 'mine', *WHERE, '--type=v6e-8', '--slices=2', NFS, '--', '--workdir=runs/a'], 'has 2 workers, which must'),
+    (['resume', 'mine', *WHERE, '--type=v6e-16', NFS], 'add --nfs=SERVER:/SHARE, and --workdir=/mnt/dsdm_jax/mine'),
   ],
 )
 def test_bad_arguments_are_one_line(cloud, arguments, message):

@@ -66,6 +66,7 @@ class Checkout:
 # file of their name, and repeat the last one: OK, a state, or the name of an error. The exit code of the run is the
 # content of `exit_code`, once the run was started `runs` times.
 GCLOUD = """#!/usr/bin/env bash
+[[ $1 != alpha ]] || {{ shift && printf '%s %s\\n' "$3" "$4" >>{log}/alpha; }}
 printf '%s\\x1f' "$@" >>{log}/calls
 echo >>{log}/calls
 if [[ $4 == describe || $4 == create || $4 == scp ]]; then
@@ -118,6 +119,11 @@ class Cloud:
   def calls(self) -> list[list[str]]:
     file = self.log / 'calls'
     return [line.split('\x1f')[2:-1] for line in file.read_text().splitlines()] if file.exists() else []
+
+  def alpha(self) -> set[str]:
+    """Verbs that were asked of the alpha track."""
+    file = self.log / 'alpha'
+    return set(file.read_text().splitlines()) if file.exists() else set()
 
   def verbs(self) -> list[str]:
     """'tpu-vm create' and so on, without what only looks."""
