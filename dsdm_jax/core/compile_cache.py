@@ -1,9 +1,10 @@
 """JAX's cache of compiled programs, in the user's cache folder, with a checksum of each entry.
 
 JAX runs what it reads from the cache, and checks neither where it comes from nor whether it is whole: one flipped byte
-can end the process with a signal. So no workdir contains a cache. A process notes the checksums of the entries when it
-ends, and the next start deletes entries that are not as noted. Each process that uses the cache also leaves a file
-beside it, in which Python's fault handler writes when a fatal signal ends the process; the next start then empties it.
+can end the process with a signal. So no workdir contains a cache. A process notes the checksums of the entries after
+each stage and when it ends, and the next start deletes entries that are not as noted. Each process that uses the cache
+also leaves a file beside it, in which Python's fault handler writes when a fatal signal ends the process; the next
+start then empties it.
 """
 
 import atexit
@@ -62,7 +63,7 @@ def start(alone: bool = True) -> tuple[Path | None, str]:
       line = f'an earlier start crashed ({crash}); the cache of compiled programs in {cache} may be damaged: emptied it'
     elif damaged:
       line = f'{damaged} compiled programs in {cache} have changed since they were written: deleted them'
-    atexit.register(_note, cache)
+    atexit.register(note, cache)
     _put_canary(canaries / f'{os.getpid()}{_ALONE if alone else _OF_SEVERAL}')
   except (OSError, RuntimeError):  # no home, or one that cannot be written: every start compiles
     return None, line
@@ -80,8 +81,8 @@ def _known(cache: Path) -> dict[str, str]:
     return {}
 
 
-def _note(cache: Path) -> None:
-  """Adds the entries that are new; those of a process that was killed are compiled again."""
+def note(cache: Path) -> None:
+  """Notes the checksums of entries that are new. Those that a killed process did not note are compiled again."""
   with contextlib.suppress(OSError, RuntimeError):
     known = _known(cache)
     noted = {path.name: known.get(path.name) or storage.sha256(path) for path, _ in _entries(cache)}

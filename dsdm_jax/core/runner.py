@@ -58,6 +58,7 @@ class Runner:
     self.done: dict[str, Artifact] = {}
     self._selected: dict[str, dict[str, Any]] = {}
     self._given: dict[str, dict[str, Any]] = {}
+    self._cache: Path | None = None  # of compiled programs
 
   def run(self, only: str | None = None, rerun: bool = False, created: bool = False) -> dict[str, Artifact]:
     """Runs all stages, or `only` one, and skips those that are finished.
@@ -278,6 +279,8 @@ class Runner:
     if given := self._given.get(stage.name):
       semantics = {**semantics, 'given': given}
     processes.decide(lambda: artifacts.commit(self.workdir, identity, semantics, cost).digest)
+    if first and self._cache is not None:
+      compile_cache.note(self._cache)
     self._open([stage.name])
     spent = self.done[stage.name].manifest['cost']
     log.event('end', seconds=spent['seconds'], flop=spent['flop'])
@@ -303,8 +306,8 @@ class Runner:
     if jax.default_backend() == 'cpu':
       processes.keep_freed_memory()
     if jax.config.values['jax_compilation_cache_dir'] is None:
-      cache, line = compile_cache.start(alone=processes.count() == 1)
-      jax.config.update('jax_compilation_cache_dir', None if cache is None else str(cache))
+      self._cache, line = compile_cache.start(alone=processes.count() == 1)
+      jax.config.update('jax_compilation_cache_dir', None if self._cache is None else str(self._cache))
       if line:
         _print(line)
 

@@ -53,8 +53,8 @@ def check_folder(path: str | os.PathLike, name: str) -> Path:
   """
   if '://' in os.fspath(path):
     raise UserError(
-      f'{name} = {os.fspath(path)!a} is an address; give a folder of a disk, or of a share that all machines mount (NFS, '
-      'Filestore)'
+      f'{name} = {os.fspath(path)!a} is an address; give a folder of a disk, or of a share that all machines '
+      'mount (NFS, Filestore)'
     )
   folder = Path(os.path.abspath(path))
   wrong = [sign for sign in str(folder) if sign in '*?[\\' or not sign.isprintable()]

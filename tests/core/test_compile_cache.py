@@ -1,15 +1,20 @@
 """The cache of compiled programs is the user's own, and a start that crashed empties it."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from dsdm_jax.core import compile_cache
+from dsdm_jax.configs.base import get_config
+from dsdm_jax.core import compile_cache, runner
+from dsdm_jax.core.runner import _load
+from dsdm_jax.core.stage import Stage
 from tests.conftest import ROOT
 
 START = """
@@ -70,7 +75,7 @@ def test_an_entry_that_has_changed_is_deleted_before_jax_reads_it(tmp_path, monk
   cache, _ = compile_cache.start()
   entry, note = cache / 'jit_apply-0123-cache', cache / 'checksums.json'
   entry.write_bytes(b'program')
-  compile_cache._note(cache)
+  compile_cache.note(cache)
   if isinstance(damage, int):
     data = bytearray(entry.read_bytes())
     data[damage // 8] ^= 1 << damage % 8
@@ -87,10 +92,27 @@ def test_an_entry_that_has_changed_is_deleted_before_jax_reads_it(tmp_path, monk
   )
   assert line.startswith('1 compiled programs in ') == (isinstance(damage, int) or damage == 'cut')
   entry.write_bytes(entry.read_bytes() if entry.exists() else b'compiled again')
-  compile_cache._note(cache)
+  compile_cache.note(cache)
   assert compile_cache.start() == (cache, '') and entry.exists()
 
 
 def test_a_home_that_cannot_be_written_has_no_cache(tmp_path):
   (tmp_path / 'file').write_text('')
   assert start(tmp_path / 'file') == ('None', '')
+
+
+def test_programs_are_noted_after_each_stage(tmp_path, monkeypatch):
+  """So a kill in a later stage does not cost them."""
+  cache, workdir = tmp_path / 'cache', tmp_path / 'run'
+  cache.mkdir()
+
+  def compiles(context):
+    (cache / 'jit_apply-0123-cache').write_bytes(b'program')
+    return {}
+
+  monkeypatch.setattr(runner, '_load', lambda name: compiles if name == 'any:code' else _load(name))
+  only = runner.Runner([Stage('pool', (), ('seed',), 'any:code')], get_config(), workdir)
+  only._cache = cache
+  workdir.mkdir()
+  only.run_stage(only.stages['pool'])
+  assert json.loads((cache / 'checksums.json').read_text()) == {'jit_apply-0123-cache': sha256(b'program').hexdigest()}
