@@ -31,23 +31,42 @@ def test_outputs_are_stripped():
   assert [cell['id'] for cell in code if cell['outputs'] or cell['execution_count'] is not None] == []
 
 
-def _install(folder: Path, source: str) -> subprocess.CompletedProcess:
-  """Runs the notebook's first cell with SOURCE set, in a folder that is no checkout."""
+def _install(folder: Path, source: str = '', workdir: str = '', before: str = '') -> subprocess.CompletedProcess:
+  """Runs the notebook's first cell in a folder that is no checkout, with other settings; `before` goes before it."""
   cells = json.loads(NOTEBOOK.read_text())['cells']
   (cell,) = (''.join(cell['source']) for cell in cells if cell['id'] == 'install')
-  assert cell.count("SOURCE = ''") == 1
-  script = cell.replace("SOURCE = ''", f'SOURCE = {source!r}')
-  script += '\nfrom dsdm_jax.configs import base; print(base.__file__)'
+  for setting, value in (('SOURCE', source), ('WORKDIR', workdir)):
+    given = next(line for line in cell.splitlines() if line.startswith(f'{setting} = '))
+    cell = cell.replace(given, f'{setting} = {value!r}') if value else cell
+  script = f'{before}\n{cell}\nfrom dsdm_jax.configs import base; print(base.__file__)'
   environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
   return subprocess.run(
     [sys.executable, '-c', script], cwd=folder, env=environment, capture_output=True, text=True, check=False
   )
 
 
-def test_without_a_source_the_error_says_what_to_set(tmp_path):
-  done = _install(tmp_path, '')
-  assert done.returncode == 1
-  assert done.stderr.strip() == 'Set SOURCE at the top of this cell, then run the cell again.'
+PIP = """
+import subprocess, sys
+def run(command, check):
+  print(*command[1:])
+  sys.path.insert(0, {root!r})  # what pip would do
+subprocess.run = run
+"""
+
+
+def test_outside_a_checkout_pip_installs_from_the_repository(tmp_path):
+  done = _install(tmp_path, before=PIP.format(root=str(ROOT)))
+  assert done.returncode == 0, done.stderr[-2_000:]
+  assert done.stdout.splitlines()[0] == '-m pip install --quiet git+https://github.com/dsdm-jax/dsdm_jax'
+
+
+def test_a_workdir_on_drive_is_mounted(tmp_path):
+  colab = tmp_path / 'google' / 'colab'
+  colab.mkdir(parents=True)
+  (colab / 'drive.py').write_text('def mount(path): print("mounted", path)')
+  before = f'import google; google.__path__.append({str(tmp_path / "google")!r})'
+  done = _install(tmp_path, workdir='/content/drive/MyDrive/dsdm', before=PIP.format(root=str(ROOT)) + before)
+  assert 'mounted /content/drive' in done.stdout, done.stderr[-2_000:]
 
 
 @pytest.mark.parametrize('form', ['gztar', 'zip'])
@@ -61,7 +80,7 @@ def test_uploaded_archive(tmp_path, form):
     (checkout / 'dsdm_jax' / 'configs').write_text('../configs')
   archive = shutil.make_archive(str(tmp_path / 'uploaded'), form, tmp_path / 'upload')
   for _ in range(2):  # the cell can run again
-    done = _install(tmp_path, Path(archive).name)
+    done = _install(tmp_path, source=Path(archive).name)
     assert done.returncode == 0, done.stderr[-2_000:]
     assert done.stdout.strip() == str(tmp_path / 'dsdm_jax_checkout/dsdm_jax-main/dsdm_jax/configs/base.py')
 
