@@ -1,8 +1,9 @@
-"""Opens a run in a notebook: pool, scores, selections and results as objects with pandas tables and plots.
+"""Opens a run in a notebook: pool, scores, selections, results and models as objects with tables and plots.
 
-Objects read finished stages, each on its first use. Nothing here writes.
+Objects read finished stages, each on its first use, and print a summary of themselves. Nothing here writes.
 """
 
+import collections
 import dataclasses
 import functools
 import os
@@ -20,11 +21,16 @@ from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation.results import shortened
 from dsdm_jax.report import figures, formatting, report_data, tables
 from dsdm_jax.report.figures import Drawing
+from dsdm_jax.report.notebook import View, frame
 
 if TYPE_CHECKING:
   import pandas as pd
 
   from dsdm_jax.attribution.tokens import TokenScores
+  from dsdm_jax.training.trained import RunModel
+
+# Stages that a run opens; validation and report are optional.
+_STAGES = (*report_data.STAGES, 'validation', 'report')
 
 
 def load(workdir: str | os.PathLike, verify: bool = True, functions: Collection[str] = ()) -> 'Run':
@@ -33,7 +39,7 @@ def load(workdir: str | os.PathLike, verify: bool = True, functions: Collection[
   Args:
     workdir: the `--workdir` of the run.
     verify: check the files of each stage against their checksums on its first use.
-    functions: 'module:function' names of your own models and outputs, which `scores.tokens` may import.
+    functions: 'module:function' names of your own models and outputs, which `model` and `scores.tokens` may import.
 
   Raises:
     UserError: no stage is finished.
@@ -44,23 +50,29 @@ def load(workdir: str | os.PathLike, verify: bool = True, functions: Collection[
     >>> run.scores.top('docs', 5)  # the five rows that help most, with their text
     >>> run.results.comparisons.query("verdict == 'better'")
     >>> run.results.plot('docs')  # .save('docs.png') writes it
+    >>> run.model('dsdm', seed=0).logits(run.pool.tokens([0, 1]))
   """
   workdir = Path(workdir).absolute()
-  stages = tuple(stage for stage in report_data.STAGES if (workdir / stage / artifacts.MANIFEST).is_file())
+  stages = tuple(stage for stage in _STAGES if (workdir / stage / artifacts.MANIFEST).is_file())
   if not stages:
     raise UserError(f'{workdir} has no finished stage; give the --workdir of a run')
   return Run(workdir, stages, verify, functions)
 
 
-class Run:
+class Run(View):
   """A run. Attributes: `workdir`, its folder; `stages`, names of its finished stages."""
 
   def __init__(self, workdir: Path, stages: Sequence[str], verify: bool, functions: Collection[str]):
     self.workdir, self.stages, self._verify, self.functions = workdir, tuple(stages), verify, functions
     self._opened: dict[str, Artifact] = {}
 
-  def __repr__(self) -> str:
-    return f'Run({str(self.workdir)!r}, stages={self.stages})'
+  def facts(self) -> Iterator[tuple[str, str]]:
+    yield 'workdir', str(self.workdir)
+    yield 'finished', ', '.join(self.stages)
+    parts = {'pool': 'pool', 'datamodel': 'scores', 'selection': 'selections', 'evaluation': 'results'}
+    parts |= {'pretraining': "model('dsdm', seed=0)", 'proxies': 'model(proxy=0)', 'report': 'report'}
+    shown = [name for stage, name in parts.items() if stage in self.stages]
+    yield 'open', ', '.join(f'run.{name}' for name in [*shown, 'cost', 'config'])
 
   def artifact(self, stage: str) -> Artifact:
     """A finished stage: `.path`, and `.manifest` with settings, semantics, cost and versions.
@@ -98,15 +110,43 @@ class Run:
   def results(self) -> 'ResultsView':
     return ResultsView(self.artifact('evaluation'), self)
 
+  @functools.cached_property
+  def report(self) -> 'ReportView':
+    return ReportView(self.artifact('report'))
+
+  @functools.cached_property
+  def _models(self) -> dict[tuple[str, int, int | None], 'RunModel']:
+    return {}
+
+  def model(self, arm: str = '', seed: int = 0, proxy: int | None = None) -> 'RunModel':
+    """A trained model: that of an arm and seed, such as `model('dsdm', seed=0)`, or a proxy, `model(proxy=0)`.
+
+    `.logits(tokens_BL)` computes, and `.module` is the Flax NNX module.
+
+    Raises:
+      UserError: the run has no such model, or it is a custom one that `load(…, functions=…)` does not name.
+    """
+    from dsdm_jax.training import trained
+
+    if (proxy is None) == (not arm):
+      raise UserError("name one model: model('dsdm', seed=0) for an arm, or model(proxy=0) for a proxy")
+    if (arm, seed, proxy) not in self._models:
+      opened = {stage: self.artifact(stage) for stage in trained.stages(arm, proxy)}
+      model = trained.RunModel(opened, self.pool, arm, seed, proxy)
+      name = f'functions=({model.config.factory!r},)'
+      model.refuse_foreign(self.functions, f'; if you trust its module, name it: dsdm_jax.load(..., {name})')
+      self._models[arm, seed, proxy] = model
+    return self._models[arm, seed, proxy]
+
   @property
   def cost(self) -> 'pd.DataFrame':
     """Seconds, floating-point operations and bytes on disk of each finished stage."""
     manifests = [self.artifact(stage).manifest for stage in self.stages]
     rows = [m['cost'] | {'bytes': sum(file['bytes'] for file in m['files'].values())} for m in manifests]
-    return _frame(rows, index=list(self.stages)).rename_axis('stage')
+    return frame(rows, list(self.stages), 'stage')
 
 
-class PoolView(pool_lib.Pool):
+class PoolView(View, pool_lib.Pool):
   """The candidate pool: `dsdm_jax.data.pool.pool.Pool` with a table of its rows."""
 
   @functools.cached_property
@@ -115,15 +155,25 @@ class PoolView(pool_lib.Pool):
     sources = np.array(self.sources, dtype=object)
     documents = np.array([str(document['id']) for document in self.documents], dtype=object)
     columns = {'source': sources[self.source_N], 'document': documents[self.document_N], 'offset': self.offset_N}
-    return _frame(columns | {'planted': self.planted_N >= 0}).rename_axis('row')
+    return frame(columns | {'planted': self.planted_N >= 0}, index_name='row')
 
-  def show(self, rows: Sequence[int] | np.ndarray) -> 'pd.DataFrame':
-    """Lines of `table` for some rows, with their text."""
+  def show(self, rows: Sequence[int] | np.ndarray, **columns: Any) -> 'pd.DataFrame':
+    """Lines of `table` for some rows, with their text; after `columns` of your own, if any."""
     row_B = np.asarray(rows, np.int64)
-    return self.table.loc[row_B].assign(text=[self.text(int(n)) for n in row_B])
+    origin = {name: np.asarray(self.table[name])[row_B] for name in self.table.columns}
+    return frame({**columns, **origin, 'text': [self.text(int(n)) for n in row_B]}, row_B, 'row')
+
+  def facts(self) -> Iterator[tuple[str, str]]:
+    yield 'rows', f'{self.num_rows:,} of {self.length} tokens'
+    yield 'documents', f'{self.card["documents"]:,}, {formatting.size(self.card["bytes"])} of text'
+    yield 'vocabulary', f'{self.vocab_size:,} pieces'
+    counts = collections.Counter({name: of['rows'] for name, of in self.card['sources'].items()})
+    shares = [f'{name} {count / self.num_rows:.0%}' for name, count in counts.most_common(8)]
+    yield 'sources', ', '.join([*shares, *([f'{len(counts) - 8} more'] if len(counts) > 8 else [])])
+    yield 'open', "run.pool.table, .show(rows), .text(row), .tokens(rows), .encoder.encode('text')"
 
 
-class ScoresView(Mapping[str, np.ndarray]):
+class ScoresView(View, Mapping[str, np.ndarray]):
   """Scores of the datamodel: target → float32 [N]. Training on a row with a higher score helps the target more.
 
   `scores['docs']` is for one task, `scores['mix']` for all targets together.
@@ -152,7 +202,16 @@ class ScoresView(Mapping[str, np.ndarray]):
   @functools.cached_property
   def table(self) -> 'pd.DataFrame':
     """One line per row of the pool, one column per target."""
-    return _frame({target: self[target] for target in self}).rename_axis('row')
+    return frame({target: self[target] for target in self}, index_name='row')
+
+  def facts(self) -> Iterator[tuple[str, str]]:
+    for target in self:
+      best, worst = self[target].argmax(), self[target].argmin()
+      yield target, f'best {self[target][best]:+.3g} (row {best:,}), worst {self[target][worst]:+.3g} (row {worst:,})'
+    yield (
+      'open',
+      "run.scores['mix'], .table, .documents(), .top('mix', 5), .bottom(…), .interval(…), .tokens(…), .plot(…)",
+    )
 
   def interval(self, target: str) -> 'pd.DataFrame':
     """`low`, `score` and `high` of each row: an interval over the target's documents, at `datamodel.confidence`.
@@ -162,7 +221,7 @@ class ScoresView(Mapping[str, np.ndarray]):
     from dsdm_jax.attribution.scores import Scores
 
     low_N, high_N = Scores(self._artifact).interval_2N(target)
-    return _frame({'low': low_N, 'score': self[target], 'high': high_N}).rename_axis('row')
+    return frame({'low': low_N, 'score': self[target], 'high': high_N}, index_name='row')
 
   def documents(
     self, targets: Sequence[str] = (), arms: Sequence[str] | None = None, by: Literal['rows', 'tokens'] = 'rows'
@@ -182,9 +241,9 @@ class ScoresView(Mapping[str, np.ndarray]):
     inputs = {stage: self._run.artifact(stage) for stage in stages}
     scores = DocumentScores(inputs, targets, arms, by, self._run.functions)
     columns = [table.to_pydict() for table in scores.tables()]
-    frame = _frame({name: [x for part in columns for x in part[name]] for name in scores.schema.names})
-    frame.attrs = scores.metadata
-    return frame
+    table = frame({name: [x for part in columns for x in part[name]] for name in scores.schema.names})
+    table.attrs = scores.metadata
+    return table
 
   def top(self, target: str = 'mix', count: int = 10) -> 'pd.DataFrame':
     """The rows with the highest scores, best first, with source, document and text."""
@@ -218,9 +277,7 @@ class ScoresView(Mapping[str, np.ndarray]):
     return self._token_scores[batch_size](target, rows)
 
   def _ranked(self, target: str, row_B: np.ndarray) -> 'pd.DataFrame':
-    table = self._pool.show(row_B)
-    table.insert(0, 'score', self[target][row_B])
-    return table
+    return self._pool.show(row_B, score=self[target][row_B])
 
   def plot(self, target: str = 'mix') -> Drawing:
     """Histogram of the scores, with the rows of the DsDm and bottom-ranked arms if the run has them."""
@@ -233,7 +290,7 @@ class ScoresView(Mapping[str, np.ndarray]):
     return figures.histogram(figures.standardised(self[target]), rows_of('dsdm'), rows_of('bottom'))
 
 
-class SelectionsView(Mapping[str, selection_lib.Selection]):
+class SelectionsView(View, Mapping[str, selection_lib.Selection]):
   """The selections of all arms: name → `Selection` with `rows`, `weights` and `provenance`."""
 
   def __init__(self, artifact: Artifact, pool: PoolView):
@@ -255,7 +312,15 @@ class SelectionsView(Mapping[str, selection_lib.Selection]):
   @property
   def table(self) -> 'pd.DataFrame':
     """One line per final model: `name`, `selection`, `method`, `target`, `seed`, `examples`, `epochs`."""
-    return _frame(self._index)
+    return frame(self._index)
+
+  def facts(self) -> Iterator[tuple[str, str]]:
+    models = collections.Counter(entry['selection'] for entry in self._index)
+    entries = {entry['selection']: entry for entry in self._index}
+    for name in self:
+      shared = f', {models[name]} models' if models[name] > 1 else ''
+      yield name, f'{entries[name]["examples"]:,} rows × {entries[name]["epochs"]:g}{shared}'
+    yield 'open', "run.selections['…'].rows, .table, .sources(), .overlap(), .plot_sources(), .plot_overlap()"
 
   @functools.cached_property
   def entries(self) -> list[report_data.Selected]:
@@ -271,15 +336,19 @@ class SelectionsView(Mapping[str, selection_lib.Selection]):
 
   def sources(self) -> 'pd.DataFrame':
     """Share of each source (columns) in the pool and in the selections of each arm (lines)."""
-    return _frame(tables.sources(self._chosen), index=list(self._pool.sources)).T
+    shares = tables.sources(self._chosen)
+    share_AS = np.stack(list(shares.values()))
+    return frame(dict(zip(self._pool.sources, share_AS.T, strict=True)), list(shares), 'rows')
 
   def overlap(self) -> 'pd.DataFrame':
     """The share of the rows of one arm (line) that another arm (column) selected too."""
     overlap = tables.overlap(self._chosen)
-    return _frame(overlap.share_AB, index=list(overlap.labels), columns=list(overlap.labels))
+    return frame(dict(zip(overlap.labels, overlap.share_AB.T, strict=True)), list(overlap.labels), 'of')
 
   def plot_sources(self) -> Drawing:
-    return figures.composition(tables.sources(self._chosen))
+    groups = tables.groups(self._chosen, len(figures.SOURCE_COLOURS))
+    shares = {label: groups.summed(share_S) for label, share_S in tables.sources(self._chosen).items()}
+    return figures.composition(groups.names, shares)
 
   def plot_overlap(self) -> Drawing:
     overlap = tables.overlap(self._chosen)
@@ -293,7 +362,7 @@ class _Chosen:
   selected: list[report_data.Selected]
 
 
-class ResultsView:
+class ResultsView(View):
   """Results of the evaluation: `raw` is `results.json`, and `docs/evaluation.md` explains all columns.
 
   `multiplier`, `ladder` and `plot_multiplier` raise a `UserError` if the run has no ladder.
@@ -303,30 +372,38 @@ class ResultsView:
     self.raw: dict[str, Any] = storage.read_json(artifact.path / 'results.json', dict)
     self._run = run
 
+  def facts(self) -> Iterator[tuple[str, str]]:
+    yield 'result', self.headline
+    for c in (c for of_task in formatting.by_task(self.raw).values() for c in of_task):
+      verdict = '' if formatting.too_few_seeds([c]) else f', {c["verdict"]}'
+      value = f'{formatting.signed(c["difference"])} {formatting.interval(c["low"], c["high"])}'.replace('\u00a0', ' ')
+      yield f'{c["task"]}, {c["method"]} − {c["baseline"]}', f'{value.rstrip()} nats per token{verdict}'
+    yield 'open', "run.results.comparisons, .summary, .arms, .losses, .plot('…'), .plot_losses(), .raw"
+
   @property
   def arms(self) -> 'pd.DataFrame':
     """One line per model, task and split."""
-    return _frame(self.raw['arms'])
+    return frame(self.raw['arms'])
 
   @property
   def summary(self) -> 'pd.DataFrame':
     """Means over seeds, with intervals."""
-    return _frame(self.raw['summary'])
+    return frame(self.raw['summary'])
 
   @property
   def comparisons(self) -> 'pd.DataFrame':
     """Differences between arms in log-probability, with intervals and verdicts."""
-    return _frame(self.raw['comparisons'])
+    return frame(self.raw['comparisons'])
 
   @property
   def multiplier(self) -> 'pd.DataFrame':
     """Compute on random data that equals each arm, `gross …` and `net …`; one line per arm, task and split."""
-    return _frame(tables.multipliers(self._multiplier))
+    return frame(tables.multipliers(self._multiplier))
 
   @property
   def ladder(self) -> 'pd.DataFrame':
     """The random models behind `multiplier`: compute and log-probability of each rung, task and split."""
-    return _frame(tables.ladder(self._multiplier))
+    return frame(tables.ladder(self._multiplier))
 
   @property
   def _multiplier(self) -> dict[str, Any]:
@@ -346,7 +423,8 @@ class ResultsView:
   @property
   def headline(self) -> str:
     """The result in words: the first sentences of the report."""
-    return ' '.join([*shortened(self.raw), *formatting.headlines(self.raw)]).replace('\u00a0', ' ')
+    sentences = [f'{formatting.title(self.raw)}.', *shortened(self.raw), *formatting.headlines(self.raw)]
+    return ' '.join(sentences).replace('\u00a0', ' ')
 
   def plot(self, task: str) -> Drawing:
     """Differences on one task, with their intervals."""
@@ -363,20 +441,26 @@ class ResultsView:
   @property
   def losses(self) -> 'pd.DataFrame':
     """Training loss in nats per token: one line per arm, seed and logged step."""
-    return _frame(
-      {'method': c.method, 'target_mix': c.target_mix, 'seed': seed, 'step': int(step), 'loss': float(loss)}
-      for c in self._curves
-      for seed, loss_P in enumerate(c.loss_SP)
-      for step, loss in zip(c.step_P, loss_P, strict=True)
+    return frame(
+      [
+        {'method': c.method, 'target_mix': c.target_mix, 'seed': seed, 'step': int(step), 'loss': float(loss)}
+        for c in self._curves
+        for seed, loss_P in enumerate(c.loss_SP)
+        for step, loss in zip(c.step_P, loss_P, strict=True)
+      ]
     )
 
   def plot_losses(self) -> Drawing:
     return figures.losses(self._curves)
 
 
-def _frame(data: Any, **options: Any) -> 'pd.DataFrame':
-  try:
-    import pandas
-  except ImportError as error:
-    raise UserError('tables need pandas; install it with: pip install pandas') from error
-  return pandas.DataFrame(data, **options)
+class ReportView(View):
+  """The report: `path` of the page, and `data`, name → path of its tables as CSV."""
+
+  def __init__(self, artifact: Artifact):
+    self.path = artifact.path / artifact.semantics['page']
+    self.data = {path.stem: path for path in sorted((artifact.path / 'data').glob('*.csv'))}
+
+  def facts(self) -> Iterator[tuple[str, str]]:
+    yield 'page', self.path.as_uri()
+    yield 'data', ', '.join(self.data)

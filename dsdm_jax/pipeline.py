@@ -106,7 +106,7 @@ STAGES = (
     reads=('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'ladder'),
     keys=('evaluation', 'model', 'pretraining', 'targets.seed', 'targets.folder'),
     code='evaluation.evaluate:run',
-    format=5,
+    format=6,
     everywhere=True,
     batches=('evaluation.batch_size',),
   ),
@@ -116,7 +116,7 @@ STAGES = (
     reads=('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'ladder', 'evaluation'),
     keys=('report',),
     code='report.report:run',
-    format=2,
+    format=3,
     optional=('validation',),
   ),
 )

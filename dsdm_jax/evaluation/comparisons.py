@@ -144,6 +144,8 @@ def _comparison(
     interval = guarded(
       labels, statistics.crossed_difference, method_SI, baseline_SI, paired, options.confidence, documents_I
     )
+  if labels.get('metric') == 'accuracy':
+    interval = interval.within(-1.0, 1.0)
   keys, degrees = ('difference', 'low', 'high', 'p_value', 'basis'), interval.degrees_of_freedom
   return {
     'method': method[0],

@@ -17,79 +17,40 @@ from typing import Any
 
 import jax
 from flax import nnx
-from ml_collections import ConfigDict
 
-from dsdm_jax.config.relations import OUR_FACTORY
-from dsdm_jax.config.schema import Model
 from dsdm_jax.core import artifacts, storage
-from dsdm_jax.core.checkpoints import Checkpoints
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool import tokenizer_files
 from dsdm_jax.data.pool.pool import Pool
-from dsdm_jax.errors import UserError, visible
+from dsdm_jax.errors import visible
 from dsdm_jax.lm import hugging_face, partition
 from dsdm_jax.selection.export import new_folder
-from dsdm_jax.training.step import abstract_model
+from dsdm_jax.training import trained
+from dsdm_jax.training.trained import Trained
 
 _COMPARED_TEXTS = 256  # rows of the pool
 
 
-class TrainedModel:
-  """One model of a finished run: an arm's, a proxy, or a checkpoint of the same shape.
-
-  Args:
-    workdir: of the run.
-    arm: '<method>' or '<method>--<target>'; '' for none.
-    seed: of the arm.
-    proxy: number of a proxy; None for none.
-    checkpoint: folder of Orbax checkpoints of the run's final models; None for none.
+class TrainedModel(Trained):
+  """One model of a finished run, as `Trained`, that is written for transformers.
 
   Raises:
-    UserError: no such model, a file of the run is damaged, or the model is a custom one.
+    UserError: as `Trained`, a file of the run is damaged, or the model is a custom one.
   """
 
   def __init__(
     self, workdir: Path, arm: str = '', seed: int = 0, proxy: int | None = None, checkpoint: Path | None = None
   ):
-    stage = 'pretraining' if proxy is None else 'proxies'
-    opened = artifacts.read(workdir, 'pool', *(('selection',) if arm else ()), stage)
-    self.pool, self._stage = Pool(opened['pool']), opened[stage]
-    self.entry: dict[str, Any] = {}
-    self.selection: Selection | None = None
-    if arm:
-      index = json.loads((opened['selection'].path / 'index.json').read_bytes())
-      arms = {f'{e["method"]}--{e["target"]}': e['method'] for e in index}
-      named = [name for name, method in arms.items() if arm in (name, method)]
-      matching = [e for e in index if f'{e["method"]}--{e["target"]}' in named and e['seed'] == seed]
-      if len(matching) != 1:
-        seeds = sorted({e['seed'] for e in index})
-        raise UserError(
-          f'--arm={arm} --seed={seed}: {workdir} has the arms {", ".join(arms)} with the seeds '
-          f'{", ".join(map(str, seeds))}; name one of each'
-        )
-      self.entry = matching[0]
-      self.selection = Selection.load(opened['selection'].path, self.entry['selection'])
-    self.name = self.entry['name'] if arm else checkpoint.name if checkpoint else f'proxy_{proxy}'
-    section = 'model' if proxy is None else 'proxies.model'
-    keys = {k.removeprefix(f'{section}.'): v for k, v in self._stage.config.items() if k.startswith(f'{section}.')}
-    if keys['factory'] != OUR_FACTORY:  # a file of a workdir must not name a function that runs here
-      raise UserError(
-        f'{section}.factory of the run is {keys["factory"]}, a custom model, which has no counterpart in transformers'
-      )
-    self.config = ConfigDict(Model().model_dump() | keys)
+    opened = artifacts.read(workdir, *trained.stages(arm, proxy))
+    super().__init__(opened, Pool(opened['pool']), arm, seed, proxy, checkpoint)
+    self.refuse_foreign((), ', which has no counterpart in transformers')
+    self.selection = Selection.load(opened['selection'].path, self.entry['selection']) if arm else None
     self.theirs = hugging_face.their_config(self.config, self.pool.vocab_size, self.pool.length)
-    self.folder = checkpoint or self._stage.path / self.name
-    self.step = None if checkpoint else self._stage.last_step(self.name)
-    if not self.folder.is_dir():
-      raise UserError(f'{self.folder} does not exist; name a model of the run or a folder of checkpoints')
 
   def parameters(self) -> dict[str, jax.Array]:
     """Path → parameter, of the last checkpoint."""
-    model = abstract_model(self.config, self.pool.vocab_size, self.pool.length)
-    with Checkpoints(self.folder) as checkpoints:
-      state = checkpoints.restore_part({'params': nnx.state(model, nnx.Param)}, self.step)
-    leaves = jax.tree_util.tree_leaves_with_path(state['params'])
-    return {partition.path_name(path): x for path, x in leaves}
+    params = self.restored({'params': nnx.state(self.abstract(), nnx.Param)})['params']
+    return {partition.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
   def write(self, out: Path, dtype: str) -> str:
     """Writes the files into the folder `out` and returns a message about them."""
@@ -106,9 +67,10 @@ class TrainedModel:
     )
 
   def _card(self, dtype: str, same: str) -> str:
-    card, settings = self.pool.card, self._stage.config
-    section = 'model' if self._stage.path.parent.name == 'pretraining' else 'proxies.model'
-    training = {k: v for k, v in settings.items() if k.startswith((f'{section}.', 'pretraining.', 'proxies.train.'))}
+    card, settings = self.pool.card, self.artifact.config
+    training = {
+      k: v for k, v in settings.items() if k.startswith((f'{self.section}.', 'pretraining.', 'proxies.train.'))
+    }
     lines = [
       '---', 'library_name: transformers', 'pipeline_tag: text-generation', 'tags: [dsdm, data-selection]', '---', '',
       f'# {self.name}', '',
@@ -130,7 +92,7 @@ class TrainedModel:
 
   def _results(self) -> list[str]:
     """Results of the model's arm over its seeds, if the run is evaluated."""
-    stage = artifacts.open_stage(self._stage.path.parent.parent, 'evaluation') if self.entry else None
+    stage = artifacts.open_stage(self.artifact.path.parent.parent, 'evaluation') if self.entry else None
     if stage is None:
       return []
     results = json.loads((stage.path / 'results.json').read_bytes())

@@ -273,6 +273,7 @@ def _summary(table: Table, runs: Runs, confidence: float) -> Iterator[dict[str, 
       comparisons.guarded(labels, statistics.mean_interval, table.values[metric][own], confidence, table.documents_I)
       for metric in METRICS
     )
+    accuracy = accuracy.within(0.0, 1.0)
     yield (
       {'method': arm[0], 'target_mix': arm[1], **labels, 'seeds': len(own)}
       | {'logprob': logprob.difference, 'low': logprob.low, 'high': logprob.high}

@@ -67,6 +67,11 @@ class Interval:
   def excludes_zero(self) -> bool:
     return self.low > 0 or self.high < 0
 
+  def within(self, lowest: float, highest: float) -> 'Interval':
+    """The same interval without the values that cannot be, such as accuracies below 0."""
+    low, high = (min(max(end, lowest), highest) for end in (self.low, self.high))
+    return dataclasses.replace(self, low=low, high=high)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Part:

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,15 +137,31 @@ class Request:
     """Whether a model chooses between answers."""
     return self.benchmark.shape not in (LANGUAGE_MODELLING, GENERATION)
 
+  def _chance(self) -> float:
+    if self.is_choice:
+      return float(np.mean(1 / np.bincount(self.item_P)))
+    return (
+      most_common(a[0] if a else '' for a in self.aliases_I)
+      if any(self.aliases_I)
+      else most_common(ids[len(ids) - count :].tobytes() for ids, count in zip(self.ids_P, self.count_P, strict=True))
+    )
+
   def describe(self) -> dict[str, Any]:
     """The benchmark's entry under `tasks` in `results.json`."""
     benchmark = self.benchmark
     return (
       {'task': benchmark.name, 'split': self.split, 'rule': benchmark.scoring, 'shape': benchmark.shape}
       | {'shots': benchmark.shots, 'delimiter': benchmark.delimiter, 'n_items': len(self.item_ids_I)}
+      | {'chance': self._chance()}
       | {'categories': sorted(set(self.category_I) - {''}), 'group': benchmark.category, 'answers_cut': self.cut}
       | {'left_out': self.left_out, 'prompts': prompts(self.shots_I, self.dropped_I, self.tokens_cut_I)}
     )
+
+
+def most_common(answers: Iterable[Any]) -> float:
+  """The share of items that have the most common of their right answers: what always giving that answer achieves."""
+  counts = collections.Counter(answers)
+  return max(counts.values()) / counts.total()
 
 
 def prompts(shots_I: Sequence[int], dropped_I: Sequence[int], tokens_cut_I: Sequence[int]) -> dict[str, Any]:
@@ -185,8 +201,9 @@ class Suite:
     """The `tasks` part of `results.json`."""
     own: list[dict[str, Any]] = []
     for (task, split), examples in self.examples.items():
-      facts = {'task': task, 'split': split, 'rule': 'exact_argmax', 'shots': self.shots[task]}
-      own.append({**facts, 'n_items': len(examples), 'categories': [], 'prompts': prompts(*_shortened(examples))})
+      facts: dict[str, Any] = {'task': task, 'split': split, 'rule': 'exact_argmax', 'shots': self.shots[task]}
+      facts |= {'n_items': len(examples), 'chance': most_common(record['answer'] for record in examples.records)}
+      own.append({**facts, 'categories': [], 'prompts': prompts(*_shortened(examples))})
     return own + [request.describe() for request in self.requests]
 
   def documents(self) -> dict[tuple[str, str], list[str]]:

@@ -95,7 +95,7 @@ def _columns(
     step = max(float(np.abs(z_N).max()), 1e-9) / 32_767
     columns.append((f'score {name}', np.rint(z_N[row_N] / step).astype('<i2')))
     quantiles = _rounded(np.quantile(z_N, np.linspace(0, 1, _QUANTILES)))
-    title = formatting.heading(formatting.task_name(name))
+    title = formatting.task_heading(name)
     described.append({'id': name, 'name': title, 'step': step, 'quantiles': quantiles})
   for target in described:
     if target['id'] in shown.reach:
@@ -109,18 +109,20 @@ def _columns(
     for drawn in draws:
       times_N[drawn] += 1
     columns.append((f'arm {len(arms)}', _narrowed(times_N[row_N])))
-    arms.append({'name': formatting.heading(label), 'selections': len(draws), 'rows': int((times_N > 0).sum())})
+    arms.append({'name': label, 'selections': len(draws), 'rows': int((times_N > 0).sum())})
   columns.sort(
     key=lambda column: -column[1].itemsize
   )  # the widest first, so that each begins at a multiple of its width
+  groups = tables.groups(shown, len(figures.SOURCE_COLOURS))
   header = {
     'rows': len(row_N),
     'pool': len(shown.source_N),
     'characters': characters,
     'documents': names,
-    'sources': [
-      {'name': name, 'colour': figures.SOURCE_COLOURS[i % len(figures.SOURCE_COLOURS)]}
-      for i, name in enumerate(shown.sources)
+    'sources': [{'name': name, 'group': int(g)} for name, g in zip(shown.sources, groups.group_S, strict=True)],
+    'groups': [
+      {'name': name, 'colour': colour}
+      for name, colour in zip(groups.names, figures.source_colours(len(groups.names)), strict=True)
     ],
     'pool_sources': np.bincount(shown.source_N, minlength=len(shown.sources)).tolist(),
     'targets': described,

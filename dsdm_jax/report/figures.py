@@ -15,9 +15,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 
 from dsdm_jax.config import methods
 from dsdm_jax.core import storage
@@ -34,6 +36,8 @@ COLOURS = {
   'purple': '#b2598f',
   'sky': '#5fb0e0',
   'yellow': '#d9a300',
+  'brown': '#7d5230',
+  'olive': '#7f8c1f',
   'ink': '#1d2127',
   'muted': '#6a7280',
   'grid': '#dde1e7',
@@ -50,7 +54,8 @@ METHOD_COLOURS = {
   'mixture': 'purple',
 }
 _FURTHER = ('green', 'purple', 'yellow', 'sky')
-SOURCE_COLOURS = ('blue', 'sky', 'green', 'yellow', 'purple', 'orange', 'neutral')
+SOURCE_COLOURS = ('blue', 'sky', 'green', 'yellow', 'purple', 'orange', 'brown', 'olive')  # largest first
+REST_COLOUR = 'neutral'  # of all further sources together
 WIDTH = 4.6  # inches; 442 CSS pixels
 _STYLE: dict[Any, Any] = {
   'font.size': 9.5,
@@ -129,10 +134,6 @@ def method_colour(method: str) -> str:
   return COLOURS[name]
 
 
-def source_colour(index: int) -> str:
-  return COLOURS[SOURCE_COLOURS[index % len(SOURCE_COLOURS)]]
-
-
 def forest(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
   """Task → its differences with intervals, one per line; all tasks have the same scale."""
   several = formatting.several_targets(c['target_mix'] for c in comparisons)
@@ -141,10 +142,11 @@ def forest(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
   for task in dict.fromkeys(c['task'] for c in comparisons):
     lines = _forest_lines([c for c in comparisons if c['task'] == task])
     with matplotlib.rc_context(_STYLE):
-      figure, ax = _panel(0.55 + 0.4 * len(lines))
+      figure, ax = _panel(0.95 + 0.4 * len(lines))
       _forest_rows(ax, lines, several)
       ax.set_xlim(*limits)
       ax.set_xlabel('nats per token')
+      _legend(figure, _forest_legend(), columns=3)
       panels[task] = Drawing(figure)
   return panels
 
@@ -164,7 +166,7 @@ def forest_standalone(comparisons: Sequence[Mapping[str, Any]], confidence: floa
   items = 'held-out items and benchmarks' if benchmarks else 'held-out items'
   lines = {task: _forest_lines([c for c in comparisons if c['task'] == task]) for task in tasks}
   with matplotlib.rc_context(_STYLE | {'svg.fonttype': 'path'}):
-    height = 1.35 + 0.4 * max((len(r) for r in lines.values()), default=0)
+    height = 1.65 + 0.4 * max((len(r) for r in lines.values()), default=0)
     figure = Figure(figsize=(0.4 + 3.3 * max(1, len(tasks)), height), facecolor='white')
     figure.set_layout_engine('constrained', w_pad=0.14, h_pad=0.08, wspace=0.06)
     figure.suptitle(
@@ -181,12 +183,26 @@ def forest_standalone(comparisons: Sequence[Mapping[str, Any]], confidence: floa
     axes = figure.subplots(1, len(tasks), squeeze=False, sharex=True)[0]
     for ax, task in zip(axes, tasks, strict=True):
       _forest_rows(ax, lines[task], several)
-      ax.set_title(formatting.heading(names[task]), loc='left', fontsize=11, fontweight='bold')
+      ax.set_title(names[task], loc='left', fontsize=11, fontweight='bold')
       if any(c.get('below_ngrams') for c in comparisons if c['task'] == task):
         ax.set_title('below n-grams', loc='right', fontsize=8.8, color=COLOURS['muted'])
       ax.set_xlabel('nats per token')
     axes[0].set_xlim(*_forest_limits(comparisons))
+    _legend(figure, _forest_legend(), columns=3)
     return _raw_svg(figure)
+
+
+def _forest_legend() -> list[tuple[Artist, str]]:
+  return [
+    (_mark('-o', COLOURS[colour], lw=2.8, ms=6.8, mec=COLOURS['paper']), name)
+    for colour, name in (('blue', 'better'), ('orange', 'worse'), ('muted', 'no verdict'))
+  ]
+
+
+def _mark(form: str, colour: str, **options: Any) -> Line2D:
+  """A line and marker for a legend; `form` as in `plot`."""
+  marker = form.lstrip('-:')
+  return Line2D([], [], color=colour, marker=marker or None, ls=form.removesuffix(marker) or 'none', **options)
 
 
 def _forest_limits(comparisons: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
@@ -256,7 +272,7 @@ def reference_lines(summary: Sequence[Mapping[str, Any]], lines: Sequence[Mappin
   """
   several = formatting.several_targets(row['target_mix'] for row in summary)
   with matplotlib.rc_context(_STYLE):
-    figure, ax = _panel(0.55 + 0.62 * len(summary))
+    figure, ax = _panel(1.05 + 0.62 * len(summary))
     for y, row in enumerate(summary):
       own = [x for x in lines if (x['method'], x['target_mix']) == (row['method'], row['target_mix'])]
       best = max(own, key=lambda x: x['logprob'])
@@ -284,13 +300,21 @@ def reference_lines(summary: Sequence[Mapping[str, Any]], lines: Sequence[Mappin
     ax.set_yticks([])
     ax.spines['left'].set_visible(False)
     ax.set_xlabel('log-probability of the right answer, nats per token')
+    ink, muted, paper = (COLOURS[name] for name in ('ink', 'muted', 'paper'))
+    marks = [
+      (_mark('o', muted, ms=7.5, mew=1.8), 'model above all lines'),
+      (_mark('o', muted, ms=7.5, mew=1.8, mfc=paper), 'model below a line'),
+      (_mark('|', ink, ms=11, mew=2.0), 'best reference line'),
+      (_mark('|', COLOURS['neutral'], ms=8, mew=1.0), 'other reference lines'),
+    ]
+    _legend(figure, marks)
     return Drawing(figure)
 
 
 def losses(curves: Sequence[Curve]) -> Drawing:
   """Training loss, the mean over seeds with a band from the lowest to the highest seed."""
   with matplotlib.rc_context(_STYLE):
-    figure, ax = _panel(2.9)
+    figure, ax = _panel(3.1)
     labels = []
     for curve in curves:
       if not len(curve.step_P):
@@ -306,6 +330,8 @@ def losses(curves: Sequence[Curve]) -> Drawing:
     _grid(ax)
     ax.set_xlabel('training step')
     ax.set_title('training loss, nats per token', **_title())
+    muted = COLOURS['muted']
+    _legend(figure, [(_mark('-', muted, lw=1.8), 'mean over seeds'), (Patch(color=muted, alpha=0.18), 'all seeds')])
     return Drawing(figure)
 
 
@@ -350,7 +376,7 @@ def multiplier(curve: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], seve
     several: whether names include the target.
   """
   with matplotlib.rc_context(_STYLE):
-    figure, ax = _panel(3.1)
+    figure, ax = _panel(3.5)
     points = curve['points']
     flop = [point['flop'] for point in points]
     low_P, high_P = ([_end(p | {'difference': p['value']}, end) for p in points] for end in ('low', 'high'))
@@ -378,17 +404,32 @@ def multiplier(curve: Mapping[str, Any], arms: Sequence[Mapping[str, Any]], seve
     _grid(ax)
     ax.set_xlabel('operations of one training')
     ax.set_title('log-probability of the right answer, nats', **_title())
+    muted = COLOURS['muted']
+    marks = [
+      (_mark('s', muted, ms=5.5), 'one training of an arm'),
+      (_mark('o', muted, ms=6), 'random data that equal it'),
+      (_mark('-', muted, lw=2.6, alpha=0.6), 'interval'),
+      (_mark('-o', muted, lw=1.6, ms=4), 'ladder of random data'),
+    ]
+    _legend(figure, marks)
     return Drawing(figure)
 
 
-def composition(shares: Mapping[str, np.ndarray]) -> Drawing:
-  """A stacked bar for each label of `shares` (share of each source, summing to 1), from the top down."""
+def composition(names: Sequence[str], shares: Mapping[str, np.ndarray]) -> Drawing:
+  """A stacked bar for each label of `shares`, from the top down.
+
+  Args:
+    names: of the parts, largest first, such as `tables.Groups.names`.
+    shares: label → share of each part, summing to 1.
+  """
+  colours = [COLOURS[name] for name in source_colours(len(names))]
   with matplotlib.rc_context(_STYLE):
-    figure, ax = _panel(0.75 + 0.5 * len(shares))
+    lines = -(-len(names) // 3)
+    figure, ax = _panel(0.75 + 0.5 * len(shares) + 0.2 * lines)
     for i, (label, share_S) in enumerate(shares.items()):
       left = 0.0
-      for s, share in enumerate(share_S):
-        ax.barh(i, share, left=left, height=0.44, color=source_colour(s), ec=COLOURS['paper'], lw=1)
+      for share, colour in zip(share_S, colours, strict=True):
+        ax.barh(i, share, left=left, height=0.44, color=colour, ec=COLOURS['paper'], lw=1)
         if share >= 0.08:
           ax.text(
             left + share / 2,
@@ -408,7 +449,13 @@ def composition(shares: Mapping[str, np.ndarray]) -> Drawing:
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ['0', '25', '50', '75', '100 %'])
     ax.spines[['left', 'bottom']].set_visible(False)
     ax.tick_params(length=0)
+    _legend(figure, [(Patch(color=colour), name) for colour, name in zip(colours, names, strict=True)], columns=3)
     return Drawing(figure)
+
+
+def source_colours(count: int) -> list[str]:
+  """Names of the colours of `count` parts: one each for the largest eight, grey for the rest."""
+  return [*SOURCE_COLOURS, REST_COLOUR][:count]
 
 
 def overlap(labels: Sequence[str], share_AB: np.ndarray, chance_AB: np.ndarray) -> Drawing:
@@ -469,6 +516,22 @@ def standardised(score_N: np.ndarray) -> np.ndarray:
   score_N = np.asarray(score_N, np.float64)
   deviation = score_N.std()
   return (score_N - score_N.mean()) / deviation if deviation > 0 else np.zeros_like(score_N)
+
+
+def _legend(figure: Figure, entries: Sequence[tuple[Artist, str]], columns: int = 2) -> None:
+  """A legend below the axes; names of the user are shortened to fit."""
+  names = [name if len(name) <= 22 else name[:21] + '…' for _, name in entries]
+  figure.legend(
+    [artist for artist, _ in entries],
+    names,
+    loc='outside lower left',
+    ncols=columns,
+    fontsize=8.8,
+    handlelength=1.2,
+    handleheight=0.9,
+    columnspacing=1.2,
+    labelcolor=COLOURS['muted'],
+  )
 
 
 def _title() -> dict[str, Any]:

@@ -5,15 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dsdm_jax.config.methods import label
-from dsdm_jax.evaluation.comparisons import FEWEST_SEEDS
+from dsdm_jax.evaluation.comparisons import BASELINES, FEWEST_SEEDS
 from dsdm_jax.evaluation.results import MEAN, UNTARGETED
 from dsdm_jax.evaluation.suite import BENCHMARK, HOLDOUT
 
-# As written inside a sentence; headings capitalise them.
-TASKS = {
-  'docs': 'documentation prose',
-  'api_qa': 'API questions',
-  'cs_algorithms': 'CS algorithms',
+# In place of what is no task. Tasks have the names that the user wrote, and are not capitalised.
+_NO_TASK = {
   'mix': 'all targets together',
   'mean': 'mean of all tasks',
   'mean of benchmarks': 'mean of all benchmarks',
@@ -27,7 +24,7 @@ def several_targets(targets: Iterable[str]) -> bool:
 
 
 def task_name(task: str) -> str:
-  return TASKS.get(task, task)
+  return _NO_TASK.get(task, task)
 
 
 def task_key(task: str, split: str) -> str:
@@ -47,7 +44,13 @@ def below(row: Mapping[str, Any]) -> str:
 
 
 def heading(text: str) -> str:
+  """Words of ours with a capital; for names of users there is none."""
   return text[:1].upper() + text[1:]
+
+
+def task_heading(task: str) -> str:
+  """A task as a heading: its name as it is, or words of ours with a capital."""
+  return heading(_NO_TASK[task]) if task in _NO_TASK else task
 
 
 def arm_name(method: str, target_mix: str, several: bool) -> str:
@@ -72,19 +75,21 @@ def plain(value: float | None, digits: int = 2) -> str:
   return signed(value, digits).removeprefix('+')
 
 
-def percent(share: float | None) -> str:
-  """A share in per cent, without the per cent sign."""
-  return plain(None if share is None else 100 * share, 1)
+def percent(share: float | None, digits: int = 1) -> str:
+  """A share in per cent, with the sign after a no-break space; '–' for None."""
+  return '–' if share is None or math.isnan(share) else f'{plain(100 * share, digits)}\u00a0%'
 
 
 def interval(low: float | None, high: float | None, digits: int = 2) -> str:
-  # A no-break space keeps it on one line.
+  """[low, high]; nothing without an interval. A no-break space keeps it on one line."""
+  if low is None and high is None:
+    return ''
   return f'[{plain(low, digits)},\u00a0{plain(high, digits)}]'
 
 
 def count(value: float) -> str:
-  """Thousands separated by thin spaces."""
-  return f'{int(value):,}'.replace(',', '\u202f')
+  """Thousands separated by commas."""
+  return f'{int(value):,}'
 
 
 def scientific(value: float) -> str:
@@ -129,92 +134,148 @@ def joined(phrases: Sequence[str]) -> str:
   return f'{", ".join(phrases[:-1])} and {phrases[-1]}'
 
 
-def headlines(results: Mapping[str, Any]) -> list[str]:
-  """A sentence for each baseline that DsDm is compared with; later sentences refer to the first.
+# Arms that no headline is about: what others are compared with, and controls that must not win.
+_NO_SUBJECTS = (*BASELINES, 'bottom', 'random_again', 'dsdm_shifted', 'dsdm_permuted')
+_MOST_NAMED = 4  # tasks in one sentence
+_AGAINST = {'random': 'as many passes over random data', 'random_one_epoch': 'a single pass over random data'}
 
-  Tasks below n-grams are left out, and named in a sentence of their own.
+
+def subject(results: Mapping[str, Any]) -> str | None:
+  """The method that headlines are about: DsDm, or else the first that is neither baseline nor control."""
+  methods = dict.fromkeys(c['method'] for c in results['comparisons'])
+  return 'dsdm' if 'dsdm' in methods else next((m for m in methods if m not in _NO_SUBJECTS), None)
+
+
+def main_comparisons(results: Mapping[str, Any], baseline: str = '') -> list[Mapping[str, Any]]:
+  """How the subject compares with `baseline` in log-probability, by task; by default with the first that the run has.
+
+  Of several arms the one for all targets counts, or else each arm on its own target.
   """
-  subject = 'In log-probability, the same model trained on data chosen by DsDm at the same token budget'
-  sentences: list[str] = []
-  below: dict[str, None] = {}
-  for baseline, against in (
-    ('random', 'with as many passes over randomly chosen data'),
-    ('random_one_epoch', 'with a single pass over randomly chosen data'),
-  ):
-    rows = _of_dsdm(results, baseline)
-    below |= {row_task_name(c): None for c in rows if c.get('below_ngrams')}
-    sentence = _headline([c for c in rows if not c.get('below_ngrams')], subject, against)
-    if sentence:
-      sentences.append(sentence)
-      subject = 'It'
-  if below:
-    reason = 'a model does not beat n-gram counts of its own training rows, or unigrams of the answers'
-    left_out = f'On {joined(list(below))} {reason}'
-    if sentences:
-      sentences.append(f'{left_out}, which leaves {"it" if len(below) == 1 else "them"} out here.')
-    else:
-      sentences.append(f'{left_out}. So this run has no result to put in a headline, and its differences say little.')
-  return sentences
-
-
-def _of_dsdm(results: Mapping[str, Any], baseline: str) -> list[Mapping[str, Any]]:
-  """Comparisons of DsDm with `baseline`: the arm for all targets, or else each arm on its own target."""
-  rows = [c for c in results['comparisons'] if (c['method'], c['baseline']) == ('dsdm', baseline)]
+  about = [c for c in results['comparisons'] if c['method'] == subject(results)]
+  names = [name for name in BASELINES if name in {c['baseline'] for c in about}]
+  baseline = baseline or next(iter(names), '')
+  rows = [c for c in about if c['baseline'] == baseline]
   mixes = {c['target_mix'] for c in rows}
   if 'mix' in mixes:
     return [c for c in rows if c['target_mix'] == 'mix']
   return [c for c in rows if len(mixes) == 1 or c['target_mix'] == c['task']]
 
 
-def _headline(rows: Sequence[Mapping[str, Any]], subject: str, against: str) -> str:
-  """How the arm compares on every task; empty without rows."""
+def by_task(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+  """Name of each task → the comparisons of the subject with every baseline of the run."""
+  tasks: dict[str, list[Mapping[str, Any]]] = {}
+  for baseline in BASELINES:
+    for c in main_comparisons(results, baseline):
+      tasks.setdefault(row_task_name(c), []).append(c)
+  return tasks
+
+
+def title(results: Mapping[str, Any]) -> str:
+  """The finding and its strength in one sentence: how the subject compares with random data, over the tasks.
+
+  It is better on a task where it is better than every baseline, and worse where it is worse than any.
+  """
+  tasks = list(by_task(results).values())
+  rows = [c for of_task in tasks for c in of_task]
+  if not rows:
+    return 'Data selection with datamodels'
+  chosen = f'chosen by {label(rows[0]["method"])}'
+  if too_few_seeds(rows):
+    seeds = min(min(c['seeds']) for c in rows)
+    models = f'{seeds} models of each kind are' if seeds > 1 else 'one model of each kind is'
+    return f'A first look at data {chosen}: {models} too few for a verdict'
+  worse = sum(any(c['verdict'] == 'worse' for c in of_task) for of_task in tasks)
+  better = sum(all(c['verdict'] == 'better' for c in of_task) for of_task in tasks)
+  weak = sum(any(c.get('below_ngrams') for c in of_task) for of_task in tasks)
+  kind = 'tasks' if any(c['split'] == BENCHMARK for c in rows) else 'targets'
+
+  def on(count: int) -> str:
+    part = f'all {count}' if count == len(tasks) else f'{count} of {len(tasks)}'
+    return f' on {part} {kind}' if len(tasks) > 1 else ''
+
+  if better:
+    sentence = f'Data {chosen} train a better model than random data{on(better)}'
+    sentence += f' and a worse one on {worse}' if worse else ''
+  elif worse:
+    sentence = f'Data {chosen} train a worse model than random data{on(worse)}'
+  else:
+    sentence = f'Data {chosen} and random data train models that do not measurably differ'
+  if weak:
+    sentence += f', but these models are still weaker than simple counting{on(weak) if weak < len(tasks) else ""}'
+  return sentence
+
+
+def headlines(results: Mapping[str, Any]) -> list[str]:
+  """Sentences after the title: how much, right answers beside guessing, and what models below n-grams mean."""
+  rows = main_comparisons(results)
+  sentences = [_differences(rows), _right_answers(results, rows)]
+  below = [name for name, of_task in by_task(results).items() if any(c.get('below_ngrams') for c in of_task)]
+  if below:
+    sentences.append(
+      f'On {joined(below)}, n-grams predict the right answers better than the models: tables that count which tokens '
+      'follow which in the same rows. So the differences say which data help a model this small. Whether a '
+      'useful model gains is open; train a larger model, or for longer, to see.'
+    )
+  return [sentence for sentence in sentences if sentence]
+
+
+def _differences(rows: Sequence[Mapping[str, Any]]) -> str:
+  """How much more likely right answers are, by verdict; differences alone where there are too few seeds."""
   if not rows:
     return ''
+  start = f'Compared with {_AGAINST[rows[0]["baseline"]]} at the same training budget,'
+
+  def named(c: Mapping[str, Any]) -> str:
+    return f'{signed(c["difference"])}\u00a0nats {interval(c["low"], c["high"])}'.rstrip()
+
+  if too_few_seeds(rows):
+    return f'{start} log-probability changes by {joined([f"{named(c)} on {row_task_name(c)}" for c in rows])}.'
+  decided = [c for c in rows if c['verdict'] != 'no evidence']
+  undecided = joined([f'{row_task_name(c)} ({named(c)})' for c in rows if c['verdict'] == 'no evidence'])
+  if not decided:
+    return f'{start} there is no evidence of a difference on {undecided}.'
+  times = [f'{math.exp(c["difference"]):.2f}\u00a0times' for c in decided]
+  if len(decided) > _MOST_NAMED:
+    ordered = sorted(decided, key=lambda c: c['difference'])
+    phrases = [f'between {times[decided.index(ordered[0])]} and {times[decided.index(ordered[-1])]} as likely']
+  else:
+    phrases = [f'{x} as likely on {row_task_name(c)} ({named(c)})' for x, c in zip(times, decided, strict=True)]
+  sentence = f'{start} they make the right token {joined(phrases)}'
+  return sentence + (f'; the evidence for a difference does not suffice on {undecided}.' if undecided else '.')
+
+
+def right_answers(results: Mapping[str, Any], c: Mapping[str, Any]) -> dict[str, Any]:
+  """Accuracy of both arms of a comparison on its task, the comparison of accuracies, and accuracy by guessing."""
+
+  def mean(method: str) -> float | None:
+    rows = [r for r in results['summary'] if (r['method'], r['task'], r['split']) == (method, c['task'], c['split'])]
+    own = [r for r in rows if r['target_mix'] == c['target_mix']] or rows
+    return own[0]['accuracy'] if own else None
+
+  key = ('method', 'target_mix', 'baseline', 'task', 'split')
+  compared = [a for a in results['accuracy_comparisons'] if all(a[k] == c[k] for k in key)]
+  facts = [t for t in results['tasks'] if (t['task'], t['split']) == (c['task'], c['split'])]
+  return {
+    'first': mean(c['method']),
+    'second': mean(c['baseline']),
+    'compared': compared[0] if compared else None,
+    'chance': facts[0].get('chance') if facts else None,
+  }
+
+
+def _right_answers(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+  """Accuracy beside that of guessing, of the tasks on which any model has some."""
+  found = [(row_task_name(c), right_answers(results, c)) for c in rows]
   phrases = []
-  for verdict in ('better', 'worse'):
-    shares = [
-      f'{abs(c["difference"]):.2f}\u00a0nats {interval(*sorted((abs(c["low"]), abs(c["high"]))))} on {row_task_name(c)}'
-      for c in rows
-      if c['verdict'] == verdict
-    ]
-    if shares:
-      phrases.append(f'{verdict} by {joined(shares)}')
-  undecided = joined(
-    [f'{row_task_name(c)} {interval(c["low"], c["high"])}' for c in rows if c['verdict'] == 'no evidence']
-  )
-  if not phrases and _too_few_seeds(rows):
-    return f'{subject} and one trained {against} get no verdict, which takes three seeds: {undecided}.'
-  if not phrases:
-    return f'{subject} does not measurably differ from one trained {against}: {undecided}.'
-  sentence = f'{subject} is {" but ".join(phrases)} than {against}'
-  if undecided:
-    sentence += f'; there is no evidence of a difference on {undecided}'
-  return sentence + '.'
+  for name, right in found:
+    if right['first'] or right['second']:
+      chance = '' if right['chance'] is None else f' (guessing: {percent(right["chance"])})'
+      phrases.append(f'{percent(right["first"])} instead of {percent(right["second"])}{chance} on {name}')
+  if phrases:
+    return f'The share of items answered right is {joined(phrases)}.'
+  return 'No model answers an item right as a whole, so the measure is how likely the right answer is.' if found else ''
 
 
-def _too_few_seeds(rows: Sequence[Mapping[str, Any]]) -> bool:
+def too_few_seeds(rows: Sequence[Mapping[str, Any]]) -> bool:
+  """Whether there are fewer models than a verdict takes."""
   return all(min(c['seeds']) < FEWEST_SEEDS for c in rows)
-
-
-def verdict_word(results: Mapping[str, Any]) -> str:
-  """The title of the page: how DsDm compares with random data in log-probability, over the tasks."""
-  compared = _of_dsdm(results, 'random')
-  rows = [c for c in compared if not c.get('below_ngrams')]
-  better = sum(c['verdict'] == 'better' for c in rows)
-  worse = sum(c['verdict'] == 'worse' for c in rows)
-  kind = 'tasks' if any(c['split'] == BENCHMARK for c in compared) else 'targets'
-  if compared and not rows:
-    return f'DsDm and random data: no {kind.removesuffix("s")} on which models beat n-gram counts'
-  if not rows:
-    return 'Dataset selection with datamodels'
-  if worse == len(rows):
-    return 'DsDm loses to random data in log-probability' + (f' on all {worse} {kind}' if worse > 1 else '')
-  if worse:
-    return f'In log-probability, DsDm beats random data on {better} and loses on {worse} of {len(rows)} {kind}'
-  if not better and _too_few_seeds(rows):
-    return 'DsDm and random data: too few seeds for a verdict'
-  if not better:
-    return 'DsDm and random data: this run shows no difference in log-probability'
-  if better == len(rows):
-    return 'DsDm beats random data in log-probability' + (f' on all {better} {kind}' if better > 1 else '')
-  return f'DsDm beats random data in log-probability on {better} of {len(rows)} {kind}'

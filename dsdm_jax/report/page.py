@@ -3,8 +3,8 @@
 import base64
 import collections
 import hashlib
-import itertools
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,14 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
   environment = jinja2.Environment(
     loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
   )
-  names = ('below', 'signed', 'plain', 'count', 'duration', 'size', 'scientific', 'heading', 'percent')
+  names = 'below signed plain count duration size scientific heading task_heading percent'.split()
   environment.filters.update({name: getattr(formatting, name) for name in names})
   environment.filters.update(p=formatting.p_value, task=formatting.task_name, row_task=formatting.row_task_name)
   environment.filters.update(method=methods.label, json=json.dumps)
   results = shown.results
   several = formatting.several_targets(row['target_mix'] for row in results['summary'])
   script = (_TEMPLATES / 'explorer.js').read_text('utf-8')
+  cost, by_task = _cost(shown), formatting.by_task(results)
   svg = {name: Markup(drawing.svg(f'f{i}')) for i, (name, drawing) in enumerate(drawings.items())}
 
   def of_kind(kind: str) -> dict[str, Markup]:
@@ -63,14 +64,21 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     policy=policy(script),
     script=Markup(script),
     packed=packed,
-    title=formatting.verdict_word(results),
+    title=formatting.title(results),
     headlines=[*shortened(results), *formatting.headlines(results)],
+    price=_price(shown, cost),
+    main=[(c, formatting.right_answers(results, c)) for of_task in by_task.values() for c in of_task],
+    few=formatting.too_few_seeds,
+    interval=formatting.interval,
+    scaled=_scaled,
+    steps=next_steps(shown),
+    download=_download(shown, packed),
     prompts=[(formatting.task_name(task['task']), task['split'], *prompt_row(task)) for task in results['tasks']],
     results=results,
     config=shown.config,
     versions=shown.versions,
     environment=shown.environment,
-    percent=f'{100 * results["confidence"]:g} %',
+    level=f'{100 * results["confidence"]:g}\u00a0%',
     several=several,
     below={c['task'] for c in results['comparisons'] if c.get('below_ngrams')},
     arm=lambda row: formatting.arm_name(row['method'], row['target_mix'], several),
@@ -90,7 +98,7 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     targets=list(_targets(shown, examples)),
     lds=_lds(shown.lds),
     guard=_guard(shown),
-    cost=_cost(shown),
+    cost=cost,
     colours=figures.COLOURS,
   )
 
@@ -112,7 +120,9 @@ def report_figures(shown: Evidence) -> dict[str, Drawing]:
   targeted = [c for c in shown.curves if c.target_mix != UNTARGETED]
   for mix in dict.fromkeys(c.target_mix for c in targeted or common):
     drawings[f'losses-{mix}'] = figures.losses([c for c in targeted if c.target_mix == mix] + common)
-  drawings['sources'] = figures.composition(tables.sources(shown))
+  groups = tables.groups(shown, len(figures.SOURCE_COLOURS))
+  shares = {label: groups.summed(share_S) for label, share_S in tables.sources(shown).items()}
+  drawings['sources'] = figures.composition(groups.names, shares)
   shared = tables.overlap(shown)
   drawings['overlap'] = figures.overlap(shared.labels, shared.share_AB, shared.chance_AB)
   for target in tables.targets(shown):
@@ -123,6 +133,80 @@ def report_figures(shown: Evidence) -> dict[str, Drawing]:
     z_N = figures.standardised(shown.scores[target])
     drawings[f'scores-{target}'] = figures.histogram(z_N, rows['dsdm'], rows['bottom'])
   return drawings
+
+
+def _price(shown: Evidence, cost: Mapping[str, Any]) -> str:
+  """What choosing cost, in a sentence; nothing where no arm was chosen by proxies."""
+  if not cost['ratio']:
+    return ''
+  seconds = sum(shown.cost[stage]['seconds'] for stage in SELECTING)
+  return (
+    f'Choosing cost {formatting.duration(seconds)} and as much computing as {cost["ratio"]:.1f} trainings of the final '
+    'model, which random data do not need.'
+  )
+
+
+def next_steps(shown: Evidence) -> list[tuple[str, str, str]]:
+  """(heading, why, command line) of what a reader can do next; CONFIG and RUN are those of this run."""
+  config, results = shown.config, shown.results
+  run = 'dsdm run --config=CONFIG'
+  rows = formatting.main_comparisons(results)
+  steps = []
+  if rows and formatting.too_few_seeds(rows):
+    command = f'{run} --workdir=RUN --rerun --config.pretraining.seeds=3'
+    steps.append(
+      ('Get a verdict', 'It takes three models of each arm. Finished stages and models are used again.', command)
+    )
+  entry = next(((s.method, s.target_mix) for s in shown.selected if s.method == formatting.subject(results)), None)
+  if entry:
+    arm = '--'.join(entry)
+    command = f'dsdm export --workdir RUN --arm {shlex.quote(arm)} --format parquet --out selection\n'
+    command += f'dsdm export model --workdir RUN --arm {shlex.quote(arm)} --seed 0 --out model'
+    why = 'The rows with their text and scores (also as jsonl, datasets or tfds), and a trained model for transformers.'
+    steps.append(('Export the selection and a model', why, command))
+  tasks = (*config['targets.tasks'], 'my_task.jsonl')
+  why = 'A file with one {"context": …, "answer": …} a line is a target. Put yours in the place of my_task.jsonl.'
+  command = f'{run} --workdir=RUN --rerun {_flag("targets.tasks", tasks)}'
+  steps.append(('Choose for another target', why, command))
+  if config['pool.max_bytes']:
+    limit, chosen = formatting.size(config['pool.max_bytes']), config['selection.examples']
+    why = (
+      f'This pool stops at {limit}; without that limit it has all text of its sources. An arm trains on as many rows '
+      f'as selection.examples says ({formatting.count(chosen)} now). A new folder keeps this run.'
+    )
+    command = f'{run} --workdir=RUN-whole --config.pool.max_bytes=0 --config.selection.examples={10 * chosen}'
+  else:
+    why = (
+      'A scorer that is fitted to the scores of this pool reads only text, so it is fast enough for far larger pools.'
+    )
+    command = 'python -m dsdm_jax.selection.distilled --workdir RUN --pool OTHER_RUN/pool --out scores.npy'
+  steps.append(('Use the whole pool' if config['pool.max_bytes'] else 'Score a larger pool', why, command))
+  return steps
+
+
+def _flag(key: str, value: object) -> str:
+  """`--config.KEY=VALUE` for a shell."""
+  text = repr(value)
+  return f'--config.{key}="{text}"' if not set(text) & set('"$`\\!') else shlex.quote(f'--config.{key}={text}')
+
+
+def _download(shown: Evidence, packed: Packed) -> dict[str, Any] | None:
+  """The arm whose rows the page offers as a file, and whether it holds all of them with their text."""
+  method = formatting.subject(shown.results) or 'dsdm'
+  arms = tables.arms(shown)
+  arm = next((arm for arm in arms if arm[0] == method), None)
+  if arm is None:
+    return None
+  rows = np.unique(np.concatenate(tables.draws(shown, arm)))
+  whole = packed.characters is None and bool(np.isin(rows, packed.row_N).all())
+  return {'name': arms[arm], 'number': list(arms).index(arm), 'rows': len(rows), 'whole': whole, 'arm': '--'.join(arm)}
+
+
+def _scaled(low: float | None, high: float | None) -> str:
+  """An interval of shares in per cent; nothing where nothing varied, as if no model answers anything right."""
+  if low is None or high is None or low == high:
+    return ''
+  return formatting.interval(100 * low, 100 * high, 1)
 
 
 def _facts(shown: Evidence) -> list[tuple[str, str]]:
@@ -145,7 +229,7 @@ def _compared(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
   means = results['means']['comparisons']
   return {
     'Log-probability, nats per token': results['comparisons'] + [c for c in means if c['metric'] == 'logprob'],
-    'Accuracy, share of items': results['accuracy_comparisons'] + [c for c in means if c['metric'] == 'accuracy'],
+    'Accuracy, percentage points': results['accuracy_comparisons'] + [c for c in means if c['metric'] == 'accuracy'],
   }
 
 
@@ -159,6 +243,7 @@ def _means(results: Mapping[str, Any], several: bool, split: str) -> dict[str, A
   best = {task: max(row['logprob'] for row in rows if row['task'] == task) for task in tasks}
   return {
     'tasks': {task: formatting.task_name(formatting.task_key(task, split)) for task in tasks},
+    'chance': {t['task']: t.get('chance') for t in results['tasks'] if t['split'] == split},
     'best': best,
     'arms': [
       {'name': formatting.arm_name(method, target, several), 'method': method, 'cells': cells}
@@ -200,9 +285,9 @@ def _multiplier(multiplier: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _sources(shown: Evidence) -> dict[str, Any]:
   """Shares of each source in the pool and in what each arm selected."""
-  count = len(shown.sources)
-  colours = [f'var(--{figures.SOURCE_COLOURS[i % len(figures.SOURCE_COLOURS)]})' for i in range(count)]
-  return {'names': shown.sources, 'colours': colours, 'shares': tables.sources(shown)}
+  groups = tables.groups(shown, len(figures.SOURCE_COLOURS))
+  shares = {label: groups.summed(share_S) for label, share_S in tables.sources(shown).items()}
+  return {'names': groups.names, 'all': len(shown.sources), 'shares': shares}
 
 
 def _targets(shown: Evidence, examples: int) -> Iterator[dict[str, Any]]:
@@ -248,8 +333,8 @@ def _example(shown: Evidence, row: int, z_N: np.ndarray) -> dict[str, Any]:
   }
 
 
-def _guard(shown: Evidence, most: int = 8) -> dict[str, Any]:
-  """Documents that the leakage guard dropped: counts by task, and a few cases."""
+def _guard(shown: Evidence, most: int = 20) -> dict[str, Any]:
+  """Documents that the leakage guard dropped: counts by task, and some with their passages."""
   by_task = collections.Counter(str(d['task']) for d in shown.dropped)
   return {
     'on': shown.config['pool.leakage_guard'],
@@ -258,7 +343,9 @@ def _guard(shown: Evidence, most: int = 8) -> dict[str, Any]:
     'total': len(shown.dropped),
     'kept': len(shown.documents),
     'by_task': sorted(by_task.items()),
-    'cases': list(itertools.islice(shown.dropped, most)),
+    'cases': [
+      {'id': d['id'], 'passages': d.get('passages', 1), 'spans': [d, *d.get('more', ())]} for d in shown.dropped[:most]
+    ],
   }
 
 

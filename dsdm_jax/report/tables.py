@@ -55,6 +55,33 @@ def sources(shown: Chosen) -> dict[str, np.ndarray]:
   return shares
 
 
+@dataclasses.dataclass(frozen=True)
+class Groups:
+  """Sources as figures show them: the largest of the pool one by one, and the rest together.
+
+  Attributes:
+    names: of the groups, largest first.
+    group_S: the group of each source.
+  """
+
+  names: tuple[str, ...]
+  group_S: np.ndarray
+
+  def summed(self, share_S: np.ndarray) -> np.ndarray:
+    """Of each group the sum of its sources' values."""
+    return np.bincount(self.group_S, weights=share_S, minlength=len(self.names))
+
+
+def groups(shown: Chosen, most: int) -> Groups:
+  """At most `most` sources with a group of their own, by their share of the pool; ties in the order of sources."""
+  names, count_S = list(shown.sources), np.bincount(shown.source_N, minlength=len(shown.sources))
+  order_S = np.argsort(-count_S, kind='stable')
+  group_S = np.empty(len(names), np.int64)
+  group_S[order_S] = np.minimum(np.arange(len(names)), most)
+  own, rest = ([names[s] for s in part] for part in np.split(order_S, [most]))
+  return Groups((*own, *(rest if len(rest) < 2 else [f'{len(rest)} others'])), group_S)
+
+
 def _shares(source_K: np.ndarray, count: int) -> np.ndarray:
   return np.bincount(source_K, minlength=count) / max(1, len(source_K))
 

@@ -72,6 +72,21 @@ def test_schema_and_values():
   assert summary['low'] < summary['logprob'] < summary['high']
 
 
+def test_accuracies_stay_within_their_bounds():
+  items = {}
+  for name, rate in (('low', 0.02), ('high', 0.98)):
+    g = np.random.default_rng(0)
+    items[f'logprob__{name}__holdout'] = g.normal(-4, 1, (len(RUNS), 12))
+    right_RI = g.random((len(RUNS), 12)) < rate
+    right_RI[::3] = name == 'low'  # one seed of three differs, so that intervals are wide
+    items[f'accuracy__{name}__holdout'] = right_RI.astype(np.float32)
+  found = _results(items)
+  ends = [row[f'accuracy_{end}'] for row in found['summary'] for end in ('low', 'high')]
+  assert min(ends) == 0 and max(ends) == 1
+  ends = [c[end] for c in found['accuracy_comparisons'] for end in ('low', 'high')]
+  assert min(ends) >= -1 and max(ends) <= 1
+
+
 def test_comparisons():
   found = _results()
   pairs = [(c['method'], c['target_mix'], c['baseline']) for c in found['comparisons'] if c['task'] == 'docs']

@@ -46,6 +46,7 @@ def test_shots_are_joined_by_newlines_and_are_never_the_item():
     assert sorted(shots) == [f'q{i};Answer: a{i}' for i in range(4) if i != index]
     assert request.count_P[index] == len(' a0')
   assert request.category_I == ('x',) * 4
+  assert request.describe()['chance'] == 0.25, 'every item has another answer'
 
 
 def test_multiple_choice():
@@ -57,6 +58,7 @@ def test_multiple_choice():
   assert request.gold_I.tolist() == [1, 3]
   assert request.characters_P.tolist() == [3, 2, 3, 2]
   assert request.count_P.tolist() == [4, 3, 4, 3]
+  assert request.describe()['chance'] == 0.5
 
 
 def test_schema_has_one_answer_after_several_contexts():

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,13 +14,19 @@ import dsdm_jax
 from dsdm_jax.attribution.scores import Scores
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import open_stage
+from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
+from dsdm_jax.report import notebook
 from dsdm_jax.selection import distilled, export
 from dsdm_jax.study import arm_file
+from dsdm_jax.training import trained
+from dsdm_jax.training.loop import load_state
+from dsdm_jax.training.step import trainer
 from tests.helpers import flips
 from tests.helpers.workdirs import files_of
+from tests.pipeline import tiny
 
 pandas = pytest.importorskip('pandas', reason='pandas is not installed')
 
@@ -98,6 +105,91 @@ def test_results(run, finished):
   assert run.config['datamodel.damping'] == 0.1
   with pytest.raises(UserError, match='no ladder'):
     _ = run.results.multiplier
+
+
+def test_models_compute_what_the_run_computed(run, finished):
+  """Against the weights as evaluation restores them, on a mesh."""
+  config = tiny.get_config()
+  pool, tokens_BL = run.pool, run.pool.tokens(range(8))
+  for model, section, train, folder in (
+    (run.model('dsdm', seed=1), config.model, config.pretraining.train, 'pretraining/dsdm--mix--1'),
+    (run.model(proxy=1), config.proxies.model, config.proxies.train, 'proxies/proxy_1'),
+  ):
+    stage, _, name = folder.partition('/')
+    made = trainer(section, train, pool.vocab_size, pool.length, make_mesh(config.mesh))
+    state = load_state(files_of(finished, stage) / name, made)
+    found_BLV = model.logits(tokens_BL)
+    assert found_BLV.shape == (*tokens_BL.shape, pool.vocab_size) and found_BLV.dtype == np.float32
+    np.testing.assert_allclose(found_BLV, jax.jit(made.logits)(state.params, state.rest, tokens_BL), atol=2e-5)
+    np.testing.assert_allclose(model.logits(tokens_BL[0, :5]), found_BLV[:1, :5], atol=2e-5)  # causal
+    assert f'{name}: ' in repr(model) and 'parameters' in repr(model)
+  assert run.model('dsdm--mix', seed=1).name == 'dsdm--mix--1'
+  for words, call in {
+    r'has the arms dsdm--mix, .* with the seeds 0, 1': lambda: run.model('nothing'),
+    'name one model': run.model,
+    'proxy_9 does not exist': lambda: run.model(proxy=9),
+    'are more than the': lambda: run.model('dsdm').logits(np.zeros((1, pool.length + 1), int)),
+    'ids of tokens must be from 0': lambda: run.model('dsdm').logits([[pool.vocab_size]]),
+    'must be whole numbers': lambda: run.model('dsdm').logits([[0.5]]),
+  }.items():
+    with pytest.raises(UserError, match=words):
+      call()
+
+
+def test_a_custom_model_is_opened_only_by_name(copied, monkeypatch):
+  monkeypatch.setattr(trained, 'OUR_FACTORY', 'another')
+  with pytest.raises(UserError, match=r"custom model; if you trust .*functions=\('dsdm_jax.lm.decoder:build',\)"):
+    dsdm_jax.load(copied).model('dsdm')
+  own = dsdm_jax.load(copied, functions=('dsdm_jax.lm.decoder:build',)).model('dsdm')
+  assert own.logits([[1, 2]]).shape == (1, 2, own.pool.vocab_size)
+
+
+def test_everything_prints_itself(run, finished):
+  """As lines and as HTML, without text of the run as markup."""
+  views = [
+    (run, "run.model('dsdm', seed=0)"),
+    (run.pool, 'rows'),
+    (run.scores, 'best +'),
+    (run.selections, 'dsdm--mix--0'),
+    (run.results, 'too few for a verdict'),
+    (run.report, 'index.html'),
+  ]
+  for view, words in views:
+    assert words in repr(view) and max(map(len, repr(view).split('\n'))) < 110
+    assert view._repr_html_().startswith('<table>') and '<script' not in view._repr_html_()
+  assert run.report.path.read_bytes() == (finished / 'report/index.html').read_bytes()
+  assert 'overlap' in run.report.data and run.report.data['rows'].is_file()
+
+
+def test_tables_without_pandas(run, finished, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'pandas', None)
+  plain = dsdm_jax.load(finished, verify=False)
+  for of in (
+    lambda r: r.pool.table,
+    lambda r: r.pool.show([3, 1]),
+    lambda r: r.scores.table,
+    lambda r: r.scores.interval('docs'),
+    lambda r: r.scores.top('docs', 3),
+    lambda r: r.selections.table,
+    lambda r: r.selections.sources(),
+    lambda r: r.selections.overlap(),
+    lambda r: r.results.arms,
+    lambda r: r.results.comparisons,
+    lambda r: r.results.losses,
+    lambda r: r.cost,
+  ):
+    table = of(plain)
+    assert isinstance(table, notebook.Table)
+    with monkeypatch.context() as context:
+      context.setitem(sys.modules, 'pandas', pandas)
+      wanted = of(dsdm_jax.load(finished, verify=False))
+    assert list(table) == list(wanted.columns) and table.index.tolist() == wanted.index.tolist()
+    for column in table:
+      values, theirs = table[column].tolist(), wanted[column].tolist()
+      assert all(
+        a == b or (a != a and b != b) or (a is None and b != b) for a, b in zip(values, theirs, strict=True)
+      ), column
+    assert f'[{len(wanted):,} lines × {len(wanted.columns)} columns]' in repr(table)
 
 
 def test_plots(run, tmp_path):

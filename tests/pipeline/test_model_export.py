@@ -10,9 +10,9 @@ from flax import nnx, traverse_util
 
 from dsdm_jax import cli
 from dsdm_jax.errors import UserError
-from dsdm_jax.evaluation import model_export
 from dsdm_jax.evaluation.model_export import TrainedModel
 from dsdm_jax.lm import hugging_face
+from dsdm_jax.training import trained
 from dsdm_jax.training.step import abstract_model
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
@@ -52,9 +52,9 @@ def test_exported_models_open_in_transformers(finished, peers, tmp_path, capsys)
   assert facts['eos'] == facts['stops'] == encoder.eos and facts['generated'] <= 6
   assert json.loads((tmp_path / 'proxy.json').read_text())['dtype'] == 'torch.bfloat16'
   tokens_BL = np.array([x[:16] for x in facts['ids']], np.int32)
-  for name, trained, tolerance in (('arm', model, 1e-4), ('proxy', TrainedModel(finished, proxy=1), 0.05)):
-    graphdef, state = nnx.split(abstract_model(trained.config, model.pool.vocab_size, model.pool.length))
-    values = trained.parameters()
+  for name, exported, tolerance in (('arm', model, 1e-4), ('proxy', TrainedModel(finished, proxy=1), 0.05)):
+    graphdef, state = nnx.split(abstract_model(exported.config, model.pool.vocab_size, model.pool.length))
+    values = exported.parameters()
     path = {name: tuple(int(x) if x.isdigit() else x for x in name.split('/')) for name in values}
     nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict({path[name]: x for name, x in values.items()}))
     logits_BLV = nnx.merge(graphdef, state)(tokens_BL)
@@ -83,7 +83,7 @@ def test_what_cannot_be_exported_is_refused(finished, tmp_path, monkeypatch):
   refused('proxy_9 does not exist', proxy=9)
   refused('cannot be read .it contains no checkpoint', checkpoint=tmp_path)
   refused('cannot be read .*in the checkpoint', checkpoint=_of_another_shape(finished, tmp_path))
-  monkeypatch.setattr(model_export, 'OUR_FACTORY', 'another')
+  monkeypatch.setattr(trained, 'OUR_FACTORY', 'another')
   refused('is dsdm_jax.lm.decoder:build, a custom model, which has no counterpart', 'dsdm')
 
 

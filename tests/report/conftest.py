@@ -23,7 +23,14 @@ HOSTILE = (
 SOURCES = ('source', 'docs', 'licences', 'metadata', 'data')
 TASKS = ('docs', 'api_qa', 'cs_algorithms')
 METHODS = {'dsdm': 0.17, 'random': 0.0, 'random_one_epoch': 0.04, 'bottom': -0.38}
-CONFIG = {'seed': 0, 'pool.leakage_guard': True, 'targets.tasks': list(TASKS), 'model.factory': '<script>:x'}
+CONFIG = {
+  'seed': 0,
+  'pool.leakage_guard': True,
+  'pool.max_bytes': 1_000_000,
+  'targets.tasks': list(TASKS),
+  'selection.examples': 400,
+  'model.factory': '<script>:x',
+}
 # A mix of ranks has no intervals.
 SCORES = {'tasks': list(TASKS), 'mix': 'rank', 'half_width': dict.fromkeys(TASKS, 2.0)}
 ROWS, PICKED, SEEDS, ITEMS, PEAKS = 3000, 400, 3, 90, 5
@@ -64,7 +71,15 @@ def build(folder: Path) -> dict[str, Artifact]:
   storage.write_json(pool / 'sources.json', list(SOURCES))
   passes.write_table(pool / 'documents' / '000000.parquet', documents)
   dropped = [
-    {'id': f'docs/copy-{i}/a.md', 'task': 'docs', 'words': 'returns an iterator over <i>all</i>'} for i in range(3)
+    {
+      'id': f'docs/copy-{i}/a.md',
+      'task': 'docs',
+      'item': f'docs/{i}',
+      'words': 'returns an iterator over <i>all</i>',
+      'passages': 2,
+      'more': [{'task': 'api_qa', 'item': 'api_qa/9', 'words': 'a second <b>passage</b>'}],
+    }
+    for i in range(3)
   ]
   _write_lines(pool / 'dropped.jsonl', dropped)
 

@@ -1,5 +1,7 @@
 """The page in a real browser: nothing logged, nothing loaded, nothing run, readable at the width of a phone."""
 
+import csv
+import io
 import json
 import shutil
 import time
@@ -7,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from dsdm_jax.report import page
+from dsdm_jax.report import figures, page
+from tests.report.conftest import texts
 
 pytestmark = pytest.mark.browser
 
@@ -77,7 +80,7 @@ def test_foreign_text_is_shown_and_not_run(opened, browser, hostile):
   assert hostile in browser.execute_script("return [...document.querySelectorAll('pre')].map(p => p.textContent)")
 
 
-@pytest.mark.parametrize('width', [360, 1280])
+@pytest.mark.parametrize('width', [360, 768, 1280])
 def test_fits_the_width(opened, browser, width):
   """Wide tables scroll in their own boxes; the page itself does not scroll sideways."""
   browser.execute_cdp_cmd(
@@ -89,6 +92,41 @@ def test_fits_the_width(opened, browser, width):
     "return [...document.querySelectorAll('figure svg')].filter(s => s.getBoundingClientRect().width < 200).length"
   )
   assert browser.execute_script(empty) == 0
+
+
+@pytest.mark.parametrize('width', [360, 500, 768, 1000, 1280])
+def test_the_explorer_has_no_gaps_beside_its_controls(opened, browser, width):
+  """Each line of controls ends at the right edge, with one arm, two and none to choose."""
+  browser.execute_cdp_cmd(
+    'Emulation.setDeviceMetricsOverride', {'width': width, 'height': 800, 'deviceScaleFactor': 1, 'mobile': True}
+  )
+  ends = """
+    const e = document.getElementById('x-relation');
+    e.value = arguments[0]; e.dispatchEvent(new Event('change'));
+    const box = document.getElementById('x-controls').getBoundingClientRect(), ends = new Map();
+    for (const label of document.querySelectorAll('#x-controls label')) {
+      const at = label.getBoundingClientRect();
+      if (at.width) ends.set(Math.round(at.top), Math.max(ends.get(Math.round(at.top)) || 0, at.right));
+    }
+    return [...ends.values()].map((right) => box.right - right);
+  """
+  for relation in ('both', 'a', 'all'):
+    gaps = browser.execute_script(ends, relation)
+    assert gaps and max(map(abs, gaps)) < 1, (relation, gaps)
+
+
+def test_lines_of_wide_tables_are_blocks_on_a_phone(opened, browser):
+  """Each value is beside its name, and no column is a sliver."""
+  browser.execute_cdp_cmd(
+    'Emulation.setDeviceMetricsOverride', {'width': 360, 'height': 800, 'deviceScaleFactor': 1, 'mobile': True}
+  )
+  wide = """
+    const wide = (table) => table.scrollWidth > table.parentElement.clientWidth + 1;
+    return [...document.querySelectorAll('table.stack')].filter(wide).length
+  """
+  assert browser.execute_script(wide) == 0
+  shown = "return getComputedStyle(document.querySelector('table.main td'), '::before').content"
+  assert browser.execute_script(shown) == '"DsDm against"'
 
 
 def test_colours_follow_the_dark_scheme(opened, browser):
@@ -212,7 +250,7 @@ def test_comparing_two_arms(explorer, shown):
     arms.setdefault(s.method, set()).update(s.rows.tolist())
   explorer.choose('relation', 'both')
   explorer.arm('a', 'DsDm')
-  explorer.arm('b', 'Random, one')
+  explorer.arm('b', 'random, one')
   dsdm, other = arms['dsdm'], arms['random_one_epoch']
   wanted = {
     'a': len(dsdm),
@@ -226,6 +264,31 @@ def test_comparing_two_arms(explorer, shown):
   for relation, count in wanted.items():
     explorer.choose('relation', relation)
     assert (relation, explorer.matches) == (relation, count)
+
+
+def test_a_selection_and_what_was_looked_for_are_downloaded(explorer, shown, hostile, tmp_path):
+  explorer.browser.execute_cdp_cmd('Browser.setDownloadBehavior', {'behavior': 'allow', 'downloadPath': str(tmp_path)})
+
+  def file(name: str, selector: str) -> str:
+    explorer.js('document.querySelector(arguments[0]).click()', selector)
+    limit = time.monotonic() + 20
+    while not (tmp_path / name).is_file():
+      assert time.monotonic() < limit, [*tmp_path.iterdir()]
+      time.sleep(0.05)
+    return (tmp_path / name).read_bytes().decode()
+
+  rows = [*csv.DictReader(io.StringIO(file('dsdm--mix.csv', '#x-offer [data-form="csv"]'), newline=''))]
+  best = np.argsort(-shown.scores['mix'], kind='stable')[:400]
+  assert [int(row['row']) for row in rows][:20] == best[:20].tolist()  # scores in the page have 16 bits
+  assert {int(row['row']) for row in rows} == set(best.tolist()) and len(rows) == 400
+  best = np.array([int(row['row']) for row in rows])
+  assert rows[0]['text'] == texts(int(best[0])) and rows[0]['source'] == shown.sources[shown.source_N[best[0]]]
+  z_N = figures.standardised(shown.scores['docs'])
+  np.testing.assert_allclose([float(row['score docs']) for row in rows], z_N[best], atol=2e-3)
+  assert {row['selections of DsDm'] for row in rows} == {'1'}
+  explorer.search('owned')
+  (record,) = map(json.loads, file('rows.jsonl', '#x-files [data-form="jsonl"]').strip('\n').split('\n'))
+  assert record['row'] == 7 and record['text'] == hostile
 
 
 def test_only_what_can_be_seen_is_built(explorer):

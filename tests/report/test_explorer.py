@@ -50,7 +50,7 @@ def test_all_that_is_packed_comes_out(shown, packed, hostile):
       assert target['id'] == 'mix' and 'reach mix' not in columns
     assert target['quantiles'][256] == pytest.approx(np.median(z_N), abs=1e-3)
   random_rows = tables.draws(shown, ('random', 'any'))
-  at = [arm['name'] for arm in header['arms']].index('Random, same epochs')
+  at = [arm['name'] for arm in header['arms']].index('random, same epochs')
   assert header['arms'][at]['selections'] == 3
   assert columns[f'arm {at}'].tolist() == [sum(n in rows for rows in map(set, random_rows)) for n in row_N]
 

@@ -20,39 +20,61 @@ def _comparison(task, difference, half, verdict, baseline='random', target='mix'
   }
 
 
-def _headlines(*comparisons):
-  return [s.replace('\u00a0', ' ') for s in formatting.headlines({'comparisons': comparisons})]
+def _results(*comparisons, summary=(), accuracies=(), tasks=()):
+  return {'comparisons': comparisons, 'summary': summary, 'accuracy_comparisons': accuracies, 'tasks': tasks}
+
+
+def _headlines(*comparisons, **parts):
+  return [s.replace('\u00a0', ' ') for s in formatting.headlines(_results(*comparisons, **parts))]
+
+
+_NONE_RIGHT = 'No model answers an item right as a whole, so the measure is how likely the right answer is.'
+_START = 'Compared with as many passes over random data at the same training budget,'
 
 
 def test_headline_for_each_outcome():
   better = _comparison('docs', 0.17, 0.05, 'better')
   worse = _comparison('api_qa', -0.3, 0.1, 'worse')
   neither = _comparison('cs_algorithms', 0.01, 0.04, 'no evidence')
-  start = 'In log-probability, the same model trained on data chosen by DsDm at the same token budget'
-  end = 'with as many passes over randomly chosen data'
-  assert _headlines(better) == [f'{start} is better by 0.17 nats [0.12, 0.22] on documentation prose than {end}.']
-  assert _headlines(better, worse, neither) == [
-    f'{start} is better by 0.17 nats [0.12, 0.22] on documentation prose but worse by 0.30 nats [0.20, 0.40] on '
-    f'API questions than {end}; there is no evidence of a difference on CS algorithms [−0.03, 0.05].'
+  assert _headlines(better) == [
+    f'{_START} they make the right token 1.19 times as likely on docs (+0.17 nats [0.12, 0.22]).',
+    _NONE_RIGHT,
   ]
-  assert _headlines(neither) == [
-    f'{start} does not measurably differ from one trained {end}: CS algorithms [−0.03, 0.05].'
-  ]
-  assert _headlines() == []
-  few = _comparison('docs', 0.17, 0.05, 'no evidence', seeds=2)
-  assert _headlines(few) == [
-    f'{start} and one trained {end} get no verdict, which takes three seeds: documentation prose [0.12, 0.22].'
-  ]
-  assert formatting.verdict_word({'comparisons': [few]}) == 'DsDm and random data: too few seeds for a verdict'
-
-
-def test_second_headline_refers_to_the_first():
-  equal = _comparison('docs', 0.17, 0.05, 'better')
-  single = _comparison('docs', 0.2, 0.05, 'better', baseline='random_one_epoch')
-  assert _headlines(equal, single)[1].startswith(
-    'It is better by 0.20 nats [0.15, 0.25] on documentation prose than with a single'
+  assert _headlines(better, worse, neither)[0] == (
+    f'{_START} they make the right token 1.19 times as likely on docs (+0.17 nats [0.12, 0.22]) and 0.74 times as '
+    'likely on api_qa (−0.30 nats [−0.40, −0.20]); the evidence for a difference does not suffice on cs_algorithms '
+    '(+0.01 nats [−0.03, 0.05]).'
   )
-  assert _headlines(single)[0].startswith('In log-probability, the same model trained on data chosen by DsDm')
+  assert _headlines(neither)[0] == (
+    f'{_START} there is no evidence of a difference on cs_algorithms (+0.01 nats [−0.03, 0.05]).'
+  )
+  assert _headlines() == []
+  many = [_comparison(f't{i}', 0.1 * i, 0.05, 'better') for i in range(1, 7)]
+  assert _headlines(*many)[0] == f'{_START} they make the right token between 1.11 times and 1.82 times as likely.'
+
+
+@pytest.mark.parametrize(('seeds', 'models'), [(2, '2 models of each kind are'), (1, 'one model of each kind is')])
+def test_few_seeds_give_no_verdict_in_any_word(seeds, models):
+  few = _comparison('docs', 0.17, 0.05, 'no evidence', seeds=seeds)
+  title = formatting.title(_results(few))
+  assert title == f'A first look at data chosen by DsDm: {models} too few for a verdict'
+  said = ' '.join([title, *_headlines(few)])
+  assert f'{_START} log-probability changes by +0.17 nats [0.12, 0.22] on docs.' in said
+  assert not {'better', 'worse', 'evidence', 'likely on'} & {
+    w for w in ('better', 'worse', 'evidence', 'likely on') if w in said
+  }
+
+
+def test_right_answers_are_beside_those_of_guessing():
+  c = _comparison('cloze', 0.17, 0.05, 'better')
+  summary = [
+    {'method': m, 'target_mix': t, 'task': 'cloze', 'split': 'holdout', 'accuracy': a}
+    for m, t, a in (('dsdm', 'mix', 0.375), ('random', 'any', 0.3))
+  ]
+  tasks = [{'task': 'cloze', 'split': 'holdout', 'chance': 0.25}]
+  found = _headlines(c, summary=summary, tasks=tasks)
+  assert found[1] == 'The share of items answered right is 37.5 % instead of 30.0 % (guessing: 25.0 %) on cloze.'
+  assert formatting.right_answers(_results(c, summary=summary, tasks=tasks), c)['chance'] == 0.25
 
 
 def test_headline_prefers_the_arm_for_all_targets():
@@ -69,40 +91,75 @@ def test_headline_of_single_targets_speaks_of_their_own_task():
   assert '0.20' not in _headlines(own, other)[0]
 
 
+def test_a_run_without_dsdm_has_a_headline_of_its_first_method():
+  c = {**_comparison('docs', 0.17, 0.05, 'better'), 'method': 'dsir'}
+  control = {**_comparison('docs', -0.3, 0.05, 'worse'), 'method': 'bottom'}
+  assert formatting.title(_results(control, c)) == 'Data chosen by DSIR train a better model than random data'
+  assert formatting.title(_results(control)) == 'Data selection with datamodels'
+
+
 @pytest.mark.parametrize(
   ('verdicts', 'title'),
   [
-    (['better', 'better'], 'DsDm beats random data in log-probability on all 2 targets'),
-    (['better'], 'DsDm beats random data in log-probability'),
-    (['better', 'no evidence', 'no evidence'], 'DsDm beats random data in log-probability on 1 of 3 targets'),
-    (['no evidence'], 'DsDm and random data: this run shows no difference in log-probability'),
-    (['better', 'worse'], 'In log-probability, DsDm beats random data on 1 and loses on 1 of 2 targets'),
-    (['worse'], 'DsDm loses to random data in log-probability'),
-    ([], 'Dataset selection with datamodels'),
+    (['better', 'better'], 'Data chosen by DsDm train a better model than random data on all 2 targets'),
+    (['better'], 'Data chosen by DsDm train a better model than random data'),
+    (
+      ['better', 'no evidence', 'no evidence'],
+      'Data chosen by DsDm train a better model than random data on 1 of 3 targets',
+    ),
+    (['no evidence'], 'Data chosen by DsDm and random data train models that do not measurably differ'),
+    (
+      ['better', 'worse'],
+      'Data chosen by DsDm train a better model than random data on 1 of 2 targets and a worse one on 1',
+    ),
+    (['worse'], 'Data chosen by DsDm train a worse model than random data'),
+    ([], 'Data selection with datamodels'),
   ],
 )
 def test_title_follows_the_verdicts(verdicts, title):
   rows = [_comparison(f't{i}', 0.0, 1.0, verdict) for i, verdict in enumerate(verdicts)]
-  assert formatting.verdict_word({'comparisons': rows}) == title
+  assert formatting.title(_results(*rows)) == title
 
 
-def test_tasks_below_n_grams_are_named_and_no_result():
+def test_a_task_counts_as_better_only_against_every_baseline():
+  equal = _comparison('docs', 0.17, 0.05, 'better')
+  for verdict, words in (
+    ('better', 'better model'),
+    ('no evidence', 'do not measurably differ'),
+    ('worse', 'worse model'),
+  ):
+    single = _comparison('docs', 0.2, 0.05, verdict, baseline='random_one_epoch')
+    assert words in formatting.title(_results(equal, single))
+  assert 'a single pass over random data' in _headlines(single)[0]
+
+
+def test_tasks_below_n_grams_are_named_and_explained():
   above = _comparison('docs', 0.17, 0.05, 'better')
   below = _comparison('api_qa', 0.3, 0.05, 'better') | {'below_ngrams': True}
-  first, last = _headlines(above, below)
-  assert '0.17' in first and 'API' not in first and '0.30' not in first + last
-  assert last.startswith('On API questions a model does not beat n-gram counts') and 'leaves it out' in last
-  (only,) = _headlines(below)
-  assert 'no result to put in a headline' in only and '0.30' not in only
-  title = formatting.verdict_word({'comparisons': [below]})
-  assert title == 'DsDm and random data: no target on which models beat n-gram counts'
+  last = _headlines(above, below)[-1]
+  assert last.startswith('On api_qa, n-grams predict the right answers better than the models') and 'docs' not in last
+  assert formatting.title(_results(above, below)) == (
+    'Data chosen by DsDm train a better model than random data on all 2 targets, but these models are still weaker '
+    'than simple counting on 1 of 2 targets'
+  )
+  assert formatting.title(_results(below)) == (
+    'Data chosen by DsDm train a better model than random data, but these models are still weaker than simple counting'
+  )
 
 
 def test_benchmarks_are_called_so():
   rows = [_comparison('docs', 0.17, 0.05, 'better'), _comparison('piqa', 0.2, 0.05, 'better', split='benchmark')]
-  assert formatting.verdict_word({'comparisons': rows}) == 'DsDm beats random data in log-probability on all 2 tasks'
-  assert '[0.15, 0.25] on piqa (benchmark) than' in _headlines(*rows)[0]
+  assert formatting.title(_results(*rows)).endswith('than random data on all 2 tasks')
+  assert 'on piqa (benchmark) (+0.20 nats [0.15, 0.25])' in _headlines(*rows)[0]
   assert formatting.row_task_name({'task': 'mean', 'split': 'benchmark'}) == 'mean of all benchmarks'
+
+
+def test_tasks_have_the_names_that_the_user_wrote():
+  assert [formatting.task_heading(name) for name in ('docs', 'my_task', 'mix')] == [
+    'docs',
+    'my_task',
+    'All targets together',
+  ]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +175,11 @@ def test_benchmarks_are_called_so():
     (formatting.duration(59.97), '1 min 0 s'),
     (formatting.duration(119.7), '2 min 0 s'),
     (formatting.duration(7260), '2 h 1 min'),
-    (formatting.count(1234567), '1\u202f234\u202f567'),
+    (formatting.count(1234567), '1,234,567'),
+    (formatting.percent(0.125), '12.5\u00a0%'),
+    (formatting.percent(None), '–'),
+    (formatting.interval(None, None), ''),
+    (formatting.interval(-0.1, 0.2), '[−0.10,\u00a00.20]'),
     (formatting.joined(['a', 'b', 'c']), 'a, b and c'),
     (formatting.joined([]), ''),
     (formatting.p_value(0.0), '< 0.001'),

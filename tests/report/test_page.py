@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import re
+import shlex
 from html import unescape
 from html.parser import HTMLParser
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 
 from configs import base
+from dsdm_jax.config import methods
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.evaluation import results
 from dsdm_jax.evaluation.comparisons import Options
 from dsdm_jax.report import explorer, figures, page, report, tables
-from tests.report.conftest import multiplier
+from tests.report.conftest import TASKS, multiplier
 
 
 class _Seen(HTMLParser):
@@ -57,6 +59,16 @@ class _Blank:
 
 
 _EMPTY = explorer.Packed('', '', np.zeros(0, int), None)
+
+
+_WHOLE_PROMPTS = {
+  'shots': {'0': 90},
+  'lost_shots': 0,
+  'contexts_cut': 0,
+  'tokens_cut': 0,
+  'most_tokens_cut': 0,
+  'shortened': 0,
+}
 
 
 def render(shown, drawings, examples: int = 1) -> str:
@@ -109,6 +121,7 @@ def test_script_sets_text_and_never_markup(repo_root):
 def test_every_section_has_its_content(seen, html, shown):
   for section in (
     'result',
+    'next',
     'means',
     'training',
     'sources',
@@ -124,8 +137,8 @@ def test_every_section_has_its_content(seen, html, shown):
   ):
     assert f'<section id="{section}"' in html
   assert seen.tags.count('svg') == 3 + 3 + 1 + 1 + 4  # tasks, their lines, losses, sources, targets with the mix
-  # Targets × best and worst × ten, config, versions, a row of the explorer and a target example.
-  assert len(seen.pre) == 4 * 2 * 10 + 4
+  # Targets × best and worst × ten, config, versions, a row of the explorer, a target example, and what to do next.
+  assert len(seen.pre) == 4 * 2 * 10 + 4 + 3
   for c in shown.results['comparisons']:
     assert f'{abs(c["difference"]):.3f}' in html
   assert 'planted' in html
@@ -165,7 +178,7 @@ def test_validation_is_shown_where_there_is_one(shown, drawings):
   html = render(dataclasses.replace(shown, lds={'by_example': found, 'by_task': []}), drawings)
   part = html[html.index('<section id="lds">') :]
   assert part.index('&lt;b&gt;strong') < part.index('>weak<')
-  assert '0.33 <small>0.10 to 0.50' in part
+  assert '0.33 <small>[0.10,\u00a00.50]' in part
 
 
 def test_multiplier_is_shown_where_there_is_a_ladder(shown, html):
@@ -176,7 +189,7 @@ def test_multiplier_is_shown_where_there_is_a_ladder(shown, html):
   made = render(laddered, [*page.report_figures(shown), *drawn])
   part = made[made.index('<section id="multiplier">') : made.index('<section id="training">')]
   assert '2.5 [1.5, &gt; 4]' in part
-  assert 'Mean of all tasks' in part
+  assert 'mean of all tasks' in part
   assert '&lt;i&gt;Conditional' in part
   assert 'ladder of random data' in drawn['multiplier-docs'].svg('x')
   assert 'multiplier.csv' in dict(tables.csv_files(laddered, np.arange(3)))
@@ -186,13 +199,13 @@ def test_number_that_could_not_be_given(shown, drawings):
   results = {**shown.results}
   for part in ('summary', 'comparisons', 'lines'):
     results[part] = [{**row, 'low': None, 'high': None, 'verdict': 'no evidence'} for row in results[part]]
-  assert '– to –' in render(dataclasses.replace(shown, results=results), drawings)
+  assert '<td class="n" data-label="interval">–</td>' in render(dataclasses.replace(shown, results=results), drawings)
 
 
 def test_best_rows_are_the_highest_scores(shown, html):
   """The first row shown for `docs` is the arg max of its scores, the first of the worst the arg min."""
-  docs = html[html.index('<summary>Documentation prose') :]
-  rows = [int(n) for n in re.findall(r'<span class="row">row (\d+)</span>', docs)[:20]]
+  docs = html[html.index('<summary>docs<') :]
+  rows = [int(n.replace(',', '')) for n in re.findall(r'<span class="row">row ([\d,]+)</span>', docs)[:20]]
   order_N = np.argsort(-shown.scores['docs'], kind='stable')
   assert rows[:10] == order_N[:10].tolist()
   assert rows[10:] == order_N[::-1][:10].tolist()
@@ -208,7 +221,7 @@ def test_arms_of_several_targets_are_told_apart(shown, drawings):
   curves = [*shown.curves, dataclasses.replace(shown.curves[0], target_mix='docs')]
   several = dataclasses.replace(shown, results=results, selected=selected, curves=curves)
   html = page.render(several, page.report_figures(several), _EMPTY, 1)
-  assert 'DsDm for documentation prose' in html
+  assert 'DsDm for docs' in html
   assert 'DsDm for all targets together' in html
   assert 'random, same epochs for' not in html
   assert html.count('training loss, nats per token') > 1
@@ -233,15 +246,16 @@ def with_benchmarks(shown):
 def test_benchmarks_have_a_table_and_are_not_called_held_out(shown):
   asked = with_benchmarks(shown)
   html = render(asked, page.report_figures(asked))
-  assert '<figcaption>Piqa (benchmark)</figcaption>' in html and '<figcaption>Documentation prose</figcaption>' in html
+  assert '<figcaption>piqa (benchmark)</figcaption>' in html and '<figcaption>docs</figcaption>' in html
   assert '<a href="#benchmarks">' in html and 'and on items of benchmarks' in html
   section = html[html.index('<section id="benchmarks"') : html.index('<section id="training"')]
-  assert '<th class="n">Mean of all benchmarks</th>' in section
+  assert '<th class="n">mean of all benchmarks</th>' in section
   for row in (r for r in asked.results['summary'] if r['split'] == 'benchmark'):
-    assert f'{100 * row["accuracy"]:.1f}\n        <small>' in section
-    assert f'{100 * row["accuracy_low"]:.1f} to {100 * row["accuracy_high"]:.1f}' in section.replace('−', '-')
+    assert f'{100 * row["accuracy"]:.1f}\u00a0%\n        <small>' in section
+    low, high = 100 * row['accuracy_low'], 100 * row['accuracy_high']
+    assert f'[{low:.1f},\u00a0{high:.1f}]' in section and 0 <= low <= high <= 100
     if row['task'] == 'piqa':
-      assert f'acc {100 * row["acc"]:.1f}, acc_norm {100 * row["acc_norm"]:.1f}' in section
+      assert f'acc {100 * row["acc"]:.1f}\u00a0%, acc_norm {100 * row["acc_norm"]:.1f}\u00a0%' in section
   assert section.count('acc_norm') == 1 + len({r['method'] for r in asked.results['summary']})
 
 
@@ -270,7 +284,12 @@ def test_prompts_that_did_not_fit_are_in_a_table_and_most_of_them_in_the_headlin
     for task, shortened in (('piqa', 4), ('boolq', 6))
   ]
   page_with = render(dataclasses.replace(shown, results={**shown.results, 'tasks': entries}), drawings)
-  assert page_with.count('<td>6 with 3, 4 with 0</td><td>2 (by 15 tokens on average, at most 20)</td>') == 2
+  assert (
+    page_with.count(
+      '>6 with 3, 4 with 0</td><td data-label="contexts cut">2 (by 15 tokens on average, at most 20)</td>'
+    )
+    == 2
+  )
   assert '<p class="lead">Most prompts of boolq (benchmark) are longer than pool.length: of 10, 4 lose' in page_with
   assert 'Most prompts of piqa' not in page_with and 'id="prompts"' not in html
 
@@ -283,7 +302,7 @@ def test_means_over_tasks_and_accuracies_are_compared(shown, html):
     *shown.results['means']['comparisons'],
   ]
   assert table.count('<span class="verdict') == len(every)
-  assert table.count('<td>mean of all tasks</td>') == len(shown.results['means']['comparisons']) > 0
+  assert table.count('<th scope="row">mean of all tasks</th>') == len(shown.results['means']['comparisons']) > 0
 
 
 def test_colour_is_for_verdicts(shown, html):
@@ -292,22 +311,98 @@ def test_colour_is_for_verdicts(shown, html):
   blue = figures.COLOURS['blue']
   for verdict, coloured in (('no evidence', False), ('better', True)):
     svg = figures.forest_standalone([{**c, 'verdict': verdict}], 0.95, 'random')
-    assert (blue in svg) == coloured
+    assert (blue in svg[: svg.index('legend_1')]) == coloured
   assert 'even if their interval excludes zero' in html
 
 
-def test_tasks_below_n_grams_are_marked_and_take_no_part_in_a_headline(shown, html):
+def test_tasks_below_n_grams_are_marked_and_explained_in_the_headline(shown, html):
   """Of the run's three tasks, `cs_algorithms` has a 5-gram line above every arm."""
   lines = html[html.index('<section id="lines"') : html.index('<section id="training"')]
-  assert lines.count('<td>below n-grams</td>') == 4 == len({r['method'] for r in shown.results['summary']})
-  assert '<figcaption>CS algorithms · below n-grams</figcaption>' in html
+  assert (
+    lines.count('<td data-label="">below n-grams</td>') == 4 == len({r['method'] for r in shown.results['summary']})
+  )
+  assert '<figcaption>cs_algorithms · below n-grams</figcaption>' in html
   header = html[html.index('<header>') : html.index('</header>')]
-  assert 'On CS algorithms a model does not beat n-gram counts' in header and 'CS algorithms [' not in header
-  assert 'of 2 targets' in header or 'on all 2 targets' in header
+  assert 'On cs_algorithms, n-grams predict the right answers better than the models' in header
+  assert 'still weaker than simple counting on 1 of 3 targets</h1>' in header
   marked = [c for c in shown.results['comparisons'] if c['below_ngrams']]
   assert {c['task'] for c in marked} == {'cs_algorithms'}
   svg = figures.forest_standalone([{**c, 'verdict': 'better'} for c in marked], 0.95, 'random')
-  assert figures.COLOURS['blue'] not in svg
+  drawn = svg[: svg.index('legend_1')]
+  assert figures.COLOURS['blue'] not in drawn
+
+
+def test_accuracy_beside_nats_and_guessing_beside_accuracy(shown, drawings):
+  tasks = [{'task': t, 'split': 'holdout', 'n_items': 90, 'chance': 0.25, 'prompts': _WHOLE_PROMPTS} for t in TASKS]
+  html = render(dataclasses.replace(shown, results={**shown.results, 'tasks': tasks}), drawings)
+  header = html[html.index('<header>') : html.index('</header>')]
+  for c in (c for c in shown.results['comparisons'] if c['method'] == 'dsdm' and c['baseline'] != 'bottom'):
+    right = {
+      r['method']: r['accuracy'] for r in shown.results['summary'] if (r['task'], r['split']) == (c['task'], 'holdout')
+    }
+    line = next(x for x in header.split('<tr>') if f'>{c["task"]}<' in x and methods.label(c['baseline']) in x)
+    for value in (right['dsdm'], right[c['baseline']], 0.25):
+      assert f'{100 * value:.1f}\u00a0%' in line
+    assert f'{abs(c["difference"]):.2f}' in line and (c['verdict'] in line)
+  assert 'of the final model, which random data do not need' in header
+
+
+def test_fewer_than_three_seeds_leave_no_verdict_on_the_page(shown, drawings):
+  found = {**shown.results}
+  for part in ('comparisons', 'accuracy_comparisons'):
+    found[part] = [{**c, 'seeds': [2, 2], 'verdict': 'no evidence'} for c in found[part]]
+  found['means'] = {**found['means'], 'comparisons': [{**c, 'seeds': [2, 2]} for c in found['means']['comparisons']]}
+  html = render(dataclasses.replace(shown, results=found), drawings)
+  assert 'class="verdict' not in html
+  assert '--config.pretraining.seeds=3' in html[html.index('<section id="next"') : html.index('<section id="means"')]
+
+
+def test_what_to_do_next_has_commands_for_this_run(shown):
+  steps = {heading: command for heading, _, command in page.next_steps(shown)}
+  export = steps['Export the selection and a model']
+  assert 'dsdm export --workdir RUN --arm dsdm--mix --format parquet --out selection' in export
+  assert 'dsdm export model --workdir RUN --arm dsdm--mix --seed 0 --out model' in export
+  words = shlex.split(steps['Choose for another target'])
+  assert words[-1] == f'--config.targets.tasks={(*TASKS, "my_task.jsonl")!r}'
+  assert '--config.pool.max_bytes=0 --config.selection.examples=4000' in steps['Use the whole pool']
+  whole = dataclasses.replace(
+    shown, config={**shown.config, 'pool.max_bytes': 0, 'targets.tasks': ['it"s $(rm).jsonl']}
+  )
+  steps = {heading: command for heading, _, command in page.next_steps(whole)}
+  assert '--pool OTHER_RUN/pool' in steps['Score a larger pool']
+  assert (
+    shlex.split(steps['Choose for another target'])[-1]
+    == "--config.targets.tasks=('it\"s $(rm).jsonl', 'my_task.jsonl')"
+  )
+
+
+def test_the_selection_is_offered_only_if_the_page_holds_all_of_it(shown, drawings, packed):
+  whole = page.render(shown, dict.fromkeys(drawings, _Blank()), packed, 1)
+  assert 'id="x-offer"' in whole and 'The 400 rows that DsDm selected' in whole
+  for less in (dataclasses.replace(packed, characters=80), dataclasses.replace(packed, row_N=packed.row_N[:100])):
+    part = page.render(shown, dict.fromkeys(drawings, _Blank()), less, 1)
+    assert 'id="x-offer"' not in part and 'has room for a part of them' in part
+
+
+def test_leaks_are_listed_with_their_passages(html):
+  part = html[html.index('<section id="guard"') : html.index('<section id="cost"')]
+  assert part.count('returns an iterator over &lt;i&gt;all&lt;/i&gt;') == part.count('a second &lt;b&gt;passage') == 3
+  assert 'docs, item docs/2' in part and 'api_qa, item api_qa/9' in part and '2 passages' in part
+
+
+def test_of_many_sources_the_largest_eight_have_colours(shown, drawings):
+  names = tuple(f'source {i}' for i in range(12))
+  many = dataclasses.replace(shown, sources=names, source_N=(np.arange(3000) ** 2 // 750_000 % 12).astype(np.int8))
+  groups = tables.groups(many, 8)
+  count_S = np.bincount(many.source_N, minlength=12)
+  assert groups.names[-1] == '4 others' and len(groups.names) == 9
+  assert [names.index(name) for name in groups.names[:8]] == np.argsort(-count_S, kind='stable')[:8].tolist()
+  assert groups.summed(count_S).sum() == 3000 and groups.summed(count_S)[-1] == np.sort(count_S)[:4].sum()
+  assert tables.groups(dataclasses.replace(many, sources=names[:9], source_N=many.source_N % 9), 8).names[-1] in names
+  drawn = figures.composition(groups.names, {'pool': groups.summed(count_S) / 3000}).svg('x')
+  assert all(f'var(--{colour})' in drawn for colour in (*figures.SOURCE_COLOURS, figures.REST_COLOUR))
+  html = render(many, drawings)
+  assert 'The largest 8 of 12 sources' in html
 
 
 def test_price_of_selecting(html, shown, drawings):

@@ -4,6 +4,7 @@
 (() => {
   const $ = (id) => document.getElementById(id);
   const ROW = 58; // px, the height of a line of the list, as in style.css
+  const MOST = 100000; // rows of one downloaded file
   const count = new Intl.NumberFormat('en').format;
   let data = null; // header, and the columns by name
   let texts = null; // of each row
@@ -138,30 +139,82 @@
   /** What the matching rows are like, beside the whole pool. */
   function summarise() {
     const t = target(), n = shown.length;
-    const counts = new Array(data.sources.length).fill(0);
+    const counts = new Array(data.groups.length).fill(0), pool = new Array(data.groups.length).fill(0);
     let sum = 0;
-    for (const i of shown) { counts[data.column.source[i]]++; sum += score(t, i); }
+    for (const i of shown) { counts[data.sources[data.column.source[i]].group]++; sum += score(t, i); }
+    data.sources.forEach((source, s) => { pool[source.group] += data.pool_sources[s]; });
     $('x-count').textContent = n
-      ? `${count(n)} of ${count(data.rows)} rows, mean score ${signed(sum / n)} for “${t.name}”`
+      ? `${count(n)} of ${count(data.rows)} rows, mean score ${signed(sum / n)} for ${t.id === 'mix' ? 'all targets' : t.name}`
       : 'No row matches.';
-    const whole = data.pool_sources.reduce((a, b) => a + b, 0);
-    for (const [id, parts, total] of [['x-mix', counts, n], ['x-mix-pool', data.pool_sources, whole]]) {
-      $(id).replaceChildren(...parts.map((part, s) => {
+    for (const [id, parts, total] of [['x-mix', counts, n], ['x-mix-pool', pool, data.pool]]) {
+      $(id).replaceChildren(...parts.map((part, g) => {
         const bar = make('i');
         bar.style.width = `${total ? (100 * part) / total : 0}%`;
-        bar.style.background = `var(--${data.sources[s].colour})`;
-        bar.title = `${data.sources[s].name}: ${total ? percent(part / total) : '–'}`;
+        bar.style.background = `var(--${data.groups[g].colour})`;
+        bar.title = `${data.groups[g].name}: ${total ? percent(part / total) : '–'}`;
         return bar;
       }));
     }
-    $('x-legend').replaceChildren(...data.sources.map((source, s) => {
+    $('x-legend').replaceChildren(...data.groups.map((group, g) => {
       const item = make('li');
       const dot = make('i');
-      dot.style.background = `var(--${source.colour})`;
-      const share = n ? percent(counts[s] / n) : '–';
-      item.append(dot, `${source.name} ${share} (pool ${percent(data.pool_sources[s] / whole)})`);
+      dot.style.background = `var(--${group.colour})`;
+      const share = n ? percent(counts[g] / n) : '–';
+      item.append(dot, `${group.name} ${share} (pool ${percent(pool[g] / data.pool)})`);
       return item;
     }));
+    for (const button of $('x-files').querySelectorAll('button')) button.disabled = !n || n > MOST;
+    $('x-files-note').textContent = n > MOST ? `A file has at most ${count(MOST)} rows; dsdm export writes any number.`
+      : data.characters ? 'Text is cut in this page, so files have none; dsdm export writes it.' : '';
+  }
+
+  /** Rows as records: where they are from, scores in standard deviations, how often each arm selected them, text. */
+  function* records(places) {
+    for (const i of places) {
+      const record = { row: data.column.row[i], source: data.sources[data.column.source[i]].name, document: documentOf(i) };
+      for (const t of data.targets) record[`score ${t.id}`] = Number(score(t, i).toFixed(4));
+      data.arms.forEach((arm, a) => { record[`selections of ${arm.name}`] = data.column[`arm ${a}`][i]; });
+      if (!data.characters) record.text = texts[i];
+      yield record;
+    }
+  }
+
+  /** One cell of a CSV file. Text that begins as a formula gets an apostrophe, so that no spreadsheet runs it. */
+  function cell(value) {
+    if (typeof value === 'number') return String(value);
+    const text = /^(\s*[=+\-@＝＋－＠]|[\t\r\n])/.test(value) ? `'${value}` : value;
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  }
+
+  /** Gives the reader a file with these rows. */
+  function save(places, name, form) {
+    const parts = [];
+    for (const record of records(places)) {
+      if (form === 'jsonl') {
+        parts.push(`${JSON.stringify(record)}\n`);
+      } else {
+        if (!parts.length) parts.push(`${Object.keys(record).map(cell).join(',')}\n`);
+        parts.push(`${Object.values(record).map(cell).join(',')}\n`);
+      }
+    }
+    const link = make('a');
+    link.href = URL.createObjectURL(new Blob(parts, { type: form === 'csv' ? 'text/csv' : 'application/jsonl' }));
+    link.download = `${name}.${form}`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  }
+
+  /** Shows the buttons that save files, once there is text. */
+  function offer() {
+    for (const node of document.querySelectorAll('.x-files')) {
+      const arm = node.dataset.arm && data.column[`arm ${node.dataset.arm}`];
+      const best = () => order(`score ${target().id}`).filter((i) => arm[i] > 0);
+      node.addEventListener('click', (event) => {
+        const { form } = event.target.dataset;
+        if (form) save(arm ? best() : shown, arm ? node.dataset.name : 'rows', form);
+      });
+      node.hidden = false;
+    }
   }
 
   const arms = (i) => data.arms.map((arm, a) => [arm, data.column[`arm ${a}`][i]]).filter(([, times]) => times > 0);
@@ -346,6 +399,7 @@
     texts = new TextDecoder().decode(await unpack('x-texts')).split('\0');
     update();
     if (data.examples.length) listExamples();
+    offer();
     $('explorer').dataset.ready = 'yes';
   }
 
