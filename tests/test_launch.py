@@ -74,6 +74,13 @@ def test_installs_once_and_again_when_requirements_change(checkout):
   assert checkout.installations() == 2
 
 
+def test_the_command_dsdm_is_installed_and_gets_its_arguments(checkout, tmp_path):
+  checkout.add_python('python3')
+  words = ['export', '--workdir', 'my run', '--arm', 'dsdm']
+  done = checkout.run(*words, script='dsdm.sh', cwd=tmp_path, EXIT_CODE='2')
+  assert done.returncode == 2 and checkout.main_arguments() == words and checkout.installations() == 1
+
+
 def test_exit_code_is_that_of_the_run(checkout):
   checkout.add_python('python3')
   assert checkout.run(EXIT_CODE='2').returncode == 2

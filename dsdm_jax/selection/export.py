@@ -48,7 +48,7 @@ class Export:
 
   Args:
     workdir: of the run.
-    arm: name of a selection, '<method>--<target>--<seed>', or '<method>--<target>' for its first seed.
+    arm: name of a selection, '<method>--<target>--<seed>', or '<method>' or '<method>--<target>' for its first seed.
 
   Raises:
     UserError: no such run or arm, or an artifact is damaged or of another pool.
@@ -57,10 +57,11 @@ class Export:
   def __init__(self, workdir: Path, arm: str):
     opened = artifacts.read(workdir, 'pool', 'datamodel', 'selection')
     names = sorted(name.removesuffix('.npz') for name in opened['selection'].manifest['files'] if name.endswith('.npz'))
-    name = arm if arm in names else f'{arm}--0'
-    if name not in names:
+    firsts = [name for name in names if arm in (name.rpartition('--')[0], name.split('--')[0]) and name.endswith('--0')]
+    found = [arm] if arm in names else firsts
+    if len(found) != 1:
       raise UserError(f'--arm={arm}: {workdir} has {", ".join(names)}; name one')
-    self.selection = Selection.load(opened['selection'].path, name)
+    self.selection = Selection.load(opened['selection'].path, found[0])
     self.pool = Pool(opened['pool'])
     if artifacts.open_stage(workdir, 'validation') is not None:
       opened |= artifacts.read(workdir, 'validation', known=opened)
@@ -221,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog='python -m dsdm_jax.selection.export', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.add_argument('--workdir', type=Path, required=True, help='a run whose selection stage is finished')
-  parser.add_argument('--arm', required=True, help='<method>--<target>[--<seed>]')
+  parser.add_argument('--arm', required=True, help='<method>[--<target>[--<seed>]]')
   parser.add_argument('--format', choices=FORMATS, required=True)
   parser.add_argument('--out', type=Path, required=True, help='folder to write; it must be missing or empty')
   flags = parser.parse_args(argv)

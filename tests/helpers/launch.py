@@ -12,7 +12,7 @@ case "$1 $2" in
   "--version "*) echo Python {version} ;;
   "-m venv") mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python" ;;
   "-m pip") [[ $3 == --version ]] || echo "$*" >>"{log}/pip" ;;
-  "-m dsdm_jax.main")
+  "-m dsdm_jax.main" | "-m dsdm_jax.cli")
     printf '%s' "${{GLIBC_TUNABLES:-}}" >"{log}/tunables"
     shift 2 && printf '%s\\n' "$@" >"{log}/main" && exit "${{EXIT_CODE:-0}}" ;;
 esac
@@ -44,9 +44,11 @@ class Checkout:
     file.chmod(0o755)
     return file
 
-  def run(self, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+  def run(
+    self, *arguments: str, cwd: Path | None = None, script: str = 'run.sh', **environment: str
+  ) -> subprocess.CompletedProcess:
     return subprocess.run(
-      ['bash', self.root / 'launch' / 'run.sh', *arguments],
+      ['bash', self.root / 'launch' / script, *arguments],
       cwd=cwd or self.root,
       env={'PATH': str(self.path), 'DSDM_JAX_SYSTEM': str(self.system), **environment},
       capture_output=True,

@@ -292,6 +292,6 @@ def test_export_refuses(chosen, tmp_path, capsys):
 
 
 def test_the_mix_is_exported_with_its_interval(finished, tmp_path):
-  export.write(finished, 'dsdm--mix', 'jsonl', tmp_path / 'm')
+  export.write(finished, 'dsdm', 'jsonl', tmp_path / 'm')  # its only arm of that method
   records = [json.loads(line) for line in (tmp_path / 'm/dsdm--mix--0.jsonl').read_text('utf-8').split('\n') if line]
   assert all(r['low'] < r['score'] == r['datamodel'] < r['high'] for r in records)
