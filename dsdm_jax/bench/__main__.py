@@ -16,6 +16,7 @@ BENCHES = {
   'data': 'speed from text to batches',
   'datamodel': 'speed and memory of Gram matrix, solve and scores',
   'derivative': 'the oracle of the validation against finite differences',
+  'device': 'results and speed of a TPU or GPU, against the CPU and the plan',
   'evaluation': 'speed of evaluation on benchmark items',
   'features': 'features and scores against a training step',
   'load': 'time, memory and files of a large pool in every stage',

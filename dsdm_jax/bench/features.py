@@ -70,6 +70,7 @@ class Case:
   rows: int | None = None
   microbatch: int | None = None
   seconds: list[float] = dataclasses.field(default_factory=list)
+  text: str = ''  # of the compiled program, on a TPU
   over_floor: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # of a pass: wall clock, processors
 
 
@@ -234,7 +235,13 @@ def _compiled(
 ) -> Case:
   program = jax.jit(function).lower(*args).compile()
   return Case(
-    name, lambda: jax.block_until_ready(program(*args)), flops.count(function, *args), least, peak_bytes(program), j
+    name,
+    lambda: jax.block_until_ready(program(*args)),
+    flops.count(function, *args),
+    least,
+    peak_bytes(program),
+    j,
+    text=_text(program),
   )
 
 
@@ -249,8 +256,17 @@ def _train_case(trainer: Trainer, key: jax.Array, tokens_BL: jax.Array, least: f
     jax.block_until_ready(held[0])
 
   return Case(
-    'train_step', step, flops.count(trainer.step, state, tokens_BL, weight_B, steps), least, peak_bytes(program)
+    'train_step',
+    step,
+    flops.count(trainer.step, state, tokens_BL, weight_B, steps),
+    least,
+    peak_bytes(program),
+    text=_text(program),
   )
+
+
+def _text(program: Any) -> str:
+  return program.as_text() or '' if jax.default_backend() == 'tpu' else ''
 
 
 def _bare_matmul(name: str, params: nnx.State, batch: int, j: int) -> Case:

@@ -504,7 +504,7 @@ class Plan(Section):
   rows: Rows = key(0, 'N to plan for; 0 guesses from pool.max_bytes at four bytes a token.')
   price_per_chip_hour: Annotated[Factor, 'USD'] = key(0.0, '0 leaves out the price.')
   multiplier: Annotated[Factor, Gt(0)] = key(2.0, 'Expected gross compute multiplier.')
-  calibration: Annotated[Factor, Gt(0)] = key(1.0, 'Measured seconds for each modelled second.')
+  calibration: str = key('', 'File by `bench device`: measured seconds for each modelled one; empty: none.')
 
 
 class Config(Section):

@@ -22,11 +22,16 @@ PEAKS = {
 _KINDS = (('TPU v5 lite', 'v5e'), ('TPU v5e', 'v5e'), ('TPU v5', 'v5p'), ('TPU v6', 'v6e'), ('TPU v4', 'v4'))
 
 
+def chip_name(device: jax.Device) -> str | None:
+  """The key of PEAKS for a device; None if it is not there, as CPUs."""
+  names = (*_KINDS, *((name, name) for name in PEAKS))
+  return next((name for kind, name in names if kind in device.device_kind), None)
+
+
 def peak(devices: Sequence[jax.Device]) -> float | None:
   """Dense bfloat16 FLOP/s of all `devices` together; None if a kind is unknown, as on CPUs."""
-  names = (*_KINDS, *((name, name) for name in PEAKS))
-  peaks = [next((PEAKS[name] for kind, name in names if kind in device.device_kind), None) for device in devices]
-  return None if None in peaks else float(sum(value for value in peaks if value is not None))
+  names = [chip_name(device) for device in devices]
+  return None if None in names else float(sum(PEAKS[name] for name in names if name))
 
 
 def count(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:

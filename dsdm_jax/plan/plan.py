@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dsdm_jax.config.validate import check_callables, check_devices, flatten, resolve, validate
 from dsdm_jax.core import storage
 from dsdm_jax.core.mesh import make_mesh
-from dsdm_jax.errors import visible, visible_lines
+from dsdm_jax.errors import UserError, visible, visible_lines
 from dsdm_jax.lm import hugging_face
 from dsdm_jax.plan import cost, page, programs, topology
 
@@ -35,6 +35,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
 def make(config: ConfigDict) -> dict[str, Any]:
   """The plan of a valid, resolved config for JSON; `stages` are `cost.Estimate`s, empty without libtpu."""
   count, kind = topology.chips(config.plan.topology), topology.chip(config.plan.topology)
+  calibration = _calibration(config.plan.calibration, kind.name)
   check_devices(config, count)
   check_callables(config)
   with jax.default_device(jax.devices('cpu')[0]):  # nothing runs; the few arrays, such as keys, are on the CPU
@@ -50,7 +51,8 @@ def make(config: ConfigDict) -> dict[str, Any]:
     estimates, compiler = [], cost.Compiler()
     for work in works if compiled else ():
       print(visible(f'plan: compiling {work.stage}'), flush=True)
-      estimates.append(cost.estimate(work, compiler, kind, count, share, config.plan.calibration))
+      factor = calibration.get(_measured_as(work.stage, config), 1.0)
+      estimates.append(cost.estimate(work, compiler, kind, count, share, factor))
     j = programs.dimension(config, mesh)
     flop = {work.stage: work.flop() * work.runs for work in works}
   return {
@@ -68,6 +70,39 @@ def make(config: ConfigDict) -> dict[str, Any]:
     'totals': _totals(estimates, count, config.plan.price_per_chip_hour),
     'config': flatten(config),
   }
+
+
+def _calibration(path: str, chip: str) -> dict[str, float]:
+  """Program of `bench device` → measured seconds for each modelled one.
+
+  Raises:
+    UserError: the file is missing or damaged, or of another chip.
+  """
+  if not path:
+    return {}
+  try:
+    content = storage.read_json(path, dict)
+  except OSError as error:
+    raise UserError(
+      f'plan.calibration = {path!r} cannot be read ({error.strerror}); make it with: bench device'
+    ) from error
+  if content['chip'] != chip:
+    raise UserError(
+      f'plan.calibration = {path!r} was measured on {content["device"]}, but plan.topology is of {chip}; measure there'
+    )
+  factors = content['calibration']
+  if not isinstance(factors, dict) or not all(isinstance(f, float) and 0 < f < 1e6 for f in factors.values()):
+    raise UserError(f'plan.calibration = {path!r} is damaged: its factors must be positive numbers; make it again')
+  return factors
+
+
+def _measured_as(stage: str, config: ConfigDict) -> str:
+  """The program of `bench device` that takes most time of a stage, or ''."""
+  if stage == 'features':
+    return {'two_sided': 'two_sided', 'dense': 'dense'}.get(config.features.projection, '')
+  if stage == 'scores' and config.features.mode == 'jvp':
+    return 'jvp_score'
+  return 'train_step' if stage.partition(' ')[0] in ('proxies', 'pretraining', 'ladder') else ''
 
 
 def _multiplier(flop: dict[str, float], config: ConfigDict) -> dict[str, float]:
