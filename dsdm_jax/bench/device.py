@@ -238,7 +238,8 @@ def measure(flags: argparse.Namespace, device: jax.Device) -> list[dict[str, Any
   cases = features.cases(names, argparse.Namespace(**given))
   seconds = {case.name: _median(case.run, flags.repeats) for case in cases}
   peak = cases[-1].flop / seconds['matmul_peak']
-  chip = topology.CHIPS.get(flops.chip_name(device) or '')
+  name = flops.chip_name(device) or ''
+  chip = topology.CHIPS[name].device if name in topology.CHIPS and name != 'v4' else topology.CHIPS.get(name)
   lines = []
   for case in cases:
     ends = _predicted(case, chip, peak)

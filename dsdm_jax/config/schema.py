@@ -500,11 +500,13 @@ class Plan(Section):
 
   topology: Annotated[
     str, must(v.is_topology, 'must be CHIP:AxB or CHIP:AxBxC, with numbers of at most four digits')
-  ] = key('v5e:2x4', 'Chip (v5e, v5p or v6e) and shape of the slice.')
+  ] = key('v5e:2x4', 'Chip (v4, v5e, v5p, v6e or tpu7x) and shape of the slice.')
   rows: Rows = key(0, 'N to plan for; 0 guesses from pool.max_bytes at four bytes a token.')
   price_per_chip_hour: Annotated[Factor, 'USD'] = key(0.0, '0 leaves out the price.')
   multiplier: Annotated[Factor, Gt(0)] = key(2.0, 'Expected gross compute multiplier.')
-  calibration: str = key('', 'File by `bench device`: measured seconds for each modelled one; empty: none.')
+  calibration: Annotated[str, must(lambda x: not x or x.endswith('.json'), 'must end in .json, or be empty')] = key(
+    '', 'File by `bench device`: measured seconds for each modelled one; empty: none.'
+  )
 
 
 class Config(Section):

@@ -16,10 +16,18 @@ from jax.extend import core as jex_core
 # Dense bfloat16 peak of one JAX device, FLOP/s, from the makers' data sheets (cloud.google.com/tpu/docs,
 # nvidia.com/data-center).
 PEAKS = {
-  'v4': 275e12, 'v5e': 197e12, 'v5p': 459e12, 'v6e': 918e12, 'A100': 312e12, 'H100': 989e12, 'H200': 989e12,
+  'v4': 275e12, 'v5e': 197e12, 'v5p': 459e12, 'v6e': 918e12, 'tpu7x': 1_153.5e12,
+  'A100': 312e12, 'H100': 989e12, 'H200': 989e12,
 }  # fmt: skip
 # Part of JAX's name of the device kind → key of PEAKS; the first match counts.
-_KINDS = (('TPU v5 lite', 'v5e'), ('TPU v5e', 'v5e'), ('TPU v5', 'v5p'), ('TPU v6', 'v6e'), ('TPU v4', 'v4'))
+_KINDS = (
+  ('TPU v5 lite', 'v5e'),
+  ('TPU v5e', 'v5e'),
+  ('TPU v5', 'v5p'),
+  ('TPU v6', 'v6e'),
+  ('TPU v4', 'v4'),
+  ('TPU7x', 'tpu7x'),
+)
 
 
 def chip_name(device: jax.Device) -> str | None:

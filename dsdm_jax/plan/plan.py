@@ -34,7 +34,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
 
 def make(config: ConfigDict) -> dict[str, Any]:
   """The plan of a valid, resolved config for JSON; `stages` are `cost.Estimate`s, empty without libtpu."""
-  count, kind = topology.chips(config.plan.topology), topology.chip(config.plan.topology)
+  chips, kind = topology.chips(config.plan.topology), topology.chip(config.plan.topology)
+  count = chips * kind.devices
   calibration = _calibration(config.plan.calibration, kind.name)
   check_devices(config, count)
   check_callables(config)
@@ -52,13 +53,13 @@ def make(config: ConfigDict) -> dict[str, Any]:
     for work in works if compiled else ():
       print(visible(f'plan: compiling {work.stage}'), flush=True)
       factor = calibration.get(_measured_as(work.stage, config), 1.0)
-      estimates.append(cost.estimate(work, compiler, kind, count, share, factor))
+      estimates.append(cost.estimate(work, compiler, kind.device, count, share, factor))
     j = programs.dimension(config, mesh)
     flop = {work.stage: work.flop() * work.runs for work in works}
   return {
     'topology': config.plan.topology,
-    'chips': count,
-    'accelerator_type': kind.accelerator_type(count),
+    'chips': chips,
+    'accelerator_type': kind.accelerator_type(chips),
     'mesh': {'data': share, 'model': config.mesh.model},
     'rows': programs.rows(config),
     'dimension': j,
@@ -67,7 +68,7 @@ def make(config: ConfigDict) -> dict[str, Any]:
     'final_runs': programs.final_runs(config),
     'multiplier': _multiplier(flop, config),
     'stages': [dataclasses.asdict(estimate) for estimate in estimates],
-    'totals': _totals(estimates, count, config.plan.price_per_chip_hour),
+    'totals': _totals(estimates, chips, config.plan.price_per_chip_hour),
     'config': flatten(config),
   }
 

@@ -1,7 +1,7 @@
 """TPU chips and slices to plan for; libtpu compiles for them on any machine.
 
-The figures of the chips are from cloud.google.com/tpu/docs/v5e, /v5p and /v6e (read in 2026). Those pages give the link
-bandwidth of both directions together; here it is what a chip can receive, half of that.
+The figures of the chips are from cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x (read in 2026). Those pages
+give the link bandwidth of both directions together; here it is what a chip can receive, half of that.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ import os
 
 import jax
 
-from dsdm_jax.core import flops
 from dsdm_jax.core.tensorflow_start import held_stderr
 from dsdm_jax.errors import UserError
 
@@ -20,34 +19,45 @@ HOW_TO_GET_LIBTPU = 'pip install -r requirements-tpu.txt (libtpu is on the Pytho
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One kind of chip; its peak FLOP/s is in `core.flops`.
+  """One kind of chip.
 
   Attributes:
     name: in `plan.topology`.
+    peak_flops: FLOP/s of bfloat16 products.
     hbm_bytes: size of the HBM.
     hbm_bandwidth: bytes/s.
     link_bandwidth: bytes/s that the chip receives over all ports.
     torus_axes: of the interconnect.
     accelerator: name for gcloud.
     cores_counted: gcloud's count for one chip.
+    devices: of JAX in one chip. libtpu plans for the two cores of a v4 chip apart; on a TPU VM they are one device.
   """
 
   name: str
+  peak_flops: float
   hbm_bytes: float
   hbm_bandwidth: float
   link_bandwidth: float
   torus_axes: int
   accelerator: str
   cores_counted: int = 1
+  devices: int = 1
+
+  @property
+  def device(self) -> 'Chip':
+    """The share of one JAX device."""
+    return dataclasses.replace(
+      self,
+      peak_flops=self.peak_flops / self.devices,
+      hbm_bytes=self.hbm_bytes / self.devices,
+      hbm_bandwidth=self.hbm_bandwidth / self.devices,
+      link_bandwidth=self.link_bandwidth / self.devices,
+      devices=1,
+    )
 
   def accelerator_type(self, chips: int) -> str:
     """The name of a slice for `gcloud --accelerator-type`: v5p counts cores, two per chip."""
     return f'{self.accelerator}-{chips * self.cores_counted}'
-
-  @property
-  def peak_flops(self) -> float:
-    """FLOP/s of bfloat16 products."""
-    return flops.PEAKS[self.name]
 
   @property
   def ring_bandwidth(self) -> float:
@@ -58,9 +68,11 @@ class Chip:
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip('v5e', 16e9, 819e9, 200e9, 2, 'v5litepod'),
-    Chip('v5p', 95e9, 2_765e9, 600e9, 3, 'v5p', cores_counted=2),
-    Chip('v6e', 32e9, 1_600e9, 400e9, 2, 'v6e'),
+    Chip('v4', 275e12, 32e9, 1_200e9, 300e9, 3, 'v4', cores_counted=2, devices=2),
+    Chip('v5e', 197e12, 16e9, 819e9, 200e9, 2, 'v5litepod'),
+    Chip('v5p', 459e12, 95e9, 2_765e9, 600e9, 3, 'v5p', cores_counted=2),
+    Chip('v6e', 918e12, 32e9, 1_600e9, 400e9, 2, 'v6e'),
+    Chip('tpu7x', 2_307e12, 192e9, 7_380e9, 600e9, 3, 'tpu7x', devices=2),
   )
 }
 
@@ -104,15 +116,18 @@ def devices(topology: str) -> list[jax.Device]:
   from jax.experimental import topologies
 
   count = chips(topology)
+  expected = count * chip(topology).devices
+  # libtpu takes a host to have 2 × 2 chips, unless the slice is a single chip.
+  host = {'chips_per_host_bounds': (1, 1, 1)} if count == 1 else {}
   os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
   with held_stderr():  # libtpu reports that there is no TPU
     try:
-      devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+      devices = topologies.get_topology_desc(platform='tpu', topology_name=topology, **host).devices
     except Exception as error:  # libtpu raises various exceptions for an unknown name
       reason = ' '.join(str(error).split())[:160]
       raise UserError(
         f'config key plan.topology = {topology!r} is unknown to libtpu ({reason}); use an existing slice'
       ) from error
-  if len(devices) != count:
-    raise ValueError(f'{topology} has {count} chips and libtpu gives {len(devices)} devices')
+  if len(devices) != expected:
+    raise ValueError(f'{topology} has {expected} devices and libtpu gives {len(devices)}')
   return devices

@@ -79,6 +79,7 @@ BAD: dict[str, list] = {
   'evaluation.file_delimiter': ['x' * 1_001],
   'evaluation.checkpoints': [('mine',), ('a b=x',), ('a=',), ('a=x', 'a=y'), (f'{"n" * 101}=x',)],
   'plan.topology': ['v5e', 'v5e:16', 'v5e-256', 'v5e:99999x2'],
+  'plan.calibration': ['device.txt', 'device'],
 }
 for _model in ('model', 'proxies.model'):
   BAD |= {

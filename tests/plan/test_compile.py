@@ -56,6 +56,24 @@ def test_one_host_compiles_and_fits(libtpu, tmp_path):
 
 
 @pytest.mark.slow
+def test_every_chip_has_slices_and_impossible_shapes_are_refused(libtpu):
+  script = """
+from dsdm_jax.errors import UserError
+from dsdm_jax.plan import topology
+for name in ('v4:2x2x1', 'v5e:1x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:1x1', 'tpu7x:2x2x1', 'v5e:3x3', 'v6e:1x8'):
+  try:
+    print(name, len(topology.devices(name)), topology.chips(name))
+  except UserError as error:
+    print(name, 'refused' if f'plan.topology = {name!r}' in str(error) else error)
+"""
+  done = subprocess.run([libtpu, '-c', script], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert done.stdout.splitlines() == [
+    'v4:2x2x1 8 4', 'v5e:1x1 1 1', 'v5e:2x2 4 4', 'v5p:2x2x1 4 4', 'v6e:1x1 1 1', 'tpu7x:2x2x1 8 4',
+    'v5e:3x3 refused', 'v6e:1x8 refused',
+  ], done.stderr[-2_000:]  # fmt: skip
+
+
+@pytest.mark.slow
 def test_the_papers_scale_compiles_and_fits(libtpu, tmp_path):
   found = _plan(libtpu, tmp_path, '--config=configs/c4_dsdm.py')
   _check(found)

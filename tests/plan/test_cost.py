@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import base
+from dsdm_jax.core import flops
 from dsdm_jax.errors import UserError
 from dsdm_jax.plan import cost, hlo, page, plan, programs, topology
 from dsdm_jax.plan.topology import CHIPS, chip
@@ -81,6 +82,14 @@ def test_slices(name, count, type_):
 def test_unknown_chip_is_refused():
   with pytest.raises(UserError, match=r'plan.topology.*v5e'):
     topology.chips('v7:2x2')
+
+
+def test_figures_of_a_device_are_its_share_of_the_chip():
+  for name, found in CHIPS.items():
+    assert found.device.peak_flops * found.devices == found.peak_flops
+    assert found.device.hbm_bytes * found.devices == found.hbm_bytes
+    # On a TPU VM both cores of a v4 chip are one device.
+    assert flops.PEAKS[name] == (found if name == 'v4' else found.device).peak_flops
 
 
 def _estimate(monkeypatch, memory, text=PROGRAM, remat=''):
