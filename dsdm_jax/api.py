@@ -81,7 +81,7 @@ class Run(View):
     from another input than the one in the workdir.
     """
     if stage not in self._opened:
-      if not (self.workdir / stage / artifacts.MANIFEST).is_file():
+      if stage not in self.stages:
         raise UserError(f'{self.workdir} has no finished {stage}, only {", ".join(self.stages)}; resume the run')
       self._opened |= artifacts.read(self.workdir, stage, known=self._opened, verify=self._verify)
     return self._opened[stage]
@@ -234,16 +234,26 @@ class ScoresView(View, Mapping[str, np.ndarray]):
       targets: tasks, 'mix', or tasks joined by '+'; () for all.
       arms: selections whose share of each document is added; None for all of the run.
     """
+    from dsdm_jax.selection import export
     from dsdm_jax.selection.documents import DocumentScores
 
     stages = ['pool', 'datamodel', *(('proxies', 'features') if by == 'tokens' else ())]
-    stages += [stage for stage in ('selection', 'validation') if artifacts.open_stage(self._run.workdir, stage)]
+    stages += ['selection'] if 'selection' in self._run.stages else []
     inputs = {stage: self._run.artifact(stage) for stage in stages}
+    inputs |= export.validation_of(self._run.workdir, inputs)
     scores = DocumentScores(inputs, targets, arms, by, self._run.functions)
     columns = [table.to_pydict() for table in scores.tables()]
     table = frame({name: [x for part in columns for x in part[name]] for name in scores.schema.names})
     table.attrs = scores.metadata
     return table
+
+  @functools.cached_property
+  def scale(self) -> dict[str, Any]:
+    """Sign and scale of the scores; with a finished validation, what a score is worth in nats per token."""
+    from dsdm_jax.selection import export
+
+    opened = {'pool': self._run.artifact('pool'), 'datamodel': self._artifact}
+    return export.metadata(self._artifact, export.validation_of(self._run.workdir, opened).get('validation'))
 
   def top(self, target: str = 'mix', count: int = 10) -> 'pd.DataFrame':
     """The rows with the highest scores, best first, with source, document and text."""

@@ -24,6 +24,7 @@ _COMMANDS = {
   'run': 'run the pipeline, or one stage of it',
   'plan': 'print the time, memory and price of a config on TPUs; needs no TPU',
   'export': "write an arm's rows for other programs; export documents: scores; export model: for transformers",
+  'sample': 'draw from any file of scores: the highest, by Gumbel noise, or by Boltzmann weights',
   'verify': 'say what in a workdir is whole, damaged, superfluous or foreign',
   'study': 'run many arms of a config and compare them',
   'bench': 'measure speed and memory (in a checkout of the repository)',
@@ -102,6 +103,10 @@ def _run(command: str, rest: list[str]) -> int:
     from dsdm_jax.selection import export
 
     return export.main(rest)
+  if command == 'sample':
+    from dsdm_jax.selection import sample
+
+    return sample.main(rest)
   if command == 'verify':
     flags = argparse.ArgumentParser(prog='dsdm verify', description=_verify.__doc__)
     flags.add_argument('workdir', metavar='RUN', help='folder of a run')

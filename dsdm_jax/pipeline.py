@@ -71,6 +71,7 @@ STAGES = (
     reads=('pool', 'targets'),
     keys=('seed', 'validation', 'proxies', 'features', 'datamodel'),
     code='validation.validate:run',
+    format=2,
     on_request=True,
   ),
   # Scores → rows for each arm. Only the inputs that a method needs are opened.

@@ -103,6 +103,9 @@ def broken(c: Config) -> Iterator[tuple[str, str, str]]:
   if not s.imported and 'imported' in (*s.methods, *(part.method for part in parts)):
     rule = "must be a file where selection.methods or mixture.parts have 'imported'"
     yield 'selection.imported', rule, 'set --config.selection.imported=scores.npy'
+  if s.unit == 'document' and s.document_cap:
+    rule = 'limits the rows of a document, and selection.unit = document selects whole ones'
+    yield 'selection.document_cap', rule, 'set --config.selection.document_cap=0, or --config.selection.unit=row'
   if s.repeat_cap < s.epochs:
     rule = f'must be at least selection.epochs = {s.epochs}'
     yield 'selection.repeat_cap', rule, f'set --config.selection.repeat_cap={s.epochs}'

@@ -379,6 +379,7 @@ class Selection(Section):
   targets: Annotated[Texts, must(lambda x: 0 < len(x) == len(set(x)), 'must name at least one target, each once')] = (
     key(('mix',), "Each is a task, mix (all tasks), or tasks joined by '+'.")
   )
+  unit: Literal['row', 'document'] = key('row', 'What is selected: rows, or whole documents of as many tokens.')
   examples: Annotated[Rows, Ge(1)] = key(1_024, 'k, the rows of a targeted selection.')
   epochs: Passes = key(4, "Passes over these; examples × epochs is every arm's budget.")
   repeat_cap: Passes = key(16, 'Maximum visits of one row in a whole training; at least epochs.')

@@ -260,6 +260,10 @@ def select(pool: Candidates, method: str, target: str, budget: Budget, root: int
   result = find(method).select(pool, wanted, budget, prng.derive(root, 'selection', seed))
   if not isinstance(result, Selection):
     raise UserError(f'selector {method} returned a {type(result).__name__}; return Selection.of(rows)')
+  if pool.options.unit == 'document' and result.documents is None:
+    from dsdm_jax.selection import whole  # which needs this module
+
+    result = whole.of_rows(result, pool)
   name, epochs = method_name(method), budget.total / max(result.size, 1)
   provenance = {'method': name, 'target': target, 'seed': seed, 'examples': result.size, 'epochs': epochs}
   selection = dataclasses.replace(

@@ -1,18 +1,20 @@
 """Random rows, the baseline that counts, and controls: arms that must not win."""
 
+from typing import Any
+
 import numpy as np
 
 from dsdm_jax.core import prng
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.errors import UserError
-from dsdm_jax.selection import ranking
+from dsdm_jax.selection import ranking, whole
 from dsdm_jax.selection.candidates import Budget, Candidates, Target
 
 
 def random(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
   """k random rows, trained on for as many epochs as a targeted selection."""
   del target
-  return Selection.of(draw(pool.num_rows, 'random', budget.examples, seed))
+  return drawn(pool, 'random', budget.examples, seed)
 
 
 def random_one_epoch(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
@@ -22,13 +24,13 @@ def random_one_epoch(pool: Candidates, target: Target, budget: Budget, seed: int
     UserError: the pool has fewer rows than the budget.
   """
   del target
-  return Selection.of(draw(pool.num_rows, 'random_one_epoch', budget.total, seed))
+  return drawn(pool, 'random_one_epoch', budget.total, seed)
 
 
 def random_again(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
   """A second arm of random rows: a difference from `random` would be a false alarm of the statistics."""
   del target
-  return Selection.of(draw(pool.num_rows, 'random_again', budget.examples, seed))
+  return drawn(pool, 'random_again', budget.examples, seed)
 
 
 def dsdm_shifted(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
@@ -41,6 +43,15 @@ def dsdm_permuted(pool: Candidates, target: Target, budget: Budget, seed: int) -
   """DsDm with permuted scores: the same distribution of scores without information."""
   rng = prng.numpy_stream(seed, 'selection', 'permuted')
   return ranking.ranked(rng.permutation(pool.scores.score_N(target.name)), pool, budget.examples)
+
+
+def drawn(
+  pool: Candidates, name: str, count: int, seed: int, among: np.ndarray | None = None, **provenance: Any
+) -> Selection:
+  """A selection of `draw`, or of random documents of as many tokens."""
+  if pool.options.unit == 'document':
+    return whole.drawn(pool, name, count, seed, among, **provenance)
+  return Selection.of(draw(pool.num_rows, name, count, seed, among), **provenance)
 
 
 def draw(num_rows: int, name: str, count: int, seed: int, among: np.ndarray | None = None) -> np.ndarray:

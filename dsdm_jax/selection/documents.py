@@ -97,18 +97,20 @@ class DocumentScores:
         sum_D = self._sums_by_token(tokens, target)
       else:
         sum_D = spans.sums(self._scores.score_N(target))
-      mean_D = self._per_token(sum_D)
+      mean_D = sum_D * self.pool.length / np.maximum(self._tokens_D, 1)
       self._values |= {f'sum_{target}': sum_D, f'score_{target}': mean_D}
       with contextlib.suppress(UserError):  # no resamples, or mean ranks: scores without intervals
-        reach_D = self._per_token(spans.sums(self._scores.reach_N(target)))
+        reach_D = spans.means(self._scores.reach_N(target))
         self._values |= {f'low_{target}': mean_D - reach_D, f'high_{target}': mean_D + reach_D}
     for selection in self._selections(inputs.get('selection'), arms):
-      chosen_N = np.zeros(self.pool.num_rows)
-      chosen_N[selection.rows] = 1
-      self._values[f'selected_{selection.name}'] = self._per_token(spans.sums(chosen_N))
-
-  def _per_token(self, sum_D: np.ndarray) -> np.ndarray:
-    return sum_D * self.pool.length / np.maximum(self._tokens_D, 1)
+      if selection.documents is not None:
+        share_D = np.zeros(len(self._tokens_D))
+        share_D[selection.documents] = 1
+      else:
+        chosen_N = np.zeros(self.pool.num_rows)
+        chosen_N[selection.rows] = 1
+        share_D = spans.means(chosen_N)
+      self._values[f'selected_{selection.name}'] = share_D
 
   def _sums_by_token(self, tokens: Any, task: str) -> np.ndarray:
     spans, length = self.pool.spans, self.pool.length
@@ -296,9 +298,9 @@ def write(
   """
   with export.new_folder(out) as part:
     inputs = artifacts.read(workdir, 'pool', 'datamodel', *(('proxies', 'features') if by == 'tokens' else ()))
-    for name in ('selection', 'validation'):
-      if artifacts.open_stage(workdir, name) is not None:
-        inputs |= artifacts.read(workdir, name, known=inputs)
+    if artifacts.open_stage(workdir, 'selection') is not None:
+      inputs |= artifacts.read(workdir, 'selection', known=inputs)
+    inputs |= export.validation_of(workdir, inputs)
     done = getattr(DocumentScores(inputs, targets, arms, by), form)(part)
   return f'{done} as {form} in {out}'
 

@@ -5,7 +5,8 @@
 Formats:
   parquet, jsonl: one record per row: place, row, document, source, score (by which the method ranks), datamodel, low
     and high (the datamodel's score for the arm's target and its interval), weight (1; visits in a mixture), text and
-    tokens. The sign and scale of scores are in the schema of a Parquet file, and in metadata.json beside JSONL.
+    tokens. If the arm selected documents, a record is one whole document, without a row. The sign and scale of scores
+    are in the schema of a Parquet file, and in metadata.json beside JSONL.
   datasets: a folder that Hugging Face's `datasets.load_dataset(FOLDER)` opens: Parquet files and a card.
   arrayrecord: tf.train.Example in ArrayRecord, as Grain and MaxText read: tokens and row (int64), weight, id.
   megatron: <arm>.bin and <arm>.idx of Megatron-LM, one document per row; they have no weights.
@@ -18,16 +19,18 @@ pool.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dsdm_jax.attribution import calibration
 from dsdm_jax.attribution.scores import Scores
 from dsdm_jax.core import artifacts, storage, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
@@ -63,41 +66,74 @@ class Export:
       raise UserError(f'--arm={arm}: {workdir} has {", ".join(names)}; name one')
     self.selection = Selection.load(opened['selection'].path, found[0])
     self.pool = Pool(opened['pool'])
-    if artifacts.open_stage(workdir, 'validation') is not None:
-      opened |= artifacts.read(workdir, 'validation', known=opened)
+    opened |= validation_of(workdir, opened)
     self.metadata = metadata(opened['datamodel'], opened.get('validation')) | {'selection': self.selection.provenance}
-    self._columns = _scores(opened['datamodel'], self.selection)
+    self._columns = self._scores(opened['datamodel'])
+
+  def _scores(self, datamodel: Artifact) -> dict[str, np.ndarray]:
+    """The datamodel's scores for the arm's target, of every row or document, and intervals if there are any."""
+    scores, target = Scores(datamodel), self.selection.provenance['target']
+    target = 'mix' if target == 'any' else target
+    columns = {'datamodel': scores.score_N(target)}
+    reach_N = None
+    with contextlib.suppress(UserError):  # no resamples, or mean ranks: scores without intervals
+      reach_N = scores.reach_N(target)
+    if self.whole:
+      columns['datamodel'] = self.pool.spans.means(columns['datamodel'])
+      reach_N = None if reach_N is None else self.pool.spans.means(reach_N)
+    if reach_N is not None:
+      columns |= {'low': columns['datamodel'] - reach_N, 'high': columns['datamodel'] + reach_N}
+    return columns
+
+  @property
+  def size(self) -> int:
+    """Number of records: rows, or documents of an arm that selected documents."""
+    return self.selection.size if self.selection.documents is None else len(self.selection.documents)
+
+  @property
+  def whole(self) -> bool:
+    """Whether the arm selected documents."""
+    return self.selection.documents is not None
+
+  @property
+  def count(self) -> str:
+    """The number of records in words."""
+    return f'{self.size} {"documents" if self.whole else f"rows of {self.pool.length} tokens"}'
 
   def records(self) -> Iterator[dict[str, list[Any]]]:
-    """Columns of each block of rows, in the order of the selection."""
+    """Columns of each block of rows, in the order of the selection; of documents, if the arm selected documents."""
     selection, pool = self.selection, self.pool
     sources, documents = pool.sources, pool.documents
-    for start in range(0, selection.size, _BLOCK):
-      rows = selection.rows[start : start + _BLOCK]
-      here = slice(start, start + len(rows))
-      missing = [None] * len(rows)
+    whole = selection.documents is not None
+    items = selection.rows if selection.documents is None else selection.documents
+    scores = selection.document_scores if whole else selection.scores
+    end_mark = pool.encoder.eos  # is no part of a document's text
+    for start in range(0, self.size, _BLOCK):
+      here = slice(start, start + _BLOCK)
+      at = items[here]
+      missing = [None] * len(at)
+      records = [documents[d] for d in (at if whole else pool.document_N[at])]
+      tokens = pool.document_tokens(at) if whole else list(pool.tokens(at))
       columns = {
-        'place': list(range(start, start + len(rows))),
-        'row': rows.tolist(),
-        'document': [documents[d]['id'] for d in pool.document_N[rows]],
-        'source': [sources[s] for s in pool.source_N[rows]],
-        'score': missing if selection.scores is None else selection.scores[here].tolist(),
+        'place': list(range(start, start + len(at))),
+        'row': missing if whole else at.tolist(),
+        'document': [record['id'] for record in records],
+        'source': [r['source'] for r in records] if whole else [sources[s] for s in pool.source_N[at]],
+        'score': missing if scores is None else scores[here].tolist(),
       }
       for name in ('datamodel', 'low', 'high'):
-        columns[name] = self._columns[name][rows].tolist() if name in self._columns else missing
-      columns['weight'] = selection.weights[here].tolist()
-      columns['text'] = [pool.text(row) for row in rows.tolist()]
-      columns['tokens'] = pool.tokens(rows).tolist()
+        columns[name] = self._columns[name][at].tolist() if name in self._columns else missing
+      columns['weight'] = [1.0] * len(at) if whole else selection.weights[here].tolist()
+      columns['text'] = [pool.text_of(t[:-1] if whole and t[-1] == end_mark else t) for t in tokens]
+      columns['tokens'] = [t.tolist() for t in tokens]
       yield columns
 
   def examples(self) -> Iterator[trainers.Example]:
-    """Ids of each row, in the order of the selection."""
-    for start in range(0, self.selection.size, _BLOCK):
-      rows = self.selection.rows[start : start + _BLOCK]
-      ids = [self.pool.documents[d]['id'] for d in self.pool.document_N[rows]]
-      weights = self.selection.weights[start : start + _BLOCK].tolist()
-      for values in zip(ids, rows.tolist(), weights, self.pool.tokens(rows), strict=True):
-        yield trainers.Example(*values)
+    """Ids of each row or document, in the order of the selection."""
+    for columns in self.records():
+      rows = [-1 if row is None else row for row in columns['row']]
+      for id, row, weight, tokens in zip(columns['document'], rows, columns['weight'], columns['tokens'], strict=True):
+        yield trainers.Example(id, row, weight, np.array(tokens, np.int32))
 
   def jsonl(self, out: Path) -> None:
     """Writes `<arm>.jsonl` in `out`."""
@@ -116,7 +152,7 @@ class Export:
     kinds |= dict.fromkeys(('score', 'datamodel', 'low', 'high', 'weight'), pyarrow.float32())
     about = {METADATA: json.dumps(self.metadata, ensure_ascii=False).encode()}
     schema = pyarrow.schema({**kinds, 'text': pyarrow.string(), 'tokens': pyarrow.list_(pyarrow.int32())}, about)
-    shards, blocks = -(-self.selection.size // _SHARD_ROWS), self.records()
+    shards, blocks = -(-self.size // _SHARD_ROWS), self.records()
     for shard in range(shards):
       path = out / f'{name or self.selection.name}-{shard:05d}-of-{shards:05d}.parquet'
       with parquet.ParquetWriter(path, schema) as writer:
@@ -130,19 +166,19 @@ class Export:
     about = json.dumps(self.metadata, indent=2, ensure_ascii=False)
     card = (
       '---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet\n---\n\n'
-      f'# {self.selection.name}\n\n{self.selection.size} rows of {self.pool.length} tokens, selected by dsdm_jax:\n\n'
+      f'# {self.selection.name}\n\n{self.count}, selected by dsdm_jax:\n\n'
       f'```json\n{about}\n```\n'
     )
     storage.write_text(out / 'README.md', card)
 
   def arrayrecord(self, out: Path) -> None:
     """Writes `<arm>-*.array_record` and the files of the vocabulary."""
-    trainers.arrayrecord(self.examples(), self.selection.size, out, self.selection.name)
+    trainers.arrayrecord(self.examples(), self.size, out, self.selection.name)
     self._beside(out)
 
   def megatron(self, out: Path) -> None:
     """Writes `<arm>.bin`, `<arm>.idx` and the files of the vocabulary."""
-    trainers.megatron(self.examples(), self.selection.size, out, self.selection.name, self.pool.vocab_size)
+    trainers.megatron(self.examples(), self.size, out, self.selection.name, self.pool.vocab_size)
     self._beside(out)
 
   def mds(self, out: Path) -> None:
@@ -162,7 +198,7 @@ class Export:
 
     folder = out / 'selection' / '1.0.0'
     folder.mkdir(parents=True)
-    tokens = tfds.features.Tensor(shape=(self.pool.length,), dtype=np.int32)
+    tokens = tfds.features.Tensor(shape=(None if self.whole else self.pool.length,), dtype=np.int32)
     features = tfds.features.FeaturesDict({'tokens': tokens, 'row': np.int64, 'weight': np.float32})
     info = tfds.core.DatasetInfo(
       builder=tfds.core.dataset_info.DatasetIdentity(
@@ -176,11 +212,9 @@ class Export:
       info, max_examples_per_shard=_SHARD_ROWS, file_format=tfds.core.FileFormat.TFRECORD
     )
     writer.initialize_splits(['train'])
-    for start in range(0, self.selection.size, _BLOCK):
-      rows = self.selection.rows[start : start + _BLOCK]
-      weights = self.selection.weights[start : start + _BLOCK]
-      examples = zip(self.pool.tokens(rows), rows, weights, strict=True)
-      writer.add_examples({'train': [{'tokens': t, 'row': r, 'weight': w} for t, r, w in examples]})
+    examples = ({'tokens': e.tokens_L, 'row': e.row, 'weight': e.weight} for e in self.examples())
+    while part := list(itertools.islice(examples, _BLOCK)):
+      writer.add_examples({'train': part})
     writer.close_splits(['train'])
     info.write_to_directory(str(folder))
     self._beside(out)
@@ -188,20 +222,19 @@ class Export:
 
 def metadata(datamodel: Artifact, validation: Artifact | None = None) -> dict[str, Any]:
   """What the datamodel's scores mean: their sign and scale, and what they were computed with."""
-  semantics = datamodel.semantics
+  semantics, scores = datamodel.semantics, Scores(datamodel)
   keys = ('sign', 'scale', 'output_fn', 'mix', 'confidence', 'damping', 'tasks')
-  return {key: semantics[key] for key in keys}
+  of = {task: (scores.score_N(task), (task,)) for task in scores.tasks} | {'mix': (scores.score_N('mix'), scores.tasks)}
+  return {key: semantics[key] for key in keys} | calibration.describe(validation, of)
 
 
-def _scores(datamodel: Artifact, selection: Selection) -> dict[str, np.ndarray]:
-  """The datamodel's score of every row for the arm's target, and its interval if there is one."""
-  scores = Scores(datamodel)
-  target = selection.provenance['target']
-  target = 'mix' if target == 'any' else target
-  columns = {'datamodel': scores.score_N(target)}
-  with contextlib.suppress(UserError):  # no resamples, or mean ranks: scores without intervals
-    columns['low'], columns['high'] = scores.interval_2N(target)
-  return columns
+def validation_of(workdir: Path, opened: Mapping[str, Artifact]) -> dict[str, Artifact]:
+  """The finished validation of the same pool, if there is one, under its name."""
+  validation = artifacts.open_stage(workdir, 'validation')
+  if validation is None or any(artifacts.mismatches(workdir, {**opened, 'validation': validation})):
+    return {}
+  validation.verify()
+  return {'validation': validation}
 
 
 def read_vocabulary(folder: str | os.PathLike) -> dict[str, bytes]:
@@ -243,7 +276,7 @@ def write(workdir: Path, arm: str, form: str, out: Path) -> str:
   with new_folder(out) as part:
     export = Export(workdir, arm)
     getattr(export, form)(part)
-  return f'{export.selection.name}: {export.selection.size} rows as {form} in {out}'
+  return f'{export.selection.name}: {export.count} as {form} in {out}'
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from dsdm_jax.core import prng
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ngrams
 from dsdm_jax.selection.candidates import Budget, Candidates, Target
-from dsdm_jax.selection.controls import draw
+from dsdm_jax.selection.controls import drawn
 
 _RUN, _BANDS, _EACH = 5, 14, 8
 
@@ -28,8 +28,7 @@ def minhash(pool: Candidates, target: Target, budget: Budget, seed: int) -> Sele
   """
   del target
   left = pool.once('minhash', lambda: np.flatnonzero(~duplicates(ngrams.of_pool(pool, 1 << 31))))
-  rows = draw(pool.num_rows, 'minhash', budget.examples, seed, among=left)
-  return Selection.of(rows, dropped=pool.num_rows - len(left))
+  return drawn(pool, 'minhash', budget.examples, seed, among=left, dropped=pool.num_rows - len(left))
 
 
 def duplicates(grams: ngrams.PoolGrams) -> np.ndarray:

@@ -82,7 +82,11 @@ def rows_of_share(share: float, count: int) -> int:
 
 
 def ranked(score_N: np.ndarray, pool: Candidates, count: int, **provenance: Any) -> Selection:
-  """The best `count` rows within the caps of the config, as a selection with their scores."""
+  """The best `count` rows within the caps of the config, as a selection with their scores; or the best documents."""
+  if pool.options.unit == 'document':
+    from dsdm_jax.selection import whole  # which needs this module
+
+    return whole.best(score_N, pool, count, **provenance)
   capped = pool.options.document_cap or pool.options.source_cap < 1
   rows = capped_order(score_N, count, pool) if capped else top(score_N, count)
   return Selection.of(rows, score_N[rows].astype(np.float32), **provenance)

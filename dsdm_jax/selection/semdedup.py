@@ -14,7 +14,7 @@ from dsdm_jax.core import prng
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ranking
 from dsdm_jax.selection.candidates import Budget, Candidates, Target
-from dsdm_jax.selection.controls import draw
+from dsdm_jax.selection.controls import drawn
 
 FIT_ROWS = 65_536  # k-means is fitted to a sample of a larger pool
 _BLOCK = 2_048  # rows of a cluster that are compared at once
@@ -49,9 +49,8 @@ def _drawn(pool: Candidates, name: str, count: int, seed: int) -> Selection:
     left = np.sort(ranking.top(-near_N, keep))
   else:
     left = np.flatnonzero(near_N <= options.duplicate_similarity)
-  rows = draw(pool.num_rows, name, count, seed, among=left)
   similarity = float(near_N[left].max(initial=-1))
-  return Selection.of(rows, dropped=pool.num_rows - len(left), similarity=similarity)
+  return drawn(pool, name, count, seed, among=left, dropped=pool.num_rows - len(left), similarity=similarity)
 
 
 def nearest_earlier(x_ND: np.ndarray, count: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from dsdm_jax.attribution.calibration import Bank
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops, storage
 from dsdm_jax.core.stage import Context
@@ -51,7 +52,7 @@ class Examples:
 
 
 def run(context: Context) -> dict:
-  """Writes `lds.json`, `lds.md`, `monotone.json` and the outputs of the bank's models; see `docs/validation.md`."""
+  """Writes `lds.json`, `lds.md`, `monotone.json`, `bank.npz` and the outputs of models; see `docs/validation.md`."""
   config = context.config
   examples = examples_of(config.validation, Pool(context.inputs['pool']), Targets(context.inputs['targets']))
   by_example: list[dict[str, Any]] = []
@@ -63,7 +64,8 @@ def run(context: Context) -> dict:
     by_example += example_level
     by_task += task_level
     if name == PLAIN:
-      monotone = setting.monotone()
+      monotone, bank = setting.monotone(), setting.bank()
+      bank.save(context.out)
   storage.write_json(context.out / 'lds.json', {'by_example': by_example, 'by_task': by_task})
   storage.write_json(context.out / 'monotone.json', monotone)
   text = table.page(by_example, by_task, monotone)
@@ -115,6 +117,13 @@ class Setting:
       {ORACLE: self._oracle().transpose(0, 2, 1)} if self._options.oracle else None,
     )
     return by_example, by_task
+
+  def bank(self) -> Bank:
+    """Subsets and log-likelihoods, for the scale of scores."""
+    member_KT = self._examples.member_KT
+    mean_TK = (member_KT / member_KT.sum(axis=1, keepdims=True)).T
+    family_S = np.array(self._subsets.family)
+    return Bank(family_S, self._subsets.weight_SN, self._truth[1].mean(axis=0) @ mean_TK, self._examples.tasks)
 
   def monotone(self) -> dict[str, Any]:
     """Task → for each seed the loss of models trained on deciles 1, 5 and 10 of its scores, and whether it rises."""

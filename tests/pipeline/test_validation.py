@@ -5,9 +5,11 @@ import shutil
 
 import numpy as np
 
+import dsdm_jax
 from dsdm_jax import pipeline
 from dsdm_jax.bench import __main__ as bench
 from dsdm_jax.core import artifacts, storage
+from dsdm_jax.selection import export
 from dsdm_jax.validation import table
 from tests.helpers.workdirs import files_of, unfinish
 from tests.pipeline import runs
@@ -34,6 +36,17 @@ def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path, capsys):
   assert all(-1 <= r['low'] <= r['high'] <= 1 for level in found.values() for r in level)
   monotone = json.loads((files_of(workdir, 'validation') / 'monotone.json').read_text())
   assert {len(runs_) for runs_ in monotone.values()} == {2}
+
+  # A run with scores of the same pool says what they are worth.
+  for stage in ('proxies', 'features', 'datamodel', 'selection'):
+    shutil.copytree(finished / stage, workdir / stage)
+  worth = dsdm_jax.load(workdir).scores.scale['calibration']['targets']
+  assert worth.keys() == {'docs', 'api_qa', 'cs_algorithms', 'mix'}
+  assert all(np.isfinite(w['nats_per_token']) and w['error'] > 0 for w in worth.values())
+  export.write(workdir, 'dsdm--mix', 'jsonl', tmp_path / 'e')
+  assert json.loads((tmp_path / 'e/metadata.json').read_text())['calibration']['targets'] == worth
+  for stage in ('proxies', 'features', 'datamodel', 'selection'):
+    shutil.rmtree(workdir / stage)
 
   # The tables can be made from the numbers alone.
   assert table.main([str(files_of(workdir, 'validation'))]) == 0

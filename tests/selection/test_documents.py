@@ -18,9 +18,10 @@ from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.pool.spans import Spans
 from dsdm_jax.data.targets import tasks
 from dsdm_jax.errors import UserError
-from dsdm_jax.selection import documents, export
+from dsdm_jax.selection import documents, export, whole
 from dsdm_jax.selection.documents import DocumentScores
 from tests.helpers.data import RECORDS, lines, run_pool, small_config
+from tests.helpers.selection import ArrayCandidates, selected
 from tests.selection.test_trainers import open_with
 
 
@@ -60,8 +61,14 @@ def test_sums_over_documents_against_a_count_of_tokens(size_D, length, planted, 
   counts = np.bincount(rows.owner_SL.ravel(), minlength=len(wanted_D))
   counts[len(size_D) :] = length
   assert spans.tokens_D.tolist() == counts.tolist()
-  for document in range(len(size_D)):
-    assert spans.rows_of(document).tolist() == rows.row_S[(rows.owner_SL == document).any(axis=1)].tolist()
+  wanted = [(d, row) for d in range(len(size_D)) for row in rows.row_S[(rows.owner_SL == d).any(axis=1)]]
+  assert list(zip(*spans.rows_of(range(len(size_D))), strict=True)) == wanted
+  chosen = np.arange(len(size_D) + planted)[seed::2]
+  in_chosen = np.isin(rows.owner_SL, chosen).mean(axis=1)
+  share_N = spans.shares(chosen)
+  np.testing.assert_allclose(share_N[rows.row_S], in_chosen)
+  assert share_N[len(rows.row_S) :].tolist() == [float(len(size_D) + i in chosen) for i in range(planted)]
+  assert spans.whole_D.tolist() == [*(counts[: len(size_D)] == size_D), *[True] * planted]
 
 
 @pytest.fixture(scope='module')
@@ -159,7 +166,7 @@ def test_sums_over_documents_are_sums_over_rows(lossy):
   span = pool.spans
   document = int(np.flatnonzero(span.begin_D // pool.length == (span.end_D - 1) // pool.length)[0])
   [record] = (r for r in scored if r['id'] == pool.documents[document]['id'])
-  assert record['score_a'] == pytest.approx(float(arrays['score_a_N'][span.rows_of(document)[0]]), rel=1e-4)
+  assert record['score_a'] == pytest.approx(float(arrays['score_a_N'][span.rows_of([document])[1][0]]), rel=1e-4)
 
 
 def test_targets_and_arms_are_named(lossy):
@@ -246,6 +253,57 @@ def test_by_tokens_in_a_finished_run(finished):
   )
   first = rows['id'].tolist().index(run.pool.documents[0]['id'])
   length, size = run.pool.length, int(rows['row_tokens'][first])
-  score_BL = run.scores.tokens('docs', run.pool.spans.rows_of(0))
+  score_BL = run.scores.tokens('docs', run.pool.spans.rows_of([0])[1])
   assert tokens['sum_docs'][first] == pytest.approx(score_BL.ravel()[:size].sum(), rel=1e-4, abs=1e-7)
   assert tokens['score_docs'][first] == pytest.approx(tokens['sum_docs'][first] * length / size, rel=1e-5)
+
+
+def _pool(inputs, score_N, **options):
+  return ArrayCandidates(score_N, Pool(inputs['pool'].path), unit='document', **options)
+
+
+def test_the_best_documents_fill_the_budget_in_tokens(lossy):
+  """Against a search over all documents one by one."""
+  _, inputs, arrays = lossy
+  score_N = arrays['score_a_N']
+  pool = _pool(inputs, score_N)
+  found = selected('dsdm', pool, examples=20)
+  spans, left, wanted = pool.pool.spans, 20 * pool.pool.length, []
+  mean_D = spans.means(score_N)
+  for document in sorted(range(len(mean_D)), key=lambda d: -np.float32(mean_D[d])):
+    if spans.whole_D[document] and spans.tokens_D[document] <= left:
+      wanted.append(document)
+      left -= int(spans.tokens_D[document])
+  assert found.documents.tolist() == wanted and len(wanted) > 3
+  assert found.document_scores.tolist() == mean_D[wanted].astype(np.float32).tolist()
+  assert found.weights.sum() * pool.pool.length == pytest.approx(found.provenance['tokens'])
+  # Rows of better documents come first.
+  first = [min(wanted.index(d) for d in wanted if row in spans.rows_of([d])[1]) for row in found.rows]
+  assert first == sorted(first)
+  capped = selected('dsdm', _pool(inputs, score_N, source_cap=0.25), examples=20)
+  sources = pool.pool.documents.column('source')[capped.documents]
+  assert all(spans.tokens_D[capped.documents[sources == s]].sum() <= 5 * pool.pool.length for s in set(sources))
+  with pytest.raises(UserError, match='no whole document fits into selection.examples = 1 rows'):
+    selected('dsdm', _pool(inputs, score_N, source_cap=0.001), examples=1)
+
+
+def test_random_documents_are_not_chosen_by_length(lossy):
+  """Of documents that fit, long and short ones are first with the same probability."""
+  _, inputs, arrays = lossy
+  pool = _pool(inputs, arrays['score_a_N'])
+  spans = pool.pool.spans
+  first = [int(selected('random', pool, examples=200, seed=seed).documents[0]) for seed in range(60)]
+  long_D = spans.tokens_D > np.median(spans.tokens_D[spans.whole_D])
+  share = long_D[spans.whole_D].mean()
+  assert abs(long_D[first].mean() - share) < 4 * (share * (1 - share) / 60) ** 0.5
+
+
+def test_rows_of_any_method_become_documents(lossy):
+  _, inputs, arrays = lossy
+  pool = _pool(inputs, arrays['score_a_N'])
+  spans, document = pool.pool.spans, 4
+  rows = spans.rows_of([document])[1]
+  found = whole.of_rows(Selection.of(np.repeat(rows, 2), why='x'), pool)
+  assert found.documents[0] in (document, *np.flatnonzero(spans.means(np.isin(np.arange(pool.num_rows), rows)) == 1))
+  assert found.provenance['why'] == 'x' and found.document_scores[0] == 1
+  assert (np.diff(found.document_scores) <= 1e-6).all() and (found.document_scores > 0).all()

@@ -85,6 +85,64 @@ def test_summaries_describe_the_selections(chosen):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  'methods',
+  [
+    (
+      'dsdm',
+      'random',
+      'random_one_epoch',
+      'dsdm_boltzmann',
+      'dsdm_greedy',
+      'bm25',
+      'minhash',
+      'tests.selection.every:shortest',
+    ),
+    pytest.param((*(m for m in METHODS if m != 'imported'),), marks=pytest.mark.full, id='all'),
+  ],
+)
+def test_every_method_selects_documents(finished, tmp_path, methods):
+  folder = select(
+    finished, tmp_path / 'run', selection__unit='document', selection__document_cap=0, selection__methods=methods,
+    mixture__parts=('dsdm@docs rate=2', 'random epochs=1'),
+  )  # fmt: skip
+  index = json.loads((files_of(folder, 'selection') / 'index.json').read_text())
+  pool = Pool(artifacts.open_stage(folder, 'pool'))
+  spans = pool.spans
+  assert {e['method'] for e in index} == {*(m.rpartition(':')[2] for m in methods), 'mixture'}
+  smallest = int(spans.tokens_D[spans.whole_D].min())
+  for entry in index:
+    found = Selection.load(files_of(folder, 'selection'), entry['selection'])
+    found.check(pool.num_rows, cap=16)
+    assert found.size * entry['epochs'] == pytest.approx(64)
+    if entry['method'] == 'mixture':
+      continue
+    rows = ONCE.get(entry['method'], 64 if entry['method'] == 'dsdm_boltzmann' else 32)
+    tokens = int(spans.tokens_D[found.documents].sum())
+    assert found.provenance['tokens'] == tokens <= rows * pool.length
+    assert len(set(found.documents.tolist())) == found.provenance['documents'] == len(found.documents)
+    assert spans.whole_D[found.documents].all() and smallest <= tokens
+    assert found.weights.sum() * pool.length == pytest.approx(tokens, rel=1e-5)
+    assert set(found.rows.tolist()) == set(spans.rows_of(found.documents)[1].tolist())
+  # What is exported are documents, whole.
+  export.write(folder, 'dsdm--docs', 'jsonl', tmp_path / 'e')
+  records = [json.loads(line) for line in (tmp_path / 'e/dsdm--docs--0.jsonl').read_text('utf-8').split('\n') if line]
+  by_id = {d['id']: d for d in pool.documents}
+  with np.load(files_of(folder, 'datamodel') / 'scores.npz') as arrays:
+    mean_D = spans.means(arrays['score_docs_N'])
+  for record, document in zip(
+    records, Selection.load(files_of(folder, 'selection'), 'dsdm--docs--0').documents, strict=True
+  ):
+    assert record['row'] is None and record['document'] == pool.documents[document]['id']
+    assert len(record['text'].encode()) == by_id[record['document']]['bytes']
+    assert pool.encoder.encode(record['text']) == record['tokens'][:-1]
+    assert record['score'] == pytest.approx(mean_D[document], rel=1e-5) == pytest.approx(record['datamodel'], rel=1e-5)
+  assert [r['score'] for r in records] == sorted((r['score'] for r in records), reverse=True)
+  for form in ('parquet', 'megatron', 'tfds'):
+    assert f'{len(records)} documents as {form}' in export.write(folder, 'dsdm--docs', form, tmp_path / form)
+
+
+@pytest.mark.slow
 def test_each_selection_is_charged_for_what_it_uses(chosen):
   found = artifacts.open_stage(chosen, 'selection')
   flop = {name: spent['flop'] for name, spent in found.semantics['cost'].items()}

@@ -25,6 +25,9 @@ class Selection:
     weights: float32 [k], of each row's loss; usually 1.
     provenance: JSON values: method, target, seed, and details of the method.
     scores: float32 [k], what the method ranks rows by, highest first; None if it does not rank.
+    documents: int64 [m], indices into the pool's documents, best first, where whole documents were selected; `rows` are
+      then those that hold them. Otherwise None.
+    document_scores: float32 [m], what the method ranks documents by.
 
   Raises:
     ValueError: wrong shapes or dtypes, a row is negative, or a weight is negative or not finite.
@@ -35,6 +38,8 @@ class Selection:
   weights: np.ndarray
   provenance: dict[str, Any]
   scores: np.ndarray | None = None
+  documents: np.ndarray | None = None
+  document_scores: np.ndarray | None = None
 
   def __post_init__(self) -> None:
     if self.rows.ndim != 1 or self.rows.dtype != np.int64:
@@ -83,10 +88,11 @@ class Selection:
       raise ValueError(f'selection {self.name}: row {row[count.argmax()]} occurs {count.max()} times, more than {cap}')
 
   def save(self, folder: str | os.PathLike) -> None:
-    """Writes `<name>.npz` (rows, weights and, if present, scores) and `<name>.json` (provenance) to `folder`."""
+    """Writes `<name>.npz` (its arrays) and `<name>.json` (provenance) to `folder`."""
     arrays = {'rows': self.rows, 'weights': self.weights}
-    if self.scores is not None:
-      arrays['scores'] = self.scores
+    for name in ('scores', 'documents', 'document_scores'):
+      if (array := getattr(self, name)) is not None:
+        arrays[name] = array
     storage.save_npz(Path(folder) / f'{self.name}.npz', **arrays)
     storage.write_json(Path(folder) / f'{self.name}.json', self.provenance)
 
@@ -97,7 +103,7 @@ class Selection:
     try:
       with storage.load(arrays_file) as arrays:
         rows, weights = arrays['rows'], arrays['weights']
-        scores = arrays['scores'] if 'scores' in arrays.files else None
+        optional = [arrays[n] if n in arrays.files else None for n in ('scores', 'documents', 'document_scores')]
       provenance = json.loads(provenance_file.read_text())
     except FileNotFoundError as error:
       raise UserError(
@@ -108,7 +114,7 @@ class Selection:
         f'{arrays_file} or its .json cannot be read ({" ".join(str(error).split())[:200]}); delete the selection '
         'folder and start again'
       ) from error
-    return cls(name, rows, weights, provenance, scores)
+    return cls(name, rows, weights, provenance, *optional)
 
 
 def schedule(

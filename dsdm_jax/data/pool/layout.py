@@ -271,10 +271,10 @@ def _cap(
     draw_K, size_K = np.concatenate(draws), np.concatenate(sizes)
     order_K = np.lexsort((draw_K, size_K > allowed[index] * _LONG))
     keep_M[number_K] = False
-    keep_M[number_K[order_K[_fitting(size_K[order_K], int(allowed[index]), most)]]] = True
+    keep_M[number_K[order_K[fitting(size_K[order_K], int(allowed[index]), most)]]] = True
 
 
-def _fitting(size_K: np.ndarray, limit: int, most: int) -> np.ndarray:
+def fitting(size_K: np.ndarray, limit: int, most: int) -> np.ndarray:
   """Places of at most `most` sizes, taken in order, each if it fits into what is left of `limit`."""
   taken = [np.empty(0, np.int64)]
   left_K = np.arange(len(size_K))

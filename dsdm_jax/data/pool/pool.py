@@ -91,11 +91,10 @@ class Documents(Sequence[dict[str, Any]]):
     """Number of all records, also of documents that are not in the pool."""
     return int(self._first[-1])
 
-  @property
-  def tokens_D(self) -> np.ndarray:
-    """Number of tokens of each document, without its end mark: int64 [D]."""
-    counts = [file.read(columns=['tokens'])['tokens'].to_numpy() for file in self._files]
-    return np.concatenate(counts)[self._order]
+  def column(self, name: str) -> np.ndarray:
+    """One field of all documents: [D]."""
+    values = [file.read(columns=[name])[name].to_numpy() for file in self._files]
+    return np.concatenate(values)[self._order]
 
   def read(self, columns: Sequence[str] | None = None) -> Iterator[tuple[np.ndarray, 'pyarrow.Table']]:
     """Groups of all records in the order in which they were read, with the index of each record's document.
@@ -219,7 +218,7 @@ class Pool:
   def spans(self) -> Spans:
     """The tokens of each document among the rows."""
     planted = len(self.planted)
-    return Spans(self.documents.tokens_D + self.card['end_marks'], self, planted)
+    return Spans(self.documents.column('tokens') + self.card['end_marks'], self, planted)
 
   @functools.cached_property
   def digest(self) -> str:
@@ -251,9 +250,26 @@ class Pool:
       return self._resident_NL[row_B].astype(np.int32)
     return self._read(row_B).astype(np.int32)
 
+  def document_tokens(self, documents: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """Tokens of documents, as far as they are in rows, each with its end mark."""
+    spans, document_M = self.spans, np.asarray(documents, np.int64)
+    place_R, row_R = spans.rows_of(document_M)
+    read, at_R = np.unique(row_R, return_inverse=True)
+    tokens_BL = self.tokens(read)
+    first_M = np.searchsorted(place_R, np.arange(len(document_M)))
+    result = []
+    for first, begin, size in zip(first_M, spans.begin_D[document_M], spans.tokens_D[document_M], strict=True):
+      offset = begin % self.length
+      rows = at_R[first : first - (-(offset + size) // self.length)] if size else at_R[:0]
+      result.append(tokens_BL[rows].ravel()[offset : offset + size])
+    return result
+
   def text(self, row: int) -> str:
     """Text of a row, `END_OF_DOCUMENT` where a document ends; a character cut at the edge becomes U+FFFD."""
-    tokens_L = self.tokens([row])[0]
+    return self.text_of(self.tokens([row])[0])
+
+  def text_of(self, tokens_L: np.ndarray) -> str:
+    """Text of tokens, `END_OF_DOCUMENT` where a document ends."""
     parts = np.split(tokens_L, np.flatnonzero(tokens_L == self.encoder.eos))
     # All parts but the first begin with an end mark, which decodes to nothing.
     return END_OF_DOCUMENT.join(self.encoder.decode(part) for part in parts)

@@ -1,5 +1,6 @@
 """The tokens of each document among the rows of a pool, and sums of the rows' values over them."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +29,7 @@ class Spans:
   Attributes:
     row_S: row of the pool at each place of the stream.
     begin_D, end_D: the tokens of each document in the stream, as far as they are in a row.
+    whole_D: whether all tokens of a document are in a row.
   """
 
   def __init__(self, size_D: np.ndarray, rows: Rows, planted: int = 0):
@@ -35,6 +37,7 @@ class Spans:
     edge_D = np.concatenate([[0], np.cumsum(size_D[: len(size_D) - planted])])
     edge_D = np.append(np.minimum(edge_D, stream * self.length), np.arange(stream + 1, rows.num_rows + 1) * self.length)
     self.begin_D, self.end_D = edge_D[:-1], edge_D[1:]
+    self.whole_D = self.tokens_D == np.append(size_D[: len(size_D) - planted], np.full(planted, self.length))
     # A planted document begins in the row that it fills, at offset 0.
     place_N = (self.begin_D[rows.document_N] + rows.offset_N) // self.length
     self.row_S = np.empty(rows.num_rows, np.int64)
@@ -59,7 +62,28 @@ class Spans:
 
     return until(self.end_D) - until(self.begin_D)
 
-  def rows_of(self, document: int) -> np.ndarray:
-    """Rows that hold tokens of a document, in its order."""
-    first, last = self.begin_D[document] // self.length, -(-self.end_D[document] // self.length)
-    return self.row_S[first:last]
+  def means(self, value_N: np.ndarray) -> np.ndarray:
+    """Mean over a document's tokens of the values of their rows; 0 for one without tokens in a row: float64 [D]."""
+    return self.sums(value_N) * self.length / np.maximum(self.tokens_D, 1)
+
+  def shares(self, documents: np.ndarray) -> np.ndarray:
+    """The share of each row's tokens that are of these documents: float64 [N]."""
+    chosen_D = np.zeros(len(self.begin_D), np.int64)
+    chosen_D[documents] = 1
+    before_D = np.concatenate([[0], np.cumsum(chosen_D * self.tokens_D)])
+    edge_S = np.arange(len(self.row_S) + 1) * self.length
+    document_S = np.searchsorted(self.begin_D, edge_S, side='right') - 1
+    until_S = before_D[document_S] + chosen_D[document_S] * np.minimum(edge_S, self.end_D[document_S])
+    until_S -= chosen_D[document_S] * self.begin_D[document_S]
+    share_N = np.empty(len(self.row_S))
+    share_N[self.row_S] = np.diff(until_S) / self.length
+    return share_N
+
+  def rows_of(self, documents: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that hold tokens of documents, in their order: (place in `documents`, row), int64 [R] each."""
+    document_M = np.asarray(documents, np.int64)
+    first_M = self.begin_D[document_M] // self.length
+    count_M = np.where(self.tokens_D[document_M] > 0, -(-self.end_D[document_M] // self.length) - first_M, 0)
+    place_R = np.repeat(np.arange(len(document_M)), count_M)
+    nth_R = np.arange(len(place_R)) - np.repeat(np.cumsum(count_M) - count_M, count_M)
+    return place_R, self.row_S[first_M[place_R] + nth_R]
