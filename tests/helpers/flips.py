@@ -22,7 +22,7 @@ from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
 from dsdm_jax.report import report_data
-from dsdm_jax.selection import export
+from dsdm_jax.selection import documents, export
 from dsdm_jax.study import arm_file, study
 from dsdm_jax.training import loop, step
 from dsdm_jax.validation import table
@@ -70,6 +70,11 @@ def _load(workdir: Path, scratch: Path) -> Any:
 def _export(workdir: Path, scratch: Path) -> Any:
   export.write(workdir, 'dsdm--mix', 'jsonl', scratch / 'export')
   return (scratch / 'export/dsdm--mix--0.jsonl').read_bytes()
+
+
+def _documents(workdir: Path, scratch: Path) -> Any:
+  documents.write(workdir, 'parquet', scratch / 'documents')
+  return [path.read_bytes() for path in sorted((scratch / 'documents').iterdir())]
 
 
 def _report(workdir: Path, scratch: Path) -> Any:
@@ -149,6 +154,7 @@ def _verify(workdir: Path, scratch: Path) -> Any:
 READERS: dict[Callable[[Path, Path], Any], tuple[str, ...]] = {
   _load: report_data.STAGES,
   _export: ('pool', 'datamodel', 'selection'),
+  _documents: ('pool', 'datamodel', 'selection'),
   _report: (*report_data.STAGES, 'validation'),
   _scores: ('datamodel',),
   _arm: ('pool', 'targets', 'selection', 'pretraining', 'ladder', 'evaluation'),

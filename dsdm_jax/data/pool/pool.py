@@ -91,6 +91,11 @@ class Documents(Sequence[dict[str, Any]]):
     """Number of all records, also of documents that are not in the pool."""
     return int(self._first[-1])
 
+  @property
+  def tokens_D(self) -> np.ndarray:
+    """Number of tokens of each document, without its end mark: int64 [D]."""
+    return self.column('tokens')
+
   def column(self, name: str) -> np.ndarray:
     """One field of all documents: [D]."""
     values = [file.read(columns=[name])[name].to_numpy() for file in self._files]
@@ -218,7 +223,7 @@ class Pool:
   def spans(self) -> Spans:
     """The tokens of each document among the rows."""
     planted = len(self.planted)
-    return Spans(self.documents.column('tokens') + self.card['end_marks'], self, planted)
+    return Spans(self.documents.tokens_D + self.card['end_marks'], self, planted)
 
   @functools.cached_property
   def digest(self) -> str:
