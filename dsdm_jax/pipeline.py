@@ -15,6 +15,7 @@ from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.runner import Runner, locked
 from dsdm_jax.core.stage import Stage
+from dsdm_jax.data import hub
 from dsdm_jax.data.targets import tasks
 from dsdm_jax.errors import UserError, visible, visible_lines
 from dsdm_jax.evaluation import suite
@@ -27,7 +28,7 @@ STAGES = (
     reads=(),
     keys=('seed', 'pool', 'targets.tasks', 'targets.folder', 'targets.seed'),
     code='data.pool.build:run',
-    format=4,
+    format=5,
   ),
   # Tasks → examples that the datamodel sees, and a holdout split that it never sees.
   Stage(
@@ -35,7 +36,7 @@ STAGES = (
     reads=('pool',),
     keys=('targets',),
     code='data.targets.targets:run',
-    format=3,
+    format=4,
   ),
   # Small models on random subsets.
   Stage(
@@ -80,7 +81,7 @@ STAGES = (
     reads=('pool', 'targets', 'proxies', 'features', 'datamodel'),
     keys=('seed', 'selection', 'mixture', 'pretraining.seeds'),
     code='selection.select:run',
-    format=2,
+    format=3,
     everywhere=True,
   ),
   # One model per arm and seed, on a seqio mixture of its rows.
@@ -155,8 +156,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
 
 
 def runner_config(config: ConfigDict) -> ConfigDict:
-  """`config` with derived values filled in, such as the shapes that `size` or `weights` of a model name."""
-  return resolve(config, hugging_face.model_keys)
+  """`config` with derived values filled in, such as the shape of a named model; hub ids become local paths."""
+  return resolve(hub.localized(config), hugging_face.model_keys)
 
 
 def needed(name: str) -> list[str]:

@@ -29,7 +29,7 @@ from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.batches import row_range_batches
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
-from dsdm_jax.lm.outputs import OutputFn, token_log_probability
+from dsdm_jax.lm.outputs import OutputFn, counted_mean, token_log_probability
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.proxies import checkpoint_steps
 from dsdm_jax.training.step import Trainer, TrainState, abstract_model, trainer
@@ -141,10 +141,8 @@ class FeatureExtractor:
 
   def _first_rows(self, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and weights of the pool's first rows: a random sample, as the pool's order is random."""
-    tokens_BL = self._pool.tokens(np.arange(min(count, self._pool.num_rows)))
-    weights_BL = np.ones(tokens_BL.shape, np.float32)
-    weights_BL[:, 0] = 0
-    return tokens_BL, weights_BL
+    rows = np.arange(min(count, self._pool.num_rows))
+    return self._pool.tokens(rows), self._pool.weights(rows)
 
   def source(self, checkpoint: int, prepared: Any) -> Recomputed:
     """Features of the pool's rows, computed on each read."""
@@ -274,7 +272,7 @@ class ProxyOutputs:
     batch = trainer.batch_sharding
     states = trainer.shardings.params, trainer.shardings.rest
     self._output = jax.jit(self._apply_output, in_shardings=(*states, batch, batch), out_shardings=batch)
-    self._probability = jax.jit(self._apply_probability, in_shardings=(*states, batch), out_shardings=batch)
+    self._probability = jax.jit(self._apply_probability, in_shardings=(*states, batch, batch), out_shardings=batch)
     self.flop = 0.0
 
   def _logits(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array) -> jax.Array:
@@ -283,9 +281,11 @@ class ProxyOutputs:
   def _apply_output(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     return jax.vmap(self._output_fn)(self._logits(params, rest, tokens_BL), tokens_BL, weights_BL)
 
-  def _apply_probability(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array) -> jax.Array:
+  def _apply_probability(
+    self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array
+  ) -> jax.Array:
     logits_BLV = self._logits(params, rest, tokens_BL)
-    return jnp.mean(jnp.exp(jax.vmap(token_log_probability)(logits_BLV, tokens_BL)), axis=1)
+    return counted_mean(jnp.exp(jax.vmap(token_log_probability)(logits_BLV, tokens_BL)), weights_BL)
 
   def of_examples(self, state: TrainState, tokens_TL: np.ndarray, weights_TL: np.ndarray) -> np.ndarray:
     """The output function of each example, float32 [T]."""
@@ -299,12 +299,13 @@ class ProxyOutputs:
     return np.concatenate(parts)[: len(tokens_TL)]
 
   def mean_probability(self, state: TrainState, pool: Pool, progress: Callable[[int], object]) -> np.ndarray:
-    """Probability of the true token, mean over the predicted tokens of each row; float32 [N]."""
+    """Probability of the true token, mean over the tokens of each row that the loss counts; float32 [N]."""
     parts = []
     sharding, size = self._trainer.batch_sharding, self._batch_size
-    for tokens, _, valid_B in ahead(row_range_batches(pool, 0, pool.num_rows, size, share(sharding, size))):
-      tokens_BL = assemble(tokens, sharding, size)
-      parts.append(fetch(self._probability(state.params, state.rest, tokens_BL))[valid_B])
+    mine = share(sharding, size)
+    for tokens, rows_B, valid_B in ahead(row_range_batches(pool, 0, pool.num_rows, size, mine)):
+      batch = assemble((tokens, pool.weights(rows_B[mine])), sharding, size)
+      parts.append(fetch(self._probability(state.params, state.rest, *batch))[valid_B])
       progress(len(parts[-1]))
-    self.flop += len(parts) * flops.count(self._apply_probability, state.params, state.rest, tokens_BL)
+    self.flop += len(parts) * flops.count(self._apply_probability, state.params, state.rest, *batch)
     return np.concatenate(parts)

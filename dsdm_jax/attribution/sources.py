@@ -136,9 +136,8 @@ class PoolPass:
     self._step, self._prepared, self._pool, self._batch_size = step, prepared, pool, batch_size
     self._sharding, self._add_flop, self._check = batch_sharding(mesh), add_flop, check
     self._share = share(self._sharding, batch_size)
-    weights_BL = np.ones((batch_size, pool.length), np.float32)
-    weights_BL[:, 0] = 0.0
-    self._weights_BL = place(weights_BL, self._sharding)
+    # The same for all batches, unless the loss is on some tokens alone.
+    self._weights_BL = place(pool.weights(np.zeros(batch_size, np.int64)), self._sharding)
 
   def charge(self, rows: int) -> None:
     """Adds the floating-point operations of `rows`, without what pads their batches."""
@@ -158,9 +157,12 @@ class PoolPass:
 
   def _dispatch(self, start: int, stop: int) -> list[tuple[jax.Array, int]]:
     parts = []
-    for tokens, _, valid_B in ahead(row_range_batches(self._pool, start, stop, self._batch_size, self._share)):
-      tokens_BL = assemble(tokens, self._sharding, self._batch_size)
-      parts.append((self._step(self._prepared, tokens_BL, self._weights_BL), int(valid_B.sum())))
+    for tokens, rows_B, valid_B in ahead(row_range_batches(self._pool, start, stop, self._batch_size, self._share)):
+      tokens_BL, weights_BL = assemble(tokens, self._sharding, self._batch_size), self._weights_BL
+      if self._pool.counts_some:
+        weights = self._pool.weights(rows_B[self._share])
+        weights_BL = assemble(weights, self._sharding, self._batch_size)
+      parts.append((self._step(self._prepared, tokens_BL, weights_BL), int(valid_B.sum())))
     return parts
 
   def _finish(self, start: int, stop: int, parts: list[tuple[jax.Array, int]]) -> Shard:

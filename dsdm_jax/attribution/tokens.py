@@ -96,14 +96,16 @@ class TokenScores:
       seen_PB = seen(self._proxies, proxies.count, self._pool.num_rows)[:, rows_B]
       weight_CB = proxy_weights(np.repeat(seen_PB, proxies.checkpoints, axis=0), semantics['average'][task])
     total_BL = np.zeros((len(rows_B), self._pool.length))
-    tokens_BL = self._pool.tokens(rows_B)
+    tokens_BL, weights_BL = self._pool.tokens(rows_B), self._pool.weights(rows_B)
     for checkpoint, (u_J, weight_B) in enumerate(zip(u_CJ, weight_CB, strict=True)):
       scale = max(float(np.abs(u_J).max()), np.finfo(np.float64).tiny)  # keeps float32 far from its limits
-      share_BL = self._of_checkpoint(checkpoint, (u_J / scale).astype(np.float32), tokens_BL)
+      share_BL = self._of_checkpoint(checkpoint, (u_J / scale).astype(np.float32), tokens_BL, weights_BL)
       total_BL[:, 1:] += share_BL * scale * (weight_B * q_B)[:, None]
     return total_BL.astype(np.float32)
 
-  def _of_checkpoint(self, checkpoint: int, u_J: np.ndarray, tokens_NL: np.ndarray) -> np.ndarray:
+  def _of_checkpoint(
+    self, checkpoint: int, u_J: np.ndarray, tokens_NL: np.ndarray, weights_NL: np.ndarray
+  ) -> np.ndarray:
     """Shares [N, L−1] of tokens 1…L−1."""
     step, size = self._extractor.step, self._extractor.batch_size
     params, moment = self._extractor.weights(checkpoint)
@@ -113,14 +115,12 @@ class TokenScores:
       prepared = self._scorer.placed(params, step.tree(u_J[:, None], params))
     else:
       prepared = self._scorer.prepare(params, u_J[:, None], checkpoint, moment)
-    weights_BL = np.ones((size, self._pool.length), np.float32)
-    weights_BL[:, 0] = 0
     parts = [np.zeros((0, self._pool.length - 1))]
     for start in range(0, len(tokens_NL), size):
-      tokens_BL = tokens_NL[start : start + size]
-      filled_BL = np.pad(tokens_BL, [(0, size - len(tokens_BL)), (0, 0)])
-      placed = place((filled_BL, weights_BL), batch_sharding(self._extractor.mesh))
-      parts.append(fetch(self._scorer(prepared, *placed))[: len(tokens_BL), :, 0])
+      rows = [x[start : start + size] for x in (tokens_NL, weights_NL)]
+      filled = tuple(np.pad(x_BL, [(0, size - len(x_BL)), (0, 0)]) for x_BL in rows)
+      placed = place(filled, batch_sharding(self._extractor.mesh))
+      parts.append(fetch(self._scorer(prepared, *placed))[: len(rows[0]), :, 0])
     return np.concatenate(parts)
 
 

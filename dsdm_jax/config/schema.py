@@ -107,6 +107,7 @@ class Pool(Section):
   on_error: Literal['fail', 'skip'] = key('fail', 'Bad input stops the run, or is skipped, counted and listed.')
   drop_duplicates: bool = key(True, 'Keep only the first of documents with identical bytes.')
   length: Annotated[Tokens, Ge(8)] = key(128, 'L, the tokens of one row.')
+  packed: bool = key(True, 'Join documents and cut rows; False gives each a row of its own, cut or padded.')
   vocabulary: Annotated[
     str,
     must(
@@ -126,11 +127,12 @@ class Pool(Section):
   leakage_benchmarks: Annotated[
     Texts,
     must(
-      lambda x: all(b in (v.EVALUATED, *v.BENCHMARKS) or v.is_jsonl(b) for b in x),
-      f"must be '{v.EVALUATED}', names of {', '.join(v.BENCHMARKS)}, or paths that end in .jsonl",
+      lambda x: all(b in (v.EVALUATED, *v.BENCHMARKS) or v.is_jsonl(b) or v.is_harness(b) for b in x),
+      f"must be '{v.EVALUATED}', names of {', '.join(v.BENCHMARKS)}, paths that end in .jsonl, or lm_eval:TASK",
     ),
   ] = key(
-    (v.EVALUATED,), 'Benchmarks that the pool must not contain: names, .jsonl files, or evaluated (evaluation.tasks).'
+    (v.EVALUATED,),
+    'Benchmarks that the pool must not contain: names, files, lm_eval:TASK, or evaluated (evaluation.tasks).',
   )
   plant_targets: Count = key(0, 'Control: target examples of each task that are added verbatim as documents.')
 
@@ -150,23 +152,27 @@ class Targets(Section):
   tasks: Annotated[
     Texts,
     must(
-      lambda x: all(t in (*v.TASKS, *v.BENCHMARKS) or v.is_jsonl(t) for t in x) and 0 < len(x) == len(set(x)),
-      f'must be one or more of {", ".join((*v.TASKS, *v.BENCHMARKS))} or paths that end in .jsonl, each once',
+      lambda x: all(t in (*v.TASKS, *v.BENCHMARKS) or v.is_jsonl(t) or v.is_harness(t) for t in x),
+      f'must be one or more of {", ".join((*v.TASKS, *v.BENCHMARKS))}, paths that end in .jsonl, or lm_eval:TASK',
     ),
+    must(lambda x: 0 < len(x) == len(set(x)), 'must name at least one, each once'),
     must(
       v.have_distinct_names,
       "must have different names (a path: the file name without .jsonl) of letters, digits, '.', '-' and single '_', "
       "and none may be 'mix'",
     ),
     ShortNames,
-  ] = key(v.TASKS, 'Built-in tasks, names of benchmarks (docs/benchmarks.md), or paths of JSONL files.')
+  ] = key(v.TASKS, 'Built-in tasks, names of benchmarks (docs/benchmarks.md), paths of JSONL files, or lm_eval:TASK.')
   folder: Annotated[
     str,
     must(
       lambda x: '\n' not in x and x == x.strip() and (not x or all(part.strip() for part in x.split(' | '))),
       "must be one line that does not begin or end with white space; several places are joined by ' | '",
     ),
-  ] = key('', "Folder of benchmark files, tfds or tfds:DATA_DIR; with several ('a | b') the first that has one wins.")
+  ] = key(
+    '',
+    "Folder of benchmark and lm_eval files, tfds or tfds:DATA_DIR; with several ('a | b') the first that has one wins.",
+  )
   file_shots: Few = key(0, 'Solved examples before each question of a task given by its path.')
   file_delimiter: Delimiter = key(' ', "Between context and answer of such a task; '' for nothing.")
   max_examples: Annotated[Count, Ge(1)] = key(256, 'Maximum examples of each task and split.')
@@ -455,7 +461,7 @@ class Evaluation(Section):
   tasks: Annotated[
     Texts, must(lambda x: 0 < len(x) == len(set(x)), 'must name at least one task, each once'), ShortNames
   ] = key(
-    ('targets',), "targets (the run's own, both splits), names of benchmarks in targets.folder, paths of JSONL files."
+    ('targets',), "targets (the run's own, both splits), benchmarks in targets.folder, JSONL files, or lm_eval:TASK."
   )
   max_items: Annotated[Count, must(lambda n: n == 0 or n >= 2, 'must be 0 for all, or at least 2')] = key(
     0, 'Maximum items of each benchmark, spread evenly over its file; 0 takes all.'

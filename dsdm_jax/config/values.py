@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from dsdm_jax.config.methods import METHODS, method_name
 
 MAX_BYTES, MAX_ROWS, MAX_FACTOR, MAX_PASSES = 2**50, 10**12, 10**6, 10**6  # larger values are typing errors
-SOURCE_KINDS = ('text', 'jsonl', 'parquet', 'hf', 'tfds', 'seqio', 'tokens')
+SOURCE_KINDS = ('text', 'jsonl', 'parquet', 'hf', 'hf_hub', 'tfds', 'seqio', 'tokens')
 KINDS = ('source', 'docs', 'licences', 'metadata', 'data')
 TASKS = ('docs', 'api_qa', 'cs_algorithms')
 # Those of dsdm_jax/data/targets/benchmarks.py (a test compares them).
@@ -70,6 +70,17 @@ def is_jsonl(value: str) -> bool:
   return value.endswith('.jsonl')
 
 
+def is_harness(value: str) -> bool:
+  """Whether this names a task of lm-evaluation-harness: 'lm_eval:TASK' or 'lm_eval:TASK:SPLIT'."""
+  return re.fullmatch(r'lm_eval:[\w.-]+(:(train|validation|test))?', value) is not None
+
+
+def harness_parts(value: str) -> tuple[str, str]:
+  """(task, split) of such a text; the split may be empty."""
+  _, task, *split = value.split(':')
+  return task, ''.join(split)
+
+
 def source_parts(line: str) -> list[str]:
   """A line of `pool.sources`: kind and target, then its options. A bar that no `key=` follows belongs to the target."""
   return [part.strip() for part in re.split(r' \|(?=\s+\w+\s*=)', line)]
@@ -123,12 +134,16 @@ def guarded(names: Iterable[str], evaluated: Iterable[str]) -> tuple[str, ...]:
   They are sorted by their names, not their paths: the order is part of the pool's identity, and files may move.
   """
   names = set(names)
-  benchmarks = {name for name in evaluated if name in BENCHMARKS or is_jsonl(name)} if EVALUATED in names else set()
+  benchmarks = (
+    {n for n in evaluated if n in BENCHMARKS or is_jsonl(n) or is_harness(n)} if EVALUATED in names else set()
+  )
   return tuple(sorted((names - {EVALUATED}) | benchmarks, key=lambda name: (task_name(name), name)))
 
 
 def task_name(task: str) -> str:
-  """The name of an entry of `targets.tasks`: the stem of a path, any other entry as it is."""
+  """The name of an entry of `targets.tasks`: the stem of a path, 'lm_eval.arc_easy', any other entry as it is."""
+  if is_harness(task):
+    return re.sub('_+', '_', task).replace(':', '.')
   return PurePath(task).stem if is_jsonl(task) else task
 
 

@@ -19,12 +19,12 @@ from typing import Any
 
 from dsdm_jax.config.relations import MODELS, OUR_FACTORY
 from dsdm_jax.config.validate import select
-from dsdm_jax.config.values import CALLABLE, SOURCE_KINDS, is_jsonl, source_parts, task_name
+from dsdm_jax.config.values import CALLABLE, SOURCE_KINDS, is_harness, is_jsonl, source_parts, task_name
 from dsdm_jax.core import storage, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data import files
 from dsdm_jax.data.pool import sources
-from dsdm_jax.data.targets import benchmarks
+from dsdm_jax.data.targets import benchmarks, harness
 from dsdm_jax.errors import UserError
 
 
@@ -35,7 +35,8 @@ class _WildcardError(UserError):
 Replace = Callable[[str], str]
 _PACKAGE = 'dsdm_jax'  # its own code counts by `Stage.format`
 _WEIGHTS = ('config.json', '*.safetensors', '*.safetensors.index.json')  # what `lm.hugging_face` reads
-_BESIDE = ('tokenizer_config.json', 'generation_config.json')  # of a tokenizer.json; they may name its end mark
+# Of a tokenizer.json: they may have its end mark and its chat template.
+_BESIDE = ('tokenizer_config.json', 'generation_config.json', 'chat_template.jinja')
 # What planted examples depend on, beside the tasks; `max_examples` keeps their order.
 _PLANTED = ('holdout_share', 'file_shots', 'file_delimiter', 'long_prompts')
 _INSTALLED = {'site-packages', 'dist-packages'}
@@ -103,8 +104,7 @@ def _replacement(key: str, settings: Mapping[str, Any]) -> Replace | None:
   if model in MODELS and name == 'weights':
     return lambda text: text and f'content {files.digest(text, _WEIGHTS)}'
   if key in ('targets.tasks', 'pool.leakage_benchmarks', 'evaluation.tasks'):
-    places = benchmarks.places(settings['targets.folder'])
-    return lambda text: of_task(text, places)
+    return lambda text: of_task(text, settings['targets.folder'])
   return {
     'pool.sources': _source,
     'pool.vocabulary': _vocabulary,
@@ -118,11 +118,14 @@ def _custom(text: str, weights: bool) -> str:
   return f'content {files.digest(text)}' if (weights or os.sep in text) and os.path.exists(text) else text
 
 
-def of_task(text: str, places: tuple[str, ...] = ()) -> str:
-  """A task by its content: a JSONL file, or a benchmark in one of the places of `targets.folder`."""
+def of_task(text: str, folder: str = '') -> str:
+  """A task by its content: a JSONL file, the items of the harness, or a benchmark in `targets.folder`."""
   if is_jsonl(text):
     return f'{task_name(text)}.jsonl: content {files.digest(text)}'
-  place = benchmarks.place(benchmarks.BENCHMARKS[text], places) if text in benchmarks.BENCHMARKS else None
+  if is_harness(text):
+    return f'{task_name(text)}: content {harness.read(text, benchmarks.harness_folders(folder)).digest}'
+  known = benchmarks.BENCHMARKS.get(text)
+  place = benchmarks.place(known, benchmarks.places(folder)) if known else None
   if place is None:
     return text
   if benchmarks.in_tfds(place):
@@ -203,7 +206,7 @@ def _modules(value: Any) -> set[str]:
   for text in filter(lambda text: isinstance(text, str), _texts(value)):
     head, *options = source_parts(text)
     name, _, _ = head.partition('@')
-    if CALLABLE.fullmatch(name) and name.partition(':')[0] not in SOURCE_KINDS:
+    if CALLABLE.fullmatch(name) and not is_harness(name) and name.partition(':')[0] not in SOURCE_KINDS:
       names.add(name.partition(':')[0])
     names |= {option.partition('=')[2].strip() for option in options if option.partition('=')[0].strip() == 'module'}
   return {name for name in names if name.partition('.')[0] != _PACKAGE and _spec(name) is not None}

@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from dsdm_jax.config.values import is_harness, is_jsonl
 from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.vocabulary import Encoder, encode_pair, open_encoder
-from dsdm_jax.data.targets import benchmarks, tasks
+from dsdm_jax.data.targets import benchmarks, harness, tasks
 from dsdm_jax.data.targets.benchmarks import BENCHMARKS, Benchmark, Prompt, shots_to_drop
 from dsdm_jax.data.targets.shapes import GENERATION, LANGUAGE_MODELLING, MULTIPLE_CHOICE, SCHEMA, Item, question_keys
-from dsdm_jax.data.targets.targets import Examples, Targets, too_long
+from dsdm_jax.data.targets.targets import Examples, Targets, rendered, too_long
 from dsdm_jax.errors import UserError
 
 OWN = 'targets'  # in evaluation.tasks: the run's own target tasks
@@ -257,9 +258,10 @@ def _of_target(task: str, config: ConfigDict) -> tuple[Benchmark | None, int, st
     task: name of the task.
     config: the `targets` part of the config.
   """
-  if task not in config.tasks:
+  given = next((text for text in config.tasks if tasks.task_name(text) == task), None)
+  if given is None or is_jsonl(given):
     return None, config.file_shots, config.file_delimiter
-  known = BENCHMARKS.get(task)
+  known = benchmarks.named(given, config.folder)
   return (known, known.shots, known.delimiter) if known else (None, 0, ' ')
 
 
@@ -305,24 +307,32 @@ def of_target(task: str, split: str, examples: Examples, sequences: Sequences, c
   return dataclasses.replace(request, dropped_I=dropped_I)
 
 
-def selected_benchmarks(config: ConfigDict) -> list[Benchmark]:
+def selected_benchmarks(config: ConfigDict, folder: str = '') -> list[Benchmark]:
   """The benchmarks that `config.tasks` (the `evaluation` part) names, without the run's own targets.
 
+  Args:
+    config: the `evaluation` part.
+    folder: `targets.folder`.
+
   Raises:
-    UserError: an unknown name, a file of an unknown shape, or two benchmarks with the same name.
+    UserError: an unknown name, a file of an unknown shape, whole documents, or two benchmarks with the same name.
   """
   selected = []
   for task in config.tasks:
     if task == OWN:
       continue
-    if task.endswith('.jsonl'):
-      selected.append(benchmarks.of_file(task, config.file_shots, config.file_delimiter))
-    elif task in BENCHMARKS:
-      selected.append(BENCHMARKS[task])
-    else:
+    if is_harness(task) and harness.read(task, benchmarks.harness_folders(folder)).documents:
+      raise UserError(
+        f'evaluation.tasks holds {task!r}, which asks for the likelihood of whole documents; make it a target, or let '
+        'lm-evaluation-harness run it (dsdm_jax.evaluation.lm_eval)'
+      )
+    benchmark = benchmarks.named(task, folder, config.file_shots, config.file_delimiter)
+    if benchmark is None:
       near = difflib.get_close_matches(task, [OWN, *BENCHMARKS], n=1)
-      hint = f'is it {near[0]}?' if near else f'known are {OWN}, {", ".join(BENCHMARKS)}, and .jsonl files'
+      others = f'known are {OWN}, {", ".join(BENCHMARKS)}, .jsonl files and lm_eval:TASK'
+      hint = f'is it {near[0]}?' if near else others
       raise UserError(f'evaluation.tasks holds {task!r}, which is no benchmark; {hint}')
+    selected.append(benchmark)
   names = [benchmark.name for benchmark in selected]
   for name in names:
     if names.count(name) > 1:
@@ -342,10 +352,9 @@ def check(config: ConfigDict, targets: ConfigDict, length: int) -> None:
     UserError: as `selected_benchmarks` and `benchmarks.read_items`; generated answers leave no room for a prompt; a
       benchmark is also a target of `config.tasks`, or has fewer than two items that no target asks.
   """
-  selected, own = selected_benchmarks(config), targets.tasks if OWN in config.tasks else ()
+  selected, own = selected_benchmarks(config, targets.folder), targets.tasks if OWN in config.tasks else ()
   shapes = {benchmark.shape for benchmark in selected}
-  shapes |= {BENCHMARKS[task].shape for task in own if task in BENCHMARKS}
-  shapes |= {benchmarks.of_file(task).shape for task in own if task.endswith('.jsonl')}
+  shapes |= {benchmark.shape for task in own if (benchmark := benchmarks.named(task, targets.folder))}
   if config.generate_tokens >= length and GENERATION in shapes:
     raise UserError(
       f'config key evaluation.generate_tokens = {config.generate_tokens} must be less than pool.length = {length}: a '
@@ -379,7 +388,7 @@ def _unasked(selected: Sequence[Benchmark], targets: ConfigDict) -> Iterator[tup
   """Each benchmark, its items that are not in the target split of a target, and the number of those that are."""
   asked = tasks.target_questions(targets) if selected else frozenset()
   for benchmark in selected:
-    items = benchmarks.read_items(benchmark, _folder(benchmark, targets.folder))
+    items = benchmarks.read_items(benchmark, benchmarks.path_of(benchmark, targets.folder))
     keys = question_keys(items) if asked else [''] * len(items)
     others = [item for item, key in zip(items, keys, strict=True) if key not in asked]
     yield benchmark, others, len(items) - len(others)
@@ -396,7 +405,7 @@ def read(config: ConfigDict, targets: ConfigDict, sequences: Sequences) -> Itera
   Raises:
     UserError: as `check` and `build`.
   """
-  for benchmark, items, left_out in _unasked(selected_benchmarks(config), targets):
+  for benchmark, items, left_out in _unasked(selected_benchmarks(config, targets.folder), targets):
     request = build(
       benchmark,
       benchmarks.evenly(items, config.max_items or None),
@@ -406,10 +415,6 @@ def read(config: ConfigDict, targets: ConfigDict, sequences: Sequences) -> Itera
       config.long_prompts,
     )
     yield dataclasses.replace(request, left_out=left_out)
-
-
-def _folder(benchmark: Benchmark, folder: str) -> str | None:
-  return (folder or '.') if BENCHMARKS.get(benchmark.name) is benchmark else None
 
 
 def build(
@@ -433,6 +438,13 @@ def build(
   Raises:
     UserError: an answer has no tokens, or a prompt is refused.
   """
+  if any(item.messages for item in items):
+    texts = [rendered(sequences.encoder, item.messages) for item in items]
+    sequences = dataclasses.replace(sequences, encoder=texts[0][2])
+    items = [
+      dataclasses.replace(item, context=context, continuation=answer)
+      for item, (context, answer, _) in zip(items, texts, strict=True)
+    ]
   equal = benchmarks.alike(items) if benchmark.shots else None
   asked = [benchmarks.prompt(benchmark, items, index, seed, equal) for index in range(len(items))]
   return _request(benchmark, BENCHMARK, items, asked, sequences, generate, long_prompts)

@@ -56,6 +56,12 @@ def token_margin(logits_LV: jax.Array, tokens_L: jax.Array) -> jax.Array:
   return (right_L - _log_sum_exp(jnp.where(right_LV, -jnp.inf, logits_LV)))[:-1]
 
 
+def counted_mean(values_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+  """Mean of values of tokens 1…L−1, [B, L−1], over the tokens that count in `weights_BL` [B, L]; 0 without any."""
+  weights_BL = weights_BL[:, 1:]
+  return jnp.sum(values_BL * weights_BL, axis=1) / jnp.maximum(jnp.sum(weights_BL, axis=1), 1)
+
+
 def _shares(values_L: jax.Array, weights_L: jax.Array) -> jax.Array:
   weights_L = weights_L[1:].astype(jnp.float32)
   return values_L * weights_L / jnp.maximum(jnp.sum(weights_L), 1e-9)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dsdm_jax.config.validate import check_callables, check_devices, flatten, resolve, validate
 from dsdm_jax.core import storage
 from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.data import hub
 from dsdm_jax.errors import UserError, visible, visible_lines
 from dsdm_jax.lm import hugging_face
 from dsdm_jax.plan import cost, page, programs, topology
@@ -24,7 +25,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
   """
   folder = storage.check_folder(workdir or '.', '--workdir')
   validate(config)
-  plan = make(resolve(config, hugging_face.model_keys))
+  plan = make(resolve(hub.localized(config), hugging_face.model_keys))
   name = f'plan_{config.plan.topology.replace(":", "_")}.json'
   folder.mkdir(parents=True, exist_ok=True)
   storage.write_text(folder / name, json.dumps(plan, indent=2) + '\n')

@@ -18,7 +18,7 @@ from dsdm_jax.data.order.batches import row_range_batches
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Examples
 from dsdm_jax.errors import UserError
-from dsdm_jax.lm.outputs import token_log_probability
+from dsdm_jax.lm.outputs import counted_mean, token_log_probability
 from dsdm_jax.training.differentiable import LEAST_EPS_ROOT, Metagradient, ScannedTraining, TargetOutputs
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import Trainer, TrainState, trainer
@@ -43,7 +43,9 @@ class Proxies:
     self._tuners: dict[float, Trainer] = {}
     sharded = self._trainer.batch_sharding
     states = self._trainer.shardings.params, self._trainer.shardings.rest
-    self._likelihood = jax.jit(self._mean_log_probability, in_shardings=(*states, sharded), out_shardings=sharded)
+    self._likelihood = jax.jit(
+      self._mean_log_probability, in_shardings=(*states, sharded, sharded), out_shardings=sharded
+    )
     self._embed = jax.jit(self._mean_hidden, in_shardings=(*states, sharded, sharded), out_shardings=sharded)
 
   def _trainer_of(self, train: ConfigDict) -> Trainer:
@@ -66,7 +68,7 @@ class Proxies:
 
   def log_likelihood_of(self, state: TrainState) -> np.ndarray:
     """As `log_likelihood_N`, by one model."""
-    return self._over_pool(lambda tokens_BL: self._likelihood(state.params, state.rest, tokens_BL), 'log-likelihood')
+    return self._over_pool(lambda *batch: self._likelihood(state.params, state.rest, *batch), 'log-likelihood')
 
   def embeddings(self) -> np.ndarray:
     """Embedding of every row by the first proxy: mean over positions, whitened, of unit length; float32 [N, D].
@@ -76,7 +78,7 @@ class Proxies:
     """
     state = self.state(0)
     ones_BL = np.ones((self._batch, self._pool.length), np.float32)
-    raw_ND = self._over_pool(lambda t: self._embed(state.params, state.rest, t, ones_BL), 'embeddings')
+    raw_ND = self._over_pool(lambda t, _: self._embed(state.params, state.rest, t, ones_BL), 'embeddings')
     self._mean_D = raw_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
     # A few directions have most of the variance (two of 64 have 60 %), and along these many texts are close that have
     # no word in common.
@@ -135,9 +137,12 @@ class Proxies:
       rows_BL = tokens_NL[start : start + self._batch]
       tokens_BL = np.resize(rows_BL, (self._batch, self._pool.length))
       if not start:
-        flop = flops.count(self._likelihood, state.params, state.rest, tokens_BL)
+        weights_BL = np.ones(tokens_BL.shape, np.float32)
+        flop = flops.count(self._likelihood, state.params, state.rest, tokens_BL, weights_BL)
         self._context.add_flop(flop * -(-len(tokens_NL) // self._batch))
-      total += float(np.asarray(self._likelihood(state.params, state.rest, tokens_BL))[: len(rows_BL)].sum())
+      total += float(
+        np.asarray(self._likelihood(state.params, state.rest, tokens_BL, weights_BL))[: len(rows_BL)].sum()
+      )
     return total / len(tokens_NL)
 
   def _joined(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
@@ -159,8 +164,10 @@ class Proxies:
     pool, proxies = self._pool, self._config.proxies
     train = ConfigDict(proxies.train.to_dict())
     train.adam_eps_root = max(train.adam_eps_root, LEAST_EPS_ROOT)
+    rows = np.arange(pool.num_rows)
+    weights_NL = pool.weights(rows) if pool.counts_some else None
     training = ScannedTraining(
-      proxies.model, train, pool.vocab_size, pool.tokens(np.arange(pool.num_rows)), proxies.epochs, self._config.seed
+      proxies.model, train, pool.vocab_size, pool.tokens(rows), proxies.epochs, self._config.seed, weights_NL
     )
     function = load_callable(self._config.features.output_fn)
     outputs = TargetOutputs(training, function, examples.tokens_TL, examples.weights_TL)
@@ -168,23 +175,26 @@ class Proxies:
     self._context.add_flop(metagradient.flop(0))
     return metagradient(0, np.ones(pool.num_rows))[1][0]
 
-  def _over_pool(self, apply: Callable[[np.ndarray], jax.Array], name: str) -> np.ndarray:
+  def _over_pool(self, apply: Callable[[np.ndarray, np.ndarray], jax.Array], name: str) -> np.ndarray:
     parts: list[np.ndarray] = []
     pool = self._pool
     with self._context.log.bar(total=pool.num_rows, desc=name, unit='row') as bar:
-      for tokens_BL, _, valid_B in ahead(row_range_batches(pool, 0, pool.num_rows, self._batch)):
+      for tokens_BL, rows_B, valid_B in ahead(row_range_batches(pool, 0, pool.num_rows, self._batch)):
+        batch = tokens_BL, pool.weights(rows_B)
         if not parts:
-          self._context.add_flop(flops.count(apply, tokens_BL) * -(-pool.num_rows // self._batch))
-        parts.append(np.asarray(apply(tokens_BL))[valid_B])
+          self._context.add_flop(flops.count(apply, *batch) * -(-pool.num_rows // self._batch))
+        parts.append(np.asarray(apply(*batch))[valid_B])
         bar.update(len(parts[-1]))
     return np.concatenate(parts)
 
   def _model(self, params: nnx.State, rest: nnx.State) -> nnx.Module:
     return nnx.merge(self._trainer.graphdef, params, rest)
 
-  def _mean_log_probability(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array) -> jax.Array:
+  def _mean_log_probability(
+    self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array
+  ) -> jax.Array:
     logits_BLV = self._model(params, rest)(tokens_BL)
-    return jnp.mean(jax.vmap(token_log_probability)(logits_BLV, tokens_BL), axis=1)
+    return counted_mean(jax.vmap(token_log_probability)(logits_BLV, tokens_BL), weights_BL)
 
   def _mean_hidden(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
     model = self._model(params, rest)

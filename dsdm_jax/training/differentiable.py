@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.core import flops, prng
 from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.data.order.batches import token_weights
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm.outputs import OutputFn, log_likelihood
 from dsdm_jax.training.step import Trainer, TrainState, trainer
@@ -35,13 +36,21 @@ class ScannedTraining:
     tokens_NL: all rows.
     epochs: passes over the rows.
     seed: of the random streams.
+    weights_NL: 1 for tokens that the loss counts, else 0; None counts all.
 
   Raises:
     UserError: a training would have no step.
   """
 
   def __init__(
-    self, model: ConfigDict, train: ConfigDict, vocab_size: int, tokens_NL: np.ndarray, epochs: float, seed: int
+    self,
+    model: ConfigDict,
+    train: ConfigDict,
+    vocab_size: int,
+    tokens_NL: np.ndarray,
+    epochs: float,
+    seed: int,
+    weights_NL: np.ndarray | None = None,
   ):
     mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
     self.trainer: Trainer = trainer(model, train, vocab_size, tokens_NL.shape[1], mesh)
@@ -54,6 +63,7 @@ class ScannedTraining:
         'rows of this training, or lower its batch_size'
       )
     self._tokens_NL, self._seed = jnp.asarray(tokens_NL, jnp.int32), seed
+    self._share_NL = None if weights_NL is None else jnp.asarray(token_weights(weights_NL, np.ones(self.rows)))
     self._advance_models = jax.jit(jax.vmap(self.advance, in_axes=(0, 0, None)))
 
     def broadcast(state: TrainState, models: int) -> TrainState:
@@ -98,7 +108,10 @@ class ScannedTraining:
     steps = jnp.int32(self.steps)
 
     def body(state: TrainState, rows_B: jax.Array) -> tuple[TrainState, None]:
-      return self.trainer.apply(state, self._tokens_NL[rows_B], weight_N[rows_B], steps)[0], None
+      weight = weight_N[rows_B]
+      if self._share_NL is not None:
+        weight = weight[:, None] * self._share_NL[rows_B]
+      return self.trainer.apply(state, self._tokens_NL[rows_B], weight, steps)[0], None
 
     def segment(state: TrainState, rows_KB: jax.Array) -> tuple[TrainState, None]:
       return jax.lax.scan(jax.checkpoint(body), state, rows_KB)

@@ -31,8 +31,9 @@ class Run(NamedTuple):
   Attributes:
     name: of its folder and of its JSONL file.
     key: seed of the initialisation; a list with one key per model for a `VmappedTrainer`.
-    batches: first step → iterator of {'tokens_BL', 'weight_B'} from that step on. Each process yields its share of a
-      batch (`core.mesh.share`). The position is arithmetic, so that a run can resume at any step.
+    batches: first step → iterator of {'tokens_BL', 'weight_B'} from that step on, and maybe 'weight_BL' instead (see
+      `Trainer.step`). Each process yields its share of a batch (`core.mesh.share`). The position is arithmetic, so that
+      a run can resume at any step.
     steps: total number of steps.
     evaluate: state → further metrics, scalars on the device; called every `evaluate_every_steps`.
     keep_steps: steps whose checkpoints are kept, besides the last one.
@@ -129,11 +130,11 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
         for step in range(start + 1, run.steps + 1):
           # Take a step.
           batch = meter.read(batches, metrics)
-          local = batch['tokens_BL'], batch['weight_B']
-          tokens_BL, weight_B = assemble(local, trainer.batch_sharding, config.batch_size)
+          local = batch['tokens_BL'], batch['weight_BL' if 'weight_BL' in batch else 'weight_B']
+          tokens_BL, weight = assemble(local, trainer.batch_sharding, config.batch_size)
           if not meter.flop_per_step:
             meter.flop_per_step, meter.tokens_per_step = trainer.flop_per_step, tokens_BL.size
-          state, metrics = trainer.step(state, tokens_BL, weight_B, total_steps)
+          state, metrics = trainer.step(state, tokens_BL, weight, total_steps)
           meter.stepped(metrics)
           bar.update(trainer.models)
 

@@ -102,23 +102,27 @@ class HeldOut:
   Args:
     trainer: of the model.
     tokens_NL: int32, rows; N is a multiple of `batch`.
+    weights_NL: 1 for tokens that count, else 0; None counts all.
     batch: rows per batch, a multiple of the devices that share one.
   """
 
-  def __init__(self, trainer: Trainer, tokens_NL: np.ndarray, batch: int):
-    starts = range(0, len(tokens_NL), batch)
-    self._batches = [place(tokens_NL[start : start + batch], trainer.batch_sharding) for start in starts]
+  def __init__(self, trainer: Trainer, tokens_NL: np.ndarray, batch: int, weights_NL: np.ndarray | None = None):
+    weights_NL = np.ones(tokens_NL.shape, np.float32) if weights_NL is None else weights_NL
+    weights_NL = weights_NL / max(weights_NL[:, 1:].sum(), 1)
+    parts = (slice(start, start + batch) for start in range(0, len(tokens_NL), batch))
+    sharding = trainer.batch_sharding
+    self._batches = [place((tokens_NL[part], weights_NL[part].astype(np.float32)), sharding) for part in parts]
 
-    def loss(params: nnx.State, rest: nnx.State, tokens_BL: jax.Array) -> jax.Array:
+    def loss(params: nnx.State, rest: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
       logits_BLV = trainer.logits(params, rest, tokens_BL)
-      return -jnp.mean(jax.vmap(token_log_probability)(logits_BLV, tokens_BL))
+      return -jnp.sum(weights_BL[:, 1:] * jax.vmap(token_log_probability)(logits_BLV, tokens_BL))
 
-    shardings = (trainer.shardings.params, trainer.shardings.rest, trainer.batch_sharding)
+    shardings = (trainer.shardings.params, trainer.shardings.rest, sharding, sharding)
     self._loss = jax.jit(loss, in_shardings=shardings, out_shardings=replicated(trainer.mesh))
 
   def __call__(self, state: TrainState) -> dict[str, jax.Array]:
-    losses = [self._loss(state.params, state.rest, tokens_BL) for tokens_BL in self._batches]
-    return {'held_out_loss': sum(losses[1:], losses[0]) / len(losses)}
+    losses = [self._loss(state.params, state.rest, *batch) for batch in self._batches]
+    return {'held_out_loss': sum(losses[1:], losses[0])}
 
 
 def held_out(trainer: Trainer, pool: Pool, trained: np.ndarray, config: ConfigDict, seed: int) -> HeldOut | None:
@@ -137,4 +141,5 @@ def held_out(trainer: Trainer, pool: Pool, trained: np.ndarray, config: ConfigDi
       f'trained on, within evaluate_rows = {config.evaluate_rows}, and there are {len(rows)}; set it to 0'
     )
   selected = prng.numpy_stream(seed, 'held_out').choice(rows, count, replace=False)
-  return HeldOut(trainer, pool.tokens(np.sort(selected).astype(np.int64)), config.batch_size)
+  rows = np.sort(selected).astype(np.int64)
+  return HeldOut(trainer, pool.tokens(rows), config.batch_size, pool.weights(rows))

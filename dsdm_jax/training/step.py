@@ -46,11 +46,12 @@ class Trainer:
     models: number of models that it trains: 1.
     abstract: TrainState of `ShapeDtypeStruct`s with shardings, into which a checkpoint is restored.
     abstract_batch: tokens_BL (int32) and weight_B (float32), likewise.
-    step: (TrainState, tokens_BL, weight_B, steps) → (TrainState, {'loss', 'gradient_norm', 'learning_rate'}). Its
-      first argument is donated. The loss is Σ_n weight_n · (mean nll of row n) / B: a row of weight zero is left out
-      and the other rows keep their weight, as datamodels require. With `z_loss` > 0, that multiple of the mean squared
-      logsumexp of the logits (PaLM, arXiv 2204.02311) is added to the loss that is differentiated; it is a metric of
-      its own.
+    step: (TrainState, tokens_BL, weight, steps) → (TrainState, {'loss', 'gradient_norm', 'learning_rate'}). Its
+      first argument is donated. With weight_B, the loss is Σ_n weight_n · (mean nll of row n) / B: a row of weight zero
+      is left out and the other rows keep their weight, as datamodels require. With weight_BL, which sums to the weight
+      of a row, it is Σ_nl weight_nl · nll_nl / B (see `data.order.batches.token_weights`). With `z_loss` > 0, that
+      multiple of the mean squared logsumexp of the logits (PaLM, arXiv 2204.02311) is added to the loss that is
+      differentiated; it is a metric of its own.
   """
 
   def __init__(self, model_config: ConfigDict, config: ConfigDict, vocab_size: int, length: int, mesh: Mesh):
@@ -126,10 +127,10 @@ class Trainer:
     return jax.tree_util.tree_map_with_path(gather, params)
 
   def apply(
-    self, state: TrainState, tokens_BL: jax.Array, weight_B: jax.Array, steps: jax.Array
+    self, state: TrainState, tokens_BL: jax.Array, weight: jax.Array, steps: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The pure function behind `step`."""
-    (_, metrics), grads = self._gradient(state, tokens_BL, weight_B)
+    (_, metrics), grads = self._gradient(state, tokens_BL, weight)
     if self.mesh.size > 1:  # each device updates its own shard
       grads = jax.lax.with_sharding_constraint(grads, self.shardings.params)
     updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
@@ -139,21 +140,21 @@ class Trainer:
     return TrainState(state.step + 1, params, state.rest, opt_state), metrics
 
   def _gradient(
-    self, state: TrainState, tokens_BL: jax.Array, weight_B: jax.Array
+    self, state: TrainState, tokens_BL: jax.Array, weight: jax.Array
   ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], nnx.State]:
     """((loss, metrics), its gradient), of the whole batch or accumulated over microbatches."""
     count = self._config.microbatches
 
-    def loss_fn(params: nnx.State, tokens_BL: jax.Array, weight_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_fn(params: nnx.State, tokens_BL: jax.Array, weight: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
       with products.in_training():
-        return self._loss(params, state.rest, tokens_BL, weight_B, tokens_BL.shape[0] * count)
+        return self._loss(params, state.rest, tokens_BL, weight, tokens_BL.shape[0] * count)
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     if count == 1:
-      return gradient(state.params, tokens_BL, weight_B)
+      return gradient(state.params, tokens_BL, weight)
 
     # A part has every count-th row, so that each device has the rows of all its parts.
-    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), (tokens_BL, weight_B))
+    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), (tokens_BL, weight))
 
     def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
       return jax.tree.map(jnp.add, total, gradient(state.params, *part)), None
@@ -163,15 +164,20 @@ class Trainer:
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)[0]
 
   def _loss(
-    self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array, weight_B: jax.Array, batch: int
+    self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array, weight: jax.Array, batch: int
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def weighted(value_BL: jax.Array) -> jax.Array:
+      if weight.ndim == 1:
+        return jnp.sum(weight * jnp.mean(value_BL, axis=1)) / batch
+      return jnp.sum(weight[:, 1:] * value_BL) / batch
+
     logits_BLV = self.logits(params, rest, tokens_BL)
     nll_BL = -jax.vmap(token_log_probability)(logits_BLV, tokens_BL)
-    loss = jnp.sum(weight_B * jnp.mean(nll_BL, axis=1)) / batch
+    loss = weighted(nll_BL)
     if not self._config.z_loss:
       return loss, {'loss': loss}
     square_BL = jnp.square(jax.nn.logsumexp(logits_BLV[:, :-1], axis=-1))
-    z_loss = jnp.sum(weight_B * jnp.mean(square_BL, axis=1)) / batch
+    z_loss = weighted(square_BL)
     return loss + self._config.z_loss * z_loss, {'loss': loss, 'z_loss': z_loss}
 
 

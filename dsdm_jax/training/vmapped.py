@@ -88,7 +88,7 @@ def train(
 
   def stacked(start: int) -> Iterator[dict[str, np.ndarray]]:
     for parts in zip(*(batch(start) for batch in batches), strict=True):
-      yield {key: np.stack([part[key] for part in parts]) for key in ('tokens_BL', 'weight_B')}
+      yield {key: np.stack([part[key] for part in parts]) for key in parts[0] if key != 'row_B'}
 
   run = loop.Run(group, keys, stacked, steps, models=names)
   history = loop.train(context, vmapped, run, config, bar)

@@ -35,9 +35,10 @@ _SMOOTH_VARIANTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """Attributes: tokens_NL and source_N of rows; tokens, weights, task and document of target examples."""
+  """Tokens, weights (None: all count) and source of rows; tokens, weights, task and document of target examples."""
 
   tokens_NL: np.ndarray
+  weights_NL: np.ndarray | None
   source_N: np.ndarray
   tokens_TL: np.ndarray
   weights_TL: np.ndarray
@@ -84,12 +85,18 @@ class Setting:
     config.proxies.train = train
     self._config = config
     self._folder = context.out / name
-    self._proxies = ProxyPool(config, examples.vocab_size, examples.tokens_NL)
+    self._proxies = ProxyPool(config, examples.vocab_size, examples.tokens_NL, examples.weights_NL)
     self._training = self._proxies.training(USUAL)
     function = load_callable(config.features.output_fn)
     self._outputs = TargetOutputs(self._training, function, examples.tokens_TL, examples.weights_TL)
     self._scorer = Scorer(
-      config, self._proxies, examples.vocab_size, examples.tokens_NL, examples.tokens_TL, examples.weights_TL
+      config,
+      self._proxies,
+      examples.vocab_size,
+      examples.tokens_NL,
+      examples.tokens_TL,
+      examples.weights_TL,
+      examples.weights_NL,
     )
 
   def table(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -240,6 +247,7 @@ def examples_of(options: ConfigDict, pool: Pool, targets: Targets) -> Examples:
     documents += [f'{task}: {record["document"]}' for record in examples.records[:size]]
   return Examples(
     tokens_NL=pool.tokens(rows),
+    weights_NL=pool.weights(rows) if pool.counts_some else None,
     source_N=pool.source_N[: options.rows],
     tokens_TL=np.concatenate(tokens),
     weights_TL=np.concatenate(weights),

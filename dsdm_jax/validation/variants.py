@@ -26,7 +26,7 @@ from dsdm_jax.attribution.sources import RowSource, unit_rows
 from dsdm_jax.core import prng
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data.targets.targets import text_mask
-from dsdm_jax.lm.outputs import token_log_probability
+from dsdm_jax.lm.outputs import counted_mean, token_log_probability
 from dsdm_jax.training.differentiable import ScannedTraining
 from dsdm_jax.training.step import TrainState
 
@@ -61,10 +61,11 @@ class ProxyPool:
     config: of the run, with `proxies.train` of the setting.
     vocab_size: of the tokens.
     tokens_NL: all rows.
+    weights_NL: 1 for tokens that the loss counts, else 0; None counts all.
   """
 
-  def __init__(self, config: ConfigDict, vocab_size: int, tokens_NL: np.ndarray):
-    self._config, self._vocab_size, self._tokens_NL = config, vocab_size, tokens_NL
+  def __init__(self, config: ConfigDict, vocab_size: int, tokens_NL: np.ndarray, weights_NL: np.ndarray | None = None):
+    self._config, self._vocab_size, self._tokens_NL, self._weights_NL = config, vocab_size, tokens_NL, weights_NL
     self.training = functools.lru_cache(maxsize=None)(self._make_training)
     self._trained = functools.lru_cache(maxsize=None)(self._train)
 
@@ -83,7 +84,8 @@ class ProxyPool:
   def _make_training(self, kind: Kind) -> ScannedTraining:
     proxies, epochs = self._config.proxies, kind.length * self._config.validation.epochs
     model = scaled(proxies.model, kind.width)
-    return ScannedTraining(model, proxies.train, self._vocab_size, self._tokens_NL, epochs, self._config.seed)
+    rows = self._tokens_NL, epochs, self._config.seed, self._weights_NL
+    return ScannedTraining(model, proxies.train, self._vocab_size, *rows)
 
 
 def scaled(model: ConfigDict, width: float) -> ConfigDict:
@@ -194,6 +196,7 @@ class Scorer:
     vocab_size: of the tokens.
     tokens_NL: the rows.
     tokens_TL, weights_TL: the target examples.
+    weights_NL: as `ProxyPool`.
   """
 
   def __init__(
@@ -204,10 +207,11 @@ class Scorer:
     tokens_NL: np.ndarray,
     tokens_TL: np.ndarray,
     weights_TL: np.ndarray,
+    weights_NL: np.ndarray | None = None,
   ):
     self._config, self._proxies, self._vocab_size = config, proxies, vocab_size
     self._mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
-    weights_NL = np.ones(tokens_NL.shape, np.float32)
+    weights_NL = np.ones(tokens_NL.shape, np.float32) if weights_NL is None else np.array(weights_NL)
     weights_NL[:, 0] = 0.0
     self._tokens = np.concatenate([tokens_NL, tokens_TL]).astype(np.int32)
     self._weights = np.concatenate([weights_NL, weights_TL]).astype(np.float32)
@@ -322,7 +326,11 @@ class Scorer:
 
   def loss(self, proxy: Proxy) -> np.ndarray:
     """Nats per token of each row under one proxy, float32 [N]."""
-    return self._forward(proxy, lambda model, t: -_likelihood(model, t).mean(1), self._tokens[: self._rows])
+
+    def loss(model: nnx.Module, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+      return -counted_mean(_likelihood(model, tokens_BL), weights_BL)
+
+    return self._forward(proxy, loss, self._tokens[: self._rows], self._weights[: self._rows])
 
   def embeddings(self, proxy: Proxy) -> tuple[np.ndarray, np.ndarray]:
     """Mean of the last hidden states over the tokens of rows and of target examples; float32 [N, D], [T, D]."""

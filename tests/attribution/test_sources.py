@@ -33,6 +33,15 @@ class Rows:
   length: int = LENGTH
   num_rows: int = ROWS
   read: int = 0
+  counted_NL: np.ndarray | None = None
+
+  @property
+  def counts_some(self):
+    return self.counted_NL is not None
+
+  def weights(self, rows):
+    weights_BL = np.ones((len(rows), self.length), np.float32) if self.counted_NL is None else self.counted_NL[rows]
+    return weights_BL * (np.arange(self.length) > 0)
 
   def tokens(self, rows):
     self.read += len(rows)
@@ -42,6 +51,20 @@ class Rows:
 @pytest.fixture
 def rows() -> Rows:
   return Rows(np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32))
+
+
+def test_a_pass_gives_each_row_its_own_weights(rows, one_device):
+  step = _step('two_sided', one_device)
+  rows.counted_NL = np.random.default_rng(1).integers(0, 2, (ROWS, LENGTH)).astype(np.float32)
+  rows.counted_NL[7] = 0
+  ((_, _, phi_BJ),) = _source(step, rows, one_device).ranges([(4, 15)])
+  prepared, chosen = step.prepare(make_problem().params, 0), np.r_[4:12]
+  wanted = np.asarray(step(prepared, rows.tokens_NL[chosen], rows.weights(chosen)))
+  np.testing.assert_allclose(phi_BJ[:8], wanted, atol=1e-6)
+  assert not phi_BJ[3].any() and phi_BJ[2].any()
+  rows.counted_NL = None
+  ((_, _, whole_BJ),) = _source(step, rows, one_device).ranges([(4, 15)])
+  assert not np.allclose(whole_BJ, phi_BJ)
 
 
 def _source(step, rows, mesh, dtype='bfloat16', check=None, flop=lambda _: None):

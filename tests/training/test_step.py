@@ -8,6 +8,7 @@ from flax import nnx
 
 from configs import base
 from dsdm_jax.core import mesh
+from dsdm_jax.data.order.batches import token_weights
 from dsdm_jax.errors import UserError
 from dsdm_jax.training import optimizer
 from dsdm_jax.training.step import Trainer
@@ -200,3 +201,35 @@ def test_sequence_longer_than_the_positions_is_refused():
   params, rest = (jax.eval_shape(lambda: trainer.init(jax.random.key(0)))[i] for i in (1, 2))
   with pytest.raises(UserError, match=r'sequences of 13 tokens are longer than the 12 positions of the model; cut'):
     jax.eval_shape(trainer.logits, params, rest, jnp.zeros((2, LENGTH + 1), jnp.int32))
+
+
+def test_loss_and_gradient_count_some_tokens_alone():
+  """Against the loss written out for each counted token; a row without any has none."""
+  trainer, [tokens_BL] = make_trainer(), batches(1)
+  counted_BL = np.zeros((BATCH, LENGTH), np.float32)
+  counted_BL[0, 3], counted_BL[1, [2, 5, 7]], counted_BL[2] = 1, 1, 1
+  counted_BL[:, 0] = 0
+  weight_B = np.array([1, 2, 1] + [1] * (BATCH - 3), np.float32)
+  state = trainer.init(jax.random.key(3))
+
+  def explicit(params):
+    logits_BLV = nnx.merge(trainer.graphdef, params, state.rest)(tokens_BL)
+    log_p_BLV = logits_BLV - jnp.log(jnp.sum(jnp.exp(logits_BLV), axis=-1, keepdims=True))
+    row = [-log_p_BLV[0, 2, tokens_BL[0, 3]]]
+    row.append(-2 * sum(log_p_BLV[1, i - 1, tokens_BL[1, i]] for i in (2, 5, 7)) / 3)
+    row.append(-sum(log_p_BLV[2, i - 1, tokens_BL[2, i]] for i in range(1, LENGTH)) / (LENGTH - 1))
+    return sum(row) / BATCH
+
+  loss, gradient = jax.jit(jax.value_and_grad(explicit))(state.params)
+  compute = jax.jit(trainer._gradient)
+  (found, metrics), grads = compute(state, tokens_BL, token_weights(counted_BL, weight_B))
+  np.testing.assert_allclose(found, loss, rtol=1e-6)
+  assert metrics['loss'] == found
+  wanted = flat(gradient)
+  for path, value in flat(grads).items():
+    np.testing.assert_allclose(value, wanted[path], atol=1e-6, err_msg=path)
+  # Where all tokens count, both forms of weights are one loss.
+  everything = np.ones((BATCH, LENGTH), np.float32)
+  everything[:, 0] = 0
+  both = [compute(state, tokens_BL, w)[0][0] for w in (weight_B, token_weights(everything, weight_B))]
+  np.testing.assert_allclose(*both, rtol=1e-6)

@@ -39,8 +39,8 @@ def training_batches(
     share: positions in each batch that this process reads, ascending, see `core.mesh.share`; None for all.
 
   Yields:
-    {'tokens_BL': int32, 'row_B': int64, 'weight_B': float32}: the share of each batch. An incomplete last batch is
-    dropped.
+    {'tokens_BL': int32, 'row_B': int64, 'weight_B': float32}: the share of each batch, and 'weight_BL' of
+    `token_weights` where the loss is on some tokens alone. An incomplete last batch is dropped.
 
   Raises:
     ValueError: `start_step` is after the end.
@@ -67,10 +67,19 @@ def training_batches(
   iterator = dataset.batch(len(positions), drop_remainder=True).prefetch(AHEAD).as_numpy_iterator()
   step = start_step
   for step, batch in zip(range(start_step, steps), iterator):  # noqa: B905 - checked below
-    yield {'tokens_BL': batch['tokens'], 'row_B': batch['row'], 'weight_B': batch['weight']}
+    arrays = {'tokens_BL': batch['tokens'], 'row_B': batch['row'], 'weight_B': batch['weight']}
+    if pool.counts_some:
+      arrays['weight_BL'] = token_weights(pool.weights(batch['row']), batch['weight'])
+    yield arrays
     step += 1
   if step != steps:
     raise RuntimeError(f'the stream of mixture {name} ended at step {step} of {steps}')
+
+
+def token_weights(counted_BL: np.ndarray, weight_B: np.ndarray) -> np.ndarray:
+  """The weight of each row spread over its counted tokens, float32 [B, L]; zero for a row without any."""
+  total_B1 = np.maximum(counted_BL.sum(axis=1, keepdims=True), 1)
+  return (weight_B[:, None] * counted_BL / total_B1).astype(np.float32)
 
 
 def row_range_batches(

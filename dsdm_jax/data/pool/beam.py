@@ -83,7 +83,7 @@ def _result(file: Path) -> Any:
 def _fragments(job: Job, plan: Plan) -> Iterator[tuple[int, tuple[int, bytes]]]:
   """(row of the pool, (column, tokens)) of each fragment of a unit."""
   order = passes.row_order(plan.rows, plan.seed)
-  for row_B, column_B, size_B, place_B, joined in passes.fragments(job, plan):
+  for row_B, column_B, size_B, place_B, joined, _ in passes.fragments(job, plan):
     to_B = order.place(row_B)
     for row, column, size, place in zip(*(x.tolist() for x in (to_B, column_B, size_B, place_B)), strict=True):
       yield row, (column, joined[place : place + size].tobytes())

@@ -107,6 +107,7 @@ def run(context: Context) -> dict[str, Any]:
     'read': read,
     'lost': selected.lost,
     'unfilled_row': unfilled,
+    'packed': context.config.pool.packed,
     'guarded': guarded,
     'special_ids': {'pad': encoder.pad, 'eos': encoder.eos},
     'end_marks': 1,
@@ -188,6 +189,19 @@ class Builder:
   def units(self) -> tuple[list[Entry], list[Unit], list[Problem]]:
     """The sources, their units, and the patterns that match nothing."""
     entries = [sources.parse(line) for line in self.pool_config.sources]
+    some = not self.pool_config.packed or any(entry.completion or entry.messages for entry in entries)
+    if some and self.config.host.beam:
+      raise UserError('host.beam joins whole texts alone; leave it out for completions, conversations, or packed=False')
+    if any(entry.messages for entry in entries):
+      given = self.pool_config.vocabulary
+      encoder = None if given == 'train' else vocabulary.open_encoder(self.out)
+      chat = encoder.chat if isinstance(encoder, vocabulary.HuggingFaceEncoder) else None
+      if chat is None:
+        raise UserError(
+          f'pool.sources has messages, and pool.vocabulary = {given!r} no chat template; give the tokenizer.json of a '
+          'model with a chat_template.jinja beside it, or with "chat_template" in its tokenizer_config.json'
+        )
+      entries = [dataclasses.replace(entry, chat=chat) for entry in entries]
     units: list[Unit] = []
     missing: list[Problem] = []
     for index, entry in enumerate(entries):
@@ -240,8 +254,9 @@ class Builder:
     c = self.pool_config
     skip = c.on_error == 'skip'
     tried = 0 if c.vocabulary == 'train' else max(_TRIED // len(units), _LEAST_TRIED)
+    row = 0 if c.packed else c.length
     jobs = [
-      Job(unit, index, self.work, c.max_document_bytes, skip, guard, out=self.out, tried=tried)
+      Job(unit, index, self.work, c.max_document_bytes, skip, guard, out=self.out, tried=tried, row=row)
       for index, unit in enumerate(units)
     ]
     scanned = self.execute(passes.scan, jobs, 'read', 'B', None)
@@ -350,9 +365,9 @@ class Builder:
       Their plan, the planted examples, the number of rows of each source, and the tokens after the last full row.
     """
     c, seed = self.pool_config, self.config.seed
-    order = layout.join(jobs, selected.count, seed, self.work)
+    order = layout.join(jobs, selected.count, seed, self.work, 0 if c.packed else c.length)
     total = int(order.begin[-1])
-    if total != tokens + selected.count:
+    if c.packed and total != tokens + selected.count:
       raise RuntimeError(f'{selected.count} documents of {tokens} tokens and their end marks became {total} tokens')
     if total < c.length:
       raise UserError(
@@ -362,6 +377,8 @@ class Builder:
     planted, sequences = self._planted(encoder) if c.plant_targets else ([], [])
     dtype = vocabulary.dtype_of(encoder.size)
     plan = Plan(total // c.length, len(sequences), c.length, dtype.name, encoder.eos, seed)
+    if not c.packed or any(job.file('counted', 'bin').is_file() for job in jobs):
+      plan = dataclasses.replace(plan, pad=None if c.packed else encoder.pad, counts=True)
     # Planted examples are repeated until the row is full, so that the row holds nothing else.
     last = [np.resize(np.asarray(ids, dtype), c.length) for ids in sequences]
     if self.config.host.beam:
@@ -379,6 +396,10 @@ class Builder:
     flat[plan.rows * plan.length :] = np.concatenate([*last, np.empty(0, plan.dtype)])
     flat.flush()  # type: ignore[attr-defined] # a memmap
     total = plan.length * (plan.rows + plan.planted)
+    if plan.counts:
+      counted = plan.counted(self.work, 'w+')
+      counted[plan.rows * plan.length :] = True
+      counted.flush()  # type: ignore[attr-defined] # a memmap
     self.execute(passes.scatter, [(job, plan) for job in jobs], 'rows', 'tokens', total)
 
     def write_shards(files: Sequence[tuple[str, int, int]], head: bytes) -> list[int]:
@@ -386,6 +407,19 @@ class Builder:
       return self.execute(passes.write_shard, shards, 'write', 'tokens', total)
 
     write_dataset(self.out / 'dataset', plan.rows + plan.planted, plan.length, np.dtype(plan.dtype), write_shards)
+    if plan.counts:
+      self._write_counted(plan)
+
+  def _write_counted(self, plan: Plan) -> None:
+    """Writes which tokens of each row count, a bit each."""
+    rows, columns = plan.rows + plan.planted, -(-plan.length // 8)
+    (self.out / 'rows').mkdir(exist_ok=True)
+    file = self.out / 'rows' / 'counted.npy'
+    bits_NC = np.lib.format.open_memmap(file, 'w+', np.uint8, (rows, columns))
+    marks_NL = plan.counted(self.work, 'r').reshape(rows, plan.length)
+    for first in range(0, rows, 2**14):
+      bits_NC[first : first + 2**14] = np.packbits(marks_NL[first : first + 2**14], axis=1)
+    bits_NC.flush()
 
   def _planted(self, encoder: vocabulary.Encoder) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """The first target-split examples of each task: task, index and id, and the ids of their tokens."""

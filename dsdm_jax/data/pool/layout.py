@@ -304,13 +304,16 @@ def document_order(count: int, seed: int) -> Shuffle:
   return Shuffle(count, prng.numpy_stream(seed, 'pool', 'documents'))
 
 
-def join(jobs: Sequence[Job], count: int, seed: int, work: Path) -> Order:
-  """Joins documents; writes `starts.npy` for the workers: where each selected document begins."""
+def join(jobs: Sequence[Job], count: int, seed: int, work: Path, length: int = 0) -> Order:
+  """Joins documents; writes `starts.npy` for the workers: where each selected document begins.
+
+  With a `length`, each document takes so many tokens: a row of its own.
+  """
   shuffle = document_order(count, seed)
   begin = np.zeros(count + 1, np.int64)
   for job in jobs:
     counts_M = storage.load(job.file('counts', 'npy'))
-    begin[1 + shuffle.place(np.arange(job.first, job.first + len(counts_M)))] = counts_M + 1
+    begin[1 + shuffle.place(np.arange(job.first, job.first + len(counts_M)))] = length or counts_M + 1
   np.cumsum(begin, out=begin)
   starts = np.lib.format.open_memmap(work / 'starts.npy', 'w+', np.int64, (count,))
   for first in range(0, count, _GROUP):

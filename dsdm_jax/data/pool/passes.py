@@ -126,6 +126,7 @@ class Job:
     first: number of the unit's first selected document.
     begin, end: range of its documents among all that were read.
     out: folder of the pool.
+    row: tokens of a row that holds one document alone; 0 where rows are cut from joined documents.
     tried: characters of text whose round trip through a given vocabulary is tried, a sample of documents; 0 for none.
   """
 
@@ -140,6 +141,7 @@ class Job:
   end: int = 0
   out: Path = Path()
   tried: int = 0
+  row: int = 0
 
   def file(self, pass_name: str, ending: str) -> Path:
     return self.work / f'{pass_name}-{self.index:06d}.{ending}'
@@ -327,9 +329,10 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 def encode(job: Job) -> int:
   """Writes the ids of selected documents, their counts and the document table; returns the number of ids.
 
-  Documents without tokens, and those that the vocabulary cannot encode, are left out. `encode-*.json` has their numbers
-  among the unit's selected documents, and the bytes of the others. The table has every record of the unit, and
-  `records-*.npy` the numbers in it of the documents that were encoded.
+  Documents without tokens that count, and those that the vocabulary cannot encode, are left out. If the loss is on some
+  tokens alone, `counted-*.bin` has a byte for each id and end mark that says whether it counts. `encode-*.json` has the
+  numbers of what is left out among the unit's selected documents, and the bytes of the others. The table has every
+  record of the unit, and `records-*.npy` the numbers in it of the documents that were encoded.
 
   Raises:
     UserError: there is such a document, unless `job.skip`; the message names file and line.
@@ -341,7 +344,8 @@ def encode(job: Job) -> int:
   empty: list[int] = []
   total, selected, record = 0, 0, -1
   problems: list[dict[str, Any]] = []
-  with open(job.file('tokens', 'bin'), 'wb') as file:
+  some = False
+  with open(job.file('tokens', 'bin'), 'wb') as file, open(job.file('counted', 'bin'), 'wb') as marks:
     for record, (where, document, status) in enumerate(records(job)):
       at = {'file': where.file, 'number': where.number, 'begin': where.begin, 'end': where.end}
       at |= {'id': document.id, 'source': document.source}
@@ -355,9 +359,18 @@ def encode(job: Job) -> int:
         continue
       selected += 1
       try:
-        ids = np.array(encoder.encode(document.text), dtype)
-        if (ids == encoder.eos).any():
+        its = encoder
+        if document.templated and isinstance(encoder, vocabulary.HuggingFaceEncoder):
+          its = encoder.templated
+        ids = np.array(its.encode(document.text), dtype)
+        counted = np.ones(len(ids) + 1, np.bool_)
+        if document.spans is not None:
+          some, counted[:-1] = True, vocabulary.counted(its, document.text, document.spans)
+          counted[-1] = not document.templated  # a template ends its answers itself
+        if (ids == encoder.eos).any() and not document.templated:
           what, ids = 'its text gives the end mark of pool.vocabulary', ids[:0]
+        elif len(ids) and not counted[1 : job.row or None].any():
+          what, ids = f'no token that the loss counts{" fits into pool.length" if job.row else ""}', ids[:0]
       except UserError as error:
         what = str(error)
       if not len(ids):
@@ -369,12 +382,15 @@ def encode(job: Job) -> int:
         table.add(**at, **size, status='without_tokens', tokens=0)
         continue
       file.write(ids.tobytes())
+      marks.write(counted.tobytes())
       counts.append(len(ids))
       encoded.append(record)
       total += len(data)
       table.add(**at, **size, status=status, tokens=len(ids))
       report_progress(len(data))
   table.close()
+  if not some:
+    job.file('counted', 'bin').unlink()
   storage.save_npy(job.file('counts', 'npy'), np.array(counts, np.int64))
   storage.save_npy(job.file('records', 'npy'), np.array(encoded, np.int64))
   notes = {'empty': empty, 'problems': problems, 'bytes': total, 'records': record + 1}
@@ -386,7 +402,8 @@ def encode(job: Job) -> int:
 class Plan:
   """The rows of the pool: `rows` of `length` tokens cut from the joined documents, then `planted` ones.
 
-  Tokens have type `dtype`, `eos` follows each document, and `seed` determines the order of the rows of the stream.
+  Tokens have type `dtype`, `eos` follows each document, and `seed` determines the order of the rows of the stream. With
+  `pad`, each document has a row of its own, cut or filled up with that id. `counts`: the loss is on some tokens alone.
   """
 
   rows: int
@@ -395,10 +412,16 @@ class Plan:
   dtype: str
   eos: int
   seed: int
+  pad: int | None = None
+  counts: bool = False
 
   def flat(self, work: Path, mode: Literal['r', 'r+', 'w+']) -> np.ndarray:
     """All rows end to end, in the order of the pool, as a file that processes share."""
     return np.memmap(work / 'rows.bin', self.dtype, mode, shape=((self.rows + self.planted) * self.length,))
+
+  def counted(self, work: Path, mode: Literal['r', 'r+', 'w+']) -> np.ndarray:
+    """Whether each of these tokens counts, likewise."""
+    return np.memmap(work / 'counted.bin', np.bool_, mode, shape=((self.rows + self.planted) * self.length,))
 
 
 @functools.lru_cache(maxsize=1)
@@ -408,7 +431,7 @@ def row_order(rows: int, seed: int) -> Shuffle:
 
 
 def fragments(job: Job, plan: Plan) -> Any:
-  """Yields (row_B, column_B, size_B, place_B, tokens): the pieces of the stream's rows that the unit's documents fill.
+  """Yields (row_B, column_B, size_B, place_B, tokens, counted): the pieces of rows that the unit's documents fill.
 
   A fragment begins at `row`, `column` of the stream and at `place` in tokens. It lies in one row. End marks included.
   """
@@ -416,6 +439,8 @@ def fragments(job: Job, plan: Plan) -> Any:
   starts_M = np.load(job.work / 'starts.npy', mmap_mode='r')[job.first : job.first + len(counts_M)]  # noqa: TID251  mapped
   ids = np.memmap(job.file('tokens', 'bin'), plan.dtype, 'r') if counts_M.sum() else np.empty(0, plan.dtype)
   bounds = np.concatenate([[0], np.cumsum(counts_M)])
+  file = job.file('counted', 'bin')
+  marks = np.memmap(file, np.bool_, 'r') if file.is_file() and len(counts_M) else None
   begin = 0
   while begin < len(counts_M):
     end = max(begin + 1, int(np.searchsorted(bounds, bounds[begin] + _TOKENS, side='right')) - 1)
@@ -425,8 +450,24 @@ def fragments(job: Job, plan: Plan) -> Any:
     is_id = np.ones(len(joined), np.bool_)
     is_id[last_M - 1] = False
     joined[is_id] = ids[bounds[begin] : bounds[end]]
-    yield (*_cut(np.asarray(starts_M[begin:end]), size_M, last_M - size_M, plan), joined)
+    counted = np.ones(len(joined), np.bool_) if marks is None else marks[bounds[begin] + begin : bounds[end] + end]
+    if plan.pad is not None:
+      joined, counted = (_filled(x, size_M, plan.length, fill) for x, fill in ((joined, plan.pad), (counted, 0)))
+      size_M = np.full(len(size_M), plan.length)
+      last_M = np.cumsum(size_M)
+    yield (*_cut(np.asarray(starts_M[begin:end]), size_M, last_M - size_M, plan), joined, counted)
     begin = end
+
+
+def _filled(joined: np.ndarray, size_M: np.ndarray, length: int, fill: int) -> np.ndarray:
+  """Documents of the sizes `size_M`, end to end, each cut or filled up to `length`."""
+  rows_ML = np.full((len(size_M), length), fill, joined.dtype)
+  kept_M = np.minimum(size_M, length)
+  column = np.arange(kept_M.sum()) - np.repeat(np.cumsum(kept_M) - kept_M, kept_M)
+  rows_ML[np.repeat(np.arange(len(size_M)), kept_M), column] = joined[
+    np.repeat(np.cumsum(size_M) - size_M, kept_M) + column
+  ]
+  return rows_ML.reshape(-1)
 
 
 def _cut(
@@ -451,13 +492,18 @@ def scatter(job_plan: tuple[Job, Plan]) -> None:
   """Copies the ids of a unit to their rows."""
   job, plan = job_plan
   flat, order = plan.flat(job.work, 'r+'), row_order(plan.rows, plan.seed)
-  for row_B, column_B, size_B, place_B, joined in fragments(job, plan):
+  marks = plan.counted(job.work, 'r+') if plan.counts else None
+  for row_B, column_B, size_B, place_B, joined, counted in fragments(job, plan):
     to_B = order.place(row_B) * plan.length + column_B
     ascending = np.argsort(to_B)  # for sequential writes
     for to, size, place in zip(*(x[ascending].tolist() for x in (to_B, size_B, place_B)), strict=True):
       flat[to : to + size] = joined[place : place + size]
+      if marks is not None:
+        marks[to : to + size] = counted[place : place + size]
     report_progress(len(joined))
-  flat.flush()  # type: ignore[attr-defined] # a memmap
+  for mapped in (flat, marks):
+    if mapped is not None:
+      mapped.flush()  # type: ignore[attr-defined] # a memmap
 
 
 @dataclasses.dataclass(frozen=True)

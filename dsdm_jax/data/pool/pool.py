@@ -209,6 +209,15 @@ class Pool:
     """int32: index into `planted` of the target example that fills the row, −1 elsewhere."""
     return self._origin('planted')
 
+  @property
+  def counts_some(self) -> bool:
+    """Whether the loss is on some tokens alone: completions, or all but padding."""
+    return self._counted_NC is not None
+
+  @functools.cached_property
+  def _counted_NC(self) -> np.ndarray | None:
+    return self._origin('counted') if (self.path / 'rows' / 'counted.npy').is_file() else None
+
   @functools.cached_property
   def planted(self) -> list[dict[str, Any]]:
     """Planted target examples: {"task", "index", "id"}, the index into the task's target split."""
@@ -223,7 +232,10 @@ class Pool:
   def spans(self) -> Spans:
     """The tokens of each document among the rows."""
     planted = len(self.planted)
-    return Spans(self.documents.tokens_D + self.card['end_marks'], self, planted)
+    size_D = self.documents.tokens_D + self.card['end_marks']
+    if not self.card['packed']:  # each fills a row with its padding
+      size_D = np.full(len(size_D), self.length)
+    return Spans(size_D, self, planted)
 
   @functools.cached_property
   def digest(self) -> str:
@@ -255,6 +267,15 @@ class Pool:
       return self._resident_NL[row_B].astype(np.int32)
     return self._read(row_B).astype(np.int32)
 
+  def weights(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """1 for tokens that the loss counts, else 0: float32 [B, L]. Nothing predicts the first of a row: 0."""
+    row_B = np.asarray(rows, np.int64)
+    weights_BL = np.ones((len(row_B), self.length), np.float32)
+    if self._counted_NC is not None:  # a bit for each token
+      weights_BL[:] = np.unpackbits(self._counted_NC[row_B], axis=1, count=self.length)
+    weights_BL[:, :1] = 0
+    return weights_BL
+
   def document_tokens(self, documents: Sequence[int] | np.ndarray) -> list[np.ndarray]:
     """Tokens of documents, as far as they are in rows, each with its end mark."""
     spans, document_M = self.spans, np.asarray(documents, np.int64)
@@ -262,8 +283,11 @@ class Pool:
     read, at_R = np.unique(row_R, return_inverse=True)
     tokens_BL = self.tokens(read)
     first_M = np.searchsorted(place_R, np.arange(len(document_M)))
+    size_M = spans.tokens_D[document_M]
+    if not self.card['packed']:  # the rest of the row is padding
+      size_M = np.minimum(size_M, self.documents.tokens_D[document_M] + self.card['end_marks'])
     result = []
-    for first, begin, size in zip(first_M, spans.begin_D[document_M], spans.tokens_D[document_M], strict=True):
+    for first, begin, size in zip(first_M, spans.begin_D[document_M], size_M, strict=True):
       offset = begin % self.length
       rows = at_R[first : first - (-(offset + size) // self.length)] if size else at_R[:0]
       result.append(tokens_BL[rows].ravel()[offset : offset + size])
@@ -271,7 +295,10 @@ class Pool:
 
   def text(self, row: int) -> str:
     """Text of a row, `END_OF_DOCUMENT` where a document ends; a character cut at the edge becomes U+FFFD."""
-    return self.text_of(self.tokens([row])[0])
+    tokens_L = self.tokens([row])[0]
+    if not self.card['packed'] and self.planted_N[row] < 0:  # the end of the row is padding
+      tokens_L = tokens_L[: self.documents[int(self.document_N[row])]['tokens']]
+    return self.text_of(tokens_L)
 
   def text_of(self, tokens_L: np.ndarray) -> str:
     """Text of tokens, `END_OF_DOCUMENT` where a document ends."""

@@ -43,6 +43,8 @@ def wanted(config: ConfigDict) -> bool:
       'pool.on_error=skip would change the numbers of later rows, but rows of a tokens: source have fixed numbers; '
       'set --config.pool.on_error=fail'
     )
+  if not config.packed:
+    raise UserError('pool.packed=False is for documents, and rows of a tokens: source do not change; leave it out')
   if config.plant_targets:
     raise UserError('pool.plant_targets needs text, but pool.sources has ids; set --config.pool.plant_targets=0')
   return True
@@ -100,7 +102,8 @@ def run(context: Context) -> dict[str, Any]:
     'rows': first[-1], 'length': c.length, 'vocab_size': encoder.size, 'documents': len(paths), 'bytes': 0,
     'tokens': tokens, 'bytes_per_token': 0.0, 'planted': 0, 'dropped_for_leakage': 0, 'dropped_by_task': {},
     'leaks_of_short_texts': 0, 'leaks_kept': 0, 'common_phrases': 0, 'boilerplate_runs': 0, 'guarded': [],
-    'read': layout.loss(len(paths)), 'lost': {name: layout.loss() for name in passes.LOSSES}, 'unfilled_row': 0,
+    'packed': True, 'read': layout.loss(len(paths)),
+    'lost': {name: layout.loss() for name in passes.LOSSES}, 'unfilled_row': 0,
     'sources': {entry.name: {'documents': len(paths), 'bytes': 0, 'rows': first[-1]}},
     'special_ids': {'pad': encoder.pad, 'eos': encoder.eos}, 'end_marks': 0,
   }  # fmt: skip

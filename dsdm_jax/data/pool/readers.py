@@ -15,6 +15,7 @@ from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import tensorflow_start
 from dsdm_jax.data import files
 from dsdm_jax.data.pool import parquet_footer
+from dsdm_jax.data.pool.chat import Spans
 from dsdm_jax.data.pool.installed_packages import installed_packages
 from dsdm_jax.data.pool.sources import LARGEST, Document, Entry, Unit, cut, no_split, tfds_builder
 from dsdm_jax.data.targets import tfds_items
@@ -90,9 +91,10 @@ def read_with_places(unit: Unit, max_bytes: int = 0) -> Iterator[tuple[Place, Do
 
 def _checked(where: Place, document: Document, max_bytes: int) -> Document | Problem:
   """The document, cut to `max_bytes` and without a byte order mark, or what is wrong with it."""
-  text, names = document.text, (document.id, document.source)
+  text, spans, names = document.text, document.spans, (document.id, document.source)
   if text.startswith(_MARK):
     text = text.removeprefix(_MARK)
+    spans = spans and tuple((max(0, begin - 1), end - 1) for begin, end in spans)
   try:
     data = text.encode()
   except UnicodeEncodeError as error:
@@ -113,8 +115,10 @@ def _checked(where: Place, document: Document, max_bytes: int) -> Document | Pro
   if not text.strip():
     return Problem(where, 'a document without text', size, *names)
   lost = size - len(data)
-  same = lost == document.lost and text is document.text
-  return document if same else Document(document.id, document.source, text, lost)
+  if lost == document.lost and text is document.text:
+    return document
+  spans = spans and tuple((begin, min(end, len(text))) for begin, end in spans if begin < len(text))
+  return dataclasses.replace(document, text=text, lost=lost, spans=spans)
 
 
 def _is_unicode(text: str) -> bool:
@@ -165,17 +169,13 @@ def _from_fields(
   entry: Entry, record: Mapping[str, Any], where: Place, size: int = 0, label: str = ''
 ) -> Record | Problem:
   """The document of a record; file (or `label`) and number are its id if it has none, `size` counts without text."""
-  text = _value(record, entry.text)
+  text = None if entry.messages else _value(record, entry.content[-1][1])
   id = source = ''
   try:
     source = _name_in(record, 'source', entry.source) or entry.name
     id = _name_in(record, 'id', entry.id) or f'{source}/{label or where.file}:{where.number}'
-    plain = text.decode() if isinstance(text, bytes) else text
-    if plain is None and entry.text not in record:
-      raise ValueError(f'{_nothing_in(record, entry.text)}; name it with | text=FIELD')
-    if not isinstance(plain, str):
-      raise ValueError(f'field {entry.text!r} is {type(plain).__name__}, not text')
-    return where, Document(id, source, plain)
+    plain, spans = _content(entry, record)
+    return where, Document(id, source, plain, 0, spans, bool(entry.messages))
   except UnicodeDecodeError as error:
     what = f'not UTF-8 ({error.reason} at byte {error.start})'
   except ValueError as error:
@@ -184,6 +184,33 @@ def _from_fields(
     size = len(text if isinstance(text, bytes) else text.encode(errors='surrogatepass'))
   named = all(map(_is_unicode, (id, source))) and max(len(id), len(source)) <= _LONGEST_NAME
   return Problem(where, what, size, *((id, source) if named else ('', '')))
+
+
+def _content(entry: Entry, record: Mapping[str, Any]) -> tuple[str, Spans | None]:
+  """The text of a record's document and the spans of it that count.
+
+  Raises:
+    ValueError: a field is missing or of another type; `UnicodeDecodeError`, a kind of it, if bytes are not UTF-8.
+  """
+  parts: list[str] = []
+  for option, field in entry.content:
+    value = _value(record, field)
+    value = value.decode() if isinstance(value, bytes) else value
+    if value is None and field not in record:
+      raise ValueError(f'{_nothing_in(record, field)}; name it with | {option}=FIELD')
+    if option == 'messages':
+      assert entry.chat is not None
+      try:
+        return entry.chat.document(value.tolist() if isinstance(value, np.ndarray) else value)
+      except ValueError as error:
+        raise ValueError(f'field {field!r}: {error}') from error
+    if not isinstance(value, str):
+      raise ValueError(f'field {field!r} is {type(value).__name__}, not text')
+    if option == 'completion' and not value.strip():
+      raise ValueError(f'field {field!r} is empty, and the loss is on it alone')
+    parts.append(value)
+  text = ''.join(parts)
+  return text, ((len(parts[0]), len(text)),) if entry.completion else None
 
 
 def _text(unit: Unit) -> Records:
@@ -274,7 +301,7 @@ def _columns(entry: Entry, schema: Any) -> dict[str, str] | str:
     return []
 
   found = {}
-  for option, named in (('text', entry.text), ('id', entry.id), ('source', entry.source)):
+  for option, named in (*entry.content, ('id', entry.id), ('source', entry.source)):
     name = option if named is None else named
     if name and (parts := column(name, schema)):
       found['.'.join(parts)] = parts[0]
@@ -287,7 +314,8 @@ def _swollen(file: BinaryIO, columns: Mapping[str, str]) -> int | None:
   """The first row group that unpacks to far more than text does: a value of a few KB may have GBs."""
   for number, (_, chunks) in enumerate(parquet_footer.row_groups(file)):
     for chunk in chunks:
-      if chunk.path in columns and chunk.unpacked_bytes > max(_UNPACKED, _EXPANSION * chunk.packed_bytes):
+      used = any(f'{chunk.path}.'.startswith(f'{name}.') for name in columns)
+      if used and chunk.unpacked_bytes > max(_UNPACKED, _EXPANSION * chunk.packed_bytes):
         return number
   return None
 
@@ -448,7 +476,8 @@ def spill(records: Records, path: str) -> None:
   import pyarrow as pa
 
   texts, numbers = ('where', 'file', 'id', 'source', 'text', 'what'), ('number', 'lost', 'bytes')
-  schema = pa.schema([(name, pa.string()) for name in texts] + [(name, pa.int64()) for name in numbers])
+  more = [('spans', pa.list_(pa.list_(pa.int64(), 2))), ('templated', pa.bool_())]
+  schema = pa.schema([(name, pa.string()) for name in texts] + [(name, pa.int64()) for name in numbers] + more)
   with pa.OSFile(path, 'wb') as file, pa.ipc.new_stream(file, schema) as stream:
     batch: list[dict[str, Any]] = []
     for record in records:
@@ -468,7 +497,9 @@ def _spilled(unit: Unit) -> Records:
       for record in batch.to_pylist():
         where = Place(record['where'], record['file'], record['number'])
         if record['what'] is None:
-          yield where, Document(*(record[name] for name in ('id', 'source', 'text', 'lost')))
+          spans = record['spans'] and tuple(map(tuple, record['spans']))
+          values = {name: record[name] for name in ('id', 'source', 'text', 'lost')}
+          yield where, Document(**values, spans=spans, templated=bool(record['templated']))
         else:
           yield Problem(where, *(record[name] for name in ('what', 'bytes', 'id', 'source')))
 

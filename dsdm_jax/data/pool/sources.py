@@ -15,6 +15,7 @@ from typing import Any
 from dsdm_jax.config import values
 from dsdm_jax.core import tensorflow_start
 from dsdm_jax.data import files
+from dsdm_jax.data.pool.chat import Chat, Spans
 from dsdm_jax.data.targets import tfds_items
 from dsdm_jax.errors import UserError
 
@@ -40,12 +41,16 @@ class Document:
     source: the class it is counted under in cards, selections and reports ('docs').
     text: valid Unicode with at least one character that is not white space.
     lost: bytes of UTF-8 that the source cut off the end of the text.
+    spans: characters that the loss counts, as ascending (begin, end); None for all.
+    templated: the text is that of a chat template, in which special pieces are special.
   """
 
   id: str
   source: str
   text: str
   lost: int = 0
+  spans: Spans | None = None
+  templated: bool = False
 
 
 def cut(data: bytes, limit: int) -> bytes:
@@ -66,12 +71,15 @@ class Entry:
     kind: one of `KINDS`, 'installed_packages', or 'function' for 'package.module:function'.
     target: glob, name of a dataset or task, or function.
     name: source of documents whose record names none.
+    prompt, completion: field names of two texts in place of `text`; the loss counts the second.
+    messages: field name of a conversation in place of `text`; the loss counts what the assistant says.
     text, id, source: field names of a record, 'meta.id' for one inside another. A record must have the fields that the
       user named. None takes the field 'id' or 'source' where there is one, '' none.
     split: of a TFDS dataset, seqio task or dataset dict.
     weight: share of pool.max_bytes, relative to the other sources; positive.
     max_bytes, max_documents: caps; 0 for none.
     module: imported first, to register a seqio task.
+    chat: the template of conversations, which the pool stage sets.
   """
 
   kind: str
@@ -85,6 +93,17 @@ class Entry:
   max_bytes: int = 0
   max_documents: int = 0
   module: str = ''
+  prompt: str = ''
+  completion: str = ''
+  messages: str = ''
+  chat: Chat | None = None
+
+  @property
+  def content(self) -> tuple[tuple[str, str], ...]:
+    """(option, field) of all that makes the text of a document."""
+    if self.messages:
+      return (('messages', self.messages),)
+    return (('prompt', self.prompt), ('completion', self.completion)) if self.completion else (('text', self.text),)
 
   @property
   def generated(self) -> bool:
@@ -118,12 +137,12 @@ def _whole(value: str) -> int:
 
 
 _OPTIONS: Mapping[str, Callable[[str], Any]] = {
-  **dict.fromkeys(('name', 'text', 'id', 'source', 'split', 'module'), str),
+  **dict.fromkeys(('name', 'text', 'id', 'source', 'split', 'module', 'prompt', 'completion', 'messages'), str),
   'weight': float,
   **dict.fromkeys(('max_bytes', 'max_documents'), _whole),
 }
 _CAPS = ('weight', 'max_bytes', 'max_documents')
-_FIELDS = ('text', 'id', 'source', 'name')
+_FIELDS = ('text', 'id', 'source', 'name', 'prompt', 'completion', 'messages')
 _OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
   'installed_packages': _CAPS,
   'function': _CAPS,
@@ -164,7 +183,10 @@ def parse(line: str) -> Entry:
       kind = 'number' if key == 'weight' else 'whole number'
       raise UserError(f'{where}: {key}={value} is not a {kind}') from error
   entry = Entry(kind, target, **options)
-  for key in ('name', 'text'):
+  given = {key for key in ('text', 'prompt', 'completion', 'messages') if key in options}
+  if given and given not in ({'text'}, {'prompt', 'completion'}, {'messages'}):
+    raise UserError(f'{where}: give one of text=, messages=, or prompt= and completion= together')
+  for key in ('name', *given):
     if not getattr(entry, key):
       raise UserError(f'{where}: {key}= is empty; give a name or remove it')
   for key, most in _LIMITS.items():

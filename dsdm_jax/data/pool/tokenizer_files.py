@@ -46,6 +46,8 @@ def write(pool: Path, out: Path, length: int) -> dict[str, Any]:
     'pad_token': names[encoder.pad],
     'clean_up_tokenization_spaces': False,
   }
+  if isinstance(encoder, HuggingFaceEncoder) and encoder.chat:
+    options |= {'chat_template': encoder.chat.template}
   storage.write_json(out / 'tokenizer_config.json', options)
   return {'eos_token_id': encoder.eos, 'bos_token_id': encoder.eos, 'pad_token_id': encoder.pad}
 

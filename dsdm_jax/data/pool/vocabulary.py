@@ -11,6 +11,7 @@ SentencePiece vocabularies gives other ids on most texts.
 
 import collections
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -26,6 +27,7 @@ import numpy as np
 from dsdm_jax.config.values import brief
 from dsdm_jax.core import prng, storage, tensorflow_start
 from dsdm_jax.data import files
+from dsdm_jax.data.pool import chat as chats
 from dsdm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar('_T')
 MODEL, TOKENIZER, BYTES = 'vocabulary.model', 'tokenizer.json', 'bytes.json'
-FILES = (MODEL, TOKENIZER, 'end_piece.json', BYTES)  # of all kinds of vocabularies
+FILES = (MODEL, TOKENIZER, 'end_piece.json', BYTES, chats.FILE)  # of all kinds of vocabularies
 PAD = 0
 EOS = 1
 UNK = 2
@@ -320,6 +322,8 @@ class HuggingFaceEncoder:
 
   Attributes:
     end: that piece. Written out in a text it is text.
+    chat: the chat template, which `open_encoder` sets; None for none.
+    exact: white space before an answer is the prompt's, as a chat template writes it (`encode_pair`).
 
   Raises:
     UserError: the file is not a tokenizer, is too large or draws at random; or no such piece, or several.
@@ -366,6 +370,19 @@ class HuggingFaceEncoder:
     # Also where the file does not call it special, so that it is text when it is written out.
     self.tokenizer.add_special_tokens([tokenizers.AddedToken(self.end, normalized=False)])
     self.data = data
+    self.chat: chats.Chat | None = None
+    self.exact = False
+
+  @functools.cached_property
+  def templated(self) -> 'HuggingFaceEncoder':
+    """The same for text of the chat template, in which special pieces are special."""
+    import tokenizers
+
+    other = copy.copy(self)
+    other.tokenizer = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
+    other.tokenizer.encode_special_tokens = False
+    other._never, other.exact = set(), True
+    return other
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, without an end mark; a special piece that the model matches is unknown text."""
@@ -407,7 +424,8 @@ def encode_pair(encoder: Encoder, context: str, answer: str) -> tuple[list[int],
   may cross the boundary and some vocabularies put a space before every text. White space at the end of the context and
   a piece with characters of both belong to the answer, as in lm-evaluation-harness.
   """
-  ids, place = encoder.encode(context + answer), len(context.rstrip())
+  exact = isinstance(encoder, HuggingFaceEncoder) and encoder.exact
+  ids, place = encoder.encode(context + answer), len(context if exact else context.rstrip())
   before = encoder.encode(context[:place])
   first = len(before)
   # The answer begins after the context's own ids, if the whole text begins with them and the last is no unknown piece.
@@ -418,6 +436,19 @@ def encode_pair(encoder: Encoder, context: str, answer: str) -> tuple[list[int],
   while first and spans[first - 1][0] >= place:  # of one character's bytes only the last may cover it
     first -= 1
   return ids[:first], ids[first:]
+
+
+def counted(encoder: Encoder, text: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+  """Which ids of `text` cover a character of one of the ascending `spans`: bool.
+
+  A piece with characters of both counts, as the white space before an answer does where a piece joins them.
+  """
+  first_I, stop_I = np.array(encoder.offsets(text), np.int64).reshape(-1, 2).T
+  begin_S, end_S = np.array(spans, np.int64).reshape(-1, 2).T
+  # The first span that ends after the piece begins; of one character's bytes some cover nothing.
+  place_I = np.searchsorted(end_S, first_I, side='right')
+  begin_I = np.append(begin_S, np.iinfo(np.int64).max)[place_I]
+  return begin_I < np.maximum(stop_I, first_I + 1)
 
 
 def round_trip(encoder: Encoder, text: str) -> dict[str, int]:
@@ -488,6 +519,8 @@ def _save_file(choice: str, folder: Path, end: str) -> None:
     _try(tokenizer, tokenizer.end)
     storage.write_bytes(folder / TOKENIZER, data)
     storage.write_json(folder / 'end_piece.json', {'end_piece': tokenizer.end})
+    if chat := chats.read(choice):
+      storage.write_json(folder / chats.FILE, chats.to_json(chat))
     return
   if end:
     raise UserError(
@@ -559,7 +592,10 @@ def open_encoder(folder: str | os.PathLike) -> Encoder:
   if (folder / MODEL).is_file():
     return SentencePieceEncoder(folder / MODEL)
   if (folder / TOKENIZER).is_file():
-    return HuggingFaceEncoder((folder / TOKENIZER).read_bytes(), _end_piece(folder))
+    encoder = HuggingFaceEncoder((folder / TOKENIZER).read_bytes(), _end_piece(folder))
+    if (folder / chats.FILE).is_file():
+      encoder.chat = chats.of_json(storage.read_json(folder / chats.FILE, dict))
+    return encoder
   if (folder / BYTES).is_file():
     return ByteEncoder()
   raise UserError(f'{folder} has no vocabulary; run --stage=pool')

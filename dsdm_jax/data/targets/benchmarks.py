@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from dsdm_jax.config.values import is_harness, is_jsonl, task_name
 from dsdm_jax.core import prng
 from dsdm_jax.data import files
-from dsdm_jax.data.targets import shapes, tfds_items
+from dsdm_jax.data.targets import harness, shapes, tfds_items
 from dsdm_jax.data.targets.shapes import GENERATION, LANGUAGE_MODELLING, MULTIPLE_CHOICE, SCHEMA, Item
 from dsdm_jax.errors import UserError
 
@@ -53,7 +54,7 @@ class Benchmark:
     name: in tables and configs.
     category: one of the paper's five; '' for custom files.
     shape: one of `shapes.SHAPES`.
-    source: name of its JSONL file.
+    source: name of its JSONL file, or 'lm_eval:TASK'.
     tfds: 'dataset/config:split' in TFDS, '' for none.
     shots: solved examples before the question.
     delimiter: between context and answer; white space at its end belongs to the answer. May be empty.
@@ -65,6 +66,8 @@ class Benchmark:
     counts: (target, holdout) items in the paper, (0, 0) if it has none.
     own_space: white space that an item has where context and answer meet replaces that of the delimiter, see `joined`.
       Otherwise it is stripped, as LLM-Foundry does.
+    shot_delimiter: after each shot.
+    description: before the first shot.
   """
 
   name: str
@@ -81,6 +84,8 @@ class Benchmark:
   left_out: tuple[str, ...] = ()
   counts: tuple[int, int] = (0, 0)
   own_space: bool = False
+  shot_delimiter: str = '\n'
+  description: str = ''
 
 
 def _row(name: str, category: str, shape: str, source: str, shots: int, delimiter: str = ' ', **more: Any) -> Benchmark:
@@ -143,6 +148,49 @@ TABLE: tuple[Benchmark, ...] = (
 BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in TABLE}
 
 
+def named(task: str, folder: str, shots: int = 0, delimiter: str = ' ') -> Benchmark | None:
+  """The benchmark that an entry of a setting names; None for the run's own targets and built-in tasks.
+
+  Args:
+    task: a name of the table, the path of a JSONL file, or a task of lm-evaluation-harness.
+    folder: `targets.folder`.
+    shots, delimiter: of a file.
+
+  Raises:
+    UserError: as `of_file` and `harness.read`.
+  """
+  if is_jsonl(task):
+    return of_file(task, shots, delimiter)
+  if not is_harness(task):
+    return BENCHMARKS.get(task)
+  theirs = harness.read(task, harness_folders(folder))
+  return Benchmark(
+    name=task_name(task),
+    category='',
+    shape=theirs.shape,
+    source=task,
+    shots=theirs.shots,
+    delimiter='',
+    scoring=SCORING[theirs.shape],
+    role='other',
+    own_space=True,
+    shot_delimiter=theirs.shot_delimiter,
+    description=theirs.description,
+  )
+
+
+def path_of(benchmark: Benchmark, folder: str) -> str | None:
+  """Where `read_items` finds a benchmark of `named`; None for a file, whose path is its source."""
+  if BENCHMARKS.get(benchmark.name) is benchmark:
+    return folder or '.'
+  return folder if is_harness(benchmark.source) else None
+
+
+def harness_folders(folder: str) -> tuple[str, ...]:
+  """The places of `targets.folder` that may hold YAML files of lm-evaluation-harness."""
+  return tuple(path for path in places(folder) if not in_tfds(path)) if folder else ()
+
+
 def of_file(path: str, shots: int = 0, delimiter: str = ' ') -> Benchmark:
   """A custom benchmark: a JSONL file whose first record determines the shape, with the file's own white space.
 
@@ -153,10 +201,14 @@ def of_file(path: str, shots: int = 0, delimiter: str = ' ') -> Benchmark:
     shape = shapes.shape_of(record)
     if shape is None:
       raise UserError(
-        f'{path}, line {number}: fields {", ".join(sorted(record))} match no shape; use "context" and '
-        '"continuation", "query", "choices" and "gold", "context_options", "continuation" and "gold", or "context", '
-        '"answer" and "aliases"'
+        f'{path}, line {number}: fields {", ".join(sorted(record))} match no shape; use "context" and "continuation", '
+        '"prompt" and "completion", "messages", "query", "choices" and "gold", "context_options", "continuation" and '
+        '"gold", or "context", "answer" and "aliases"'
       )
+    if 'messages' in record and shots:
+      raise UserError(f'{path} has conversations, which take no shots before them; set file_shots to 0')
+    verbatim = 'completion' in record or 'messages' in record
+    delimiter = '' if verbatim else delimiter
     return _row(PurePosixPath(path).stem, '', shape, path, shots, delimiter, role='other', own_space=True)
   raise UserError(f'{path} has no items; it needs one JSON object a line')
 
@@ -212,12 +264,14 @@ def read_items(benchmark: Benchmark, path: str | None = None, limit: int | None 
   Args:
     benchmark: a row of `TABLE`, or of `of_file`.
     path: a file; a folder with the file of the table, itself or one level below; 'tfds' or 'tfds:DATA_DIR'; or several
-      of these, see `places`. None uses `source` as the path.
+      of these, see `places`. None uses `source` as the path. For a task of lm-evaluation-harness: `targets.folder`.
     limit: at most so many items, evenly spread over the file, because some files are sorted by category.
 
   Raises:
     UserError: the file or dataset does not exist, or a record is malformed; the message says where.
   """
+  if is_harness(benchmark.source):
+    return evenly(list(harness.read(benchmark.source, harness_folders(path or '')).items), limit)
   tried = (benchmark.source,) if path is None else places(path)
   source = place(benchmark, tried)
   if source is None:
@@ -333,15 +387,15 @@ def prompt(
   """
   item = items[index]
   shown = shots(benchmark, equal or alike(items), index, seed) if benchmark.shots else []
-  parts = [f'{solved(benchmark, items[i])}\n' for i in shown]
-  preamble = ''.join(parts)
+  parts = [f'{solved(benchmark, items[i])}{benchmark.shot_delimiter}' for i in shown]
+  preamble, starts = introduction(benchmark, parts)
   pairs = [
     joined(benchmark, context, answer)
     for context in item.context_options or [item.context]
     for answer in item.choices or [item.continuation]
   ]
   contexts, answers = tuple(preamble + c for c, _ in pairs), tuple(a for _, a in pairs)
-  return Prompt(contexts, answers, max(item.gold, 0), shot_starts(parts))
+  return Prompt(contexts, answers, max(item.gold, 0), starts)
 
 
 def joined(benchmark: Benchmark, context: str, answer: str) -> tuple[str, str]:
@@ -359,14 +413,20 @@ def joined(benchmark: Benchmark, context: str, answer: str) -> tuple[str, str]:
     return context.rstrip() + before + text, after + answer.strip()
   if text:
     return context.rstrip() + before + text, answer if own else after + answer.rstrip()
-  if own or not context:
+  if own or not context or not benchmark.delimiter:
     return context, answer
   return context, ('' if _UNSPACED.fullmatch(context[-1] + answer[:1]) else after) + answer.rstrip()
 
 
-def shot_starts(parts: Sequence[str]) -> tuple[int, ...]:
-  """`Prompt.starts` of a context that begins with the shots `parts`."""
-  return tuple(itertools.accumulate(map(len, parts), initial=0))
+def introduction(benchmark: Benchmark, parts: Sequence[str]) -> tuple[str, tuple[int, ...]]:
+  """What precedes the question of a prompt with the shots `parts`, and its `Prompt.starts`.
+
+  A description goes with the first shot.
+  """
+  first, *rest = parts or ['']
+  parts = [f'{benchmark.description}{first}', *rest]
+  starts = tuple(itertools.accumulate(map(len, parts), initial=0))
+  return ''.join(parts), starts if first else (0,)
 
 
 def shots(benchmark: Benchmark, equal: Alike, index: int, seed: int) -> list[int]:

@@ -6,15 +6,17 @@ contain Unicode line separators.
 
 import collections
 import dataclasses
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dsdm_jax.data import files
+from dsdm_jax.data.pool.chat import conversation
 from dsdm_jax.errors import UserError
 
-LANGUAGE_MODELLING = 'language_modelling'  # "context", "continuation"; maybe "category"
+LANGUAGE_MODELLING = 'language_modelling'  # "context", "continuation"; "prompt", "completion"; "messages"
 MULTIPLE_CHOICE = 'multiple_choice'  # "query", "choices", "gold"
 SCHEMA = 'schema'  # "context_options", "continuation", "gold"
 GENERATION = 'generation'  # "context", "answer", "aliases"
@@ -40,6 +42,8 @@ class Item:
     aliases: correct answers (generation), including `continuation`; else empty.
     category: results may be averaged per category first; '' for none.
     document: items of one document are never split between target and holdout.
+    messages: the conversation as JSON, whose last message is the answer; '' for none. Context and continuation are then
+      its text without the marks of a chat template.
   """
 
   id: str
@@ -51,6 +55,7 @@ class Item:
   aliases: tuple[str, ...] = ()
   category: str = ''
   document: str = ''
+  messages: str = ''
 
 
 def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -81,7 +86,7 @@ def shape_of(record: Mapping[str, Any]) -> str | None:
     return SCHEMA
   if 'question' in record or 'aliases' in record:
     return GENERATION if 'aliases' in record else LANGUAGE_MODELLING
-  return LANGUAGE_MODELLING if 'continuation' in record or 'answer' in record else None
+  return LANGUAGE_MODELLING if {'continuation', 'answer', 'completion', 'messages'} & set(record) else None
 
 
 def parse(record: Mapping[str, Any], shape: str, id: str, where: str) -> Item:
@@ -150,7 +155,20 @@ class _Fields:
 
 
 def _language_modelling(fields: _Fields) -> Item:
-  return Item('', fields.text('context', filled=False), fields.text('continuation', 'answer'))
+  if 'messages' in fields.record:
+    return _conversation(fields)
+  return Item('', fields.text('context', 'prompt', filled=False), fields.text('continuation', 'answer', 'completion'))
+
+
+def _conversation(fields: _Fields) -> Item:
+  try:
+    *before, last = conversation(fields.record['messages'])
+  except ValueError as error:
+    raise fields.fail(f'"messages": {error}') from error
+  if last['role'] != 'assistant' or not last['content'].strip():
+    raise fields.fail('the last of "messages" must be an answer of the role assistant')
+  context = ''.join(f'{message["role"]}: {message["content"]}\n' for message in before)
+  return Item('', context, last['content'], messages=json.dumps([*before, last], sort_keys=True))
 
 
 def _multiple_choice(fields: _Fields) -> Item:

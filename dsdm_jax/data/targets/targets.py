@@ -18,12 +18,30 @@ from ml_collections import ConfigDict
 from dsdm_jax.core import prng, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool.vocabulary import Encoder, encode_pair, open_encoder
+from dsdm_jax.data.pool.vocabulary import Encoder, HuggingFaceEncoder, encode_pair, open_encoder
 from dsdm_jax.data.targets.benchmarks import shots_to_drop
 from dsdm_jax.data.targets.tasks import SPLITS, RawItem, group_documents, read_tasks, split_documents, with_shots
 from dsdm_jax.errors import UserError
 
 Encode = Callable[[str], list[int]]
+
+
+def rendered(encoder: Encoder, messages: str) -> tuple[str, str, Encoder]:
+  """(prompt, answer, encoder for them) of a conversation, see `shapes.Item.messages`, by the chat template.
+
+  Raises:
+    UserError: the pool's vocabulary has no chat template, or the template fails.
+  """
+  chat = encoder.chat if isinstance(encoder, HuggingFaceEncoder) else None
+  if chat is None or not isinstance(encoder, HuggingFaceEncoder):
+    raise UserError(
+      'a conversation needs a chat template, and pool.vocabulary has none; give the tokenizer.json of a model with a '
+      'chat_template.jinja beside it'
+    )
+  try:
+    return *chat.pair(json.loads(messages)), encoder.templated
+  except ValueError as error:
+    raise UserError(f'a conversation: {error}; correct the file or the template') from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,13 +207,17 @@ def _examples(
   for item in items:
     if len(records) == most:
       break
-    dropped = shots_to_drop(item.starts, lambda n: excess(encoder, item.without(n), length) <= 0)  # noqa: B023
+    its = encoder
+    if item.messages:
+      context, answer, its = rendered(encoder, item.messages)
+      item = dataclasses.replace(item, context=context, answer=answer, messages='')
+    dropped = shots_to_drop(item.starts, lambda n: excess(its, item.without(n), length) <= 0)  # noqa: B023
     used = item.without(dropped)
-    arrays = sequence(encoder, used.context, used.answer, length)
+    arrays = sequence(its, used.context, used.answer, length)
     if arrays is None:
       unfit += 1
       continue
-    cut = max(0, excess(encoder, used, length))
+    cut = max(0, excess(its, used, length))
     if cut and long_prompts == 'refuse':
       raise UserError(f'{item.id}: {too_long(cut, length, "targets.long_prompts")}')
     tokens.append(arrays[0])

@@ -2,8 +2,9 @@
 
 A task has items (context, answer, document). `docs` has no context and is language modelling; `api_qa` and
 `cs_algorithms` are questions; a benchmark of `benchmarks.TABLE` is used by its name; a path that ends in .jsonl is a
-custom file in any shape of `shapes`. Items of one document, or of documents that share text, are never split between
-target and holdout, nor are items without a document whose texts share a passage.
+custom file in any shape of `shapes`; 'lm_eval:TASK' is a task of lm-evaluation-harness. Items of one document, or of
+documents that share text, are never split between target and holdout, nor are items without a document whose texts
+share a passage.
 """
 
 import collections
@@ -12,13 +13,13 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from dsdm_jax.data.targets import benchmarks, builtin, shapes
+from dsdm_jax.config.values import is_harness, is_jsonl, task_name
+from dsdm_jax.data.targets import benchmarks, builtin, harness, shapes
 from dsdm_jax.data.targets.leakage import TargetText, words
 from dsdm_jax.errors import UserError
 
@@ -41,6 +42,7 @@ class RawItem:
     question: equal for items that ask the same, see `shapes.question_keys`; '' for built-in tasks.
     choices: as `shapes.Item`, for evaluation; so are the four that follow, with prompts in place of contexts.
     starts: of the shots in `context` and `context_options`, see `benchmarks.Prompt`.
+    messages: as `shapes.Item`.
   """
 
   id: str
@@ -54,6 +56,7 @@ class RawItem:
   aliases: tuple[str, ...] = ()
   category: str = ''
   starts: tuple[int, ...] = (0,)
+  messages: str = ''
 
   def without(self, shots: int) -> 'RawItem':
     """The item without its first `shots` shots."""
@@ -85,11 +88,6 @@ class RawTask:
   benchmark: benchmarks.Benchmark | None = None
 
 
-def task_name(task: str) -> str:
-  """Name of a task in files and results: for a path, the file name without folder and ending."""
-  return Path(task).stem if task.endswith('.jsonl') else task
-
-
 def read_jsonl(path: str, shots: int = 0, delimiter: str = ' ') -> RawTask:
   """A custom task: one JSON object a line, in the shape of `shapes` that the first line has; "document" is optional.
 
@@ -116,7 +114,7 @@ def benchmark_task(benchmark: benchmarks.Benchmark, folder: str | None, name: st
 
 
 def _zero_shot(benchmark: benchmarks.Benchmark, items: Sequence[shapes.Item], name: str) -> list[RawItem]:
-  zero_shot, result = dataclasses.replace(benchmark, shots=0), []
+  zero_shot, result = dataclasses.replace(benchmark, shots=0, description=''), []
   for index, (item, question) in enumerate(zip(items, shapes.question_keys(items), strict=True)):
     prompt = benchmarks.prompt(zero_shot, items, index)
     document = item.document if item.document != item.id else f'{name}/{item.id}'
@@ -124,7 +122,7 @@ def _zero_shot(benchmark: benchmarks.Benchmark, items: Sequence[shapes.Item], na
     choices = prompt.answers if item.choices else ()
     context, answer = prompt.contexts[prompt.gold], prompt.answers[prompt.gold]
     more = question, choices, options, item.gold, item.aliases, item.category
-    result.append(RawItem(item.id, context, answer, document, *more))
+    result.append(RawItem(item.id, context, answer, document, *more, messages=item.messages))
   alone = [index for index, item in enumerate(items) if item.document == item.id]
   first = near_equal(tuple(result[index].context or result[index].answer for index in alone))
   for index, place in zip(alone, first, strict=True):
@@ -212,17 +210,16 @@ def with_shots(task: RawTask, items: Sequence[RawItem], seed: int) -> list[RawIt
   holdout, which the datamodel and selectors that read text are evaluated on.
   """
   benchmark = task.benchmark
-  if benchmark is None or not benchmark.shots:
+  if benchmark is None or not (benchmark.shots or benchmark.description):
     return list(items)
   # Equal items are found by the questions themselves, not by the prompts, whose last line may be the same in all.
   asked = [shapes.Item(i.id, i.question, i.answer, i.choices, (i.question,) * bool(i.context_options)) for i in items]
   equal, result = benchmarks.alike(asked), []
   for index, item in enumerate(items):
     shown = [items[i] for i in benchmarks.shots(benchmark, equal, index, seed)]
-    parts = [f'{other.context}{other.answer}\n' for other in shown]
-    preamble = ''.join(parts)
-    options = tuple(preamble + option for option in item.context_options)
-    context, starts = preamble + item.context, benchmarks.shot_starts(parts)
+    parts = [f'{other.context}{other.answer}{benchmark.shot_delimiter}' for other in shown]
+    preamble, starts = benchmarks.introduction(benchmark, parts)
+    options, context = tuple(preamble + option for option in item.context_options), preamble + item.context
     result.append(dataclasses.replace(item, context=context, context_options=options, starts=starts))
   return result
 
@@ -238,12 +235,12 @@ def check_files(config: ConfigDict, guarded: Iterable[str] = ()) -> None:
     UserError: as `read_jsonl`.
   """
   for task in config.tasks:
-    if task.endswith('.jsonl'):
+    if is_jsonl(task):
       read_jsonl(task)
-    elif task in benchmarks.BENCHMARKS:
-      benchmarks.read_items(benchmarks.BENCHMARKS[task], config.folder or '.')
+    elif benchmark := benchmarks.named(task, config.folder):
+      benchmarks.read_items(benchmark, benchmarks.path_of(benchmark, config.folder))
   try:
-    benchmark_texts(guarded, config.folder or '.')
+    benchmark_texts(guarded, config.folder)
   except UserError as error:
     raise UserError(f'pool.leakage_benchmarks: {error}; or remove it from --config.pool.leakage_benchmarks') from error
 
@@ -280,10 +277,13 @@ def read_tasks(config: ConfigDict) -> list[RawTask]:
   """
   tasks = []
   for task in config.tasks:
-    if task.endswith('.jsonl'):
+    if is_jsonl(task):
       tasks.append(read_jsonl(task, config.file_shots, config.file_delimiter))
-    elif task in benchmarks.BENCHMARKS:
-      tasks.append(benchmark_task(benchmarks.BENCHMARKS[task], config.folder or '.', task))
+    elif is_harness(task) and (theirs := harness.read(task, benchmarks.harness_folders(config.folder))).documents:
+      whole = (RawItem(item.id, '', item.continuation, item.document) for item in theirs.items)
+      tasks.append(RawTask(task_name(task), tuple(whole), language_modelling=True))
+    elif benchmark := benchmarks.named(task, config.folder):
+      tasks.append(benchmark_task(benchmark, benchmarks.path_of(benchmark, config.folder), task_name(task)))
     elif task == 'docs':
       tasks.append(_docs())
     elif task == 'api_qa':
@@ -293,7 +293,7 @@ def read_tasks(config: ConfigDict) -> list[RawTask]:
     else:
       raise UserError(
         f'targets.tasks has {task!r}; it must be {", ".join(BUILT_IN)}, a benchmark of docs/benchmarks.md, '
-        'or a path that ends in .jsonl'
+        'a path that ends in .jsonl, or lm_eval:TASK'
       )
   names = [task.name for task in tasks]
   for name in names:
@@ -315,7 +315,7 @@ def raw_texts(config: ConfigDict) -> list[TargetText]:
       texts += [TargetText(task.name, f'{prompt}{item.answer}', item.id) for prompt, item in pairs]
       continue
     name = next(given for given in config.tasks if task_name(given) == task.name)
-    texts += benchmark_texts((name,), config.folder or '.')
+    texts += benchmark_texts((name,), config.folder)
     if name in benchmarks.BENCHMARKS:
       texts += [_text(name, item) for item in benchmarks.target_items(task.benchmark, config.folder)]
   return texts
@@ -329,8 +329,9 @@ def benchmark_texts(names: Iterable[str], folder: str) -> list[TargetText]:
   """
   texts = []
   for name in names:
-    benchmark = benchmarks.BENCHMARKS.get(name)
-    items = benchmarks.read_items(benchmark, folder) if benchmark else benchmarks.read_items(benchmarks.of_file(name))
+    benchmark = benchmarks.named(name, folder)
+    assert benchmark is not None, name
+    items = benchmarks.read_items(benchmark, benchmarks.path_of(benchmark, folder))
     texts += [_text(task_name(name), item) for item in items]
   return texts
 
@@ -394,7 +395,7 @@ def target_questions(config: ConfigDict) -> frozenset[str]:
   Raises:
     UserError: as `read_tasks`.
   """
-  if not any(task.endswith('.jsonl') or task in benchmarks.BENCHMARKS for task in config.tasks):
+  if set(config.tasks) <= set(BUILT_IN):
     return frozenset()
   tasks = read_tasks(config)
   side = split_documents(tasks, config.holdout_share, config.seed)

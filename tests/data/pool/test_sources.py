@@ -383,7 +383,7 @@ def test_caps_and_weights_hold_for_sources_that_are_read_from_beginning_to_end(t
 @pytest.mark.parametrize(
   ('line', 'expected'),
   [
-    ('jsonl:a | wieght=2', "option 'wieght=2' is none of those of jsonl: text=, id=, source=, name=, weight="),
+    ('jsonl:a | wieght=2', "option 'wieght=2' is none of those of jsonl: text=, id=, source=, name=, prompt="),
     ('jsonl:a | weight=much', 'weight=much is not a number'),
     ('jsonl:a | weight=0', 'weight must be above 0'),
     ('jsonl:a | weight=inf', 'weight must be above 0 and at most 1,000,000'),
