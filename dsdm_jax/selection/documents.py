@@ -56,7 +56,7 @@ class DocumentScores:
     inputs: finished stages: 'pool' and 'datamodel'; with 'selection' the shares that arms selected; with 'proxies' and
       'features' scores by tokens.
     targets: names as in `selection.targets`; () for all tasks and, by rows, their mix.
-    arms: names of selections; None for all.
+    arms: names of selections, as `--arm` of `dsdm export`; None for all.
     by: 'rows' or 'tokens'.
     functions: as in `dsdm_jax.load`.
 
@@ -133,9 +133,7 @@ class DocumentScores:
     index = storage.read_json(artifact.path / 'index.json', list)
     names = list(dict.fromkeys(entry['selection'] for entry in index))
     for arm in names if arms is None else arms:
-      if arm not in names:
-        raise UserError(f'there is no arm {arm!r}; name one of {", ".join(names)}')
-      yield Selection.load(artifact.path, arm)
+      yield Selection.load(artifact.path, export.selection_named(arm, names))
 
   @property
   def schema(self) -> 'pyarrow.Schema':
@@ -196,7 +194,7 @@ class DocumentScores:
         for table in tables:
           for record in table.select(['id', 'status', 'characters', *names]).to_pylist():
             whole = (0, record['characters'])
-            spans = {f'dsdm__{n}': [] if record[n] is None else [[*whole, round(record[n], 9)]] for n in names}
+            spans = {f'dsdm__{n}': [] if record[n] is None else [[*whole, float(f'{record[n]:.9g}')]] for n in names}
             if record['status'] not in (KEPT, 'cut'):
               spans[f'dsdm__{record["status"]}'] = [[*whole, 1.0]]
             file.write(json.dumps({'id': record['id'], 'attributes': spans}) + '\n')
@@ -223,7 +221,7 @@ class DocumentScores:
     schema = pa.schema([self.schema.field('id'), kind, *own], self.schema.metadata)
     count = 0
     for label, tables in self._by_file():
-      path = artifacts.inside(out, f'{_stem(label)}.parquet')
+      path = artifacts.inside(out, label if label.endswith('.parquet') else f'{label}.parquet')
       path.parent.mkdir(parents=True, exist_ok=True)
       with parquet.ParquetWriter(path, schema) as writer:
         for table in tables:
@@ -258,13 +256,6 @@ def _is_record(table: 'pyarrow.Table') -> np.ndarray:
 
 def _is_jsonl(label: str) -> bool:
   return any(label.endswith(f'.{kind}{packed}') for kind in ('jsonl', 'json') for packed in ('', '.gz', '.zst'))
-
-
-def _stem(label: str) -> str:
-  """A label without the endings of its format."""
-  for ending in ('.gz', '.zst', '.bz2', '.xz', '.jsonl', '.json', '.parquet', '.arrow', '.txt'):
-    label = label.removesuffix(ending)
-  return label
 
 
 @contextlib.contextmanager

@@ -60,11 +60,7 @@ class Export:
   def __init__(self, workdir: Path, arm: str):
     opened = artifacts.read(workdir, 'pool', 'datamodel', 'selection')
     names = sorted(name.removesuffix('.npz') for name in opened['selection'].manifest['files'] if name.endswith('.npz'))
-    firsts = [name for name in names if arm in (name.rpartition('--')[0], name.split('--')[0]) and name.endswith('--0')]
-    found = [arm] if arm in names else firsts
-    if len(found) != 1:
-      raise UserError(f'--arm={arm}: {workdir} has {", ".join(names)}; name one')
-    self.selection = Selection.load(opened['selection'].path, found[0])
+    self.selection = Selection.load(opened['selection'].path, selection_named(arm, names))
     self.pool = Pool(opened['pool'])
     opened |= validation_of(workdir, opened)
     self.metadata = metadata(opened['datamodel'], opened.get('validation')) | {'selection': self.selection.provenance}
@@ -218,6 +214,19 @@ class Export:
     writer.close_splits(['train'])
     info.write_to_directory(str(folder))
     self._beside(out)
+
+
+def selection_named(arm: str, names: Sequence[str]) -> str:
+  """The one of `names` that is `arm`, or that of its first seed where `arm` has no seed, or no target either.
+
+  Raises:
+    UserError: there is none, or several.
+  """
+  firsts = [name for name in names if arm in (name.rpartition('--')[0], name.split('--')[0]) and name.endswith('--0')]
+  found = [arm] if arm in names else firsts
+  if len(found) != 1:
+    raise UserError(f'--arm={arm}: the run has {", ".join(names)}; name one')
+  return found[0]
 
 
 def metadata(datamodel: Artifact, validation: Artifact | None = None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dsdm_jax.selection import documents, export, whole
 from dsdm_jax.selection.documents import DocumentScores
 from tests.helpers.data import RECORDS, lines, run_pool, small_config
 from tests.helpers.selection import ArrayCandidates, selected
-from tests.selection.test_trainers import open_with
+from tests.selection.test_trainers import ROOT, open_with
 
 
 class Stream:
@@ -172,9 +172,10 @@ def test_sums_over_documents_are_sums_over_rows(lossy):
 def test_targets_and_arms_are_named(lossy):
   _, inputs, _ = lossy
   assert {n for n in _records(inputs, targets=['a+b'], arms=[])[0] if n.startswith(('score', 'sel'))} == {'score_a+b'}
+  assert 'selected_dsdm--a--0' in _records(inputs, arms=['dsdm'])[0]
   for options, words in [
     ({'targets': ['c']}, "no scores for 'c'; targets are a, b, mix"),
-    ({'arms': ['x']}, "no arm 'x'; name one of dsdm--a--0"),
+    ({'arms': ['x']}, '--arm=x: the run has dsdm--a--0; name one'),
     ({'targets': ['mix'], 'by': 'tokens'}, "score for 'mix' is no sum over tokens"),
   ]:
     with pytest.raises(UserError, match=words):
@@ -198,7 +199,7 @@ def test_dolma_has_a_line_for_each_line(lossy, tmp_path):
         assert spans['dsdm__score_a'] == [] and spans[f'dsdm__{record["status"]}'][0][2] == 1
       else:
         [[start, end, score]] = spans['dsdm__score_a']
-        assert score == pytest.approx(record['score_a'], rel=1e-5)
+        assert np.float32(score) == np.float32(record['score_a'])  # to the last bit, however small
         assert theirs['text'][start:end] == theirs['text'] if record['status'] == 'kept' else end < len(theirs['text'])
 
 
@@ -211,7 +212,7 @@ def test_the_mixer_of_dolma_reads_the_attributes(lossy, tmp_path):
     shutil.copy(path, tmp_path / 'documents')
   (tmp_path / 'attributes/dsdm').mkdir(parents=True)
   DocumentScores(inputs).dolma(tmp_path / 'attributes/dsdm')
-  wanted = [r['id'] for r in _records(inputs) if r['file'].endswith('.gz') and (r['score_a'] or 0) > 1e-9]
+  wanted = [r['id'] for r in _records(inputs) if r['file'].endswith('.gz') and (r['score_a'] or 0) > 0]
   assert wanted and open_with('dolma', tmp_path) == wanted
 
 
@@ -223,6 +224,8 @@ def test_datakit_has_a_file_for_each_file(lossy, tmp_path):
   assert table.schema.names[:3] == ['id', 'partition_id', 'status']
   assert json.loads(table.schema.metadata[export.METADATA])['sign'] == 'higher helps'
   parts = [parquet.read_table(path) for path in sorted(tmp_path.rglob('*.parquet'))]
+  names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*.parquet'))
+  assert names == ['a.parquet', 'note.txt.parquet', 'part-0.jsonl.gz.parquet', 'part-1.jsonl.gz.parquet']
   assert sorted({t['partition_id'][0].as_py() for t in parts}) == list(range(len(parts))) == [0, 1, 2, 3]
 
 
@@ -307,3 +310,10 @@ def test_rows_of_any_method_become_documents(lossy):
   assert found.documents[0] in (document, *np.flatnonzero(spans.means(np.isin(np.arange(pool.num_rows), rows)) == 1))
   assert found.provenance['why'] == 'x' and found.document_scores[0] == 1
   assert (np.diff(found.document_scores) <= 1e-6).all() and (found.document_scores > 0).all()
+
+
+def test_the_documentation_lists_every_format():
+  """The table says what opens each, and this file, test_stage.py and test_trainers.py open them."""
+  page = (ROOT / 'docs/selection.md').read_text()
+  for form in (*export.FORMATS, *documents.FORMATS):
+    assert f'`{form}`' in page, form
