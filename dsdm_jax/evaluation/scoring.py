@@ -166,7 +166,8 @@ class Scorer:
   ) -> tuple[np.ndarray, np.ndarray]:
     total_P, greedy_P = np.zeros(len(ids_P), np.float32), np.zeros(len(ids_P), bool)
     width_P = _widths([len(ids) for ids in ids_P], [-(-length * part // 4) for part in range(1, 5)])
-    scored_P = _widths([len(place) for place in places], [8**power for power in range(1, 9)])
+    # No more places than the sequence has: logits of padding cost as much as those of an answer.
+    scored_P = np.minimum(_widths([len(place) for place in places], [8**power for power in range(1, 9)]), width_P)
     for width, scored in sorted(set(zip(width_P, scored_P, strict=True))):
       group = np.flatnonzero((width_P == width) & (scored_P == scored))
       arrays = (
