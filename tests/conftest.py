@@ -25,7 +25,9 @@ def _machine() -> str:
   return hashlib.sha256(f'{platform.platform()} {flags}'.encode()).hexdigest()[:12]
 
 
-assert 'jax' not in sys.modules, 'JAX was imported before tests/conftest.py could set it up'
+_JAX_CACHE = str(_CACHE / 'jax' / _machine())
+_inherited = os.environ.get('JAX_COMPILATION_CACHE_DIR') == _JAX_CACHE  # a process that tests/faults/server.py forked
+assert _inherited or 'jax' not in sys.modules, 'JAX was imported before tests/conftest.py could set it up'
 os.environ |= {
   'JAX_PLATFORMS': 'cpu',
   'JAX_NUM_CPU_DEVICES': '8',
@@ -33,7 +35,7 @@ os.environ |= {
   'PJRT_NPROC': '64',  # and one program's collective for a thread that a copy holds: XLA's pool has eight otherwise
   'JAX_NUMPY_RANK_PROMOTION': 'raise',
   'XLA_FLAGS': '--xla_backend_optimization_level=0',  # programs run a few times: compiling takes longer than running
-  'JAX_COMPILATION_CACHE_DIR': str(_CACHE / 'jax' / _machine()),
+  'JAX_COMPILATION_CACHE_DIR': _JAX_CACHE,
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
   'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0',
   'TF_CPP_MIN_LOG_LEVEL': '3',

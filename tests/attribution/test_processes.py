@@ -1,8 +1,6 @@
 """Two processes make features and scores as one: stored, recomputed, and by directional derivatives."""
 
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,8 +9,8 @@ import scipy.stats
 from dsdm_jax.attribution.store import Features
 from dsdm_jax.core import artifacts
 from tests.attribution.two_processes import SETTINGS, begin, run, settings
-from tests.conftest import FAULTS, ROOT
-from tests.core.test_processes import ends, free_port
+from tests.conftest import FAULTS
+from tests.core.test_processes import free_port
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 
@@ -26,17 +24,11 @@ def test_two_processes_make_the_features_and_scores_of_one(tmp_path):
     for folder in folders:
       shutil.copytree(tmp_path / 'begun', folder)
   address = f'127.0.0.1:{free_port()}'
-  script, folders = 'tests.attribution.two_processes', [str(two) for two, _ in pairs.values()]
-  outputs = ends([
-    subprocess.Popen(
-      [sys.executable, '-m', script, address, str(i), *folders],
-      cwd=ROOT, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
-    for i in (0, 1)
-  ])  # fmt: skip
-  for code, _, err in outputs:
-    assert code == 0, err[-3000:]
-  assert 'datamodel: done in' in outputs[0][1] and 'done' not in outputs[1][1]
+  module, folders = 'tests.attribution.two_processes', [str(two) for two, _ in pairs.values()]
+  started = [runs.start(address, str(process), *folders, module=module) for process in (0, 1)]
+  first, second = (process.wait(250) for process in started)
+  assert first.returncode == second.returncode == 0, (first.stderr + second.stderr)[-3000:]
+  assert 'datamodel: done in' in first.stdout and 'done' not in second.stdout
   for name, (two, one) in pairs.items():
     run(settings(name), one)
     mine, theirs = (artifacts.open_stage(folder, 'features') for folder in (two, one))

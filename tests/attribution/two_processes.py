@@ -1,13 +1,9 @@
-"""Makes features and scores on two processes; started by test_processes.py as `two_processes.py ADDRESS PROCESS DIR…`.
+"""Makes features and scores on two processes; test_processes.py calls `main` with ADDRESS PROCESS DIR… in each.
 
 Each DIR is a run that stands as far as the proxies; the settings of each come from its name (see SETTINGS).
 """
 
-import sys
 from pathlib import Path
-
-import tests.conftest  # isort: skip  # noqa: F401  sets the environment before JAX is imported
-import jax
 
 from dsdm_jax import pipeline
 from dsdm_jax.config import validate as checks
@@ -40,17 +36,12 @@ def run(config, folder: Path, stages: tuple[str, ...] = ('features', 'datamodel'
     pipeline.run_connected(pipeline.runner_config(config), folder, stage)
 
 
-def main() -> None:
-  address, process, folders = sys.argv[1], int(sys.argv[2]), [Path(name) for name in sys.argv[3:]]
+def main(argv: list[str]) -> int:
+  address, process, folders = argv[1], int(argv[2]), [Path(name) for name in argv[3:]]
   wanted = {'coordinator': address, 'processes': 2, 'process': process, 'heartbeat_seconds': 20}
-  jax.config.update('jax_num_cpu_devices', 1)
   config = begin()
   config.distributed.update(wanted)
   with processes.running(config, checks.flatten(config)):
     for folder in folders:
       run(settings(folder.name), folder)
-  processes.leave(0)
-
-
-if __name__ == '__main__':
-  main()
+  return 0

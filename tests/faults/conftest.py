@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.server import Server
+from tests.helpers.workdirs import once
 from tests.pipeline import runs
 from tests.pipeline.conftest import copied, finished
 
@@ -40,7 +41,11 @@ def shimmed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope='session')
 def with_ladder(server: Server, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
   """The finished run with a ladder, undisturbed: what was made before the ladder stands."""
-  folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp('with_ladder') / 'run'))
-  log = folder.with_suffix('.log')
-  assert server.start(log, runs.TINY, f'--workdir={folder}', *LADDER, '--rerun').wait(300) == 0, log.read_text()[-3000:]
-  return folder
+
+  def make(folder: Path) -> None:
+    shutil.copytree(finished, folder)
+    log = folder.with_suffix('.log')
+    code = server.start(log, runs.TINY, f'--workdir={folder}', *LADDER, '--rerun').wait(300)
+    assert code == 0, log.read_text()[-3000:]
+
+  return once(tmp_path_factory, 'with_ladder', make)

@@ -81,16 +81,18 @@ class Server:
     err: Path | None = None,
     devices: int = 1,
     environment: Mapping[str, str] | None = None,
+    module: str = 'dsdm_jax.main',
   ) -> 'Child':
     """Starts a run.
 
     Args:
       log: file of its output.
-      flags: what follows `python -m dsdm_jax.main`.
+      flags: what follows `python -m MODULE`.
       fault: what happens to it.
       err: file of its standard error; by default `log`.
       devices: number of fake CPU devices.
       environment: further variables, which JAX does not read.
+      module: has `main(argv)`, which returns an exit code.
     """
     return Child(
       self,
@@ -100,6 +102,7 @@ class Server:
         fault=dataclasses.asdict(fault) if fault else None,
         devices=devices,
         environment=dict(environment or {}),
+        module=module,
       ),
     )
 
@@ -173,6 +176,7 @@ def _run(
   fault: dict[str, Any] | None,
   devices: int,
   environment: dict[str, str],
+  module: str,
   shim: ctypes.CDLL | None,
 ) -> None:
   os.setsid()
@@ -180,9 +184,9 @@ def _run(
   for stream, log in enumerate(logs, 1):
     with open(log, 'ab') as file:
       os.dup2(file.fileno(), stream)
-  import jax
+  import importlib
 
-  from dsdm_jax import main
+  import jax
 
   os.environ.update(environment)
   jax.config.update('jax_num_cpu_devices', devices)
@@ -192,7 +196,7 @@ def _run(
     assert shim is not None
     _arm(shim, Fault(**fault))
   try:
-    code = main.main(flags)
+    code = importlib.import_module(module).main(flags)
   except SystemExit as leaving:
     code = int(leaving.code or 0)
   except BaseException:  # noqa: BLE001  what the interpreter would print

@@ -1,11 +1,29 @@
 """Where a workdir keeps what its stages wrote."""
 
+import fcntl
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dsdm_jax.core import artifacts
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+  """A folder that the first of pytest's workers makes; the others wait for it. Copy it before changing it."""
+  base = factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    base = base.parent  # of all workers
+  folder, made = base / name, base / f'{name}.made'
+  with open(base / f'{name}.lock', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not made.exists():
+      make(folder)
+      made.touch()
+  return folder
 
 
 def files_of(workdir: Path, stage: str) -> Path:

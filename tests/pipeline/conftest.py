@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.workdirs import once
 from tests.pipeline import runs
 
 
 @pytest.fixture(scope='session')
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  return runs.finished(tmp_path_factory.getbasetemp())
+  return once(tmp_path_factory, 'finished', runs.finish)
 
 
 @pytest.fixture

@@ -42,11 +42,12 @@ def _server() -> Server:
   return server
 
 
-def start(*flags: str, devices: int = 1, **more: str) -> 'Run':
+def start(*flags: str, devices: int = 1, module: str = 'dsdm_jax.main', **more: str) -> 'Run':
   """Starts a run without waiting for its end; `more` are variables of its environment."""
   folder = Path(tempfile.mkdtemp())
   out, err = folder / 'out', folder / 'err'
-  return Run(_server().start(out, *flags, err=err, devices=devices, environment=more), flags, out, err)
+  child = _server().start(out, *flags, err=err, devices=devices, environment=more, module=module)
+  return Run(child, flags, out, err)
 
 
 @dataclasses.dataclass
@@ -95,14 +96,11 @@ def refused(*flags: str, **options: Any) -> str:
   return done.stderr.removeprefix('dsdm_jax: ').strip()
 
 
-@functools.cache
-def finished(base: Path) -> Path:
-  """A run of the tiny config from the first stage to the last, in a process of its own. Copy it before changing it."""
-  folder = base / 'finished'
+def finish(folder: Path) -> None:
+  """A run of the tiny config from the first stage to the last, in a process of its own."""
   done = run(TINY, f'--workdir={folder}', **dict.fromkeys(KEYS, SECRET))
   assert done.returncode == 0, done.stderr[-3000:]
   save_output(done, folder)
-  return folder
 
 
 def save_output(done: subprocess.CompletedProcess[str], folder: Path) -> None:

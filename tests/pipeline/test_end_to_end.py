@@ -126,10 +126,10 @@ def test_pool_rows_are_whole_and_each_has_its_document(finished):
   assert all(pool.text(row) for row in (0, pool.num_rows - 1))
 
 
-def test_second_run_reuses_all_and_starts_neither_tensorflow_nor_a_device(finished):
-  before = runs.fingerprint(finished)
+def test_second_run_reuses_all_and_starts_neither_tensorflow_nor_a_device(copied):
+  before = runs.fingerprint(copied)
   done = subprocess.run(
-    runs.command(runs.TINY, f'--workdir={finished}'),
+    runs.command(runs.TINY, f'--workdir={copied}'),
     cwd=ROOT, env=runs.environment(PYTHONPROFILEIMPORTTIME='1'), capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-2000:]
@@ -137,18 +137,18 @@ def test_second_run_reuses_all_and_starts_neither_tensorflow_nor_a_device(finish
   imported = set(re.findall(r'\|\s+([\w.]+)$', done.stderr, re.M))
   assert 'dsdm_jax.pipeline' in imported
   assert not imported & {'tensorflow', 'seqio', 'tensorflow_datasets', 'flax', 'orbax.checkpoint', 'jax'}
-  after = runs.fingerprint(finished)
+  after = runs.fingerprint(copied)
   assert after.keys() == before.keys()
   assert [n for n in before if after[n] != before[n] and n != 'results.json'] == []
   assert after['results.json'][0] == before['results.json'][0]
 
 
-def test_a_finished_stage_alone_is_reused(finished, capsys):
-  before = (finished / 'results.json').read_bytes()
+def test_a_finished_stage_alone_is_reused(copied, capsys):
+  before = (copied / 'results.json').read_bytes()
   for stage in pipeline.NAMES:
-    pipeline.run(get_config(), finished, stage)
-    assert (finished / 'results.json').read_bytes() == before
-    assert f'{stage}: reused from {files_of(finished, stage)}\n' in capsys.readouterr().out
+    pipeline.run(get_config(), copied, stage)
+    assert (copied / 'results.json').read_bytes() == before
+    assert f'{stage}: reused from {files_of(copied, stage)}\n' in capsys.readouterr().out
 
 
 def test_a_stage_alone_wants_what_it_reads(tmp_path):

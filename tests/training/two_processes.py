@@ -1,4 +1,4 @@
-"""Trains on two processes; started by test_processes.py as `two_processes.py ADDRESS PROCESS FOLDER SIGNAL AFTER`.
+"""Trains on two processes; test_processes.py calls `main` with ADDRESS PROCESS FOLDER SIGNAL AFTER in each.
 
 Process 1 sends itself that signal after so many steps.
 """
@@ -8,7 +8,6 @@ import signal
 import sys
 from pathlib import Path
 
-import tests.conftest  # isort: skip  # noqa: F401  sets the environment before JAX is imported
 import jax
 
 from configs import base
@@ -20,14 +19,12 @@ from tests.training import test_loop
 from tests.training.test_step import BATCH, make_trainer
 
 
-def main() -> None:
-  address, process, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-  signal_sent, after = signal.Signals[sys.argv[4]], int(sys.argv[5])
+def main(argv: list[str]) -> int:
+  address, process, folder = argv[1], int(argv[2]), Path(argv[3])
+  signal_sent, after = signal.Signals[argv[4]], int(argv[5])
   config = base.get_config()
   wanted = {'coordinator': address, 'processes': 2, 'process': process, 'heartbeat_seconds': 10}
   config.distributed.update(wanted)
-  jax.config.update('jax_num_cpu_devices', 1)
-  code = 0
   try:
     with processes.running(config, checks.flatten(config)):
 
@@ -45,9 +42,5 @@ def main() -> None:
       test_loop.train(folder, trainer, batches, first=processes.is_first())
   except Stopped as stopped:
     print(stopped, file=sys.stderr)
-    code = stopped.exit_code
-  processes.leave(code)
-
-
-if __name__ == '__main__':
-  main()
+    return stopped.exit_code
+  return 0
