@@ -5,11 +5,17 @@ import math
 import re
 import subprocess
 
+import jax
+import numpy as np
 import pytest
 
 from dsdm_jax import pipeline
 from dsdm_jax.config.validate import flatten
+from dsdm_jax.core import prng
+from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.data.order import selection
 from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.training.step import TrainState, trainer
 from tests.conftest import ROOT
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
@@ -115,6 +121,29 @@ def test_every_arm_has_the_same_budget_in_tokens(finished):
   last = [json.loads(file.read_text().splitlines()[-1]) for file in files_of(finished, 'pretraining').glob('*.jsonl')]
   assert len(last) == 4 * 2
   assert {(line['step'], line['tokens']) for line in last} == {(4, 32 * 2 * 32)}
+
+
+def test_models_begin_with_the_weights_of_their_seed_and_the_first_rows_of_their_arm(finished):
+  """The first loss is that of the seed's initialization, the same for all arms, on the arm's first batch."""
+  config, pool = get_config(), Pool(files_of(finished, 'pool'))
+  compiled = trainer(config.model, config.pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
+
+  @jax.jit
+  def loss_of(state: TrainState, tokens_BL: jax.Array, weight_B: jax.Array) -> jax.Array:
+    return compiled._loss(state.params, state.rest, tokens_BL, weight_B, 16)[0]
+
+  selections, losses = files_of(finished, 'selection'), {}
+  for entry in json.loads((selections / 'index.json').read_text()):
+    state = compiled.init(prng.stream(config.seed, 'init', 'final', entry['seed']))
+    order = prng.derive(config.seed, 'order', entry['seed'])
+    _, row_B, weight_B = selection.schedule(selections, entry, 64, order, 0.0).at(np.arange(16))
+    losses[entry['name']] = float(loss_of(state, pool.tokens(row_B), weight_B))
+  found = {
+    file.stem: json.loads(file.read_text().splitlines()[0])['loss']
+    for file in files_of(finished, 'pretraining').glob('*.jsonl')
+  }
+  assert found == pytest.approx(losses, rel=1e-5)
+  assert len({round(loss, 5) for loss in losses.values()}) == len(losses), 'so no two models can be mistaken'
 
 
 def test_pool_rows_are_whole_and_each_has_its_document(finished):
