@@ -162,7 +162,9 @@ class Targets(Section):
       "and none may be 'mix'",
     ),
     ShortNames,
-  ] = key(v.TASKS, 'Built-in tasks, names of benchmarks (docs/benchmarks.md), paths of JSONL files, or lm_eval:TASK.')
+  ] = key(
+    v.TASKS[:3], 'Built-in tasks, names of benchmarks (docs/benchmarks.md), paths of JSONL files, or lm_eval:TASK.'
+  )
   folder: Annotated[
     str,
     must(

@@ -469,7 +469,6 @@ def test_names_are_those_of_the_packages_that_use_them():
   assert values.KINDS == installed_packages.KINDS
   assert set(values.SOURCE_KINDS) == {*sources.KINDS, 'hf_hub'}  # which becomes one of the others
   assert set(values.BENCHMARKS) == set(benchmarks.BENCHMARKS)
-  assert values.TASKS == tasks.BUILT_IN
   assert [values.task_name(t) for t in ('docs', 'a/b.jsonl')] == [tasks.task_name(t) for t in ('docs', 'a/b.jsonl')]
 
 

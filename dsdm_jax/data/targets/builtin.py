@@ -1,6 +1,10 @@
-"""Target tasks that need no download: documentation of Python's standard library, and generated algorithm questions.
+"""Target tasks that need no download: documentation and code of Python's standard library, and generated questions.
 
 The standard library is on every machine and never in the pool. Its source is parsed with `ast` and never imported.
+
+In the questions about code, a model reads three lines of code after each of four passages, of which they continue one.
+The right passage is where they have a higher probability than after the others, so it does not matter how likely they
+are by themselves. Passages end with a line break. Counts of n-grams see the few tokens before it and know little more.
 
 The algorithm questions follow the description of BIG-bench's cs_algorithms, in other words and with other items.
 Longest common subsequence: two strings of capitals, the answer is a length. Bracket validity: a sequence of (, [, {
@@ -15,7 +19,7 @@ import inspect
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +36,10 @@ _LICENCE_WORDS = re.compile(
 _SENTENCE_END = re.compile(r'(?<![A-Z])(?<!e\.g)(?<!i\.e)(?<!etc)[.!?](?=\s|$)')
 _LONG_DOCSTRING = 200  # characters; shorter ones are captions rather than prose
 LCS_ANSWERS = (1, 2, 3, 4, 5)
+_PASSAGE_LINES, _NEXT_LINES = 5, 3
+_PASSAGE_CHARACTERS, _NEXT_CHARACTERS = range(60, 171), range(30, 101)  # at most 128 tokens of a small vocabulary
+_PASSAGES = 8  # of a module
+_DRAWN = 24  # passages, of which the three that are as long as the right one are wrong answers
 _PAIRS = {'(': ')', '[': ']', '{': '}'}
 _LENGTHS = (4, 6, 8, 10, 12)
 
@@ -61,9 +69,20 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
+class Passage:
+  """Lines of code and the lines that follow: `text` ends with a line break, `after` has none at its end."""
+
+  module: str
+  id: str
+  text: str
+  after: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Library:
   prose: tuple[Prose, ...]
   entries: tuple[Entry, ...]
+  passages: tuple[Passage, ...]
 
 
 def _modules(root: Path) -> Iterator[tuple[str, Path]]:
@@ -149,6 +168,24 @@ def read_module(name: str, source: str) -> tuple[list[Prose], list[Entry]]:
   return prose, entries
 
 
+def read_passages(name: str, source: str) -> list[Passage]:
+  """At most `_PASSAGES` passages of one module, in order, without comments and strings of several lines."""
+  lines, found, in_string = source.split('\n'), [], False
+  plain = []  # whether each line is code alone
+  for line in lines:
+    ends = line.count('"""') + line.count("'''")
+    plain.append(not (in_string or ends or '#' in line))
+    in_string ^= ends % 2 == 1
+  size = _PASSAGE_LINES + _NEXT_LINES
+  for start in range(0, len(lines) - size, size):
+    middle = start + _PASSAGE_LINES
+    text, after = '\n'.join(lines[start:middle]) + '\n', '\n'.join(lines[middle : start + size])
+    fits = len(text) in _PASSAGE_CHARACTERS and len(after) in _NEXT_CHARACTERS
+    if fits and all(plain[start : start + size]) and lines[middle - 1].strip() and lines[middle].strip():
+      found.append(Passage(name, f'{name}:{start + 1}', text, after))
+  return found[:_PASSAGES]
+
+
 def read_topics(source: str) -> list[Prose]:
   """Sections of the language reference that `help()` shows, from the source of `pydoc_data/topics.py`."""
   for node in ast.parse(source).body:
@@ -166,18 +203,36 @@ def read_topics(source: str) -> list[Prose]:
 def read_library(root: str | None = None) -> Library:
   """All prose and entries, in a fixed order; takes two to three seconds. Tests set `root`."""
   folder = Path(root or sysconfig.get_paths()['stdlib'])
-  prose, entries = [], []
+  prose, entries, passages = [], [], []
   topics = folder / 'pydoc_data' / 'topics.py'
   if topics.is_file():
     prose += read_topics(topics.read_text(encoding='utf-8'))
   for name, file in _modules(folder):
     try:
-      of_module = read_module(name, file.read_text(encoding='utf-8'))
+      source = file.read_text(encoding='utf-8')
+      of_module = read_module(name, source)
     except (SyntaxError, UnicodeDecodeError):
       continue  # files in other encodings or for other versions, all of them test data
     prose += of_module[0]
     entries += of_module[1]
-  return Library(tuple(prose), tuple(entries))
+    passages += read_passages(name, source)
+  return Library(tuple(prose), tuple(entries), tuple(passages))
+
+
+def options(passages: Sequence[Passage], seed: int) -> list[tuple[tuple[str, ...], int]]:
+  """For each passage four texts, its own and three of other modules that are about as long, and the place of its own.
+
+  Wrong texts may come from the other split: they are read when models are evaluated, and have no part in scores.
+  """
+  rng = prng.numpy_stream(seed, 'next_code')
+  found = []
+  for passage in passages:
+    drawn = [passages[i] for i in rng.choice(len(passages), min(_DRAWN, len(passages)), replace=False)]
+    others = [other.text for other in drawn if other.module != passage.module and other.text != passage.text]
+    texts = sorted(others, key=lambda text: abs(len(text) - len(passage.text)))[:3]
+    gold = int(rng.integers(len(texts) + 1))
+    found.append(((*texts[:gold], passage.text, *texts[gold:]), gold))
+  return found
 
 
 @dataclasses.dataclass(frozen=True)

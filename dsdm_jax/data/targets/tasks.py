@@ -1,10 +1,10 @@
 """Target tasks as text, before tokenization.
 
 A task has items (context, answer, document). `docs` has no context and is language modelling; `api_qa` and
-`cs_algorithms` are questions; a benchmark of `benchmarks.TABLE` is used by its name; a path that ends in .jsonl is a
-custom file in any shape of `shapes`; 'lm_eval:TASK' is a task of lm-evaluation-harness. Items of one document, or of
-documents that share text, are never split between target and holdout, nor are items without a document whose texts
-share a passage.
+`cs_algorithms` are questions; `next_code` chooses between contexts; a benchmark of `benchmarks.TABLE` is used by its
+name; a path that ends in .jsonl is a custom file in any shape of `shapes`; 'lm_eval:TASK' is a task of
+lm-evaluation-harness. Items of one document, or of documents that share text, are never split between target and
+holdout, nor are items without a document whose texts share a passage.
 """
 
 import collections
@@ -18,12 +18,11 @@ from typing import Generic, TypeVar
 import numpy as np
 from ml_collections import ConfigDict
 
-from dsdm_jax.config.values import is_harness, is_jsonl, task_name
+from dsdm_jax.config.values import TASKS, is_harness, is_jsonl, task_name
 from dsdm_jax.data.targets import benchmarks, builtin, harness, shapes
 from dsdm_jax.data.targets.leakage import TargetText, words
 from dsdm_jax.errors import UserError
 
-BUILT_IN = ('docs', 'api_qa', 'cs_algorithms')
 SPLITS = ('target', 'holdout')
 _LABELS = re.compile(r'(?m)^(Question|Answer|Context|Passage):|\nAnswer:')
 GENERATED = 2_000  # items of cs_algorithms; BIG-bench has 1,320
@@ -266,6 +265,16 @@ def _cs_algorithms(seed: int) -> RawTask:
   return RawTask('cs_algorithms', tuple(items))
 
 
+@functools.lru_cache(maxsize=2)
+def _next_code(seed: int) -> RawTask:
+  passages = builtin.read_library().passages
+  items = (
+    RawItem(p.id, p.text, p.after, p.module, context_options=texts, gold=gold)
+    for p, (texts, gold) in zip(passages, builtin.options(passages, seed), strict=True)
+  )
+  return RawTask('next_code', tuple(items))
+
+
 def read_tasks(config: ConfigDict) -> list[RawTask]:
   """All tasks of `config.tasks`.
 
@@ -290,9 +299,11 @@ def read_tasks(config: ConfigDict) -> list[RawTask]:
       tasks.append(_api_qa())
     elif task == 'cs_algorithms':
       tasks.append(_cs_algorithms(config.seed))
+    elif task == 'next_code':
+      tasks.append(_next_code(config.seed))
     else:
       raise UserError(
-        f'targets.tasks has {task!r}; it must be {", ".join(BUILT_IN)}, a benchmark of docs/benchmarks.md, '
+        f'targets.tasks has {task!r}; it must be {", ".join(TASKS)}, a benchmark of docs/benchmarks.md, '
         'a path that ends in .jsonl, or lm_eval:TASK'
       )
   names = [task.name for task in tasks]
@@ -395,7 +406,7 @@ def target_questions(config: ConfigDict) -> frozenset[str]:
   Raises:
     UserError: as `read_tasks`.
   """
-  if set(config.tasks) <= set(BUILT_IN):
+  if set(config.tasks) <= set(TASKS):
     return frozenset()
   tasks = read_tasks(config)
   side = split_documents(tasks, config.holdout_share, config.seed)

@@ -158,6 +158,17 @@ def test_brackets_valid_agrees_with_rewriting(sequence: str):
   assert brackets_valid(sequence) == (rest == '')
 
 
+def test_passages_are_code_alone():
+  code = [f'value_{i} = compute_{i}({i})' for i in range(8)]
+  prose = ['"""Words that look like', *[f'code_{i} = in_a_string_of_several_lines({i})' for i in range(14)], '"""']
+  comment = [*code[:7], '# a comment']
+  (found,) = builtin.read_passages('a.b', '\n'.join([*comment, *prose, *code, 'end']))
+  assert (found.module, found.id) == ('a.b', 'a.b:25')
+  assert found.text == '\n'.join(code[:5]) + '\n'
+  assert found.after == '\n'.join(code[5:])
+  assert builtin.read_passages('a', '\n'.join(['x = 1'] * 40)) == [], 'too short'
+
+
 def test_items_are_right_balanced_and_different():
   items = generate_questions(400, seed=3)
   assert len({item.context for item in items}) == 400

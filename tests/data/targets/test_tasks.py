@@ -1,5 +1,6 @@
 """Tasks as text: prompts, files of the user's, and a split that no document straddles."""
 
+import collections
 import json
 import unicodedata
 from collections.abc import Callable
@@ -228,6 +229,28 @@ def test_built_in_tasks_share_no_long_answer_between_the_sides():
   assert min(count.values()) > 100
 
 
+def test_next_lines_of_code_choose_between_passages():
+  config = get_config().targets
+  config.tasks = ('next_code',)
+  (task,) = read_tasks(config)
+  assert len(task.items) > 1_000
+  gold = collections.Counter(item.gold for item in task.items)
+  # Four standard errors of the share of one of four places.
+  assert all(
+    abs(count / len(task.items) - 0.25) < 4 * (0.25 * 0.75 / len(task.items)) ** 0.5 for count in gold.values()
+  )
+  for item in task.items:
+    assert item.context_options[item.gold] == item.context and len(set(item.context_options)) == 4
+    assert all(text.endswith('\n') for text in item.context_options)
+  module_of = {item.context: item.document for item in task.items}
+  wrong = [(item.document, module_of[text]) for item in task.items for text in item.context_options[:4]]
+  assert sum(own == other for own, other in wrong) == pytest.approx(
+    len(task.items), rel=0.02
+  )  # equal texts of two modules
+  config.seed = 1
+  assert [item.context_options for item in read_tasks(config)[0].items] != [i.context_options for i in task.items]
+
+
 @pytest.mark.parametrize('delimiter', ['', '\nAnswer: '])
 def test_the_text_of_a_file_for_the_guard_needs_no_setting(tmp_path, delimiter: str):
   """Nor is a file one of the built-in tasks or a benchmark if it has their name."""
@@ -242,7 +265,7 @@ def test_the_text_of_a_file_for_the_guard_needs_no_setting(tmp_path, delimiter: 
 
 def test_raw_texts_hold_answers_and_no_signatures():
   texts = tasks.raw_texts(get_config().targets)
-  of = {task: [t.text for t in texts if t.task == task] for task in tasks.BUILT_IN}
+  of = {task: [t.text for t in texts if t.task == task] for task in ('api_qa', 'cs_algorithms')}
   assert any('Collapse and truncate the given text' in t for t in of['api_qa'])
   assert not any('Module: ' in t for t in of['api_qa'])
   assert any(t.startswith('Strings: ') and t[-1].isdigit() for t in of['cs_algorithms'])
