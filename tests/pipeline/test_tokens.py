@@ -35,7 +35,9 @@ def test_tokens_sum_up_to_the_row_in_a_finished_run(finished):
   ('features', 'datamodel'),
   [
     pytest.param({'precondition': 'adam'}, {'q': True, 'average': 'unseen'}, marks=pytest.mark.full),
-    ({'basis': 'eigenvectors', 'basis_rows': 40, 'mode': 'stream'}, {'gram': 'joint'}),
+    pytest.param(
+      {'basis': 'eigenvectors', 'basis_rows': 40, 'mode': 'stream'}, {'gram': 'joint'}, marks=pytest.mark.full
+    ),
     ({'output_fn': 'dsdm_jax.lm.outputs:log_likelihood', **JVP}, {'bootstrap': 0, 'groups': 1, 'examples': 0}),
     ({'projection': 'ekfac', 'mode': 'jvp', 'basis_rows': 41}, {'bootstrap': 3, 'average': 'unseen'}),
   ],
