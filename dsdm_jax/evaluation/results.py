@@ -34,9 +34,9 @@ _ONE_MODEL = (
 _LINES = (
   'Reference lines are n-gram models (counts, modified Kneser-Ney) of the rows that an arm was trained on, '
   "and unigrams of the targets' answers. A comparison on a task where one of its arms does not beat the best of them "
-  'takes no part in a headline.'
+  'is marked: such a model is weaker than simple counting.'
 )
-_NO_MEAN = 'Fewer than two tasks are above n-grams: means are over all tasks, and take no part in a headline.'
+_NO_MEAN = 'Fewer than two tasks are above n-grams: means are over all tasks, and are marked.'
 _NO_BASELINE = "No two arms are compared: add 'random', the baseline, to selection.methods."
 
 

@@ -40,6 +40,8 @@ def texts(row: int) -> str:
   """The text of a row of the made-up pool; the best row for `docs` is hostile."""
   if row == 7:
     return HOSTILE
+  if row == 13:
+    return '=HYPERLINK("http://127.0.0.1:9/", "ran")'
   body = 'def area(radius: float) -> float:\n  """Returns the area of a circle."""\n  return 3.14159 * radius**2\n'
   return f'# row {row}\n' + body * 3
 

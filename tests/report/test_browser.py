@@ -289,6 +289,9 @@ def test_a_selection_and_what_was_looked_for_are_downloaded(explorer, shown, hos
   explorer.search('owned')
   (record,) = map(json.loads, file('rows.jsonl', '#x-files [data-form="jsonl"]').strip('\n').split('\n'))
   assert record['row'] == 7 and record['text'] == hostile
+  explorer.search('hyperlink')
+  (row,) = csv.DictReader(io.StringIO(file('rows.csv', '#x-files [data-form="csv"]'), newline=''))
+  assert row['text'] == "'" + texts(13), 'a spreadsheet would run it'
 
 
 def test_only_what_can_be_seen_is_built(explorer):

@@ -49,7 +49,7 @@
     const text = Math.abs(x).toFixed(digits);
     return Number(text) === 0 ? text : (x > 0 ? '+' : '−') + text;
   };
-  const percent = (x) => (x > 0 && x < 0.0005 ? '< 0.1 %' : `${(100 * x).toFixed(x < 0.0995 ? 1 : 0)} %`);
+  const percent = (x) => (x > 0 && x < 0.0005 ? '< 0.1\u00a0%' : `${(100 * x).toFixed(1)}\u00a0%`);
   const target = () => data.targets[$('x-target').selectedIndex];
   const score = (t, i) => data.column[`score ${t.id}`][i] * t.step;
   /** Half the length of the interval of a score, or null where there is none. */
