@@ -70,7 +70,12 @@ class Run(View):
     yield 'workdir', str(self.workdir)
     yield 'finished', ', '.join(self.stages)
     parts = {'pool': 'pool', 'datamodel': 'scores', 'selection': 'selections', 'evaluation': 'results'}
-    parts |= {'pretraining': "model('dsdm', seed=0)", 'proxies': 'model(proxy=0)', 'report': 'report'}
+    parts |= {
+      'targets': 'leakage',
+      'pretraining': "model('dsdm')",
+      'proxies': 'model(proxy=0)',
+      'report': 'report',
+    }
     shown = [name for stage, name in parts.items() if stage in self.stages]
     yield 'open', ', '.join(f'run.{name}' for name in [*shown, 'cost', 'config'])
 
@@ -109,6 +114,10 @@ class Run(View):
   @functools.cached_property
   def results(self) -> 'ResultsView':
     return ResultsView(self.artifact('evaluation'), self)
+
+  @functools.cached_property
+  def leakage(self) -> 'LeakageView':
+    return LeakageView(report_data.leaks(self.artifact('pool')))
 
   @functools.cached_property
   def report(self) -> 'ReportView':
@@ -462,6 +471,32 @@ class ResultsView(View):
 
   def plot_losses(self) -> Drawing:
     return figures.losses(self._curves)
+
+
+class LeakageView(View):
+  """Text of targets and benchmarks that documents of the sources contain: `raw` has a record for each document."""
+
+  def __init__(self, found: Mapping[str, list[Mapping[str, Any]]]):
+    self.raw = found
+
+  @property
+  def table(self) -> 'pd.DataFrame':
+    """One line per passage: `document`, what became of it, `task` and `item` that it is from, its `words`."""
+    return frame(
+      [
+        {'document': leak['id'], 'status': status, **{key: span[key] for key in ('task', 'item', 'words')}}
+        for status, found in self.raw.items()
+        for leak in found
+        for span in (leak, *leak['more'])
+      ]
+    )
+
+  def facts(self) -> Iterator[tuple[str, str]]:
+    for status, found in self.raw.items():
+      by_task = collections.Counter(str(leak['task']) for leak in found)
+      named = ', '.join(f'{task} {count:,}' for task, count in sorted(by_task.items()))
+      yield status, f'{len(found):,} documents' + (f': {named}' if named else '')
+    yield 'open', 'run.leakage.table, .raw'
 
 
 class ReportView(View):

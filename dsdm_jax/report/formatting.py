@@ -201,7 +201,8 @@ def title(results: Mapping[str, Any]) -> str:
   else:
     sentence = f'Data {chosen} and random data train models that do not measurably differ'
   if weak:
-    sentence += f', but these models are still weaker than simple counting{on(weak) if weak < len(tasks) else ""}'
+    sentence += ', but these' if better else ', and these'
+    sentence += f' models are still weaker than simple counting{on(weak) if weak < len(tasks) else ""}'
   return sentence
 
 

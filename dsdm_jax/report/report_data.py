@@ -156,7 +156,7 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
     examples=examples,
     selected=list(_selected(inputs['selection'].path, runs)),
     curves=curve_list,
-    dropped=list(_lines(pool / 'dropped.jsonl')),
+    dropped=leaks(inputs['pool'])['dropped'],
     tokens=tokens,
     cost={stage: dict(inputs[stage].manifest['cost']) | {'bytes': _bytes(inputs[stage])} for stage in paid},
     versions=inputs['evaluation'].manifest['versions'],
@@ -182,6 +182,12 @@ def _examples(folder: Path, task: str, rows_EM: np.ndarray, score_EM: np.ndarray
     TargetExample(record['context'], record['answer'], rows_M, score_M)
     for record, rows_M, score_M in zip(records, rows_EM, score_EM, strict=False)
   ]
+
+
+def leaks(pool: Artifact) -> dict[str, list[Mapping[str, Any]]]:
+  """Documents with text of targets, those that were `dropped` and those that were `kept`: records of `leakage.Leak`."""
+  files = {'dropped': 'dropped.jsonl', 'kept': 'leaking.jsonl'}
+  return {name: list(_lines(pool.path / file)) for name, file in files.items()}
 
 
 def _bytes(artifact: Artifact) -> int:

@@ -147,16 +147,18 @@ def test_a_custom_model_is_opened_only_by_name(copied, monkeypatch):
 def test_everything_prints_itself(run, finished):
   """As lines and as HTML, without text of the run as markup."""
   views = [
-    (run, "run.model('dsdm', seed=0)"),
+    (run, "run.model('dsdm')"),
     (run.pool, 'rows'),
     (run.scores, 'best +'),
     (run.selections, 'dsdm--mix--0'),
     (run.results, 'too few for a verdict'),
+    (run.leakage, 'documents'),
     (run.report, 'index.html'),
   ]
   for view, words in views:
     assert words in repr(view) and max(map(len, repr(view).split('\n'))) < 110
     assert view._repr_html_().startswith('<table>') and '<script' not in view._repr_html_()
+  assert len(run.leakage.table) == sum(1 + len(leak['more']) for found in run.leakage.raw.values() for leak in found)
   assert run.report.path.read_bytes() == (finished / 'report/index.html').read_bytes()
   assert 'overlap' in run.report.data and run.report.data['rows'].is_file()
 

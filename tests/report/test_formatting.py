@@ -142,6 +142,10 @@ def test_tasks_below_n_grams_are_named_and_explained():
     'Data chosen by DsDm train a better model than random data on all 2 targets, but these models are still weaker '
     'than simple counting on 1 of 2 targets'
   )
+  alike = _comparison('docs', 0.01, 0.05, 'no evidence') | {'below_ngrams': True}
+  assert formatting.title(_results(alike)).endswith(
+    'not measurably differ, and these models are still weaker than simple counting'
+  )
   assert formatting.title(_results(below)) == (
     'Data chosen by DsDm train a better model than random data, but these models are still weaker than simple counting'
   )
