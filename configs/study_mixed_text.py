@@ -47,7 +47,7 @@ ARMS: dict[str, dict] = {
   'cheaper': {**_ONE_PROXY, **_NARROWER},
   'cheapest': {**_ONE_PROXY, **_CHEAPEST},
   # The same proxy for the methods that need one.
-  'cheapest_baselines': {**_ONE_PROXY, **_CHEAPEST, 'selection.methods': (*_OF_PROXIES, *_OF_LIKELIHOOD)},
+  'cheapest_baselines': {**_ONE_PROXY, **_CHEAPEST, 'selection.methods': (*_OF_PROXIES, 'less', *_OF_LIKELIHOOD)},
   # The paper's projection and Gram matrix, but not its J, number of proxies or mean of raw scores.
   'paper': {**_DSDM, 'features.projection': 'dense', 'features.dimension': 512, 'datamodel.gram': 'full'},
   'gram_full': {**_DSDM, 'datamodel.gram': 'full'},

@@ -12,6 +12,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
   'training': (),  # a training of its own, with the proxies' model and settings
   'first_proxy': (f'proxies{FIRST}',),  # the weights of proxy 0
   'embeddings': (f'proxies{FIRST}',),  # embeddings by proxy 0
+  'moments': ('proxies',),  # weights and Adam's moments of all proxies
   'log_likelihoods': ('proxies',),  # log-likelihoods of the pool's rows by all proxies
   'features': ('proxies', 'features'),  # features of all proxies, or products with them
   'feature_rows': ('proxies', 'features'),  # features of all proxies, row by row
@@ -81,6 +82,7 @@ METHODS: Mapping[str, Method] = {
   'color_filter': _method('color_filter:color_filter', 'CoLoR-Filter', 'first_proxy', 'text'),
   'gradient': _method('gradient:gradient', 'gradient', 'features'),
   'gradient_cosine': _method('gradient:gradient_cosine', 'gradient cosine', 'feature_rows'),
+  'less': _method('less:less', 'LESS', 'moments'),
   'oracle': _method('oracle:oracle', 'oracle', 'training'),
   'imported': _method('dsdm:imported', 'imported', 'file', targeted=False),
   'dsdm_shifted': _method('controls:dsdm_shifted', 'dsdm shifted', 'scores'),

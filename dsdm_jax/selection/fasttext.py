@@ -3,11 +3,13 @@
 A text is the mean of the embeddings of its hashed words and bigrams and of an end mark, h = mean_i E[i], and
 p = σ(2 w · h): for two classes fastText's softmax has opposite rows ±w. Stochastic gradient descent, one text at a time
 with a rate that falls to zero, in fastText's order of updates. Its defaults: 100 dimensions, 2,000,000 buckets, 5
-passes, rate 0.1; bigrams as in DCLM. Both sides have the same number of texts, so the target's are repeated, each task
+passes, rate 0.1; bigrams as in DCLM. DCLM's positives are 200,000 texts of a reference (instructions of OpenHermes 2.5
+and answers of ELI5), its negatives as many random texts of the pool, and it keeps the texts of highest score. Here the
+reference is the target's examples. Both sides have the same number of texts, so the target's are repeated, each task
 equally often. Buckets that training did not see score 0, where fastText has random numbers.
 
-Training takes some 60 µs a text, at most 100,000 texts; scores are a sum of one weight for each word and bigram.
-Memory: the embeddings of the buckets seen, at most 0.8 GB.
+Training takes some 60 µs a text and pass, of at most 400,000 texts; scores are a sum of one weight for each word and
+bigram. Memory: the n-grams of the texts, and the embeddings of the buckets seen, at most 0.8 GB.
 """
 
 import numpy as np
@@ -19,7 +21,7 @@ from dsdm_jax.selection import ngrams, ranking
 from dsdm_jax.selection.candidates import Budget, Candidates, Target
 
 _BUCKETS, _DIMENSIONS, _PASSES, _RATE = 2_000_000, 100, 5, 0.1
-_ROWS = 10_000  # of the pool, at most, and as many target texts
+_ROWS = 200_000  # of the pool, at most, and as many target texts
 
 
 def fasttext(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
@@ -27,7 +29,7 @@ def fasttext(pool: Candidates, target: Target, budget: Budget, seed: int) -> Sel
   del seed
   grams = ngrams.of_pool(pool, _BUCKETS)
   rng = prng.numpy_stream(0, 'selection', 'fasttext')
-  rows = np.sort(rng.choice(pool.num_rows, min(_ROWS, pool.options.classifier_rows, pool.num_rows), replace=False))
+  rows = np.sort(rng.choice(pool.num_rows, min(_ROWS, pool.num_rows), replace=False))
   tasks = [grams.examples(target, task).matrix() for task in target.tasks]
   places = [np.resize(np.arange(task.shape[0]), -(-len(rows) // len(tasks))) for task in tasks]
   first = np.cumsum([0, *(task.shape[0] for task in tasks)])

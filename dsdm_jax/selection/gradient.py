@@ -1,8 +1,7 @@
 """Gradient match without curvature: TracIn at the end of training (arXiv 2002.08484, TracInCP of one checkpoint).
 
-score(n) = mean over target examples t of ∇f(n) · ∇f(t), both projected. With norms it is a cosine, as in LESS (arXiv
-2402.04333), which otherwise prefers short and odd rows, whose gradients are large. LESS also takes Adam's step in place
-of the row's gradient; `features.precondition=adam` is near to that, but divides the target's gradient as well.
+score(n) = mean over target examples t of ∇f(n) · ∇f(t), both projected. With norms it is a cosine, which does not
+prefer short and odd rows, whose gradients are large. `less` also takes Adam's step in place of the row's gradient.
 """
 
 import numpy as np

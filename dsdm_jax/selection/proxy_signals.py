@@ -1,13 +1,18 @@
 """Signals of the proxy models about rows: log-likelihoods, embeddings, and the effect of fine-tuning on a target."""
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from dsdm_jax.attribution import rademacher
+from dsdm_jax.attribution.gradients import in_microbatches
 from dsdm_jax.attribution.scores import UNSEEN, proxy_weights, seen
 from dsdm_jax.attribution.sources import ahead
 from dsdm_jax.config.validate import load_callable
@@ -18,7 +23,7 @@ from dsdm_jax.data.order.batches import row_range_batches
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Examples
 from dsdm_jax.errors import UserError
-from dsdm_jax.lm.outputs import counted_mean, token_log_probability
+from dsdm_jax.lm.outputs import counted_mean, log_likelihood, token_log_probability
 from dsdm_jax.training.differentiable import LEAST_EPS_ROOT, Metagradient, ScannedTraining, TargetOutputs
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import Trainer, TrainState, trainer
@@ -28,6 +33,7 @@ FIT_ROWS = 65_536  # evenly spaced rows from which the variances of a larger poo
 # Tokens of a batch. Not a setting: other batches round differently, and would select other rows.
 _TOKENS = 4_096
 _WIDTH = 256  # columns of an embedding that is computed from logits
+_GRADIENTS = 2**27  # numbers in the gradients of rows that are held at once, but one row
 
 
 class Proxies:
@@ -175,6 +181,65 @@ class Proxies:
     self._context.add_flop(metagradient.flop(0))
     return metagradient(0, np.ones(pool.num_rows))[1][0]
 
+  def adam_cosines(self, by_task: Sequence[Examples], dimension: int) -> np.ndarray:
+    """Cosine of the step that Adam would take on each row to the gradient of a task's examples; float32 [tasks, N].
+
+    The mean over a task's examples and over proxies; see `selection.less`.
+
+    Args:
+      by_task: target examples of each task.
+      dimension: of the random projection.
+
+    Raises:
+      UserError: the proxies were not trained by Adam.
+    """
+    train, count = self._config.proxies.train, self._config.proxies.count
+    adam = optax.scale_by_adam(train.adam_b1, train.adam_b2, train.adam_eps, train.adam_eps_root)
+    one = self._batch, self._pool.length
+
+    def loss(params: nnx.State, rest: nnx.State, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
+      return -log_likelihood(self._trainer.logits(params, rest, tokens_L[None])[0], tokens_L, weights_L)
+
+    gradients = jax.vmap(jax.grad(loss), in_axes=(None, None, 0, 0))
+
+    def unit(moments: Any, state: Any, keys: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+      """Projected gradients of unit length [B, J]; with `moments`, of Adam's steps."""
+      size = sum(leaf.size for leaf in jax.tree.leaves(state[0]))
+      rows = max((r for r in range(1, one[0] + 1) if one[0] % r == 0 and r * size <= _GRADIENTS), default=1)
+
+      def part(tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+        grads = gradients(*state, tokens_BL, weights_BL)
+        if moments is not None:
+          grads = jax.vmap(lambda grad: adam.update(grad, moments)[0])(grads)
+        phi_BJ = rademacher.project(grads, keys, dimension)
+        norm_B1 = jnp.linalg.norm(phi_BJ, axis=1, keepdims=True)
+        return phi_BJ / jnp.where(norm_B1 > 0, norm_B1, 1)
+
+      return in_microbatches(part, rows, tokens_BL, weights_BL)
+
+    of_targets = jax.jit(functools.partial(unit, None))
+    of_rows = jax.jit(lambda moments, state, keys, u_JK, *row: unit(moments, state, keys, *row) @ u_JK)
+    total_KN = np.zeros((len(by_task), self._pool.num_rows))
+    for proxy in range(count):
+      state = self.state(proxy)
+      moments, weights = _adam_state(state.opt_state), (state.params, state.rest)
+      keys = rademacher.keys(state.params, self._config.seed, proxy)
+      u_JK = jnp.stack([self._mean_unit(of_targets, (weights, keys), examples) for examples in by_task], axis=1)
+      score = functools.partial(of_rows, moments, weights, keys, u_JK)
+      total_KN += self._over_pool(score, 'LESS').T
+    return (total_KN / count).astype(np.float32)
+
+  def _mean_unit(self, of_targets: Callable[..., jax.Array], given: tuple[Any, ...], examples: Examples) -> jax.Array:
+    """Mean over examples of `of_targets(*given, tokens_BL, weights_BL)`, in batches of one size: float32 [J]."""
+    parts, count = [], len(examples.tokens_TL)
+    for start in range(0, count, self._batch):
+      rows = [x[start : start + self._batch] for x in (examples.tokens_TL, examples.weights_TL)]
+      batch = [np.pad(x, ((0, self._batch - len(x)), (0, 0))) for x in rows]
+      if not start:
+        self._context.add_flop(flops.count(of_targets, *given, *batch) * -(-count // self._batch))
+      parts.append(of_targets(*given, *batch)[: len(rows[0])])
+    return jnp.concatenate(parts).mean(axis=0)
+
   def _over_pool(self, apply: Callable[[np.ndarray, np.ndarray], jax.Array], name: str) -> np.ndarray:
     parts: list[np.ndarray] = []
     pool = self._pool
@@ -207,6 +272,17 @@ class Proxies:
       x_BLD = jnp.einsum('blv,vd->bld', jax.nn.log_softmax(logits_BLV), signs_VD)
     total_BD = jnp.einsum('bld,bl->bd', x_BLD, mask_BL)
     return total_BD / jnp.maximum(mask_BL.sum(axis=1, keepdims=True), 1.0)
+
+
+def _adam_state(opt_state: Any) -> optax.ScaleByAdamState:
+  leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
+  states = [x for x in leaves if isinstance(x, optax.ScaleByAdamState)]
+  if len(states) != 1 or not int(states[0].count):
+    raise UserError(
+      'less needs the moments of Adam, and the proxies took no step of it; set --config.proxies.train.optimizer=adamw '
+      'and epochs above 0, or remove less from --config.selection.methods'
+    )
+  return states[0]
 
 
 def whitening(x_ND: np.ndarray) -> np.ndarray:

@@ -5,15 +5,19 @@ import types
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from configs.base import get_config
+from dsdm_jax.attribution import rademacher
 from dsdm_jax.core import prng
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.targets.targets import Examples
+from dsdm_jax.errors import UserError
+from dsdm_jax.selection import less
 from dsdm_jax.selection.candidates import Target
 from dsdm_jax.selection.proxy_signals import Proxies, whitening
 from tests.helpers.selection import ArrayCandidates, Rows, selected
@@ -87,3 +91,75 @@ def test_embeddings_of_examples_are_those_of_their_tokens_alone(proxies):
     target = padded(sequences, pad)
     found = selected('embedding', ArrayCandidates(np.zeros(ROWS), rows, proxies=made), ROWS, 1, target=target)
     np.testing.assert_allclose(found.scores, nearest_N[found.rows], atol=3e-5)
+
+
+def test_less_by_its_formula(proxies, monkeypatch):
+  """Γ = m̂ / (√v̂ + ε) after one more step of Adam on a row, against plain gradients of examples, in float64."""
+  made, rows, _ = proxies
+  train, rng = made._config.proxies.train, np.random.default_rng(2)
+  fresh = made._trainer.init(prng.stream(0, 'init'))
+  [old] = [x for x in jax.tree.leaves(fresh.opt_state, is_leaf=is_adam) if is_adam(x)]
+  leaves, tree = jax.tree.flatten(old.mu)
+  m, v = ([(scale * rng.normal(size=x.shape)) ** power for x in leaves] for scale, power in ((1e-5, 1), (3e-4, 2)))
+  adam = optax.ScaleByAdamState(
+    np.int32(7), *(jax.tree.unflatten(tree, [np.float32(x) for x in parts]) for parts in (m, v))
+  )
+  state = fresh._replace(opt_state=(adam,))
+  monkeypatch.setattr(made, 'state', lambda checkpoint: state)
+  made._config.proxies.count = 1
+  graphdef = made._trainer.graphdef
+
+  @jax.jit
+  def gradient(tokens_L, weights_L):
+    def loss(params):
+      logits_LV = nnx.merge(graphdef, params, state.rest)(tokens_L[None])[0]
+      p_L = jax.nn.log_softmax(logits_LV[:-1])[np.arange(LENGTH - 1), tokens_L[1:]]
+      return -(p_L * weights_L[1:]).sum() / weights_L[1:].sum()
+
+    return jax.tree.leaves(jax.grad(loss)(state.params))
+
+  def flat(parts) -> np.ndarray:
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in parts])
+
+  m, v = flat(m), flat(v)
+  b1, b2, steps = train.adam_b1, train.adam_b2, 8
+  step_NW = []
+  for tokens_L in rows.tokens_NL:
+    g = flat(gradient(tokens_L, np.ones(LENGTH, np.float32)))
+    first, second = (b1 * m + (1 - b1) * g) / (1 - b1**steps), (b2 * v + (1 - b2) * g**2) / (1 - b2**steps)
+    step_NW.append(first / (np.sqrt(second) + train.adam_eps))
+  tasks = [padded([[END, 7, 8, 3]], 0), padded([[END, 1, 2], list(range(1, 11))], 0)]
+  examples = [task.examples('docs') for task in tasks]
+  wanted_KN = np.zeros((2, ROWS))
+  keys, sizes = rademacher.keys(state.params, made._config.seed, 0), np.cumsum([x.size for x in leaves])[:-1]
+
+  def projected(w_BW) -> np.ndarray:
+    parts = [p.reshape(-1, *x.shape) for p, x in zip(np.split(np.float32(w_BW), sizes, axis=1), leaves, strict=True)]
+    phi_BJ = np.asarray(rademacher.project(parts, keys, less.DIMENSION), np.float64)
+    return phi_BJ / np.linalg.norm(phi_BJ, axis=1, keepdims=True)
+
+  phi_NJ, same_KN = projected(np.stack(step_NW)), np.zeros((2, ROWS))
+  for k, of_task in enumerate(examples):
+    for tokens_L, weights_L in zip(of_task.tokens_TL, of_task.weights_TL, strict=True):
+      g = flat(gradient(tokens_L, weights_L))
+      cosine_N = [s @ g / np.linalg.norm(s) / np.linalg.norm(g) for s in step_NW]
+      wanted_KN[k] += np.array(cosine_N) / len(of_task.tokens_TL)
+      same_KN[k] += phi_NJ @ projected(g[None])[0] / len(of_task.tokens_TL)
+  found_KN = made.adam_cosines(examples, less.DIMENSION)
+  # By the same signs, but for float32; without them, a cosine changes by 1/√J = 0.011, a mean of several by no more.
+  np.testing.assert_allclose(found_KN, same_KN, atol=2e-5)
+  np.testing.assert_allclose(found_KN, wanted_KN, atol=4.5 / less.DIMENSION**0.5)
+  assert np.std(wanted_KN[0]) > 0.02
+  both = Target('mix', ('a', 'b'), lambda task: examples['ab'.index(task)], 'zscore')
+  found = selected('less', ArrayCandidates(np.zeros(ROWS), rows, proxies=made), ROWS, 1, target=both)
+  np.testing.assert_allclose(found.scores, found_KN.max(axis=0)[found.rows], atol=1e-6)
+
+
+def is_adam(x) -> bool:
+  return isinstance(x, optax.ScaleByAdamState)
+
+
+def test_less_needs_adam(proxies):
+  made, *_ = proxies
+  with pytest.raises(UserError, match='less needs the moments of Adam'):
+    made.adam_cosines([padded([[END, 7, 8]], 0).examples('docs')], 64)  # no step was taken
