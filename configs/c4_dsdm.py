@@ -41,7 +41,7 @@ def get_config():
   config.selection.methods = ('dsdm', 'classifier', 'dsir', 'semdedup_one_epoch', 'random_one_epoch')
   config.pretraining.seeds = 1  # as the paper: one run for each arm, too few for verdicts
   config.ladder.rungs = ('1', '2')  # Random, and Random with 1.8 billion parameters at twice the compute
-  config.ladder.seeds = 1
+  config.ladder.step, config.ladder.seeds = 1.0, 1
   config.evaluation.tasks = (
     'targets', 'copa', 'openbook_qa', 'piqa', 'cbt', 'hellaswag', 'winogrande', 'boolq', 'coqa', 'news_qa',
     'bb_copy_logic', 'bb_dyck_languages', 'bb_operators', 'arc_easy', 'bb_qa_wikidata', 'trivia_qa',

@@ -48,6 +48,10 @@ class Stopped(UserError):  # noqa: N818  not an error: the work is saved
   exit_code = 128 + 15
 
 
+class Diverged(UserError):  # noqa: N818  as Stopped
+  """A metric of a training is not finite."""
+
+
 def as_os_error(error: Exception, path: str | os.PathLike) -> OSError | None:
   """The OSError behind an error of TensorStore, Orbax or ArrayRecord, which report its number or name only as text.
 

@@ -93,12 +93,13 @@ STAGES = (
     everywhere=True,
     batches=('pretraining.train.batch_size',),
   ),
-  # Models on random rows at several sizes: the scale on which results are read as compute.
+  # Models on random rows at several amounts of compute: the scale on which results are read as compute.
   Stage(
     'ladder',
     reads=('pool',),
     keys=('seed', 'ladder', 'model', 'pretraining.train', 'selection.examples', 'selection.epochs'),
     code='training.ladder:run',
+    format=2,
     everywhere=True,
     batches=('pretraining.train.batch_size',),
   ),

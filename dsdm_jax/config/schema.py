@@ -446,15 +446,18 @@ class Pretraining(Section):
 
 
 class Ladder(Section):
-  """Models on random rows at several sizes, which express results as compute."""
+  """Models on random rows at several amounts of compute, which express results as compute."""
 
   rungs: Annotated[
     Texts,
     must(v.are_rungs, f'must be empty, or two or more different numbers above 0 and at most {v.MAX_FACTOR:,} as texts'),
   ] = key(
-    (), "Compute relative to a run of an arm, such as ('0.5', '1', '2'); parameters and tokens grow with its root."
+    (), "Compute relative to a run of an arm, such as ('0.5', '1', '2'); each is spent at the best size and rate found."
   )
-  seeds: Annotated[Models, Ge(1)] = key(3, 'Models of each rung.')
+  step: Annotated[float, Ge(1), Le(1_000)] = key(
+    2.0, 'Factor between the sizes, and between the rates, that are tried at each rung; 1 tries none.'
+  )
+  seeds: Annotated[Models, Ge(1)] = key(3, 'Models of each rung, at the size and rate of the first.')
 
 
 class Evaluation(Section):

@@ -39,7 +39,7 @@ def run(context: Context) -> dict:
 
   ladder = storage.read_json(context.inputs['ladder'].path / 'index.json')
   for rung in sorted({entry['rung'] for entry in ladder}):
-    same = [entry for entry in ladder if entry['rung'] == rung]
+    same = [entry for entry in ladder if entry['rung'] == rung and entry['chosen']]
     rung_entries = [
       {'name': f'ladder--{entry["name"]}', **_checkpoint(context.inputs['ladder'], entry['name'])} for entry in same
     ]
@@ -141,7 +141,7 @@ def _summarize(
   if missing := unguarded(Pool(pool).card['guarded'], pool.settings, {task for task, _ in documents}, config.tasks):
     summary['notes'].append(f'The pool was not checked for text of {", ".join(missing)} (docs/pools.md).')
   if ladder:
-    values = _stacked(out / 'runs', [f'ladder--{entry["name"]}' for entry in ladder])
+    values = _stacked(out / 'runs', [f'ladder--{entry["name"]}' for entry in ladder if entry['chosen']])
     storage.save_npz(out / 'ladder_items.npz', **values)
     summary['multiplier'] = _multipliers(context, items, runs, ladder, Items(values, documents, categories))
     storage.write_json(out / 'multiplier.json', summary['multiplier'])
@@ -168,7 +168,8 @@ def _multipliers(
   config, final = context.config.evaluation, multiplier.final_cost(context.inputs['pretraining'])
   costs = {stage: context.inputs[stage].manifest['cost'] for stage in STAGES}
   own_costs = context.inputs['selection'].semantics['cost']
-  tables, ladder_tables = multiplier.tables_of(items, runs, ladder_items, len(index))
+  models = sum(entry['chosen'] for entry in index)
+  tables, ladder_tables = multiplier.tables_of(items, runs, ladder_items, models)
   return multiplier.multipliers(
     tables,
     runs,

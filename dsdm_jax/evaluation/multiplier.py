@@ -1,14 +1,19 @@
 """The compute multiplier: how much compute random data would need for a method's result. Pure functions.
 
-A ladder of random runs gives log-probability as a function of compute. Between two rungs the curve is a straight line
-in the logarithm of compute. So a point on it is a weighted mean of two rungs, and the test of a method against that
-point is a contrast of three arms (`statistics.contrast`). The interval holds every compute at which the test does not
-reject. This inverts the test and has its coverage (Fieller's method for a single line). A result beyond the ladder is
-reported by the ladder's end, such as '> 4'.
+A ladder of random runs gives log-probability as a function of compute, each rung by models of the size and rate that
+are best at its compute (`training/ladder.py`). Between two rungs the curve is a straight line in the logarithm of
+compute. So a point on it is a weighted mean of two rungs, and the test of a method against that point is a contrast of
+three arms (`statistics.contrast`). The interval holds every compute at which the test does not reject. This inverts the
+test and has its coverage (Fieller's method for a single line). A result beyond the ladder is reported by the ladder's
+end, such as '> 4'; nothing is extrapolated.
+
+A curve that falls somewhere is read where it first reaches the method, as is the envelope of all models with at most
+that compute.
 
 *Gross* multiplier (the paper's): C_equivalent / C_final. *Net*: C_equivalent / (C_final + C_selection / uses), where
 C_selection is the cost of the selection and `uses` the number of trainings that share it. Net is above 1 where
-C_selection / uses < (gross − 1) · C_final.
+C_selection / uses < (gross − 1) · C_final. Both are given in FLOP, and in seconds of the machine: the same places on
+the ladder, by the seconds that its models took.
 """
 
 import dataclasses
@@ -21,7 +26,7 @@ import numpy as np
 
 from dsdm_jax.config.methods import charged_shares
 from dsdm_jax.core.artifacts import Artifact
-from dsdm_jax.evaluation import results, statistics
+from dsdm_jax.evaluation import results, scaling_law, statistics
 from dsdm_jax.evaluation.comparisons import Runs, arms, guarded, rows
 from dsdm_jax.evaluation.results import Items, Table
 
@@ -52,6 +57,30 @@ class Reading:
     """In units of `compute`."""
     estimate, low, high = (None if x is None else x / compute for x in (self.estimate, self.low, self.high))
     return Reading(estimate, low, high, self.bottom / compute, self.top / compute, self.above)
+
+  def on(self, compute: Sequence[float], other: Sequence[float]) -> 'Reading':
+    """The same place on another axis.
+
+    Args:
+      compute: of the rungs, in the unit of the reading, rising.
+      other: the other measure of the same rungs. It may fall somewhere; an end is then the farthest on the way to it.
+    """
+    exact = dict(zip(compute, other, strict=True))  # `text` compares ends with those of the ladder
+
+    def at(x: float) -> float:
+      return float(exact[x] if x in exact else np.exp(np.interp(math.log(x), np.log(compute), np.log(other))))
+
+    middle = self.estimate if self.estimate is not None else (self.top if self.above else self.bottom)
+    low, high = (middle if x is None else x for x in (self.low, self.high))
+    knots = [y for x, y in zip(compute, other, strict=True) if low <= x <= high]
+    ends = [*knots, *map(at, (low, middle, high))]
+    return Reading(
+      None if self.estimate is None else at(self.estimate),
+      None if self.low is None else min(ends),
+      None if self.high is None else max(ends),
+      *(float(other[0]), float(other[-1])),
+      self.above,
+    )
 
   def as_json(self) -> dict[str, Any]:
     return {'estimate': self.estimate, 'low': self.low, 'high': self.high, 'text': self.text()}
@@ -169,25 +198,29 @@ def charge(
   return Charge(final, {unit: sum(share * costs[stage][unit] for stage, share in shares.items()) for unit in units})
 
 
-def arm(reading: Reading, charged: Charge, uses: int) -> dict[str, Any]:
-  """Gross and net multiplier of one arm.
+def arm(readings: Mapping[str, Reading | None], charged: Charge, uses: int) -> dict[str, Any]:
+  """Gross and net multiplier of one arm, in FLOP and in seconds.
 
   Args:
-    reading: its result on the ladder, in FLOP.
+    readings: its result on the ladder, in 'flop' and in 'seconds'; None where these are not known.
     charged: what it costs.
     uses: number of trainings that share the selection.
   """
-  final, selection = charged.final, charged.selection
-  gross = reading.per(final['flop'])
-  net = reading.per(final['flop'] + selection['flop'] / uses)
-  # Beyond the ladder, its end is what is known for certain.
-  worth = gross.estimate if gross.estimate is not None else (gross.top if gross.above else gross.bottom)
-  return (
-    {'flop_final': final['flop'], 'seconds_final': final['seconds']}
-    | {'flop_selection': selection['flop'], 'seconds_selection': selection['seconds'], 'uses': uses}
-    | {'equivalent': reading.as_json(), 'gross': gross.as_json(), 'net': net.as_json()}
-    | {'needs_flop_selection_below': max(0.0, (worth - 1) * final['flop'] * uses)}
-  )
+  row: dict[str, Any] = {'uses': uses}
+  for unit, ending in (('flop', ''), ('seconds', '_seconds')):
+    reading, final, selection = readings[unit], charged.final[unit], charged.selection[unit]
+    row |= {f'{unit}_final': final, f'{unit}_selection': selection}
+    kinds = [f'{kind}{ending}' for kind in ('equivalent', 'gross', 'net')]
+    if reading is None:
+      row |= dict.fromkeys((*kinds, f'needs_{unit}_selection_below'))
+      continue
+    gross = reading.per(final)
+    shown = reading, gross, reading.per(final + selection / uses)
+    # Beyond the ladder, its end is what is known for certain.
+    worth = gross.estimate if gross.estimate is not None else (gross.top if gross.above else gross.bottom)
+    row |= {kind: each.as_json() for kind, each in zip(kinds, shown, strict=True)}
+    row[f'needs_{unit}_selection_below'] = max(0.0, (worth - 1) * final * uses)
+  return row
 
 
 def final_cost(pretraining: Artifact) -> dict[str, float]:
@@ -201,21 +234,35 @@ class Ladder:
 
   Attributes:
     index: one entry per model, as in the `index.json` of the stage.
-    tables: their values, one table for each table of the arms, on the same items.
+    tables: values of the chosen ones, one table for each table of the arms, on the same items.
   """
 
   index: Sequence[Mapping[str, Any]]
   tables: Sequence[Table]
 
-  def rungs(self) -> list[list[int]]:
-    """Places of the models of each rung."""
-    numbers = [entry['rung'] for entry in self.index]
-    return [[i for i, number in enumerate(numbers) if number == rung] for rung in sorted(set(numbers))]
+  @property
+  def chosen(self) -> list[Mapping[str, Any]]:
+    """The models of the rungs, without those that were tried and not chosen."""
+    return [entry for entry in self.index if entry['chosen']]
 
-  def steps(self, table: Table) -> tuple[list[float], list[np.ndarray]]:
-    """(FLOP of one run, log-probabilities [seeds, items]) of each rung, by rising compute."""
-    rungs = sorted(self.rungs(), key=lambda places: self.index[places[0]]['flop'])
-    return [self.index[places[0]]['flop'] for places in rungs], [table.values['logprob'][places] for places in rungs]
+  def rungs(self) -> list[list[int]]:
+    """Places among the chosen of the models of each rung, by rising compute."""
+    numbers = [entry['rung'] for entry in self.chosen]
+    places = [[i for i, number in enumerate(numbers) if number == rung] for rung in sorted(set(numbers))]
+    return sorted(places, key=lambda of_rung: self.chosen[of_rung[0]]['flop'])
+
+  def compute(self) -> list[float]:
+    """FLOP of one run of each rung."""
+    return [self.chosen[places[0]]['flop'] for places in self.rungs()]
+
+  def seconds(self) -> list[float] | None:
+    """Median seconds of a run of each rung, as the first one compiles; None where they are not known."""
+    taken = [[self.chosen[place]['seconds'] for place in places] for places in self.rungs()]
+    return None if any(None in of_rung for of_rung in taken) else [float(np.median(of_rung)) for of_rung in taken]
+
+  def values(self, table: Table) -> list[np.ndarray]:
+    """Log-probabilities [seeds, items] of each rung."""
+    return [table.values['logprob'][places] for places in self.rungs()]
 
 
 def multipliers(
@@ -236,19 +283,20 @@ def multipliers(
     confidence: of intervals.
     uses: number of trainings that share a selection.
   """
-  rungs = _rungs(ladder)
+  rungs, law = _rungs(ladder), scaling_law.check(ladder.index)
   return {
     'confidence': confidence,
     'uses': uses,
     'unit': {'compute': 'FLOP', 'time': 'seconds'},
     'rungs': rungs,
+    'law': law,
     'curves': [_curve(table, ladder, confidence) for table in ladder.tables],
     'arms': [
       row
       for table, ladder_table in zip(tables, ladder.tables, strict=True)
-      for row in _arms(table, runs, ladder.steps(ladder_table), charged, confidence, uses)
+      for row in _arms(table, runs, ladder, ladder_table, charged, confidence, uses)
     ],
-    'notes': _notes(runs, rungs),
+    'notes': _notes(runs, rungs, law),
   }
 
 
@@ -271,34 +319,42 @@ def tables_of(items: Items, runs: Runs, ladder_items: Items, models: int) -> tup
 
 
 def _rungs(ladder: Ladder) -> list[dict[str, Any]]:
-  rungs = []
-  for places in ladder.rungs():
-    same = [ladder.index[place] for place in places]
+  """A row for each size and rate of each rung; those that were not chosen have one seed."""
+  rungs: dict[tuple[float, ...], list[Mapping[str, Any]]] = {}
+  for entry in ladder.index:
+    rungs.setdefault((entry['factor'], entry['size'], entry['rate']), []).append(entry)
+  rows_of_rungs = []
+  for same in rungs.values():
     seconds = [entry['seconds'] for entry in same if entry['seconds'] is not None]
-    facts = {key: same[0][key] for key in ('factor', 'parameters', 'tokens', 'epochs', 'flop')}
-    shape = {key: same[0]['model'][key] for key in ('layers', 'width')}
-    rungs.append({**facts, **shape, 'seeds': len(same), 'seconds': float(np.mean(seconds)) if seconds else None})
-  return rungs
+    losses = [entry['held_out_loss'] for entry in same if entry['held_out_loss'] is not None]
+    keys = ('factor', 'size', 'rate', 'chosen', 'parameters', 'tokens', 'epochs', 'flop')
+    facts = {key: same[0][key] for key in keys} | {key: same[0]['model'][key] for key in ('layers', 'width')}
+    facts |= {'seeds': len(same), 'seconds': float(np.median(seconds)) if seconds else None}
+    rows_of_rungs.append({**facts, 'held_out_loss': float(np.mean(losses)) if losses else None})
+  return rows_of_rungs
 
 
 def _curve(table: Table, ladder: Ladder, confidence: float) -> dict[str, Any]:
   points = []
   labels = {'task': table.task, 'split': table.split}
-  for flop, values_SI in zip(*ladder.steps(table), strict=True):
+  seconds: Sequence[float | None] = ladder.seconds() or [None] * len(ladder.compute())
+  for flop, spent, values_SI in zip(ladder.compute(), seconds, ladder.values(table), strict=True):
     interval = guarded(labels, statistics.mean_interval, values_SI, confidence, table.documents_I)
-    points.append({'flop': flop, 'value': interval.difference, 'low': interval.low, 'high': interval.high})
+    ends = {'value': interval.difference, 'low': interval.low, 'high': interval.high}
+    points.append({'flop': flop, 'seconds': spent, **ends})
   return {**labels, 'metric': 'logprob', 'points': points}
 
 
 def _arms(
   table: Table,
   runs: Runs,
-  steps: tuple[list[float], list[np.ndarray]],
+  ladder: Ladder,
+  ladder_table: Table,
   charged: Callable[[str, Sequence[str]], Charge],
   confidence: float,
   uses: int,
 ) -> list[dict[str, Any]]:
-  compute, rungs = steps
+  compute, seconds, rungs = ladder.compute(), ladder.seconds(), ladder.values(ladder_table)
   arm_rows = []
   for method, target in arms(runs):
     places = rows(runs, (method, target))
@@ -306,24 +362,44 @@ def _arms(
       continue  # a checkpoint from outside the run, whose cost is unknown
     values_SI = table.values['logprob'][places]
     reading = read_off(values_SI, rungs, compute, confidence, table.documents_I)
+    readings = {'flop': reading, 'seconds': reading.on(compute, seconds) if seconds else None}
     charges = charged(method, [runs[place]['selection'] for place in places])
     names = {'method': method, 'target_mix': target, 'task': table.task, 'split': table.split, 'metric': 'logprob'}
     below = None if table.below is None else (method, target) in table.below['logprob']
     value = {'value': float(values_SI.mean()), 'below_ngrams': below}
-    arm_rows.append({**names, **value, **arm(reading, charges, uses)})
+    arm_rows.append({**names, **value, **arm(readings, charges, uses)})
   return arm_rows
 
 
-def _notes(runs: Runs, rungs: Sequence[Mapping[str, Any]]) -> list[str]:
-  low, high = (f'{end(rung["tokens"] / rung["parameters"] for rung in rungs):.2g}' for end in (min, max))
+def _notes(runs: Runs, rungs: Sequence[Mapping[str, Any]], law: Mapping[str, Any] | None) -> list[str]:
+  chosen = [rung for rung in rungs if rung['chosen']]
+  low, high = (f'{end(rung["tokens"] / rung["parameters"] for rung in chosen):.2g}' for end in (min, max))
   notes = [
     'Equivalent compute is interpolated between rungs, linearly in the logarithm of compute. Its interval contains '
-    'every compute at which random data do not differ significantly from the method.',
-    f'Rungs train on {low if low == high else f"{low} to {high}"} tokens per parameter at the learning rate of the '
-    'arms. Rungs nearer to compute-optimal could be better, and multipliers then lower.',
-    'C_selection is the cost of choosing for one arm alone: the proxies, features and datamodel that it needs, and its '
-    'own selection, divided by the number of trainings that share it (evaluation.selection_uses).',
+    'every compute at which random data do not differ significantly from the method.'
   ]
+  trained = f'Rungs train on {low if low == high else f"{low} to {high}"} tokens per parameter'
+  if len(rungs) == len(chosen):
+    notes.append(
+      f'{trained} at the learning rate of the arms, and no other size or rate was tried (ladder.step = 1). A tuned '
+      'ladder could be better, and multipliers then lower: read them as an upper range.'
+    )
+  else:
+    notes.append(
+      f'{trained}, at the size and learning rate of the least loss on rows of the pool that no model trains on, of '
+      f'{len(rungs)} that were tried.'
+    )
+  if law is not None:
+    shares = [rung['compute'] for rung in law['rungs'] if rung['compute'] is not None]
+    reached = f'between {min(shares):.2f} and {max(shares):.2f} of the compute' if shares else 'more compute'
+    notes.append(
+      f'Check: by a scaling law fitted to these losses (rms {law["rms"]:.3f} nats), the best model of any size needs '
+      f'{reached} of a rung for its held-out loss.'
+    )
+  notes.append(
+    'C_selection is the cost of choosing for one arm alone: the proxies, features and datamodel that it needs, and its '
+    'own selection, divided by the number of trainings that share it (evaluation.selection_uses).'
+  )
   if any('dsdm' in run['method'] for run in runs):
     notes.append('Intervals are for one selection: proxies were trained, and scores computed, once.')
   return notes

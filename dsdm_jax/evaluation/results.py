@@ -392,6 +392,9 @@ def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
     if results['comparisons']:
       console.print(f'Differences with {percent} intervals over seeds and items (above zero: the first is better)')
       console.print(_fill_differences(RichTable(box=box.SIMPLE), results['comparisons'], several))
+    if results.get('multiplier'):
+      console.print(f'Compute that random data needs for the same result: multipliers with {percent} intervals')
+      console.print(_fill_multipliers(RichTable(box=box.SIMPLE), results['multiplier']['arms'], several))
     if results.get('lines'):
       console.print(f'Log-probability above the best reference line, with {percent} intervals (docs/evaluation.md)')
       console.print(_fill_lines(RichTable(box=box.SIMPLE), results['summary'], several))
@@ -440,6 +443,18 @@ def _fill_differences(table: 'RichTable', compared: Sequence[Mapping[str, Any]],
         c['verdict'],
       )
     table.add_section()
+  return table
+
+
+def _fill_multipliers(table: 'RichTable', multipliers: Sequence[Mapping[str, Any]], several: bool) -> 'RichTable':
+  """Of the means over tasks where there are any, else of every task."""
+  for column in ('task', 'trained on', 'gross', 'in seconds', 'net', 'in seconds'):
+    table.add_column(column, no_wrap=True)
+  averaged = [row for row in multipliers if row['task'] == MEAN]
+  for row in averaged or multipliers:
+    cells = (row[kind] for kind in ('gross', 'gross_seconds', 'net', 'net_seconds'))
+    name = _arm_name(row['method'], row['target_mix'], several)
+    table.add_row(row['task'], name, *('' if cell is None else cell['text'] for cell in cells))
   return table
 
 

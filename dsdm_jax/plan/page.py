@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsdm_jax.plan import topology
+from dsdm_jax.plan.programs import SELECTION
 
 
 def text(plan: Mapping[str, Any]) -> str:
   """Formats the result of `plan.make`: whether selection pays, the stages, what to change, totals."""
-  parts = [_pays(plan['multiplier']), '', _head(plan)]
+  parts = [_pays(plan['multiplier']), *in_hours(plan), '', _head(plan)]
   if plan['stages']:
     advice = [s['advice'] for s in plan['stages'] if s['advice']]
     parts += [_table(plan), *_communication(plan), *_uncounted(plan['stages']), *advice, _totals(plan)]
@@ -27,6 +28,16 @@ def _pays(multiplier: Mapping[str, float]) -> str:
     f'{(gross - 1) * final:.2e} FLOP at a gross multiplier of {gross:g}, {verdict} (net for one: '
     f'{multiplier["net"]:.2f}).'
   )
+
+
+def in_hours(plan: Mapping[str, Any]) -> list[str]:
+  """The line about hours beside that about FLOP; none without times, or where a stage does not fit."""
+  hours = {s['stage']: s['hours'] for s in plan['stages'] if s['fits']}
+  if not {*SELECTION, 'pretraining'} <= set(hours):
+    return []
+  selection = [sum(hours[stage][end] for stage in SELECTION) for end in (0, 1)]
+  final = [x / plan['final_runs'] for x in hours['pretraining']]
+  return [f'In hours: selection {_range(selection)}, one final model {_range(final)}.']
 
 
 def _head(plan: Mapping[str, Any]) -> str:

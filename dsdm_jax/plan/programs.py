@@ -192,17 +192,22 @@ def _training_work(stage: str, config: ConfigDict, mesh: Mesh, model: Model) -> 
 
 
 def _ladder(config: ConfigDict, mesh: Mesh) -> list[Work]:
-  """A program for each rung."""
+  """A program for each rung, at the size of the arms' growth; the search tries at least four more models."""
   length, vocab_size, train = config.pool.length, config.pool.vocab_size, config.pretraining.train
-  works = []
-  for rung in ladder.plan(config, vocab_size, length) if config.ladder.rungs else ():
+  works, models = [], config.ladder.seeds + (4 if config.ladder.step > 1 else 0)
+
+  def flop(model: ConfigDict) -> float:
+    function, arguments = _training(model, train, config, mesh)(train.batch_size)
+    return flops.count(function, *arguments)
+
+  for rung in ladder.plan(config, vocab_size, length, flop) if config.ladder.rungs else ():
     model, tokens = Model.of(rung.model, vocab_size, length), train.batch_size * length
     work = Work(
       stage=f'ladder {rung.factor:g}',
       program=_training(rung.model, train, config, mesh),
       batch=train.batch_size,
       batch_key='pretraining.train.batch_size',
-      runs=rung.examples // train.batch_size * config.ladder.seeds,
+      runs=rung.steps * models,
       parameters=model.parameters,
       tokens=tokens,
       least_flop=3 * model.forward_flop * tokens,

@@ -22,10 +22,10 @@ from dsdm_jax.study.arm_file import ArmFile
 
 _NONE = '·'
 _LADDER = (
-  '*Pays from* is the number of final models that must share a selection for its net multiplier to exceed 1. It and '
-  'the multipliers depend on the ladder, which grows width and tokens together at few tokens per parameter and does '
-  'not tune the learning rate. Read multipliers as an upper range, and *pays from* as a lower one.'
+  '*Gross* and *net* are given in FLOP, then in seconds. *Pays from* is the number of final models that must share a '
+  'selection for its net multiplier in FLOP to exceed 1.'
 )
+_UNITS = ('', '_seconds')  # endings of the keys of `multiplier.json` in FLOP, and in seconds
 _RANDOM = 'random'
 _ON_LADDER = (_RANDOM, 'dsdm', 'dsdm/cheap')  # the figure has room for these
 
@@ -87,7 +87,8 @@ def tables(comparison: Mapping[str, Any], arms: Sequence[ArmFile], files: str) -
     columns = list(dict.fromkeys(c['task'] for c in benchmarks))
     parts += [f'## Benchmarks that were not targeted, against {random}', _differences(benchmarks, columns, _RANDOM)]
   if comparison['multiplier'] is not None:
-    parts += [f'## Compute multiplier on {_task(first)}', _multiplier(comparison['multiplier'], first), _LADDER]
+    read = comparison['multiplier']
+    parts += [f'## Compute multiplier on {_task(first)}', _multiplier(read, first), ' '.join([_LADDER, *read['notes']])]
   parts += ['## Sources of the selected rows, %', _sources(arms), '## Arms', _arms(arms, base)]
   return '\n\n'.join(parts) + '\n'
 
@@ -132,18 +133,23 @@ def _multiplier(multiplier: Mapping[str, Any], task: str) -> str:
     [
       _arm(row['method'], row['target_mix']),
       formatting.signed(row['value']),
-      row['gross']['text'],
+      *(_reading(row[f'gross{unit}']) for unit in _UNITS),
       f'{row["flop_selection"] / row["flop_final"]:.2f}',
       f'{row["seconds_selection"] / row["seconds_final"]:.2f}',
-      row['net']['text'],
+      *(_reading(row[f'net{unit}']) for unit in _UNITS),
       _pays_from(row),
     ]
     for row in sorted(rows, key=lambda row: -row['value'])
   ]
   net = f'net, shared by {multiplier["uses"]}'
-  return markdown(
-    ['arm', 'log-probability', 'gross', 'C_selection / C_final', 'the same in seconds', net, 'pays from'], lines
-  )
+  header = ['arm', 'log-probability']
+  for name in ('gross', 'C_selection / C_final', net):
+    header += [name, f'{name}, in seconds']
+  return markdown([*header, 'pays from'], lines)
+
+
+def _reading(reading: Mapping[str, Any] | None) -> str:
+  return _NONE if reading is None else reading['text']
 
 
 def _pays_from(row: Mapping[str, Any]) -> str:

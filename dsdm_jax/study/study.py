@@ -168,7 +168,7 @@ def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:
 
   index, ladder_items = base.ladder
   of_ladder = results.Items(ladder_items, base.documents, base.categories)
-  tables, ladder_tables = multiplier.tables_of(known, runs, of_ladder, len(index))
+  tables, ladder_tables = multiplier.tables_of(known, runs, of_ladder, sum(entry['chosen'] for entry in index))
   comparison['multiplier'] = multiplier.multipliers(
     tables,
     runs,

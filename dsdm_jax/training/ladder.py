@@ -1,13 +1,19 @@
-"""Stage `ladder`: trains models on random data at several sizes, where parameters and tokens grow together.
+"""Stage `ladder`: trains models on random data at several amounts of compute, each at the best size and rate found.
 
 Their results as a function of compute are the scale on which a method's result is read as compute
-(`dsdm_jax/evaluation/multiplier.py`). The learning-rate schedule of each rung has the rung's length.
+(`dsdm_jax/evaluation/multiplier.py`). A scale of badly sized models, or of one rate for all, is too low, and every
+multiplier read off it too high. So at each rung models of the same compute are tried: wide ones on few tokens and
+narrow ones on many, at lower and higher rates (`Search`). The loss on rows of the pool that no model trains on decides,
+which no target and no method has a part in. Models of other seeds are trained at the choice alone.
+
+The learning-rate schedule of each model has the model's own length.
 """
 
 import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,39 +27,60 @@ from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.batches import training_batches
 from dsdm_jax.data.order.schedule import Schedule
 from dsdm_jax.data.pool.pool import Pool
-from dsdm_jax.errors import UserError
+from dsdm_jax.errors import Diverged, UserError
 from dsdm_jax.training import loop
-from dsdm_jax.training.step import abstract_model, trainer
+from dsdm_jax.training.metrics import HeldOut
+from dsdm_jax.training.step import Trainer, abstract_model, trainer
+
+Place = tuple[int, int]  # exponents of `ladder.step`: of the size, and of the learning rate
+_HELD_OUT = 1_024  # rows by whose loss sizes and rates are compared, at most
+_HELD_OUT_SHARE = 1 / 16  # of the pool, at most, but a batch
+_FARTHEST = 6  # steps from the first place, in size and in rate
 
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-  """One size of the ladder.
+  """One size at one amount of compute.
 
   Attributes:
     factor: requested compute, relative to the training of one arm.
     model: config of the model.
     parameters: number of parameters.
-    examples: number of examples that each model of the rung trains on.
+    steps: of training, so that it takes `factor` times the FLOP of an arm's.
   """
 
   factor: float
   model: ConfigDict
   parameters: int
-  examples: int
+  steps: int
 
 
-def rung(model: ConfigDict, factor: float, examples: int, vocab_size: int, length: int) -> Rung:
-  """The rung with about `factor` times the compute of `model` on `examples` examples.
+def rung(
+  model: ConfigDict,
+  factor: float,
+  steps: int,
+  vocab_size: int,
+  length: int,
+  flop: Callable[[ConfigDict], float],
+  size: float = 1.0,
+) -> Rung | None:
+  """The rung with `factor` times the compute of `model` in `steps` steps, and `size` · √factor times its parameters.
 
-  Parameters grow with the square root of the factor, through the widths of model and MLP (the number of layers would
-  change them in jumps). The number of examples makes up for the distance to the nearest possible width.
+  Parameters change through the widths of model and MLP (the number of layers would change them in jumps). The number of
+  steps is what the compute allows at the nearest possible width. None if no width gives a model of about this size, or
+  the compute is less than one step of it.
 
-  Raises:
-    UserError: no width gives a model of about this size.
+  Args:
+    model: of the arms.
+    factor: compute relative to an arm's training.
+    steps: of an arm's training.
+    vocab_size: V.
+    length: L.
+    flop: model → FLOP of one of its steps.
+    size: see above.
   """
   base = parameters(model, vocab_size, length)
-  wanted = base * math.sqrt(factor)
+  wanted = base * math.sqrt(factor) * size
   unit = 2 * model.heads  # rotary positions need heads of an even size
   low, high = 1, 2
   while parameters(scaled(model, high * unit), vocab_size, length) < wanted:
@@ -69,10 +96,10 @@ def rung(model: ConfigDict, factor: float, examples: int, vocab_size: int, lengt
     sizes[model.width] = base
   width = min(sizes, key=lambda w: abs(math.log(sizes[w] / wanted)))
   if not 0.5 < sizes[width] / wanted < 2:
-    raise UserError(
-      f'ladder.rungs holds {factor:g}, for which no width of model is close enough; use a number closer to 1'
-    )
-  return Rung(factor, scaled(model, width), sizes[width], round(examples * factor * base / sizes[width]))
+    return None
+  chosen = scaled(model, width)
+  own_steps = round(factor * steps * flop(model) / flop(chosen))
+  return Rung(factor, chosen, sizes[width], own_steps) if own_steps else None
 
 
 def scaled(model: ConfigDict, width: int) -> ConfigDict:
@@ -83,57 +110,178 @@ def scaled(model: ConfigDict, width: int) -> ConfigDict:
   return copied
 
 
-def parameters(model: ConfigDict, vocab_size: int, length: int) -> int:
-  """Number of parameters of the model."""
-  params = nnx.state(abstract_model(model, vocab_size, length), nnx.Param)
+@functools.lru_cache(maxsize=64)
+def _parameters(model_json: str, vocab_size: int, length: int) -> int:
+  params = nnx.state(abstract_model(ConfigDict(json.loads(model_json)), vocab_size, length), nnx.Param)
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def plan(config: ConfigDict, vocab_size: int, length: int) -> list[Rung]:
-  """The rungs of `config.ladder`, lowest first.
+def parameters(model: ConfigDict, vocab_size: int, length: int) -> int:
+  """Number of parameters of the model."""
+  return _parameters(model.to_json(sort_keys=True), vocab_size, length)
+
+
+def plan(config: ConfigDict, vocab_size: int, length: int, flop: Callable[[ConfigDict], float]) -> list[Rung]:
+  """The rungs of `config.ladder`, lowest first, at the place where the search begins.
+
+  Args:
+    config: whole config.
+    vocab_size: V.
+    length: L.
+    flop: model → FLOP of one of its steps.
 
   Raises:
-    UserError: a rung has less than one step of training, or no width gives its size.
+    UserError: no width gives a rung's size, or its compute is less than one step.
   """
-  examples = config.selection.examples * config.selection.epochs
-  batch = config.pretraining.train.batch_size
-  rungs = [rung(config.model, f, examples, vocab_size, length) for f in sorted(map(float, config.ladder.rungs))]
-  for r in rungs:
-    if r.examples < batch:
+  steps = config.selection.examples * config.selection.epochs // config.pretraining.train.batch_size
+  rungs = []
+  for factor in sorted(map(float, config.ladder.rungs)):
+    planned = rung(config.model, factor, steps, vocab_size, length, flop)
+    if planned is None:
       raise UserError(
-        f'ladder.rungs holds {r.factor:g}, which leaves {r.examples} examples, less than one batch of {batch}; '
-        'remove it'
+        f'ladder.rungs holds {factor:g}, at which no width of model is close enough to √{factor:g} times the '
+        'parameters, or has the compute for one step; use a number closer to 1, or remove it'
       )
+    rungs.append(planned)
   return rungs
 
 
+class Search:
+  """Looks for the place with the least loss: from a place to the best of its neighbors, until none is better.
+
+  Neighbors are one step away, in size or in rate. Losses are computed once. The order is fixed, so the same losses give
+  the same places.
+
+  Args:
+    loss: place → loss; infinite where there is no model or it diverges.
+    steps: False tries the first place alone.
+  """
+
+  def __init__(self, loss: Callable[[Place], float], steps: bool = True):
+    self._loss, self._steps = loss, steps
+    self.losses: dict[Place, float] = {}
+
+  def best(self, first: Place) -> Place:
+    """The place where the search ends."""
+    at = self._tried(first)
+    while self._steps:
+      size, rate = at
+      around = [(size - 1, rate), (size + 1, rate), (size, rate - 1), (size, rate + 1)]
+      near = [p for p in around if max(abs(p[0] - first[0]), abs(p[1] - first[1])) <= _FARTHEST]
+      after = min([at, *map(self._tried, near)], key=self.losses.__getitem__)
+      if after == at:
+        break
+      at = after
+    return at
+
+  def _tried(self, place: Place) -> Place:
+    if place not in self.losses:
+      self.losses[place] = self._loss(place)
+    return place
+
+
 def run(context: Context) -> dict:
-  """Trains `ladder.seeds` models per rung; writes `rung_<r>--<seed>/`, `.jsonl`, and `index.json` with all models."""
-  config = context.config
+  """Trains the models; writes `<name>/` and `<name>.jsonl` of each and `index.json`, which marks the chosen ones.
+
+  The search of a rung begins at the place that was best at the rung below. `ladder.step` = 1 leaves all at the first.
+  """
+  config, step = context.config, context.config.ladder.step
   pool = Pool(context.inputs['pool'])
-  rungs = plan(config, pool.vocab_size, pool.length)
   train, mesh = config.pretraining.train, make_mesh(config.mesh)
-  steps = [r.examples // train.batch_size for r in rungs]
+  held_NL, free = held_out_rows(config.seed, pool, train.batch_size)
+
+  def compiled(model: ConfigDict, rate: float) -> Trainer:
+    own = ConfigDict(train.to_dict())
+    own.learning_rate *= rate
+    return trainer(model, own, pool.vocab_size, pool.length, mesh)
+
+  flop_of: dict[int, float] = {}  # of one step, by width; tracing takes a second
+
+  def flop(model: ConfigDict) -> float:
+    if model.width not in flop_of:
+      flop_of[model.width] = compiled(model, 1.0).flop_per_step
+    return flop_of[model.width]
+
+  base_steps = config.selection.examples * config.selection.epochs // train.batch_size
+  planned = plan(config, pool.vocab_size, pool.length, flop)
   index: list[dict[str, Any]] = []
-  with context.log.bar(total=sum(steps) * config.ladder.seeds, desc='ladder', unit='step') as bar:
-    for number, r in enumerate(rungs):
-      compiled = trainer(r.model, train, pool.vocab_size, pool.length, mesh)
-      local_rows = share(compiled.batch_sharding, train.batch_size)
-      flop = steps[number] * compiled.flop_per_step
-      for seed in range(config.ladder.seeds):
-        name = f'rung_{number}--{seed}'
-        count = steps[number] * train.batch_size
-        rng = prng.numpy_stream(config.seed, 'ladder', number, seed)
-        rows = np.sort(rng.choice(pool.num_rows, min(count, pool.num_rows), replace=False)).astype(np.int64)
-        schedule = Schedule.single(name, rows, count, prng.derive(config.seed, 'ladder_order', number, seed))
-        batches = functools.partial(training_batches, pool, schedule, train.batch_size, share=local_rows)
-        key = prng.stream(config.seed, 'init', 'ladder', number, seed)
-        loop.train(context, compiled, loop.Run(name, key, batches, steps[number]), train, bar)
-        entry = {'name': name, 'rung': number, 'seed': seed, 'factor': r.factor, 'model': r.model.to_dict()}
-        entry |= {'parameters': r.parameters, 'examples': count, 'tokens': count * pool.length}
-        entry |= {'epochs': count / len(rows), 'flop': flop}
-        seconds = context.cost.parts.get(name)
-        index.append(entry | {'seconds': None if seconds is None else round(seconds, 3)})
+  first = (0, 0)
+  with context.log.bar(total=sum(r.steps for r in planned) * config.ladder.seeds, desc='ladder', unit='step') as bar:
+
+    def trained(number: int, place: Place, seed: int) -> dict[str, Any] | None:
+      """The entry of one model in the index; None if there is no model of this size."""
+      size, rate = (step**exponent for exponent in place)
+      r = rung(config.model, planned[number].factor, base_steps, pool.vocab_size, pool.length, flop, size)
+      if r is None:
+        return None
+      bar.total = max(bar.total or 0, bar.n + r.steps)
+      name = f'rung_{number}--size_{place[0]}--rate_{place[1]}--{seed}'
+      of_model, count = compiled(r.model, rate), r.steps * train.batch_size
+      rng = prng.numpy_stream(config.seed, 'ladder', number, seed)
+      rows = np.sort(rng.choice(free, min(count, len(free)), replace=False)).astype(np.int64)
+      schedule = Schedule.single(name, rows, count, prng.derive(config.seed, 'ladder_order', number, seed))
+      local_rows = share(of_model.batch_sharding, train.batch_size)
+      batches = functools.partial(training_batches, pool, schedule, train.batch_size, share=local_rows)
+      key = prng.stream(config.seed, 'init', 'ladder', number, seed)
+      evaluated = ConfigDict(train.to_dict())
+      evaluated.evaluate_every_steps = r.steps  # at the end alone
+      one = loop.Run(name, key, batches, r.steps, HeldOut(of_model, held_NL, train.batch_size))
+      try:
+        loss = loop.train(context, of_model, one, evaluated, bar)[-1]['held_out_loss']
+      except Diverged:
+        loss = None
+      seconds = context.cost.parts.get(name)
+      entry = {'name': name, 'rung': number, 'seed': seed, 'chosen': False, 'factor': r.factor, 'size': size}
+      entry |= {'rate': rate, 'model': r.model.to_dict(), 'parameters': r.parameters, 'examples': count}
+      entry |= {'tokens': count * pool.length, 'epochs': count / len(rows)}
+      entry |= {'flop': r.steps * of_model.flop_per_step, 'seconds': None if seconds is None else round(seconds, 3)}
+      return entry | {'held_out_loss': loss}
+
+    for number, r in enumerate(planned):
+      tried: dict[Place, dict[str, Any] | None] = {}
+
+      def loss(place: Place, number: int = number, tried: dict = tried) -> float:
+        tried[place] = entry = trained(number, place, 0)
+        return math.inf if entry is None or entry['held_out_loss'] is None else entry['held_out_loss']
+
+      search = Search(loss, step > 1)
+      first = search.best(first)
+      if not math.isfinite(search.losses[first]):
+        raise UserError(
+          f'ladder: every model of rung {r.factor:g} diverges; lower pretraining.train.learning_rate, then start again'
+        )
+      others = [trained(number, first, seed) for seed in range(1, config.ladder.seeds)]
+      if any(entry is None or entry['held_out_loss'] is None for entry in others):
+        raise UserError(
+          f'ladder: a model of rung {r.factor:g} diverges at the size and rate of another seed; lower '
+          'pretraining.train.learning_rate, then start again'
+        )
+      for entry in (tried[first], *others):
+        if entry is not None:
+          entry['chosen'] = True
+      index += [entry for entry in (*tried.values(), *others) if entry is not None]
+      best = tried[first] or {}
+      context.log.say(
+        f'  rung {r.factor:g}: {best["parameters"]:,} parameters, {best["tokens"]:,} tokens, rate × {best["rate"]:g}; '
+        f'held-out loss {best["held_out_loss"]:.4f}, the best of {len(tried)} sizes and rates'
+      )
   if context.first:
     storage.write_text(context.out / 'index.json', json.dumps(index, indent=1))
-  return {'rungs': [{'parameters': r.parameters, 'examples': r.examples, 'factor': r.factor} for r in rungs]}
+  return {'rungs': [{'parameters': r.parameters, 'steps': r.steps, 'factor': r.factor} for r in planned]}
+
+
+def held_out_rows(seed: int, pool: Pool, batch: int) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens of rows that no model of the ladder trains on, whole batches, int32 [N, L]; all other rows, int64).
+
+  Raises:
+    UserError: the pool has less than two batches.
+  """
+  count = max(batch, min(_HELD_OUT, int(pool.num_rows * _HELD_OUT_SHARE)) // batch * batch)
+  if pool.num_rows < 2 * batch:
+    raise UserError(
+      f'ladder.rungs needs {2 * batch} rows, a batch to train on and one to compare models by, and the pool has '
+      f'{pool.num_rows}; set --config.ladder.rungs=() or raise pool.max_bytes'
+    )
+  held = prng.numpy_stream(seed, 'ladder', 'held_out').choice(pool.num_rows, count, replace=False)
+  held = np.sort(held).astype(np.int64)
+  return pool.tokens(held), np.setdiff1d(np.arange(pool.num_rows), held)

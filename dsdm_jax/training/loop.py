@@ -16,7 +16,7 @@ from dsdm_jax.core import processes, storage
 from dsdm_jax.core.checkpoints import Checkpoints, Keep
 from dsdm_jax.core.mesh import assemble
 from dsdm_jax.core.stage import Context
-from dsdm_jax.errors import Stopped, UserError
+from dsdm_jax.errors import Diverged, Stopped, UserError
 from dsdm_jax.training.metrics import Meter
 from dsdm_jax.training.step import TrainState
 
@@ -68,7 +68,8 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
 
   Raises:
     Stopped: SIGTERM arrived; the state is saved.
-    UserError: a metric is not finite, or the checkpoint belongs to another model.
+    Diverged: a metric is not finite.
+    UserError: the checkpoint belongs to another model.
   """
   record_file = context.out / f'{run.name}.jsonl'
   context.add_flop(trainer.flop_per_step * run.steps if run.steps else 0.0)
@@ -197,7 +198,7 @@ def _check_finite(run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None
   for metric, values in metrics.items():
     for name, value in zip(run.models or [run.name], np.atleast_1d(np.asarray(values)).tolist(), strict=True):
       if not math.isfinite(value):
-        raise UserError(
+        raise Diverged(
           f'{metric} of {name} is {value} at step {step}: training diverged; lower '
           'learning_rate or raise warmup_steps of its train config, then start again'
         )

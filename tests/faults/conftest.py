@@ -15,7 +15,11 @@ from tests.pipeline.conftest import copied, finished
 
 __all__ = ['copied', 'finished', 'server', 'shimmed', 'with_ladder']
 
-LADDER = ("--config.ladder.rungs=('0.5','1')", '--config.ladder.seeds=2')  # of the run that is killed in every stage
+LADDER = (
+  "--config.ladder.rungs=('0.5','1')",
+  '--config.ladder.step=1',
+  '--config.ladder.seeds=2',
+)  # of the run that is killed in every stage
 
 
 @pytest.fixture(scope='session')

@@ -32,6 +32,7 @@ def trained(finished, tmp_path_factory):
     "--config.selection.methods=('dsdm','random')",
     f'--config.mixture.parts={PARTS}',
     f'--config.ladder.rungs={RUNGS}',
+    '--config.ladder.step=1',
     '--config.ladder.seeds=2',
   )
   return folder, output
@@ -77,7 +78,9 @@ def test_gross_and_net_multiplier_of_every_arm(trained):
   found = json.loads((folder / 'results.json').read_text())
   read = found['multiplier']
   assert read == json.loads((files_of(folder, 'evaluation') / 'multiplier.json').read_text())
-  assert [r['factor'] for r in read['rungs']] == [0.5, 1.0] and read['rungs'][0]['flop'] < read['rungs'][1]['flop']
+  assert [(r['factor'], r['chosen']) for r in read['rungs']] == [(0.5, True), (1.0, True)] and read['rungs'][0][
+    'flop'
+  ] < read['rungs'][1]['flop']
   tasks = {'docs', 'api_qa', 'cs_algorithms', 'mean'}
   assert {(a['method'], a['task']) for a in read['arms']} == {
     (m, t) for m in ('dsdm', 'random', 'mixture') for t in tasks
@@ -91,8 +94,9 @@ def test_gross_and_net_multiplier_of_every_arm(trained):
     assert same, arm
     for end in ('estimate', 'low', 'high'):
       if arm['gross'][end] is not None:
-        ratio = arm['flop_final'] / (arm['flop_final'] + arm['flop_selection'])
-        assert arm['net'][end] == pytest.approx(arm['gross'][end] * ratio)
+        for unit, ending in (('flop', ''), ('seconds', '_seconds')):
+          ratio = arm[f'{unit}_final'] / (arm[f'{unit}_final'] + arm[f'{unit}_selection'])
+          assert arm[f'net{ending}'][end] == pytest.approx(arm[f'gross{ending}'][end] * ratio)
 
 
 def test_the_report_shows_multipliers_and_what_the_ladder_cost(trained):
@@ -101,7 +105,7 @@ def test_the_report_shows_multipliers_and_what_the_ladder_cost(trained):
   read = json.loads((files_of(folder, 'evaluation') / 'multiplier.json').read_text())
   section = page[page.index('id="multiplier"') :]
   for arm in read['arms']:
-    for kind in ('gross', 'net'):
+    for kind in ('gross', 'gross_seconds', 'net', 'net_seconds'):
       text = arm[kind]['text'].replace('>', '&gt;').replace('<', '&lt;')
       assert f'<td class="n">{text}</td>' in section
   costs = {line['stage']: line for line in table(folder, 'cost')}

@@ -91,7 +91,7 @@ def test_the_papers_config_is_the_papers():
   assert programs.final_runs(c) == 5  # DsDm, Classifier, DSIR, SemDeDup, Random
   assert round(0.38 * c.plan.rows) // c.proxies.train.batch_size == pytest.approx(80_000, rel=0.01)
   assert c.selection.examples * c.selection.epochs // c.pretraining.train.batch_size == 25_000
-  rungs = ladder.plan(resolve(c, dict), c.pool.vocab_size, c.pool.length)
+  rungs = ladder.plan(resolve(c, dict), c.pool.vocab_size, c.pool.length, lambda model: model.width)
   # Random at twice the compute: √2 times the parameters, to within the 32 of some 2,400 columns that widths go by.
   assert rungs[1].parameters == pytest.approx(2**0.5 * rungs[0].parameters, rel=0.014)
 

@@ -6,7 +6,7 @@ import pytest
 
 from configs import base
 from dsdm_jax.errors import UserError
-from dsdm_jax.plan import plan, topology
+from dsdm_jax.plan import page, plan, topology
 
 
 @pytest.fixture
@@ -73,11 +73,21 @@ def test_dense_features_are_planned(config, monkeypatch):
 
 def test_rungs_of_the_ladder_are_planned(config, monkeypatch):
   monkeypatch.setattr(topology, 'available', lambda: False)
-  config.ladder.update({'rungs': ('1', '4'), 'seeds': 3})
+  config.ladder.update({'rungs': ('1', '4'), 'step': 1.0, 'seeds': 3})
   flop = plan.make(config)['flop']
   each = flop['pretraining'] / 6
   assert flop['ladder 1'] == 3 * each
-  assert flop['ladder 4'] == pytest.approx(3 * 4 * each, rel=0.2)  # in this tiny model attention is no small part
+  assert flop['ladder 4'] == pytest.approx(3 * 4 * each, rel=0.01)  # in whole steps
+  config.ladder.step = 2.0  # at least the four neighbors are tried
+  assert plan.make(config)['flop']['ladder 1'] == 7 * each
+
+
+def test_hours_are_beside_flop():
+  hours = {'proxies': [1, 2], 'features': [2, 5], 'gram': [0.5, 1], 'scores': [0.5, 1], 'pretraining': [6, 12]}
+  stages = [{'stage': stage, 'hours': of_stage, 'fits': True} for stage, of_stage in hours.items()]
+  assert page.in_hours({'stages': stages, 'final_runs': 6}) == ['In hours: selection 4–9, one final model 1–2.']
+  stages[1]['fits'] = False
+  assert page.in_hours({'stages': stages, 'final_runs': 6}) == page.in_hours({'stages': []}) == []
 
 
 def test_rows_are_estimated_from_the_pools_bytes(config, monkeypatch):

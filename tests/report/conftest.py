@@ -210,7 +210,14 @@ def hostile() -> str:
 def multiplier() -> dict:
   """`multiplier.json` of a made-up ladder: one reading inside it, one above its end."""
   curve = [
-    {'flop': 1e12 * 2**i, 'value': -4.8 + 0.1 * i, 'low': -4.85 + 0.1 * i, 'high': -4.75 + 0.1 * i} for i in range(4)
+    {
+      'flop': 1e12 * 2**i,
+      'seconds': 4.1 * 2**i,
+      'value': -4.8 + 0.1 * i,
+      'low': -4.85 + 0.1 * i,
+      'high': -4.75 + 0.1 * i,
+    }
+    for i in range(4)
   ]
   common = {
     'target_mix': 'mix',
@@ -222,6 +229,7 @@ def multiplier() -> dict:
     'seconds_selection': 20.0,
     'uses': 1,
     'needs_flop_selection_below': 3e12,
+    'needs_seconds_selection_below': 11.0,
   }
   inside = {'estimate': 5e12, 'low': 3e12, 'high': None, 'text': '5e12 [3e12, > 8e12]'}
   above = {'estimate': None, 'low': 8e12, 'high': None, 'text': '> 8e12'}
@@ -234,6 +242,9 @@ def multiplier() -> dict:
       'equivalent': read,
       'gross': read | {'text': text},
       'net': read | {'text': '0.9 [0.6, > 1.5]'},
+      'equivalent_seconds': read | {'text': '21 [13, > 33]'},
+      'gross_seconds': read | {'text': '2.3 [1.4, > 3.7]'},
+      'net_seconds': read | {'text': '0.7 [0.4, > 1.1]'},
     }
     for task, value, read, text in (('docs', -4.57, inside, '2.5 [1.5, > 4]'), ('mean', -4.3, above, '> 4'))
   ]
@@ -243,6 +254,7 @@ def multiplier() -> dict:
     'uses': 1,
     'unit': {},
     'rungs': [],
+    'law': None,
     'curves': curves,
     'arms': arms,
     'notes': ['<i>Conditional</i> on one selection.'],

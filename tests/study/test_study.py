@@ -32,7 +32,7 @@ def get_config(arm='base'):
   config.datamodel.damping = 1.0 if arm == 'damped' else 0.1
   config.proxies.seed = 1 if arm == 'again_1' else 0
   config.ladder.rungs = ('0.5', '1') if arm == 'base' else ()
-  config.ladder.seeds = 2
+  config.ladder.step, config.ladder.seeds = 1.0, 2
   config.evaluation.selection_uses = 2
   return config
 """
