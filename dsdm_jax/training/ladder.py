@@ -267,7 +267,8 @@ def run(context: Context) -> dict:
       )
   if context.first:
     storage.write_text(context.out / 'index.json', json.dumps(index, indent=1))
-  return {'rungs': [{'parameters': r.parameters, 'steps': r.steps, 'factor': r.factor} for r in planned]}
+  keys = ('factor', 'size', 'rate', 'parameters', 'tokens', 'held_out_loss')
+  return {'rungs': [{key: e[key] for key in keys} for e in index if e['chosen'] and not e['seed']]}
 
 
 def held_out_rows(seed: int, pool: Pool, batch: int) -> tuple[np.ndarray, np.ndarray]:
