@@ -107,7 +107,8 @@ def test_the_report_shows_multipliers_and_what_the_ladder_cost(trained):
   for arm in read['arms']:
     for kind in ('gross', 'gross_seconds', 'net', 'net_seconds'):
       text = arm[kind]['text'].replace('>', '&gt;').replace('<', '&lt;')
-      assert f'<td class="n">{text}</td>' in section
+      label = kind.replace('_seconds', ', in seconds')
+      assert f'<td class="n" data-label="{label}">{text}</td>' in section
   costs = {line['stage']: line for line in table(folder, 'cost')}
   ladder = artifacts.open_stage(folder, 'ladder').manifest['cost']
   assert float(costs['ladder']['flop']) == ladder['flop'] > 0 and float(costs['ladder']['seconds']) == ladder['seconds']

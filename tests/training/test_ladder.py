@@ -96,31 +96,29 @@ def _context(config, folder, pool):
   return data.context(config, folder, 'ladder', pool=pool)
 
 
+@pytest.mark.full
 def test_models_are_tuned_and_a_stopped_ladder_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
   """Real models: the rate of the arms is far too high, and lower ones win, after a stop too."""
   config = data.small_config(length=16, vocab_size=300, max_bytes=12_000)
   config.model.update({'layers': 1, 'width': 8, 'heads': 1, 'kv_heads': 1, 'mlp_width': 16})
-  config.pretraining.train.update({'batch_size': 16, 'learning_rate': 0.8, 'warmup_steps': 1, 'log_every_steps': 4})
+  config.pretraining.train.update({'batch_size': 16, 'learning_rate': 6.4, 'warmup_steps': 1, 'log_every_steps': 4})
   config.pretraining.train.gradient_clip = 0.0
   config.selection.update({'examples': 128, 'epochs': 1})
-  config.ladder.update({'rungs': ('2',), 'step': 8.0, 'seeds': 2})
+  config.ladder.update({'rungs': ('2',), 'step': 64.0, 'seeds': 2})  # no model of such sizes has a step
   pool = data.run_pool(config, tmp_path / 'pool')
   monkeypatch.setattr(ladder, 'make_mesh', lambda config: make_mesh(config, jax.devices()[:1]))  # compiles faster
   facts = ladder.run(_context(config, tmp_path / 'whole', pool))
   index = json.loads((tmp_path / 'whole/ladder/index.json').read_text())
-  assert [r['factor'] for r in facts['rungs']] == [2] and len({e['parameters'] for e in index}) > 1
+  assert [r['factor'] for r in facts['rungs']] == [2] and [e['rate'] for e in index[:2]] == [1, 1 / 64]
   chosen = [e for e in index if e['chosen']]
   assert [e['seed'] for e in chosen] == [0, 1] and chosen[0]['rate'] < 1 and chosen[0]['flop'] == chosen[1]['flop']
   assert chosen[0]['held_out_loss'] == min(e['held_out_loss'] for e in index if e['seed'] == 0)
-  step_of = {e['name']: 16 * e['flop'] / e['examples'] for e in index}
-  asked = 2 * 8 * next(step_of[e['name']] for e in index if e['size'] == 1)
-  assert all(e['flop'] == pytest.approx(asked, abs=0.5 * step_of[e['name']] + 1) for e in index), 'in whole steps'
 
   trained, train = [], loop.train
 
   def stopping(context, compiled, run, *others):
     trained.append(run.name)
-    if len(trained) == 4:
+    if len(trained) == 3:
       raise Stopped('stopped')
     return train(context, compiled, run, *others)
 
