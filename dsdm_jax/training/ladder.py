@@ -188,7 +188,8 @@ def run(context: Context) -> dict:
   config, step = context.config, context.config.ladder.step
   pool = Pool(context.inputs['pool'])
   train, mesh = config.pretraining.train, make_mesh(config.mesh)
-  held_NL, free = held_out_rows(config.seed, pool, train.batch_size)
+  held, free = held_out_rows(config.seed, pool.num_rows, train.batch_size)
+  held_out = pool.tokens(held), train.batch_size, pool.weights(held)
 
   def compiled(model: ConfigDict, rate: float) -> Trainer:
     own = ConfigDict(train.to_dict())
@@ -225,7 +226,7 @@ def run(context: Context) -> dict:
       key = prng.stream(config.seed, 'init', 'ladder', number, seed)
       evaluated = ConfigDict(train.to_dict())
       evaluated.evaluate_every_steps = r.steps  # at the end alone
-      one = loop.Run(name, key, batches, r.steps, HeldOut(of_model, held_NL, train.batch_size))
+      one = loop.Run(name, key, batches, r.steps, HeldOut(of_model, *held_out))
       try:
         loss = loop.train(context, of_model, one, evaluated, bar)[-1]['held_out_loss']
       except Diverged:
@@ -271,18 +272,17 @@ def run(context: Context) -> dict:
   return {'rungs': [{key: e[key] for key in keys} for e in index if e['chosen'] and not e['seed']]}
 
 
-def held_out_rows(seed: int, pool: Pool, batch: int) -> tuple[np.ndarray, np.ndarray]:
-  """(tokens of rows that no model of the ladder trains on, whole batches, int32 [N, L]; all other rows, int64).
+def held_out_rows(seed: int, num_rows: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+  """(rows that no model of the ladder trains on, whole batches; all other rows), ascending, int64.
 
   Raises:
     UserError: the pool has less than two batches.
   """
-  count = max(batch, min(_HELD_OUT, int(pool.num_rows * _HELD_OUT_SHARE)) // batch * batch)
-  if pool.num_rows < 2 * batch:
+  count = max(batch, min(_HELD_OUT, int(num_rows * _HELD_OUT_SHARE)) // batch * batch)
+  if num_rows < 2 * batch:
     raise UserError(
       f'ladder.rungs needs {2 * batch} rows, a batch to train on and one to compare models by, and the pool has '
-      f'{pool.num_rows}; set --config.ladder.rungs=() or raise pool.max_bytes'
+      f'{num_rows}; set --config.ladder.rungs=() or raise pool.max_bytes'
     )
-  held = prng.numpy_stream(seed, 'ladder', 'held_out').choice(pool.num_rows, count, replace=False)
-  held = np.sort(held).astype(np.int64)
-  return pool.tokens(held), np.setdiff1d(np.arange(pool.num_rows), held)
+  held = prng.numpy_stream(seed, 'ladder', 'held_out').choice(num_rows, count, replace=False)
+  return np.sort(held).astype(np.int64), np.setdiff1d(np.arange(num_rows), held)
