@@ -63,7 +63,7 @@ STAGES = (
     reads=('pool', 'targets', 'proxies', 'features'),
     keys=('seed', 'datamodel', 'features', 'proxies'),
     code='attribution.scores:run',
-    format=2,
+    format=3,
     everywhere=True,
   ),
   # Models trained on many subsets of the pool: do scores predict what training does?

@@ -170,9 +170,9 @@ def _check(name: str, score_N: np.ndarray) -> None:
 
 
 def seen(proxies: Artifact, count: int, rows: int) -> np.ndarray:
-  """Whether proxy p trained on row n, bool [P, N]."""
+  """Whether proxy p trained on row n, bool [P, N]; no row if it is a model of others that was not trained."""
   seen_PN = np.zeros((count, rows), bool)
-  for proxy in range(count):
+  for proxy in range(count if proxies.semantics['steps'] else 0):
     seen_PN[proxy, storage.load(proxies.path / f'subset_{proxy}.npy')] = True
   return seen_PN
 

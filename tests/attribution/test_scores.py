@@ -52,14 +52,14 @@ def run(tmp_path):
     lines = [json.dumps({'id': f'{i}', 'context': '', 'answer': 'x', 'document': d}) for i, d in enumerate(names)]
     (folder / f'{task}.target.jsonl').write_text('\n'.join(lines))
 
-  def run(count=C, change=None, each=1, **settings):
+  def run(count=C, change=None, each=1, steps=1, **settings):
     config = base.get_config()
     config.proxies.count, config.proxies.checkpoints = count // each, each
     config.datamodel.update({'gram': 'full'} | settings)
     phi = phi_CNJ[:count].copy()
     if change:
       change(phi)
-    proxies, folder = make('proxies')
+    proxies, folder = make('proxies', {'steps': steps})
     for p in range(count // each):
       storage.save_npy(folder / f'subset_{p}.npy', subsets[p])
     semantics = {
@@ -217,6 +217,10 @@ def test_auto_average_follows_the_shift_of_each_task(run):
   forced, _, _ = run(change=memorise, average='unseen')
   np.testing.assert_array_equal(arrays['score_docs_N'], forced['score_docs_N'])
   np.testing.assert_array_equal(arrays['error_docs_N'], forced['error_docs_N'])
+  # A model of others that was not trained has seen no row, whatever the difference is.
+  untrained, report, _ = run(change=memorise, steps=0)
+  assert report['average'] == dict.fromkeys(TASKS, 'all')
+  np.testing.assert_array_equal(untrained['score_docs_N'], run(change=memorise, average='all')[0]['score_docs_N'])
 
 
 def test_blocks_of_layers_unit_norm_and_targets_in_the_gram(run):
