@@ -47,7 +47,7 @@ def test_conversations_are_chosen_for_conversations(tmp_path):
   params = nnx.state(decoder.build(config, 258, 64, nnx.Rngs(0)), nnx.Param)
   named = {partition.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
   hugging_face.write(tmp_path / 'model', config, hugging_face.their_config(config, 258, 64), named)
-  write_jsonl(tmp_path / 'talks.jsonl', *map(_talk, range(60)))
+  write_jsonl(tmp_path / 'talks.jsonl', *map(_talk, range(90)))
   write_jsonl(tmp_path / 'goals.jsonl', *map(_talk, range(100, 120)))
   (tmp_path / 'config.py').write_text(CONFIG.format(tmp_path))
 

@@ -134,6 +134,7 @@ class Pool:
     self.num_rows, self.length, self.vocab_size = (self.card[key] for key in ('rows', 'length', 'vocab_size'))
     if not all(type(value) is int and 0 < value < 2**40 for value in (self.num_rows, self.length, self.vocab_size)):
       raise UserError(f'{self.path}/card.json has a size that is no size; rerun the pool stage')
+    self.packed = self.card.get('packed', True)  # whether a row may hold several documents
     self._files = artifact.manifest.get('files')
     for name in vocabulary_lib.FILES:
       if self._files is not None and name not in self._files and (self.path / name).is_file():
@@ -233,7 +234,7 @@ class Pool:
     """The tokens of each document among the rows."""
     planted = len(self.planted)
     size_D = self.documents.tokens_D + self.card['end_marks']
-    if not self.card['packed']:  # each fills a row with its padding
+    if not self.packed:  # each fills a row with its padding
       size_D = np.full(len(size_D), self.length)
     return Spans(size_D, self, planted)
 
@@ -284,7 +285,7 @@ class Pool:
     tokens_BL = self.tokens(read)
     first_M = np.searchsorted(place_R, np.arange(len(document_M)))
     size_M = spans.tokens_D[document_M]
-    if not self.card['packed']:  # the rest of the row is padding
+    if not self.packed:  # the rest of the row is padding
       size_M = np.minimum(size_M, self.documents.tokens_D[document_M] + self.card['end_marks'])
     result = []
     for first, begin, size in zip(first_M, spans.begin_D[document_M], size_M, strict=True):
@@ -296,7 +297,7 @@ class Pool:
   def text(self, row: int) -> str:
     """Text of a row, `END_OF_DOCUMENT` where a document ends; a character cut at the edge becomes U+FFFD."""
     tokens_L = self.tokens([row])[0]
-    if not self.card['packed'] and self.planted_N[row] < 0:  # the end of the row is padding
+    if not self.packed and self.planted_N[row] < 0:  # the end of the row is padding
       tokens_L = tokens_L[: self.documents[int(self.document_N[row])]['tokens']]
     return self.text_of(tokens_L)
 
