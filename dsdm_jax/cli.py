@@ -16,7 +16,8 @@ from typing import Any
 import argcomplete
 
 from dsdm_jax import configs
-from dsdm_jax.core.command_line import cannot_use, open_streams, report, system_error
+from dsdm_jax.core import stopping
+from dsdm_jax.core.command_line import exit_code, open_streams
 from dsdm_jax.errors import UserError, visible
 
 REPOSITORY = 'https://github.com/dsdm-jax/dsdm_jax'
@@ -66,21 +67,15 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command. Returns 0, or 2 after one line on stderr that says what to change."""
   open_streams()
+  stopping.install()
   arguments = list(sys.argv[1:] if argv is None else argv)
   commands = parser()
   argcomplete.autocomplete(commands)
   command, rest = commands.parse_known_args(arguments)[0].command, arguments[1:]
   try:
     return _run(command, rest)
-  except UserError as error:
-    report(f'dsdm: {error}')
-    return error.exit_code
-  except Exception as error:
-    found = system_error(error)
-    if found is None:
-      raise
-    report(f'dsdm: {cannot_use(found, None)}')
-    return 2
+  except Exception as error:  # noqa: BLE001  raises what the user cannot resolve
+    return exit_code(error, 'dsdm', lambda: None)
 
 
 def _run(command: str, rest: list[str]) -> int:

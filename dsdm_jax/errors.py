@@ -36,16 +36,18 @@ class UserError(ValueError):
   exits with `exit_code`, without a traceback.
   """
 
-  exit_code = 2
+  exit_code: int = 2
 
   def __init__(self, message: str):
     super().__init__(visible(message))
 
 
 class Stopped(UserError):  # noqa: N818  not an error: the work is saved
-  """The process was asked to stop (SIGTERM), and has saved its work. The exit code is a shell's for that signal."""
+  """A signal asked the process to stop, and its work is saved. The exit code is a shell's for that signal."""
 
-  exit_code = 128 + 15
+  def __init__(self, message: str, number: int):
+    super().__init__(message)
+    self.exit_code = 128 + number
 
 
 class Diverged(UserError):  # noqa: N818  as Stopped

@@ -2,19 +2,24 @@
 
 import sys
 
+from dsdm_jax.core import stopping
+
+if __name__ == '__main__':
+  stopping.install()  # the imports below take a second
+
 from absl import flags
 from ml_collections import config_flags
 
 from dsdm_jax import configs, pipeline
 from dsdm_jax.config.validate import whole_numbers
 from dsdm_jax.core import processes
-from dsdm_jax.core.command_line import cannot_use, explain, open_streams, report, system_error
+from dsdm_jax.core.command_line import exit_code, explain, open_streams
 from dsdm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file with get_config(), or a packaged config: quickstart.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-_STAGES = (*pipeline.NAMES, *pipeline.ON_REQUEST, 'plan')
-_STAGE = flags.DEFINE_enum('stage', None, _STAGES, 'Run one stage only; plan: estimate the cost on TPUs.')
+_STAGES = (*pipeline.NAMES, *pipeline.ON_REQUEST, pipeline.CHECK, 'plan')
+_STAGE = flags.DEFINE_enum('stage', None, _STAGES, 'Run one stage only; check: find mistakes; plan: cost on TPUs.')
 _RERUN = flags.DEFINE_bool('rerun', False, 'Run stages again that are finished with other settings.')
 
 
@@ -36,6 +41,7 @@ def _parse(argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
   """Returns exit code 0, or 2 after one line on stderr about an error that the user can resolve."""
   open_streams()
+  stopping.install()
   try:
     _parse(sys.argv if argv is None else argv)
     if _STAGE.value == 'plan':
@@ -45,14 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
       pipeline.run(_CONFIG.value, str(_WORKDIR.value), _STAGE.value, _RERUN.value)
     sys.stdout.flush()
-  except UserError as error:
-    report(f'dsdm_jax: {error}')
-    return error.exit_code
-  except Exception as error:
-    if (found := system_error(error)) is None:
-      raise
-    report(f'dsdm_jax: {cannot_use(found, _WORKDIR.value)}')
-    return 2
+  except Exception as error:  # noqa: BLE001  raises what the user cannot resolve
+    return exit_code(error, 'dsdm_jax', lambda: _WORKDIR.value)
   return 0
 
 

@@ -3,17 +3,22 @@
 `core/runner.py` decides which stages run, resume or are reused.
 """
 
+import logging
 import os
+import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from dsdm_jax.config.relations import OUR_FACTORY
-from dsdm_jax.config.validate import flatten, resolve, validate
-from dsdm_jax.core import artifacts, processes, storage
+from dsdm_jax.config.validate import check_devices, flatten, resolve, validate
+from dsdm_jax.core import artifacts, processes, stopping, storage
 from dsdm_jax.core.artifacts import Artifact
-from dsdm_jax.core.runner import Runner, locked
+from dsdm_jax.core.progress import display
+from dsdm_jax.core.runner import Runner, load, locked
 from dsdm_jax.core.stage import Stage
 from dsdm_jax.data import hub
 from dsdm_jax.data.targets import tasks
@@ -124,6 +129,7 @@ STAGES = (
   ),
 )
 NAMES = tuple(stage.name for stage in STAGES if not stage.on_request)
+CHECK = 'check'  # looks at everything that can be known, and makes nothing
 ON_REQUEST = tuple(stage.name for stage in STAGES if stage.on_request)
 
 
@@ -133,7 +139,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
   Args:
     config: a whole config, see `configs/base.py`.
     workdir: folder of the run; created when missing.
-    only: name of a stage; the stages that it reads must be finished.
+    only: name of a stage; the stages that it reads must be finished. 'check' looks at all and makes nothing.
     rerun: replace stages with other settings instead of raising an error.
 
   Raises:
@@ -142,7 +148,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
   """
   workdir = storage.check_folder(workdir, '--workdir')
   validate(config)
-  if only not in (None, *NAMES, *ON_REQUEST):
+  if only not in (None, CHECK, *NAMES, *ON_REQUEST):
     raise UserError(f'--stage={only} is not a stage; stages are {", ".join((*NAMES, *ON_REQUEST))}')
   if config.features.jobs > 1 and (only != 'features' or rerun):
     raise UserError(
@@ -170,9 +176,30 @@ def needed(name: str) -> list[str]:
 
 def run_connected(config: ConfigDict, workdir: Path, only: str | None = None, rerun: bool = False) -> None:
   """`run` for a resolved config, in a process that is connected to the other processes of the run."""
+  stopping.say_where(display.where)
+  logging.getLogger('absl').setLevel(logging.DEBUG if config.log.level == 'debug' else logging.ERROR)
   tasks.check_files(config.targets, config.pool.leakage_benchmarks if config.pool.leakage_guard else ())
   suite.check(config.evaluation, config.targets, config.pool.length)
   processes.decide(lambda: _check_imported(config, workdir))
+  wanted = processes.decide(lambda: _unfinished(workdir, only, rerun))
+  if wanted:
+    processes.before_devices()
+    import jax
+
+    check_devices(config, jax.device_count(), [key for s in STAGES if s.name in wanted for key in s.batches])
+  found: dict[str, Any] = {'lines': [], 'warnings': [], 'seconds': {}}
+  if wanted or only == CHECK:
+    found = processes.decide(lambda: load('plan.preflight:run')(config, workdir, wanted, only == CHECK))
+  shown = [name for name in NAMES if name != 'ladder' or config.ladder.rungs]
+  display.begin(shown, found['seconds'], config.log.level)
+  if processes.is_first():
+    for line in found['lines']:
+      display.write(visible(line), sys.stdout, 'warning' if only == CHECK else 'info')
+    for warning in found['warnings']:
+      text = textwrap.fill(f'warning: {visible(warning)}', 79, subsequent_indent='  ', break_on_hyphens=False)
+      display.write(text, sys.stdout, 'warning')
+  if only == CHECK:
+    return
   with locked(workdir, config.features.job if config.features.jobs > 1 else None) as created:
     # Which prompts fit is known as soon as there is a vocabulary, long before they are evaluated.
     refuses = config.evaluation.long_prompts == 'refuse' and only in (None, 'evaluation')
@@ -185,6 +212,12 @@ def run_connected(config: ConfigDict, workdir: Path, only: str | None = None, re
         artifacts.publish(done[name])
     if processes.is_first() and 'report' in done and only in (None, 'report'):
       print(visible(f'report: {workdir / "report" / "index.html"}'), flush=True)
+
+
+def _unfinished(workdir: Path, only: str | None, rerun: bool) -> list[str]:
+  """The stages that this run makes, as far as their manifests show; their settings are compared later."""
+  wanted = [only] if only in (*NAMES, *ON_REQUEST) else list(NAMES)
+  return [name for name in wanted if rerun or artifacts.open_stage(workdir, name) is None]
 
 
 def _check_imported(config: ConfigDict, workdir: Path) -> None:
@@ -201,8 +234,8 @@ def _check_imported(config: ConfigDict, workdir: Path) -> None:
 
 
 def _publish(workdir: Path, config: ConfigDict, done: Mapping[str, Artifact]) -> None:
-  """Writes `results.json` in the workdir and prints the table."""
-  from dsdm_jax.evaluation.results import text_tables
+  """Writes `results.json` and `results.md` in the workdir and prints the main comparison."""
+  from dsdm_jax.evaluation.results import main_table, text_tables
 
   results = storage.read_json(done['evaluation'].path / 'results.json', dict)
   # The same whichever stage was asked for: the report, which comes later, may be finished too.
@@ -211,5 +244,6 @@ def _publish(workdir: Path, config: ConfigDict, done: Mapping[str, Artifact]) ->
   results['versions'] = done['evaluation'].manifest['versions']
   results['config'] = flatten(config)
   storage.write_json(workdir / 'results.json', results)
-  print(visible_lines(text_tables(results)))
-  print(visible(f'results: {workdir / "results.json"}'))
+  storage.write_text(workdir / 'results.md', f'# Results\n\n```text\n{visible_lines(text_tables(results))}```\n')
+  print(visible_lines(main_table(results)))
+  print(visible(f'all arms and tasks: {workdir / "results.md"}'))

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -24,11 +23,13 @@ from dsdm_jax.attribution.sources import Recomputed
 from dsdm_jax.attribution.store import FeatureStore, mark, open_store, read_marker
 from dsdm_jax.core import artifacts, flops, processes, storage
 from dsdm_jax.core.mesh import batch_sharding, fetch, place
+from dsdm_jax.core.progress import Bar
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.training.proxies import checkpoints
 
+_UNCHANGED, _UNCOVERED = 0.8, 0.5  # shares of neighbours and of ‖g‖² beyond which a warning is printed
 _FIDELITY_ROWS = 512  # of the first shard, whose inner products are compared before and after quantization
 
 
@@ -46,15 +47,13 @@ def run(context: Context) -> dict | None:
   context.log.event('features', **described, dimension=step.dimension, batch_size=extractor.batch_size)
   if isinstance(step, TwoSidedFeatures):
     shapes = ', '.join(f'{a}×{b}' for a, b in sorted({(layer.a, layer.b) for layer in step.layers}))
-    j = f'J = {step.dimension} (features.dimension = {step.requested_dimension})'
-    context.log.say(f'  two-sided projection: {shapes} for each layer, {j}')
+    context.log.say(f'  two-sided projection: {shapes} for each layer')
   elif isinstance(step, WholeGradients):
     return _factors(context, extractor, step, pool)
-  else:
-    context.log.say(f'  dense projection of all parameters to J = {step.dimension}')
 
   count, notes = checkpoints(config), []
-  with context.log.bar(total=count * pool.num_rows if stored else 0, desc='features', unit='row') as bar:
+  context.log.describe(f'{count} models × {pool.num_rows:,} rows, J = {step.dimension:,}')
+  with context.log.bar(total=count * pool.num_rows if stored else 0, unit='row') as bar:
     for checkpoint in range(count):
       prepared, note = extractor.prepare(checkpoint)
       notes.append(note)
@@ -75,15 +74,19 @@ def run(context: Context) -> dict | None:
   if stored:
     semantics['fidelity'] = [json.loads(_fidelity_file(out, c).read_text()) for c in range(count)]
     unchanged = min(fidelity['top_overlap'] for fidelity in semantics['fidelity'])
-    context.log.say(f'  {config.features.store_dtype} store: {unchanged:.1%} of nearest neighbours unchanged')
+    text = f'  {config.features.store_dtype} store: {unchanged:.1%} of nearest neighbours unchanged'
+    if unchanged < _UNCHANGED:
+      context.log.warn(f'{text}; scores are coarse: set --config.features.store_dtype=bfloat16 and --rerun')
+    else:
+      context.log.say(text)
   return semantics
 
 
 def _factors(context: Context, extractor: FeatureExtractor, step: WholeGradients, pool: Pool) -> dict | None:
   features, count = context.config.features, checkpoints(context.config)
   rows = min(features.basis_rows, pool.num_rows)
-  context.log.say(f'  EK-FAC of all matrices, {step.dimension:,} parameters, from {rows} rows')
-  with context.log.bar(range(count), desc='factors', unit='checkpoint') as bar:
+  context.log.describe(f'EK-FAC of {step.dimension:,} parameters, {count} × {rows:,} rows')
+  with context.log.bar(range(count), unit='model') as bar:
     # All of them: the cost of the stage is that of all jobs.
     written = [extractor.make_factors(c, c % features.jobs == features.job) for c in bar]
   if not all(written):
@@ -104,10 +107,16 @@ def _measure_coverage(context: Context, extractor: FeatureExtractor, checkpoint:
     storage.mark(file)
   context.log.event('unprobed', checkpoint=checkpoint, share=result['share'])
   largest = ', '.join(f'{path} {share:.0%}' for path, share in list(result['parameters'].items())[:2]) or 'none'
-  context.log.say(
-    f'  proxy {checkpoint_name(context.config, checkpoint)}: features cover {1 - result["share"]:.0%} of ‖g‖² on '
-    f'{result["rows"]} rows (largest parameters without a probe: {largest})'
+  text = (
+    f'  proxy {checkpoint_name(context.config, checkpoint)}: features cover {1 - result["share"]:.0%} of the gradient'
   )
+  if result['share'] > _UNCOVERED and checkpoint == 0:
+    context.log.warn(
+      f'{text} (without: {largest}); scores see only that part: set --config.features.layers to cover more, or compare '
+      'with --config.features.projection=dense'
+    )
+  else:
+    context.log.say(f'{text} on {result["rows"]} rows (without: {largest})')
 
 
 def _extract_targets(
@@ -142,7 +151,7 @@ def _extract_targets(
       context.cost.save()
 
 
-def _extract_pool(context: Context, step: FeatureStep, source: Recomputed, checkpoint: int, bar: tqdm.tqdm) -> None:
+def _extract_pool(context: Context, step: FeatureStep, source: Recomputed, checkpoint: int, bar: Bar) -> None:
   """Computes this job's shards that are missing; a shard is written while the next one is computed."""
   source.charge()
   # Process 0 opens the store first, and creates it if it is absent.
@@ -151,7 +160,7 @@ def _extract_pool(context: Context, step: FeatureStep, source: Recomputed, check
   # Each job takes adjacent shards; their numbers differ by at most one between jobs.
   first, stop = (store.shards * job // features.jobs for job in (features.job, features.job + 1))
   missing = [shard for shard in missing if first <= shard < stop]
-  bar.update(source.rows - sum(stop - start for start, stop in map(store.bounds, missing)))
+  bar.skip(source.rows - sum(stop - start for start, stop in map(store.bounds, missing)))
   shards = source.ranges(map(store.bounds, missing))
   if not context.first:  # takes part in the steps; process 0 writes
     for _ in shards:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import scipy.stats
-import tqdm
 
 from dsdm_jax.attribution import damping, datamodel, solve
 from dsdm_jax.attribution.accumulators import Accumulator, Progress
@@ -22,6 +21,7 @@ from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.core.progress import Bar
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Targets
@@ -53,7 +53,8 @@ def run(context: Context) -> dict:
   seen_PN, q_N = seen(context.inputs['proxies'], proxies.count, features.rows), None
   passes = (1 if options.gram == 'joint' else features.checkpoints) * (1 if by_ekfac else 2)
   passes += proxies.count if options.q else 0
-  with context.log.bar(total=passes * features.rows, desc='datamodel', unit='row') as bar:
+  context.log.describe(f'{len(names)} targets × {features.rows:,} rows')
+  with context.log.bar(total=passes * features.rows, unit='row') as bar:
     held_out = None
     if options.damping_rule == 'auto':
       forward, states = _proxies(context)
@@ -136,7 +137,7 @@ def run(context: Context) -> dict:
   }
 
 
-def _mean_probability(context: Context, bar: tqdm.tqdm) -> np.ndarray:
+def _mean_probability(context: Context, bar: Bar) -> np.ndarray:
   """Mean predicted-token probability of each row, averaged over proxies; float32 [N]."""
   passes, states = _proxies(context)
   pool = Pool(context.inputs['pool'])

@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from ml_collections import ConfigDict
 
 from dsdm_jax import configs
@@ -32,7 +31,7 @@ from dsdm_jax.config.validate import resolve, validate
 from dsdm_jax.core import prng, processes
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.mesh import make_mesh, share
-from dsdm_jax.core.progress import Log
+from dsdm_jax.core.progress import Bar, Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.batches import training_batches
 from dsdm_jax.data.order.schedule import Part, Schedule
@@ -164,7 +163,7 @@ def _input(flags: argparse.Namespace, config: ConfigDict, workdir: Path) -> dict
       out = workdir / f'{name}_{number}'
       out.mkdir()
       context = Context(config, out, {}, log, Cost(out))
-      bar = tqdm.tqdm(disable=True)
+      bar = Bar(None, None, None, 'step')
       loop.train(context, compiled, loop.Run(out.name, prng.stream(0, 'bench', 'init'), batches, steps), train, bar)
       speeds[name].append(_speed(workdir, out.name))
   log.close()

@@ -146,6 +146,15 @@ class Host(Section):
   ] = key('', "Options of an Apache Beam pipeline that prepares the pool instead; '' for none.")
 
 
+class Logs(Section):
+  """What a run prints and where its curves go. Results do not depend on it."""
+
+  level: Literal['warning', 'info', 'debug'] = key('info', 'warning prints no progress, debug all details of stages.')
+  to: Annotated[
+    tuple[Literal['tensorboard', 'wandb', 'trackio'], ...], must(lambda x: len(x) == len(set(x)), 'must be distinct')
+  ] = key(('tensorboard',), 'Loggers of training curves; wandb and trackio are packages of their own; () for none.')
+
+
 class Targets(Section):
   """Target tasks: what the trained model should be good at."""
 
@@ -527,6 +536,7 @@ class Config(Section):
   distributed: Distributed = Distributed()
   pool: Pool = Pool()
   host: Host = Host()
+  log: Logs = Logs()
   targets: Targets = Targets()
   model: Model = Model()
   proxies: Proxies = Proxies()

@@ -10,7 +10,8 @@ from typing import Any
 
 from absl import flags
 
-from dsdm_jax.errors import as_os_error, visible
+from dsdm_jax.core import stopping
+from dsdm_jax.errors import UserError, as_os_error, visible
 
 # What to do about errors of the system; about others, whatever resolves them.
 _REMEDIES = {
@@ -104,6 +105,18 @@ def cannot_use(error: OSError, workdir: str | None) -> str:
     f'cannot use {error.filename or workdir}: {os.strerror(error.errno or 0)}; {remedy}, or use another folder, and '
     'start the same command again: finished stages are kept'
   )
+
+
+def exit_code(error: Exception, program: str, workdir: Callable[[], str | None]) -> int:
+  """Prints an error that the user can resolve in one line, and returns the exit code; raises other errors."""
+  stopping.wait_if_stopped()
+  if isinstance(error, UserError):
+    report(f'{program}: {error}')
+    return error.exit_code
+  if (found := system_error(error)) is None:
+    raise error
+  report(f'{program}: {cannot_use(found, workdir())}')
+  return 2
 
 
 def report(text: str) -> None:

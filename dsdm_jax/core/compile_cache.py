@@ -10,17 +10,20 @@ start then empties it.
 import atexit
 import contextlib
 import faulthandler
+import functools
 import hashlib
 import json
 import os
 import platform
+import time
 from pathlib import Path
 
-from dsdm_jax.core import storage
+from dsdm_jax.core import stopping, storage
 
 _MOST_BYTES = 2 * 2**30  # of entries; above it, the oldest are deleted
 _CHECKSUMS = 'checksums.json'  # entry → SHA-256
 _ALONE, _OF_SEVERAL = '.alone', '.several'  # suffixes of canaries
+_SETTLED = 0.5  # seconds since the last write to an entry that is whole
 _ABORTED = 'Aborted'  # how JAX ends a process whose partner was lost, too
 
 
@@ -64,6 +67,7 @@ def start(alone: bool = True) -> tuple[Path | None, str]:
     elif damaged:
       line = f'{damaged} compiled programs in {cache} have changed since they were written: deleted them'
     atexit.register(note, cache)
+    stopping.when_stopped(functools.partial(note, cache, _SETTLED))
     _put_canary(canaries / f'{os.getpid()}{_ALONE if alone else _OF_SEVERAL}')
   except (OSError, RuntimeError):  # no home, or one that cannot be written: every start compiles
     return None, line
@@ -81,11 +85,16 @@ def _known(cache: Path) -> dict[str, str]:
     return {}
 
 
-def note(cache: Path) -> None:
-  """Notes the checksums of entries that are new. Those that a killed process did not note are compiled again."""
+def note(cache: Path, settled: float = 0.0) -> None:
+  """Notes the checksums of entries that are new. Those that a killed process did not note are compiled again.
+
+  So is one that has changed in the last `settled` seconds: a process that is stopped may be writing it.
+  """
   with contextlib.suppress(OSError, RuntimeError):
     known = _known(cache)
-    noted = {path.name: known.get(path.name) or storage.sha256(path) for path, _ in _entries(cache)}
+    before = time.time() - settled
+    whole = [path for path, state in _entries(cache) if path.name in known or not settled or state.st_mtime < before]
+    noted = {path.name: known.get(path.name) or storage.sha256(path) for path in whole}
     if noted != known:
       storage.write_json(cache / _CHECKSUMS, noted)
 

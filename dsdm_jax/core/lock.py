@@ -7,6 +7,7 @@ lock that looks old, or comes from the future, is watched for some seconds befor
 
 import contextlib
 import errno
+import functools
 import getpass
 import json
 import os
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsdm_jax.core import storage
+from dsdm_jax.core import stopping, storage
 from dsdm_jax.errors import UserError, visible
 
 LOCK = 'lock.json'
@@ -52,6 +53,7 @@ def hold(workdir: Path, job: int | None = None) -> Iterator[bool]:
   stop = threading.Event()
   try:
     _take(file, token)
+    stopping.when_stopped(functools.partial(_release, file, token))
     thread = threading.Thread(target=_touch, args=(file, token, stop), name='lock', daemon=True)
     thread.start()
     try:
@@ -59,9 +61,7 @@ def hold(workdir: Path, job: int | None = None) -> Iterator[bool]:
     finally:
       stop.set()
       thread.join()
-      with contextlib.suppress(UserError, OSError):  # changed by hand, or a disk that fails: an error of the run counts
-        if _owner(file).get('token') == token:
-          file.unlink(missing_ok=True)
+      _release(file, token)
   finally:
     if created:
       with contextlib.suppress(OSError):  # not empty: that is the run
@@ -92,6 +92,12 @@ def _take(file: Path, token: str) -> None:
         'since': round(time.time(), 1),
       },
     )
+
+
+def _release(file: Path, token: str) -> None:
+  with contextlib.suppress(UserError, OSError):  # changed by hand, or a disk that fails: an error of the run counts
+    if _owner(file).get('token') == token:
+      file.unlink(missing_ok=True)
 
 
 def _owner(file: Path) -> Mapping[str, Any]:

@@ -12,11 +12,9 @@ import itertools
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import warnings
@@ -297,6 +295,20 @@ def _connection() -> Any:
   return distributed.global_state
 
 
+def before_devices() -> None:
+  """Applies the settings of JAX that must come before the first array; a second call changes nothing."""
+  import jax
+
+  simulated = jax.config.values['jax_num_cpu_devices'] > 1 or 'host_platform_device_count' in os.environ.get(
+    'XLA_FLAGS', ''
+  )
+  if simulated or count() > 1:
+    # A collective waits for one thread per device. XLA's pool has no more threads than devices or cores, so a copy
+    # or a second program that holds one of them would block the others forever.
+    jax.config.update('jax_cpu_enable_async_dispatch', False)
+    os.environ.setdefault('PJRT_NPROC', '128')
+
+
 def check_devices_are_ours() -> None:
   """Checks that the devices belong to the processes of this run alone.
 
@@ -419,24 +431,6 @@ def _receive(connection: socket.socket, seconds: float) -> dict | None:
   except (OSError, ValueError):
     return None
   return message if isinstance(message, dict) else None
-
-
-@contextlib.contextmanager
-def sigterm_watched() -> Iterator[Callable[[], bool]]:
-  """Inside, SIGTERM does not end the process; yields a function that returns whether one was received.
-
-  Preemptible machines and job schedulers send it before they kill. Python handles signals in the main thread only, so
-  in other threads nothing is watched.
-  """
-  received = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield received.is_set
-    return
-  previous = signal.signal(signal.SIGTERM, lambda *_: received.set())
-  try:
-    yield received.is_set
-  finally:
-    signal.signal(signal.SIGTERM, previous)
 
 
 def keep_freed_memory() -> None:

@@ -2,8 +2,7 @@
 
 import contextlib
 import importlib
-import os
-import time
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 from dsdm_jax.config.validate import check_callables, check_devices, flatten, select
 from dsdm_jax.core import artifacts, compile_cache, lock, processes, storage
 from dsdm_jax.core.artifacts import Artifact, Identity
-from dsdm_jax.core.progress import Log
+from dsdm_jax.core.progress import Log, display
 from dsdm_jax.core.stage import Context, Stage
 from dsdm_jax.errors import UserError, visible
 
@@ -84,9 +83,8 @@ class Runner:
       for name, stage in self.stages.items()
       if name not in self.done and (name == only or (only is None and not stage.on_request))
     ]
-    for name, artifact in self.done.items():
-      if only in (None, name):
-        _print(f'{name}: reused from {artifact.path}')
+    if not wanted:
+      _print(f'nothing to do: {only or "each stage"} is finished in {self.workdir}')
     try:
       if wanted:
         self._start_jax([key for stage in wanted for key in stage.batches])
@@ -124,7 +122,7 @@ class Runner:
     if stage.name not in self._selected:
       selected = {k: v for k, v in select(self.settings, stage.keys).items() if k not in _EXECUTION}
       finished = artifacts.open_stage(self.workdir, stage.name)
-      self._selected[stage.name], self._given[stage.name] = _load(_BY_CONTENT)(selected, self.settings, finished)
+      self._selected[stage.name], self._given[stage.name] = load(_BY_CONTENT)(selected, self.settings, finished)
     if inputs is None:
       inputs = {name: artifact.digest for name, artifact in self._inputs(stage).items()}
     return Identity(stage.name, stage.format, self._selected[stage.name], inputs)
@@ -227,10 +225,9 @@ class Runner:
   def _reuse(self, stage: Stage) -> bool:
     """Whether a stage is still valid after its inputs were computed again, because they came out the same."""
     artifact = artifacts.open_stage(self.workdir, stage.name)
-    if artifact is None or artifact.identity != self.identity(stage).as_json() or not self._intact(stage, artifact):
-      return False
-    print(visible(f'{stage.name}: reused from {artifact.path}'))
-    return True
+    return (
+      artifact is not None and artifact.identity == self.identity(stage).as_json() and self._intact(stage, artifact)
+    )
 
   def _intact(self, stage: Stage, artifact: Artifact) -> bool:
     """Whether all files of a finished stage are as they were written; a repairable stage is reopened if not.
@@ -243,7 +240,7 @@ class Runner:
       return True
     damage = artifacts.reopen(artifact)
     for phrase in damage:
-      print(visible(f'{stage.name}: {phrase}; only this file is computed again'))
+      _print(f'{stage.name}: {phrase}; only this file is computed again')
     return not damage
 
   def run_stage(self, stage: Stage) -> None:
@@ -254,13 +251,33 @@ class Runner:
     identity = Identity(**processes.decide(lambda: self._current(stage).as_json()))
     resumed = processes.decide(lambda: artifacts.resumable(self.workdir, identity))
     out = Path(processes.decide(lambda: str(artifacts.begin(self.workdir, identity, self.shared))))
-    log, cost = Log(self.workdir, stage.name, enabled=first), artifacts.Cost(out, job, enabled=first)
+    loggers = self.config.log.to
+    log, cost = Log(self.workdir, stage.name, first, loggers), artifacts.Cost(out, job, enabled=first)
     log.event('begin', resumed=resumed)
-    _print(f'{stage.name}: {"resumed" if resumed else "running"}')
-    start = time.monotonic()
+    with display.stage(stage.name, first) as ended:
+      semantics = self._work(stage, out, log, cost)
+      if semantics is None:
+        cost.save()
+        log.event('shared', job=job, seconds=cost.seconds)
+        ended('this job has finished its share; the last job, or a run without jobs, finishes the stage')
+        return
+      processes.decide(lambda: self._check_unchanged(stage, identity))
+      if given := self._given.get(stage.name):
+        semantics = {**semantics, 'given': given}
+      processes.decide(lambda: artifacts.commit(self.workdir, identity, semantics, cost).digest)
+      if first and self._cache is not None:
+        compile_cache.note(self._cache)
+      self._open([stage.name])
+      spent = self.done[stage.name].manifest['cost']
+      log.event('end', seconds=spent['seconds'], flop=spent['flop'])
+      ended()
+
+  def _work(self, stage: Stage, out: Path, log: Log, cost: artifacts.Cost) -> dict[str, Any] | None:
+    """Calls the code of a stage; returns what its files mean, or None if other jobs have not finished."""
+    first = processes.is_first()
     try:
       context = Context(self.config, out, self._inputs(stage), log, cost, first)
-      function = _load(stage.code)
+      function = load(stage.code)
       semantics = function(context) if stage.everywhere else processes.decide(lambda: function(context))
       processes.wait()
     except UserError:
@@ -270,34 +287,13 @@ class Runner:
       raise
     finally:
       log.close()
-    if semantics is None:
-      cost.save()
-      log.event('shared', job=job, seconds=cost.seconds)
-      _print(f'{stage.name}: this job has finished its share; the last job, or a run without jobs, finishes the stage')
-      return
-    processes.decide(lambda: self._check_unchanged(stage, identity))
-    if given := self._given.get(stage.name):
-      semantics = {**semantics, 'given': given}
-    processes.decide(lambda: artifacts.commit(self.workdir, identity, semantics, cost).digest)
-    if first and self._cache is not None:
-      compile_cache.note(self._cache)
-    self._open([stage.name])
-    spent = self.done[stage.name].manifest['cost']
-    log.event('end', seconds=spent['seconds'], flop=spent['flop'])
-    _print(f'{stage.name}: done in {time.monotonic() - start:.1f} s')
+    return semantics
 
   def _start_jax(self, batches: Sequence[str]) -> None:
     """Applies settings of the whole process before the first array, then checks what needs devices."""
     import jax
 
-    simulated = jax.config.values['jax_num_cpu_devices'] > 1 or 'host_platform_device_count' in os.environ.get(
-      'XLA_FLAGS', ''
-    )
-    if simulated or processes.count() > 1:
-      # A collective waits for one thread per device. XLA's pool has no more threads than devices or cores, so a copy
-      # or a second program that holds one of them would block the others forever.
-      jax.config.update('jax_cpu_enable_async_dispatch', False)
-      os.environ.setdefault('PJRT_NPROC', '128')
+    processes.before_devices()
     processes.check_devices_are_ours()
     check_devices(self.config, jax.device_count(), batches)
     check_callables(self.config)
@@ -312,11 +308,12 @@ class Runner:
         _print(line)
 
 
-def _load(name: str) -> Callable[..., Any]:
+def load(name: str) -> Callable[..., Any]:
+  """The function that 'module:function' names, below `dsdm_jax`: of stages, and of what belongs to a higher layer."""
   module, _, function = name.partition(':')
   return getattr(importlib.import_module(f'dsdm_jax.{module}'), function)
 
 
 def _print(text: str) -> None:
   if processes.is_first():
-    print(visible(text), flush=True)
+    display.write(visible(text), sys.stdout, 'warning')

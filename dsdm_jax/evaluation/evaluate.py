@@ -46,6 +46,8 @@ def run(context: Context) -> dict:
     # A file of a workdir must not name a function.
     model = ConfigDict(same[0]['model'] | {'factory': context.config.model.factory})
     _evaluate(context, suite, model, rung_entries, 'ladder')
+  asked = sum(task['n_items'] for task in suite.tasks())
+  context.log.describe(f'{len(entries) + len(ladder)} models × {asked:,} questions')
   if context.first:
     _summarize(context, suite, entries, ladder)
   return {**scoring.METRICS, 'intervals': 'see notes in results.json'}
@@ -83,7 +85,7 @@ def _evaluate(
   config, pool = context.config, Pool(context.inputs['pool'])
   compiled = trainer(model, config.pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
   scorer = scoring.Scorer(compiled, config.evaluation.batch_size, pool.encoder.pad)
-  with context.log.bar(total=len(entries), desc=title, unit='model') as bar:
+  with context.log.bar(total=len(entries), desc='' if title == 'evaluation' else title, unit='model') as bar:
     for entry in entries:
       file = context.out / 'runs' / f'{entry["name"]}.npz'
       flop_of = context.cost.parts

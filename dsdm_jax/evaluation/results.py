@@ -370,7 +370,7 @@ def prompt_row(task: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
-  """`results.json` as plain text: log-probabilities per task, accuracies on benchmarks, differences with intervals."""
+  """`results.json` as plain text, for `results.md`: means, accuracies on benchmarks, differences with intervals."""
   from rich import box
   from rich.console import Console
   from rich.table import Table as RichTable
@@ -407,6 +407,32 @@ def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
     for note in results.get('notes', ()):
       console.print(note)
   return '\n'.join(line.rstrip() for line in captured.get().splitlines()).strip('\n') + '\n'
+
+
+def main_table(results: Mapping[str, Any], columns: int = 80) -> str:
+  """The main comparison alone, in at most `columns` columns: the first arm against its first baseline, each task."""
+  compared = results['comparisons']
+  if not compared:
+    return _NO_BASELINE
+  first = compared[0]
+  pair = [c for c in compared if all(c[k] == first[k] for k in ('method', 'target_mix', 'baseline'))]
+  means = {(r['method'], r['target_mix'], r['task'], r['split']): r['accuracy'] for r in results['summary']}
+  rows = [('task', 'nats per token', f'{100 * results["confidence"]:g} % interval', 'accuracy', '')]
+  for c in pair:
+    arm = means.get((c['method'], c['target_mix'], c['task'], c['split']))
+    of_baseline = [v for (m, _, t, s), v in means.items() if (m, t, s) == (c['baseline'], c['task'], c['split'])]
+    baseline = of_baseline[0] if of_baseline else None
+    right = '' if arm is None or baseline is None else f'{arm:.1%} / {baseline:.1%}'
+    verdict = '' if min(c['seeds']) < 3 else c['verdict']
+    rows.append((c['task'], f'{c["difference"]:+.3f}', f'[{c["low"]:+.3f}, {c["high"]:+.3f}]', right, verdict))
+  widths = [max(len(row[n]) for row in rows) for n in range(5)]
+  widths[0] = min(widths[0], columns - sum(widths[1:]) - 10)
+  lines = [f'{first["method"]} − {first["baseline"]} (above zero: {first["method"]} is better)']
+  for name, *cells in rows:
+    short = name if len(name) <= widths[0] else f'{name[: widths[0] - 1]}…'
+    shown = [cell.rjust(width) for cell, width in zip(cells[:-1], widths[1:], strict=False)]
+    lines.append('  '.join(['', short.ljust(widths[0]), *shown, cells[-1]]).rstrip())
+  return '\n'.join(lines)
 
 
 def _fill_means(

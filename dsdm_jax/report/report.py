@@ -23,4 +23,5 @@ def run(context: Context) -> dict:
     storage.write_text(context.out / 'data' / name, content)
   result = figures.forest_standalone(shown.results['comparisons'], shown.results['confidence'], baseline='random')
   storage.write_text(context.out / 'result.svg', result)
+  context.log.describe(f'page of {len(packed.row_N):,} rows')
   return {'page': 'index.html', 'picture': 'result.svg', 'rows': len(packed.row_N), 'characters': packed.characters}

@@ -44,5 +44,6 @@ def run(context: Context) -> dict:
   if context.first:
     storage.write_json(context.out / 'index.json', index)
     storage.write_json(context.out / 'cards.json', summary)
+    context.log.describe(f'{len(index)} models, {budget.total:,} rows each')
     context.log.say(summaries.text_tables(summary))
   return {'budget_examples': budget.total, 'selections': summary, 'cost': cost}

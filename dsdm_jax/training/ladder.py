@@ -207,7 +207,7 @@ def run(context: Context) -> dict:
   planned = plan(config, pool.vocab_size, pool.length, flop)
   index: list[dict[str, Any]] = []
   first = (0, 0)
-  with context.log.bar(total=sum(r.steps for r in planned) * config.ladder.seeds, desc='ladder', unit='step') as bar:
+  with context.log.bar(total=sum(r.steps for r in planned) * config.ladder.seeds, unit='step') as bar:
 
     def trained(number: int, place: Place, seed: int) -> dict[str, Any] | None:
       """The entry of one model in the index; None if there is no model of this size."""
@@ -266,6 +266,8 @@ def run(context: Context) -> dict:
         f'  rung {r.factor:g}: {best["parameters"]:,} parameters, {best["tokens"]:,} tokens, rate × {best["rate"]:g}; '
         f'held-out loss {best["held_out_loss"]:.4f}, the best of {len(tried)} sizes and rates'
       )
+  if planned:
+    context.log.describe(f'{len(index)} models on {len(planned)} rungs')
   if context.first:
     storage.write_text(context.out / 'index.json', json.dumps(index, indent=1))
   keys = ('factor', 'size', 'rate', 'parameters', 'tokens', 'held_out_loss')

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import processes, storage
+from dsdm_jax.core import processes, stopping, storage
 from dsdm_jax.core.checkpoints import Checkpoints, Keep
 from dsdm_jax.core.mesh import assemble
+from dsdm_jax.core.progress import Bar
 from dsdm_jax.core.stage import Context
 from dsdm_jax.errors import Diverged, Stopped, UserError
 from dsdm_jax.training.metrics import Meter
@@ -49,7 +49,7 @@ class Run(NamedTuple):
   models: Sequence[str] = ()
 
 
-def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqdm.tqdm) -> History:
+def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: Bar) -> History:
   """Trains one run, resumes it, or returns at once where it is finished.
 
   Writes `<name>/` (Orbax checkpoints, up to the last step) and `<name>.jsonl` (one line per logged step) to the stage's
@@ -67,14 +67,14 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
     metrics of `run.evaluate`.
 
   Raises:
-    Stopped: SIGTERM arrived; the state is saved.
+    Stopped: a signal arrived; the state is saved.
     Diverged: a metric is not finite.
     UserError: the checkpoint belongs to another model.
   """
   record_file = context.out / f'{run.name}.jsonl'
   context.add_flop(trainer.flop_per_step * run.steps if run.steps else 0.0)
   if processes.decide(lambda: storage.is_marked(record_file)):
-    bar.update(run.steps * trainer.models)
+    bar.skip(run.steps * trainer.models)
     return read_history(record_file)
 
   earlier, began = context.cost.parts.get(run.name, 0.0), time.monotonic()
@@ -90,7 +90,7 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
     save_cost()
 
   keep = Keep(config.keep_checkpoints, config.keep_every_steps, config.keep_every_hours, run.keep_steps)
-  with processes.sigterm_watched() as stop_requested:
+  with stopping.Hold() as hold:
     with Checkpoints(context.out / run.name, keep) as checkpoints:
       # Initialize, or restore the newest checkpoint that is not damaged.
       restored = checkpoints.restore(trainer.abstract)
@@ -99,11 +99,11 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
         context.cost.resume(restored[1]['spent'][0])
         earlier = max(earlier, restored[1]['spent'][1])
       start = _step_of(state)
-      bar.update(start * trainer.models)
+      bar.skip(start * trainer.models)
       if start:
         context.log.event('resumed', run=run.name, step=start)
       if restored and checkpoints.latest != start:
-        context.log.say(
+        context.log.warn(
           f'the checkpoint of step {checkpoints.latest} of {run.name} is torn; resuming from step {start}'
         )
         checkpoints.drop_after(start)
@@ -126,6 +126,7 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
           scalars = {name: float(np.mean(value)) for name, value in line.items() if name != 'step'}
           scalars |= {name: value for name, value in meter.speed().items() if name in ('tokens_per_second', 'mfu')}
           context.log.scalars(logged_step, scalars, run=run.name)
+          bar.show(loss=scalars['loss'])
 
       try:
         for step in range(start + 1, run.steps + 1):
@@ -137,6 +138,7 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
             meter.flop_per_step, meter.tokens_per_step = trainer.flop_per_step, tokens_BL.size
           state, metrics = trainer.step(state, tokens_BL, weight, total_steps)
           meter.stepped(metrics)
+          hold.begin()
           bar.update(trainer.models)
 
           # Evaluate and log.
@@ -150,21 +152,21 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
           if step == run.steps:
             break
 
-          # Save, and stop on SIGTERM. Several processes must do the same, and agree only in logged steps, as it takes
+          # Save, and stop on a signal. Several processes must do the same, and agree only in logged steps, as it takes
           # a message to each.
           save = step in run.keep_steps or (bool(config.save_every_steps) and step % config.save_every_steps == 0)
-          stop = False
+          stop = 0
           if processes.count() == 1 or log_now:
             overdue = bool(config.save_every_minutes) and time.monotonic() - saved > 60 * config.save_every_minutes
-            votes = processes.gather([stop_requested(), overdue])
-            stop, save = any(vote[0] for vote in votes), save or any(vote[1] for vote in votes)
+            votes = processes.gather([hold.requested, overdue])
+            stop, save = max(vote[0] for vote in votes), save or any(vote[1] for vote in votes)
           if save or stop:
             record()
             _check_finite(run, step, metrics)  # a run must not resume from a state that diverged
             save_checkpoint(step, state)
             saved = time.monotonic()
           if stop:
-            raise _stopped(run, step)
+            raise _stopped(context, run, step, stop)
       finally:
         meter.stop_profile()
       record()
@@ -177,17 +179,15 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: tqd
       storage.write_text(record_file, ''.join(json.dumps(line) + '\n' for line in history))
       storage.mark(record_file)
     context.log.event('trained', run=run.name, steps=run.steps, loss=history[-1]['loss'] if history else None)
-    # SIGTERM arrived in the last step or while it was saved: this run is finished, and the next one must not start.
-    if any(processes.gather(stop_requested())):
-      raise _stopped(run, run.steps)
+    # A signal arrived in the last step or while it was saved: this run is finished, and the next one must not start.
+    if stop := max(processes.gather(hold.requested)):
+      raise _stopped(context, run, run.steps, stop)
   return history
 
 
-def _stopped(run: Run, step: int) -> Stopped:
-  return Stopped(
-    f'stopped by SIGTERM at step {step} of {run.steps} of {run.name}, which is saved; start the same command again to '
-    'resume'
-  )
+def _stopped(context: Context, run: Run, step: int, number: int) -> Stopped:
+  where = f'{context.log.stage} at step {step:,} of {run.steps:,} of {run.name}'
+  return Stopped(f'stopped in {where}, which is saved; {stopping.GO_ON}', number)
 
 
 def _step_of(state: TrainState) -> int:

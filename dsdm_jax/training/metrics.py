@@ -68,7 +68,7 @@ class Meter:
       share = self._starved / max(time.monotonic() - self._began, 1e-9)
       if share > _WAITING_SHARE:
         self._context.log.event('input_bound', run=self._name, input_share=round(share, 4))
-        self._context.log.say(
+        self._context.log.warn(
           f'  {self._name} waits for its data {share:.0%} of the time; put the workdir on a faster disk, or use larger '
           'batches or a larger model'
         )
@@ -77,7 +77,7 @@ class Meter:
     if self._profiling:
       jax.profiler.stop_trace()
       self._profiling = False
-      self._context.log.say(f'  profile of {self._name}: tensorboard --logdir {self._context.log.curves(self._name)}')
+      self._context.log.warn(f'  profile of {self._name}: tensorboard --logdir {self._context.log.curves(self._name)}')
 
   def speed(self) -> dict[str, Any]:
     """Tokens and FLOP per second, share of time that was starved, and MFU where the devices' peak is known."""

@@ -35,7 +35,8 @@ def run(context: Context) -> dict:
 
   for entry in index:  # before the first model is trained: an arm may have too few rows for the budget
     schedule(entry)
-  with context.log.bar(total=steps * len(index), desc='pretraining', unit='step') as bar:
+  context.log.describe(f'{len(index)} models × {steps:,} steps')
+  with context.log.bar(total=steps * len(index), unit='step') as bar:
     for start in range(0, len(index), pretraining.models_at_once):
       group = index[start : start + pretraining.models_at_once]
       names = [entry['name'] for entry in group]

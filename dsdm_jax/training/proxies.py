@@ -24,23 +24,13 @@ def run(context: Context) -> dict:
   """
   config, proxies = context.config, context.config.proxies
   pool = Pool(context.inputs['pool'])
-  size = round(proxies.subset_share * pool.num_rows)
-  steps = round(proxies.epochs * size) // proxies.train.batch_size
-  if steps < 1 and proxies.epochs > 0:
-    raise UserError(
-      f'config.proxies: {proxies.epochs} epochs of {size} rows are less than one batch of '
-      f'{proxies.train.batch_size}; raise proxies.epochs or the pool'
-    )
-  if 0 < steps < proxies.checkpoints:
-    raise UserError(
-      f'config.proxies: {steps} steps are fewer than proxies.checkpoints = {proxies.checkpoints}; lower that, or raise '
-      'proxies.epochs or the pool'
-    )
+  size, steps = steps_of(proxies, pool.num_rows)
   seed = prng.derive(config.seed, 'proxies', proxies.seed) if proxies.seed else config.seed
   compiled = trainer(proxies.model, proxies.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
   local_rows = share(compiled.batch_sharding, proxies.train.batch_size)
   losses = []
-  with context.log.bar(total=steps * proxies.count, desc='proxies', unit='step') as bar:
+  context.log.describe(f'{proxies.count} models × {steps:,} steps')
+  with context.log.bar(total=steps * proxies.count, unit='step') as bar:
     for proxy in range(proxies.count):
       rows = subset(seed, proxy, pool.num_rows, size)
       if context.first:
@@ -54,6 +44,27 @@ def run(context: Context) -> dict:
       history = loop.train(context, compiled, run, proxies.train, bar)
       losses.append(history[-1]['loss'] if history else None)
   return {'count': proxies.count, 'subset_rows': size, 'steps': steps, 'final_loss_nats': losses}
+
+
+def steps_of(proxies: ConfigDict, rows: int) -> tuple[int, int]:
+  """(rows of a proxy's subset, its steps), of the config's section and the rows of the pool.
+
+  Raises:
+    UserError: there are fewer steps than checkpoints, or none where there should be some.
+  """
+  size = round(proxies.subset_share * rows)
+  steps = round(proxies.epochs * size) // proxies.train.batch_size
+  if steps < 1 and proxies.epochs > 0:
+    raise UserError(
+      f'config.proxies: {proxies.epochs} epochs of {size} rows are less than one batch of '
+      f'{proxies.train.batch_size}; raise proxies.epochs or the pool'
+    )
+  if 0 < steps < proxies.checkpoints:
+    raise UserError(
+      f'config.proxies: {steps} steps are fewer than proxies.checkpoints = {proxies.checkpoints}; lower that, or raise '
+      'proxies.epochs or the pool'
+    )
+  return size, steps
 
 
 def checkpoint_steps(steps: int, count: int) -> tuple[int, ...]:

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dsdm_jax.core import flops, processes, storage
 from dsdm_jax.core.checkpoints import Checkpoints
+from dsdm_jax.core.progress import Bar
 from dsdm_jax.core.stage import Context
 from dsdm_jax.training import loop
 from dsdm_jax.training.step import Trainer
@@ -71,7 +71,7 @@ def train(
   batches: Sequence[loop.Batches],
   steps: int,
   config: ConfigDict,
-  bar: tqdm.tqdm,
+  bar: Bar,
 ) -> None:
   """`loop.train` for several models: writes `<name>/` and `<name>.jsonl` for each of `names`.
 
@@ -81,7 +81,7 @@ def train(
   group = f'{names[0]}.together'
   vmapped = _vmapped(trainer, len(names))
   if processes.decide(lambda: all(storage.is_marked(file) for file in files)):
-    bar.update(steps * len(names))
+    bar.skip(steps * len(names))
     context.add_flop(vmapped.flop_per_step * steps if steps else 0.0)
     _delete(context, group)
     return

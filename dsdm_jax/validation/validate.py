@@ -71,6 +71,7 @@ def run(context: Context) -> dict:
   storage.write_json(context.out / 'monotone.json', monotone)
   text = table.page(by_example, by_task, monotone)
   storage.write_text(context.out / 'lds.md', text)
+  context.log.describe(f'{len(examples.tokens_NL):,} rows; lds.md has the tables')
   context.log.say(text)
   return {'rows': len(examples.tokens_NL), 'targets': list(examples.tasks), 'settings': [PLAIN, METASMOOTH]}
 

@@ -12,7 +12,7 @@ from dsdm_jax.attribution import features
 from dsdm_jax.core import artifacts
 from dsdm_jax.core.artifacts import Cost, Identity
 from dsdm_jax.core.mesh import make_mesh
-from dsdm_jax.core.progress import Log
+from dsdm_jax.core.progress import Bar, Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.errors import UserError
 from tests.pipeline.test_bad_input import _flip
@@ -69,7 +69,7 @@ def _context(workdir, seed: int) -> Context:
 
 def _extract(context: Context) -> list[tuple[int, int]]:
   """One proxy's features; returns the row ranges of the pool that were computed."""
-  source, step, bar = Source(), Step(), types.SimpleNamespace(update=lambda _: None)
+  source, step, bar = Source(), Step(), Bar(None, None, None, 'row')
   features._extract_targets(context, step, None, 0, Targets(), make_mesh(context.config.mesh))
   features._extract_pool(context, step, source, 0, bar)
   assert features._complete(context, Targets(), ROWS, step, 0)

@@ -13,7 +13,7 @@ import pytest
 
 from dsdm_jax.configs.base import get_config
 from dsdm_jax.core import compile_cache, runner
-from dsdm_jax.core.runner import _load
+from dsdm_jax.core.runner import load
 from dsdm_jax.core.stage import Stage
 from tests.conftest import ROOT
 
@@ -110,7 +110,7 @@ def test_programs_are_noted_after_each_stage(tmp_path, monkeypatch):
     (cache / 'jit_apply-0123-cache').write_bytes(b'program')
     return {}
 
-  monkeypatch.setattr(runner, '_load', lambda name: compiles if name == 'any:code' else _load(name))
+  monkeypatch.setattr(runner, 'load', lambda name: compiles if name == 'any:code' else load(name))
   only = runner.Runner([Stage('pool', (), ('seed',), 'any:code')], get_config(), workdir)
   only._cache = cache
   workdir.mkdir()

@@ -157,6 +157,20 @@ def test_table_shows_every_comparison_unbroken():
   assert '…' not in ''.join(lines)
 
 
+def test_the_main_comparison_fits_a_terminal():
+  found = _results()
+  head, columns, *rows = results.main_table(found).splitlines()
+  assert head == 'dsdm − random (above zero: dsdm is better)'
+  assert columns.split('  ')[1] == 'task' and 'accuracy' in columns
+  mine = [c for c in found['comparisons'] if (c['method'], c['baseline']) == ('dsdm', 'random')]
+  first = found['comparisons'][0]
+  mine = [c for c in mine if c['target_mix'] == first['target_mix']]
+  assert [row.split()[:2] for row in rows] == [[c['task'], f'{c["difference"]:+.3f}'] for c in mine]
+  for c in found['comparisons']:
+    c['task'] = c['task'] * 30
+  assert max(map(len, results.main_table(found).splitlines())) <= 80
+
+
 def test_accuracies_on_benchmarks_have_intervals_where_they_fit():
   def lines(tasks: int) -> list[str]:
     items = {}

@@ -37,6 +37,7 @@ def test_all_stages_run_in_order_and_nothing_is_left_over(finished):
     'events.jsonl',
     'tensorboard',
     'results.json',
+    'results.md',
   }
 
 
@@ -98,8 +99,12 @@ def test_cost_versions_and_config_are_those_of_the_run(results):
 
 def test_terminal_shows_the_table_and_where_things_are(finished):
   output = finished.with_suffix('.out').read_text()
-  for word in [*METHODS, *TASKS, str(finished / 'results.json'), str(finished / 'report/index.html')]:
+  for word in ['dsdm − random', *TASKS, str(finished / 'results.md'), str(finished / 'report/index.html')]:
     assert word in output
+  assert [line for line in output.splitlines() if len(line) > 80 and str(finished) not in line] == []
+  whole = (finished / 'results.md').read_text()
+  for word in [*METHODS, *TASKS]:
+    assert word in whole
 
 
 def test_report_is_one_file_that_fetches_nothing(finished):
@@ -162,13 +167,13 @@ def test_second_run_reuses_all_and_starts_neither_tensorflow_nor_a_device(copied
     cwd=ROOT, env=runs.environment(PYTHONPROFILEIMPORTTIME='1'), capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-2000:]
-  assert re.findall(r'^(\w+): reused from', done.stdout, re.M) == list(pipeline.NAMES)
+  assert done.stdout.startswith(f'nothing to do: each stage is finished in {copied}\n')
   imported = set(re.findall(r'\|\s+([\w.]+)$', done.stderr, re.M))
   assert 'dsdm_jax.pipeline' in imported
   assert not imported & {'tensorflow', 'seqio', 'tensorflow_datasets', 'flax', 'orbax.checkpoint', 'jax'}
   after = runs.fingerprint(copied)
   assert after.keys() == before.keys()
-  assert [n for n in before if after[n] != before[n] and n != 'results.json'] == []
+  assert [n for n in before if after[n] != before[n] and n not in ('results.json', 'results.md')] == []
   assert after['results.json'][0] == before['results.json'][0]
 
 
@@ -177,7 +182,7 @@ def test_a_finished_stage_alone_is_reused(copied, capsys):
   for stage in pipeline.NAMES:
     pipeline.run(get_config(), copied, stage)
     assert (copied / 'results.json').read_bytes() == before
-    assert f'{stage}: reused from {files_of(copied, stage)}\n' in capsys.readouterr().out
+    assert f'nothing to do: {stage} is finished in {copied}\n' in capsys.readouterr().out
 
 
 def test_a_stage_alone_wants_what_it_reads(tmp_path):

@@ -281,8 +281,8 @@ def test_a_stage_that_meets_a_stale_file_resumes(workdir, monkeypatch, number, t
       raise OSError(getattr(errno, number), 'of a shared disk')
     return {}
 
-  load = runner_lib._load
-  monkeypatch.setattr(runner_lib, '_load', lambda name: code if name == 'any:code' else load(name))
+  load = runner_lib.load
+  monkeypatch.setattr(runner_lib, 'load', lambda name: code if name == 'any:code' else load(name))
   monkeypatch.setattr(storage, '_STALE_SECONDS', (0.0,) * 3)
   runner = Runner([Stage('pool', (), ('seed',), 'any:code')], get_config(), workdir)
   with contextlib.nullcontext() if ends else pytest.raises(OSError, match='of a shared disk'):

@@ -23,20 +23,20 @@ def test_changed_files_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture
     return capsys.readouterr().out
 
   run()
-  assert 'pool: reused' in run()
+  assert 'nothing to do' in run()
   file.write_bytes(lines([*RECORDS, {'text': 'one more'}]))
   with pytest.raises(UserError, match=r'pool\.sources was \["jsonl: content \w+ of 1 file"\], now'):
     run()
   assert Pool(files_of(workdir, 'pool')).card['documents'] == len(RECORDS)
-  assert 'reused' not in run(rerun=True)
+  assert 'nothing' not in run(rerun=True)
   assert Pool(files_of(workdir, 'pool')).card['documents'] == len(RECORDS) + 1
   moved = file.rename(tmp_path / 'b.jsonl')
-  assert 'pool: reused' in run()
+  assert 'nothing to do' in run()
   config.pool.sources = (f'jsonl:{tmp_path}/misspelt.jsonl',)
   with pytest.raises(UserError, match=r'now \["jsonl: no file matches"\]'):
     run()
   config.pool.sources = (f'jsonl:{moved}',)
-  assert 'pool: reused' in run()
+  assert 'nothing to do' in run()
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

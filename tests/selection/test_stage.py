@@ -184,7 +184,7 @@ def test_two_processes_select_the_rows_of_one(chosen, finished, tmp_path, method
   first, second = runs.run_two('--config=tests/selection/every.py', *flags)
   for done in (first, second):
     assert done.returncode == 0, done.stderr[-3_000:]
-  assert 'selection: done in' in first.stdout and 'selection' not in second.stdout
+  assert '] selection' in first.stdout and 'selection' not in second.stdout
   made = sorted(path.name for path in files_of(folder, 'selection').glob('*.npz'))
   assert {re.sub(r'^mixture\d+', 'mixture', name.partition('--')[0]) for name in made} == {*methods, 'mixture'}
   differ = []

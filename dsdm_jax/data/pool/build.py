@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from dsdm_jax.core import prng, storage
+from dsdm_jax.core.progress import Bar
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import beam, layout, passes, pretokenized, readers, sources, vocabulary
 from dsdm_jax.data.pool.layout import Selected
@@ -116,6 +116,7 @@ def run(context: Context) -> dict[str, Any]:
   card['bytes_per_token'] = round(card['bytes'] / card['tokens'], 4)
   storage.write_json(out / 'card.json', card)
   shutil.rmtree(work)
+  context.log.describe(f'{card["rows"]:,} rows of {card["length"]} tokens, {card["documents"]:,} documents')
   log_card(context, card, time.monotonic() - began, leaks)
   return {
     'rows': card['rows'],
@@ -180,7 +181,7 @@ class Builder:
     if self.config.host.beam:
       return beam.execute(function, jobs, self.work, self.config.host.beam)
     few = 0 < self.bytes < _FEW_BYTES
-    with tqdm.tqdm(disable=True) if few else self.context.log.bar(total=total, desc=desc, unit=unit) as bar:
+    with Bar(None, None, None, unit) if few else self.context.log.bar(total=total, desc=desc, unit=unit) as bar:
       workers = 1 if few else passes.worker_count(self.config.host.workers)
       results = passes.run_parallel(function, jobs, workers, bar)
     self.context.cost.save()

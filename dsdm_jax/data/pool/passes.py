@@ -17,15 +17,17 @@ import heapq
 import itertools
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import tqdm
 
 from dsdm_jax.core import prng, storage
+from dsdm_jax.core.progress import Bar
 from dsdm_jax.data.pool import readers, vocabulary
 from dsdm_jax.data.pool.permutation import Shuffle
 from dsdm_jax.data.pool.readers import Place, Problem
@@ -58,12 +60,22 @@ def report_progress(amount: int) -> None:
       _counter.value += amount
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+  """Blocks SIGINT, also in processes that are started inside, and in theirs."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _set_counter(counter: Any) -> None:
   global _counter
   _counter = counter
 
 
-def run_parallel(function: Callable[[T], Result], jobs: Sequence[T], workers: int, bar: tqdm.tqdm) -> list[Result]:
+def run_parallel(function: Callable[[T], Result], jobs: Sequence[T], workers: int, bar: Bar) -> list[Result]:
   """`[function(job) for job in jobs]`, on `workers` processes.
 
   Processes are started by a fork server: a fork of a process that runs XLA's threads may hang.
@@ -80,7 +92,7 @@ def run_parallel(function: Callable[[T], Result], jobs: Sequence[T], workers: in
     raise UserError(f'{what}; lower --config.host.workers, or set --config.pool.max_document_bytes') from error
 
 
-def _run_parallel(function: Callable[[T], Result], jobs: Sequence[T], workers: int, bar: tqdm.tqdm) -> list[Result]:
+def _run_parallel(function: Callable[[T], Result], jobs: Sequence[T], workers: int, bar: Bar) -> list[Result]:
   if workers == 1 or len(jobs) <= 1:
     outer = _counter
     counter = multiprocessing.get_context('spawn').Value('q', 0)
@@ -95,6 +107,8 @@ def _run_parallel(function: Callable[[T], Result], jobs: Sequence[T], workers: i
     return results
   context = multiprocessing.get_context('forkserver')
   context.set_forkserver_preload([__name__])
+  with _without_interrupts():  # which a terminal sends to all; the run itself ends its workers
+    multiprocessing.forkserver.ensure_running()
   counter = context.Value('q', 0)
   with concurrent.futures.ProcessPoolExecutor(
     min(workers, len(jobs)), mp_context=context, initializer=_set_counter, initargs=(counter,)

@@ -258,6 +258,8 @@ def run(context: Context) -> dict[str, Any]:
     storage.write_bytes(f'{stem}.jsonl', ''.join(lines).encode())
   storage.write_json(context.out / 'tasks.json', list(counts))
   context.log.event('targets', counts=counts)
+  asked = sum(count['target'] for count in counts.values())
+  context.log.describe(f'{len(counts)} tasks, {asked:,} examples for the datamodel')
   for task, count in counts.items():
     left_out = ''.join(
       f'; left out: {count[name]:,} {of}'

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tqdm
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.core.progress import Bar
 from dsdm_jax.data.pool import layout, passes, permutation
 from dsdm_jax.data.pool.passes import Job, Plan
 from dsdm_jax.data.pool.permutation import Shuffle
@@ -147,5 +147,5 @@ def _without_memory(job: int) -> int:
 @pytest.mark.parametrize(('function', 'workers'), [(_killed, 2), (_without_memory, 1)])
 def test_a_killed_worker_is_one_line(function, workers: int):
   with pytest.raises(UserError, match=r'(was killed|ran out).*lower --config\.host\.workers') as caught:
-    passes.run_parallel(function, list(range(4)), workers, tqdm.tqdm(disable=True))
+    passes.run_parallel(function, list(range(4)), workers, Bar(None, None, None, 'job'))
   assert '\n' not in str(caught.value)
