@@ -84,6 +84,7 @@ def build(folder: Path) -> dict[str, Artifact]:
     for i in range(3)
   ]
   _write_lines(pool / 'dropped.jsonl', dropped)
+  _write_lines(pool / 'leaking.jsonl', [])
 
   score_TN = g.standard_t(4, (3, ROWS)) + 1.2 * (source_N == 1)
   score_TN[0, 7], score_TN[:, 11] = 30.0, 12.0
