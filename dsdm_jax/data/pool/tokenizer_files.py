@@ -15,7 +15,8 @@ _USER_DEFINED = 4  # kind of a piece that is cut out of the text first
 def write(pool: Path, out: Path, length: int) -> dict[str, Any]:
   """Writes `tokenizer.json` and `tokenizer_config.json`, whose ids are those of the pool.
 
-  The end mark is also the piece that a text begins with, as in the pool and in evaluations. Unlike the pool's encoder,
+  The end mark is also the piece that a text begins with, as in the pool and in evaluations, unless there is a chat
+  template with a piece of its own, which then is written too. Unlike the pool's encoder,
   transformers turns special pieces that are written out in a text into their ids.
 
   Args:
@@ -46,10 +47,13 @@ def write(pool: Path, out: Path, length: int) -> dict[str, Any]:
     'pad_token': names[encoder.pad],
     'clean_up_tokenization_spaces': False,
   }
-  if isinstance(encoder, HuggingFaceEncoder) and encoder.chat:
-    options |= {'chat_template': encoder.chat.template}
+  begin = encoder.eos
+  if isinstance(encoder, HuggingFaceEncoder) and encoder.chat:  # a template may write its own first piece
+    first = dict(encoder.chat.variables).get('bos_token', end)
+    begin = begin if (known := encoder.tokenizer.token_to_id(first)) is None else known
+    options |= {'chat_template': encoder.chat.template, 'bos_token': first if known is not None else end}
   storage.write_json(out / 'tokenizer_config.json', options)
-  return {'eos_token_id': encoder.eos, 'bos_token_id': encoder.eos, 'pad_token_id': encoder.pad}
+  return {'eos_token_id': encoder.eos, 'bos_token_id': begin, 'pad_token_id': encoder.pad}
 
 
 def agreement(encoder: Encoder, folder: Path, texts: Sequence[str]) -> int:

@@ -16,7 +16,7 @@ from dsdm_jax.data import inputs
 from dsdm_jax.data.order.batches import token_weights, training_batches
 from dsdm_jax.data.order.schedule import Part, Schedule
 from dsdm_jax.data.pool import chat as chats
-from dsdm_jax.data.pool import vocabulary
+from dsdm_jax.data.pool import tokenizer_files, vocabulary
 from dsdm_jax.data.pool.chat import Chat
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets import targets
@@ -201,6 +201,16 @@ def test_the_template_is_part_of_the_content_of_a_vocabulary(tmp_path):
   (tmp_path / 'chat_template.jinja').write_text(MARKED)
   assert chats.read(path) == Chat(MARKED, (('bos_token', '<|im_start|>'), ('eos_token', '<|im_end|>')))
   assert inputs._vocabulary(path) != before
+
+
+def test_an_exported_tokenizer_keeps_the_template(tmp_path):
+  (tmp_path / 'out').mkdir()
+  vocabulary.save(write_tokenizer(tmp_path / 'm', MARKED), tmp_path, '')
+  ids = tokenizer_files.write(tmp_path, tmp_path / 'out', 64)
+  encoder = vocabulary.open_encoder(tmp_path)
+  assert ids['bos_token_id'] == encoder.tokenizer.token_to_id('<|im_start|>') and ids['eos_token_id'] == encoder.eos
+  written = chats.read(str(tmp_path / 'out' / 'tokenizer.json'))
+  assert written.document(TALK) == encoder.chat.document(TALK)
 
 
 @pytest.mark.slow
