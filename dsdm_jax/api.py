@@ -117,7 +117,7 @@ class Run(View):
 
   @functools.cached_property
   def leakage(self) -> 'LeakageView':
-    return LeakageView(report_data.leaks(self.artifact('pool')))
+    return LeakageView(report_data.leaks(self.artifact('leakage')))
 
   @functools.cached_property
   def report(self) -> 'ReportView':
@@ -474,7 +474,7 @@ class ResultsView(View):
 
 
 class LeakageView(View):
-  """Text of targets and benchmarks that documents of the sources contain: `raw` has a record for each document."""
+  """Text of targets and benchmarks that documents of the pool contain: `raw` has a record for each document."""
 
   def __init__(self, found: Mapping[str, list[Mapping[str, Any]]]):
     self.raw = found

@@ -27,13 +27,20 @@ from dsdm_jax.evaluation import suite
 from dsdm_jax.lm import hugging_face
 
 STAGES = (
-  # Documents → tokens → a TFDS dataset, without documents that contain target text.
+  # Documents → tokens → a TFDS dataset. It depends on targets only where their examples are planted in it.
   Stage(
     'pool',
     reads=(),
-    keys=('seed', 'pool', 'targets.tasks', 'targets.folder', 'targets.seed'),
+    keys=('seed', 'pool'),
     code='data.pool.build:run',
-    format=5,
+    format=6,
+  ),
+  # Text of the pool × targets and benchmarks → a mask of rows that no selection takes.
+  Stage(
+    'leakage',
+    reads=('pool',),
+    keys=('leakage', 'targets.tasks', 'targets.folder', 'targets.seed'),
+    code='data.targets.masked:run',
   ),
   # Tasks → examples that the datamodel sees, and a holdout split that it never sees.
   Stage(
@@ -52,20 +59,29 @@ STAGES = (
     everywhere=True,
     batches=('proxies.train.batch_size',),
   ),
-  # Projected per-example gradients, of the pool and of the targets.
+  # Projected per-example gradients of the pool.
   Stage(
     'features',
-    reads=('pool', 'targets', 'proxies'),
+    reads=('pool', 'proxies'),
     keys=('seed', 'features', 'proxies'),
     code='attribution.features:run',
-    format=3,
+    format=4,
+    everywhere=True,
+    repairable=True,
+  ),
+  # Projected per-example gradients of the targets, task by task.
+  Stage(
+    'target_features',
+    reads=('pool', 'targets', 'proxies', 'features'),
+    keys=('seed', 'features', 'proxies'),
+    code='attribution.target_features:run',
     everywhere=True,
     repairable=True,
   ),
   # Features → one score per row and target, in closed form.
   Stage(
     'datamodel',
-    reads=('pool', 'targets', 'proxies', 'features'),
+    reads=('pool', 'targets', 'proxies', 'features', 'target_features'),
     keys=('seed', 'datamodel', 'features', 'proxies'),
     code='attribution.scores:run',
     format=3,
@@ -74,7 +90,7 @@ STAGES = (
   # Models trained on many subsets of the pool: do scores predict what training does?
   Stage(
     'validation',
-    reads=('pool', 'targets'),
+    reads=('pool', 'leakage', 'targets'),
     keys=('seed', 'validation', 'proxies', 'features', 'datamodel'),
     code='validation.validate:run',
     format=2,
@@ -83,7 +99,7 @@ STAGES = (
   # Scores → rows for each arm. Only the inputs that a method needs are opened.
   Stage(
     'selection',
-    reads=('pool', 'targets', 'proxies', 'features', 'datamodel'),
+    reads=('pool', 'leakage', 'targets', 'proxies', 'features', 'target_features', 'datamodel'),
     keys=('seed', 'selection', 'mixture', 'pretraining.seeds'),
     code='selection.select:run',
     format=3,
@@ -101,7 +117,7 @@ STAGES = (
   # Models on random rows at several amounts of compute: the scale on which results are read as compute.
   Stage(
     'ladder',
-    reads=('pool',),
+    reads=('pool', 'leakage'),
     keys=('seed', 'ladder', 'model', 'pretraining.train', 'selection.examples', 'selection.epochs'),
     code='training.ladder:run',
     format=2,
@@ -111,7 +127,10 @@ STAGES = (
   # Every model on every task; differences with intervals, and the compute multiplier.
   Stage(
     'evaluation',
-    reads=('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'ladder'),
+    reads=(
+      *('pool', 'leakage', 'targets', 'proxies', 'features', 'target_features'),
+      *('datamodel', 'selection', 'pretraining', 'ladder'),
+    ),
     keys=('evaluation', 'model', 'pretraining', 'targets.seed', 'targets.folder'),
     code='evaluation.evaluate:run',
     format=6,
@@ -121,7 +140,10 @@ STAGES = (
   # One page that shows it all.
   Stage(
     'report',
-    reads=('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'ladder', 'evaluation'),
+    reads=(
+      *('pool', 'leakage', 'targets', 'proxies', 'features', 'target_features'),
+      *('datamodel', 'selection', 'pretraining', 'ladder', 'evaluation'),
+    ),
     keys=('report',),
     code='report.report:run',
     format=3,
@@ -178,7 +200,7 @@ def run_connected(config: ConfigDict, workdir: Path, only: str | None = None, re
   """`run` for a resolved config, in a process that is connected to the other processes of the run."""
   stopping.say_where(display.where)
   logging.getLogger('absl').setLevel(logging.DEBUG if config.log.level == 'debug' else logging.ERROR)
-  tasks.check_files(config.targets, config.pool.leakage_benchmarks if config.pool.leakage_guard else ())
+  tasks.check_files(config.targets, config.leakage.benchmarks if config.leakage.guard else ())
   suite.check(config.evaluation, config.targets, config.pool.length)
   processes.decide(lambda: _check_imported(config, workdir))
   wanted = processes.decide(lambda: _unfinished(workdir, only, rerun))

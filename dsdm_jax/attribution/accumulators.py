@@ -1,7 +1,7 @@
 """Partial results of a pass over the pool, on disk, so that a killed pass resumes at a shard and gives the same bits.
 
 A pass goes through the shards in order. One row number therefore says how far it came: the result holds all rows before
-it and none after it. Passes that take less than `SAVE_SECONDS` write nothing.
+it and none after it. Passes that take less than `SAVE_SECONDS` write nothing, except for sums that are to be kept.
 """
 
 import glob
@@ -32,10 +32,11 @@ class Accumulator:
   Args:
     folder: of the unfinished stage; None saves nothing.
     saved: called after each write.
+    keep: whether the sums over all rows stay, as files `sum_<name>.<rows>.npz`.
   """
 
-  def __init__(self, folder: Path | None = None, saved: Callable[[], object] = lambda: None):
-    self._folder, self._saved = folder, saved
+  def __init__(self, folder: Path | None = None, saved: Callable[[], object] = lambda: None, keep: bool = False):
+    self._folder, self._saved, self._keep = folder, saved, keep
     self._due = time.monotonic() + SAVE_SECONDS
 
   def sum(
@@ -103,9 +104,9 @@ class Accumulator:
         unsaved = []
 
   def clear(self) -> None:
-    """Deletes all partial results, once the stage has its own."""
+    """Deletes all partial results, once the stage has its own; not the sums that are to be kept."""
     if self._folder is not None and processes.is_first():
-      for file in self._folder.glob('partial_*.npz'):
+      for file in (*self._folder.glob('partial_*.npz'), *(() if self._keep else self._folder.glob('sum_*.npz'))):
         storage.unmark(file)
 
   def _save_sums(self, name: str, totals: list[np.ndarray], row: int, *, last: bool = False) -> None:
@@ -115,11 +116,13 @@ class Accumulator:
     kill leaves whole ones.
     """
     folder = self._folder
-    if folder is None or not (self._is_due() or (last and processes.decide(lambda: bool(_sums(folder, name))))):
+    if folder is None or not (
+      self._is_due() or (last and (self._keep or processes.decide(lambda: bool(_sums(folder, name)))))
+    ):
       return
     began = time.monotonic()
     if processes.is_first():
-      file, earlier = folder / f'partial_{name}.{row:012d}.npz', _sums(folder, name)
+      file, earlier = folder / f'sum_{name}.{row:012d}.npz', _sums(folder, name)
       storage.save_npz(file, row=np.array(row), **{f'total_{number}': total for number, total in enumerate(totals)})
       storage.mark(file)
       self._saved()
@@ -134,7 +137,7 @@ class Accumulator:
 
 def _sums(folder: Path, name: str) -> list[str]:
   """Paths of the saved sums of a pass, those of most rows first."""
-  return sorted(map(str, folder.glob(f'partial_{glob.escape(name)}.*.npz')), reverse=True)
+  return sorted(map(str, folder.glob(f'sum_{glob.escape(name)}.*.npz')), reverse=True)
 
 
 def _is_whole(path: str) -> bool:

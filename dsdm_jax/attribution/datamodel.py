@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsdm_jax.attribution.accumulators import Accumulator, Progress, silent
 from dsdm_jax.attribution.quantization import Blocks
-from dsdm_jax.attribution.sources import RowSource, Shard, dot
+from dsdm_jax.attribution.sources import RowSource, Shard, column_groups, dot
 from dsdm_jax.core.mesh import DATA, MODEL, batch_sharding, place, replicated
 from dsdm_jax.errors import UserError
 
@@ -168,6 +168,7 @@ def solve(
   *,
   recentre: bool = False,
   overwrite: bool = False,
+  groups: Sequence[int] = (),
 ) -> Solution:
   """(G + λI)⁻¹ columnsᵀ by Cholesky in float64, block by block, with λ = damping · tr(block)/J of the block.
 
@@ -179,6 +180,8 @@ def solve(
     recentre: divide the inverse by the mean absolute value of its J² entries, as the reference does. Scores then scale
       with the square of the features.
     overwrite: factor in place: no second matrix is allocated, and `parts` are destroyed.
+    groups: numbers of right-hand sides that are solved together; none solves all together. Rounding depends on it, so
+      the columns of a target are a group: they do not depend on other targets.
 
   Raises:
     UserError: all features are zero, some are not finite, or the damped matrix is singular to working precision.
@@ -199,7 +202,8 @@ def solve(
     if not inverse_condition > np.finfo(np.float64).eps * len(factor) ** 0.5:
       raise _singular(start, stop, damping)
     right_JK = np.asarray(columns_KJ[:, start:stop].T, np.float64)
-    u_JK[start:stop] = scipy.linalg.cho_solve((upper, False), right_JK, check_finite=False)
+    for k in column_groups(groups, len(columns_KJ)):
+      u_JK[start:stop, k] = scipy.linalg.cho_solve((upper, False), right_JK[:, k], check_finite=False)
     lambdas.append(damping * scale)
     conditions.append(1 / float(inverse_condition))
     if recentre:
@@ -268,11 +272,15 @@ def cholesky(matrix_JJ: np.ndarray) -> None:
       matrix_JJ[stop + i : stop + end, stop : stop + end] -= panel[i:end] @ panel[:end].T
 
 
-def score_shards(source: RowSource, u_JK: np.ndarray, row: int = 0) -> Iterator[Shard]:
-  """(start, stop, φ u in float32 [B, K]) of each shard from `row` on, where a shard starts, in order."""
+def score_shards(source: RowSource, u_JK: np.ndarray, row: int = 0, groups: Sequence[int] = ()) -> Iterator[Shard]:
+  """(start, stop, φ u in float32 [B, K]) of each shard from `row` on, where a shard starts, in order.
+
+  Args:
+    groups: numbers of columns that are multiplied together, as for `solve`; passes without features ignore it.
+  """
   # A common scale per column keeps float32 far from its limits; it is restored afterwards.
   scale_K = np.maximum(np.abs(u_JK).max(axis=0), np.finfo(np.float64).tiny)
-  for start, stop, score_BK in source.scores((u_JK / scale_K).astype(np.float32), row):
+  for start, stop, score_BK in source.scores((u_JK / scale_K).astype(np.float32), row, groups):
     yield start, stop, (score_BK * scale_K).astype(np.float32)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,9 +216,21 @@ def step_rows(features: ConfigDict, mesh: Mesh) -> tuple[int, int]:
 
 
 def feature_step(config: ConfigDict, vocab_size: int, length: int, mesh: Mesh) -> FeatureStep:
-  """The step that `features.projection` names, for the proxies' model."""
-  model = abstract_model(config.proxies.model, vocab_size, length)
+  """The step that `features.projection` names, for the proxies' model. Stages of one run share its compilation."""
   output_fn = load_callable(config.features.output_fn)
+  facts = [config.proxies.model.to_dict(), {k: v for k, v in config.features.items() if k not in ('job', 'jobs')}]
+  key = json.dumps([*facts, config.seed, vocab_size, length], sort_keys=True), output_fn, mesh
+  if key not in _steps:
+    _steps.clear()
+    _steps[key] = _feature_step(config, output_fn, vocab_size, length, mesh)
+  return _steps[key]
+
+
+_steps: dict[Any, FeatureStep] = {}  # of the last settings
+
+
+def _feature_step(config: ConfigDict, output_fn: OutputFn, vocab_size: int, length: int, mesh: Mesh) -> FeatureStep:
+  model = abstract_model(config.proxies.model, vocab_size, length)
   batch, microbatch = step_rows(config.features, mesh)
   if config.features.projection == 'ekfac':
     return WholeGradients(model, output_fn, mesh, microbatch or batch)

@@ -1,32 +1,23 @@
-"""Stage `features`: φ of every row of the pool and of every target example, for each checkpoint of each proxy."""
+"""Stage `features`: φ of every row of the pool, for each checkpoint of each proxy."""
 
-import functools
 import json
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dsdm_jax.attribution.ekfac import WholeGradients
 from dsdm_jax.attribution.extractor import (
   FeatureExtractor,
   basis_digest,
-  check_finite,
   checkpoint_name,
-  step_rows,
 )
 from dsdm_jax.attribution.gradients import FeatureStep, TwoSidedFeatures
 from dsdm_jax.attribution.sources import Recomputed
-from dsdm_jax.attribution.store import FeatureStore, mark, open_store, read_marker
-from dsdm_jax.core import artifacts, flops, processes, storage
-from dsdm_jax.core.mesh import batch_sharding, fetch, place
+from dsdm_jax.attribution.store import FeatureStore, open_store
+from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.core.progress import Bar
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.pool import Pool
-from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.training.proxies import checkpoints
 
 _UNCHANGED, _UNCOVERED = 0.8, 0.5  # shares of neighbours and of ‖g‖² beyond which a warning is printed
@@ -34,13 +25,12 @@ _FIDELITY_ROWS = 512  # of the first shard, whose inner products are compared be
 
 
 def run(context: Context) -> dict | None:
-  """Writes, for each checkpoint c, `<task>_<c>.npy` [T, J] (float32) and in mode `store` `features_<c>.zarr` [N, J];
-  of EK-FAC `factors_<c>.npz` alone.
+  """Writes, for each checkpoint c, in mode `store` `features_<c>.zarr` [N, J]; of EK-FAC `factors_<c>.npz`.
 
   Returns None if this is one of several jobs and the parts of others are not complete.
   """
   config, out = context.config, context.out
-  pool, targets = Pool(context.inputs['pool']), Targets(context.inputs['targets'])
+  pool = Pool(context.inputs['pool'])
   extractor = FeatureExtractor(context, pool, out)
   step, described = extractor.step, extractor.step.describe()
   two_sided, stored = isinstance(step, TwoSidedFeatures), config.features.mode == 'store'
@@ -59,11 +49,10 @@ def run(context: Context) -> dict | None:
       notes.append(note)
       if two_sided:
         _measure_coverage(context, extractor, checkpoint)
-      _extract_targets(context, step, prepared, checkpoint, targets, extractor.mesh)
       if stored:
         _extract_pool(context, step, extractor.source(checkpoint, prepared), checkpoint, bar)
   # Only now: other jobs may have completed what was missing when this one started.
-  if not processes.decide(lambda: all(_complete(context, targets, pool.num_rows, step, c) for c in range(count))):
+  if not processes.decide(lambda: all(_complete(context, pool.num_rows, step, c) for c in range(count))):
     return None
 
   semantics = described | {'dimension': step.dimension, 'rows': pool.num_rows, 'checkpoints': count}
@@ -119,38 +108,6 @@ def _measure_coverage(context: Context, extractor: FeatureExtractor, checkpoint:
     context.log.say(f'{text} on {result["rows"]} rows (without: {largest})')
 
 
-def _extract_targets(
-  context: Context, step: FeatureStep, prepared: Any, checkpoint: int, targets: Targets, mesh: Mesh
-) -> None:
-  """Features of this job's target tasks that are missing."""
-  features, origin = context.config.features, _origin(context)
-  batch, _ = step_rows(features, mesh)
-  flop: float | None = None
-  for number, task in enumerate(targets.tasks, start=checkpoint * len(targets.tasks)):
-    file, marker = _target_files(context.out, task, checkpoint)
-    written = functools.partial(read_marker, marker, [file], origin)
-    examples, parts = targets.examples(task, 'target'), []
-    if flop is None:
-      shape = batch, examples.tokens_TL.shape[1]
-      shapes = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, np.float32)
-      flop = flops.count(step.apply, prepared, *shapes) / batch
-    context.add_flop(flop * len(examples.tokens_TL))
-    if number % features.jobs != features.job or processes.decide(written) is not None:
-      continue
-    for start in range(0, len(examples.tokens_TL), batch):
-      rows = examples.tokens_TL[start : start + batch], examples.weights_TL[start : start + batch]
-      padded = tuple(np.pad(x, ((0, batch - len(x)), (0, 0))) for x in rows)
-      tokens_BL, weights_BL = place(padded, batch_sharding(mesh))
-      parts.append(fetch(step(prepared, tokens_BL, weights_BL)))
-    phi_TJ = np.concatenate(parts)[: len(examples.tokens_TL)]
-    check_finite(step, phi_TJ, 0, checkpoint_name(context.config, checkpoint), f'example of target {task}')
-    if context.first:
-      storage.save_npy(file, phi_TJ)
-      marker.parent.mkdir(exist_ok=True)
-      mark(marker, [file], origin)
-      context.cost.save()
-
-
 def _extract_pool(context: Context, step: FeatureStep, source: Recomputed, checkpoint: int, bar: Bar) -> None:
   """Computes this job's shards that are missing; a shard is written while the next one is computed."""
   source.charge()
@@ -175,12 +132,8 @@ def _extract_pool(context: Context, step: FeatureStep, source: Recomputed, check
     context.cost.save()
 
 
-def _complete(context: Context, targets: Targets, rows: int, step: FeatureStep, checkpoint: int) -> bool:
+def _complete(context: Context, rows: int, step: FeatureStep, checkpoint: int) -> bool:
   """Whether all jobs' parts of a checkpoint are written. Only their markers and sizes are read."""
-  for task in targets.tasks:
-    file, marker = _target_files(context.out, task, checkpoint)
-    if read_marker(marker, [file], _origin(context), verify=False) is None:
-      return False
   if isinstance(step, TwoSidedFeatures) and not storage.is_marked(_coverage_file(context.out, checkpoint)):
     return False
   if context.config.features.mode != 'store':
@@ -205,11 +158,6 @@ def _store(context: Context, step: FeatureStep, rows: int, checkpoint: int) -> F
 
 def _origin(context: Context) -> str:
   return artifacts.origin(context.out)
-
-
-def _target_files(folder: Path, task: str, checkpoint: int) -> tuple[Path, Path]:
-  """(features of a target's examples, their completion marker)."""
-  return folder / f'{task}_{checkpoint}.npy', folder / 'targets.done' / f'{task}_{checkpoint}.json'
 
 
 def _coverage_file(folder: Path, checkpoint: int) -> Path:

@@ -6,7 +6,9 @@ Averaging only over proxies that did not train on a row ('unseen') removes that.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ from dsdm_jax.attribution import damping, datamodel, solve
 from dsdm_jax.attribution.accumulators import Accumulator, Progress
 from dsdm_jax.attribution.extractor import ProxyOutputs, step_rows
 from dsdm_jax.attribution.solve import Solved, TargetWeights
+from dsdm_jax.attribution.sources import column_groups
 from dsdm_jax.attribution.store import Features
 from dsdm_jax.config.validate import load_callable
-from dsdm_jax.core import storage
+from dsdm_jax.core import processes, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.progress import Bar
@@ -34,11 +37,17 @@ ALL, UNSEEN, AUTO = 'all', 'unseen', 'auto'  # which proxies the score of a row 
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)  # of the pool, at which the overlap of two selections is measured
 _SHIFT = 0.1  # 'auto' is 'unseen' if inside and outside means differ by more than this many standard deviations
 _SAMPLE = 65_536  # rows on which stability is measured: a fixed stride over the pool, whose order is random
+_PASSES, _Q = 'passes', 'q.npy'  # the unit of passes over the pool, and the file of one of them
+# Parts of `report.json` that have an entry for each task.
+_BY_TASK = ('subset_effect', 'average', 'checkpoint_agreement', 'top_overlap_over_targets')
 _PEAKS = 20  # rows at either end that are saved of a single example's scores
 
 
 def run(context: Context) -> dict:
-  """Writes `scores.npz`, `report.json` and `solution.npz`; `docs/datamodel.md` lists their arrays and numbers."""
+  """Writes `scores.npz`, `report.json`, `solution.npz` and `samples.npz`, see `docs/datamodel.md`.
+
+  The passes over the pool that targets do not change, and the columns of each task, are units.
+  """
   config, options = context.config, context.config.datamodel
   features, targets = Features(context.inputs['features'], context), Targets(context.inputs['targets'])
   names, examples = targets.tasks, [targets.examples(task, 'target') for task in targets.tasks]
@@ -48,74 +57,101 @@ def run(context: Context) -> dict:
     )
     for name, e in zip(names, examples, strict=True)
   ]
-  accumulator, mesh, proxies = Accumulator(context.out, context.cost.save), make_mesh(config.mesh), config.proxies
-  by_ekfac = features.semantics['projection'] == 'ekfac'
-  seen_PN, q_N = seen(context.inputs['proxies'], proxies.count, features.rows), None
+  accumulator, mesh, proxies = (
+    Accumulator(context.out, context.cost.save, keep=True),
+    make_mesh(config.mesh),
+    config.proxies,
+  )
+  by_ekfac, chosen = features.semantics['projection'] == 'ekfac', options.damping_rule == 'auto'
+  seen_PN = seen(context.inputs['proxies'], proxies.count, features.rows)
+  of_features, earlier = context.inputs['features'].digest, context.units.previous
+  of_passes = {'features': of_features, **{key: options[key] for key in ('gram', 'unit_norm', 'damping_rule', 'q')}}
+  context.units.take({_PASSES: of_passes}, lambda _: ('sum_*', _Q))
+  damping_before = float(earlier.semantics['damping']) if chosen and earlier is not None else options.damping
+
+  def unfinished(damping: float) -> list[int]:
+    """Places of the tasks whose columns are not there; all columns change with the damping."""
+    shared = {key: value for key, value in options.items() if key != 'mix'}
+    of_task = {name: {'examples': targets.digest(name), 'features': of_features} for name in names}
+    others = {'blended': of_task if options.target_share else None, 'damping': damping, 'seed': config.seed}
+    taken = context.units.take({_unit(name): [of_task[name], shared, others] for name in names})
+    return [place for place, name in enumerate(names) if _unit(name) not in taken]
+
+  new, solved, q_N, spent = unfinished(damping_before), None, None, context.cost.parts
   passes = (1 if options.gram == 'joint' else features.checkpoints) * (1 if by_ekfac else 2)
   passes += proxies.count if options.q else 0
   context.log.describe(f'{len(names)} targets × {features.rows:,} rows')
   with context.log.bar(total=passes * features.rows, unit='row') as bar:
     held_out = None
-    if options.damping_rule == 'auto':
+    if chosen:
       forward, states = _proxies(context)
       outputs = [[forward.of_examples(state, e.tokens_TL, e.weights_TL) for e in examples] for state in states]
       context.add_flop(forward.flop)
       held_out = solve.HeldOutProxies(seen_PN, [np.stack(task) for task in zip(*outputs, strict=True)])
-    if by_ekfac:
-      solved = solve.by_ekfac(features, context, examples, weights, options.damping)
-    else:
+    began, before = time.monotonic(), context.cost.flop
+    if not by_ekfac and (new or chosen):
       mode, members = solve.open_members(features, names, options.gram, options.unit_norm)
-      solved = solve.solve(mode, members, weights, options, mesh, bar.update, accumulator, held_out)
-    tasks = score_tasks(solved, weights, seen_PN, options.average, bar.update, accumulator)
+      solved = solve.solve(mode, members, weights, options, mesh, bar.update, accumulator, held_out, new)
+      charged = context.cost.flop - before
+      if solved.damping != damping_before:
+        new = unfinished(solved.damping)
+        solved = solve.solve(mode, members, weights, options, mesh, bar.update, accumulator, held_out, new)
+      solves = 1 if solved.choice is None else len(damping.FACTORS)
+      charged += sum(
+        2.0 * member.source.rows * size**2 + solves * size**3 / 3
+        for member in solved.members
+        for size in (stop - start for start, stop in member.blocks)
+      )
+      spent |= {_PASSES: time.monotonic() - began, f'{_PASSES} flop': charged}
+    context.cost.flop = before + spent.get(f'{_PASSES} flop', 0.0)
+    began, before = time.monotonic(), context.cost.flop
+    tasks: list[TaskScores] = []
+    of_new = [weights[place] for place in new]
+    if new:
+      if by_ekfac:
+        solved = solve.by_ekfac(features, context, [examples[place] for place in new], of_new, options.damping)
+      assert solved is not None
+      tasks = score_tasks(solved, of_new, seen_PN, options.average, bar.update, accumulator)
+      flop = (context.cost.flop - before) / len(new)
+      for place, w in zip(new, of_new, strict=True):
+        columns = 0 if by_ekfac else len(w.weight_KT)
+        own = sum(2.0 * member.source.rows * member.source.dimension * columns for member in solved.members)
+        unit = _unit(names[place])
+        spent |= {unit: (time.monotonic() - began) / len(new), f'{unit} flop': flop + own}
+    context.cost.flop = before + sum(spent.get(f'{_unit(name)} flop', 0.0) for name in names)
     if options.q:
       q_N = 1 - _mean_probability(context, bar)
       for task in tasks:
         task.multiply(q_N, sample_rows(features.rows))
-  # Gram, solves, and the pass of scores
-  for member, solution in () if by_ekfac else zip(solved.members, solved.solutions, strict=True):
-    sizes, rows = [stop - start for start, stop in member.blocks], member.source.rows
-    solves = 1 if solved.choice is None else len(damping.FACTORS)
-    context.add_flop(
-      sum(2.0 * rows * size**2 + solves * size**3 / 3 for size in sizes)
-      + 2.0 * rows * member.source.dimension * solution.u_JK.shape[1]
-    )
-  for name, task in zip(names, tasks, strict=True):
-    _check(name, task.score_N)
-
-  report = {
-    'subset_effect': {n: t.subset_effect for n, t in zip(names, tasks, strict=True)},
-    'average': {n: t.average for n, t in zip(names, tasks, strict=True)},
-    'checkpoint_agreement': {n: agreement(t.by_proxy_PN) for n, t in zip(names, tasks, strict=True)},
-    'top_overlap_over_targets': _stability(names, tasks, options.mix),
-    'tasks': list(names),
-    'spectrum': solved.spectra,
-    'condition': [list(s.condition) for s in solved.solutions],
-    'damping': solved.damping,
-    'damping_choice': None if solved.choice is None else solved.choice.as_json(),
-  }
-  first = np.cumsum([0, *(len(w.weight_KT) for w in weights)])
-  if solved.norm_CK is not None:  # scores along one direction, Σ_t v_t/√(ḡᵀPḡ), order rows as the mix of z-scores does
-    scaled = [
-      t.by_member_CN / np.maximum(n_C, 1e-300)[:, None]
-      for t, n_C in zip(tasks, solved.norm_CK.T[first[:-1]], strict=True)
-    ]
-    report['one_direction_mix'] = agreement(
-      np.stack([np.sum(scaled, axis=(0, 1)), mix(np.stack([t.score_N for t in tasks]), 'zscore')])
-    )
-  if context.first:
-    # u of the mean of each task's examples; a joint datamodel has the columns of all checkpoints side by side.
-    u = {
-      f'u_{name}_CJ': np.concatenate([s.u_JK[:, at] for s in solved.solutions]).reshape(features.checkpoints, -1)
-      for name, at in zip(names, first, strict=False)
+  found = _Found.of_earlier(earlier, [name for place, name in enumerate(names) if place not in new])
+  first = np.cumsum([0, *(len(w.weight_KT) for w in of_new)])
+  for place, task, w, at in zip(new, tasks, of_new, first, strict=False):
+    assert solved is not None
+    _check(names[place], task.score_N)
+    # u of the mean of the task's examples; a joint datamodel has the columns of all checkpoints side by side.
+    u_CJ = np.concatenate([s.u_JK[:, at] for s in solved.solutions]).reshape(features.checkpoints, -1)
+    norm_C = None if solved.norm_CK is None else solved.norm_CK[:, at]
+    found.add(names[place], task, w, u_CJ, norm_C)
+  if solved is not None:
+    found.report |= {
+      'spectrum': solved.spectra,
+      'condition': [list(s.condition) for s in solved.solutions],
+      'damping': solved.damping,
+      'damping_choice': None if solved.choice is None else solved.choice.as_json(),
     }
-    storage.save_npz(context.out / 'scores.npz', **_arrays(names, tasks, weights, options.mix))
-    storage.save_npz(context.out / SOLUTION, **u, **({} if q_N is None else {'q_N': q_N}))
+  report, arrays = found.summarize(names, weights, options.mix)
+  if context.first:
+    storage.save_npz(context.out / 'scores.npz', **arrays)
+    storage.save_npz(context.out / SOLUTION, **found.solution, **({} if q_N is None else {'q_N': q_N}))
+    storage.save_npz(context.out / 'samples.npz', **found.samples)
     storage.write_json(context.out / 'report.json', report)
   accumulator.clear()  # only now: until then, a kill must not lose the passes
-  for name, task in zip(names, tasks, strict=True):
+  for place, task in zip(new, tasks, strict=True):
     if task.subset_effect and task.average == UNSEEN and options.average == AUTO:
       shift = task.subset_effect['shift_sd']
-      context.log.say(f'  {name}: proxies shift rows of their own subset by {shift:+.2f} sd; using unseen proxies only')
+      context.log.say(
+        f'  {names[place]}: proxies shift rows of their own subset by {shift:+.2f} sd; using unseen proxies only'
+      )
   scale = 'goes with the square of the features' if options.recentre else 'invariant to the scale of features'
   if options.gram == 'joint':
     scale += '; one datamodel of all proxies'
@@ -128,7 +164,7 @@ def run(context: Context) -> dict:
     'scale': scale,
     'q': 'times 1 − mean predicted-token probability, which is averaged over proxies' if options.q else 'none',
     'average': report['average'],
-    'damping': solved.damping,
+    'damping': report['damping'],
     'confidence': options.confidence,
     'half_width': {n: half_width(w.clusters, options.confidence) for n, w in zip(names, weights, strict=True)},
     'mix': options.mix,
@@ -137,13 +173,116 @@ def run(context: Context) -> dict:
   }
 
 
+def _unit(task: str) -> str:
+  return f'scores of {task}'
+
+
+@dataclasses.dataclass
+class _Found:
+  """What the stage writes, task by task.
+
+  Attributes:
+    scores, solution, samples: arrays of the files of that name; in samples, scores by each resample, and √(ḡᵀPḡ) of
+      each checkpoint for EK-FAC.
+    report: `report.json`.
+  """
+
+  scores: dict[str, np.ndarray]
+  solution: dict[str, np.ndarray]
+  samples: dict[str, np.ndarray]
+  report: dict[str, Any]
+
+  @classmethod
+  def of_earlier(cls, earlier: Artifact | None, names: Sequence[str]) -> '_Found':
+    """The columns of these tasks, taken over from the finished stage."""
+    if earlier is None or not names:
+      return cls({}, {}, {}, {part: {} for part in _BY_TASK})
+    scores, solution, samples = (_load(earlier.path / file) for file in ('scores.npz', SOLUTION, 'samples.npz'))
+    report = storage.read_json(earlier.path / 'report.json', dict)
+    return cls(
+      {key: array for name in names for key in _keys(name) if (array := scores.get(key)) is not None},
+      {key: solution[key] for key in (f'u_{name}_CJ' for name in names)},
+      {key: x for n in names for key in (f'sample_{n}_SR', f'norm_{n}_C') if (x := samples.get(key)) is not None},
+      {**report, **{part: {name: report[part][name] for name in names} for part in _BY_TASK}},
+    )
+
+  def add(self, name: str, task: 'TaskScores', w: TargetWeights, u_CJ: np.ndarray, norm_C: np.ndarray | None) -> None:
+    self.scores |= {
+      f'score_{name}_N': task.score_N,
+      f'score_{name}_CN': task.by_member_CN,
+      f'groups_{name}_NG': task.groups_NG,
+      f'group_{name}_T': w.group_T,
+    }
+    if w.examples:
+      rows_EM, score_EM = peaks(task.examples_NE)
+      self.scores |= {f'example_rows_{name}_EM': rows_EM, f'example_score_{name}_EM': score_EM}
+    if w.resamples > 1:
+      self.scores[f'error_{name}_N'] = task.error_N
+    if len(task.by_proxy_PN) > 1:
+      self.scores[f'spread_{name}_N'] = task.by_proxy_PN.std(axis=0, ddof=1)
+    self.solution[f'u_{name}_CJ'] = u_CJ
+    self.samples[f'sample_{name}_SR'] = task.sample_SR
+    if norm_C is not None:
+      self.samples[f'norm_{name}_C'] = norm_C
+    self.report['subset_effect'][name] = task.subset_effect
+    self.report['average'][name] = task.average
+    self.report['checkpoint_agreement'][name] = agreement(task.by_proxy_PN)
+    sample_S = sample_rows(len(task.score_N))
+    self.report['top_overlap_over_targets'][name] = stability(task.score_N[sample_S], task.sample_SR.T)
+
+  def summarize(
+    self, names: Sequence[str], weights: Sequence[TargetWeights], rule: str
+  ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(`report.json`, the arrays of `scores.npz`), with what all tasks give together; tasks in the order of `names`."""
+    score_TN = np.stack([self.scores[f'score_{name}_N'] for name in names])
+    arrays = {key: self.scores[key] for name in names for key in _keys(name) if key in self.scores}
+    arrays['score_mix_N'] = mix(score_TN, rule)
+    if all(w.resamples > 1 for w in weights):
+      error_N = mix_error(np.stack([self.scores[f'error_{name}_N'] for name in names]), score_TN, rule)
+      if error_N is not None:
+        arrays['error_mix_N'] = error_N
+    report = self.report | {part: {name: self.report[part][name] for name in names} for part in _BY_TASK}
+    report['tasks'] = list(names)
+    sample_S, samples = sample_rows(score_TN.shape[1]), [self.samples[f'sample_{name}_SR'] for name in names]
+    resamples = min(x_SR.shape[1] for x_SR in samples)
+    mixed_RS = [mix(np.stack([x_SR[:, r] for x_SR in samples]), rule) for r in range(resamples)]
+    report['top_overlap_over_targets']['mix'] = stability(mix(score_TN[:, sample_S], rule), np.array(mixed_RS))
+    report.pop('one_direction_mix', None)
+    if f'norm_{names[0]}_C' in self.samples:
+      # Scores along one direction, Σ_t v_t/√(ḡᵀPḡ), order rows as the mix of z-scores does.
+      scaled = [
+        self.scores[f'score_{name}_CN'] / np.maximum(self.samples[f'norm_{name}_C'], 1e-300)[:, None] for name in names
+      ]
+      report['one_direction_mix'] = agreement(np.stack([np.sum(scaled, axis=(0, 1)), mix(score_TN, 'zscore')]))
+    return report, arrays
+
+
+def _keys(task: str) -> list[str]:
+  """The arrays of a task in `scores.npz`."""
+  parts = ('score_{}_N', 'score_{}_CN', 'groups_{}_NG', 'group_{}_T', 'example_rows_{}_EM', 'example_score_{}_EM')
+  return [part.replace('{}', task) for part in (*parts, 'error_{}_N', 'spread_{}_N')]
+
+
+def _load(file: Path) -> dict[str, np.ndarray]:
+  with storage.load(file) as arrays:
+    return dict(arrays)
+
+
 def _mean_probability(context: Context, bar: Bar) -> np.ndarray:
-  """Mean predicted-token probability of each row, averaged over proxies; float32 [N]."""
-  passes, states = _proxies(context)
-  pool = Pool(context.inputs['pool'])
-  mean_N = np.mean([passes.mean_probability(state, pool, bar.update) for state in states], axis=0)
-  context.add_flop(passes.flop)
-  return mean_N.astype(np.float32)
+  """Mean predicted-token probability of each row, averaged over proxies; float32 [N]. It is saved as `q.npy`."""
+  file, spent = context.out / _Q, context.cost.parts
+  if not processes.decide(lambda: storage.is_marked(file)):
+    passes, states = _proxies(context)
+    pool = Pool(context.inputs['pool'])
+    mean_N = np.mean([passes.mean_probability(state, pool, bar.update) for state in states], axis=0)
+    spent[f'{_PASSES} q'] = passes.flop
+    context.cost.save()
+    if context.first:
+      storage.save_npy(file, mean_N.astype(np.float32))
+      storage.mark(file)
+    processes.wait()
+  context.add_flop(spent.get(f'{_PASSES} q', 0.0))
+  return storage.load(file)
 
 
 def _proxies(context: Context) -> tuple[ProxyOutputs, Any]:
@@ -213,16 +352,6 @@ class TaskScores:
     self.sample_SR *= q_N[sample_S][:, None]
 
 
-@dataclasses.dataclass
-class _Averages:
-  """One way to average over members, filled shard by shard: means of all but resamples, errors, sample."""
-
-  weight_CN: np.ndarray
-  mean_NK: np.ndarray
-  error_NT: np.ndarray
-  sample_SK: np.ndarray
-
-
 def sample_rows(rows: int) -> np.ndarray:
   return np.arange(0, rows, -(-rows // _SAMPLE))
 
@@ -251,64 +380,73 @@ def score_tasks(
     seen_PN, average = np.zeros((count, rows), bool), ALL
   each = count // len(seen_PN)
   seen_CN = np.repeat(seen_PN, each, axis=0)
-  first = np.cumsum([0, *(len(w.weight_KT) for w in weights)])
-  means = np.concatenate([np.arange(f, f + w.resample_rows.start) for f, w in zip(first, weights, strict=False)])
-  resamples = [np.arange(f + w.resample_rows.start, f + len(w.weight_KT)) for f, w in zip(first, weights, strict=False)]
-  sample_S = sample_rows(rows)
-  score_CNT = np.empty((count, rows, len(weights)), np.float32)
-  effect = SubsetEffect.empty(count, int(first[-1]))
-  averages = {
-    rule: _Averages(
-      proxy_weights(seen_CN, rule),
-      np.empty((rows, len(means)), np.float32),
-      np.zeros((rows, len(weights)), np.float32),
-      np.empty((len(sample_S), int(first[-1])), np.float32),
-    )
-    for rule in ((ALL, UNSEEN) if average == AUTO else (average,))
-  }
+  groups = [len(w.weight_KT) for w in weights]
+  columns = column_groups(groups, sum(groups))
+  tasks = [_TaskPass(w, seen_CN, average) for w in weights]
   passes = [
-    accumulator.shards(f'scores_{c}', functools.partial(datamodel.score_shards, member.source, solution.u_JK))
+    accumulator.shards(
+      f'scores_{c}_{sum(groups)}',
+      functools.partial(datamodel.score_shards, member.source, solution.u_JK, groups=groups),
+    )
     for c, (member, solution) in enumerate(zip(members, solved.solutions, strict=True))
   ]
   for shards in zip(*passes, strict=True):
     start, stop, _ = shards[0]
-    score_CBK = np.stack([score_BK for _, _, score_BK in shards])
-    score_CNT[:, start:stop] = score_CBK[:, :, first[:-1]]
-    effect.add(score_CBK, seen_CN[:, start:stop])
-    inside_S = (sample_S >= start) & (sample_S < stop)
-    for a in averages.values():
-      mean_BK = np.einsum('cbk,cb->bk', score_CBK, a.weight_CN[:, start:stop], optimize=True)
-      a.mean_NK[start:stop] = mean_BK[:, means]
-      a.sample_SK[inside_S] = mean_BK[sample_S[inside_S] - start]
-      for task, at in enumerate(resamples):
-        if len(at) > 1:
-          a.error_NT[start:stop, task] = mean_BK[:, at].std(axis=1, ddof=1)
+    for task, own in zip(tasks, columns, strict=True):
+      task.add(start, stop, np.stack([score_BK[:, own] for _, _, score_BK in shards]))
     progress((stop - start) * count)
-  if UNSEEN in averages:
-    a = averages[UNSEEN]
-    level(a.mean_NK, seen_CN, effect.difference_CK[:, means])
-    level(a.sample_SK, seen_CN[:, sample_S], effect.difference_CK)
-  tasks, begin = [], 0
-  for task, w in enumerate(weights):
-    described = effect.describe(int(first[task]), each)
-    rule = resolve_average(average, described)
-    a, end = averages[rule], begin + w.resample_rows.start
-    mean_NK, score_CN = a.mean_NK[:, begin:end], score_CNT[:, :, task].copy()
-    tasks.append(
-      TaskScores(
-        by_member_CN=score_CN,
-        by_proxy_PN=by_proxy(score_CN, each),
-        groups_NG=mean_NK[:, w.group_rows].copy(),
-        examples_NE=mean_NK[:, w.example_rows].copy(),
-        score_N=mean_NK[:, 0].copy(),
-        error_N=a.error_NT[:, task].copy(),
-        sample_SR=a.sample_SK[:, resamples[task]].copy(),
-        average=rule,
-        subset_effect=None if solved.mode == 'joint' else described,
-      )
+  return [task.finish(each, joint=solved.mode == 'joint') for task in tasks]
+
+
+class _TaskPass:
+  """The columns of one task, filled shard by shard, so that they do not depend on other tasks.
+
+  There may be two ways to average over members: means of all columns but resamples, errors, and the sample.
+  """
+
+  def __init__(self, weights: TargetWeights, seen_CN: np.ndarray, average: str):
+    self._weights, self._seen_CN, self._average = weights, seen_CN, average
+    (count, rows), columns = seen_CN.shape, len(weights.weight_KT)
+    self._means = slice(0, weights.resample_rows.start)
+    self._sample_S = sample_rows(rows)
+    self._score_CN, self._effect = np.empty((count, rows), np.float32), SubsetEffect.empty(count, columns)
+    rules = (ALL, UNSEEN) if average == AUTO else (average,)
+    self._weight_CN = {rule: proxy_weights(seen_CN, rule) for rule in rules}
+    self._mean_NK = {rule: np.empty((rows, self._means.stop), np.float32) for rule in rules}
+    self._error_N = {rule: np.zeros(rows, np.float32) for rule in rules}
+    self._sample_SK = {rule: np.empty((len(self._sample_S), columns), np.float32) for rule in rules}
+
+  def add(self, start: int, stop: int, score_CBK: np.ndarray) -> None:
+    self._score_CN[:, start:stop] = score_CBK[:, :, 0]
+    self._effect.add(score_CBK, self._seen_CN[:, start:stop])
+    inside_S = (self._sample_S >= start) & (self._sample_S < stop)
+    for rule, weight_CN in self._weight_CN.items():
+      mean_BK = np.einsum('cbk,cb->bk', score_CBK, weight_CN[:, start:stop], optimize=True)
+      self._mean_NK[rule][start:stop] = mean_BK[:, self._means]
+      self._sample_SK[rule][inside_S] = mean_BK[self._sample_S[inside_S] - start]
+      if self._weights.resamples > 1:
+        self._error_N[rule][start:stop] = mean_BK[:, self._weights.resample_rows].std(axis=1, ddof=1)
+
+  def finish(self, each: int, joint: bool) -> TaskScores:
+    """The task's scores, where each proxy has `each` checkpoints."""
+    if UNSEEN in self._weight_CN:
+      difference_CK = self._effect.difference_CK
+      level(self._mean_NK[UNSEEN], self._seen_CN, difference_CK[:, self._means])
+      level(self._sample_SK[UNSEEN], self._seen_CN[:, self._sample_S], difference_CK)
+    described = self._effect.describe(0, each)
+    rule, w = resolve_average(self._average, described), self._weights
+    mean_NK = self._mean_NK[rule]
+    return TaskScores(
+      by_member_CN=self._score_CN,
+      by_proxy_PN=by_proxy(self._score_CN, each),
+      groups_NG=mean_NK[:, w.group_rows].copy(),
+      examples_NE=mean_NK[:, w.example_rows].copy(),
+      score_N=mean_NK[:, 0].copy(),
+      error_N=self._error_N[rule],
+      sample_SR=self._sample_SK[rule][:, w.resample_rows].copy(),
+      average=rule,
+      subset_effect=None if joint else described,
     )
-    begin = end
-  return tasks
 
 
 def proxy_weights(seen_CN: np.ndarray, average: str) -> np.ndarray:
@@ -449,41 +587,6 @@ def stability(score_N: np.ndarray, replicate_RN: np.ndarray) -> dict[str, float]
     for share, count in counts.items()
     if count
   }
-
-
-def _stability(names: Sequence[str], tasks: Sequence[TaskScores], rule: str) -> dict[str, dict[str, float]]:
-  """Stability of selections over resamples of the target examples, of each task and of the mix."""
-  sample_S = sample_rows(len(tasks[0].score_N))
-  score_TS = np.stack([task.score_N[sample_S] for task in tasks])
-  stable = {n: stability(s, t.sample_SR.T) for n, s, t in zip(names, score_TS, tasks, strict=True)}
-  resamples = min(t.sample_SR.shape[1] for t in tasks)
-  mixed_RS = [mix(np.stack([t.sample_SR[:, r] for t in tasks]), rule) for r in range(resamples)]
-  return stable | {'mix': stability(mix(score_TS, rule), np.array(mixed_RS))}
-
-
-def _arrays(
-  names: Sequence[str], tasks: Sequence[TaskScores], weights: Sequence[TargetWeights], rule: str
-) -> dict[str, np.ndarray]:
-  """Content of `scores.npz`."""
-  arrays: dict[str, np.ndarray] = {}
-  for name, task, w in zip(names, tasks, weights, strict=True):
-    arrays[f'score_{name}_N'] = task.score_N
-    arrays[f'score_{name}_CN'] = task.by_member_CN
-    arrays[f'groups_{name}_NG'] = task.groups_NG
-    arrays[f'group_{name}_T'] = w.group_T
-    if w.examples:
-      rows_EM, score_EM = peaks(task.examples_NE)
-      arrays[f'example_rows_{name}_EM'], arrays[f'example_score_{name}_EM'] = rows_EM, score_EM
-    if w.resamples > 1:
-      arrays[f'error_{name}_N'] = task.error_N
-    if len(task.by_proxy_PN) > 1:
-      arrays[f'spread_{name}_N'] = task.by_proxy_PN.std(axis=0, ddof=1)
-  score_TN = np.stack([task.score_N for task in tasks])
-  arrays['score_mix_N'] = mix(score_TN, rule)
-  error_N = mix_error(np.stack([task.error_N for task in tasks]), score_TN, rule)
-  if error_N is not None and all(w.resamples > 1 for w in weights):
-    arrays['error_mix_N'] = error_N
-  return arrays
 
 
 def peaks(examples_NE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -227,8 +227,9 @@ def solve(
   progress: Progress,
   accumulator: Accumulator,
   held_out: HeldOutProxies | None = None,
+  only: Sequence[int] | None = None,
 ) -> Solved:
-  """Solutions of all members for the weightings of all tasks.
+  """Solutions of all members for the weightings of all tasks, or of some.
 
   Args:
     mode, members: as `open_members` returns them.
@@ -236,7 +237,9 @@ def solve(
     options: `config.datamodel`.
     mesh, progress, accumulator: as for `datamodel.gram`.
     held_out: measured outputs, by which the damping is chosen (see `damping`); None takes `datamodel.damping`.
+    only: places of the tasks to solve for; None for all. All of them choose the damping.
   """
+  places = range(len(weights)) if only is None else only
   candidates = [options.damping] if held_out is None else [options.damping * factor for factor in damping.FACTORS]
   solutions: list[list[Solution]] = [[] for _ in candidates]
   pairs = [] if held_out is None else held_out.pairs(len(members))
@@ -249,16 +252,20 @@ def solve(
     phi = [phi_TJ if scale_J is None else phi_TJ * scale_J for phi_TJ in member.targets]
     datamodel.blend(parts, blocks, phi, options.target_share)
     spectra.append([{'columns': list(c), **datamodel.spectrum(part)} for c, part in zip(blocks, parts, strict=True)])
-    right_KJ = np.concatenate([w.weight_KT @ phi_TJ for w, phi_TJ in zip(weights, phi, strict=True)])
+    none_KJ, groups = np.zeros((0, member.source.dimension)), [len(weights[place].weight_KT) for place in places]
+    right_KJ = np.concatenate([none_KJ, *(weights[place].weight_KT @ phi[place] for place in places)])
     count = len(right_KJ)
     if held_out is not None:
       sum_PJ = datamodel.sums(member.source, held_out.seen_PN, accumulator, f'sums_{member.name}')
       difference_DJ = np.stack([sum_PJ[a] - sum_PJ[b] for scorer, a, b in pairs if scorer == index])
       right_KJ = np.concatenate([right_KJ, difference_DJ if scale_J is None else difference_DJ * scale_J])
+      groups.append(len(difference_DJ))
     u_KJD = []
     for candidate, by_member in zip(candidates, solutions, strict=True):
       last = candidate == candidates[-1]
-      solution = datamodel.solve(parts, blocks, right_KJ, candidate, recentre=options.recentre, overwrite=last)
+      solution = datamodel.solve(
+        parts, blocks, right_KJ, candidate, recentre=options.recentre, overwrite=last, groups=groups
+      )
       u_JK = solution.u_JK if scale_J is None else solution.u_JK * scale_J[:, None]  # for features as stored
       by_member.append(dataclasses.replace(solution, u_JK=u_JK[:, :count]))
       u_KJD.append(u_JK[:, count:])

@@ -4,6 +4,7 @@ Reading tokens, computing on the device and using the result overlap.
 """
 
 import abc
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -47,11 +48,17 @@ class RowSource(abc.ABC):
     """The rows that the Gram matrix is made of."""
     return self
 
-  def scores(self, u_JK: np.ndarray, row: int = 0) -> Iterator[Shard]:
-    """(start, stop, φ u in float32 [B, K]) of each shard from `row` on, for u in float32."""
-    u = jnp.asarray(u_JK)
+  def scores(self, u_JK: np.ndarray, row: int = 0, groups: Sequence[int] = ()) -> Iterator[Shard]:
+    """(start, stop, φ u in float32 [B, K]) of each shard from `row` on, for u in float32; see `column_groups`."""
+    parts = [jnp.asarray(np.ascontiguousarray(u_JK[:, k])) for k in column_groups(groups, u_JK.shape[1])]
     for start, stop, phi_BJ in self.prefetched(row):
-      yield start, stop, np.asarray(dot(phi_BJ, u))
+      yield start, stop, np.concatenate([np.asarray(dot(phi_BJ, u)) for u in parts], axis=1)
+
+
+def column_groups(groups: Sequence[int], count: int) -> list[slice]:
+  """Slices of `count` columns by the sizes of groups of neighbours, which are treated apart; one if there are none."""
+  ends = np.cumsum([0, *(groups or [count])]).tolist()
+  return [slice(begin, end) for begin, end in itertools.pairwise(ends)]
 
 
 @jax.jit
@@ -232,8 +239,9 @@ class DirectionalSource(RowSource):
   def gram_rows(self) -> RowSource:
     return self._sample
 
-  def scores(self, u_JK: np.ndarray, row: int = 0) -> Iterator[Shard]:
-    """As `RowSource.scores`, with φ neither computed nor quantized."""
+  def scores(self, u_JK: np.ndarray, row: int = 0, groups: Sequence[int] = ()) -> Iterator[Shard]:
+    """As `RowSource.scores`, with φ neither computed nor quantized, and all columns together."""
+    del groups
     features = self._start(u_JK)
     features.charge(self.rows)
     return features.ranges(self._features.bounds(row))

@@ -264,10 +264,12 @@ class Features:
     artifact: of the stage.
     context: of the stage that reads, with pool and proxies among its inputs. Modes that store no features need it to
       recompute them.
+    targets: of the stage `target_features`, for `target`; by default the one among the context's inputs.
   """
 
-  def __init__(self, artifact: Artifact, context: Context | None = None):
+  def __init__(self, artifact: Artifact, context: Context | None = None, targets: Artifact | None = None):
     self._path, self._context = artifact.path, context
+    self._targets = targets or (context.inputs.get('target_features') if context else None)
     self.semantics = artifact.semantics
     self.rows, self.dimension = self.semantics['rows'], self.semantics['dimension']
     self.checkpoints = self.semantics['checkpoints']
@@ -291,4 +293,6 @@ class Features:
 
   def target(self, task: str, checkpoint: int) -> np.ndarray:
     """phi_TJ of the target split of `task`, float32."""
-    return storage.load(self._path / f'{task}_{checkpoint}.npy')
+    if self._targets is None:
+      raise ValueError('features of targets are in another artifact, that of the stage target_features')
+    return storage.load(self._targets.path / f'{task}_{checkpoint}.npy')

@@ -21,13 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from dsdm_jax.configs import base
-from dsdm_jax.core.artifacts import Cost
+from dsdm_jax.core.artifacts import Artifact, Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order import batches
 from dsdm_jax.data.order.schedule import Schedule
 from dsdm_jax.data.pool import build, passes, readers, sources
 from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets import masked
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--workers', type=int, default=0, help='processes; 0 for one per core')
   parser.add_argument('--batch_size', type=int, default=64)
   parser.add_argument('--seconds', type=float, default=5, help='seconds of each way of reading')
-  parser.add_argument('--guard', action='store_true', help='run the leakage guard against the built-in targets')
+  parser.add_argument('--guard', action='store_true', help='also run the leakage guard against the built-in targets')
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -63,14 +64,19 @@ def _build(folder: Path, files: str, flags: argparse.Namespace) -> Pool:
   config = base.get_config()
   c = config.pool
   c.sources, c.max_bytes, c.max_document_bytes = (f'jsonl:{files}',), 0, 0
-  c.length, c.vocabulary, c.vocab_size, c.leakage_guard = flags.length, flags.vocabulary, 8_192, flags.guard
-  c.leakage_benchmarks = ()
+  c.length, c.vocabulary, c.vocab_size = flags.length, flags.vocabulary, 8_192
+  config.leakage.benchmarks = ()
   config.host.workers = flags.workers
   out = folder / 'pool'
   out.mkdir()
   began, used = time.perf_counter(), time.process_time()  # of this process: compare CPU seconds with --workers=1
   with memory_watched() as most:
-    build.run(Context(config, out, {}, Log(folder, 'pool', enabled=False), Cost(out)))
+    semantics = build.run(Context(config, out, {}, Log(folder, 'pool', enabled=False), Cost(out)))
+    if flags.guard:
+      found = folder / 'leakage'
+      found.mkdir()
+      inputs = {'pool': Artifact(out, {'semantics': semantics})}
+      masked.run(Context(config, found, inputs, Log(folder, 'leakage', enabled=False), Cost(found)))
   seconds = time.perf_counter() - began
   pool = Pool(out)
   megabytes, cpu_seconds = pool.card['bytes'] / 1e6, time.process_time() - used

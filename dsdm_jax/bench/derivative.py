@@ -29,6 +29,7 @@ from dsdm_jax.configs import validation
 from dsdm_jax.core import artifacts, prng
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets.masked import masked_rows
 from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.errors import UserError
 from dsdm_jax.training.differentiable import Metagradient, ScannedTraining, TargetOutputs
@@ -54,9 +55,8 @@ def run(flags: argparse.Namespace) -> None:
   """Measures and prints; see the module."""
   config = validation.get_config()
   config.validation.rows, config.validation.epochs = flags.rows, flags.epochs
-  examples = examples_of(
-    config.validation, Pool(_stage(flags.workdir, 'pool')), Targets(_stage(flags.workdir, 'targets'))
-  )
+  pool, targets, leakage = (_stage(flags.workdir, stage) for stage in ('pool', 'targets', 'leakage'))
+  examples = examples_of(config.validation, Pool(pool), Targets(targets), masked_rows(leakage))
   for name in flags.settings:
     for line in compare(config, name, examples, flags.directions, flags.steps, flags.models_at_once):
       print(json.dumps({'setting': name, **line}), flush=True)

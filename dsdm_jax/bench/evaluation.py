@@ -16,7 +16,8 @@ from dsdm_jax.data.pool import vocabulary
 from dsdm_jax.data.targets import benchmarks
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import suite
-from dsdm_jax.evaluation.scoring import Scorer, score_request, stop_tokens
+from dsdm_jax.evaluation.scoring import Scorer, score_request
+from dsdm_jax.evaluation.suite import stop_tokens
 from dsdm_jax.training.step import trainer
 
 

@@ -139,7 +139,7 @@ def _build(folder: Path, rows: int) -> Pool:
   config = base.get_config()
   c = config.pool
   c.sources, c.max_bytes, c.max_document_bytes = (f'jsonl:{folder}/text.jsonl',), 0, 0
-  c.length, c.vocabulary, c.leakage_guard = _LENGTH, 'bytes', False
+  c.length, c.vocabulary = _LENGTH, 'bytes'
   out = folder / 'pool'
   out.mkdir()
   build.run(Context(config, out, {}, Log(folder, 'pool', enabled=False), Cost(out)))

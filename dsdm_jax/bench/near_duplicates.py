@@ -132,7 +132,7 @@ def _config(file: Path, epochs: float) -> ConfigDict:
   config = quickstart.get_config()
   config.pool.sources, config.pool.max_bytes, config.pool.max_document_bytes = (f'jsonl:{file}',), 0, 0
   config.pool.vocab_size = 4_096
-  config.pool.leakage_guard = config.pool.drop_duplicates = False  # exact copies must stay in the pool
+  config.leakage.guard = config.pool.drop_duplicates = False  # exact copies must stay in the pool
   config.targets.tasks, config.targets.max_examples = ('cs_algorithms',), 16
   config.proxies.count, config.proxies.subset_share, config.proxies.epochs = 1, 1.0, epochs
   return config

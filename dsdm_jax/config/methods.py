@@ -14,12 +14,12 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
   'embeddings': (f'proxies{FIRST}',),  # embeddings by proxy 0
   'moments': ('proxies',),  # weights and Adam's moments of all proxies
   'log_likelihoods': ('proxies',),  # log-likelihoods of the pool's rows by all proxies
-  'features': ('proxies', 'features'),  # features of all proxies, or products with them
-  'feature_rows': ('proxies', 'features'),  # features of all proxies, row by row
+  'features': ('proxies', 'features', 'target_features'),  # features of all proxies, or products with them
+  'feature_rows': ('proxies', 'features', 'target_features'),  # features of all proxies, row by row
   'first_features': (f'proxies{FIRST}', f'features{FIRST}'),  # features of proxy 0
-  'scores': ('proxies', 'features', 'datamodel'),  # scores of the datamodel
+  'scores': ('proxies', 'features', 'target_features', 'datamodel'),  # scores of the datamodel
 }
-STAGES = ('proxies', 'features', 'datamodel', 'selection')  # stages whose cost a method can bear
+STAGES = ('proxies', 'features', 'target_features', 'datamodel', 'selection')  # stages whose cost a method can bear
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,20 +120,6 @@ class Pool(Section):
   max_unknown_share: Annotated[float, Ge(0), Le(1)] = key(
     0.001, 'Maximum share of unknown pieces in a sample of the pool, encoded with a given vocabulary.'
   )
-  leakage_guard: bool = key(True, 'Find documents that contain target text, and list them.')
-  drop_leaks: bool = key(True, 'Drop these documents.')
-  leakage_ngram: Annotated[Few, Ge(2)] = key(12, 'Consecutive words that count as the same text.')
-  leakage_common: Count = key(10, 'A passage that more documents share is a common phrase, and no leak; 0 for none.')
-  leakage_benchmarks: Annotated[
-    Texts,
-    must(
-      lambda x: all(b in (v.EVALUATED, *v.BENCHMARKS) or v.is_jsonl(b) or v.is_harness(b) for b in x),
-      f"must be '{v.EVALUATED}', names of {', '.join(v.BENCHMARKS)}, paths that end in .jsonl, or lm_eval:TASK",
-    ),
-  ] = key(
-    (v.EVALUATED,),
-    'Benchmarks that the pool must not contain: names, files, lm_eval:TASK, or evaluated (evaluation.tasks).',
-  )
   plant_targets: Count = key(0, 'Control: target examples of each task that are added verbatim as documents.')
 
 
@@ -192,6 +178,22 @@ class Targets(Section):
     'cut', 'A prompt of a target that is too long without shots loses its beginning, or the run stops.'
   )
   seed: Seed = key(0, 'Seed of generated tasks and of the split.')
+
+
+class Leakage(Section):
+  """Rows that hold text of a target or benchmark, which no selection takes."""
+
+  guard: bool = key(True, 'Find documents of the pool that contain target text, and list them.')
+  mask: bool = key(True, 'No selection takes a row of these documents.')
+  ngram: Annotated[Few, Ge(2)] = key(12, 'Consecutive words that count as the same text.')
+  common: Count = key(10, 'A passage that more documents share is a common phrase, and no leak; 0 for none.')
+  benchmarks: Annotated[
+    Texts,
+    must(
+      lambda x: all(b in (v.EVALUATED, *v.BENCHMARKS) or v.is_jsonl(b) or v.is_harness(b) for b in x),
+      f"must be '{v.EVALUATED}', names of {', '.join(v.BENCHMARKS)}, paths that end in .jsonl, or lm_eval:TASK",
+    ),
+  ] = key((v.EVALUATED,), 'Benchmarks to look for: names, files, lm_eval:TASK, or evaluated (evaluation.tasks).')
 
 
 class Model(Section):
@@ -538,6 +540,7 @@ class Config(Section):
   host: Host = Host()
   log: Logs = Logs()
   targets: Targets = Targets()
+  leakage: Leakage = Leakage()
   model: Model = Model()
   proxies: Proxies = Proxies()
   features: Features = Features()

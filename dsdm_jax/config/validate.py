@@ -129,7 +129,7 @@ def validate(config: ConfigDict) -> None:
 def resolve(config: ConfigDict, keys_of: Callable[[str], dict[str, Any]]) -> ConfigDict:
   """`config` with names replaced by what they mean; itself where there are none.
 
-  Names are `size` and `weights` of a model, which fix its shape, and 'evaluated' in `pool.leakage_benchmarks`.
+  Names are `size` and `weights` of a model, which fix its shape, and 'evaluated' in `leakage.benchmarks`.
 
   Args:
     config: the whole config, of the right types.
@@ -139,9 +139,9 @@ def resolve(config: ConfigDict, keys_of: Callable[[str], dict[str, Any]]) -> Con
     UserError: such a key is also set, to another value; or as `keys_of`.
   """
   flat = flatten(config)
-  if EVALUATED in flat['pool.leakage_benchmarks']:
+  if EVALUATED in flat['leakage.benchmarks']:
     config = ConfigDict(config).copy_and_resolve_references()
-    config.pool.leakage_benchmarks = guarded(flat['pool.leakage_benchmarks'], flat['evaluation.tasks'])
+    config.leakage.benchmarks = guarded(flat['leakage.benchmarks'], flat['evaluation.tasks'])
   if not any(flat[f'{model}.{key}'] for model in MODELS for key in ('size', 'weights')):
     return config
   default = schema.Model().model_dump()

@@ -23,7 +23,7 @@ BENCHMARKS = tuple(
   'bb_copy_logic bb_dyck_languages bb_operators arc_easy bb_qa_wikidata trivia_qa winograd arc_challenge '
   'squad_xquad'.split()
 )
-EVALUATED = 'evaluated'  # in pool.leakage_benchmarks
+EVALUATED = 'evaluated'  # in leakage.benchmarks
 MIX = 'mix'  # in selection.targets
 LONGEST_NAME = 100  # bytes of the name of a task, a checkpoint or an arm
 CALLABLE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*')
@@ -129,9 +129,9 @@ def weights_differ(lines: Iterable[str]) -> bool:
 
 
 def guarded(names: Iterable[str], evaluated: Iterable[str]) -> tuple[str, ...]:
-  """`pool.leakage_benchmarks` with the benchmarks of `evaluation.tasks` in the place of 'evaluated'.
+  """`leakage.benchmarks` with the benchmarks of `evaluation.tasks` in the place of 'evaluated'.
 
-  They are sorted by their names, not their paths: the order is part of the pool's identity, and files may move.
+  They are sorted by their names, not their paths: the order is part of the stage's identity, and files may move.
   """
   names = set(names)
   benchmarks = (

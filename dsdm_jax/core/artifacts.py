@@ -35,12 +35,14 @@ from dsdm_jax.core import storage
 from dsdm_jax.errors import UserError
 
 # Names of the pipeline's stages: these folders of a workdir are its own.
-STAGES = tuple(
-  'pool targets proxies features datamodel validation selection pretraining ladder evaluation report'.split()
+STAGES = (
+  *('pool', 'leakage', 'targets', 'proxies', 'features', 'target_features', 'datamodel', 'validation'),
+  *('selection', 'pretraining', 'ladder', 'evaluation', 'report'),
 )
 MANIFEST = 'manifest.json'
 _BEGUN = 'begun.json'
 _COST = re.compile(r'cost(_\d+)?\.json')  # one for each job that shares the stage
+PLACING = 'placing.json'  # note of the units whose files are being taken over, see `core/units.py`
 _PUBLISHED = 'published.json'  # names that `publish` wrote in the folder of a stage
 _SELF_CHECKED = '*.zarr/c/*'  # chunks of a store, whose crc32c each read checks
 _ATTEMPT = re.compile(r'[0-9a-f]{12}-\d+')
@@ -226,10 +228,11 @@ def open_stage(workdir: str | os.PathLike, stage: str) -> Artifact | None:
     data = storage.read_bytes(file)
     if data is None:
       return None
-    if not {'attempt', 'sha256'} & (manifest := json.loads(data)).keys() and 'identity' in manifest:
+    keys = json.loads(data).keys()
+    manifest = None if 'identity' in keys and not {'attempt', 'sha256'} & keys else unseal(data)
+    if manifest is None or ('identity' in manifest and 'units' not in manifest):
       raise UserError(f'{file.parent} was written by an older version of dsdm_jax; use another --workdir')
-    manifest = unseal(data)
-    for key in ('identity', 'files', 'semantics', 'cost', 'versions'):
+    for key in ('identity', 'files', 'units', 'semantics', 'cost', 'versions'):
       if not isinstance(manifest[key], dict):
         raise TypeError(f'{key} is not an object')
     if not _ATTEMPT.fullmatch(manifest['attempt']) or not _is_identity(manifest['identity']):
@@ -240,6 +243,10 @@ def open_stage(workdir: str | os.PathLike, stage: str) -> Artifact | None:
       manifest['cost'][key] + 0.0
     if not all(isinstance(name, str) for name in manifest['models']):
       raise TypeError('models has an entry that is not a name')
+    for unit in manifest['units'].values():
+      if type(unit['of']) is not str or not set(unit['files']) <= manifest['files'].keys():
+        raise ValueError('a unit has no digest, or names a file that is not listed')
+      sum(unit['parts'].values()) + 0.0
     for name, entry in manifest['files'].items():
       if Path(name).is_absolute() or '..' in Path(name).parts or '\0' in name:
         raise ValueError(f'path {name!r} leaves the folder')
@@ -306,6 +313,19 @@ def mismatches(workdir: str | os.PathLike, opened: Mapping[str, Artifact]) -> It
 
 def _digest(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(value: Any) -> str:
+  """SHA-256 of a JSON value."""
+  return _digest(value)
+
+
+def read_placing(file: Path) -> list[str]:
+  """The units of a note `placing.json`; none if there is no note, or one that is damaged."""
+  try:
+    return [str(name) for name in unseal(storage.read_bytes(file) or b'{}')['units']]
+  except _UNREADABLE:
+    return []
 
 
 def seal(content: Mapping[str, Any]) -> bytes:
@@ -384,13 +404,27 @@ def origin(attempt: Path) -> str:
   return _digest(None if note is None else {key: note[key] for key in _IDENTITY})
 
 
+def settings_of(attempt: Path, without: Collection[str] = ()) -> dict[str, Any]:
+  """The settings in the identity of an attempt, files by content, without some keys; none where it has no note."""
+  note = _note(attempt) if (attempt / _BEGUN).is_file() else None
+  return {key: value for key, value in (note or {'settings': {}})['settings'].items() if key not in without}
+
+
 def other_versions(attempt: Path) -> dict[str, tuple[str, str]]:
   """Package that decides results → its version when the attempt was begun, and now, for those that differ.
 
   A package that is installed only now, or only was then, had no part in the attempt; one that the note does not name
   is not compared.
   """
-  noted = (_note(attempt) or {}).get('versions')
+  return _other_versions((_note(attempt) or {}).get('versions'))
+
+
+def same_packages(artifact: Artifact) -> bool:
+  """Whether a finished stage was computed with the installed packages, as far as they decide results."""
+  return not _other_versions(artifact.manifest['versions'])
+
+
+def _other_versions(noted: Any) -> dict[str, tuple[str, str]]:
   old = {k: ' '.join(v.split())[:50] for k, v in noted.items() if isinstance(v, str)} if isinstance(noted, dict) else {}
   new = versions()
   for version in (old, new):
@@ -504,7 +538,7 @@ def holds_work(attempt: Path) -> bool:
 
 
 def _is_note(name: str) -> bool:
-  return name == _BEGUN or _COST.fullmatch(name) is not None or storage.is_mark(name)
+  return name in (_BEGUN, PLACING) or _COST.fullmatch(name) is not None or storage.is_mark(name)
 
 
 class Cost:
@@ -540,6 +574,10 @@ class Cost:
     """Counts work on disk that had taken `seconds` in all, although a kill came before they were saved."""
     self._earlier = max(self._earlier, seconds)
 
+  def add(self, seconds: float) -> None:
+    """Counts work that another attempt did."""
+    self._earlier += seconds
+
   def of_all_jobs(self) -> dict[str, float]:
     others = [_spent(file)[0] for file in _costs(self.attempt) if file != self._file]
     return {'seconds': self.seconds + sum(others), 'flop': self.flop}
@@ -571,10 +609,21 @@ def _spent(file: Path) -> tuple[float, dict[str, float]]:
     ) from error
 
 
-def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost: Cost) -> Artifact:
+def commit(
+  workdir: Path,
+  identity: Identity,
+  semantics: Mapping[str, Any],
+  cost: Cost,
+  units: Mapping[str, Any] | None = None,
+) -> Artifact:
   """Writes the manifest, which makes the attempt of `cost` the finished stage, and deletes the one that was finished.
 
   Several jobs may commit the same attempt; the first one writes the manifest.
+
+  Args:
+    workdir, identity, semantics: of the stage.
+    cost: of the attempt.
+    units: `Units.as_json`.
 
   Raises:
     UserError: another run has finished the stage with other settings.
@@ -590,6 +639,7 @@ def commit(workdir: Path, identity: Identity, semantics: Mapping[str, Any], cost
     'identity': identity.as_json(),
     'files': files,
     'models': sorted(folder for folder in folders if f'{folder}.jsonl' in files),
+    'units': dict(units or {}),
     'semantics': dict(semantics),
     'cost': {'seconds': round(spent['seconds'], 3), 'flop': spent['flop']},
     'versions': versions(),

@@ -255,7 +255,8 @@ class Runner:
     log, cost = Log(self.workdir, stage.name, first, loggers), artifacts.Cost(out, job, enabled=first)
     log.event('begin', resumed=resumed)
     with display.stage(stage.name, first) as ended:
-      semantics = self._work(stage, out, log, cost)
+      context = Context(self.config, out, self._inputs(stage), log, cost, first, self._previous(stage))
+      semantics = self._work(stage, context)
       if semantics is None:
         cost.save()
         log.event('shared', job=job, seconds=cost.seconds)
@@ -264,30 +265,37 @@ class Runner:
       processes.decide(lambda: self._check_unchanged(stage, identity))
       if given := self._given.get(stage.name):
         semantics = {**semantics, 'given': given}
-      processes.decide(lambda: artifacts.commit(self.workdir, identity, semantics, cost).digest)
+      processes.decide(
+        lambda: artifacts.commit(self.workdir, identity, semantics, cost, context.units.as_json()).digest
+      )
       if first and self._cache is not None:
         compile_cache.note(self._cache)
       self._open([stage.name])
-      spent = self.done[stage.name].manifest['cost']
-      log.event('end', seconds=spent['seconds'], flop=spent['flop'])
+      spent, units = self.done[stage.name].manifest['cost'], context.units
+      log.event('end', seconds=spent['seconds'], flop=spent['flop'], made=units.made, taken=sorted(units.taken))
       ended()
 
-  def _work(self, stage: Stage, out: Path, log: Log, cost: artifacts.Cost) -> dict[str, Any] | None:
+  def _work(self, stage: Stage, context: Context) -> dict[str, Any] | None:
     """Calls the code of a stage; returns what its files mean, or None if other jobs have not finished."""
-    first = processes.is_first()
     try:
-      context = Context(self.config, out, self._inputs(stage), log, cost, first)
       function = load(stage.code)
       semantics = function(context) if stage.everywhere else processes.decide(lambda: function(context))
       processes.wait()
     except UserError:
       # An attempt without work is deleted, so that the next run may have other settings.
-      if first and not self.shared and not artifacts.holds_work(out):
-        artifacts.discard(out)
+      if context.first and not self.shared and not artifacts.holds_work(context.out):
+        artifacts.discard(context.out)
       raise
     finally:
-      log.close()
+      context.log.close()
     return semantics
+
+  def _previous(self, stage: Stage) -> Artifact | None:
+    """The finished stage whose units a rerun may take over: of the same format and packages."""
+    artifact = None if self.shared else artifacts.open_stage(self.workdir, stage.name)
+    if artifact is None or artifact.identity['format'] != stage.format or not artifacts.same_packages(artifact):
+      return None
+    return artifact
 
   def _start_jax(self, batches: Sequence[str]) -> None:
     """Applies settings of the whole process before the first array, then checks what needs devices."""

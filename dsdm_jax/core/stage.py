@@ -1,6 +1,7 @@
 """A stage of the pipeline: what it declares, and what its code receives."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.core.artifacts import Artifact, Cost
 from dsdm_jax.core.progress import Log
+from dsdm_jax.core.units import Units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Context:
     cost: of the work in `out`; call `save` on it when work is on disk.
     first: whether this process writes the files that all processes share. A stage that runs on all processes must look
       at files through `processes.decide`, so that all of them take the same branch.
+    previous: the finished stage that this rerun replaces; None if there is none.
   """
 
   config: ConfigDict
@@ -58,6 +61,12 @@ class Context:
   log: Log
   cost: Cost
   first: bool = True
+  previous: Artifact | None = None
+
+  @functools.cached_property
+  def units(self) -> Units:
+    """Parts of the work that a rerun takes over from `previous`."""
+    return Units(self.out, self.previous, self.cost)
 
   def add_flop(self, flop: float) -> None:
     """Adds floating-point operations to the stage's cost (a multiply-add counts as two), also of work done earlier."""

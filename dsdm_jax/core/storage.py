@@ -248,6 +248,11 @@ def unmark(file: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def mark_of(name: str) -> str:
+  """The name of the note that `mark` writes for a file."""
+  return f'{name}{_MARK}'
+
+
 def is_mark(name: str) -> bool:
   return name.endswith(_MARK)
 

@@ -37,8 +37,8 @@ _PACKAGE = 'dsdm_jax'  # its own code counts by `Stage.format`
 _WEIGHTS = ('config.json', '*.safetensors', '*.safetensors.index.json')  # what `lm.hugging_face` reads
 # Of a tokenizer.json: they may have its end mark and its chat template.
 _BESIDE = ('tokenizer_config.json', 'generation_config.json', 'chat_template.jinja')
-# What planted examples depend on, beside the tasks; `max_examples` keeps their order.
-_PLANTED = ('holdout_share', 'file_shots', 'file_delimiter', 'long_prompts')
+# What planted examples depend on; `max_examples` keeps their order.
+_PLANTED = ('tasks', 'folder', 'seed', 'holdout_share', 'file_shots', 'file_delimiter', 'long_prompts')
 _INSTALLED = {'site-packages', 'dist-packages'}
 _NONE = 'no file matches'
 
@@ -60,13 +60,15 @@ def by_content(
   Raises:
     UserError: an input does not exist or cannot be read.
   """
+  if selected.get('pool.plant_targets'):  # the pool then holds examples of the target split
+    selected = {**selected, **select(settings, [f'targets.{key}' for key in _PLANTED])}
   result, given = dict(selected), {}
   for key, value in selected.items():
     replace = _replacement(key, settings)
     if replace is None:
       continue
     known = {}
-    if finished is not None and key.startswith('pool.'):
+    if finished is not None and key.startswith(('pool.', 'leakage.')):
       pairs = zip(_texts(finished.given.get(key)), _texts(finished.settings.get(key)), strict=False)
       known = {text: kept for text, kept in pairs if isinstance(text, str) and isinstance(kept, str)}
     replaced = []
@@ -87,8 +89,6 @@ def by_content(
       given[key] = value
   for module in sorted({module for value in selected.values() for module in _modules(value)}):
     result[f'code of {module}'] = code(module)
-  if selected.get('pool.plant_targets'):  # the pool then holds the target split
-    result |= select(settings, [f'targets.{key}' for key in _PLANTED])
   return result, given
 
 
@@ -103,7 +103,7 @@ def _replacement(key: str, settings: Mapping[str, Any]) -> Replace | None:
     return (lambda text: _custom(text, name == 'weights')) if isinstance(settings[key], str) else None
   if model in MODELS and name == 'weights':
     return lambda text: text and f'content {files.digest(text, _WEIGHTS)}'
-  if key in ('targets.tasks', 'pool.leakage_benchmarks', 'evaluation.tasks'):
+  if key in ('targets.tasks', 'leakage.benchmarks', 'evaluation.tasks'):
     return lambda text: of_task(text, settings['targets.folder'])
   return {
     'pool.sources': _source,

@@ -1,6 +1,7 @@
 """Stage `evaluation`: every model on every task and split, then differences between arms with intervals."""
 
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.config.methods import STAGES
 from dsdm_jax.config.values import is_jsonl, task_name
-from dsdm_jax.core import processes, storage
+from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data import inputs
 from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets.tasks import SPLITS
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import multiplier, ngrams, results, scoring
 from dsdm_jax.evaluation.comparisons import Options, Runs
@@ -24,13 +26,19 @@ from dsdm_jax.evaluation.suite import BENCHMARK, Suite, open_suite
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import trainer
 
+# Settings that do not change the values of one model on one task.
+_NOT_OF_MODELS = {
+  *('evaluation.tasks', 'evaluation.checkpoints', 'evaluation.confidence', 'evaluation.bootstrap'),
+  *('evaluation.paired_seeds', 'evaluation.selection_uses', 'pretraining.seeds'),
+}
+
 
 def run(context: Context) -> dict:
   """Writes the artifact of the stage.
 
-  `runs/<name>.npz` has the values of one model, `items.npz` those of all, `runs.json` what they are, `lines.npz` the
-  values of their reference lines, and `answers/` the generated texts. `documents.json` and `categories.json` have those
-  of each item, by task and split. `results.json` and `multiplier.json` are the summaries.
+  `runs/<name>/<task>.npz` has the values of one model on one task, `items.npz` those of all, `runs.json` what they are,
+  `lines.npz` the values of their reference lines, and `answers/` the generated texts. `documents.json` and
+  `categories.json` have those of each item, by task and split. `results.json` and `multiplier.json` are the summaries.
   """
   suite, entries = open_suite(context), models(context)
   for folder in ('runs', 'answers'):
@@ -65,42 +73,67 @@ def models(context: Context) -> list[dict[str, Any]]:
     facts = {key: entry[key] for key in ('name', 'method', 'seed', 'selection')}
     own = _checkpoint(context.inputs['pretraining'], entry['name'])
     entries.append({**facts, 'target_mix': entry['target'], **own})
-  for spec in context.config.evaluation.checkpoints:
+  content = artifacts.settings_of(context.out).get('evaluation.checkpoints')
+  for place, spec in enumerate(context.config.evaluation.checkpoints):
     name, _, folder = spec.partition('=')
     if name in {entry['method'] for entry in index}:
       raise UserError(f'evaluation.checkpoints calls {folder} {name!r}, as an arm is called; give it another name')
     checkpoint = {'name': f'checkpoint--{name}', 'method': name, 'target_mix': UNTARGETED, 'seed': 0}
     entries.append({**checkpoint, 'selection': None, 'folder': folder, 'step': None})
+    entries[-1]['of'] = content[place] if content else spec
   return entries
 
 
 def _checkpoint(artifact: Artifact, name: str) -> dict[str, Any]:
-  return {'folder': str(artifact.path / name), 'step': artifact.last_step(name)}
+  of = [artifact.manifest['units'][name]['of'], artifact.manifest['files'][f'{name}.jsonl']['sha256']]
+  return {'folder': str(artifact.path / name), 'step': artifact.last_step(name), 'of': of}
 
 
 def _evaluate(
   context: Context, suite: Suite, model: ConfigDict, entries: Sequence[Mapping[str, Any]], title: str
 ) -> None:
-  """Evaluates models of one shape and writes `runs/<name>.npz` and `answers/`; skips models that have such a file."""
+  """Evaluates models of one shape and writes `runs/<name>/<task>.npz` and `answers/`; skips what is there.
+
+  Each pair of a model and a task is a unit.
+  """
   config, pool = context.config, Pool(context.inputs['pool'])
+  settings = artifacts.settings_of(context.out, _NOT_OF_MODELS)
+  pairs = {(entry['name'], task): f'{entry["name"]} on {task}' for entry in entries for task in suite.digests}
+  named = {unit: pair for pair, unit in pairs.items()}
+  context.units.take(
+    {
+      pairs[entry['name'], task]: [settings, model.to_dict(), entry['of'], digest]
+      for entry in entries
+      for task, digest in suite.digests.items()
+    },
+    lambda unit: _files(*named[unit]),
+  )
   compiled = trainer(model, config.pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
-  scorer = scoring.Scorer(compiled, config.evaluation.batch_size, pool.encoder.pad)
+  scorer, spent = scoring.Scorer(compiled, config.evaluation.batch_size, pool.encoder.pad), context.cost.parts
   with context.log.bar(total=len(entries), desc='' if title == 'evaluation' else title, unit='model') as bar:
     for entry in entries:
-      file = context.out / 'runs' / f'{entry["name"]}.npz'
-      flop_of = context.cost.parts
-      if not processes.decide(lambda: storage.is_marked(file) and entry['name'] in flop_of):  # noqa: B023  called at once
-        scorer.flop = 0.0  # a difference would depend on what this process evaluated before
-        arrays, texts = scoring.evaluate(suite, scorer, load_state(Path(entry['folder']), compiled, entry['step']))
-        if context.first:
-          answers = _write_answers(context.out, entry['name'], suite, arrays, texts) if 'method' in entry else []
-          storage.save_npz(file, **arrays)
-          storage.mark(file, *answers)
-        # Last: a model that a kill left without its cost is evaluated again, and none is charged twice.
-        flop_of[entry['name']] = scorer.flop
-        context.cost.save()
-      context.add_flop(flop_of.get(entry['name'], 0.0))
+      state = None
+      for task in suite.digests:
+        unit, file = pairs[entry['name'], task], context.out / _files(entry['name'], task)[0]
+        if not processes.decide(lambda: storage.is_marked(file) and f'{unit} flop' in spent):  # noqa: B023  at once
+          state = state or load_state(Path(entry['folder']), compiled, entry['step'])
+          began, scorer.flop = time.monotonic(), 0.0  # a difference would depend on what was evaluated before
+          arrays, texts = scoring.evaluate(suite, scorer, state, task)
+          if context.first:
+            answers = _write_answers(context.out, entry['name'], suite, arrays, texts) if 'method' in entry else []
+            storage.save_npz(file, **arrays)
+            storage.mark(file, *answers)
+          # Last: what a kill left without its cost is evaluated again, and nothing is charged twice.
+          spent |= {unit: time.monotonic() - began, f'{unit} flop': scorer.flop}
+          context.cost.save()
+        context.add_flop(spent.get(f'{unit} flop', 0.0))
       bar.update(1)
+
+
+def _files(name: str, task: str) -> list[str]:
+  """The values of a model on a task, and its answers."""
+  splits = ('', *(f'.{split}' for split in SPLITS))
+  return [f'runs/{name}/{task}.npz', *(f'answers/{name}--{task}{split}.jsonl' for split in splits)]
 
 
 def _write_answers(
@@ -126,7 +159,7 @@ def _summarize(
 ) -> None:
   out, config = context.out, context.config.evaluation
   documents, categories = suite.documents(), suite.categories()
-  values = _stacked(out / 'runs', [entry['name'] for entry in entries])
+  values = _stacked(out / 'runs', [entry['name'] for entry in entries], suite.digests)
   lines = ngrams.lines(context, suite, entries) if config.ngram_tokens else {}
   items = Items(values, documents, categories, suite.tasks(), lines)
   runs = [{key: entry[key] for key in ('method', 'target_mix', 'seed', 'selection')} for entry in entries]
@@ -139,27 +172,31 @@ def _summarize(
     )
   summary = results.results(items, runs, Options(config.confidence, config.paired_seeds, config.bootstrap))
   summary['multiplier'] = None
-  pool = context.inputs['pool']
-  if missing := unguarded(Pool(pool).card['guarded'], pool.settings, {task for task, _ in documents}, config.tasks):
+  leakage = context.inputs['leakage']
+  guarded = leakage.semantics['guarded']
+  if missing := unguarded(guarded, leakage.settings, {task for task, _ in documents}, config.tasks):
     summary['notes'].append(f'The pool was not checked for text of {", ".join(missing)} (docs/pools.md).')
   if ladder:
-    values = _stacked(out / 'runs', [f'ladder--{entry["name"]}' for entry in ladder if entry['chosen']])
+    chosen = [f'ladder--{entry["name"]}' for entry in ladder if entry['chosen']]
+    values = _stacked(out / 'runs', chosen, suite.digests)
     storage.save_npz(out / 'ladder_items.npz', **values)
     summary['multiplier'] = _multipliers(context, items, runs, ladder, Items(values, documents, categories))
     storage.write_json(out / 'multiplier.json', summary['multiplier'])
   storage.write_json(out / 'results.json', summary)
 
 
-def unguarded(guarded: Iterable[str], pool: Mapping[str, Any], names: Iterable[str], tasks: Iterable[str]) -> list[str]:
-  """Evaluated tasks whose text the leakage guard did not look for, such as benchmarks that are newer than the pool.
+def unguarded(
+  guarded: Iterable[str], settings: Mapping[str, Any], names: Iterable[str], tasks: Iterable[str]
+) -> list[str]:
+  """Evaluated tasks whose text the leakage guard did not look for.
 
   Args:
-    guarded: names of tasks in the pool's card.
-    pool: settings in the pool's identity, where files are digests: another file of the same name is another task.
+    guarded: names of the tasks that it looked for.
+    settings: of its stage, where files are digests: another file of the same name is another task.
     names: of what is evaluated.
     tasks: `evaluation.tasks`.
   """
-  known = {text for key in ('pool.leakage_benchmarks', 'targets.tasks') for text in pool.get(key, ())}
+  known = {text for key in ('leakage.benchmarks', 'targets.tasks') for text in settings.get(key, ())}
   others = {task_name(task) for task in tasks if is_jsonl(task) and inputs.of_task(task) not in known}
   return sorted(set(names) - set(guarded) | others)
 
@@ -184,10 +221,12 @@ def _multipliers(
   )
 
 
-def _stacked(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-  """The arrays [items] of each `<name>.npz`, stacked into [runs, items]."""
-  loaded = []
+def _stacked(folder: Path, names: Sequence[str], tasks: Iterable[str]) -> dict[str, np.ndarray]:
+  """The arrays [items] of each `<name>/<task>.npz`, stacked into [runs, items]."""
+  loaded: list[dict[str, np.ndarray]] = []
   for name in names:
-    with storage.load(folder / f'{name}.npz') as arrays:
-      loaded.append(dict(arrays))
+    loaded.append({})
+    for task in tasks:
+      with storage.load(folder / name / f'{task}.npz') as arrays:
+        loaded[-1] |= arrays
   return {key: np.stack([arrays[key] for arrays in loaded]) for key in loaded[0]}

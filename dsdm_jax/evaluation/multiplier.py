@@ -187,7 +187,7 @@ def charge(
     method: of the arm.
     selections: names of its selections.
     final: 'flop' and 'seconds' of one of its trainings.
-    costs: stage → 'flop' and 'seconds', at least for `methods.STAGES`.
+    costs: stage → 'flop' and 'seconds'. A file from before `target_features` has the cost of both under `features`.
     own_costs: selection → its 'flop' and 'seconds'.
     proxies: their number.
   """
@@ -195,7 +195,7 @@ def charge(
   if own_costs:
     costs = {**costs, 'selection': {unit: float(np.mean([own_costs[name][unit] for name in names])) for unit in units}}
   shares = charged_shares(method, proxies)
-  return Charge(final, {unit: sum(share * costs[stage][unit] for stage, share in shares.items()) for unit in units})
+  return Charge(final, {unit: sum(x * costs[s][unit] for s, x in shares.items() if s in costs) for unit in units})
 
 
 def arm(readings: Mapping[str, Reading | None], charged: Charge, uses: int) -> dict[str, Any]:

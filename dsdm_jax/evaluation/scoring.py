@@ -18,7 +18,6 @@ from flax import nnx
 
 from dsdm_jax.core import flops
 from dsdm_jax.core.mesh import fetch, place
-from dsdm_jax.data.pool.vocabulary import Encoder
 from dsdm_jax.evaluation.suite import Request, Suite
 from dsdm_jax.lm.decoder import Decoder
 from dsdm_jax.lm.decoding import greedy
@@ -271,28 +270,20 @@ def score_request(
   return {'logprob': answers.mean_P, 'accuracy': alias_prefix(texts, request.aliases_I)}, texts
 
 
-def stop_tokens(encoder: Encoder) -> np.ndarray:
-  """Tokens that end a generated answer, bool [V]: the end mark, padding, and every token with a newline.
-
-  Other tokens without text of their own do not: a lone space of SentencePiece has no text until a piece follows it.
-  """
-  stop_V = np.array(['\n' in encoder.decode([token]) for token in range(encoder.size)])
-  stop_V[[encoder.eos, encoder.pad]] = True
-  return stop_V
-
-
 def evaluate(
-  suite: Suite, scorer: Scorer, state: TrainState
+  suite: Suite, scorer: Scorer, state: TrainState, task: str
 ) -> tuple[dict[str, np.ndarray], dict[tuple[str, str], list[str]]]:
-  """(`<metric>__<task>__<split>` → values [items], (task, split) → generated texts) of one model on the whole suite."""
+  """(`<metric>__<task>__<split>` → values [items], (task, split) → generated texts) of one model on one task."""
   arrays: dict[str, np.ndarray] = {}
   texts: dict[tuple[str, str], list[str]] = {}
-  for (task, split), examples in suite.examples.items():
+  for (name, split), examples in suite.examples.items():
+    if name != task:
+      continue
     logprob_I, accuracy_I = scorer.score(state, examples.tokens_TL, examples.weights_TL)
     arrays[f'logprob__{task}__{split}'], arrays[f'accuracy__{task}__{split}'] = logprob_I, accuracy_I
-  generates = any(request.prompts_I for request in suite.requests)
-  stop_V = stop_tokens(suite.encoder) if generates else np.zeros(0, bool)
-  for request in suite.requests:
+  requests = [request for request in suite.requests if request.key[0] == task]
+  stop_V = suite.stop_V if any(request.prompts_I for request in requests) else np.zeros(0, bool)
+  for request in requests:
     (name, split), decode = request.key, suite.encoder.decode
     values, generated = score_request(scorer, state, request, suite.length, suite.generate, stop_V, decode)
     arrays |= {f'{metric}__{name}__{split}': value_I for metric, value_I in values.items()}

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import difflib
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -178,6 +179,16 @@ def prompts(shots_I: Sequence[int], dropped_I: Sequence[int], tokens_cut_I: Sequ
   }
 
 
+def stop_tokens(encoder: Encoder) -> np.ndarray:
+  """Tokens that end a generated answer, bool [V]: the end mark, padding, and every token with a newline.
+
+  Other tokens without text of their own do not: a lone space of SentencePiece has no text until a piece follows it.
+  """
+  stop_V = np.array(['\n' in encoder.decode([token]) for token in range(encoder.size)])
+  stop_V[[encoder.eos, encoder.pad]] = True
+  return stop_V
+
+
 @dataclasses.dataclass(frozen=True)
 class Suite:
   """Everything that models are evaluated on.
@@ -198,6 +209,21 @@ class Suite:
   generate: int
   shots: Mapping[str, int]
 
+  @functools.cached_property
+  def stop_V(self) -> np.ndarray:
+    """As `stop_tokens`."""
+    return stop_tokens(self.encoder)
+
+  @functools.cached_property
+  def digests(self) -> dict[str, str]:
+    """Task → SHA-256 of all that models are asked about it, in order."""
+    asked: dict[str, list[Any]] = {}
+    for (task, split), examples in self.examples.items():
+      asked.setdefault(task, []).append([split, examples.tokens_TL, examples.weights_TL])
+    for request in self.requests:
+      asked.setdefault(request.key[0], []).append(request)
+    return {task: _digest([self.length, self.generate, parts]) for task, parts in asked.items()}
+
   def tasks(self) -> list[dict[str, Any]]:
     """The `tasks` part of `results.json`."""
     own: list[dict[str, Any]] = []
@@ -215,6 +241,26 @@ class Suite:
   def categories(self) -> dict[tuple[str, str], list[str]]:
     """(task, split) → the category of each item, for benchmarks that are averaged by category."""
     return {request.key: list(request.category_I) for request in self.requests if any(request.category_I)}
+
+
+def _digest(value: Any) -> str:
+  """SHA-256 of arrays and texts in lists, tuples and dataclasses."""
+  hashed = hashlib.sha256()
+
+  def feed(part: Any) -> None:
+    if isinstance(part, np.ndarray):
+      hashed.update(f'{part.dtype.str}{part.shape}'.encode() + np.ascontiguousarray(part).tobytes())
+    elif isinstance(part, list | tuple):
+      hashed.update(f'[{len(part)}'.encode())
+      for each in part:
+        feed(each)
+    elif dataclasses.is_dataclass(part):
+      feed([getattr(part, field.name) for field in dataclasses.fields(part)])
+    else:
+      hashed.update(f'{part!r},'.encode())
+
+  feed(value)
+  return hashed.hexdigest()
 
 
 def _shortened(examples: Examples) -> tuple[list[int], list[int], list[int]]:

@@ -261,9 +261,11 @@ def _costs(config: ConfigDict, pool: _Pool, wanted: Sequence[str]) -> tuple[Numb
   text = (pool.bytes or 4 * rows * length) / 1.5e6 / worker_count(config.host.workers)
   seconds = {
     'pool': 3 + text,
+    'leakage': 4 + text / 2,
     'targets': 1.0,
     'proxies': compiling + of('proxies'),
     'features': compiling + of('features'),
+    'target_features': compiling / 2,
     'datamodel': compiling / 2 + of('gram', 'scores'),
     'selection': 1 + len(config.selection.methods) * rows / 1e6,
     'pretraining': compiling + of('pretraining'),

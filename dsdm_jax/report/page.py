@@ -1,7 +1,6 @@
 """One self-contained HTML page: the results, and how far to trust them."""
 
 import base64
-import collections
 import hashlib
 import json
 import shlex
@@ -21,7 +20,7 @@ from dsdm_jax.report.figures import Drawing
 from dsdm_jax.report.report_data import Evidence
 
 # Stages that random data do not need.
-SELECTING = ('proxies', 'features', 'datamodel', 'selection')
+SELECTING = ('proxies', 'features', 'target_features', 'datamodel', 'selection')
 _TEMPLATES = Path(__file__).parent / 'templates'
 
 
@@ -334,17 +333,18 @@ def _example(shown: Evidence, row: int, z_N: np.ndarray) -> dict[str, Any]:
 
 
 def _guard(shown: Evidence, most: int = 20) -> dict[str, Any]:
-  """Documents that the leakage guard dropped: counts by task, and some with their passages."""
-  by_task = collections.Counter(str(d['task']) for d in shown.dropped)
+  """Documents with text of targets: counts by task, some with their passages, and the rows that proxies trained on."""
+  found = shown.leakage
   return {
-    'on': shown.config['pool.leakage_guard'],
-    # The settings of a pool leave out this key where it has its default.
-    'drops': 'pool.drop_leaks' not in shown.config or shown.config['pool.drop_leaks'],
-    'total': len(shown.dropped),
-    'kept': len(shown.documents),
-    'by_task': sorted(by_task.items()),
+    'on': bool(found['guarded']),
+    'masked': found['masked'],
+    'documents': found['documents'],
+    'rows': found['rows'],
+    'all_rows': len(shown.source_N),
+    'trained': max(found['trained'], default=0),
+    'by_task': sorted(found['by_task'].items()),
     'cases': [
-      {'id': d['id'], 'passages': d.get('passages', 1), 'spans': [d, *d.get('more', ())]} for d in shown.dropped[:most]
+      {'id': d['id'], 'passages': d.get('passages', 1), 'spans': [d, *d.get('more', ())]} for d in shown.leaks[:most]
     ],
   }
 

@@ -17,7 +17,10 @@ from dsdm_jax.core.artifacts import Artifact, inside
 from dsdm_jax.data.pool.pool import Documents
 from dsdm_jax.errors import UserError
 
-STAGES = ('pool', 'targets', 'proxies', 'features', 'datamodel', 'selection', 'pretraining', 'ladder', 'evaluation')
+STAGES = (
+  *('pool', 'leakage', 'targets', 'proxies', 'features', 'target_features', 'datamodel', 'selection'),
+  *('pretraining', 'ladder', 'evaluation'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,9 @@ class Evidence:
     examples: task → its target examples that have scores of their own.
     selected: the rows that each arm and seed trained on.
     curves: training loss by arm.
-    dropped: one dict per document that the leakage guard dropped.
+    leaks: one dict per document that has text of a target or benchmark.
+    leakage: content of `card.json` of the stage `leakage`, and under `trained` for each proxy how many of these rows it
+      trained on.
     tokens: tokens that each final model was trained on.
     cost: stage → seconds, flop and bytes on disk; without the ladder if it has no rungs.
     versions: package → version.
@@ -96,7 +101,8 @@ class Evidence:
   examples: Mapping[str, list[TargetExample]]
   selected: list[Selected]
   curves: list[Curve]
-  dropped: list[Mapping[str, Any]]
+  leaks: list[Mapping[str, Any]]
+  leakage: Mapping[str, Any]
   tokens: int
   cost: Mapping[str, Mapping[str, float]]
   versions: Mapping[str, str]
@@ -156,7 +162,8 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
     examples=examples,
     selected=list(_selected(inputs['selection'].path, runs)),
     curves=curve_list,
-    dropped=leaks(inputs['pool'])['dropped'],
+    leaks=list(_lines(inputs['leakage'].path / 'leaks.jsonl')),
+    leakage=_leakage(inputs),
     tokens=tokens,
     cost={stage: dict(inputs[stage].manifest['cost']) | {'bytes': _bytes(inputs[stage])} for stage in paid},
     versions=inputs['evaluation'].manifest['versions'],
@@ -184,10 +191,18 @@ def _examples(folder: Path, task: str, rows_EM: np.ndarray, score_EM: np.ndarray
   ]
 
 
-def leaks(pool: Artifact) -> dict[str, list[Mapping[str, Any]]]:
-  """Documents with text of targets, those that were `dropped` and those that were `kept`: records of `leakage.Leak`."""
-  files = {'dropped': 'dropped.jsonl', 'kept': 'leaking.jsonl'}
-  return {name: list(_lines(pool.path / file)) for name, file in files.items()}
+def leaks(leakage: Artifact) -> dict[str, list[Mapping[str, Any]]]:
+  """Documents with text of targets, which are `masked` (or `listed` alone), and those that share common `phrases`."""
+  files = {'masked' if leakage.semantics['masked'] else 'listed': 'leaks.jsonl', 'phrases': 'phrases.jsonl'}
+  return {name: list(_lines(leakage.path / file)) for name, file in files.items()}
+
+
+def _leakage(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+  folder, proxies = inputs['leakage'].path, inputs['proxies']
+  mask_N = storage.load(folder / 'mask.npy')
+  subsets = sorted(name for name in proxies.manifest['files'] if name.startswith('subset_'))
+  trained = [int(mask_N[storage.load(proxies.path / name)].sum()) for name in subsets]
+  return {**storage.read_json(folder / 'card.json', dict), 'trained': trained}
 
 
 def _bytes(artifact: Artifact) -> int:

@@ -6,7 +6,8 @@ A custom selector is one function in a file,
       ...
       return Selection.of(rows, why='short')
 
-and one line of config: `selection.methods = ('dsdm', 'random', 'my_package.my_file:shortest')`.
+Rows with text of a target (`pool.masked_N`) are left out of what it returns. It needs one line of config:
+`selection.methods = ('dsdm', 'random', 'my_package.my_file:shortest')`.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets.masked import masked_rows
 from dsdm_jax.data.targets.targets import Examples, Targets, text_mask
 from dsdm_jax.data.targets.tasks import RawItem, RawTask, group_documents, split_documents
 from dsdm_jax.errors import UserError
@@ -68,6 +70,11 @@ class Candidates:
   def num_rows(self) -> int:
     """N."""
     return self.pool.num_rows
+
+  @functools.cached_property
+  def masked_N(self) -> np.ndarray:
+    """Rows with text of a target or benchmark, bool [N]: no selection takes them."""
+    return masked_rows(self._inputs['leakage'])
 
   @property
   def source_N(self) -> np.ndarray:
@@ -245,6 +252,8 @@ def find(method: str) -> Selector:
 def select(pool: Candidates, method: str, target: str, budget: Budget, root: int, seed: int) -> Selection:
   """The rows that `method` selects, with a name and provenance, checked.
 
+  Masked rows that a custom selector returns are left out, and counted in `masked` of the provenance.
+
   Args:
     pool: the candidates.
     method: entry of `selection.methods`.
@@ -260,6 +269,12 @@ def select(pool: Candidates, method: str, target: str, budget: Budget, root: int
   result = find(method).select(pool, wanted, budget, prng.derive(root, 'selection', seed))
   if not isinstance(result, Selection):
     raise UserError(f'selector {method} returned a {type(result).__name__}; return Selection.of(rows)')
+  taken = pool.masked_N[np.clip(result.rows, 0, pool.num_rows - 1)]
+  if taken.any():  # by a selector of the user's
+    keep = np.flatnonzero(~taken)
+    scores = None if result.scores is None else result.scores[keep]
+    facts = {**result.provenance, 'masked': int(taken.sum())}
+    result = Selection('', result.rows[keep], result.weights[keep], facts, scores)
   if pool.options.unit == 'document' and result.documents is None:
     from dsdm_jax.selection import whole  # which needs this module
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from dsdm_jax.core import prng
 from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.targets import masked
 from dsdm_jax.errors import UserError
 from dsdm_jax.selection import ranking, whole
 from dsdm_jax.selection.candidates import Budget, Candidates, Target
@@ -51,20 +52,20 @@ def drawn(
   """A selection of `draw`, or of random documents of as many tokens."""
   if pool.options.unit == 'document':
     return whole.drawn(pool, name, count, seed, among, **provenance)
-  return Selection.of(draw(pool.num_rows, name, count, seed, among), **provenance)
+  return Selection.of(draw(pool, name, count, seed, among), **provenance)
 
 
-def draw(num_rows: int, name: str, count: int, seed: int, among: np.ndarray | None = None) -> np.ndarray:
-  """`count` rows of the pool, or of the rows `among`, drawn without replacement, ascending.
+def draw(pool: Candidates, name: str, count: int, seed: int, among: np.ndarray | None = None) -> np.ndarray:
+  """`count` rows of the pool, or of the rows `among`, that are not masked, drawn without replacement, ascending.
 
   Raises:
     UserError: there are fewer rows.
   """
-  available = num_rows if among is None else len(among)
+  available = int((~(pool.masked_N if among is None else pool.masked_N[among])).sum())
   if count > available:
-    left = f'the pool has {available}' if among is None else f'{available} are left of the {num_rows} of the pool'
+    all_rows = available == pool.num_rows
+    left = f'the pool has {available}' if all_rows else f'{available} are left of the {pool.num_rows} of the pool'
     raise UserError(
       f"'{name}' needs {count} rows and {left}; lower selection.examples or selection.epochs, or raise pool.max_bytes"
     )
-  rows = prng.numpy_stream(seed, 'selection', name).choice(available, count, replace=False)
-  return np.sort(rows if among is None else among[rows]).astype(np.int64)
+  return masked.draw(pool.masked_N, count, prng.numpy_stream(seed, 'selection', name), among)

@@ -8,7 +8,7 @@ Formats:
     spans [start, end, score] of characters. Name the folder …/attributes/NAME beside …/documents.
   datakit: for each file of the sources a flat Parquet file with the columns id, partition_id, status and scores.
 
-Columns: id, source, status ('kept', or why the document has no score: 'duplicates', 'leaks', 'above_caps',
+Columns: id, source, status ('kept', or why the document has no score: 'duplicates', 'above_caps',
 'without_tokens', 'bad_input', 'unfilled_row'; 'cut' has a score), file, number (line or row in the file, from 1), begin
 and end (bytes in the decompressed file), bytes, characters, tokens, row_tokens (those in rows, with the end mark); for
 each target sum_T, score_T, low_T and high_T; and selected_A, the share of row_tokens that the arm A selected.

@@ -39,14 +39,16 @@ def dsdm_boltzmann(pool: Candidates, target: Target, budget: Budget, seed: int) 
   Raises:
     UserError: the pool cannot fill the budget within the cap.
   """
-  if budget.total > budget.repeat_cap * pool.num_rows:
+  open_A = np.flatnonzero(~pool.masked_N)
+  if budget.total > budget.repeat_cap * len(open_A):
     raise UserError(
-      f"'dsdm_boltzmann' cannot draw {budget.total} examples from {pool.num_rows} rows of at most "
+      f"'dsdm_boltzmann' cannot draw {budget.total} examples from {len(open_A)} rows of at most "
       f'{budget.repeat_cap} visits; raise selection.repeat_cap or lower selection.examples'
     )
   log_weight_N = _log_weights(pool, target)
   ranking.check_finite(log_weight_N)
-  count_N = draw(log_weight_N, budget.total, budget.repeat_cap, seed)
+  count_N = np.zeros(pool.num_rows, np.int32)
+  count_N[open_A] = draw(log_weight_N[open_A], budget.total, budget.repeat_cap, seed)
   rows = np.flatnonzero(count_N)
   rows = rows[np.argsort(-log_weight_N[rows], kind='stable')]
   drawn = np.repeat(rows, count_N[rows])

@@ -41,7 +41,7 @@ def top(score_N: np.ndarray, count: int) -> np.ndarray:
 
 
 def capped_order(score_N: np.ndarray, count: int, pool: Candidates, most: int | None = None) -> np.ndarray:
-  """Rows, best first, that `selection.document_cap` and `selection.source_cap` allow in a selection of `count` rows.
+  """Unmasked rows, best first, that `document_cap` and `source_cap` allow in a selection of `count` rows.
 
   First each document keeps at most its cap of rows, the best ones. Then each source keeps at most its share of `count`,
   rounded down to whole rows.
@@ -57,17 +57,18 @@ def capped_order(score_N: np.ndarray, count: int, pool: Candidates, most: int | 
   """
   documents, share = pool.options.document_cap, pool.options.source_cap
   most = most or count
+  score_A, open_A = _unmasked(score_N, pool)
   # Whether a row is allowed depends only on better rows, so start with the best rows, and add more if needed.
-  examined = min(2 * most, len(score_N))
+  examined = min(2 * most, len(score_A))
   while True:
-    order = top(score_N, examined)
+    order = open_A[top(score_A, examined)]
     if documents:
       order = order[rank_in_group(pool.document_N[order]) < documents]
     if share < 1:
       order = order[rank_in_group(pool.source_N[order]) < rows_of_share(share, count)]
-    if len(order) >= most or examined == len(score_N):
+    if len(order) >= most or examined == len(score_A):
       break
-    examined = min(4 * examined, len(score_N))
+    examined = min(4 * examined, len(score_A))
   if len(order) < count:
     raise UserError(
       f'selection.document_cap = {documents} and selection.source_cap = {share} leave {len(order)} of {count} rows; '
@@ -76,19 +77,28 @@ def capped_order(score_N: np.ndarray, count: int, pool: Candidates, most: int | 
   return order[:most]
 
 
+def _unmasked(score_N: np.ndarray, pool: Candidates) -> tuple[np.ndarray, np.ndarray]:
+  """(scores of the rows that may be selected, these rows, ascending)."""
+  rows = np.flatnonzero(~pool.masked_N)
+  return score_N if len(rows) == len(score_N) else score_N[rows], rows
+
+
 def rows_of_share(share: float, count: int) -> int:
   """The whole rows in a share of `count`: 0.29 of 100 is 29, although no binary fraction equals 0.29."""
   return math.floor(Fraction(str(share)) * count)
 
 
 def ranked(score_N: np.ndarray, pool: Candidates, count: int, **provenance: Any) -> Selection:
-  """The best `count` rows within the caps of the config, as a selection with their scores; or the best documents."""
+  """The best `count` unmasked rows within the caps of the config, with their scores; or the best documents."""
   if pool.options.unit == 'document':
     from dsdm_jax.selection import whole  # which needs this module
 
     return whole.best(score_N, pool, count, **provenance)
-  capped = pool.options.document_cap or pool.options.source_cap < 1
-  rows = capped_order(score_N, count, pool) if capped else top(score_N, count)
+  if pool.options.document_cap or pool.options.source_cap < 1:
+    rows = capped_order(score_N, count, pool)
+  else:
+    score_A, open_A = _unmasked(score_N, pool)
+    rows = open_A[top(score_A, count)]
   return Selection.of(rows, score_N[rows].astype(np.float32), **provenance)
 
 

@@ -1,10 +1,15 @@
 """Stage `selection`: the rows that each arm trains on."""
 
 import functools
+import hashlib
+import time
+from typing import Any
 
-from dsdm_jax.config.methods import method_name
-from dsdm_jax.core import storage
+from dsdm_jax.config.methods import FIRST, METHODS, NEEDS, method_name
+from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.stage import Context
+from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.selection import mixture, summaries
 from dsdm_jax.selection.candidates import Budget, Candidates, find, select
 
@@ -13,26 +18,49 @@ def run(context: Context) -> dict:
   """Writes `<method>--<target>--<seed>.npz`, and `index.json` with an entry for each model to train.
 
   A method that draws has its own rows for each seed; the seeds of a deterministic method share their rows. All
-  processes select, because they read proxies and streamed features together. Process 0 writes its selections. Returns
-  the summaries, and under 'cost' the cost of each selection.
+  processes select, because they read proxies and streamed features together. Process 0 writes its selections. A
+  selection is a unit. Returns the summaries, and under 'cost' the cost of each selection.
   """
   config, options = context.config, context.config.selection
   pool = Candidates(context)
   budget = Budget(options.examples, options.epochs, options.repeat_cap)
-  index, arms, cost = [], [], {}
-  for method in options.methods:
-    name, selector = method_name(method), find(method)
-    for target in options.targets if selector.targeted else ('any',):
-      for seed in range(config.pretraining.seeds):
-        if seed == 0 or selector.seeded:
-          work = functools.partial(select, pool, method, target, budget, config.seed, seed)
-          selection, cost[f'{name}--{target}--{seed}'] = pool.costs.charged(work)
-          if context.first:
-            selection.save(context.out)
-          if seed == 0:
-            arms.append(selection)
-        entry = {'name': f'{name}--{target}--{seed}', 'selection': selection.name, 'method': name, 'target': target}
-        index.append({**entry, 'seed': seed, 'examples': selection.size, 'epochs': budget.total / selection.size})
+  planned = [
+    (method, target, seed, find(method))
+    for method in options.methods
+    for target in (options.targets if find(method).targeted else ('any',))
+    for seed in range(config.pretraining.seeds)
+  ]
+  settings = artifacts.settings_of(context.out, {'selection.methods', 'selection.targets', 'pretraining.seeds'})
+  settings = {key: value for key, value in settings.items() if not key.startswith('mixture.')}
+  taken = context.units.take(
+    {
+      f'{method_name(method)}--{target}--{seed}': [settings, *_depends_on(context, pool, method, target)]
+      for method, target, seed, selector in planned
+      if seed == 0 or selector.seeded
+    },
+    lambda name: (f'{name}.npz', f'{name}.json'),
+  )
+  index, arms, cost, spent = [], [], {}, context.cost.parts
+  for method, target, seed, selector in planned:
+    name = method_name(method)
+    if seed == 0 or selector.seeded:
+      unit = f'{name}--{target}--{seed}'
+      if unit in taken:
+        selection = Selection.load(context.out, unit)
+        context.add_flop(spent[f'{unit} own_flop'])
+      else:
+        began, before = time.monotonic(), context.cost.flop
+        work = functools.partial(select, pool, method, target, budget, config.seed, seed)
+        selection, charged = pool.costs.charged(work)
+        own = {unit: time.monotonic() - began, f'{unit} own_flop': context.cost.flop - before}
+        spent |= own | {f'{unit} {key}': value for key, value in charged.items()}
+        if context.first:
+          selection.save(context.out)
+      cost[unit] = {key: spent[f'{unit} {key}'] for key in ('seconds', 'flop')}
+      if seed == 0:
+        arms.append(selection)
+    entry = {'name': f'{name}--{target}--{seed}', 'selection': selection.name, 'method': name, 'target': target}
+    index.append({**entry, 'seed': seed, 'examples': selection.size, 'epochs': budget.total / selection.size})
   if config.mixture.parts:
     for seed in range(config.pretraining.seeds):
       mix = functools.partial(mixture.select_mixture, context, pool, budget, seed)
@@ -47,3 +75,24 @@ def run(context: Context) -> dict:
     context.log.describe(f'{len(index)} models, {budget.total:,} rows each')
     context.log.say(summaries.text_tables(summary))
   return {'budget_examples': budget.total, 'selections': summary, 'cost': cost}
+
+
+def _depends_on(context: Context, pool: Candidates, method: str, target: str) -> list[Any]:
+  """What a selection is computed from, beside settings and seeds: of the targets, only its own."""
+  inputs, known = context.inputs, METHODS.get(method)
+  facts: list[Any] = [inputs['pool'].digest, hashlib.sha256(pool.masked_N.tobytes()).hexdigest()]
+  if known is None:  # a function of the user's may use anything
+    return [*facts, method, {name: artifact.digest for name, artifact in inputs.items()}]
+  stages = {stage.removesuffix(FIRST) for need in known.needs for stage in NEEDS[need]}
+  if 'training' in known.needs:
+    stages.add('proxies')
+  facts += [inputs[stage].digest for stage in sorted(stages & {'proxies', 'features'})]
+  if known.targeted:
+    tasks, all_targets = pool.target(target).tasks, Targets(inputs['targets'])
+    facts += [target, context.config.datamodel.mix, [[task, all_targets.digest(task)] for task in tasks]]
+    if 'scores' in known.needs:
+      units = inputs['datamodel'].manifest['units']
+      facts.append([units[f'scores of {task}']['of'] for task in tasks])
+  if 'training' in known.needs:
+    facts.append([context.config.proxies.to_dict(), context.config.features.output_fn])
+  return facts

@@ -56,7 +56,8 @@ def _selection(
 ) -> Selection:
   """The first of `order_D` that fit into the tokens of `count` rows and into the caps of their sources."""
   spans, budget = pool.pool.spans, count * pool.pool.length
-  order_D = order_D[spans.whole_D[order_D]]
+  masked_D = spans.means(pool.masked_N.astype(np.float64)) > 0  # no row of a selected document may be masked
+  order_D = order_D[(spans.whole_D & ~masked_D)[order_D]]
   if pool.options.source_cap < 1:
     source_D = pool.pool.documents.column('source')[order_D]
     limit = ranking.rows_of_share(pool.options.source_cap, budget)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsdm_jax.config.methods import label
+from dsdm_jax.config.methods import STAGES, label
 from dsdm_jax.core import storage
 from dsdm_jax.errors import UserError, visible
 from dsdm_jax.evaluation.results import MEAN, UNTARGETED
@@ -180,13 +180,12 @@ def _arms(arms: Sequence[ArmFile], base: ArmFile) -> str:
     keys = sorted(key for key in arm.config if key not in base.config or arm.config[key] != base.config[key])
     return ', '.join(f'`{key}={arm.config[key]}`' for key in keys) or _NONE
 
-  stages = ('proxies', 'features', 'datamodel', 'selection')
   rows = [
     [
       arm.name,
       str(len(arm.runs)),
       formatting.duration(sum(spent['seconds'] for spent in arm.cost.values())),
-      formatting.scientific(sum(arm.cost[stage]['flop'] for stage in stages)),
+      formatting.scientific(sum(arm.cost[stage]['flop'] for stage in STAGES if stage in arm.cost)),
       formatting.scientific(arm.final['flop']),
       changed(arm),
     ]

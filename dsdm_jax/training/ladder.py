@@ -11,6 +11,7 @@ The learning-rate schedule of each model has the model's own length.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -21,12 +22,13 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import prng, storage
+from dsdm_jax.core import artifacts, prng, storage
 from dsdm_jax.core.mesh import make_mesh, share
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.batches import training_batches
 from dsdm_jax.data.order.schedule import Schedule
 from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets import masked
 from dsdm_jax.errors import Diverged, UserError
 from dsdm_jax.training import loop
 from dsdm_jax.training.metrics import HeldOut
@@ -183,13 +185,17 @@ class Search:
 def run(context: Context) -> dict:
   """Trains the models; writes `<name>/` and `<name>.jsonl` of each and `index.json`, which marks the chosen ones.
 
-  The search of a rung begins at the place that was best at the rung below. `ladder.step` = 1 leaves all at the first.
+  A model is a unit. The search of a rung begins at the place that was best at the rung below. `ladder.step` = 1 leaves
+  all at the first.
   """
   config, step = context.config, context.config.ladder.step
   pool = Pool(context.inputs['pool'])
   train, mesh = config.pretraining.train, make_mesh(config.mesh)
   held, free = held_out_rows(config.seed, pool.num_rows, train.batch_size)
   held_out = pool.tokens(held), train.batch_size, pool.weights(held)
+  masked_N = masked.masked_rows(context.inputs['leakage'])
+  allowed = int((~masked_N[free]).sum())
+  settings = artifacts.settings_of(context.out, {'ladder.seeds', 'ladder.rungs', 'ladder.step', 'pretraining.seeds'})
 
   def compiled(model: ConfigDict, rate: float) -> Trainer:
     own = ConfigDict(train.to_dict())
@@ -219,7 +225,18 @@ def run(context: Context) -> dict:
       name = f'rung_{number}--size_{place[0]}--rate_{place[1]}--{seed}'
       of_model, count = compiled(r.model, rate), r.steps * train.batch_size
       rng = prng.numpy_stream(config.seed, 'ladder', number, seed)
-      rows = np.sort(rng.choice(free, min(count, len(free)), replace=False)).astype(np.int64)
+      rows = masked.draw(masked_N, min(count, allowed), rng, free)
+      unit = {
+        name: [
+          settings,
+          context.inputs['pool'].digest,
+          r.model.to_dict(),
+          rate,
+          r.steps,
+          hashlib.sha256(rows.tobytes()).hexdigest(),
+        ]
+      }
+      context.units.take(unit, lambda name: (f'{name}/', f'{name}.jsonl'))
       schedule = Schedule.single(name, rows, count, prng.derive(config.seed, 'ladder_order', number, seed))
       local_rows = share(of_model.batch_sharding, train.batch_size)
       batches = functools.partial(training_batches, pool, schedule, train.batch_size, share=local_rows)

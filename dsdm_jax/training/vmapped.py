@@ -101,6 +101,9 @@ def train(
     with Checkpoints(context.out / name) as checkpoints:
       checkpoints.drop_after(-1)  # an earlier attempt may have left a torn one
       checkpoints.save(steps, vmapped.unstack(states, index), {'history': records[index]})
+  seconds = context.cost.parts.pop(group, 0.0)
+  context.cost.parts |= {name: context.cost.parts.get(name, 0.0) or seconds / len(names) for name in names}
+  context.cost.save()
   if context.first:
     for file, record in zip(files, records, strict=True):
       storage.write_text(file, ''.join(json.dumps(line) + '\n' for line in record))

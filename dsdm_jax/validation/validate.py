@@ -16,6 +16,7 @@ from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops, storage
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets.masked import masked_rows
 from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.errors import UserError
 from dsdm_jax.training.differentiable import Metagradient, TargetOutputs
@@ -55,7 +56,8 @@ class Examples:
 def run(context: Context) -> dict:
   """Writes `lds.json`, `lds.md`, `monotone.json`, `bank.npz` and the outputs of models; see `docs/validation.md`."""
   config = context.config
-  examples = examples_of(config.validation, Pool(context.inputs['pool']), Targets(context.inputs['targets']))
+  masked_N = masked_rows(context.inputs['leakage'])
+  examples = examples_of(config.validation, Pool(context.inputs['pool']), Targets(context.inputs['targets']), masked_N)
   by_example: list[dict[str, Any]] = []
   by_task: list[dict[str, Any]] = []
   monotone: dict[str, Any] = {}
@@ -227,17 +229,17 @@ def train_config(config: ConfigDict, name: str) -> ConfigDict:
   return train
 
 
-def examples_of(options: ConfigDict, pool: Pool, targets: Targets) -> Examples:
-  """The first `validation.rows` of the pool, and `validation.target_examples` of each task.
+def examples_of(options: ConfigDict, pool: Pool, targets: Targets, masked_N: np.ndarray) -> Examples:
+  """The first `validation.rows` of the pool that are not masked, and `validation.target_examples` of each task.
 
   Raises:
     UserError: the pool has fewer rows.
   """
-  if pool.num_rows < options.rows:
+  rows = np.flatnonzero(~masked_N)[: options.rows]  # their order in the pool is random
+  if len(rows) < options.rows:
     raise UserError(
-      f'validation.rows = {options.rows} and the pool has {pool.num_rows} rows; lower it, or raise pool.max_bytes'
+      f'validation.rows = {options.rows} and the pool has {len(rows)} rows; lower it, or raise pool.max_bytes'
     )
-  rows = np.arange(options.rows)  # their order in the pool is random
   tokens, weights, tasks, documents = [], [], [], []
   for task in targets.tasks:
     examples = targets.examples(task, 'target')
@@ -249,7 +251,7 @@ def examples_of(options: ConfigDict, pool: Pool, targets: Targets) -> Examples:
   return Examples(
     tokens_NL=pool.tokens(rows),
     weights_NL=pool.weights(rows) if pool.counts_some else None,
-    source_N=pool.source_N[: options.rows],
+    source_N=pool.source_N[rows],
     tokens_TL=np.concatenate(tokens),
     weights_TL=np.concatenate(weights),
     task_T=np.array(tasks),

@@ -128,7 +128,7 @@ def test_damaged_partial_results_are_computed_again(tmp_path):
     with pytest.raises(Killed):
       act()
   files = sorted(tmp_path.glob('partial_a_*.npz'))
-  for file in (files[1], next(tmp_path.glob('partial_g*.npz'))):
+  for file in (files[1], next(tmp_path.glob('sum_g*.npz'))):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)

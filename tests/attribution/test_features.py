@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from dsdm_jax.attribution import features
+from dsdm_jax.attribution import features, target_features
 from dsdm_jax.core import artifacts
 from dsdm_jax.core.artifacts import Cost, Identity
 from dsdm_jax.core.mesh import make_mesh
@@ -51,13 +51,16 @@ class Source:
       yield start, stop, np.arange(start * J, stop * J, dtype=np.float32).reshape(-1, J)
 
 
-class Targets:
-  tasks = ('docs', 'code')
+class Examples(types.SimpleNamespace):
+  def __len__(self) -> int:
+    return len(self.tokens_TL)
 
-  def examples(self, task, split):
-    assert split == 'target'
-    tokens_TL = np.full((3, LENGTH), len(task), np.int32)
-    return types.SimpleNamespace(tokens_TL=tokens_TL, weights_TL=np.ones((3, LENGTH), np.float32))
+
+def _examples() -> dict[str, Examples]:
+  ones_TL = np.ones((3, LENGTH), np.float32)
+  return {
+    task: Examples(tokens_TL=np.full((3, LENGTH), len(task), np.int32), weights_TL=ones_TL) for task in ('docs', 'code')
+  }
 
 
 def _context(workdir, seed: int) -> Context:
@@ -70,9 +73,10 @@ def _context(workdir, seed: int) -> Context:
 def _extract(context: Context) -> list[tuple[int, int]]:
   """One proxy's features; returns the row ranges of the pool that were computed."""
   source, step, bar = Source(), Step(), Bar(None, None, None, 'row')
-  features._extract_targets(context, step, None, 0, Targets(), make_mesh(context.config.mesh))
+  mesh = make_mesh(context.config.mesh)
+  target_features.extract(context, step, lambda checkpoint: None, 0, _examples(), mesh, bar)
   features._extract_pool(context, step, source, 0, bar)
-  assert features._complete(context, Targets(), ROWS, step, 0)
+  assert features._complete(context, ROWS, step, 0)
   return source.computed
 
 
@@ -92,20 +96,19 @@ def test_only_damaged_files_are_recomputed(tmp_path, fault):
   times = {file: file.stat().st_mtime_ns for file in wanted}
   assert _extract(context) == [(8, 10)]
   changed = {str(file.relative_to(out)) for file in wanted if file.stat().st_mtime_ns != times[file]}
-  remade = {'features_0.zarr/c/2/0', 'features_0.done/000002.json', 'docs_0.npy', 'targets.done/docs_0.json'}
+  remade = {'features_0.zarr/c/2/0', 'features_0.done/000002.json', 'docs_0.npy', 'docs_0.npy.sha256'}
   assert changed - {'cost.json'} == remade
   assert all(file.read_bytes() == data for file, data in wanted.items() if file.name != 'cost.json')
   (out / 'fidelity_0.json').unlink()
   assert _extract(context) == [(0, 4)]
 
 
-@pytest.mark.parametrize('file', ['docs_0.npy', 'features_0.zarr/c/1/0'])
-def test_files_of_another_run_are_refused_by_name(tmp_path, file):
+def test_files_of_another_run_are_refused_by_name(tmp_path):
   """A folder of another seed is copied over this one, without its record of the start."""
   (mine, theirs) = (_context(tmp_path / name, seed) for name, seed in (('mine', 0), ('theirs', 1)))
   _extract(mine)
   _extract(theirs)
-  marker = {'docs_0.npy': 'targets.done/docs_0.json'}.get(file, 'features_0.done/000001.json')
+  file, marker = 'features_0.zarr/c/1/0', 'features_0.done/000001.json'
   for name in (file, marker):
     (mine.out / name).write_bytes((theirs.out / name).read_bytes())
   with pytest.raises(UserError, match=rf'{file} is of a run with other settings.*{marker}'):

@@ -41,7 +41,7 @@ def run(tmp_path):
   def make(name, semantics=None, settings=None):
     folder = tmp_path / name
     folder.mkdir(exist_ok=True)
-    manifest = {'identity': {'settings': settings or {}}, 'semantics': semantics or {}}
+    manifest = {'identity': {'settings': settings or {}}, 'semantics': semantics or {}, 'files': {}, 'models': []}
     return Artifact(folder, manifest), folder
 
   targets, folder = make('targets')
@@ -68,15 +68,16 @@ def run(tmp_path):
     }  # fmt: skip
     name = f'features_{len(list(tmp_path.iterdir()))}'
     features, folder = make(name, semantics, {'features.output_fn': 'margin'})
+    target_features, of_targets = make(f'target_{name}')
     for c in range(count):
       store = FeatureStore(folder / f'features_{c}.zarr', N, J, 10, 'float32')
       for shard in store.missing():
         store.write(shard, phi[c, slice(*store.bounds(shard))])
       for task in TASKS:
-        storage.save_npy(folder / f'{task}_{c}.npy', target[task][c])
+        storage.save_npy(of_targets / f'{task}_{c}.npy', target[task][c])
     out = tmp_path / f'out_{name}'
     out.mkdir()
-    inputs = {'targets': targets, 'proxies': proxies, 'features': features}
+    inputs = {'targets': targets, 'proxies': proxies, 'features': features, 'target_features': target_features}
     made = scores.run(Context(config, out, inputs, Log(tmp_path, 'datamodel', enabled=False), Cost(out)))
     with np.load(out / 'scores.npz') as file:
       arrays = dict(file)

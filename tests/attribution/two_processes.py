@@ -31,7 +31,7 @@ def settings(name: str):
   return config
 
 
-def run(config, folder: Path, stages: tuple[str, ...] = ('features', 'datamodel')) -> None:
+def run(config, folder: Path, stages: tuple[str, ...] = ('features', 'target_features', 'datamodel')) -> None:
   for stage in stages:
     pipeline.run_connected(pipeline.runner_config(config), folder, stage)
 

@@ -32,7 +32,7 @@ BAD: dict[str, list] = {
   'pool.kinds': [(), ('docs', 'docs'), ('poems',)],
   'pool.vocabulary': ['', 'gpt2'],
   'pool.end_piece': ['a\nb'],
-  'pool.leakage_benchmarks': [('docs',), ('my.json',)],
+  'leakage.benchmarks': [('docs',), ('my.json',)],
   'host.beam': ['DirectRunner'],
   'targets.tasks': [
     (),
@@ -273,7 +273,7 @@ def test_value_in_the_place_of_a_section():
     changed(features__output_fn='json:loads'),
     changed(pool__sources=('json:loads', 'jsonl:a/*.gz | weight=2')),
     changed(pool__sources=('jsonl:a', 'jsonl:b | weight=1.0'), pool__max_bytes=0),
-    changed(targets__tasks=('lambada', 'docs'), pool__leakage_benchmarks=('piqa', 'my.jsonl')),
+    changed(targets__tasks=('lambada', 'docs'), leakage__benchmarks=('piqa', 'my.jsonl')),
     FrozenConfigDict(base.get_config()),
   ],
 )
@@ -376,7 +376,7 @@ def test_size_gives_the_shape():
   assert (config.model.kv_heads, config.model.mlp_width) == (4, 4_096)
   assert config.proxies.model.width == 1_024  # they follow
   checks.validate(config)
-  same = changed(pool__leakage_benchmarks=())
+  same = changed(leakage__benchmarks=())
   assert resolve(same) is same
   config = resolve(changed(model__size='1.3B', proxies__model__size='125M'))
   assert (config.model.width, config.proxies.model.width) == (2_048, 768)
@@ -389,13 +389,13 @@ def test_size_gives_the_shape():
 def test_the_benchmarks_of_evaluation_may_be_guarded_by_one_word():
   config = changed(
     evaluation__tasks=('targets', 'piqa', 'b.jsonl', 'cbt', 'poems'),
-    pool__leakage_benchmarks=('evaluated', 'squad', 'cbt'),
+    leakage__benchmarks=('evaluated', 'squad', 'cbt'),
   )
   checks.validate(config)
   found = checks.resolve(config, dict)
-  assert found.pool.leakage_benchmarks == ('b.jsonl', 'cbt', 'piqa', 'squad')
-  assert config.pool.leakage_benchmarks == ('evaluated', 'squad', 'cbt')
-  assert checks.resolve(changed(pool__leakage_benchmarks=('evaluated',)), dict).pool.leakage_benchmarks == ()
+  assert found.leakage.benchmarks == ('b.jsonl', 'cbt', 'piqa', 'squad')
+  assert config.leakage.benchmarks == ('evaluated', 'squad', 'cbt')
+  assert checks.resolve(changed(leakage__benchmarks=('evaluated',)), dict).leakage.benchmarks == ()
 
 
 def test_a_custom_model_has_its_own_keys_and_words():
@@ -479,7 +479,8 @@ def test_methods():
   assert METHODS['random'].shares(2) == {}
   assert METHODS['dsir'].shares(2) == {'selection': 1}
   assert METHODS['embedding'].shares(4) == {'proxies': 0.25, 'selection': 1}
-  assert METHODS['gradient'].shares(4) == {'proxies': 1, 'features': 1, 'selection': 1}
+  every = {'proxies': 1, 'features': 1, 'target_features': 1, 'selection': 1}
+  assert METHODS['gradient'].shares(4) == every
   assert METHODS['dsdm_greedy'].shares(4) == charged_shares('mixture', 4) == dict.fromkeys(STAGES, 1)
   assert (label('color_filter'), label('my_method')) == ('CoLoR-Filter', 'my method')
   assert [method_name(m) for m in ('dsdm', 'a.b:mine')] == ['dsdm', 'mine']

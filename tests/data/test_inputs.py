@@ -153,7 +153,7 @@ KINDS: dict[str, Make] = {
   'custom weights': custom_weights,
   'checkpoint': checkpoint,
   'targets': target_named_by_path,
-  'guarded': lambda root, letter: {'pool.leakage_benchmarks': (record(root, 'mine', letter),)},
+  'guarded': lambda root, letter: {'leakage.benchmarks': (record(root, 'mine', letter),)},
   'evaluated': lambda root, letter: {'evaluation.tasks': ('targets', record(root, 'mine', letter))},
   'benchmark folder': benchmark_folder,
   'scores': lambda root, letter: {'selection.imported': write(f'{root}/s.npy', letter)},
@@ -215,19 +215,17 @@ def test_planted_targets_count_with_what_they_depend_on(tmp_path, key, value):
 def test_the_guard_knows_files_by_content(tmp_path):
   """A file that moved was guarded; another file of the same name was not."""
   old, same, other = (record(f'{tmp_path}/{i}', 'one', letter) for i, letter in enumerate('xxy'))
-  for key in ('pool.leakage_benchmarks', 'targets.tasks'):
-    pool = {key: [inputs.of_task(old)]}
-    assert unguarded(['one', 'docs'], pool, ['one', 'docs', 'piqa'], ['targets', 'piqa', same]) == ['piqa']
-    assert unguarded(['one', 'docs'], pool, ['one', 'docs'], ['targets', other]) == ['one']
+  for key in ('leakage.benchmarks', 'targets.tasks'):
+    settings = {key: [inputs.of_task(old)]}
+    assert unguarded(['one', 'docs'], settings, ['one', 'docs', 'piqa'], ['targets', 'piqa', same]) == ['piqa']
+    assert unguarded(['one', 'docs'], settings, ['one', 'docs'], ['targets', other]) == ['one']
 
 
 def test_the_folders_of_evaluated_files_do_not_order_them(tmp_path):
   digests = []
   for first, second in (('a', 'b'), ('d', 'c')):
     tasks_ = record(f'{tmp_path}/{first}', 'one', 'x'), record(f'{tmp_path}/{second}', 'two', 'y')
-    digests.append(
-      json.loads(identities({'pool.leakage_benchmarks': guarded(('evaluated',), tasks_)}, tmp_path))['pool']
-    )
+    digests.append(json.loads(identities({'leakage.benchmarks': guarded(('evaluated',), tasks_)}, tmp_path))['leakage'])
   assert digests[0] == digests[1]
 
 

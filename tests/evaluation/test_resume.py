@@ -13,7 +13,7 @@ from dsdm_jax.core.stage import Context
 from dsdm_jax.evaluation import evaluate
 
 FLOP = {'arm--0': 1e17, 'arm--1': 0.1, 'arm--2': 0.3}  # the last is lost in a difference of sums
-ENTRIES = [{'name': name, 'method': 'arm', 'folder': name, 'step': 1} for name in FLOP]
+ENTRIES = [{'name': name, 'method': 'arm', 'folder': name, 'step': 1, 'of': name} for name in FLOP]
 REQUEST = SimpleNamespace(key=('docs', 'holdout'), item_ids_I=['1', '2'])
 
 
@@ -26,7 +26,8 @@ def run(monkeypatch, tmp_path):
   """Runs the loop of the stage over made-up models; returns names in order of their evaluation, and the cost."""
   names: list[str] = []
 
-  def score(suite, scorer, name):
+  def score(suite, scorer, name, task):
+    assert task == 'docs'
     names.append(name)
     scorer.flop += FLOP[name]
     return {'accuracy__docs__holdout': np.ones(2, np.float32)}, {('docs', 'holdout'): ['a', 'b']}
@@ -37,13 +38,15 @@ def run(monkeypatch, tmp_path):
   monkeypatch.setattr(evaluate, 'load_state', lambda folder, *_: folder.name)
   monkeypatch.setattr(evaluate.scoring, 'evaluate', score)
   monkeypatch.setattr(evaluate.scoring, 'Scorer', lambda *_: SimpleNamespace(flop=0.0))
-  config = ConfigDict({'pretraining': {'train': {}}, 'mesh': {}, 'evaluation': {'batch_size': 2}})
+  config = ConfigDict({'pretraining': {'train': {}}, 'mesh': {}, 'evaluation': {'batch_size': 2}, 'model': {}})
 
   def act() -> tuple[list[str], Cost]:
     del names[:]
     cost = Cost(tmp_path)
     context = Context(config, tmp_path, {'pool': None}, Log(tmp_path, 'evaluation', enabled=False), cost)
-    evaluate._evaluate(context, SimpleNamespace(requests=[REQUEST]), None, ENTRIES, 'evaluation')
+    evaluate._evaluate(
+      context, SimpleNamespace(requests=[REQUEST], digests={'docs': 'x'}), config.model, ENTRIES, 'evaluation'
+    )
     return names, cost
 
   return act
@@ -65,6 +68,7 @@ def test_killed_evaluation(run, monkeypatch, tmp_path, at):
   names, cost = run()
   # Four files for each model: answers, values, the note on them, and the cost.
   done = (at - 1) // 4
-  assert names == list(FLOP)[done:] and list(saved.parts) == list(FLOP)[:done]
-  assert cost.flop == 0.0 + 1e17 + 0.1 + 0.3 and cost.parts == FLOP
+  flop = {f'{name} on docs flop': value for name, value in FLOP.items()}
+  assert names == list(FLOP)[done:] and [key for key in saved.parts if key in flop] == list(flop)[:done]
+  assert cost.flop == 0.0 + 1e17 + 0.1 + 0.3 and {key: cost.parts[key] for key in flop} == flop
   assert run()[0] == []

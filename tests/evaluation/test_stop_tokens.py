@@ -8,7 +8,7 @@ import sentencepiece
 
 from dsdm_jax.data.pool import vocabulary
 from dsdm_jax.data.pool.vocabulary import ByteEncoder
-from dsdm_jax.evaluation.scoring import stop_tokens
+from dsdm_jax.evaluation.suite import stop_tokens
 
 TEXTS = [
   f'The {a} of {b} is {i}, and {b} has {i * 7} {a}s.'

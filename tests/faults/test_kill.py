@@ -190,7 +190,7 @@ def test_kill_where_data_is_made_again(server, finished, tmp_path, count, stage)
 
 def without_validation(finished: Path, workdir: Path) -> Path:
   """What validation stands on: it runs alone, when it is asked for."""
-  for stage in ('pool', 'targets'):
+  for stage in ('pool', 'leakage', 'targets'):
     shutil.copytree(finished / stage, workdir / stage)
   return workdir
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsdm_jax.attribution import features, score_files, scores
+from dsdm_jax.attribution import features, score_files, scores, target_features
 from dsdm_jax.core import artifacts
 from dsdm_jax.core.artifacts import Cost, Identity
 from dsdm_jax.core.progress import Log
@@ -37,7 +37,8 @@ def _computed_in(dtype: str, finished: Path, folder: Path) -> dict[str, np.ndarr
     assert made is not None
     inputs[stage] = made
 
-  for stage, run in (('features', features.run), ('datamodel', scores.run)):
+  steps = ('features', features.run), ('target_features', target_features.run), ('datamodel', scores.run)
+  for stage, run in steps:
     settings = {'features.output_fn': config.features.output_fn} if stage == 'features' else {}
     identity = Identity(stage, 1, settings, {})
     out = artifacts.begin(folder, identity)
@@ -69,7 +70,7 @@ def test_top_rows_of_narrow_features_are_those_of_float32(server, finished, tmp_
     folder, log = tmp_path / kept, tmp_path / f'{kept}.log'
     for stage in ('pool', 'targets', 'proxies'):
       shutil.copytree(finished / stage, folder / stage)
-    for stage in ('features', 'datamodel'):
+    for stage in ('features', 'target_features', 'datamodel'):
       flags = (runs.TINY, f'--workdir={folder}', f'--stage={stage}', f'--config.features.store_dtype={kept}')
       assert server.start(log, *flags).wait(300) == 0, log.read_text()[-3000:]
     assert f'{kept} store: ' in log.read_text()

@@ -15,7 +15,7 @@ from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool import build
 from dsdm_jax.data.pool.sources import Document
-from dsdm_jax.data.targets import targets
+from dsdm_jax.data.targets import masked, targets
 
 WORDS = (
   'river stone lantern copper walked slowly over under bright green paper window seven many it was and the'.split()
@@ -60,6 +60,11 @@ def context(config: ConfigDict, workdir: Path, stage: str, **inputs: Artifact) -
 def run_pool(config: ConfigDict, workdir: Path) -> Artifact:
   of_stage = context(config, workdir, 'pool')
   return Artifact(of_stage.out, {'semantics': build.run(of_stage)})
+
+
+def run_leakage(config: ConfigDict, workdir: Path, pool_artifact: Artifact) -> Artifact:
+  of_stage = context(config, workdir, 'leakage', pool=pool_artifact)
+  return Artifact(of_stage.out, {'semantics': masked.run(of_stage)})
 
 
 def run_targets(config: ConfigDict, workdir: Path, pool_artifact: Artifact) -> Artifact:

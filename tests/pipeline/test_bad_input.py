@@ -121,10 +121,10 @@ def test_guarded_benchmark_without_a_file(tmp_path):
   message = runs.refused(
     runs.TINY,
     f'--workdir={tmp_path / "run"}',
-    '--config.pool.leakage_benchmarks=("piqa",)',
+    '--config.leakage.benchmarks=("piqa",)',
     f'--config.targets.folder={tmp_path}',
   )
-  assert message.startswith(f'pool.leakage_benchmarks: benchmark piqa: {tmp_path} ')
+  assert message.startswith(f'leakage.benchmarks: benchmark piqa: {tmp_path} ')
   assert not (tmp_path / 'run').exists()
 
 

@@ -23,9 +23,11 @@ def test_features_are_of_each_checkpoint_and_scores_of_all(finished, tmp_path):
   workdir = tmp_path / 'run'
   for stage in ('pool', 'targets'):
     shutil.copytree(finished / stage, workdir / stage)
-  for stage in ('proxies', 'features', 'datamodel'):
+  for stage in ('proxies', 'features', 'target_features', 'datamodel'):
     runs.succeed(runs.TINY, f'--workdir={workdir}', f'--stage={stage}', f'--config.proxies.checkpoints={EACH}')
-  made = {name: artifacts.open_stage(workdir, name) for name in ('pool', 'targets', 'proxies', 'features')}
+  made = {
+    name: artifacts.open_stage(workdir, name) for name in ('pool', 'targets', 'proxies', 'features', 'target_features')
+  }
   steps = made['proxies'].semantics['steps']
   wanted = [round(steps * (i + 1) / EACH) for i in range(EACH)]
   assert len(set(wanted)) == EACH
@@ -36,7 +38,7 @@ def test_features_are_of_each_checkpoint_and_scores_of_all(finished, tmp_path):
   trainer = Trainer(config.proxies.model, config.proxies.train, vocab_size, config.pool.length, one)
   step = feature_step(config, vocab_size, config.pool.length, one)
   examples = Targets(made['targets']).examples('docs', 'target')
-  features = Features(made['features'])
+  features = Features(made['features'], targets=made['target_features'])
   assert features.checkpoints == 2 * EACH
   for checkpoint in range(features.checkpoints):
     proxy, place = divmod(checkpoint, EACH)

@@ -89,6 +89,5 @@ def test_a_killed_stage_goes_on_with_other_devices_and_batches(kind, first, seco
   shards = list(zip(a.pool(0), b.pool(0), strict=True))
   assert len(shards) > len(by_four), 'something was left for three devices'
   pairs = [(x, y) for (_, _, x), (_, _, y) in shards]
-  pairs += [(a.target(task, 0), b.target(task, 0)) for task in ('docs', 'api_qa', 'cs_algorithms')]
   for x_BJ, y_BJ in pairs:
     assert np.all(np.linalg.norm(x_BJ - y_BJ, axis=1) <= 1e-5 * np.linalg.norm(y_BJ, axis=1))

@@ -88,13 +88,13 @@ def test_comparisons_hold_differences_of_the_arms(results):
 def test_cost_versions_and_config_are_those_of_the_run(results):
   assert results['cost'].keys() == set(pipeline.NAMES)
   assert all(cost['seconds'] > 0 for cost in results['cost'].values())
-  for stage in ('proxies', 'features', 'datamodel', 'pretraining', 'evaluation'):
+  for stage in ('proxies', 'features', 'target_features', 'datamodel', 'pretraining', 'evaluation'):
     assert results['cost'][stage]['flop'] > 0
   import jax
 
   assert results['versions']['jax'] == jax.__version__
   # 'evaluated' names the benchmarks that are evaluated, and there are none.
-  assert results['config'] == flatten(get_config()) | {'pool.leakage_benchmarks': []}
+  assert results['config'] == flatten(get_config()) | {'leakage.benchmarks': []}
 
 
 def test_terminal_shows_the_table_and_where_things_are(finished):

@@ -24,10 +24,10 @@ def test_benchmarks_and_a_checkpoint(copied, tmp_path):
   flags = (
     runs.TINY, f'--workdir={copied}', '--stage=evaluation', '--rerun', f'--config.evaluation.tasks={tuple(paths)}',
     '--config.evaluation.file_shots=1', '--config.evaluation.generate_tokens=3',
-    '--config.pool.leakage_benchmarks=()',  # as the pool was made: no benchmark was evaluated then
+    '--config.leakage.benchmarks=()',  # as the mask was made: no benchmark was evaluated then
   )  # fmt: skip
-  message = runs.refused(*flags, '--config.pool.leakage_benchmarks=("evaluated",)')
-  assert 'reads pool, which is not finished' in message and 'pool.leakage_benchmarks was [], now' in message
+  message = runs.refused(*flags, '--config.leakage.benchmarks=("evaluated",)')
+  assert 'reads leakage, which is not finished' in message and 'leakage.benchmarks was [], now' in message
   message = runs.refused(*flags, '--config.evaluation.checkpoints=("mine=/no/such",)')
   assert 'evaluation.checkpoints names /no/such, which is no folder' in message
   (tmp_path / 'long.jsonl').write_text(json.dumps({'context': 'word ' * 99, 'answer': 'x'}) + '\n')

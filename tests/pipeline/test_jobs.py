@@ -72,9 +72,6 @@ def test_jobs_and_another_number_of_devices_make_what_one_run_makes(begun, finis
     a_BJ, b_BJ = last[2].astype(np.float32), others[-1][2].astype(np.float32)
     # 1e-5 of the row apart before both are rounded to bfloat16, which may put the two a step of 2^-7 apart.
     assert np.all(np.abs(a_BJ - b_BJ) <= 2**-7 * np.abs(b_BJ) + 1e-5 * np.linalg.norm(b_BJ, axis=1, keepdims=True))
-    for task in get_config().targets.tasks:
-      a_TJ, b_TJ = mine.target(task, checkpoint), theirs.target(task, checkpoint)
-      assert np.all(np.linalg.norm(a_TJ - b_TJ, axis=1) <= 1e-5 * np.linalg.norm(b_TJ, axis=1))
 
 
 def test_jobs_share_one_basis_of_eigenvectors(begun):

@@ -163,7 +163,7 @@ def config_of(folder: Path, values: dict[str, Any]) -> ConfigDict:
   (folder / 'questions.jsonl').write_text(lines(QUESTIONS))
   config = get_config()
   own = {SOURCE: (f'jsonl:{folder}/documents.jsonl',), TASK: (f'{folder}/questions.jsonl',), 'pretraining.seeds': 3}
-  for key, value in {**own, 'pool.vocabulary': 'bytes', 'pool.leakage_guard': False, **values}.items():
+  for key, value in {**own, 'pool.vocabulary': 'bytes', 'leakage.guard': False, **values}.items():
     *sections, name = key.split('.')
     section = config
     for part in sections:

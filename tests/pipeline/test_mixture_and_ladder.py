@@ -24,7 +24,7 @@ def trained(finished, tmp_path_factory):
   """The shared run with two arms, the mixture and the ladder; proxies and scores are taken over."""
 
   folder = tmp_path_factory.mktemp('mixed') / 'run'
-  for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
+  for stage in ('pool', 'leakage', 'targets', 'proxies', 'features', 'target_features', 'datamodel'):
     shutil.copytree(finished / stage, folder / stage)
   output = runs.succeed(
     runs.TINY,

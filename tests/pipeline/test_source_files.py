@@ -16,7 +16,7 @@ from tests.helpers.workdirs import files_of
 def test_changed_files_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
   file, workdir = tmp_path / 'a.jsonl', tmp_path / 'run'
   file.write_bytes(lines(RECORDS))
-  config = small_config(sources=(f'jsonl:{file}',), vocabulary='bytes', leakage_guard=False)
+  config = small_config(sources=(f'jsonl:{file}',), vocabulary='bytes')
 
   def run(**keys: bool) -> str:
     pipeline.run(config, workdir, 'pool', **keys)
@@ -42,7 +42,7 @@ def test_changed_files_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
   file = tmp_path / 'a.jsonl'
   file.write_bytes(lines(RECORDS))
-  config = small_config(sources=(f'jsonl:{file}',), vocabulary='bytes', leakage_guard=False)
+  config = small_config(sources=(f'jsonl:{file}',), vocabulary='bytes')
   real = build.run
 
   def slow(context: Context) -> dict:

@@ -50,7 +50,7 @@ def test_tokens_sum_up_to_the_row(features, datamodel, finished, tmp_path):
   folder = tmp_path / 'run'
   for stage in ('pool', 'targets', 'proxies'):
     shutil.copytree(finished / stage, folder / stage)
-  for stage in ('features', 'datamodel'):
+  for stage in ('features', 'target_features', 'datamodel'):
     pipeline.run(config, folder, stage)
   run = dsdm_jax.load(folder)
   for task in run.scores.tasks:

@@ -25,7 +25,7 @@ SMALL = (
 
 def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path, capsys):
   workdir = tmp_path / 'run'
-  for stage in ('pool', 'targets'):
+  for stage in ('pool', 'leakage', 'targets'):
     shutil.copytree(finished / stage, workdir / stage)
   # Derivatives through training compile as long as all the rest.
   flags = (runs.TINY, f'--workdir={workdir}', *SMALL, f'--config.validation.oracle={FAULTS}')
@@ -98,7 +98,7 @@ def test_it_is_no_part_of_a_whole_run(finished):
 
 
 def test_a_pool_that_is_too_small_is_reported(finished, tmp_path):
-  for stage in ('pool', 'targets'):
+  for stage in ('pool', 'leakage', 'targets'):
     shutil.copytree(finished / stage, tmp_path / 'run' / stage)
   message = runs.refused(runs.TINY, f'--workdir={tmp_path / "run"}', '--stage=validation')
   assert 'validation.rows = 2048' in message
@@ -109,7 +109,7 @@ def test_report_includes_a_validation_of_the_same_pool(copied):
   record = {
     'setting': 'plain', 'predictor': 'default', 'family': 'halves', 'subsets': 9, 'lds': 0.33, 'low': 0.1, 'high': 0.5
   }  # fmt: skip
-  inputs = {name: artifacts.open_stage(copied, name).digest for name in ('pool', 'targets')}
+  inputs = {name: artifacts.open_stage(copied, name).digest for name in ('pool', 'leakage', 'targets')}
   for read, shown in ((inputs | {'pool': 'another'}, False), (inputs, True)):
     identity = artifacts.Identity('validation', 1, {}, read)
     out = artifacts.begin(copied, identity)

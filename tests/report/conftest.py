@@ -25,7 +25,6 @@ TASKS = ('docs', 'api_qa', 'cs_algorithms')
 METHODS = {'dsdm': 0.17, 'random': 0.0, 'random_one_epoch': 0.04, 'bottom': -0.38}
 CONFIG = {
   'seed': 0,
-  'pool.leakage_guard': True,
   'pool.max_bytes': 1_000_000,
   'targets.tasks': list(TASKS),
   'selection.examples': 400,
@@ -51,10 +50,10 @@ def build(folder: Path) -> dict[str, Artifact]:
   g = np.random.Generator(np.random.Philox(5))
   for stage in report_data.STAGES:
     (folder / stage).mkdir()
+  length = {'bytes': 4000, 'tokens': 1100, 'text': ''}
   source_N = g.choice(5, ROWS, p=(0.35, 0.2, 0.15, 0.1, 0.2)).astype(np.int8)
   documents = [
-    {'id': f'{SOURCES[i % 5]}/package-{i}/module_{i}.py', 'source': SOURCES[i % 5], 'bytes': 4000, 'tokens': 1100}
-    for i in range(ROWS // 10)
+    {**length, 'id': f'{SOURCES[i % 5]}/package-{i}/module_{i}.py', 'source': SOURCES[i % 5]} for i in range(ROWS // 10)
   ]
   documents[0]['id'] = 'docs/<b onmouseover=alert(1)>/x.md'
   pool = folder / 'pool'
@@ -72,7 +71,7 @@ def build(folder: Path) -> dict[str, Artifact]:
     np.save(pool / 'rows' / f'{name}.npy', array)
   storage.write_json(pool / 'sources.json', list(SOURCES))
   passes.write_table(pool / 'documents' / '000000.parquet', documents)
-  dropped = [
+  leaks = [
     {
       'id': f'docs/copy-{i}/a.md',
       'task': 'docs',
@@ -83,8 +82,13 @@ def build(folder: Path) -> dict[str, Artifact]:
     }
     for i in range(3)
   ]
-  _write_lines(pool / 'dropped.jsonl', dropped)
-  _write_lines(pool / 'leaking.jsonl', [])
+  _write_lines(folder / 'leakage' / 'leaks.jsonl', leaks)
+  _write_lines(folder / 'leakage' / 'phrases.jsonl', [])
+  counts = {'documents': 3, 'rows': 7}
+  found = {'guarded': list(TASKS), 'masked': True, **counts, 'by_task': {'docs': counts}}
+  storage.write_json(folder / 'leakage' / 'card.json', found)
+  np.save(folder / 'leakage' / 'mask.npy', np.arange(ROWS) < 7)
+  np.save(folder / 'proxies' / 'subset_0.npy', np.arange(4, ROWS))
 
   score_TN = g.standard_t(4, (3, ROWS)) + 1.2 * (source_N == 1)
   score_TN[0, 7], score_TN[:, 11] = 30.0, 12.0
@@ -147,8 +151,8 @@ def build(folder: Path) -> dict[str, Artifact]:
       )
   storage.write_json(folder / 'selection' / 'index.json', runs)
   _evaluation(folder, runs, g)
-  spent = (4, 1.2, 61, 38, 2.4, 0.8, 118, 0.1, 14)
-  flop = (0, 0, 3.1e12, 2.2e12, 4e10, 0, 6.2e12, 0, 9e11)
+  spent = (4, 0.3, 1.2, 61, 38, 0.5, 2.4, 0.8, 118, 0.1, 14)
+  flop = (0, 0, 0, 3.1e12, 2.2e12, 0, 4e10, 0, 6.2e12, 0, 9e11)
   return {
     stage: Artifact(
       folder / stage,
@@ -157,7 +161,8 @@ def build(folder: Path) -> dict[str, Artifact]:
         'semantics': SCORES if stage == 'datamodel' else {},
         'identity': {'settings': flatten(base.get_config())},
         'versions': {'jax': '0.10.2'},
-        'files': {'documents/000000.parquet': {'bytes': 1_500}, 'two': {'bytes': 2_000_000}},
+        'files': {'documents/000000.parquet': {'bytes': 1_500}, 'two': {'bytes': 2_000_000}}
+        | ({'subset_0.npy': {'bytes': 0}} if stage == 'proxies' else {}),
       },
     )
     for stage, s, f in zip(report_data.STAGES, spent, flop, strict=True)

@@ -413,14 +413,19 @@ def test_price_of_selecting(html, shown, drawings):
   assert f'{9.34 / (6.2 / 12):.1f} of the final models' in render(dataclasses.replace(shown, cost=cost), drawings)
 
 
-def test_guard_that_was_off_is_not_called_clean(shown, drawings):
-  html = render(dataclasses.replace(shown, config={**shown.config, 'pool.leakage_guard': False}), drawings)
-  assert 'did not check' in html
-  html = render(dataclasses.replace(shown, config={**shown.config, 'pool.drop_leaks': False}, dropped=[]), drawings)
-  assert 'left in' in html and 'were dropped' not in html
+def test_leaked_rows_are_shown(shown, drawings):
+  """Of rows 0 to 6, the proxy trained on 4, 5 and 6."""
+  text = ' '.join(re.sub('<[^>]*>', '', render(shown, drawings)).split())
+  assert '3 documents of the pool have a passage' in text and 'They are in 7 of 3,000 rows, which no selection' in text
+  assert 'each trained on at most 3 of these rows' in text and 'returns an iterator over' in text
+  off = dataclasses.replace(shown, leakage={**shown.leakage, 'guarded': []})
+  assert 'did not check' in render(off, drawings)
+  listed = dataclasses.replace(shown, leakage={**shown.leakage, 'masked': False})
+  assert 'which no selection takes' not in render(listed, drawings)
 
 
-def test_nothing_dropped_and_no_text(shown, drawings):
+def test_no_leaks_and_no_text(shown, drawings):
   """Empty parts leave the page whole."""
-  html = render(dataclasses.replace(shown, dropped=[], text=lambda row: ''), drawings)
-  assert 'documents dropped</th>' not in html
+  none = {**shown.leakage, 'documents': 0, 'rows': 0, 'by_task': {}}
+  html = render(dataclasses.replace(shown, leaks=[], leakage=none, text=lambda row: ''), drawings)
+  assert 'Some of these documents' not in html

@@ -10,7 +10,6 @@ COUNT = 20
 def get_config() -> ConfigDict:
   c = tiny.get_config()
   c.pool.max_bytes, c.pool.max_document_bytes, c.pool.length, c.pool.vocab_size = 150_000, 8_192, 64, 512
-  c.pool.leakage_guard = False  # it would find them
   c.pool.plant_targets = c.targets.max_examples = COUNT
   c.model.width, c.model.mlp_width = 32, 64
   c.proxies.epochs = 2.0

@@ -26,10 +26,12 @@ from tests.selection.planted import COUNT
 def share_above(tmp_path_factory) -> dict[str, np.ndarray]:
   """Task → for each planted example the share of other rows that score higher for it."""
   workdir = tmp_path_factory.mktemp('planted') / 'run'
-  for stage in ('pool', 'targets', 'proxies', 'features'):
+  for stage in ('pool', 'targets', 'proxies', 'features', 'target_features'):
     runs.succeed('--config=tests/selection/planted.py', f'--workdir={workdir}', f'--stage={stage}')
   pool = Pool(workdir / 'pool')
-  features = Features(artifacts.open_stage(workdir, 'features'))
+  features = Features(
+    artifacts.open_stage(workdir, 'features'), targets=artifacts.open_stage(workdir, 'target_features')
+  )
   grams = [datamodel.gram(features.pool(c))[0] for c in range(features.checkpoints)]
   found = {}
   for task in json.loads((files_of(workdir, 'targets') / 'tasks.json').read_text()):

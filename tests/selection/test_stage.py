@@ -30,7 +30,7 @@ ONCE = {'random_one_epoch': 64, 'semdedup_one_epoch': 64}  # rows of those that 
 
 def select(source: Path, folder: Path, **changes) -> Path:
   """A copy of a finished run with another selection."""
-  for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
+  for stage in ('pool', 'leakage', 'targets', 'proxies', 'features', 'target_features', 'datamodel'):
     shutil.copytree(source / stage, folder / stage)
   config = every.get_config()
   for key, value in changes.items():
@@ -178,7 +178,7 @@ def test_each_selection_is_charged_for_what_it_uses(chosen):
 def test_two_processes_select_the_rows_of_one(chosen, finished, tmp_path, methods):
   """Two connected processes of one device each, beside one of eight, from the stage's own command."""
   folder = tmp_path / 'run'
-  for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
+  for stage in ('pool', 'leakage', 'targets', 'proxies', 'features', 'target_features', 'datamodel'):
     shutil.copytree(finished / stage, folder / stage)
   flags = (f'--workdir={folder}', '--stage=selection', f'--config.selection.methods={methods}')
   first, second = runs.run_two('--config=tests/selection/every.py', *flags)

@@ -97,11 +97,14 @@ def studied(tmp_path_factory):
 def test_equal_stages_are_computed_once(studied):
   arms = studied / 'arms'
   for arm, own in (('damped', 'datamodel'), ('again_1', 'proxies')):
-    for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
+    for stage in ('pool', 'leakage', 'targets', 'proxies', 'features', 'target_features', 'datamodel'):
       mine, of_base = (artifacts.open_stage(arms / name, stage) for name in (arm, 'base'))
       file = min(mine.manifest['files'])
       same = file in of_base.manifest['files'] and (mine.path / file).samefile(of_base.path / file)
-      assert same == (stage in ('pool', 'targets') or (own == 'datamodel' and stage in ('proxies', 'features'))), stage
+      shared = {'pool', 'leakage', 'targets'} | (
+        {'proxies', 'features', 'target_features'} if own == 'datamodel' else set()
+      )
+      assert same == (stage in shared), stage
 
 
 def test_every_arm_is_compared(studied):
@@ -130,7 +133,7 @@ def test_every_arm_is_read_off_the_ladder_of_base_and_charged_with_its_own_stage
   for name, arm in (('dsdm', 'base'), ('dsdm/damped', 'damped'), ('dsdm/again_1', 'again_1')):
     spent = [
       json.loads((studied / 'arms' / arm / stage / 'manifest.json').read_text())['cost']['flop']
-      for stage in ('proxies', 'features', 'datamodel', 'selection')
+      for stage in ('proxies', 'features', 'target_features', 'datamodel', 'selection')
     ]
     assert rows[name]['flop_selection'] == pytest.approx(sum(spent)) and spent[0] > 0
   assert rows['random']['flop_selection'] == 0
@@ -166,7 +169,7 @@ def test_arms_from_elsewhere_join_the_table(studied, tmp_path):
     assert (tmp_path / f'out/{name}.svg').read_text().count('<svg') == 1
   # Elsewhere, with only the arm files of the first study: the base arm's models are not trained again.
   (tmp_path / 'finished/damped.json').unlink()
-  for stage in ('pool', 'targets', 'proxies', 'features', 'datamodel'):
+  for stage in ('pool', 'leakage', 'targets', 'proxies', 'features', 'target_features', 'datamodel'):
     shutil.copytree(studied / 'arms/damped' / stage, tmp_path / 'study/arms/damped' / stage)
   done = _study(tmp_path, '--arms=damped', f'--also={tmp_path}/finished/*.json', config=studied.parent / 'arms.py')
   assert done.returncode == 0, done.stderr[-3000:]

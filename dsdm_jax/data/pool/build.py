@@ -1,10 +1,9 @@
 """The pool stage: from sources to a TFDS dataset, through the passes of `passes` and the decisions of `layout`.
 
-Sources → units → scan (hashes, leaks, bad input) → selected documents → vocabulary → encode → rows → dataset.
+Sources → units → scan (hashes, bad input) → selected documents → vocabulary → encode → rows → dataset.
 The same documents and settings give the same bytes on any number of processes.
 """
 
-import collections
 import dataclasses
 import json
 import shutil
@@ -25,7 +24,7 @@ from dsdm_jax.data.pool.passes import Job, Plan
 from dsdm_jax.data.pool.pool import log_card, write_dataset
 from dsdm_jax.data.pool.readers import Place, Problem
 from dsdm_jax.data.pool.sources import Entry, Unit
-from dsdm_jax.data.targets import leakage, targets, tasks
+from dsdm_jax.data.targets import targets
 from dsdm_jax.errors import UserError
 
 PLANTED = 'planted'  # source of planted target examples
@@ -52,8 +51,7 @@ def run(context: Context) -> dict[str, Any]:
   try:
     builder.copy_vocabulary()
     entries, units, missing = builder.units()
-    guard, guarded, boilerplate_runs = builder.guard(units)
-    jobs, scanned = builder.scan(units, guard)
+    jobs, scanned = builder.scan(units)
     jobs, selected = builder.decide(entries, jobs, scanned)
     encoder, trips = builder.prepare_vocabulary(jobs, selected, scanned)
     jobs, selected, tokens = builder.encode(jobs, selected)
@@ -75,6 +73,7 @@ def run(context: Context) -> dict[str, Any]:
       'bytes': len(p['text'].encode()),
       'characters': len(p['text']),
       'tokens': p['tokens'],
+      'text': p['text'],
     }
     for p in planted
   ]
@@ -82,13 +81,9 @@ def run(context: Context) -> dict[str, Any]:
     passes.write_table(out / 'documents' / f'{len(jobs):06d}.parquet', extra)
   storage.write_json(out / 'planted.json', [{k: p[k] for k in ('task', 'index', 'id')} for p in planted])
   storage.write_json(out / 'sources.json', names)
-  leaks = [_listed(leak, common_phrase=False) for leak in selected.leaks]
-  dropped, kept = (leaks, []) if context.config.pool.drop_leaks else ([], leaks)
-  leaking = kept + [_listed(leak, common_phrase=True) for leak in selected.phrases]
   problems = [problem.listed() for problem in missing] + selected.problems
-  for name, records in (('dropped', dropped), ('leaking', leaking), ('skipped', problems)):
-    lines = ''.join(json.dumps(record, sort_keys=True) + '\n' for record in records)
-    storage.write_text(out / f'{name}.jsonl', lines)
+  lines = ''.join(json.dumps(record, sort_keys=True) + '\n' for record in problems)
+  storage.write_text(out / 'skipped.jsonl', lines)
   card = {
     'rows': plan.rows + plan.planted,
     'length': plan.length,
@@ -98,17 +93,11 @@ def run(context: Context) -> dict[str, Any]:
     'tokens': tokens + sum(e['tokens'] for e in extra),
     'sources': _per_source(jobs, selected, rows_S, extra),
     'planted': plan.planted,
-    'dropped_for_leakage': len(dropped),
-    'dropped_by_task': dict(collections.Counter(leak['task'] for leak in dropped)),
-    'leaks_of_short_texts': sum(leak['short'] for leak in leaks),
-    'leaks_kept': len(kept),
-    'common_phrases': len(selected.phrases),
-    'boilerplate_runs': boilerplate_runs,
     'read': read,
     'lost': selected.lost,
     'unfilled_row': unfilled,
     'packed': context.config.pool.packed,
-    'guarded': guarded,
+    'tables': {'text': len(jobs), 'packages': [j.index for j in jobs if j.unit.entry.kind == 'installed_packages']},
     'special_ids': {'pad': encoder.pad, 'eos': encoder.eos},
     'end_marks': 1,
     'vocabulary': trips,
@@ -117,7 +106,7 @@ def run(context: Context) -> dict[str, Any]:
   storage.write_json(out / 'card.json', card)
   shutil.rmtree(work)
   context.log.describe(f'{card["rows"]:,} rows of {card["length"]} tokens, {card["documents"]:,} documents')
-  log_card(context, card, time.monotonic() - began, leaks)
+  log_card(context, card, time.monotonic() - began)
   return {
     'rows': card['rows'],
     'length': card['length'],
@@ -137,11 +126,6 @@ def check_sum(read: dict[str, int], selected: Selected) -> None:
     lost = {name: of[unit] for name, of in selected.lost.items() if (unit, name) != ('documents', 'cut')}
     if read[unit] != remain + sum(lost.values()):
       raise RuntimeError(f'the pool read {read[unit]} {unit}, but {remain} remain and {lost} are counted as lost')
-
-
-def _listed(leak: dict[str, Any], common_phrase: bool) -> dict[str, Any]:
-  hidden = ('document', 'whole')
-  return {key: value for key, value in leak.items() if key not in hidden} | {'common_phrase': common_phrase}
 
 
 def _per_source(
@@ -232,32 +216,14 @@ class Builder:
         raise passes.fail(record)
       yield record
 
-  def guard(self, units: Sequence[Unit]) -> tuple[str, list[str], int]:
-    """File of the leakage guard ('' for none), names of its tasks, and the number of runs that are boilerplate."""
-    if not self.pool_config.leakage_guard:
-      return '', [], 0
-    texts = tasks.raw_texts(self.config.targets) + tasks.benchmark_texts(
-      self.pool_config.leakage_benchmarks, self.config.targets.folder or '.'
-    )
-    licences = (
-      document
-      for unit in units
-      if unit.entry.kind == 'installed_packages'
-      for document in readers.read(unit)
-      if not isinstance(document, Problem) and document.source in leakage.BOILERPLATE_KINDS
-    )
-    guard = leakage.Guard(texts, self.pool_config.leakage_ngram, licences)
-    guard.save(self.work / 'guard.npz')
-    return str(self.work / 'guard.npz'), sorted({text.task for text in texts}), guard.boilerplate_runs
-
-  def scan(self, units: Sequence[Unit], guard: str) -> tuple[list[Job], list[passes.Scanned]]:
+  def scan(self, units: Sequence[Unit]) -> tuple[list[Job], list[passes.Scanned]]:
     """Reads everything once."""
     c = self.pool_config
     skip = c.on_error == 'skip'
     tried = 0 if c.vocabulary == 'train' else max(_TRIED // len(units), _LEAST_TRIED)
     row = 0 if c.packed else c.length
     jobs = [
-      Job(unit, index, self.work, c.max_document_bytes, skip, guard, out=self.out, tried=tried, row=row)
+      Job(unit, index, self.work, c.max_document_bytes, skip, out=self.out, tried=tried, row=row)
       for index, unit in enumerate(units)
     ]
     scanned = self.execute(passes.scan, jobs, 'read', 'B', None)
@@ -267,15 +233,13 @@ class Builder:
   def decide(self, entries: list[Entry], jobs: list[Job], scanned: list) -> tuple[list[Job], Selected]:
     """Selects documents; writes `lost.npy` for the passes."""
     c = self.pool_config
-    selected = layout.decide(
-      entries, jobs, scanned, c.drop_duplicates, c.drop_leaks, c.max_bytes, self.config.seed, c.leakage_common
-    )
+    selected = layout.decide(entries, jobs, scanned, c.drop_duplicates, c.max_bytes, self.config.seed)
     if not selected.count:
-      bad, leaks = selected.lost['bad_input']['documents'], len(selected.leaks) if c.drop_leaks else 0
+      bad = selected.lost['bad_input']['documents']
       raise UserError(
         f'the pool is empty: pool.sources {tuple(c.sources)} with pool.kinds {tuple(c.kinds)} gave '
-        f'{sum(s.documents for s in scanned)} documents and {bad} bad inputs, and the leakage guard dropped {leaks}; '
-        'choose other kinds or raise pool.max_bytes'
+        f'{sum(s.documents for s in scanned)} documents and {bad} bad inputs; choose other kinds or raise '
+        'pool.max_bytes'
       )
     if c.plant_targets and PLANTED in selected.names:
       raise UserError(

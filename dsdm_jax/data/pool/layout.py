@@ -11,7 +11,6 @@ from dsdm_jax.core import prng, storage
 from dsdm_jax.data.pool.passes import LOSSES, Job, Plan, Scanned, read_json, row_order
 from dsdm_jax.data.pool.permutation import Shuffle
 from dsdm_jax.data.pool.sources import Entry
-from dsdm_jax.data.targets import leakage
 from dsdm_jax.errors import UserError
 
 _GROUP = 2**22  # documents whose hashes are compared at once
@@ -31,10 +30,8 @@ class Selected:
     names: sources of selected documents, sorted.
     source_K: int16, for each selected document, index into `names`.
     bytes: of selected text.
-    leaks: documents with text of a target: the dropped ones, or the selected ones if none are dropped.
     problems: those that are listed.
     lost: documents and bytes of each kind of `LOSSES`.
-    phrases: selected documents that share only common phrases with targets.
   """
 
   keep_M: np.ndarray
@@ -43,10 +40,8 @@ class Selected:
   names: list[str]
   source_K: np.ndarray
   bytes: int
-  leaks: list[dict]
   problems: list[dict]
   lost: dict[str, dict[str, int]]
-  phrases: list[dict]
 
   @property
   def count(self) -> int:
@@ -117,34 +112,15 @@ def repeated_id(jobs: Sequence[Job], keep_M: np.ndarray) -> tuple[int, int] | No
   return one, other
 
 
-def _leaks(jobs: Sequence[Job], begin: Sequence[int], again_M: np.ndarray, most: int) -> tuple[list[dict], list[dict]]:
-  """Documents with text of a target, and those that share only phrases that more than `most` documents have."""
-  leaks: dict[int, dict] = {}
-  document, run = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-  for job, first in zip(jobs, begin, strict=False):
-    for leak in read_json(job.file('scan', 'json'))['leaks']:
-      leaks[first + leak['document']] = {**leak, 'document': first + leak['document']}
-    with storage.load(job.file('scan', 'npz')) as arrays:
-      mine = ~again_M[first + arrays['leak_Q']]
-      document.append(first + arrays['leak_Q'][mine])
-      run.append(arrays['run_Q'][mine])
-  common = leakage.common_phrases(np.concatenate(document), np.concatenate(run), most).tolist()
-  phrases = [leak for number in common if not (leak := leaks[number])['whole']]
-  aside = {leak['document'] for leak in phrases}
-  return [leak for number, leak in leaks.items() if number not in aside and not again_M[number]], phrases
-
-
 def decide(
   entries: Sequence[Entry],
   jobs: Sequence[Job],
   scanned: Sequence[Scanned],
   duplicates: bool,
-  drop_leaks: bool,
   budget: int,
   seed: int,
-  common: int = 0,
 ) -> Selected:
-  """Drops duplicates and leaks as configured, then documents above caps and budget, as `_cap` chooses them.
+  """Drops duplicates as configured, then documents above caps and budget, as `_cap` chooses them.
 
   Raises:
     UserError: more sources than int16 has indices.
@@ -152,10 +128,7 @@ def decide(
   begin = bounds(scanned)
   again_M = repeated(jobs, begin) if duplicates else np.zeros(begin[-1], np.bool_)
   keep_M = ~again_M
-  leaks, phrases = _leaks(jobs, begin, again_M, common)
-  if drop_leaks:
-    keep_M[[leak['document'] for leak in leaks]] = False
-  lost_M = np.where(again_M, LOSSES.index('duplicates'), np.where(keep_M, -1, LOSSES.index('leaks'))).astype(np.int8)
+  lost_M = np.where(again_M, LOSSES.index('duplicates'), -1).astype(np.int8)
   problems: list[dict] = []
   names: dict[str, int] = {}
   supply = [0] * len(entries)
@@ -170,7 +143,6 @@ def decide(
       bytes_M = arrays['bytes_M']
     of_unit = slice(first, first + len(bytes_M))
     _add(lost['duplicates'], bytes_M[again_M[of_unit]])
-    _add(lost['leaks'], bytes_M[~keep_M[of_unit] & ~again_M[of_unit]])
     supply[owner[id(job.unit.entry)]] += int(bytes_M[keep_M[of_unit]].sum())
   before_M = keep_M.copy()
   allowed = shares(entries, supply, budget)
@@ -192,14 +164,11 @@ def decide(
       total += int(arrays['bytes_M'][mine].sum())
       _add(lost['above_caps'], arrays['bytes_M'][before_M[first : first + len(mine)] & ~mine])
       counts.append(counts[-1] + int(mine.sum()))
-  if not drop_leaks:
-    leaks = [leak for leak in leaks if keep_M[leak['document']]]
   ordered = sorted(names)
   place = {name: index for index, name in enumerate(ordered)}
   rank = np.array([place[name] for name in names], np.int16)
   source_K = rank[np.concatenate(sources)] if len(names) else np.empty(0, np.int16)
-  phrases = [leak for leak in phrases if keep_M[leak['document']]]
-  return Selected(keep_M, lost_M, counts, ordered, source_K, total, leaks, problems, lost, phrases)
+  return Selected(keep_M, lost_M, counts, ordered, source_K, total, problems, lost)
 
 
 def _add(of: dict[str, int], bytes_M: np.ndarray) -> None:

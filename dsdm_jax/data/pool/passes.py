@@ -1,7 +1,7 @@
 """The four passes over a pool, each a function of one unit or shard, and `run_parallel`, which runs them on processes.
 
-`scan` reads a unit and records for each document a hash, its size and source, and whether it leaks. `encode` reads the
-unit again and writes the ids and the document table of the selected documents. `scatter` copies ids to their places
+`scan` reads a unit and records for each document a hash, its size and source. `encode` reads the unit again and writes
+the ids and the document table, with the text, of the selected documents. `scatter` copies ids to their places
 among the rows. `write_shard` writes a range of rows to an ArrayRecord file. Passes communicate through files, so memory
 does not grow with the pool, and the result does not depend on which process did what.
 """
@@ -32,14 +32,12 @@ from dsdm_jax.data.pool import readers, vocabulary
 from dsdm_jax.data.pool.permutation import Shuffle
 from dsdm_jax.data.pool.readers import Place, Problem
 from dsdm_jax.data.pool.sources import Document, Unit, cut
-from dsdm_jax.data.targets import leakage
-from dsdm_jax.data.targets.leakage import Guard, Leak
 from dsdm_jax.errors import UserError
 
-LOSSES = ('cut', 'bad_input', 'duplicates', 'leaks', 'above_caps', 'without_tokens')
+LOSSES = ('cut', 'bad_input', 'duplicates', 'above_caps', 'without_tokens')
 KEPT = 'kept'  # the status of a document without losses; a document that is cut remains
 _LISTED = 1_000  # problems of a unit that are listed; all are counted
-_DOCUMENTS = 4_096  # rows per row group of the document table
+_DOCUMENTS, _TEXT = 4_096, 2**24  # documents, and bytes of their text, that fill a row group of the document table
 _TRIED = 2**18  # characters of a document whose round trip is tried
 _TOKENS = 2**22  # tokens that `fragments` joins at once
 
@@ -136,7 +134,6 @@ class Job:
     work: folder for files between the passes. Each attempt has its own, so caches can be keyed by its path.
     max_bytes: documents are cut to this size, 0 for no limit.
     skip: whether bad input is counted and left out, rather than an error.
-    guard: file of the leakage guard, '' for none.
     first: number of the unit's first selected document.
     begin, end: range of its documents among all that were read.
     out: folder of the pool.
@@ -149,7 +146,6 @@ class Job:
   work: Path
   max_bytes: int
   skip: bool
-  guard: str = ''
   first: int = 0
   begin: int = 0
   end: int = 0
@@ -178,26 +174,19 @@ class Scanned:
   trips: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-@functools.lru_cache(maxsize=1)
-def _guard(path: str) -> Guard:
-  return Guard.load(path)
-
-
 def fail(problem: Problem) -> UserError:
   return UserError(f'{problem}; fix it, or skip such documents with --config.pool.on_error=skip')
 
 
 def scan(job: Job) -> Scanned:
-  """Reads a unit; writes hashes of text [M, 2] and ids [M], sizes and sources of its M documents, and Q runs of leaks.
+  """Reads a unit; writes hashes of text [M, 2] and ids [M], sizes and sources of its M documents.
 
   Raises:
     UserError: bad input, unless `job.skip`; the message names file and line.
   """
-  guard = _guard(job.guard) if job.guard else None
   # 37 bytes a document; lists of Python objects would take four times that.
   hashes, ids, sizes, sources = bytearray(), bytearray(), array.array('q'), array.array('i')
   names: dict[str, int] = {}
-  leaks: dict[int, Leak] = {}  # by document
   problems: list[dict[str, Any]] = []
   count, total, shortened, cut_bytes, problem_bytes = 0, 0, 0, 0, 0
   # The documents with the least hashes of their text, so that the sample does not depend on their order.
@@ -218,36 +207,31 @@ def scan(job: Job) -> Scanned:
       if len(problems) < _LISTED:
         problems.append(document.listed())
 
-  for batch in leakage.batches(good()):
-    leaks |= {len(sizes) + index: leak for index, leak in (guard.leaks(batch) if guard else {}).items()}
-    for document in batch:
-      data = document.text.encode()
-      total += len(data) + document.lost
-      shortened += document.lost > 0
-      cut_bytes += document.lost
-      digest = hashlib.blake2b(data, digest_size=16).digest()
-      hashes.extend(digest)
-      if job.tried and (place := int.from_bytes(digest[:8], 'little')) < stop:
-        heapq.heappush(sample, (-place, document.text[:_TRIED]))
-        room -= min(len(document.text), _TRIED)
-        while room < 0 and len(sample) > 1:
-          place, text = heapq.heappop(sample)
-          stop, room = -place, room + len(text)
-      ids.extend(hashlib.blake2b(document.id.encode(), digest_size=8).digest())
-      sizes.append(len(data))
-      sources.append(names.setdefault(document.source, len(names)))
-      report_progress(len(data))
+  for document in good():
+    data = document.text.encode()
+    total += len(data) + document.lost
+    shortened += document.lost > 0
+    cut_bytes += document.lost
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    hashes.extend(digest)
+    if job.tried and (place := int.from_bytes(digest[:8], 'little')) < stop:
+      heapq.heappush(sample, (-place, document.text[:_TRIED]))
+      room -= min(len(document.text), _TRIED)
+      while room < 0 and len(sample) > 1:
+        place, text = heapq.heappop(sample)
+        stop, room = -place, room + len(text)
+    ids.extend(hashlib.blake2b(document.id.encode(), digest_size=8).digest())
+    sizes.append(len(data))
+    sources.append(names.setdefault(document.source, len(names)))
+    report_progress(len(data))
   storage.save_npz(
     job.file('scan', 'npz'),
     hash_M2=np.frombuffer(bytes(hashes), '<u8').reshape(-1, 2),
     id_M=np.frombuffer(bytes(ids), '<u8'),
     bytes_M=np.array(sizes, np.int64),
     source_M=np.array(sources, np.int32),
-    leak_Q=np.repeat(np.fromiter(leaks, np.int64, len(leaks)), [len(leak.runs) for leak in leaks.values()]),
-    run_Q=np.concatenate([np.empty(0, np.int64), *(leak.runs for leak in leaks.values())]),
   )
-  listed = [{'document': document, **leak.record()} for document, leak in leaks.items()]
-  storage.write_json(job.file('scan', 'json'), {'sources': list(names), 'leaks': listed, 'problems': problems})
+  storage.write_json(job.file('scan', 'json'), {'sources': list(names), 'problems': problems})
   trips: collections.Counter[str] = collections.Counter()
   for _, text in sample:
     with contextlib.suppress(UserError):  # `encode` reports it, if the document is selected
@@ -308,23 +292,28 @@ class _Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    texts, numbers = ('id', 'source', 'status', 'file'), ('bytes', 'characters', 'tokens', 'number', 'begin', 'end')
+    texts, numbers = (
+      ('id', 'source', 'status', 'file', 'text'),
+      ('bytes', 'characters', 'tokens', 'number', 'begin', 'end'),
+    )
     fields = dict.fromkeys(texts, pa.string()) | dict.fromkeys(numbers, pa.int64())
     self._schema = pa.schema(list(fields.items()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    self._writer = pq.ParquetWriter(path, self._schema)
+    self._writer = pq.ParquetWriter(path, self._schema, compression='zstd')
     self._rows: list[dict[str, Any]] = []
+    self._bytes = 0
 
   def add(self, **row: Any) -> None:
     self._rows.append(row)
-    if len(self._rows) == _DOCUMENTS:
+    self._bytes += row['bytes']
+    if len(self._rows) == _DOCUMENTS or self._bytes > _TEXT:
       self._flush()
 
   def _flush(self) -> None:
     import pyarrow as pa
 
     self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
-    self._rows = []
+    self._rows, self._bytes = [], 0
 
   def close(self) -> None:
     if self._rows:
@@ -400,7 +389,7 @@ def encode(job: Job) -> int:
       counts.append(len(ids))
       encoded.append(record)
       total += len(data)
-      table.add(**at, **size, status=status, tokens=len(ids))
+      table.add(**at, **size, status=status, tokens=len(ids), text=document.text)
       report_progress(len(data))
   table.close()
   if not some:

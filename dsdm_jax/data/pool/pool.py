@@ -49,7 +49,7 @@ class Documents(Sequence[dict[str, Any]]):
 
   A record has id, source, status ('kept' or a key of `lost` in the card), file (label of its file; '' for none), number
   (line or row in the file, from 1), begin and end (its bytes in the decompressed file, or None), bytes, characters and
-  tokens.
+  tokens. The files also have the text of each document that is in the pool.
   """
 
   def __init__(self, folder: Path, files: Iterable[str] | None = None):
@@ -70,7 +70,7 @@ class Documents(Sequence[dict[str, Any]]):
 
   def _read_group(self, group: int) -> list[dict[str, Any]]:
     file, index = self._groups[group]
-    return file.read_row_group(index).to_pylist()
+    return file.read_row_group(index, _without_text(file)).to_pylist()
 
   @overload
   def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -104,12 +104,17 @@ class Documents(Sequence[dict[str, Any]]):
   def read(self, columns: Sequence[str] | None = None) -> Iterator[tuple[np.ndarray, 'pyarrow.Table']]:
     """Groups of all records in the order in which they were read, with the index of each record's document.
 
-    The index is -1 for a record that is not in the pool.
+    The index is -1 for a record that is not in the pool. Without `columns` all are read but the text.
     """
     document_R = np.full(int(self._first[-1]), -1, np.int64)
     document_R[self._order] = np.arange(len(self))
     for number, (file, group) in enumerate(self._groups):
-      yield document_R[self._first[number] : self._first[number + 1]], file.read_row_group(group, columns)
+      mine = document_R[self._first[number] : self._first[number + 1]]
+      yield mine, file.read_row_group(group, columns or _without_text(file))
+
+
+def _without_text(table: Any) -> list[str]:
+  return [name for name in table.schema_arrow.names if name != 'text']
 
 
 class Pool:
@@ -408,17 +413,10 @@ def write_array(folder: Path, tokens_NL: np.ndarray) -> None:
   write_dataset(folder, len(tokens_NL), tokens_NL.shape[1], tokens_NL.dtype, write_shards)
 
 
-def log_card(
-  context: Context, card: dict[str, Any], seconds: float, leaks: Sequence[dict[str, Any]] = (), most: int = 3
-) -> None:
-  """Logs the card of a new pool as an event, and prints it with the first of the leaks."""
+def log_card(context: Context, card: dict[str, Any], seconds: float) -> None:
+  """Logs the card of a new pool as an event, and prints it."""
   rate = card['bytes'] / seconds / 1e6
   context.log.event('pool', **card, seconds=round(seconds, 3), megabytes_per_second=round(rate, 3))
-  leaks_kept = f', {card["leaks_kept"]:,} leaks listed but not dropped' if card['leaks_kept'] else ''
-  if card['leaks_of_short_texts']:
-    leaks_kept += f' ({card["leaks_of_short_texts"]:,} of short texts only)'
-  if card['common_phrases']:
-    leaks_kept += f', {card["common_phrases"]:,} documents with common phrases not dropped'
   lost = [
     f'{of["documents"]:,} {name.replace("_", " ")} ({of["bytes"] / 1e6:,.2f} MB)'
     for name, of in card['lost'].items()
@@ -428,7 +426,7 @@ def log_card(
     f'  {card["rows"]:,} rows of {card["length"]} tokens from {card["documents"]:,} documents '
     f'({card["bytes"] / 1e6:,.1f} MB, {card["tokens"]:,} tokens, {card["bytes_per_token"]:.2f} bytes a token)\n'
     f'  of {card["read"]["documents"]:,} documents read ({card["read"]["bytes"] / 1e6:,.2f} MB); lost: '
-    f'{", ".join([*lost, str(card["unfilled_row"]) + " tokens after the last full row"])}{leaks_kept}; '
+    f'{", ".join([*lost, str(card["unfilled_row"]) + " tokens after the last full row"])}; '
     f'{seconds:.1f} s, {rate:.1f} MB/s'
   )
   if 'vocabulary' in card:
@@ -437,12 +435,6 @@ def log_card(
       f'  vocabulary: {v["unchanged"]:.1%} of {v["documents"]:,} sampled documents come back unchanged, '
       f'{v["unknown"]:.2%} of their pieces are unknown text'
       + (f'; it loses {", ".join(v["loses"])}' if v['loses'] else '')
-    )
-  for leak in leaks[:most]:
-    (begin, end), (first, last) = leak['in_document'], leak['in_target']
-    id, item, words = (visible(leak[key]) for key in ('id', 'item', 'words'))
-    context.log.say(
-      f'  leak: {id}, characters {begin} to {end}, is {leak["task"]} {item}, characters {first} to {last}: {words}'
     )
   for name, s in sorted(card['sources'].items(), key=lambda item: -item[1]['rows'])[:20]:
     context.log.say(

@@ -100,8 +100,7 @@ def run(context: Context) -> dict[str, Any]:
   tokens = first[-1] * c.length
   card = {
     'rows': first[-1], 'length': c.length, 'vocab_size': encoder.size, 'documents': len(paths), 'bytes': 0,
-    'tokens': tokens, 'bytes_per_token': 0.0, 'planted': 0, 'dropped_for_leakage': 0, 'dropped_by_task': {},
-    'leaks_of_short_texts': 0, 'leaks_kept': 0, 'common_phrases': 0, 'boilerplate_runs': 0, 'guarded': [],
+    'tokens': tokens, 'bytes_per_token': 0.0, 'planted': 0, 'tables': {'text': 0, 'packages': []},
     'packed': True, 'read': layout.loss(len(paths)),
     'lost': {name: layout.loss() for name in passes.LOSSES}, 'unfilled_row': 0,
     'sources': {entry.name: {'documents': len(paths), 'bytes': 0, 'rows': first[-1]}},
@@ -115,7 +114,7 @@ def run(context: Context) -> dict[str, Any]:
     'vocab_size': encoder.size,
     'special_ids': card['special_ids'],
     'row_order': 'an id is the row of the dataset: rows of the files, sorted by name, in their order; not checked '
-    'for leaks or duplicates',
+    'for duplicates',
   }
 
 
@@ -228,5 +227,4 @@ def _write_origins(out: Path, paths: Sequence[str], counts: Sequence[int], name:
   passes.write_table(out / 'documents' / '000000.parquet', rows)
   storage.write_json(out / 'sources.json', [name])
   storage.write_json(out / 'planted.json', [])
-  for empty in ('dropped.jsonl', 'leaking.jsonl', 'skipped.jsonl'):
-    storage.write_text(out / empty, '')
+  storage.write_text(out / 'skipped.jsonl', '')

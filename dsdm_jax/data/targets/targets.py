@@ -9,18 +9,26 @@ shots, from the left; a context that is too long without shots loses its beginni
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import prng, storage
+from dsdm_jax.core import artifacts, prng, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool.vocabulary import Encoder, HuggingFaceEncoder, encode_pair, open_encoder
+from dsdm_jax.data.pool.vocabulary import FILES, Encoder, HuggingFaceEncoder, encode_pair, open_encoder
 from dsdm_jax.data.targets.benchmarks import shots_to_drop
-from dsdm_jax.data.targets.tasks import SPLITS, RawItem, group_documents, read_tasks, split_documents, with_shots
+from dsdm_jax.data.targets.tasks import (
+  SPLITS,
+  RawItem,
+  RawTask,
+  group_documents,
+  read_tasks,
+  split_documents,
+  with_shots,
+)
 from dsdm_jax.errors import UserError
 
 Encode = Callable[[str], list[int]]
@@ -134,6 +142,38 @@ def _spread(items: Sequence[RawItem], rng: np.random.Generator) -> list[RawItem]
   return [items[index] for _, _, index in sorted(turns)]
 
 
+@dataclasses.dataclass(frozen=True)
+class SplitTask:
+  """A task, the side of each of its documents ('target' or 'holdout'), and how many groups of documents it has."""
+
+  task: RawTask
+  side: Mapping[str, str]
+  groups: int
+
+  def as_json(self) -> list[Any]:
+    """What its examples depend on, beside settings, vocabulary and length."""
+    task = dataclasses.replace(self.task, items=(), holdout=None)
+    items = [(*dataclasses.astuple(item), self.side[item.document]) for item in self.task.items]
+    return [repr(task), self.groups, items]
+
+
+def split_tasks(config: ConfigDict) -> list[SplitTask]:
+  """The tasks of `config`, the `targets` part; documents that any two of them share are on one side.
+
+  Raises:
+    UserError: a task is invalid, see `read_tasks`.
+  """
+  tasks = read_tasks(config)
+  group_of = group_documents(tasks)
+  side = split_documents(tasks, config.holdout_share, config.seed, group_of)
+  result = []
+  for task in tasks:
+    documents = {item.document for item in task.items}
+    of_task = {document: side[document] for document in sorted(documents)}
+    result.append(SplitTask(task, of_task, len({group_of[document] for document in documents})))
+  return result
+
+
 def build(
   config: ConfigDict, encoder: Encoder, length: int, most: int | None = None
 ) -> tuple[dict[tuple[str, str], Examples], dict[str, Any]]:
@@ -146,55 +186,70 @@ def build(
     most: maximum of examples per task and split, None for `config.max_examples`. Fewer are a prefix of more.
 
   Returns:
-    {(task, split): Examples} and {task: {"documents", "groups", "items", "duplicates", "unfit", "target", "holdout"}}.
+    {(task, split): Examples} and {task: counts}, see `build_task`.
 
   Raises:
-    UserError: a split of a task is empty, a task is invalid, see `read_tasks`, or a prompt is refused.
+    UserError: as `split_tasks` and `build_task`.
   """
-  tasks = read_tasks(config)
-  group_of = group_documents(tasks)
-  side = split_documents(tasks, config.holdout_share, config.seed, group_of)
-  examples, counts = {}, {}
-  for task in tasks:
-    by_split: dict[str, list[RawItem]] = {split: [] for split in SPLITS}
-    seen: set[tuple[str, str]] = set()
-    documents = {item.document for item in task.items}
-    count = {'documents': len(documents), 'groups': len({group_of[document] for document in documents})}
-    count |= {'items': 0, 'duplicates': 0, 'unfit': 0}
-    items = list(task.items)
-    if task.language_modelling:
-      items = [
-        dataclasses.replace(item, id=f'{item.id}#{index}', answer=piece)
-        for item in task.items
-        for index, piece in enumerate(pieces(encoder.encode, item.answer, length - 1))
-      ]
-    for item in items:
-      count['items'] += 1
-      if (item.context, item.answer) in seen:
-        count['duplicates'] += 1
-        continue
-      seen.add((item.context, item.answer))
-      by_split[side[item.document]].append(item)
-    for split, zero_shot in by_split.items():
-      items = with_shots(task, zero_shot, config.seed)
-      rng = prng.numpy_stream(config.seed, 'targets', task.name, split)
-      try:
-        of_split, unfit = _examples(
-          _spread(items, rng), encoder, length, most or config.max_examples, config.long_prompts
-        )
-      except UserError as error:
-        raise UserError(f'target task {task.name!r}, {error}') from error
-      count['unfit'] += unfit
-      count[split] = len(of_split)
-      if not len(of_split):
-        raise UserError(
-          f'target task {task.name!r} has no example in its {split} split ({len(items)} items, {unfit} do not fit into '
-          f'pool.length {length}; {count["groups"]} groups of items that share a document, passage or question); add '
-          'documents, give items a "document" of their own, or change targets.holdout_share or pool.length'
-        )
-      examples[task.name, split] = of_split
-    counts[task.name] = count
+  examples: dict[tuple[str, str], Examples] = {}
+  counts: dict[str, Any] = {}
+  for split_task in split_tasks(config):
+    name = split_task.task.name
+    by_split, counts[name] = build_task(split_task, config, encoder, length, most)
+    examples |= {(name, split): of_split for split, of_split in by_split.items()}
   return examples, counts
+
+
+def build_task(
+  split_task: SplitTask, config: ConfigDict, encoder: Encoder, length: int, most: int | None = None
+) -> tuple[dict[str, Examples], dict[str, Any]]:
+  """Split → examples of one task, and {"documents", "groups", "items", "duplicates", "unfit", "target", "holdout"}.
+
+  Args:
+    split_task: the task.
+    config, encoder, length, most: as for `build`.
+
+  Raises:
+    UserError: a split of the task is empty, or a prompt is refused.
+  """
+  task, side = split_task.task, split_task.side
+  examples: dict[str, Examples] = {}
+  by_split: dict[str, list[RawItem]] = {split: [] for split in SPLITS}
+  seen: set[tuple[str, str]] = set()
+  count = {'documents': len(side), 'groups': split_task.groups, 'items': 0, 'duplicates': 0, 'unfit': 0}
+  items = list(task.items)
+  if task.language_modelling:
+    items = [
+      dataclasses.replace(item, id=f'{item.id}#{index}', answer=piece)
+      for item in task.items
+      for index, piece in enumerate(pieces(encoder.encode, item.answer, length - 1))
+    ]
+  for item in items:
+    count['items'] += 1
+    if (item.context, item.answer) in seen:
+      count['duplicates'] += 1
+      continue
+    seen.add((item.context, item.answer))
+    by_split[side[item.document]].append(item)
+  for split, zero_shot in by_split.items():
+    items = with_shots(task, zero_shot, config.seed)
+    rng = prng.numpy_stream(config.seed, 'targets', task.name, split)
+    try:
+      of_split, unfit = _examples(
+        _spread(items, rng), encoder, length, most or config.max_examples, config.long_prompts
+      )
+    except UserError as error:
+      raise UserError(f'target task {task.name!r}, {error}') from error
+    count['unfit'] += unfit
+    count[split] = len(of_split)
+    if not len(of_split):
+      raise UserError(
+        f'target task {task.name!r} has no example in its {split} split ({len(items)} items, {unfit} do not fit into '
+        f'pool.length {length}; {count["groups"]} groups of items that share a document, passage or question); add '
+        'documents, give items a "document" of their own, or change targets.holdout_share or pool.length'
+      )
+    examples[split] = of_split
+  return examples, count
 
 
 def _examples(
@@ -246,16 +301,31 @@ def _record(item: RawItem) -> dict[str, Any]:
 
 
 def run(context: Context) -> dict[str, Any]:
-  """The stage: reads the pool's vocabulary and length, writes `<task>.<split>.npz`, `.jsonl` and `tasks.json`."""
-  pool = context.inputs['pool']
+  """The stage: reads the pool's vocabulary and length, writes `<task>.<split>.npz`, `.jsonl` and `tasks.json`.
+
+  A task is a unit: another one leaves its files as they are, unless the two share documents that change sides.
+  """
+  pool, config = context.inputs['pool'], context.config.targets
+  counts: dict[str, dict[str, int]] = {}
   length = storage.read_json(pool.path / 'card.json', dict)['length']
   encoder = open_encoder(pool.path)
-  examples, counts = build(context.config.targets, encoder, length)
-  for (task, split), of_split in examples.items():
-    stem = context.out / f'{task}.{split}'
-    storage.save_npz(f'{stem}.npz', tokens_TL=of_split.tokens_TL, weights_TL=of_split.weights_TL)
-    lines = [json.dumps(record, sort_keys=True) + '\n' for record in of_split.records]
-    storage.write_bytes(f'{stem}.jsonl', ''.join(lines).encode())
+  vocabulary = [storage.checksum(pool.path / name) for name in FILES if (pool.path / name).is_file()]
+  settings = {key: config[key] for key in ('seed', 'max_examples', 'long_prompts', 'file_shots', 'file_delimiter')}
+  shared = {**settings, 'length': length, 'vocabulary': vocabulary}
+  split = {split_task.task.name: split_task for split_task in split_tasks(config)}
+  context.units.take({name: {**shared, 'task': each.as_json()} for name, each in split.items()}, _files)
+  for name, split_task in split.items():
+    whole, *parts = (context.out / file for file in _files(name))
+    if not storage.is_marked(whole):
+      examples, count = build_task(split_task, config, encoder, length)
+      for side, of_split in examples.items():
+        stem = context.out / f'{name}.{side}'
+        storage.save_npz(f'{stem}.npz', tokens_TL=of_split.tokens_TL, weights_TL=of_split.weights_TL)
+        lines = [json.dumps(record, sort_keys=True) + '\n' for record in of_split.records]
+        storage.write_bytes(f'{stem}.jsonl', ''.join(lines).encode())
+      storage.write_json(whole, count)
+      storage.mark(whole, *parts)
+    counts[name] = storage.read_json(whole, dict)
   storage.write_json(context.out / 'tasks.json', list(counts))
   context.log.event('targets', counts=counts)
   asked = sum(count['target'] for count in counts.values())
@@ -281,12 +351,20 @@ def run(context: Context) -> dict[str, Any]:
   }
 
 
+def _files(task: str) -> list[str]:
+  return [f'{task}.json', *(f'{task}.{split}.{kind}' for split in SPLITS for kind in ('npz', 'jsonl'))]
+
+
 class Targets:
   """Reads the artifact of the targets stage."""
 
   def __init__(self, artifact: Artifact):
     self._path = artifact.path
     self.tasks: list[str] = storage.read_json(self._path / 'tasks.json', list)
+
+  def digest(self, task: str) -> str:
+    """SHA-256 of the files of a task's target split."""
+    return artifacts.digest_of([storage.checksum(self._path / f'{task}.target.{kind}') for kind in ('npz', 'jsonl')])
 
   def examples(self, task: str, split: str) -> Examples:
     """Raises KeyError for an unknown task or split."""

@@ -228,7 +228,7 @@ def check_files(config: ConfigDict, guarded: Iterable[str] = ()) -> None:
 
   Args:
     config: the `targets` part of the config.
-    guarded: `pool.leakage_benchmarks` if the guard is on.
+    guarded: `leakage.benchmarks` if the guard is on.
 
   Raises:
     UserError: as `read_jsonl`.
@@ -241,7 +241,7 @@ def check_files(config: ConfigDict, guarded: Iterable[str] = ()) -> None:
   try:
     benchmark_texts(guarded, config.folder)
   except UserError as error:
-    raise UserError(f'pool.leakage_benchmarks: {error}; or remove it from --config.pool.leakage_benchmarks') from error
+    raise UserError(f'leakage.benchmarks: {error}; or remove it from --config.leakage.benchmarks') from error
 
 
 def _docs() -> RawTask:

@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dsdm_jax.config.validate import resolve
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.pool import pool as pool_lib
 from dsdm_jax.data.pool.pool import END_OF_DOCUMENT, Pool
 from dsdm_jax.data.pool.sources import Document
-from dsdm_jax.data.targets import tasks
+from dsdm_jax.data.targets import masked, tasks
 from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.errors import UserError
-from tests.helpers.data import contents, invented, run_pool, run_targets, small_config
+from tests.helpers.data import contents, invented, run_leakage, run_pool, run_targets, small_config
 
 
 def test_writing_a_pool_needs_no_tensorflow(tmp_path: Path):
@@ -111,14 +110,14 @@ def test_reading_needs_no_tensorflow(tiny_artifact: Artifact):
 
 def test_same_packages_same_bytes(tmp_path: Path):
   """In another process with other hash seeds, of the packages that are really installed, and over a broken attempt."""
-  config = small_config(sources=('installed_packages',), max_bytes=120_000, leakage_guard=False)
+  config = small_config(sources=('installed_packages',), max_bytes=120_000)
   here = run_pool(config, tmp_path / 'here')
   there = tmp_path / 'there'
   (there / 'pool' / 'dataset').mkdir(parents=True)
   (there / 'pool' / 'dataset' / 'pool-train.array_record-00007').write_bytes(b'half a file')
   code = (
     'import sys; from pathlib import Path; from tests.helpers.data import run_pool, small_config; '
-    'run_pool(small_config(sources=("installed_packages",), max_bytes=120_000, leakage_guard=False), Path(sys.argv[1]))'
+    'run_pool(small_config(sources=("installed_packages",), max_bytes=120_000), Path(sys.argv[1]))'
   )
   environment = os.environ | {'PYTHONHASHSEED': '77'}
   subprocess.run([sys.executable, '-c', code, str(there)], check=True, cwd=Path(__file__).parents[3], env=environment)
@@ -155,17 +154,46 @@ def leaky(config: ConfigDict, seed: int) -> Iterator[Document]:
   yield Document('prose/again', 'prose', documents[3].text)
 
 
-def test_leaks_and_duplicates_are_dropped_and_reported(tmp_path: Path):
-  artifact = run_pool(small_config(sources=(f'{__name__}:leaky',)), tmp_path)
-  dropped = [json.loads(line) for line in (artifact.path / 'dropped.jsonl').read_text().splitlines()]
-  assert [(d['id'], d['task']) for d in dropped] == [('prose/leak', 'cs_algorithms')]
-  assert dropped[0]['words'].startswith('Strings: ') and dropped[0]['passages'] == 1
-  pool = Pool(artifact)
-  assert not {'prose/leak', 'prose/again'} & {d['id'] for d in pool.documents}
-  assert (pool.card['dropped_for_leakage'], pool.card['lost']['duplicates']['documents']) == (1, 1)
-  assert pool.card['dropped_by_task'] == {'cs_algorithms': 1}
-  off = Pool(run_pool(small_config(sources=(f'{__name__}:leaky',), leakage_guard=False), tmp_path / 'off'))
-  assert 'prose/leak' in {d['id'] for d in off.documents}
+def test_rows_of_leaks_are_masked_and_duplicates_dropped(tmp_path: Path):
+  config = small_config(sources=(f'{__name__}:leaky',))
+  artifact = run_pool(config, tmp_path)
+  pool, found = Pool(artifact), run_leakage(config, tmp_path, artifact)
+  [leak] = listed(found, 'leaks')
+  assert (leak['id'], leak['task'], leak['passages']) == ('prose/leak', 'cs_algorithms', 1)
+  assert leak['words'].startswith('Strings: ')
+  card = json.loads((found.path / 'card.json').read_text())
+  assert card['by_task'] == {'cs_algorithms': {'documents': 1, 'rows': leak['rows']}}
+  # Independently: the rows of a document in the joined stream, from the text of all rows in its order.
+  mask_N, size = np.load(found.path / 'mask.npy'), [d['tokens'] + 1 for d in pool.documents]
+  [place] = [i for i, document in enumerate(pool.documents) if document['id'] == 'prose/leak']
+  first, stop = sum(size[:place]), sum(size[: place + 1])
+  begin_N = np.cumsum([0, *size])[pool.document_N] + pool.offset_N
+  np.testing.assert_array_equal(mask_N, (begin_N < stop) & (begin_N + pool.length > first))
+  assert 1 < leak['rows'] == card['rows'] == mask_N.sum() < pool.num_rows
+  with_text = [row for row in range(pool.num_rows) if 'Strings:' in pool.text(row)]
+  assert with_text and mask_N[with_text].all()
+  assert 'prose/again' not in {d['id'] for d in pool.documents} and pool.card['lost']['duplicates']['documents'] == 1
+  np.testing.assert_array_equal(masked.masked_rows(found), mask_N)
+  config.leakage.mask = False
+  listed_only = run_leakage(config, tmp_path / 'listed', artifact)
+  assert np.load(listed_only.path / 'mask.npy').any() and not masked.masked_rows(listed_only).any()
+  config.leakage.guard = False
+  assert not np.load(run_leakage(config, tmp_path / 'off', artifact).path / 'mask.npy').any()
+
+
+def test_no_masked_row_is_drawn_and_others_stay():
+  none_N = np.zeros(50, np.bool_)
+  rng = np.random.default_rng
+  before = masked.draw(none_N, 20, rng(0))
+  np.testing.assert_array_equal(before, np.sort(rng(0).choice(50, 20, replace=False)))
+  some_N = none_N.copy()
+  some_N[before[::4]] = True
+  after = masked.draw(some_N, 20, rng(0))
+  assert len(set(after)) == 20 and not some_N[after].any() and set(before[~some_N[before]]) <= set(after)
+  among = np.arange(0, 50, 2)
+  assert set(masked.draw(some_N, 15, rng(1), among)) <= set(among[~some_N[among]])
+  counts = sum(np.bincount(masked.draw(some_N, 20, rng(seed)), minlength=50) for seed in range(2_000))
+  assert not counts[some_N].any() and np.ptp(counts[~some_N]) < 6 * (2_000 * 20 / 45 * 25 / 45) ** 0.5
 
 
 ASKED = 'Which of the seven lanterns did the keeper of the green river leave burning last'
@@ -181,44 +209,40 @@ def asked_about(config: ConfigDict, seed: int) -> Iterator[Document]:
     yield Document(f'prose/notice{i}', 'prose', f'Page {i}. {NOTICE.upper()} ({i})')
 
 
-def test_leaks_of_benchmarks_are_found_and_may_be_kept(tmp_path: Path):
+def test_leaks_of_benchmarks_and_common_phrases_are_found(tmp_path: Path):
   benchmark = tmp_path / 'asked.jsonl'
   passage = f'{ASKED[::-1]} {NOTICE} {NOTICE[::-1]} {ASKED[::-1].upper()[3:]}'
   items = [ASKED, 'night'], [CHINESE, '上海'], [passage, 'x']
   benchmark.write_text('\n'.join(json.dumps({'context': c, 'continuation': a}) for c, a in items))
 
-  def run(name: str, *named: str, **keys: Any) -> Pool:
-    config = small_config(sources=(f'{__name__}:asked_about',), leakage_benchmarks=named, **keys)
-    config.evaluation.tasks = ('targets', str(benchmark))
-    return Pool(run_pool(resolve(config, dict), tmp_path / name))
+  config = small_config(sources=(f'{__name__}:asked_about',))
+  config.evaluation.tasks = ('targets', str(benchmark))
+  pool = run_pool(config, tmp_path)
 
-  def listed(pool: Pool, file: str) -> list[tuple[str, str]]:
-    result = [json.loads(line) for line in (pool.path / file).read_text().splitlines()]
-    return [(leak['id'], leak['task']) for leak in result]
+  def run(name: str, *named: str, **keys: Any) -> Artifact:
+    config.leakage.benchmarks = named
+    config.leakage.update(keys)
+    return run_leakage(config, tmp_path / name, pool)
 
-  found, common = [('prose/leak', 'asked'), ('prose/zh', 'asked')], [(f'prose/notice{i}', 'asked') for i in range(11)]
+  def names(found: Artifact, file: str) -> list[tuple[str, str]]:
+    return [(leak['id'], leak['task']) for leak in listed(found, file)]
+
+  leaks, common = [('prose/leak', 'asked'), ('prose/zh', 'asked')], [(f'prose/notice{i}', 'asked') for i in range(11)]
   for name, named in (('file', str(benchmark)), ('word', 'evaluated')):
-    pool = run(name, named)
-    assert listed(pool, 'dropped.jsonl') == found and listed(pool, 'leaking.jsonl') == common
-    assert (pool.card['dropped_by_task'], pool.card['leaks_kept']) == ({'asked': 2}, 0)
-    assert (pool.card['common_phrases'], pool.card['leaks_of_short_texts']) == (11, 0)
-    assert pool.card['guarded'] == ['asked', 'cs_algorithms']
-    assert 'prose/leak' not in {d['id'] for d in pool.documents}
-  place = json.loads((pool.path / 'dropped.jsonl').read_text().splitlines()[0])
-  assert (place['item'], place['in_document'], place['in_target']) == (
-    'line 1',
-    [12, 98],
-    [0, 86],
-  )
-  selected = run('kept', 'evaluated', drop_leaks=False, leakage_common=0)
-  assert listed(selected, 'dropped.jsonl') == [] and listed(selected, 'leaking.jsonl') == found + common
-  assert (selected.card['dropped_for_leakage'], selected.card['dropped_by_task'], selected.card['leaks_kept']) == (
-    0,
-    {},
-    13,
-  )
-  assert 'prose/leak' in {d['id'] for d in selected.documents}
-  assert listed(run('none'), 'dropped.jsonl') == []
+    found = run(name, named)
+    assert names(found, 'leaks') == leaks and names(found, 'phrases') == common
+    card = json.loads((found.path / 'card.json').read_text())
+    assert (card['documents'], card['by_task']['asked']['documents']) == (2, 2)
+    assert (card['common_phrases'], card['short_texts']) == (11, 0)
+    assert card['guarded'] == ['asked', 'cs_algorithms']
+  place = listed(found, 'leaks')[0]
+  assert (place['item'], place['in_document'], place['in_target']) == ('line 1', [12, 98], [0, 86])
+  assert names(run('none'), 'leaks') == []
+  assert names(run('all', 'evaluated', common=0), 'leaks') == leaks + common
+
+
+def listed(found: Artifact, file: str) -> list[dict[str, Any]]:
+  return [json.loads(line) for line in (found.path / f'{file}.jsonl').read_text().splitlines()]
 
 
 def nothing(config: ConfigDict, seed: int) -> Iterator[Document]:

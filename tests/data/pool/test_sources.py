@@ -5,7 +5,6 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +19,12 @@ from dsdm_jax.config import values
 from dsdm_jax.data import files, inputs
 from dsdm_jax.data.pool import readers, sources
 from dsdm_jax.data.pool.pool import Pool
-from dsdm_jax.data.targets import leakage
 from dsdm_jax.errors import UserError
 from tests.helpers.data import RECORDS, lines, run_pool, small_config
 
 
 def build(folder: Path, *lines_: str, **keys) -> Pool:
-  keys = {'vocabulary': 'bytes', 'max_bytes': 0, 'max_document_bytes': 0, 'leakage_guard': False} | keys
+  keys = {'vocabulary': 'bytes', 'max_bytes': 0, 'max_document_bytes': 0} | keys
   return Pool(run_pool(small_config(sources=lines_, **keys), folder))
 
 
@@ -669,9 +667,8 @@ TEXTS = st.lists(WORDS, max_size=30).map(''.join)
   limit=st.sampled_from([0, 1, 5, 20]),
   budget=st.sampled_from([0, 3, 40, 200]),
   duplicates=st.booleans(),
-  leaks=st.booleans(),
 )
-def test_all_text_is_in_the_pool_or_counted_as_lost(records, limit, budget, duplicates, leaks, tmp_path_factory):
+def test_all_text_is_in_the_pool_or_counted_as_lost(records, limit, budget, duplicates, tmp_path_factory):
   from dsdm_jax.data.pool import build as stage
   from dsdm_jax.data.pool import layout, passes, vocabulary
 
@@ -687,14 +684,10 @@ def test_all_text_is_in_the_pool_or_counted_as_lost(records, limit, budget, dupl
     passes.Job(unit, index, folder, limit, True, out=folder)
     for index, unit in enumerate(sources.distinct(sources.units(entries[0])))
   ]
-  leak = leakage.Leak('id', (leakage.Span('t', 'i', 'word', (0, 4), (0, 4)),), 1, False, True, np.zeros(1, np.int64))
-  guard = mock.Mock(leaks=lambda batch: {i: leak for i, document in enumerate(batch) if 'word' in document.text})
-  with mock.patch.object(passes, '_guard', return_value=guard):
-    jobs = [dataclasses.replace(job, guard='x') for job in jobs]
-    scanned = [passes.scan(job) for job in jobs]
+  scanned = [passes.scan(job) for job in jobs]
   begin = layout.bounds(scanned)
   jobs = [dataclasses.replace(job, begin=begin[i], end=begin[i + 1]) for i, job in enumerate(jobs)]
-  selected = layout.decide(entries, jobs, scanned, duplicates, leaks, budget, 0)
+  selected = layout.decide(entries, jobs, scanned, duplicates, budget, 0)
   np.save(folder / 'lost.npy', selected.lost_M)
   passes._lost.cache_clear()
   jobs = [dataclasses.replace(job, first=selected.first[i]) for i, job in enumerate(jobs)]
@@ -756,7 +749,7 @@ def test_a_budget_takes_a_sample_that_a_long_document_does_not_fill(place: int, 
   # Both files and both halves of them give their share: five standard deviations of 95 draws.
   for low, high in ((0, 100), (100, 200), (200, 300)):
     assert 95 / 3 - 24 < sum(low <= i < high for i in ids) < 95 / 3 + 24
-  other = small_config(sources=(f'jsonl:{tmp_path}/*.jsonl',), max_bytes=9_000, vocabulary='bytes', leakage_guard=False)
+  other = small_config(sources=(f'jsonl:{tmp_path}/*.jsonl',), max_bytes=9_000, vocabulary='bytes')
   other.seed = 1
   assert sorted(int(d['id']) for d in Pool(run_pool(other, tmp_path / 'other')).documents) != ids
   # Where long documents are all there is, they are taken.
