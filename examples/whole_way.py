@@ -1,14 +1,16 @@
 """From a lab's model, corpus and evaluation to documents with scores, and to a model that lm-evaluation-harness opens.
 
     pip install 'lm_eval[hf]'
-    python examples/whole_way.py WORKDIR --model SmolLM2-135M --corpus 'corpus/*.parquet' --task arc_easy
+    python examples/whole_way.py WORKDIR --model SmolLM2-135M --corpus 'corpus/*.parquet' \
+      --documents 'documents/*.jsonl.gz' --task arc_easy
 
 MODEL is a folder of Hugging Face or a hub id, with its tokenizer.json. The corpus has the columns `text` and `meta`,
-with an `id` and a `source` inside. Without these flags, a random model, a small corpus and a local task stand in: a
-minute on a laptop, without a network.
+with an `id` and a `source` inside; the documents are dolma's. Without these flags, a random model, small files and a
+local task stand in: a minute on a laptop, without a network.
 """
 
 import argparse
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -23,17 +25,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   parser.add_argument('workdir', type=Path)
   parser.add_argument('--model')
   parser.add_argument('--corpus')
+  parser.add_argument('--documents')
   parser.add_argument('--task')
   flags = parser.parse_args(argv)
   workdir, tasks = flags.workdir, ''
   c = schema.config_dict()
   if flags.model is None:
-    flags.model, flags.corpus, flags.task, tasks = stand_ins(workdir.with_name(f'{workdir.name}-inputs'))
+    flags.model, flags.corpus, flags.documents, flags.task, tasks = stand_ins(
+      workdir.with_name(f'{workdir.name}-inputs')
+    )
     c.pool.length, c.targets.max_examples, c.features.dimension, c.selection.examples = 64, 16, 128, 32
     c.pretraining.train.batch_size, c.features.shard_rows, c.pretraining.seeds = 16, 512, 1
 
   # The corpus: documents keep their own ids, and the model's own vocabulary makes the rows.
-  c.pool.sources = (f'parquet:{flags.corpus} | id=meta.id | source=meta.source',)
+  c.pool.sources = (f'parquet:{flags.corpus} | id=meta.id | source=meta.source', f'jsonl:{flags.documents}')
   c.pool.vocabulary, c.pool.max_bytes = f'{flags.model}/tokenizer.json', 0
   # The target: what the harness asks, from the task's training split. Its validation split is evaluated.
   c.targets.tasks, c.targets.folder = (f'lm_eval:{flags.task}',), tasks
@@ -43,12 +48,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   c.proxies.count, c.proxies.epochs, c.selection.methods = 1, 0.0, ('dsdm', 'random')
   pipeline.run(c, workdir)
 
-  # One record a document, under its own id: as Parquet, and as attributes that dolma's mixer reads.
+  # One record a document, under its own id: as Parquet, and beside dolma's files as attributes that its mixer reads.
   for form in ('parquet', 'dolma'):
-    cli.main(['export', 'documents', '--workdir', str(workdir), '--format', form, '--out', f'{workdir}-{form}'])
+    export('documents', '--workdir', str(workdir), '--format', form, '--out', f'{workdir}-{form}')
   # The model that was trained on the choice, opened by transformers and asked by the harness.
   exported = f'{workdir}-model'
-  cli.main(['export', 'model', '--workdir', str(workdir), '--arm', 'dsdm', '--seed', '0', '--out', exported])
+  export('model', '--workdir', str(workdir), '--arm', 'dsdm', '--seed', '0', '--out', exported)
   import torch
   from lm_eval import simple_evaluate
   from lm_eval.tasks import TaskManager
@@ -60,8 +65,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   return found['results']
 
 
-def stand_ins(folder: Path) -> tuple[str, str, str, str]:
-  """Writes a random Llama with a tokenizer, a corpus and a task: (model, corpus, task, folder of tasks)."""
+def export(*arguments: str) -> None:
+  if code := cli.main(['export', *arguments]):
+    raise SystemExit(code)
+
+
+def stand_ins(folder: Path) -> tuple[str, str, str, str, str]:
+  """Writes a random Llama with a tokenizer, texts and a task: (model, corpus, documents, task, folder of tasks)."""
   import jax
   import pyarrow as pa
   import pyarrow.parquet as pq
@@ -73,10 +83,13 @@ def stand_ins(folder: Path) -> tuple[str, str, str, str]:
   folder.mkdir(parents=True, exist_ok=True)
   words = 'adding tuple index value list string count returns empty first last copy sorted keys each item'.split()
   texts = [' '.join(words[(i * j + i) % len(words)] for j in range(60)) + f' {i}.' for i in range(300)]
-  records = [
-    {'text': text, 'meta': {'id': f'doc-{i}', 'source': ('web', 'books')[i % 2]}} for i, text in enumerate(texts)
-  ]
+  metas = [{'id': f'doc-{i}', 'source': ('web', 'books')[i % 2]} for i in range(len(texts))]
+  records = [{'text': text, 'meta': meta} for text, meta in zip(texts[:200], metas, strict=False)]
   pq.write_table(pa.Table.from_pylist(records), folder / 'corpus.parquet')
+  with gzip.open(folder / 'documents.jsonl.gz', 'wt') as file:
+    file.writelines(
+      json.dumps({'text': text, **meta}) + '\n' for text, meta in zip(texts[200:], metas[200:], strict=True)
+    )
 
   (folder / 'model').mkdir(exist_ok=True)
   tokenizer = tokenizers.ByteLevelBPETokenizer()
@@ -106,7 +119,7 @@ def stand_ins(folder: Path) -> tuple[str, str, str, str]:
     'metric_list': [{'metric': 'acc', 'aggregation': 'mean', 'higher_is_better': True}],
   }  # fmt: skip
   (folder / 'task.yaml').write_text(json.dumps(task))  # JSON is YAML
-  return str(folder / 'model'), str(folder / 'corpus.parquet'), 'next_word', str(folder)
+  return f'{folder}/model', f'{folder}/corpus.parquet', f'{folder}/documents.jsonl.gz', 'next_word', str(folder)
 
 
 if __name__ == '__main__':
