@@ -247,7 +247,7 @@ class ScoresView(View, Mapping[str, np.ndarray]):
     from dsdm_jax.selection.documents import DocumentScores
 
     stages = ['pool', 'datamodel', *(('proxies', 'features') if by == 'tokens' else ())]
-    stages += ['selection'] if 'selection' in self._run.stages else []
+    stages += [stage for stage in ('leakage', 'selection') if stage in self._run.stages]
     inputs = {stage: self._run.artifact(stage) for stage in stages}
     inputs |= export.validation_of(self._run.workdir, inputs)
     scores = DocumentScores(inputs, targets, arms, by, self._run.functions)

@@ -8,10 +8,11 @@ Formats:
     spans [start, end, score] of characters. Name the folder …/attributes/NAME beside …/documents.
   datakit: for each file of the sources a flat Parquet file with the columns id, partition_id, status and scores.
 
-Columns: id, source, status ('kept', or why the document has no score: 'duplicates', 'above_caps',
-'without_tokens', 'bad_input', 'unfilled_row'; 'cut' has a score), file, number (line or row in the file, from 1), begin
-and end (bytes in the decompressed file), bytes, characters, tokens, row_tokens (those in rows, with the end mark); for
-each target sum_T, score_T, low_T and high_T; and selected_A, the share of row_tokens that the arm A selected.
+Columns: id, source, status ('kept'; 'cut', its end is lost; 'leaks', it has text of a target and no arm takes its rows;
+or why the document has no score: 'duplicates', 'above_caps', 'without_tokens', 'bad_input', 'unfilled_row'), file,
+number (line or row in the file, from 1), begin and end (bytes in the decompressed file), bytes, characters, tokens,
+row_tokens (those in rows, with the end mark); for each target sum_T, score_T, low_T and high_T; and selected_A, the
+share of row_tokens that the arm A selected.
 """
 
 import argparse
@@ -84,6 +85,7 @@ class DocumentScores:
       if by == 'tokens' and (target == 'mix' or len(parts) > 1):
         raise UserError(f'the score for {target!r} is no sum over tokens; name single tasks, or take scores by rows')
     self.metadata = export.metadata(inputs['datamodel'], inputs.get('validation')) | {'by': by}
+    self._leaks = _leaks(inputs.get('leakage'))
     spans = self.pool.spans
     self._tokens_D = spans.tokens_D
     self._values: dict[str, np.ndarray] = {}
@@ -156,6 +158,9 @@ class DocumentScores:
       tokens_B = np.where(inside_B, self._tokens_D[at_B], 0)
       status = table['status'].to_numpy(zero_copy_only=False)
       status = np.where((tokens_B == 0) & inside_B, 'unfilled_row', status)
+      if self._leaks:
+        leaks_B = np.array([id in self._leaks for id in table['id'].to_pylist()])
+        status = np.where(leaks_B & np.isin(status, (KEPT, 'cut')), 'leaks', status)
       columns = {name: table[name] for name in table.column_names} | {'status': status, 'row_tokens': tokens_B}
       for name, value_D in self._values.items():
         columns[name] = pa.array(value_D[at_B], schema.field(name).type, mask=tokens_B == 0)
@@ -248,6 +253,14 @@ class DocumentScores:
       yield label, (table for _, table in group)
 
 
+def _leaks(leakage: Artifact | None) -> frozenset[str]:
+  """Ids of the documents with text of a target, whose rows no arm takes."""
+  if leakage is None or not storage.read_json(leakage.path / 'card.json', dict)['masked']:
+    return frozenset()
+  lines = (leakage.path / 'leaks.jsonl').read_text().split('\n')
+  return frozenset(json.loads(line)['id'] for line in lines if line)
+
+
 def _is_record(table: 'pyarrow.Table') -> np.ndarray:
   """Whether a record is a line or row of its file, or a whole file with text."""
   number, status = table['number'].to_numpy(), table['status'].to_numpy(zero_copy_only=False)
@@ -289,8 +302,9 @@ def write(
   """
   with export.new_folder(out) as part:
     inputs = artifacts.read(workdir, 'pool', 'datamodel', *(('proxies', 'features') if by == 'tokens' else ()))
-    if artifacts.open_stage(workdir, 'selection') is not None:
-      inputs |= artifacts.read(workdir, 'selection', known=inputs)
+    for name in ('leakage', 'selection'):
+      if artifacts.open_stage(workdir, name) is not None:
+        inputs |= artifacts.read(workdir, name, known=inputs)
     inputs |= export.validation_of(workdir, inputs)
     done = getattr(DocumentScores(inputs, targets, arms, by), form)(part)
   return f'{done} as {form} in {out}'

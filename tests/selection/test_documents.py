@@ -168,6 +168,19 @@ def test_sums_over_documents_are_sums_over_rows(lossy):
   assert record['score_a'] == pytest.approx(float(arrays['score_a_N'][span.rows_of([document])[1][0]]), rel=1e-4)
 
 
+def test_a_document_with_text_of_a_target_says_so_beside_its_score(lossy, tmp_path):
+  """With the leakage stage's list, if it masks rows."""
+  _, inputs, _ = lossy
+  before = _records(inputs)
+  leaking = next(r for r in before if r['status'] == 'kept')['id']
+  (tmp_path / 'leaks.jsonl').write_text(json.dumps({'id': leaking, 'task': 'a'}) + '\n')
+  for masked in (True, False):
+    (tmp_path / 'card.json').write_text(json.dumps({'masked': masked}))
+    found = _records(inputs | {'leakage': Artifact(tmp_path, {})})
+    changed = [(a, b) for a, b in zip(before, found, strict=True) if a != b]
+    assert changed == ([(a, a | {'status': 'leaks'}) for a in before if a['id'] == leaking] if masked else [])
+
+
 def test_targets_and_arms_are_named(lossy):
   _, inputs, _ = lossy
   assert {n for n in _records(inputs, targets=['a+b'], arms=[])[0] if n.startswith(('score', 'sel'))} == {'score_a+b'}
