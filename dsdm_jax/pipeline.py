@@ -208,7 +208,8 @@ def run_connected(config: ConfigDict, workdir: Path, only: str | None = None, re
     processes.before_devices()
     import jax
 
-    check_devices(config, jax.device_count(), [key for s in STAGES if s.name in wanted for key in s.batches])
+    if not rerun:  # else the runner alone knows what runs
+      check_devices(config, jax.device_count(), [key for s in STAGES if s.name in wanted for key in s.batches])
   found: dict[str, Any] = {'lines': [], 'warnings': [], 'seconds': {}}
   if wanted or only == CHECK:
     found = processes.decide(lambda: load('plan.preflight:run')(config, workdir, wanted, only == CHECK))

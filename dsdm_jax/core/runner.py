@@ -260,7 +260,7 @@ class Runner:
       if semantics is None:
         cost.save()
         log.event('shared', job=job, seconds=cost.seconds)
-        ended('this job has finished its share; the last job, or a run without jobs, finishes the stage')
+        ended('this job has finished its share; the last one ends the stage')
         return
       processes.decide(lambda: self._check_unchanged(stage, identity))
       if given := self._given.get(stage.name):

@@ -34,6 +34,7 @@ BAD: dict[str, list] = {
   'pool.end_piece': ['a\nb'],
   'leakage.benchmarks': [('docs',), ('my.json',)],
   'host.beam': ['DirectRunner'],
+  'log.to': [('tensorboard', 'tensorboard'), ('mlflow',)],
   'targets.tasks': [
     (),
     ('docs', 'docs'),

@@ -17,6 +17,7 @@ from dsdm_jax.core import runner as runner_lib
 from dsdm_jax.core.runner import Runner
 from dsdm_jax.core.stage import Stage
 from dsdm_jax.errors import UserError
+from dsdm_jax.plan import preflight
 from tests.helpers.workdirs import change_manifest, files_of
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
@@ -92,6 +93,8 @@ def begin(workdir: Path, config: ConfigDict, name: str) -> Path:
 @pytest.fixture
 def ran(monkeypatch) -> Ran:
   ran = Ran([])
+  # It reads the pool, which is empty here.
+  monkeypatch.setattr(preflight, 'run', lambda *_: {'lines': [], 'warnings': [], 'seconds': {}})
   monkeypatch.setattr(Runner, 'run_stage', lambda *arguments: ran(*arguments))
   return ran
 
