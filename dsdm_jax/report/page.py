@@ -164,7 +164,10 @@ def next_steps(shown: Evidence) -> list[tuple[str, str, str]]:
     why = 'The rows with their text and scores (also as jsonl, datasets or tfds), and a trained model for transformers.'
     steps.append(('Export the selection and a model', why, command))
   tasks = (*config['targets.tasks'], 'my_task.jsonl')
-  why = 'A file with one {"context": …, "answer": …} a line is a target. Put yours in the place of my_task.jsonl.'
+  why = (
+    'A file with one {"context": …, "answer": …} a line is a target. Put yours in the place of my_task.jsonl. Pool, '
+    "proxies and the pool's features are used again."
+  )
   command = f'{run} --workdir=RUN --rerun {_flag("targets.tasks", tasks)}'
   steps.append(('Choose for another target', why, command))
   if config['pool.max_bytes']:
