@@ -153,11 +153,17 @@ class Solution:
     u_JK: (G + λI)⁻¹ columnsᵀ, float64.
     damping: λ of each block, absolute.
     condition: condition number of each damped block, estimated in the 1-norm.
+    combination_KX: weight of each of these columns in those that are scored; None takes them as they are.
   """
 
   u_JK: np.ndarray
   damping: tuple[float, ...]
   condition: tuple[float, ...]
+  combination_KX: np.ndarray | None = None
+
+  def columns(self, at: int | Sequence[int] | np.ndarray) -> np.ndarray:
+    """Columns of u that are scored, [J] or [J, …]."""
+    return self.u_JK[:, at] if self.combination_KX is None else self.u_JK @ self.combination_KX[:, at]
 
 
 def solve(
@@ -272,16 +278,24 @@ def cholesky(matrix_JJ: np.ndarray) -> None:
       matrix_JJ[stop + i : stop + end, stop : stop + end] -= panel[i:end] @ panel[:end].T
 
 
-def score_shards(source: RowSource, u_JK: np.ndarray, row: int = 0, groups: Sequence[int] = ()) -> Iterator[Shard]:
+def score_shards(
+  source: RowSource,
+  u_JK: np.ndarray,
+  row: int = 0,
+  groups: Sequence[int] = (),
+  combination_KX: np.ndarray | None = None,
+) -> Iterator[Shard]:
   """(start, stop, φ u in float32 [B, K]) of each shard from `row` on, where a shard starts, in order.
 
   Args:
     groups: numbers of columns that are multiplied together, as for `solve`; passes without features ignore it.
+    combination_KX: the columns are multiplied by it; None leaves them.
   """
   # A common scale per column keeps float32 far from its limits; it is restored afterwards.
   scale_K = np.maximum(np.abs(u_JK).max(axis=0), np.finfo(np.float64).tiny)
   for start, stop, score_BK in source.scores((u_JK / scale_K).astype(np.float32), row, groups):
-    yield start, stop, (score_BK * scale_K).astype(np.float32)
+    scaled_BK = score_BK * scale_K
+    yield start, stop, (scaled_BK if combination_KX is None else scaled_BK @ combination_KX).astype(np.float32)
 
 
 def scores(source: RowSource, u_JK: np.ndarray, progress: Progress = silent) -> np.ndarray:

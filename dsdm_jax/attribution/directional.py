@@ -1,8 +1,10 @@
 """Scores without features: ∇f_n·v, a directional derivative. In the dense projection φ(n)·u = ∇f_n·(Rᵀu), so v = Rᵀu.
 
 One forward-mode pass over a batch gives it exactly, over all parameters and at any J, without a gradient and without
-residuals of a backward pass. Each further direction would add a pass over tangents, two products of three. A gradient
-costs three products and then serves all directions, so several directions take the gradients of a microbatch.
+residuals of a backward pass. Each further direction would add a pass over tangents, two products of three. The backward
+pass of several directions costs three products for all of them: a layer's wrapper makes the gradient G of one row from
+the layer's inputs and its outputs' gradients and gives ⟨G, v⟩ of each direction at once. No more than one layer's
+gradients are held.
 """
 
 import dataclasses
@@ -15,14 +17,88 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsdm_jax.attribution import rademacher
-from dsdm_jax.attribution.gradients import in_microbatches, per_example
+from dsdm_jax.attribution import probes, rademacher
+from dsdm_jax.attribution.gradients import in_microbatches
+from dsdm_jax.attribution.probes import ProbedLayer
 from dsdm_jax.attribution.second_moment import SecondMoment
-from dsdm_jax.core.mesh import batch_sharding
-from dsdm_jax.lm import partition
+from dsdm_jax.core.mesh import DATA, batch_sharding
+from dsdm_jax.lm import attention_tpu, partition
 from dsdm_jax.lm.outputs import OutputFn
 
 Prepared = tuple[nnx.State, Any]
+
+
+@jax.custom_vjp
+def contracted_matmul(x: jax.Array, w_IO: jax.Array, score_K: jax.Array, v_KIO: jax.Array) -> jax.Array:
+  """x @ w for x [..., I], whose cotangent with respect to `score_K` is ⟨Σ x dyᵀ, v_k⟩ in float32."""
+  del score_K, v_KIO
+  return x @ w_IO
+
+
+def _matmul_forward(x: jax.Array, w_IO: jax.Array, score_K: jax.Array, v_KIO: jax.Array) -> tuple[jax.Array, Any]:
+  del score_K
+  return x @ w_IO, (x, w_IO, v_KIO)
+
+
+def _matmul_backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, None, jax.Array, None]:
+  x, w_IO, v_KIO = residuals
+  gradient_IO = jnp.einsum('...i,...o->io', x, dy, preferred_element_type=jnp.float32)
+  return dy @ w_IO.T, None, _inner('io,kio->k', gradient_IO, v_KIO), None
+
+
+contracted_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def contracted_lookup(tokens: jax.Array, w_VD: jax.Array, score_K: jax.Array, v_KVD: jax.Array) -> jax.Array:
+  """Rows of `w_VD` for int32 `tokens`: `contracted_matmul` with one-hot inputs."""
+  del score_K, v_KVD
+  return jnp.take(w_VD, tokens, axis=0)
+
+
+def _lookup_forward(tokens: jax.Array, w_VD: jax.Array, score_K: jax.Array, v_KVD: jax.Array) -> tuple[jax.Array, Any]:
+  del score_K
+  return jnp.take(w_VD, tokens, axis=0), (tokens, v_KVD)
+
+
+def _lookup_backward(residuals: Any, dy: jax.Array) -> tuple[None, None, jax.Array, None]:
+  tokens, v_KVD = residuals
+  dy, (count, rows, _) = dy.astype(jnp.float32), v_KVD.shape
+  if count * tokens.size < rows:
+    score_K = _inner('...d,k...d->k', dy, jnp.take(v_KVD, tokens, axis=1))
+  else:  # one scatter instead of a gather for each direction
+    score_K = _inner('vd,kvd->k', jnp.zeros_like(v_KVD[0]).at[tokens].add(dy), v_KVD)
+  return None, None, score_K, None
+
+
+contracted_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+_inner = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+class ContractedLinear(probes.LinearWrapper):
+  """A linear layer; the gradient of `score` [*stack, K] is that of the kernel along each of `direction`."""
+
+  def __init__(self, linear: nnx.Linear, score_K: jax.Array, direction_KIO: jax.Array):
+    super().__init__(linear)
+    self.score, self.direction = nnx.Variable(score_K), nnx.Variable(direction_KIO)
+
+  def product(self, x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    return contracted_matmul(x, kernel_IO, self.score[...], self.direction[...])
+
+
+class ContractedTable(probes.TableWrapper):
+  """An embedding table, over lookups and a tied head; as `ContractedLinear`."""
+
+  def __init__(self, embed: nnx.Embed, layer: ProbedLayer, score_K: jax.Array, direction_KVD: jax.Array):
+    super().__init__(embed, layer)
+    self.score, self.direction = nnx.Variable(score_K), nnx.Variable(direction_KVD)
+
+  def lookup(self, tokens: jax.Array, table_VD: jax.Array) -> jax.Array:
+    return contracted_lookup(tokens, table_VD, self.score[...], self.direction[...])
+
+  def product(self, x: jax.Array, table_DV: jax.Array) -> jax.Array:
+    return contracted_matmul(x, table_DV, self.score[...], self.direction[...].swapaxes(-1, -2))
 
 
 @dataclasses.dataclass
@@ -46,7 +122,7 @@ class DirectionalScores:
 
   def __post_init__(self) -> None:
     self._graphdef, _, self._rest = nnx.split(self.model, nnx.Param, ...)
-    self._gradients = per_example(self.model, self.output_fn, self.mesh)
+    self._layers = list(probes.matrices(self.model))
     batch = batch_sharding(self.mesh)
     self.jitted = jax.jit(self.apply, in_shardings=(None, batch, batch), out_shardings=batch)
 
@@ -90,8 +166,42 @@ class DirectionalScores:
 
     if count == 1:
       return along(jax.tree.map(lambda v: v[0], directions))[..., None]
-    if jax.eval_shape(outputs, params).ndim == 1:
-      dot = functools.partial(jnp.einsum, 'b...,t...->bt', precision=jax.lax.Precision.HIGHEST)
-      gradients = self._gradients(params, tokens_BL, weights_BL)
-      return sum(jax.tree.leaves(jax.tree.map(dot, gradients, directions)), jnp.zeros((len(tokens_BL), count)))
-    return jax.vmap(along, out_axes=-1)(directions)
+    if jax.eval_shape(outputs, params).ndim > 1:
+      return jax.vmap(along, out_axes=-1)(directions)
+    while True:
+      try:
+        return self._contracted(params, directions, count, tokens_BL, weights_BL)
+      except probes.TableReadError as error:  # its gradient is explicit
+        self._layers = [layer for layer in self._layers if layer.path != error.path]
+
+  def _contracted(
+    self, params: nnx.State, directions: Any, count: int, tokens_BL: jax.Array, weights_BL: jax.Array
+  ) -> jax.Array:
+    """score_BT by one backward pass."""
+    direction_of = {partition.path_name(p): v for p, v in jax.tree_util.tree_leaves_with_path(directions)}
+    paths = {layer.path for layer in self._layers}
+    others, matrices = nnx.split_state(params, lambda path, _: '/'.join(map(str, path)) not in paths, ...)
+
+    def output(
+      score_of: dict[str, jax.Array], others: nnx.State, tokens_L: jax.Array, weights_L: jax.Array
+    ) -> jax.Array:
+      def wrap(module: Any, layer: ProbedLayer) -> nnx.Module:
+        score_K, v_KIO = score_of[layer.path], jnp.moveaxis(direction_of[layer.path], 0, len(layer.stack))
+        if isinstance(module, nnx.Embed):
+          return ContractedTable(module, layer, score_K, v_KIO)
+        return ContractedLinear(module, score_K, v_KIO)
+
+      model = nnx.merge(self._graphdef, others, matrices, self._rest)
+      logits_BLV = probes.instrument(model, self._layers, wrap)(tokens_L[None])
+      return self.output_fn(logits_BLV[0], tokens_L, weights_L)
+
+    zeros = {layer.path: jnp.zeros((*layer.stack, count), jnp.float32) for layer in self._layers}
+    rows = jax.vmap(jax.grad(output, argnums=(0, 1)), in_axes=(None, None, 0, 0), spmd_axis_name=DATA)
+    with attention_tpu.on_mesh(self.mesh):
+      score_of, gradients = rows(zeros, others, tokens_BL, weights_BL)
+    parts = [score.reshape(len(tokens_BL), -1, count).sum(axis=1) for score in score_of.values()]
+    parts += [
+      _inner('b...,t...->bt', g.astype(jnp.float32), direction_of[partition.path_name(path)])
+      for path, g in jax.tree_util.tree_leaves_with_path(gradients)
+    ]
+    return sum(parts, jnp.zeros((len(tokens_BL), count), jnp.float32))

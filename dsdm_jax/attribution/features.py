@@ -81,7 +81,7 @@ def _factors(context: Context, extractor: FeatureExtractor, step: WholeGradients
   if not all(written):
     return None
   semantics = step.describe() | {'dimension': step.dimension, 'rows': pool.num_rows, 'checkpoints': count}
-  return semantics | {k: features[k] for k in ('mode', 'shard_rows')} | {'sample': rows}
+  return semantics | {'mode': 'jvp', 'shard_rows': features.shard_rows, 'sample': rows}
 
 
 def _measure_coverage(context: Context, extractor: FeatureExtractor, checkpoint: int) -> None:

@@ -179,36 +179,61 @@ class ProbedLinear(LinearWrapper):
     return probed_matmul(x, kernel_IO, self.probe[...], self.input_projection[...], self.output_projection[...])
 
 
-class ProbedTable(nnx.Module):
-  """An embedding table whose probe's gradient is that of the table, over lookups and a tied head. Replaces `nnx.Embed`.
+class TableReadError(UserError):
+  """The model reads a table itself. Attributes: path, of the table."""
+
+  def __init__(self, path: str):
+    super().__init__(
+      f'the model reads the table {path} itself, so its projected gradient would be incomplete: look rows up with '
+      "nnx.Embed's __call__ and use its attend(x) for a tied head, or exclude the table with --config.features.layers"
+    )
+    self.path = path
+
+
+class TableWrapper(nnx.Module):
+  """Replaces an `nnx.Embed` and shares its table. Subclasses define the lookup and the head's matrix product.
 
   Raises:
-    UserError: the model reads the table itself, in which case the probe would miss a part of its gradient.
+    TableReadError: the model reads the table itself, so wrapping lookup and head would miss a part of its gradient.
   """
 
   def __init__(self, embed: nnx.Embed, layer: ProbedLayer):
     self.embedding_table, self.path = embed.embedding, layer.path
     self.num_embeddings, self.features, self.dtype = embed.num_embeddings, embed.features, embed.dtype
-    self.probe = Probe(jnp.zeros((*layer.stack, layer.a, layer.b), jnp.float32))
-    _attach(self, layer)
 
   @property
   def embedding(self) -> jax.Array:
-    raise UserError(
-      f'the model reads the table {self.path} itself, so its projected gradient would be incomplete: look rows up with '
-      "nnx.Embed's __call__ and use its attend(x) for a tied head, or exclude the table with --config.features.layers"
-    )
+    raise TableReadError(self.path)
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    table_VD = self.embedding_table[...].astype(self.dtype)
-    return probed_lookup(tokens, table_VD, self.probe[...], self.input_projection[...], self.output_projection[...])
+    return self.lookup(tokens, self.embedding_table[...].astype(self.dtype))
 
   def attend(self, x: jax.Array) -> jax.Array:
+    return self.product(x.astype(self.dtype), self.embedding_table[...].astype(self.dtype).T)
+
+  @abc.abstractmethod
+  def lookup(self, tokens: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """Rows of the table."""
+
+  @abc.abstractmethod
+  def product(self, x: jax.Array, table_DV: jax.Array) -> jax.Array:
+    """x @ table."""
+
+
+class ProbedTable(TableWrapper):
+  """An embedding table whose probe's gradient is that of the table, over lookups and a tied head."""
+
+  def __init__(self, embed: nnx.Embed, layer: ProbedLayer):
+    super().__init__(embed, layer)
+    self.probe = Probe(jnp.zeros((*layer.stack, layer.a, layer.b), jnp.float32))
+    _attach(self, layer)
+
+  def lookup(self, tokens: jax.Array, table_VD: jax.Array) -> jax.Array:
+    return probed_lookup(tokens, table_VD, self.probe[...], self.input_projection[...], self.output_projection[...])
+
+  def product(self, x: jax.Array, table_DV: jax.Array) -> jax.Array:
     # The product's input is h and its output has V entries: A and B change places, and the probe is transposed.
-    table_DV = self.embedding_table[...].astype(self.dtype).T
-    return probed_matmul(
-      x.astype(self.dtype), table_DV, self.probe[...].T, self.output_projection[...], self.input_projection[...]
-    )
+    return probed_matmul(x, table_DV, self.probe[...].T, self.output_projection[...], self.input_projection[...])
 
 
 class ProbedVectors(nnx.Module):
@@ -271,14 +296,18 @@ def plan(model: nnx.Module, pattern: str, dimension: int) -> tuple[ProbedLayer, 
   return tuple(layers)
 
 
-def linears(model: nnx.Module) -> tuple[ProbedLayer, ...]:
-  """All linear layers of the model, without columns."""
+def matrices(model: nnx.Module) -> tuple[ProbedLayer, ...]:
+  """All linear layers and tables of the model, without columns."""
   layers = []
   for path, module in _matrices(model).items():
-    if isinstance(module, nnx.Linear):
-      *stack, inputs, outputs = module.kernel.shape
-      layers.append(ProbedLayer(path, tuple(stack), inputs, outputs, a=0, b=0, start=0))
+    *stack, inputs, outputs = (module.kernel if isinstance(module, nnx.Linear) else module.embedding).shape
+    layers.append(ProbedLayer(path, tuple(stack), inputs, outputs, a=0, b=0, start=0))
   return tuple(layers)
+
+
+def linears(model: nnx.Module) -> tuple[ProbedLayer, ...]:
+  """All linear layers of the model, without columns."""
+  return tuple(layer for layer in matrices(model) if layer.path.endswith('/kernel'))
 
 
 def least_flop(layers: Sequence[ProbedLayer], length: int, heads: Collection[str] = ()) -> float:

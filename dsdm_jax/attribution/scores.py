@@ -51,10 +51,10 @@ def run(context: Context) -> dict:
   config, options = context.config, context.config.datamodel
   features, targets = Features(context.inputs['features'], context), Targets(context.inputs['targets'])
   names, examples = targets.tasks, [targets.examples(task, 'target') for task in targets.tasks]
+  by_ekfac = features.semantics['projection'] == 'ekfac'
+  drawn = options.groups, options.bootstrap, config.seed
   weights = [
-    TargetWeights.of_documents(
-      [r['document'] for r in e.records], options.groups, options.bootstrap, config.seed, name, options.examples
-    )
+    TargetWeights.of_documents([r['document'] for r in e.records], *drawn, name, options.examples, by_ekfac)
     for name, e in zip(names, examples, strict=True)
   ]
   accumulator, mesh, proxies = (
@@ -62,7 +62,7 @@ def run(context: Context) -> dict:
     make_mesh(config.mesh),
     config.proxies,
   )
-  by_ekfac, chosen = features.semantics['projection'] == 'ekfac', options.damping_rule == 'auto'
+  chosen = options.damping_rule == 'auto'
   seen_PN = seen(context.inputs['proxies'], proxies.count, features.rows)
   of_features, earlier = context.inputs['features'].digest, context.units.previous
   of_passes = {'features': of_features, **{key: options[key] for key in ('gram', 'unit_norm', 'damping_rule', 'q')}}
@@ -125,12 +125,12 @@ def run(context: Context) -> dict:
         task.multiply(q_N, sample_rows(features.rows))
   found = _Found.of_earlier(earlier, [name for place, name in enumerate(names) if place not in new])
   first = np.cumsum([0, *(len(w.weight_KT) for w in of_new)])
-  for place, task, w, at in zip(new, tasks, of_new, first, strict=False):
+  for number, (place, task, w, at) in enumerate(zip(new, tasks, of_new, first, strict=False)):
     assert solved is not None
     _check(names[place], task.score_N)
     # u of the mean of the task's examples; a joint datamodel has the columns of all checkpoints side by side.
-    u_CJ = np.concatenate([s.u_JK[:, at] for s in solved.solutions]).reshape(features.checkpoints, -1)
-    norm_C = None if solved.norm_CK is None else solved.norm_CK[:, at]
+    u_CJ = np.concatenate([s.columns(at) for s in solved.solutions]).reshape(features.checkpoints, -1)
+    norm_C = None if solved.norm_CK is None else solved.norm_CK[:, number]
     found.add(names[place], task, w, u_CJ, norm_C)
   if solved is not None:
     found.report |= {
@@ -386,7 +386,9 @@ def score_tasks(
   passes = [
     accumulator.shards(
       f'scores_{c}_{sum(groups)}',
-      functools.partial(datamodel.score_shards, member.source, solution.u_JK, groups=groups),
+      functools.partial(
+        datamodel.score_shards, member.source, solution.u_JK, groups=groups, combination_KX=solution.combination_KX
+      ),
     )
     for c, (member, solution) in enumerate(zip(members, solved.solutions, strict=True))
   ]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+import scipy.linalg
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -32,7 +33,8 @@ class TargetWeights:
     weight_KT: float64; row 0 is the mean of all, then come the groups, the first examples one by one, the resamples.
       Each row sums to 1.
     group_T: int32, the group of each example.
-    clusters: documents that the examples come from; the examples themselves if no documents are known.
+    clusters: documents that the examples come from, or the examples themselves if no documents are known; with
+      `by_group` the groups.
     groups, resamples, examples: how many rows of each kind.
   """
 
@@ -45,7 +47,14 @@ class TargetWeights:
 
   @classmethod
   def of_documents(
-    cls, documents: Sequence[str], groups: int, resamples: int, seed: int, task: str, examples: int = 0
+    cls,
+    documents: Sequence[str],
+    groups: int,
+    resamples: int,
+    seed: int,
+    task: str,
+    examples: int = 0,
+    by_group: bool = False,
   ) -> 'TargetWeights':
     """Weightings for examples of `documents`.
 
@@ -59,6 +68,7 @@ class TargetWeights:
       seed: of the groups and of the resamples.
       task: names their random streams.
       examples: how many of the first examples are also scored one by one; at most all.
+      by_group: resamples draw groups in place of documents, so that mean and resamples are sums over groups.
     """
     names, cluster_T = np.unique(np.asarray(documents), return_inverse=True)
     if len(names) == 1:
@@ -68,14 +78,34 @@ class TargetWeights:
     groups = min(groups, clusters)
     order = prng.numpy_stream(seed, 'datamodel', 'groups', task).permutation(clusters)
     group_T = (order % groups)[cluster_T].astype(np.int32)
+    draws = clusters
+    if by_group:
+      # One fewer than there are, whose variance is that of the mean without bias; it matters for a few groups.
+      cluster_T, clusters, draws = group_T.astype(np.int64), groups, groups - 1
     resamples = resamples if clusters > 1 else 0
     rng = prng.numpy_stream(seed, 'datamodel', 'bootstrap', task)
-    drawn_RM = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+    drawn_RM = rng.multinomial(draws, np.full(clusters, 1 / clusters), size=resamples)
     examples = min(examples, count)
     group_GT = group_T[None] == np.arange(groups)[:, None]
     weight_KT = np.concatenate([np.ones((1, count)), group_GT, np.eye(examples, count), drawn_RM[:, cluster_T]])
     weight_KT = weight_KT / weight_KT.sum(axis=1, keepdims=True)
     return cls(weight_KT, group_T, clusters, groups, resamples, examples)
+
+  @property
+  def basis_BT(self) -> np.ndarray:
+    """The weightings of which, `by_group`, all others are sums: of the groups, then of single examples."""
+    return self.weight_KT[self.group_rows.start : self.example_rows.stop]
+
+  @property
+  def combination_BK(self) -> np.ndarray:
+    """weight_KT = combination_BKᵀ basis_BT, if resamples are drawn `by_group`."""
+    groups_GT, examples = self.weight_KT[self.group_rows], slice(self.groups, self.groups + self.examples)
+    # Groups share no example.
+    combination_BK = np.zeros((self.groups + self.examples, len(self.weight_KT)))
+    combination_BK[: self.groups] = groups_GT @ self.weight_KT.T / np.square(groups_GT).sum(axis=1, keepdims=True)
+    combination_BK[:, self.example_rows] = 0
+    combination_BK[examples, self.example_rows] = np.eye(self.examples)
+    return combination_BK
 
   @property
   def group_rows(self) -> slice:
@@ -120,7 +150,8 @@ class Solved:
     spectra: of each block of each member.
     damping: the relative damping of the solutions.
     choice: how the damping was chosen, or None if it was fixed.
-    norm_CK: √(ḡᵀPḡ) of each direction of EK-FAC, nearly the standard deviation of its scores; None with a Gram matrix.
+    norm_CK: √(ḡᵀPḡ) of the mean of each of K tasks by EK-FAC, nearly the standard deviation of its scores; None with a
+      Gram matrix.
   """
 
   mode: Mode
@@ -183,20 +214,23 @@ def by_ekfac(
   weights: Sequence[TargetWeights],
   damping: float,
 ) -> Solved:
-  """Solutions of all checkpoints by EK-FAC: u is a direction in parameter space, [W, K]."""
+  """Solutions of all checkpoints by EK-FAC: u is a direction in parameter space for each group and example, [W, B]."""
   extractor = features.extractor()
+  combination_BK = scipy.linalg.block_diag(*(w.combination_BK for w in weights))
+  first = np.cumsum([0, *(len(w.weight_KT) for w in weights[:-1])])  # the means of all examples of each task
   members, solutions, spectra, norms = [], [], [], []
   for checkpoint in range(features.checkpoints):
     factors = extractor.factors(checkpoint)
     parts = [
-      extractor.mean_gradients(checkpoint, e.tokens_TL, e.weights_TL, w.weight_KT)
+      extractor.mean_gradients(checkpoint, e.tokens_TL, e.weights_TL, w.basis_BT)
       for e, w in zip(examples, weights, strict=True)
     ]
-    directions, lambdas, conditions, found, square_K = {}, [], [], [], 0.0
+    directions, lambdas, conditions, found, square_C = {}, [], [], [], 0.0
     for path, f in factors.items():
-      mean_KSIO = np.concatenate([part[path] for part in parts])
-      directions[path], damped_SIO = f.solve(mean_KSIO, damping)
-      square_K = square_K + np.einsum('ksio,ksio->k', mean_KSIO, directions[path], dtype=np.float64)
+      mean_BSIO = np.concatenate([part[path] for part in parts])
+      directions[path], damped_SIO = f.solve(mean_BSIO, damping)
+      means = (x.reshape(len(x), -1).T @ combination_BK[:, first] for x in (mean_BSIO, directions[path]))
+      square_C = square_C + np.einsum('xc,xc->c', *means)
       sides = [len(side[0]) for side in (f.in_SII, f.out_SOO) if side is not None]
       context.add_flop(4.0 * directions[path].size * sum(sides))
       for number, (square, damped) in enumerate(zip(f.square_SIO.astype(np.float64), damped_SIO, strict=True)):
@@ -212,9 +246,10 @@ def by_ekfac(
           }
         )
     members.append(Member(features.pool(checkpoint), (), (), f'{checkpoint}'))
-    solutions.append(Solution(extractor.whole.flat(directions), tuple(lambdas), tuple(conditions)))
+    u_JB = extractor.whole.flat(directions)
+    solutions.append(Solution(u_JB, tuple(lambdas), tuple(conditions), combination_BK))
     spectra.append(found)
-    norms.append(np.sqrt(np.maximum(square_K, 0)))
+    norms.append(np.sqrt(np.maximum(square_C, 0)))
   return Solved('checkpoints', members, solutions, spectra, damping, norm_CK=np.stack(norms))
 
 

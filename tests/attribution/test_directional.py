@@ -66,12 +66,13 @@ def test_scores_of_tokens_add_up_and_are_of_their_tokens(plain_problem, one_devi
 
 
 def test_further_targets_cost_a_product_with_the_gradient(one_device):
-  """One target takes a forward-mode pass; more take one gradient, of which each is an inner product."""
+  """One target takes a forward-mode pass; more take one backward pass, whose gradients serve all of them."""
   p = make_problem()
   scorer = DirectionalScores(p.model, outputs.margin, 3, one_device)
   one, two, three = (
     flops.count(scorer.apply, scorer.prepare(p.params, _u(t), 1), p.tokens_BL, p.weights_BL) for t in (1, 2, 3)
   )
   weights = sum(x.size for x in jax.tree.leaves(p.params))
-  assert three - two == 2 * len(p.tokens_BL) * weights
+  looked_up = len(p.tokens_BL[0]) * p.params['embedding']['embedding'].shape[1]  # the table's other part is the head
+  assert three - two == 2 * len(p.tokens_BL) * (weights + looked_up)
   assert two - 2 * (three - two) < 1.05 * one

@@ -80,3 +80,16 @@ def test_overlap_and_stability_by_hand():
   assert scores.overlap(np.zeros(6), np.zeros(6), 2) == 1  # ties go to the lower row in both
   result = scores.stability(np.arange(100.0), np.stack([np.arange(100.0), -np.arange(100.0)]))
   assert result == {'0.01': 0.5, '0.05': 0.5, '0.1': 0.5, '0.25': 0.5, '0.5': 0.5}
+
+
+def test_by_group_all_weightings_are_sums_over_groups_and_examples():
+  rng = np.random.default_rng(0)
+  documents = [f'{d}' for d in range(40) for _ in range(rng.integers(1, 4))]
+  c = TargetWeights.of_documents(documents, 8, 3_000, 0, 't', 5, by_group=True)
+  assert c.clusters == 8 and len(c.basis_BT) == 8 + 5
+  np.testing.assert_allclose(c.combination_BK.T @ c.basis_BT, c.weight_KT, atol=1e-15)
+  # Groups as the only units: seven draws of eight give the standard error of their mean without bias.
+  per_group = rng.normal(size=8)
+  equal = TargetWeights.of_documents([f'{d}' for d in range(64)], 8, 8_000, 0, 't', by_group=True)
+  error = (equal.weight_KT[equal.resample_rows] @ per_group[equal.group_T]).std(ddof=1)
+  assert error == pytest.approx(per_group.std(ddof=1) / np.sqrt(8), rel=4 / np.sqrt(16_000))
