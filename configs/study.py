@@ -57,6 +57,7 @@ def get_config(arm='base'):
   if arm not in ARMS:
     raise ValueError(f'{arm!r} is not an arm of the study; its arms are {", ".join(ARMS)}')
   config = quickstart.get_config()
+  config.features.projection = 'two_sided'  # most arms change how features are made
   for key, value in ARMS[arm].items():
     *sections, last = key.split('.')
     section = config

@@ -85,6 +85,7 @@ def get_config(arm='base'):
     training.batch_size = 32
     training.learning_rate = 1e-2
   config.proxies.epochs = 1.0
+  config.features.projection = 'two_sided'  # some arms need stored features
   config.selection.examples = 1_536
   config.selection.targets = (PAPER_MIX,)
   config.evaluation.tasks = ('targets', 'piqa', 'winograd', 'trivia_qa')

@@ -37,12 +37,15 @@ def broken(c: Config) -> Iterator[tuple[str, str, str]]:
   if c.distributed.processes > 1 and not c.distributed.coordinator:
     rule = "needs distributed.coordinator, the 'host:port' of process 0, so that the processes can connect"
     yield 'distributed.processes', rule, 'set --config.distributed.coordinator, or --config.distributed.processes=1'
+  if f.mode == 'stream' and f.projection == 'ekfac':
+    rule = 'recomputes features, and features.projection = ekfac makes none'
+    yield 'features.mode', rule, 'set --config.features.mode=store, or --config.features.projection=two_sided'
   if f.mode == 'jvp' and f.projection == 'two_sided':
     rule = f'scores along directions of all parameters, and features.projection = {f.projection}'
     yield 'features.mode', rule, 'set --config.features.projection=dense or ekfac, or --config.features.mode=stream'
   if f.projection == 'ekfac':
     wanted = {
-      'features.mode': 'jvp', 'features.precondition': 'none', 'datamodel.gram': 'auto', 'datamodel.unit_norm': False,
+      'features.precondition': 'none', 'datamodel.gram': 'auto', 'datamodel.unit_norm': False,
       'datamodel.damping_rule': 'fixed', 'datamodel.target_share': 0.0, 'datamodel.recentre': False,
     }  # fmt: skip
     for at, value in wanted.items():
@@ -84,8 +87,11 @@ def broken(c: Config) -> Iterator[tuple[str, str, str]]:
   parts = [part for part in map(MixturePart.parse, c.mixture.parts) if part is not None]
   named = [METHODS[m] for m in (*s.methods, *(part.method for part in parts)) if m in METHODS]
   rows_needed = {'feature_rows', 'first_features'} | (set() if f.projection == 'dense' else {'features'})
-  if f.mode == 'jvp' and (without := [m.label for m in named if rows_needed & set(m.needs)]):
-    rule = f'have methods that need stored features ({", ".join(without)}), and features.mode = jvp stores none'
+  unstored = 'features.projection = ekfac' if f.projection == 'ekfac' else 'features.mode = jvp'
+  if (f.mode == 'jvp' or f.projection == 'ekfac') and (
+    without := [m.label for m in named if rows_needed & set(m.needs)]
+  ):
+    rule = f'have methods that need stored features ({", ".join(without)}), and {unstored} stores none'
     way_out = 'set --config.features.projection=two_sided and --config.features.mode=store, or leave them out'
     yield 'selection.methods', rule, way_out
   tasks = brief(tuple(map(task_name, c.targets.tasks)))

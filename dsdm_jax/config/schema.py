@@ -309,8 +309,8 @@ class Features(Section):
   output_fn: FunctionName = key(
     'dsdm_jax.lm.outputs:margin', 'Its gradient is projected: (logits_LV, tokens_L, weights_L) → scalar.'
   )
-  projection: Literal['two_sided', 'dense', 'ekfac'] = key(
-    'two_sided', 'Projection of each layer, or of the whole gradient; ekfac: none, curvature by EK-FAC (mode jvp).'
+  projection: Literal['ekfac', 'two_sided', 'dense'] = key(
+    'ekfac', 'ekfac: none, curvature by EK-FAC; or features by projection of each layer, or of the whole gradient.'
   )
   dimension: Annotated[int, Ge(1), Le(2**24), 'columns'] = key(
     2_048, 'Requested J; two_sided takes the nearest a×b per layer below it.'
@@ -318,10 +318,10 @@ class Features(Section):
   basis: Literal['random', 'eigenvectors'] = key(
     'random', "eigenvectors (two_sided): of the second moments of each layer's inputs and output gradients."
   )
-  basis_rows: Annotated[Rows, Ge(1)] = key(512, 'First rows of the pool, for the eigenvectors or for ekfac.')
+  basis_rows: Annotated[Rows, Ge(1)] = key(128, 'First rows of the pool, for the eigenvectors or for ekfac.')
   layers: Regex = key('.*', 'Regex over paths of parameters (two_sided); kernel$ takes linear layers only.')
   mode: Literal['store', 'stream', 'jvp'] = key(
-    'store', 'Store features, recompute them for each pass, or score by directional derivatives (dense, ekfac).'
+    'store', 'Store features, recompute them for each pass, or score by derivatives (dense); ekfac has none to store.'
   )
   gram_rows: Rows = key(0, 'First rows of the shuffled pool, for the Gram matrix of jvp; 0 takes all.')
   precondition: Literal['none', 'adam'] = key('none', "adam: divide by the root of the proxy's second moments.")

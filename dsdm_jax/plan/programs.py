@@ -131,7 +131,7 @@ def rows(config: ConfigDict) -> int:
 
 def stored_bytes(config: ConfigDict, dimension: int) -> float:
   """Size of the feature store, over all checkpoints of all proxies."""
-  if config.features.mode != 'store':
+  if config.features.mode != 'store' or config.features.projection == 'ekfac':
     return 0.0
   return float(checkpoints(config) * rows(config) * dimension * _STORED_BYTES[config.features.store_dtype])
 
@@ -290,9 +290,10 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
 
 
 def _columns(config: ConfigDict) -> int:
-  """Solved vectors of all targets."""
+  """Solved vectors of all targets; of EK-FAC those that are scored."""
   d = config.datamodel
-  return len(config.targets.tasks) * (1 + d.groups + d.examples + d.bootstrap)
+  sums = 0 if config.features.projection == 'ekfac' else 1 + d.bootstrap
+  return len(config.targets.tasks) * (sums + d.groups + d.examples)
 
 
 def _directional(config: ConfigDict, mesh: Mesh, model: Model) -> Work:

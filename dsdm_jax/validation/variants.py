@@ -125,7 +125,7 @@ class Variant:
 
 
 REFERENCE = Variant('reference')
-EKFAC: Changes = (('projection', 'ekfac'), ('mode', 'jvp'))  # curvature without a projection; `gram` says nothing
+EKFAC: Changes = (('projection', 'ekfac'), ('basis_rows', 128))  # no projection; `gram` says nothing
 BEST = 'Gram by layers, 4 proxies, three checkpoints'
 
 VARIANTS: tuple[Variant, ...] = (
@@ -161,7 +161,7 @@ VARIANTS: tuple[Variant, ...] = (
   Variant('EK-FAC, 4 proxies', features=EKFAC, proxies=4),
   Variant('EK-FAC, damping × 0.1', features=EKFAC, damping=0.1),
   Variant('EK-FAC, damping × 10', features=EKFAC, damping=10.0),
-  Variant('EK-FAC, 128 rows', features=(*EKFAC, ('basis_rows', 128))),
+  Variant('EK-FAC, 512 rows', features=(*EKFAC, ('basis_rows', 512))),
   Variant('joint Gram', gram='joint'),
   Variant('no curvature', gram='none'),
   Variant('no curvature, unit norm', gram='none', unit_norm=True),
@@ -316,7 +316,7 @@ class Scorer:
 
   def _changed(self, features: Changes, width: float) -> ConfigDict:
     config = ConfigDict(self._config.to_dict())
-    config.features.update(dict(features))
+    config.features.update({'projection': 'two_sided', 'mode': 'store', 'basis_rows': 512} | dict(features))
     config.proxies.model = scaled(config.proxies.model, width)
     return config
 

@@ -301,15 +301,15 @@ def test_good_configs_pass(config):
     (changed(pool__plant_targets=300), ['pool.plant_targets = 300', 'targets.max_examples = 256']),
     (changed(features__projection='dense', features__mode='jvp'), ["features.mode = 'jvp'", 'datamodel.bootstrap=0']),
     (
-      changed(features__projection='ekfac'),
-      ["features.mode = 'store'", "must be 'jvp' with features.projection = ekfac"],
+      changed(features__mode='stream'),
+      ["features.mode = 'stream'", 'features.projection = ekfac makes none', '--config.features.projection=two_sided'],
     ),
     (
-      changed(features__projection='ekfac', features__mode='jvp', datamodel__gram='full'),
+      changed(datamodel__gram='full'),
       ["datamodel.gram = 'full'", "must be 'auto' with features.projection = ekfac"],
     ),
     (
-      changed(features__projection='ekfac', features__mode='jvp', selection__methods=('dsdm', 'gradient')),
+      changed(selection__methods=('dsdm', 'gradient')),
       ['selection.methods', 'need stored features (gradient)', '--config.features.projection=two_sided'],
     ),
     (
@@ -324,7 +324,7 @@ def test_good_configs_pass(config):
       ['selection.methods', 'need stored features (gradient cosine)'],
     ),
     (
-      changed(features__projection='ekfac', features__mode='jvp', mixture__parts=('dsdm_greedy rate=1',)),
+      changed(mixture__parts=('dsdm_greedy rate=1',)),
       ['selection.methods', 'need stored features (DsDm, greedy)'],
     ),
     (changed(selection__methods=('dsdm', 'imported')), ["selection.imported = ''", '--config.selection.imported=']),
@@ -339,16 +339,21 @@ def test_good_configs_pass(config):
       ["datamodel.gram = 'layers'", "it is 'dense'", '--config.datamodel.gram=auto'],
     ),
     (
-      changed(datamodel__gram='joint', datamodel__average='unseen'),
+      changed(features__projection='two_sided', datamodel__gram='joint', datamodel__average='unseen'),
       ["datamodel.average = 'unseen'", "datamodel.gram = 'joint'"],
     ),
     (
       changed(proxies__epochs=0.0, proxies__count=1, proxies__checkpoints=3, proxies__model__weights='gpt2'),
       ['proxies.epochs = 0.0 trains nothing', 'proxies.checkpoints = 1 (3)', '--config.proxies.checkpoints=1'],
     ),
-    (changed(datamodel__damping_rule='auto'), ["datamodel.damping_rule = 'auto'", 'proxies.count = 2']),
     (
-      changed(datamodel__damping_rule='auto', datamodel__gram='joint', proxies__count=4),
+      changed(features__projection='two_sided', datamodel__damping_rule='auto'),
+      ["datamodel.damping_rule = 'auto'", 'proxies.count = 2'],
+    ),
+    (
+      changed(
+        features__projection='two_sided', datamodel__damping_rule='auto', datamodel__gram='joint', proxies__count=4
+      ),
       ["datamodel.damping_rule = 'auto'", "datamodel.gram = 'joint'"],
     ),
     (changed(mesh__data=5), ['pretraining.train.batch_size = 32|proxies.train.batch_size = 32', 'mesh.data = 5']),

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
   c.pool.vocab_size = 320
   c.targets.max_examples = 12
   c.model.layers, c.model.width, c.model.heads, c.model.kv_heads, c.model.mlp_width = 1, 16, 2, 2, 32
-  c.features.dimension = 64
+  c.features.projection, c.features.dimension = 'two_sided', 64
   c.features.shard_rows = 256
   c.selection.examples, c.selection.epochs = 32, 2
   c.pretraining.seeds = 2

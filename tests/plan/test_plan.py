@@ -14,7 +14,9 @@ def config():
   config = base.get_config()
   config.model.update({'layers': 2, 'width': 32, 'heads': 2, 'kv_heads': 2, 'mlp_width': 64})
   config.pool.length, config.pool.vocab_size = 16, 512
-  config.features.update({'dimension': 128, 'batch_size': 64, 'shard_rows': 256, 'store_dtype': 'int8'})
+  config.features.update(
+    {'projection': 'two_sided', 'dimension': 128, 'batch_size': 64, 'shard_rows': 256, 'store_dtype': 'int8'}
+  )
   config.datamodel.update({'groups': 1, 'bootstrap': 0})
   config.proxies.update({'count': 3, 'subset_share': 0.25, 'epochs': 2.0})
   config.selection.update({'methods': ('dsdm', 'random'), 'targets': ('mix', 'docs'), 'examples': 512, 'epochs': 4})
