@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import jax
 import pytest
@@ -90,8 +91,8 @@ def test_the_search_leaves_diverged_places_and_stops_at_the_farthest():
   assert ladder.Search(lambda place: place[0]).best((1, 0)) == (1 - 6, 0)
 
 
-def _context(config, folder, pool):
-  return data.context(config, folder, 'ladder', pool=pool)
+def _context(config, folder, pool, leakage):
+  return data.context(config, folder, 'ladder', pool=pool, leakage=leakage)
 
 
 @pytest.mark.full
@@ -104,8 +105,11 @@ def test_models_are_tuned_and_a_stopped_ladder_ends_as_an_uninterrupted_one(tmp_
   config.selection.update({'examples': 128, 'epochs': 1})
   config.ladder.update({'rungs': ('2',), 'step': 64.0, 'seeds': 2})  # no model of such sizes has a step
   pool = data.run_pool(config, tmp_path / 'pool')
+  files = [path.relative_to(pool.path).as_posix() for path in pool.path.rglob('*') if path.is_file()]
+  pool.manifest.update({'identity': {}, 'files': {name: {'sha256': name} for name in files}, 'models': []})
+  inputs = pool, data.run_leakage(config, tmp_path / 'pool', pool)
   monkeypatch.setattr(ladder, 'make_mesh', lambda config: make_mesh(config, jax.devices()[:1]))  # compiles faster
-  facts = ladder.run(_context(config, tmp_path / 'whole', pool))
+  facts = ladder.run(_context(config, tmp_path / 'whole', *inputs))
   index = json.loads((tmp_path / 'whole/ladder/index.json').read_text())
   assert [r['factor'] for r in facts['rungs']] == [2] and [e['rate'] for e in index[:2]] == [1, 1 / 64]
   chosen = [e for e in index if e['chosen']]
@@ -117,13 +121,13 @@ def test_models_are_tuned_and_a_stopped_ladder_ends_as_an_uninterrupted_one(tmp_
   def stopping(context, compiled, run, *others):
     trained.append(run.name)
     if len(trained) == 3:
-      raise Stopped('stopped')
+      raise Stopped('stopped', signal.SIGTERM)
     return train(context, compiled, run, *others)
 
   monkeypatch.setattr(loop, 'train', stopping)
   with pytest.raises(Stopped):
-    ladder.run(_context(config, tmp_path / 'again', pool))
-  ladder.run(_context(config, tmp_path / 'again', pool))
+    ladder.run(_context(config, tmp_path / 'again', *inputs))
+  ladder.run(_context(config, tmp_path / 'again', *inputs))
   again = json.loads((tmp_path / 'again/ladder/index.json').read_text())
   assert [e | {'seconds': 0} for e in again] == [e | {'seconds': 0} for e in index]
 
