@@ -15,7 +15,8 @@ from dsdm_jax.core import stopping
 from tests.pipeline import runs
 from tests.pipeline.test_validation import SMALL
 
-LINE = r'dsdm_jax: stopped (in (\w+)( at \w+ [\d,]+ of [\d,]+( of [\w.-]+, which is saved)?)?|between two stages|before the first stage)'
+WHERE = r'in (\w+)( at \w+ [\d,]+ of [\d,]+( of [\w.-]+, which is saved)?)?|between two stages|before the first stage'
+LINE = rf'dsdm_jax: stopped ({WHERE})'
 SOME = {'pool': signal.SIGINT, 'proxies': signal.SIGTERM, 'features': signal.SIGINT}
 SECONDS = 60  # a machine that runs other tests may be slow; docs/failures.md has what was measured
 
