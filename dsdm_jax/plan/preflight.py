@@ -130,7 +130,7 @@ class _Pool:
         vocabulary.save(wanted[1], Path(folder), config.pool.end_piece)
         encoder = vocabulary.open_encoder(folder)
       self.vocab_size, self.tokens = encoder.size, lambda text: len(encoder.encode(text))
-    if self.bytes and sample:
+    if self.bytes and sample and config.pool.packed:  # otherwise rows are documents, whose number is not known
       tokens = self.bytes * self.tokens(sample) / len(sample.encode())
       self.rows = max(1, int(tokens / config.pool.length))
 
@@ -147,8 +147,7 @@ def _text(config: ConfigDict) -> tuple[int, str]:
     UserError: a pattern matches nothing, or the first document cannot be read, where pool.on_error is fail.
   """
   total, samples, known = 0.0, [], True
-  for line in config.pool.sources:
-    entry = sources.parse(line)
+  for entry in sources.entries(config.pool):
     if entry.generated or entry.kind in ('tfds', 'tokens'):
       known = known and entry.kind == 'installed_packages' and bool(config.pool.max_bytes)
       total += config.pool.max_bytes

@@ -173,20 +173,10 @@ class Builder:
 
   def units(self) -> tuple[list[Entry], list[Unit], list[Problem]]:
     """The sources, their units, and the patterns that match nothing."""
-    entries = [sources.parse(line) for line in self.pool_config.sources]
+    entries = sources.entries(self.pool_config)
     some = not self.pool_config.packed or any(entry.completion or entry.messages for entry in entries)
     if some and self.config.host.beam:
       raise UserError('host.beam joins whole texts alone; leave it out for completions, conversations, or packed=False')
-    if any(entry.messages for entry in entries):
-      given = self.pool_config.vocabulary
-      encoder = None if given == 'train' else vocabulary.open_encoder(self.out)
-      chat = encoder.chat if isinstance(encoder, vocabulary.HuggingFaceEncoder) else None
-      if chat is None:
-        raise UserError(
-          f'pool.sources has messages, and pool.vocabulary = {given!r} no chat template; give the tokenizer.json of a '
-          'model with a chat_template.jinja beside it, or with "chat_template" in its tokenizer_config.json'
-        )
-      entries = [dataclasses.replace(entry, chat=chat) for entry in entries]
     units: list[Unit] = []
     missing: list[Problem] = []
     for index, entry in enumerate(entries):

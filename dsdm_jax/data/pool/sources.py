@@ -12,9 +12,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from dsdm_jax.config import values
 from dsdm_jax.core import tensorflow_start
 from dsdm_jax.data import files
+from dsdm_jax.data.pool import chat as chats
 from dsdm_jax.data.pool.chat import Chat, Spans
 from dsdm_jax.data.targets import tfds_items
 from dsdm_jax.errors import UserError
@@ -195,6 +198,25 @@ def parse(line: str) -> Entry:
       least = 'above' if key == 'weight' else 'at least'
       raise UserError(f'{where}: {key} must be {least} 0 and at most {most:,}')
   return entry
+
+
+def entries(config: ConfigDict) -> list[Entry]:
+  """The entries of `config.sources` (the `pool` part), those with conversations with their chat template.
+
+  Raises:
+    UserError: as `parse`; or there are conversations and no template.
+  """
+  result = [parse(line) for line in config.sources]
+  if not any(entry.messages for entry in result):
+    return result
+  chat = chats.read(config.vocabulary)
+  if chat is None:
+    raise UserError(
+      f'pool.sources has messages, and pool.vocabulary = {config.vocabulary!r} no chat template; give the '
+      'tokenizer.json of a model with a chat_template.jinja beside it, or with "chat_template" in its '
+      'tokenizer_config.json'
+    )
+  return [dataclasses.replace(entry, chat=chat) for entry in result]
 
 
 def _name(kind: str, target: str) -> str:
