@@ -35,7 +35,8 @@ def test_benchmarks_and_a_checkpoint(copied, tmp_path):
   message = runs.refused(*flags, long, '--config.evaluation.long_prompts=refuse')
   assert 'long (benchmark), line 1: prompt and answer are' in message and 'evaluation.long_prompts=cut' in message
   flags += (f'--config.evaluation.checkpoints=("mine={files_of(copied, "pretraining")}/random--any--0",)',)
-  output = runs.succeed(*flags)
+  runs.succeed(*flags)
+  output = (copied / 'results.md').read_text()
   assert 'Accuracy on benchmarks' in output and 'choose' in output and 'mine' in output
 
   found = json.loads((copied / 'results.json').read_text())
