@@ -78,6 +78,7 @@ def test_a_calibration_that_does_not_fit_is_refused(tmp_path, content, words):
 
 def test_programs_of_a_plan_are_calibrated_by_their_own_measurement(tmp_path):
   config, file = get_config(), tmp_path / 'device.json'
+  config.features.projection = 'two_sided'
   storage.write_json(file, {'device': 'x', 'chip': 'v5e', 'calibration': {'train_step': 1.5, 'two_sided': 2.0}})
   assert plan._calibration(str(file), 'v5e') == {'train_step': 1.5, 'two_sided': 2.0}
   measured = {name: plan._measured_as(name, config) for name in ('proxies', 'features', 'gram', 'scores', 'ladder 2')}
