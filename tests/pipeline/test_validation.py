@@ -29,8 +29,7 @@ def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path, capsys):
     shutil.copytree(finished / stage, workdir / stage)
   # Derivatives through training compile as long as all the rest.
   flags = (runs.TINY, f'--workdir={workdir}', *SMALL, f'--config.validation.oracle={FAULTS}')
-  out = runs.succeed(*flags)
-  assert 'validation: done' in out
+  assert '\nvalidation  120 rows' in runs.succeed(*flags)
   found = json.loads((files_of(workdir, 'validation') / 'lds.json').read_text())
   names = {r['predictor'] for r in found['by_example']}
   assert names == {'reference', 'no curvature', 'BM25'}
