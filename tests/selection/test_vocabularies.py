@@ -44,7 +44,9 @@ def run_of(folder: Path, choice: str) -> Path:
   identity = artifacts.Identity('datamodel', 1, {}, {})
   part = artifacts.begin(folder, identity)
   storage.save_npz(part / 'scores.npz', score_docs_N=score_N, score_mix_N=score_N)
-  artifacts.commit(folder, identity, {'tasks': ['docs'], 'mix': 'mean', 'half_width': {}}, artifacts.Cost(part))
+  semantics = {'tasks': ['docs'], 'mix': 'mean', 'half_width': {}}
+  semantics |= dict.fromkeys(('sign', 'scale', 'output_fn', 'confidence', 'damping'))
+  artifacts.commit(folder, identity, semantics, artifacts.Cost(part))
   identity = artifacts.Identity('selection', 1, {}, {})
   part = artifacts.begin(folder, identity)
   chosen = np.argsort(-score_N)[:7].astype(np.int64)
