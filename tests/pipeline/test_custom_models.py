@@ -27,7 +27,7 @@ FLAGS = (
   '--config.pretraining.seeds=1',
 )
 # Placement and progress: no result depends on these keys.
-FREE = ('mesh.', 'features.job', 'host.')
+FREE = ('mesh.', 'features.job', 'host.', 'log.')
 
 
 @pytest.fixture(scope='module')

@@ -52,7 +52,7 @@ def test_one_host_compiles_and_fits(libtpu, tmp_path):
   # What features are meant to be: hardly more than the algorithm's own FLOP, and less memory than training.
   assert features['flop_per_run'] <= 1.06 * features['least_flop_per_run']
   assert features['temporary_bytes'] < training['temporary_bytes']
-  assert features['mfu'][1] >= 0.5
+  assert features['bound'] == 'HBM' and features['mfu'][1] >= 0.4  # 0.7 at full effort
 
 
 @pytest.mark.slow
