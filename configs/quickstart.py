@@ -7,8 +7,8 @@ Run it with:
 Hardware and time: two CPU cores, 4 minutes after installation.
 
 Result: models trained on DsDm's selection have a higher log-probability than models trained on random rows, by 0.34
-nats per token on `api_qa` and 0.76 on `cs_algorithms`; README.md has a table with intervals. The text depends on the installed
-packages, so your numbers differ.
+nats per token on `api_qa` and 0.76 on `cs_algorithms`; README.md has a table with intervals. The text depends on the
+installed packages, so your numbers differ.
 """
 
 from dsdm_jax.configs import base

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dsdm_jax.core import storage
+from dsdm_jax.core import storage, tensorflow_start
 
 _SHARD_BYTES = 2**26  # of one MDS file, its usual size
 _SHARD_EXAMPLES = 65_536  # of one ArrayRecord file
@@ -40,6 +40,7 @@ class Example:
 
 def arrayrecord(examples: Iterable[Example], count: int, out: Path, name: str) -> None:
   """Writes `name-0000i-of-0000n.array_record`: features tokens and row (int64), weight (float), id (bytes)."""
+  tensorflow_start.start()
   from array_record.python import array_record_module
   from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 

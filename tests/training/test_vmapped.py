@@ -24,20 +24,20 @@ def train(folder, trainer, bar, stop_before: int = STEPS + 1):
 
 
 def test_three_at_once_are_the_three_one_by_one(trainer, tmp_path):
-  bar = Bar()
+  bar = Bar(None, None, None, 'step')
   with pytest.raises(Stop):
     train(tmp_path / 'many', trainer, bar, stop_before=3)
   assert not list((tmp_path / 'many').glob('*.jsonl'))
   with Checkpoints(tmp_path / 'many/a') as checkpoints:  # left by a kill while states are written one by one
     checkpoints.save(STEPS, trainer.init(jax.random.key(9)), {'history': []})
-  bar = Bar()
+  bar = Bar(None, None, None, 'step')
   train(tmp_path / 'many', trainer, bar)
-  assert bar.done == 3 * STEPS
+  assert bar.n == 3 * STEPS
   files = 'a a.jsonl a.jsonl.sha256 b b.jsonl b.jsonl.sha256 c c.jsonl c.jsonl.sha256 cost.json'.split()
   assert sorted(p.name for p in (tmp_path / 'many').iterdir()) == files
   for i, name in enumerate(NAMES):
     run = loop.Run(name, jax.random.key(i), stream(seed=i), STEPS)
-    wanted = loop.train(context(tmp_path / 'one'), trainer, run, config(adam_eps=1e-3), Bar())
+    wanted = loop.train(context(tmp_path / 'one'), trainer, run, config(adam_eps=1e-3), Bar(None, None, None, 'step'))
     found = loop.read_history(tmp_path / 'many' / f'{name}.jsonl')
     for line, expected in zip(found, wanted, strict=True):
       assert line == pytest.approx(expected, rel=2e-5)
