@@ -34,8 +34,12 @@ _PLACES = (
 KIND = 'hf_hub:'  # of a line of pool.sources
 
 
-def localized(config: ConfigDict) -> ConfigDict:
+def localized(config: ConfigDict, data: bool = True) -> ConfigDict:
   """`config` with local paths in place of hub ids.
+
+  Args:
+    config: a whole config.
+    data: whether vocabulary and sources are needed too; a plan needs models alone.
 
   Raises:
     UserError: an id is not in the cache and cannot be downloaded, or a dataset has no files to read.
@@ -44,6 +48,8 @@ def localized(config: ConfigDict) -> ConfigDict:
   for at, section in zip(MODELS, (changed.model, changed.proxies.model), strict=True):
     if section.factory == OUR_FACTORY and (match := _is_id(section.weights)) and not match['file']:
       section.weights = _folder(f'{at}.weights', match['repo'], match['revision'] or 'main', 'model', _MODEL)
+  if not data:
+    return changed
   pool = changed.pool
   if (match := _is_id(pool.vocabulary)) and match['file']:
     folder = _folder('pool.vocabulary', match['repo'], match['revision'] or 'main', 'model', _TOKENIZER)

@@ -25,7 +25,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
   """
   folder = storage.check_folder(workdir or '.', '--workdir')
   validate(config)
-  plan = make(resolve(hub.localized(config), hugging_face.model_keys))
+  plan = make(resolve(hub.localized(config, data=False), hugging_face.model_keys))
   name = f'plan_{config.plan.topology.replace(":", "_")}.json'
   folder.mkdir(parents=True, exist_ok=True)
   storage.write_text(folder / name, json.dumps(plan, indent=2) + '\n')
