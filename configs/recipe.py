@@ -4,7 +4,7 @@ Run it with:
 
     bash launch/run.sh --config=configs/recipe.py
 
-Hardware: two CPU cores. Choosing costs 0.27 of one final model's FLOP, where the quickstart's two proxies cost 6.2.
+Hardware: two CPU cores. Choosing costs 0.28 of one final model's FLOP, where the quickstart's two proxies cost 6.2.
 
 Result: models trained on DsDm's selection have a higher log-probability than models trained on random rows, by 0.30
 [0.10, 0.50] nats per token on `docs`, 0.36 [0.22, 0.51] on `api_qa` and 0.66 [0.36, 0.96] on `cs_algorithms`; the
