@@ -4,7 +4,7 @@ Run it with:
 
     bash launch/run.sh
 
-Hardware and time: two CPU cores, 4 minutes after installation.
+Hardware and time: two CPU cores, 4.5 minutes after installation.
 
 Result: models trained on DsDm's selection have a higher log-probability than models trained on random rows, by 0.34
 nats per token on `api_qa` and 0.76 on `cs_algorithms`; README.md has a table with intervals. The text depends on the
