@@ -28,6 +28,13 @@ from dsdm_jax.lm.partition import path_name
 _FLOOR = 1e-6
 
 
+def adam_state(opt_state: Any) -> optax.ScaleByAdamState | None:
+  """The one state of Adam within an optax state; None if there is no such state, or it took no step."""
+  leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
+  states = [x for x in leaves if isinstance(x, optax.ScaleByAdamState)]
+  return states[0] if len(states) == 1 and int(states[0].count) else None
+
+
 @dataclasses.dataclass(frozen=True)
 class SecondMoment:
   """Adam's v of every parameter.
@@ -49,15 +56,14 @@ class SecondMoment:
     Raises:
       UserError: there is no such state, or it took no step.
     """
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
-    states = [x for x in leaves if isinstance(x, optax.ScaleByAdamState)]
-    if len(states) != 1 or not int(states[0].count):
+    state = adam_state(opt_state)
+    if state is None:
       raise UserError(
         'features.precondition=adam needs second moments, but the proxy took no step of Adam; '
         'set --config.features.precondition=none'
       )
-    correction = 1 - b2 ** int(states[0].count)
-    leaves = jax.tree_util.tree_leaves_with_path(states[0].nu)
+    correction = 1 - b2 ** int(state.count)
+    leaves = jax.tree_util.tree_leaves_with_path(state.nu)
     return cls({path_name(path): v / correction for path, v in leaves}, epsilon, epsilon_root)
 
   def scale(self, params: Any) -> Any:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from dsdm_jax.attribution import rademacher
 from dsdm_jax.attribution.gradients import in_microbatches
 from dsdm_jax.attribution.scores import UNSEEN, proxy_weights, seen
+from dsdm_jax.attribution.second_moment import adam_state
 from dsdm_jax.attribution.sources import ahead
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops, prng
@@ -275,14 +276,13 @@ class Proxies:
 
 
 def _adam_state(opt_state: Any) -> optax.ScaleByAdamState:
-  leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
-  states = [x for x in leaves if isinstance(x, optax.ScaleByAdamState)]
-  if len(states) != 1 or not int(states[0].count):
+  state = adam_state(opt_state)
+  if state is None:
     raise UserError(
       'less needs the moments of Adam, and the proxies took no step of it; set --config.proxies.train.optimizer=adamw '
       'and epochs above 0, or remove less from --config.selection.methods'
     )
-  return states[0]
+  return state
 
 
 def whitening(x_ND: np.ndarray) -> np.ndarray:
