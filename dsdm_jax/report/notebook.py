@@ -1,5 +1,6 @@
 """Tables and summaries as a terminal and a notebook print them. Tables are pandas' where pandas is installed."""
 
+import abc
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,12 +114,12 @@ def frame(
   return pandas.DataFrame(dict(data), index=index).rename_axis(index_name or None)
 
 
-class View:
+class View(abc.ABC):
   """Prints itself as its `facts`: in a terminal as lines, in a notebook as a table."""
 
+  @abc.abstractmethod
   def facts(self) -> Iterator[tuple[str, str]]:
     """Names and values, in words."""
-    raise NotImplementedError
 
   def __repr__(self) -> str:
     pairs = list(self.facts())
