@@ -113,11 +113,18 @@ def stand_ins(folder: Path) -> tuple[str, str, str, str, str]:
   for split, of_split in splits.items():
     (folder / f'{split}.jsonl').write_text('\n'.join(of_split) + '\n')
   task = {
-    'task': 'next_word', 'dataset_path': 'json', 'output_type': 'multiple_choice', 'doc_to_text': '{{question}}',
-    'doc_to_choice': 'choices', 'doc_to_target': 'gold', 'training_split': 'train', 'validation_split': 'validation',
-    'test_split': 'test', 'dataset_kwargs': {'data_files': {split: f'{folder}/{split}.jsonl' for split in splits}},
+    'task': 'next_word',
+    'dataset_path': 'json',
+    'output_type': 'multiple_choice',
+    'doc_to_text': '{{question}}',
+    'doc_to_choice': 'choices',
+    'doc_to_target': 'gold',
+    'training_split': 'train',
+    'validation_split': 'validation',
+    'test_split': 'test',
+    'dataset_kwargs': {'data_files': {split: f'{folder}/{split}.jsonl' for split in splits}},
     'metric_list': [{'metric': 'acc', 'aggregation': 'mean', 'higher_is_better': True}],
-  }  # fmt: skip
+  }
   (folder / 'task.yaml').write_text(json.dumps(task))  # JSON is YAML
   return f'{folder}/model', f'{folder}/corpus.parquet', f'{folder}/documents.jsonl.gz', 'next_word', str(folder)
 

@@ -53,9 +53,14 @@ def test_private_networks_reservations_and_accounts(cloud, tmp_path, queued):
   script = tmp_path / 'start.sh'
   script.write_text('#!/bin/sh\n')
   made_with = [
-    '--network=n', '--subnetwork=s', '--internal-ips', '--service-account=a@b.iam', '--labels=team=x,cost=y',
-    '--reserved', '--reservation=r',
-  ]  # fmt: skip
+    '--network=n',
+    '--subnetwork=s',
+    '--internal-ips',
+    '--service-account=a@b.iam',
+    '--labels=team=x,cost=y',
+    '--reserved',
+    '--reservation=r',
+  ]
   options = [*made_with, f'--startup-script={script}', '--tunnel-through-iap', '--type=v5p-8', '--poll=0']
   done = cloud.run('all', 'mine', *WHERE, *options, *(['--queued'] if queued else []))
   assert done.returncode == 0, done.stderr

@@ -73,9 +73,14 @@ def fit(parameters_P: np.ndarray, effective_P: np.ndarray, loss_P: np.ndarray) -
   a, b = np.exp(np.clip(found.x, math.log(_EXPONENTS[0]), math.log(_EXPONENTS[-1])))
   (least, of_size, of_data), norm = solved((a, b))
   return Law(
-    float(least), float(of_size * middle_n**a), float(a), float(of_data * middle_d**b), float(b),
-    float(norm / math.sqrt(len(loss_P))), len(loss_P),
-  )  # fmt: skip
+    float(least),
+    float(of_size * middle_n**a),
+    float(a),
+    float(of_data * middle_d**b),
+    float(b),
+    float(norm / math.sqrt(len(loss_P))),
+    len(loss_P),
+  )
 
 
 def check(index: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

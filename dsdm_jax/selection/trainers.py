@@ -79,10 +79,15 @@ def mds(examples: Iterable[Example], out: Path) -> None:
   """Writes `shard.0000i.mds` and `index.json`: columns id, row, tokens and weight."""
   columns = {'id': ('str', None), 'row': ('int64', 8), 'tokens': ('ndarray:int32', None), 'weight': ('float32', 4)}
   layout = {
-    'format': 'mds', 'version': 2, 'compression': None, 'hashes': [], 'size_limit': _SHARD_BYTES,
-    'column_names': list(columns), 'column_encodings': [kind for kind, _ in columns.values()],
+    'format': 'mds',
+    'version': 2,
+    'compression': None,
+    'hashes': [],
+    'size_limit': _SHARD_BYTES,
+    'column_names': list(columns),
+    'column_encodings': [kind for kind, _ in columns.values()],
     'column_sizes': [size for _, size in columns.values()],
-  }  # fmt: skip
+  }
   header = json.dumps(layout, sort_keys=True).encode()
   shards: list[dict[str, Any]] = []
   for samples in _shards(map(_sample, examples), len(header)):

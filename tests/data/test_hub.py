@@ -84,7 +84,7 @@ def test_a_dataset_is_read_as_its_files_of_a_split(cache, tmp_path):
     ('pool.sources', ('hf_hub:lab',), 'needs hf_hub:OWNER/NAME'),
     ('pool.sources', ('hf_hub:lab/empty',), 'no Parquet or JSONL files of the split train .*name them with'),
   ],
-)  # fmt: skip
+)
 def test_what_is_not_cached_is_one_line(cache, key, value, words):
   cached(cache, 'dataset', 'lab/empty', NEW, **{'README.md': ''})
   c = base.get_config()

@@ -49,9 +49,12 @@ def test_additions_compute_only_themselves(copied, tmp_path):
   before = {name: artifacts.open_stage(copied, name).manifest for name in pipeline.NAMES}
   old_scores = dict(np.load(files_of(copied, 'datamodel') / 'scores.npz'))
   made = _rerun(
-    copied, _tasks(mine), '--config.pretraining.seeds=3', f'--config.evaluation.tasks=("targets","{asked}")',
+    copied,
+    _tasks(mine),
+    '--config.pretraining.seeds=3',
+    f'--config.evaluation.tasks=("targets","{asked}")',
     '--config.selection.methods=("dsdm","random","random_one_epoch","bottom","random_again")',
-  )  # fmt: skip
+  )
   assert made.keys() == set(pipeline.NAMES) - {'pool', 'proxies', 'features'}
   assert made['targets'] == made['target_features'] == {'mine'} and made['datamodel'] == {'scores of mine'}
   of_mix = {f'{method}--mix--{seed}' for method in ('dsdm', 'bottom') for seed in range(3)}
@@ -92,13 +95,19 @@ def test_each_kind_alone_and_the_same_as_a_run_of_its_own(finished, tmp_path):
   arms = '--config.selection.methods=("dsdm","random","random_one_epoch","bottom","random_again")'
   kinds = {
     'target': ((old_mix, _tasks(mine)), set(), {f'{m} on mine' for m in models}),
-    'target with arms': ((own, _tasks(mine)), both, {f'{m} on {t}' for m in both for t in (*OURS, 'mine')}
-                         | {f'{m} on mine' for m in models}),
+    'target with arms': (
+      (own, _tasks(mine)),
+      both,
+      {f'{m} on {t}' for m in both for t in (*OURS, 'mine')} | {f'{m} on mine' for m in models},
+    ),
     'seed': ((old_mix, '--config.pretraining.seeds=3'), seeds, {f'{m} on {t}' for m in seeds for t in OURS}),
     'arm': ((old_mix, arms), again, {f'{m} on {t}' for m in again for t in OURS}),
-    'benchmark': ((old_mix, f'--config.evaluation.tasks=("targets","{asked}")'), set(),
-                  {f'{m} on asked' for m in models}),
-  }  # fmt: skip
+    'benchmark': (
+      (old_mix, f'--config.evaluation.tasks=("targets","{asked}")'),
+      set(),
+      {f'{m} on asked' for m in models},
+    ),
+  }
   for kind, (flags, trained, evaluated) in kinds.items():
     workdir = Path(shutil.copytree(named, tmp_path / kind.replace(' ', '_')))
     made = _rerun(workdir, *flags)

@@ -69,9 +69,15 @@ for name in ('v4:2x2x1', 'v5e:1x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:1x1', 'tpu7x:2x
 """
   done = subprocess.run([libtpu, '-c', script], cwd=ROOT, capture_output=True, text=True, check=False)
   assert done.stdout.splitlines() == [
-    'v4:2x2x1 8 4', 'v5e:1x1 1 1', 'v5e:2x2 4 4', 'v5p:2x2x1 4 4', 'v6e:1x1 1 1', 'tpu7x:2x2x1 8 4',
-    'v5e:3x3 refused', 'v6e:1x8 refused',
-  ], done.stderr[-2_000:]  # fmt: skip
+    'v4:2x2x1 8 4',
+    'v5e:1x1 1 1',
+    'v5e:2x2 4 4',
+    'v5p:2x2x1 4 4',
+    'v6e:1x1 1 1',
+    'tpu7x:2x2x1 8 4',
+    'v5e:3x3 refused',
+    'v6e:1x8 refused',
+  ], done.stderr[-2_000:]
 
 
 @pytest.mark.slow

@@ -61,11 +61,13 @@ def dolma(folder: str) -> list[Any]:
   rust = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(rust)
   stream = {
-    'name': 'mixed', 'documents': [f'{folder}/documents/*.gz'], 'attributes': ['dsdm'],
+    'name': 'mixed',
+    'documents': [f'{folder}/documents/*.gz'],
+    'attributes': ['dsdm'],
     'output': {'path': f'{folder}/out', 'max_size_in_bytes': 2**30},
     'filter': {'include': ['$.attributes[?(@.dsdm__score_a[0][2] > 0)]'], 'exclude': []},
-  }  # fmt: skip
-  work = {'input': f'{folder}/work/input', 'output': f'{folder}/work/output'}
+  }
+  work = {name: f'{folder}/mixer/{name}' for name in ('input', 'output')}
   rust.mixer_entrypoint(json.dumps({'streams': [stream], 'work_dir': work, 'processes': 1}))
   import gzip
 

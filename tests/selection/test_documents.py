@@ -79,8 +79,10 @@ def lossy(tmp_path_factory):
   folder.mkdir(parents=True)
   config = small_config(
     sources=(f'jsonl:{folder}/*.jsonl.gz', f'parquet:{base}/*.parquet', f'text:{base}/*.txt'),
-    max_bytes=16_000, max_document_bytes=700, on_error='skip',
-  )  # fmt: skip
+    max_bytes=16_000,
+    max_document_bytes=700,
+    on_error='skip',
+  )
   leak = max((text.text for text in tasks.raw_texts(config.targets)), key=len)
   control = {'id': '=1+1\u0007\u2028é', 'text': 'a text under an id with control characters ' * 3}
   bad = [{'id': 'empty', 'text': ' '}, {'id': 'number', 'text': 3}, {'id': 'none'}]

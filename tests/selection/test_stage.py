@@ -103,9 +103,13 @@ def test_summaries_describe_the_selections(chosen):
 )
 def test_every_method_selects_documents(finished, tmp_path, methods):
   folder = select(
-    finished, tmp_path / 'run', selection__unit='document', selection__document_cap=0, selection__methods=methods,
+    finished,
+    tmp_path / 'run',
+    selection__unit='document',
+    selection__document_cap=0,
+    selection__methods=methods,
     mixture__parts=('dsdm@docs rate=2', 'random epochs=1'),
-  )  # fmt: skip
+  )
   index = json.loads((files_of(folder, 'selection') / 'index.json').read_text())
   pool = Pool(artifacts.open_stage(folder, 'pool'))
   spans = pool.spans

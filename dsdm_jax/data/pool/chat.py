@@ -45,9 +45,13 @@ class Chat:
     compiled = _compiled(self.template)
     try:
       return compiled.render(
-        messages=messages, add_generation_prompt=prompt, generation_marks=marks, tools=None, documents=None,
+        messages=messages,
+        add_generation_prompt=prompt,
+        generation_marks=marks,
+        tools=None,
+        documents=None,
         **dict(self.variables),
-      )  # fmt: skip
+      )
     except Exception as error:  # a boundary: templates fail in their own ways
       raise ValueError(f'the chat template fails on it ({files.one_line(error)})') from error
 

@@ -119,9 +119,13 @@ def _read(task: Any, name: str, split: str) -> Task:
   config = task.config
   description = str(config.description or '')
   return Task(
-    shape, items, int(config.num_fewshot or 0), str(config.fewshot_delimiter), description,
+    shape,
+    items,
+    int(config.num_fewshot or 0),
+    str(config.fewshot_delimiter),
+    description,
     kind == 'loglikelihood_rolling',
-  )  # fmt: skip
+  )
 
 
 def _items(task: Any, split: str, shape: str, docs: Sequence[Any]) -> Iterator[Item]:

@@ -119,11 +119,26 @@ def test_a_conversation_counts_what_the_assistant_says(tmp_path):
   ids = encoder.encode
   # The user's own <|im_end|> becomes the piece, as in transformers.
   wanted = [
-    (start, 0), *((i, 0) for i in ids('user\nHi ')), (end, 0), (end, 0), *((i, 0) for i in ids('\n')),
-    (start, 0), *((i, 0) for i in ids('assistant\n')), *((i, 1) for i in ids('Hello')), (end, 1), (ids('\n')[0], 1),
-    (start, 0), *((i, 0) for i in ids('user\nBye')), (end, 0), *((i, 0) for i in ids('\n')),
-    (start, 0), *((i, 0) for i in ids('assistant\n')), *((i, 1) for i in ids('See you')), (end, 1), (ids('\n')[0], 1),
-  ]  # fmt: skip
+    (start, 0),
+    *((i, 0) for i in ids('user\nHi ')),
+    (end, 0),
+    (end, 0),
+    *((i, 0) for i in ids('\n')),
+    (start, 0),
+    *((i, 0) for i in ids('assistant\n')),
+    *((i, 1) for i in ids('Hello')),
+    (end, 1),
+    (ids('\n')[0], 1),
+    (start, 0),
+    *((i, 0) for i in ids('user\nBye')),
+    (end, 0),
+    *((i, 0) for i in ids('\n')),
+    (start, 0),
+    *((i, 0) for i in ids('assistant\n')),
+    *((i, 1) for i in ids('See you')),
+    (end, 1),
+    (ids('\n')[0], 1),
+  ]
   assert row[: len(wanted)].tolist() == [i for i, _ in wanted]
   assert weights_L.tolist() == [w for _, w in wanted] + [0] * (160 - len(wanted))
 
@@ -147,15 +162,18 @@ def test_templates_that_mark_answers_say_where_they_are():
   assert text == '<s>U: Hi <|im_end|>\nA: Hello<|im_end|>U: Bye\nA: See you<|im_end|>'
   assert [text[a:b] for a, b in spans] == ['Hello<|im_end|>', 'See you<|im_end|>']
   assert Chat(TEMPLATE, ()).pair(TALK[:2]) == (
-    '<|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\n', 'Hello<|im_end|>\n'
-  )  # fmt: skip
+    '<|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\n',
+    'Hello<|im_end|>\n',
+  )
 
 
 def test_templates_run_in_a_sandbox(tmp_path):
   for attack in (
-    "{{ ''.__class__.__mro__ }}", '{{ messages.append(1) }}', '{{ raise_exception("no system prompt") }}',
+    "{{ ''.__class__.__mro__ }}",
+    '{{ messages.append(1) }}',
+    '{{ raise_exception("no system prompt") }}',
     '{{ cycler.__init__.__globals__ }}{{ cycler.__init__.__globals__.os }}',
-  ):  # fmt: skip
+  ):
     with pytest.raises(ValueError, match='the chat template fails on it .(SecurityError|UndefinedError|TemplateError)'):
       Chat(attack, ()).render(TALK)
   with pytest.raises(UserError, match='its chat template cannot be read .TemplateSyntaxError'):

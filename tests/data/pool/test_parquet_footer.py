@@ -20,11 +20,13 @@ def written(table: pa.Table, **options) -> bytes:
 
 @pytest.mark.parametrize('codec', ['none', 'snappy', 'zstd'])
 def test_sizes_are_those_of_pyarrow(codec):
-  table = pa.table({
-    'text': [f'text {i}' * 9 for i in range(50)],
-    'meta': [{'id': i, 'tags': ['a', 'b'], 'share': i / 7} for i in range(50)],
-    'kept': [i % 3 == 0 for i in range(50)],
-  })  # fmt: skip
+  table = pa.table(
+    {
+      'text': [f'text {i}' * 9 for i in range(50)],
+      'meta': [{'id': i, 'tags': ['a', 'b'], 'share': i / 7} for i in range(50)],
+      'kept': [i % 3 == 0 for i in range(50)],
+    }
+  )
   data = written(table, row_group_size=20, compression=codec, use_dictionary=False)
   metadata = pq.ParquetFile(io.BytesIO(data)).metadata
   found = parquet_footer.row_groups(io.BytesIO(data))
