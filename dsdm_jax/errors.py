@@ -42,6 +42,16 @@ class UserError(ValueError):
     super().__init__(visible(message))
 
 
+class StoreError(OSError):
+  """An object store that cannot be used. The text is one line like that of a `UserError`."""
+
+  def __init__(self, message: str):
+    super().__init__(errno.EIO, visible(message))
+
+  def __str__(self) -> str:
+    return str(self.strerror)
+
+
 class Stopped(UserError):  # noqa: N818  not an error: the work is saved
   """A signal asked the process to stop, and its work is saved. The exit code is a shell's for that signal."""
 

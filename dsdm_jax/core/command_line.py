@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 from dsdm_jax.core import stopping
-from dsdm_jax.errors import UserError, as_os_error, visible
+from dsdm_jax.errors import StoreError, UserError, as_os_error, visible
 
 # What to do about errors of the system; about others, whatever resolves them.
 _REMEDIES = {
@@ -95,6 +95,8 @@ def system_error(error: BaseException | None) -> OSError | None:
 
 def cannot_use(error: OSError, workdir: str | None) -> str:
   """The message for an error of the system, in one line."""
+  if isinstance(error, StoreError):
+    return str(error)
   remedy = _REMEDIES.get(error.errno or 0, 'resolve that')
   if error.filename in _STREAMS or (error.errno == errno.EPIPE and not error.filename):
     return (

@@ -1,6 +1,9 @@
-"""Files of artifacts: written whole, created once, listed, copied and deleted.
+"""Files of artifacts: written whole, created once, listed, copied and deleted; on a disk or in an object store.
 
-An object store can do all of it: no rename of folders, no append, and no state that several machines share but files.
+A *location* is a `Path`, or the `Address` of an object store (gs://, s3://, any address of fsspec). Every file of a
+workdir is read and written through this module, which does with both what an object store can do: no rename of
+folders, no append, and no state that several machines share but files. Libraries that need a path get one from `local`
+and `uploading`; TensorStore and Orbax open the location themselves (`kvstore`, `url`).
 """
 
 import contextlib
@@ -17,14 +20,18 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
 
+from dsdm_jax.core import object_store
+from dsdm_jax.core.object_store import Address
 from dsdm_jax.errors import UserError
 
+Location = Path | Address
+Named = Location | str | os.PathLike[str]  # what `locate` takes
 _T = TypeVar('_T')
 _STALE_SECONDS = (0.05, 0.2, 0.8)  # between tries to read a stale file
 _PART = '.dsdm'  # ending of a file that is being written: no other program uses it
@@ -34,10 +41,12 @@ _MARK = '.sha256'  # ending of the note that a file is complete
 # How formulas begin; spreadsheets take full-width signs for the same, and some skip white space before them.
 _FORMULA = re.compile(r'\s*[=+\-@＝＋－＠]|[\t\r\n]')
 _MOST_CHECKSUMS = 65_536
+_IDLE_SECONDS = 3_600.0  # since the last use of what the cache of objects deletes
 _LONGEST_NAME, _LONGEST_PATH = 255, 3_072  # bytes; Linux allows 255 and 4,095, and files in the folder have names too
 _TICK_NS = 50_000_000  # times of change are no finer than this on some file systems
 # (device, inode, bytes, time of change) → SHA-256, of files that this process wrote or read whole.
 _checksums: dict[tuple[int, int, int, int], str] = {}
+_used: set[Path] = set()  # entries of the cache of objects that this process has asked for
 
 
 def check_folder(path: str | os.PathLike, name: str) -> Path:
@@ -71,12 +80,49 @@ def check_folder(path: str | os.PathLike, name: str) -> Path:
   return folder
 
 
-def read_bytes(path: str | os.PathLike) -> bytes | None:
+def locate(text: Named) -> Location:
+  """The location that a text names: an address if it has ://, else a path, which may be relative.
+
+  Raises:
+    UserError: it is an address without a bucket.
+  """
+  if isinstance(text, Address):
+    return text
+  text = os.fspath(text)
+  scheme, is_address, rest = text.partition('://')
+  if not is_address:
+    return Path(text)
+  return Path(rest) if scheme in ('file', 'local') else Address(text)
+
+
+def absolute(location: Location) -> Location:
+  return location if isinstance(location, Address) else location.absolute()
+
+
+def read_bytes(path: Named) -> bytes | None:
   """The content of a file; None if it does not exist."""
+  path = locate(path)
+  if isinstance(path, Address):
+    return object_store.read(path)
   try:
-    return retried(Path(path).read_bytes)
+    return retried(path.read_bytes)
   except (FileNotFoundError, NotADirectoryError):
     return None
+
+
+def read(path: Named) -> bytes:
+  """The content of a file.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+  """
+  path = locate(path)
+  if isinstance(path, Path):
+    return retried(path.read_bytes)
+  data = object_store.read(path)
+  if data is None:
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+  return data
 
 
 def retried(read: Callable[[], _T]) -> _T:
@@ -94,14 +140,24 @@ def retried(read: Callable[[], _T]) -> _T:
   return read()
 
 
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+def write_bytes(path: Named, data: bytes) -> None:
   """Writes a file whole: after a kill it has the old content or the new. Missing folders are created."""
+  path = locate(path)
+  if isinstance(path, Address):
+    object_store.write(path, data)
+    return
   with _written(path, data) as temporary:
     os.replace(temporary, path)
 
 
-def create(path: str | os.PathLike, data: bytes) -> bool:
-  """Writes a file whole unless it exists; of several writers one succeeds. Returns whether this one did."""
+def create(path: Named, data: bytes) -> bool:
+  """Writes a file whole unless it exists; of several writers one succeeds. Returns whether this one did.
+
+  In an object store, writers of the same bytes all succeed.
+  """
+  path = locate(path)
+  if isinstance(path, Address):
+    return object_store.create(path, data)
   with _written(path, data) as temporary:
     try:
       os.link(temporary, path)
@@ -110,14 +166,18 @@ def create(path: str | os.PathLike, data: bytes) -> bool:
     return True
 
 
-def replace(path: str | os.PathLike, data: bytes, known: bytes | None) -> bool:
+def replace(path: Named, data: bytes, known: bytes | None) -> bool:
   """Writes a file whole if its content is `known` (None: if it does not exist). Returns whether it did.
 
-  Of several writers one succeeds. For a known file this takes a file system with locks, or the lock of the workdir.
+  Of several writers one succeeds. For a known file this takes a file system with locks, a store with conditional
+  writes (gs://, s3://), or the lock of the workdir.
   """
+  path = locate(path)
   if known is None:
     return create(path, data)
-  with guarded(Path(path).parent):
+  if isinstance(path, Address):
+    return object_store.replace(path, data, known)
+  with guarded(path.parent):
     if read_bytes(path) != known:
       return False
     write_bytes(path, data)
@@ -142,9 +202,8 @@ def guarded(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _written(path: str | os.PathLike, data: bytes) -> Iterator[str]:
+def _written(path: Path, data: bytes) -> Iterator[str]:
   """A synced temporary file beside `path` that holds `data`; deleted at the end if it is still there."""
-  path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=_PART)
   try:
@@ -166,8 +225,22 @@ def _umask() -> int:
   return mask
 
 
-def copy(source: Path, target: Path) -> None:
-  """Gives a file that is not written to any more a second name; copies it where the disk has no hard links."""
+def copy(source: Location, target: Location) -> None:
+  """Gives a file that is not written to any more a second name; copies it where there are no hard links.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+  """
+  if isinstance(source, Address):
+    if isinstance(target, Address):
+      object_store.copy(source, target)
+    else:
+      target.parent.mkdir(parents=True, exist_ok=True)
+      _fetch(source, {'': target}, {'': _existing(source)})
+    return
+  if isinstance(target, Address):
+    object_store.upload({target.name: source}, target.parent)
+    return
   target.parent.mkdir(parents=True, exist_ok=True)
   temporary = target.with_name(f'.{target.name}.00000000{_PART}')
   temporary.unlink(missing_ok=True)
@@ -179,16 +252,68 @@ def copy(source: Path, target: Path) -> None:
   temporary.unlink(missing_ok=True)  # the rename of a link over the same file does nothing
 
 
-def delete(path: Path) -> None:
+def delete(path: Location) -> None:
   """Deletes a file, or a folder with all that it holds, if it exists."""
-  if path.is_dir() and not path.is_symlink():
+  if isinstance(path, Address):
+    object_store.delete(path)
+  elif path.is_dir() and not path.is_symlink():
     shutil.rmtree(path)
   else:
     path.unlink(missing_ok=True)
 
 
-def files(folder: Path) -> list[str]:
+def unlink(file: Location) -> None:
+  """Deletes a file if it exists."""
+  if isinstance(file, Address):
+    object_store.unlink(file)
+  else:
+    file.unlink(missing_ok=True)
+
+
+def make_folder(folder: Location) -> None:
+  """Creates a folder and those above it; an object store has none."""
+  if isinstance(folder, Path):
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def delete_empty_folder(folder: Location) -> None:
+  """Deletes a folder if it is empty and no link."""
+  if isinstance(folder, Path):
+    with contextlib.suppress(OSError):
+      folder.rmdir()
+
+
+def exists(location: Location) -> bool:
+  """Whether there is a file or a folder; in an object store, a folder is there if it holds anything."""
+  return object_store.exists(location) if isinstance(location, Address) else location.exists()
+
+
+def is_file(location: Location) -> bool:
+  return object_store.stat(location) is not None if isinstance(location, Address) else location.is_file()
+
+
+def is_folder(location: Location) -> bool:
+  return bool(object_store.children(location)) if isinstance(location, Address) else location.is_dir()
+
+
+def children(folder: Location) -> list[Location]:
+  """The files and folders directly in `folder`, sorted by name; none if there is no such folder."""
+  if isinstance(folder, Address):
+    return [folder / name for name in object_store.children(folder)]
+  return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def subfolders(folder: Location) -> list[Location]:
+  """The folders directly in `folder`, sorted by name; none if there is no such folder."""
+  if isinstance(folder, Address):
+    return [folder / name for name, is_folder in object_store.children(folder).items() if is_folder]
+  return [path for path in children(folder) if isinstance(path, Path) and path.is_dir()]
+
+
+def files(folder: Location) -> list[str]:
   """Relative POSIX paths of all files below `folder`, sorted; a link to a folder counts as a file."""
+  if isinstance(folder, Address):
+    return list(object_store.find(folder))
   result = []
   for root, folders, names in os.walk(folder):
     links = [name for name in folders if os.path.islink(os.path.join(root, name))]
@@ -201,28 +326,41 @@ def is_temporary(name: str) -> bool:
   return any(_TEMPORARY.fullmatch(part) for part in name.split('/'))
 
 
-def delete_temporary(folder: Path, below: bool = False) -> None:
+def delete_temporary(folder: Location, below: bool = False) -> None:
   """Deletes what a kill left half-written in `folder`, and below it. No other process may be writing there."""
-  for name in files(folder) if below else os.listdir(folder) if folder.is_dir() else ():
-    if is_temporary(name) and (folder / name).is_file():
-      (folder / name).unlink()
+  for name in files(folder) if below else [path.name for path in children(folder)]:
+    if is_temporary(name) and is_file(folder / name):
+      unlink(folder / name)
 
 
-def mark(file: Path, *more: Path) -> None:
-  """Notes in `<file>.sha256` that `file`, and `more` files that belong to it, are complete; sha256sum reads it."""
-  names = [os.path.relpath(each, file.parent) for each in (file, *more)]
+def mark(file: Location, *more: Location) -> None:
+  """Notes in `<file>.sha256` that `file`, and `more` files that belong to it, are complete.
+
+  sha256sum reads it; in an object store it has the store's own checksums, and `more` are below the folder of `file`.
+  """
+  names = [_beside(file, each) for each in (file, *more)]
   lines = [f'{checksum(file.parent / name)}  {name}\n' for name in names]
-  write_text(f'{file}{_MARK}', ''.join(lines) + _count(len(lines)))
+  write_text(_mark_beside(file), ''.join(lines) + _count(len(lines)))
 
 
-def is_marked(file: Path) -> bool:
+def _beside(file: Location, other: Location) -> str:
+  if isinstance(file, Address):
+    return str(other.relative_to(file.parent)) if isinstance(other, Address) else ''
+  return os.path.relpath(str(other), file.parent)
+
+
+def _mark_beside(file: Location) -> Location:
+  return file.with_name(mark_of(file.name))
+
+
+def is_marked(file: Location) -> bool:
   """Whether `file` and what belongs to it are as they were when `mark` noted that they are complete.
 
   Raises:
     OSError: one cannot be read, which says nothing about it.
   """
   try:
-    *lines, last = (read_bytes(f'{file}{_MARK}') or b'').decode().splitlines(keepends=True)
+    *lines, last = (read_bytes(_mark_beside(file)) or b'').decode().splitlines(keepends=True)
     noted = [line.removesuffix('\n').partition('  ')[::2] for line in lines]
     return (
       noted[0][1] == file.name
@@ -237,15 +375,15 @@ def _count(files: int) -> str:
   return f'# {files} files\n'  # so that a note that is cut short is none
 
 
-def marked(file: Path) -> bool:
+def marked(file: Location) -> bool:
   """Whether there is a note on `file`, right or wrong."""
-  return Path(f'{file}{_MARK}').is_file()
+  return is_file(_mark_beside(file))
 
 
-def unmark(file: Path) -> None:
+def unmark(file: Location) -> None:
   """Deletes a file and the note on it, if they exist."""
-  for path in (Path(f'{file}{_MARK}'), file):
-    path.unlink(missing_ok=True)
+  for path in (_mark_beside(file), file):
+    unlink(path)
 
 
 def mark_of(name: str) -> str:
@@ -257,8 +395,13 @@ def is_mark(name: str) -> bool:
   return name.endswith(_MARK)
 
 
-def sha256(path: Path) -> str:
-  """SHA-256 of a file, read from disk."""
+def sha256(path: Location) -> str:
+  """SHA-256 of a file, whose bytes are read."""
+  if isinstance(path, Address):
+    data = object_store.read(path)
+    if data is None:
+      raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return hashlib.sha256(data).hexdigest()
   return retried(lambda: _sha256(path))
 
 
@@ -271,9 +414,33 @@ def _sha256(path: Path) -> str:
   return digest
 
 
-def checksum(path: Path) -> str:
-  """SHA-256 of a file; not read again if this process knows the file in this size and time of change."""
+def checksum(path: Location) -> str:
+  """SHA-256 of a file; not read again if this process knows the file in this size and time of change.
+
+  Of an object it is 'crc32c:…' or 'etag:…' as its store says, and SHA-256 where the store says nothing.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+  """
+  if isinstance(path, Address):
+    return _existing(path).checksum or sha256(path)
   return _checksums.get(_key(path.stat())) or sha256(path)
+
+
+def _existing(address: Address) -> object_store.Stat:
+  stat = object_store.stat(address)
+  if stat is None:
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(address))
+  return stat
+
+
+def size(path: Location) -> int:
+  """Bytes of a file.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+  """
+  return _existing(path).size if isinstance(path, Address) else path.stat().st_size
 
 
 def _note(state: os.stat_result, digest: str) -> None:
@@ -286,7 +453,7 @@ def _key(state: os.stat_result) -> tuple[int, int, int, int]:
   return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: Named, text: str) -> None:
   write_bytes(path, text.encode())
 
 
@@ -295,14 +462,14 @@ def as_json(value: Any) -> bytes:
   return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + '\n').encode()
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: Named, value: Any) -> None:
   write_bytes(path, as_json(value))
 
 
 class _Object(dict):
   """An object of a JSON file; a missing key is an error that names the file."""
 
-  def __init__(self, content: dict[str, Any], path: str | os.PathLike):
+  def __init__(self, content: dict[str, Any], path: Named):
     super().__init__(content)
     self._path = path
 
@@ -310,7 +477,7 @@ class _Object(dict):
     raise UserError(f'{self._path} has no {key!r}; it is damaged, or another program wrote it')
 
 
-def read_json(path: str | os.PathLike, kind: type = object) -> Any:
+def read_json(path: Named, kind: type = object) -> Any:
   """The content of a JSON file of an artifact.
 
   Args:
@@ -320,7 +487,7 @@ def read_json(path: str | os.PathLike, kind: type = object) -> Any:
     UserError: it is no JSON, or of another kind. An object of it raises one for a missing key.
   """
   try:
-    content = json.loads(retried(Path(path).read_bytes), object_hook=lambda content: _Object(content, path))
+    content = json.loads(read(path), object_hook=lambda content: _Object(content, path))
   except (ValueError, RecursionError) as error:
     raise UserError(f'{path} is damaged, or another program wrote it ({" ".join(str(error).split())[:200]})') from error
   if not isinstance(content, kind):
@@ -348,20 +515,22 @@ def _plain(cell: Any) -> Any:
   return f"'{cell}" if is_formula and not is_number else cell
 
 
-def load(path: str | os.PathLike) -> Any:
+def load(path: Named) -> Any:
   """`numpy.load` for a file by `save_npy` or `save_npz`; it takes no more memory than the file has bytes.
 
   Raises:
     UserError: its members are compressed, overlap, hold objects, or are shorter than their headers say.
     OSError: it cannot be read.
   """
-  return retried(lambda: _load(Path(path)))
+  return retried(lambda: _load(locate(path)))
 
 
-def _load(path: Path) -> Any:
+def _load(path: Location) -> Any:
+  data = read(path) if isinstance(path, Address) else None
   try:
-    with open(path, 'rb') as file:
-      size = os.fstat(file.fileno()).st_size
+    with open(str(path), 'rb') if data is None else io.BytesIO(data) as file:
+      size = file.seek(0, os.SEEK_END)
+      file.seek(0)
       if path.suffix == '.npy':
         _check_array(file, size)
       else:
@@ -372,7 +541,8 @@ def _load(path: Path) -> Any:
           for info in members:
             with archive.open(info) as member:
               _check_array(member, info.file_size)
-    return np.load(path, allow_pickle=False)  # noqa: TID251  checked above
+    source = str(path) if data is None else io.BytesIO(data)
+    return np.load(source, allow_pickle=False)  # noqa: TID251  checked above
   # zipfile raises the last two for kinds of compression and encryption that it does not know.
   except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
     if isinstance(error.__context__, OSError):  # zipfile takes a disk that fails for a file that is no archive
@@ -389,18 +559,18 @@ def _check_array(file: IO[bytes], size: int) -> None:
     raise ValueError('its header and its size do not agree')
 
 
-def save_npy(path: str | os.PathLike, array: np.ndarray) -> None:
+def save_npy(path: Named, array: np.ndarray) -> None:
   buffer = io.BytesIO()
   np.save(buffer, array, allow_pickle=False)
   write_bytes(path, buffer.getvalue())
 
 
-def save_npz(path: str | os.PathLike, **arrays: np.ndarray) -> None:
+def save_npz(path: Named, **arrays: np.ndarray) -> None:
   """An uncompressed npz; NumPy gives its members a constant date, so equal arrays are equal bytes."""
   write_bytes(path, _npz(arrays))
 
 
-def save_first_npz(path: str | os.PathLike, **arrays: np.ndarray) -> None:
+def save_first_npz(path: Named, **arrays: np.ndarray) -> None:
   """As `save_npz`, unless the file exists."""
   create(path, _npz(arrays))
 
@@ -409,3 +579,136 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
   buffer = io.BytesIO()
   np.savez(buffer, allow_pickle=False, **arrays)
   return buffer.getvalue()
+
+
+def open_read(path: Location) -> IO[bytes]:
+  """A file, opened to read parts of it.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+  """
+  return object_store.open_read(path) if isinstance(path, Address) else open(path, 'rb')
+
+
+def url(location: Location) -> str:
+  """The name by which Orbax and epath open a location."""
+  return str(absolute(location))
+
+
+def kvstore(location: Location) -> dict[str, Any]:
+  """TensorStore's spec of a folder.
+
+  Raises:
+    UserError: TensorStore does not write to this kind of address.
+  """
+  if isinstance(location, Address):
+    return object_store.kvstore(location)
+  return {'driver': 'file', 'path': f'{location.absolute()}/'}
+
+
+@contextlib.contextmanager
+def uploading(folder: Location) -> Iterator[Path]:
+  """A local folder to write in; at the end, its files are in `folder`. For libraries that write to disks only.
+
+  A local `folder` is given itself. For an address it is a temporary one, and after an error nothing is uploaded.
+  """
+  if isinstance(folder, Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    return
+  with tempfile.TemporaryDirectory(prefix='dsdm_jax.') as text:
+    temporary = Path(text)
+    yield temporary
+    object_store.upload({name: temporary / name for name in files(temporary)}, folder)
+
+
+def local(location: Location) -> Path:
+  """A local file or folder with the content of `location`, for libraries that need a path or map memory. Only read it.
+
+  A local location is given itself. An address is downloaded into a cache of this user, unless it is there already, and
+  what was downloaded is compared with the store's checksums. The cache takes up to half of the space that its disk has
+  for it; what was not used for longest goes first, but nothing that this process has asked for.
+
+  Raises:
+    FileNotFoundError: there is nothing at this address.
+    UserError: the disk has no room for it, or what arrives is not what the store says.
+  """
+  if isinstance(location, Path):
+    return location
+  single = object_store.stat(location)
+  states = {'': single} if single is not None else object_store.find(location)
+  if not states:
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(location))
+  state = [str(location), *((name, stat.size, stat.checksum) for name, stat in states.items())]
+  cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dsdm_jax' / 'objects'
+  entry = cache / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+  _used.add(entry)
+  if all(stat.checksum for stat in states.values()) and entry.is_dir():
+    os.utime(entry)
+    return entry / location.name
+  cache.mkdir(parents=True, exist_ok=True)
+  _make_room(cache, sum(stat.size for stat in states.values()), location)
+  with tempfile.TemporaryDirectory(dir=cache, prefix='.') as text:
+    new = Path(text) / 'new'
+    _fetch(location, {name: new / location.name / name if name else new / location.name for name in states}, states)
+    if entry.is_dir() and not all(stat.checksum for stat in states.values()):  # nothing tells whether it has changed
+      os.replace(entry, Path(text) / 'old')
+    with contextlib.suppress(OSError):  # another process has put it there at this moment
+      os.replace(new, entry)
+  return entry / location.name
+
+
+def _make_room(cache: Path, needed: int, location: Address) -> None:
+  """Deletes what was not used for longest until `needed` bytes fit in the cache's half of the disk.
+
+  Raises:
+    UserError: they do not.
+  """
+  entries = []
+  for path in cache.iterdir():
+    with contextlib.suppress(OSError):  # another process deletes it
+      entries.append((path.stat().st_mtime, path, sum((path / name).stat().st_size for name in files(path))))
+  held, free = sum(size for _, _, size in entries), shutil.disk_usage(cache).free
+  limit = (held + free) // 2
+  for used, path, size in sorted(entries):
+    if held + needed <= limit:
+      return
+    if path not in _used and time.time() - used > _IDLE_SECONDS:
+      shutil.rmtree(path, ignore_errors=True)
+      held -= size
+  if needed > shutil.disk_usage(cache).free * 9 // 10:
+    raise UserError(
+      f'{location} has {needed / 1e9:,.1f} GB, and {cache} has no room for a copy; free space there, or set '
+      'XDG_CACHE_HOME to a folder of a larger disk'
+    )
+
+
+def _fetch(address: Address, targets: Mapping[str, Path], states: Mapping[str, object_store.Stat]) -> None:
+  """Downloads objects below `address` (name relative to it, or '' for itself) and checks what arrives.
+
+  Raises:
+    UserError: it is not what the store says.
+  """
+  object_store.download(address, targets)
+  for name, file in targets.items():
+    stat = states[name]
+    if file.stat().st_size != stat.size or not agrees(file, stat.checksum):
+      raise UserError(f'{address / name if name else address} arrived damaged; start the same command again')
+
+
+def agrees(file: Location, noted: str | None) -> bool:
+  """Whether a file has a checksum that was noted: SHA-256, or that of an object store ('crc32c:…', 'etag:…').
+
+  An ETag of an object that was uploaded in parts says nothing of its bytes; then this is True.
+  """
+  kind, is_of_store, value = (noted or '').partition(':')
+  if isinstance(file, Address):
+    return not noted or (checksum(file) if is_of_store else sha256(file)) == noted
+  if not is_of_store:
+    return not noted or checksum(file) == noted
+  if kind == 'etag' and re.fullmatch('[0-9a-f]{32}', value):
+    with open(file, 'rb') as opened:
+      return hashlib.file_digest(opened, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == value
+  if kind == 'crc32c':
+    return object_store.crc32c(file) == value
+  return True
