@@ -16,7 +16,7 @@ from dsdm_jax.config.methods import METHODS, method_name
 MAX_BYTES, MAX_ROWS, MAX_FACTOR, MAX_PASSES = 2**50, 10**12, 10**6, 10**6  # larger values are typing errors
 SOURCE_KINDS = ('text', 'jsonl', 'parquet', 'hf', 'hf_hub', 'tfds', 'seqio', 'tokens')
 KINDS = ('source', 'docs', 'licences', 'metadata', 'data')
-TASKS = ('docs', 'api_qa', 'cs_algorithms', 'next_code')
+TASKS = ('docs', 'api_qa', 'cs_algorithms', 'next_code', 'brackets')
 # Those of dsdm_jax/data/targets/benchmarks.py (a test compares them).
 BENCHMARKS = tuple(
   'lambada squad jeopardy bigbench_cs_algorithms copa openbook_qa piqa cbt hellaswag winogrande boolq coqa news_qa '

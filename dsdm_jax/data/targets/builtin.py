@@ -5,6 +5,8 @@ The standard library is on every machine and never in the pool. Its source is pa
 In the questions about code, a model reads three lines of code after each of four passages, of which they continue one.
 The right passage is where they have a higher probability than after the others, so it does not matter how likely they
 are by themselves. Passages end with a line break. Counts of n-grams see the few tokens before it and know little more.
+In the questions about brackets, a closing bracket comes after a passage and after the same passage in which it has
+another partner. The partner is at least 12 characters before, where most 5-grams do not reach.
 
 The algorithm questions follow the description of BIG-bench's cs_algorithms, in other words and with other items.
 Longest common subsequence: two strings of capitals, the answer is a length. Bracket validity: a sequence of (, [, {
@@ -13,6 +15,7 @@ lengths.
 """
 
 import ast
+import collections
 import dataclasses
 import functools
 import inspect
@@ -41,6 +44,9 @@ _PASSAGE_CHARACTERS, _NEXT_CHARACTERS = range(60, 171), range(30, 101)  # at mos
 _PASSAGES = 8  # of a module
 _DRAWN = 24  # passages, of which the three that are as long as the right one are wrong answers
 _PAIRS = {'(': ')', '[': ']', '{': '}'}
+_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)*\'')  # on one line
+_BRACKET_LINES, _BRACKETS_OF_A_KIND = 4, 3  # lines that are searched at once; brackets of each kind in a module
+_BRACKET_DISTANCE, _BEFORE_BRACKET = 12, range(60, 171)  # characters from the opening one, and of the passage
 _LENGTHS = (4, 6, 8, 10, 12)
 
 
@@ -79,10 +85,25 @@ class Passage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bracket:
+  """Lines of code up to a closing bracket, whose partner is the character `opened` of `text`."""
+
+  module: str
+  id: str
+  text: str
+  opened: int
+
+  @property
+  def closing(self) -> str:
+    return _PAIRS[self.text[self.opened]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Library:
   prose: tuple[Prose, ...]
   entries: tuple[Entry, ...]
   passages: tuple[Passage, ...]
+  brackets: tuple[Bracket, ...]
 
 
 def _modules(root: Path) -> Iterator[tuple[str, Path]]:
@@ -168,15 +189,20 @@ def read_module(name: str, source: str) -> tuple[list[Prose], list[Entry]]:
   return prose, entries
 
 
-def read_passages(name: str, source: str) -> list[Passage]:
-  """At most `_PASSAGES` passages of one module, in order, without comments and strings of several lines."""
-  lines, found, in_string = source.split('\n'), [], False
-  plain = []  # whether each line is code alone
+def _plain(lines: Sequence[str]) -> list[bool]:
+  """Whether each line is code alone, without comments and strings of several lines."""
+  plain, in_string = [], False
   for line in lines:
     ends = line.count('"""') + line.count("'''")
     plain.append(not (in_string or ends or '#' in line))
     in_string ^= ends % 2 == 1
-  size = _PASSAGE_LINES + _NEXT_LINES
+  return plain
+
+
+def read_passages(name: str, source: str) -> list[Passage]:
+  """At most `_PASSAGES` passages of one module, in order, without comments and strings of several lines."""
+  lines, found = source.split('\n'), []
+  plain, size = _plain(lines), _PASSAGE_LINES + _NEXT_LINES
   for start in range(0, len(lines) - size, size):
     middle = start + _PASSAGE_LINES
     text, after = '\n'.join(lines[start:middle]) + '\n', '\n'.join(lines[middle : start + size])
@@ -184,6 +210,30 @@ def read_passages(name: str, source: str) -> list[Passage]:
     if fits and all(plain[start : start + size]) and lines[middle - 1].strip() and lines[middle].strip():
       found.append(Passage(name, f'{name}:{start + 1}', text, after))
   return found[:_PASSAGES]
+
+
+def read_brackets(name: str, source: str) -> list[Bracket]:
+  """At most three closing brackets of each kind of one module, in order, not in strings."""
+  lines = source.split('\n')
+  plain, found, count = _plain(lines), [], collections.Counter[str]()
+  for start in range(0, len(lines) - _BRACKET_LINES + 1, _BRACKET_LINES):
+    if not all(plain[start : start + _BRACKET_LINES]):
+      continue
+    text = '\n'.join(lines[start : start + _BRACKET_LINES])
+    opened: list[int] = []
+    for place, c in enumerate(_STRING.sub(lambda string: ' ' * len(string[0]), text)):
+      if c in _PAIRS:
+        opened.append(place)
+      elif opened and c == _PAIRS[text[opened[-1]]]:
+        partner = opened.pop()
+        far = place - partner >= _BRACKET_DISTANCE and place in _BEFORE_BRACKET
+        if far and count[c] < _BRACKETS_OF_A_KIND:
+          count[c] += 1
+          found.append(Bracket(name, f'{name}:{start + 1}:{place}', text[:place], partner))
+          break  # the next ones would have almost the same text before them
+      elif c in _PAIRS.values():
+        opened.clear()  # its partner is in a line before
+  return found
 
 
 def read_topics(source: str) -> list[Prose]:
@@ -203,7 +253,7 @@ def read_topics(source: str) -> list[Prose]:
 def read_library(root: str | None = None) -> Library:
   """All prose and entries, in a fixed order; takes two to three seconds. Tests set `root`."""
   folder = Path(root or sysconfig.get_paths()['stdlib'])
-  prose, entries, passages = [], [], []
+  prose, entries, passages, brackets = [], [], [], []
   topics = folder / 'pydoc_data' / 'topics.py'
   if topics.is_file():
     prose += read_topics(topics.read_text(encoding='utf-8'))
@@ -216,7 +266,8 @@ def read_library(root: str | None = None) -> Library:
     prose += of_module[0]
     entries += of_module[1]
     passages += read_passages(name, source)
-  return Library(tuple(prose), tuple(entries), tuple(passages))
+    brackets += read_brackets(name, source)
+  return Library(tuple(prose), tuple(entries), tuple(passages), tuple(brackets))
 
 
 def options(passages: Sequence[Passage], seed: int) -> list[tuple[tuple[str, ...], int]]:
@@ -232,6 +283,18 @@ def options(passages: Sequence[Passage], seed: int) -> list[tuple[tuple[str, ...
     texts = sorted(others, key=lambda text: abs(len(text) - len(passage.text)))[:3]
     gold = int(rng.integers(len(texts) + 1))
     found.append(((*texts[:gold], passage.text, *texts[gold:]), gold))
+  return found
+
+
+def partners(brackets: Sequence[Bracket], seed: int) -> list[tuple[tuple[str, str], int]]:
+  """For each bracket two texts, its own and one in which its partner is of another kind, and the place of its own."""
+  rng = prng.numpy_stream(seed, 'brackets')
+  found = []
+  for bracket in brackets:
+    text, place = bracket.text, bracket.opened
+    other = str(rng.choice([opening for opening in _PAIRS if opening != text[place]]))
+    wrong, gold = text[:place] + other + text[place + 1 :], int(rng.integers(2))
+    found.append(((text, wrong) if gold == 0 else (wrong, text), gold))
   return found
 
 

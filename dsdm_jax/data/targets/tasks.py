@@ -1,8 +1,8 @@
 """Target tasks as text, before tokenization.
 
 A task has items (context, answer, document). `docs` has no context and is language modelling; `api_qa` and
-`cs_algorithms` are questions; `next_code` chooses between contexts; a benchmark of `benchmarks.TABLE` is used by its
-name; a path that ends in .jsonl is a custom file in any shape of `shapes`; 'lm_eval:TASK' is a task of
+`cs_algorithms` are questions; `next_code` and `brackets` choose between contexts; a benchmark of `benchmarks.TABLE` is
+used by its name; a path that ends in .jsonl is a custom file in any shape of `shapes`; 'lm_eval:TASK' is a task of
 lm-evaluation-harness. Items of one document, or of documents that share text, are never split between target and
 holdout, nor are items without a document whose texts share a passage.
 """
@@ -275,6 +275,16 @@ def _next_code(seed: int) -> RawTask:
   return RawTask('next_code', tuple(items))
 
 
+@functools.lru_cache(maxsize=2)
+def _brackets(seed: int) -> RawTask:
+  brackets = builtin.read_library().brackets
+  items = (
+    RawItem(b.id, b.text, b.closing, b.module, context_options=texts, gold=gold)
+    for b, (texts, gold) in zip(brackets, builtin.partners(brackets, seed), strict=True)
+  )
+  return RawTask('brackets', tuple(items))
+
+
 def read_tasks(config: ConfigDict) -> list[RawTask]:
   """All tasks of `config.tasks`.
 
@@ -301,6 +311,8 @@ def read_tasks(config: ConfigDict) -> list[RawTask]:
       tasks.append(_cs_algorithms(config.seed))
     elif task == 'next_code':
       tasks.append(_next_code(config.seed))
+    elif task == 'brackets':
+      tasks.append(_brackets(config.seed))
     else:
       raise UserError(
         f'targets.tasks has {task!r}; it must be {", ".join(TASKS)}, a benchmark of docs/benchmarks.md, '

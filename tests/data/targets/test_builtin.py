@@ -169,6 +169,32 @@ def test_passages_are_code_alone():
   assert builtin.read_passages('a', '\n'.join(['x = 1'] * 40)) == [], 'too short'
 
 
+def test_brackets_have_a_partner_far_before_them_and_not_in_a_string():
+  code = ['found = compute(first_of_all, second_of_all)', "text = '[ a bracket in a string ' + other[index]"]
+  code += ['more = {name: value for name, value in pairs}', 'last = 1']
+  [found] = builtin.read_brackets('a.b', '\n'.join(code))
+  assert (found.module, found.id, found.closing) == ('a.b', 'a.b:1:138', '}')
+  assert found.text + '}\nlast = 1' == '\n'.join(code) and found.text[found.opened] == '{'
+  assert builtin.read_brackets('a', '\n'.join([*code[:2], '# ' + code[2], 'last = 1'])) == [], 'a comment'
+  closed_before = ['    a_long_name_of_something,' + 'and_more, ' * 3, '    another_one] + (third_name']
+  assert builtin.read_brackets('a', '\n'.join([*closed_before, '    + fourth_name_of_all)', 'x'])) != []
+  assert builtin.read_brackets('a', '\n'.join(['value = (1)'] * 40)) == [], 'too near'
+
+
+def test_the_other_passage_differs_in_the_partner_alone():
+  brackets = builtin.read_library().brackets
+  assert len(brackets) > 1_000
+  gold = 0
+  for bracket, (texts, place) in zip(brackets, builtin.partners(brackets, 3), strict=True):
+    own, other = texts[place], texts[1 - place]
+    assert own == bracket.text and bracket.closing in ')]}'
+    assert [i for i, (a, b) in enumerate(zip(own, other, strict=True)) if a != b] == [bracket.opened]
+    assert {own[bracket.opened], other[bracket.opened]} <= set('([{')
+    gold += place
+  # Four standard errors of the share of one of two places.
+  assert abs(gold / len(brackets) - 0.5) < 4 * 0.5 / len(brackets) ** 0.5
+
+
 def test_items_are_right_balanced_and_different():
   items = generate_questions(400, seed=3)
   assert len({item.context for item in items}) == 400

@@ -251,6 +251,17 @@ def test_next_lines_of_code_choose_between_passages():
   assert [item.context_options for item in read_tasks(config)[0].items] != [i.context_options for i in task.items]
 
 
+def test_a_closing_bracket_chooses_between_passages():
+  config = get_config().targets
+  config.tasks = ('brackets',)
+  (task,) = read_tasks(config)
+  for item in task.items:
+    assert item.context_options[item.gold] == item.context and len(set(item.context_options)) == 2
+    assert item.answer in ')]}' and '\n' in item.context
+  config.seed = 1
+  assert [item.context_options for item in read_tasks(config)[0].items] != [i.context_options for i in task.items]
+
+
 @pytest.mark.parametrize('delimiter', ['', '\nAnswer: '])
 def test_the_text_of_a_file_for_the_guard_needs_no_setting(tmp_path, delimiter: str):
   """Nor is a file one of the built-in tasks or a benchmark if it has their name."""
