@@ -34,7 +34,8 @@ _ONE_MODEL = (
 _LINES = (
   'Reference lines are n-gram models (counts, modified Kneser-Ney) of the rows that an arm was trained on, '
   "and unigrams of the targets' answers. A comparison on a task where one of its arms does not beat the best of them "
-  'is marked: such a model is weaker than simple counting.'
+  'is marked (in right choices where the task has choices, else in log-probability): such a model is weaker than '
+  'simple counting.'
 )
 _NO_MEAN = 'Fewer than two tasks are above n-grams: means are over all tasks, and are marked.'
 _NO_BASELINE = "No two arms are compared: add 'random', the baseline, to selection.methods."
@@ -180,7 +181,8 @@ def judged(tables: Sequence[Table], runs: Runs) -> list[Table]:
   """The tables that have lines, with the arms `below` them; others as they are.
 
   An arm is below where its mean over seeds and items is at most that of the best line of the same runs. In accuracy,
-  only tasks with choices have lines; on others the log-probability decides.
+  only tasks with choices have lines; on others the log-probability decides. So `below['accuracy']` is by what the task
+  asks for, and marks comparisons of both metrics; means of log-probabilities go by `below['logprob']`.
   """
 
   def is_below(table: Table, arm: Arm, metric: str) -> bool:
@@ -293,7 +295,7 @@ def _over_line(table: Table, arm: Arm, own: Sequence[int], confidence: float) ->
     labels = {'task': table.task, 'split': table.split}
     interval = comparisons.guarded(labels, statistics.mean_interval, difference_SI, confidence, table.documents_I)
     over = dict(zip(over, (line, interval.difference, interval.low, interval.high), strict=True))
-  return over | {'below_ngrams': None if table.below is None else arm in table.below['logprob']}
+  return over | {'below_ngrams': None if table.below is None else arm in table.below['accuracy']}
 
 
 def _line_rows(table: Table, runs: Runs) -> Iterator[dict[str, Any]]:
@@ -312,13 +314,13 @@ def _mean(table: Table, metric: str, run_numbers: Sequence[int]) -> float | None
 
 
 def _compare(table: Table, metric: str, runs: Runs, options: Options) -> list[dict[str, Any]]:
-  """Comparisons of arms; `below_ngrams` where one of the two is below its reference lines."""
+  """Comparisons of arms; `below_ngrams` where one of the two is below its reference lines in what the task asks for."""
   compared = comparisons.compare(
     table.values[metric], runs, table.documents_I, options, task=table.task, split=table.split, metric=metric
   )
   for c in compared:
     pair = (c['method'], c['target_mix']), comparisons.baseline_arm(arms(runs), c['baseline'], c['target_mix'])
-    c['below_ngrams'] = None if table.below is None else any(arm in table.below[metric] for arm in pair)
+    c['below_ngrams'] = None if table.below is None else any(arm in table.below['accuracy'] for arm in pair)
   return compared
 
 
@@ -345,17 +347,20 @@ def _line_notes(tables: Sequence[Table], averaged: Sequence[Table], runs: Runs) 
   return notes
 
 
-def shortened(results: Mapping[str, Any]) -> list[str]:
-  """A sentence for each task and split in which most prompts were shortened to fit; these belong into headlines."""
-  sentences = []
+def shortened(results: Mapping[str, Any]) -> str:
+  """A sentence about the tasks of which most prompts were shortened to fit, which belongs below a headline; or ''."""
+  counts: dict[str, np.ndarray] = {}  # task → its shortened prompts, and all of them
   for task in results['tasks']:
-    lost, count = task['prompts'], task['n_items']
-    if 2 * lost['shortened'] > count:
-      sentences.append(
-        f'Most prompts of {task["task"]} ({task["split"]}) are longer than pool.length: of {count:,}, '
-        f'{lost["lost_shots"]:,} lose shots and {lost["contexts_cut"]:,} lose the beginning of their context.'
-      )
-  return sentences
+    counts.setdefault(task['task'], np.zeros(2, int))
+    counts[task['task']] += task['prompts']['shortened'], task['n_items']
+  most = {task: count for task, count in counts.items() if 2 * count[0] > count[1]}
+  if not most:
+    return ''
+  listed = ', '.join(f'{task} ({lost:,} of {count:,})' for task, (lost, count) in most.items())
+  return (
+    f'Most prompts of {listed} are longer than pool.length: they lose shots or the beginning of their context, which '
+    'may hold what the question is about.'
+  )
 
 
 def prompt_row(task: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -379,7 +384,7 @@ def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
   several = len({row['target_mix'] for row in results['summary']} - {UNTARGETED}) > 1
   console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False, markup=False)
   with console.capture() as captured:
-    for sentence in shortened(results):
+    if sentence := shortened(results):
       console.print(sentence)
     for split, metric, title in (
       (HOLDOUT, 'logprob', 'Log-probability of the right answer on held-out items (nats per token; higher is better)'),
@@ -410,19 +415,22 @@ def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
 
 
 def main_table(results: Mapping[str, Any], columns: int = 80) -> str:
-  """The main comparison alone, in at most `columns` columns: the first arm against its first baseline, each task."""
+  """The first arm against its first baseline, task by task and with shares of right answers, in at most 80 columns."""
   compared = results['comparisons']
   if not compared:
     return _NO_BASELINE
   first = compared[0]
   pair = [c for c in compared if all(c[k] == first[k] for k in ('method', 'target_mix', 'baseline'))]
   means = {(r['method'], r['target_mix'], r['task'], r['split']): r['accuracy'] for r in results['summary']}
-  rows = [('task', 'nats per token', f'{100 * results["confidence"]:g} % interval', 'accuracy', '')]
+  chance = {(t['task'], t['split']): t.get('chance') for t in results['tasks']}
+  right = f'right ({first["baseline"]}, guessing)'
+  rows = [('task', 'nats/token', f'{100 * results["confidence"]:g} % interval', right, '')]
   for c in pair:
     arm = means.get((c['method'], c['target_mix'], c['task'], c['split']))
     of_baseline = [v for (m, _, t, s), v in means.items() if (m, t, s) == (c['baseline'], c['task'], c['split'])]
     baseline = of_baseline[0] if of_baseline else None
-    right = '' if arm is None or baseline is None else f'{arm:.1%} / {baseline:.1%}'
+    shares = [arm, baseline, chance.get((c['task'], c['split']))]
+    right = '{} ({}, {})'.format(*('–' if share is None else f'{share:.0%}' for share in shares))
     verdict = '' if min(c['seeds']) < 3 else c['verdict']
     rows.append((c['task'], f'{c["difference"]:+.3f}', f'[{c["low"]:+.3f}, {c["high"]:+.3f}]', right, verdict))
   widths = [max(len(row[n]) for row in rows) for n in range(5)]

@@ -134,7 +134,16 @@ def method_colour(method: str) -> str:
   return COLOURS[name]
 
 
-def forest(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
+NATS, POINTS = 'nats per token', 'right answers, percentage points'  # what a panel's axis shows
+
+
+def in_points(comparisons: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Comparisons of accuracies in percentage points."""
+  scaled = ('difference', 'low', 'high')
+  return [{**c, **{key: None if c[key] is None else 100 * c[key] for key in scaled}} for c in comparisons]
+
+
+def forest(comparisons: Sequence[Mapping[str, Any]], unit: str = NATS) -> dict[str, Drawing]:
   """Task → its differences with intervals, one per line; all tasks have the same scale."""
   several = formatting.several_targets(c['target_mix'] for c in comparisons)
   limits = _forest_limits(comparisons)
@@ -143,51 +152,71 @@ def forest(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
     lines = _forest_lines([c for c in comparisons if c['task'] == task])
     with matplotlib.rc_context(_STYLE):
       figure, ax = _panel(0.95 + 0.4 * len(lines))
-      _forest_rows(ax, lines, several)
+      _forest_rows(ax, lines, several, unit)
       ax.set_xlim(*limits)
-      ax.set_xlabel('nats per token')
       _legend(figure, _forest_legend(), columns=3)
       panels[task] = Drawing(figure)
   return panels
 
 
-def forest_standalone(comparisons: Sequence[Mapping[str, Any]], confidence: float, baseline: str) -> str:
-  """One SVG with a panel per task: the figure of the result, for a README.
+def forest_standalone(
+  comparisons: Sequence[Mapping[str, Any]],
+  confidence: float,
+  baseline: str,
+  accuracies: Sequence[Mapping[str, Any]] = (),
+) -> str:
+  """One SVG with a panel per task, and one more for right answers where it has choices: the result, for a README.
 
   Shows the comparisons with `baseline`, or all if there are none; only arms for all targets, if there are any.
+
+  Args:
+    comparisons: of log-probabilities.
+    confidence: of the intervals.
+    baseline: a method.
+    accuracies: comparisons of accuracies on tasks with choices.
   """
-  comparisons = [c for c in comparisons if c['baseline'] == baseline] or comparisons
-  if 'mix' in {c['target_mix'] for c in comparisons}:
-    comparisons = [c for c in comparisons if c['target_mix'] in ('mix', UNTARGETED)]
-  several = formatting.several_targets(c['target_mix'] for c in comparisons)
-  tasks = list(dict.fromkeys(c['task'] for c in comparisons))
-  names = {c['task']: formatting.row_task_name(c) for c in comparisons}
-  benchmarks = any(c['split'] == BENCHMARK for c in comparisons)
+
+  def shown(every: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    of_baseline = [c for c in every if c['baseline'] == baseline] or every
+    mixed = [c for c in of_baseline if c['target_mix'] in ('mix', UNTARGETED)]
+    return mixed if 'mix' in {c['target_mix'] for c in of_baseline} else of_baseline
+
+  by_unit = {POINTS: shown(in_points(accuracies)), NATS: shown(comparisons)}
+  several = formatting.several_targets(c['target_mix'] for c in by_unit[NATS])
+  panels = [
+    (unit, own)
+    for task in dict.fromkeys(c['task'] for c in by_unit[NATS])
+    for unit, every in by_unit.items()
+    if (own := [c for c in every if c['task'] == task])
+  ]
+  benchmarks = any(c['split'] == BENCHMARK for c in by_unit[NATS])
   items = 'held-out items and benchmarks' if benchmarks else 'held-out items'
-  lines = {task: _forest_lines([c for c in comparisons if c['task'] == task]) for task in tasks}
   with matplotlib.rc_context(_STYLE | {'svg.fonttype': 'path'}):
-    height = 1.65 + 0.4 * max((len(r) for r in lines.values()), default=0)
-    figure = Figure(figsize=(0.4 + 3.3 * max(1, len(tasks)), height), facecolor='white')
+    height = 1.65 + 0.4 * max((len(_forest_lines(own)) for _, own in panels), default=0)
+    figure = Figure(figsize=(0.4 + 3.3 * max(1, len(panels)), height), facecolor='white')
     figure.set_layout_engine('constrained', w_pad=0.14, h_pad=0.08, wspace=0.06)
+    measures = (
+      'right answers, and log-probability of the right answer'
+      if accuracies
+      else ('log-probability of the right answer')
+    )
     figure.suptitle(
-      f'How much better than random data: log-probability of the right answer on {items}, '
-      f'{100 * confidence:g} % intervals',
+      f'How much better than random data: {measures}, on {items}, {100 * confidence:g} % intervals',
       x=0.015,
       ha='left',
       fontsize=10,
       color=COLOURS['muted'],
     )
-    if not tasks:
+    if not panels:
       figure.text(0.015, 0.3, 'No two arms are compared.', fontsize=11)
       return _raw_svg(figure)
-    axes = figure.subplots(1, len(tasks), squeeze=False, sharex=True)[0]
-    for ax, task in zip(axes, tasks, strict=True):
-      _forest_rows(ax, lines[task], several)
-      ax.set_title(names[task], loc='left', fontsize=11, fontweight='bold')
-      if any(c.get('below_ngrams') for c in comparisons if c['task'] == task):
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (unit, own) in zip(axes, panels, strict=True):
+      _forest_rows(ax, _forest_lines(own), several, unit)
+      ax.set_title(formatting.row_task_name(own[0]), loc='left', fontsize=11, fontweight='bold')
+      if any(c.get('below_ngrams') for c in own):
         ax.set_title('below n-grams', loc='right', fontsize=8.8, color=COLOURS['muted'])
-      ax.set_xlabel('nats per token')
-    axes[0].set_xlim(*_forest_limits(comparisons))
+      ax.set_xlim(*_forest_limits(by_unit[unit]))
     _legend(figure, _forest_legend(), columns=3)
     return _raw_svg(figure)
 
@@ -225,9 +254,10 @@ def _forest_lines(comparisons: Sequence[Mapping[str, Any]]) -> list[str | Mappin
   return lines
 
 
-def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bool) -> None:
+def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bool, unit: str) -> None:
   """Draws lines from the top down. A comparison's label is above its interval, so it needs no margin."""
-  across = ax.get_yaxis_transform()
+  across, digits = ax.get_yaxis_transform(), 1 if unit == POINTS else 2
+  ax.set_xlabel(unit)
   y = 0.0
   for line in lines:
     if isinstance(line, str):
@@ -248,9 +278,9 @@ def _forest_rows(ax: Axes, lines: Sequence[str | Mapping[str, Any]], several: bo
       fontsize=9.2,
       va='center',
     )
-    value = formatting.signed(line['difference'])
+    value = formatting.signed(line['difference'], digits)
     if line['low'] is not None:
-      value += f'  {formatting.interval(line["low"], line["high"])}'
+      value += f'  {formatting.interval(line["low"], line["high"], digits)}'
     ax.text(1, y, value, transform=across, fontsize=9.2, va='center', ha='right', color=colour)
     y += 0.42
     # Zero is marked beside each interval only, so that the mark does not cross the labels.

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dsdm_jax.config.methods import label
+from dsdm_jax.data.targets.benchmarks import MEAN_CROSS_ENTROPY, SHARED_CONTINUATION
 from dsdm_jax.evaluation.comparisons import BASELINES, FEWEST_SEEDS
 from dsdm_jax.evaluation.results import MEAN, UNTARGETED
 from dsdm_jax.evaluation.suite import BENCHMARK, HOLDOUT
@@ -137,6 +138,8 @@ def joined(phrases: Sequence[str]) -> str:
 # Arms that no headline is about: what others are compared with, and controls that must not win.
 _NO_SUBJECTS = (*BASELINES, 'bottom', 'random_again', 'dsdm_shifted', 'dsdm_permuted')
 _MOST_NAMED = 4  # tasks in one sentence
+_CHOICE_RULES = (MEAN_CROSS_ENTROPY, SHARED_CONTINUATION)
+_IN_NATS = 'In log-probability,'  # begins a sentence that follows one about right choices
 _AGAINST = {'random': 'as many passes over random data', 'random_one_epoch': 'a single pass over random data'}
 
 
@@ -209,7 +212,11 @@ def title(results: Mapping[str, Any]) -> str:
 def headlines(results: Mapping[str, Any]) -> list[str]:
   """Sentences after the title: how much, right answers beside guessing, and what models below n-grams mean."""
   rows = main_comparisons(results)
-  sentences = [_differences(rows), _right_answers(results, rows)]
+  chosen = of_choices(results, rows)
+  start = f'Compared with {_AGAINST[rows[0]["baseline"]]} at the same training budget,' if rows else ''
+  sentences = [_choices(results, chosen, start)] if chosen else []
+  sentences.append(_differences(rows, _IN_NATS if chosen else start))
+  sentences.append(_right_answers(results, [c for c in rows if c not in chosen]))
   below = [name for name, of_task in by_task(results).items() if any(c.get('below_ngrams') for c in of_task)]
   if below:
     sentences.append(
@@ -220,17 +227,46 @@ def headlines(results: Mapping[str, Any]) -> list[str]:
   return [sentence for sentence in sentences if sentence]
 
 
-def _differences(rows: Sequence[Mapping[str, Any]]) -> str:
+def of_choices(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+  """The rows of tasks in which a model chooses."""
+  chosen = {(t['task'], t['split']) for t in results['tasks'] if t.get('rule') in _CHOICE_RULES}
+  return [row for row in rows if (row['task'], row['split']) in chosen]
+
+
+def _choices(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], start: str) -> str:
+  """Shares of right choices beside guessing and counting, task by task."""
+  decided: list[str] = []
+  undecided: list[str] = []
+  for c in rows:
+    right = right_answers(results, c)
+    compared, facts = right['compared'], []
+    if compared is not None:
+      low, high = (None if compared[end] is None else 100 * compared[end] for end in ('low', 'high'))
+      facts.append(f'{signed(100 * compared["difference"], 0)}\u00a0points {interval(low, high, 0)}'.rstrip())
+    names = ('guessing', 'chance'), ('n-grams', 'line')
+    facts += [f'{name}: {percent(right[key], 0)}' for name, key in names if right[key] is not None]
+    shares = f'{percent(right["first"], 0)} instead of {percent(right["second"], 0)}'
+    open_ = compared is not None and compared['verdict'] == 'no evidence' and not too_few_seeds([c])
+    (undecided if open_ else decided).append(f'{shares} on {row_task_name(c)} ({"; ".join(facts)})')
+  if not decided:
+    return f'{start} there is no evidence of a difference in right choices: {joined(undecided)}.'
+  sentence = f'{start} these models choose right in {joined(decided)}'
+  return sentence + (
+    f'; the evidence for a difference does not suffice on others: {joined(undecided)}.' if undecided else '.'
+  )
+
+
+def _differences(rows: Sequence[Mapping[str, Any]], start: str) -> str:
   """How much more likely right answers are, by verdict; differences alone where there are too few seeds."""
   if not rows:
     return ''
-  start = f'Compared with {_AGAINST[rows[0]["baseline"]]} at the same training budget,'
 
   def named(c: Mapping[str, Any]) -> str:
     return f'{signed(c["difference"])}\u00a0nats {interval(c["low"], c["high"])}'.rstrip()
 
   if too_few_seeds(rows):
-    return f'{start} log-probability changes by {joined([f"{named(c)} on {row_task_name(c)}" for c in rows])}.'
+    changes = 'Log-probability changes' if start == _IN_NATS else f'{start} log-probability changes'
+    return f'{changes} by {joined([f"{named(c)} on {row_task_name(c)}" for c in rows])}.'
   decided = [c for c in rows if c['verdict'] != 'no evidence']
   undecided = joined([f'{row_task_name(c)} ({named(c)})' for c in rows if c['verdict'] == 'no evidence'])
   if not decided:
@@ -246,7 +282,7 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def right_answers(results: Mapping[str, Any], c: Mapping[str, Any]) -> dict[str, Any]:
-  """Accuracy of both arms of a comparison on its task, the comparison of accuracies, and accuracy by guessing."""
+  """Accuracy of both arms of a comparison on its task, their comparison, and accuracy by guessing and by n-grams."""
 
   def mean(method: str) -> float | None:
     rows = [r for r in results['summary'] if (r['method'], r['task'], r['split']) == (method, c['task'], c['split'])]
@@ -256,11 +292,17 @@ def right_answers(results: Mapping[str, Any], c: Mapping[str, Any]) -> dict[str,
   key = ('method', 'target_mix', 'baseline', 'task', 'split')
   compared = [a for a in results['accuracy_comparisons'] if all(a[k] == c[k] for k in key)]
   facts = [t for t in results['tasks'] if (t['task'], t['split']) == (c['task'], c['split'])]
+  lines = [
+    x['accuracy']
+    for x in results.get('lines', ())
+    if all(x[k] == c[k] for k in ('method', 'target_mix', 'task', 'split')) and x['accuracy'] is not None
+  ]
   return {
     'first': mean(c['method']),
     'second': mean(c['baseline']),
     'compared': compared[0] if compared else None,
     'chance': facts[0].get('chance') if facts else None,
+    'line': max(lines, default=None),
   }
 
 

@@ -64,7 +64,7 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     script=Markup(script),
     packed=packed,
     title=formatting.title(results),
-    headlines=[*shortened(results), *formatting.headlines(results)],
+    headlines=[*formatting.headlines(results), *filter(None, [shortened(results)])],
     price=_price(shown, cost),
     main=[(c, formatting.right_answers(results, c)) for of_task in by_task.values() for c in of_task],
     few=formatting.too_few_seeds,
@@ -84,6 +84,7 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     facts=_facts(shown),
     svg=svg,
     forest=of_kind('forest'),
+    right_figures=of_kind('right'),
     multiplier=_multiplier(shown.multiplier),
     ladders=of_kind('multiplier'),
     curves=of_kind('losses'),
@@ -104,8 +105,11 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
 
 def report_figures(shown: Evidence) -> dict[str, Drawing]:
   """Name → figure: all figures of the report. A name is 'kind' or 'kind-of what', and also a file name."""
-  drawings = {f'forest-{task}': drawing for task, drawing in figures.forest(shown.results['comparisons']).items()}
-  for (task, split), (summary, lines) in _by_task(shown.results).items():
+  results = shown.results
+  drawings = {f'forest-{task}': drawing for task, drawing in figures.forest(results['comparisons']).items()}
+  choices = figures.in_points(formatting.of_choices(results, results['accuracy_comparisons']))
+  drawings |= {f'right-{task}': drawing for task, drawing in figures.forest(choices, figures.POINTS).items()}
+  for (task, split), (summary, lines) in _by_task(results).items():
     drawings[f'lines-{formatting.task_key(task, split)}'] = figures.reference_lines(summary, lines)
   if shown.multiplier is not None:
     arms = shown.multiplier['arms']
@@ -168,6 +172,12 @@ def next_steps(shown: Evidence) -> list[tuple[str, str, str]]:
     'A file with one {"context": …, "answer": …} a line is a target. Put yours in the place of my_task.jsonl. Pool, '
     "proxies and the pool's features are used again."
   )
+  if any(s.target_mix == 'mix' for s in shown.selected):
+    again = len({(s.method, s.seed) for s in shown.selected if s.target_mix == 'mix'})
+    why += (
+      f' Another target changes the rows that are best for all targets together, so {again} models are trained again, '
+      'which takes most of the time.'
+    )
   command = f'{run} --workdir=RUN --rerun {_flag("targets.tasks", tasks)}'
   steps.append(('Choose for another target', why, command))
   if config['pool.max_bytes']:

@@ -2,7 +2,7 @@
 
 from dsdm_jax.core import storage
 from dsdm_jax.core.stage import Context
-from dsdm_jax.report import explorer, figures, page, report_data, tables
+from dsdm_jax.report import explorer, figures, formatting, page, report_data, tables
 
 
 def run(context: Context) -> dict:
@@ -21,7 +21,8 @@ def run(context: Context) -> dict:
     storage.write_bytes(context.out / 'figures' / f'{name}.png', drawing.png())
   for name, content in tables.csv_files(shown, packed.row_N):
     storage.write_text(context.out / 'data' / name, content)
-  result = figures.forest_standalone(shown.results['comparisons'], shown.results['confidence'], baseline='random')
+  choices = formatting.of_choices(shown.results, shown.results['accuracy_comparisons'])
+  result = figures.forest_standalone(shown.results['comparisons'], shown.results['confidence'], 'random', choices)
   storage.write_text(context.out / 'result.svg', result)
   context.log.describe(f'page of {len(packed.row_N):,} rows')
   return {'page': 'index.html', 'picture': 'result.svg', 'rows': len(packed.row_N), 'characters': packed.characters}

@@ -161,7 +161,7 @@ def test_the_main_comparison_fits_a_terminal():
   found = _results()
   head, columns, *rows = results.main_table(found).splitlines()
   assert head == 'dsdm − random (above zero: dsdm is better)'
-  assert columns.split('  ')[1] == 'task' and 'accuracy' in columns
+  assert columns.split('  ')[1] == 'task' and 'right (random, guessing)' in columns
   mine = [c for c in found['comparisons'] if (c['method'], c['baseline']) == ('dsdm', 'random')]
   first = found['comparisons'][0]
   mine = [c for c in mine if c['target_mix'] == first['target_mix']]
@@ -385,7 +385,7 @@ def test_arms_below_their_lines_are_marked_and_leave_the_means():
   assert found['means']['summary'][0]['logprob'] < expected + 1
 
 
-def test_accuracy_is_marked_by_the_lines_of_tasks_with_choices():
+def test_right_choices_decide_the_mark_of_tasks_with_choices():
   items = _items()
   right = {'accuracy': 0.0, 'logprob': -9.0}
   lines = {f'5-gram__{m}__docs__holdout': np.full_like(items[f'{m}__docs__holdout'], right[m]) for m in right}
@@ -396,8 +396,14 @@ def test_accuracy_is_marked_by_the_lines_of_tasks_with_choices():
     (kind, c['task']): c['below_ngrams'] for kind in ('comparisons', 'accuracy_comparisons') for c in found[kind]
   }
   assert marks == {
-    ('comparisons', 'docs'): False,
+    ('comparisons', 'docs'): True,  # though far above in log-probability
     ('comparisons', 'api_qa'): True,
     ('accuracy_comparisons', 'docs'): True,
     ('accuracy_comparisons', 'api_qa'): True,  # it has no choices: the log-probability decides
   }
+  lines['5-gram__logprob__docs__holdout'] += 9
+  lines['5-gram__accuracy__docs__holdout'] -= 1.1
+  found = results.results(results.Items(items, lines=lines), RUNS, Options())
+  marks = {c['task']: c['below_ngrams'] for c in found['comparisons']}
+  assert marks == {'docs': False, 'api_qa': True}, 'counts are better in log-probability and choose worse'
+  assert any('docs (holdout), api_qa (holdout)' in note for note in found['notes']), 'means are of log-probabilities'

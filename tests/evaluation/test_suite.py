@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_counted_shown_and_refused(tmp_path):
   values = {f'{m}__mine__benchmark': np.random.default_rng(0).random((3, 20)) for m in ('logprob', 'accuracy')}
   found = results.results(results.Items(values, tasks=[fact]), runs, Options())
   printed = results.text_tables(found)
-  assert printed.startswith('Most prompts of mine (benchmark) are longer than pool.length: of 20, 20 lose shots and 20')
+  assert printed.startswith('Most prompts of mine (20 of 20) are longer than pool.length: they lose shots or the')
   assert f'20 (by {np.mean(excess):.0f} tokens on average, at most {max(excess)})' in printed and '20 with 0' in printed
   with pytest.raises(
     UserError, match=rf'mine \(benchmark\), line 1: .* {excess[0]} tokens too long for pool.length 128'

@@ -68,7 +68,9 @@ def test_benchmarks_and_a_checkpoint(copied, tmp_path):
   assert len(by_arm) == 5 * len(ITEMS) * len({method for method, _, _ in by_arm})
   for row in found['summary']:
     best = max(v for (method, task, _), v in by_arm.items() if (method, task) == (row['method'], row['task']))
-    assert row['over_line'] == pytest.approx(row['logprob'] - best) and row['below_ngrams'] == (row['over_line'] <= 0)
+    assert row['over_line'] == pytest.approx(row['logprob'] - best)
+    if row['task'] not in ('choose', 'schema'):  # of which right choices decide
+      assert row['below_ngrams'] == (row['over_line'] <= 0)
   lines = (files_of(copied, 'evaluation') / 'answers' / 'checkpoint--mine--asked.jsonl').read_text().splitlines()
   assert [json.loads(line)['id'] for line in lines] == [f'line {i}' for i in range(1, 5)]
 

@@ -77,6 +77,35 @@ def test_right_answers_are_beside_those_of_guessing():
   assert formatting.right_answers(_results(c, summary=summary, tasks=tasks), c)['chance'] == 0.25
 
 
+def test_right_choices_come_first_beside_guessing_and_counting():
+  nats = [_comparison(task, 0.4, 0.1, 'better') for task in ('brackets', 'next_code')]
+  arms = ('dsdm', 'mix'), ('random', 'any')
+  share = {('dsdm', 'brackets'): 0.87, ('random', 'brackets'): 0.74, ('dsdm', 'next_code'): 0.47}
+  summary = [
+    {'method': m, 'target_mix': t, 'task': task, 'split': 'holdout', 'accuracy': share.get((m, task), 0.45)}
+    for task in ('brackets', 'next_code')
+    for m, t in arms
+  ]
+  accuracies = [
+    _comparison('brackets', 0.13, 0.05, 'better') | {'metric': 'accuracy'},
+    _comparison('next_code', 0.02, 0.06, 'no evidence') | {'metric': 'accuracy'},
+  ]
+  facts = {'split': 'holdout', 'rule': 'shared_continuation'}
+  tasks = [{'task': 'brackets', 'chance': 0.5, **facts}, {'task': 'next_code', 'chance': 0.25, **facts}]
+  line = {'method': 'dsdm', 'target_mix': 'mix', 'task': 'brackets', 'split': 'holdout'}
+  lines = [{**line, 'accuracy': share} for share in (0.5, 0.53, None)]
+  results = _results(*nats, summary=summary, accuracies=accuracies, tasks=tasks) | {'lines': lines}
+  first, second = (sentence.replace('\u00a0', ' ') for sentence in formatting.headlines(results))
+  assert first == (
+    f'{_START} these models choose right in 87 % instead of 74 % on brackets (+13 points [8, 18]; guessing: 50 %; '
+    'n-grams: 53 %); the evidence for a difference does not suffice on others: 47 % instead of 45 % on next_code '
+    '(+2 points [−4, 8]; guessing: 25 %).'
+  )
+  assert second.startswith('In log-probability, they make the right token 1.49 times as likely on brackets (+0.40 nats')
+  few = [c | {'seeds': [2, 2]} for c in nats]
+  assert formatting.headlines(results | {'comparisons': few})[1].startswith('Log-probability changes by +0.40')
+
+
 def test_headline_prefers_the_arm_for_all_targets():
   mix = _comparison('docs', 0.1, 0.05, 'better')
   single = _comparison('docs', 0.9, 0.05, 'better', target='docs')

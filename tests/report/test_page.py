@@ -290,7 +290,7 @@ def test_prompts_that_did_not_fit_are_in_a_table_and_most_of_them_in_the_headlin
     )
     == 2
   )
-  assert '<p class="lead">Most prompts of boolq (benchmark) are longer than pool.length: of 10, 4 lose' in page_with
+  assert '<p class="lead second">Most prompts of boolq (6 of 10) are longer than pool.length: they' in page_with
   assert 'Most prompts of piqa' not in page_with and 'id="prompts"' not in html
 
 
