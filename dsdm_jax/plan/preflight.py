@@ -4,6 +4,7 @@ Errors raise `UserError`. The rest is an estimate: rows from the sizes of files 
 from the FLOP of the plan and the speed of a small training step, which is measured for a second.
 """
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.config.methods import METHODS
 from dsdm_jax.config.validate import check_callables, flatten
-from dsdm_jax.config.values import TASKS, brief, task_name
+from dsdm_jax.config.values import brief, task_name
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.progress import clock
@@ -36,6 +37,8 @@ _DOUBTFUL = 1.5  # factor within which an estimated number of rows may be wrong
 _MEASURED_SECONDS = 0.7
 _COMPILING = 10.0  # times as long as the measured step, for the programs of a stage
 _EFFICIENCY = 0.75  # speed of real steps, with attention and updates, relative to the measured one
+_COMPARED_BYTES = 1.5e7  # of text a second, with the words of all targets
+_COUNTED_TOKENS, _RESTORED = 2e6, 0.1  # n-grams a second, and seconds to restore a model
 _CUT_SHARE = 0.1  # of prompts, above which a warning is printed
 _STATE_BYTES = 12  # of a parameter in a checkpoint: weight and two moments
 _VERDICT_SEEDS = 3
@@ -50,7 +53,7 @@ def run(config: ConfigDict, workdir: Path, wanted: Sequence[str], alone: bool) -
     config: the whole config.
     workdir: may not exist.
     wanted: stages that are to run; a stage that is finished needs no time.
-    alone: whether this is `--stage=check`, which may take some seconds more and gives a table.
+    alone: whether this is `--stage=check`, which gives a table.
 
   Returns:
     'lines' to print, 'warnings', and 'seconds' of each stage.
@@ -63,14 +66,15 @@ def run(config: ConfigDict, workdir: Path, wanted: Sequence[str], alone: bool) -
   pool = _Pool(config, None if 'pool' in wanted else artifacts.open_stage(workdir, 'pool'))
   _check_budget(config, pool, wanted)
   warnings = _few_seeds(config) if 'pretraining' in wanted else []
-  warnings += _cut_prompts(config, pool, alone) if 'targets' in wanted else []
+  asked = _questions(config, pool) if {'targets', 'target_features', 'evaluation'} & {*wanted} else _Questions([], 0, 0)
+  warnings += asked.warnings if 'targets' in wanted else []
   if not wanted or pool.rows is None:
     line = 'check: the size of the pool is not known yet' if wanted else 'check: all stages are finished'
     return {'lines': [line] if alone else [], 'warnings': warnings, 'seconds': {}}
   planned = config.copy_and_resolve_references()
   with planned.unlocked():
     planned.plan.rows, planned.pool.vocab_size = pool.rows, pool.vocab_size
-  seconds, memory, disk, pays = _costs(planned, pool, wanted)
+  seconds, memory, disk, pays = _costs(planned, pool, asked, wanted)
   warnings += _too_large(workdir, memory, disk)
   about = '' if pool.exact else 'about '
   head = f'check: {about}{pool.rows:,} rows, about {clock(sum(seconds.values()))}'
@@ -213,30 +217,52 @@ def _few_seeds(config: ConfigDict) -> list[str]:
   ]
 
 
-def _cut_prompts(config: ConfigDict, pool: _Pool, alone: bool) -> Iterator[str]:
-  """A warning for each target whose prompts are cut at this length. Built-in tasks take seconds to read."""
-  length, targets = config.pool.length, config.targets
+@dataclasses.dataclass(frozen=True)
+class _Questions:
+  """What is known of the targets' prompts.
+
+  Attributes:
+    warnings: one for each target whose prompts are cut at this length.
+    examples: of all target splits.
+    tokens: of what one model reads in the evaluation of both splits, with padding.
+  """
+
+  warnings: list[str]
+  examples: int
+  tokens: int
+
+
+def _questions(config: ConfigDict, pool: _Pool) -> _Questions:
+  """Reads all targets; the stages that follow in this process do not read the built-in ones again."""
+  length, targets, warnings = config.pool.length, config.targets, []
+  examples = read = 0
   for task in targets.tasks:
-    if task in TASKS and not alone:
-      continue
     one = targets.copy_and_resolve_references()
     with one.unlocked():
       one.tasks = (task,)
     [raw] = tasks.read_tasks(one)
     if raw.language_modelling or not raw.items:
+      examples, read = examples + targets.max_examples, read + 2 * targets.max_examples * length
       continue
     picked = raw.items[:: max(1, len(raw.items) // 200)]
     tokens = np.array([pool.tokens(item.context + item.answer) for item in picked])
     share = float(np.mean(tokens >= length))
     if share > _CUT_SHARE:
       fits = 2 ** math.ceil(math.log2(np.quantile(tokens, 0.95) + 1))
-      yield (
+      warnings.append(
         f'{share:.0%} of the prompts of {task_name(task)} are longer than pool.length = {length} and lose their '
         f'beginning: set --config.pool.length={fits}'
       )
+    count = min(targets.max_examples, max(1, len(raw.items) // 2))
+    quarters = np.minimum(4, np.ceil(4 * tokens / length))  # sequences are padded to quarters of the length
+    pairs = np.mean([len(item.choices or item.context_options or '?') for item in picked])
+    examples, read = examples + count, read + int(2 * count * pairs * quarters.mean() * length / 4)
+  return _Questions(warnings, examples, read)
 
 
-def _costs(config: ConfigDict, pool: _Pool, wanted: Sequence[str]) -> tuple[Numbers, Numbers, Numbers, list[str]]:
+def _costs(
+  config: ConfigDict, pool: _Pool, asked: _Questions, wanted: Sequence[str]
+) -> tuple[Numbers, Numbers, Numbers, list[str]]:
   """Seconds, bytes of memory and bytes of disk of each stage, and whether choosing pays."""
   import jax
 
@@ -249,30 +275,32 @@ def _costs(config: ConfigDict, pool: _Pool, wanted: Sequence[str]) -> tuple[Numb
   final = programs.Model.of(config.model, config.pool.vocab_size, length)
   proxy = programs.Model.of(config.proxies.model, config.pool.vocab_size, length)
   models = programs.final_runs(config)
-  asked = 2 * len(config.targets.tasks) * config.targets.max_examples
-  flop['evaluation'] = models * asked * length * final.forward_flop
+  flop['evaluation'] = models * asked.tokens * final.forward_flop
+  flop['target_features'] = 3 * proxies.checkpoints(config) * asked.examples * length * proxy.forward_flop
   compiling, speed = _measure(config)
   speed *= jax.device_count() * _EFFICIENCY
 
   def of(*names: str) -> float:
     return sum(value / speed for name, value in flop.items() if name.split()[0] in names)
 
+  ekfac = config.features.projection == 'ekfac'
+  per_model = _RESTORED + min(config.selection.examples * length, config.evaluation.ngram_tokens) / _COUNTED_TOKENS
   text = (pool.bytes or 4 * rows * length) / 1.5e6 / worker_count(config.host.workers)
   seconds = {
     'pool': 3 + text,
-    'leakage': 4 + text / 2,
+    'leakage': 1 + (pool.bytes or 4 * rows * length) / _COMPARED_BYTES / worker_count(config.host.workers),
     'targets': 1.0,
     'proxies': compiling + of('proxies'),
     'features': compiling + of('features'),
-    'target_features': compiling / 2,
+    'target_features': 0.0 if ekfac else compiling / 2 + of('target_features'),
     'datamodel': compiling / 2 + of('gram', 'scores'),
     'selection': 1 + len(config.selection.methods) * rows / 1e6,
     'pretraining': compiling + of('pretraining'),
     'ladder': len(config.ladder.rungs) * compiling + of('ladder'),
-    'evaluation': compiling + 2 * of('evaluation'),  # it also restores models and counts n-grams
+    'evaluation': len(config.targets.tasks) * compiling / 2 + of('evaluation') + models * per_model,
     'report': 4.0,
   }
-  j = 0 if config.features.projection == 'ekfac' else programs.dimension(config, mesh)
+  j = 0 if ekfac else programs.dimension(config, mesh)
   kept = proxies.checkpoints(config) + config.proxies.train.keep_checkpoints * config.proxies.count
   disk = {
     'pool': 6.0 * rows * length,
