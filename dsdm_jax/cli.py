@@ -10,7 +10,6 @@ import collections
 import importlib.util
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import argcomplete
@@ -104,8 +103,8 @@ def _run(command: str, rest: list[str]) -> int:
     return sample.main(rest)
   if command == 'verify':
     flags = argparse.ArgumentParser(prog='dsdm verify', description=_verify.__doc__)
-    flags.add_argument('workdir', metavar='RUN', help='folder of a run')
-    return _verify(Path(flags.parse_args(rest).workdir))
+    flags.add_argument('workdir', metavar='RUN', help='folder or address of a run')
+    return _verify(flags.parse_args(rest).workdir)
   if command == 'study':
     from dsdm_jax.study import study
 
@@ -119,19 +118,20 @@ def _run(command: str, rest: list[str]) -> int:
   return int(bench.main(rest))
 
 
-def _verify(workdir: Path) -> int:
+def _verify(workdir: str) -> int:
   """Reads all files of a run and says what is whole, unfinished, damaged, superfluous or foreign. Nothing is changed.
 
   The exit code is 2 if something is damaged, else 0.
   """
-  from dsdm_jax.core import artifacts
+  from dsdm_jax.core import artifacts, storage
 
-  if not workdir.is_dir():
+  folder = storage.locate(workdir)
+  if not storage.is_folder(folder):
     raise UserError(f'{workdir} is not a folder; give the --workdir of a run')
   kinds = collections.Counter[str]()
-  for finding in artifacts.inspect(workdir):
+  for finding in artifacts.inspect(folder):
     kinds[finding.kind] += 1
-    sys.stdout.write(visible(f'{finding.kind:12}{finding.path.relative_to(workdir)}: {finding.text}') + '\n')
+    sys.stdout.write(visible(f'{finding.kind:12}{storage.relative(finding.path, folder)}: {finding.text}') + '\n')
   if not kinds:
     raise UserError(f'{workdir} has no stage; give the --workdir of a run')
   sys.stdout.write(visible(', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))) + '\n')

@@ -1,4 +1,4 @@
-"""Artifacts: what a finished stage leaves on disk, and the only way in which stages exchange data.
+"""Artifacts: what a finished stage leaves in the workdir, and the only way in which stages exchange data.
 
 A stage writes below `WORKDIR/<stage>/<attempt>/`. One small file, `WORKDIR/<stage>/manifest.json`, makes an attempt the
 finished stage: it names the attempt, the *identity* (settings that the stage depends on, digests of the artifacts that
@@ -7,7 +7,8 @@ it read, format version), a checksum of each file, package versions, cost and wh
 An attempt is named after the digest of its identity, so that jobs which share a stage agree on it. Its note
 `begun.json` has the identity and the package versions; an attempt with that note can be resumed. A rerun writes another
 attempt, replaces the manifest, then deletes the old attempt. So a kill at any moment leaves a stage that is finished or
-an attempt that can be resumed.
+an attempt that can be resumed. A workdir may be a folder or the address of an object store, where the manifest is one
+conditional write.
 
 Manifest and note carry a digest of themselves. Only attempts with a sound note are deleted; a note that cannot be read
 is an error. `read` opens artifacts for all readers outside of a run: it compares the digests of inputs and the
@@ -28,10 +29,11 @@ import platform
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, overload
 
 from dsdm_jax.core import storage
+from dsdm_jax.core.storage import Address, Location, Named
 from dsdm_jax.errors import UserError
 
 # Names of the pipeline's stages: these folders of a workdir are its own.
@@ -104,7 +106,7 @@ class Artifact:
     path: folder of its files.
   """
 
-  path: Path
+  path: Any  # a Location
   manifest: Mapping[str, Any]
 
   @property
@@ -152,7 +154,7 @@ class Artifact:
     for _, phrase in self.damaged():
       raise UserError(f'{phrase}; delete {self.path.parent} and start again to run that stage again')
 
-  def damaged(self, all_bytes: bool = False) -> Iterator[tuple[Path, str]]:
+  def damaged(self, all_bytes: bool = False) -> Iterator[tuple[Location, str]]:
     """Files that are not as they were written, see `damaged`.
 
     Args:
@@ -163,9 +165,13 @@ class Artifact:
     large = not all_bytes and sum(files[name]['bytes'] for name in chunks) > _LARGE
     return damaged(self.path, files, sizes_only=chunks if large else ())
 
-  def file(self, name: str) -> Path | None:
+  def file(self, name: str) -> Location | None:
     """Path of a file that the manifest lists; None if it lists no such file, whatever else is in the folder."""
     return self.path / name if name in self.manifest['files'] else None
+
+  def checksum(self, name: str) -> str:
+    """The checksum of a file that the manifest lists: SHA-256, or that of the object store that holds the file."""
+    return _checksum(self.manifest['files'][name])
 
   def last_step(self, model: str) -> int | None:
     """Number of the last checkpoint of `model` that the manifest lists; None if it lists none."""
@@ -173,56 +179,89 @@ class Artifact:
     return max((int(p[1]) for p in parts if p[0] == model and len(p) > 2 and p[1].isdecimal()), default=None)
 
 
+def _entry(size: int, checksum: str) -> dict[str, Any]:
+  return {'bytes': size, 'checksum' if ':' in checksum else 'sha256': checksum}
+
+
+def _checksum(entry: Mapping[str, Any]) -> str:
+  return str(entry['checksum'] if 'checksum' in entry else entry['sha256'])
+
+
 def damaged(
-  folder: Path, files: Mapping[str, Mapping[str, Any]], sizes_only: Collection[str] = ()
-) -> Iterator[tuple[Path, str]]:
-  """The `files` of `checksums` that are not as they were written, each with a phrase that says how; see `inside`."""
+  folder: Location, files: Mapping[str, Mapping[str, Any]], sizes_only: Collection[str] = ()
+) -> Iterator[tuple[Location, str]]:
+  """The `files` of `checksums` that are not as they were written, each with a phrase that says how; see `inside`.
+
+  In an object store this takes one listing.
+  """
+  there = storage.states(folder) if isinstance(folder, Address) else {}
   for name, entry in files.items():
     file = inside(folder, name)
-    if not file.is_file():
+    if isinstance(file, Path):
+      size = file.stat().st_size if file.is_file() else None
+    else:
+      size = there[name].size if name in there else None
+    if size is None:
       yield file, f'{file} is missing'
-    elif file.stat().st_size != entry['bytes']:
-      yield file, f'{file} has {file.stat().st_size} bytes where {entry["bytes"]} were written'
-    elif name not in sizes_only and storage.checksum(file) != entry['sha256']:
+    elif size != entry['bytes']:
+      yield file, f'{file} has {size} bytes where {entry["bytes"]} were written'
+    elif name not in sizes_only and not storage.agrees(file, _checksum(entry), there.get(name)):
       yield file, f'{file} has changed since it was written'
 
 
-def inside(folder: Path, name: str) -> Path:
+@overload
+def inside(folder: Path, name: str) -> Path: ...
+@overload
+def inside(folder: Location, name: str) -> Location: ...
+def inside(folder: Location, name: str) -> Location:
   """`folder / name`, for a name from a file: with links followed, it must be below `folder`.
 
   Raises:
     UserError: it is not.
   """
-  file = Path(folder) / name
-  if '\0' in name or not file.resolve().is_relative_to(Path(folder).resolve()):
+  file = folder / name
+  if isinstance(file, Path):
+    leaves = '\0' in name or not file.resolve().is_relative_to(Path(str(folder)).resolve())
+  else:
+    leaves = '\0' in name or '..' in file.parts
+  if leaves:
     raise UserError(f'{folder} names the file {name!r}, which is outside it; use a workdir from a source you trust')
   return file
 
 
-def checksums(folder: Path) -> dict[str, dict[str, Any]]:
-  """Relative POSIX path of every file below `folder`, without notes and temporary files → size in bytes and SHA-256.
+def checksums(folder: Location) -> dict[str, dict[str, Any]]:
+  """Relative POSIX path of every file below `folder`, without notes and temporary files → size in bytes and checksum.
+
+  The checksum is SHA-256, or in an object store what the store says of the object.
 
   Raises:
     UserError: a file is a link that leads out of the folder, or to a folder.
   """
+  if isinstance(folder, Address):
+    states = storage.states(folder).items()
+    return {
+      name: _entry(state.size, state.checksum or storage.sha256(folder / name))
+      for name, state in states
+      if not _is_note(name) and not storage.is_temporary(name)
+    }
   result = {}
   for name in storage.files(folder):
     if not _is_note(name) and not storage.is_temporary(name):
       file = folder / name
-      if file.is_symlink() and inside(folder, name).is_dir():
+      if file.is_symlink() and storage.is_folder(inside(folder, name)):
         raise UserError(f'{file} is a link to a folder; make the folder of the whole stage a link instead')
-      result[name] = {'bytes': file.stat().st_size, 'sha256': storage.checksum(file)}
+      result[name] = _entry(file.stat().st_size, storage.checksum(file))
   return result
 
 
-def open_stage(workdir: str | os.PathLike, stage: str) -> Artifact | None:
+def open_stage(workdir: Named, stage: str) -> Artifact | None:
   """The finished artifact of `stage`; None if it is not finished.
 
   Raises:
     UserError: its manifest is unreadable, damaged or of an older version, or its folder is a link that leads nowhere.
   """
-  file = Path(workdir) / stage / MANIFEST
-  if file.parent.is_symlink() and not file.parent.exists():
+  file = storage.locate(workdir) / stage / MANIFEST
+  if isinstance(file, Path) and file.parent.is_symlink() and not file.parent.exists():
     raise UserError(f'{file.parent} is a link to {os.readlink(file.parent)}, which does not exist; mount that disk')
   try:
     data = storage.read_bytes(file)
@@ -248,9 +287,9 @@ def open_stage(workdir: str | os.PathLike, stage: str) -> Artifact | None:
         raise ValueError('a unit has no digest, or names a file that is not listed')
       sum(unit['parts'].values()) + 0.0
     for name, entry in manifest['files'].items():
-      if Path(name).is_absolute() or '..' in Path(name).parts or '\0' in name:
+      if PurePosixPath(name).is_absolute() or '..' in PurePosixPath(name).parts or '\0' in name:
         raise ValueError(f'path {name!r} leaves the folder')
-      if type(entry['bytes']) is not int or type(entry['sha256']) is not str:
+      if type(entry['bytes']) is not int or type(entry['checksum' if 'checksum' in entry else 'sha256']) is not str:
         raise TypeError(f'{name} has no size or no checksum')
   except UserError:
     raise
@@ -263,9 +302,9 @@ def open_stage(workdir: str | os.PathLike, stage: str) -> Artifact | None:
   return Artifact(file.parent / manifest['attempt'], manifest)
 
 
-def open_folder(folder: Path) -> Artifact | None:
+def open_folder(folder: Named) -> Artifact | None:
   """The artifact in `WORKDIR/<stage>`, or `WORKDIR/<stage>/<attempt>`; None if that is not a finished stage."""
-  folder = Path(folder).absolute()
+  folder = storage.absolute(storage.locate(folder))
   artifact = open_stage(folder.parent, folder.name)
   if artifact is None and _ATTEMPT.fullmatch(folder.name):
     artifact = open_stage(folder.parent.parent, folder.parent.name)
@@ -274,7 +313,7 @@ def open_folder(folder: Path) -> Artifact | None:
 
 
 def read(
-  workdir: str | os.PathLike, *stages: str, known: Mapping[str, Artifact] | None = None, verify: bool = True
+  workdir: Named, *stages: str, known: Mapping[str, Artifact] | None = None, verify: bool = True
 ) -> dict[str, Artifact]:
   """Opens finished stages that are read together.
 
@@ -297,7 +336,7 @@ def read(
   return result
 
 
-def mismatches(workdir: str | os.PathLike, opened: Mapping[str, Artifact]) -> Iterator[str]:
+def mismatches(workdir: Named, opened: Mapping[str, Artifact]) -> Iterator[str]:
   """A phrase for each of `opened` that was computed from another input than the one in `opened` or in the workdir."""
   there = dict(opened)
   for stage, artifact in opened.items():
@@ -320,7 +359,7 @@ def digest_of(value: Any) -> str:
   return _digest(value)
 
 
-def read_placing(file: Path) -> list[str]:
+def read_placing(file: Location) -> list[str]:
   """The units of a note `placing.json`; none if there is no note, or one that is damaged."""
   try:
     return [str(name) for name in unseal(storage.read_bytes(file) or b'{}')['units']]
@@ -350,7 +389,7 @@ def _is_identity(value: Any) -> bool:
   return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in _IDENTITY.items())
 
 
-def _note(attempt: Path) -> dict[str, Any] | None:
+def _note(attempt: Location) -> dict[str, Any] | None:
   """The note of an attempt; None if the folder is empty, or is being created or deleted.
 
   Raises:
@@ -378,39 +417,37 @@ def _note(attempt: Path) -> dict[str, Any] | None:
   return None if note.get('discarded') else note
 
 
-def _attempts(workdir: Path, stage: str) -> list[Path]:
+def _attempts(workdir: Location, stage: str) -> list[Location]:
   """All attempts at a stage but the finished one."""
-  folder = Path(workdir) / stage
   finished = open_stage(workdir, stage)
-  paths = sorted(folder.iterdir()) if folder.is_dir() else []
-  paths = [path for path in paths if _ATTEMPT.fullmatch(path.name) and path.is_dir()]
+  paths = [path for path in storage.subfolders(workdir / stage) if _ATTEMPT.fullmatch(path.name)]
   return [path for path in paths if finished is None or path != finished.path]
 
 
-def unfinished(workdir: Path, stage: str) -> list[Path]:
+def unfinished(workdir: Location, stage: str) -> list[Location]:
   """Attempts at a stage that can be resumed, with the right settings and packages."""
   return [attempt for attempt in _attempts(workdir, stage) if _note(attempt) is not None]
 
 
-def begun(workdir: Path, stage: str) -> Mapping[str, Any] | None:
+def begun(workdir: Location, stage: str) -> Mapping[str, Any] | None:
   """Identity of an unfinished attempt at `stage`; None if there is none."""
   notes = [_note(attempt) for attempt in unfinished(workdir, stage)]
   return {key: notes[-1][key] for key in _IDENTITY} if notes and notes[-1] is not None else None
 
 
-def origin(attempt: Path) -> str:
+def origin(attempt: Location) -> str:
   """Digest of what an attempt is computed from; it marks the files that jobs write."""
   note = _note(attempt)
   return _digest(None if note is None else {key: note[key] for key in _IDENTITY})
 
 
-def settings_of(attempt: Path, without: Collection[str] = ()) -> dict[str, Any]:
+def settings_of(attempt: Location, without: Collection[str] = ()) -> dict[str, Any]:
   """The settings in the identity of an attempt, files by content, without some keys; none where it has no note."""
-  note = _note(attempt) if (attempt / _BEGUN).is_file() else None
+  note = _note(attempt) if storage.is_file(attempt / _BEGUN) else None
   return {key: value for key, value in (note or {'settings': {}})['settings'].items() if key not in without}
 
 
-def other_versions(attempt: Path) -> dict[str, tuple[str, str]]:
+def other_versions(attempt: Location) -> dict[str, tuple[str, str]]:
   """Package that decides results → its version when the attempt was begun, and now, for those that differ.
 
   A package that is installed only now, or only was then, had no part in the attempt; one that the note does not name
@@ -433,12 +470,12 @@ def _other_versions(noted: Any) -> dict[str, tuple[str, str]]:
   return {n: (old[n], new[n]) for n in ('python', *_DECIDE) if n in old and n in new and old[n] != new[n]}
 
 
-def _is_of(attempt: Path, identity: Identity) -> bool:
+def _is_of(attempt: Location, identity: Identity) -> bool:
   note = _note(attempt)
   return note is not None and {key: note[key] for key in _IDENTITY} == identity.as_json()
 
 
-def check_versions(workdir: Path, identity: Identity) -> None:
+def check_versions(workdir: Location, identity: Identity) -> None:
   """Checks that the unfinished attempts of `identity` can be resumed with the installed packages.
 
   Raises:
@@ -456,12 +493,12 @@ def check_versions(workdir: Path, identity: Identity) -> None:
       )
 
 
-def resumable(workdir: Path, identity: Identity) -> bool:
+def resumable(workdir: Location, identity: Identity) -> bool:
   """Whether there is an unfinished attempt that `begin` resumes."""
   return any(_is_of(a, identity) and not other_versions(a) for a in unfinished(workdir, identity.stage))
 
 
-def begin(workdir: Path, identity: Identity, shared: bool = False) -> Path:
+def begin(workdir: Location, identity: Identity, shared: bool = False) -> Location:
   """The folder to write in: an attempt of the same identity and packages to resume, or a new one.
 
   Args:
@@ -480,7 +517,7 @@ def begin(workdir: Path, identity: Identity, shared: bool = False) -> Path:
     return resumed[0]
   prefix, note = _digest(identity.as_json())[:12], seal({**identity.as_json(), 'versions': versions()})
   for number in itertools.count():
-    attempt = Path(workdir) / identity.stage / f'{prefix}-{number}'
+    attempt = workdir / identity.stage / f'{prefix}-{number}'
     if finished is not None and attempt == finished.path:
       continue
     if storage.create(attempt / _BEGUN, note) or (_is_of(attempt, identity) and not other_versions(attempt)):
@@ -488,19 +525,18 @@ def begin(workdir: Path, identity: Identity, shared: bool = False) -> Path:
   raise AssertionError('unreachable')
 
 
-def discard(attempt: Path) -> None:
+def discard(attempt: Location) -> None:
   """Deletes an attempt; after a kill in the middle, its note says that the rest is to be deleted."""
   storage.write_bytes(attempt / _BEGUN, seal({'discarded': True}))
-  for path in attempt.iterdir():
+  for path in storage.children(attempt):
     if path.name != _BEGUN:
       storage.delete(path)
-  storage.delete(attempt / _BEGUN)
+  storage.unlink(attempt / _BEGUN)
   for folder in (attempt, attempt.parent):
-    with contextlib.suppress(OSError):  # not empty, or a link
-      folder.rmdir()
+    storage.delete_empty_folder(folder)
 
 
-def discard_others(workdir: Path, stages: Iterable[str]) -> None:
+def discard_others(workdir: Location, stages: Iterable[str]) -> None:
   """Deletes all attempts at finished stages but the finished ones.
 
   Raises:
@@ -512,13 +548,13 @@ def discard_others(workdir: Path, stages: Iterable[str]) -> None:
       discard(attempt)
 
 
-def sweep(workdir: Path, stages: Iterable[str]) -> None:
+def sweep(workdir: Location, stages: Iterable[str]) -> None:
   """Deletes what a kill left half-written or half-deleted. Only for a run that has locked the workdir.
 
   Raises:
     UserError: the note of an attempt cannot be read; nothing of that stage is deleted.
   """
-  storage.delete_temporary(Path(workdir))
+  storage.delete_temporary(workdir)
   for stage in stages:
     notes = {attempt: _note(attempt) for attempt in _attempts(workdir, stage)}
     for attempt, note in notes.items():
@@ -526,13 +562,13 @@ def sweep(workdir: Path, stages: Iterable[str]) -> None:
         discard(attempt)
       else:
         storage.delete_temporary(attempt, below=True)
-    storage.delete_temporary(Path(workdir) / stage)
+    storage.delete_temporary(workdir / stage)
     finished = open_stage(workdir, stage)
     if finished is not None:
       storage.delete_temporary(finished.path, below=True)
 
 
-def holds_work(attempt: Path) -> bool:
+def holds_work(attempt: Location) -> bool:
   """Whether an attempt has more than notes."""
   return any(not _is_note(name) and not storage.is_temporary(name) for name in storage.files(attempt))
 
@@ -560,7 +596,7 @@ class Cost:
     UserError: what was saved is damaged or cannot be read.
   """
 
-  def __init__(self, attempt: Path, job: int = 0, enabled: bool = True):
+  def __init__(self, attempt: Location, job: int = 0, enabled: bool = True):
     self.attempt, self._enabled = attempt, enabled
     self._file = attempt / (f'cost_{job}.json' if job else 'cost.json')
     self._earlier, self.parts = _spent(self._file)
@@ -587,11 +623,11 @@ class Cost:
       storage.write_bytes(self._file, seal({'seconds': self.seconds, 'parts': self.parts}))
 
 
-def _costs(attempt: Path) -> list[Path]:
-  return sorted(path for path in attempt.iterdir() if _COST.fullmatch(path.name))
+def _costs(attempt: Location) -> list[Location]:
+  return [path for path in storage.children(attempt) if _COST.fullmatch(path.name)]
 
 
-def _spent(file: Path) -> tuple[float, dict[str, float]]:
+def _spent(file: Location) -> tuple[float, dict[str, float]]:
   try:
     data = storage.read_bytes(file)
     if data is None:
@@ -610,7 +646,7 @@ def _spent(file: Path) -> tuple[float, dict[str, float]]:
 
 
 def commit(
-  workdir: Path,
+  workdir: Location,
   identity: Identity,
   semantics: Mapping[str, Any],
   cost: Cost,
@@ -628,7 +664,7 @@ def commit(
   Raises:
     UserError: another run has finished the stage with other settings.
   """
-  file, attempt = Path(workdir) / identity.stage / MANIFEST, cost.attempt
+  file, attempt = workdir / identity.stage / MANIFEST, cost.attempt
   known, before = storage.read_bytes(file), open_stage(workdir, identity.stage)
   if before is not None and before.path == attempt:
     return before
@@ -669,13 +705,13 @@ def reopen(artifact: Artifact) -> list[str]:
       storage.write_bytes(artifact.path / 'cost.json', seal(spent))
     for file, _ in damage:
       storage.delete(file)
-    storage.delete(artifact.path.parent / MANIFEST)
+    storage.unlink(artifact.path.parent / MANIFEST)
   return [phrase for _, phrase in damage]
 
 
-def link(artifact: Artifact, workdir: Path) -> None:
+def link(artifact: Artifact, workdir: Location) -> None:
   """Adds a finished stage to another workdir. Its files get a second name there; neither is written to any more."""
-  folder = Path(workdir) / artifact.identity['stage']
+  folder = workdir / artifact.identity['stage']
   note = seal({**artifact.identity, 'versions': artifact.manifest['versions']})
   storage.create(folder / artifact.path.name / _BEGUN, note)
   # After a kill the attempt is resumed: what is noted as complete has its cost.
@@ -688,33 +724,40 @@ def link(artifact: Artifact, workdir: Path) -> None:
 def publish(artifact: Artifact) -> None:
   """Gives the files of a finished stage a second name directly in `WORKDIR/<stage>/`, where people look for them.
 
+  In an object store they are copied, once.
   Files that an earlier call wrote and that the stage no longer has are deleted, unless somebody has changed them.
   """
   folder, files = artifact.path.parent, artifact.manifest['files']
   before = _published(folder)
-  now = {name: entry['sha256'] for name, entry in files.items()}
+  now = {name: artifact.checksum(name) for name in files}
+  if before == now and isinstance(folder, Address) and now.keys() <= storage.states(folder).keys():
+    return
   if before != now:
     storage.write_bytes(folder / _PUBLISHED, seal({'files': {**before, **now}}))
   for name in files:
     storage.copy(artifact.path / name, folder / name)
   for name, digest in before.items():
     file = inside(folder, name)
-    if name not in files and file.is_file() and storage.checksum(file) == digest:
+    if name not in files and storage.is_file(file) and storage.agrees(file, digest):
       storage.delete(file)
   if before != now:
     storage.write_bytes(folder / _PUBLISHED, seal({'files': now}))
 
 
-def stage_around(path: Path) -> Path | None:
+def stage_around(path: Location) -> Location | None:
   """The folder of a stage that `path` is or is in, also of a stage that has not begun; None if there is none."""
   for folder in (path, *path.parents):
     others = [folder.parent / name for name in STAGES]
-    if folder.name in STAGES and any((o / MANIFEST).is_file() or any(o.glob(f'*/{_BEGUN}')) for o in others):
+    if folder.name in STAGES and any(storage.is_file(o / MANIFEST) or _has_attempt(o) for o in others):
       return folder
   return None
 
 
-def _published(folder: Path) -> dict[str, str]:
+def _has_attempt(stage: Location) -> bool:
+  return any(storage.is_file(attempt / _BEGUN) for attempt in storage.subfolders(stage))
+
+
+def _published(folder: Location) -> dict[str, str]:
   """Name → SHA-256 of what `publish` wrote in the folder of a stage."""
   try:
     return dict(unseal(storage.read_bytes(folder / _PUBLISHED) or b'{}')['files'])
@@ -731,20 +774,20 @@ class Finding:
   """
 
   kind: str
-  path: Path
+  path: Location
   text: str
 
 
-def inspect(workdir: Path) -> Iterator[Finding]:
+def inspect(workdir: Location) -> Iterator[Finding]:
   """Compares everything in the stages of a workdir with manifests and notes, whose bytes are all read; writes nothing.
 
   Stages are *whole*, *unfinished*, or *damaged*: another file or input than their manifest lists. Files are
   *superfluous* if this program wrote them and nothing needs them, and *foreign* if it did not.
   """
-  for folder in sorted(path for path in Path(workdir).iterdir() if path.is_dir() or path.is_symlink()):
-    stage, attempts = folder.name, []
-    if folder.is_dir():
-      attempts = [path for path in sorted(folder.iterdir()) if _ATTEMPT.fullmatch(path.name) and path.is_dir()]
+  links = [path for path in storage.children(workdir) if isinstance(path, Path) and path.is_symlink()]
+  for folder in sorted({*storage.subfolders(workdir), *links}, key=str):
+    stage = folder.name
+    attempts = [path for path in storage.subfolders(folder) if _ATTEMPT.fullmatch(path.name)]
     try:
       finished = open_stage(workdir, stage)
       if finished is None and not attempts:
@@ -761,13 +804,13 @@ def inspect(workdir: Path) -> Iterator[Finding]:
     current = {} if finished is None else finished.manifest['files']
     for name in storage.files(folder):
       file = folder / name
-      if name in (MANIFEST, _PUBLISHED) or any(file.is_relative_to(attempt) for attempt in attempts):
+      if name in (MANIFEST, _PUBLISHED) or any(name.startswith(f'{a.name}/') for a in attempts):
         continue
       if storage.is_temporary(name):
         yield Finding('superfluous', file, 'a kill left it half-written; the next run deletes it')
       elif name not in published:
         yield Finding('foreign', file, 'this program did not write it')
-      elif storage.checksum(file) != published[name]:
+      elif not storage.agrees(file, published[name]):
         yield Finding('foreign', file, 'it was changed after it was published')
       elif name not in current:
         yield Finding('superfluous', file, 'it is of a stage that was replaced')
@@ -791,7 +834,7 @@ def _inspect_finished(artifact: Artifact, stage: str) -> Iterator[Finding]:
     yield Finding('whole', artifact.path, f'{len(files):,} files, {size / 1e6:,.1f} MB')
 
 
-def _inspect_attempt(attempt: Path, finished: Artifact | None) -> Finding:
+def _inspect_attempt(attempt: Location, finished: Artifact | None) -> Finding:
   try:
     note = _note(attempt)
   except UserError as error:

@@ -1,5 +1,6 @@
 """Orbax checkpoints of a pytree with a JSON record, by step."""
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -7,6 +8,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -15,9 +17,11 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policy
 
 from dsdm_jax.core import artifacts, processes, storage
+from dsdm_jax.core.storage import Address, Location
 from dsdm_jax.errors import Stopped, UserError, as_os_error
 
 # Orbax logs pages about what its threads raise, and the event loops that they leave print more when they are deleted or
@@ -57,13 +61,23 @@ class Keep:
 class Checkpoints:
   """A folder of checkpoints. They are saved in the background, and each is complete or absent.
 
+  In an object store, whose objects cannot be renamed, Orbax writes to a local folder; the thread that saves then
+  uploads the files of a step and, last, `checksums.json`, without which there is no step. Process 0 saves the whole
+  state; the others restore from copies of their own.
+
   Args:
-    directory: absolute or relative folder; created when missing.
+    directory: absolute or relative folder, created when missing, or an address.
     keep: which of them are kept.
   """
 
-  def __init__(self, directory: Path, keep: Keep = Keep()):
-    self._directory = Path(directory).absolute()
+  def __init__(self, directory: Location, keep: Keep = Keep()):
+    self._location = storage.absolute(directory)
+    self._stack = contextlib.ExitStack()
+    self._uploaded: set[int] = set()  # steps that this process has put into an object store and not deleted there
+    if isinstance(self._location, Path):
+      self._directory = self._location
+    else:
+      self._directory = self._stack.enter_context(storage.scratch()) / self._location.name
     policies: list[Any] = [policy.LatestN(keep.newest)]
     if keep.every_steps:
       policies.append(policy.EveryNSteps(keep.every_steps))
@@ -81,7 +95,22 @@ class Checkpoints:
 
   @property
   def latest(self) -> int | None:
-    return self._manager.latest_step()
+    return max(self._steps(), default=None)
+
+  def _steps(self) -> list[int]:
+    steps = set(self._manager.all_steps())
+    if isinstance(self._location, Address):
+      names = storage.files(self._location)
+      steps |= {int(n.removesuffix(f'/{_CHECKSUMS}')) for n in names if re.fullmatch(rf'\d+/{_CHECKSUMS}', n)}
+    return sorted(steps)
+
+  def _bring(self, step: int) -> None:
+    """Copies a step from an object store to where Orbax reads it."""
+    target = self._directory / f'{step}'
+    if isinstance(self._location, Address) and not target.exists():
+      shutil.copytree(storage.local(self._location / f'{step}'), target)
+      self._uploaded.add(step)
+      self._manager.reload()
 
   def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
     """Copies `state` (pytree of arrays) and `record` (JSON) and returns; a thread writes them.
@@ -91,6 +120,10 @@ class Checkpoints:
       RuntimeError: there is a checkpoint of this or a later step, see `drop_after`.
     """
     processes.decide(lambda: self._check_space(state))
+    if isinstance(self._location, Address):
+      self._delete_old()
+      if processes.count() > 1:  # the disks of the others are not read
+        state = multihost_utils.process_allgather(state, tiled=True)
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
       # A thread writes it later, when a history in it may have more lines.
@@ -102,7 +135,7 @@ class Checkpoints:
     except ValueError as error:
       raise as_os_error(error, self._directory) or error from error
     if not saved:  # Orbax raises nothing
-      raise RuntimeError(f'step {step} is not saved in {self._directory}, which already holds step {self.latest}')
+      raise RuntimeError(f'step {step} is not saved in {self._location}, which already holds step {self.latest}')
 
   def _check_space(self, state: Any) -> None:
     # Checked beforehand: when a write fails half-way, Orbax prints pages from its threads before it raises.
@@ -124,10 +157,11 @@ class Checkpoints:
       state=ocp.args.StandardRestore(jax.tree.map(_abstract, like)), record=ocp.args.JsonRestore()
     )
     failure: Exception | None = None
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    for step in reversed(self._steps()):
       if only not in (None, step):
         continue
       try:
+        self._bring(step)
         self._check_files(step)
         self._check_shapes(step, like)
         restored = self._manager.restore(step, args=args)
@@ -138,7 +172,7 @@ class Checkpoints:
       return None
     reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0][:200]
     raise UserError(
-      f'no checkpoint in {self._directory} can be restored into this model ({reason}); '
+      f'no checkpoint in {self._location} can be restored into this model ({reason}); '
       'it is damaged or belongs to another model: delete that folder and start again'
     ) from failure
 
@@ -156,6 +190,7 @@ class Checkpoints:
     try:
       if step is None:
         raise ValueError('it contains no checkpoint')
+      self._bring(step)
       self._check_files(step)
       stored = self._manager.restore(step, args=ocp.args.Composite(shapes=ocp.args.JsonRestore()))['shapes']
       wanted = _shapes(like)
@@ -168,7 +203,7 @@ class Checkpoints:
       return ocp.PyTreeCheckpointHandler().restore(self._directory / f'{step}' / 'state', args=args)
     except (ValueError, OSError, KeyError, TypeError) as error:  # what Orbax raises for a damaged checkpoint
       reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-      raise UserError(f'the checkpoint in {self._directory} cannot be read ({reason}); name another folder') from error
+      raise UserError(f'the checkpoint in {self._location} cannot be read ({reason}); name another folder') from error
 
   def _write_checksums(self) -> None:
     # Orbax calls it in its thread, when a checkpoint is written and its folder does not have its final name yet.
@@ -177,6 +212,27 @@ class Checkpoints:
     for folder in self._directory.glob('*.orbax-checkpoint-tmp*'):
       if not (folder / _CHECKSUMS).exists():
         storage.write_json(folder / _CHECKSUMS, {item: artifacts.checksums(folder / item) for item in _ITEMS})
+        if isinstance(self._location, Address):
+          step = int(folder.name.partition('.')[0])
+          self._upload(folder, self._location / f'{step}')
+          self._uploaded.add(step)
+
+  def _upload(self, folder: Path, target: Address) -> None:
+    last = folder / _CHECKSUMS
+    storage.unlink(target / _CHECKSUMS)  # of an earlier run that was stopped before it
+    storage.upload({name: folder / name for name in storage.files(folder) if name != _CHECKSUMS}, target)
+    storage.copy(last, target / _CHECKSUMS)
+
+  def _delete_old(self) -> None:
+    """Deletes in an object store the steps that Orbax has deleted here."""
+    if processes.is_first():
+      for step in self._uploaded - set(self._manager.all_steps()):
+        self._delete(step)
+
+  def _delete(self, step: int) -> None:
+    storage.unlink(self._location / f'{step}' / _CHECKSUMS)  # without it, the rest is no checkpoint
+    storage.delete(self._location / f'{step}')
+    self._uploaded.discard(step)
 
   def _check_files(self, step: int) -> None:
     # Before Orbax reads: it does not detect a flipped bit, and prints pages about a file that is short or missing.
@@ -207,14 +263,21 @@ class Checkpoints:
     """Deletes the checkpoints of later steps, so that a run which continues from `step` can save them again."""
     for later in [other for other in self._manager.all_steps() if other > step]:
       self._manager.delete(later)
+    if isinstance(self._location, Address) and processes.is_first():
+      for later in [other for other in self._steps() if other > step]:
+        self._delete(later)
 
   def close(self) -> None:
     """Waits until all checkpoints are on disk."""
     try:
       self._manager.wait_until_finished()
+      if isinstance(self._location, Address):
+        self._delete_old()
       self._manager.close()
     except ValueError as error:
       raise as_os_error(error, self._directory) or error from error
+    finally:
+      self._stack.close()
 
   def __enter__(self) -> 'Checkpoints':
     return self

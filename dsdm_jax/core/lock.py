@@ -3,10 +3,14 @@
 On the machine of the owner, its process number and start time show whether it is alive. From another machine or
 container, only the lock file does, which an owner touches every few seconds. Clocks of two machines may differ, so a
 lock that looks old, or comes from the future, is watched for some seconds before it is taken.
+
+In an object store the lock is one object. It is taken, renewed and taken over by conditional writes, so of several runs
+one succeeds, and a run that was taken for dead notices that its lock has changed.
 """
 
 import contextlib
 import errno
+import fnmatch
 import functools
 import getpass
 import json
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdm_jax.core import stopping, storage
+from dsdm_jax.core.storage import Address, Location
 from dsdm_jax.errors import UserError, visible
 
 LOCK = 'lock.json'
@@ -32,7 +37,7 @@ _OWNER = {'token': str, 'user': str, 'host': str, 'machine': str, 'pid': int, 's
 
 
 @contextlib.contextmanager
-def hold(workdir: Path, job: int | None = None) -> Iterator[bool]:
+def hold(workdir: Location, job: int | None = None) -> Iterator[bool]:
   """Locks `workdir` for this process and creates it when missing; yields whether it did.
 
   A folder that it created is deleted again if it is empty at the end.
@@ -43,11 +48,13 @@ def hold(workdir: Path, job: int | None = None) -> Iterator[bool]:
   Raises:
     UserError: another run holds the lock; the message says which, where and for how long.
   """
-  try:
-    workdir.mkdir(parents=True)
-    created = True
-  except FileExistsError:
-    created = False
+  created = not storage.exists(workdir)
+  if isinstance(workdir, Path):
+    try:
+      workdir.mkdir(parents=True)
+      created = True
+    except FileExistsError:
+      created = False
   file = workdir / (LOCK if job is None else _JOBS.replace('*', str(job)))
   token = secrets.token_hex(8)
   stop = threading.Event()
@@ -64,11 +71,13 @@ def hold(workdir: Path, job: int | None = None) -> Iterator[bool]:
       _release(file, token)
   finally:
     if created:
-      with contextlib.suppress(OSError):  # not empty: that is the run
-        workdir.rmdir()
+      storage.delete_empty_folder(workdir)
 
 
-def _take(file: Path, token: str) -> None:
+def _take(file: Location, token: str) -> None:
+  if isinstance(file, Address):
+    _take_object(file, token)
+    return
   with storage.guarded(file.parent):  # two processes must not take the same dead lock
     whole = file.parent / LOCK
     for other in [whole, *file.parent.glob(_JOBS)] if file == whole else [whole, file]:
@@ -77,36 +86,75 @@ def _take(file: Path, token: str) -> None:
         continue
       if _alive(owner, other):
         raise UserError(_refusal(other, owner))
-      dead = f'{file.parent}: the run that held it, {_name(owner)}, is dead; this one resumes it'
-      sys.stdout.write(f'{visible(dead)}\n')
+      _say_dead(file, owner)
       other.unlink(missing_ok=True)
-    storage.write_json(
-      file,
-      {
-        'token': token,
-        'user': _user(),
-        'host': socket.gethostname(),
-        'machine': _machine(),
-        'pid': os.getpid(),
-        'started': _started(os.getpid()),
-        'since': round(time.time(), 1),
-      },
-    )
+    storage.write_json(file, _this(token))
 
 
-def _release(file: Path, token: str) -> None:
+def _take_object(file: Address, token: str) -> None:
+  whole = file.parent / LOCK
+  jobs = [path for path in storage.children(file.parent) if fnmatch.fnmatch(path.name, _JOBS)]
+  others = [other for other in ([whole, *jobs] if file == whole else [whole]) if other != file]
+  mine = storage.as_json(_this(token))
+  while True:
+    known = storage.read_bytes(file)
+    if known is not None:
+      owner = _owner(file, known)
+      if _alive(owner, file):
+        raise UserError(_refusal(file, owner))
+      _say_dead(file, owner)
+    if storage.replace(file, mine, known):
+      break
+  try:
+    # After this run's own lock is there: of a whole run and a job that start at once, at most one goes on.
+    for other in others:
+      known = storage.read_bytes(other)
+      if known is None:
+        continue
+      owner = _owner(other, known)
+      if _alive(owner, other):
+        raise UserError(_refusal(other, owner))
+      _say_dead(other, owner)
+      if storage.replace(other, mine, known):
+        storage.unlink(other)
+  except BaseException:
+    _release(file, token)
+    raise
+
+
+def _say_dead(file: Location, owner: Mapping[str, Any]) -> None:
+  dead = f'{file.parent}: the run that held it, {_name(owner)}, is dead; this one resumes it'
+  sys.stdout.write(f'{visible(dead)}\n')
+
+
+def _this(token: str) -> dict[str, Any]:
+  """What the lock of this process says."""
+  now = round(time.time(), 1)
+  return {
+    'token': token,
+    'user': _user(),
+    'host': socket.gethostname(),
+    'machine': _machine(),
+    'pid': os.getpid(),
+    'started': _started(os.getpid()),
+    'since': now,
+    'renewed': now,  # again and again in an object store, where nothing else shows that the owner is alive
+  }
+
+
+def _release(file: Location, token: str) -> None:
   with contextlib.suppress(UserError, OSError):  # changed by hand, or a disk that fails: an error of the run counts
     if _owner(file).get('token') == token:
-      file.unlink(missing_ok=True)
+      storage.unlink(file)
 
 
-def _owner(file: Path) -> Mapping[str, Any]:
+def _owner(file: Location, data: bytes | None = None) -> Mapping[str, Any]:
   """What the lock says; empty where there is none.
 
   Raises:
     UserError: the file is no lock of this program, which writes locks whole.
   """
-  data = storage.read_bytes(file)
+  data = storage.read_bytes(file) if data is None else data
   if data is None:
     return {}
   try:
@@ -119,7 +167,7 @@ def _owner(file: Path) -> Mapping[str, Any]:
   raise UserError(f'{file} is no lock of dsdm_jax; if no run uses {file.parent}, delete that file and start again')
 
 
-def _alive(owner: Mapping[str, Any], file: Path) -> bool:
+def _alive(owner: Mapping[str, Any], file: Location) -> bool:
   if owner['machine'] == _machine():
     return _started(owner['pid']) == owner['started']
   touched = _touched(file)
@@ -137,8 +185,11 @@ def _alive(owner: Mapping[str, Any], file: Path) -> bool:
   return False
 
 
-def _touched(file: Path) -> float | None:
+def _touched(file: Location) -> float | None:
   """Time of the last touch; None if there is no such file."""
+  if isinstance(file, Address):
+    owner = _owner(file)
+    return float(owner.get('renewed', owner['since'])) if owner else None
   try:
     with open(file, 'rb') as opened:  # a shared disk looks at the server's file when it is opened
       return os.fstat(opened.fileno()).st_mtime
@@ -178,8 +229,10 @@ def _signalable(pid: int) -> bool:
   return True
 
 
-def _now(folder: Path) -> float:
+def _now(folder: Location) -> float:
   """The time of the file system, which on a shared disk may differ from this machine's."""
+  if isinstance(folder, Address):
+    return time.time()
   with tempfile.NamedTemporaryFile(dir=folder, prefix=f'.{LOCK}.') as probe:
     return os.fstat(probe.fileno()).st_mtime
 
@@ -195,7 +248,7 @@ def _name(owner: Mapping[str, Any]) -> str:
   return f'process {owner["pid"]} of {owner["user"]} on {owner["host"]}'
 
 
-def _refusal(file: Path, owner: Mapping[str, Any]) -> str:
+def _refusal(file: Location, owner: Mapping[str, Any]) -> str:
   minutes, seconds = divmod(max(0, round(time.time() - owner['since'])), 60)
   hours, minutes = divmod(minutes, 60)
   since = f', for {hours} h {minutes} min' if hours else f', for {minutes} min {seconds} s'
@@ -207,12 +260,17 @@ def _refusal(file: Path, owner: Mapping[str, Any]) -> str:
   )
 
 
-def _touch(file: Path, token: str, stop: threading.Event) -> None:
+def _touch(file: Location, token: str, stop: threading.Event) -> None:
   """Touches the lock to show that its owner is alive; ends the process if another run has taken the lock."""
   while not stop.wait(TOUCH_SECONDS):
     try:
-      if json.loads(file.read_bytes())['token'] == token:
-        os.utime(file)
+      data = storage.read(file)
+      owner = json.loads(data)
+      if owner['token'] == token:
+        if isinstance(file, Path):
+          os.utime(file)
+        else:  # where it is taken at this moment, the next look sees it
+          storage.replace(file, storage.as_json({**owner, 'renewed': round(time.time(), 1)}), data)
         continue
     except FileNotFoundError:
       pass

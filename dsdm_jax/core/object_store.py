@@ -15,7 +15,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from dsdm_jax.errors import StoreError, UserError
 
@@ -403,7 +403,7 @@ def upload(files: Mapping[str, Path], folder: Address) -> None:
     _put(folder, _system(folder).put, [str(file) for file in files.values()], targets)
 
 
-def open_read(address: Address) -> Any:
+def opened(address: Address) -> Any:
   """An object as a file, opened to read parts of it.
 
   Raises:
@@ -431,8 +431,8 @@ def kvstore(address: Address) -> dict[str, Any]:
   return spec
 
 
-def crc32c(file: Path) -> str:
-  """CRC-32C of a local file as Cloud Storage writes it (base64 of its big-endian bytes).
+def crc32c(opened: IO[bytes], name: Any) -> str:
+  """CRC-32C of bytes as Cloud Storage writes it (base64, big-endian).
 
   Raises:
     UserError: the package that computes it is missing.
@@ -440,9 +440,8 @@ def crc32c(file: Path) -> str:
   try:
     import google_crc32c
   except ImportError as error:
-    raise UserError(f'{file} has a checksum of Cloud Storage; pip install google-crc32c to compare it') from error
+    raise UserError(f'{name} has a checksum of Cloud Storage; pip install google-crc32c to compare it') from error
   total = google_crc32c.Checksum()
-  with open(file, 'rb') as opened:
-    while part := opened.read(2**24):
-      total.update(part)
+  while part := opened.read(2**24):
+    total.update(part)
   return base64.b64encode(total.digest()).decode()

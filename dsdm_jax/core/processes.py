@@ -23,7 +23,9 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from dsdm_jax.core import storage
 from dsdm_jax.core.command_line import system_error
+from dsdm_jax.core.storage import Location
 from dsdm_jax.errors import UserError, visible
 
 _T = TypeVar('_T')
@@ -215,8 +217,8 @@ def wait() -> None:
     _client().wait_at_barrier(f'dsdm_jax/wait/{next(_turns)}', _FOREVER_MILLISECONDS)
 
 
-def check_shared(folder: os.PathLike) -> None:
-  """Checks that all processes see `folder`, which exists on process 0.
+def check_shared(folder: Location) -> None:
+  """Checks that all processes read what process 0 writes in `folder`, which exists there.
 
   Raises:
     UserError: one does not.
@@ -224,18 +226,16 @@ def check_shared(folder: os.PathLike) -> None:
   if count() == 1:
     return
   name = hashlib.sha256(os.urandom(16)).hexdigest()[:16]
-  token = os.path.join(folder, '.' + decide(lambda: name))
+  token = folder / ('.' + decide(lambda: name))
+  decide(lambda: storage.create(token, name.encode()))
+  seen = gather(storage.is_file(token))
   if is_first():
-    with open(token, 'wb'):
-      pass
-  wait()
-  seen = gather(os.path.exists(token))
-  if is_first():
-    os.unlink(token)
+    storage.unlink(token)
   for process, sees in enumerate(seen):
     if not sees:
       raise UserError(
-        f'process {process} does not see the same {folder} as process 0; use a workdir on a file system that all share'
+        f'process {process} does not see the same {folder} as process 0; use a workdir that all processes read: a file '
+        'system that they share, or the address of an object store'
       )
 
 

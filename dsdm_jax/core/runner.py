@@ -14,6 +14,7 @@ from dsdm_jax.core import artifacts, compile_cache, lock, processes, storage
 from dsdm_jax.core.artifacts import Artifact, Identity
 from dsdm_jax.core.progress import Log, display
 from dsdm_jax.core.stage import Context, Stage
+from dsdm_jax.core.storage import Location
 from dsdm_jax.errors import UserError, visible
 
 # Puts digests in the place of the paths in settings. Named as stages are, because it belongs to a higher layer.
@@ -23,7 +24,7 @@ _EXECUTION = ('features.job', 'features.jobs', 'features.batch_size', 'features.
 
 
 @contextlib.contextmanager
-def locked(workdir: Path, job: int | None = None) -> Iterator[bool]:
+def locked(workdir: Location, job: int | None = None) -> Iterator[bool]:
   """Locks the workdir on process 0, for all processes; yields whether this created it. See `lock.hold`."""
   with contextlib.ExitStack() as stack:
     yield processes.decide(lambda: stack.enter_context(lock.hold(workdir, job)))
@@ -35,7 +36,7 @@ class Runner:
   Args:
     stages: in order; each reads only stages before it.
     config: the whole config, validated and resolved.
-    workdir: absolute folder, locked by the caller (not needed for `identity`).
+    workdir: absolute folder or address, locked by the caller (not needed for `identity`).
     checks: stage → a function of its artifact that raises UserError if what comes later cannot work. It is called on
       process 0 when the stage is finished and others follow.
 
@@ -47,12 +48,13 @@ class Runner:
     self,
     stages: Sequence[Stage],
     config: ConfigDict,
-    workdir: Path,
+    workdir: Location,
     checks: Mapping[str, Callable[[Artifact], None]] | None = None,
   ):
     self._checks = checks or {}
     self.stages = {stage.name: stage for stage in stages}
-    self.config, self.settings, self.workdir = config, flatten(config), workdir
+    self.config, self.settings = config, flatten(config)
+    self.workdir: Any = workdir  # a Location
     self.shared = config.features.jobs > 1  # several jobs work on one stage, and none has the workdir for itself
     self.done: dict[str, Artifact] = {}
     self._selected: dict[str, dict[str, Any]] = {}
@@ -250,7 +252,7 @@ class Runner:
     # Process 0 alone computes the identity, which may read large files.
     identity = Identity(**processes.decide(lambda: self._current(stage).as_json()))
     resumed = processes.decide(lambda: artifacts.resumable(self.workdir, identity))
-    out = Path(processes.decide(lambda: str(artifacts.begin(self.workdir, identity, self.shared))))
+    out = storage.locate(processes.decide(lambda: str(artifacts.begin(self.workdir, identity, self.shared))))
     loggers = self.config.log.to
     log, cost = Log(self.workdir, stage.name, first, loggers), artifacts.Cost(out, job, enabled=first)
     log.event('begin', resumed=resumed)
@@ -305,7 +307,7 @@ class Runner:
     processes.check_devices_are_ours()
     check_devices(self.config, jax.device_count(), batches)
     check_callables(self.config)
-    processes.decide(lambda: self.workdir.mkdir(parents=True, exist_ok=True))
+    processes.decide(lambda: storage.make_folder(self.workdir))
     processes.check_shared(self.workdir)
     if jax.default_backend() == 'cpu':
       processes.keep_freed_memory()

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -56,7 +56,7 @@ class Context:
   """
 
   config: ConfigDict
-  out: Path
+  out: Any  # a Location
   inputs: Mapping[str, Artifact]
   log: Log
   cost: Cost

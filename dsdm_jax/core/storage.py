@@ -99,6 +99,11 @@ def absolute(location: Location) -> Location:
   return location if isinstance(location, Address) else location.absolute()
 
 
+def relative(location: Location, folder: Location) -> str:
+  """The POSIX name of a location below `folder`."""
+  return str(location).removeprefix(str(folder)).lstrip('/')
+
+
 def read_bytes(path: Named) -> bytes | None:
   """The content of a file; None if it does not exist."""
   path = locate(path)
@@ -581,13 +586,13 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
   return buffer.getvalue()
 
 
-def open_read(path: Location) -> IO[bytes]:
+def opened(path: Location) -> IO[bytes]:
   """A file, opened to read parts of it.
 
   Raises:
     FileNotFoundError: there is no such file.
   """
-  return object_store.open_read(path) if isinstance(path, Address) else open(path, 'rb')
+  return object_store.opened(path) if isinstance(path, Address) else open(path, 'rb')
 
 
 def url(location: Location) -> str:
@@ -616,8 +621,7 @@ def uploading(folder: Location) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
     return
-  with tempfile.TemporaryDirectory(prefix='dsdm_jax.') as text:
-    temporary = Path(text)
+  with scratch() as temporary:
     yield temporary
     object_store.upload({name: temporary / name for name in files(temporary)}, folder)
 
@@ -640,7 +644,7 @@ def local(location: Location) -> Path:
   if not states:
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(location))
   state = [str(location), *((name, stat.size, stat.checksum) for name, stat in states.items())]
-  cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dsdm_jax' / 'objects'
+  cache = _cache() / 'copies'
   entry = cache / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
   _used.add(entry)
   if all(stat.checksum for stat in states.values()) and entry.is_dir():
@@ -656,6 +660,46 @@ def local(location: Location) -> Path:
     with contextlib.suppress(OSError):  # another process has put it there at this moment
       os.replace(new, entry)
   return entry / location.name
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+  """A local folder that is deleted at the end; what a killed process left there is deleted by the next."""
+  folder = _cache() / 'scratch'
+  folder.mkdir(parents=True, exist_ok=True)
+  for old in folder.iterdir():
+    with contextlib.suppress(OSError), _locked(old):  # an OSError: its process lives
+      shutil.rmtree(old, ignore_errors=True)
+  new = Path(tempfile.mkdtemp(dir=folder))
+  try:
+    with _locked(new):
+      yield new
+  finally:
+    shutil.rmtree(new, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+  """Locks a folder of this machine, where the file system has locks.
+
+  Raises:
+    OSError: another process has locked it.
+  """
+  try:
+    import fcntl
+  except ImportError:  # not POSIX
+    yield
+    return
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+  finally:
+    os.close(handle)
+
+
+def _cache() -> Path:
+  return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dsdm_jax' / 'objects'
 
 
 def _make_room(cache: Path, needed: int, location: Address) -> None:
@@ -692,23 +736,48 @@ def _fetch(address: Address, targets: Mapping[str, Path], states: Mapping[str, o
   object_store.download(address, targets)
   for name, file in targets.items():
     stat = states[name]
-    if file.stat().st_size != stat.size or not agrees(file, stat.checksum):
+    if file.stat().st_size != stat.size or (stat.checksum and not agrees(file, stat.checksum)):
       raise UserError(f'{address / name if name else address} arrived damaged; start the same command again')
 
 
-def agrees(file: Location, noted: str | None) -> bool:
+def agrees(file: Location, noted: str, state: object_store.Stat | None = None) -> bool:
   """Whether a file has a checksum that was noted: SHA-256, or that of an object store ('crc32c:…', 'etag:…').
 
-  An ETag of an object that was uploaded in parts says nothing of its bytes; then this is True.
+  What another store noted is compared with the bytes. An ETag with a - is of an object that was uploaded in parts, and
+  says nothing of its bytes: it agrees with every other ETag.
+
+  Args:
+    state: of an object, where a listing has it.
+
+  Raises:
+    FileNotFoundError: there is no such file.
   """
-  kind, is_of_store, value = (noted or '').partition(':')
+  kind, _, value = noted.rpartition(':')
   if isinstance(file, Address):
-    return not noted or (checksum(file) if is_of_store else sha256(file)) == noted
-  if not is_of_store:
-    return not noted or checksum(file) == noted
-  if kind == 'etag' and re.fullmatch('[0-9a-f]{32}', value):
-    with open(file, 'rb') as opened:
-      return hashlib.file_digest(opened, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == value
+    known = (state or _existing(file)).checksum or ''
+    if known == noted:
+      return True
+    if known.rpartition(':')[0] == kind:
+      return kind == 'etag' and '-' in known + noted
+    return bool(_digest_of(io.BytesIO(read(file)), kind, file) in (value, None))
+  if not kind:
+    return checksum(file) == noted
+  with open(file, 'rb') as opened:
+    return _digest_of(opened, kind, file) in (value, None) or '-' in noted
+
+
+def _digest_of(opened: IO[bytes], kind: str, name: Location) -> str | None:
+  """The checksum of bytes; None for an ETag that is no MD5."""
   if kind == 'crc32c':
-    return object_store.crc32c(file) == value
-  return True
+    return object_store.crc32c(opened, name)
+  return hashlib.file_digest(opened, 'md5' if kind == 'etag' else 'sha256').hexdigest()  # type: ignore[arg-type]
+
+
+def upload(files: Mapping[str, Path], folder: Address) -> None:
+  """Copies local files to names below `folder`; an error leaves some of them there."""
+  object_store.upload(files, folder)
+
+
+def states(folder: Address) -> dict[str, object_store.Stat]:
+  """Name relative to `folder` → size and checksum of all objects below it, by one listing."""
+  return object_store.find(folder)

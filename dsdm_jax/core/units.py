@@ -6,11 +6,11 @@ is the same: its files get a second name in the new attempt, before the stage lo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.core.artifacts import Artifact, Cost
+from dsdm_jax.core.storage import Location
 
 
 class Units:
@@ -25,7 +25,7 @@ class Units:
     taken: the units that were taken over.
   """
 
-  def __init__(self, out: Path, previous: Artifact | None, cost: Cost):
+  def __init__(self, out: Location, previous: Artifact | None, cost: Cost):
     self._out, self.previous, self._cost = out, previous, cost
     self._made: dict[str, tuple[str, Sequence[str]]] = {}
     self.taken: set[str] = set()
@@ -69,7 +69,7 @@ class Units:
           self._cost.parts |= unit['parts']
           self._cost.add(unit['parts'].get(name, 0.0))
       self._cost.save()
-    note.unlink(missing_ok=True)
+    storage.unlink(note)
     return taken
 
   def _is_same(self, previous: Artifact, name: str) -> bool:

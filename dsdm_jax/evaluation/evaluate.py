@@ -85,7 +85,7 @@ def models(context: Context) -> list[dict[str, Any]]:
 
 
 def _checkpoint(artifact: Artifact, name: str) -> dict[str, Any]:
-  of = [artifact.manifest['units'][name]['of'], artifact.manifest['files'][f'{name}.jsonl']['sha256']]
+  of = [artifact.manifest['units'][name]['of'], artifact.checksum(f'{name}.jsonl')]
   return {'folder': str(artifact.path / name), 'step': artifact.last_step(name), 'of': of}
 
 

@@ -1,0 +1,80 @@
+"""Object stores on loopback: an S3 (moto) and a Cloud Storage (gcp-storage-emulator), each a process of its own.
+
+moto holds conditional writes to their condition; the emulator of Cloud Storage ignores `ifGenerationMatch`. They end
+with the process that started them, also when that is killed: each ends when its standard input does.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+BUCKET = 'tests'
+_S3 = {
+  'AWS_ACCESS_KEY_ID': 'tests',
+  'AWS_SECRET_ACCESS_KEY': 'tests',
+  'AWS_DEFAULT_REGION': 'us-east-1',
+  'AWS_EC2_METADATA_DISABLED': 'true',
+}
+# gcsfs would wait a minute for gRPC, epath asks TensorFlow, which knows no emulator, and so on.
+_GS = {
+  'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',
+  'FSSPEC_GS_TOKEN': 'anon',
+  'EPATH_USE_TF': 'false',
+}
+
+
+@contextlib.contextmanager
+def serving(kind: str) -> Iterator[dict[str, str]]:
+  """Starts a store with the bucket `BUCKET`; yields the environment in which programs reach it.
+
+  Args:
+    kind: 's3' or 'gs'.
+  """
+  server = subprocess.Popen(
+    [sys.executable, '-m', 'tests.helpers.stores', kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+  )
+  assert server.stdin is not None and server.stdout is not None
+  try:
+    address = server.stdout.readline().strip()
+    assert address.startswith('http://127.0.0.1:'), f'the emulator of {kind} did not start'
+    if kind == 's3':
+      yield {**_S3, 'AWS_ENDPOINT_URL': address}
+    else:
+      names = ('STORAGE_EMULATOR_HOST', 'TENSORSTORE_GCS_HTTP_URL', 'CLOUD_STORAGE_EMULATOR_ENDPOINT')
+      yield {**_GS, **dict.fromkeys(names, address)}
+  finally:
+    server.stdin.close()
+    server.wait(30)
+    server.stdout.close()
+
+
+def _serve(kind: str) -> None:
+  if kind == 's3':
+    os.environ |= _S3
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    s3 = ThreadedMotoServer('127.0.0.1', 0, verbose=False)
+    s3.start()
+    address = f'http://127.0.0.1:{s3.get_host_and_port()[1]}'
+    boto3.client('s3', endpoint_url=address).create_bucket(Bucket=BUCKET)
+  else:
+    from gcp_storage_emulator.server import create_server
+
+    with socket.create_server(('127.0.0.1', 0)) as free:
+      port = free.getsockname()[1]
+    create_server('127.0.0.1', port, in_memory=True, default_bucket=BUCKET).start()
+    address = f'http://127.0.0.1:{port}'
+  log = os.open(os.devnull, os.O_WRONLY)  # of each request
+  sys.stdout.write(f'{address}\n')
+  sys.stdout.flush()
+  os.dup2(log, sys.stderr.fileno())
+  sys.stdin.read()
+  os._exit(0)
+
+
+if __name__ == '__main__':
+  _serve(sys.argv[1])
