@@ -25,7 +25,7 @@ from dsdm_jax.attribution import probes
 from dsdm_jax.attribution.probes import ProbedLayer, Projections
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core import storage
-from dsdm_jax.core.mesh import DATA, batch_sharding, fetch, place, replicated
+from dsdm_jax.core.mesh import batch_sharding, batch_shards, fetch, place, replicated
 from dsdm_jax.lm import partition
 from dsdm_jax.lm.outputs import OutputFn
 
@@ -135,7 +135,7 @@ class MomentStep:
       for x in self.layers
     }
     for batch in batches:
-      alone = len(batch[0]) % self.mesh.shape[DATA]
+      alone = len(batch[0]) % batch_shards(self.mesh)
       step, rows = (self._single, self._alone) if alone else (self._split, self._batch)
       for path, sides in fetch(step(prepared, *place(batch, rows))).items():
         for into, part in zip(total[path], sides, strict=True):

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsdm_jax.attribution.accumulators import Accumulator, Progress, silent
 from dsdm_jax.attribution.quantization import Blocks
 from dsdm_jax.attribution.sources import RowSource, Shard, column_groups, dot
-from dsdm_jax.core.mesh import DATA, MODEL, batch_sharding, place, replicated
+from dsdm_jax.core.mesh import MODEL, batch_sharding, batch_shards, place, replicated
 from dsdm_jax.errors import UserError
 
 _STRIPE = 1_024  # rows of a matrix that a temporary copy may hold
@@ -55,7 +55,7 @@ def _partial_gram(blocks: Blocks, mesh: Mesh | None) -> Callable[[np.ndarray], l
   step = jax.jit(apply, in_shardings=rows, out_shardings=out)
 
   def sharded(phi_BJ: np.ndarray) -> list[jax.Array]:
-    missing = -len(phi_BJ) % mesh.shape[DATA]  # rows of zeros add nothing
+    missing = -len(phi_BJ) % batch_shards(mesh)  # rows of zeros add nothing
     return step(place(np.pad(phi_BJ, ((0, missing), (0, 0))) if missing else phi_BJ, rows))
 
   return sharded

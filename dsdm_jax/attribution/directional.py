@@ -21,7 +21,7 @@ from dsdm_jax.attribution import probes, rademacher
 from dsdm_jax.attribution.gradients import in_microbatches
 from dsdm_jax.attribution.probes import ProbedLayer
 from dsdm_jax.attribution.second_moment import SecondMoment
-from dsdm_jax.core.mesh import DATA, batch_sharding
+from dsdm_jax.core.mesh import BATCH, batch_sharding
 from dsdm_jax.lm import attention_tpu, partition
 from dsdm_jax.lm.outputs import OutputFn
 
@@ -196,7 +196,7 @@ class DirectionalScores:
       return self.output_fn(logits_BLV[0], tokens_L, weights_L)
 
     zeros = {layer.path: jnp.zeros((*layer.stack, count), jnp.float32) for layer in self._layers}
-    rows = jax.vmap(jax.grad(output, argnums=(0, 1)), in_axes=(None, None, 0, 0), spmd_axis_name=DATA)
+    rows = jax.vmap(jax.grad(output, argnums=(0, 1)), in_axes=(None, None, 0, 0), spmd_axis_name=BATCH)
     with attention_tpu.on_mesh(self.mesh):
       score_of, gradients = rows(zeros, others, tokens_BL, weights_BL)
     parts = [score.reshape(len(tokens_BL), -1, count).sum(axis=1) for score in score_of.values()]

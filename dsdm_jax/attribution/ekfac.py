@@ -29,7 +29,7 @@ from dsdm_jax.attribution.covariances import MomentStep
 from dsdm_jax.attribution.gradients import per_example
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core import flops, storage
-from dsdm_jax.core.mesh import DATA, batch_sharding, fetch, place, replicated
+from dsdm_jax.core.mesh import batch_sharding, batch_shards, fetch, place, replicated
 from dsdm_jax.lm import partition
 from dsdm_jax.lm.outputs import OutputFn
 
@@ -133,7 +133,7 @@ class WholeGradients:
     """Path → factors, from all of these rows."""
     bases: dict[str, Any] = dict.fromkeys(self.shapes, (None, None))
     if self._moments is not None:
-      parts = covariances.batches(len(tokens_NL), self.rows, self.mesh.shape[DATA])
+      parts = covariances.batches(len(tokens_NL), self.rows, batch_shards(self.mesh))
       batches = [(tokens_NL[part], weights_NL[part]) for part in parts]
       moments = self._moments.sums(self._moments.prepare(params), batches)
       for path in self._turned:

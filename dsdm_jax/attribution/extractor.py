@@ -25,7 +25,7 @@ from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.attribution.sources import DirectionalSource, PoolPass, Recomputed, ahead
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops, processes, storage
-from dsdm_jax.core.mesh import DATA, assemble, fetch, make_mesh, place, share
+from dsdm_jax.core.mesh import assemble, batch_shards, fetch, make_mesh, place, share
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.batches import row_range_batches
 from dsdm_jax.data.pool.pool import Pool
@@ -75,7 +75,7 @@ class FeatureExtractor:
     if not processes.decide(lambda: storage.is_marked(file)):
       tokens_NL, weights_NL = self._first_rows(self._context.config.features.basis_rows)
       prepared = self._moments.prepare(params)
-      parts = covariances.batches(len(tokens_NL), self.batch_size, self.mesh.shape[DATA])
+      parts = covariances.batches(len(tokens_NL), self.batch_size, batch_shards(self.mesh))
       moments = self._moments.sums(prepared, [(tokens_NL[part], weights_NL[part]) for part in parts])
       leading = Basis.leading(self.step.layers, moments, moment)  # on all processes: each may hold a part of `moment`
       if self._context.first:
@@ -204,15 +204,15 @@ def without_kernels(model: ConfigDict) -> ConfigDict:
 def step_rows(features: ConfigDict, mesh: Mesh) -> tuple[int, int]:
   """Rows of a step and of its microbatches (0: one for the whole step), over all devices of this mesh.
 
-  `features.batch_size` and `features.microbatch` are rounded up to a multiple of the device count of `data`, and the
+  `features.batch_size` and `features.microbatch` are rounded up to a multiple of `batch_shards`, and the
   padding is dropped. A stage can therefore resume on any number of devices.
   """
 
   def round_up(rows: int, multiple: int) -> int:
     return -(-rows // multiple) * multiple
 
-  microbatch = round_up(features.microbatch, mesh.shape[DATA])
-  return round_up(features.batch_size, microbatch or mesh.shape[DATA]), microbatch
+  microbatch = round_up(features.microbatch, batch_shards(mesh))
+  return round_up(features.batch_size, microbatch or batch_shards(mesh)), microbatch
 
 
 def feature_step(config: ConfigDict, vocab_size: int, length: int, mesh: Mesh) -> FeatureStep:

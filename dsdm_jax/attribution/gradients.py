@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsdm_jax.attribution import probes, rademacher
 from dsdm_jax.attribution.second_moment import SecondMoment
-from dsdm_jax.core.mesh import DATA, MODEL, batch_sharding, place, replicated
+from dsdm_jax.core.mesh import BATCH, MODEL, batch_sharding, place, replicated
 from dsdm_jax.lm import attention_tpu, partition
 from dsdm_jax.lm.outputs import OutputFn
 
@@ -56,7 +56,7 @@ class TwoSidedFeatures:
     pattern: regex over paths of parameters, see `probes.plan`.
     requested_dimension: upper bound of J; `dimension` is J itself, see `probes.plan`.
     seed: of the projections.
-    mesh: axes `data` and `model` (see `make_mesh`); batch over `data`, weights by the partition table.
+    mesh: of `make_mesh`; the batch over `BATCH`, weights by the partition table.
 
   Raises:
     UserError: no parameter matches the pattern, or J is smaller than the number of layers.
@@ -122,7 +122,7 @@ class TwoSidedFeatures:
       model = nnx.merge(self._graphdef, nnx.from_flat_state(flat), vectors, rest)
       return self.output_fn(model(tokens_L[None])[0], tokens_L, weights_L)
 
-    gradients = jax.vmap(jax.grad(output, argnums=(0, 1)), in_axes=(None, None, 0, 0), spmd_axis_name=DATA)
+    gradients = jax.vmap(jax.grad(output, argnums=(0, 1)), in_axes=(None, None, 0, 0), spmd_axis_name=BATCH)
     with attention_tpu.on_mesh(self.mesh):
       grads, of_vectors = gradients(zeros, vectors, tokens_BL, weights_BL)
     batch = tokens_BL.shape[0]
@@ -171,7 +171,7 @@ class DenseFeatures:
     self._gradients = per_example(self.model, self.output_fn, self.mesh)
     batch = batch_sharding(self.mesh)
     columns = MODEL if self.dimension % self.mesh.shape[MODEL] == 0 else None
-    self._layout = NamedSharding(self.mesh, PartitionSpec(DATA, columns))
+    self._layout = NamedSharding(self.mesh, PartitionSpec(BATCH, columns))
     weights = partition.shardings(params, self.mesh)
     # The scale may be None; `prepare` has placed it.
     self.jitted = jax.jit(
@@ -224,7 +224,7 @@ def per_example(
   def output(params: nnx.State, tokens_L: jax.Array, weights_L: jax.Array) -> jax.Array:
     return output_fn(nnx.merge(graphdef, params, rest)(tokens_L[None])[0], tokens_L, weights_L)
 
-  rows = jax.vmap(jax.grad(output), in_axes=(None, 0, 0), spmd_axis_name=DATA)
+  rows = jax.vmap(jax.grad(output), in_axes=(None, 0, 0), spmd_axis_name=BATCH)
 
   def gradients(params: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> nnx.State:
     with attention_tpu.on_mesh(mesh):

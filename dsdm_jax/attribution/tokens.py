@@ -62,7 +62,7 @@ class TokenScores:
     config = config_lib.nested({k: v for k, v in settings.items() if k.partition('.')[0] in sections})
     with config.unlocked():
       config.features.update({'batch_size': batch_size, 'microbatch': 0})
-      config.mesh = {'data': -1, 'model': 1}
+      config.mesh = {'replicas': 1, 'data': -1, 'model': 1}
     name = config.features.output_fn
     try:
       output_fn: OutputFn = load_callable(f'{name}_shares')

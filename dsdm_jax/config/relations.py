@@ -133,14 +133,15 @@ def broken(c: Config) -> Iterator[tuple[str, str, str]]:
       f'needs a proxy that predicts how two others differ; proxies.count = {p.count}, datamodel.gram = {d.gram!r}',
       'set --config.datamodel.damping_rule=fixed, or --config.proxies.count=3 with a gram that is not joint',
     )
-  data = c.mesh.data
+  data = c.mesh.data * max(c.mesh.replicas, 1)
+  shares = f'mesh.data = {c.mesh.data}' + (f' times mesh.replicas = {c.mesh.replicas}' if c.mesh.replicas > 1 else '')
   trains = tuple(zip(TRAINS, (p.train, c.pretraining.train), strict=True))
   for at, batch in zip(BATCHES, (*(t.batch_size for _, t in trains), c.evaluation.batch_size), strict=True):
     if batch % data:
-      yield at, f'must be a multiple of mesh.data = {data}', f'set --config.{at} to a multiple of {data}'
+      yield at, f'must be a multiple of {shares}', f'set --config.{at} to a multiple of {data}'
   for at, t in trains:
     if t.batch_size % (t.microbatches * max(data, 1)):
-      rule = f'must divide {at}.batch_size = {t.batch_size} into parts that are multiples of mesh.data = {data}'
+      rule = f'must divide {at}.batch_size = {t.batch_size} into parts that are multiples of {shares}'
       yield f'{at}.microbatches', rule, f'set --config.{at}.microbatches=1 to take whole batches'
     if t.evaluate_every_steps % t.log_every_steps:
       rule = f'must be a multiple of {at}.log_every_steps = {t.log_every_steps}, as it is part of the logged lines'

@@ -63,10 +63,15 @@ class Section(BaseModel, strict=True, allow_inf_nan=False, extra='forbid'):
 
 
 class Mesh(Section):
-  data: Annotated[Devices, must(lambda n: n == -1 or n >= 1, 'must be at least 1, or -1 for all that are left')] = key(
-    -1, 'Devices that share a batch; -1 takes all that mesh.model leaves.'
+  """replicas × data × model is the number of devices. Batches are split over replicas × data."""
+
+  replicas: Annotated[Devices, Ge(0)] = key(
+    0, 'Copies of the weights, each within a TPU slice, with sums of gradients between them; 0 makes one a slice.'
   )
-  model: Annotated[Devices, Ge(1)] = key(1, 'Devices that share the weights; data × model is the number of devices.')
+  data: Annotated[Devices, must(lambda n: n == -1 or n >= 1, 'must be at least 1, or -1 for all that are left')] = key(
+    -1, 'Devices that share the weights of a replica and split its batch (FSDP); -1 takes all that are left.'
+  )
+  model: Annotated[Devices, Ge(1)] = key(1, 'Devices that split each matrix product (tensor parallelism).')
 
 
 class Distributed(Section):
@@ -256,7 +261,7 @@ class Model(Section):
 class Training(Section):
   """One training run, with the values of the paper where the scale allows."""
 
-  batch_size: Batch = key(32, 'Examples per step over all devices; a multiple of mesh.data.')
+  batch_size: Batch = key(32, 'Examples per step over all devices; a multiple of mesh.replicas × mesh.data.')
   learning_rate: PositiveReal = key(3e-3, 'Peak, after the warm-up.')
   schedule: Literal['cosine', 'linear', 'wsd', 'constant'] = key(
     'cosine', 'cosine is the paper; wsd stays at the peak, then decays linearly over decay_share; all warm up.'
@@ -505,7 +510,7 @@ class Evaluation(Section):
   )
   bootstrap: Annotated[Draws, Ge(100)] = key(10_000, 'Bootstrap over items, where each arm has one model.')
   selection_uses: Annotated[int, Ge(1), Le(10**6)] = key(1, 'Trainings that share the cost of a selection.')
-  batch_size: Batch = key(64, 'Examples per step over all devices; a multiple of mesh.data.')
+  batch_size: Batch = key(64, 'Examples per step over all devices; a multiple of mesh.replicas × mesh.data.')
   paired_seeds: bool = key(
     True, 'Compare models of one seed: right where arms correlate over seeds above 0.6, as in short trainings.'
   )
@@ -524,6 +529,7 @@ class Plan(Section):
   topology: Annotated[
     str, must(v.is_topology, 'must be CHIP:AxB or CHIP:AxBxC, with numbers of at most four digits')
   ] = key('v5e:2x4', 'Chip (v4, v5e, v5p, v6e or tpu7x) and shape of the slice.')
+  slices: Annotated[Few, Ge(1)] = key(1, 'Slices of this shape, which the data-center network connects.')
   rows: Rows = key(0, 'N to plan for; 0 guesses from pool.max_bytes at four bytes a token.')
   price_per_chip_hour: Annotated[Factor, 'USD'] = key(0.0, '0 leaves out the price.')
   multiplier: Annotated[Factor, Gt(0)] = key(2.0, 'Expected gross compute multiplier.')

@@ -175,28 +175,34 @@ def check_devices(config: ConfigDict, device_count: int, batches: Collection[str
     batches: keys of the batches that its devices share.
 
   Raises:
-    UserError: the mesh does not take all devices, or a batch does not divide over `mesh.data`.
+    UserError: the mesh does not take all devices, or a batch does not divide over them.
   """
-  data, model = config.mesh.data, config.mesh.model
+  replicas, data, model = config.mesh.replicas, config.mesh.data, config.mesh.model
   if device_count % model:
     rule = f'must divide the number of devices, {device_count}'
     raise _error('mesh.model', model, rule, 'set --config.mesh.model=1 or another divisor')
-  if data == -1:
-    data = device_count // model
-  if data * model != device_count:
-    rule = f'times mesh.model = {model} must be the number of devices, {device_count}'
+  share = device_count // model
+  if replicas and share % replicas:
+    rule = f'must divide the {share} devices that share a batch'
+    raise _error(
+      'mesh.replicas', replicas, rule, 'set --config.mesh.replicas=0 for one a TPU slice, or another divisor'
+    )
+  if data != -1 and data * (replicas or 1) != share:
+    rule = (
+      f'times mesh.replicas = {replicas or 1} and mesh.model = {model} must be the number of devices, {device_count}'
+    )
     raise _error('mesh.data', data, rule, 'set --config.mesh.data=-1 to take them all')
   flat = flatten(config)
   for key in BATCHES:
-    if key in batches and flat[key] % data:
-      near = max(data, round(flat[key] / data) * data)
-      rule = f'must be a multiple of the {data} devices that share a batch (mesh.data)'
+    if key in batches and flat[key] % share:
+      near = max(share, round(flat[key] / share) * share)
+      rule = f'must be a multiple of the {share} devices that share a batch'
       raise _error(key, flat[key], rule, f'set --config.{key}={near}, or a larger --config.mesh.model')
   for train in TRAINS:
     parts, batch = flat[f'{train}.microbatches'], flat[f'{train}.batch_size']
-    if f'{train}.batch_size' in batches and batch % (parts * data):
-      rule = f'must cut {train}.batch_size = {batch} into multiples of the {data} devices that share a batch'
-      raise _error(f'{train}.microbatches', parts, f'{rule} (mesh.data)', f'set --config.{train}.microbatches=1')
+    if f'{train}.batch_size' in batches and batch % (parts * share):
+      rule = f'must cut {train}.batch_size = {batch} into multiples of the {share} devices that share a batch'
+      raise _error(f'{train}.microbatches', parts, rule, f'set --config.{train}.microbatches=1')
 
 
 def check_callables(config: ConfigDict) -> None:

@@ -225,7 +225,7 @@ def is_named_folder(text: str) -> bool:
 
 
 def is_topology(text: str) -> bool:
-  return re.fullmatch(r'\w+:\d{1,4}(x\d{1,4}){1,2}', text) is not None
+  return re.fullmatch(r'\w+:[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}', text) is not None
 
 
 def brief(value: Any) -> str:

@@ -1,24 +1,66 @@
-"""The device mesh: axis `data` splits batches, axis `model` splits weights."""
+"""The device mesh: axes `replica` and `data` split batches, axes `data` and `model` split weights.
 
+Each replica has all weights. A replica lies within one TPU slice, so that sums of gradients alone cross the data-center
+network between slices.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from dsdm_jax.errors import UserError
+
+REPLICA = 'replica'
 DATA = 'data'
 MODEL = 'model'
+BATCH = (REPLICA, DATA)  # axes that split batches
 
 
 def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
-  """Mesh of shape (data, model) over `devices` (default: all) from `config.mesh`; `data=-1` takes what is left."""
+  """Mesh of shape (replica, data, model) over `devices` (default: all).
+
+  Args:
+    config: section `mesh`; `replicas=0` makes one for each slice, and `data=-1` takes what is left.
+    devices: TPUs of several slices have different `slice_index`. All others are one slice, in their order.
+
+  Raises:
+    UserError: a replica would not lie within a slice.
+  """
   devices = jax.devices() if devices is None else devices
-  model = config.model
-  data = len(devices) // model if config.data == -1 else config.data
-  grid = np.asarray(devices).reshape(data, model)
-  return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+  tpus = [device for device in devices if device.platform == 'tpu']  # of a GPU, `slice_index` is its host
+  slices = len({getattr(device, 'slice_index', 0) for device in tpus}) or 1
+  replicas = config.replicas or slices
+  if replicas % slices or len(devices) % (replicas * config.model):
+    raise UserError(
+      f'config key mesh.replicas = {config.replicas} with mesh.model = {config.model} must cut {slices} TPU slices of '
+      f'{len(devices) // slices} devices into equal replicas, none of which spans two slices; set '
+      f'--config.mesh.replicas={slices}, and --config.mesh.model=1 or another divisor'
+    )
+  data = len(devices) // (replicas * config.model) if config.data == -1 else config.data
+  shape = replicas // slices, data, config.model
+  if slices == 1:
+    grid = np.asarray(devices).reshape(shape)
+  else:
+    grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices, allow_split_physical_axes=True)
+  return Mesh(grid, (REPLICA, DATA, MODEL), axis_types=(AxisType.Auto,) * 3)
+
+
+def one_device() -> Mesh:
+  """Mesh of the first device of this process."""
+  return Mesh(
+    np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), (REPLICA, DATA, MODEL), axis_types=(AxisType.Auto,) * 3
+  )
+
+
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+  """Number of devices that share a batch; its size is a multiple."""
+  return mesh.shape[REPLICA] * mesh.shape[DATA]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -26,8 +68,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Leading axis over `data`, the rest whole."""
-  return NamedSharding(mesh, PartitionSpec(DATA))
+  """Leading axis over `BATCH`, the rest whole."""
+  return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
@@ -41,10 +83,10 @@ def share(sharding: NamedSharding, batch_size: int) -> np.ndarray:
   """Positions in a batch of `batch_size` that devices of this process hold, ascending, int64; one process holds all.
 
   Args:
-    sharding: of a batch, one of whose axes is split over `data`.
-    batch_size: a multiple of the size of `data`.
+    sharding: of a batch, one of whose axes is split over `BATCH`.
+    batch_size: a multiple of `batch_shards`.
   """
-  along = NamedSharding(sharding.mesh, PartitionSpec(DATA))
+  along = NamedSharding(sharding.mesh, PartitionSpec(BATCH))
   parts = along.addressable_devices_indices_map((batch_size,)).values()
   return np.unique(np.concatenate([np.arange(batch_size)[index] for index in parts if index is not None]))
 
@@ -53,13 +95,13 @@ def assemble(tree: Any, sharding: NamedSharding, batch_size: int) -> Any:
   """Host arrays of which each process has its `share` of the batch, as global arrays.
 
   Args:
-    tree: arrays whose axis of the batch, the one that `sharding` splits over `data`, is as long as the share.
+    tree: arrays whose axis of the batch, the one that `sharding` splits over `BATCH`, is as long as the share.
     sharding: of the global arrays.
     batch_size: of the global arrays.
   """
   if jax.process_count() == 1:
     return jax.device_put(tree, sharding)
-  axis, mine = sharding.spec.index(DATA), share(sharding, batch_size)
+  axis, mine = sharding.spec.index(BATCH), share(sharding, batch_size)
 
   def whole(x: np.ndarray) -> jax.Array:
     def part(index: Any) -> np.ndarray:
@@ -71,6 +113,21 @@ def assemble(tree: Any, sharding: NamedSharding, batch_size: int) -> Any:
     return jax.make_array_from_callback(shape, sharding, part)
 
   return jax.tree.map(whole, tree)
+
+
+def greatest(numbers: Sequence[int], mesh: Mesh) -> jax.Array:
+  """The greatest of each of `numbers` over all processes, int32, reduced on the devices of `mesh`.
+
+  It returns at once; reading the result waits for the devices. All processes must call it.
+  """
+  rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  mine_1K = np.asarray(numbers, np.int32)[None]
+  return _greatest(mesh)(jax.make_array_from_callback((mesh.size, len(numbers)), rows, lambda _: mine_1K))
+
+
+@functools.lru_cache(maxsize=8)
+def _greatest(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(lambda x_PK: x_PK.max(axis=0), out_shardings=replicated(mesh))
 
 
 def fetch(tree: Any) -> Any:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.config import schema
 from dsdm_jax.core import prng
-from dsdm_jax.core.mesh import make_mesh, place
+from dsdm_jax.core.mesh import batch_shards, make_mesh, place
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation.model_export import TrainedModel
 from dsdm_jax.evaluation.scoring import Scorer
@@ -75,8 +75,8 @@ class HarnessModel(LM):
     shape = ConfigDict(self.model.config.to_dict() | {'weights': ''})  # the parameters come from the checkpoint
     compiled = Trainer(shape, config.pretraining.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
     rows = int(batch_size) if str(batch_size).isdigit() else 32
-    data = compiled.mesh.shape['data']
-    self._scorer = Scorer(compiled, -(-rows // data) * data, self._encoder.pad)
+    shards = batch_shards(compiled.mesh)
+    self._scorer = Scorer(compiled, -(-rows // shards) * shards, self._encoder.pad)
     params = self.model.parameters()
     self._state = compiled.init(prng.stream(0, 'evaluation'))._replace(
       params=jax.tree_util.tree_map_with_path(

@@ -9,9 +9,11 @@ import functools
 from collections.abc import Iterator
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from dsdm_jax.core.mesh import DATA, MODEL
+from dsdm_jax.core.mesh import BATCH, MODEL, batch_shards
+from dsdm_jax.lm import partition
 
 LANES = 128  # of a TPU register; the length must be a multiple of it
 _LARGEST_BLOCK = 512  # of queries and of keys: two blocks and the buffers of the backward pass fit into VMEM
@@ -34,7 +36,7 @@ def causal(q_BLHK: jax.Array, k_BLHK: jax.Array, v_BLHK: jax.Array, interpret: b
   """softmax(QKᵀ/√K) V, where each position sees itself and earlier ones; shape and dtype of `q_BLHK`.
 
   Args:
-    q_BLHK: L is a multiple of 128. A batch of one row is not partitioned: under `vmap(..., spmd_axis_name='data')` it
+    q_BLHK: L is a multiple of 128. A batch of one row is not partitioned: under `vmap(..., spmd_axis_name=BATCH)` it
       is one of the mapped rows.
     k_BLHK: may have fewer heads, a divisor of those of q.
     v_BLHK: shaped like k.
@@ -42,7 +44,9 @@ def causal(q_BLHK: jax.Array, k_BLHK: jax.Array, v_BLHK: jax.Array, interpret: b
   """
   mesh = jax.sharding.get_abstract_mesh()
   batch, heads = q_BLHK.shape[0], k_BLHK.shape[2]
-  rows = DATA if batch > 1 and batch % mesh.shape[DATA] == 0 else None
+  if mesh.manual_axes:  # inside `shard_map`: these are one device's rows and heads
+    return _local(q_BLHK, k_BLHK, v_BLHK, interpret)
+  rows = BATCH if batch > 1 and batch % batch_shards(mesh) == 0 else None
   spec = PartitionSpec(rows, None, MODEL if heads % mesh.shape[MODEL] == 0 else None)
   local = functools.partial(_local, interpret=interpret)
   # The kernel does not declare which mesh axes its outputs vary over, so that is not checked.
@@ -59,6 +63,16 @@ def _local(q_BLHK: jax.Array, k_BLHK: jax.Array, v_BLHK: jax.Array, interpret: b
   side = next(b for b in (_LARGEST_BLOCK, 384, 256, LANES) if length % b == 0)
   sizes = splash.BlockSizes(block_q=side, block_kv=side, block_q_dkv=side, block_kv_dkv=side, use_fused_bwd_kernel=True)
   mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
-  kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-  q_BHLK, k_BHLK, v_BHLK = (x.swapaxes(1, 2) for x in (q_BLHK * head_size**-0.5, k_BLHK, v_BLHK))
+  # The backward pass of a scan reads q, k, v, the output and the logsumexp as the kernel takes and makes them.
+  kernel = splash.make_splash_mha(
+    mask,
+    block_sizes=sizes,
+    head_shards=1,
+    q_seq_shards=1,
+    residual_checkpoint_name=partition.SAVED,
+    interpret=interpret,
+  )
+  q_BHLK, k_BHLK, v_BHLK = (
+    checkpoint_name(x.swapaxes(1, 2), partition.SAVED) for x in (q_BLHK * head_size**-0.5, k_BLHK, v_BLHK)
+  )
   return jax.vmap(kernel)(q_BHLK, k_BHLK, v_BHLK).swapaxes(1, 2)

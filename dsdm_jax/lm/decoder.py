@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -258,9 +259,20 @@ class Decoder(nnx.Module):
     graphdef, state = nnx.split(block)
 
     def step(state: nnx.State, x_BLD: jax.Array) -> jax.Array:
-      return partition.batch_here(nnx.merge(graphdef, partition.weights_here(state))(x_BLD))
+      return partition.batch_here(nnx.merge(graphdef, partition.weights_here(state, self.dtype))(x_BLD))
 
+    # A scan already prevents common-subexpression elimination, which would otherwise undo the remat.
     if self.remat:
-      # A scan already prevents common-subexpression elimination, which would otherwise undo the remat.
       step = jax.checkpoint(step, prevent_cse=not self.scan)
+    elif self.scan:  # else XLA recomputes inside its fusions what is cheap
+      step = jax.checkpoint(step, prevent_cse=False, policy=_saved)
     return step, state
+
+
+def _saved(primitive: Any, *_: Any, **parameters: Any) -> bool:
+  """Whether a scan without remat saves a result for the backward pass: of products, attention kernels and gathers.
+
+  Norms and activation functions are computed again: they take less time than the HBM traffic of their intermediate
+  results, of which some are in float32.
+  """
+  return primitive.name == 'dot_general' or parameters.get('name') == partition.SAVED

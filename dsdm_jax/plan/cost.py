@@ -1,7 +1,7 @@
 """A roofline of compiled programs: seconds, bytes and money on chips, without any measurement.
 
-A step takes at least the longest of compute, HBM traffic and communication, if all three overlap perfectly, and at most
-their sum, if nothing overlaps. Estimates are the range between these two.
+A step takes at least the longest of compute, HBM traffic and communication over links and between slices, if all of
+them overlap perfectly, and at most their sum, if nothing overlaps. Estimates are the range between these two.
 """
 
 import dataclasses
@@ -46,13 +46,15 @@ class Seconds:
   compute: float
   hbm: float
   link: float
+  network: float
   low: float
   high: float
 
   @property
   def bound(self) -> str:
     """The resource that takes longest."""
-    return max(('compute', self.compute), ('HBM', self.hbm), ('links', self.link), key=lambda x: x[1])[0]
+    times = {'compute': self.compute, 'HBM': self.hbm, 'links': self.link, 'network': self.network}
+    return max(times, key=lambda name: times[name])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Estimate:
   least_flop_per_run: float
   hbm_bytes_per_run: float
   link_bytes_per_run: float
+  network_bytes_per_run: float
   seconds_per_run: list[float]
   bound: str
   mfu: list[float]
@@ -128,7 +131,9 @@ def seconds(flop: float, passes: int, program: hlo.Program, chip: Chip) -> Secon
   """
   compute, hbm = flop * passes / chip.peak_flops, program.hbm_bytes / chip.hbm_bandwidth
   link, ring = program.link_bytes / chip.link_bandwidth, program.link_bytes / chip.ring_bandwidth
-  return Seconds(compute, hbm, link, max(compute, hbm, link), compute + hbm + ring)
+  network = program.network_bytes / chip.network_bandwidth if program.network_bytes else 0.0
+  low = max(compute, hbm, link, network)
+  return Seconds(compute, hbm, link, network, low, compute + hbm + ring + network)
 
 
 def fits(compiled: Compiled, chip: Chip) -> bool:
@@ -166,7 +171,9 @@ def largest(parts: int, memory: float, room: float, memory_of: Callable[[int], f
   return low
 
 
-def estimate(work: Work, compiler: Compiler, chip: Chip, chips: int, share: int, calibration: float) -> Estimate:
+def estimate(
+  work: Work, compiler: Compiler, chip: Chip, chips: int, share: int, calibration: float, slices: int = 1
+) -> Estimate:
   """Compiles `work` and models it.
 
   Args:
@@ -174,8 +181,9 @@ def estimate(work: Work, compiler: Compiler, chip: Chip, chips: int, share: int,
     compiler: for the slice.
     chip: kind of chip.
     chips: number of chips.
-    share: devices that share a batch (mesh.data).
+    share: devices that share a batch.
     calibration: measured seconds per modelled second.
+    slices: number of slices.
 
   Raises:
     UserError: the devices do not divide the batch.
@@ -194,7 +202,7 @@ def estimate(work: Work, compiler: Compiler, chip: Chip, chips: int, share: int,
       chip.hbm_bytes,
       lambda rows: _needed_bytes(compiler(work, rows * share), chip),
     )
-  program = hlo.analyse(compiled.text)
+  program = hlo.analyse(compiled.text, slices)
   flop = work.flop()
   time = seconds(flop / chips, work.passes, program, chip)
   ends = [time.low * calibration, time.high * calibration] if does_fit else []
@@ -215,6 +223,7 @@ def estimate(work: Work, compiler: Compiler, chip: Chip, chips: int, share: int,
     least_flop_per_run=work.least_flop,
     hbm_bytes_per_run=program.hbm_bytes,
     link_bytes_per_run=program.link_bytes,
+    network_bytes_per_run=program.network_bytes,
     seconds_per_run=ends,
     bound=time.bound,
     mfu=[least / s for s in reversed(ends)],

@@ -9,17 +9,22 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 _BITS = {'pred': 8, 's4': 4, 'u4': 4, 'bf16': 16, 'token': 0, 'opaque': 0}
 _COMPUTATION = re.compile(r'^(?:ENTRY )?%?([^\s(]+) \(.*\{\s*$')
 _BEGIN = re.compile(r'^\s+(?:ROOT )?%?[\w.\-]+ = ')  # of an instruction
 _END = re.compile(r'^\}(?:, execution_thread="[^"]*")?\s*$')  # of a computation
 _ARRAY = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
 _NAME = re.compile(r'%([\w.\-]+)')
-_GROUP_FORMS = (
-  re.compile(r'replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}'),  # axes by name
-  re.compile(r'replica_groups=\[(\d+),(\d+)\]'),  # groups × members
-  re.compile(r'replica_groups=\{\{([\d,]*)\}'),  # lists
-)
+# Axes by name, of a mesh of all devices in their order or in that of a transposed grid.
+_MESH_GROUP = re.compile(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? ?\{([^}]*)\}')
+_AXIS = re.compile(
+  r"'(\w+)'(?::\((\d+)\)(\d+))?"
+)  # 'a', or a part of it: 'a':(2)4, where 2 is the size of what is before
+# Groups × members of a grid of devices that may be transposed.
+_GRID_GROUP = re.compile(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
+_LIST_GROUP = re.compile(r'replica_groups=\{\{([\d,]*)\}')
 _ALL = 'replica_groups={}'  # one group of all devices
 _DEVICES = re.compile(r'\b(?:num_partitions|replica_count)=(\d+)')
 _CHAIN = re.compile(r'chain_id="(\d+)"')
@@ -46,16 +51,28 @@ class Instruction:
 
 
 Computation = dict[str, Instruction]
+_Kind = tuple[str, int, int]  # operation, members and slices of a collective
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One kind of collective: a chip receives `bytes` in total over `count` runs of it in one run of the program."""
+  """One kind of collective: what a chip receives in total over `count` runs of it in one run of the program.
+
+  Attributes:
+    operation: in HLO.
+    members: of a group.
+    slices: that a group spans.
+    count: in one run of the program.
+    bytes: over the links within a slice.
+    network_bytes: over the network between slices.
+  """
 
   operation: str
   members: int
+  slices: int
   count: int
   bytes: float
+  network_bytes: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +95,26 @@ class Program:
   def link_bytes(self) -> float:
     return sum(c.bytes for c in self.collectives)
 
+  @property
+  def network_bytes(self) -> float:
+    return sum(c.network_bytes for c in self.collectives)
 
-def analyse(text: str) -> Program:
-  """Analyses a program from its entry; an empty text is a program without instructions."""
+
+def analyse(text: str, slices: int = 1) -> Program:
+  """Analyses a program from its entry; an empty text is a program without instructions.
+
+  Args:
+    text: of the program.
+    slices: that it runs on; the first device of a slice follows the last one of the slice before.
+  """
   if not text:
     return Program((), 0.0, 0, 0)
-  devices = math.prod(int(count) for count in _DEVICES.findall(text.partition('\n')[0]))
-  return _Walk(parse(text), devices).program()
+  return _Walk(parse(text), devices(text), slices).program()
+
+
+def devices(text: str) -> int:
+  """Number of devices that a program runs on."""
+  return math.prod(int(count) for count in _DEVICES.findall(text.partition('\n')[0]))
 
 
 def parse(text: str) -> dict[str, Computation]:
@@ -178,29 +208,43 @@ def _attribute(instruction: Instruction, key: str) -> str:
   return match[1] if match else ''
 
 
-def members(attributes: str, devices: int) -> int:
-  """Group size of a collective in a program on `devices` devices; 0 if the text does not contain it."""
+def group(attributes: str, devices: int) -> list[int]:
+  """The first group of a collective in a program on `devices` devices; empty if the text does not contain it."""
   if _ALL in attributes:
-    return devices
-  if match := _GROUP_FORMS[0].search(attributes):
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
-  if match := _GROUP_FORMS[1].search(attributes):
-    return int(match[2])
-  if match := _GROUP_FORMS[2].search(attributes):
-    return len(match[1].split(','))
-  return 0
+    return list(range(devices))
+  if match := _MESH_GROUP.search(attributes):
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+    found, names = [0], list(sizes)
+    for name, before, size in _AXIS.findall(match[4]):
+      count = int(size or sizes[name])
+      behind = math.prod(sizes[other] for other in names[names.index(name) + 1 :])
+      step = behind * sizes[name] // (int(before or 1) * count)
+      found = [first + step * position for first in found for position in range(count)]
+    order = _grid(match[2], match[3]) if match[2] else range(math.prod(sizes.values()))
+    return sorted(int(order[place]) for place in found)
+  if match := _GRID_GROUP.search(attributes):
+    return _grid(match[3], match[4])[: int(match[2])].tolist()
+  if match := _LIST_GROUP.search(attributes):
+    return [int(device) for device in match[1].split(',')]
+  return []
+
+
+def _grid(shape: str, order: str | None) -> np.ndarray:
+  """Devices of '16,64' in the order of the transposition '1,0'."""
+  sizes = [int(n) for n in shape.split(',')]
+  axes = [int(n) for n in order.split(',')] if order else None
+  return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes).reshape(-1)
 
 
 class _Walk:
   """Sums over the computations that the entry reaches."""
 
-  def __init__(self, computations: dict[str, Computation], devices: int):
-    self._computations, self._devices = computations, devices
-    self._collectives_by_kind: dict[tuple[str, int], list[float]] = {}
+  def __init__(self, computations: dict[str, Computation], devices: int, slices: int = 1):
+    self._computations, self._devices, self._slices = computations, devices, slices
+    self._collectives_by_kind: dict[_Kind, list[float]] = {}
     # XLA may split a collective into parts that overlap with computation, also over the iterations of a loop. The text
     # of each part contains the whole: it counts as often as the part that runs least, the first or the last.
-    self._chains: dict[tuple[str, str], tuple[tuple[str, int], float, int]] = {}
+    self._chains: dict[tuple[str, str], tuple[_Kind, tuple[float, float], int]] = {}
     self._hbm_bytes, self._kernels, self._unknown = 0.0, 0, 0
 
   def program(self) -> Program:
@@ -208,8 +252,8 @@ class _Walk:
     for kind, received, times in self._chains.values():
       self._add(kind, received, times)
     collectives = tuple(
-      Collective(operation, group, int(count), received)
-      for (operation, group), (count, received) in sorted(self._collectives_by_kind.items())
+      Collective(*kind, int(count), received, over_network)
+      for kind, (count, received, over_network) in sorted(self._collectives_by_kind.items())
     )
     return Program(collectives, self._hbm_bytes, self._kernels, self._unknown)
 
@@ -245,26 +289,29 @@ class _Walk:
     operation = instruction.opcode.removesuffix('-start')
     if operation in COLLECTIVES:
       sent = sum(_values(computation[o].type) for o in instruction.operands if o in computation)
-      group = members(instruction.attributes, self._devices)
+      members = group(instruction.attributes, self._devices)
       if 'all-reduce-scatter' in name:
         operation = 'reduce-scatter'
+      spanned = 1 if self._slices == 1 else len({device * self._slices // self._devices for device in members})
+      kind, received = (operation, len(members), spanned), _received(operation, sent, len(members), spanned)
       if chain := _CHAIN.search(instruction.attributes):
         channel = re.search(r'channel_id=(\d+)', instruction.attributes)
         key = (chain[1], channel[1] if channel else instruction.name)
         known = self._chains.get(key)
         if known is None or times < known[2]:
-          self._chains[key] = ((operation, group), _received(operation, sent, group), times)
+          self._chains[key] = kind, received, times
         return
-      self._add((operation, group), _received(operation, sent, group), times)
+      self._add(kind, received, times)
     elif called := _attribute(instruction, 'calls'):
       inner = self._computations.get(called, {})
       for inside in inner.values():
         self._collectives(inner, inside, times, called)
 
-  def _add(self, kind: tuple[str, int], received: float, times: int) -> None:
-    entry = self._collectives_by_kind.setdefault(kind, [0, 0.0])
+  def _add(self, kind: _Kind, received: tuple[float, float], times: int) -> None:
+    entry = self._collectives_by_kind.setdefault(kind, [0, 0.0, 0.0])
     entry[0] += times
-    entry[1] += times * received
+    entry[1] += times * received[0]
+    entry[2] += times * received[1]
 
   def _bytes(self, computation: Computation, instruction: Instruction) -> float:
     opcode = instruction.opcode
@@ -341,13 +388,23 @@ class _Walk:
     return math.inf
 
 
-def _received(operation: str, sent: float, group: int) -> float:
-  """Bytes that one chip receives in a ring collective of `group` chips, each of which contributes `sent` bytes."""
-  share = (group - 1) / group if group else 1.0
+def _received(operation: str, sent: float, members: int, slices: int) -> tuple[float, float]:
+  """Bytes that one chip receives over links and over the network between slices, in rings.
+
+  Args:
+    operation: in HLO.
+    sent: bytes that each chip contributes.
+    members: chips of a group.
+    slices: that the group spans, as many chips in each. A sum over slices is one of the part that each chip has after a
+      sum within its slice.
+  """
+  inner = members // slices
+  share = (inner - 1) / inner if members else 1.0
+  others = slices - 1
   if operation == 'all-gather':
-    return sent * max(group - 1, 0)
+    return sent * slices * max(inner - 1, 0), sent * others
   if operation == 'all-reduce':
-    return 2 * sent * share
+    return 2 * sent * share, 2 * sent / max(inner, 1) * others / slices
   if operation in ('collective-permute', 'collective-broadcast'):
-    return sent
-  return sent * share
+    return (0.0, sent) if others else (sent, 0.0)
+  return sent * share, sent / max(inner, 1) * others / slices

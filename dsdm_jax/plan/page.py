@@ -41,10 +41,11 @@ def in_hours(plan: Mapping[str, Any]) -> list[str]:
 
 
 def _head(plan: Mapping[str, Any]) -> str:
-  mesh, each = plan['mesh'], plan['config']['proxies.checkpoints']
+  mesh, each = ' × '.join(map(str, plan['mesh'].values())), plan['config']['proxies.checkpoints']
+  slices = f'{plan["slices"]} slices of ' if plan['slices'] > 1 else ''
   proxies = f'{plan["config"]["proxies.count"]} proxies' + (f' at {each} checkpoints' if each > 1 else '')
   return (
-    f'{plan["topology"]}: {plan["chips"]} chips ({plan["accelerator_type"]}), mesh {mesh["data"]} × {mesh["model"]}; '
+    f'{plan["topology"]}: {plan["chips"]} chips ({slices}{plan["accelerator_type"]}), mesh {mesh}; '
     f'{plan["rows"]:,} rows of {plan["config"]["pool.length"]:,} tokens, J = {plan["dimension"]:,}, '
     f'{proxies}, {plan["final_runs"]} final models'
   )
@@ -67,9 +68,14 @@ def _communication(plan: Mapping[str, Any]) -> list[str]:
   """One line for each stage about the collectives of a step."""
   lines = []
   for s in (s for s in plan['stages'] if s['fits']):
-    sent = ', '.join(f'{c["count"]} × {c["operation"]} {c["bytes"] / 1e6:.1f} MB' for c in s['collectives'])
+    sent = ', '.join(f'{c["count"]} × {c["operation"]} {_bytes(c)}' for c in s['collectives'])
     lines.append(f'{s["stage"]} communicates per step: {sent or "nothing"}')
   return lines
+
+
+def _bytes(collective: Mapping[str, Any]) -> str:
+  over = f' and {collective["network_bytes"] / 1e6:.1f} MB between slices' if collective['slices'] > 1 else ''
+  return f'{collective["bytes"] / 1e6:.1f} MB{over}'
 
 
 def _uncounted(stages: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -18,7 +18,7 @@ from dsdm_jax.plan import cost, page, programs, topology
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
-  """Prints the plan for `plan.topology` and writes it to `plan_<topology>.json` in `workdir` (default: current folder).
+  """Prints the plan and writes it to `plan_<topology>.json` in `workdir` (default: current folder).
 
   Raises:
     UserError: the config is invalid, the topology is unknown, or the mesh does not divide a batch.
@@ -26,7 +26,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
   folder = storage.check_folder(workdir or '.', '--workdir')
   validate(config)
   plan = make(resolve(hub.localized(config, data=False), hugging_face.model_keys))
-  name = f'plan_{config.plan.topology.replace(":", "_")}.json'
+  slices = f'_{config.plan.slices}_slices' if config.plan.slices > 1 else ''
+  name = f'plan_{config.plan.topology.replace(":", "_")}{slices}.json'
   folder.mkdir(parents=True, exist_ok=True)
   storage.write_text(folder / name, json.dumps(plan, indent=2) + '\n')
   print(visible_lines(page.text(plan)))
@@ -35,33 +36,35 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
 
 def make(config: ConfigDict) -> dict[str, Any]:
   """The plan of a valid, resolved config for JSON; `stages` are `cost.Estimate`s, empty without libtpu."""
-  chips, kind = topology.chips(config.plan.topology), topology.chip(config.plan.topology)
+  slices, kind = config.plan.slices, topology.chip(config.plan.topology)
+  chips = topology.chips(config.plan.topology) * slices
   count = chips * kind.devices
   calibration = _calibration(config.plan.calibration, kind.name)
   check_devices(config, count)
   check_callables(config)
   with jax.default_device(jax.devices('cpu')[0]):  # nothing runs; the few arrays, such as keys, are on the CPU
     compiled = topology.available()
-    devices = topology.devices(config.plan.topology) if compiled else jax.devices('cpu')[:1]
+    devices = topology.devices(config.plan.topology, slices) if compiled else jax.devices('cpu')[:1]
     mesh_config = config.mesh.copy_and_resolve_references()
     if not compiled:
       with mesh_config.unlocked():
-        mesh_config.update({'data': 1, 'model': 1})
+        mesh_config.update({'replicas': 1, 'data': 1, 'model': 1})
     mesh = make_mesh(mesh_config, devices)
     works = programs.works(config, mesh)
-    share = count // config.mesh.model
+    share, replicas = count // config.mesh.model, config.mesh.replicas or slices
     estimates, compiler = [], cost.Compiler()
     for work in works if compiled else ():
       print(visible(f'plan: compiling {work.stage}'), flush=True)
       factor = calibration.get(_measured_as(work.stage, config), 1.0)
-      estimates.append(cost.estimate(work, compiler, kind.device, count, share, factor))
+      estimates.append(cost.estimate(work, compiler, kind.device, count, share, factor, slices))
     j = programs.dimension(config, mesh)
     flop = {work.stage: work.flop() * work.runs for work in works}
   return {
     'topology': config.plan.topology,
+    'slices': slices,
     'chips': chips,
-    'accelerator_type': kind.accelerator_type(chips),
-    'mesh': {'data': share, 'model': config.mesh.model},
+    'accelerator_type': kind.accelerator_type(chips // slices),
+    'mesh': {'replica': replicas, 'data': share // replicas, 'model': config.mesh.model},
     'rows': programs.rows(config),
     'dimension': j,
     'store_bytes': programs.stored_bytes(config, j),

@@ -24,7 +24,7 @@ from dsdm_jax.attribution.quantization import column_blocks
 from dsdm_jax.attribution.solve import by_layers
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops
-from dsdm_jax.core.mesh import DATA, batch_sharding
+from dsdm_jax.core.mesh import batch_sharding, batch_shards
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm import attention
 from dsdm_jax.lm.decoder import Decoder
@@ -268,7 +268,7 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
   dtype = jnp.bfloat16 if features.store_dtype == 'bfloat16' else jnp.float32
   add_shard = datamodel._partial_gram(columns, mesh)
   sampled = min(features.gram_rows or rows(config), rows(config)) if features.mode == 'jvp' else rows(config)
-  shard = -(-shard // mesh.shape[DATA]) * mesh.shape[DATA]  # padded as in the stage
+  shard = -(-shard // batch_shards(mesh)) * batch_shards(mesh)  # padded as in the stage
 
   def gram(batch: int) -> tuple[Any, Arguments]:
     return jax.jit(add_shard), (_shape(mesh, dtype, batch, j),)

@@ -1,7 +1,8 @@
 """TPU chips and slices to plan for; libtpu compiles for them on any machine.
 
 The figures of the chips are from cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x (read in 2026). Those pages
-give the link bandwidth of both directions together; here it is what a chip can receive, half of that.
+give the link bandwidth of both directions together; here it is what a chip can receive, half of that. The bandwidth of
+the data-center network is per chip, or that of a pod divided by its chips.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ class Chip:
     hbm_bytes: size of the HBM.
     hbm_bandwidth: bytes/s.
     link_bandwidth: bytes/s that the chip receives over all ports.
+    network_bandwidth: bytes/s that the chip receives from other slices; 0 if Google does not publish it.
     torus_axes: of the interconnect.
     accelerator: name for gcloud.
     cores_counted: gcloud's count for one chip.
@@ -38,6 +40,7 @@ class Chip:
   hbm_bytes: float
   hbm_bandwidth: float
   link_bandwidth: float
+  network_bandwidth: float
   torus_axes: int
   accelerator: str
   cores_counted: int = 1
@@ -52,6 +55,7 @@ class Chip:
       hbm_bytes=self.hbm_bytes / self.devices,
       hbm_bandwidth=self.hbm_bandwidth / self.devices,
       link_bandwidth=self.link_bandwidth / self.devices,
+      network_bandwidth=self.network_bandwidth / self.devices,
       devices=1,
     )
 
@@ -68,11 +72,11 @@ class Chip:
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip('v4', 275e12, 32e9, 1_200e9, 300e9, 3, 'v4', cores_counted=2, devices=2),
-    Chip('v5e', 197e12, 16e9, 819e9, 200e9, 2, 'v5litepod'),
-    Chip('v5p', 459e12, 95e9, 2_765e9, 600e9, 3, 'v5p', cores_counted=2),
-    Chip('v6e', 918e12, 32e9, 1_600e9, 400e9, 2, 'v6e'),
-    Chip('tpu7x', 2_307e12, 192e9, 7_380e9, 600e9, 3, 'tpu7x', devices=2),
+    Chip('v4', 275e12, 32e9, 1_200e9, 300e9, 0.0, 3, 'v4', cores_counted=2, devices=2),
+    Chip('v5e', 197e12, 16e9, 819e9, 200e9, 3.125e9, 2, 'v5litepod'),
+    Chip('v5p', 459e12, 95e9, 2_765e9, 600e9, 6.25e9, 3, 'v5p', cores_counted=2),
+    Chip('v6e', 918e12, 32e9, 1_600e9, 400e9, 12.5e9, 2, 'v6e'),
+    Chip('tpu7x', 2_307e12, 192e9, 7_380e9, 600e9, 12.5e9, 3, 'tpu7x', devices=2),
   )
 }
 
@@ -107,27 +111,32 @@ def chips(topology: str) -> int:
   return math.prod(int(n) for n in topology.partition(':')[2].split('x'))
 
 
-def devices(topology: str) -> list[jax.Device]:
-  """The devices of a slice to compile for; no array can be placed on them.
+def devices(topology: str, slices: int = 1) -> list[jax.Device]:
+  """The devices of some slices to compile for; no array can be placed on them.
 
   Raises:
-    UserError: libtpu does not support the topology.
+    UserError: libtpu does not support the topology, or the network between slices of that chip is not known.
   """
   from jax.experimental import topologies
 
   count = chips(topology)
-  expected = count * chip(topology).devices
+  if slices > 1 and not chip(topology).network_bandwidth:
+    raise UserError(
+      f'config key plan.slices = {slices} with plan.topology = {topology!r}: Google does not publish the bandwidth of '
+      'the network between slices of this chip; set --config.plan.slices=1, or another chip'
+    )
+  expected = count * chip(topology).devices * slices
   # libtpu takes a host to have 2 × 2 chips, unless the slice is a single chip.
   host = {'chips_per_host_bounds': (1, 1, 1)} if count == 1 else {}
   os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
   with held_stderr():  # libtpu reports that there is no TPU
     try:
-      devices = topologies.get_topology_desc(platform='tpu', topology_name=topology, **host).devices
+      devices = topologies.get_topology_desc(platform='tpu', topology_name=topology, num_slices=slices, **host).devices
     except Exception as error:  # libtpu raises various exceptions for an unknown name
       reason = ' '.join(str(error).split())[:160]
       raise UserError(
         f'config key plan.topology = {topology!r} is unknown to libtpu ({reason}); use an existing slice'
       ) from error
   if len(devices) != expected:
-    raise ValueError(f'{topology} has {expected} devices and libtpu gives {len(devices)}')
+    raise ValueError(f'{slices} × {topology} has {expected} devices and libtpu gives {len(devices)}')
   return devices

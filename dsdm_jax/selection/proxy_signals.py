@@ -18,7 +18,7 @@ from dsdm_jax.attribution.second_moment import adam_state
 from dsdm_jax.attribution.sources import ahead
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops, prng
-from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.core.mesh import one_device
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.batches import row_range_batches
 from dsdm_jax.data.pool.pool import Pool
@@ -44,7 +44,7 @@ class Proxies:
     self._context, self._pool = context, pool
     self._config, self._proxies = context.config, context.inputs['proxies']
     # Always one device, for the same reason as _TOKENS.
-    self._mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
+    self._mesh = one_device()
     self._trainer = self._trainer_of(self._config.proxies.train)
     self._batch = max(1, _TOKENS // pool.length)
     self._tuners: dict[float, Trainer] = {}

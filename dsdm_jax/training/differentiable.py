@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dsdm_jax.core import flops, prng
-from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.core.mesh import one_device
 from dsdm_jax.data.order.batches import token_weights
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm.outputs import OutputFn, log_likelihood
@@ -52,7 +52,7 @@ class ScannedTraining:
     seed: int,
     weights_NL: np.ndarray | None = None,
   ):
-    mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
+    mesh = one_device()
     self.trainer: Trainer = trainer(model, train, vocab_size, tokens_NL.shape[1], mesh)
     self.rows = len(tokens_NL)
     self.batch_size = train.batch_size

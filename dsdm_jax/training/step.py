@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops
-from dsdm_jax.core.mesh import batch_sharding, place, replicated
+from dsdm_jax.core.mesh import BATCH, MODEL, batch_sharding, place, replicated
 from dsdm_jax.lm import attention_tpu, hugging_face, partition, products
 from dsdm_jax.lm.outputs import token_log_probability
 from dsdm_jax.training import optimizer
@@ -112,19 +112,21 @@ class Trainer:
 
   def logits(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array) -> jax.Array:
     """The model's forward pass: logits_BLV; pure."""
+    if partition.is_on_device():
+      return self._forward(params, rest, tokens_BL)
     with partition.over(self.mesh), attention_tpu.on_mesh(self.mesh):
-      return nnx.merge(self.graphdef, self._gathered(params), rest)(tokens_BL)
+      return self._forward(params, rest, tokens_BL)
 
-  def _gathered(self, params: nnx.State) -> nnx.State:
-    """Gathers weights over `data`, except those that the model gathers where it uses them."""
-    if self.mesh.size == 1:
-      return params
-    own = self._own
+  def _forward(self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array) -> jax.Array:
+    """Gathers weights, except those that the model gathers where it uses them."""
+    own, others = self._by_place(params)
+    return nnx.merge(self.graphdef, nnx.merge_state(own, partition.weights_here(others)), rest)(tokens_BL)
 
-    def gather(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-      return x if own and own.match(partition.path_name(path)) else partition.gathered_leaf(path, x, self.mesh)
-
-    return jax.tree_util.tree_map_with_path(gather, params)
+  def _by_place(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """The weights that the model gathers where it uses them, and all others."""
+    return nnx.split_state(
+      params, lambda path, _: self._own is not None and bool(self._own.match('/'.join(map(str, path)))), ...
+    )
 
   def apply(
     self, state: TrainState, tokens_BL: jax.Array, weight: jax.Array, steps: jax.Array
@@ -142,26 +144,64 @@ class Trainer:
   def _gradient(
     self, state: TrainState, tokens_BL: jax.Array, weight: jax.Array
   ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], nnx.State]:
-    """((loss, metrics), its gradient), of the whole batch or accumulated over microbatches."""
-    count = self._config.microbatches
+    """((loss, metrics), its gradient), of the whole batch or accumulated over microbatches.
+
+    Where the devices split nothing but the batch and weights, each computes the gradient of its rows in `shard_map`, so
+    that what is sent is explicit: weights are gathered within a replica, and sums of gradients are scattered within a
+    replica and then added over replicas. With tensor parallelism, XLA partitions the whole computation.
+    """
+    batch = len(tokens_BL)
 
     def loss_fn(params: nnx.State, tokens_BL: jax.Array, weight: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
       with products.in_training():
-        return self._loss(params, state.rest, tokens_BL, weight, tokens_BL.shape[0] * count)
+        return self._loss(params, state.rest, tokens_BL, weight, batch)
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if self.mesh.size == 1 or self.mesh.shape[MODEL] > 1:
+      scalars, grads = self._accumulated(gradient, state.params, tokens_BL, weight)
+      return scalars, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+    specs = {
+      partition.path_name(path): sharding.spec
+      for path, sharding in jax.tree_util.tree_leaves_with_path(self.shardings.params)
+    }
+
+    def of_device(params: nnx.State, tokens_BL: jax.Array, weight: jax.Array) -> Any:
+      parts = self._config.microbatches > 1
+      if parts:  # gather weights once for all parts
+        with partition.on_device(specs):
+          own, others = self._by_place(params)
+          own = partition.weights_here(own, self._model_config.compute_dtype)
+          params = nnx.merge_state(own, partition.weights_here(others))
+      with partition.on_device({} if parts else specs):
+        scalars, grads = self._accumulated(gradient, params, tokens_BL, weight)
+      grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+      return jax.lax.psum(scalars, BATCH), partition.summed(grads, specs, whole=parts)
+
+    split = jax.tree.map(lambda sharding: sharding.spec, self.shardings.params)
+    mapped = jax.shard_map(
+      of_device,
+      mesh=self.mesh,
+      in_specs=(split, PartitionSpec(BATCH), PartitionSpec(BATCH)),
+      out_specs=(PartitionSpec(), split),
+      check_vma=False,
+    )
+    return mapped(state.params, tokens_BL, weight)
+
+  def _accumulated(self, gradient: Any, params: nnx.State, tokens_BL: jax.Array, weight: jax.Array) -> Any:
+    """`gradient` of all microbatches, added in float32."""
+    count = self._config.microbatches
     if count == 1:
-      return gradient(state.params, tokens_BL, weight)
+      return gradient(params, tokens_BL, weight)
 
     # A part has every count-th row, so that each device has the rows of all its parts.
     parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), (tokens_BL, weight))
 
     def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-      return jax.tree.map(jnp.add, total, gradient(state.params, *part)), None
+      return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, gradient(params, *part)), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(gradient, state.params, *first)
-    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)[0]
+    shapes = jax.eval_shape(gradient, params, *first)
+    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes), parts)[0]
 
   def _loss(
     self, params: nnx.State, rest: nnx.State, tokens_BL: jax.Array, weight: jax.Array, batch: int

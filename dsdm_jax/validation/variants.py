@@ -24,7 +24,7 @@ from dsdm_jax.attribution.quantization import Blocks, column_blocks
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.attribution.sources import RowSource, unit_rows
 from dsdm_jax.core import prng
-from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.core.mesh import one_device
 from dsdm_jax.data.targets.targets import text_mask
 from dsdm_jax.lm.outputs import counted_mean, token_log_probability
 from dsdm_jax.training.differentiable import ScannedTraining
@@ -210,7 +210,7 @@ class Scorer:
     weights_NL: np.ndarray | None = None,
   ):
     self._config, self._proxies, self._vocab_size = config, proxies, vocab_size
-    self._mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
+    self._mesh = one_device()
     weights_NL = np.ones(tokens_NL.shape, np.float32) if weights_NL is None else np.array(weights_NL)
     weights_NL[:, 0] = 0.0
     self._tokens = np.concatenate([tokens_NL, tokens_TL]).astype(np.int32)

@@ -9,7 +9,7 @@ from configs import base
 from dsdm_jax.attribution import probes, rademacher
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
 from dsdm_jax.core import flops
-from dsdm_jax.core.mesh import DATA, make_mesh
+from dsdm_jax.core.mesh import batch_sharding, make_mesh
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm import outputs
 from dsdm_jax.lm.partition import path_name
@@ -103,7 +103,7 @@ def test_same_features_on_any_mesh(kind, data, model, plain_problem, one_device)
   config = base.get_config().mesh
   config.data, config.model = data, model
   one, split = features(one_device), features(make_mesh(config, jax.devices()[: data * model]))
-  assert split.sharding.spec[0] == DATA
+  assert split.sharding.spec[0] == batch_sharding(split.sharding.mesh).spec[0]
   assert len(split.sharding.device_set) == data * model
   for row in range(BATCH):
     assert _relative(split[row], one[row]) < 1e-5

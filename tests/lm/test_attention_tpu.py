@@ -7,7 +7,7 @@ import pytest
 
 from configs import base
 from dsdm_jax.core import prng
-from dsdm_jax.core.mesh import DATA, batch_sharding, make_mesh
+from dsdm_jax.core.mesh import BATCH, batch_sharding, make_mesh
 from dsdm_jax.lm import attention_tpu
 
 
@@ -56,7 +56,7 @@ def test_gradients_of_each_example_under_vmap(mesh):
 
   def gradients(q, k, v):
     with attention_tpu.on_mesh(mesh):
-      return jax.vmap(jax.grad(lambda *x: output(kernel, *x)), spmd_axis_name=DATA)(q, k, v)
+      return jax.vmap(jax.grad(lambda *x: output(kernel, *x)), spmd_axis_name=BATCH)(q, k, v)
 
   batch = batch_sharding(mesh)
   found = jax.jit(gradients, in_shardings=batch, out_shardings=batch)(*jax.device_put(inputs, batch))

@@ -62,8 +62,8 @@ def test_loop_bodies_count_as_often_as_they_run():
   found = hlo.analyse(PROGRAM)
   weights, row, sums = 64 * 128 * 4, 8 * 128 * 4, 12 * 8 * 128 * 4
   assert found.collectives == (
-    hlo.Collective('all-gather', 4, 12, 12 * 3 * weights),
-    hlo.Collective('all-reduce', 4, 1, 2 * sums * 3 / 4),
+    hlo.Collective('all-gather', 4, 1, 12, 12 * 3 * weights, 0),
+    hlo.Collective('all-reduce', 4, 1, 1, 2 * sums * 3 / 4, 0),
   )
   assert found.kernels == 12
   assert found.unknown_trips == 0
@@ -116,18 +116,40 @@ def test_bytes_of_types(type_, values, padded):
 
 
 @pytest.mark.parametrize(
-  ('text', 'count'),
+  ('text', 'members'),
   [
-    ("replica_groups=mesh['axis_0'=16,'axis_1'=4] {'axis_0'}", 16),
-    ("replica_groups=mesh['axis_0'=16,'axis_1'=4] {'axis_0','axis_1'}", 64),
-    ('replica_groups=[2,4]<=[8]', 4),
-    ('replica_groups={{0,2},{1,3}}', 2),
-    ('replica_groups={}, dimensions={0}', 8),
-    ('source_target_pairs={{0,1},{1,0}}', 0),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a'}", [0, 2, 4, 6]),
+    ("replica_groups=mesh['a'=4,'b'=2] {'b'}", [0, 1]),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}", list(range(8))),
+    ("replica_groups=mesh['a'=8] {'a':(1)2}", [0, 4]),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a':(2)2,'b'}", [0, 1, 2, 3]),
+    ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}", [0, 1, 2, 3]),
+    ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'a','c'}", [0, 4]),
+    ('replica_groups=[2,4]<=[8]', [0, 1, 2, 3]),
+    ('replica_groups=[4,2]<=[2,4]T(1,0), use_global_device_ids=true', [0, 4]),
+    ('replica_groups={{0,2},{1,3}}', [0, 2]),
+    ('replica_groups={}, dimensions={0}', list(range(8))),
+    ('source_target_pairs={{0,1},{1,0}}', []),
   ],
 )
-def test_members_of_a_group(text, count):
-  assert hlo.members(text, 8) == count
+def test_members_of_a_group(text, members):
+  assert hlo.group(text, 8) == members
+
+
+def test_what_crosses_slices_goes_over_the_network():
+  """Eight chips in two slices: a gather within a slice, and a sum of the same array over all chips."""
+  text = PROGRAM.replace('is_scheduled=true', 'is_scheduled=true, num_partitions=8')
+  text = text.replace("replica_groups=mesh['data'=4,'model'=2] {'data'}", 'replica_groups={}')
+  weights, sums = 64 * 128 * 4, 12 * 8 * 128 * 4
+  program = hlo.analyse(text, slices=2)
+  assert program.collectives == (
+    hlo.Collective('all-gather', 4, 1, 12, 12 * 3 * weights, 0),
+    # A chip receives three quarters twice, to and from the sum of its slice, and the other slice's sum of its quarter.
+    hlo.Collective('all-reduce', 8, 2, 1, 2 * sums * 3 / 4, 2 * sums / 4 / 2),
+  )
+  assert program.network_bytes == sums / 4
+  gathered = hlo.analyse(text.replace('{{0,1,2,3}}', '{{0,1,4,5}}'), slices=2).collectives[0]
+  assert (gathered.slices, gathered.bytes, gathered.network_bytes) == (2, 12 * 2 * weights, 12 * weights)
 
 
 @pytest.fixture(scope='module')

@@ -150,13 +150,14 @@ def test_row_of_weight_zero_is_left_out_and_others_keep_their_weight():
   assert first[0]['loss'] == pytest.approx(sum(losses) - losses[2], rel=1e-5)  # divided by B, not by the weights' sum
 
 
-def test_eight_devices_train_as_one():
+@pytest.mark.parametrize(('shape', 'microbatches'), [((1, 2, 4), 1), ((2, 2, 2), 2)])
+def test_eight_devices_train_as_one(shape, microbatches):
   tokens = batches(5)
   one = make_trainer(1)
   config = base.get_config()
   config.model.update({'layers': 1, 'width': 16, 'heads': 2, 'kv_heads': 2, 'mlp_width': 32})
-  config.mesh.data, config.mesh.model = 2, 4
-  config.pretraining.train.batch_size = BATCH
+  config.mesh.replicas, config.mesh.data, config.mesh.model = shape
+  config.pretraining.train.update({'batch_size': BATCH, 'microbatches': microbatches})
   many = Trainer(config.model, config.pretraining.train, VOCAB, LENGTH, mesh.make_mesh(config.mesh))
   shardings = [s.spec for s in jax.tree.leaves(many.shardings.params)]
   assert any(any(spec) for spec in shardings), 'some weights are split'

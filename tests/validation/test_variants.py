@@ -6,11 +6,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from ml_collections import ConfigDict
 
 from configs import base
 from dsdm_jax.core import prng
-from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.core.mesh import one_device
 from dsdm_jax.training.step import trainer
 from dsdm_jax.validation.variants import REFERENCE, Kind, Proxy, ProxyPool, Scorer, Variant
 
@@ -21,7 +20,7 @@ def test_embeddings_ignore_padding():
   config = base.get_config()
   config.proxies.model.update({'width': 16, 'mlp_width': 32, 'layers': 1, 'heads': 2, 'kv_heads': 2})
   config.features.batch_size = 4
-  mesh = make_mesh(ConfigDict({'data': 1, 'model': 1}), jax.local_devices()[:1])
+  mesh = one_device()
   compiled = trainer(config.proxies.model, config.proxies.train, VOCAB, LENGTH, mesh)
   state = compiled.init(prng.stream(0, 'init'))
   hidden = jax.jit(nnx.merge(compiled.graphdef, state.params, state.rest).hidden)

@@ -1,0 +1,56 @@
+"""Layout of the mesh: replicas within TPU slices, and one slice in the order of its devices."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from dsdm_jax.core import mesh
+from dsdm_jax.errors import UserError
+
+
+def config(replicas: int = 0, data: int = -1, model: int = 1):
+  wanted = base.get_config().mesh
+  wanted.update({'replicas': replicas, 'data': data, 'model': model})
+  return wanted
+
+
+@pytest.mark.parametrize(
+  ('keys', 'shape'), [((), (1, 8, 1)), ((0, 2, 4), (1, 2, 4)), ((2, -1, 2), (2, 2, 2)), ((8,), (8, 1, 1))]
+)
+def test_devices_without_slices_keep_their_order(keys, shape):
+  found = mesh.make_mesh(config(*keys))
+  assert found.devices.shape == shape
+  assert found.devices.flatten().tolist() == jax.devices()
+  assert mesh.batch_shards(found) == shape[0] * shape[1]
+  assert mesh.batch_sharding(found).shard_shape((16, 3)) == (16 // (shape[0] * shape[1]), 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+  """What JAX's layout of a mesh looks at."""
+
+  coords: tuple[int, int, int]
+  slice_index: int
+  core_on_chip: int = 0
+  process_index: int = 0
+  platform: str = 'tpu'
+  device_kind: str = 'TPU v5p'
+
+
+def test_replicas_lie_within_a_slice():
+  tpus = [Tpu((x, y, 0), slice_) for x in range(2) for y in range(4) for slice_ in (0, 1)]
+  for replicas in (0, 2, 4):
+    found = mesh.make_mesh(config(replicas, model=2), tpus)
+    assert found.devices.shape == (replicas or 2, 16 // (replicas or 2) // 2, 2)
+    of_replica = [{tpu.slice_index for tpu in replica.flat} for replica in found.devices]
+    assert of_replica == sorted(of_replica, key=min) and all(len(slices) == 1 for slices in of_replica)
+  for replicas, model in ((1, 1), (3, 1), (2, 16), (16, 2)):
+    with pytest.raises(UserError, match=f'mesh.replicas = {replicas} with mesh.model = {model} must cut 2 TPU slices'):
+      mesh.make_mesh(config(replicas, model=model), tpus)
+
+
+def test_greatest_of_one_process_is_its_own():
+  np.testing.assert_array_equal(mesh.greatest((15, 0), mesh.make_mesh(config(2, 2, 2))), [15, 0])
