@@ -23,6 +23,7 @@ BENCHES = {
   'loop': 'cost of input, and time to the first step',
   'near_duplicates': 'precision and recall of SemDeDup on planted near duplicates',
   'peers': 'features and training steps beside other packages',
+  'processes': 'control messages between the processes of a run',
   'report': 'size and speed of the report',
   'selection': 'speed and memory of selection',
   'train': 'speed and memory of a training step',

@@ -201,14 +201,21 @@ def decide(choose: Callable[[], _T]) -> _T:
 
 
 def gather(value: Any) -> list[Any]:
-  """Returns the JSON values of all processes, in their order, on each of them."""
+  """Returns the JSON values of all processes, in their order, on each of them.
+
+  Process 0 collects them, so that the number of messages grows with that of processes and not with its square. What
+  processes agree on while they train goes over the devices instead (`core.mesh.greatest`).
+  """
   if count() == 1:
     return [value]
   key, client = f'dsdm_jax/gather/{next(_turns)}', _client()
-  client.key_value_set(f'{key}/{_State.process}', json.dumps(value))
-  return [
-    json.loads(client.blocking_key_value_get(f'{key}/{process}', _FOREVER_MILLISECONDS)) for process in range(count())
-  ]
+  if not is_first():
+    client.key_value_set(f'{key}/{_State.process}', json.dumps(value))
+    return json.loads(client.blocking_key_value_get(key, _FOREVER_MILLISECONDS))
+  others = (client.blocking_key_value_get(f'{key}/{other}', _FOREVER_MILLISECONDS) for other in range(1, count()))
+  message = json.dumps([value, *map(json.loads, others)])
+  client.key_value_set(key, message)
+  return json.loads(message)
 
 
 def wait() -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.core import processes, stopping, storage
 from dsdm_jax.core.checkpoints import Checkpoints, Keep
-from dsdm_jax.core.mesh import assemble
+from dsdm_jax.core.mesh import assemble, greatest
 from dsdm_jax.core.progress import Bar
 from dsdm_jax.core.stage import Context
 from dsdm_jax.errors import Diverged, Stopped, UserError
@@ -112,7 +112,14 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: Bar
       batches, total_steps = run.batches(start), jax.numpy.int32(run.steps)
       metrics: dict[str, jax.Array] | None = None
       pending: list[tuple[int, dict[str, jax.Array]]] = []
+      asked: jax.Array | None = None
       step, saved = start, time.monotonic()
+
+      def wishes() -> tuple[int, int]:
+        """The signal to stop at, or 0, and whether a checkpoint is due by the clock."""
+        return hold.requested, bool(
+          config.save_every_minutes
+        ) and time.monotonic() - saved > 60 * config.save_every_minutes
 
       def record() -> None:
         """Reads the pending metrics, which waits for the device, and logs them."""
@@ -152,21 +159,21 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: Bar
           if step == run.steps:
             break
 
-          # Save, and stop on a signal. Several processes must do the same, and agree only in logged steps, as it takes
-          # a message to each.
+          # Save, and stop on a signal. Several processes must do the same: they ask in logged steps, and read the
+          # answer in the next step, which keeps the devices busy meanwhile.
           save = step in run.keep_steps or (bool(config.save_every_steps) and step % config.save_every_steps == 0)
-          stop = 0
-          if processes.count() == 1 or log_now:
-            overdue = bool(config.save_every_minutes) and time.monotonic() - saved > 60 * config.save_every_minutes
-            votes = processes.gather([hold.requested, overdue])
-            stop, save = max(vote[0] for vote in votes), save or any(vote[1] for vote in votes)
-          if save or stop:
+          if processes.count() == 1:
+            stop, overdue = wishes()
+          else:
+            stop, overdue = (0, 0) if asked is None else map(int, jax.device_get(asked))
+          if save or overdue or stop:
             record()
             _check_finite(run, step, metrics)  # a run must not resume from a state that diverged
             save_checkpoint(step, state)
             saved = time.monotonic()
           if stop:
             raise _stopped(context, run, step, stop)
+          asked = greatest(wishes(), trainer.mesh) if log_now and processes.count() > 1 else None
       finally:
         meter.stop_profile()
       record()

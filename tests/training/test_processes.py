@@ -39,7 +39,7 @@ def test_killed_and_resumed_run_of_two_processes_is_the_run_of_one(one_process, 
 
 def test_terminated_run_of_two_processes_saves_the_step_that_it_reports(one_process, tmp_path):
   trainer, wanted = one_process
-  for code, err in train(tmp_path, 'SIGTERM', after=4):
+  for code, err in train(tmp_path, 'SIGTERM', after=3):
     assert code == 143, err
     assert 'at step 5 of 6 of model, which is saved; the same command goes on' in err
   assert '5' in {path.name for path in (tmp_path / 'model').iterdir()}
