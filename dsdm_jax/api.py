@@ -6,15 +6,14 @@ Objects read finished stages, each on its first use, and print a summary of them
 import collections
 import dataclasses
 import functools
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.core.storage import Location, Named
 from dsdm_jax.data.order import selection as selection_lib
 from dsdm_jax.data.pool import pool as pool_lib
 from dsdm_jax.errors import UserError
@@ -33,11 +32,11 @@ if TYPE_CHECKING:
 _STAGES = (*report_data.STAGES, 'validation', 'report')
 
 
-def load(workdir: str | os.PathLike, verify: bool = True, functions: Collection[str] = ()) -> 'Run':
+def load(workdir: Named, verify: bool = True, functions: Collection[str] = ()) -> 'Run':
   """Opens the finished stages of a workdir.
 
   Args:
-    workdir: the `--workdir` of the run.
+    workdir: the `--workdir` of the run, a folder or an address (gs://, s3://).
     verify: check the files of each stage against their checksums on its first use.
     functions: 'module:function' names of your own models and outputs, which `model` and `scores.tokens` may import.
 
@@ -52,18 +51,19 @@ def load(workdir: str | os.PathLike, verify: bool = True, functions: Collection[
     >>> run.results.plot('docs')  # .save('docs.png') writes it
     >>> run.model('dsdm', seed=0).logits(run.pool.tokens([0, 1]))
   """
-  workdir = Path(workdir).absolute()
-  stages = tuple(stage for stage in _STAGES if (workdir / stage / artifacts.MANIFEST).is_file())
+  folder = storage.absolute(storage.locate(workdir))
+  stages = tuple(stage for stage in _STAGES if storage.is_file(folder / stage / artifacts.MANIFEST))
   if not stages:
     raise UserError(f'{workdir} has no finished stage; give the --workdir of a run')
-  return Run(workdir, stages, verify, functions)
+  return Run(folder, stages, verify, functions)
 
 
 class Run(View):
   """A run. Attributes: `workdir`, its folder; `stages`, names of its finished stages."""
 
-  def __init__(self, workdir: Path, stages: Sequence[str], verify: bool, functions: Collection[str]):
-    self.workdir, self.stages, self._verify, self.functions = workdir, tuple(stages), verify, functions
+  def __init__(self, workdir: Location, stages: Sequence[str], verify: bool, functions: Collection[str]):
+    self.workdir: Any = workdir  # a Location
+    self.stages, self._verify, self.functions = tuple(stages), verify, functions
     self._opened: dict[str, Artifact] = {}
 
   def facts(self) -> Iterator[tuple[str, str]]:
@@ -504,8 +504,9 @@ class ReportView(View):
 
   def __init__(self, artifact: Artifact):
     self.path = artifact.path / artifact.semantics['page']
-    self.data = {path.stem: path for path in sorted((artifact.path / 'data').glob('*.csv'))}
+    tables = storage.children(artifact.path / 'data')
+    self.data = {path.stem: path for path in tables if path.suffix == '.csv'}
 
   def facts(self) -> Iterator[tuple[str, str]]:
-    yield 'page', self.path.as_uri()
+    yield 'page', storage.uri(self.path)
     yield 'data', ', '.join(self.data)

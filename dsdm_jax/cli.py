@@ -55,7 +55,11 @@ def parser() -> argparse.ArgumentParser:
     command.epilog = '--config.KEY=VALUE overrides a key; docs/keys.md lists all keys.'
     config = command.add_argument('--config', metavar='CONFIG', help=f'a file, or one of {", ".join(configs.names())}')
     config.completer = _configs  # type: ignore[attr-defined]
-    command.add_argument('--workdir', metavar='DIR', help='folder of the run; start again with the same one to resume')
+    command.add_argument(
+      '--workdir',
+      metavar='DIR',
+      help='folder or address (gs://, s3://) of the run; start again with the same one to resume',
+    )
     if name == 'run':
       stage = command.add_argument('--stage', metavar='STAGE', help='run this stage only')
       stage.completer = _stages  # type: ignore[attr-defined]

@@ -4,11 +4,9 @@
 """
 
 import logging
-import os
 import sys
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -20,6 +18,7 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.progress import display
 from dsdm_jax.core.runner import Runner, load, locked
 from dsdm_jax.core.stage import Stage
+from dsdm_jax.core.storage import Location, Named
 from dsdm_jax.data import hub
 from dsdm_jax.data.targets import tasks
 from dsdm_jax.errors import UserError, visible, visible_lines
@@ -155,12 +154,12 @@ CHECK = 'check'  # looks at everything that can be known, and makes nothing
 ON_REQUEST = tuple(stage.name for stage in STAGES if stage.on_request)
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None, rerun: bool = False) -> None:
+def run(config: ConfigDict, workdir: Named, only: str | None = None, rerun: bool = False) -> None:
   """Runs all stages, or `only` one, and skips those that are finished.
 
   Args:
     config: a whole config, see `configs/base.py`.
-    workdir: folder of the run; created when missing.
+    workdir: folder of the run, created when missing, or an address in an object store (gs://, s3://).
     only: name of a stage; the stages that it reads must be finished. 'check' looks at all and makes nothing.
     rerun: replace stages with other settings instead of raising an error.
 
@@ -168,7 +167,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
     UserError: the config or the workdir is wrong, or another run uses the workdir. Errors that can be known beforehand
       are raised before anything is written.
   """
-  workdir = storage.check_folder(workdir, '--workdir')
+  location = storage.check_location(workdir, '--workdir')
+  if isinstance(location, storage.Address):
+    raise UserError(f'--workdir = {location} is an address, to which not every stage can write; give a folder')
   validate(config)
   if only not in (None, CHECK, *NAMES, *ON_REQUEST):
     raise UserError(f'--stage={only} is not a stage; stages are {", ".join((*NAMES, *ON_REQUEST))}')
@@ -181,7 +182,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, only: str | None = None,
   config = runner_config(config)
   validate(config)
   with processes.running(config, flatten(config)):
-    run_connected(config, workdir, only, rerun)
+    run_connected(config, location, only, rerun)
 
 
 def runner_config(config: ConfigDict) -> ConfigDict:
@@ -196,7 +197,7 @@ def needed(name: str) -> list[str]:
   return [stage.name for stage in STAGES if stage.name in names]
 
 
-def run_connected(config: ConfigDict, workdir: Path, only: str | None = None, rerun: bool = False) -> None:
+def run_connected(config: ConfigDict, workdir: Location, only: str | None = None, rerun: bool = False) -> None:
   """`run` for a resolved config, in a process that is connected to the other processes of the run."""
   stopping.say_where(display.where)
   logging.getLogger('absl').setLevel(logging.DEBUG if config.log.level == 'debug' else logging.ERROR)
@@ -237,13 +238,13 @@ def run_connected(config: ConfigDict, workdir: Path, only: str | None = None, re
       print(visible(f'report: {workdir / "report" / "index.html"}'), flush=True)
 
 
-def _unfinished(workdir: Path, only: str | None, rerun: bool) -> list[str]:
+def _unfinished(workdir: Location, only: str | None, rerun: bool) -> list[str]:
   """The stages that this run makes, as far as their manifests show; their settings are compared later."""
   wanted = [only] if only in (*NAMES, *ON_REQUEST) else list(NAMES)
   return [name for name in wanted if rerun or artifacts.open_stage(workdir, name) is None]
 
 
-def _check_imported(config: ConfigDict, workdir: Path) -> None:
+def _check_imported(config: ConfigDict, workdir: Location) -> None:
   """Reads weights and scores that others made before the pool is built; what uses them later checks them again."""
   if artifacts.open_stage(workdir, 'pool') is not None:
     return
@@ -256,7 +257,7 @@ def _check_imported(config: ConfigDict, workdir: Path) -> None:
     score_files.read(config.selection.imported)
 
 
-def _publish(workdir: Path, config: ConfigDict, done: Mapping[str, Artifact]) -> None:
+def _publish(workdir: Location, config: ConfigDict, done: Mapping[str, Artifact]) -> None:
   """Writes `results.json` and `results.md` in the workdir and prints the main comparison."""
   from dsdm_jax.evaluation.results import main_table, text_tables
 

@@ -4,11 +4,14 @@ It is set in the environment before JAX is imported, so that processes started b
 """
 
 import collections
+import contextlib
+import functools
 import hashlib
 import os
 import platform
+import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,11 +50,31 @@ os.environ |= {
 
 from hypothesis import settings  # noqa: E402  after the environment is set
 
+from dsdm_jax.core.storage import Address  # noqa: E402
 from tests.helpers import tiers  # noqa: E402
 
 # Seeded, so that two runs test the same; a deadline would fail on compilation.
 settings.register_profile('dsdm', deadline=None, derandomize=True, max_examples=1_000 if FAULTS else 50)
 settings.load_profile('dsdm')
+
+
+@pytest.fixture(scope='session')
+def stores() -> Iterator[Callable[[str], dict[str, str]]]:
+  """Starts the emulator of 's3' or 'gs' once; returns the environment in which programs reach it."""
+  from tests.helpers.stores import serving
+
+  with contextlib.ExitStack() as stack:
+    yield functools.cache(lambda kind: stack.enter_context(serving(kind)))
+
+
+@pytest.fixture
+def address(request, stores, monkeypatch, tmp_path) -> Address:
+  """An empty folder in an emulated object store, S3 unless the test is parametrized with 'gs'."""
+  kind = getattr(request, 'param', 's3')
+  for name, value in stores(kind).items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  return Address(f'{kind}://tests/{secrets.token_hex(8)}/run')
 
 
 @pytest.fixture(scope='session')

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import logging
 import os
 import re
 import threading
@@ -152,6 +153,7 @@ def _alone(address: Address) -> Iterator[None]:
 def _system_of(scheme: str, process: int) -> Any:
   import fsspec
 
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs pages about what it raises too
   try:
     # Another process may write at any time, so no listing is remembered.
     return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=scheme != 'memory')

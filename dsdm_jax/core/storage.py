@@ -80,6 +80,25 @@ def check_folder(path: str | os.PathLike, name: str) -> Path:
   return folder
 
 
+def check_location(text: Named, name: str) -> Location:
+  """The location of a workdir: a folder as `check_folder` has it, or an address that can be listed.
+
+  Raises:
+    UserError: the folder or address cannot be used, or the package for the address is missing.
+    StoreError: the store refuses to list it, or does not answer.
+  """
+  if isinstance(text, Address) or '://' in os.fspath(text):
+    location = locate(text)
+    if isinstance(location, Address):
+      wrong = [sign for sign in str(location) if sign in '*?[\\#' or not sign.isprintable()]
+      if wrong or '::' in str(location):
+        raise UserError(f'{name} = {str(location)!a} contains {wrong[0] if wrong else "::"!a}; use a plain address')
+      object_store.check(location)
+      return location
+    text = location
+  return check_folder(text, name)
+
+
 def locate(text: Named) -> Location:
   """The location that a text names: an address if it has ://, else a path, which may be relative.
 
@@ -598,6 +617,11 @@ def opened(path: Location) -> IO[bytes]:
 def url(location: Location) -> str:
   """The name by which Orbax and epath open a location."""
   return str(absolute(location))
+
+
+def uri(location: Location) -> str:
+  """The address of a file for a browser or a program that takes addresses."""
+  return str(location) if isinstance(location, Address) else location.absolute().as_uri()
 
 
 def kvstore(location: Location) -> dict[str, Any]:

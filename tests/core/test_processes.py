@@ -113,7 +113,7 @@ def start(program: str, *arguments: str, processes: int = 2, **keys: str) -> lis
   begun = []
   for process in range(processes):
     code = (
-      'import sys\n'
+      'import pathlib, sys\n'
       'from configs import base\n'
       'from dsdm_jax.config import validate\n'
       'from dsdm_jax.core import processes\n'
@@ -161,7 +161,7 @@ def ends(processes: list[subprocess.Popen[str]], seconds: float = 250) -> list[t
 def test_process_0_decides_for_two_and_its_refusal_is_said_by_both(tmp_path):
   program = (
     'print(processes.decide(lambda: {"from": process}), processes.gather(process), processes.is_first())\n'
-    'processes.check_shared(sys.argv[1])\n'
+    'processes.check_shared(pathlib.Path(sys.argv[1]))\n'
     'def refuse():\n'
     '  raise UserError("the disk is odd; turn it")\n'
     'processes.decide(refuse)\n'

@@ -43,8 +43,8 @@ def test_a_folder_may_have_any_other_name(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize('address', ['gs://bucket/run', 's3://b', 'file:///tmp/run', 'gs://bucket'])
 def test_an_address_is_not_taken_for_a_folder(tmp_path, monkeypatch, address):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(UserError, match=f"--workdir = '{address}' is an address; give a folder"):
-    storage.check_folder(address, '--workdir')
+  with pytest.raises(UserError, match=f"--out = '{address}' is an address; give a folder"):
+    storage.check_folder(address, '--out')
 
 
 @pytest.mark.parametrize(
