@@ -150,6 +150,7 @@ def _verify(workdir: Path, scratch: Path) -> Any:
   return _printed(cli.main, ['verify', str(workdir)])
 
 
+_STAGES = {stage.name: stage for stage in pipeline.STAGES}  # a run computes damaged files of repairable ones again
 # Reader → the stages that it reads; '' for the file of an arm, 'model' for one model's checkpoints.
 READERS: dict[Callable[[Path, Path], Any], tuple[str, ...]] = {
   _load: report_data.STAGES,
@@ -162,7 +163,7 @@ READERS: dict[Callable[[Path, Path], Any], tuple[str, ...]] = {
   _pool: ('pool',),
   _features: ('features',),
   _table: ('validation',),
-  _run: (*(stage for stage in report_data.STAGES if stage != 'features'), 'report'),  # a run repairs features
+  _run: (*(name for name in report_data.STAGES if not _STAGES[name].repairable), 'report'),
   _study: report_data.STAGES,
   _checkpoint: ('model',),
   _verify: (*report_data.STAGES, 'validation'),
