@@ -171,9 +171,7 @@ def largest(parts: int, memory: float, room: float, memory_of: Callable[[int], f
   return low
 
 
-def estimate(
-  work: Work, compiler: Compiler, chip: Chip, chips: int, share: int, calibration: float, slices: int = 1
-) -> Estimate:
+def estimate(work: Work, compiler: Compiler, chip: Chip, chips: int, share: int, calibration: float) -> Estimate:
   """Compiles `work` and models it.
 
   Args:
@@ -183,7 +181,6 @@ def estimate(
     chips: number of chips.
     share: devices that share a batch.
     calibration: measured seconds per modelled second.
-    slices: number of slices.
 
   Raises:
     UserError: the devices do not divide the batch.
@@ -202,7 +199,7 @@ def estimate(
       chip.hbm_bytes,
       lambda rows: _needed_bytes(compiler(work, rows * share), chip),
     )
-  program = hlo.analyse(compiled.text, slices)
+  program = hlo.analyse(compiled.text)
   flop = work.flop()
   time = seconds(flop / chips, work.passes, program, chip)
   ends = [time.low * calibration, time.high * calibration] if does_fit else []

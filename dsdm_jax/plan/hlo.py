@@ -26,6 +26,8 @@ _AXIS = re.compile(
 _GRID_GROUP = re.compile(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
 _LIST_GROUP = re.compile(r'replica_groups=\{\{([\d,]*)\}')
 _ALL = 'replica_groups={}'  # one group of all devices
+# Slices {1,2} or {1:4}, the chips of each, and what they do.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}x[^"]*",_xla_megascale_transfer_type="(\w+)"')
 _DEVICES = re.compile(r'\b(?:num_partitions|replica_count)=(\d+)')
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 COLLECTIVES = tuple(
@@ -51,7 +53,7 @@ class Instruction:
 
 
 Computation = dict[str, Instruction]
-_Kind = tuple[str, int, int]  # operation, members and slices of a collective
+_Kind = tuple[str, int, bool]  # operation, members and `between_slices` of a collective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,19 +62,17 @@ class Collective:
 
   Attributes:
     operation: in HLO.
-    members: of a group.
-    slices: that a group spans.
+    members: of a group; of slices if it is between slices.
+    between_slices: whether it goes over the data-center network, and not over the links of a slice.
     count: in one run of the program.
-    bytes: over the links within a slice.
-    network_bytes: over the network between slices.
+    bytes: received.
   """
 
   operation: str
   members: int
-  slices: int
+  between_slices: bool
   count: int
   bytes: float
-  network_bytes: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,28 +93,23 @@ class Program:
 
   @property
   def link_bytes(self) -> float:
-    return sum(c.bytes for c in self.collectives)
+    return sum(c.bytes for c in self.collectives if not c.between_slices)
 
   @property
   def network_bytes(self) -> float:
-    return sum(c.network_bytes for c in self.collectives)
+    return sum(c.bytes for c in self.collectives if c.between_slices)
 
 
-def analyse(text: str, slices: int = 1) -> Program:
+def analyse(text: str) -> Program:
   """Analyses a program from its entry; an empty text is a program without instructions.
 
-  Args:
-    text: of the program.
-    slices: that it runs on; the first device of a slice follows the last one of the slice before.
+  The text of a program for several slices is that of one slice: what crosses is a transfer to the host, with the kind
+  of collective and the slices in its attributes.
   """
   if not text:
     return Program((), 0.0, 0, 0)
-  return _Walk(parse(text), devices(text), slices).program()
-
-
-def devices(text: str) -> int:
-  """Number of devices that a program runs on."""
-  return math.prod(int(count) for count in _DEVICES.findall(text.partition('\n')[0]))
+  devices = math.prod(int(count) for count in _DEVICES.findall(text.partition('\n')[0]))
+  return _Walk(parse(text), devices).program()
 
 
 def parse(text: str) -> dict[str, Computation]:
@@ -239,12 +234,12 @@ def _grid(shape: str, order: str | None) -> np.ndarray:
 class _Walk:
   """Sums over the computations that the entry reaches."""
 
-  def __init__(self, computations: dict[str, Computation], devices: int, slices: int = 1):
-    self._computations, self._devices, self._slices = computations, devices, slices
+  def __init__(self, computations: dict[str, Computation], devices: int):
+    self._computations, self._devices = computations, devices
     self._collectives_by_kind: dict[_Kind, list[float]] = {}
     # XLA may split a collective into parts that overlap with computation, also over the iterations of a loop. The text
     # of each part contains the whole: it counts as often as the part that runs least, the first or the last.
-    self._chains: dict[tuple[str, str], tuple[_Kind, tuple[float, float], int]] = {}
+    self._chains: dict[tuple[str, str], tuple[_Kind, float, int]] = {}
     self._hbm_bytes, self._kernels, self._unknown = 0.0, 0, 0
 
   def program(self) -> Program:
@@ -252,8 +247,7 @@ class _Walk:
     for kind, received, times in self._chains.values():
       self._add(kind, received, times)
     collectives = tuple(
-      Collective(*kind, int(count), received, over_network)
-      for kind, (count, received, over_network) in sorted(self._collectives_by_kind.items())
+      Collective(*kind, int(count), received) for kind, (count, received) in sorted(self._collectives_by_kind.items())
     )
     return Program(collectives, self._hbm_bytes, self._kernels, self._unknown)
 
@@ -292,8 +286,7 @@ class _Walk:
       members = group(instruction.attributes, self._devices)
       if 'all-reduce-scatter' in name:
         operation = 'reduce-scatter'
-      spanned = 1 if self._slices == 1 else len({device * self._slices // self._devices for device in members})
-      kind, received = (operation, len(members), spanned), _received(operation, sent, len(members), spanned)
+      kind, received = (operation, len(members), False), _received(operation, sent, len(members))
       if chain := _CHAIN.search(instruction.attributes):
         channel = re.search(r'channel_id=(\d+)', instruction.attributes)
         key = (chain[1], channel[1] if channel else instruction.name)
@@ -302,16 +295,21 @@ class _Walk:
           self._chains[key] = kind, received, times
         return
       self._add(kind, received, times)
+    elif transfer := operation == 'send' and _BETWEEN_SLICES.search(instruction.attributes):
+      ends = [[int(end) for end in part.split(':')] for part in transfer[1].split(',')]
+      slices = sum(part[-1] - part[0] + 1 for part in ends)
+      sent = _values(computation[instruction.operands[0]].type)
+      operation = transfer[2].lower().replace('_', '-')
+      self._add((operation, slices, True), _received(operation, sent, slices), times)
     elif called := _attribute(instruction, 'calls'):
       inner = self._computations.get(called, {})
       for inside in inner.values():
         self._collectives(inner, inside, times, called)
 
-  def _add(self, kind: _Kind, received: tuple[float, float], times: int) -> None:
-    entry = self._collectives_by_kind.setdefault(kind, [0, 0.0, 0.0])
+  def _add(self, kind: _Kind, received: float, times: int) -> None:
+    entry = self._collectives_by_kind.setdefault(kind, [0, 0.0])
     entry[0] += times
-    entry[1] += times * received[0]
-    entry[2] += times * received[1]
+    entry[1] += times * received
 
   def _bytes(self, computation: Computation, instruction: Instruction) -> float:
     opcode = instruction.opcode
@@ -388,23 +386,13 @@ class _Walk:
     return math.inf
 
 
-def _received(operation: str, sent: float, members: int, slices: int) -> tuple[float, float]:
-  """Bytes that one chip receives over links and over the network between slices, in rings.
-
-  Args:
-    operation: in HLO.
-    sent: bytes that each chip contributes.
-    members: chips of a group.
-    slices: that the group spans, as many chips in each. A sum over slices is one of the part that each chip has after a
-      sum within its slice.
-  """
-  inner = members // slices
-  share = (inner - 1) / inner if members else 1.0
-  others = slices - 1
+def _received(operation: str, sent: float, members: int) -> float:
+  """Bytes that one member receives in a ring collective of `members`, each of which contributes `sent` bytes."""
+  share = (members - 1) / members if members else 1.0
   if operation == 'all-gather':
-    return sent * slices * max(inner - 1, 0), sent * others
+    return sent * max(members - 1, 0)
   if operation == 'all-reduce':
-    return 2 * sent * share, 2 * sent / max(inner, 1) * others / slices
+    return 2 * sent * share
   if operation in ('collective-permute', 'collective-broadcast'):
-    return (0.0, sent) if others else (sent, 0.0)
-  return sent * share, sent / max(inner, 1) * others / slices
+    return sent
+  return sent * share

@@ -68,14 +68,12 @@ def _communication(plan: Mapping[str, Any]) -> list[str]:
   """One line for each stage about the collectives of a step."""
   lines = []
   for s in (s for s in plan['stages'] if s['fits']):
-    sent = ', '.join(f'{c["count"]} × {c["operation"]} {_bytes(c)}' for c in s['collectives'])
+    sent = ', '.join(
+      f'{c["count"]} × {c["operation"]} {c["bytes"] / 1e6:.1f} MB{" between slices" if c["between_slices"] else ""}'
+      for c in s['collectives']
+    )
     lines.append(f'{s["stage"]} communicates per step: {sent or "nothing"}')
   return lines
-
-
-def _bytes(collective: Mapping[str, Any]) -> str:
-  over = f' and {collective["network_bytes"] / 1e6:.1f} MB between slices' if collective['slices'] > 1 else ''
-  return f'{collective["bytes"] / 1e6:.1f} MB{over}'
 
 
 def _uncounted(stages: Sequence[Mapping[str, Any]]) -> list[str]:

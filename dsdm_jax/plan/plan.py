@@ -56,7 +56,7 @@ def make(config: ConfigDict) -> dict[str, Any]:
     for work in works if compiled else ():
       print(visible(f'plan: compiling {work.stage}'), flush=True)
       factor = calibration.get(_measured_as(work.stage, config), 1.0)
-      estimates.append(cost.estimate(work, compiler, kind.device, count, share, factor, slices))
+      estimates.append(cost.estimate(work, compiler, kind.device, count, share, factor))
     j = programs.dimension(config, mesh)
     flop = {work.stage: work.flop() * work.runs for work in works}
   return {

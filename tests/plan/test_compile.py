@@ -80,6 +80,48 @@ for name in ('v4:2x2x1', 'v5e:1x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:1x1', 'tpu7x:2x
   ], done.stderr[-2_000:]
 
 
+_SLICES = """
+import sys
+import jax
+from configs import base
+from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.plan import hlo, topology
+from dsdm_jax.training.step import Trainer
+
+slices = int(sys.argv[1])
+config = base.get_config()
+config.model.update({'layers': 2, 'width': 256, 'heads': 2, 'kv_heads': 2, 'mlp_width': 512, 'scan_layers': True})
+config.model.update({'attention': 'fused', 'compute_dtype': 'bfloat16'})
+config.pretraining.train.batch_size = 8 * slices
+with jax.default_device(jax.devices('cpu')[0]):
+  mesh = make_mesh(config.mesh, topology.devices('v5e:2x4', slices))
+  trainer = Trainer(config.model, config.pretraining.train, 512, 128, mesh)
+  arguments = trainer.abstract, *trainer.abstract_batch, jax.ShapeDtypeStruct((), jax.numpy.int32)
+  program = hlo.analyse(trainer.step.lower(*arguments).compile().as_text())
+weights = sum(x.size for x in jax.tree.leaves(trainer.abstract.params))
+print(dict(mesh.shape), program.kernels)
+print([(c.operation, c.members) for c in program.collectives if c.between_slices])
+print([(c.operation, c.members) for c in program.collectives if not c.between_slices])
+print(program.network_bytes / weights)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('slices', [2, pytest.param(4, marks=pytest.mark.full)])
+def test_no_weight_crosses_slices(libtpu, slices):
+  environment = os.environ | {'JAX_EXEC_TIME_OPTIMIZATION_EFFORT': '-1.0', 'JAX_NUMPY_RANK_PROMOTION': 'allow'}
+  done = subprocess.run(
+    [libtpu, '-c', _SLICES, str(slices)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr[-2_000:]
+  mesh, across, inside, network = done.stdout.splitlines()
+  assert mesh == f"{{'replica': {slices}, 'data': 8, 'model': 1}} 4"  # kernels: forward and backward, in two layers
+  assert across == f"[('all-reduce', {slices})]"
+  assert inside == "[('all-gather', 8), ('all-reduce', 8), ('reduce-scatter', 8)]"
+  # Twice (slices − 1) / slices of an eighth of the gradient, in float32; vectors are sent whole.
+  assert float(network) == pytest.approx(2 * (slices - 1) / slices * 4 / 8, rel=0.2)
+
+
 @pytest.mark.slow
 def test_the_papers_scale_compiles_and_fits(libtpu, tmp_path):
   found = _plan(libtpu, tmp_path, '--config=configs/c4_dsdm.py')

@@ -16,7 +16,7 @@ from tests.plan.test_hlo import PROGRAM
 
 def test_step_takes_between_the_longest_part_and_the_sum():
   v5e = CHIPS['v5e']
-  sent = (hlo.Collective('all-gather', 8, 1, 1, 2e9, 0.0),)
+  sent = (hlo.Collective('all-gather', 8, False, 1, 2e9),)
   time = cost.seconds(197e12, 1, hlo.Program(sent, 0.819e9, 0, 0), v5e)
   assert (time.compute, time.hbm, time.link) == pytest.approx((1.0, 1e-3, 1e-2))
   assert time.low == pytest.approx(1.0)
@@ -24,7 +24,7 @@ def test_step_takes_between_the_longest_part_and_the_sum():
   assert time.bound == 'compute'
   assert cost.seconds(197e12, 6, hlo.Program((), 0.0, 0, 0), v5e).low == pytest.approx(6.0)
   assert cost.seconds(0, 1, hlo.Program(sent, 0.0, 0, 0), v5e).bound == 'links'
-  across = (hlo.Collective('all-reduce', 16, 2, 1, 2e9, 1e8),)
+  across = (hlo.Collective('all-reduce', 2, True, 1, 1e8),)
   time = cost.seconds(0, 1, hlo.Program(across, 0.0, 0, 0), v5e)
   assert (time.network, time.low, time.bound) == (pytest.approx(0.032), time.network, 'network')  # 3.125 GB/s
 

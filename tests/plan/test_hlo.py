@@ -62,8 +62,8 @@ def test_loop_bodies_count_as_often_as_they_run():
   found = hlo.analyse(PROGRAM)
   weights, row, sums = 64 * 128 * 4, 8 * 128 * 4, 12 * 8 * 128 * 4
   assert found.collectives == (
-    hlo.Collective('all-gather', 4, 1, 12, 12 * 3 * weights, 0),
-    hlo.Collective('all-reduce', 4, 1, 1, 2 * sums * 3 / 4, 0),
+    hlo.Collective('all-gather', 4, False, 12, 12 * 3 * weights),
+    hlo.Collective('all-reduce', 4, False, 1, 2 * sums * 3 / 4),
   )
   assert found.kernels == 12
   assert found.unknown_trips == 0
@@ -136,20 +136,21 @@ def test_members_of_a_group(text, members):
   assert hlo.group(text, 8) == members
 
 
-def test_what_crosses_slices_goes_over_the_network():
-  """Eight chips in two slices: a gather within a slice, and a sum of the same array over all chips."""
-  text = PROGRAM.replace('is_scheduled=true', 'is_scheduled=true, num_partitions=8')
-  text = text.replace("replica_groups=mesh['data'=4,'model'=2] {'data'}", 'replica_groups={}')
-  weights, sums = 64 * 128 * 4, 12 * 8 * 128 * 4
-  program = hlo.analyse(text, slices=2)
-  assert program.collectives == (
-    hlo.Collective('all-gather', 4, 1, 12, 12 * 3 * weights, 0),
-    # A chip receives three quarters twice, to and from the sum of its slice, and the other slice's sum of its quarter.
-    hlo.Collective('all-reduce', 8, 2, 1, 2 * sums * 3 / 4, 2 * sums / 4 / 2),
+@pytest.mark.parametrize(('target', 'slices'), [('{1,2}x{0:7}', 2), ('{1:4}x{0:7}', 4)])
+def test_what_crosses_slices_goes_over_the_network(target, slices):
+  """A sum of the result over slices, as libtpu writes it."""
+  transfer = (
+    f'_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{target}",_xla_megascale_transfer_type="ALL_REDUCE"'
   )
-  assert program.network_bytes == sums / 4
-  gathered = hlo.analyse(text.replace('{{0,1,2,3}}', '{{0,1,4,5}}'), slices=2).collectives[0]
-  assert (gathered.slices, gathered.bytes, gathered.network_bytes) == (2, 12 * 2 * weights, 12 * weights)
+  send = (
+    '  %ready = token[] after-all()\n  %sent = (f32[12,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%sums.3, %ready), '
+  )
+  send += f'channel_id=5, is_host_transfer=true, frontend_attributes={{{transfer}}}\n'
+  program = hlo.analyse(PROGRAM.replace('  ROOT %reduced', f'{send}  ROOT %reduced'))
+  sums = 12 * 8 * 128 * 4
+  assert hlo.Collective('all-reduce', slices, True, 1, 2 * sums * (slices - 1) / slices) in program.collectives
+  assert program.network_bytes == 2 * sums * (slices - 1) / slices
+  assert program.link_bytes == hlo.analyse(PROGRAM).link_bytes
 
 
 @pytest.fixture(scope='module')
