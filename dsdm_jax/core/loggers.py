@@ -10,26 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from dsdm_jax.core import tensorflow_start
+from dsdm_jax.core.storage import Location
 
 
 class Tracker:
   """A run of Weights & Biases or trackio, which have the same functions, as a writer of CLU.
 
-  A resumed training continues the curve. Without a login, Weights & Biases writes to the workdir alone (`wandb sync`).
+  A resumed training continues the curve. Without a login, Weights & Biases writes to the folder alone (`wandb sync`).
 
   Args:
     module: wandb or trackio.
-    workdir: its name is that of the project; the files are in its folder of the module's name.
+    workdir: its name is that of the project.
+    folder: its folder of the module's name has the files.
     run: name of the run.
   """
 
-  def __init__(self, module: str, workdir: Path, run: str):
+  def __init__(self, module: str, workdir: Location, folder: Path, run: str):
     package: Any = importlib.import_module(module)
     more: dict[str, Any] = {}
     if module == 'wandb':
       online = 'WANDB_MODE' in os.environ or package.login(prompt=False)
       identity = hashlib.sha256(f'{workdir} {run}'.encode()).hexdigest()[:16]
-      more = {'dir': str(workdir), 'id': identity, 'reinit': 'create_new', 'mode': None if online else 'offline'}
+      more = {'dir': str(folder), 'id': identity, 'reinit': 'create_new', 'mode': None if online else 'offline'}
     with contextlib.redirect_stdout(io.StringIO()):  # it announces each run
       self._run: Any = package.init(project=workdir.name, name=run, resume='allow', **more)
 
@@ -44,18 +46,18 @@ class Tracker:
       self._run.finish()
 
 
-def writer(names: Sequence[str], workdir: Path, run: str) -> Any:
-  """The writer of one run for all of `names`; it takes scalars alone."""
+def writer(names: Sequence[str], workdir: Location, folder: Path, run: str) -> Any:
+  """The writer of one run for all of `names`, with files in `folder`; it takes scalars alone."""
   tensorflow_start.start()
   from clu import metric_writers
 
-  os.environ.setdefault('TRACKIO_DIR', str(workdir / 'trackio'))
+  os.environ.setdefault('TRACKIO_DIR', str(folder / 'trackio'))
   os.environ.setdefault('WANDB_SILENT', 'true')
   return metric_writers.MultiWriter(
     [
-      metric_writers.SummaryWriter(str(workdir / 'tensorboard' / run))
+      metric_writers.SummaryWriter(str(folder / 'tensorboard' / run))
       if name == 'tensorboard'
-      else Tracker(name, workdir, run)
+      else Tracker(name, workdir, folder, run)
       for name in names
     ]
   )

@@ -8,14 +8,18 @@ The times are those of the whole run. Elsewhere, as in the log of a job, a line 
 """
 
 import contextlib
+import functools
 import json
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsdm_jax.core import stopping, storage
+from dsdm_jax.core.storage import Location
 from dsdm_jax.errors import visible, visible_lines
 
 COLUMNS = 80
@@ -23,6 +27,7 @@ LEVELS = ('warning', 'info', 'debug')
 _TERMINAL_SECONDS, _PLAIN_SECONDS = 0.25, 60.0  # between two drawings of the line
 _SETTLED_SECONDS, _SETTLED_UPDATES = 2.0, 3  # a rate is shown after so much, not counting the first update
 _GAP = '  '
+_UPLOAD_SECONDS = 600.0  # between two uploads of curves
 
 
 def clock(seconds: float) -> str:
@@ -243,24 +248,91 @@ def _number(value: float) -> str:
 display = Display()
 
 
+class LogFiles:
+  """The folder in which this process writes its logs: the workdir, or one on this machine whose files are uploaded.
+
+  Nothing is appended to an object. So an object store has a file of events for each start, in `events/`.
+
+  Attributes:
+    folder: see above.
+    events: file of JSON lines.
+    writers: run → writer of its scalars.
+  """
+
+  def __init__(self, workdir: Location):
+    self.writers: dict[str, Any] = {}
+    self._uploaded: dict[str, tuple[int, int]] = {}  # name → bytes and time of change
+    self._last = time.monotonic()
+    self._address = None if isinstance(workdir, Path) else workdir
+    if isinstance(workdir, Path):
+      self.folder, self.events = workdir, workdir / 'events.jsonl'
+      return
+    self._stack = contextlib.ExitStack()  # as long as the process
+    self.folder = self._stack.enter_context(storage.scratch())
+    began = time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())
+    self.events = self.folder / 'events' / f'{began}-{uuid.uuid4().hex[:8]}.jsonl'
+    self.events.parent.mkdir()
+    stopping.when_stopped(self.upload)
+
+  def append(self, line: str) -> None:
+    """Adds a line to the events."""
+    with open(self.events, 'a', encoding='utf-8') as file:
+      file.write(line + '\n')
+
+  def fetch(self, name: str) -> None:
+    """Downloads a folder of the workdir to which a logger adds."""
+    if self._address is not None:
+      for file in storage.files(self._address / name):
+        storage.copy(self._address / name / file, self.folder / name / file)
+
+  def upload(self) -> None:
+    """Writes the files that have changed to the workdir, if it is not on a disk."""
+    self._last = time.monotonic()
+    if self._address is None:
+      return
+    for writer in list(self.writers.values()):
+      writer.flush()
+    for name in storage.files(self.folder):
+      state = (self.folder / name).stat()
+      if self._uploaded.get(name) != (state.st_size, state.st_mtime_ns):
+        storage.write_bytes(self._address / name, (self.folder / name).read_bytes())
+        self._uploaded[name] = state.st_size, state.st_mtime_ns
+
+  def upload_sometimes(self) -> None:
+    """`upload`, if the last one is long ago."""
+    if time.monotonic() - self._last > _UPLOAD_SECONDS:
+      self.upload()
+
+
+@functools.cache  # for all stages
+def _files_of(workdir: Location) -> LogFiles:
+  return LogFiles(workdir)
+
+
 class Log:
   """Progress of one stage, written on process 0 only.
 
+  In an object store the files are up to date when the stage ends, or when a signal stops the run.
+
   Args:
-    workdir: folder that holds `events.jsonl` and the files of the loggers.
+    workdir: of `events.jsonl` and the files of the loggers; see `LogFiles`.
     stage: name stamped on each event.
     enabled: False on every process but the first.
     loggers: where scalars go: tensorboard, wandb, trackio.
   """
 
-  FILES = ('events.jsonl', 'tensorboard', 'wandb', 'trackio')  # what it writes in the workdir
+  FILES = ('events.jsonl', 'events', 'tensorboard', 'wandb', 'trackio')  # what it writes in the workdir
 
-  def __init__(self, workdir: Path, stage: str, enabled: bool = True, loggers: Sequence[str] = ('tensorboard',)):
-    self._workdir = Path(workdir)
+  def __init__(self, workdir: Location, stage: str, enabled: bool = True, loggers: Sequence[str] = ('tensorboard',)):
+    self._workdir = workdir
     self.stage = stage
     self._enabled = enabled
     self._loggers = loggers
-    self._writers: dict[str, Any] = {}
+    self._closed = False
+
+  @property
+  def _files(self) -> LogFiles:
+    return _files_of(self._workdir)
 
   def bar(
     self, iterable: Iterable[Any] | None = None, *, total: int | None = None, desc: str = '', unit: str = 'row'
@@ -286,27 +358,36 @@ class Log:
       display.write(text, sys.stderr, 'debug')
 
   def event(self, name: str, **fields: Any) -> None:
-    """Appends one JSON line to `events.jsonl`."""
+    """Appends one JSON line to the events."""
     if self._enabled:
-      line = json.dumps({'time': round(time.time(), 3), 'stage': self.stage, 'event': name, **fields})
-      with open(self._workdir / 'events.jsonl', 'a', encoding='utf-8') as f:
-        f.write(line + '\n')
+      self._files.append(json.dumps({'time': round(time.time(), 3), 'stage': self.stage, 'event': name, **fields}))
+      if self._closed:
+        self._files.upload()
 
   def curves(self, run: str) -> Path:
-    """Folder of `run`'s TensorBoard files."""
-    return self._workdir / 'tensorboard' / run
+    """Folder of `run`'s TensorBoard files, on this machine."""
+    return self._files.folder / 'tensorboard' / run
 
   def scalars(self, step: int, values: Mapping[str, float], run: str) -> None:
     """Scalars of `run` at `step`, for all loggers."""
     if not self._enabled or not self._loggers:
       return
-    if run not in self._writers:
+    writers = self._files.writers
+    if run not in writers:
       from dsdm_jax.core import loggers  # imports TensorFlow
 
-      self._writers[run] = loggers.writer(self._loggers, self._workdir, run)
-    self._writers[run].write_scalars(step, {k: float(v) for k, v in values.items()})
+      if 'trackio' in self._loggers and not writers:
+        self._files.fetch('trackio')
+      writers[run] = loggers.writer(self._loggers, self._workdir, self._files.folder, run)
+    writers[run].write_scalars(step, {k: float(v) for k, v in values.items()})
+    self._files.upload_sometimes()
 
   def close(self) -> None:
-    for writer in self._writers.values():
-      writer.close()
-    self._writers.clear()
+    """Ends the stage's curves. Later events are those of its end."""
+    self._closed = True
+    if not self._enabled:
+      return
+    writers = self._files.writers
+    while writers:
+      writers.popitem()[1].close()
+    self._files.upload()

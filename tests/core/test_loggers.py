@@ -18,7 +18,7 @@ if importlib.util.find_spec(module) is None:
 from dsdm_jax.core.loggers import Tracker
 os.environ |= {'TRACKIO_DIR': str(workdir / 'trackio'), 'WANDB_SILENT': 'true'}
 for start in (1, 3):  # the second as after a resume
-  tracker = Tracker(module, workdir, 'proxy_0')
+  tracker = Tracker(module, workdir, workdir, 'proxy_0')
   for step in (start, start + 1):
     tracker.write_scalars(step, {'loss': 1 / step})
   tracker.close()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dsdm_jax.core import progress
+from dsdm_jax.core import progress, storage
 from dsdm_jax.core.progress import Log
 
 
@@ -19,6 +19,37 @@ def test_events_are_lines_of_json_that_later_logs_add_to(workdir):
   assert [e['resumed'] for e in events] == [False, True]
   assert events[0]['text'] == 'line\nbreak ∑'
   assert events[0]['time'] <= events[1]['time']
+
+
+def test_an_object_store_has_the_logs_of_each_start_when_a_stage_ends(tmp_path):
+  workdir = storage.locate(f'memory://bucket{tmp_path}')
+  for start in range(2):
+    progress._files_of.cache_clear()  # as in another process
+    for stage in ('pool', 'proxies'):
+      log = Log(workdir, f'{stage}{start}')
+      log.event('begin')
+      log.scalars(1, {'loss': 2.0}, run='model')
+      log.close()
+      log.event('end')
+  names = storage.files(workdir)
+  events = [name for name in names if name.startswith('events/')]
+  lines = sorted([json.loads(x)['stage'] for x in storage.read(workdir / name).splitlines()] for name in events)
+  assert lines == [['pool0', 'pool0', 'proxies0', 'proxies0'], ['pool1', 'pool1', 'proxies1', 'proxies1']]
+  curves = [name for name in names if name.startswith('tensorboard/model/')]
+  assert len(curves) == 4
+  assert all(b'loss' in storage.read(workdir / name) for name in curves)
+
+
+def test_a_logger_adds_to_what_an_object_store_has(tmp_path):
+  workdir = storage.locate(f'memory://bucket{tmp_path}')
+  storage.write_text(workdir / 'trackio' / 'curves.db', 'old')
+  files = progress.LogFiles(workdir)
+  files.fetch('trackio')
+  file = files.folder / 'trackio' / 'curves.db'
+  assert file.read_text() == 'old'
+  file.write_text('old and new')
+  files.upload()
+  assert storage.read(workdir / 'trackio' / 'curves.db') == b'old and new'
 
 
 def test_other_processes_than_the_first_write_nothing(workdir, capsys):
