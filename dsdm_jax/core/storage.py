@@ -805,3 +805,28 @@ def upload(files: Mapping[str, Path], folder: Address) -> None:
 def states(folder: Address) -> dict[str, object_store.Stat]:
   """Name relative to `folder` → size and checksum of all objects below it, by one listing."""
   return object_store.find(folder)
+
+
+def read_jsonl(path: Location) -> list[Any]:
+  """The values of a file with one JSON value per line. Only a newline ends a line: text may hold U+2028 and the like.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    UserError: a line is no JSON.
+  """
+  try:
+    return [json.loads(line) for line in read(path).split(b'\n') if line]
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path} is damaged, or another program wrote it ({" ".join(str(error).split())[:200]})') from error
+
+
+def mapped(path: Location) -> np.ndarray:
+  """The array of an .npy file, mapped into memory: only the pages that are read take memory."""
+  return np.load(local(path), mmap_mode='r')  # noqa: TID251  mapped
+
+
+def open_parquet(path: Location) -> Any:
+  """A `pyarrow.parquet.ParquetFile`, of which only the groups and columns that are read are fetched."""
+  import pyarrow.parquet as pq
+
+  return pq.ParquetFile(path if isinstance(path, Path) else opened(path))

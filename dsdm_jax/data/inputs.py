@@ -144,9 +144,8 @@ def _vocabulary(text: str) -> str:
 
 def _checkpoint(text: str) -> str:
   name, _, folder = text.partition('=')
-  if not os.path.isdir(folder):
+  if not storage.files(storage.check_location(folder, 'evaluation.checkpoints')):
     raise UserError(f'evaluation.checkpoints names {folder}, which is no folder; give one that holds a checkpoint')
-  storage.check_folder(folder, 'evaluation.checkpoints')
   return f'{name}: content {files.digest(folder)}'
 
 

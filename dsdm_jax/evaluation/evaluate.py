@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.stage import Context
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data import inputs
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.tasks import SPLITS
@@ -41,8 +41,6 @@ def run(context: Context) -> dict:
   `categories.json` have those of each item, by task and split. `results.json` and `multiplier.json` are the summaries.
   """
   suite, entries = open_suite(context), models(context)
-  for folder in ('runs', 'answers'):
-    (context.out / folder).mkdir(exist_ok=True)
   _evaluate(context, suite, context.config.model, entries, 'evaluation')
 
   ladder = storage.read_json(context.inputs['ladder'].path / 'index.json')
@@ -116,7 +114,7 @@ def _evaluate(
       for task in suite.digests:
         unit, file = pairs[entry['name'], task], context.out / _files(entry['name'], task)[0]
         if not processes.decide(lambda: storage.is_marked(file) and f'{unit} flop' in spent):  # noqa: B023  at once
-          state = state or load_state(Path(entry['folder']), compiled, entry['step'])
+          state = state or load_state(storage.locate(entry['folder']), compiled, entry['step'])
           began, scorer.flop = time.monotonic(), 0.0  # a difference would depend on what was evaluated before
           arrays, texts = scoring.evaluate(suite, scorer, state, task)
           if context.first:
@@ -137,8 +135,8 @@ def _files(name: str, task: str) -> list[str]:
 
 
 def _write_answers(
-  out: Path, name: str, suite: Suite, arrays: Mapping[str, np.ndarray], texts: Mapping[tuple[str, str], list[str]]
-) -> list[Path]:
+  out: Location, name: str, suite: Suite, arrays: Mapping[str, np.ndarray], texts: Mapping[tuple[str, str], list[str]]
+) -> list[Location]:
   files = []
   for request in suite.requests:
     task, split = request.key
@@ -221,7 +219,7 @@ def _multipliers(
   )
 
 
-def _stacked(folder: Path, names: Sequence[str], tasks: Iterable[str]) -> dict[str, np.ndarray]:
+def _stacked(folder: Location, names: Sequence[str], tasks: Iterable[str]) -> dict[str, np.ndarray]:
   """The arrays [items] of each `<name>/<task>.npz`, stacked into [runs, items]."""
   loaded: list[dict[str, np.ndarray]] = []
   for name in names:

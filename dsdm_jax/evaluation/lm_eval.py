@@ -9,7 +9,6 @@ Importing this module also registers the name dsdm_jax: `model='dsdm_jax', model
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,8 +16,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dsdm_jax.config import schema
-from dsdm_jax.core import prng
+from dsdm_jax.core import prng, storage
 from dsdm_jax.core.mesh import batch_shards, make_mesh, place
+from dsdm_jax.core.storage import Location
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation.model_export import TrainedModel
 from dsdm_jax.evaluation.scoring import Scorer
@@ -56,19 +56,19 @@ class HarnessModel(LM):
 
   def __init__(
     self,
-    workdir: str | Path,
+    workdir: str | Location,
     arm: str = '',
     seed: int = 0,
     proxy: int | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Location | None = None,
     batch_size: int | str = 32,
     begin_with_end_mark: bool = False,
     **more: Any,
   ):
     super().__init__()
     del more
-    folder = Path(checkpoint) if checkpoint else None
-    self.model = TrainedModel(Path(workdir), arm, seed, proxy, folder)
+    folder = storage.locate(checkpoint) if checkpoint else None
+    self.model = TrainedModel(storage.locate(workdir), arm, seed, proxy, folder)
     pool, config = self.model.pool, schema.config_dict()
     config.pretraining.train.optimizer = 'sgd'  # no moments in memory
     self._length, self._encoder = pool.length, pool.encoder

@@ -19,6 +19,7 @@ import jax
 from flax import nnx
 
 from dsdm_jax.core import artifacts, storage
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool import tokenizer_files
 from dsdm_jax.data.pool.pool import Pool
@@ -39,7 +40,12 @@ class TrainedModel(Trained):
   """
 
   def __init__(
-    self, workdir: Path, arm: str = '', seed: int = 0, proxy: int | None = None, checkpoint: Path | None = None
+    self,
+    workdir: Location,
+    arm: str = '',
+    seed: int = 0,
+    proxy: int | None = None,
+    checkpoint: Location | None = None,
   ):
     opened = artifacts.read(workdir, *trained.stages(arm, proxy))
     super().__init__(opened, Pool(opened['pool']), arm, seed, proxy, checkpoint)
@@ -95,7 +101,7 @@ class TrainedModel(Trained):
     stage = artifacts.open_stage(self.artifact.path.parent.parent, 'evaluation') if self.entry else None
     if stage is None:
       return []
-    results = json.loads((stage.path / 'results.json').read_bytes())
+    results = storage.read_json(stage.path / 'results.json', dict)
 
     def own(row: Mapping[str, Any]) -> bool:
       return (row['method'], row['target_mix']) == (self.entry['method'], self.entry['target'])
@@ -142,11 +148,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog='dsdm export model', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument('--workdir', type=Path, required=True, help='a run')
+  parser.add_argument('--workdir', type=storage.locate, required=True, help='a run')
   which = parser.add_mutually_exclusive_group(required=True)
   which.add_argument('--arm', default='', help='<method>[--<target>]')
   which.add_argument('--proxy', type=int, help='number of a proxy')
-  which.add_argument('--checkpoint', type=Path, help="folder of Orbax checkpoints in the shape of the run's models")
+  checkpoint = "folder of Orbax checkpoints in the shape of the run's models"
+  which.add_argument('--checkpoint', type=storage.locate, help=checkpoint)
   parser.add_argument('--seed', type=int, default=0, help='of the arm')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--out', type=Path, required=True, help='folder to write; it must be missing or empty')

@@ -11,13 +11,12 @@ orders. The edge of a row counts as one more left neighbour, because what preced
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dsdm_jax.core import prng
+from dsdm_jax.core import prng, storage
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order import selection as selection_lib
 from dsdm_jax.data.pool.pool import Pool
@@ -236,9 +235,7 @@ def lines(context: Context, suite: Suite, entries: Sequence[Mapping[str, Any]]) 
     tokens = answers.get(question.key[0], everything)
     by_task.append(_totals(NGrams(tokens, np.zeros(1, np.int64), vocab, eos, 1), [question])[0][0])
 
-  trained = {
-    entry['name']: entry for entry in json.loads((context.inputs['selection'].path / 'index.json').read_text())
-  }
+  trained = {entry['name']: entry for entry in storage.read_json(context.inputs['selection'].path / 'index.json', list)}
   first = next((e for name in BASELINES for e in trained.values() if e['method'] == name), next(iter(trained.values())))
   most = max(1, context.config.evaluation.ngram_tokens // pool.length)
   totals_of: dict[bytes, list[list[np.ndarray]]] = {}

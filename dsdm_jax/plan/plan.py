@@ -23,12 +23,11 @@ def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
   Raises:
     UserError: the config is invalid, the topology is unknown, or the mesh does not divide a batch.
   """
-  folder = storage.check_folder(workdir or '.', '--workdir')
+  folder = storage.check_location(workdir or '.', '--workdir')
   validate(config)
   plan = make(resolve(hub.localized(config, data=False), hugging_face.model_keys))
   slices = f'_{config.plan.slices}_slices' if config.plan.slices > 1 else ''
   name = f'plan_{config.plan.topology.replace(":", "_")}{slices}.json'
-  folder.mkdir(parents=True, exist_ok=True)
   storage.write_text(folder / name, json.dumps(plan, indent=2) + '\n')
   print(visible_lines(page.text(plan)))
   print(visible(f'plan: {folder / name}'))

@@ -24,6 +24,7 @@ from dsdm_jax.config.values import brief, task_name
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.progress import clock
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data import files
 from dsdm_jax.data.pool import readers, sources, vocabulary
 from dsdm_jax.data.pool.passes import worker_count
@@ -46,7 +47,7 @@ _VERDICT_SEEDS = 3
 Numbers = dict[str, float]
 
 
-def run(config: ConfigDict, workdir: Path, wanted: Sequence[str], alone: bool) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Location, wanted: Sequence[str], alone: bool) -> dict[str, Any]:
   """Checks a valid, resolved config against this machine and the files it names.
 
   Args:
@@ -369,11 +370,13 @@ def _pays(config: ConfigDict, ratio: float) -> list[str]:
   ]
 
 
-def _too_large(workdir: Path, memory: Mapping[str, float], disk: Mapping[str, float]) -> Iterator[str]:
+def _too_large(workdir: Location, memory: Mapping[str, float], disk: Mapping[str, float]) -> Iterator[str]:
   import jax
 
-  folder = next(parent for parent in (workdir, *workdir.parents) if parent.exists())
-  free, needed = shutil.disk_usage(folder).free, sum(disk.values())
+  free, needed, folder = math.inf, sum(disk.values()), workdir
+  if isinstance(workdir, Path):  # an object store has no end
+    folder = next(parent for parent in (workdir, *workdir.parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
   if needed > free:
     largest = max(disk, key=lambda name: disk[name])
     yield (

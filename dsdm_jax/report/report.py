@@ -15,8 +15,6 @@ def run(context: Context) -> dict:
   packed = explorer.pack(shown, options.explorer_rows, options.explorer_bytes)
   drawings = page.report_figures(shown)
   storage.write_text(context.out / 'index.html', page.render(shown, drawings, packed, options.examples))
-  for folder in ('figures', 'data'):
-    (context.out / folder).mkdir(exist_ok=True)
   for name, drawing in drawings.items():
     storage.write_bytes(context.out / 'figures' / f'{name}.png', drawing.png())
   for name, content in tables.csv_files(shown, packed.row_N):

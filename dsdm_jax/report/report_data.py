@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ import numpy as np
 from dsdm_jax.attribution.scores import Scores
 from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact, inside
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data.pool.pool import Documents
 from dsdm_jax.errors import UserError
 
@@ -131,8 +130,7 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
   """
   pool = inputs['pool'].path
   source_N, document_N, offset_N, planted_N = (
-    np.load(pool / 'rows' / f'{k}.npy', mmap_mode='r')  # noqa: TID251  mapped
-    for k in ('source', 'document', 'offset', 'planted')
+    storage.mapped(pool / 'rows' / f'{k}.npy') for k in ('source', 'document', 'offset', 'planted')
   )
   scores = Scores(inputs['datamodel'])
   targets, reach = (*scores.tasks, 'mix'), {}
@@ -162,7 +160,7 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
     examples=examples,
     selected=list(_selected(inputs['selection'].path, runs)),
     curves=curve_list,
-    leaks=list(_lines(inputs['leakage'].path / 'leaks.jsonl')),
+    leaks=storage.read_jsonl(inputs['leakage'].path / 'leaks.jsonl'),
     leakage=_leakage(inputs),
     tokens=tokens,
     cost={stage: dict(inputs[stage].manifest['cost']) | {'bytes': _bytes(inputs[stage])} for stage in paid},
@@ -175,7 +173,7 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
   )
 
 
-def _selected(folder: Path, runs: list[Mapping[str, Any]]) -> Iterator[Selected]:
+def _selected(folder: Location, runs: list[Mapping[str, Any]]) -> Iterator[Selected]:
   for run in runs:
     # All seeds of a deterministic method train on one selection.
     with storage.load(inside(folder, f'{run["selection"]}.npz')) as arrays:
@@ -183,8 +181,8 @@ def _selected(folder: Path, runs: list[Mapping[str, Any]]) -> Iterator[Selected]
     yield Selected(run['method'], run['target'], run['seed'], rows, run['epochs'], run['selection'])
 
 
-def _examples(folder: Path, task: str, rows_EM: np.ndarray, score_EM: np.ndarray) -> list[TargetExample]:
-  records = list(_lines(folder / f'{task}.target.jsonl'))
+def _examples(folder: Location, task: str, rows_EM: np.ndarray, score_EM: np.ndarray) -> list[TargetExample]:
+  records = storage.read_jsonl(folder / f'{task}.target.jsonl')
   return [
     TargetExample(record['context'], record['answer'], rows_M, score_M)
     for record, rows_M, score_M in zip(records, rows_EM, score_EM, strict=False)
@@ -194,7 +192,7 @@ def _examples(folder: Path, task: str, rows_EM: np.ndarray, score_EM: np.ndarray
 def leaks(leakage: Artifact) -> dict[str, list[Mapping[str, Any]]]:
   """Documents with text of targets, which are `masked` (or `listed` alone), and those that share common `phrases`."""
   files = {'masked' if leakage.semantics['masked'] else 'listed': 'leaks.jsonl', 'phrases': 'phrases.jsonl'}
-  return {name: list(_lines(leakage.path / file)) for name, file in files.items()}
+  return {name: storage.read_jsonl(leakage.path / file) for name, file in files.items()}
 
 
 def _leakage(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -226,12 +224,12 @@ def _optional(inputs: Mapping[str, Artifact], stage: str, name: str) -> Any:
   return None if file is None else storage.read_json(file)
 
 
-def curves(folder: Path, runs: Sequence[Mapping[str, Any]]) -> tuple[list[Curve], int]:
+def curves(folder: Location, runs: Sequence[Mapping[str, Any]]) -> tuple[list[Curve], int]:
   """Curves by arm, and the number of tokens of the longest run."""
   seeds: dict[tuple[str, str], list[dict[int, float]]] = {}
   tokens = 0
   for run in runs:
-    records = list(_lines(inside(folder, f'{run["name"]}.jsonl')))
+    records = storage.read_jsonl(inside(folder, f'{run["name"]}.jsonl'))
     # A resumed run can log a step twice; the later line counts.
     seeds.setdefault((run['method'], run['target']), []).append({r['step']: r['loss'] for r in records})
     tokens = max([tokens, *(int(r['tokens']) for r in records)])
@@ -241,10 +239,3 @@ def curves(folder: Path, runs: Sequence[Mapping[str, Any]]) -> tuple[list[Curve]
     loss_SP = np.array([[losses[s] for s in steps] for losses in by_seed], np.float64)
     by_arm.append(Curve(method, target, np.array(steps, np.int64), loss_SP))
   return by_arm, tokens
-
-
-def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
-  # Only "\n" ends a record: text can contain U+2028 and the like.
-  for line in path.read_text('utf-8').split('\n'):
-    if line:
-      yield json.loads(line)

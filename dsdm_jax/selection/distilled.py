@@ -114,9 +114,9 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
   """Exit code 0; or 2 after one line on stderr."""
   parser = argparse.ArgumentParser(prog='python -m dsdm_jax.selection.distilled', description=__doc__)
-  parser.add_argument('--workdir', type=Path, required=True, help='a run whose datamodel is finished')
+  parser.add_argument('--workdir', type=storage.locate, required=True, help='a run whose datamodel is finished')
   parser.add_argument('--target', default='mix', help="a task, 'mix' or tasks joined by '+' (default: mix)")
-  parser.add_argument('--pool', type=Path, help='folder of a finished pool stage; default: that of the run')
+  parser.add_argument('--pool', type=storage.locate, help='folder of a finished pool stage; default: that of the run')
   parser.add_argument('--out', type=Path, required=True, help='.npy: one float32 per row of the pool')
   parser.add_argument('--rows', type=int, default=20_000, help='rows of the run that are fitted to and held out')
   parser.add_argument('--ngrams', choices=('words', 'tokens'), default='words')

@@ -31,6 +31,7 @@ import numpy as np
 from dsdm_jax.attribution.scores import Scores
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.passes import KEPT
 from dsdm_jax.data.pool.pool import Pool
@@ -257,8 +258,7 @@ def _leaks(leakage: Artifact | None) -> frozenset[str]:
   """Ids of the documents with text of a target, whose rows no arm takes."""
   if leakage is None or not storage.read_json(leakage.path / 'card.json', dict)['masked']:
     return frozenset()
-  lines = (leakage.path / 'leaks.jsonl').read_text().split('\n')
-  return frozenset(json.loads(line)['id'] for line in lines if line)
+  return frozenset(leak['id'] for leak in storage.read_jsonl(leakage.path / 'leaks.jsonl'))
 
 
 def _is_record(table: 'pyarrow.Table') -> np.ndarray:
@@ -288,7 +288,7 @@ def _open(folder: Path, label: str) -> Iterator[IO[str]]:
 
 
 def write(
-  workdir: Path,
+  workdir: Location,
   form: str,
   out: Path,
   targets: Sequence[str] = (),
@@ -315,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog='dsdm export documents', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument('--workdir', type=Path, required=True, help='a run whose datamodel stage is finished')
+  parser.add_argument('--workdir', type=storage.locate, required=True, help='a run whose datamodel stage is finished')
   parser.add_argument('--format', choices=FORMATS, required=True)
   parser.add_argument('--out', type=Path, required=True, help='folder to write; it must be missing or empty')
   parser.add_argument('--target', action='append', default=[], help='repeat for several (default: all)')

@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from dsdm_jax.attribution import calibration
 from dsdm_jax.attribution.scores import Scores
 from dsdm_jax.core import artifacts, storage, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.pool.vocabulary import FILES
@@ -57,7 +57,7 @@ class Export:
     UserError: no such run or arm, or an artifact is damaged or of another pool.
   """
 
-  def __init__(self, workdir: Path, arm: str):
+  def __init__(self, workdir: Location, arm: str):
     opened = artifacts.read(workdir, 'pool', 'datamodel', 'selection')
     names = sorted(name.removesuffix('.npz') for name in opened['selection'].manifest['files'] if name.endswith('.npz'))
     self.selection = Selection.load(opened['selection'].path, selection_named(arm, names))
@@ -237,7 +237,7 @@ def metadata(datamodel: Artifact, validation: Artifact | None = None) -> dict[st
   return {key: semantics[key] for key in keys} | calibration.describe(validation, of)
 
 
-def validation_of(workdir: Path, opened: Mapping[str, Artifact]) -> dict[str, Artifact]:
+def validation_of(workdir: Location, opened: Mapping[str, Artifact]) -> dict[str, Artifact]:
   """The finished validation of the same pool, if there is one, under its name."""
   validation = artifacts.open_stage(workdir, 'validation')
   if validation is None or any(artifacts.mismatches(workdir, {**opened, 'validation': validation})):
@@ -246,13 +246,13 @@ def validation_of(workdir: Path, opened: Mapping[str, Artifact]) -> dict[str, Ar
   return {'validation': validation}
 
 
-def read_vocabulary(folder: str | os.PathLike) -> dict[str, bytes]:
+def read_vocabulary(folder: Location) -> dict[str, bytes]:
   """Name → bytes of the vocabulary files in `folder`; `vocabulary.open_encoder` opens a folder with only these files.
 
   Raises:
     UserError: there are none.
   """
-  files = {name: (Path(folder) / name).read_bytes() for name in FILES if (Path(folder) / name).is_file()}
+  files = {name: data for name in FILES if (data := storage.read_bytes(folder / name)) is not None}
   if not files:
     raise UserError(f'{folder} has no vocabulary; run --stage=pool')
   return files
@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog='python -m dsdm_jax.selection.export', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument('--workdir', type=Path, required=True, help='a run whose selection stage is finished')
+  parser.add_argument('--workdir', type=storage.locate, required=True, help='a run whose selection stage is finished')
   parser.add_argument('--arm', required=True, help='<method>[--<target>[--<seed>]]')
   parser.add_argument('--format', choices=FORMATS, required=True)
   parser.add_argument('--out', type=Path, required=True, help='folder to write; it must be missing or empty')
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
-def write(workdir: Path, arm: str, form: str, out: Path) -> str:
+def write(workdir: Location, arm: str, form: str, out: Path) -> str:
   """Writes an arm into the folder `out`, completely or not at all, and returns a message about it.
 
   Raises:

@@ -12,13 +12,13 @@ import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsdm_jax import pipeline
 from dsdm_jax.core import artifacts, storage
+from dsdm_jax.core.storage import Location
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import multiplier, results
 
@@ -71,7 +71,7 @@ class ArmFile:
   versions: Mapping[str, str]
 
 
-def write(workdir: Path, name: str, config: Mapping[str, Any], path: Path) -> None:
+def write(workdir: Location, name: str, config: Mapping[str, Any], path: Location) -> None:
   """Writes the finished run in `workdir` to the file `path`.
 
   Args:
@@ -111,13 +111,13 @@ def _questions(stages: Mapping[str, artifacts.Artifact]) -> dict[str, Any]:
   return json.loads(json.dumps(questions | files))
 
 
-def _packed_items(path: Path) -> dict[str, Any]:
+def _packed_items(path: Location) -> dict[str, Any]:
   with storage.load(path) as arrays:
     keys = [key for key in arrays.files if key.rpartition('__')[2] in results.COMPARED_SPLITS]
     return {key: _packed(np.rint(arrays[key] / _UNIT)) for key in keys}
 
 
-def _packed_names(path: Path) -> dict[str, Any]:
+def _packed_names(path: Location) -> dict[str, Any]:
   """Names as numbers: only which items share a name matters."""
   packed = {}
   for key, names in storage.read_json(path, dict).items():
@@ -132,14 +132,16 @@ def _packed(values: np.ndarray) -> dict[str, Any]:
   return {'shape': list(whole.shape), 'data': data}
 
 
-def read(path: Path) -> ArmFile:
+def read(path: Location) -> ArmFile:
   """Reads a file that `write` wrote.
 
   Raises:
     UserError: the file is missing, damaged, or of another format.
   """
   try:
-    content = artifacts.unseal(path.read_bytes())
+    if (data := storage.read_bytes(path)) is None:
+      raise UserError(f'{path} does not exist; give files that `dsdm_jax.study run` wrote')
+    content = artifacts.unseal(data)
     if content['format'] != FORMAT:
       raise UserError(f'{path} has format {content["format"]} and this version reads {FORMAT}; run the arm again')
     ladder = content['ladder']

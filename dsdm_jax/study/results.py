@@ -46,7 +46,6 @@ def run(flags: argparse.Namespace) -> None:
   if not arms:
     raise UserError(f'--files={flags.files} matches no file; give a glob of files that `dsdm_jax.study run` wrote')
   arms.sort(key=lambda arm: arm.name != study.BASE)
-  out.mkdir(parents=True, exist_ok=True)
   comparison = study.compare(arms)
   storage.write_text(out / 'study.csv', study.as_csv(comparison))
   storage.write_text(out / 'tables.md', tables(comparison, arms, flags.files))

@@ -19,6 +19,7 @@ from dsdm_jax import configs, pipeline
 from dsdm_jax.config.validate import flatten, validate
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.runner import Runner
+from dsdm_jax.core.storage import Location
 from dsdm_jax.errors import UserError, visible, visible_lines
 from dsdm_jax.evaluation import multiplier, results
 from dsdm_jax.evaluation.comparisons import BASELINES, Options
@@ -44,7 +45,7 @@ def run(flags: argparse.Namespace) -> None:
   Raises:
     UserError: a flag is wrong, or a run fails.
   """
-  workdir = storage.check_folder(flags.workdir, '--workdir')
+  workdir = storage.check_location(flags.workdir, '--workdir')
   module = configs.load(flags.config, 'configs/study.py')
   known, get_config = getattr(module, 'ARMS', {}), module.get_config
   if BASE not in known:
@@ -64,7 +65,6 @@ def run(flags: argparse.Namespace) -> None:
     )
   arm_configs = {arm: get_config(arm) for arm in sorted(arms, key=lambda arm: arm != BASE)}
   finished = workdir / 'finished'
-  finished.mkdir(parents=True, exist_ok=True)
   for config in arm_configs.values():  # all arms before the first one starts
     config.pretraining.models_at_once = flags.models_at_once or config.pretraining.models_at_once
     validate(config)
@@ -84,7 +84,7 @@ def run(flags: argparse.Namespace) -> None:
   print(visible(f'study: {workdir / "study.json"}'))
 
 
-def share(config: Any, workdir: Path, others: Sequence[Path]) -> list[str]:
+def share(config: Any, workdir: Location, others: Sequence[Location]) -> list[str]:
   """Links finished stages of `others` into `workdir` where this config would compute the same; returns their names."""
   linked: list[str] = []
   runner = Runner(pipeline.STAGES, pipeline.runner_config(config), workdir)

@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from dsdm_jax.core.checkpoints import Checkpoints, Keep
 from dsdm_jax.core.mesh import assemble, greatest
 from dsdm_jax.core.progress import Bar
 from dsdm_jax.core.stage import Context
+from dsdm_jax.core.storage import Location
 from dsdm_jax.errors import Diverged, Stopped, UserError
 from dsdm_jax.training.metrics import Meter
 from dsdm_jax.training.step import TrainState
@@ -75,7 +75,7 @@ def train(context: Context, trainer: Any, run: Run, config: ConfigDict, bar: Bar
   context.add_flop(trainer.flop_per_step * run.steps if run.steps else 0.0)
   if processes.decide(lambda: storage.is_marked(record_file)):
     bar.skip(run.steps * trainer.models)
-    return read_history(record_file)
+    return storage.read_jsonl(record_file)
 
   earlier, began = context.cost.parts.get(run.name, 0.0), time.monotonic()
 
@@ -211,11 +211,7 @@ def _check_finite(run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None
         )
 
 
-def read_history(file: Path) -> History:
-  return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def load_state(directory: Path, trainer: Any, step: int | None = None) -> TrainState:
+def load_state(directory: Location, trainer: Any, step: int | None = None) -> TrainState:
   """Loads the newest checkpoint in `directory`, or the one of `step`, onto the trainer's mesh.
 
   Raises:

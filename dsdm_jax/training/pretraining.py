@@ -3,12 +3,12 @@
 import functools
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dsdm_jax.core import artifacts, prng, storage
 from dsdm_jax.core.mesh import make_mesh, share
 from dsdm_jax.core.stage import Context
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data.order import selection as selection_lib
 from dsdm_jax.data.order.batches import training_batches
 from dsdm_jax.data.order.schedule import Schedule
@@ -70,7 +70,7 @@ def run(context: Context) -> dict:
   return {'runs': len(index), 'steps': steps, 'tokens_per_run': steps * pretraining.train.batch_size * pool.length}
 
 
-def _rows_of(folder: Path, entry: Mapping[str, Any]) -> list[str]:
+def _rows_of(folder: Location, entry: Mapping[str, Any]) -> list[str]:
   """Digests of the rows and weights that an entry trains on, in their order."""
   names = [part['selection'] for part in entry['parts']] if 'parts' in entry else [entry['selection']]
   chosen = [Selection.load(folder, name) for name in names]

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from dsdm_jax.config.schema import Model
 from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.checkpoints import Checkpoints
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
 from dsdm_jax.training.step import abstract_model
@@ -52,7 +52,7 @@ class Trained:
     arm: str = '',
     seed: int = 0,
     proxy: int | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: Location | None = None,
   ):
     self.pool, self.artifact = pool, opened['pretraining' if proxy is None else 'proxies']
     self.section = 'model' if proxy is None else 'proxies.model'
@@ -75,7 +75,7 @@ class Trained:
     # Other attention is the same function, but not on every device.
     self.config = ConfigDict(Model().model_dump() | keys | {'attention': 'xla'})
     self.folder = checkpoint or self.artifact.path / self.name
-    if not self.folder.is_dir():
+    if not storage.files(self.folder):
       raise UserError(f'{self.folder} does not exist; name a model of the run or a folder of checkpoints')
     self.step = None if checkpoint else self.artifact.last_step(self.name)
 

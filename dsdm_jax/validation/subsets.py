@@ -7,11 +7,11 @@ rows; *stratified*, good sources against bad ones; *deciles*, the order of the d
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from dsdm_jax.core import prng, storage
+from dsdm_jax.core.storage import Location
 from dsdm_jax.training.differentiable import ScannedTraining, TargetOutputs
 
 HALVES, STRATIFIED, DECILES, DROPS = FAMILIES = ('halves', 'stratified', 'deciles', 'drops')
@@ -91,7 +91,7 @@ def _by_source(seed: int, index: int, source_N: np.ndarray) -> np.ndarray:
 
 
 def truth(
-  folder: Path,
+  folder: Location,
   training: ScannedTraining,
   outputs: TargetOutputs,
   weight_SN: np.ndarray,
@@ -110,7 +110,6 @@ def truth(
       weight_MN = weight_SN[start : start + at_once]
       file = folder / f'{seed}-{start}.npz'
       if not storage.is_marked(file):
-        folder.mkdir(parents=True, exist_ok=True)
         padded = np.pad(weight_MN, ((0, at_once - len(weight_MN)), (0, 0)))  # one shape, one compilation
         output_MT, log_likelihood_MT = outputs(training.train(seed, padded)[0])
         storage.save_npz(file, output=output_MT[: len(weight_MN)], log_likelihood=log_likelihood_MT[: len(weight_MN)])

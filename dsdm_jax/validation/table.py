@@ -6,7 +6,6 @@
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,7 +114,7 @@ def markdown(records: Iterable[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
   """Exit code 0; or 2 after one line on stderr."""
   parser = argparse.ArgumentParser(prog='python -m dsdm_jax.validation.table', description=__doc__)
-  parser.add_argument('folder', type=Path, help='with lds.json and monotone.json')
+  parser.add_argument('folder', type=storage.locate, help='with lds.json and monotone.json')
   folder = parser.parse_args(argv).folder
   try:
     artifact = artifacts.open_folder(folder)

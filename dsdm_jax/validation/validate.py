@@ -213,7 +213,6 @@ class Setting:
   def _score_of(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     file = self._folder / f'score-{re.sub("[^A-Za-z0-9]+", "-", name)}.npy'
     if not storage.is_marked(file):
-      self._folder.mkdir(parents=True, exist_ok=True)
       storage.save_npy(file, make().astype(np.float32))
       storage.mark(file)
       self._context.cost.save()

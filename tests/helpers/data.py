@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,11 @@ from ml_collections import ConfigDict
 
 from configs.base import get_config
 from dsdm_jax.config.validate import resolve
+from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact, Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data.pool import build
 from dsdm_jax.data.pool.sources import Document
 from dsdm_jax.data.targets import masked, targets
@@ -51,23 +52,23 @@ def small_config(**pool_keys: Any) -> ConfigDict:
   return config
 
 
-def context(config: ConfigDict, workdir: Path, stage: str, **inputs: Artifact) -> Context:
+def context(config: ConfigDict, workdir: Location, stage: str, **inputs: Artifact) -> Context:
   out = workdir / stage
-  out.mkdir(parents=True, exist_ok=True)
+  storage.make_folder(out)
   return Context(resolve(config, dict), out, inputs, Log(workdir, stage, enabled=False), Cost(out))
 
 
-def run_pool(config: ConfigDict, workdir: Path) -> Artifact:
+def run_pool(config: ConfigDict, workdir: Location) -> Artifact:
   of_stage = context(config, workdir, 'pool')
   return Artifact(of_stage.out, {'semantics': build.run(of_stage)})
 
 
-def run_leakage(config: ConfigDict, workdir: Path, pool_artifact: Artifact) -> Artifact:
+def run_leakage(config: ConfigDict, workdir: Location, pool_artifact: Artifact) -> Artifact:
   of_stage = context(config, workdir, 'leakage', pool=pool_artifact)
   return Artifact(of_stage.out, {'semantics': masked.run(of_stage)})
 
 
-def run_targets(config: ConfigDict, workdir: Path, pool_artifact: Artifact) -> Artifact:
+def run_targets(config: ConfigDict, workdir: Location, pool_artifact: Artifact) -> Artifact:
   of_stage = context(config, workdir, 'targets', pool=pool_artifact)
   return Artifact(of_stage.out, {'semantics': targets.run(of_stage)})
 
@@ -80,7 +81,6 @@ def lines(records: list[dict]) -> bytes:
   return ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records).encode()
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder: Location) -> dict[str, bytes]:
   """Relative path → bytes of every file in `folder`, without that of the seconds that it took."""
-  files = (p for p in sorted(folder.rglob('*')) if p.is_file() and p.name != 'cost.json')
-  return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+  return {name: storage.read(folder / name) for name in storage.files(folder) if not name.endswith('cost.json')}

@@ -181,7 +181,7 @@ def register(schedule: Schedule, pool: Pool | str | os.PathLike, start: int = 0,
 
 def _name(schedule: Schedule, pool: Pool, start: int, share: Share) -> str:
   # The path too: rows are read late, and an equal pool elsewhere may be deleted by then.
-  parts = (schedule.digest, pool.digest, pool.path.absolute(), start, share)
+  parts = (schedule.digest, pool.digest, pool.path, start, share)
   return f'dsdm_jax.{hashlib.sha256(chr(0x1F).join(map(str, parts)).encode()).hexdigest()[:16]}'
 
 

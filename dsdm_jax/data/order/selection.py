@@ -1,16 +1,14 @@
 """A selection: rows of the pool to train on, their weights and how they were chosen; and the order of training."""
 
 import dataclasses
-import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import inside
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data.order.schedule import Part, Schedule
 from dsdm_jax.errors import UserError
 
@@ -87,24 +85,24 @@ class Selection:
     if count.max() > cap:
       raise ValueError(f'selection {self.name}: row {row[count.argmax()]} occurs {count.max()} times, more than {cap}')
 
-  def save(self, folder: str | os.PathLike) -> None:
+  def save(self, folder: Location) -> None:
     """Writes `<name>.npz` (its arrays) and `<name>.json` (provenance) to `folder`."""
     arrays = {'rows': self.rows, 'weights': self.weights}
     for name in ('scores', 'documents', 'document_scores'):
       if (array := getattr(self, name)) is not None:
         arrays[name] = array
-    storage.save_npz(Path(folder) / f'{self.name}.npz', **arrays)
-    storage.write_json(Path(folder) / f'{self.name}.json', self.provenance)
+    storage.save_npz(folder / f'{self.name}.npz', **arrays)
+    storage.write_json(folder / f'{self.name}.json', self.provenance)
 
   @classmethod
-  def load(cls, folder: str | os.PathLike, name: str) -> 'Selection':
+  def load(cls, folder: Location, name: str) -> 'Selection':
     """Raises UserError if `folder` has no such selection, ValueError if it is malformed."""
-    arrays_file, provenance_file = (inside(Path(folder), f'{name}.{kind}') for kind in ('npz', 'json'))
+    arrays_file, provenance_file = (inside(folder, f'{name}.{kind}') for kind in ('npz', 'json'))
     try:
       with storage.load(arrays_file) as arrays:
         rows, weights = arrays['rows'], arrays['weights']
         optional = [arrays[n] if n in arrays.files else None for n in ('scores', 'documents', 'document_scores')]
-      provenance = json.loads(provenance_file.read_text())
+      provenance = storage.read_json(provenance_file, dict)
     except FileNotFoundError as error:
       raise UserError(
         f'no selection {name!r} in {folder}: {error.filename} is missing; run the selection stage'
@@ -117,9 +115,7 @@ class Selection:
     return cls(name, rows, weights, provenance, *optional)
 
 
-def schedule(
-  folder: str | os.PathLike, entry: Mapping[str, Any], length: int, seed: int, max_epochs: float = 0.0
-) -> Schedule:
+def schedule(folder: Location, entry: Mapping[str, Any], length: int, seed: int, max_epochs: float = 0.0) -> Schedule:
   """The order of training for an entry of the selection stage's index: one selection, or a mixture of several.
 
   Args:

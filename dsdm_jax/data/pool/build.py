@@ -40,14 +40,22 @@ def run(context: Context) -> dict[str, Any]:
   Raises:
     UserError: the pool is empty or holds less than one row; bad sources, input, tasks or vocabulary.
   """
-  if pretokenized.wanted(context.config.pool):
-    return pretokenized.run(context)
-  began, out = time.monotonic(), context.out
+  if context.config.host.beam and not isinstance(context.out, Path):
+    raise UserError(
+      f'host.beam is set and the workdir is the address {context.out}, but the workers of Beam exchange files through '
+      'a folder; use a --workdir that all of them mount, or leave host.beam out'
+    )
+  with storage.uploading(context.out) as out:
+    return (pretokenized.run if pretokenized.wanted(context.config.pool) else _build)(context, out)
+
+
+def _build(context: Context, out: Path) -> dict[str, Any]:
+  began = time.monotonic()
   for abandoned in out.glob('work-*'):
     shutil.rmtree(abandoned)
   work = out / f'work-{uuid.uuid4().hex[:8]}'
   work.mkdir()
-  builder = Builder(context, work)
+  builder = Builder(context, out, work)
   try:
     builder.copy_vocabulary()
     entries, units, missing = builder.units()
@@ -152,11 +160,12 @@ class Builder:
 
   Args:
     context: of the stage.
+    out: folder for the files of the pool.
     work: empty folder for files between the passes.
   """
 
-  def __init__(self, context: Context, work: Path):
-    self.context, self.config, self.out, self.work = context, context.config, context.out, work
+  def __init__(self, context: Context, out: Path, work: Path):
+    self.context, self.config, self.out, self.work = context, context.config, out, work
     self.pool_config = context.config.pool
     self.bytes = 0  # of text, as far as known; 0 if not
 
@@ -244,7 +253,7 @@ class Builder:
           f'{where} and {again} have the same id {id!r}, and ids must be unique in the pool; name another field with '
           '| id=FIELD, or end the source with | id= to number documents by file and line'
         )
-    np.save(self.work / 'lost.npy', selected.lost_M)
+    storage.save_npy(self.work / 'lost.npy', selected.lost_M)
     self.bytes = selected.bytes
     return [dataclasses.replace(job, first=selected.first[i]) for i, job in enumerate(jobs)], selected
 

@@ -9,14 +9,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
+from dsdm_jax.core.storage import Address, Location
 from dsdm_jax.data.pool import vocabulary as vocabulary_lib
 from dsdm_jax.data.pool.spans import Spans
 from dsdm_jax.errors import UserError, as_os_error, visible
@@ -28,16 +30,10 @@ if TYPE_CHECKING:
 END_OF_DOCUMENT = '\n␄\n'  # replaces the end mark in the text of a row
 SHARD_ROWS = 16_384
 _RESIDENT_BYTES = 16 * 2**20  # the tokens of a pool up to this size are read once and stay in memory
+_COPIED_BYTES = 2**36  # of a dataset in gs://
+_OPEN_SHARDS = 256  # at most; a pool of 217M rows has 13,000
+_OPEN_AT_ONCE = 16  # shards that are read at the same time
 _RESIDENT_DOCUMENTS = 2**20  # likewise a table of up to so many documents
-
-
-class _File(NamedTuple):
-  """A file of the dataset as `array_record` takes it: its path, and that all its rows are read."""
-
-  filename: str
-  skip: int
-  take: int
-  examples_in_shard: int
 
 
 class Documents(Sequence[dict[str, Any]]):
@@ -52,16 +48,14 @@ class Documents(Sequence[dict[str, Any]]):
   tokens. The files also have the text of each document that is in the pool.
   """
 
-  def __init__(self, folder: Path, files: Iterable[str] | None = None):
-    import pyarrow.parquet as pq
-
+  def __init__(self, folder: Location, files: Iterable[str] | None = None):
     names = storage.files(folder) if files is None else files  # a folder may hold more than its manifest lists
     tables = sorted(name for name in names if name.startswith('documents/') and name.endswith('.parquet'))
-    self._files = [pq.ParquetFile(folder / name) for name in tables]
+    self._files = [storage.open_parquet(folder / name) for name in tables]
     counts = [f.metadata.row_group(g).num_rows for f in self._files for g in range(f.metadata.num_row_groups)]
     self._groups = [(f, g) for f in self._files for g in range(f.metadata.num_row_groups)]
     self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    self._order = np.load(folder / 'rows' / 'order.npy', mmap_mode='r')  # noqa: TID251  mapped
+    self._order = storage.mapped(folder / 'rows' / 'order.npy')
     cached = None if len(self) <= _RESIDENT_DOCUMENTS else 16
     self._group = functools.lru_cache(maxsize=cached)(self._read_group)
 
@@ -128,9 +122,9 @@ class Pool:
       does not list.
   """
 
-  def __init__(self, artifact: Artifact | str | os.PathLike):
+  def __init__(self, artifact: Artifact | Location | str | os.PathLike):
     if not isinstance(artifact, Artifact):
-      folder = Path(artifact)
+      folder = storage.locate(artifact)
       artifact = artifacts.open_folder(folder) or Artifact(folder, {})
       if artifact.manifest:
         artifact.verify()
@@ -142,35 +136,70 @@ class Pool:
     self.packed = self.card.get('packed', True)  # whether a row may hold several documents
     self._files = artifact.manifest.get('files')
     for name in vocabulary_lib.FILES:
-      if self._files is not None and name not in self._files and (self.path / name).is_file():
+      if self._files is not None and name not in self._files and storage.is_file(self.path / name):
         raise UserError(f'{self.path / name} is a vocabulary that the manifest of the pool does not list; delete it')
 
   @functools.cached_property
-  def _reader(self) -> Any:
-    # Not by TFDS, which imports the module of the class that `features.json` names.
-    from array_record.python import array_record_data_source
+  def _shards(self) -> tuple[list[str], np.ndarray]:
+    """The files of the dataset, as ArrayRecord opens them, and the number of the first row of each, with N at the end.
 
+    Of a pool in an object store the whole dataset is copied to this machine. ArrayRecord reads a large one in gs:// in
+    place: a row then takes some milliseconds.
+    """
+    # Not by TFDS, which imports the module of the class that `features.json` names.
     folder = self.path / 'dataset'
     try:
-      [split] = json.loads((folder / 'dataset_info.json').read_text())['splits']
-      counts = [int(count) for count in split['shardLengths']]
+      [split] = json.loads(storage.read_bytes(folder / 'dataset_info.json') or b'')['splits']
+      counts, size = [int(count) for count in split['shardLengths']], int(split['numBytes'])
     except (ValueError, KeyError, TypeError) as error:
       raise UserError(f'{folder}/dataset_info.json is damaged ({error!r}); rerun the pool stage') from error
-    paths = sorted(folder.glob('pool-train.array_record-*'))
-    if len(paths) != len(counts) or sum(counts) != self.num_rows:
+    names = [name for name in storage.files(folder) if name.startswith('pool-train.array_record-')]
+    if len(names) != len(counts) or sum(counts) != self.num_rows:
       raise UserError(
-        f'{folder} has {len(paths)} files of {sum(counts)} rows and not {len(counts)} of {self.num_rows}; rerun the '
+        f'{folder} has {len(names)} files of {sum(counts)} rows and not {len(counts)} of {self.num_rows}; rerun the '
         'pool stage'
       )
-    files = [_File(str(path), 0, count, count) for path, count in zip(paths, counts, strict=True)]
-    return array_record_data_source.ArrayRecordDataSource(files)
+    in_place = isinstance(folder, Address) and folder.scheme == 'gs' and size > _COPIED_BYTES
+    opened = folder if in_place else storage.local(folder)
+    return [str(opened / name) for name in names], np.cumsum([0, *counts])
+
+  @functools.cached_property
+  def _readers(self) -> Callable[[int], Any]:
+    """Shard → its reader. The number of open files is bounded."""
+    from array_record.python import array_record_module
+
+    # Rows are read one by one, in any order: nothing is read ahead.
+    options = {'options': 'readahead_buffer_size:0', 'file_reader_buffer_size': 32_768}
+    paths, _ = self._shards
+
+    @functools.lru_cache(maxsize=_OPEN_SHARDS)
+    def reader(shard: int) -> Any:
+      return array_record_module.ArrayRecordReader(paths[shard], **options)
+
+    return reader
+
+  @functools.cached_property
+  def _threads(self) -> futures.ThreadPoolExecutor:
+    return futures.ThreadPoolExecutor(_OPEN_AT_ONCE, 'pool')
+
+  def _records(self, row_B: np.ndarray) -> list[bytes]:
+    first_S = self._shards[1]
+    shard_B = np.searchsorted(first_S, row_B, side='right') - 1
+    shards, at_B = np.unique(shard_B, return_inverse=True)
+
+    def read(shard: int) -> list[bytes]:
+      return self._readers(shard).read((row_B[shard_B == shard] - first_S[shard]).tolist())
+
+    parts = map(read, shards.tolist()) if len(shards) == 1 else self._threads.map(read, shards.tolist())
+    by_shard = [iter(part) for part in parts]
+    return [next(by_shard[at]) for at in at_B.tolist()]
 
   def _read(self, row_B: np.ndarray) -> np.ndarray:
     # A record is a head of the same length in all rows, and the row.
     dtype = vocabulary_lib.dtype_of(self.vocab_size)
     size = self.length * dtype.itemsize
     try:
-      records = self._reader.__getitems__(row_B.tolist())
+      records = self._records(row_B)
     except RuntimeError as error:
       raise as_os_error(error, self.path) or error from error
     if any(len(record) < size for record in records):
@@ -188,7 +217,7 @@ class Pool:
     return np.concatenate([self._read(np.arange(i, min(i + block, self.num_rows))) for i in starts])
 
   def _origin(self, name: str) -> np.ndarray:
-    return np.load(self.path / 'rows' / f'{name}.npy', mmap_mode='r')  # noqa: TID251  mapped
+    return storage.mapped(self.path / 'rows' / f'{name}.npy')
 
   @functools.cached_property
   def sources(self) -> list[str]:
@@ -222,7 +251,7 @@ class Pool:
 
   @functools.cached_property
   def _counted_NC(self) -> np.ndarray | None:
-    return self._origin('counted') if (self.path / 'rows' / 'counted.npy').is_file() else None
+    return self._origin('counted') if storage.is_file(self.path / 'rows' / 'counted.npy') else None
 
   @functools.cached_property
   def planted(self) -> list[dict[str, Any]]:
@@ -256,7 +285,7 @@ class Pool:
   @functools.cached_property
   def vocabulary(self) -> 'seqio.Vocabulary':
     """The vocabulary for seqio; imports TensorFlow. `encoder` gives the same ids without it."""
-    return vocabulary_lib.seqio_vocabulary(str(self.path))
+    return vocabulary_lib.seqio_vocabulary(self.path)
 
   def tokens(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
     """Tokens of `rows` in their order, repeats allowed: int32 [B, L].

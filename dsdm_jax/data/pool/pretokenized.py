@@ -65,14 +65,14 @@ class _Part:
   files: tuple[tuple[str, int], ...]
 
 
-def run(context: Context) -> dict[str, Any]:
-  """The pool stage for such pools.
+def run(context: Context, out: Path) -> dict[str, Any]:
+  """The pool stage for such pools, whose files go to `out`.
 
   Raises:
     UserError: no files, no such column, a row of another length, or an id outside the vocabulary.
   """
   began = time.monotonic()
-  c, out = context.config.pool, context.out
+  c = context.config.pool
   entry = sources.parse(c.sources[0])
   paths = files.glob(entry.target)
   if not paths:
@@ -219,7 +219,7 @@ def _write_origins(out: Path, paths: Sequence[str], counts: Sequence[int], name:
     begin += count
   for array in arrays.values():
     array.flush()
-  np.save(out / 'rows' / 'order.npy', np.arange(len(paths), dtype=np.int64))
+  storage.save_npy(out / 'rows' / 'order.npy', np.arange(len(paths), dtype=np.int64))
   rows = [
     {'id': f'{name}/{path}', 'source': name, 'file': path, 'bytes': 0, 'tokens': count * length}
     for path, count in zip(paths, counts, strict=True)

@@ -35,7 +35,8 @@ def write(pool: Path, out: Path, length: int) -> dict[str, Any]:
     data, names = encoder.data, {encoder.eos: encoder.end}
     names[encoder.pad] = encoder.tokenizer.id_to_token(encoder.pad)
   else:
-    tokenizer = _sentencepiece((pool / MODEL).read_bytes()) if (pool / MODEL).is_file() else _bytes()
+    model = storage.read_bytes(pool / MODEL)
+    tokenizer = _bytes() if model is None else _sentencepiece(model)
     data = tokenizer.to_str(pretty=True).encode()
     names = {i: tokenizer.id_to_token(i) for i in (encoder.eos, encoder.pad)}
   storage.write_bytes(out / TOKENIZER, data)

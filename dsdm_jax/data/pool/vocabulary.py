@@ -26,6 +26,7 @@ import numpy as np
 
 from dsdm_jax.config.values import brief
 from dsdm_jax.core import prng, storage, tensorflow_start
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data import files
 from dsdm_jax.data.pool import chat as chats
 from dsdm_jax.errors import UserError
@@ -586,36 +587,35 @@ def _try(encoder: Encoder, end: str) -> None:
       )
 
 
-def open_encoder(folder: str | os.PathLike) -> Encoder:
+def open_encoder(folder: Location | str | os.PathLike) -> Encoder:
   """The encoder of the vocabulary in `folder`."""
-  folder = Path(folder)
-  if (folder / MODEL).is_file():
-    return SentencePieceEncoder(folder / MODEL)
-  if (folder / TOKENIZER).is_file():
-    encoder = HuggingFaceEncoder((folder / TOKENIZER).read_bytes(), _end_piece(folder))
-    if (folder / chats.FILE).is_file():
+  folder = storage.locate(folder)
+  if (model := storage.read_bytes(folder / MODEL)) is not None:
+    return SentencePieceEncoder(model)
+  if (tokenizer := storage.read_bytes(folder / TOKENIZER)) is not None:
+    encoder = HuggingFaceEncoder(tokenizer, _end_piece(folder))
+    if storage.is_file(folder / chats.FILE):
       encoder.chat = chats.of_json(storage.read_json(folder / chats.FILE, dict))
     return encoder
-  if (folder / BYTES).is_file():
+  if storage.is_file(folder / BYTES):
     return ByteEncoder()
   raise UserError(f'{folder} has no vocabulary; run --stage=pool')
 
 
-def _end_piece(folder: Path) -> str:
+def _end_piece(folder: Location) -> str:
   return storage.read_json(folder / 'end_piece.json', dict)['end_piece']
 
 
-def seqio_vocabulary(folder: str) -> 'seqio.Vocabulary':
+def seqio_vocabulary(folder: Location) -> 'seqio.Vocabulary':
   """The same vocabulary for seqio. Imports seqio and TensorFlow."""
   tensorflow_start.start()
   import seqio
 
-  path = Path(folder)
-  if (path / MODEL).is_file():
-    return load(str(path / MODEL))
-  if (path / BYTES).is_file():
-    return seqio.ByteVocabulary(extra_ids=0)
-  return _hugging_face_vocabulary((path / TOKENIZER).read_bytes(), _end_piece(path))
+  if storage.is_file(folder / MODEL):
+    return load(str(storage.local(folder / MODEL)))
+  if (tokenizer := storage.read_bytes(folder / TOKENIZER)) is not None:
+    return _hugging_face_vocabulary(tokenizer, _end_piece(folder))
+  return seqio.ByteVocabulary(extra_ids=0)
 
 
 @functools.lru_cache(maxsize=2)

@@ -19,15 +19,16 @@ list of hashes only on a hit. The guard's size depends on the targets and not on
 import dataclasses
 import functools
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from dsdm_jax.core import storage
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data.pool.sources import Document
 
 SHORTEST = 6  # words
@@ -357,7 +358,7 @@ class Guard:
     shorts = {name: np.concatenate(arrays) for name, arrays in short.items()}
     order = np.argsort(shorts['head'], kind='stable')
     self._texts: Sequence[TargetText] | None = targets
-    self._path: str | os.PathLike = ''  # of the texts, if they are not in memory
+    self._path: Location = Path()  # of the texts, if they are not in memory
     self._set(
       n=np.array(n),
       long=hashes,
@@ -388,13 +389,13 @@ class Guard:
     )
     return int((~keep).sum())
 
-  def save(self, path: str | os.PathLike) -> None:
+  def save(self, path: Location) -> None:
     """Writes an npz file for `load` in other processes."""
     texts = json.dumps([dataclasses.astuple(text) for text in self._texts or ()]).encode()
-    np.savez(path, texts=np.frombuffer(texts, np.uint8), **self._arrays)  # type: ignore[arg-type]
+    storage.save_npz(path, texts=np.frombuffer(texts, np.uint8), **self._arrays)
 
   @classmethod
-  def load(cls, path: str | os.PathLike) -> 'Guard':
+  def load(cls, path: Location) -> 'Guard':
     guard = cls([], 2)
     with storage.load(path) as arrays:
       guard._set(**{name: arrays[name] for name in arrays.files if name != 'texts'})

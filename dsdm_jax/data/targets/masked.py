@@ -7,17 +7,16 @@ of random rows included. Proxies may have trained on some: they are used, and th
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.progress import Bar
 from dsdm_jax.core.stage import Context
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data.pool import passes
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.pool.sources import Document
@@ -28,6 +27,7 @@ from dsdm_jax.errors import visible
 _FEW_BYTES = 4_000_000  # comparing less text is faster than starting processes
 _READ = 256  # documents that are read at once
 _SHOWN = 3  # leaks that are printed
+_GUARD = 'guard.npz'  # for the workers
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def run(context: Context) -> dict[str, Any]:
   mask_N, rows_of = rows_with(pool, np.array([leak['document'] for leak in leaks], np.int64))
   for leak, rows in zip(leaks, rows_of, strict=True):
     leak['rows'] = rows
-  np.save(out / 'mask.npy', mask_N)
+  storage.save_npy(out / 'mask.npy', mask_N)
   for name, records in (('leaks', leaks), ('phrases', aside)):
     lines = (json.dumps(_listed(record), sort_keys=True) + '\n' for record in records)
     storage.write_text(out / f'{name}.jsonl', ''.join(lines))
@@ -75,9 +75,10 @@ def run(context: Context) -> dict[str, Any]:
     'boilerplate_runs': boilerplate_runs,
   }
   storage.write_json(out / 'card.json', card)
-  for file in sorted(out.glob('found-*.json')):
-    storage.unmark(file)
-  (out / 'guard.npz').unlink(missing_ok=True)
+  for name in storage.files(out):
+    if name.startswith('found-') and not storage.is_mark(name):
+      storage.unmark(out / name)
+  storage.delete(out / _GUARD)
   context.log.event('leakage', **card)
   _say(context, card, leaks, pool, bool(tables))
   return {'guarded': card['guarded'], 'masked': card['masked'], 'rows': card['rows']}
@@ -106,15 +107,15 @@ def _listed(leak: dict[str, Any]) -> dict[str, Any]:
   return {key: value for key, value in leak.items() if key not in ('document', 'whole', 'runs')}
 
 
-def _licences(tables: list[Path]) -> Iterator[Document]:
+def _licences(tables: Sequence[Location]) -> Iterator[Document]:
   kinds = leakage.BOILERPLATE_KINDS
   return (document for table in tables for _, document in _documents(table) if document.source in kinds)
 
 
-def _documents(table: Path) -> Iterator[tuple[int, Document]]:
+def _documents(table: Location) -> Iterator[tuple[int, Document]]:
   """(number of the record, document) of the documents in the pool; others have no text."""
   number = 0
-  for batch in pq.ParquetFile(table).iter_batches(_READ, columns=['id', 'source', 'text']):
+  for batch in storage.open_parquet(table).iter_batches(_READ, columns=['id', 'source', 'text']):
     for row in batch.to_pylist():
       if row['text'] is not None:
         yield number, Document(row['id'], row['source'], row['text'])
@@ -123,24 +124,24 @@ def _documents(table: Path) -> Iterator[tuple[int, Document]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-  """A table of documents to compare, the number of its first record, and where the result goes."""
+  """A table of documents to compare, the number of its first record, guard and its checksum, where the result goes."""
 
-  table: Path
+  table: Location
   first: int
-  guard: Path
-  out: Path
+  guard: Location
+  checksum: str
+  out: Location
 
 
 @functools.lru_cache(maxsize=1)
-def _guard(path: Path, state: tuple[int, int]) -> Guard:
-  del state  # part of the key: another run may have written another guard
+def _guard(path: Location, checksum: str) -> Guard:
+  del checksum  # part of the key: another run may have written another guard
   return Guard.load(path)
 
 
 def _compare(job: _Job) -> None:
   """Writes what the documents of one table share with targets: `Leak.record`, with number and runs."""
-  state = job.guard.stat()
-  guard, found = _guard(job.guard, (state.st_ino, state.st_mtime_ns)), []
+  guard, found = _guard(job.guard, job.checksum), []
   numbers: list[int] = []
 
   def documents() -> Iterator[Document]:
@@ -158,13 +159,14 @@ def _compare(job: _Job) -> None:
   storage.mark(job.out)
 
 
-def _search(context: Context, tables: list[Path], guard: Guard, size: int) -> list[dict[str, Any]]:
+def _search(context: Context, tables: Sequence[Location], guard: Guard, size: int) -> list[dict[str, Any]]:
   """What the documents of all tables share with targets, in their order; tables of a killed attempt are kept."""
-  guard.save(context.out / 'guard.npz')
-  counts = [pq.ParquetFile(table).metadata.num_rows for table in tables]
+  file = context.out / _GUARD
+  guard.save(file)
+  counts = [storage.open_parquet(table).metadata.num_rows for table in tables]
   first = np.cumsum([0, *counts]).tolist()
   jobs = [
-    _Job(table, first[i], context.out / 'guard.npz', context.out / f'found-{i:06d}.json')
+    _Job(table, first[i], file, storage.checksum(file), context.out / f'found-{i:06d}.json')
     for i, table in enumerate(tables)
   ]
   todo = [job for job in jobs if not storage.is_marked(job.out)]
@@ -186,7 +188,7 @@ def rows_with(pool: Pool, records: np.ndarray) -> tuple[np.ndarray, list[int]]:
   mask_N = np.zeros(pool.num_rows, np.bool_)
   rows: list[int] = []
   if len(records):
-    order = np.load(pool.path / 'rows' / 'order.npy', mmap_mode='r')  # noqa: TID251  mapped
+    order = storage.mapped(pool.path / 'rows' / 'order.npy')
     by_record = np.argsort(order, kind='stable')
     spans, places = pool.spans, by_record[np.searchsorted(order, records, sorter=by_record)]
     place_R, row_R = spans.rows_of(places)

@@ -309,7 +309,7 @@ def run(context: Context) -> dict[str, Any]:
   counts: dict[str, dict[str, int]] = {}
   length = storage.read_json(pool.path / 'card.json', dict)['length']
   encoder = open_encoder(pool.path)
-  vocabulary = [storage.checksum(pool.path / name) for name in FILES if (pool.path / name).is_file()]
+  vocabulary = [storage.checksum(pool.path / name) for name in FILES if storage.is_file(pool.path / name)]
   settings = {key: config[key] for key in ('seed', 'max_examples', 'long_prompts', 'file_shots', 'file_delimiter')}
   shared = {**settings, 'length': length, 'vocabulary': vocabulary}
   split = {split_task.task.name: split_task for split_task in split_tasks(config)}
@@ -319,10 +319,10 @@ def run(context: Context) -> dict[str, Any]:
     if not storage.is_marked(whole):
       examples, count = build_task(split_task, config, encoder, length)
       for side, of_split in examples.items():
-        stem = context.out / f'{name}.{side}'
-        storage.save_npz(f'{stem}.npz', tokens_TL=of_split.tokens_TL, weights_TL=of_split.weights_TL)
+        stem = f'{name}.{side}'
+        storage.save_npz(context.out / f'{stem}.npz', tokens_TL=of_split.tokens_TL, weights_TL=of_split.weights_TL)
         lines = [json.dumps(record, sort_keys=True) + '\n' for record in of_split.records]
-        storage.write_bytes(f'{stem}.jsonl', ''.join(lines).encode())
+        storage.write_text(context.out / f'{stem}.jsonl', ''.join(lines))
       storage.write_json(whole, count)
       storage.mark(whole, *parts)
     counts[name] = storage.read_json(whole, dict)
@@ -373,6 +373,4 @@ class Targets:
     stem = f'{task}.{split}'
     with storage.load(self._path / f'{stem}.npz') as arrays:
       tokens_TL, weights_TL = arrays['tokens_TL'], arrays['weights_TL']
-    lines = (self._path / f'{stem}.jsonl').read_bytes().split(b'\n')
-    records = tuple(json.loads(line) for line in lines if line)
-    return Examples(tokens_TL, weights_TL, records)
+    return Examples(tokens_TL, weights_TL, tuple(storage.read_jsonl(self._path / f'{stem}.jsonl')))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.pool import pool as pool_lib
 from dsdm_jax.data.pool.pool import END_OF_DOCUMENT, Pool
@@ -122,6 +123,24 @@ def test_same_packages_same_bytes(tmp_path: Path):
   environment = os.environ | {'PYTHONHASHSEED': '77'}
   subprocess.run([sys.executable, '-c', code, str(there)], check=True, cwd=Path(__file__).parents[3], env=environment)
   assert contents(here.path) == contents(there / 'pool')
+
+
+def test_a_pool_in_an_object_store_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  config, written = small_config(), {}
+  for workdir in (tmp_path, storage.locate(f'memory://bucket{tmp_path}')):
+    pool = run_pool(config, workdir)
+    stages = [pool, run_targets(config, workdir, pool), run_leakage(config, workdir, pool)]
+    written[workdir] = [contents(stage.path) for stage in stages]
+    opened = Pool(pool)
+    read = [opened.tokens(range(opened.num_rows)), opened.document_N, opened.documents.tokens_D]
+    read += [np.array(opened.text(3)), Targets(stages[1]).examples('cs_algorithms', 'target').tokens_TL]
+    written[workdir] += [x.tobytes() for x in read]
+  local, remote = written.values()
+  marks = [{name for name in files if name.endswith('.sha256')} for files in local[:3]]
+  for here, there, notes in zip(local, remote, marks, strict=False):
+    assert {k: v for k, v in here.items() if k not in notes} == {k: v for k, v in there.items() if k not in notes}
+  assert local[3:] == remote[3:]
 
 
 def test_planted_examples_are_found(tmp_path: Path):
