@@ -275,4 +275,4 @@ def _saved(primitive: Any, *_: Any, **parameters: Any) -> bool:
   Norms and activation functions are computed again: they take less time than the HBM traffic of their intermediate
   results, of which some are in float32.
   """
-  return primitive.name == 'dot_general' or parameters.get('name') == partition.SAVED
+  return primitive.name in ('dot_general', 'pallas_call') or parameters.get('name') == partition.SAVED

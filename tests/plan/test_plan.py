@@ -98,6 +98,25 @@ def test_rows_are_estimated_from_the_pools_bytes(config, monkeypatch):
   assert plan.make(config)['rows'] == 1_000
 
 
+def test_several_slices_have_a_replica_each(config, monkeypatch, capsys, tmp_path):
+  monkeypatch.setattr(topology, 'available', lambda: False)
+  config.plan.slices, config.mesh.model = 2, 2
+  plan.run(config, tmp_path)
+  found = json.loads((tmp_path / 'plan_v5e_2x4_2_slices.json').read_text())
+  assert (found['chips'], found['slices']) == (16, 2)
+  assert found['mesh'] == {'replica': 2, 'data': 4, 'model': 2}
+  assert '16 chips (2 slices of v5litepod-8), mesh 2 × 4 × 2' in capsys.readouterr().out
+  with pytest.raises(UserError, match='plan.slices = 2 .* does not publish'):
+    topology.devices('v4:2x2x1', 2)
+
+
+@pytest.mark.parametrize('shape', ['v5e:0x4', 'v5e:04x4', 'v5p:2x2x0'])
+def test_slices_without_chips_are_refused(config, shape, tmp_path):
+  config.plan.topology = shape
+  with pytest.raises(UserError, match='plan.topology'):
+    plan.run(config, tmp_path)
+
+
 def test_batches_that_the_slice_does_not_divide_are_refused(config):
   config.plan.topology = 'v5e:16x16'
   with pytest.raises(UserError, match='256 devices'):
