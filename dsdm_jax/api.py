@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dsdm_jax.attribution.score_arrays import ScoreArrays
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.storage import Location, Named
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
   from dsdm_jax.attribution.tokens import TokenScores
   from dsdm_jax.training.trained import RunModel
 
+_SCORES = 8  # arrays that a view keeps in memory
 # Stages that a run opens; validation and report are optional.
 _STAGES = (*report_data.STAGES, 'validation', 'report')
 
@@ -189,8 +191,8 @@ class ScoresView(View, Mapping[str, np.ndarray]):
   """
 
   def __init__(self, artifact: Artifact, pool: PoolView, run: Run):
-    with storage.load(artifact.path / 'scores.npz') as arrays:
-      self.arrays: dict[str, np.ndarray] = dict(arrays)
+    self.arrays: Mapping[str, np.ndarray] = ScoreArrays(artifact.path, artifact.manifest['files'])
+    self._read = functools.lru_cache(maxsize=_SCORES)(self.arrays.__getitem__)
     self._artifact = artifact
     self.semantics = artifact.semantics
     self.tasks: tuple[str, ...] = tuple(artifact.semantics['tasks'])
@@ -200,7 +202,7 @@ class ScoresView(View, Mapping[str, np.ndarray]):
   def __getitem__(self, target: str) -> np.ndarray:
     if target not in (*self.tasks, 'mix'):
       raise KeyError(f'no scores for {target!r}, only for {", ".join(self)}')
-    return self.arrays[f'score_{target}_N']
+    return self._read(f'score_{target}_N')
 
   def __iter__(self) -> Iterator[str]:
     return iter((*self.tasks, 'mix'))

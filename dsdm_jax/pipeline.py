@@ -83,7 +83,7 @@ STAGES = (
     reads=('pool', 'targets', 'proxies', 'features', 'target_features'),
     keys=('seed', 'datamodel', 'features', 'proxies'),
     code='attribution.scores:run',
-    format=4,
+    format=5,
     everywhere=True,
   ),
   # Models trained on many subsets of the pool: do scores predict what training does?

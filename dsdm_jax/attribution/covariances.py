@@ -12,7 +12,6 @@ output function gives all of them in one pass, with no weight gradient.
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from dsdm_jax.attribution.probes import ProbedLayer, Projections
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core import storage
 from dsdm_jax.core.mesh import batch_sharding, batch_shards, fetch, place, replicated
+from dsdm_jax.core.storage import Location
 from dsdm_jax.lm import partition
 from dsdm_jax.lm.outputs import OutputFn
 
@@ -178,7 +178,7 @@ class Basis:
       kept[layer.path] = (sides[0][1], sides[1][1])
     return cls(projections, kept)
 
-  def save(self, file: Path, layers: Sequence[ProbedLayer]) -> None:
+  def save(self, file: Location, layers: Sequence[ProbedLayer]) -> None:
     """Writes the file unless another job has: the first one is kept, unless it is damaged."""
     arrays = {'kept_N2': np.array([self.kept[layer.path] for layer in measured(layers)])}
     for number, layer in enumerate(measured(layers)):
@@ -190,7 +190,7 @@ class Basis:
     storage.mark(file)
 
   @classmethod
-  def load(cls, file: Path, layers: Sequence[ProbedLayer]) -> 'Basis':
+  def load(cls, file: Location, layers: Sequence[ProbedLayer]) -> 'Basis':
     with storage.load(file) as arrays:
       layers = measured(layers)
       kept = {layer.path: (float(x), float(y)) for layer, (x, y) in zip(layers, arrays['kept_N2'], strict=True)}

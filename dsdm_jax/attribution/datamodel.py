@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsdm_jax.attribution.accumulators import Accumulator, Progress, silent
 from dsdm_jax.attribution.quantization import Blocks
 from dsdm_jax.attribution.sources import RowSource, Shard, column_groups, dot
-from dsdm_jax.core.mesh import MODEL, batch_sharding, batch_shards, place, replicated
+from dsdm_jax.core.mesh import MODEL, assemble, batch_sharding, batch_shards, replicated, team, total
 from dsdm_jax.errors import UserError
 
 _STRIPE = 1_024  # rows of a matrix that a temporary copy may hold
@@ -36,8 +36,14 @@ def whole(dimension: int) -> Blocks:
   return ((0, dimension),)
 
 
-def _partial_gram(blocks: Blocks, mesh: Mesh | None) -> Callable[[np.ndarray], list[jax.Array]]:
-  """phi_BJ → φᵀφ of each block in float32; rows sharded over `data`, rows of the result over `model`."""
+def _partial_gram(blocks: Blocks, mesh: Mesh | None, rows: int = 0) -> Callable[[np.ndarray], list[jax.Array]]:
+  """phi_BJ → φᵀφ of each block in float32; rows sharded over `data`, rows of the result over `model`.
+
+  Several processes pass the rows of their own shards, and the devices add up their products.
+
+  Args:
+    rows: of a shard; needed with several processes, whose arrays have one shape.
+  """
 
   def apply(phi_BJ: jax.Array) -> list[jax.Array]:
     phi_BJ = phi_BJ.astype(jnp.float32)
@@ -51,12 +57,14 @@ def _partial_gram(blocks: Blocks, mesh: Mesh | None) -> Callable[[np.ndarray], l
     NamedSharding(mesh, PartitionSpec(MODEL)) if (stop - start) % mesh.shape[MODEL] == 0 else replicated(mesh)
     for start, stop in blocks
   ]
-  rows = batch_sharding(mesh)
-  step = jax.jit(apply, in_shardings=rows, out_shardings=out)
+  sharding, teams = batch_sharding(mesh), team(mesh).count
+  step = jax.jit(apply, in_shardings=sharding, out_shardings=out)
 
   def sharded(phi_BJ: np.ndarray) -> list[jax.Array]:
-    missing = -len(phi_BJ) % batch_shards(mesh)  # rows of zeros add nothing
-    return step(place(np.pad(phi_BJ, ((0, missing), (0, 0))) if missing else phi_BJ, rows))
+    wanted = rows if teams > 1 else len(phi_BJ)
+    missing = wanted - len(phi_BJ) + -wanted % (batch_shards(mesh) // teams)  # rows of zeros add nothing
+    phi_BJ = np.pad(phi_BJ, ((0, missing), (0, 0))) if missing else phi_BJ
+    return step(assemble(phi_BJ, sharding, teams * len(phi_BJ)))
 
   return sharded
 
@@ -71,25 +79,27 @@ def gram(
 ) -> list[np.ndarray]:
   """ΦᵀΦ/N, one float64 matrix for each block: each shard in float32, the sum over shards in float64 in their order.
 
+  Of several processes each reads its own shards; the products of a round are added in float32 on the devices.
+
   Args:
     source: of the pool's rows.
     blocks: columns of each diagonal block, in order; together they are all columns. None is one block of all columns.
     mesh: rows of a shard are sharded over `data`, rows of the matrix over `model`; None takes one device.
-    progress: called with the rows of each shard.
+    progress: called with the rows of each round.
     accumulator: saves the sums under `name`, so that a killed pass resumes and gives the same bits; None saves nothing.
   """
   source = source.gram_rows()
   blocks = whole(source.dimension) if blocks is None else blocks
-  step = _partial_gram(blocks, mesh)
+  step = _partial_gram(blocks, mesh, source.shard_rows)
 
   def parts(row: int) -> Iterator[tuple[int, int, list[jax.Array]]]:
-    for start, stop, phi_BJ in source.prefetched(row):
-      yield start, stop, step(phi_BJ)  # returns at once: the device computes while the last shard is added
+    for (first, end), (_, _, phi_BJ) in source.rounds(row):
+      yield first, end, step(phi_BJ)  # returns at once: the device computes while the last shard is added
 
   shapes = [(stop - start, stop - start) for start, stop in blocks]
   totals = (accumulator or Accumulator()).sum(name, shapes, parts, progress)
-  for total in totals:
-    total /= source.rows
+  for matrix in totals:
+    matrix /= source.rows
   return totals
 
 
@@ -98,9 +108,10 @@ def sums(
 ) -> np.ndarray:
   """Σ_n weight(n) φ(n) for several weightings of the rows, float64 [C, J]; `accumulator` and `name` as for `gram`."""
 
-  def parts(row: int) -> Iterator[tuple[int, int, list[jax.Array]]]:
-    for start, stop, phi_BJ in source.prefetched(row):
-      yield start, stop, [dot(np.asarray(weight_CN[:, start:stop], np.float32), phi_BJ)]
+  def parts(row: int) -> Iterator[tuple[int, int, list[np.ndarray]]]:
+    for (first, end), (start, stop, phi_BJ) in source.rounds(row):
+      sum_CJ = dot(np.asarray(weight_CN[:, start:stop], np.float32), phi_BJ)
+      yield first, end, [total(np.asarray(sum_CJ) * source.team.leads) if source.team.count > 1 else sum_CJ]
 
   return (accumulator or Accumulator()).sum(name, [(len(weight_CN), source.dimension)], parts)[0]
 
@@ -285,7 +296,7 @@ def score_shards(
   groups: Sequence[int] = (),
   combination_KX: np.ndarray | None = None,
 ) -> Iterator[Shard]:
-  """(start, stop, φ u in float32 [B, K]) of each shard from `row` on, where a shard starts, in order.
+  """(start, stop, φ u in float32 [B, K]) of this process's shards from `row` on, where a shard starts, in order.
 
   Args:
     groups: numbers of columns that are multiplied together, as for `solve`; passes without features ignore it.
@@ -299,12 +310,12 @@ def score_shards(
 
 
 def scores(source: RowSource, u_JK: np.ndarray, progress: Progress = silent) -> np.ndarray:
-  """score_NK = Φ u, float32."""
-  score_NK = np.empty((source.rows, u_JK.shape[1]), np.float32)
+  """score_NK = Φ u, float32, of all rows on each process."""
+  score_NK = np.zeros((source.rows, u_JK.shape[1]), np.float32)
   for start, stop, score_BK in score_shards(source, u_JK):
     score_NK[start:stop] = score_BK
     progress(stop - start)
-  return score_NK
+  return total(score_NK * source.team.leads) if source.team.count > 1 else score_NK
 
 
 def spectrum(gram_JJ: np.ndarray, exact: int = 2_048) -> dict[str, float | None]:

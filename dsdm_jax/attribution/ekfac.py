@@ -15,7 +15,6 @@ scales and biases take no part. The score of row n is the derivative of its outp
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from dsdm_jax.attribution.gradients import per_example
 from dsdm_jax.attribution.second_moment import SecondMoment
 from dsdm_jax.core import flops, storage
 from dsdm_jax.core.mesh import batch_sharding, batch_shards, fetch, place, replicated
+from dsdm_jax.core.storage import Location
 from dsdm_jax.lm import partition
 from dsdm_jax.lm.outputs import OutputFn
 
@@ -225,7 +225,7 @@ def _by_path(tree: Any) -> dict[str, Any]:
   return {partition.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def save(file: Path, factors: Mapping[str, Factors]) -> None:
+def save(file: Location, factors: Mapping[str, Factors]) -> None:
   """Writes the file unless another job has, and marks it."""
   arrays: dict[str, np.ndarray] = {'paths': np.array(list(factors))}
   for number, f in enumerate(factors.values()):
@@ -237,7 +237,7 @@ def save(file: Path, factors: Mapping[str, Factors]) -> None:
   storage.mark(file)
 
 
-def load(file: Path) -> dict[str, Factors]:
+def load(file: Location) -> dict[str, Factors]:
   """Path → factors.
 
   Raises:

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops, processes, storage
 from dsdm_jax.core.mesh import assemble, batch_shards, fetch, make_mesh, place, share
 from dsdm_jax.core.stage import Context
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data.order.batches import row_range_batches
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
@@ -45,7 +45,7 @@ class FeatureExtractor:
     folder: of the features stage, finished or not; bases of eigenvectors are read from it, and written to it if absent.
   """
 
-  def __init__(self, context: Context, pool: Pool, folder: Path):
+  def __init__(self, context: Context, pool: Pool, folder: Location):
     config = context.config
     self._context, self._pool, self._folder, self.mesh = context, pool, folder, make_mesh(config.mesh)
     self._trainer = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, self.mesh)
@@ -149,12 +149,12 @@ class FeatureExtractor:
     """Features of the pool's rows, computed on each read."""
     features = self._context.config.features
 
-    def check(phi_BJ: np.ndarray, first: int) -> None:
-      check_finite(self.step, phi_BJ, first, checkpoint_name(self._context.config, checkpoint))
+    def refuse(row: int, column: int, value: float) -> UserError:
+      return not_finite(self.step, row, column, value, checkpoint_name(self._context.config, checkpoint))
 
-    rows = PoolPass(self.step, prepared, self._pool, self.batch_size, self.mesh, self._context.add_flop, check)
+    rows = PoolPass(self.step, prepared, self._pool, self.batch_size, self.mesh, self._context.add_flop)
     quantizer = Quantizer(features.store_dtype, column_blocks(self.step.describe(), self.step.dimension))
-    return Recomputed(rows, self._pool.num_rows, self.step.dimension, features.shard_rows, quantizer)
+    return Recomputed(rows, self._pool.num_rows, self.step.dimension, features.shard_rows, quantizer, refuse)
 
   def directional(self, checkpoint: int, source: Recomputed) -> DirectionalSource:
     """Scores of the pool's rows by directional derivatives; the Gram matrix is made of the features of `source`."""
@@ -239,16 +239,22 @@ def _feature_step(config: ConfigDict, output_fn: OutputFn, vocab_size: int, leng
   return TwoSidedFeatures(model, output_fn, config.features.layers, config.features.dimension, config.seed, mesh)
 
 
-def check_finite(step: FeatureStep, phi_BJ: np.ndarray, first: int, proxy: int | str, what: str = 'row') -> None:
-  """Raises UserError naming the first row, its layer and the proxy if anything is NaN or infinite."""
-  bad = np.argwhere(~np.isfinite(phi_BJ))
+def not_finite(
+  step: FeatureStep, row: int, column: int, value: float, proxy: int | str, what: str = 'row'
+) -> UserError:
+  """The error of a feature that is NaN or infinite; it names the row, the layer and the proxy."""
+  return UserError(
+    f'feature of {what} {row} is {value} in {step.column_owner(column)} of proxy {proxy}; its shard was not written: '
+    'look at that text, or lower proxies.train.learning_rate and train the proxies again'
+  )
+
+
+def check_finite(step: FeatureStep, phi_TJ: np.ndarray, proxy: int | str, what: str) -> None:
+  """Raises `not_finite` of the first example whose feature is NaN or infinite."""
+  bad = np.argwhere(~np.isfinite(phi_TJ))
   if len(bad):
-    row, column = bad[0]
-    raise UserError(
-      f'feature of {what} {first + row} is {phi_BJ[row, column]} in {step.column_owner(int(column))} of proxy '
-      f'{proxy}; its shard was not written: look at that text, or lower proxies.train.learning_rate and train the '
-      'proxies again'
-    )
+    row, column = map(int, bad[0])
+    raise not_finite(step, row, column, float(phi_TJ[row, column]), proxy, what)
 
 
 def checkpoint_name(config: ConfigDict, checkpoint: int) -> str:
@@ -258,17 +264,17 @@ def checkpoint_name(config: ConfigDict, checkpoint: int) -> str:
   return f'{proxy}' if each == 1 else f'{proxy}, checkpoint {place + 1} of {each}'
 
 
-def basis_file(folder: Path, checkpoint: int) -> Path:
+def basis_file(folder: Location, checkpoint: int) -> Location:
   return folder / f'basis_{checkpoint}.npz'
 
 
-def factors_file(folder: Path, checkpoint: int) -> Path:
+def factors_file(folder: Location, checkpoint: int) -> Location:
   return folder / f'factors_{checkpoint}.npz'
 
 
-def basis_digest(folder: Path, checkpoint: int, basis: str) -> str:
+def basis_digest(folder: Location, checkpoint: int, basis: str) -> str:
   """SHA-256 of the eigenvectors; '' for random projections, which seed and settings determine."""
-  return hashlib.sha256(basis_file(folder, checkpoint).read_bytes()).hexdigest() if basis == 'eigenvectors' else ''
+  return hashlib.sha256(storage.read(basis_file(folder, checkpoint))).hexdigest() if basis == 'eigenvectors' else ''
 
 
 class ProxyOutputs:

@@ -1,9 +1,10 @@
 """Stage `features`: φ of every row of the pool, for each checkpoint of each proxy."""
 
-import json
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
-from ml_collections import ConfigDict
+import jax
+import jax.numpy as jnp
 
 from dsdm_jax.attribution.ekfac import WholeGradients
 from dsdm_jax.attribution.extractor import (
@@ -11,12 +12,14 @@ from dsdm_jax.attribution.extractor import (
   basis_digest,
   checkpoint_name,
 )
-from dsdm_jax.attribution.gradients import FeatureStep, TwoSidedFeatures
+from dsdm_jax.attribution.gradients import TwoSidedFeatures
 from dsdm_jax.attribution.sources import Recomputed
 from dsdm_jax.attribution.store import FeatureStore, open_store
 from dsdm_jax.core import artifacts, processes, storage
+from dsdm_jax.core.mesh import Team, on_one_device
 from dsdm_jax.core.progress import Bar
 from dsdm_jax.core.stage import Context
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.training.proxies import checkpoints
 
@@ -32,9 +35,10 @@ def run(context: Context) -> dict | None:
   config, out = context.config, context.out
   pool = Pool(context.inputs['pool'])
   extractor = FeatureExtractor(context, pool, out)
-  step, described = extractor.step, extractor.step.describe()
+  step = extractor.step
+  described = step.describe() | {'dimension': step.dimension, 'rows': pool.num_rows}
   two_sided, stored = isinstance(step, TwoSidedFeatures), config.features.mode == 'store'
-  context.log.event('features', **described, dimension=step.dimension, batch_size=extractor.batch_size)
+  context.log.event('features', **described, batch_size=extractor.batch_size)
   if isinstance(step, TwoSidedFeatures):
     shapes = ', '.join(f'{a}×{b}' for a, b in sorted({(layer.a, layer.b) for layer in step.layers}))
     context.log.say(f'  two-sided projection: {shapes} for each layer')
@@ -50,18 +54,18 @@ def run(context: Context) -> dict | None:
       if two_sided:
         _measure_coverage(context, extractor, checkpoint)
       if stored:
-        _extract_pool(context, step, extractor.source(checkpoint, prepared), checkpoint, bar)
+        _extract_pool(context, extractor.source(checkpoint, prepared), checkpoint, described, bar)
   # Only now: other jobs may have completed what was missing when this one started.
-  if not processes.decide(lambda: all(_complete(context, pool.num_rows, step, c) for c in range(count))):
+  if not processes.decide(lambda: all(_complete(context, c, described) for c in range(count))):
     return None
 
-  semantics = described | {'dimension': step.dimension, 'rows': pool.num_rows, 'checkpoints': count}
+  semantics = described | {'checkpoints': count}
   semantics |= {k: config.features[k] for k in ('mode', 'shard_rows', 'store_dtype', 'precondition', 'basis')}
   semantics |= {name: [note[name] for note in notes] for name in notes[0]}
   if two_sided:
-    semantics['unprobed'] = [json.loads(_coverage_file(out, c).read_text()) for c in range(count)]
+    semantics['unprobed'] = [storage.read_json(_coverage_file(out, c)) for c in range(count)]
   if stored:
-    semantics['fidelity'] = [json.loads(_fidelity_file(out, c).read_text()) for c in range(count)]
+    semantics['fidelity'] = [storage.read_json(_fidelity_file(out, c)) for c in range(count)]
     unchanged = min(fidelity['top_overlap'] for fidelity in semantics['fidelity'])
     text = f'  {config.features.store_dtype} store: {unchanged:.1%} of nearest neighbours unchanged'
     if unchanged < _UNCHANGED:
@@ -108,61 +112,70 @@ def _measure_coverage(context: Context, extractor: FeatureExtractor, checkpoint:
     context.log.say(f'{text} on {result["rows"]} rows (without: {largest})')
 
 
-def _extract_pool(context: Context, step: FeatureStep, source: Recomputed, checkpoint: int, bar: Bar) -> None:
-  """Computes this job's shards that are missing; a shard is written while the next one is computed."""
+def _extract_pool(
+  context: Context, source: Recomputed, checkpoint: int, described: Mapping[str, Any], bar: Bar
+) -> None:
+  """Computes this job's shards that are missing; each process writes its own while the next ones are computed."""
   source.charge()
   # Process 0 opens the store first, and creates it if it is absent.
-  missing = processes.decide(lambda: _missing(context, _store(context, step, source.rows, checkpoint), checkpoint))
-  store, features = _store(context, step, source.rows, checkpoint), context.config.features
+  processes.decide(lambda: _store(context, checkpoint, described).shards)
+  store, features = _store(context, checkpoint, described, source.team), context.config.features
+  missing = store.missing()
+  measured = processes.decide(lambda: storage.is_marked(_fidelity_file(context.out, checkpoint)))
+  if not (measured or 0 in missing):
+    missing = [0, *missing]
   # Each job takes adjacent shards; their numbers differ by at most one between jobs.
   first, stop = (store.shards * job // features.jobs for job in (features.job, features.job + 1))
-  missing = [shard for shard in missing if first <= shard < stop]
-  bar.skip(source.rows - sum(stop - start for start, stop in map(store.bounds, missing)))
-  shards = source.ranges(map(store.bounds, missing))
-  if not context.first:  # takes part in the steps; process 0 writes
-    for _ in shards:
-      pass
-    return
-  for shard, phi_BJ in store.fill(missing, shards):
-    if shard == 0:
-      fidelity = store.quantizer.fidelity(phi_BJ[:_FIDELITY_ROWS])
+  bounds = [store.bounds(shard) for shard in missing if first <= shard < stop]
+  bar.skip(source.rows - sum(stop - start for start, stop in bounds))
+  # The fidelity report comes from the first shard.
+  sample = _Sample() if bounds[:1] == [store.bounds(0)] and source.team.index == 0 and source.team.leads else None
+  for number, (start, _) in enumerate(store.fill(source.ranges(bounds, sample))):
+    if sample is not None and not number:
+      fidelity = store.quantizer.fidelity(sample.rows(min(_FIDELITY_ROWS, store.bounds(0)[1])))
       storage.write_json(_fidelity_file(context.out, checkpoint), fidelity)
       storage.mark(_fidelity_file(context.out, checkpoint))
-    bar.update(len(phi_BJ))
+    together = bounds[number * source.team.count : (number + 1) * source.team.count]
+    bar.update(sum(stop - start for start, stop in together))
     context.cost.save()
 
 
-def _complete(context: Context, rows: int, step: FeatureStep, checkpoint: int) -> bool:
+class _Sample:
+  """The first float32 features that a pass computes, on one device."""
+
+  def __init__(self) -> None:
+    self._parts: list[jax.Array] = []
+    self._count = 0
+
+  def __call__(self, row: int, phi_BJ: jax.Array) -> None:
+    if not row and self._count < _FIDELITY_ROWS:
+      self._parts.append(on_one_device(phi_BJ))
+      self._count += len(self._parts[-1])
+
+  def rows(self, count: int) -> jax.Array:
+    return jnp.concatenate(self._parts)[:count]
+
+
+def _complete(context: Context, checkpoint: int, described: Mapping[str, Any]) -> bool:
   """Whether all jobs' parts of a checkpoint are written. Only their markers and sizes are read."""
-  if isinstance(step, TwoSidedFeatures) and not storage.is_marked(_coverage_file(context.out, checkpoint)):
+  if described['projection'] == 'two_sided' and not storage.is_marked(_coverage_file(context.out, checkpoint)):
     return False
   if context.config.features.mode != 'store':
     return True
-  return not _missing(context, _store(context, step, rows, checkpoint), checkpoint, verify=False)
-
-
-def _missing(context: Context, store: FeatureStore, checkpoint: int, *, verify: bool = True) -> list[int]:
-  """Shards to compute. The fidelity report comes from the first one."""
-  missing = store.missing(verify=verify)
   measured = storage.is_marked(_fidelity_file(context.out, checkpoint))
-  return missing if 0 in missing or measured else [0, *missing]
+  return measured and not _store(context, checkpoint, described).missing(verify=False)
 
 
-def _store(context: Context, step: FeatureStep, rows: int, checkpoint: int) -> FeatureStore:
-  features: ConfigDict = context.config.features
-  semantics = step.describe() | {'dimension': step.dimension, 'rows': rows}
-  semantics |= {'shard_rows': features.shard_rows, 'store_dtype': features.store_dtype}
-  digest = basis_digest(context.out, checkpoint, features.basis)
-  return open_store(context.out, checkpoint, semantics, digest, _origin(context))
+def _store(context: Context, checkpoint: int, described: Mapping[str, Any], team: Team | None = None) -> FeatureStore:
+  features, out = context.config.features, context.out
+  semantics = {**described, 'shard_rows': features.shard_rows, 'store_dtype': features.store_dtype}
+  digest = basis_digest(out, checkpoint, features.basis)
+  return open_store(out, checkpoint, semantics, digest, artifacts.origin(out), team or Team())
 
 
-def _origin(context: Context) -> str:
-  return artifacts.origin(context.out)
-
-
-def _coverage_file(folder: Path, checkpoint: int) -> Path:
+def _coverage_file(folder: Location, checkpoint: int) -> Location:
   return folder / f'unprobed_{checkpoint}.json'
 
 
-def _fidelity_file(folder: Path, checkpoint: int) -> Path:
+def _fidelity_file(folder: Location, checkpoint: int) -> Location:
   return folder / f'fidelity_{checkpoint}.json'

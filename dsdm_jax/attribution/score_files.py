@@ -161,7 +161,7 @@ def load(path: Path, target: str) -> dict[str, np.ndarray]:
     return {target: read(path)}
   for folder in (path / 'datamodel', path):
     artifact = artifacts.open_folder(folder)
-    if artifact is not None and 'scores.npz' in artifact.manifest['files']:
+    if artifact is not None and artifact.identity['stage'] == 'datamodel':
       artifact.verify()
       scores = Scores(artifact)
       return {name: scores.score_N(name) for name in (*scores.tasks, 'mix')}

@@ -5,50 +5,50 @@ Averaging only over proxies that did not train on a row ('unseen') removes that.
 """
 
 import dataclasses
-import functools
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import scipy.stats
 
-from dsdm_jax.attribution import damping, datamodel, solve
-from dsdm_jax.attribution.accumulators import Accumulator, Progress
+from dsdm_jax.attribution import damping, datamodel, score_arrays, solve
+from dsdm_jax.attribution.accumulators import Accumulator, Arrays, Chunk, Progress
 from dsdm_jax.attribution.extractor import ProxyOutputs, step_rows
 from dsdm_jax.attribution.solve import Solved, TargetWeights
-from dsdm_jax.attribution.sources import column_groups
+from dsdm_jax.attribution.sources import Bounds, column_groups
 from dsdm_jax.attribution.store import Features
 from dsdm_jax.config.validate import load_callable
-from dsdm_jax.core import processes, storage
+from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.progress import Bar
 from dsdm_jax.core.stage import Context
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.errors import UserError
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import trainer
 
-SOLUTION = 'solution.npz'  # u_<task>_CJ of each task, and q_N if scores are multiplied by it
 ALL, UNSEEN, AUTO = 'all', 'unseen', 'auto'  # which proxies the score of a row is averaged over
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)  # of the pool, at which the overlap of two selections is measured
 _SHIFT = 0.1  # 'auto' is 'unseen' if inside and outside means differ by more than this many standard deviations
 _SAMPLE = 65_536  # rows on which stability is measured: a fixed stride over the pool, whose order is random
-_PASSES, _Q = 'passes', 'q.npy'  # the unit of passes over the pool, and the file of one of them
+_PASSES = 'passes'  # the unit of passes over the pool
+Q = 'q.npy'  # the mean probability of each row
 # Parts of `report.json` that have an entry for each task.
 _BY_TASK = ('subset_effect', 'average', 'checkpoint_agreement', 'top_overlap_over_targets')
 _PEAKS = 20  # rows at either end that are saved of a single example's scores
 
 
 def run(context: Context) -> dict:
-  """Writes `scores.npz`, `report.json`, `solution.npz` and `samples.npz`, see `docs/datamodel.md`.
+  """Writes `scores/<task>/`, `scores/mix/`, `report.json` and, if scores have a Q, `q.npy`; see `docs/datamodel.md`.
 
-  The passes over the pool that targets do not change, and the columns of each task, are units.
+  The passes over the pool that targets do not change, and the columns of each task, are units. Each process scores and
+  writes its own rows.
   """
-  config, options = context.config, context.config.datamodel
+  config, options, out = context.config, context.config.datamodel, context.out
   features, targets = Features(context.inputs['features'], context), Targets(context.inputs['targets'])
   names, examples = targets.tasks, [targets.examples(task, 'target') for task in targets.tasks]
   by_ekfac = features.semantics['projection'] == 'ekfac'
@@ -58,7 +58,7 @@ def run(context: Context) -> dict:
     for name, e in zip(names, examples, strict=True)
   ]
   accumulator, mesh, proxies = (
-    Accumulator(context.out, context.cost.save, keep=True),
+    Accumulator(out, context.cost.save, keep=True),
     make_mesh(config.mesh),
     config.proxies,
   )
@@ -66,7 +66,7 @@ def run(context: Context) -> dict:
   seen_PN = seen(context.inputs['proxies'], proxies.count, features.rows)
   of_features, earlier = context.inputs['features'].digest, context.units.previous
   of_passes = {'features': of_features, **{key: options[key] for key in ('gram', 'unit_norm', 'damping_rule', 'q')}}
-  context.units.take({_PASSES: of_passes}, lambda _: ('sum_*', _Q))
+  context.units.take({_PASSES: of_passes}, lambda _: ('sum_*', Q))
   damping_before = float(earlier.semantics['damping']) if chosen and earlier is not None else options.damping
 
   def unfinished(damping: float) -> list[int]:
@@ -74,7 +74,8 @@ def run(context: Context) -> dict:
     shared = {key: value for key, value in options.items() if key != 'mix'}
     of_task = {name: {'examples': targets.digest(name), 'features': of_features} for name in names}
     others = {'blended': of_task if options.target_share else None, 'damping': damping, 'seed': config.seed}
-    taken = context.units.take({_unit(name): [of_task[name], shared, others] for name in names})
+    folder_of = {_unit(name): (f'{score_arrays.FOLDER}/{name}/',) for name in names}
+    taken = context.units.take({_unit(name): [of_task[name], shared, others] for name in names}, folder_of.__getitem__)
     return [place for place, name in enumerate(names) if _unit(name) not in taken]
 
   new, solved, q_N, spent = unfinished(damping_before), None, None, context.cost.parts
@@ -105,13 +106,14 @@ def run(context: Context) -> dict:
       spent |= {_PASSES: time.monotonic() - began, f'{_PASSES} flop': charged}
     context.cost.flop = before + spent.get(f'{_PASSES} flop', 0.0)
     began, before = time.monotonic(), context.cost.flop
-    tasks: list[TaskScores] = []
+    tasks: list[TaskColumns] = []
     of_new = [weights[place] for place in new]
     if new:
       if by_ekfac:
         solved = solve.by_ekfac(features, context, [examples[place] for place in new], of_new, options.damping)
       assert solved is not None
-      tasks = score_tasks(solved, of_new, seen_PN, options.average, bar.update, accumulator)
+      name = f'scores_{artifacts.digest_of([[names[place] for place in new], solved.damping])[:12]}'
+      tasks = score_tasks(solved, of_new, seen_PN, options.average, bar.update, accumulator, name)
       flop = (context.cost.flop - before) / len(new)
       for place, w in zip(new, of_new, strict=True):
         columns = 0 if by_ekfac else len(w.weight_KT)
@@ -121,36 +123,35 @@ def run(context: Context) -> dict:
     context.cost.flop = before + sum(spent.get(f'{_unit(name)} flop', 0.0) for name in names)
     if options.q:
       q_N = 1 - _mean_probability(context, bar)
-      for task in tasks:
-        task.multiply(q_N, sample_rows(features.rows))
-  found = _Found.of_earlier(earlier, [name for place, name in enumerate(names) if place not in new])
-  first = np.cumsum([0, *(len(w.weight_KT) for w in of_new)])
-  for number, (place, task, w, at) in enumerate(zip(new, tasks, of_new, first, strict=False)):
-    assert solved is not None
-    _check(names[place], task.score_N)
-    # u of the mean of the task's examples; a joint datamodel has the columns of all checkpoints side by side.
-    u_CJ = np.concatenate([s.columns(at) for s in solved.solutions]).reshape(features.checkpoints, -1)
-    norm_C = None if solved.norm_CK is None else solved.norm_CK[:, number]
-    found.add(names[place], task, w, u_CJ, norm_C)
+  peaks_of = write_blocks(out, [names[place] for place in new], tasks, q_N)
+  common = {} if earlier is None else storage.read_json(earlier.path / 'report.json', dict)
   if solved is not None:
-    found.report |= {
+    common = {
       'spectrum': solved.spectra,
       'condition': [list(s.condition) for s in solved.solutions],
       'damping': solved.damping,
       'damping_choice': None if solved.choice is None else solved.choice.as_json(),
     }
-  report, arrays = found.summarize(names, weights, options.mix)
   if context.first:
-    storage.save_npz(context.out / 'scores.npz', **arrays)
-    storage.save_npz(context.out / SOLUTION, **found.solution, **({} if q_N is None else {'q_N': q_N}))
-    storage.save_npz(context.out / 'samples.npz', **found.samples)
-    storage.write_json(context.out / 'report.json', report)
+    first = np.cumsum([0, *(len(w.weight_KT) for w in of_new)])
+    for number, (place, task) in enumerate(zip(new, tasks, strict=True)):
+      assert solved is not None
+      # u of the mean of the task's examples; a joint datamodel has the columns of all checkpoints side by side.
+      u_CJ = np.concatenate([s.columns(first[number]) for s in solved.solutions]).reshape(features.checkpoints, -1)
+      small = {'u_CJ': u_CJ, **peaks_of[number]}
+      if solved.norm_CK is not None:
+        small['norm_C'] = solved.norm_CK[:, number]
+      _write_task(out, names[place], task, small, q_N)
+    storage.write_json(out / 'report.json', _summarize(out, names, weights, options.mix, common))
+  processes.wait()
   accumulator.clear()  # only now: until then, a kill must not lose the passes
-  for place, task in zip(new, tasks, strict=True):
-    if task.subset_effect and task.average == UNSEEN and options.average == AUTO:
-      shift = task.subset_effect['shift_sd']
+  report = storage.read_json(out / 'report.json', dict)
+  for place in new:
+    effect, average = report['subset_effect'][names[place]], report['average'][names[place]]
+    if effect and average == UNSEEN and options.average == AUTO:
       context.log.say(
-        f'  {names[place]}: proxies shift rows of their own subset by {shift:+.2f} sd; using unseen proxies only'
+        f'  {names[place]}: proxies shift rows of their own subset by {effect["shift_sd"]:+.2f} sd; using unseen '
+        'proxies only'
       )
   scale = 'goes with the square of the features' if options.recentre else 'invariant to the scale of features'
   if options.gram == 'joint':
@@ -173,104 +174,111 @@ def run(context: Context) -> dict:
   }
 
 
+def write_blocks(
+  out: Location, names: Sequence[str], tasks: Sequence['TaskColumns'], q_N: np.ndarray | None
+) -> list[dict[str, np.ndarray]]:
+  """Writes the scores of all rows, block by block, each process some blocks; returns each task's peaks of examples.
+
+  Raises:
+    UserError: the scores of a task order nothing: they are not finite, or the same for all rows.
+  """
+  rows = tasks[0].rows if tasks else 0
+  items = [(number, block) for number in range(len(tasks)) for block in score_arrays.blocks(rows)]
+
+  def work(items: Sequence[tuple[int, tuple[int, int]]]) -> list[Any]:
+    facts = []
+    for number, (start, stop) in items:
+      arrays = tasks[number].block(start, stop, None if q_N is None else q_N[start:stop])
+      facts.append([*_range(names[number], arrays['score_N'], start), ends(arrays.pop('examples_NE'), start)])
+      score_arrays.write(out, names[number], arrays, start)
+    return facts
+
+  facts, result = processes.divide(items, work), []
+  for number, name in enumerate(names):
+    own = [fact for (of, _), fact in zip(items, facts, strict=True) if of == number]
+    _check_range(name, min(fact[0] for fact in own), max(fact[1] for fact in own), rows)
+    rows_EM, score_EM = merge([fact[2] for fact in own], rows)
+    result.append({'example_rows_EM': rows_EM, 'example_score_EM': score_EM} if len(rows_EM) else {})
+  return result
+
+
+def _range(name: str, score_B: np.ndarray, first: int = 0) -> tuple[float, float]:
+  """The lowest and the highest score of a block; raises UserError if one is not finite."""
+  bad = np.flatnonzero(~np.isfinite(score_B))
+  if len(bad):
+    raise UserError(
+      f'the score of row {first + int(bad[0])} for target {name} is not a number; raise datamodel.damping, or '
+      'recompute the features'
+    )
+  return float(score_B.min()), float(score_B.max())
+
+
+def _check_range(name: str, low: float, high: float, rows: int) -> None:
+  """Raises UserError if all rows have the same score."""
+  if rows > 1 and high - low <= 1e-6 * max(-low, high):
+    raise UserError(
+      f'all rows have the same score for target {name}, so they cannot be ranked: the features are all equal or '
+      'unrelated to this target; check features.layers and features.output_fn'
+    )
+
+
+def _write_task(
+  out: Location, name: str, task: 'TaskColumns', small: dict[str, np.ndarray], q_N: np.ndarray | None
+) -> None:
+  """Writes what a task has beside the scores of its rows, and its part of the report."""
+  sample_S, arrays = sample_rows(task.rows), score_arrays.ScoreArrays(out)
+  sample_SR = task.sample_SR if q_N is None else task.sample_SR * q_N[sample_S][:, None]
+  score_PS = by_proxy(arrays.rows(f'score_{name}_CN', sample_S), task.each)
+  score_arrays.write(out, name, {**small, 'group_T': task.weights.group_T, 'sample_SR': sample_SR})
+  part = {
+    'subset_effect': task.subset_effect,
+    'average': task.average,
+    'checkpoint_agreement': agreement(score_PS),
+    'top_overlap_over_targets': stability(arrays.rows(f'score_{name}_N', sample_S), sample_SR.T),
+  }
+  storage.write_json(out / score_arrays.FOLDER / name / 'report.json', part)
+
+
+def _summarize(
+  out: Location, names: Sequence[str], weights: Sequence[TargetWeights], rule: str, common: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Writes the mix of all tasks; returns `report.json`, with tasks in the order of `names`."""
+  arrays = score_arrays.ScoreArrays(out)
+  score_TN = [arrays[f'score_{name}_N'] for name in names]
+  rows = len(score_TN[0])
+  mixed = {'score_N': mix(score_TN, rule)}
+  if all(w.resamples > 1 for w in weights):
+    error_N = mix_error([arrays[f'error_{name}_N'] for name in names], score_TN, rule)
+    if error_N is not None:
+      mixed['error_N'] = error_N
+  for start, stop in score_arrays.blocks(rows):
+    score_arrays.write(out, 'mix', {key: array[start:stop] for key, array in mixed.items()}, start)
+  parts = {name: storage.read_json(out / score_arrays.FOLDER / name / 'report.json', dict) for name in names}
+  report = {**common, **{key: {name: parts[name][key] for name in names} for key in _BY_TASK}, 'tasks': list(names)}
+  sample_S, samples = sample_rows(rows), [arrays[f'sample_{name}_SR'] for name in names]
+  resamples = min(x_SR.shape[1] for x_SR in samples)
+  mixed_RS = [mix([x_SR[:, r] for x_SR in samples], rule) for r in range(resamples)]
+  sample_mix_S = mix([score_N[sample_S] for score_N in score_TN], rule)
+  report['top_overlap_over_targets']['mix'] = stability(sample_mix_S, np.array(mixed_RS))
+  report.pop('one_direction_mix', None)
+  if f'norm_{names[0]}_C' in arrays:
+    # Scores along one direction, Σ_t v_t/√(ḡᵀPḡ), order rows as the mix of z-scores does.
+    scaled = [
+      arrays.rows(f'score_{name}_CN', sample_S) / np.maximum(arrays[f'norm_{name}_C'], 1e-300)[:, None]
+      for name in names
+    ]
+    of_z_S = mix(score_TN, 'zscore')[sample_S]
+    report['one_direction_mix'] = agreement(np.stack([np.sum(scaled, axis=(0, 1)), of_z_S]))
+  return report
+
+
 def _unit(task: str) -> str:
   return f'scores of {task}'
 
 
-@dataclasses.dataclass
-class _Found:
-  """What the stage writes, task by task.
-
-  Attributes:
-    scores, solution, samples: arrays of the files of that name; in samples, scores by each resample, and √(ḡᵀPḡ) of
-      each checkpoint for EK-FAC.
-    report: `report.json`.
-  """
-
-  scores: dict[str, np.ndarray]
-  solution: dict[str, np.ndarray]
-  samples: dict[str, np.ndarray]
-  report: dict[str, Any]
-
-  @classmethod
-  def of_earlier(cls, earlier: Artifact | None, names: Sequence[str]) -> '_Found':
-    """The columns of these tasks, taken over from the finished stage."""
-    if earlier is None or not names:
-      return cls({}, {}, {}, {part: {} for part in _BY_TASK})
-    scores, solution, samples = (_load(earlier.path / file) for file in ('scores.npz', SOLUTION, 'samples.npz'))
-    report = storage.read_json(earlier.path / 'report.json', dict)
-    return cls(
-      {key: array for name in names for key in _keys(name) if (array := scores.get(key)) is not None},
-      {key: solution[key] for key in (f'u_{name}_CJ' for name in names)},
-      {key: x for n in names for key in (f'sample_{n}_SR', f'norm_{n}_C') if (x := samples.get(key)) is not None},
-      {**report, **{part: {name: report[part][name] for name in names} for part in _BY_TASK}},
-    )
-
-  def add(self, name: str, task: 'TaskScores', w: TargetWeights, u_CJ: np.ndarray, norm_C: np.ndarray | None) -> None:
-    self.scores |= {
-      f'score_{name}_N': task.score_N,
-      f'score_{name}_CN': task.by_member_CN,
-      f'groups_{name}_NG': task.groups_NG,
-      f'group_{name}_T': w.group_T,
-    }
-    if w.examples:
-      rows_EM, score_EM = peaks(task.examples_NE)
-      self.scores |= {f'example_rows_{name}_EM': rows_EM, f'example_score_{name}_EM': score_EM}
-    if w.resamples > 1:
-      self.scores[f'error_{name}_N'] = task.error_N
-    if len(task.by_proxy_PN) > 1:
-      self.scores[f'spread_{name}_N'] = task.by_proxy_PN.std(axis=0, ddof=1)
-    self.solution[f'u_{name}_CJ'] = u_CJ
-    self.samples[f'sample_{name}_SR'] = task.sample_SR
-    if norm_C is not None:
-      self.samples[f'norm_{name}_C'] = norm_C
-    self.report['subset_effect'][name] = task.subset_effect
-    self.report['average'][name] = task.average
-    self.report['checkpoint_agreement'][name] = agreement(task.by_proxy_PN)
-    sample_S = sample_rows(len(task.score_N))
-    self.report['top_overlap_over_targets'][name] = stability(task.score_N[sample_S], task.sample_SR.T)
-
-  def summarize(
-    self, names: Sequence[str], weights: Sequence[TargetWeights], rule: str
-  ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(`report.json`, the arrays of `scores.npz`), with what all tasks give together; tasks in the order of `names`."""
-    score_TN = np.stack([self.scores[f'score_{name}_N'] for name in names])
-    arrays = {key: self.scores[key] for name in names for key in _keys(name) if key in self.scores}
-    arrays['score_mix_N'] = mix(score_TN, rule)
-    if all(w.resamples > 1 for w in weights):
-      error_N = mix_error(np.stack([self.scores[f'error_{name}_N'] for name in names]), score_TN, rule)
-      if error_N is not None:
-        arrays['error_mix_N'] = error_N
-    report = self.report | {part: {name: self.report[part][name] for name in names} for part in _BY_TASK}
-    report['tasks'] = list(names)
-    sample_S, samples = sample_rows(score_TN.shape[1]), [self.samples[f'sample_{name}_SR'] for name in names]
-    resamples = min(x_SR.shape[1] for x_SR in samples)
-    mixed_RS = [mix(np.stack([x_SR[:, r] for x_SR in samples]), rule) for r in range(resamples)]
-    report['top_overlap_over_targets']['mix'] = stability(mix(score_TN[:, sample_S], rule), np.array(mixed_RS))
-    report.pop('one_direction_mix', None)
-    if f'norm_{names[0]}_C' in self.samples:
-      # Scores along one direction, Σ_t v_t/√(ḡᵀPḡ), order rows as the mix of z-scores does.
-      scaled = [
-        self.scores[f'score_{name}_CN'] / np.maximum(self.samples[f'norm_{name}_C'], 1e-300)[:, None] for name in names
-      ]
-      report['one_direction_mix'] = agreement(np.stack([np.sum(scaled, axis=(0, 1)), mix(score_TN, 'zscore')]))
-    return report, arrays
-
-
-def _keys(task: str) -> list[str]:
-  """The arrays of a task in `scores.npz`."""
-  parts = ('score_{}_N', 'score_{}_CN', 'groups_{}_NG', 'group_{}_T', 'example_rows_{}_EM', 'example_score_{}_EM')
-  return [part.replace('{}', task) for part in (*parts, 'error_{}_N', 'spread_{}_N')]
-
-
-def _load(file: Path) -> dict[str, np.ndarray]:
-  with storage.load(file) as arrays:
-    return dict(arrays)
-
-
 def _mean_probability(context: Context, bar: Bar) -> np.ndarray:
   """Mean predicted-token probability of each row, averaged over proxies; float32 [N]. It is saved as `q.npy`."""
-  file, spent = context.out / _Q, context.cost.parts
+  file, spent = context.out / Q, context.cost.parts
   if not processes.decide(lambda: storage.is_marked(file)):
     passes, states = _proxies(context)
     pool = Pool(context.inputs['pool'])
@@ -295,61 +303,12 @@ def _proxies(context: Context) -> tuple[ProxyOutputs, Any]:
   return passes, (load_state(proxies.path / name, compiled, proxies.last_step(name)) for name in names)
 
 
-def _check(name: str, score_N: np.ndarray) -> None:
-  """Raises UserError if the scores order nothing: not finite, or the same for all rows."""
-  if not np.isfinite(score_N).all():
-    raise UserError(
-      f'the score of row {int(np.argmin(np.isfinite(score_N)))} for target {name} is not a number; '
-      'raise datamodel.damping, or recompute the features'
-    )
-  if len(score_N) > 1 and float(np.ptp(score_N)) <= 1e-6 * float(np.abs(score_N).max()):
-    raise UserError(
-      f'all rows have the same score for target {name}, so they cannot be ranked: the features are all equal or '
-      'unrelated to this target; check features.layers and features.output_fn'
-    )
-
-
 def seen(proxies: Artifact, count: int, rows: int) -> np.ndarray:
   """Whether proxy p trained on row n, bool [P, N]; no row if it is a model of others that was not trained."""
   seen_PN = np.zeros((count, rows), bool)
   for proxy in range(count if proxies.semantics['steps'] else 0):
     seen_PN[proxy, storage.load(proxies.path / f'subset_{proxy}.npy')] = True
   return seen_PN
-
-
-@dataclasses.dataclass
-class TaskScores:
-  """Scores of one task, float32.
-
-  Attributes:
-    by_member_CN: of each datamodel.
-    by_proxy_PN: the same, averaged over the checkpoints of each proxy; of the joint datamodel if there is one.
-    groups_NG: of groups of its examples, averaged over members.
-    examples_NE: of its first examples one by one, averaged over members.
-    score_N: of all its examples.
-    error_N: standard error of score_N over the documents of its examples; zeros without resamples.
-    sample_SR: scores by each resample, of the rows `sample_rows`.
-    average: 'all' or 'unseen', the proxies averaged over.
-    subset_effect: means of rows inside and outside of the proxies' subsets; None for a joint datamodel.
-  """
-
-  by_member_CN: np.ndarray
-  by_proxy_PN: np.ndarray
-  groups_NG: np.ndarray
-  examples_NE: np.ndarray
-  score_N: np.ndarray
-  error_N: np.ndarray
-  sample_SR: np.ndarray
-  average: str
-  subset_effect: dict[str, float] | None
-
-  def multiply(self, q_N: np.ndarray, sample_S: np.ndarray) -> None:
-    """Multiplies each score of row n by q(n), in place."""
-    for array in (self.by_member_CN, self.by_proxy_PN, self.score_N, self.error_N):
-      array *= q_N
-    self.groups_NG *= q_N[:, None]
-    self.examples_NE *= q_N[:, None]
-    self.sample_SR *= q_N[sample_S][:, None]
 
 
 def sample_rows(rows: int) -> np.ndarray:
@@ -363,7 +322,8 @@ def score_tasks(
   average: str,
   progress: Progress,
   accumulator: Accumulator,
-) -> list[TaskScores]:
+  name: str = 'scores',
+) -> list['TaskColumns']:
   """Scores all rows for all weightings of all tasks in one pass.
 
   Args:
@@ -371,84 +331,157 @@ def score_tasks(
     weights: of each task.
     seen_PN: whether proxy p trained on row n; ignored by a joint datamodel, which leaves no proxy out.
     average: 'all', 'unseen' or 'auto'.
-    progress: called with the rows of each shard, once for each member.
-    accumulator: saves the scores of shards, so that a killed pass resumes.
+    progress: called with the rows of each round, once for each member.
+    accumulator: saves the scores of shards under `name`, so that a killed pass resumes.
   """
   members = solved.members
-  rows, count = members[0].source.rows, len(members)
-  if solved.mode == 'joint':
-    seen_PN, average = np.zeros((count, rows), bool), ALL
-  each = count // len(seen_PN)
-  seen_CN = np.repeat(seen_PN, each, axis=0)
+  source, count = members[0].source, len(members)
+  joint = solved.mode == 'joint'
+  if joint:
+    seen_PN, average = np.zeros((count, source.rows), bool), ALL
+  each, rules = count // len(seen_PN), (ALL, UNSEEN) if average == AUTO else (average,)
   groups = [len(w.weight_KT) for w in weights]
-  columns = column_groups(groups, sum(groups))
-  tasks = [_TaskPass(w, seen_CN, average) for w in weights]
-  passes = [
-    accumulator.shards(
-      f'scores_{c}_{sum(groups)}',
-      functools.partial(
-        datamodel.score_shards, member.source, solution.u_JK, groups=groups, combination_KX=solution.combination_KX
-      ),
-    )
-    for c, (member, solution) in enumerate(zip(members, solved.solutions, strict=True))
-  ]
-  for shards in zip(*passes, strict=True):
-    start, stop, _ = shards[0]
-    for task, own in zip(tasks, columns, strict=True):
-      task.add(start, stop, np.stack([score_BK[:, own] for _, _, score_BK in shards]))
-    progress((stop - start) * count)
-  return [task.finish(each, joint=solved.mode == 'joint') for task in tasks]
+  own_columns = column_groups(groups, sum(groups))
+
+  def parts(row: int) -> Iterator[tuple[Bounds, Bounds, Arrays]]:
+    passes = [
+      datamodel.score_shards(member.source, solution.u_JK, row, groups, solution.combination_KX)
+      for member, solution in zip(members, solved.solutions, strict=True)
+    ]
+    together = ((own[0][0], own[0][1], [score_BK for _, _, score_BK in own]) for own in zip(*passes, strict=True))
+    for bounds, (start, stop, score_CBK) in source.with_rounds(together, row):
+      seen_CB, arrays = np.repeat(seen_PN[:, start:stop], each, axis=0), dict[str, np.ndarray]()
+      for number, (w, own) in enumerate(zip(weights, own_columns, strict=True)):
+        of_task = _columns(
+          w, np.stack([score_BK[:, own] for score_BK in score_CBK]), seen_CB, rules, start, source.rows
+        )
+        arrays |= {f'{number}_{key}': array for key, array in of_task.items()}
+      yield bounds, (start, stop), arrays
+
+  chunks = accumulator.columns(name, source.team, parts, lambda rows: progress(rows * count))
+  return [TaskColumns(number, w, seen_PN, each, average, chunks, joint) for number, w in enumerate(weights)]
 
 
-class _TaskPass:
-  """The columns of one task, filled shard by shard, so that they do not depend on other tasks.
+def _columns(
+  weights: TargetWeights, score_CBK: np.ndarray, seen_CB: np.ndarray, rules: Sequence[str], start: int, rows: int
+) -> dict[str, np.ndarray]:
+  """What is needed of the scores of one task for a shard that starts at row `start`, for each way to average.
 
-  There may be two ways to average over members: means of all columns but resamples, errors, and the sample.
+  The means over members of all columns but resamples, errors, all columns of the sample, the scores of each member for
+  the mean of the examples, and the sums of `SubsetEffect`, with a first axis of length 1.
+  """
+  effect = SubsetEffect.empty(len(score_CBK), score_CBK.shape[2])
+  effect.add(score_CBK, seen_CB)
+  result = {'score_BC': score_CBK[:, :, 0].T.copy(), **{key: x[None] for key, x in vars(effect).items()}}
+  step = sample_rows(rows)[:2].sum() or 1
+  first = -start % step  # of the sample's rows in this shard
+  for rule in rules:
+    mean_BK = np.einsum('cbk,cb->bk', score_CBK, proxy_weights(seen_CB, rule), optimize=True)
+    result |= {
+      f'mean_{rule}_BK': mean_BK[:, : weights.resample_rows.start].astype(np.float32),
+      f'sample_{rule}_SK': mean_BK[first::step].astype(np.float32),
+    }
+    if weights.resamples > 1:
+      result[f'error_{rule}_B'] = mean_BK[:, weights.resample_rows].std(axis=1, ddof=1).astype(np.float32)
+  return result
+
+
+class TaskColumns:
+  """Scores of one task for all rows, read block by block from what `score_tasks` computed. All are float32.
+
+  Attributes:
+    rows, each: N; checkpoints of a proxy.
+    weights: of the task.
+    average: 'all' or 'unseen', the proxies averaged over.
+    subset_effect: means of rows inside and outside of the proxies' subsets; None for a joint datamodel.
   """
 
-  def __init__(self, weights: TargetWeights, seen_CN: np.ndarray, average: str):
-    self._weights, self._seen_CN, self._average = weights, seen_CN, average
-    (count, rows), columns = seen_CN.shape, len(weights.weight_KT)
-    self._means = slice(0, weights.resample_rows.start)
-    self._sample_S = sample_rows(rows)
-    self._score_CN, self._effect = np.empty((count, rows), np.float32), SubsetEffect.empty(count, columns)
-    rules = (ALL, UNSEEN) if average == AUTO else (average,)
-    self._weight_CN = {rule: proxy_weights(seen_CN, rule) for rule in rules}
-    self._mean_NK = {rule: np.empty((rows, self._means.stop), np.float32) for rule in rules}
-    self._error_N = {rule: np.zeros(rows, np.float32) for rule in rules}
-    self._sample_SK = {rule: np.empty((len(self._sample_S), columns), np.float32) for rule in rules}
+  def __init__(
+    self,
+    number: int,
+    weights: TargetWeights,
+    seen_PN: np.ndarray,
+    each: int,
+    average: str,
+    chunks: Sequence[Chunk],
+    joint: bool,
+  ):
+    self._number, self.weights, self._seen_PN, self.each, self._chunks = number, weights, seen_PN, each, chunks
+    self.rows = seen_PN.shape[1]
+    effects: dict[int, list[np.ndarray]] = {}
+    for chunk in chunks:
+      sums = chunk.select([f'{number}_{field.name}' for field in dataclasses.fields(SubsetEffect)])
+      for (start, stop), *parts in zip(chunk.bounds, *sums.values(), strict=True):
+        if stop > start:
+          effects[start] = parts
+    in_order = [effects[start] for start in sorted(effects)]
+    effect = SubsetEffect(*(sum(parts, np.zeros_like(parts[0])) for parts in zip(*in_order, strict=True)))
+    described = effect.describe(0, each)
+    self._difference_CK, self.subset_effect = effect.difference_CK, None if joint else described
+    self.average = resolve_average(average, described)
 
-  def add(self, start: int, stop: int, score_CBK: np.ndarray) -> None:
-    self._score_CN[:, start:stop] = score_CBK[:, :, 0]
-    self._effect.add(score_CBK, self._seen_CN[:, start:stop])
-    inside_S = (self._sample_S >= start) & (self._sample_S < stop)
-    for rule, weight_CN in self._weight_CN.items():
-      mean_BK = np.einsum('cbk,cb->bk', score_CBK, weight_CN[:, start:stop], optimize=True)
-      self._mean_NK[rule][start:stop] = mean_BK[:, self._means]
-      self._sample_SK[rule][inside_S] = mean_BK[self._sample_S[inside_S] - start]
-      if self._weights.resamples > 1:
-        self._error_N[rule][start:stop] = mean_BK[:, self._weights.resample_rows].std(axis=1, ddof=1)
+  def block(self, start: int, stop: int, q_B: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """The scores of some rows, times `q_B` if given.
 
-  def finish(self, each: int, joint: bool) -> TaskScores:
-    """The task's scores, where each proxy has `each` checkpoints."""
-    if UNSEEN in self._weight_CN:
-      difference_CK = self._effect.difference_CK
-      level(self._mean_NK[UNSEEN], self._seen_CN, difference_CK[:, self._means])
-      level(self._sample_SK[UNSEEN], self._seen_CN[:, self._sample_S], difference_CK)
-    described = self._effect.describe(0, each)
-    rule, w = resolve_average(self._average, described), self._weights
-    mean_NK = self._mean_NK[rule]
-    return TaskScores(
-      by_member_CN=self._score_CN,
-      by_proxy_PN=by_proxy(self._score_CN, each),
-      groups_NG=mean_NK[:, w.group_rows].copy(),
-      examples_NE=mean_NK[:, w.example_rows].copy(),
-      score_N=mean_NK[:, 0].copy(),
-      error_N=self._error_N[rule],
-      sample_SR=self._sample_SK[rule][:, w.resample_rows].copy(),
-      average=rule,
-      subset_effect=None if joint else described,
-    )
+    Returns:
+      score_N of all examples; score_CN of each datamodel; groups_NG of groups of examples and examples_NE of the first
+      ones, averaged over datamodels; error_N, the standard error of score_N over the documents of the examples; and
+      spread_N over proxies. The last two only with two or more resamples and proxies.
+    """
+    w, rule = self.weights, self.average
+    keys = ['score_BC', f'mean_{rule}_BK', *([f'error_{rule}_B'] if w.resamples > 1 else [])]
+    score_BC, mean_BK, *errors = self._rows(keys, start, stop)
+    if rule == UNSEEN:
+      seen_CB = np.repeat(self._seen_PN[:, start:stop], self.each, axis=0)
+      level(mean_BK, seen_CB, self._difference_CK[:, : w.resample_rows.start])
+    score_CN = np.ascontiguousarray(score_BC.T)
+    by_proxy_PN = by_proxy(score_CN, self.each)
+    arrays = {
+      'score_N': mean_BK[:, 0].copy(),
+      'score_CN': score_CN,
+      'groups_NG': mean_BK[:, w.group_rows].copy(),
+      'examples_NE': mean_BK[:, w.example_rows].copy(),
+      **({'error_N': errors[0]} if errors else {}),
+    }
+    if q_B is not None:
+      for key, array in arrays.items():
+        array *= q_B[:, None] if key.startswith(('groups', 'examples')) else q_B
+      by_proxy_PN *= q_B
+    if len(by_proxy_PN) > 1:
+      arrays['spread_N'] = by_proxy_PN.std(axis=0, ddof=1)
+    return arrays
+
+  def _rows(self, keys: Sequence[str], start: int, stop: int) -> list[np.ndarray]:
+    """Some arrays [B, …] of the rows `start` to `stop` − 1."""
+    result: list[np.ndarray] = []
+    for chunk in self._chunks:
+      if not chunk.overlaps(start, stop):
+        continue
+      arrays, at = list(chunk.select([f'{self._number}_{key}' for key in keys]).values()), 0
+      result = result or [np.empty((stop - start, *x.shape[1:]), x.dtype) for x in arrays]
+      for begin, end in chunk.bounds:
+        low, high = max(begin, start), min(end, stop)
+        if low < high:
+          for whole, array in zip(result, arrays, strict=True):
+            whole[low - start : high - start] = array[at + low - begin : at + high - begin]
+        at += end - begin
+    return result
+
+  @property
+  def sample_SR(self) -> np.ndarray:
+    """Scores of the rows `sample_rows` by each resample."""
+    sample_S, key, parts = sample_rows(self.rows), f'{self._number}_sample_{self.average}_SK', dict[int, np.ndarray]()
+    for chunk in self._chunks:
+      counts = [int(np.count_nonzero((sample_S >= begin) & (sample_S < end))) for begin, end in chunk.bounds]
+      for (begin, _), part in zip(
+        chunk.bounds, np.split(chunk.select([key])[key], np.cumsum(counts)[:-1]), strict=True
+      ):
+        if len(part):
+          parts[begin] = part
+    sample_SK = np.concatenate([parts[begin] for begin in sorted(parts)])
+    if self.average == UNSEEN:
+      level(sample_SK, np.repeat(self._seen_PN[:, sample_S], self.each, axis=0), self._difference_CK)
+    return sample_SK[:, self.weights.resample_rows].copy()
 
 
 def proxy_weights(seen_CN: np.ndarray, average: str) -> np.ndarray:
@@ -551,23 +584,42 @@ def agreement(score_PN: np.ndarray) -> float:
   return float(np.mean(values)) if values else 1.0
 
 
-def mix(score_TN: np.ndarray, rule: str) -> np.ndarray:
-  """One score per row out of one per task: plain mean (paper), mean of z-scores, or mean of ranks in [0, 1]."""
-  if rule == 'zscore':
-    spread = score_TN.std(axis=1, keepdims=True)
-    score_TN = (score_TN - score_TN.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)
-  elif rule == 'rank':
-    score_TN = (scipy.stats.rankdata(score_TN, axis=1) - 1) / max(score_TN.shape[1] - 1, 1)
-  return score_TN.mean(axis=0).astype(np.float32)
+def mix(score_TN: Sequence[np.ndarray], rule: str) -> np.ndarray:
+  """One score per row out of one per task: plain mean (paper), mean of z-scores, or mean of ranks in [0, 1].
+
+  Needs memory for one task's scores beside those of all and the result, 12 bytes per row.
+  """
+  rows = len(score_TN[0])
+  mix_N = np.empty(rows, np.float32)
+  if rule == 'rank':
+    total_N = np.zeros(rows)
+    for score_N in score_TN:
+      total_N += (scipy.stats.rankdata(score_N) - 1) / max(rows - 1, 1)
+    return (total_N / len(score_TN)).astype(np.float32)
+  means, spreads = [score_N.mean() for score_N in score_TN], [_spread(score_N) for score_N in score_TN]
+  for start, stop in score_arrays.blocks(rows):
+    parts = [score_N[start:stop] for score_N in score_TN]
+    if rule == 'zscore':
+      parts = [(part - mean) / spread for part, mean, spread in zip(parts, means, spreads, strict=True)]
+    mix_N[start:stop] = np.stack(parts).mean(axis=0)
+  return mix_N
 
 
-def mix_error(error_TN: np.ndarray, score_TN: np.ndarray, rule: str) -> np.ndarray | None:
+def _spread(score_N: np.ndarray) -> Any:
+  spread = score_N.std()
+  return spread if spread > 0 else spread.dtype.type(1)
+
+
+def mix_error(error_TN: Sequence[np.ndarray], score_TN: Sequence[np.ndarray], rule: str) -> np.ndarray | None:
   """Standard error of the mixed score for independent tasks; None for ranks, which are not linear."""
   if rule == 'rank':
     return None
-  spread = score_TN.std(axis=1, keepdims=True) if rule == 'zscore' else np.ones((len(score_TN), 1))
-  scaled_TN = error_TN / np.where(spread > 0, spread, 1)
-  return (np.sqrt(np.square(scaled_TN).sum(axis=0)) / len(score_TN)).astype(np.float32)
+  spreads = [_spread(score_N) if rule == 'zscore' else np.float64(1) for score_N in score_TN]
+  error_N = np.empty(len(error_TN[0]), np.float32)
+  for start, stop in score_arrays.blocks(len(error_N)):
+    parts = [of_task[start:stop] / spread for of_task, spread in zip(error_TN, spreads, strict=True)]
+    error_N[start:stop] = np.sqrt(np.square(np.stack(parts)).sum(axis=0)) / len(score_TN)
+  return error_N
 
 
 def half_width(clusters: int, confidence: float) -> float:
@@ -591,38 +643,72 @@ def stability(score_N: np.ndarray, replicate_RN: np.ndarray) -> dict[str, float]
   }
 
 
-def peaks(examples_NE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ends(examples_BE: np.ndarray, first: int = 0) -> list[dict[str, list[Any]]]:
+  """For each example the rows of a block with the highest and the lowest scores, as JSON for `merge`.
+
+  Args:
+    first: number of the block's first row.
+  """
+
+  def lowest(key_B: np.ndarray) -> np.ndarray:
+    count = min(_PEAKS, len(key_B))
+    near = np.flatnonzero(key_B <= np.partition(key_B, count - 1)[count - 1])
+    return near[np.argsort(key_B[near], kind='stable')][:count]
+
+  result = []
+  for score_B in examples_BE.T.astype(np.float64):
+    mean, best = score_B.mean(), [lowest(-score_B), lowest(score_B)]
+    result.append(
+      {
+        'rows': [(rows + first).tolist() for rows in best],
+        'scores': [score_B[rows].tolist() for rows in best],
+        'moments': [len(score_B), float(mean), float((score_B - mean).std())],
+      }
+    )
+  return result
+
+
+def merge(parts: Sequence[Sequence[Mapping[str, Any]]], rows: int) -> tuple[np.ndarray, np.ndarray]:
   """Rows with the highest, then with the lowest scores for each example, and these scores.
+
+  Args:
+    parts: `ends` of each block, in order.
+    rows: N.
 
   Returns:
     rows_EM: int64, at most `_PEAKS` of the highest, best first, then as many of the lowest, lowest first. Equal scores:
       the lower row first.
     score_EM: float32, in standard deviations of the example's own scores from their mean.
   """
-
-  def lowest(key_N: np.ndarray, count: int) -> np.ndarray:
-    if not count:
-      return np.zeros(0, np.int64)
-    near = np.flatnonzero(key_N <= np.partition(key_N, count - 1)[count - 1])
-    return near[np.argsort(key_N[near], kind='stable')][:count]
-
-  rows, scores = [], []
-  for score_N in examples_NE.T.astype(np.float64):
-    score_N = score_N - score_N.mean()
-    score_N /= score_N.std() or 1.0
-    count = min(_PEAKS, len(score_N) // 2)
-    ends_M = np.concatenate([lowest(-score_N, count), lowest(score_N, count)])
-    rows.append(ends_M)
-    scores.append(score_N[ends_M].astype(np.float32))
-  return np.stack(rows), np.stack(scores)
+  rows_EM, score_EM, count = [], [], min(_PEAKS, rows // 2)
+  for of_example in zip(*parts, strict=True):
+    size, mean, deviation = np.array([part['moments'] for part in of_example]).T
+    whole = (size * mean).sum() / size.sum() if len(size) > 1 else mean[0]
+    variance = (size * (deviation**2 + (mean - whole) ** 2)).sum() / size.sum()
+    spread = (np.sqrt(variance) if len(size) > 1 else deviation[0]) or 1.0
+    ends_M, of_ends_M = [], []
+    for side, sign in enumerate((-1, 1)):
+      row, score = (np.concatenate([part[key][side] for part in of_example]) for key in ('rows', 'scores'))
+      order = np.argsort(sign * score, kind='stable')[:count]
+      ends_M.append(row[order].astype(np.int64))
+      of_ends_M.append(((score[order] - whole) / spread).astype(np.float32))
+    rows_EM.append(np.concatenate(ends_M))
+    score_EM.append(np.concatenate(of_ends_M))
+  return np.array(rows_EM), np.array(score_EM)
 
 
 class Scores:
-  """A finished datamodel stage, opened for reading."""
+  """A finished datamodel stage, opened for reading.
+
+  Attributes:
+    arrays: name → array, see `docs/datamodel.md`; each is read when asked for.
+    tasks: names of the targets.
+  """
 
   def __init__(self, artifact: Artifact):
-    with storage.load(artifact.path / 'scores.npz') as arrays:
-      self._arrays = dict(arrays)
+    self.arrays = score_arrays.ScoreArrays(artifact.path, artifact.manifest.get('files'))
+    if not self.arrays:
+      raise UserError(f'{artifact.path} was written by an older version of dsdm_jax; use another --workdir')
     self.tasks = tuple(artifact.semantics['tasks'])
     self._rule = artifact.semantics['mix']
     self._half_width = artifact.semantics['half_width']
@@ -630,8 +716,8 @@ class Scores:
   def score_N(self, target: str) -> np.ndarray:
     """Score of each row for a task, for 'mix' (all tasks), or for tasks joined by '+'; float32, higher is better."""
     if '+' not in target:
-      return self._arrays[f'score_{target}_N']
-    return mix(np.stack([self._arrays[f'score_{t}_N'] for t in target.split('+')]), self._rule)
+      return self.arrays[f'score_{target}_N']
+    return mix([self.arrays[f'score_{t}_N'] for t in target.split('+')], self._rule)
 
   def interval_2N(self, target: str) -> np.ndarray:
     """Lower and upper end of the interval of each row's score for a target, over the documents of its examples.
@@ -648,11 +734,11 @@ class Scores:
   def reach_N(self, target: str) -> np.ndarray:
     """Half the length of each row's interval; raises as `interval_2N`."""
     tasks = self.tasks if target == 'mix' else tuple(target.split('+'))
-    if any(f'error_{task}_N' not in self._arrays for task in tasks):
+    if any(f'error_{task}_N' not in self.arrays for task in tasks):
       raise UserError(f'scores for {target} have no intervals; set datamodel.bootstrap to 2 or more and run again')
     if len(tasks) == 1 and target != 'mix':
-      return self._half_width[target] * self._arrays[f'error_{target}_N']
-    error_TN, score_TN = (np.stack([self._arrays[f'{kind}_{task}_N'] for task in tasks]) for kind in ('error', 'score'))
+      return self._half_width[target] * self.arrays[f'error_{target}_N']
+    error_TN, score_TN = ([self.arrays[f'{kind}_{task}_N'] for task in tasks] for kind in ('error', 'score'))
     error_N = mix_error(error_TN, score_TN, self._rule)
     if error_N is None:
       raise UserError(f"scores for {target} are mean ranks, which have no intervals; set datamodel.mix to 'zscore'")
@@ -660,4 +746,4 @@ class Scores:
 
   def groups_NG(self, task: str) -> np.ndarray:
     """Scores for each group of a task's examples; `group_<task>_T` has the group of each example."""
-    return self._arrays[f'groups_{task}_NG']
+    return self.arrays[f'groups_{task}_NG']

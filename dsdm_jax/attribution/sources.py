@@ -1,40 +1,56 @@
 """Sources of feature rows, read shard by shard, and passes over the pool that compute them.
 
-Reading tokens, computing on the device and using the result overlap.
+Reading tokens, computing on the device, copying to the host and using the result overlap. Several processes take a
+shard each at the same time, a *round*: a step computes as many rows of each of these shards, so that every process
+copies, writes and reads its own shard and no rows of others.
 """
 
 import abc
+import collections
+import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from dsdm_jax.attribution.quantization import Quantizer
-from dsdm_jax.core import flops, processes
-from dsdm_jax.core.mesh import assemble, batch_sharding, fetch, place, share
+from dsdm_jax.attribution.quantization import Encoded, Quantizer
+from dsdm_jax.core import flops
+from dsdm_jax.core.mesh import Team, assemble, batch_sharding, local, place, share, team
 from dsdm_jax.data.order.batches import row_range_batches
 from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.errors import UserError
 
 Shard = tuple[int, int, np.ndarray]  # first row, the row after the last, an array with one entry for each row
+Bounds = tuple[int, int]  # first row, the row after the last
+_OwnShard = TypeVar('_OwnShard', bound=tuple[int, int, Any])
+_IN_FLIGHT = 32  # steps whose results may wait on the devices
 
 
 class RowSource(abc.ABC):
   """Features Φ [N, J] of the pool, read by shards of rows in order. Each pass gives the same bits.
 
-  A subclass sets `rows` (N) and `dimension` (J) and implements `from_row`.
+  A subclass sets `rows` (N) and `dimension` (J) and implements `from_row`. One that is read by several processes sets
+  `team`, `shard_rows`, and `collective` if reading it launches steps that all processes run together.
   """
 
   rows: int
   dimension: int
+  shard_rows: int = 0
+  team: Team = Team()
+  collective: bool = False
 
   @abc.abstractmethod
   def from_row(self, row: int) -> Iterator[Shard]:
-    """(start, stop, phi_BJ) of each shard from `row` on, where a shard starts. Earlier shards cost nothing."""
+    """(start, stop, phi_BJ) of each shard from `row` on, where a shard starts. Earlier shards cost nothing.
+
+    Of several teams each gets its own shards, see `deal`, and the same number of them: the last may be empty.
+    """
 
   def __iter__(self) -> Iterator[Shard]:
     return self.from_row(0)
@@ -42,7 +58,18 @@ class RowSource(abc.ABC):
   def prefetched(self, row: int = 0) -> Iterator[Shard]:
     """As `from_row`, with the next shard read while the caller works on this one."""
     # Steps that several processes run together must start in the same order on each, hence in one thread.
-    return self.from_row(row) if processes.count() > 1 else ahead(self.from_row(row))
+    return self.from_row(row) if self.collective and self.team.count > 1 else ahead(self.from_row(row))
+
+  def rounds(self, row: int = 0) -> Iterator[tuple[Bounds, Shard]]:
+    """The rows that all teams take together, and this team's shard of them, from `row` on."""
+    return self.with_rounds(self.prefetched(row), row)
+
+  def with_rounds(self, shards: Iterable[_OwnShard], row: int) -> Iterator[tuple[Bounds, _OwnShard]]:
+    """`shards` of this team from `row` on, with the rows of their rounds."""
+    for shard in shards:
+      end = shard[1] if self.team.count == 1 else min(row + self.team.count * self.shard_rows, self.rows)
+      yield (row, end), shard
+      row = end
 
   def gram_rows(self) -> 'RowSource':
     """The rows that the Gram matrix is made of."""
@@ -53,6 +80,17 @@ class RowSource(abc.ABC):
     parts = [jnp.asarray(np.ascontiguousarray(u_JK[:, k])) for k in column_groups(groups, u_JK.shape[1])]
     for start, stop, phi_BJ in self.prefetched(row):
       yield start, stop, np.concatenate([np.asarray(dot(phi_BJ, u)) for u in parts], axis=1)
+
+
+def deal(shards: Sequence[Bounds], team: Team) -> Iterator[tuple[Bounds, int]]:
+  """This team's shard of each round, and the rows of the longest; an empty range where the last round has too few.
+
+  Round r has the shards number r · count to r · count + count − 1, and team i takes the i-th of them.
+  """
+  for first in range(0, len(shards), team.count):
+    together = shards[first : first + team.count]
+    own = together[team.index] if team.index < len(together) else (together[-1][1], together[-1][1])
+    yield own, max(stop - start for start, stop in together)
 
 
 def column_groups(groups: Sequence[int], count: int) -> list[slice]:
@@ -91,7 +129,8 @@ class UnitNorm(RowSource):
 
   def __init__(self, source: RowSource):
     self._source = source
-    self.rows, self.dimension = source.rows, source.dimension
+    self.rows, self.dimension, self.shard_rows = source.rows, source.dimension, source.shard_rows
+    self.team, self.collective = source.team, source.collective
 
   def from_row(self, row: int) -> Iterator[Shard]:
     for start, stop, phi_BJ in self._source.from_row(row):
@@ -104,6 +143,7 @@ class Concatenated(RowSource):
   def __init__(self, sources: Sequence[RowSource]):
     self._sources = sources
     self.rows, self.dimension = sources[0].rows, sum(source.dimension for source in sources)
+    self.shard_rows, self.team, self.collective = sources[0].shard_rows, sources[0].team, sources[0].collective
 
   def from_row(self, row: int) -> Iterator[Shard]:
     for shards in zip(*(source.from_row(row) for source in self._sources), strict=True):
@@ -119,6 +159,15 @@ class _Step(Protocol):
   def __call__(self, prepared: Any, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array: ...
 
 
+@functools.lru_cache(maxsize=8)  # each is compiled once
+def _finisher(quantizer: Quantizer | None, sharding: NamedSharding) -> Any:
+  return jax.jit((lambda result: result) if quantizer is None else quantizer.encode, out_shardings=sharding)
+
+
+def _refuse(row: int, column: int, value: float) -> UserError:
+  return UserError(f'feature {column} of row {row} is {value}; look at that row and at the weights of the model')
+
+
 class PoolPass:
   """Runs a compiled step over ranges of the pool's rows.
 
@@ -127,7 +176,9 @@ class PoolPass:
     prepared: its first argument.
     pool, batch_size, mesh: rows, global batch size and devices.
     add_flop: called by `charge`.
-    check: called with the results of a range and its first row; raises if they are invalid.
+
+  Attributes:
+    team: of this process.
   """
 
   def __init__(
@@ -138,13 +189,28 @@ class PoolPass:
     batch_size: int,
     mesh: Mesh,
     add_flop: Callable[[float], None],
-    check: Callable[[np.ndarray, int], None] | None = None,
   ):
+    self.team = team(mesh)
     self._step, self._prepared, self._pool, self._batch_size = step, prepared, pool, batch_size
-    self._sharding, self._add_flop, self._check = batch_sharding(mesh), add_flop, check
-    self._share = share(self._sharding, batch_size)
+    self._sharding, self._add_flop = batch_sharding(mesh), add_flop
+    self._finish = _finisher(None, self._sharding)
+    self._watch: Callable[[int, jax.Array], object] = lambda row, result: None
+    self._own_rows = len(share(self._sharding, batch_size))  # of a batch
     # The same for all batches, unless the loss is on some tokens alone.
     self._weights_BL = place(pool.weights(np.zeros(batch_size, np.int64)), self._sharding)
+
+  def encoded(self, quantizer: Quantizer, watch: Callable[[int, jax.Array], object] | None = None) -> 'PoolPass':
+    """The same pass with results as a store holds them (`Encoded`), made on the devices.
+
+    Args:
+      watch: called with the first row of this team's range and the float32 result of each step, on the devices.
+    """
+    encoded = copy.copy(self)
+    encoded._finish = _finisher(quantizer, self._sharding)
+    if watch is not None:
+      rows = _finisher(None, self._sharding)
+      encoded._watch = lambda row, result: watch(row, rows(result))
+    return encoded
 
   def charge(self, rows: int) -> None:
     """Adds the floating-point operations of `rows`, without what pads their batches."""
@@ -152,35 +218,51 @@ class PoolPass:
     flop = flops.count(self._step.apply, self._prepared, tokens_BL, self._weights_BL)
     self._add_flop(flop / self._batch_size * rows)
 
-  def ranges(self, bounds: Iterable[tuple[int, int]]) -> Iterator[Shard]:
-    """Results of each range of rows, in order. The device computes the next range while the caller uses this one."""
-    pending: list[tuple[int, int, list[tuple[jax.Array, int]]]] = []
-    for start, stop in bounds:
-      pending.append((start, stop, self._dispatch(start, stop)))
-      if len(pending) > 1:
-        yield self._finish(*pending.pop(0))
-    if pending:
-      yield self._finish(*pending.pop())
+  def ranges(self, bounds: Iterable[Bounds]) -> Iterator[tuple[int, int, Any]]:
+    """(start, stop, result) of this team's ranges, in order, see `deal`; all processes call it with the same ranges.
 
-  def _dispatch(self, start: int, stop: int) -> list[tuple[jax.Array, int]]:
-    parts = []
-    for tokens, rows_B, valid_B in ahead(row_range_batches(self._pool, start, stop, self._batch_size, self._share)):
-      tokens_BL, weights_BL = assemble(tokens, self._sharding, self._batch_size), self._weights_BL
-      if self._pool.counts_some:
-        weights = self._pool.weights(rows_B[self._share])
-        weights_BL = assemble(weights, self._sharding, self._batch_size)
-      parts.append((self._step(self._prepared, tokens_BL, weights_BL), int(valid_B.sum())))
-    return parts
+    The devices compute while the caller uses the last range.
+    """
+    waiting: collections.deque[tuple[Bounds, int, bool, Any]] = collections.deque()
+    begun: list[Any] = []  # arrays of the range that is being copied, and the rows that they have
 
-  def _finish(self, start: int, stop: int, parts: list[tuple[jax.Array, int]]) -> Shard:
-    if processes.count() == 1:
-      arrays: Iterable[np.ndarray] = (np.asarray(part) for part, _ in parts)
-    else:  # processes exchange once per range, not once per batch
-      arrays = fetch(jnp.stack([part for part, _ in parts]))
-    result = np.concatenate([array[:valid] for array, (_, valid) in zip(arrays, parts, strict=True)])
-    if self._check is not None:
-      self._check(result, start)
-    return start, stop, result
+    def copied(own: Bounds, valid: int, is_last: bool, result: Any) -> Iterator[tuple[int, int, Any]]:
+      leaves, structure = jax.tree.flatten(result)
+      if not begun:
+        begun.extend([0, [np.empty((own[1] - own[0], *leaf.shape[1:]), leaf.dtype) for leaf in leaves]])
+      for whole, leaf in zip(begun[1], leaves, strict=True):
+        whole[begun[0] : begun[0] + valid] = local(leaf, valid)
+      begun[0] += valid
+      if is_last:
+        result = jax.tree.unflatten(structure, begun[1])
+        begun.clear()
+        yield *own, result
+
+    for step in self._steps(list(bounds)):
+      waiting.append(step)
+      if len(waiting) > _IN_FLIGHT:
+        yield from copied(*waiting.popleft())
+    while waiting:
+      yield from copied(*waiting.popleft())
+
+  def _steps(self, bounds: Sequence[Bounds]) -> Iterator[tuple[Bounds, int, bool, Any]]:
+    """This team's range, how many of its rows a step computes, whether it is the last of the range, and its result."""
+    size = self._own_rows
+    nothing = np.zeros((size, self._pool.length), np.int32), np.zeros(size, np.int64), np.zeros(size, np.bool_)
+    for own, longest in deal(bounds, self.team):
+      batches, count = ahead(row_range_batches(self._pool, *own, size)), -(-longest // size)
+      for number in range(count):
+        tokens, rows_B, valid_B = next(batches, nothing)
+        tokens_BL, weights_BL = assemble(tokens, self._sharding, self._batch_size), self._weights_BL
+        if self._pool.counts_some:
+          weights_BL = assemble(self._pool.weights(rows_B), self._sharding, self._batch_size)
+        result = self._step(self._prepared, tokens_BL, weights_BL)
+        self._watch(own[0], result)
+        result = self._finish(result)
+        valid = int(valid_B.sum())
+        for leaf in jax.tree.leaves(result) if valid == size else ():
+          leaf.copy_to_host_async()
+        yield own, valid, number == count - 1, result
 
 
 class Recomputed(RowSource):
@@ -191,32 +273,55 @@ class Recomputed(RowSource):
     rows, dimension: N and J.
     shard_rows: rows of a shard; the last may be short.
     quantizer: of the store that these rows stand in for.
+    refuse: (row, column, value) → the error of a feature that is not finite.
   """
 
-  def __init__(self, features: PoolPass, rows: int, dimension: int, shard_rows: int, quantizer: Quantizer):
-    self.rows, self.dimension = rows, dimension
-    self._features, self._shard_rows, self._quantizer = features, shard_rows, quantizer
+  collective = True
+
+  def __init__(
+    self,
+    features: PoolPass,
+    rows: int,
+    dimension: int,
+    shard_rows: int,
+    quantizer: Quantizer,
+    refuse: Callable[[int, int, float], Exception] = _refuse,
+  ):
+    self.rows, self.dimension, self.shard_rows, self.team = rows, dimension, shard_rows, features.team
+    self._features, self.quantizer, self._refuse = features, quantizer, refuse
 
   def first(self, rows: int) -> 'Recomputed':
     """The first rows alone."""
-    return Recomputed(self._features, min(rows, self.rows), self.dimension, self._shard_rows, self._quantizer)
+    rows = min(rows, self.rows)
+    return Recomputed(self._features, rows, self.dimension, self.shard_rows, self.quantizer, self._refuse)
 
   def charge(self) -> None:
     """Adds the floating-point operations of one pass over all rows, however many an earlier attempt did."""
     self._features.charge(self.rows)
 
-  def ranges(self, bounds: Iterable[tuple[int, int]]) -> Iterator[Shard]:
-    """Features of some ranges, not quantized: the input of a store."""
-    return self._features.ranges(bounds)
+  def ranges(
+    self, bounds: Iterable[Bounds], watch: Callable[[int, jax.Array], object] | None = None
+  ) -> Iterator[tuple[int, int, Encoded]]:
+    """This team's ranges as a store holds them; `watch` as for `PoolPass.encoded`.
 
-  def bounds(self, row: int = 0) -> Iterator[tuple[int, int]]:
+    Raises:
+      UserError: a feature is not finite.
+    """
+    for start, stop, encoded in self._features.encoded(self.quantizer, watch).ranges(bounds):
+      wrong = np.flatnonzero(encoded.bad_B >= 0)
+      if len(wrong):
+        row = int(wrong[0])
+        raise self._refuse(start + row, int(encoded.bad_B[row]), self.quantizer.value(encoded, row))
+      yield start, stop, encoded
+
+  def bounds(self, row: int = 0) -> Iterator[Bounds]:
     """First row and the row after the last of each shard from `row` on, where a shard starts."""
-    return ((start, min(start + self._shard_rows, self.rows)) for start in range(row, self.rows, self._shard_rows))
+    return ((start, min(start + self.shard_rows, self.rows)) for start in range(row, self.rows, self.shard_rows))
 
   def from_row(self, row: int) -> Iterator[Shard]:
     self.charge()
-    for start, stop, phi_BJ in self.ranges(self.bounds(row)):
-      yield start, stop, self._quantizer.round_trip(phi_BJ)
+    for start, stop, encoded in self.ranges(self.bounds(row)):
+      yield start, stop, self.quantizer.decode(encoded)
 
 
 class DirectionalSource(RowSource):
@@ -228,8 +333,11 @@ class DirectionalSource(RowSource):
     start: u_JT in float32 → the pass that gives score_BT.
   """
 
+  collective = True
+
   def __init__(self, features: Recomputed, gram_rows: int, start: Callable[[np.ndarray], PoolPass]):
-    self.rows, self.dimension = features.rows, features.dimension
+    self.rows, self.dimension, self.shard_rows = features.rows, features.dimension, features.shard_rows
+    self.team = features.team
     self._features, self._start = features, start
     self._sample = features.first(gram_rows)
 

@@ -73,7 +73,7 @@ def extract(
         tokens_BL, weights_BL = place(padded, batch_sharding(mesh))
         parts.append(fetch(step(prepared, tokens_BL, weights_BL)))
       phi_TJ = np.concatenate(parts)[: len(of_task)]
-      check_finite(step, phi_TJ, 0, checkpoint_name(context.config, checkpoint), f'example of target {task}')
+      check_finite(step, phi_TJ, checkpoint_name(context.config, checkpoint), f'example of target {task}')
       spent[task] = spent.get(task, 0.0) + time.monotonic() - began
       context.cost.save()  # first: a kill must not leave features without their cost
       if context.first:

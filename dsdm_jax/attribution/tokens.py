@@ -17,7 +17,8 @@ from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.ekfac import WholeGradients
 from dsdm_jax.attribution.extractor import FeatureExtractor, without_kernels
 from dsdm_jax.attribution.gradients import TwoSidedFeatures
-from dsdm_jax.attribution.scores import SOLUTION, proxy_weights, seen
+from dsdm_jax.attribution.score_arrays import ScoreArrays
+from dsdm_jax.attribution.scores import Q, proxy_weights, seen
 from dsdm_jax.config import validate as config_lib
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.config.values import CALLABLE
@@ -86,9 +87,10 @@ class TokenScores:
     before `scores.level`.
     """
     semantics, rows_B = self._datamodel.semantics, np.asarray(rows, np.int64)
-    with storage.load(self._datamodel.path / SOLUTION) as arrays:
-      u_CJ = arrays[f'u_{task}_CJ']
-      q_B = arrays['q_N'][rows_B] if 'q_N' in arrays else np.ones(len(rows_B))
+    u_CJ = ScoreArrays(self._datamodel.path, self._datamodel.manifest.get('files'))[f'u_{task}_CJ']
+    q_B = np.ones(len(rows_B))
+    if semantics['q'] != 'none':
+      q_B = 1 - storage.load(self._datamodel.path / Q)[rows_B]
     if semantics['gram'] == 'joint':  # one datamodel, whose scores are sums over checkpoints
       weight_CB = np.ones((len(u_CJ), len(rows_B)))
     else:

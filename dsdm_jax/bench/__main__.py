@@ -19,6 +19,7 @@ BENCHES = {
   'device': 'results and speed of a TPU or GPU, against the CPU and the plan',
   'evaluation': 'speed of evaluation on benchmark items',
   'features': 'features and scores against a training step',
+  'host': 'unit costs of the host for features, scores and selection',
   'load': 'time, memory and files of a large pool in every stage',
   'loop': 'cost of input, and time to the first step',
   'near_duplicates': 'precision and recall of SemDeDup on planted near duplicates',

@@ -57,7 +57,7 @@ def _run_steps(folder: Path, rows: int, dimension: int) -> None:
     pool = _build(folder, rows)
   store = FeatureStore(folder / 'features_0.zarr', pool.num_rows, dimension, _SHARD_ROWS, 'bfloat16')
   with _measured('features', folder):
-    for _ in store.fill(store.missing(), _random_features(store)):
+    for _ in store.fill(_random_features(store)):
       pass
   with _measured('gram', folder):
     gram = datamodel.gram(store)

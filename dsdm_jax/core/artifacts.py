@@ -48,7 +48,7 @@ PLACING = 'placing.json'  # note of the units whose files are being taken over, 
 _PUBLISHED = 'published.json'  # names that `publish` wrote in the folder of a stage
 _SELF_CHECKED = '*.zarr/c/*'  # chunks of a store, whose crc32c each read checks
 _ATTEMPT = re.compile(r'[0-9a-f]{12}-\d+')
-_LARGE = 2**30  # bytes of such files in a stage, above which opening it compares only their sizes
+LARGE = 2**30  # bytes of such files in a stage, above which opening it compares only their sizes
 # What reading a damaged or foreign manifest or note raises. An OSError says nothing about its content.
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _IDENTITY = {'stage': str, 'format': int, 'settings': dict, 'inputs': dict}
@@ -162,7 +162,7 @@ class Artifact:
     """
     files: Mapping[str, Mapping[str, Any]] = self.manifest['files']
     chunks = {name for name in files if fnmatch.fnmatch(name, _SELF_CHECKED)}
-    large = not all_bytes and sum(files[name]['bytes'] for name in chunks) > _LARGE
+    large = not all_bytes and sum(files[name]['bytes'] for name in chunks) > LARGE
     return damaged(self.path, files, sizes_only=chunks if large else ())
 
   def file(self, name: str) -> Location | None:

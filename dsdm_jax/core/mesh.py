@@ -4,11 +4,13 @@ Each replica has all weights. A replica lies within one TPU slice, so that sums 
 network between slices.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -89,6 +91,80 @@ def share(sharding: NamedSharding, batch_size: int) -> np.ndarray:
   along = NamedSharding(sharding.mesh, PartitionSpec(BATCH))
   parts = along.addressable_devices_indices_map((batch_size,)).values()
   return np.unique(np.concatenate([np.arange(batch_size)[index] for index in parts if index is not None]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+  """The processes whose devices hold the same rows of a batch: one of several teams, usually of one process each.
+
+  Attributes:
+    count: number of teams.
+    index: of this process's team.
+    leads: whether this process writes what its team computes.
+  """
+
+  count: int = 1
+  index: int = 0
+  leads: bool = True
+
+
+def team(mesh: Mesh) -> Team:
+  """The team of this process. It has several processes where axis `model` spans them.
+
+  Raises:
+    UserError: some processes hold a part of each other's rows.
+  """
+  if jax.process_count() == 1:
+    return Team()
+  size, held = batch_shards(mesh), dict[int, set[int]]()
+  for place, devices in enumerate(mesh.devices.reshape(size, -1)):
+    for device in devices:
+      held.setdefault(device.process_index, set()).add(place)
+  rows_of = {process: tuple(sorted(rows)) for process, rows in held.items()}
+  teams = sorted(set(rows_of.values()))
+  if sum(map(len, teams)) != size or len(set(map(len, teams))) > 1:
+    raise UserError(
+      f'mesh.model = {mesh.shape[MODEL]} splits rows unevenly among {jax.process_count()} processes; set it to a '
+      'divisor or a multiple of the devices of a process'
+    )
+  mine = rows_of[jax.process_index()]
+  first = min(process for process, rows in rows_of.items() if rows == mine)
+  return Team(len(teams), teams.index(mine), first == jax.process_index())
+
+
+def local(x: jax.Array, count: int) -> np.ndarray:
+  """The first `count` rows of a batch that this process's devices hold, in the order of `share`.
+
+  Nothing else crosses to the host.
+  """
+  parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+  rows = np.empty((count, *x.shape[1:]), x.dtype)
+  begin = 0
+  for start in sorted(parts):
+    part = parts[start]
+    end = min(begin + len(part), count)
+    if begin < end:
+      rows[begin:end] = np.asarray(part if end - begin == len(part) else part[: end - begin])
+    begin = end
+  return rows
+
+
+def on_one_device(x: jax.Array) -> jax.Array:
+  """The rows of `local`, on one of this process's devices."""
+  parts, device = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}, jax.local_devices()[0]
+  return jnp.concatenate([jax.device_put(parts[start], device) for start in sorted(parts)])
+
+
+def total(x: np.ndarray) -> np.ndarray:
+  """The sum of an array over all processes, on each of them: float32, reduced on the devices."""
+  if jax.process_count() == 1:
+    return x
+  devices = np.asarray(sorted(jax.devices(), key=lambda device: device.process_index))
+  mesh = Mesh(devices.reshape(jax.process_count(), -1)[:, :1], ('process', 'device'))
+  parts = multihost_utils.host_local_array_to_global_array(
+    np.asarray(x, np.float32)[None], mesh, PartitionSpec('process')
+  )
+  return np.asarray(jax.jit(lambda x: x.sum(axis=0), out_shardings=replicated(mesh))(parts))
 
 
 def assemble(tree: Any, sharding: NamedSharding, batch_size: int) -> Any:

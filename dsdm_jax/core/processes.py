@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -29,6 +29,7 @@ from dsdm_jax.core.storage import Location
 from dsdm_jax.errors import UserError, visible
 
 _T = TypeVar('_T')
+_S = TypeVar('_S')
 
 AUTO = 'auto'
 _OWN = ('distributed.process',)  # settings that differ between the processes of one run
@@ -216,6 +217,26 @@ def gather(value: Any) -> list[Any]:
   message = json.dumps([value, *map(json.loads, others)])
   client.key_value_set(key, message)
   return json.loads(message)
+
+
+def divide(items: Sequence[_S], work: Callable[[Sequence[_S]], Sequence[_T]]) -> list[_T]:
+  """`work(items)`, of which each process does a part: one JSON value for each item, in order, on all processes.
+
+  Raises:
+    UserError: `work` raised one on any process.
+  """
+  if count() == 1:
+    return list(work(items))
+  results, message = list[_T](), ''
+  try:
+    results = list(work(items[_State.process :: count()]))
+  except UserError as error:
+    message = str(error)
+  parts = gather([message, results])
+  for other, _ in parts:
+    if other:
+      raise UserError(other)
+  return [parts[place % count()][1][place // count()] for place in range(len(items))]
 
 
 def wait() -> None:

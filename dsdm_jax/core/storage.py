@@ -467,6 +467,12 @@ def size(path: Location) -> int:
   return _existing(path).size if isinstance(path, Address) else path.stat().st_size
 
 
+def remember(path: Location, checksum: str) -> None:
+  """Takes `checksum` as that of a file in its present size and time of change, so that it is not read again."""
+  if isinstance(path, Path):
+    _note(path.stat(), checksum)
+
+
 def _note(state: os.stat_result, digest: str) -> None:
   if len(_checksums) >= _MOST_CHECKSUMS:
     _checksums.clear()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsdm_jax.plan import topology
+from dsdm_jax.plan import host, topology
 from dsdm_jax.plan.programs import SELECTION
 
 
@@ -15,7 +15,7 @@ def text(plan: Mapping[str, Any]) -> str:
     parts += [_table(plan), *_communication(plan), *_uncounted(plan['stages']), *advice, _totals(plan)]
   else:
     parts += [_analytic(plan), f'Memory, collectives and times need libtpu: {topology.HOW_TO_GET_LIBTPU}.']
-  return '\n'.join(parts)
+  return '\n'.join([*parts, *host.text(plan['host_work'], plan['hosts'])])
 
 
 def _pays(multiplier: Mapping[str, float]) -> str:

@@ -14,7 +14,7 @@ from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data import hub
 from dsdm_jax.errors import UserError, visible, visible_lines
 from dsdm_jax.lm import hugging_face
-from dsdm_jax.plan import cost, page, programs, topology
+from dsdm_jax.plan import cost, host, page, programs, topology
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike | None) -> None:
@@ -58,6 +58,8 @@ def make(config: ConfigDict) -> dict[str, Any]:
       estimates.append(cost.estimate(work, compiler, kind.device, count, share, factor))
     j = programs.dimension(config, mesh)
     flop = {work.stage: work.flop() * work.runs for work in works}
+    entries = programs.gram_entries(config, mesh)
+  hosts = topology.hosts(config.plan.topology) * slices
   return {
     'topology': config.plan.topology,
     'slices': slices,
@@ -70,6 +72,11 @@ def make(config: ConfigDict) -> dict[str, Any]:
     'flop': flop,
     'final_runs': programs.final_runs(config),
     'multiplier': _multiplier(flop, config),
+    'hosts': hosts,
+    'host_work': [
+      dataclasses.asdict(work)
+      for work in host.works(config, hosts, programs.rows(config), j, entries, programs.score_columns(config))
+    ],
     'stages': [dataclasses.asdict(estimate) for estimate in estimates],
     'totals': _totals(estimates, chips, config.plan.price_per_chip_hour),
     'config': flatten(config),

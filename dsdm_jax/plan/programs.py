@@ -289,6 +289,22 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
   return [added, work('scores', scores, runs=runs * count, least_flop=least, passes=passes)]
 
 
+def gram_entries(config: ConfigDict, mesh: Mesh) -> int:
+  """Entries of all blocks of the Gram matrix of one checkpoint; 0 for EK-FAC, which has none."""
+  if config.features.projection == 'ekfac':
+    return 0
+  step = feature_step(config, config.pool.vocab_size, config.pool.length, mesh)
+  layered = by_layers(config.datamodel.gram, config.features.projection)
+  blocks = column_blocks(step.describe(), step.dimension) if layered else ((0, step.dimension),)
+  return sum((stop - start) ** 2 for start, stop in blocks)
+
+
+def score_columns(config: ConfigDict) -> int:
+  """Scores of a row for all targets: of their means, groups, examples and resamples."""
+  d = config.datamodel
+  return len(config.targets.tasks) * (1 + d.groups + d.examples + d.bootstrap)
+
+
 def _columns(config: ConfigDict) -> int:
   """Solved vectors of all targets; of EK-FAC those that are scored."""
   d = config.datamodel

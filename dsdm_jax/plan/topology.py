@@ -111,6 +111,16 @@ def chips(topology: str) -> int:
   return math.prod(int(n) for n in topology.partition(':')[2].split('x'))
 
 
+def hosts(topology: str) -> int:
+  """Number of hosts: up to 8 chips of v5e and v6e share one, otherwise 4 chips.
+
+  Raises:
+    UserError: the chip is unknown.
+  """
+  count = chips(topology)
+  return 1 if chip(topology).name in ('v5e', 'v6e') and count <= 8 else -(-count // 4)
+
+
 def devices(topology: str, slices: int = 1) -> list[jax.Device]:
   """The devices of some slices to compile for; no array can be placed on them.
 

@@ -137,12 +137,12 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
   for target in targets:
     with contextlib.suppress(UserError):  # no resamples, or a mix of ranks: scores without intervals
       reach[target] = scores.reach_N(target)
-  with storage.load(inputs['datamodel'].path / 'scores.npz') as file:
-    examples = {
-      task: _examples(inputs['targets'].path, task, file[f'example_rows_{task}_EM'], file[f'example_score_{task}_EM'])
-      for task in scores.tasks
-      if f'example_rows_{task}_EM' in file
-    }
+  arrays = scores.arrays
+  examples = {
+    task: _examples(inputs['targets'].path, task, arrays[f'example_rows_{task}_EM'], arrays[f'example_score_{task}_EM'])
+    for task in scores.tasks
+    if f'example_rows_{task}_EM' in arrays
+  }
   runs = storage.read_json(inputs['selection'].path / 'index.json', list)
   curve_list, tokens = curves(inputs['pretraining'].path, runs)
   multiplier = _optional(inputs, 'evaluation', 'multiplier.json')

@@ -13,6 +13,7 @@ Rows with text of a target (`pool.masked_N`) are left out of what it returns. It
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,6 +76,11 @@ class Candidates:
   def masked_N(self) -> np.ndarray:
     """Rows with text of a target or benchmark, bool [N]: no selection takes them."""
     return masked_rows(self._inputs['leakage'])
+
+  @functools.cached_property
+  def mask_digest(self) -> str:
+    """SHA-256 of the mask."""
+    return hashlib.sha256(np.ascontiguousarray(self.masked_N).data).hexdigest()
 
   @property
   def source_N(self) -> np.ndarray:
@@ -142,7 +148,7 @@ class Target:
     """One score per row, float32: `score(task)` of the only task, or of all tasks, mixed like the datamodel's."""
     if len(self.tasks) == 1:
       return np.asarray(score(self.tasks[0]), np.float32)
-    return mix(np.stack([score(task) for task in self.tasks]), self.rule)
+    return mix([score(task) for task in self.tasks], self.rule)
 
   def nested(self) -> tuple['Target', 'Target'] | None:
     """Two parts of the target examples, three quarters to fit and a quarter to choose settings by.

@@ -10,6 +10,7 @@ import numpy as np
 
 from dsdm_jax.attribution.sources import unit_rows
 from dsdm_jax.core import prng
+from dsdm_jax.core.mesh import total
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ranking, semdedup
 from dsdm_jax.selection.candidates import Budget, Candidates, Target
@@ -76,12 +77,12 @@ def _shortlist(pool: Candidates, target: Target, budget: Budget) -> tuple[np.nda
 
 
 def _features(pool: Candidates, rows: np.ndarray) -> np.ndarray:
-  phi_MJ = np.empty((len(rows), pool.features.dimension), np.float32)
-  for start, stop, phi_BJ in pool.features.pool(0):
+  phi_MJ, source = np.zeros((len(rows), pool.features.dimension), np.float32), pool.features.pool(0)
+  for start, stop, phi_BJ in source:
     mine = np.flatnonzero((rows >= start) & (rows < stop))
-    if len(mine):
+    if len(mine) and source.team.leads:
       phi_MJ[mine] = unit_rows(np.asarray(phi_BJ)[rows[mine] - start])
-  return phi_MJ
+  return total(phi_MJ) if source.team.count > 1 else phi_MJ
 
 
 def _selection(score_N: np.ndarray, rows: np.ndarray, pool: Candidates, **provenance: int) -> Selection:

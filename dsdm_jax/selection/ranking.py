@@ -1,6 +1,7 @@
 """From scores to rows: exact top-k, caps, noise. Ties always go to the lower row."""
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -57,11 +58,11 @@ def capped_order(score_N: np.ndarray, count: int, pool: Candidates, most: int | 
   """
   documents, share = pool.options.document_cap, pool.options.source_cap
   most = most or count
-  score_A, open_A = _unmasked(score_N, pool)
+  score_A, rows_of = _unmasked(score_N, pool)
   # Whether a row is allowed depends only on better rows, so start with the best rows, and add more if needed.
   examined = min(2 * most, len(score_A))
   while True:
-    order = open_A[top(score_A, examined)]
+    order = rows_of(top(score_A, examined))
     if documents:
       order = order[rank_in_group(pool.document_N[order]) < documents]
     if share < 1:
@@ -77,10 +78,13 @@ def capped_order(score_N: np.ndarray, count: int, pool: Candidates, most: int | 
   return order[:most]
 
 
-def _unmasked(score_N: np.ndarray, pool: Candidates) -> tuple[np.ndarray, np.ndarray]:
-  """(scores of the rows that may be selected, these rows, ascending)."""
-  rows = np.flatnonzero(~pool.masked_N)
-  return score_N if len(rows) == len(score_N) else score_N[rows], rows
+def _unmasked(score_N: np.ndarray, pool: Candidates) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+  """(scores of the rows that may be selected, in their order; place among them → row)."""
+  masked = np.flatnonzero(pool.masked_N)
+  if not len(masked):
+    return score_N, lambda places: places
+  before = masked - np.arange(len(masked))  # of a masked row, the number of rows before it that are not masked
+  return score_N[~pool.masked_N], lambda places: places + np.searchsorted(before, places, side='right')
 
 
 def rows_of_share(share: float, count: int) -> int:
@@ -97,8 +101,8 @@ def ranked(score_N: np.ndarray, pool: Candidates, count: int, **provenance: Any)
   if pool.options.document_cap or pool.options.source_cap < 1:
     rows = capped_order(score_N, count, pool)
   else:
-    score_A, open_A = _unmasked(score_N, pool)
-    rows = open_A[top(score_A, count)]
+    score_A, rows_of = _unmasked(score_N, pool)
+    rows = rows_of(top(score_A, count))
   return Selection.of(rows, score_N[rows].astype(np.float32), **provenance)
 
 

@@ -1,7 +1,6 @@
 """Stage `selection`: the rows that each arm trains on."""
 
 import functools
-import hashlib
 import time
 from typing import Any
 
@@ -80,7 +79,7 @@ def run(context: Context) -> dict:
 def _depends_on(context: Context, pool: Candidates, method: str, target: str) -> list[Any]:
   """What a selection is computed from, beside settings and seeds: of the targets, only its own."""
   inputs, known = context.inputs, METHODS.get(method)
-  facts: list[Any] = [inputs['pool'].digest, hashlib.sha256(pool.masked_N.tobytes()).hexdigest()]
+  facts: list[Any] = [inputs['pool'].digest, pool.mask_digest]
   if known is None:  # a function of the user's may use anything
     return [*facts, method, {name: artifact.digest for name, artifact in inputs.items()}]
   stages = {stage.removesuffix(FIRST) for need in known.needs for stage in NEEDS[need]}

@@ -98,43 +98,55 @@ def test_weighted_sums_resume_at_the_last_saved_shard(tmp_path):
   assert again.computed[0] in (8, 16)
 
 
-def test_scores_resume_at_the_last_saved_shard(tmp_path):
-  u_JK = np.random.default_rng(1).normal(size=(J, 3))
+def _columns(source, folder, progress=lambda rows: None):
+  """Shard → its features, through the chunks of a pass."""
 
-  def scores(source, folder):
-    return list(Accumulator(folder).shards('a', lambda row: datamodel.score_shards(source, u_JK, row)))
+  def parts(row):
+    for bounds, (start, stop, phi_BJ) in source.rounds(row):
+      yield bounds, (start, stop), {'phi_BJ': phi_BJ, 'sum_1J': phi_BJ.sum(axis=0)[None]}
 
-  wanted = scores(Rows(), None)
+  result = {}
+  for chunk in Accumulator(folder).columns('a', source.team, parts, progress):
+    ends = np.cumsum([stop - start for start, stop in chunk.bounds])
+    parts_S = np.split(chunk.arrays['phi_BJ'], ends[:-1])
+    assert chunk.overlaps(chunk.bounds[0][0], ROWS) and not chunk.overlaps(ROWS, ROWS + 1)
+    for bounds, phi_BJ, sum_J in zip(chunk.bounds, parts_S, chunk.select(['sum_1J'])['sum_1J'], strict=True):
+      result[bounds] = phi_BJ, sum_J
+  return result
+
+
+def test_columns_resume_at_the_last_saved_shard(tmp_path):
+  wanted, seen = _columns(Rows(), None), []
   with pytest.raises(Killed):
-    scores(Rows(killed_at=32), tmp_path)
+    _columns(Rows(killed_at=32), tmp_path)
   again = Rows()
-  result = scores(again, tmp_path)
-  assert again.computed == [32]
-  assert [shard[:2] for shard in result] == [shard[:2] for shard in wanted]
-  for (*_, a), (*_, b) in zip(result, wanted, strict=True):
-    np.testing.assert_array_equal(a, b)
+  result = _columns(again, tmp_path, seen.append)
+  assert again.computed == [32] and sum(seen) == ROWS
+  assert sorted(result) == sorted(wanted) == [(start, start + SHARD) for start in range(0, ROWS, SHARD)]
+  for bounds, arrays in wanted.items():
+    for a, b in zip(result[bounds], arrays, strict=True):
+      np.testing.assert_array_equal(a, b)
   Accumulator(tmp_path).clear()
   assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_partial_results_are_computed_again(tmp_path):
   """Of a sum all of it; of shards those from the damaged file on."""
-
-  def scores(source, folder=tmp_path):
-    return list(Accumulator(folder).shards('a', source.from_row))
-
-  (gram,), shards = datamodel.gram(Rows()), scores(Rows(), None)
-  for act in (lambda: scores(Rows(killed_at=32)), lambda: datamodel.gram(Rows(32), accumulator=Accumulator(tmp_path))):
+  (gram,), shards = datamodel.gram(Rows()), _columns(Rows(), None)
+  for act in (
+    lambda: _columns(Rows(killed_at=32), tmp_path),
+    lambda: datamodel.gram(Rows(32), accumulator=Accumulator(tmp_path)),
+  ):
     with pytest.raises(Killed):
       act()
-  files = sorted(tmp_path.glob('partial_a_*.npz'))
+  files = sorted(tmp_path.glob('partial_a.*.npz'))
   for file in (files[1], next(tmp_path.glob('sum_g*.npz'))):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
   again = Rows()
-  for (*_, a), (*_, b) in zip(scores(again), shards, strict=True):
-    np.testing.assert_array_equal(a, b)
+  for bounds, (phi_BJ, _) in _columns(again, tmp_path).items():
+    np.testing.assert_array_equal(phi_BJ, shards[bounds][0])
   assert again.computed == [8, 16, 24, 32]
   again = Rows()
   np.testing.assert_array_equal(datamodel.gram(again, accumulator=Accumulator(tmp_path))[0], gram)
@@ -144,5 +156,5 @@ def test_damaged_partial_results_are_computed_again(tmp_path):
 def test_short_passes_write_nothing(tmp_path, monkeypatch):
   monkeypatch.undo()
   datamodel.gram(Rows(), accumulator=Accumulator(tmp_path))
-  list(Accumulator(tmp_path).shards('a', lambda row: Rows().from_row(row)))
+  _columns(Rows(), tmp_path)
   assert list(tmp_path.iterdir()) == []

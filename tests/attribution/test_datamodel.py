@@ -259,7 +259,7 @@ def test_all_rows_equal_gives_equal_scores():
   rounding = J * np.finfo(np.float32).eps * np.abs(phi_NJ[0]) @ np.abs(u_JT)
   assert np.all(np.ptp(got, axis=0) <= rounding)
   with pytest.raises(UserError, match=r'all rows have the same score for target docs.*features.layers'):
-    scores._check('docs', np.full(N, got[0, 0]))
+    scores._check_range('docs', *scores._range('docs', np.full(N, got[0, 0])), N)
 
 
 def test_zero_features_are_a_clear_error(tmp_path):
@@ -293,7 +293,7 @@ def test_damping_too_small_for_a_singular_gram_is_refused():
 def test_scores_that_are_not_finite_are_refused(value):
   score_N = np.array([1.0, 2.0, float(value)])
   with pytest.raises(UserError, match='row 2 for target docs'):
-    scores._check('docs', score_N)
+    scores._range('docs', score_N)
 
 
 class TestDefectsOfTheReference:

@@ -11,7 +11,7 @@ from configs import base
 from dsdm_jax.attribution import features, target_features
 from dsdm_jax.core import artifacts
 from dsdm_jax.core.artifacts import Cost, Identity
-from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.core.mesh import Team, make_mesh
 from dsdm_jax.core.progress import Bar, Log
 from dsdm_jax.core.stage import Context
 from dsdm_jax.errors import UserError
@@ -40,15 +40,19 @@ class Source:
   """Rows of the pool; notes which were computed."""
 
   rows: int = ROWS
+  team: Team = Team()  # noqa: RUF009  frozen
   computed: list = dataclasses.field(default_factory=list)
 
   def charge(self):
     pass
 
-  def ranges(self, bounds):
+  def ranges(self, bounds, watch):
     for start, stop in bounds:
       self.computed.append((start, stop))
-      yield start, stop, np.arange(start * J, stop * J, dtype=np.float32).reshape(-1, J)
+      phi_BJ = np.arange(start * J, stop * J, dtype=np.float32).reshape(-1, J)
+      if watch is not None:
+        watch(start, jnp.asarray(phi_BJ))
+      yield start, stop, phi_BJ
 
 
 class Examples(types.SimpleNamespace):
@@ -75,8 +79,9 @@ def _extract(context: Context) -> list[tuple[int, int]]:
   source, step, bar = Source(), Step(), Bar(None, None, None, 'row')
   mesh = make_mesh(context.config.mesh)
   target_features.extract(context, step, lambda checkpoint: None, 0, _examples(), mesh, bar)
-  features._extract_pool(context, step, source, 0, bar)
-  assert features._complete(context, ROWS, step, 0)
+  described = {**step.describe(), 'dimension': J, 'rows': ROWS}
+  features._extract_pool(context, source, 0, described, bar)
+  assert features._complete(context, 0, described)
   return source.computed
 
 

@@ -85,9 +85,8 @@ def test_scores_equal_the_references(peers, one_device, tmp_path):
   weights = [TargetWeights.of_documents(['x'], 1, 0, 0, str(t)) for t in range(T)]
   solved = Solved('checkpoints', members, solutions, [], damping)
   tasks = scores.score_tasks(solved, weights, np.zeros((C, N), bool), 'all', lambda rows: None, Accumulator())
-  for task in tasks:
-    task.multiply((1 - np.mean(probability, axis=0)).astype(np.float32), scores.sample_rows(N))
-  ours_NT = ratio * np.stack([task.score_N for task in tasks], axis=1)
+  q_N = (1 - np.mean(probability, axis=0)).astype(np.float32)
+  ours_NT = ratio * np.stack([task.block(0, N, q_N)['score_N'] for task in tasks], axis=1)
 
   names = ('embedding', 'inner', 'outer')
   np.savez(

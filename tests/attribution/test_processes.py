@@ -1,5 +1,6 @@
 """Two processes make features and scores as one: stored, recomputed, and by directional derivatives."""
 
+import json
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from dsdm_jax.core import artifacts
 from tests.attribution.two_processes import SETTINGS, begin, run, settings
 from tests.conftest import FAULTS
 from tests.core.test_processes import free_port
+from tests.helpers import scores as saved_scores
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 
@@ -42,12 +44,17 @@ def test_two_processes_make_the_features_and_scores_of_one(tmp_path):
       a_TJ, b_TJ = (reader.target(task, 1) for reader in readers)
       if name == 'jvp':  # eigenvectors are only determined up to their sign
         assert np.all(np.linalg.norm(a_TJ - b_TJ, axis=1) <= 1e-5 * np.linalg.norm(b_TJ, axis=1))
-    with (
-      np.load(files_of(two, 'datamodel') / 'scores.npz') as a,
-      np.load(files_of(one, 'datamodel') / 'scores.npz') as b,
-    ):
-      assert a.keys() == b.keys()
-      for key in (k for k in a if k.startswith('score_') and k.endswith('_N')):
-        correlation = scipy.stats.spearmanr(a[key], b[key]).statistic
-        # The store's rounding to bfloat16 may fall either way; nothing else differs by more than float32's.
-        assert correlation > 0.9999, (name, key, correlation)
+    if name == 'store':
+      # Each process brings to its host, writes and hashes what its devices computed, and nothing twice.
+      counts = [json.loads((two.parent / f'{name}-{process}.json').read_text()) for process in (0, 1)]
+      files = mine.manifest['files']
+      stored = sum(entry['bytes'] for file, entry in files.items() if '.zarr/c/' in file)
+      assert all(0 < c['crossed'] <= 1.05 * c['written'] for c in counts), counts
+      assert min(c['written'] for c in counts) > stored / 4
+      assert sum(c['hashed'] for c in counts) == stored, counts
+    a, b = (saved_scores.load(files_of(folder, 'datamodel')) for folder in (two, one))
+    assert a.keys() == b.keys()
+    for key in (k for k in a if k.startswith('score_') and k.endswith('_N')):
+      correlation = scipy.stats.spearmanr(a[key], b[key]).statistic
+      # The store's rounding to bfloat16 may fall either way; nothing else differs by more than float32's.
+      assert correlation > 0.9999, (name, key, correlation)

@@ -18,9 +18,11 @@ def _phi(seed=0):
 
 def test_int8_is_off_by_half_a_step_of_its_row_and_layer():
   quantizer, phi_BJ = Quantizer('int8', BLOCKS), _phi()
-  codes_BJ, scale_BK = quantizer.encode(phi_BJ)
+  encoded = quantizer.encode(phi_BJ)
+  codes_BJ, scale_BK, bad_B = map(np.asarray, encoded)
+  assert not (bad_B + 1).any()
   assert codes_BJ.dtype == np.int8 and scale_BK.dtype == np.float32 and scale_BK.shape == (B, 3)
-  error_BJ = np.abs(quantizer.decode(codes_BJ, scale_BK) - phi_BJ)
+  error_BJ = np.abs(quantizer.decode(encoded) - phi_BJ)
   for i, j in BLOCKS:
     step_B1 = np.abs(phi_BJ[:, i:j]).max(axis=1, keepdims=True) / 127
     assert np.all(error_BJ[:, i:j] <= 0.5001 * step_B1)

@@ -1,6 +1,5 @@
 """Scores from files, and how far two sets of scores agree."""
 
-import io
 import resource
 import struct
 import zipfile
@@ -11,6 +10,7 @@ import pytest
 from dsdm_jax.attribution import score_files
 from dsdm_jax.core import artifacts
 from dsdm_jax.errors import UserError
+from tests.helpers import scores as saved_scores
 
 SCORE_N = (np.arange(1_000) * 0.5 - 3).astype(np.float32)
 # What torch 2.13 writes for SCORE_N, but for the numbers themselves: protocol 2 opcodes.
@@ -147,9 +147,7 @@ def _workdir(folder, **scores):
   """A workdir with a finished datamodel stage."""
   identity = artifacts.Identity('datamodel', 2, {}, {})
   part = artifacts.begin(folder, identity)
-  buffer = io.BytesIO()
-  np.savez(buffer, **{f'score_{name}_N': value for name, value in scores.items()})
-  (part / 'scores.npz').write_bytes(buffer.getvalue())
+  saved_scores.save(part, **{f'score_{name}_N': value for name, value in scores.items()})
   tasks = [name for name in scores if name != 'mix']
   semantics = {'tasks': tasks, 'mix': 'mean', 'half_width': {}}
   artifacts.commit(folder, identity, semantics, artifacts.Cost(part))

@@ -7,7 +7,8 @@ import pytest
 import scipy.stats
 
 from configs import base
-from dsdm_jax.attribution import accumulators, scores
+from dsdm_jax.attribution import accumulators, score_arrays, scores
+from dsdm_jax.attribution.score_arrays import ScoreArrays
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact, Cost
@@ -79,8 +80,7 @@ def run(tmp_path):
     out.mkdir()
     inputs = {'targets': targets, 'proxies': proxies, 'features': features, 'target_features': target_features}
     made = scores.run(Context(config, out, inputs, Log(tmp_path, 'datamodel', enabled=False), Cost(out)))
-    with np.load(out / 'scores.npz') as file:
-      arrays = dict(file)
+    arrays = dict(ScoreArrays(out))
     run.artifact = Artifact(out, {'semantics': made})
     return arrays, json.loads((out / 'report.json').read_text()), made
 
@@ -116,6 +116,24 @@ def test_partial_results_stay_until_the_scores_are_written(run, monkeypatch, tmp
   run()
   [out] = {path.parent for path in tmp_path.glob('out*/report.json')}
   assert not list(out.glob('partial_*'))
+
+
+def test_blocks_on_disk_and_chunks_in_memory_change_nothing(run, monkeypatch):
+  """Four blocks of 16 rows, and chunks of two shards of ten."""
+  whole, report, _ = run(average='unseen')
+  monkeypatch.setattr(score_arrays, 'BLOCK', 16)
+  monkeypatch.setattr(accumulators, 'CHUNK_ROWS', 20)
+  parts, report_of_parts, _ = run(average='unseen')
+  assert len(list((run.artifact.path / 'scores' / 'docs').glob('score_CN.*.npy'))) == 4
+  assert whole.keys() == parts.keys() and report == report_of_parts
+  for name, array in whole.items():
+    if name.startswith('example_score'):  # the mean and the deviation of all rows are added up from those of blocks
+      np.testing.assert_allclose(parts[name], array, rtol=1e-5)
+    else:
+      np.testing.assert_array_equal(parts[name], array)
+  sample = np.array([3, 15, 16, 40, 63])
+  arrays = score_arrays.ScoreArrays(run.artifact.path)
+  np.testing.assert_array_equal(arrays.rows('score_docs_CN', sample), whole['score_docs_CN'][:, sample])
 
 
 def test_every_array_against_numpy(run):
@@ -158,7 +176,8 @@ def test_every_array_against_numpy(run):
 
 
 def test_peaks_of_equal_scores_are_the_lower_rows():
-  rows_EM, score_EM = scores.peaks(np.array([[0.0, 1.0], [0, 1], [1, 1], [0, 1], [1, 1], [2, 1]]))
+  examples_NE = np.array([[0.0, 1.0], [0, 1], [1, 1], [0, 1], [1, 1], [2, 1]])
+  rows_EM, score_EM = scores.merge([scores.ends(examples_NE)], len(examples_NE))
   assert rows_EM.tolist() == [[5, 2, 4, 0, 1, 3], [0, 1, 2, 0, 1, 2]]
   np.testing.assert_array_equal(score_EM[1], np.zeros(6))
 

@@ -1,17 +1,19 @@
 """Stored features, recomputed features and directional derivatives give the same scores."""
 
 import dataclasses
+import functools
 import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import base
 from dsdm_jax.attribution import datamodel
 from dsdm_jax.attribution.directional import DirectionalScores
-from dsdm_jax.attribution.extractor import check_finite, step_rows
+from dsdm_jax.attribution.extractor import not_finite, step_rows
 from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
 from dsdm_jax.attribution.quantization import Quantizer, column_blocks
 from dsdm_jax.attribution.sources import DirectionalSource, PoolPass, Recomputed, ahead
@@ -57,18 +59,18 @@ def test_a_pass_gives_each_row_its_own_weights(rows, one_device):
   step = _step('two_sided', one_device)
   rows.counted_NL = np.random.default_rng(1).integers(0, 2, (ROWS, LENGTH)).astype(np.float32)
   rows.counted_NL[7] = 0
-  ((_, _, phi_BJ),) = _source(step, rows, one_device).ranges([(4, 15)])
+  ((_, _, (phi_BJ, _, _)),) = _source(step, rows, one_device, 'float32').ranges([(4, 15)])
   prepared, chosen = step.prepare(make_problem().params, 0), np.r_[4:12]
   wanted = np.asarray(step(prepared, rows.tokens_NL[chosen], rows.weights(chosen)))
   np.testing.assert_allclose(phi_BJ[:8], wanted, atol=1e-6)
   assert not phi_BJ[3].any() and phi_BJ[2].any()
   rows.counted_NL = None
-  ((_, _, whole_BJ),) = _source(step, rows, one_device).ranges([(4, 15)])
+  ((_, _, (whole_BJ, _, _)),) = _source(step, rows, one_device, 'float32').ranges([(4, 15)])
   assert not np.allclose(whole_BJ, phi_BJ)
 
 
-def _source(step, rows, mesh, dtype='bfloat16', check=None, flop=lambda _: None):
-  rows_pass = PoolPass(step, step.prepare(make_problem().params, 0), rows, BATCH, mesh, flop, check)
+def _source(step, rows, mesh, dtype='bfloat16', flop=lambda _: None):
+  rows_pass = PoolPass(step, step.prepare(make_problem().params, 0), rows, BATCH, mesh, flop)
   return Recomputed(
     rows_pass, ROWS, step.dimension, SHARD, Quantizer(dtype, column_blocks(step.describe(), step.dimension))
   )
@@ -87,8 +89,8 @@ def test_stored_and_recomputed_features_are_the_same_bits(kind, dtype, rows, one
   source, columns = _source(step, rows, one_device, dtype), column_blocks(step.describe(), step.dimension)
   store = FeatureStore(tmp_path / 'f.zarr', ROWS, source.dimension, SHARD, dtype, columns)
   for shard in (2, 0, 1):  # as a resumed run may
-    ((_, _, phi_BJ),) = source.ranges([store.bounds(shard)])
-    store.write(shard, phi_BJ)
+    ((_, _, encoded),) = source.ranges([store.bounds(shard)])
+    store.write(shard, encoded)
   for (*bounds, phi_BJ), (*stored_bounds, stored_BJ) in zip(source, store, strict=True):
     assert bounds == stored_bounds and phi_BJ.dtype == stored_BJ.dtype
     np.testing.assert_array_equal(phi_BJ, stored_BJ)
@@ -144,12 +146,11 @@ def test_scores_by_jvp_are_those_of_features(rows, one_device):
   assert np.abs(got_NT - phi_NJ @ u_JT).max() < 1e-5 * np.abs(phi_NJ @ u_JT).max()
 
 
-def test_a_range_is_checked_counted_and_read_once(rows, one_device):
-  flop, checked = [], []
+def test_a_range_is_counted_and_read_once(rows, one_device):
+  flop = []
   step = _step('two_sided', one_device)
-  source = _source(step, rows, one_device, check=lambda phi, first: checked.append((first, len(phi))), flop=flop.append)
+  source = _source(step, rows, one_device, flop=flop.append)
   assert [stop - start for start, stop, _ in source] == [16, 16, 13]
-  assert checked == [(0, 16), (16, 16), (32, 13)]
   assert step.jitted._cache_size() == 1  # the last shard is short and runs the same program
   assert rows.read == ROWS
   (whole,) = flop
@@ -157,20 +158,14 @@ def test_a_range_is_checked_counted_and_read_once(rows, one_device):
   assert flop == [whole, whole] and whole > 0
 
 
-def test_errors_of_checks_and_reads_are_raised(rows, one_device):
-  def refuse(phi_BJ, first):
-    raise UserError(f'row {first} is bad')
-
-  step = _step('two_sided', one_device)
-  with pytest.raises(UserError, match='row 0 is bad'):
-    list(_source(step, rows, one_device, check=refuse))
+def test_errors_of_reads_are_raised(rows, one_device):
   rows.tokens_NL = rows.tokens_NL[:40]
   with pytest.raises(IndexError):
-    list(_source(step, rows, one_device))
+    list(_source(_step('two_sided', one_device), rows, one_device))
 
 
-@pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_a_feature_that_is_not_finite_is_named_and_its_shard_is_not_written(value, rows, one_device, tmp_path):
+@pytest.mark.parametrize(('value', 'dtype'), [(np.nan, 'bfloat16'), (np.inf, 'int8')])
+def test_a_feature_that_is_not_finite_is_named_and_its_shard_is_not_written(value, dtype, rows, one_device, tmp_path):
   """Row 21, in shard 1, in the second layer of a scanned stack."""
   step = TwoSidedFeatures(
     make_problem(scan_layers=True).model, outputs.margin, 'attention/out/kernel', J, 0, one_device
@@ -178,20 +173,24 @@ def test_a_feature_that_is_not_finite_is_named_and_its_shard_is_not_written(valu
   (layer,) = step.layers
   assert layer.stack == (2,)
 
-  def check(phi_BJ, first):
-    phi_BJ = phi_BJ.copy()
-    if first <= 21 < first + len(phi_BJ):
-      phi_BJ[21 - first, layer.start + layer.a * layer.b :] = value
-    check_finite(step, phi_BJ, first, 3)
+  class Broken:
+    apply = step.apply
+
+    def __call__(self, prepared, tokens_BL, weights_BL):
+      phi_BJ = step(prepared, tokens_BL, weights_BL)
+      bad_B = (tokens_BL == rows.tokens_NL[21][None]).all(axis=1)
+      first = layer.start + layer.a * layer.b
+      return phi_BJ.at[:, first:].set(jnp.where(bad_B[:, None], value, phi_BJ[:, first:]))
 
   params = make_problem(scan_layers=True).params
-  rows_pass = PoolPass(step, step.prepare(params, 3), rows, BATCH, one_device, lambda _: None, check)
+  rows_pass = PoolPass(Broken(), step.prepare(params, 3), rows, BATCH, one_device, lambda _: None)
   columns = column_blocks(step.describe(), step.dimension)
-  source = Recomputed(rows_pass, ROWS, step.dimension, SHARD, Quantizer('bfloat16', columns))
-  store = FeatureStore(tmp_path / 'f.zarr', ROWS, step.dimension, SHARD, 'bfloat16', columns)
+  refuse = functools.partial(not_finite, step, proxy=3)
+  source = Recomputed(rows_pass, ROWS, step.dimension, SHARD, Quantizer(dtype, columns), refuse)
+  store = FeatureStore(tmp_path / 'f.zarr', ROWS, step.dimension, SHARD, dtype, columns)
   words = rf'row 21 is {value} in blocks/attention/out/kernel, layer 1 of the stack of proxy 3'
   with pytest.raises(UserError, match=words):
-    list(store.fill([0, 1, 2], source.ranges(map(store.bounds, range(3)))))
+    list(store.fill(source.ranges(map(store.bounds, range(3)))))
   assert store.missing() == [1, 2]
   assert not (tmp_path / 'f.zarr/c/1').exists()
 

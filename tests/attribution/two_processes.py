@@ -3,11 +3,19 @@
 Each DIR is a run that stands as far as the proxies; the settings of each come from its name (see SETTINGS).
 """
 
+import contextlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from jax._src.array import ArrayImpl
+
 from dsdm_jax import pipeline
+from dsdm_jax.attribution import features
+from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.config import validate as checks
-from dsdm_jax.core import processes
+from dsdm_jax.core import processes, storage
 from tests.pipeline.tiny import get_config
 
 SETTINGS = {
@@ -36,6 +44,41 @@ def run(config, folder: Path, stages: tuple[str, ...] = ('features', 'target_fea
     pipeline.run_connected(pipeline.runner_config(config), folder, stage)
 
 
+@contextlib.contextmanager
+def counted(file: Path) -> Iterator[None]:
+  """Writes how many bytes the passes over the pool bring from the devices to this process, and which it writes."""
+  counts = {'crossed': 0, 'written': 0, 'hashed': 0}
+  fetch, extract, encode, sha256 = (
+    ArrayImpl._single_device_array_to_np_array_did_copy, features._extract_pool, FeatureStore.write, storage._sha256,
+  )  # fmt: skip
+  depth = []
+
+  def counting_fetch(array):
+    counts['crossed'] += array.nbytes * bool(depth)
+    return fetch(array)
+
+  def counting_extract(*arguments):
+    depth.append(None)
+    extract(*arguments)
+    depth.pop()
+
+  def counting_write(store, shard, encoded):
+    counts['written'] += sum(x.nbytes for x in encoded[:2] if x is not None)
+    encode(store, shard, encoded)
+
+  def counting_hash(path):
+    counts['hashed'] += path.stat().st_size * ('.zarr/c/' in str(path))
+    return sha256(path)
+
+  with pytest.MonkeyPatch.context() as patched:
+    patched.setattr(ArrayImpl, '_single_device_array_to_np_array_did_copy', counting_fetch)
+    patched.setattr(features, '_extract_pool', counting_extract)
+    patched.setattr(FeatureStore, 'write', counting_write)
+    patched.setattr(storage, '_sha256', counting_hash)
+    yield
+  file.write_text(json.dumps(counts))
+
+
 def main(argv: list[str]) -> int:
   address, process, folders = argv[1], int(argv[2]), [Path(name) for name in argv[3:]]
   wanted = {'coordinator': address, 'processes': 2, 'process': process, 'heartbeat_seconds': 20}
@@ -43,5 +86,6 @@ def main(argv: list[str]) -> int:
   config.distributed.update(wanted)
   with processes.running(config, checks.flatten(config)):
     for folder in folders:
-      run(settings(folder.name), folder)
+      with counted(folder.parent / f'{folder.name}-{process}.json'):
+        run(settings(folder.name), folder)
   return 0

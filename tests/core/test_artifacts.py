@@ -503,7 +503,7 @@ def test_stage_holds_what_its_manifest_lists(workdir):
 
 
 def test_a_large_store_is_opened_by_the_sizes_of_its_chunks(workdir, monkeypatch):
-  monkeypatch.setattr(artifacts, '_LARGE', 3)
+  monkeypatch.setattr(artifacts, 'LARGE', 3)
   out = artifacts.begin(workdir, IDENTITY)
   (out / 'features_0.zarr/c/0').mkdir(parents=True)
   (out / 'features_0.zarr/c/0/0').write_text('abcd')

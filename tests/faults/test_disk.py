@@ -29,7 +29,7 @@ CASES = {
   'manifest cut short': ('targets', 'manifest.json', cut, 'is unreadable'),
   'file missing': ('targets', '*.target.npz', Path.unlink, 'is missing'),
   'flipped bit in a model': ('proxies', 'proxy_0/*/state/d/*', _flip, 'has changed'),
-  'write torn': ('datamodel', 'scores.npz', cut, 'bytes where'),
+  'write torn': ('datamodel', 'scores/mix/score_N.000000.npy', cut, 'bytes where'),
   'arm lost': ('selection', '*.npz', Path.unlink, 'is missing'),
   'model torn': ('pretraining', '*/*/state/d/*', cut, 'bytes where'),
 }

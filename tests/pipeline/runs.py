@@ -18,6 +18,7 @@ import numpy as np
 
 from tests.core.test_processes import free_port
 from tests.faults.server import Child, Server
+from tests.helpers import scores as saved_scores
 from tests.helpers.workdirs import files_of
 
 TINY = '--config=tests/pipeline/tiny.py'
@@ -136,8 +137,10 @@ def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
 def outcome(workdir: Path) -> dict[str, Any]:
   """All that two runs of the same settings must agree on to the last bit: scores, selections, items, results."""
   found: dict[str, Any] = {}
+  scores = saved_scores.load(files_of(workdir, 'datamodel'))
+  found |= {f'scores/{key}': value.tobytes() for key, value in scores.items()}
   stages = (files_of(workdir, name) for name in ('selection', 'evaluation'))
-  for file in [files_of(workdir, 'datamodel') / 'scores.npz', *(f for s in stages for f in sorted(s.glob('*.npz')))]:
+  for file in (f for s in stages for f in sorted(s.glob('*.npz'))):
     with np.load(file) as arrays:
       found |= {f'{file.name}/{key}': value.tobytes() for key, value in arrays.items()}
   results: Mapping[str, Any] = json.loads((workdir / 'results.json').read_text())

@@ -146,7 +146,7 @@ def test_workdir_that_another_run_has(copied):
   ids=['missing', 'cut', 'flipped'],
 )
 def test_damaged_artifact(copied, damage, words):
-  file = files_of(copied, 'datamodel') / 'scores.npz'
+  file = files_of(copied, 'datamodel') / 'scores/docs/score_N.000000.npy'
   damage(file)
   before = runs.fingerprint(copied)
   message = runs.refused(runs.TINY, f'--workdir={copied}')

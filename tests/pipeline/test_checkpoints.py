@@ -12,6 +12,7 @@ from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.training.loop import load_state
 from dsdm_jax.training.step import Trainer
+from tests.helpers import scores as saved_scores
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
@@ -47,9 +48,9 @@ def test_features_are_of_each_checkpoint_and_scores_of_all(finished, tmp_path):
     found_TJ = features.target('docs', checkpoint)
     # One row at a time and a batch at once round otherwise.
     np.testing.assert_allclose(found_TJ, phi_TJ, atol=1e-5 * np.abs(found_TJ).max())
-  with np.load(files_of(workdir, 'datamodel') / 'scores.npz') as scores:
-    assert scores['score_docs_CN'].shape == (2 * EACH, features.rows)
-    assert len({row.tobytes() for row in scores['score_docs_CN']}) == 2 * EACH
+  scores = saved_scores.load(files_of(workdir, 'datamodel'))
+  assert scores['score_docs_CN'].shape == (2 * EACH, features.rows)
+  assert len({row.tobytes() for row in scores['score_docs_CN']}) == 2 * EACH
 
   # The last of each is what one checkpoint would be.
   before = artifacts.open_stage(finished, 'proxies')

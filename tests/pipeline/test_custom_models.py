@@ -12,6 +12,7 @@ from dsdm_jax import main, pipeline
 from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.config import validate
 from dsdm_jax.core.runner import Runner
+from tests.helpers import scores as saved_scores
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
@@ -104,11 +105,8 @@ def test_its_layers_are_probed_and_only_those(custom):
 
 
 def test_scores_are_its_own(custom, finished):
-  with (
-    np.load(files_of(custom[0], 'datamodel') / 'scores.npz') as a,
-    np.load(files_of(finished, 'datamodel') / 'scores.npz') as b,
-  ):
-    assert abs(np.corrcoef(a['score_docs_N'], b['score_docs_N'])[0, 1]) < 0.9
+  a, b = (saved_scores.load(files_of(workdir, 'datamodel')) for workdir in (custom[0], finished))
+  assert abs(np.corrcoef(a['score_docs_N'], b['score_docs_N'])[0, 1]) < 0.9
 
 
 def test_no_stage_reads_a_key_that_it_did_not_declare(custom):

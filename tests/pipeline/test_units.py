@@ -9,6 +9,7 @@ import pytest
 
 from dsdm_jax import pipeline
 from dsdm_jax.core import artifacts
+from tests.helpers import scores as saved_scores
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 
@@ -47,7 +48,7 @@ def test_additions_compute_only_themselves(copied, tmp_path):
   """All kinds at once; a mix of all targets asks for the new one, so its arms are trained again."""
   mine, asked = (_questions(tmp_path / f'{name}.jsonl', name) for name in ('mine', 'asked'))
   before = {name: artifacts.open_stage(copied, name).manifest for name in pipeline.NAMES}
-  old_scores = dict(np.load(files_of(copied, 'datamodel') / 'scores.npz'))
+  old_scores = saved_scores.load(files_of(copied, 'datamodel'))
   made = _rerun(
     copied,
     _tasks(mine),
@@ -66,7 +67,7 @@ def test_additions_compute_only_themselves(copied, tmp_path):
   assert made['evaluation'] == {f'{m} on {t}' for m in of_mix | new for t in every} | {
     f'{m} on {t}' for m in old for t in added
   }
-  scores = dict(np.load(files_of(copied, 'datamodel') / 'scores.npz'))
+  scores = saved_scores.load(files_of(copied, 'datamodel'))
   for task in OURS:
     np.testing.assert_array_equal(scores[f'score_{task}_N'], old_scores[f'score_{task}_N'])
   # What was taken over has its cost: that of the stage is that of all its units.

@@ -14,6 +14,7 @@ from dsdm_jax.data.pool import passes
 from dsdm_jax.evaluation import results
 from dsdm_jax.evaluation.comparisons import Options
 from dsdm_jax.report import explorer, page, report_data
+from tests.helpers import scores as saved_scores
 
 HOSTILE = (
   '<script>document.title = "owned"; console.error("ran")</script>'
@@ -110,7 +111,7 @@ def build(folder: Path) -> dict[str, Artifact]:
       ],
     )
     arrays[f'error_{task}_N'] = g.uniform(0.01, 0.5, ROWS).astype(np.float32) * (np.arange(ROWS) != 5)
-  storage.save_npz(folder / 'datamodel' / 'scores.npz', **arrays, score_mix_N=mix_N.astype(np.float32))
+  saved_scores.save(folder / 'datamodel', **arrays, score_mix_N=mix_N.astype(np.float32))
 
   order_N = np.argsort(-mix_N)
   runs, logs = [], np.arange(10, 201, 10)
@@ -162,7 +163,8 @@ def build(folder: Path) -> dict[str, Artifact]:
         'identity': {'settings': flatten(base.get_config())},
         'versions': {'jax': '0.10.2'},
         'files': {'documents/000000.parquet': {'bytes': 1_500}, 'two': {'bytes': 2_000_000}}
-        | ({'subset_0.npy': {'bytes': 0}} if stage == 'proxies' else {}),
+        | ({'subset_0.npy': {'bytes': 0}} if stage == 'proxies' else {})
+        | ({name: {'bytes': 0} for name in storage.files(folder / stage)} if stage == 'datamodel' else {}),
       },
     )
     for stage, s, f in zip(report_data.STAGES, spent, flop, strict=True)

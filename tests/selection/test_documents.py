@@ -20,6 +20,7 @@ from dsdm_jax.data.targets import tasks
 from dsdm_jax.errors import UserError
 from dsdm_jax.selection import documents, export, whole
 from dsdm_jax.selection.documents import DocumentScores
+from tests.helpers import scores as saved_scores
 from tests.helpers.data import RECORDS, lines, run_pool, small_config
 from tests.helpers.selection import ArrayCandidates, selected
 from tests.selection.test_trainers import ROOT, open_with
@@ -103,7 +104,7 @@ def lossy(tmp_path_factory):
   arrays = {name: abs(array) if name.startswith('error') else array for name, array in arrays.items()}
   arrays['score_mix_N'] = (arrays['score_a_N'] + arrays['score_b_N']) / 2
   (base / 'datamodel').mkdir()
-  np.savez(base / 'datamodel' / 'scores.npz', **arrays)
+  saved_scores.save(base / 'datamodel', **arrays)
   semantics = {'tasks': ['a', 'b'], 'mix': 'mean', 'half_width': {'a': 2.0, 'b': 3.0}, 'sign': 'higher helps'}
   semantics |= dict.fromkeys(('scale', 'output_fn', 'confidence', 'damping'), '')
   selection = base / 'selection'

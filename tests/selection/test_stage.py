@@ -20,6 +20,7 @@ from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
 from dsdm_jax.selection import export
 from dsdm_jax.selection.proxy_signals import _TOKENS
+from tests.helpers import scores as saved_scores
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 from tests.selection import every
@@ -132,8 +133,7 @@ def test_every_method_selects_documents(finished, tmp_path, methods):
   export.write(folder, 'dsdm--docs', 'jsonl', tmp_path / 'e')
   records = [json.loads(line) for line in (tmp_path / 'e/dsdm--docs--0.jsonl').read_text('utf-8').split('\n') if line]
   by_id = {d['id']: d for d in pool.documents}
-  with np.load(files_of(folder, 'datamodel') / 'scores.npz') as arrays:
-    mean_D = spans.means(arrays['score_docs_N'])
+  mean_D = spans.means(saved_scores.load(files_of(folder, 'datamodel'))['score_docs_N'])
   for record, document in zip(
     records, Selection.load(files_of(folder, 'selection'), 'dsdm--docs--0').documents, strict=True
   ):
@@ -255,8 +255,7 @@ def test_jsonl_and_parquet_hold_the_same(chosen, tmp_path):
   assert len(found) == len(records) == 32
   chosen_rows = Selection.load(files_of(chosen, 'selection'), 'dsdm--docs--0')
   pool = Pool(artifacts.open_stage(chosen, 'pool'))
-  with np.load(files_of(chosen, 'datamodel') / 'scores.npz') as arrays:
-    score_N = arrays['score_docs_N']
+  score_N = saved_scores.load(files_of(chosen, 'datamodel'))['score_docs_N']
   for place, (a, b) in enumerate(zip(records, found, strict=True)):
     row = int(chosen_rows.rows[place])
     assert a.keys() == b.keys()

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsdm_jax.core import artifacts, storage
+from dsdm_jax.core import artifacts
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool import build, vocabulary
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.selection import distilled, export
 from tests.helpers import data as small
+from tests.helpers import scores as saved_scores
 from tests.helpers.workdirs import files_of
 
 
@@ -43,7 +44,7 @@ def run_of(folder: Path, choice: str) -> Path:
   score_N = np.random.default_rng(0).normal(size=rows).astype(np.float32)
   identity = artifacts.Identity('datamodel', 1, {}, {})
   part = artifacts.begin(folder, identity)
-  storage.save_npz(part / 'scores.npz', score_docs_N=score_N, score_mix_N=score_N)
+  saved_scores.save(part, score_docs_N=score_N, score_mix_N=score_N)
   semantics = {'tasks': ['docs'], 'mix': 'mean', 'half_width': {}}
   semantics |= dict.fromkeys(('sign', 'scale', 'output_fn', 'confidence', 'damping'))
   artifacts.commit(folder, identity, semantics, artifacts.Cost(part))
