@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policy
 
@@ -61,9 +62,9 @@ class Keep:
 class Checkpoints:
   """A folder of checkpoints. They are saved in the background, and each is complete or absent.
 
-  In an object store, whose objects cannot be renamed, Orbax writes to a local folder; the thread that saves then
-  uploads the files of a step and, last, `checksums.json`, without which there is no step. Process 0 saves the whole
-  state; the others restore from copies of their own.
+  Orbax writes to a disk or to gs:// itself. In other object stores, where it would rename, it writes to a local folder;
+  the thread that saves then uploads the files of a step and, last, `checksums.json`, without which there is no step.
+  There process 0 saves the whole state, and the others restore from copies of their own.
 
   Args:
     directory: absolute or relative folder, created when missing, or an address.
@@ -73,10 +74,13 @@ class Checkpoints:
   def __init__(self, directory: Location, keep: Keep = Keep()):
     self._location = storage.absolute(directory)
     self._stack = contextlib.ExitStack()
-    self._uploaded: set[int] = set()  # steps that this process has put into an object store and not deleted there
-    if isinstance(self._location, Path):
-      self._directory = self._location
-    else:
+    self._remote: Address | None = None  # where files go from `_directory`
+    self._uploaded: set[int] = set()  # steps that this process has put there and not deleted
+    self._directory: Any = self._location
+    if isinstance(self._location, Address) and self._location.scheme == 'gs':
+      self._directory = epath.Path(storage.url(self._location))
+    elif isinstance(self._location, Address):
+      self._remote = self._location
       self._directory = self._stack.enter_context(storage.scratch()) / self._location.name
     policies: list[Any] = [policy.LatestN(keep.newest)]
     if keep.every_steps:
@@ -99,16 +103,16 @@ class Checkpoints:
 
   def _steps(self) -> list[int]:
     steps = set(self._manager.all_steps())
-    if isinstance(self._location, Address):
-      names = storage.files(self._location)
+    if self._remote is not None:
+      names = storage.files(self._remote)
       steps |= {int(n.removesuffix(f'/{_CHECKSUMS}')) for n in names if re.fullmatch(rf'\d+/{_CHECKSUMS}', n)}
     return sorted(steps)
 
   def _bring(self, step: int) -> None:
     """Copies a step from an object store to where Orbax reads it."""
     target = self._directory / f'{step}'
-    if isinstance(self._location, Address) and not target.exists():
-      shutil.copytree(storage.local(self._location / f'{step}'), target)
+    if self._remote is not None and not target.exists():
+      shutil.copytree(storage.local(self._remote / f'{step}'), target)
       self._uploaded.add(step)
       self._manager.reload()
 
@@ -120,7 +124,7 @@ class Checkpoints:
       RuntimeError: there is a checkpoint of this or a later step, see `drop_after`.
     """
     processes.decide(lambda: self._check_space(state))
-    if isinstance(self._location, Address):
+    if self._remote is not None:
       self._delete_old()
       if processes.count() > 1:  # the disks of the others are not read
         state = multihost_utils.process_allgather(state, tiled=True)
@@ -140,7 +144,7 @@ class Checkpoints:
   def _check_space(self, state: Any) -> None:
     # Checked beforehand: when a write fails half-way, Orbax prints pages from its threads before it raises.
     needed = 256 * 1024 + sum(x.nbytes for x in jax.tree.leaves(state)) * 5 // 4
-    if shutil.disk_usage(self._directory).free < needed:
+    if isinstance(self._directory, Path) and shutil.disk_usage(self._directory).free < needed:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
 
   def restore(self, like: Any, only: int | None = None) -> tuple[Any, dict[str, Any]] | None:
@@ -206,15 +210,21 @@ class Checkpoints:
       raise UserError(f'the checkpoint in {self._location} cannot be read ({reason}); name another folder') from error
 
   def _write_checksums(self) -> None:
-    # Orbax calls it in its thread, when a checkpoint is written and its folder does not have its final name yet.
+    # Orbax calls it in its thread, when a checkpoint is written and its folder does not have its final name yet; at
+    # gs:// folders have it from the beginning.
     if not processes.is_first():
       return
-    for folder in self._directory.glob('*.orbax-checkpoint-tmp*'):
-      if not (folder / _CHECKSUMS).exists():
+    folders: list[Any] = []
+    if isinstance(self._directory, Path):
+      folders += self._directory.glob('*.orbax-checkpoint-tmp*')
+    else:
+      folders += [folder for folder in storage.subfolders(self._location) if folder.name.isdecimal()]
+    for folder in folders:
+      if not storage.is_file(folder / _CHECKSUMS):
         storage.write_json(folder / _CHECKSUMS, {item: artifacts.checksums(folder / item) for item in _ITEMS})
-        if isinstance(self._location, Address):
+        if self._remote is not None:
           step = int(folder.name.partition('.')[0])
-          self._upload(folder, self._location / f'{step}')
+          self._upload(folder, self._remote / f'{step}')
           self._uploaded.add(step)
 
   def _upload(self, folder: Path, target: Address) -> None:
@@ -224,26 +234,27 @@ class Checkpoints:
     storage.copy(last, target / _CHECKSUMS)
 
   def _delete_old(self) -> None:
-    """Deletes in an object store the steps that Orbax has deleted here."""
-    if processes.is_first():
+    """Deletes there the steps that Orbax has deleted here."""
+    if self._remote is not None and processes.is_first():
       for step in self._uploaded - set(self._manager.all_steps()):
-        self._delete(step)
+        self._delete(self._remote / f'{step}')
 
-  def _delete(self, step: int) -> None:
-    storage.unlink(self._location / f'{step}' / _CHECKSUMS)  # without it, the rest is no checkpoint
-    storage.delete(self._location / f'{step}')
-    self._uploaded.discard(step)
+  def _delete(self, folder: Address) -> None:
+    storage.unlink(folder / _CHECKSUMS)  # without it, the rest is no checkpoint
+    storage.delete(folder)
+    self._uploaded.discard(int(folder.name))
 
   def _check_files(self, step: int) -> None:
     # Before Orbax reads: it does not detect a flipped bit, and prints pages about a file that is short or missing.
-    damage = processes.decide(lambda: self._damage(self._directory / f'{step}'))
+    folder = self._location if self._remote is None else self._directory
+    damage = processes.decide(lambda: self._damage(folder / f'{step}'))
     if damage is not None:
       raise ValueError(damage)
 
-  def _damage(self, folder: Path) -> str | None:
+  def _damage(self, folder: Location) -> str | None:
     file = folder / _CHECKSUMS
     try:
-      files = json.loads(file.read_bytes())
+      files = json.loads(storage.read(file))
       phrases = (phrase for item in _ITEMS for _, phrase in artifacts.damaged(folder / item, files[item]))
       return next(phrases, None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -263,16 +274,15 @@ class Checkpoints:
     """Deletes the checkpoints of later steps, so that a run which continues from `step` can save them again."""
     for later in [other for other in self._manager.all_steps() if other > step]:
       self._manager.delete(later)
-    if isinstance(self._location, Address) and processes.is_first():
+    if self._remote is not None and processes.is_first():
       for later in [other for other in self._steps() if other > step]:
-        self._delete(later)
+        self._delete(self._remote / f'{later}')
 
   def close(self) -> None:
     """Waits until all checkpoints are on disk."""
     try:
       self._manager.wait_until_finished()
-      if isinstance(self._location, Address):
-        self._delete_old()
+      self._delete_old()
       self._manager.close()
     except ValueError as error:
       raise as_os_error(error, self._directory) or error from error

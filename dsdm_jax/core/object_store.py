@@ -426,7 +426,9 @@ def kvstore(address: Address) -> dict[str, Any]:
     return {'driver': 'gcs', 'bucket': address.bucket, 'path': f'{address.key}/' if address.key else ''}
   if address.scheme != 's3':
     raise UserError(f'TensorStore does not write to {address}; use gs:// or s3://')
-  spec = {'driver': 's3', 'bucket': address.bucket, 'path': f'{address.key}/' if address.key else ''}
+  spec: dict[str, Any] = {'driver': 's3', 'bucket': address.bucket, 'path': f'{address.key}/' if address.key else ''}
+  if os.environ.get('AWS_ACCESS_KEY_ID'):  # else it prints lines about each file that might have credentials
+    spec['aws_credentials'] = {'type': 'environment'}
   for key, names in (('endpoint', ('AWS_ENDPOINT_URL_S3', 'AWS_ENDPOINT_URL')), ('aws_region', _REGIONS)):
     if value := next((os.environ[name] for name in names if os.environ.get(name)), ''):
       spec[key] = value

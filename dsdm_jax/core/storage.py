@@ -111,7 +111,10 @@ def locate(text: Named) -> Location:
   scheme, is_address, rest = text.partition('://')
   if not is_address:
     return Path(text)
-  return Path(rest) if scheme in ('file', 'local') else Address(text)
+  if scheme in ('file', 'local'):
+    return Path(rest)
+  os.environ.setdefault('EPATH_USE_TF', 'false')  # else Orbax imports TensorFlow for gs://, if it looks before this
+  return Address(text)
 
 
 def absolute(location: Location) -> Location:

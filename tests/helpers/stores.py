@@ -52,6 +52,7 @@ def serving(kind: str) -> Iterator[dict[str, str]]:
 
 
 def _serve(kind: str) -> None:
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # a line for each request
   if kind == 's3':
     os.environ |= _S3
     import boto3
@@ -68,10 +69,8 @@ def _serve(kind: str) -> None:
       port = free.getsockname()[1]
     create_server('127.0.0.1', port, in_memory=True, default_bucket=BUCKET).start()
     address = f'http://127.0.0.1:{port}'
-  log = os.open(os.devnull, os.O_WRONLY)  # of each request
   sys.stdout.write(f'{address}\n')
   sys.stdout.flush()
-  os.dup2(log, sys.stderr.fileno())
   sys.stdin.read()
   os._exit(0)
 
