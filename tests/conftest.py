@@ -42,6 +42,7 @@ os.environ |= {
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
   'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0',
   'TF_CPP_MIN_LOG_LEVEL': '3',
+  'EPATH_USE_TF': 'false',  # which knows no emulator of Cloud Storage; epath looks once
   'TF_ENABLE_ONEDNN_OPTS': '0',
   'MPLBACKEND': 'agg',
   'HYPOTHESIS_STORAGE_DIRECTORY': str(_CACHE / 'hypothesis'),

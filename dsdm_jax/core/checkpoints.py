@@ -229,7 +229,7 @@ class Checkpoints:
 
   def _upload(self, folder: Path, target: Address) -> None:
     last = folder / _CHECKSUMS
-    storage.unlink(target / _CHECKSUMS)  # of an earlier run that was stopped before it
+    self._delete(target)  # what a kill left of it
     storage.upload({name: folder / name for name in storage.files(folder) if name != _CHECKSUMS}, target)
     storage.copy(last, target / _CHECKSUMS)
 

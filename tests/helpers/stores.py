@@ -18,12 +18,8 @@ _S3 = {
   'AWS_DEFAULT_REGION': 'us-east-1',
   'AWS_EC2_METADATA_DISABLED': 'true',
 }
-# gcsfs would wait a minute for gRPC, epath asks TensorFlow, which knows no emulator, and so on.
-_GS = {
-  'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',
-  'FSSPEC_GS_TOKEN': 'anon',
-  'EPATH_USE_TF': 'false',
-}
+# Without the first, gcsfs waits a minute for gRPC; without the last, epath asks TensorFlow, which knows no emulator.
+_GS = {'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false', 'FSSPEC_GS_TOKEN': 'anon', 'EPATH_USE_TF': 'false'}
 
 
 @contextlib.contextmanager
