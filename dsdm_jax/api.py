@@ -64,8 +64,7 @@ class Run(View):
   """A run. Attributes: `workdir`, its folder; `stages`, names of its finished stages."""
 
   def __init__(self, workdir: Location, stages: Sequence[str], verify: bool, functions: Collection[str]):
-    self.workdir: Any = workdir  # a Location
-    self.stages, self._verify, self.functions = tuple(stages), verify, functions
+    self.workdir, self.stages, self._verify, self.functions = workdir, tuple(stages), verify, functions
     self._opened: dict[str, Artifact] = {}
 
   def facts(self) -> Iterator[tuple[str, str]]:

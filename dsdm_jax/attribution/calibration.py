@@ -8,7 +8,6 @@ the budget, 0.01 · N, and not that of an average row, adds b · 0.01 · N · (s
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ class Bank:
   truth_SK: np.ndarray
   tasks: tuple[str, ...]
 
-  def save(self, folder: Path) -> None:
+  def save(self, folder: storage.Location) -> None:
     arrays = {'family_S': self.family_S, 'weight_SN': self.weight_SN, 'truth_SK': self.truth_SK}
     storage.save_npz(folder / FILE, **arrays, tasks=np.array(self.tasks))
 

@@ -133,7 +133,7 @@ def make_pass(
   _wait_until_idle()
 
   def store() -> tuple[Spent, Spent]:
-    with tempfile.TemporaryDirectory(dir=pool.path) as folder:
+    with tempfile.TemporaryDirectory(dir=storage.local(pool.path)) as folder:
       watch = Stopwatch()
       watch.start()
       written = FeatureStore(Path(folder) / 'f.zarr', rows, step.dimension, SHARD_ROWS, 'bfloat16', columns)

@@ -106,7 +106,7 @@ class Artifact:
     path: folder of its files.
   """
 
-  path: Any  # a Location
+  path: Location
   manifest: Mapping[str, Any]
 
   @property

@@ -53,8 +53,7 @@ class Runner:
   ):
     self._checks = checks or {}
     self.stages = {stage.name: stage for stage in stages}
-    self.config, self.settings = config, flatten(config)
-    self.workdir: Any = workdir  # a Location
+    self.config, self.settings, self.workdir = config, flatten(config), workdir
     self.shared = config.features.jobs > 1  # several jobs work on one stage, and none has the workdir for itself
     self.done: dict[str, Artifact] = {}
     self._selected: dict[str, dict[str, Any]] = {}

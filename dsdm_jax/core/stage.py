@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from dsdm_jax.core.artifacts import Artifact, Cost
 from dsdm_jax.core.progress import Log
+from dsdm_jax.core.storage import Location
 from dsdm_jax.core.units import Units
 
 
@@ -56,7 +56,7 @@ class Context:
   """
 
   config: ConfigDict
-  out: Any  # a Location
+  out: Location
   inputs: Mapping[str, Artifact]
   log: Log
   cost: Cost

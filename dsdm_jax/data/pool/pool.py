@@ -201,7 +201,7 @@ class Pool:
     try:
       records = self._records(row_B)
     except RuntimeError as error:
-      raise as_os_error(error, self.path) or error from error
+      raise as_os_error(error, str(self.path)) or error from error
     if any(len(record) < size for record in records):
       raise UserError(f'{self.path}/dataset has rows of another length than card.json says; rerun the pool stage')
     return np.stack([np.frombuffer(record[-size:], dtype) for record in records])

@@ -12,7 +12,7 @@ _UNIGRAM, _BPE = 1, 2  # kinds of SentencePiece models
 _USER_DEFINED = 4  # kind of a piece that is cut out of the text first
 
 
-def write(pool: Path, out: Path, length: int) -> dict[str, Any]:
+def write(pool: storage.Location, out: Path, length: int) -> dict[str, Any]:
   """Writes `tokenizer.json` and `tokenizer_config.json`, whose ids are those of the pool.
 
   The end mark is also the piece that a text begins with, as in the pool and in evaluations, unless there is a chat
