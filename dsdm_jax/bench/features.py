@@ -85,6 +85,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     '--cases', default=','.join(CASES), help=f'comma-separated names from {", ".join(CASES)}; any number may follow _j'
   )
   parser.add_argument('--rows', type=int, default=2_048, help='of the pool of stage_store and stage_stream')
+  parser.add_argument(
+    '--shard-rows', type=int, default=0, help=f'of stage_store and stage_stream; 0: {stages.SHARD_ROWS}'
+  )
   parser.add_argument('--microbatch', type=int, default=None, help='examples per jvp; default: half a batch')
   parser.add_argument('--repeats', type=int, default=5, help='rounds')
 
@@ -92,6 +95,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(flags: argparse.Namespace) -> None:
   """Measures and prints; see the module."""
   wanted = tuple(flags.cases.split(','))
+  stages.SHARD_ROWS = flags.shard_rows or stages.SHARD_ROWS
   for name in wanted:
     if name not in CASES and not _ANY_J.fullmatch(name):
       raise UserError(

@@ -17,7 +17,6 @@ checksums of files.
 
 import contextlib
 import dataclasses
-import fnmatch
 import functools
 import hashlib
 import importlib.metadata
@@ -46,7 +45,8 @@ _BEGUN = 'begun.json'
 _COST = re.compile(r'cost(_\d+)?\.json')  # one for each job that shares the stage
 PLACING = 'placing.json'  # note of the units whose files are being taken over, see `core/units.py`
 _PUBLISHED = 'published.json'  # names that `publish` wrote in the folder of a stage
-_SELF_CHECKED = '*.zarr/c/*'  # chunks of a store, whose crc32c each read checks
+# Chunks of a store and files of a pool, whose own checksums each read checks.
+_SELF_CHECKED = re.compile(r'.*\.zarr/c/.*|dataset/.*\.array_record-.*')
 _ATTEMPT = re.compile(r'[0-9a-f]{12}-\d+')
 LARGE = 2**30  # bytes of such files in a stage, above which opening it compares only their sizes
 # What reading a damaged or foreign manifest or note raises. An OSError says nothing about its content.
@@ -161,7 +161,7 @@ class Artifact:
       all_bytes: also read large stores whose chunks are checked at each read.
     """
     files: Mapping[str, Mapping[str, Any]] = self.manifest['files']
-    chunks = {name for name in files if fnmatch.fnmatch(name, _SELF_CHECKED)}
+    chunks = {name for name in files if _SELF_CHECKED.fullmatch(name)}
     large = not all_bytes and sum(files[name]['bytes'] for name in chunks) > LARGE
     return damaged(self.path, files, sizes_only=chunks if large else ())
 

@@ -56,7 +56,9 @@ class HostWork:
   disk_bytes: float
 
 
-def works(config: ConfigDict, hosts: int, rows: int, dimension: int, entries: int, columns: int) -> list[HostWork]:
+def works(
+  config: ConfigDict, hosts: int, rows: int, dimension: int, entries: int, columns: int, directions: int
+) -> list[HostWork]:
   """The stages whose hosts' work grows with the pool, and the start after a preemption.
 
   Args:
@@ -64,6 +66,7 @@ def works(config: ConfigDict, hosts: int, rows: int, dimension: int, entries: in
     rows, dimension: N and J.
     entries: of the Gram matrix of one checkpoint, over all its blocks.
     columns: K, the scores of a row for all targets.
+    directions: of EK-FAC at one checkpoint, from which the columns are combined.
   """
   features, u, count = config.features, UNITS, checkpoints(config)
   stored = features.mode == 'store' and features.projection != 'ekfac'
@@ -94,7 +97,7 @@ def works(config: ConfigDict, hosts: int, rows: int, dimension: int, entries: in
   mixed = (4.0 * tasks + 12) * rows  # on the first host
   memory = _PROCESS_BYTES + max(partial + scored + held * stored, mixed)
   if features.projection == 'ekfac':
-    memory += 8.0 * columns * dimension * count  # directions of all checkpoints
+    memory += 4.0 * directions * dimension * (count + 2)  # of all checkpoints, and two copies of one
   result.append(HostWork('scores', seconds, memory, own * u.partial_bytes_per_row * tasks))
   memory = _PROCESS_BYTES + rows * u.selection_bytes_per_row
   result.append(HostWork('selection', rows * u.selection_seconds_per_row, memory, 0.0))

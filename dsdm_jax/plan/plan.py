@@ -75,7 +75,15 @@ def make(config: ConfigDict) -> dict[str, Any]:
     'hosts': hosts,
     'host_work': [
       dataclasses.asdict(work)
-      for work in host.works(config, hosts, programs.rows(config), j, entries, programs.score_columns(config))
+      for work in host.works(
+        config,
+        hosts,
+        programs.rows(config),
+        j,
+        entries,
+        programs.score_columns(config),
+        programs.solved_vectors(config),
+      )
     ],
     'stages': [dataclasses.asdict(estimate) for estimate in estimates],
     'totals': _totals(estimates, chips, config.plan.price_per_chip_hour),

@@ -279,7 +279,7 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
   added = work('gram', gram, runs=runs * count, least_flop=least, passes=passes)
   if features.mode == 'jvp':
     return [added, _directional(config, mesh, model)]
-  targets = _columns(config)
+  targets = solved_vectors(config)
 
   def scores(batch: int) -> tuple[Any, Arguments]:
     u_JK = jax.ShapeDtypeStruct((j, targets), jnp.float32)
@@ -305,7 +305,7 @@ def score_columns(config: ConfigDict) -> int:
   return len(config.targets.tasks) * (1 + d.groups + d.examples + d.bootstrap)
 
 
-def _columns(config: ConfigDict) -> int:
+def solved_vectors(config: ConfigDict) -> int:
   """Solved vectors of all targets; of EK-FAC those that are scored."""
   d = config.datamodel
   sums = 0 if config.features.projection == 'ekfac' else 1 + d.bootstrap
@@ -313,7 +313,7 @@ def _columns(config: ConfigDict) -> int:
 
 
 def _directional(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
-  length, targets = config.pool.length, _columns(config)
+  length, targets = config.pool.length, solved_vectors(config)
   batch, microbatch = step_rows(config.features, mesh)
   abstract = abstract_model(without_kernels(config.proxies.model), config.pool.vocab_size, length)
   output_fn = load_callable(config.features.output_fn)

@@ -502,16 +502,17 @@ def test_stage_holds_what_its_manifest_lists(workdir):
   assert made.file('one') == made.path / 'one' and made.file('two') is None
 
 
-def test_a_large_store_is_opened_by_the_sizes_of_its_chunks(workdir, monkeypatch):
+@pytest.mark.parametrize('name', ['features_0.zarr/c/0/0', 'dataset/pool-train.array_record-00000'])
+def test_a_large_store_or_pool_is_opened_by_the_sizes_of_its_files(workdir, monkeypatch, name):
   monkeypatch.setattr(artifacts, 'LARGE', 3)
   out = artifacts.begin(workdir, IDENTITY)
-  (out / 'features_0.zarr/c/0').mkdir(parents=True)
-  (out / 'features_0.zarr/c/0/0').write_text('abcd')
+  (out / name).parent.mkdir(parents=True)
+  (out / name).write_text('abcd')
   made = make(workdir)
-  (made.path / 'features_0.zarr/c/0/0').write_text('abXd')
+  (made.path / name).write_text('abXd')
   made.verify()
-  assert [file.name for file, _ in made.damaged(all_bytes=True)] == ['0']
-  (made.path / 'features_0.zarr/c/0/0').write_text('abX')
+  assert [file.name for file, _ in made.damaged(all_bytes=True)] == [name.rpartition('/')[2]]
+  (made.path / name).write_text('abX')
   with pytest.raises(UserError, match='3 bytes where 4'):
     made.verify()
 

@@ -12,7 +12,7 @@ BLOCKS = 324  # columns of a block of the Gram matrix
 def _works(hosts: int, rows: int = ROWS, **features) -> dict[str, host.HostWork]:
   config = c4_dsdm.get_config()
   config.features.update(features)
-  return {work.stage: work for work in host.works(config, hosts, rows, J, J * BLOCKS, 4 * 81)}
+  return {work.stage: work for work in host.works(config, hosts, rows, J, J * BLOCKS, 4 * 81, 4 * 16)}
 
 
 def test_the_papers_pool_on_256_chips():
