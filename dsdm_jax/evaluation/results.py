@@ -180,26 +180,21 @@ def read_tables(items: Items, runs: int) -> Iterator[Table]:
 def judged(tables: Sequence[Table], runs: Runs) -> list[Table]:
   """The tables that have lines, with the arms `below` them; others as they are.
 
-  An arm is below where its mean over seeds and items is at most that of the best line of the same runs. In accuracy,
-  only tasks with choices have lines; on others the log-probability decides. So `below['accuracy']` is by what the task
-  asks for, and marks comparisons of both metrics; means of log-probabilities go by `below['logprob']`.
+  An arm is below in what the task asks for: right choices where it has choices, which alone give lines an accuracy, and
+  else the log-probability. This marks comparisons of both metrics.
   """
 
-  def is_below(table: Table, arm: Arm, metric: str) -> bool:
-    own = rows(runs, arm)
-    line = table.best_line(own, metric)
-    if line is None:
-      return is_below(table, arm, 'logprob')
-    return bool(table.values[metric][own].mean() <= table.lines[line][metric][own].mean())
+  def marked(table: Table) -> dict[str, Collection[Arm]]:
+    decides = 'accuracy' if any('accuracy' in values for values in table.lines.values()) else 'logprob'
+    return dict.fromkeys(METRICS, tuple(arm for arm in arms(runs) if _is_below(table, rows(runs, arm), decides)))
 
-  return [
-    dataclasses.replace(
-      table, below={metric: [arm for arm in arms(runs) if is_below(table, arm, metric)] for metric in METRICS}
-    )
-    if table.lines
-    else table
-    for table in tables
-  ]
+  return [dataclasses.replace(table, below=marked(table)) if table.lines else table for table in tables]
+
+
+def _is_below(table: Table, own: Sequence[int], metric: str) -> bool:
+  """Whether the mean over runs and items is at most that of the best line of the same runs."""
+  line = table.best_line(own, metric)
+  return line is not None and bool(table.values[metric][own].mean() <= table.lines[line][metric][own].mean())
 
 
 def below_lines(tables: Sequence[Table], runs: Runs) -> list[tuple[str, str]]:
@@ -207,16 +202,21 @@ def below_lines(tables: Sequence[Table], runs: Runs) -> list[tuple[str, str]]:
 
   The baseline decides for all arms, so that they have the same tasks and no method has a say in its own test.
   """
+  own = rows(runs, _baseline(runs))
+  return [(t.task, t.split) for t in tables if t.below is not None and _is_below(t, own, 'logprob')]
+
+
+def _baseline(runs: Runs) -> Arm:
   known = arms(runs)
-  baseline = next((arm for name in BASELINES for arm in known if arm[0] == name), known[0])
-  return [(t.task, t.split) for t in tables if t.below is not None and baseline in t.below['logprob']]
+  return next((arm for name in BASELINES for arm in known if arm[0] == name), known[0])
 
 
 def means(tables: Sequence[Table], runs: Runs, below: Collection[tuple[str, str]] = ()) -> list[Table]:
   """The mean over the tasks of each split, and over the held-out tasks of each mix that an arm was selected for.
 
   The latter have the mix's name, such as 'lambada+squad'; a mix of all tasks gets no mean of its own. A mean leaves out
-  tasks in `below`; where that leaves fewer than two, it is over all, with all arms `below`.
+  tasks in `below`; where that leaves fewer than two, it is over all, with all arms `below` in log-probability, and in
+  accuracy if the baseline is marked on one of the tasks.
   """
   selections = [(split, MEAN, [table for table in tables if table.split == split]) for split in COMPARED_SPLITS]
   held_out = {table.task for table in tables if table.split == HOLDOUT}
@@ -224,16 +224,18 @@ def means(tables: Sequence[Table], runs: Runs, below: Collection[tuple[str, str]
     tasks = set(mix.split('+'))
     if tasks < held_out:
       selections.append((HOLDOUT, mix, [table for table in tables if table.task in tasks and table.split == HOLDOUT]))
-  averaged = []
+  averaged, baseline = [], _baseline(runs)
   for split, name, selected in selections:
     above = [table for table in selected if (table.task, table.split) not in below]
-    judged_arms: Collection[Arm] = ()
+    marks: dict[str, Collection[Arm]] = dict.fromkeys(METRICS, ())
     if len(above) < 2 and len(above) < len(selected):
-      above, judged_arms = selected, arms(runs)
+      above, marks['logprob'] = selected, arms(runs)
+      if any(table.below and baseline in table.below['accuracy'] for table in selected):
+        marks['accuracy'] = arms(runs)
     if len(above) > 1:
       mean = mean_table(above, split, name)
       has_lines = any(table.below is not None for table in above)
-      averaged.append(dataclasses.replace(mean, below=dict.fromkeys(METRICS, judged_arms)) if has_lines else mean)
+      averaged.append(dataclasses.replace(mean, below=marks) if has_lines else mean)
   return averaged
 
 
@@ -295,7 +297,7 @@ def _over_line(table: Table, arm: Arm, own: Sequence[int], confidence: float) ->
     labels = {'task': table.task, 'split': table.split}
     interval = comparisons.guarded(labels, statistics.mean_interval, difference_SI, confidence, table.documents_I)
     over = dict(zip(over, (line, interval.difference, interval.low, interval.high), strict=True))
-  return over | {'below_ngrams': None if table.below is None else arm in table.below['accuracy']}
+  return over | {'below_ngrams': None if table.below is None else arm in table.below['logprob']}
 
 
 def _line_rows(table: Table, runs: Runs) -> Iterator[dict[str, Any]]:
@@ -320,7 +322,7 @@ def _compare(table: Table, metric: str, runs: Runs, options: Options) -> list[di
   )
   for c in compared:
     pair = (c['method'], c['target_mix']), comparisons.baseline_arm(arms(runs), c['baseline'], c['target_mix'])
-    c['below_ngrams'] = None if table.below is None else any(arm in table.below['accuracy'] for arm in pair)
+    c['below_ngrams'] = None if table.below is None else any(arm in table.below[metric] for arm in pair)
   return compared
 
 

@@ -319,7 +319,7 @@ def reference_lines(summary: Sequence[Mapping[str, Any]], lines: Sequence[Mappin
         is_best = x is best
         ink, width, tall = (COLOURS['ink'], 2.0, 0.17) if is_best else (COLOURS['neutral'], 1.0, 0.11)
         ax.plot([x['logprob']] * 2, [y - tall, y + tall], color=ink, lw=width)
-      face = COLOURS['paper'] if row['below_ngrams'] else colour
+      face = COLOURS['paper'] if row['over_line'] <= 0 else colour
       ax.plot(value, y, 'o', ms=7.5, color=face, mec=colour, mew=1.8)
       across = ax.get_yaxis_transform()
       name = formatting.arm_name(row['method'], row['target_mix'], several)
