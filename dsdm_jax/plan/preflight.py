@@ -1,7 +1,8 @@
 """What can be known before a run: `--stage=check`, and the start of every run. Nothing is written.
 
 Errors raise `UserError`. The rest is an estimate: rows from the sizes of files and a sample's tokens per byte, time
-from the FLOP of the plan and the speed of a small training step, which is measured for a second.
+from the FLOP of the plan and the speed of a small training step at the widths of the proxies and of the final models,
+which is measured for a second.
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ from dsdm_jax.training import proxies
 _SAMPLE = 2**16  # bytes of text whose tokens are counted
 _PACKED = {'.gz': 3.0, '.zst': 3.5, '.bz2': 4.0, '.xz': 4.0, '.parquet': 2.5}  # bytes of text per byte of file
 _DOUBTFUL = 1.5  # factor within which an estimated number of rows may be wrong
-_MEASURED_SECONDS = 0.7
+_MEASURED_SECONDS = 0.5
+_WIDTHS = 'width', 'mlp_width'
 _COMPILING = 10.0  # times as long as the measured step, for the programs of a stage
 _EFFICIENCY = 0.75  # speed of real steps, with attention and updates, relative to the measured one
 _COMPARED_BYTES = 1.5e7  # of text a second, with the words of all targets
@@ -82,8 +84,10 @@ def run(config: ConfigDict, workdir: Location, wanted: Sequence[str], alone: boo
   lines = [f'{head}, {_bytes(sum(disk.values()))} of disk', *pays]
   if alone:
     table = [('stage', 'time', 'memory', 'disk')]
-    table += [(s, clock(seconds[s]), _bytes(memory.get(s, 0)), _bytes(disk.get(s, 0))) for s in wanted]
-    lines += [f'  {a:<14}{b:>9}{c:>12}{d:>12}' for a, b, c, d in table]
+    for stage in (stage for stage in wanted if seconds[stage]):
+      held, stored = (_bytes(of[stage]) if of.get(stage) else '' for of in (memory, disk))
+      table.append((stage, clock(seconds[stage]), held, stored))
+    lines += [f'  {a:<16}{b:>9}{c:>12}{d:>12}'.rstrip() for a, b, c, d in table]
   return {'lines': lines, 'warnings': warnings, 'seconds': seconds}
 
 
@@ -278,11 +282,16 @@ def _costs(
   models = programs.final_runs(config)
   flop['evaluation'] = models * asked.tokens * final.forward_flop
   flop['target_features'] = 3 * proxies.checkpoints(config) * asked.examples * length * proxy.forward_flop
-  compiling, speed = _measure(config)
-  speed *= jax.device_count() * _EFFICIENCY
+  # Products of a narrow proxy are slower than those of the final models, often several times.
+  compiling, of_proxy = _measure(config, config.proxies.model, config.proxies.train)
+  of_final = of_proxy
+  if [config.model[key] for key in _WIDTHS] != [config.proxies.model[key] for key in _WIDTHS]:
+    of_final = _measure(config, config.model, config.pretraining.train)[1]
 
   def of(*names: str) -> float:
-    return sum(value / speed for name, value in flop.items() if name.split()[0] in names)
+    speed = of_final if {'pretraining', 'ladder', 'evaluation'} & {*names} else of_proxy
+    devices = jax.device_count() * _EFFICIENCY
+    return sum(value / speed / devices for name, value in flop.items() if name.split()[0] in names)
 
   ekfac = config.features.projection == 'ekfac'
   per_model = _RESTORED + min(config.selection.examples * length, config.evaluation.ngram_tokens) / _COUNTED_TOKENS
@@ -318,7 +327,7 @@ def _costs(
     'pretraining': _training_bytes(config.model, config.pretraining.train, config, final.parameters),
   }
   chosen, one = sum(flop.get(name, 0.0) for name in programs.SELECTION), flop['pretraining'] / max(models, 1)
-  return {s: seconds.get(s, 0.0) for s in wanted}, memory, disk, _pays(config, chosen / one)
+  return {s: seconds.get(s, 0.0) for s in wanted}, memory, disk, _pays(config, chosen / one, rows)
 
 
 def _training_bytes(model: ConfigDict, train: ConfigDict, config: ConfigDict, parameters: int) -> float:
@@ -331,13 +340,13 @@ def _training_bytes(model: ConfigDict, train: ConfigDict, config: ConfigDict, pa
   return 16.0 * parameters + 4.0 * tokens * (layers * block + 3 * config.pool.vocab_size)
 
 
-def _measure(config: ConfigDict) -> tuple[float, float]:
+def _measure(config: ConfigDict, model: ConfigDict, train: ConfigDict) -> tuple[float, float]:
   """Seconds that a stage compiles, about, and FLOP per second of one device, for one MLP and the output layer."""
   import jax
   import jax.numpy as jnp
 
-  width, hidden, vocab = config.proxies.model.width, config.proxies.model.mlp_width, config.pool.vocab_size
-  count = min(4_096, config.proxies.train.batch_size * config.pool.length)
+  (width, hidden), vocab = (model[key] for key in _WIDTHS), config.pool.vocab_size
+  count = min(4_096, train.batch_size * config.pool.length)
   began = time.monotonic()
   weights = tuple(jnp.full(shape, 0.01) for shape in ((width, hidden), (hidden, width), (width, vocab)))
 
@@ -354,8 +363,8 @@ def _measure(config: ConfigDict) -> tuple[float, float]:
   return compiling, 6.0 * count * (2 * width * hidden + width * vocab) * steps / seconds
 
 
-def _pays(config: ConfigDict, ratio: float) -> list[str]:
-  """Lines about whether choosing pays, from its cost in final models."""
+def _pays(config: ConfigDict, ratio: float, rows: int) -> list[str]:
+  """Lines about whether choosing pays, from its cost in final models and the pool's rows."""
   if not any('scores' in METHODS[m].needs for m in config.selection.methods if m in METHODS):
     return []
   cost, saved = f'  choosing costs {ratio:.2g} × one final model', config.plan.multiplier - 1
@@ -364,10 +373,11 @@ def _pays(config: ConfigDict, ratio: float) -> list[str]:
     return [f'{cost}{" and pays" if saved > 0 else ""} {at}']
   budget = math.ceil(config.selection.examples * ratio / saved / 100) * 100
   models = math.ceil(ratio / saved)
-  return [
-    f'{cost}; it pays for {models:,} models that share it,',
-    f'  or for one with --config.selection.examples={budget} {at}',
-  ]
+  lines = [f'{cost}; it pays for {models:,} models that share it,']
+  if budget <= rows // 2:
+    return [*lines, f'  or for one with --config.selection.examples={budget} {at}']
+  cheaper = 'epochs=0' if config.proxies.model.weights else 'model.width=16'
+  return [*lines, f'  or with cheaper proxies {at}, such as', f'  --config.proxies.count=1 --config.proxies.{cheaper}']
 
 
 def _too_large(workdir: Location, memory: Mapping[str, float], disk: Mapping[str, float]) -> Iterator[str]:
