@@ -193,7 +193,8 @@ def title(results: Mapping[str, Any]) -> str:
   kind = 'tasks' if any(c['split'] == BENCHMARK for c in rows) else 'targets'
 
   def on(count: int) -> str:
-    part = f'all {count}' if count == len(tasks) else f'{count} of {len(tasks)}'
+    every = 'both' if count == 2 else f'all {count}'
+    part = every if count == len(tasks) else f'{count} of {len(tasks)}'
     return f' on {part} {kind}' if len(tasks) > 1 else ''
 
   if better:
@@ -214,8 +215,11 @@ def headlines(results: Mapping[str, Any]) -> list[str]:
   rows = main_comparisons(results)
   chosen = of_choices(results, rows)
   start = f'Compared with {_AGAINST[rows[0]["baseline"]]} at the same training budget,' if rows else ''
-  sentences = [_choices(results, chosen, start)] if chosen else []
-  sentences.append(_differences(rows, _IN_NATS if chosen else start))
+  # Right choices come first, unless log-probability alone shows a difference.
+  first = bool(chosen) and (too_few_seeds(rows) or any(_is_decided(results, c) for c in chosen))
+  sentences = [_differences(rows, _IN_NATS if first else start)]
+  if chosen:
+    sentences.insert(0 if first else 1, _choices(results, chosen, start if first else 'In right choices,'))
   sentences.append(_right_answers(results, [c for c in rows if c not in chosen]))
   below = [name for name, of_task in by_task(results).items() if any(c.get('below_ngrams') for c in of_task)]
   if below:
@@ -233,6 +237,12 @@ def of_choices(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
   return [row for row in rows if (row['task'], row['split']) in chosen]
 
 
+def _is_decided(results: Mapping[str, Any], c: Mapping[str, Any]) -> bool:
+  """Whether there is a verdict in right choices."""
+  compared = right_answers(results, c)['compared']
+  return compared is not None and compared['verdict'] != 'no evidence'
+
+
 def _choices(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], start: str) -> str:
   """Shares of right choices beside guessing and counting, task by task."""
   decided: list[str] = []
@@ -246,10 +256,10 @@ def _choices(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], star
     names = ('guessing', 'chance'), ('n-grams', 'line')
     facts += [f'{name}: {percent(right[key], 0)}' for name, key in names if right[key] is not None]
     shares = f'{percent(right["first"], 0)} instead of {percent(right["second"], 0)}'
-    open_ = compared is not None and compared['verdict'] == 'no evidence' and not too_few_seeds([c])
-    (undecided if open_ else decided).append(f'{shares} on {row_task_name(c)} ({"; ".join(facts)})')
+    phrases = decided if _is_decided(results, c) or too_few_seeds([c]) else undecided
+    phrases.append(f'{shares} on {row_task_name(c)} ({"; ".join(facts)})')
   if not decided:
-    return f'{start} there is no evidence of a difference in right choices: {joined(undecided)}.'
+    return f'{start} the evidence for a difference does not suffice: {joined(undecided)}.'
   sentence = f'{start} these models choose right in {joined(decided)}'
   return sentence + (
     f'; the evidence for a difference does not suffice on others: {joined(undecided)}.' if undecided else '.'

@@ -102,6 +102,10 @@ def test_right_choices_come_first_beside_guessing_and_counting():
     '(+2 points [−4, 8]; guessing: 25 %).'
   )
   assert second.startswith('In log-probability, they make the right token 1.49 times as likely on brackets (+0.40 nats')
+  open_ = results | {'accuracy_comparisons': [c | {'verdict': 'no evidence'} for c in accuracies]}
+  first, second = (sentence.replace('\u00a0', ' ') for sentence in formatting.headlines(open_))
+  assert first.startswith(f'{_START} they make the right token 1.49 times as likely on brackets')
+  assert second.startswith('In right choices, the evidence for a difference does not suffice: 87 % instead of 74 %')
   few = [c | {'seeds': [2, 2]} for c in nats]
   assert formatting.headlines(results | {'comparisons': few})[1].startswith('Log-probability changes by +0.40')
 
@@ -130,7 +134,7 @@ def test_a_run_without_dsdm_has_a_headline_of_its_first_method():
 @pytest.mark.parametrize(
   ('verdicts', 'title'),
   [
-    (['better', 'better'], 'Data chosen by DsDm train a better model than random data on all 2 targets'),
+    (['better', 'better'], 'Data chosen by DsDm train a better model than random data on both targets'),
     (['better'], 'Data chosen by DsDm train a better model than random data'),
     (
       ['better', 'no evidence', 'no evidence'],
@@ -168,7 +172,7 @@ def test_tasks_below_n_grams_are_named_and_explained():
   last = _headlines(above, below)[-1]
   assert last.startswith('On api_qa, n-grams predict the right answers better than the models') and 'docs' not in last
   assert formatting.title(_results(above, below)) == (
-    'Data chosen by DsDm train a better model than random data on all 2 targets, but these models are still weaker '
+    'Data chosen by DsDm train a better model than random data on both targets, but these models are still weaker '
     'than simple counting on 1 of 2 targets'
   )
   alike = _comparison('docs', 0.01, 0.05, 'no evidence') | {'below_ngrams': True}
@@ -182,7 +186,7 @@ def test_tasks_below_n_grams_are_named_and_explained():
 
 def test_benchmarks_are_called_so():
   rows = [_comparison('docs', 0.17, 0.05, 'better'), _comparison('piqa', 0.2, 0.05, 'better', split='benchmark')]
-  assert formatting.title(_results(*rows)).endswith('than random data on all 2 tasks')
+  assert formatting.title(_results(*rows)).endswith('than random data on both tasks')
   assert 'on piqa (benchmark) (+0.20 nats [0.15, 0.25])' in _headlines(*rows)[0]
   assert formatting.row_task_name({'task': 'mean', 'split': 'benchmark'}) == 'mean of all benchmarks'
 
