@@ -4,11 +4,13 @@ Run it with:
 
     bash launch/run.sh
 
-Hardware and time: two CPU cores, 4.5 minutes after installation.
+Hardware and time: two CPU cores, 150 s of processor time after installation.
 
-Result: models trained on DsDm's selection have a higher log-probability than models trained on random rows, by 0.34
-nats per token on `api_qa` and 0.76 on `cs_algorithms`; README.md has a table with intervals. The text depends on the
-installed packages, so your numbers differ.
+Result: models trained on DsDm's selection choose right in 67 % of questions about code, and models trained on random
+rows in 62 %; README.md has a table with intervals. The text depends on the installed packages, so your numbers differ.
+
+The choice is the cheapest that loses nothing here: one proxy a quarter as wide as the models, with one layer, for one
+epoch on half of the pool. configs/quickstart_full.py has larger proxies, other targets and all arms.
 """
 
 from dsdm_jax.configs import base
@@ -18,12 +20,17 @@ def get_config():
   config = base.get_config()
   config.pool.max_bytes = 1_000_000
   config.pool.max_document_bytes = 8_192
-  config.targets.max_examples = 128
+  config.targets.tasks = ('next_code', 'brackets')
+  config.targets.max_examples = 192
   config.model.positions = 'rope'
   config.model.init_std = 0.1
-  for training in (config.proxies.train, config.pretraining.train):
+  proxies = config.proxies
+  proxies.count, proxies.epochs = 1, 1.0
+  proxies.model.width, proxies.model.mlp_width, proxies.model.layers = 16, 64, 1
+  for training in (proxies.train, config.pretraining.train):
     training.batch_size = 16
     training.learning_rate = 1e-2
+  config.selection.methods = ('dsdm', 'random')
   config.selection.examples = 768
   config.pretraining.seeds = 4
   return config

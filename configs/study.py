@@ -1,4 +1,4 @@
-"""Ablations of the quickstart: one arm for each choice in the method, and arms with retrained proxies.
+"""Ablations of the long quickstart: one arm for each choice in the method, and arms with retrained proxies.
 
 Run all arms, or one arm alone:
 
@@ -9,12 +9,12 @@ Hardware: two CPU cores. The command resumes arm by arm and prints the time that
 
 Result: `study.csv` and `study.json` in the workdir, which compare all arms on the same items.
 
-An arm is the quickstart with a few keys changed. `base` trains the baselines; every other arm trains DsDm alone and is
-compared with them. The arms `again_…` are `base` with other proxies. Together they measure the variation that an
-interval for a single selection does not include.
+An arm is configs/quickstart_full.py with a few keys changed. `base` trains the baselines; every other arm trains DsDm
+alone and is compared with them. The arms `again_…` are `base` with other proxies. Together they measure the variation
+that an interval for a single selection does not include.
 """
 
-from dsdm_jax.configs import quickstart
+from dsdm_jax.configs import quickstart_full
 
 _DSDM = {'selection.methods': ('dsdm',)}
 
@@ -56,7 +56,7 @@ def get_config(arm='base'):
   """The config of one arm: `configs/study.py:damping_1`."""
   if arm not in ARMS:
     raise ValueError(f'{arm!r} is not an arm of the study; its arms are {", ".join(ARMS)}')
-  config = quickstart.get_config()
+  config = quickstart_full.get_config()
   config.features.projection = 'two_sided'  # most arms change how features are made
   for key, value in ARMS[arm].items():
     *sections, last = key.split('.')

@@ -28,7 +28,7 @@ import scipy.sparse
 from ml_collections import ConfigDict
 
 from dsdm_jax import pipeline
-from dsdm_jax.configs import quickstart
+from dsdm_jax.configs import quickstart_full
 from dsdm_jax.core import artifacts
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.progress import Log
@@ -129,7 +129,7 @@ def _matrix(rows: list[np.ndarray], columns: list[np.ndarray]) -> scipy.sparse.c
 
 
 def _config(file: Path, epochs: float) -> ConfigDict:
-  config = quickstart.get_config()
+  config = quickstart_full.get_config()
   config.pool.sources, config.pool.max_bytes, config.pool.max_document_bytes = (f'jsonl:{file}',), 0, 0
   config.pool.vocab_size = 4_096
   config.leakage.guard = config.pool.drop_duplicates = False  # exact copies must stay in the pool
