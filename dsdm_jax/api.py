@@ -186,12 +186,13 @@ class PoolView(View, pool_lib.Pool):
 class ScoresView(View, Mapping[str, np.ndarray]):
   """Scores of the datamodel: target → float32 [N]. Training on a row with a higher score helps the target more.
 
-  `scores['docs']` is for one task, `scores['mix']` for all targets together.
+  `scores['docs']` is for one task, `scores['mix']` for all targets together. Rows that a prefilter left out have NaN.
   """
 
   def __init__(self, artifact: Artifact, pool: PoolView, run: Run):
-    self.arrays: Mapping[str, np.ndarray] = ScoreArrays(artifact.path, artifact.manifest['files'])
-    self._read = functools.lru_cache(maxsize=_SCORES)(self.arrays.__getitem__)
+    arrays = ScoreArrays(artifact.path, artifact.manifest['files'])
+    self.arrays: Mapping[str, np.ndarray] = arrays
+    self._read = functools.lru_cache(maxsize=_SCORES)(lambda name: arrays.of_pool(arrays[name]))
     self._artifact = artifact
     self.semantics = artifact.semantics
     self.tasks: tuple[str, ...] = tuple(artifact.semantics['tasks'])
@@ -216,8 +217,9 @@ class ScoresView(View, Mapping[str, np.ndarray]):
 
   def facts(self) -> Iterator[tuple[str, str]]:
     for target in self:
-      best, worst = self[target].argmax(), self[target].argmin()
-      yield target, f'best {self[target][best]:+.3g} (row {best:,}), worst {self[target][worst]:+.3g} (row {worst:,})'
+      score_N = self[target]
+      best, worst = np.nanargmax(score_N), np.nanargmin(score_N)
+      yield target, f'best {score_N[best]:+.3g} (row {best:,}), worst {score_N[worst]:+.3g} (row {worst:,})'
     yield (
       'open',
       "run.scores['mix'], .table, .documents(), .top('mix', 5), .bottom(…), .interval(…), .tokens(…), .plot(…)",

@@ -38,7 +38,7 @@ def _configs(**given: Any) -> list[str]:
 def _stages(**_: Any) -> list[str]:
   from dsdm_jax import pipeline  # only to complete --stage: it imports JAX
 
-  return [*pipeline.NAMES, *pipeline.ON_REQUEST]
+  return [stage.name for stage in pipeline.STAGES]
 
 
 def parser() -> argparse.ArgumentParser:

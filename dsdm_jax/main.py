@@ -18,7 +18,7 @@ from dsdm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file with get_config(), or a packaged config: quickstart.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run, or its address (gs://bucket/run, s3://bucket/run).')
-_STAGES = (*pipeline.NAMES, *pipeline.ON_REQUEST, pipeline.CHECK, 'plan')
+_STAGES = (*(stage.name for stage in pipeline.STAGES), pipeline.CHECK, 'plan')
 _STAGE = flags.DEFINE_enum('stage', None, _STAGES, 'Run one stage only; check: find mistakes; plan: cost on TPUs.')
 _RERUN = flags.DEFINE_bool('rerun', False, 'Run stages again that are finished with other settings.')
 

@@ -17,7 +17,7 @@ from dsdm_jax.core import artifacts, processes, stopping, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.progress import display
 from dsdm_jax.core.runner import Runner, load, locked
-from dsdm_jax.core.stage import Stage
+from dsdm_jax.core.stage import Stage, existing
 from dsdm_jax.core.storage import Location, Named
 from dsdm_jax.data import hub
 from dsdm_jax.data.targets import tasks
@@ -25,6 +25,7 @@ from dsdm_jax.errors import UserError, visible, visible_lines
 from dsdm_jax.evaluation import suite
 from dsdm_jax.lm import hugging_face
 
+_PREFILTERED = (('selection.prefilter', ('prefilter',)),)
 STAGES = (
   # Documents → tokens → a TFDS dataset. It depends on targets only where their examples are planted in it.
   Stage(
@@ -40,6 +41,7 @@ STAGES = (
     reads=('pool',),
     keys=('leakage', 'targets.tasks', 'targets.folder', 'targets.seed'),
     code='data.targets.masked:run',
+    where_set=(('targets.breadth', ()),),
   ),
   # Tasks → examples that the datamodel sees, and a holdout split that it never sees.
   Stage(
@@ -48,6 +50,18 @@ STAGES = (
     keys=('targets',),
     code='data.targets.targets:run',
     format=4,
+    where_set=(('targets.breadth', ('leakage',)),),
+  ),
+  # Text of targets and pool → the rows that are scored; without it, all of them.
+  Stage(
+    'prefilter',
+    reads=('pool', 'leakage', 'targets'),
+    keys=(
+      *('seed', 'datamodel.mix', 'selection.prefilter', 'selection.targets', 'selection.examples'),
+      *('selection.ngrams', 'selection.ngram_buckets', 'selection.classifier_rows'),
+    ),
+    code='selection.prefilter:run',
+    only_with='selection.prefilter',
   ),
   # Small models on random subsets.
   Stage(
@@ -67,6 +81,7 @@ STAGES = (
     format=4,
     everywhere=True,
     repairable=True,
+    where_set=_PREFILTERED,
   ),
   # Projected per-example gradients of the targets, task by task.
   Stage(
@@ -85,6 +100,7 @@ STAGES = (
     code='attribution.scores:run',
     format=5,
     everywhere=True,
+    where_set=_PREFILTERED,
   ),
   # Models trained on many subsets of the pool: do scores predict what training does?
   Stage(
@@ -103,6 +119,7 @@ STAGES = (
     code='selection.select:run',
     format=3,
     everywhere=True,
+    where_set=_PREFILTERED,
   ),
   # One model per arm and seed, on a seqio mixture of its rows.
   Stage(
@@ -135,6 +152,7 @@ STAGES = (
     format=6,
     everywhere=True,
     batches=('evaluation.batch_size',),
+    where_set=_PREFILTERED,
   ),
   # One page that shows it all.
   Stage(
@@ -147,9 +165,10 @@ STAGES = (
     code='report.report:run',
     format=3,
     optional=('validation',),
+    where_set=_PREFILTERED,
   ),
 )
-NAMES = tuple(stage.name for stage in STAGES if not stage.on_request)
+NAMES = tuple(stage.name for stage in STAGES if not (stage.on_request or stage.only_with))  # of every run
 CHECK = 'check'  # looks at everything that can be known, and makes nothing
 ON_REQUEST = tuple(stage.name for stage in STAGES if stage.on_request)
 
@@ -171,8 +190,12 @@ def run(config: ConfigDict, workdir: Named, only: str | None = None, rerun: bool
   if isinstance(location, storage.Address):
     raise UserError(f'--workdir = {location} is an address, to which not every stage can write; give a folder')
   validate(config)
-  if only not in (None, CHECK, *NAMES, *ON_REQUEST):
-    raise UserError(f'--stage={only} is not a stage; stages are {", ".join((*NAMES, *ON_REQUEST))}')
+  stages = [stage.name for stage in existing(STAGES, flatten(config))]
+  if only not in (None, CHECK, *stages):
+    known = next((stage for stage in STAGES if stage.name == only), None)
+    if known is not None:
+      raise UserError(f'--stage={only} is a stage of runs with config key {known.only_with}, which is not set')
+    raise UserError(f'--stage={only} is not a stage; stages are {", ".join(stages)}')
   if config.features.jobs > 1 and (only != 'features' or rerun):
     raise UserError(
       f'config key features.jobs = {config.features.jobs} shares one stage among processes; start each with '
@@ -190,11 +213,12 @@ def runner_config(config: ConfigDict) -> ConfigDict:
   return resolve(hub.localized(config), hugging_face.model_keys)
 
 
-def needed(name: str) -> list[str]:
-  """The stages that `name` reads, directly or not, and itself, in order."""
-  reads = next(stage.reads for stage in STAGES if stage.name == name)
-  names = {name}.union(*(needed(read) for read in reads))
-  return [stage.name for stage in STAGES if stage.name in names]
+def needed(name: str, settings: Mapping[str, Any] | None = None) -> list[str]:
+  """The stages that `name` reads, directly or not, and itself, in order; with these settings, or in every run."""
+  stages = list(STAGES) if settings is None else existing(STAGES, settings)
+  reads = next(stage.reads for stage in stages if stage.name == name)
+  names = {name}.union(*(needed(read, settings) for read in reads))
+  return [stage.name for stage in stages if stage.name in names]
 
 
 def run_connected(config: ConfigDict, workdir: Location, only: str | None = None, rerun: bool = False) -> None:
@@ -204,7 +228,7 @@ def run_connected(config: ConfigDict, workdir: Location, only: str | None = None
   tasks.check_files(config.targets, config.leakage.benchmarks if config.leakage.guard else ())
   suite.check(config.evaluation, config.targets, config.pool.length)
   processes.decide(lambda: _check_imported(config, workdir))
-  wanted = processes.decide(lambda: _unfinished(workdir, only, rerun))
+  wanted = processes.decide(lambda: _unfinished(config, workdir, only, rerun))
   if wanted:
     processes.before_devices()
     import jax
@@ -214,7 +238,7 @@ def run_connected(config: ConfigDict, workdir: Location, only: str | None = None
   found: dict[str, Any] = {'lines': [], 'warnings': [], 'seconds': {}}
   if wanted or only == CHECK:
     found = processes.decide(lambda: load('plan.preflight:run')(config, workdir, wanted, only == CHECK))
-  shown = [name for name in NAMES if name != 'ladder' or config.ladder.rungs]
+  shown = [name for name in _names(config) if name != 'ladder' or config.ladder.rungs]
   display.begin(shown, found['seconds'], config.log.level)
   if processes.is_first():
     for line in found['lines']:
@@ -238,9 +262,14 @@ def run_connected(config: ConfigDict, workdir: Location, only: str | None = None
       print(visible(f'report: {workdir / "report" / "index.html"}'), flush=True)
 
 
-def _unfinished(workdir: Location, only: str | None, rerun: bool) -> list[str]:
+def _names(config: ConfigDict) -> list[str]:
+  """The stages of a run with this config, in order."""
+  return [stage.name for stage in existing(STAGES, flatten(config)) if not stage.on_request]
+
+
+def _unfinished(config: ConfigDict, workdir: Location, only: str | None, rerun: bool) -> list[str]:
   """The stages that this run makes, as far as their manifests show; their settings are compared later."""
-  wanted = [only] if only in (*NAMES, *ON_REQUEST) else list(NAMES)
+  wanted = _names(config) if only in (None, CHECK) else [only]
   return [name for name in wanted if rerun or artifacts.open_stage(workdir, name) is None]
 
 
@@ -263,7 +292,7 @@ def _publish(workdir: Location, config: ConfigDict, done: Mapping[str, Artifact]
 
   results = storage.read_json(done['evaluation'].path / 'results.json', dict)
   # The same whichever stage was asked for: the report, which comes later, may be finished too.
-  stages = {name: done.get(name) or artifacts.open_stage(workdir, name) for name in NAMES}
+  stages = {name: done.get(name) or artifacts.open_stage(workdir, name) for name in _names(config)}
   results['cost'] = {name: artifact.manifest['cost'] for name, artifact in stages.items() if artifact is not None}
   results['versions'] = done['evaluation'].manifest['versions']
   results['config'] = flatten(config)

@@ -28,7 +28,7 @@ from dsdm_jax.core.mesh import assemble, batch_shards, fetch, make_mesh, place, 
 from dsdm_jax.core.stage import Context
 from dsdm_jax.core.storage import Location
 from dsdm_jax.data.order.batches import row_range_batches
-from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.pool.pool import Pool, PoolRows, prefiltered_rows
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm.outputs import OutputFn, counted_mean, token_log_probability
 from dsdm_jax.training.loop import load_state
@@ -43,11 +43,15 @@ class FeatureExtractor:
     context: of the stage, with the proxies among its inputs.
     pool: whose rows are read.
     folder: of the features stage, finished or not; bases of eigenvectors are read from it, and written to it if absent.
+
+  Attributes:
+    scored: the rows that get features or scores: those that a prefilter keeps. Bases and factors are of the whole pool.
   """
 
   def __init__(self, context: Context, pool: Pool, folder: Location):
     config = context.config
     self._context, self._pool, self._folder, self.mesh = context, pool, folder, make_mesh(config.mesh)
+    self.scored = PoolRows(pool, prefiltered_rows(context.inputs.get('prefilter')))
     self._trainer = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, self.mesh)
     self.step = feature_step(config, pool.vocab_size, pool.length, self.mesh)
     self.batch_size, self._microbatch = step_rows(config.features, self.mesh)
@@ -152,9 +156,9 @@ class FeatureExtractor:
     def refuse(row: int, column: int, value: float) -> UserError:
       return not_finite(self.step, row, column, value, checkpoint_name(self._context.config, checkpoint))
 
-    rows = PoolPass(self.step, prepared, self._pool, self.batch_size, self.mesh, self._context.add_flop)
+    rows = PoolPass(self.step, prepared, self.scored, self.batch_size, self.mesh, self._context.add_flop)
     quantizer = Quantizer(features.store_dtype, column_blocks(self.step.describe(), self.step.dimension))
-    return Recomputed(rows, self._pool.num_rows, self.step.dimension, features.shard_rows, quantizer, refuse)
+    return Recomputed(rows, self.scored.num_rows, self.step.dimension, features.shard_rows, quantizer, refuse)
 
   def directional(self, checkpoint: int, source: Recomputed) -> DirectionalSource:
     """Scores of the pool's rows by directional derivatives; the Gram matrix is made of the features of `source`."""
@@ -169,9 +173,9 @@ class FeatureExtractor:
         prepared = scorer.placed(params, self.whole.tree(u_JT, params))
       else:
         prepared = scorer.prepare(params, u_JT, checkpoint, moment)
-      return PoolPass(scorer, prepared, self._pool, self.batch_size, self.mesh, self._context.add_flop)
+      return PoolPass(scorer, prepared, self.scored, self.batch_size, self.mesh, self._context.add_flop)
 
-    return DirectionalSource(source, config.features.gram_rows or self._pool.num_rows, start)
+    return DirectionalSource(source, config.features.gram_rows or source.rows, start)
 
   def weights(self, checkpoint: int) -> tuple[nnx.State, SecondMoment | None]:
     """Weights of a checkpoint, and Adam's second moments where features are preconditioned by them."""

@@ -1,4 +1,4 @@
-"""Stage `features`: φ of every row of the pool, for each checkpoint of each proxy."""
+"""Stage `features`: φ of every row of the pool, or that a prefilter keeps, for each checkpoint of each proxy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,9 +33,9 @@ def run(context: Context) -> dict | None:
   Returns None if this is one of several jobs and the parts of others are not complete.
   """
   config, out = context.config, context.out
-  pool = Pool(context.inputs['pool'])
-  extractor = FeatureExtractor(context, pool, out)
-  step = extractor.step
+  whole = Pool(context.inputs['pool'])
+  extractor = FeatureExtractor(context, whole, out)
+  step, pool = extractor.step, extractor.scored
   described = step.describe() | {'dimension': step.dimension, 'rows': pool.num_rows}
   two_sided, stored = isinstance(step, TwoSidedFeatures), config.features.mode == 'store'
   context.log.event('features', **described, batch_size=extractor.batch_size)
@@ -43,7 +43,7 @@ def run(context: Context) -> dict | None:
     shapes = ', '.join(f'{a}×{b}' for a, b in sorted({(layer.a, layer.b) for layer in step.layers}))
     context.log.say(f'  two-sided projection: {shapes} for each layer')
   elif isinstance(step, WholeGradients):
-    return _factors(context, extractor, step, pool)
+    return _factors(context, extractor, step, min(config.features.basis_rows, whole.num_rows))
 
   count, notes = checkpoints(config), []
   context.log.describe(f'{count} models × {pool.num_rows:,} rows, J = {step.dimension:,}')
@@ -75,16 +75,15 @@ def run(context: Context) -> dict | None:
   return semantics
 
 
-def _factors(context: Context, extractor: FeatureExtractor, step: WholeGradients, pool: Pool) -> dict | None:
+def _factors(context: Context, extractor: FeatureExtractor, step: WholeGradients, rows: int) -> dict | None:
   features, count = context.config.features, checkpoints(context.config)
-  rows = min(features.basis_rows, pool.num_rows)
   context.log.describe(f'EK-FAC of {step.dimension:,} parameters, {count} × {rows:,} rows')
   with context.log.bar(range(count), unit='model') as bar:
     # All of them: the cost of the stage is that of all jobs.
     written = [extractor.make_factors(c, c % features.jobs == features.job) for c in bar]
   if not all(written):
     return None
-  semantics = step.describe() | {'dimension': step.dimension, 'rows': pool.num_rows, 'checkpoints': count}
+  semantics = step.describe() | {'dimension': step.dimension, 'rows': extractor.scored.num_rows, 'checkpoints': count}
   return semantics | {'mode': 'jvp', 'shard_rows': features.shard_rows, 'sample': rows}
 
 

@@ -2,6 +2,8 @@
 
 An array with an axis N has a file for each block of `BLOCK` rows, so that several processes write it and nobody needs
 all of it in memory; others have one file. The array named `score_docs_N` is in the files `scores/docs/score_N.*`.
+
+After a prefilter N counts the rows that have scores, and `scored.npy`, bool, says which rows of the pool these are.
 """
 
 import collections
@@ -13,7 +15,7 @@ from dsdm_jax.core import storage
 from dsdm_jax.core.storage import Location
 from dsdm_jax.errors import UserError
 
-FOLDER = 'scores'
+FOLDER, SCORED = 'scores', 'scored.npy'
 BLOCK = 2**20  # rows
 
 
@@ -38,7 +40,8 @@ class ScoreArrays(Mapping[str, np.ndarray]):
 
   def __init__(self, folder: Location, files: Iterable[str] | None = None):
     self._files: dict[str, list[Location]] = collections.defaultdict(list)
-    names = storage.files(folder) if files is None else files
+    names = list(storage.files(folder) if files is None else files)
+    self._scored = folder / SCORED if SCORED in names else None
     for name in sorted(names):
       parts = name.split('/')
       if len(parts) == 3 and parts[0] == FOLDER and name.endswith('.npy'):
@@ -71,6 +74,15 @@ class ScoreArrays(Mapping[str, np.ndarray]):
       except ValueError as error:
         raise UserError(f'{file} has {len(part)} rows; it is damaged: run the datamodel stage again') from error
     return np.moveaxis(whole, 0, axis)
+
+  def of_pool(self, value_N: np.ndarray) -> np.ndarray:
+    """Values of the rows that have scores, [N, …], at their places among all rows of the pool; NaN for the others."""
+    if self._scored is None:
+      return value_N
+    scored_N = storage.load(self._scored)
+    whole_N = np.full((len(scored_N), *value_N.shape[1:]), np.nan, value_N.dtype)
+    whole_N[scored_N] = value_N
+    return whole_N
 
   def rows(self, name: str, rows: np.ndarray) -> np.ndarray:
     """Some rows of an array, ascending, without reading more than a block at a time."""

@@ -173,6 +173,8 @@ def load(path: Path, target: str) -> dict[str, np.ndarray]:
 def compare(a_N: np.ndarray, b_N: np.ndarray) -> dict[str, float]:
   """`spearman`, and for each share of the rows the overlap of the highest; the share itself is what chance gives.
 
+  Rows that a prefilter left out of either have NaN, and are not compared.
+
   Raises:
     UserError: the two have different numbers of rows.
   """
@@ -180,6 +182,8 @@ def compare(a_N: np.ndarray, b_N: np.ndarray) -> dict[str, float]:
 
   if len(a_N) != len(b_N):
     raise UserError(f'cannot compare {len(a_N)} scores with {len(b_N)}; both must be of one pool')
+  scored_N = ~(np.isnan(a_N) | np.isnan(b_N))
+  a_N, b_N = a_N[scored_N], b_N[scored_N]
   counts = {f'{share:g}': round(share * len(a_N)) for share in SHARES}
   overlaps = {share: overlap(a_N, b_N, count) for share, count in counts.items() if count}
   return {'spearman': float(scipy.stats.spearmanr(a_N, b_N).statistic), **overlaps}

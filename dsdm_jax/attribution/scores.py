@@ -25,7 +25,7 @@ from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.core.progress import Bar
 from dsdm_jax.core.stage import Context
 from dsdm_jax.core.storage import Location
-from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.pool.pool import Pool, prefiltered_rows
 from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.errors import UserError
 from dsdm_jax.training.loop import load_state
@@ -63,7 +63,12 @@ def run(context: Context) -> dict:
     config.proxies,
   )
   chosen = options.damping_rule == 'auto'
-  seen_PN = seen(context.inputs['proxies'], proxies.count, features.rows)
+  prefilter = context.inputs.get('prefilter')
+  kept_N = prefiltered_rows(prefilter)  # numbers of the rows that have scores; None for all
+  of_pool = features.rows if prefilter is None else prefilter.semantics['of']
+  seen_PN = seen(context.inputs['proxies'], proxies.count, of_pool)
+  if kept_N is not None:
+    seen_PN = seen_PN[:, kept_N]
   of_features, earlier = context.inputs['features'].digest, context.units.previous
   of_passes = {'features': of_features, **{key: options[key] for key in ('gram', 'unit_norm', 'damping_rule', 'q')}}
   context.units.take({_PASSES: of_passes}, lambda _: ('sum_*', Q))
@@ -123,7 +128,9 @@ def run(context: Context) -> dict:
     context.cost.flop = before + sum(spent.get(f'{_unit(name)} flop', 0.0) for name in names)
     if options.q:
       q_N = 1 - _mean_probability(context, bar)
+      q_N = q_N if kept_N is None else q_N[kept_N]
   peaks_of = write_blocks(out, [names[place] for place in new], tasks, q_N)
+  in_mix = [targets.weight(name) for name in names]
   common = {} if earlier is None else storage.read_json(earlier.path / 'report.json', dict)
   if solved is not None:
     common = {
@@ -139,10 +146,16 @@ def run(context: Context) -> dict:
       # u of the mean of the task's examples; a joint datamodel has the columns of all checkpoints side by side.
       u_CJ = np.concatenate([s.columns(first[number]) for s in solved.solutions]).reshape(features.checkpoints, -1)
       small = {'u_CJ': u_CJ, **peaks_of[number]}
+      if kept_N is not None and 'example_rows_EM' in small:
+        small['example_rows_EM'] = kept_N[small['example_rows_EM']]
       if solved.norm_CK is not None:
         small['norm_C'] = solved.norm_CK[:, number]
       _write_task(out, names[place], task, small, q_N)
-    storage.write_json(out / 'report.json', _summarize(out, names, weights, options.mix, common))
+    storage.write_json(out / 'report.json', _summarize(out, names, weights, options.mix, in_mix, common))
+    if kept_N is not None:
+      scored_N = np.zeros(of_pool, bool)
+      scored_N[kept_N] = True
+      storage.save_npy(out / score_arrays.SCORED, scored_N)
   processes.wait()
   accumulator.clear()  # only now: until then, a kill must not lose the passes
   report = storage.read_json(out / 'report.json', dict)
@@ -170,6 +183,7 @@ def run(context: Context) -> dict:
     'half_width': {n: half_width(w.clusters, options.confidence) for n, w in zip(names, weights, strict=True)},
     'mix': options.mix,
     'tasks': list(names),
+    **({} if set(in_mix) == {1.0} else {'weights': in_mix}),
     **{key: options[key] for key in ('damping_rule', 'gram', 'target_share', 'unit_norm', 'recentre')},
   }
 
@@ -240,15 +254,20 @@ def _write_task(
 
 
 def _summarize(
-  out: Location, names: Sequence[str], weights: Sequence[TargetWeights], rule: str, common: Mapping[str, Any]
+  out: Location,
+  names: Sequence[str],
+  weights: Sequence[TargetWeights],
+  rule: str,
+  in_mix: Sequence[float],
+  common: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """Writes the mix of all tasks; returns `report.json`, with tasks in the order of `names`."""
+  """Writes the mix of all tasks, in which they have the weights `in_mix`; returns `report.json`, in that order."""
   arrays = score_arrays.ScoreArrays(out)
   score_TN = [arrays[f'score_{name}_N'] for name in names]
   rows = len(score_TN[0])
-  mixed = {'score_N': mix(score_TN, rule)}
+  mixed = {'score_N': mix(score_TN, rule, in_mix)}
   if all(w.resamples > 1 for w in weights):
-    error_N = mix_error([arrays[f'error_{name}_N'] for name in names], score_TN, rule)
+    error_N = mix_error([arrays[f'error_{name}_N'] for name in names], score_TN, rule, in_mix)
     if error_N is not None:
       mixed['error_N'] = error_N
   for start, stop in score_arrays.blocks(rows):
@@ -257,17 +276,17 @@ def _summarize(
   report = {**common, **{key: {name: parts[name][key] for name in names} for key in _BY_TASK}, 'tasks': list(names)}
   sample_S, samples = sample_rows(rows), [arrays[f'sample_{name}_SR'] for name in names]
   resamples = min(x_SR.shape[1] for x_SR in samples)
-  mixed_RS = [mix([x_SR[:, r] for x_SR in samples], rule) for r in range(resamples)]
-  sample_mix_S = mix([score_N[sample_S] for score_N in score_TN], rule)
+  mixed_RS = [mix([x_SR[:, r] for x_SR in samples], rule, in_mix) for r in range(resamples)]
+  sample_mix_S = mix([score_N[sample_S] for score_N in score_TN], rule, in_mix)
   report['top_overlap_over_targets']['mix'] = stability(sample_mix_S, np.array(mixed_RS))
   report.pop('one_direction_mix', None)
   if f'norm_{names[0]}_C' in arrays:
     # Scores along one direction, Σ_t v_t/√(ḡᵀPḡ), order rows as the mix of z-scores does.
     scaled = [
-      arrays.rows(f'score_{name}_CN', sample_S) / np.maximum(arrays[f'norm_{name}_C'], 1e-300)[:, None]
-      for name in names
+      weight * arrays.rows(f'score_{name}_CN', sample_S) / np.maximum(arrays[f'norm_{name}_C'], 1e-300)[:, None]
+      for name, weight in zip(names, in_mix, strict=True)
     ]
-    of_z_S = mix(score_TN, 'zscore')[sample_S]
+    of_z_S = mix(score_TN, 'zscore', in_mix)[sample_S]
     report['one_direction_mix'] = agreement(np.stack([np.sum(scaled, axis=(0, 1)), of_z_S]))
   return report
 
@@ -584,24 +603,26 @@ def agreement(score_PN: np.ndarray) -> float:
   return float(np.mean(values)) if values else 1.0
 
 
-def mix(score_TN: Sequence[np.ndarray], rule: str) -> np.ndarray:
+def mix(score_TN: Sequence[np.ndarray], rule: str, weights: Sequence[float] = ()) -> np.ndarray:
   """One score per row out of one per task: plain mean (paper), mean of z-scores, or mean of ranks in [0, 1].
 
-  Needs memory for one task's scores beside those of all and the result, 12 bytes per row.
+  `weights` are those of the tasks in that mean; () where all are the same. Needs memory for one task's scores beside
+  those of all and the result, 12 bytes per row.
   """
   rows = len(score_TN[0])
   mix_N = np.empty(rows, np.float32)
   if rule == 'rank':
     total_N = np.zeros(rows)
-    for score_N in score_TN:
-      total_N += (scipy.stats.rankdata(score_N) - 1) / max(rows - 1, 1)
-    return (total_N / len(score_TN)).astype(np.float32)
+    for score_N, weight in zip(score_TN, weights or [1.0] * len(score_TN), strict=True):
+      total_N += weight * (scipy.stats.rankdata(score_N) - 1) / max(rows - 1, 1)
+    return (total_N / (sum(weights) or len(score_TN))).astype(np.float32)
   means, spreads = [score_N.mean() for score_N in score_TN], [_spread(score_N) for score_N in score_TN]
   for start, stop in score_arrays.blocks(rows):
     parts = [score_N[start:stop] for score_N in score_TN]
     if rule == 'zscore':
       parts = [(part - mean) / spread for part, mean, spread in zip(parts, means, spreads, strict=True)]
-    mix_N[start:stop] = np.stack(parts).mean(axis=0)
+    same = len(set(weights)) < 2
+    mix_N[start:stop] = np.stack(parts).mean(axis=0) if same else np.average(parts, axis=0, weights=weights)
   return mix_N
 
 
@@ -610,7 +631,9 @@ def _spread(score_N: np.ndarray) -> Any:
   return spread if spread > 0 else spread.dtype.type(1)
 
 
-def mix_error(error_TN: Sequence[np.ndarray], score_TN: Sequence[np.ndarray], rule: str) -> np.ndarray | None:
+def mix_error(
+  error_TN: Sequence[np.ndarray], score_TN: Sequence[np.ndarray], rule: str, weights: Sequence[float] = ()
+) -> np.ndarray | None:
   """Standard error of the mixed score for independent tasks; None for ranks, which are not linear."""
   if rule == 'rank':
     return None
@@ -618,7 +641,9 @@ def mix_error(error_TN: Sequence[np.ndarray], score_TN: Sequence[np.ndarray], ru
   error_N = np.empty(len(error_TN[0]), np.float32)
   for start, stop in score_arrays.blocks(len(error_N)):
     parts = [of_task[start:stop] / spread for of_task, spread in zip(error_TN, spreads, strict=True)]
-    error_N[start:stop] = np.sqrt(np.square(np.stack(parts)).sum(axis=0)) / len(score_TN)
+    if len(set(weights)) > 1:
+      parts = [weight * part for part, weight in zip(parts, weights, strict=True)]
+    error_N[start:stop] = np.sqrt(np.square(np.stack(parts)).sum(axis=0)) / (sum(weights) or len(score_TN))
   return error_N
 
 
@@ -698,10 +723,10 @@ def merge(parts: Sequence[Sequence[Mapping[str, Any]]], rows: int) -> tuple[np.n
 
 
 class Scores:
-  """A finished datamodel stage, opened for reading.
+  """A finished datamodel stage, opened for reading. Rows that a prefilter left out have NaN in place of a score.
 
   Attributes:
-    arrays: name → array, see `docs/datamodel.md`; each is read when asked for.
+    arrays: name → array of the rows that have scores, see `docs/datamodel.md`; each is read when asked for.
     tasks: names of the targets.
   """
 
@@ -712,12 +737,16 @@ class Scores:
     self.tasks = tuple(artifact.semantics['tasks'])
     self._rule = artifact.semantics['mix']
     self._half_width = artifact.semantics['half_width']
+    weights = artifact.semantics.get('weights') or [1.0] * len(self.tasks)
+    self._weights: dict[str, float] = dict(zip(self.tasks, weights, strict=True))
 
   def score_N(self, target: str) -> np.ndarray:
     """Score of each row for a task, for 'mix' (all tasks), or for tasks joined by '+'; float32, higher is better."""
     if '+' not in target:
-      return self.arrays[f'score_{target}_N']
-    return mix([self.arrays[f'score_{t}_N'] for t in target.split('+')], self._rule)
+      return self.arrays.of_pool(self.arrays[f'score_{target}_N'])
+    tasks = target.split('+')
+    score_TN, weights = [self.arrays[f'score_{t}_N'] for t in tasks], [self._weights[t] for t in tasks]
+    return self.arrays.of_pool(mix(score_TN, self._rule, weights))
 
   def interval_2N(self, target: str) -> np.ndarray:
     """Lower and upper end of the interval of each row's score for a target, over the documents of its examples.
@@ -737,13 +766,13 @@ class Scores:
     if any(f'error_{task}_N' not in self.arrays for task in tasks):
       raise UserError(f'scores for {target} have no intervals; set datamodel.bootstrap to 2 or more and run again')
     if len(tasks) == 1 and target != 'mix':
-      return self._half_width[target] * self.arrays[f'error_{target}_N']
+      return self._half_width[target] * self.arrays.of_pool(self.arrays[f'error_{target}_N'])
     error_TN, score_TN = ([self.arrays[f'{kind}_{task}_N'] for task in tasks] for kind in ('error', 'score'))
-    error_N = mix_error(error_TN, score_TN, self._rule)
+    error_N = mix_error(error_TN, score_TN, self._rule, [self._weights[task] for task in tasks])
     if error_N is None:
       raise UserError(f"scores for {target} are mean ranks, which have no intervals; set datamodel.mix to 'zscore'")
-    return max(self._half_width[task] for task in tasks) * error_N
+    return max(self._half_width[task] for task in tasks) * self.arrays.of_pool(error_N)
 
   def groups_NG(self, task: str) -> np.ndarray:
     """Scores for each group of a task's examples; `group_<task>_T` has the group of each example."""
-    return self.arrays[f'groups_{task}_NG']
+    return self.arrays.of_pool(self.arrays[f'groups_{task}_NG'])

@@ -23,7 +23,7 @@ from dsdm_jax.attribution.quantization import Encoded, Quantizer
 from dsdm_jax.core import flops
 from dsdm_jax.core.mesh import Team, assemble, batch_sharding, local, place, share, team
 from dsdm_jax.data.order.batches import row_range_batches
-from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.pool.pool import Pool, PoolRows
 from dsdm_jax.errors import UserError
 
 Shard = tuple[int, int, np.ndarray]  # first row, the row after the last, an array with one entry for each row
@@ -185,7 +185,7 @@ class PoolPass:
     self,
     step: _Step,
     prepared: Any,
-    pool: Pool,
+    pool: Pool | PoolRows,
     batch_size: int,
     mesh: Mesh,
     add_flop: Callable[[float], None],

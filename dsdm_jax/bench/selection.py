@@ -47,6 +47,7 @@ class Capped:
   def __init__(self, rows: int):
     self.options = get_config().selection
     self.options.document_cap, self.masked_N = 2, np.zeros(rows, np.bool_)
+    self.unscored_N = self.masked_N
     self.document_N = prng.numpy_stream(0, 'bench', 'documents').integers(0, max(1, rows // 4), rows, np.int32)
 
 
@@ -55,7 +56,7 @@ class Scored:
 
   def __init__(self, score_N: np.ndarray):
     self.options, self.num_rows, self.scores, self._score_N = get_config().selection, len(score_N), self, score_N
-    self.masked_N = np.zeros(len(score_N), np.bool_)
+    self.masked_N = self.unscored_N = np.zeros(len(score_N), np.bool_)
 
   def score_N(self, target: str) -> np.ndarray:
     del target

@@ -17,9 +17,10 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
   'features': ('proxies', 'features', 'target_features'),  # features of all proxies, or products with them
   'feature_rows': ('proxies', 'features', 'target_features'),  # features of all proxies, row by row
   'first_features': (f'proxies{FIRST}', f'features{FIRST}'),  # features of proxy 0
-  'scores': ('proxies', 'features', 'target_features', 'datamodel'),  # scores of the datamodel
+  'scores': ('prefilter', 'proxies', 'features', 'target_features', 'datamodel'),  # scores of the datamodel
 }
-STAGES = ('proxies', 'features', 'target_features', 'datamodel', 'selection')  # stages whose cost a method can bear
+# Stages whose cost a method can bear; a run without a prefilter has no such stage.
+STAGES = ('prefilter', 'proxies', 'features', 'target_features', 'datamodel', 'selection')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from dsdm_jax.config.methods import METHODS, method_name
 from dsdm_jax.config.schema import Config, Model
-from dsdm_jax.config.values import LONGEST_NAME, MixturePart, are_targets, brief, task_name, weights_differ
+from dsdm_jax.config.values import BREADTH, LONGEST_NAME, MixturePart, are_targets, brief, task_name, weights_differ
 
 OUR_FACTORY = Model().factory
 MODELS = ('model', 'proxies.model')
@@ -94,12 +94,29 @@ def broken(c: Config) -> Iterator[tuple[str, str, str]]:
     rule = f'have methods that need stored features ({", ".join(without)}), and {unstored} stores none'
     way_out = 'set --config.features.projection=two_sided and --config.features.mode=store, or leave them out'
     yield 'selection.methods', rule, way_out
-  tasks = brief(tuple(map(task_name, c.targets.tasks)))
+  if s.prefilter and (without := [m.label for m in named if {'features', *rows_needed} & set(m.needs)]):
+    yield (
+      'selection.prefilter',
+      f'leaves rows without features, and selection.methods or mixture.parts have methods that need those of all rows '
+      f'({", ".join(without)})',
+      "set --config.selection.prefilter='', or leave them out",
+    )
+  if s.prefilter and (s.unit == 'document' or d.damping_rule == 'auto'):
+    yield (
+      'selection.prefilter',
+      "leaves rows without scores: needs selection.unit = 'row' and datamodel.damping_rule = 'fixed'",
+      "set --config.selection.prefilter='', or these keys",
+    )
+  named_tasks = tuple(map(task_name, c.targets.tasks)) + ((BREADTH,) if c.targets.breadth else ())
+  if len(set(named_tasks)) < len(named_tasks):
+    rule = f'adds a task named {BREADTH}, and targets.tasks has one of this name'
+    yield 'targets.breadth', rule, 'rename that file, or set --config.targets.breadth=0'
+  tasks = brief(named_tasks)
   known = f"must be 'mix', the name of a task of targets.tasks = {tasks}, or several of them joined by '+'"
-  if not are_targets(s.targets, c.targets.tasks):
+  if not are_targets(s.targets, named_tasks):
     way_out = 'set --config.selection.targets="(\'mix\',)", or add the task to --config.targets.tasks'
     yield 'selection.targets', f'each {known}', way_out
-  if not are_targets([part.target for part in parts], c.targets.tasks):
+  if not are_targets([part.target for part in parts], named_tasks):
     way_out = 'correct the target, or add the task to --config.targets.tasks'
     yield 'mixture.parts', f"each target after '@' {known}", way_out
   arms = [f'{method_name(method)}--{target}' for method in s.methods for target in s.targets]

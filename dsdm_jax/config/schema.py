@@ -182,7 +182,10 @@ class Targets(Section):
   long_prompts: Literal['cut', 'refuse'] = key(
     'cut', 'A prompt of a target that is too long without shots loses its beginning, or the run stops.'
   )
-  seed: Seed = key(0, 'Seed of generated tasks and of the split.')
+  breadth: Factor = key(
+    0.0, "Weight of one more task, breadth: documents held out of the pool; the other tasks' is 1. 0 holds out none."
+  )
+  seed: Seed = key(0, 'Seed of generated tasks, of the split, and of the documents that breadth holds out.')
 
 
 class Leakage(Section):
@@ -427,6 +430,13 @@ class Selection(Section):
   distill_rows: Annotated[Rows, Ge(50)] = key(
     20_000, 'dsdm_distilled: rows whose scores it learns from and is tested on.'
   )
+  prefilter: Annotated[
+    str,
+    must(
+      lambda x: not x or v.Prefilter.parse(x) is not None,
+      "must be empty, or like 'lsa 3': one of " + ', '.join(v.PREFILTERS) + ' and a number of at least 1',
+    ),
+  ] = key('', "Only rows kept by a method without a model have scores: 'lsa 3' keeps 3 × examples for each target.")
   imported: Annotated[
     str, must(lambda x: not x or x.endswith(('.npy', '.parquet', '.pt')), 'must end in .npy, .parquet or .pt')
   ] = key('', 'imported: file with one score for each row; higher is better.')

@@ -25,6 +25,8 @@ BENCHMARKS = tuple(
 )
 EVALUATED = 'evaluated'  # in leakage.benchmarks
 MIX = 'mix'  # in selection.targets
+BREADTH = 'breadth'  # the task of the pool's own held-out documents
+PREFILTERS = (*(name for name, m in METHODS.items() if m.targeted and m.needs == ('text',)), 'random')
 LONGEST_NAME = 100  # bytes of the name of a task, a checkpoint or an arm
 CALLABLE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*')
 
@@ -218,6 +220,22 @@ class MixturePart:
 def are_parts(texts: tuple[str, ...]) -> bool:
   parts = [part for part in map(MixturePart.parse, texts) if part is not None and is_method(part.method)]
   return len({(part.method, part.target) for part in parts}) == len(texts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefilter:
+  """`selection.prefilter`: 'lsa 3', a method that reads text alone, or random, and rows to keep per row of an arm."""
+
+  method: str
+  factor: float
+
+  @classmethod
+  def parse(cls, text: str) -> 'Prefilter | None':
+    """None for a wrong form, another method, or a number that keeps fewer rows than an arm has."""
+    match = re.fullmatch(r'(\w+) +(\d+(?:\.\d*)?)', text)
+    if match is None or match[1] not in PREFILTERS or not 1 <= float(match[2]) <= MAX_FACTOR:
+      return None
+    return cls(match[1], float(match[2]))
 
 
 def is_named_folder(text: str) -> bool:

@@ -37,7 +37,7 @@ from dsdm_jax.errors import UserError
 
 # Names of the pipeline's stages: these folders of a workdir are its own.
 STAGES = (
-  *('pool', 'leakage', 'targets', 'proxies', 'features', 'target_features', 'datamodel', 'validation'),
+  *('pool', 'leakage', 'targets', 'prefilter', 'proxies', 'features', 'target_features', 'datamodel', 'validation'),
   *('selection', 'pretraining', 'ladder', 'evaluation', 'report'),
 )
 MANIFEST = 'manifest.json'

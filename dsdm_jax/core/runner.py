@@ -13,7 +13,7 @@ from dsdm_jax.config.validate import check_callables, check_devices, flatten, se
 from dsdm_jax.core import artifacts, compile_cache, lock, processes, storage
 from dsdm_jax.core.artifacts import Artifact, Identity
 from dsdm_jax.core.progress import Log, display
-from dsdm_jax.core.stage import Context, Stage
+from dsdm_jax.core.stage import Context, Stage, existing
 from dsdm_jax.core.storage import Location
 from dsdm_jax.errors import UserError, visible
 
@@ -34,7 +34,7 @@ class Runner:
   """Runs the stages of one workdir.
 
   Args:
-    stages: in order; each reads only stages before it.
+    stages: in order; each reads only stages before it. Those that the config does not have are left out.
     config: the whole config, validated and resolved.
     workdir: absolute folder or address, locked by the caller (not needed for `identity`).
     checks: stage → a function of its artifact that raises UserError if what comes later cannot work. It is called on
@@ -52,8 +52,8 @@ class Runner:
     checks: Mapping[str, Callable[[Artifact], None]] | None = None,
   ):
     self._checks = checks or {}
-    self.stages = {stage.name: stage for stage in stages}
     self.config, self.settings, self.workdir = config, flatten(config), workdir
+    self.stages = {stage.name: stage for stage in existing(stages, self.settings)}
     self.shared = config.features.jobs > 1  # several jobs work on one stage, and none has the workdir for itself
     self.done: dict[str, Artifact] = {}
     self._selected: dict[str, dict[str, Any]] = {}

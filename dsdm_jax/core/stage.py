@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -26,6 +27,8 @@ class Stage:
     optional: stages whose artifacts it uses if they exist. When one changes, the stage runs again without `--rerun`.
     repairable: whether it recomputes only the missing files when it starts in a folder that lacks some.
     batches: keys of the batch sizes that must divide evenly among devices, since results depend on them.
+    only_with: config key without which there is no such stage; '' for a stage of every run.
+    where_set: pairs of a config key and stages; where the key is set, this stage depends on it and reads these too.
   """
 
   name: str
@@ -38,6 +41,21 @@ class Stage:
   optional: tuple[str, ...] = ()
   repairable: bool = False
   batches: tuple[str, ...] = ()
+  only_with: str = ''
+  where_set: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+def existing(stages: Iterable[Stage], settings: Mapping[str, Any]) -> list[Stage]:
+  """The stages of a run with these settings (dotted key → value), with the `keys` and `reads` that they have there."""
+  found = []
+  for stage in stages:
+    if stage.only_with and not settings[stage.only_with]:
+      continue
+    for key, reads in stage.where_set:
+      if settings[key]:
+        stage = dataclasses.replace(stage, reads=(*stage.reads, *reads), keys=(*stage.keys, key))
+    found.append(stage)
+  return found
 
 
 @dataclasses.dataclass(frozen=True)

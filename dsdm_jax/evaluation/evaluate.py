@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dsdm_jax.config.methods import STAGES
-from dsdm_jax.config.values import is_jsonl, task_name
+from dsdm_jax.config.values import BREADTH, is_jsonl, task_name
 from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.mesh import make_mesh
@@ -196,14 +196,14 @@ def unguarded(
   """
   known = {text for key in ('leakage.benchmarks', 'targets.tasks') for text in settings.get(key, ())}
   others = {task_name(task) for task in tasks if is_jsonl(task) and inputs.of_task(task) not in known}
-  return sorted(set(names) - set(guarded) | others)
+  return sorted((set(names) - set(guarded) | others) - {BREADTH})
 
 
 def _multipliers(
   context: Context, items: Items, runs: Runs, index: Sequence[Mapping[str, Any]], ladder_items: Items
 ) -> dict[str, Any]:
   config, final = context.config.evaluation, multiplier.final_cost(context.inputs['pretraining'])
-  costs = {stage: context.inputs[stage].manifest['cost'] for stage in STAGES}
+  costs = {stage: context.inputs[stage].manifest['cost'] for stage in STAGES if stage in context.inputs}
   own_costs = context.inputs['selection'].semantics['cost']
   models = sum(entry['chosen'] for entry in index)
   tables, ladder_tables = multiplier.tables_of(items, runs, ladder_items, models)

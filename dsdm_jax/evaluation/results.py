@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsdm_jax.config.values import BREADTH
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import comparisons, statistics
 from dsdm_jax.evaluation.comparisons import BASELINES, Arm, Options, Runs, arms, rows
@@ -214,13 +215,15 @@ def _baseline(runs: Runs) -> Arm:
 def means(tables: Sequence[Table], runs: Runs, below: Collection[tuple[str, str]] = ()) -> list[Table]:
   """The mean over the tasks of each split, and over the held-out tasks of each mix that an arm was selected for.
 
-  The latter have the mix's name, such as 'lambada+squad'; a mix of all tasks gets no mean of its own. A mean leaves out
-  tasks in `below`; where that leaves fewer than two, it is over all, with all arms `below` in log-probability, and in
-  accuracy if the baseline is marked on one of the tasks.
+  Breadth is no task of either. The latter have the mix's name, such as 'lambada+squad'; a mix of all tasks gets no mean
+  of its own. A mean leaves out tasks in `below`; where that leaves fewer than two, it is over all, with all arms
+  `below` in log-probability, and in accuracy if the baseline is marked on one of the tasks.
   """
+  tables = [table for table in tables if table.task != BREADTH or table.split == BENCHMARK]
   selections = [(split, MEAN, [table for table in tables if table.split == split]) for split in COMPARED_SPLITS]
   held_out = {table.task for table in tables if table.split == HOLDOUT}
-  for mix in sorted({run['target_mix'] for run in runs if '+' in run['target_mix']}):
+  mixes = {'+'.join(task for task in run['target_mix'].split('+') if task != BREADTH) for run in runs}
+  for mix in sorted(mix for mix in mixes if '+' in mix):
     tasks = set(mix.split('+'))
     if tasks < held_out:
       selections.append((HOLDOUT, mix, [table for table in tables if table.task in tasks and table.split == HOLDOUT]))

@@ -298,14 +298,16 @@ def open_suite(context: Context) -> Suite:
 def _of_target(task: str, config: ConfigDict) -> tuple[Benchmark | None, int, str]:
   """The benchmark of a target task, its shots and its delimiter.
 
-  A file may have the name of a benchmark or of a built-in task, and is neither.
+  A file may have the name of a benchmark or of a built-in task, and is neither. Breadth is no entry of `config.tasks`.
 
   Args:
     task: name of the task.
     config: the `targets` part of the config.
   """
   given = next((text for text in config.tasks if tasks.task_name(text) == task), None)
-  if given is None or is_jsonl(given):
+  if given is None:
+    return None, 0, ''
+  if is_jsonl(given):
     return None, config.file_shots, config.file_delimiter
   known = benchmarks.named(given, config.folder)
   return (known, known.shots, known.delimiter) if known else (None, 0, ' ')

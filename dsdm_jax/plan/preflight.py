@@ -300,6 +300,7 @@ def _costs(
     'pool': 3 + text,
     'leakage': 1 + (pool.bytes or 4 * rows * length) / _COMPARED_BYTES / worker_count(config.host.workers),
     'targets': 1.0,
+    'prefilter': 4 + text / 2,
     'proxies': compiling + of('proxies'),
     'features': compiling + of('features'),
     'target_features': 0.0 if ekfac else compiling / 2 + of('target_features'),
@@ -316,7 +317,7 @@ def _costs(
     'pool': 6.0 * rows * length,
     'proxies': float(kept * _STATE_BYTES * proxy.parameters),
     'features': programs.stored_bytes(config, j) if j else 4.0 * proxies.checkpoints(config) * proxy.parameters,
-    'datamodel': 4.0 * rows * len(config.targets.tasks),
+    'datamodel': 4.0 * programs.scored_rows(config) * len(config.targets.tasks),
     'selection': 16.0 * models * config.selection.examples,
     'pretraining': float(models * config.pretraining.train.keep_checkpoints * _STATE_BYTES * final.parameters),
   }

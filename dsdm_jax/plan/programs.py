@@ -23,6 +23,7 @@ from dsdm_jax.attribution.gradients import TwoSidedFeatures
 from dsdm_jax.attribution.quantization import column_blocks
 from dsdm_jax.attribution.solve import by_layers
 from dsdm_jax.config.validate import load_callable
+from dsdm_jax.config.values import Prefilter
 from dsdm_jax.core import flops
 from dsdm_jax.core.mesh import batch_sharding, batch_shards
 from dsdm_jax.errors import UserError
@@ -129,11 +130,19 @@ def rows(config: ConfigDict) -> int:
   return config.plan.rows or max(1, int(config.pool.max_bytes / BYTES_PER_TOKEN / config.pool.length))
 
 
+def scored_rows(config: ConfigDict) -> int:
+  """Rows that get features or scores: N, or at most what a prefilter keeps."""
+  prefilter, options = Prefilter.parse(config.selection.prefilter), config.selection
+  if prefilter is None:
+    return rows(config)
+  return min(rows(config), round(prefilter.factor * options.examples) * len(options.targets))
+
+
 def stored_bytes(config: ConfigDict, dimension: int) -> float:
   """Size of the feature store, over all checkpoints of all proxies."""
   if config.features.mode != 'store' or config.features.projection == 'ekfac':
     return 0.0
-  return float(checkpoints(config) * rows(config) * dimension * _STORED_BYTES[config.features.store_dtype])
+  return float(checkpoints(config) * scored_rows(config) * dimension * _STORED_BYTES[config.features.store_dtype])
 
 
 def final_runs(config: ConfigDict) -> int:
@@ -224,9 +233,9 @@ def _features(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
   abstract = nnx.state(abstract_model(config.proxies.model, config.pool.vocab_size, length), nnx.Param)
   prepared = jax.eval_shape(lambda params: step.prepare(params, 0), abstract)
   read = {
-    'store': rows(config),
-    'stream': 2 * rows(config),
-    'jvp': min(features.gram_rows or rows(config), rows(config)),
+    'store': scored_rows(config),
+    'stream': 2 * scored_rows(config),
+    'jvp': min(features.gram_rows or scored_rows(config), scored_rows(config)),
   }[features.mode]
   tokens = batch * length
   if isinstance(step, WholeGradients):  # a pass for the eigenvectors and one for the eigenvalues
@@ -267,7 +276,8 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
   columns = column_blocks(step.describe(), j) if by_layers(config.datamodel.gram, features.projection) else ((0, j),)
   dtype = jnp.bfloat16 if features.store_dtype == 'bfloat16' else jnp.float32
   add_shard = datamodel._partial_gram(columns, mesh)
-  sampled = min(features.gram_rows or rows(config), rows(config)) if features.mode == 'jvp' else rows(config)
+  scored = scored_rows(config)
+  sampled = min(features.gram_rows or scored, scored) if features.mode == 'jvp' else scored
   shard = -(-shard // batch_shards(mesh)) * batch_shards(mesh)  # padded as in the stage
 
   def gram(batch: int) -> tuple[Any, Arguments]:
@@ -285,7 +295,7 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
     u_JK = jax.ShapeDtypeStruct((j, targets), jnp.float32)
     return sources.dot, (_shape(mesh, dtype, batch, j), u_JK)
 
-  runs, least = math.ceil(rows(config) / shard), 2.0 * shard * j * targets
+  runs, least = math.ceil(scored / shard), 2.0 * shard * j * targets
   return [added, work('scores', scores, runs=runs * count, least_flop=least, passes=passes)]
 
 
@@ -309,7 +319,7 @@ def solved_vectors(config: ConfigDict) -> int:
   """Solved vectors of all targets; of EK-FAC those that are scored."""
   d = config.datamodel
   sums = 0 if config.features.projection == 'ekfac' else 1 + d.bootstrap
-  return len(config.targets.tasks) * (sums + d.groups + d.examples)
+  return (len(config.targets.tasks) + bool(config.targets.breadth)) * (sums + d.groups + d.examples)
 
 
 def _directional(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
@@ -331,7 +341,7 @@ def _directional(config: ConfigDict, mesh: Mesh, model: Model) -> Work:
     program,
     batch,
     'features.batch_size',
-    math.ceil(rows(config) / batch) * checkpoints(config),
+    math.ceil(scored_rows(config) / batch) * checkpoints(config),
     model.parameters,
     tokens,
     3 * model.forward_flop * tokens + (2.0 * batch * targets * model.parameters if targets > 1 else 0),

@@ -92,6 +92,7 @@ def _columns(
   described: list[dict[str, Any]] = []
   for name in tables.targets(shown):
     z_N = figures.standardised(shown.scores[name])
+    z_N = np.where(np.isnan(z_N), np.nanmin(z_N), z_N)  # the page says that rows without a score have the lowest
     step = max(float(np.abs(z_N).max()), 1e-9) / 32_767
     columns.append((f'score {name}', np.rint(z_N[row_N] / step).astype('<i2')))
     quantiles = _rounded(np.quantile(z_N, np.linspace(0, 1, _QUANTILES)))
@@ -99,8 +100,8 @@ def _columns(
     described.append({'id': name, 'name': title, 'step': step, 'quantiles': quantiles})
   for target in described:
     if target['id'] in shown.reach:
-      spread = float(np.std(shown.scores[target['id']], dtype=np.float64)) or 1.0
-      code_N, target['reach'] = _lengths(shown.reach[target['id']][row_N] / spread)
+      spread = float(np.nanstd(shown.scores[target['id']], dtype=np.float64)) or 1.0
+      code_N, target['reach'] = _lengths(np.nan_to_num(shown.reach[target['id']][row_N] / spread))
       columns.append((f'reach {target["id"]}', code_N))
   columns += [('source', _narrowed(shown.source_N[row_N])), ('planted', _narrowed(shown.planted_N[row_N] >= 0))]
   arms: list[dict[str, Any]] = []

@@ -518,9 +518,9 @@ def _wrapped(label: str) -> str:
 def histogram(z_N: np.ndarray, top_k: np.ndarray | None, bottom_k: np.ndarray | None) -> Drawing:
   """Standardised scores of all rows; the rows that an arm selected (indices, or None for no such arm) are coloured.
 
-  The outermost bins also count all scores beyond the axis.
+  The outermost bins also count all scores beyond the axis. Rows whose score is NaN are left out.
   """
-  reach = float(np.clip(np.quantile(np.abs(z_N), 0.995), 2.0, 6.0))
+  reach = float(np.clip(np.nanquantile(np.abs(z_N), 0.995), 2.0, 6.0))
   edges = np.linspace(-reach, reach, 61)
   with matplotlib.rc_context(_STYLE):
     figure, ax = _panel(2.3)
@@ -542,10 +542,11 @@ def histogram(z_N: np.ndarray, top_k: np.ndarray | None, bottom_k: np.ndarray | 
 
 
 def standardised(score_N: np.ndarray) -> np.ndarray:
-  """Scores in standard deviations from their mean, float64; zeros if all are equal."""
+  """Scores in standard deviations from their mean, float64; zeros if all are equal. NaN stays."""
   score_N = np.asarray(score_N, np.float64)
-  deviation = score_N.std()
-  return (score_N - score_N.mean()) / deviation if deviation > 0 else np.zeros_like(score_N)
+  scored_M = score_N[~np.isnan(score_N)]
+  deviation = scored_M.std()
+  return (score_N - scored_M.mean()) / deviation if deviation > 0 else np.where(np.isnan(score_N), np.nan, 0.0)
 
 
 def _legend(figure: Figure, entries: Sequence[tuple[Artist, str]], columns: int = 2) -> None:

@@ -96,6 +96,7 @@ def render(shown: Evidence, drawings: dict[str, Drawing], packed: Packed, exampl
     sources=_sources(shown),
     overlap=tables.overlap(shown),
     targets=list(_targets(shown, examples)),
+    unscored=int(np.isnan(shown.scores['mix']).sum()),
     lds=_lds(shown.lds),
     guard=_guard(shown),
     cost=cost,
@@ -307,6 +308,7 @@ def _targets(shown: Evidence, examples: int) -> Iterator[dict[str, Any]]:
   for target in tables.targets(shown):
     z_N = figures.standardised(shown.scores[target])
     order_N = np.argsort(-z_N, kind='stable')
+    order_N = order_N[: len(order_N) - np.isnan(z_N).sum()]
     yield {
       'name': target,
       'best': [_example(shown, int(n), z_N) for n in order_N[:examples]],

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dsdm_jax.attribution.scores import Scores
-from dsdm_jax.core import storage
+from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact, inside
 from dsdm_jax.core.storage import Location
 from dsdm_jax.data.pool.pool import Documents
@@ -70,7 +70,7 @@ class Evidence:
     offset_N: int, position of the row's first token in its document.
     documents: one dict per document, with at least `id`.
     planted_N: int, the planted target example that covers the row, or -1.
-    scores: target → float32 [N], higher = helps that target.
+    scores: target → float32 [N], higher = helps that target; NaN for rows that a prefilter left out.
     reach: target → float32 [N], half the length of each score's interval, for targets that have intervals.
     examples: task → its target examples that have scores of their own.
     selected: the rows that each arm and seed trained on.
@@ -120,7 +120,7 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
   """Reads the artifacts of `STAGES`.
 
   Args:
-    inputs: an artifact for each of `STAGES`.
+    inputs: an artifact for each of `STAGES`, and that of `prefilter` in a run that has one.
     config: flat key → value.
     text: row of the pool → its text; called only for the rows that are shown.
 
@@ -146,7 +146,8 @@ def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callab
   runs = storage.read_json(inputs['selection'].path / 'index.json', list)
   curve_list, tokens = curves(inputs['pretraining'].path, runs)
   multiplier = _optional(inputs, 'evaluation', 'multiplier.json')
-  paid = [stage for stage in STAGES if stage != 'ladder' or multiplier is not None]
+  paid = [stage for stage in artifacts.STAGES if stage in inputs and stage in (*STAGES, 'prefilter')]
+  paid = [stage for stage in paid if stage != 'ladder' or multiplier is not None]
   return Evidence(
     results=storage.read_json(inputs['evaluation'].path / 'results.json', dict),
     sources=tuple(storage.read_json(pool / 'sources.json', list)),

@@ -30,7 +30,7 @@ from dsdm_jax.core import prng
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.selection import Selection
-from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.pool.pool import Pool, prefiltered_rows
 from dsdm_jax.data.targets.masked import masked_rows
 from dsdm_jax.data.targets.targets import Examples, Targets, text_mask
 from dsdm_jax.data.targets.tasks import RawItem, RawTask, group_documents, split_documents
@@ -82,6 +82,15 @@ class Candidates:
     """SHA-256 of the mask."""
     return hashlib.sha256(np.ascontiguousarray(self.masked_N).data).hexdigest()
 
+  @functools.cached_property
+  def unscored_N(self) -> np.ndarray:
+    """Rows without scores, bool [N]: those that a prefilter left out."""
+    unscored_N, kept = np.zeros(self.num_rows, bool), prefiltered_rows(self._inputs.get('prefilter'))
+    if kept is not None:
+      unscored_N[:] = True
+      unscored_N[kept] = False
+    return unscored_N
+
   @property
   def source_N(self) -> np.ndarray:
     """Index into `pool.sources`."""
@@ -94,7 +103,7 @@ class Candidates:
 
   @functools.cached_property
   def scores(self) -> Scores:
-    """The datamodel's scores: `scores.score_N(target.name)`."""
+    """The datamodel's scores: `scores.score_N(target.name)`, NaN for rows that a prefilter left out."""
     return Scores(self._inputs['datamodel'])
 
   @functools.cached_property
@@ -111,7 +120,12 @@ class Candidates:
     """The target that an entry of `selection.targets` names."""
     targets = Targets(self._inputs['targets'])
     tasks = tuple(targets.tasks) if name == 'mix' else tuple(name.split('+'))
-    return Target(name, tasks, lambda task: targets.examples(task, 'target'), self._context.config.datamodel.mix)
+    rule, weights = self._context.config.datamodel.mix, tuple(map(targets.weight, tasks))
+    return Target(name, tasks, lambda task: targets.examples(task, 'target'), rule, weights)
+
+  def add_flop(self, flop: float) -> None:
+    """Adds floating-point operations to the stage's cost, for methods that do many without a model."""
+    self._context.add_flop(flop)
 
   def once(self, key: Any, compute: Callable[[], _T]) -> _T:
     """`compute()`, computed once for all arms, and charged to each that uses it; for results that need no seed."""
@@ -127,12 +141,19 @@ class Target:
     tasks: its tasks.
     examples: task → its target examples. The holdout is not available here.
     rule: how scores of several tasks are mixed (`datamodel.mix`).
+    weights: of each task in a mix; () where all are one.
   """
 
   name: str
   tasks: tuple[str, ...]
   examples: Callable[[str], Examples]
   rule: str
+  weights: tuple[float, ...] = ()
+
+  @property
+  def weight_T(self) -> np.ndarray:
+    """The weights, float64 [tasks]."""
+    return np.array(self.weights or (1.0,) * len(self.tasks))
 
   def texts(self, task: str) -> list[str]:
     """Context and answer of each target example."""
@@ -148,7 +169,7 @@ class Target:
     """One score per row, float32: `score(task)` of the only task, or of all tasks, mixed like the datamodel's."""
     if len(self.tasks) == 1:
       return np.asarray(score(self.tasks[0]), np.float32)
-    return mix([score(task) for task in self.tasks], self.rule)
+    return mix([score(task) for task in self.tasks], self.rule, self.weights)
 
   def nested(self) -> tuple['Target', 'Target'] | None:
     """Two parts of the target examples, three quarters to fit and a quarter to choose settings by.

@@ -1,8 +1,9 @@
 """A classifier of target text against text of the pool (GPT-3, arXiv 2005.14165, appendix A; DCLM, arXiv 2406.11794).
 
 scikit-learn's logistic regression on the shares of hashed uni- and bigrams: target examples against a sample of rows.
-All tasks have the same weight, and so have both sides: score(n) = w · x(n) + b, p(n) = 1 / (1 + exp(−score(n))). The
-strength of the regularization is chosen by target examples that the classifier did not learn from.
+All tasks have the same weight (breadth its own), and so have both sides: score(n) = w · x(n) + b,
+p(n) = 1 / (1 + exp(−score(n))). The strength of the regularization is chosen by target examples that the classifier did
+not learn from.
 """
 
 import numpy as np
@@ -45,7 +46,7 @@ def _logits(pool: Candidates, target: Target) -> np.ndarray:
     tasks = [shares(grams.examples(of, task)) for task in of.tasks]
     features = scipy.sparse.vstack([*tasks, negatives])
     sizes = [*(task.shape[0] for task in tasks), negatives.shape[0]]
-    share = [0.5 / len(of.tasks)] * len(of.tasks) + [0.5]
+    share = [*(0.5 * of.weight_T / of.weight_T.sum()), 0.5]
     weight = np.repeat(np.array(share) / sizes, sizes)
     label = np.repeat([1, 0], [sum(sizes[:-1]), negatives.shape[0]])
     # scikit-learn's C = 1 suits rows of length one. Dividing by the mean square of a row makes it suit these.
@@ -58,7 +59,9 @@ def _logits(pool: Candidates, target: Target) -> np.ndarray:
   def loss(strength: float, learnt: Target, held: Target) -> float:
     model = fit(strength, learnt, pool_x[fitted])
     positive = [np.logaddexp(0, -model.decision_function(shares(grams.examples(held, t)))).mean() for t in held.tasks]
-    return float(np.mean(positive) + np.logaddexp(0, model.decision_function(pool_x[by])).mean())
+    return float(
+      np.average(positive, weights=held.weights or None) + np.logaddexp(0, model.decision_function(pool_x[by])).mean()
+    )
 
   strength = choose(target, _STRENGTHS, loss) if len(fitted) else _STRENGTHS[0]
   model = fit(strength, target, pool_x)

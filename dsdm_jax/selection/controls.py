@@ -1,5 +1,6 @@
 """Random rows, the baseline that counts, and controls: arms that must not win."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,20 @@ def random_again(pool: Candidates, target: Target, budget: Budget, seed: int) ->
 def dsdm_shifted(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
   """DsDm with each score given to the next row, like an index error. Rows are shuffled, so the gain must vanish."""
   del seed
-  return ranking.ranked(np.roll(pool.scores.score_N(target.name), 1), pool, budget.examples)
+  return ranking.ranked(_moved(pool, target, lambda score_M: np.roll(score_M, 1)), pool, budget.examples)
 
 
 def dsdm_permuted(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
   """DsDm with permuted scores: the same distribution of scores without information."""
   rng = prng.numpy_stream(seed, 'selection', 'permuted')
-  return ranking.ranked(rng.permutation(pool.scores.score_N(target.name)), pool, budget.examples)
+  return ranking.ranked(_moved(pool, target, rng.permutation), pool, budget.examples)
+
+
+def _moved(pool: Candidates, target: Target, move: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+  """Scores of other rows, among those that have scores."""
+  score_N = np.array(pool.scores.score_N(target.name))
+  score_N[~pool.unscored_N] = move(score_N[~pool.unscored_N])
+  return score_N
 
 
 def drawn(

@@ -57,26 +57,34 @@ class DistilledScorer:
 
 
 def dsdm_distilled(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """The k rows with the highest scores by a scorer that is fitted to the scores of `selection.distill_rows` rows."""
+  """The k rows with the highest scores by a scorer that is fitted to the scores of `selection.distill_rows` rows.
+
+  In a run with a prefilter, rows that have a score of the datamodel keep it, and the scorer stands in for the others.
+  """
   del seed
-  grams = ngrams.of_pool(pool, ngrams.FITTED)
-  scorer = fit(grams, pool.scores.score_N(target.name), pool.options.distill_rows)
+  grams, measured_N = ngrams.of_pool(pool, ngrams.FITTED), pool.scores.score_N(target.name)
+  scorer = fit(grams, measured_N, pool.options.distill_rows)
   correlation = round(scorer.correlation, 4)
   provenance = {'held_out_spearman': correlation, 'fitted_rows': scorer.fitted, 'ridge': scorer.ridge}
-  return ranking.ranked(scorer.score(grams), pool, budget.examples, **provenance)
+  score_N = scorer.score(grams)
+  if pool.unscored_N.any():
+    score_N = np.where(pool.unscored_N, score_N, measured_N)
+  return ranking.ranked(score_N, pool, budget.examples, **provenance)
 
 
 def fit(grams: ngrams.PoolGrams, score_N: np.ndarray, sample: int) -> DistilledScorer:
   """Fits ridge regression to the scores of a random sample of rows.
 
-  A fifth of the sample is held out: half of it to choose the ridge and half to measure the correlation.
+  A fifth of the sample is held out: half of it to choose the ridge and half to measure the correlation. Rows whose
+  score is NaN, which a prefilter left out, are in no sample.
 
   Raises:
-    UserError: the pool has fewer than 50 rows.
+    UserError: fewer than 50 rows have scores.
   """
-  if len(score_N) < 50:
-    raise UserError(f'a scorer cannot be fitted to {len(score_N)} rows; give it a pool of at least 50')
-  order = prng.numpy_stream(0, 'selection', 'distilled').permutation(len(score_N))[:sample]
+  scored = np.flatnonzero(~np.isnan(score_N))
+  if len(scored) < 50:
+    raise UserError(f'a scorer cannot be fitted to {len(scored)} rows with scores; it needs at least 50')
+  order = scored[prng.numpy_stream(0, 'selection', 'distilled').permutation(len(scored))[:sample]]
   held = max(10, round(_HELD_OUT / 2 * len(order)))
   test, validation, train = np.split(order, [held, 2 * held])
   x_test, x_validation, x_train = (

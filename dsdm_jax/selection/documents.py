@@ -164,7 +164,8 @@ class DocumentScores:
         status = np.where(leaks_B & np.isin(status, (KEPT, 'cut')), 'leaks', status)
       columns = {name: table[name] for name in table.column_names} | {'status': status, 'row_tokens': tokens_B}
       for name, value_D in self._values.items():
-        columns[name] = pa.array(value_D[at_B], schema.field(name).type, mask=tokens_B == 0)
+        value_B = value_D[at_B]
+        columns[name] = pa.array(value_B, schema.field(name).type, mask=(tokens_B == 0) | np.isnan(value_B))
       yield pa.table(columns, schema=schema)
 
   def parquet(self, out: Path) -> str:

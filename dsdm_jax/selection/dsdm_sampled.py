@@ -26,7 +26,7 @@ _FULL = 700.0  # logarithm of a number of arrivals that fills any row; its expon
 def dsdm_gumbel(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
   """k rows drawn without replacement: the highest z/T + Gumbel noise (arXiv 1903.06059, section 2.3)."""
   key_N = _log_weights(pool, target)
-  ranking.check_finite(key_N)
+  ranking.check_finite(key_N[~pool.unscored_N])
   key_N += ranking.gumbel(len(key_N), seed, 'dsdm_gumbel')
   return ranking.ranked(key_N, pool, budget.examples, temperature=pool.options.temperature)
 
@@ -39,14 +39,14 @@ def dsdm_boltzmann(pool: Candidates, target: Target, budget: Budget, seed: int) 
   Raises:
     UserError: the pool cannot fill the budget within the cap.
   """
-  open_A = np.flatnonzero(~pool.masked_N)
+  open_A = np.flatnonzero(~(pool.masked_N | pool.unscored_N))
   if budget.total > budget.repeat_cap * len(open_A):
     raise UserError(
       f"'dsdm_boltzmann' cannot draw {budget.total} examples from {len(open_A)} rows of at most "
       f'{budget.repeat_cap} visits; raise selection.repeat_cap or lower selection.examples'
     )
   log_weight_N = _log_weights(pool, target)
-  ranking.check_finite(log_weight_N)
+  ranking.check_finite(log_weight_N[open_A])
   count_N = np.zeros(pool.num_rows, np.int32)
   count_N[open_A] = draw(log_weight_N[open_A], budget.total, budget.repeat_cap, seed)
   rows = np.flatnonzero(count_N)

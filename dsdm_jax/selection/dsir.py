@@ -15,7 +15,7 @@ _FLOOR = 1e-8  # added to each probability, so that an n-gram that one side lack
 
 
 def dsir(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
-  """k rows drawn without replacement by their importance weights; in p_target all tasks have the same weight."""
+  """k rows drawn without replacement by their importance weights; p_target is the mean over tasks."""
   weight_N = pool.once(('dsir', target.name), lambda: _log_weights(pool, target))
   return ranking.ranked(weight_N + ranking.gumbel(len(weight_N), seed, 'dsir'), pool, budget.examples)
 
@@ -29,5 +29,6 @@ def log_ratio(target_counts: np.ndarray, pool_counts: np.ndarray) -> np.ndarray:
 def _log_weights(pool: Candidates, target: Target) -> np.ndarray:
   grams = ngrams.of_pool(pool, _BUCKETS)
   by_task = [grams.examples(target, task).counts() for task in target.tasks]
-  target_counts = np.sum([counts / max(counts.sum(), 1) for counts in by_task], axis=0)
+  weighted = zip(by_task, target.weight_T, strict=True)
+  target_counts = np.sum([weight * counts / max(counts.sum(), 1) for counts, weight in weighted], axis=0)
   return grams.sums(log_ratio(target_counts, grams.counts), mean=False)

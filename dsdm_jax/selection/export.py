@@ -118,7 +118,8 @@ class Export:
         'score': missing if scores is None else scores[here].tolist(),
       }
       for name in ('datamodel', 'low', 'high'):
-        columns[name] = self._columns[name][at].tolist() if name in self._columns else missing
+        values = self._columns[name][at].tolist() if name in self._columns else missing
+        columns[name] = [None if value != value else value for value in values]  # NaN: a prefilter left the row out
       columns['weight'] = [1.0] * len(at) if whole else selection.weights[here].tolist()
       columns['text'] = [pool.text_of(t[:-1] if whole and t[-1] == end_mark else t) for t in tokens]
       columns['tokens'] = [t.tolist() for t in tokens]

@@ -31,7 +31,8 @@ def fasttext(pool: Candidates, target: Target, budget: Budget, seed: int) -> Sel
   rng = prng.numpy_stream(0, 'selection', 'fasttext')
   rows = np.sort(rng.choice(pool.num_rows, min(_ROWS, pool.num_rows), replace=False))
   tasks = [grams.examples(target, task).matrix() for task in target.tasks]
-  places = [np.resize(np.arange(task.shape[0]), -(-len(rows) // len(tasks))) for task in tasks]
+  each = np.ceil(len(rows) * target.weight_T / target.weight_T.sum()).astype(int)
+  places = [np.resize(np.arange(task.shape[0]), count) for task, count in zip(tasks, each, strict=True)]
   first = np.cumsum([0, *(task.shape[0] for task in tasks)])
   positive = np.concatenate([at + start for at, start in zip(places, first, strict=False)])
   texts = scipy.sparse.vstack([*tasks, *(block.matrix() for block in grams.each(rows))]).tocsr()

@@ -9,6 +9,7 @@ Fitting takes about 2 · 128 · nnz(X) operations for each of some ten passes ov
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse
@@ -19,6 +20,8 @@ from dsdm_jax.selection import ngrams, ranking, tfidf
 from dsdm_jax.selection.candidates import Budget, Candidates, Target
 
 _DIMENSIONS = 128
+_PASSES = 5  # of the power iteration
+_MORE = 10  # dimensions that the iteration has and the result has not, scikit-learn's default
 
 
 def lsa(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
@@ -30,11 +33,17 @@ def lsa(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selectio
 def nearest(pool: Candidates, target: Target) -> np.ndarray:
   """Cosine of each row to its nearest target example, mixed over tasks; float32 [N]."""
   grams, idf = tfidf.weighting(pool)
-  space = pool.once('lsa', lambda: fit(grams, idf))
+  space = pool.once('lsa', lambda: fit(grams, idf, add_flop=pool.add_flop))
 
   def score(task: str) -> np.ndarray:
     target_TD = space.unit(tfidf.vectors(grams.examples(target, task), idf))
-    return grams.scores(lambda rows: (space.unit(tfidf.vectors(rows, idf)) @ target_TD.T).max(axis=1))
+
+    def cosine(rows: ngrams.Grams) -> np.ndarray:
+      x_BV = tfidf.vectors(rows, idf)
+      pool.add_flop(2.0 * target_TD.shape[1] * (x_BV.nnz + x_BV.shape[0] * len(target_TD)))
+      return (space.unit(x_BV) @ target_TD.T).max(axis=1)
+
+    return grams.scores(cosine)
 
   return target.mixed(lambda task: pool.once(('lsa', task), lambda: score(task)))
 
@@ -53,8 +62,16 @@ class Space:
     return x_BD / np.where(norm_B > 0, norm_B, 1)
 
 
-def fit(grams: ngrams.PoolGrams, idf: np.ndarray, dimensions: int = _DIMENSIONS) -> Space:
-  """The space of a sample of the pool's rows, with fewer dimensions where the sample has a lower rank."""
+def fit(
+  grams: ngrams.PoolGrams,
+  idf: np.ndarray,
+  dimensions: int = _DIMENSIONS,
+  add_flop: Callable[[float], None] = lambda _: None,
+) -> Space:
+  """The space of a sample of the pool's rows, with fewer dimensions where the sample has a lower rank.
+
+  `add_flop` is called with the operations of the products with the sample: two in each of the passes, and two more.
+  """
   from sklearn.utils.extmath import randomized_svd
   from threadpoolctl import threadpool_limits
 
@@ -65,5 +82,6 @@ def fit(grams: ngrams.PoolGrams, idf: np.ndarray, dimensions: int = _DIMENSIONS)
     return Space(terms, np.zeros((len(terms), 1), np.float32))
   state = int(prng.numpy_stream(0, 'selection', 'lsa').integers(2**31))
   with threadpool_limits(1):  # more threads would add floating-point numbers in another order
-    basis_DV = randomized_svd(sample_MV[:, terms], size, n_iter=5, random_state=state)[2]
+    basis_DV = randomized_svd(sample_MV[:, terms], size, n_iter=_PASSES, random_state=state)[2]
+  add_flop(2.0 * (size + _MORE) * sample_MV.nnz * (2 * _PASSES + 2))
   return Space(terms, np.ascontiguousarray(basis_DV.T, np.float32))

@@ -79,12 +79,18 @@ def capped_order(score_N: np.ndarray, count: int, pool: Candidates, most: int | 
 
 
 def _unmasked(score_N: np.ndarray, pool: Candidates) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-  """(scores of the rows that may be selected, in their order; place among them → row)."""
-  masked = np.flatnonzero(pool.masked_N)
-  if not len(masked):
+  """(scores of the rows that may be selected, in their order; place among them → row).
+
+  They are neither masked, nor without a score because a prefilter left them out.
+  """
+  closed_N = pool.masked_N
+  if pool.unscored_N.any():
+    closed_N = closed_N | (pool.unscored_N & np.isnan(score_N))
+  closed = np.flatnonzero(closed_N)
+  if not len(closed):
     return score_N, lambda places: places
-  before = masked - np.arange(len(masked))  # of a masked row, the number of rows before it that are not masked
-  return score_N[~pool.masked_N], lambda places: places + np.searchsorted(before, places, side='right')
+  before = closed - np.arange(len(closed))  # of a closed row, the number of rows before it that are open
+  return score_N[~closed_N], lambda places: places + np.searchsorted(before, places, side='right')
 
 
 def rows_of_share(share: float, count: int) -> int:
@@ -118,9 +124,10 @@ def gumbel(rows: int, seed: int, name: str) -> np.ndarray:
 
 
 def standardised(score_N: np.ndarray) -> np.ndarray:
-  """Scores in standard deviations from their mean, float32."""
-  spread = float(score_N.std(dtype=np.float64))
-  z_N = score_N - np.float32(score_N.mean(dtype=np.float64))
+  """Scores in standard deviations from their mean, float32; NaN where a prefilter left a row out."""
+  scored_M = score_N[~np.isnan(score_N)] if np.isnan(score_N).any() else score_N
+  spread = float(scored_M.std(dtype=np.float64))
+  z_N = score_N - np.float32(scored_M.mean(dtype=np.float64))
   return np.divide(z_N, np.float32(spread or 1.0), out=z_N)
 
 

@@ -29,7 +29,8 @@ def run(context: Context) -> dict:
     for target in (options.targets if find(method).targeted else ('any',))
     for seed in range(config.pretraining.seeds)
   ]
-  settings = artifacts.settings_of(context.out, {'selection.methods', 'selection.targets', 'pretraining.seeds'})
+  others = {'selection.methods', 'selection.targets', 'selection.prefilter', 'pretraining.seeds'}
+  settings = artifacts.settings_of(context.out, others)
   settings = {key: value for key, value in settings.items() if not key.startswith('mixture.')}
   taken = context.units.take(
     {
@@ -89,6 +90,7 @@ def _depends_on(context: Context, pool: Candidates, method: str, target: str) ->
   if known.targeted:
     tasks, all_targets = pool.target(target).tasks, Targets(inputs['targets'])
     facts += [target, context.config.datamodel.mix, [[task, all_targets.digest(task)] for task in tasks]]
+    facts += [pool.target(target).weights] * (set(pool.target(target).weights) != {1.0})
     if 'scores' in known.needs:
       units = inputs['datamodel'].manifest['units']
       facts.append([units[f'scores of {task}']['of'] for task in tasks])

@@ -78,7 +78,7 @@ def write(workdir: Location, name: str, config: Mapping[str, Any], path: Locatio
     name: of the arm.
     config: flat.
   """
-  stages = artifacts.read(workdir, *pipeline.needed('evaluation'))
+  stages = artifacts.read(workdir, *pipeline.needed('evaluation', config))
   evaluation, selection, pool = (stages[stage].path for stage in ('evaluation', 'selection', 'pool'))
   index = storage.read_json(stages['ladder'].path / 'index.json')
   card = storage.read_json(pool / 'card.json', dict)

@@ -72,7 +72,7 @@ def run(flags: argparse.Namespace) -> None:
     print(visible(f'== {arm} ({number} of {len(arm_configs)})'), flush=True)
     folder, began = workdir / 'arms' / arm, time.monotonic()
     share(config, folder, [workdir / 'arms' / other for other in arm_configs if other != arm])
-    for name in pipeline.needed(LAST):
+    for name in pipeline.needed(LAST, flatten(config)):
       pipeline.run(config, folder, name)
     arm_file.write(folder, arm, flatten(config), finished / f'{arm}.json')
     done = [arm_file.read(finished / f'{name}.json') for name in list(arm_configs)[:number]]
@@ -89,9 +89,8 @@ def share(config: Any, workdir: Location, others: Sequence[Location]) -> list[st
   linked: list[str] = []
   runner = Runner(pipeline.STAGES, pipeline.runner_config(config), workdir)
   done = runner.done
-  for stage in pipeline.STAGES:
-    if stage.name not in pipeline.needed(LAST):
-      continue
+  for name in pipeline.needed(LAST, runner.settings):
+    stage = runner.stages[name]
     if any(name not in done for name in stage.reads):
       break
     wanted = runner.identity(stage).as_json()

@@ -53,25 +53,25 @@ def run(tmp_path):
     lines = [json.dumps({'id': f'{i}', 'context': '', 'answer': 'x', 'document': d}) for i, d in enumerate(names)]
     (folder / f'{task}.target.jsonl').write_text('\n'.join(lines))
 
-  def run(count=C, change=None, each=1, steps=1, **settings):
+  def run(count=C, change=None, each=1, steps=1, kept=None, **settings):
     config = base.get_config()
     config.proxies.count, config.proxies.checkpoints = count // each, each
     config.datamodel.update({'gram': 'full'} | settings)
-    phi = phi_CNJ[:count].copy()
+    phi = phi_CNJ[:count, slice(None) if kept is None else kept].copy()
     if change:
       change(phi)
     proxies, folder = make('proxies', {'steps': steps})
     for p in range(count // each):
       storage.save_npy(folder / f'subset_{p}.npy', subsets[p])
     semantics = {
-      'projection': 'two_sided', 'layers': LAYERS, 'dimension': J, 'mode': 'store', 'rows': N, 'checkpoints': count,
-      'shard_rows': 10, 'store_dtype': 'float32',
+      'projection': 'two_sided', 'layers': LAYERS, 'dimension': J, 'mode': 'store', 'rows': phi.shape[1],
+      'checkpoints': count, 'shard_rows': 10, 'store_dtype': 'float32',
     }  # fmt: skip
     name = f'features_{len(list(tmp_path.iterdir()))}'
     features, folder = make(name, semantics, {'features.output_fn': 'margin'})
     target_features, of_targets = make(f'target_{name}')
     for c in range(count):
-      store = FeatureStore(folder / f'features_{c}.zarr', N, J, 10, 'float32')
+      store = FeatureStore(folder / f'features_{c}.zarr', phi.shape[1], J, 10, 'float32')
       for shard in store.missing():
         store.write(shard, phi[c, slice(*store.bounds(shard))])
       for task in TASKS:
@@ -79,6 +79,9 @@ def run(tmp_path):
     out = tmp_path / f'out_{name}'
     out.mkdir()
     inputs = {'targets': targets, 'proxies': proxies, 'features': features, 'target_features': target_features}
+    if kept is not None:
+      inputs['prefilter'], folder = make(f'prefilter_{name}', {'of': N})
+      storage.save_npy(folder / 'rows.npy', kept)
     made = scores.run(Context(config, out, inputs, Log(tmp_path, 'datamodel', enabled=False), Cost(out)))
     arrays = dict(ScoreArrays(out))
     run.artifact = Artifact(out, {'semantics': made})
@@ -134,6 +137,22 @@ def test_blocks_on_disk_and_chunks_in_memory_change_nothing(run, monkeypatch):
   sample = np.array([3, 15, 16, 40, 63])
   arrays = score_arrays.ScoreArrays(run.artifact.path)
   np.testing.assert_array_equal(arrays.rows('score_docs_CN', sample), whole['score_docs_CN'][:, sample])
+
+
+def test_rows_that_a_prefilter_left_out_have_no_score(run):
+  kept = np.array([3, 4, 10, 11, 12, 25, 30, 31, 50, 51, 52, 60])
+  run(kept=kept, average='all', bootstrap=4, examples=2)
+  read, left_out = scores.Scores(run.artifact), np.setdiff1d(np.arange(N), kept)
+  by_task = {}
+  for task, target in run.target.items():
+    phi_CMJ = run.phi_CNJ[:, kept]
+    by_task[task] = np.mean([_one(p, t).mean(axis=1) for p, t in zip(phi_CMJ, target, strict=True)], axis=0)
+    _close(read.score_N(task)[kept], by_task[task])
+  _close(read.score_N('mix')[kept], scores.mix(np.stack(list(by_task.values())), 'zscore'))
+  _close(read.score_N('docs+api_qa')[kept], read.score_N('mix')[kept])
+  for values in (read.score_N('mix'), read.score_N('docs'), read.reach_N('docs'), read.groups_NG('docs')[:, 0]):
+    assert len(values) == N and np.isnan(values[left_out]).all() and np.isfinite(values[kept]).all()
+  assert set(read.arrays['example_rows_docs_EM'].ravel()) <= set(kept)
 
 
 def test_every_array_against_numpy(run):

@@ -59,6 +59,7 @@ BAD: dict[str, list] = {
   'selection.examples': [7],
   'selection.repeat_cap': [3],
   'selection.imported': ['scores.csv'],
+  'selection.prefilter': ['lsa', 'lsa 0.5', 'dsdm 2', 'lsa two'],
   'selection.ngram_buckets': [1],
   'mixture.parts': [
     ('doremi',),

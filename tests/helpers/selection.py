@@ -77,9 +77,13 @@ class ArrayCandidates(Candidates):
     self.__dict__['pool'] = rows if rows is not None else Rows(np.zeros((len(score_N), 8), np.int32))
     scores = None if score_N is None else Scores(score_N)
     self.__dict__['masked_N'] = np.zeros(self.pool.num_rows, np.bool_)
+    self.__dict__['unscored_N'] = np.zeros(self.pool.num_rows, np.bool_)
     for name, value in (('scores', scores), ('features', features), ('proxies', proxies)):
       if value is not None:
         self.__dict__[name] = value
+
+  def add_flop(self, flop: float) -> None:
+    del flop
 
 
 def target(texts: Sequence[str] = (), sequences: Sequence[Sequence[int]] = ()) -> Target:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dsdm_jax.core import tensorflow_start
 from dsdm_jax.data.order.schedule import Schedule
-from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.pool.pool import Pool, PoolRows
 
 if TYPE_CHECKING:
   import seqio
@@ -83,7 +83,7 @@ def token_weights(counted_BL: np.ndarray, weight_B: np.ndarray) -> np.ndarray:
 
 
 def row_range_batches(
-  pool: Pool, start: int, stop: int, batch_size: int, share: np.ndarray | None = None
+  pool: Pool | PoolRows, start: int, stop: int, batch_size: int, share: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
   """Rows `start` to `stop` − 1 in order, without seqio.
 

@@ -313,10 +313,19 @@ class Pool:
 
   def document_tokens(self, documents: Sequence[int] | np.ndarray) -> list[np.ndarray]:
     """Tokens of documents, as far as they are in rows, each with its end mark."""
+    return self._by_document(documents, self.tokens)
+
+  def document_weights(self, documents: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """`weights` of the tokens that `document_tokens` returns."""
+    return self._by_document(documents, self.weights)
+
+  def _by_document(
+    self, documents: Sequence[int] | np.ndarray, read_rows: Callable[[np.ndarray], np.ndarray]
+  ) -> list[np.ndarray]:
     spans, document_M = self.spans, np.asarray(documents, np.int64)
     place_R, row_R = spans.rows_of(document_M)
     read, at_R = np.unique(row_R, return_inverse=True)
-    tokens_BL = self.tokens(read)
+    value_BL = read_rows(read)
     first_M = np.searchsorted(place_R, np.arange(len(document_M)))
     size_M = spans.tokens_D[document_M]
     if not self.packed:  # the rest of the row is padding
@@ -325,7 +334,7 @@ class Pool:
     for first, begin, size in zip(first_M, spans.begin_D[document_M], size_M, strict=True):
       offset = begin % self.length
       rows = at_R[first : first - (-(offset + size) // self.length)] if size else at_R[:0]
-      result.append(tokens_BL[rows].ravel()[offset : offset + size])
+      result.append(value_BL[rows].ravel()[offset : offset + size])
     return result
 
   def text(self, row: int) -> str:
@@ -340,6 +349,31 @@ class Pool:
     parts = np.split(tokens_L, np.flatnonzero(tokens_L == self.encoder.eos))
     # All parts but the first begin with an end mark, which decodes to nothing.
     return END_OF_DOCUMENT.join(self.encoder.decode(part) for part in parts)
+
+
+class PoolRows:
+  """Some rows of a pool, numbered anew from 0 in their order; all of them where `rows` is None."""
+
+  def __init__(self, pool: Pool, rows: np.ndarray | None = None):
+    self._pool, self._rows = pool, rows
+    self.num_rows = pool.num_rows if rows is None else len(rows)
+    self.length, self.counts_some = pool.length, pool.counts_some
+
+  def _at(self, rows: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:
+    return rows if self._rows is None else self._rows[np.asarray(rows, np.int64)]
+
+  def tokens(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """As `Pool.tokens`."""
+    return self._pool.tokens(self._at(rows))
+
+  def weights(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """As `Pool.weights`."""
+    return self._pool.weights(self._at(rows))
+
+
+def prefiltered_rows(artifact: Artifact | None) -> np.ndarray | None:
+  """The rows that the stage `prefilter` keeps, int64, ascending; None in a run without it: all."""
+  return None if artifact is None else storage.load(artifact.path / 'rows.npy')
 
 
 def _dataset_info(folder: Path, length: int, dtype: np.dtype) -> Any:

@@ -51,8 +51,14 @@ class Spans:
   def sums(self, value_N: np.ndarray) -> np.ndarray:
     """Σ over rows of value · (share of the row's tokens that are the document's): float64 [D].
 
-    Values of a row are spread evenly over its tokens, so sums over all documents are sums over all rows.
+    Values of a row are spread evenly over its tokens, so sums over all documents are sums over all rows. Documents with
+    a token in a row whose value is NaN have NaN.
     """
+    missing_N = np.isnan(value_N)
+    if missing_N.any():
+      sum_D = self.sums(np.where(missing_N, 0, value_N))
+      sum_D[self.sums(missing_N.astype(np.float64)) > 0] = np.nan
+      return sum_D
     value_S = np.append(value_N[self.row_S].astype(np.float64), 0)
     before_S = np.concatenate([[0], np.cumsum(value_S[:-1])])
 

@@ -20,7 +20,7 @@ from dsdm_jax.core.storage import Location
 from dsdm_jax.data.pool import passes
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.pool.sources import Document
-from dsdm_jax.data.targets import leakage, tasks
+from dsdm_jax.data.targets import breadth, leakage, tasks
 from dsdm_jax.data.targets.leakage import Guard
 from dsdm_jax.errors import visible
 
@@ -33,8 +33,10 @@ _GUARD = 'guard.npz'  # for the workers
 def run(context: Context) -> dict[str, Any]:
   """Writes `mask.npy`, `leaks.jsonl`, `phrases.jsonl` and `card.json`; docs/architecture.md says what they hold.
 
+  With `targets.breadth` also `breadth.npy` and `held_out.npy`.
+
   Raises:
-    UserError: a file of a task or benchmark is missing or malformed.
+    UserError: a file of a task or benchmark is missing or malformed, or the pool has too few documents for breadth.
   """
   options, out, pool = context.config.leakage, context.out, Pool(context.inputs['pool'])
   tables = [pool.path / 'documents' / f'{index:06d}.parquet' for index in range(pool.card['tables']['text'])]
@@ -81,7 +83,18 @@ def run(context: Context) -> dict[str, Any]:
   storage.delete(out / _GUARD)
   context.log.event('leakage', **card)
   _say(context, card, leaks, pool, bool(tables))
-  return {'guarded': card['guarded'], 'masked': card['masked'], 'rows': card['rows']}
+  semantics = {'guarded': card['guarded'], 'masked': card['masked'], 'rows': card['rows']}
+  if context.config.targets.breadth:
+    documents = breadth.draw(pool, mask_N, context.config.targets.seed)
+    held_out_N = np.zeros(pool.num_rows, bool)
+    held_out_N[pool.spans.rows_of(documents)[1]] = True
+    storage.save_npy(out / 'breadth.npy', documents)
+    storage.save_npy(out / 'held_out.npy', held_out_N)
+    semantics['held_out'] = int(held_out_N.sum())
+    context.log.say(
+      f'  breadth: {len(documents):,} documents are held out, and {semantics["held_out"]:,} rows with them'
+    )
+  return semantics
 
 
 def _say(context: Context, card: dict[str, Any], leaks: list[dict[str, Any]], pool: Pool, has_text: bool) -> None:
@@ -198,9 +211,11 @@ def rows_with(pool: Pool, records: np.ndarray) -> tuple[np.ndarray, list[int]]:
 
 
 def masked_rows(artifact: Artifact) -> np.ndarray:
-  """Whether no selection may take a row, bool [N]; read from the artifact of the stage."""
+  """Whether no selection may take a row, bool [N]: it has text of a target, or is held out for breadth."""
   mask_N = storage.load(artifact.path / 'mask.npy')
-  return mask_N if artifact.semantics['masked'] else np.zeros_like(mask_N)
+  if not artifact.semantics['masked']:
+    mask_N = np.zeros_like(mask_N)
+  return mask_N | storage.load(artifact.path / 'held_out.npy') if 'held_out' in artifact.semantics else mask_N
 
 
 def draw(masked_N: np.ndarray, count: int, rng: np.random.Generator, among: np.ndarray | None = None) -> np.ndarray:

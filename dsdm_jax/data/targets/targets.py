@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from dsdm_jax.config.values import BREADTH
 from dsdm_jax.core import artifacts, prng, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
+from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.pool.vocabulary import FILES, Encoder, HuggingFaceEncoder, encode_pair, open_encoder
+from dsdm_jax.data.targets import breadth
 from dsdm_jax.data.targets.benchmarks import shots_to_drop
 from dsdm_jax.data.targets.tasks import (
   SPLITS,
@@ -32,6 +35,7 @@ from dsdm_jax.data.targets.tasks import (
 from dsdm_jax.errors import UserError
 
 Encode = Callable[[str], list[int]]
+_WEIGHTS = 'weights.json'  # of tasks whose weight is not 1; only where there are some
 
 
 def rendered(encoder: Encoder, messages: str) -> tuple[str, str, Encoder]:
@@ -313,11 +317,19 @@ def run(context: Context) -> dict[str, Any]:
   settings = {key: config[key] for key in ('seed', 'max_examples', 'long_prompts', 'file_shots', 'file_delimiter')}
   shared = {**settings, 'length': length, 'vocabulary': vocabulary}
   split = {split_task.task.name: split_task for split_task in split_tasks(config)}
-  context.units.take({name: {**shared, 'task': each.as_json()} for name, each in split.items()}, _files)
-  for name, split_task in split.items():
+  wanted: dict[str, Any] = {name: {**shared, 'task': each.as_json()} for name, each in split.items()}
+  if config.breadth:
+    held_out = storage.checksum(context.inputs['leakage'].path / 'breadth.npy')
+    wanted[BREADTH] = {**shared, 'pool': pool.digest, 'documents': held_out, 'holdout_share': config.holdout_share}
+    storage.write_json(context.out / _WEIGHTS, {BREADTH: config.breadth})
+  context.units.take(wanted, _files)
+  for name in wanted:
     whole, *parts = (context.out / file for file in _files(name))
     if not storage.is_marked(whole):
-      examples, count = build_task(split_task, config, encoder, length)
+      if name in split:
+        examples, count = build_task(split[name], config, encoder, length)
+      else:
+        examples, count = _of_pool(context)
       for side, of_split in examples.items():
         stem = f'{name}.{side}'
         storage.save_npz(context.out / f'{stem}.npz', tokens_TL=of_split.tokens_TL, weights_TL=of_split.weights_TL)
@@ -351,6 +363,27 @@ def run(context: Context) -> dict[str, Any]:
   }
 
 
+def _of_pool(context: Context) -> tuple[dict[str, Examples], dict[str, Any]]:
+  """As `build_task`, of the documents that are held out of the pool."""
+  config, pool = context.config.targets, Pool(context.inputs['pool'])
+  documents = storage.load(context.inputs['leakage'].path / 'breadth.npy')
+  by_split, examples = breadth.pieces(pool, documents, config.holdout_share), {}
+  count = {'documents': len(documents), 'groups': len(documents), 'items': sum(map(len, by_split.values()))}
+  count |= {'duplicates': 0, 'unfit': 0}
+  for side, found in by_split.items():
+    if not found:
+      raise UserError(
+        f'targets.breadth: no held-out document of the {side} split has tokens that the loss counts; give the pool '
+        'more documents, or set targets.breadth=0'
+      )
+    items = [RawItem(str(place), '', '', record['document']) for place, (*_, record) in enumerate(found)]
+    order = _spread(items, prng.numpy_stream(config.seed, 'targets', BREADTH, side))[: config.max_examples]
+    tokens, weights, records = zip(*(found[int(item.id)] for item in order), strict=True)
+    examples[side] = Examples(np.stack(tokens), np.stack(weights), records)
+    count[side] = len(order)
+  return examples, count
+
+
 def _files(task: str) -> list[str]:
   return [f'{task}.json', *(f'{task}.{split}.{kind}' for split in SPLITS for kind in ('npz', 'jsonl'))]
 
@@ -361,6 +394,12 @@ class Targets:
   def __init__(self, artifact: Artifact):
     self._path = artifact.path
     self.tasks: list[str] = storage.read_json(self._path / 'tasks.json', list)
+    file = self._path / _WEIGHTS
+    self._weights: dict[str, float] = storage.read_json(file, dict) if storage.is_file(file) else {}
+
+  def weight(self, task: str) -> float:
+    """The weight of a task where several are mixed: 1, and `targets.breadth` for breadth."""
+    return self._weights.get(task, 1.0)
 
   def digest(self, task: str) -> str:
     """SHA-256 of the files of a task's target split."""
