@@ -176,6 +176,28 @@ def test_lock_of_a_dead_owner_is_taken_over_and_that_of_a_live_one_is_not(addres
     thread.join()
 
 
+def test_a_run_whose_lock_was_taken_stops(address):
+  program = (
+    'import sys, time\n'
+    'from dsdm_jax.core import lock, storage\n'
+    'lock.TOUCH_SECONDS = 0.2\n'
+    'with lock.hold(storage.locate(sys.argv[1])):\n'
+    '  print("held", flush=True)\n'
+    '  time.sleep(60)\n'
+  )
+  with subprocess.Popen(
+    [sys.executable, '-c', program, str(address)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  ) as run:
+    assert run.stdout.readline() == 'held\n'
+    storage.write_bytes(address / lock.LOCK, _owner())
+    error = run.communicate(timeout=60)[1]
+  assert run.returncode == 2
+  assert (
+    error == f'dsdm_jax: the lock {address}/lock.json was taken from this run, which stops; finished stages are kept\n'
+  )
+  assert json.loads(storage.read(address / lock.LOCK))['host'] == 'elsewhere', 'the other run keeps it'
+
+
 def test_whole_run_and_job_refuse_each_other(address):
   with lock.hold(address, job=0), lock.hold(address, job=1):
     with pytest.raises(UserError, match='is in use by'), lock.hold(address):
