@@ -89,7 +89,7 @@ def system_error(error: BaseException | None) -> OSError | None:
       return error
     if isinstance(error, Exception) and (hidden := as_os_error(error, '')) is not None:
       return hidden
-    error = error.__cause__
+    error = error.__cause__ if error.__cause__ is not error else None  # by `raise error from error`
   return None
 
 

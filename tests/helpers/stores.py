@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 BUCKET = 'tests'
 _S3 = {
@@ -59,7 +60,20 @@ def _serve(kind: str) -> None:
     address = f'http://127.0.0.1:{s3.get_host_and_port()[1]}'
     boto3.client('s3', endpoint_url=address).create_bucket(Bucket=BUCKET)
   else:
-    from gcp_storage_emulator.server import create_server
+    from gcp_storage_emulator.handlers import objects
+
+    plain = objects.download
+
+    def download(request: Any, response: Any, storage: Any, *arguments: Any, **options: Any) -> None:
+      # Cloud Storage says which generation it sends, and TensorStore's OCDBT fails where it reads again without it.
+      with contextlib.suppress(NotFound):
+        stored = storage.get_file_obj(request.params['bucket_name'], request.params['object_id'])
+        response['x-goog-generation'] = stored['generation']
+      plain(request, response, storage, *arguments, **options)
+
+    objects.download = download
+    from gcp_storage_emulator.exceptions import NotFound
+    from gcp_storage_emulator.server import create_server  # which takes the handlers as they are now
 
     with socket.create_server(('127.0.0.1', 0)) as free:
       port = free.getsockname()[1]
