@@ -108,12 +108,10 @@ def weights_here(tree: Any, dtype: Any = None) -> Any:
   """
   mesh, specs = _MESH.get(), _SPECS.get()
   if mesh is not None:
-    tree = gathered(tree, mesh)
-  elif specs:
-    tree = jax.tree_util.tree_map_with_path(lambda path, x: _whole(x, _spec_of(path_name(path), specs), dtype), tree)
-  else:
+    return gathered(tree, mesh)
+  if not specs:
     return tree
-  return jax.tree.map(lambda x: checkpoint_name(x, SAVED), tree)
+  return jax.tree_util.tree_map_with_path(lambda path, x: _whole(x, _spec_of(path_name(path), specs), dtype), tree)
 
 
 def _spec_of(path: str, specs: Mapping[str, PartitionSpec]) -> PartitionSpec:
@@ -130,7 +128,8 @@ def _whole(x: jax.Array, split: PartitionSpec, dtype: Any) -> jax.Array:
   axis = _axis(split, x.ndim)
   if axis is None:
     return x
-  return jax.lax.all_gather(x if dtype is None else x.astype(dtype), DATA, axis=axis, tiled=True)
+  whole = jax.lax.all_gather(x if dtype is None else x.astype(dtype), DATA, axis=axis, tiled=True)
+  return checkpoint_name(whole, SAVED)
 
 
 def summed(tree: Any, specs: Mapping[str, PartitionSpec], whole: bool) -> Any:
