@@ -187,8 +187,6 @@ def run(config: ConfigDict, workdir: Named, only: str | None = None, rerun: bool
       are raised before anything is written.
   """
   location = storage.check_location(workdir, '--workdir')
-  if isinstance(location, storage.Address):
-    raise UserError(f'--workdir = {location} is an address, to which not every stage can write; give a folder')
   validate(config)
   stages = [stage.name for stage in existing(STAGES, flatten(config))]
   if only not in (None, CHECK, *stages):
