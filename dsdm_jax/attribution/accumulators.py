@@ -146,8 +146,9 @@ class Accumulator:
       progress(end - row)
       row = end
       if folder is not None and (row - first >= CHUNK_ROWS or self._is_due()):
+        began = time.monotonic()
         chunks.append(self._save_chunk(folder, f'partial_{name}.{first:012d}-{row:012d}', team, unsaved))
-        self._due = time.monotonic() + SAVE_SECONDS
+        self._due = time.monotonic() + max(SAVE_SECONDS, 10 * (time.monotonic() - began))
         first, unsaved = row, []
     if unsaved and team.count > 1:  # for the other processes
       if folder is None:
