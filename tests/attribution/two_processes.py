@@ -19,6 +19,7 @@ from dsdm_jax.attribution.store import FeatureStore
 from dsdm_jax.config import validate as checks
 from dsdm_jax.core import processes, storage
 from dsdm_jax.core.mesh import Team, make_mesh, team
+from dsdm_jax.errors import UserError
 from tests.pipeline.tiny import get_config
 
 SETTINGS = {
@@ -94,8 +95,17 @@ class Rows(RowSource):
       yield start, stop, self.phi_NJ[start:stop]
 
 
-def check_reductions(mesh) -> None:
-  """Gram matrix, sums and scores of rows that two processes share, against NumPy."""
+def check_shared_work(mesh, process: int) -> None:
+  """Gram matrix, sums and scores of rows that two processes share, against NumPy; items that they divide."""
+  assert processes.divide(range(5), lambda items: [10 * item for item in items]) == [0, 10, 20, 30, 40]
+
+  def fail(items):
+    if process:
+      raise UserError('the second process fails')
+    return [None for _ in items]
+
+  with pytest.raises(UserError, match='the second process fails'):
+    processes.divide(range(3), fail)
   source = Rows(team(mesh))
   assert source.team.count == 2 and source.team.leads
   assert sum(stop - start for start, stop, _ in source) in (38, 32)
@@ -113,7 +123,7 @@ def main(argv: list[str]) -> int:
   config.distributed.update(wanted)
   with processes.running(config, checks.flatten(config)):
     processes.before_devices()
-    check_reductions(make_mesh(config.mesh))
+    check_shared_work(make_mesh(config.mesh), process)
     for folder in folders:
       with counted(folder.parent / f'{folder.name}-{process}.json'):
         run(settings(folder.name), folder)
