@@ -23,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policy
 
 from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.core.storage import Address, Location
-from dsdm_jax.errors import Stopped, UserError, as_os_error
+from dsdm_jax.errors import Stopped, StoreError, UserError, as_os_error
 
 # Orbax logs pages about what its threads raise, and the event loops that they leave print more when they are deleted or
 # called. The error itself is raised again where it is reported.
@@ -137,9 +137,20 @@ class Checkpoints:
     try:
       saved = self._manager.save(step, args=args)
     except ValueError as error:
-      raise as_os_error(error, self._directory) or error from error
+      raise self._found(error) from error
     if not saved:  # Orbax raises nothing
       raise RuntimeError(f'step {step} is not saved in {self._location}, which already holds step {self.latest}')
+
+  def _found(self, error: ValueError) -> Exception:
+    """The error of the disk or the store behind one of Orbax; `error` if there is none."""
+    found = as_os_error(error, str(self._directory))
+    if found is None and isinstance(self._location, Address):
+      reason = ' '.join(str(error).split())[:300]
+      return StoreError(
+        f'{self._location} cannot be written ({reason}); check the network, the credentials and their rights, and '
+        'start the same command again: finished work is kept'
+      )
+    return found or error
 
   def _check_space(self, state: Any) -> None:
     # Checked beforehand: when a write fails half-way, Orbax prints pages from its threads before it raises.
@@ -285,7 +296,7 @@ class Checkpoints:
       self._delete_old()
       self._manager.close()
     except ValueError as error:
-      raise as_os_error(error, self._directory) or error from error
+      raise self._found(error) from error
     finally:
       self._stack.close()
 

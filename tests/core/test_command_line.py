@@ -69,6 +69,9 @@ def test_errors_of_the_system_are_one_line(number):
     assert found.errno == code and '\n' not in line and line.endswith(' is kept' if piped else ' are kept')
     assert piped or line.startswith(f'cannot use {named}: {os.strerror(code)}; ')
   assert system_error(KeyError('x')) is None and system_error(OSError('no number')) is None
+  caused_by_itself = ValueError('x')  # by `raise error from error`
+  caused_by_itself.__cause__ = caused_by_itself
+  assert system_error(caused_by_itself) is None
 
 
 STREAMS = """
