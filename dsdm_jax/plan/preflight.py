@@ -374,11 +374,15 @@ def _pays(config: ConfigDict, ratio: float, rows: int) -> list[str]:
     return [f'{cost}{" and pays" if saved > 0 else ""} {at}']
   budget = math.ceil(config.selection.examples * ratio / saved / 100) * 100
   models = math.ceil(ratio / saved)
-  lines = [f'{cost}; it pays for {models:,} models that share it,']
+  lines = [f'{cost}; it pays for {models:,} models that share it', f'  {at}']
+  given, cheaper = config.proxies, 'epochs=0' if config.proxies.model.weights else 'model.width=16'
   if budget <= rows // 2:
-    return [*lines, f'  or for one with --config.selection.examples={budget} {at}']
-  cheaper = 'epochs=0' if config.proxies.model.weights else 'model.width=16'
-  return [*lines, f'  or with cheaper proxies {at}, such as', f'  --config.proxies.count=1 --config.proxies.{cheaper}']
+    lines[0] += ','
+    lines[1] = f'  or for one with --config.selection.examples={budget} {at}'
+  elif given.epochs and (given.count > 1 or given.model.weights or given.model.width > 16):
+    lines[0] += ','
+    lines[1:] = [f'  or with cheaper proxies {at}, such as', f'  --config.proxies.count=1 --config.proxies.{cheaper}']
+  return lines
 
 
 def _too_large(workdir: Location, memory: Mapping[str, float], disk: Mapping[str, float]) -> Iterator[str]:
