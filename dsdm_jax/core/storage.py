@@ -700,15 +700,17 @@ def scratch() -> Iterator[Path]:
   """A local folder that is deleted at the end; what a killed process left there is deleted by the next."""
   folder = _cache() / 'scratch'
   folder.mkdir(parents=True, exist_ok=True)
-  for old in folder.iterdir():
-    with contextlib.suppress(OSError), _locked(old):  # an OSError: its process lives
-      shutil.rmtree(old, ignore_errors=True)
-  new = Path(tempfile.mkdtemp(dir=folder))
-  try:
-    with _locked(new):
+  with contextlib.ExitStack() as stack:
+    with guarded(folder):  # else another process could take the new one for an old one
+      for old in folder.iterdir():
+        with contextlib.suppress(OSError), _locked(old):  # an OSError: its process lives
+          shutil.rmtree(old, ignore_errors=True)
+      new = Path(tempfile.mkdtemp(dir=folder))
+      stack.enter_context(_locked(new))
+    try:
       yield new
-  finally:
-    shutil.rmtree(new, ignore_errors=True)
+    finally:
+      shutil.rmtree(new, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -354,3 +354,13 @@ def test_a_store_that_refuses_is_one_line(address, monkeypatch, capsys):
 def test_a_run_on_a_disk_imports_no_client():
   code = 'import sys\nfrom dsdm_jax import pipeline\nprint(sorted({"fsspec", "s3fs", "gcsfs"} & sys.modules.keys()))'
   assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True).stdout == '[]\n'
+
+
+def test_scratch_of_a_killed_process_is_deleted_and_that_of_a_live_one_is_not(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  code = 'import os\nfrom dsdm_jax.core import storage\nwith storage.scratch() as folder:\n  os.kill(os.getpid(), 9)\n'
+  assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == -9
+  (left,) = (tmp_path / 'dsdm_jax' / 'objects' / 'scratch').iterdir()
+  with storage.scratch() as first, storage.scratch() as second:
+    assert not left.exists() and first.is_dir() and second.is_dir()
+  assert not first.exists() and not second.exists()
