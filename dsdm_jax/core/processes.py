@@ -46,6 +46,7 @@ class _State:
   """What `running` connected this process to."""
 
   processes, process = 1, 0
+  decides = False  # whether this is process 0, while the others wait for what it decides
   exit_notice: subprocess.Popen | None = None
 
 
@@ -177,22 +178,26 @@ def is_first() -> bool:
 def decide(choose: Callable[[], _T]) -> _T:
   """Calls `choose` on process 0 and returns its result, a JSON value, on all processes.
 
-  All processes must call `decide`, `gather` and `wait` in the same order.
+  All processes must call `decide`, `gather` and `wait` in the same order. Within `choose`, which process 0 calls alone,
+  `decide` just calls its argument.
 
   Raises:
     UserError: `choose` raised one on process 0.
     RuntimeError: it raised something else there.
   """
-  if count() == 1:
+  if count() == 1 or _State.decides:
     return choose()
   key, client = f'dsdm_jax/decide/{next(_turns)}', _client()
   if is_first():
+    _State.decides = True
     try:
       value = choose()
     except BaseException as error:
       message = {'error': str(error) or type(error).__name__, 'user': isinstance(error, (UserError, OSError))}
       client.key_value_set(key, json.dumps(message))
       raise
+    finally:
+      _State.decides = False
     client.key_value_set(key, json.dumps({'value': value}))
     return value
   answer = json.loads(client.blocking_key_value_get(key, _FOREVER_MILLISECONDS))

@@ -160,7 +160,8 @@ def ends(processes: list[subprocess.Popen[str]], seconds: float = 250) -> list[t
 
 def test_process_0_decides_for_two_and_its_refusal_is_said_by_both(tmp_path):
   program = (
-    'print(processes.decide(lambda: {"from": process}), processes.gather(process), processes.is_first())\n'
+    'chosen = processes.decide(lambda: processes.decide(lambda: {"from": process}))\n'
+    'print(chosen, processes.gather(process), processes.is_first())\n'
     'processes.check_shared(pathlib.Path(sys.argv[1]))\n'
     'def refuse():\n'
     '  raise UserError("the disk is odd; turn it")\n'
