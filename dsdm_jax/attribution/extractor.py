@@ -32,8 +32,8 @@ from dsdm_jax.data.pool.pool import Pool, PoolRows, prefiltered_rows
 from dsdm_jax.errors import UserError
 from dsdm_jax.lm.outputs import OutputFn, counted_mean, token_log_probability
 from dsdm_jax.training.loop import load_state
-from dsdm_jax.training.proxies import checkpoint_steps
-from dsdm_jax.training.step import Trainer, TrainState, abstract_model, trainer
+from dsdm_jax.training.proxies import checkpoint_steps, trainer_of
+from dsdm_jax.training.step import Trainer, TrainState, abstract_model
 
 
 class FeatureExtractor:
@@ -52,7 +52,7 @@ class FeatureExtractor:
     config = context.config
     self._context, self._pool, self._folder, self.mesh = context, pool, folder, make_mesh(config.mesh)
     self.scored = PoolRows(pool, prefiltered_rows(context.inputs.get('prefilter')))
-    self._trainer = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, self.mesh)
+    self._trainer = trainer_of(config.proxies, pool, self.mesh)
     self.step = feature_step(config, pool.vocab_size, pool.length, self.mesh)
     self.batch_size, self._microbatch = step_rows(config.features, self.mesh)
 

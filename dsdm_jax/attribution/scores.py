@@ -29,7 +29,7 @@ from dsdm_jax.data.pool.pool import Pool, prefiltered_rows
 from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.errors import UserError
 from dsdm_jax.training.loop import load_state
-from dsdm_jax.training.step import trainer
+from dsdm_jax.training.proxies import trainer_of
 
 ALL, UNSEEN, AUTO = 'all', 'unseen', 'auto'  # which proxies the score of a row is averaged over
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)  # of the pool, at which the overlap of two selections is measured
@@ -316,7 +316,7 @@ def _proxies(context: Context) -> tuple[ProxyOutputs, Any]:
   """The compiled forward passes, and the proxies' states one after the other."""
   config, pool = context.config, Pool(context.inputs['pool'])
   mesh = make_mesh(config.mesh)
-  compiled = trainer(config.proxies.model, config.proxies.train, pool.vocab_size, pool.length, mesh)
+  compiled = trainer_of(config.proxies, pool, mesh)
   passes = ProxyOutputs(compiled, load_callable(config.features.output_fn), step_rows(config.features, mesh)[0])
   proxies, names = context.inputs['proxies'], [f'proxy_{c}' for c in range(config.proxies.count)]
   return passes, (load_state(proxies.path / name, compiled, proxies.last_step(name)) for name in names)

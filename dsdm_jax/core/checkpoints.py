@@ -96,6 +96,7 @@ class Checkpoints:
       async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
     )
     self._manager = ocp.CheckpointManager(self._directory, options=options)
+    self._whole: set[int] = set()  # steps whose files `restore_part` compared
 
   @property
   def latest(self) -> int | None:
@@ -194,8 +195,10 @@ class Checkpoints:
   def restore_part(self, like: dict[str, Any], step: int | None) -> dict[str, Any]:
     """Some entries of the state of `step` or, if that is None, of the newest checkpoint, on the first CPU.
 
+    The first call compares the files of the checkpoint with their checksums.
+
     Args:
-      like: name of each entry → pytree of shapes.
+      like: name of each entry → pytree of shapes, which may lack leaves.
       step: to restore.
 
     Raises:
@@ -205,8 +208,10 @@ class Checkpoints:
     try:
       if step is None:
         raise ValueError('it contains no checkpoint')
-      self._bring(step)
-      self._check_files(step)
+      if step not in self._whole:
+        self._bring(step)
+        self._check_files(step)
+        self._whole.add(step)
       stored = self._manager.restore(step, args=ocp.args.Composite(shapes=ocp.args.JsonRestore()))['shapes']
       wanted = _shapes(like)
       if wrong := [name for name in wanted if stored.get(name) != wanted[name]]:

@@ -11,7 +11,7 @@ with data, selection and results. `model.weights=FOLDER` reads it again to the b
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,23 @@ class TrainedModel(Trained):
 
   def parameters(self) -> dict[str, jax.Array]:
     """Path → parameter, of the last checkpoint."""
-    params = self.restored({'params': nnx.state(self.abstract(), nnx.Param)})['params']
-    return {partition.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    return _named(self.restored({'params': self._shapes()})['params'])
+
+  def _shapes(self) -> nnx.State:
+    return nnx.state(self.abstract(), nnx.Param)
 
   def write(self, out: Path, dtype: str) -> str:
     """Writes the files into the folder `out` and returns a message about them."""
     ids = tokenizer_files.write(self.pool.path, out, self.pool.length)
-    hugging_face.write(out, self.config, self.theirs | ids, self.parameters(), dtype)
+    shapes = self._shapes()
+    of_path = {'/'.join(map(str, path)): (path, x) for path, x in nnx.to_flat_state(shapes)}
+    with self.checkpoint() as restore:
+
+      def read(paths: Collection[str]) -> dict[str, jax.Array]:
+        some = nnx.from_flat_state([of_path[path] for path in paths])
+        return _named(restore({'params': some})['params'])
+
+      hugging_face.write(out, self.config, self.theirs | ids, _named(shapes), dtype, read)
     storage.write_json(out / 'generation_config.json', ids)
     rows = range(0, self.pool.num_rows, -(-self.pool.num_rows // _COMPARED_TEXTS))
     texts = [self.pool.text(row) for row in rows]
@@ -129,6 +139,10 @@ class TrainedModel(Trained):
         f'{_interval(row["low"], row["high"])} | {row["verdict"]} |'
       )
     return [*lines, '', *(note + '\n' for note in results['notes'])]
+
+
+def _named(params: nnx.State) -> dict[str, Any]:
+  return {partition.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def _cell(text: Any) -> str:

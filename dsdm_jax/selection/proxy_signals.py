@@ -27,6 +27,7 @@ from dsdm_jax.errors import UserError
 from dsdm_jax.lm.outputs import counted_mean, log_likelihood, token_log_probability
 from dsdm_jax.training.differentiable import LEAST_EPS_ROOT, Metagradient, ScannedTraining, TargetOutputs
 from dsdm_jax.training.loop import load_state
+from dsdm_jax.training.proxies import trainer_of
 from dsdm_jax.training.step import Trainer, TrainState, trainer
 
 BLOCK = 65_536  # rows that are whitened together
@@ -45,7 +46,7 @@ class Proxies:
     self._config, self._proxies = context.config, context.inputs['proxies']
     # Always one device, for the same reason as _TOKENS.
     self._mesh = one_device()
-    self._trainer = self._trainer_of(self._config.proxies.train)
+    self._trainer = trainer_of(self._config.proxies, pool, self._mesh)
     self._batch = max(1, _TOKENS // pool.length)
     self._tuners: dict[float, Trainer] = {}
     sharded = self._trainer.batch_sharding
@@ -54,9 +55,6 @@ class Proxies:
       self._mean_log_probability, in_shardings=(*states, sharded, sharded), out_shardings=sharded
     )
     self._embed = jax.jit(self._mean_hidden, in_shardings=(*states, sharded, sharded), out_shardings=sharded)
-
-  def _trainer_of(self, train: ConfigDict) -> Trainer:
-    return trainer(self._config.proxies.model, train, self._pool.vocab_size, self._pool.length, self._mesh)
 
   def state(self, checkpoint: int) -> TrainState:
     name = f'proxy_{checkpoint}'
@@ -78,14 +76,18 @@ class Proxies:
     return self._over_pool(lambda *batch: self._likelihood(state.params, state.rest, *batch), 'log-likelihood')
 
   def embeddings(self) -> np.ndarray:
-    """Embedding of every row by the first proxy: mean over positions, whitened, of unit length; float32 [N, D].
+    """Embedding of every row by the first proxy: mean over tokens, whitened, of unit length; float32 [N, D].
 
     D is the model's width if the model has a method `hidden` (tokens_BL → x_BLD, before the head). The logits of other
     models are projected by random signs to at most 256 columns.
     """
     state = self.state(0)
-    ones_BL = np.ones((self._batch, self._pool.length), np.float32)
-    raw_ND = self._over_pool(lambda t, _: self._embed(state.params, state.rest, t, ones_BL), 'embeddings')
+    column_L = np.arange(self._pool.length)
+
+    def there(rows_B: np.ndarray) -> np.ndarray:
+      return (column_L < self._pool.sizes(rows_B)[:, None]).astype(np.float32)
+
+    raw_ND = self._over_pool(functools.partial(self._embed, state.params, state.rest), 'embeddings', there)
     self._mean_D = raw_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
     # A few directions have most of the variance (two of 64 have 60 %), and along these many texts are close that have
     # no word in common.
@@ -123,7 +125,8 @@ class Proxies:
     tokens_NL, train = self._joined(sequences), ConfigDict(self._config.proxies.train.to_dict())
     train.learning_rate *= rate
     if rate not in self._tuners:  # compiled once
-      self._tuners[rate] = self._trainer_of(train)
+      pool, model = self._pool, self._config.proxies.model
+      self._tuners[rate] = trainer(model, train, pool.vocab_size, pool.length, self._mesh)
     compiled = self._tuners[rate]
     rng = prng.numpy_stream(0, 'selection', 'tuned')
     old = self.state(0)
@@ -241,12 +244,19 @@ class Proxies:
       parts.append(of_targets(*given, *batch)[: len(rows[0])])
     return jnp.concatenate(parts).mean(axis=0)
 
-  def _over_pool(self, apply: Callable[[np.ndarray, np.ndarray], jax.Array], name: str) -> np.ndarray:
+  def _over_pool(
+    self,
+    apply: Callable[[np.ndarray, np.ndarray], jax.Array],
+    name: str,
+    weights: Callable[[np.ndarray], np.ndarray] | None = None,
+  ) -> np.ndarray:
+    """`apply(tokens_BL, weights_BL)` of all rows, where `weights(rows_B)` is `pool.weights` unless given."""
     parts: list[np.ndarray] = []
     pool = self._pool
+    weights = weights or pool.weights
     with self._context.log.bar(total=pool.num_rows, desc=name, unit='row') as bar:
       for tokens_BL, rows_B, valid_B in ahead(row_range_batches(pool, 0, pool.num_rows, self._batch)):
-        batch = tokens_BL, pool.weights(rows_B)
+        batch = tokens_BL, weights(rows_B)
         if not parts:
           self._context.add_flop(flops.count(apply, *batch) * -(-pool.num_rows // self._batch))
         parts.append(np.asarray(apply(*batch))[valid_B])

@@ -3,6 +3,7 @@
 import functools
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dsdm_jax.core import prng, storage
@@ -14,7 +15,7 @@ from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.errors import UserError
 from dsdm_jax.training import loop
 from dsdm_jax.training.metrics import held_out
-from dsdm_jax.training.step import trainer
+from dsdm_jax.training.step import Trainer, trainer
 
 
 def run(context: Context) -> dict:
@@ -26,7 +27,7 @@ def run(context: Context) -> dict:
   pool = Pool(context.inputs['pool'])
   size, steps = steps_of(proxies, pool.num_rows)
   seed = prng.derive(config.seed, 'proxies', proxies.seed) if proxies.seed else config.seed
-  compiled = trainer(proxies.model, proxies.train, pool.vocab_size, pool.length, make_mesh(config.mesh))
+  compiled = trainer_of(proxies, pool, make_mesh(config.mesh))
   local_rows = share(compiled.batch_sharding, proxies.train.batch_size)
   losses = []
   context.log.describe(f'{proxies.count} models × {steps:,} steps')
@@ -44,6 +45,11 @@ def run(context: Context) -> dict:
       history = loop.train(context, compiled, run, proxies.train, bar)
       losses.append(history[-1]['loss'] if history else None)
   return {'count': proxies.count, 'subset_rows': size, 'steps': steps, 'final_loss_nats': losses}
+
+
+def trainer_of(proxies: ConfigDict, pool: Pool, mesh: Mesh) -> Trainer:
+  """What trains the proxies of the config's section, or reads them; frozen if they are not trained."""
+  return trainer(proxies.model, proxies.train, pool.vocab_size, pool.length, mesh, frozen=not proxies.epochs)
 
 
 def steps_of(proxies: ConfigDict, rows: int) -> tuple[int, int]:

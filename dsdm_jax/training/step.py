@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
@@ -41,6 +42,15 @@ def abstract_model(model_config: ConfigDict, vocab_size: int, length: int) -> nn
 class Trainer:
   """The compiled functions of one model and optimizer on one mesh.
 
+  Args:
+    model_config: section `model` of the config.
+    config: section `train`.
+    vocab_size: of the pool.
+    length: tokens of a row.
+    mesh: to run on.
+    frozen: the model is used as it is: it has no optimizer state, and `init` keeps the matrices of `model.weights` in
+      the dtype of their files. Training needs them in float32, as `abstract` has them in either case.
+
   Attributes:
     mesh: devices that it runs on.
     models: number of models that it trains: 1.
@@ -54,12 +64,20 @@ class Trainer:
       differentiated; it is a metric of its own.
   """
 
-  def __init__(self, model_config: ConfigDict, config: ConfigDict, vocab_size: int, length: int, mesh: Mesh):
+  def __init__(
+    self,
+    model_config: ConfigDict,
+    config: ConfigDict,
+    vocab_size: int,
+    length: int,
+    mesh: Mesh,
+    frozen: bool = False,
+  ):
     model = abstract_model(model_config, vocab_size, length)
     self.graphdef, _, _ = nnx.split(model, nnx.Param, ...)
     self._own = getattr(model, 'gathers', None)
     self._config, self.mesh, self.models = config, mesh, 1
-    self._optimizer = optimizer.make(config)
+    self._optimizer = optax.identity() if frozen else optimizer.make(config)
 
     def init(key: jax.Array) -> TrainState:
       model = build_model(model_config, vocab_size, length, nnx.Rngs(key))
@@ -77,7 +95,7 @@ class Trainer:
       jax.ShapeDtypeStruct((config.batch_size, length), jnp.int32, sharding=batch),
       jax.ShapeDtypeStruct((config.batch_size,), jnp.float32, sharding=batch),
     )
-    self._model_config, self._vocab_size, self._length = model_config, vocab_size, length
+    self._model_config, self._vocab_size, self._length, self._frozen = model_config, vocab_size, length, frozen
     self._fresh, self._init = init, jax.jit(init, out_shardings=self.shardings)
     self.step = jax.jit(
       self.apply,
@@ -103,7 +121,9 @@ class Trainer:
     weights = hugging_face.Weights(self._model_config.weights, self._model_config, self._vocab_size, self._length)
 
     def read(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.Array:
-      return jax.block_until_ready(place(weights.read(partition.path_name(path), x.shape), x.sharding))
+      name = partition.path_name(path)
+      dtype = weights.dtype(name, x.shape) if self._frozen else np.dtype(x.dtype)
+      return jax.block_until_ready(place(weights.read(name, x.shape, dtype), x.sharding))
 
     params = jax.tree_util.tree_map_with_path(read, self.abstract.params)
     init = jax.jit(self._optimizer.init, out_shardings=self.shardings.opt_state)
@@ -227,10 +247,14 @@ def _norm(tree: Any) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=8)
-def _trainer(model_json: str, train_json: str, vocab_size: int, length: int, mesh: Mesh) -> Trainer:
-  return Trainer(ConfigDict(json.loads(model_json)), ConfigDict(json.loads(train_json)), vocab_size, length, mesh)
+def _trainer(model_json: str, train_json: str, vocab_size: int, length: int, mesh: Mesh, frozen: bool) -> Trainer:
+  sections = ConfigDict(json.loads(model_json)), ConfigDict(json.loads(train_json))
+  return Trainer(*sections, vocab_size, length, mesh, frozen)
 
 
-def trainer(model_config: ConfigDict, config: ConfigDict, vocab_size: int, length: int, mesh: Mesh) -> Trainer:
+def trainer(
+  model_config: ConfigDict, config: ConfigDict, vocab_size: int, length: int, mesh: Mesh, frozen: bool = False
+) -> Trainer:
   """A Trainer, cached for equal arguments, so that proxies and final models of one shape compile once."""
-  return _trainer(model_config.to_json(sort_keys=True), config.to_json(sort_keys=True), vocab_size, length, mesh)
+  sections = model_config.to_json(sort_keys=True), config.to_json(sort_keys=True)
+  return _trainer(*sections, vocab_size, length, mesh, frozen)

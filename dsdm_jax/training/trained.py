@@ -1,7 +1,8 @@
 """The trained models of a finished run, for readers outside of it: notebooks and exports."""
 
+import contextlib
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -93,8 +94,14 @@ class Trained:
 
   def restored(self, parts: dict[str, nnx.State]) -> dict[str, nnx.State]:
     """Entries of the last checkpoint (name → shapes), on the first CPU."""
+    with self.checkpoint() as restore:
+      return restore(parts)
+
+  @contextlib.contextmanager
+  def checkpoint(self) -> Iterator[Callable[[dict[str, nnx.State]], dict[str, nnx.State]]]:
+    """Yields a function as `restored`, which compares the files with their checksums once."""
     with Checkpoints(self.folder) as checkpoints:
-      return checkpoints.restore_part(parts, self.step)
+      yield lambda parts: checkpoints.restore_part(parts, self.step)
 
 
 class RunModel(Trained):

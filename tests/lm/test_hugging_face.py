@@ -66,14 +66,14 @@ def run_peers(peers, *folders: Path) -> None:
   assert done.returncode == 0, done.stderr[-2000:]
 
 
-def trainer_of(folder: Path, length: int = LENGTH, vocab_size: int = VOCAB, **keys) -> Trainer:
+def trainer_of(folder: Path, length: int = LENGTH, vocab_size: int = VOCAB, frozen: bool = False, **keys) -> Trainer:
   config = base.get_config()
   config.model.weights = str(folder)
   config = checks.resolve(config, hugging_face.model_keys)
   checks.validate(config)
   config.model.update(keys)
   grid = mesh.make_mesh(config.mesh, jax.devices()[:1])
-  return Trainer(config.model, config.pretraining.train, vocab_size, length, grid)
+  return Trainer(config.model, config.pretraining.train, vocab_size, length, grid, frozen)
 
 
 FAMILIES = {
@@ -360,12 +360,20 @@ def test_half_precision_weights_are_read_exactly(tmp_path, dtype):
   save(half, tmp_path / 'model/model.safetensors')
   found = flat(trainer_of(tmp_path / 'model').init(jax.random.key(0)).params)
   np.testing.assert_array_equal(found['embedding/embedding'], half['wte.weight'].astype(np.float32))
+  assert {x.dtype for x in found.values()} == {np.dtype(np.float32)}  # to train them
+  frozen = trainer_of(tmp_path / 'model', frozen=True).init(jax.random.key(0))
+  kept = flat(frozen.params)
+  assert {path.rpartition('/')[2] for path, x in kept.items() if x.dtype == dtype} == {'kernel', 'embedding'}
+  for path, x in kept.items():
+    np.testing.assert_array_equal(x.astype(np.float32), found[path])
+  assert not jax.tree.leaves(frozen.opt_state)
   save({name: x.astype(np.int8) for name, x in tensors.items()}, tmp_path / 'model/model.safetensors')
   with pytest.raises(UserError, match='has dtype I8; save the model in one of F32, F16, BF16'):
     trainer_of(tmp_path / 'model').init(jax.random.key(0))
 
 
 _SIZES = {'num_hidden_layers': 2, 'hidden_size': 32, 'num_attention_heads': 4, 'intermediate_size': 64}
+_ALL = 'load are gpt2, gpt_neox, llama, mistral, qwen2, qwen3, olmo2, gemma2, gemma3_text'
 _GEMMA = {'model_type': 'gemma2', 'num_key_value_heads': 4, 'head_dim': 8}
 
 
@@ -381,6 +389,18 @@ _GEMMA = {'model_type': 'gemma2', 'num_key_value_heads': 4, 'head_dim': 8}
     ({'model_type': 'llama', 'attention_bias': True}, 'mlp_bias = False, which .* .only the value of attention_bias'),
     ({'model_type': 'llama', 'rope_scaling': {'rope_type': 'llama3'}}, 'has factor = None, which must be a number'),
     ({'model_type': 'qwen3', 'num_key_value_heads': 2, 'attention_bias': True}, 'attention_bias = True, which'),
+    ({'quantization_config': {'quant_method': 'gptq'}}, 'quantization_config = .*gptq.*, which .* .only null.'),
+    (
+      _GEMMA
+      | {
+        'model_type': 'gemma3_text',
+        'rope_parameters': {
+          'full_attention': {'rope_type': 'default'},
+          'sliding_attention': {'rope_type': 'linear', 'factor': 8.0},
+        },
+      },
+      "has rope_parameters.sliding_attention.rope_type = 'linear', which .* .only default.",
+    ),
     (_GEMMA | {'query_pre_attn_scalar': 144}, 'query_pre_attn_scalar = 144, which .* .only head_dim, which is 8'),
     (_GEMMA | {'model_type': 'gemma3_text', 'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types = '),
   ],
@@ -389,7 +409,8 @@ def test_what_the_decoder_cannot_say_is_reported_in_one_line(tmp_path, change, w
   (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt_neox'} | _SIZES | change))
   with pytest.raises(UserError, match=words) as caught:
     hugging_face.model_keys(str(tmp_path))
-  assert str(tmp_path) in str(caught.value)
+  message = str(caught.value)
+  assert str(tmp_path) in message and (message.endswith(_ALL) or 'which must be' in message)
 
 
 @pytest.mark.peers
@@ -427,7 +448,7 @@ def test_parallel_residual_reads_the_same_input_twice():
 
 
 _READ = """
-import re, sys, jax
+import pathlib, re, sys, jax
 from configs import base
 from dsdm_jax.config import validate
 from dsdm_jax.core import mesh
@@ -441,7 +462,7 @@ def trainer(**keys):
   config.model.update(keys)
   config.pretraining.train.optimizer = 'sgd'  # has no moments
   grid = mesh.make_mesh(config.mesh, jax.devices()[:1])
-  return Trainer(config.model, config.pretraining.train, 8_000, 128, grid)
+  return Trainer(config.model, config.pretraining.train, 8_000, 128, grid, frozen='bfloat16' in sys.argv)
 
 def peak():  # bytes; ru_maxrss would begin with that of the process that started this one
   return 1024 * int(re.search('VmHWM: *(\\d+)', open('/proc/self/status').read().replace('\\t', ' '))[1])
@@ -450,20 +471,21 @@ own = trainer()
 jax.block_until_ready(trainer(weights='', width=24, mlp_width=32, layers=1).init(jax.random.key(0)))
 before = peak()
 state = jax.block_until_ready(own.init(jax.random.key(0)))
-print((peak() - before) / sum(x.nbytes for x in jax.tree.leaves(state.params)))
+print((peak() - before) / sum(file.stat().st_size for file in pathlib.Path(sys.argv[1]).glob('*.safetensors')))
 """
 
 
 @pytest.mark.full
-def test_reading_takes_little_more_memory_than_the_parameters(tmp_path):
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_reading_takes_little_more_memory_than_the_folder(tmp_path, dtype):
   config = base.model()
   config.update({'layers': 8, 'width': 768, 'heads': 12, 'kv_heads': 4, 'mlp_width': 2_048, 'positions': 'rope'})
   config.update({'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False, 'tied_embeddings': False})
   shapes, random = hugging_face._shapes(config, 8_000, 128), np.random.default_rng(0)
   params = {path: random.standard_normal(shape, np.float32) for path, shape in shapes.items()}
-  hugging_face.write(tmp_path, config, hugging_face.their_config(config, 8_000, 128), params)
+  hugging_face.write(tmp_path, config, hugging_face.their_config(config, 8_000, 128), params, dtype)
   done = subprocess.run(
-    [sys.executable, '-c', _READ, str(tmp_path)],
+    [sys.executable, '-c', _READ, str(tmp_path), dtype],
     env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': '1'},
     capture_output=True,
     text=True,
