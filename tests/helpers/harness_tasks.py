@@ -26,6 +26,25 @@ doc_to_choice: choices
 doc_to_target: gold
 """
   + METRICS,
+  'first': r"""
+output_type: multiple_choice
+description: "About {{word}}:\n"
+num_fewshot: 3
+fewshot_split: validation
+fewshot_config: {sampler: first_n, doc_to_text: "Solved: {{a}}", doc_to_target: "{{word}}!", doc_to_choice: null}
+doc_to_text: "{{a}} {{b}}"
+doc_to_choice: choices
+doc_to_target: gold
+"""
+  + METRICS,
+  'blanks': r"""
+output_type: multiple_choice
+num_fewshot: 2
+doc_to_text: "{{[gold, 0] | max % 2}}"
+doc_to_choice: "{{[a ~ ' is', b ~ ' is']}}"
+doc_to_target: "{{word}}"
+"""
+  + METRICS,
   'continue': 'output_type: loglikelihood\ndoc_to_text: "{{a}} {{b}}"\ndoc_to_target: " {{word}}"\n' + METRICS,
   'blank': r"""
 output_type: multiple_choice

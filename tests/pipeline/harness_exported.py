@@ -26,7 +26,7 @@ def main(folder, tasks, out):
   samples = {task: sorted(of_task, key=lambda sample: sample['doc_id']) for task, of_task in found['samples'].items()}
   metrics = ('acc', 'acc_norm')
   results = {
-    task: [{'resps': s['resps'], **{m: s[m] for m in metrics if m in s}} for s in of_task]
+    task: [{'resps': s['resps'], 'asked': s['arguments'], **{m: s[m] for m in metrics if m in s}} for s in of_task]
     for task, of_task in samples.items()
   }
   Path(out).write_text(json.dumps(results))

@@ -56,6 +56,25 @@ def main(peers: str, workdir: str, folder: str, out: str) -> None:
       'rules': {key: np.asarray(value).tolist() for key, value in rules.items()},
     }
 
+  # Prompts with shots, as a benchmark and as a target whose shots are of another split.
+  prompts = {}
+  for name in ('shots', 'first', 'blanks', 'choose'):
+    benchmark = benchmarks.named(f'lm_eval:own_{name}:test', folder)
+    items = benchmarks.read_items(benchmark, folder)
+    asked = [benchmarks.prompt(benchmark, items, index) for index in range(len(items))]
+    target = tasks.benchmark_task(benchmark, folder, name)
+    shown = tasks.with_shots(target, target.items, 0)
+    prompts[f'own_{name}'] = [
+      {
+        'id': item.id,
+        'pairs': list(zip(p.contexts, p.answers, strict=True)),
+        'target': [t.context, t.answer, list(t.context_options)],
+        'starts': [p.starts, t.starts],
+        'right': p.gold,
+      }
+      for item, p, t in zip(items, asked, shown, strict=True)
+    ]
+
   c.targets.tasks = tuple(f'lm_eval:own_{name}' for name in ('choose', 'shots', 'whole', 'blank'))
   raw = {task.name: task for task in tasks.read_tasks(c.targets)}
   side = tasks.split_documents(list(raw.values()), 0.5, 0)
@@ -80,6 +99,7 @@ def main(peers: str, workdir: str, folder: str, out: str) -> None:
         'ours': ours,
         'raw': {task_name(name): [dataclasses.asdict(i) for i in task.items] for name, task in raw.items()},
         'modelling': [name for name, task in raw.items() if task.language_modelling],
+        'prompts': prompts,
         'shown': [[i.context, list(i.starts), i.answer, i.id] for i in shown],
         'refused': refused,
         'digests': digests,

@@ -91,6 +91,24 @@ def test_our_suite_scores_a_task_as_the_harness_item_by_item(asked):
 
 
 @pytest.mark.peers
+def test_prompts_with_shots_are_those_of_the_harness_item_by_item(asked):
+  """Its draw, its sampler, its templates of shots, and descriptions that depend on the document."""
+  ours, theirs = asked[0]['prompts'], asked[1]
+  seen = set()
+  for task, prompts in ours.items():
+    assert len(prompts) >= 23
+    for prompt in prompts:
+      wanted = [list(pair) for pair in theirs[task][int(prompt['id'].removeprefix('test/'))]['asked']]
+      assert prompt['pairs'] == wanted, task
+      context, answer, options = prompt['target']
+      assert [context, answer] == wanted[prompt['right']] and options in ([], [pair[0] for pair in wanted])
+      starts, of_target = prompt['starts']
+      assert starts == of_target and len(starts) == {'shots': 3, 'first': 4, 'blanks': 3, 'choose': 1}[task[4:]]
+      seen.add(wanted[0][0][: starts[-1]])
+  assert any(text.startswith('About ') and text.count('Solved: ') == 3 for text in seen) and len(seen) > 50
+
+
+@pytest.mark.peers
 def test_targets_have_the_prompts_of_the_task_and_never_its_test_split(asked):
   found = asked[0]
   choose = {item['id']: item for item in found['raw']['lm_eval.own_choose']}

@@ -66,8 +66,7 @@ class Benchmark:
     counts: (target, holdout) items in the paper, (0, 0) if it has none.
     own_space: white space that an item has where context and answer meet replaces that of the delimiter, see `joined`.
       Otherwise it is stripped, as LLM-Foundry does.
-    shot_delimiter: after each shot.
-    description: before the first shot.
+    apart: the shots of its items are no items themselves.
   """
 
   name: str
@@ -84,8 +83,7 @@ class Benchmark:
   left_out: tuple[str, ...] = ()
   counts: tuple[int, int] = (0, 0)
   own_space: bool = False
-  shot_delimiter: str = '\n'
-  description: str = ''
+  apart: bool = False
 
 
 def _row(name: str, category: str, shape: str, source: str, shots: int, delimiter: str = ' ', **more: Any) -> Benchmark:
@@ -174,8 +172,7 @@ def named(task: str, folder: str, shots: int = 0, delimiter: str = ' ') -> Bench
     scoring=SCORING[theirs.shape],
     role='other',
     own_space=True,
-    shot_delimiter=theirs.shot_delimiter,
-    description=theirs.description,
+    apart=theirs.apart,
   )
 
 
@@ -380,15 +377,17 @@ def prompt(
 
   Args:
     benchmark: its shots and delimiter.
-    items: all items. Shots are drawn from the others; there are fewer if the items do not suffice.
+    items: all items. Shots are drawn from the others, where the item has none of its own; there are fewer if the items
+      do not suffice.
     index: of the item.
     seed: of the draw; shots depend on the seed, benchmark, item and items.
     equal: `alike(items)`, for callers that ask for many prompts.
   """
   item = items[index]
-  shown = shots(benchmark, equal or alike(items), index, seed) if benchmark.shots else []
-  parts = [f'{solved(benchmark, items[i])}{benchmark.shot_delimiter}' for i in shown]
-  preamble, starts = introduction(benchmark, parts)
+  parts: Sequence[str] = item.shots
+  if benchmark.shots and not parts:
+    parts = [solved(benchmark, items[i]) for i in shots(benchmark, equal or alike(items), index, seed)]
+  preamble, starts = introduction(item.description, parts)
   pairs = [
     joined(benchmark, context, answer)
     for context in item.context_options or [item.context]
@@ -418,13 +417,13 @@ def joined(benchmark: Benchmark, context: str, answer: str) -> tuple[str, str]:
   return context, ('' if _UNSPACED.fullmatch(context[-1] + answer[:1]) else after) + answer.rstrip()
 
 
-def introduction(benchmark: Benchmark, parts: Sequence[str]) -> tuple[str, tuple[int, ...]]:
+def introduction(description: str, parts: Sequence[str]) -> tuple[str, tuple[int, ...]]:
   """What precedes the question of a prompt with the shots `parts`, and its `Prompt.starts`.
 
   A description goes with the first shot.
   """
   first, *rest = parts or ['']
-  parts = [f'{benchmark.description}{first}', *rest]
+  parts = [f'{description}{first}', *rest]
   starts = tuple(itertools.accumulate(map(len, parts), initial=0))
   return ''.join(parts), starts if first else (0,)
 
@@ -451,6 +450,8 @@ def shots(benchmark: Benchmark, equal: Alike, index: int, seed: int) -> list[int
 
 
 def solved(benchmark: Benchmark, item: Item) -> str:
-  """An item with its answer, as a shot."""
+  """An item with its answer, as a shot, with what separates it from the next text."""
+  if item.solved:
+    return item.solved
   context = item.context_options[item.gold] if item.context_options else item.context
-  return ''.join(joined(benchmark, context, item.continuation))
+  return ''.join(joined(benchmark, context, item.continuation)) + '\n'

@@ -44,6 +44,9 @@ class Item:
     document: items of one document are never split between target and holdout.
     messages: the conversation as JSON, whose last message is the answer; '' for none. Context and continuation are then
       its text without the marks of a chat template.
+    description: text before the shots.
+    shots: those that the item's source draws for it, as they are; () to draw others of its benchmark.
+    solved: the item as a shot before others; '' for context, answer and a newline.
   """
 
   id: str
@@ -56,6 +59,9 @@ class Item:
   category: str = ''
   document: str = ''
   messages: str = ''
+  description: str = ''
+  shots: tuple[str, ...] = ()
+  solved: str = ''
 
 
 def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any]]]:

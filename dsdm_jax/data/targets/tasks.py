@@ -41,7 +41,8 @@ class RawItem:
     question: equal for items that ask the same, see `shapes.question_keys`; '' for built-in tasks.
     choices: as `shapes.Item`, for evaluation; so are the four that follow, with prompts in place of contexts.
     starts: of the shots in `context` and `context_options`, see `benchmarks.Prompt`.
-    messages: as `shapes.Item`.
+    messages, description, shots, solved: as `shapes.Item`. Items whose benchmark has shots among its own items have no
+      `shots`.
   """
 
   id: str
@@ -56,6 +57,9 @@ class RawItem:
   category: str = ''
   starts: tuple[int, ...] = (0,)
   messages: str = ''
+  description: str = ''
+  shots: tuple[str, ...] = ()
+  solved: str = ''
 
   def without(self, shots: int) -> 'RawItem':
     """The item without its first `shots` shots."""
@@ -113,15 +117,17 @@ def benchmark_task(benchmark: benchmarks.Benchmark, folder: str | None, name: st
 
 
 def _zero_shot(benchmark: benchmarks.Benchmark, items: Sequence[shapes.Item], name: str) -> list[RawItem]:
-  zero_shot, result = dataclasses.replace(benchmark, shots=0, description=''), []
-  for index, (item, question) in enumerate(zip(items, shapes.question_keys(items), strict=True)):
-    prompt = benchmarks.prompt(zero_shot, items, index)
+  zero_shot, result = dataclasses.replace(benchmark, shots=0), []
+  for item, question in zip(items, shapes.question_keys(items), strict=True):
+    question_alone = dataclasses.replace(item, description='', shots=())
+    prompt = benchmarks.prompt(zero_shot, [question_alone], 0)
     document = item.document if item.document != item.id else f'{name}/{item.id}'
     options = prompt.contexts if item.context_options else ()
     choices = prompt.answers if item.choices else ()
     context, answer = prompt.contexts[prompt.gold], prompt.answers[prompt.gold]
     more = question, choices, options, item.gold, item.aliases, item.category
-    result.append(RawItem(item.id, context, answer, document, *more, messages=item.messages))
+    parts = item.description, item.shots if benchmark.apart else (), item.solved
+    result.append(RawItem(item.id, context, answer, document, *more, (0,), item.messages, *parts))
   alone = [index for index, item in enumerate(items) if item.document == item.id]
   first = near_equal(tuple(result[index].context or result[index].answer for index in alone))
   for index, place in zip(alone, first, strict=True):
@@ -205,19 +211,21 @@ class Groups(Generic[_Member]):
 def with_shots(task: RawTask, items: Sequence[RawItem], seed: int) -> list[RawItem]:
   """Items of one split, each with solved others of them in front, as many as the task's benchmark has shots.
 
-  Shots come from the item's own split. Otherwise prompts of target examples could contain questions and answers of the
-  holdout, which the datamodel and selectors that read text are evaluated on.
+  Shots are those of the items, or come from the item's own split. Otherwise prompts of target examples could contain
+  questions and answers of the holdout, which the datamodel and selectors that read text are evaluated on.
   """
   benchmark = task.benchmark
-  if benchmark is None or not (benchmark.shots or benchmark.description):
+  if benchmark is None or not (benchmark.shots or any(item.description for item in items)):
     return list(items)
   # Equal items are found by the questions themselves, not by the prompts, whose last line may be the same in all.
   asked = [shapes.Item(i.id, i.question, i.answer, i.choices, (i.question,) * bool(i.context_options)) for i in items]
   equal, result = benchmarks.alike(asked), []
   for index, item in enumerate(items):
-    shown = [items[i] for i in benchmarks.shots(benchmark, equal, index, seed)]
-    parts = [f'{other.context}{other.answer}{benchmark.shot_delimiter}' for other in shown]
-    preamble, starts = benchmarks.introduction(benchmark, parts)
+    parts: Sequence[str] = item.shots
+    if not parts:
+      shown = [items[i] for i in benchmarks.shots(benchmark, equal, index, seed)]
+      parts = [other.solved or f'{other.context}{other.answer}\n' for other in shown]
+    preamble, starts = benchmarks.introduction(item.description, parts)
     options, context = tuple(preamble + option for option in item.context_options), preamble + item.context
     result.append(dataclasses.replace(item, context=context, context_options=options, starts=starts))
   return result
