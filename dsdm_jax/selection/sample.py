@@ -30,6 +30,8 @@ if TYPE_CHECKING:
   import pyarrow
 
 METHODS = ('top', 'gumbel', 'boltzmann')
+# What a file of scores means that does not say so itself.
+_ABOUT = {'sign': 'a higher score is better', 'scale': 'that of the file of scores'}
 
 
 def sample(
@@ -76,13 +78,13 @@ def sample(
   return entries[:count], np.ones(count, np.int32)
 
 
-def _read(path: Path, column: str, group: str) -> tuple[np.ndarray, dict[str, Any], np.ndarray | None]:
-  """(scores, columns row and id of the entries that have one, groups)."""
+def _read(path: Path, column: str, group: str) -> tuple[np.ndarray, dict[str, Any], np.ndarray | None, dict[str, Any]]:
+  """(scores, columns row and id of the entries that have one, groups, what the file says about its scores)."""
   if path.suffix != '.parquet':
     if group:
       raise UserError(f'--group={group}: {path} has no columns; pass a Parquet file')
     score_N = score_files.read(path)
-    return score_N, {'row': np.arange(len(score_N))}, None
+    return score_N, {'row': np.arange(len(score_N))}, None, _ABOUT
   from pyarrow import ArrowInvalid, parquet, types
 
   try:
@@ -103,7 +105,11 @@ def _read(path: Path, column: str, group: str) -> tuple[np.ndarray, dict[str, An
     raise UserError(f'{path}: column {column!r} has no scores')
   columns: dict[str, Any] = {'row': rows} | ({'id': table['id'].take(rows)} if 'id' in names else {})
   groups = np.unique(table[group].to_numpy()[rows], return_inverse=True)[1] if group else None
-  return score_N[rows], columns, groups
+  try:
+    about = _ABOUT | dict(json.loads((schema.metadata or {})[export.METADATA]))
+  except (KeyError, ValueError, TypeError):  # a file of others
+    about = _ABOUT
+  return score_N[rows], columns, groups, about
 
 
 def write(path: Path, out: Path, column: str = 'score', group: str = '', **options: Any) -> str:
@@ -126,13 +132,13 @@ def write(path: Path, out: Path, column: str = 'score', group: str = '', **optio
     raise UserError(f'--out={out} must end in .parquet')
   if out.exists():
     raise UserError(f'--out={out} exists; name a new file')
-  score_N, columns, group_N = _read(path, column, group)
+  score_N, columns, group_N, about = _read(path, column, group)
   entries, count_M = sample(score_N, group_N=group_N, **options)
   chosen: dict[str, Any] = {
     name: pa.chunked_array(values).take(entries) if name == 'id' else values[entries]
     for name, values in columns.items()
   }
-  about = {'scores': path.name, 'column': column, 'group': group, **options}
+  about = {**about, 'scores': path.name, 'column': column, 'group': group, **options}
   table: pyarrow.Table = pa.table(chosen | {'score': score_N[entries], 'count': count_M})
   sink = pa.BufferOutputStream()
   parquet.write_table(table.replace_schema_metadata({export.METADATA: json.dumps(about).encode()}), sink)

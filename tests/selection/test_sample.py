@@ -42,6 +42,11 @@ def test_entries_and_their_ids(file, tmp_path, method, capsys):
   assert max(table['count'].to_pylist()) <= (3 if method == 'boltzmann' else 1)
   about = json.loads(table.schema.metadata[export.METADATA])
   assert about['method'] == method and about['scores'] == 'scores.parquet'
+  assert about['sign'] == 'a higher score is better' and about['scale'] == 'that of the file of scores'
+  own = given.replace_schema_metadata({export.METADATA: json.dumps({'sign': '+', 'scale': 'nats', 'method': 'x'})})
+  parquet.write_table(own, tmp_path / 'own.parquet')
+  about = json.loads(draws(tmp_path / 'own.parquet', tmp_path / 'b.parquet', *flags).schema.metadata[export.METADATA])
+  assert (about['sign'], about['scale'], about['method']) == ('+', 'nats', method)
   again, other = (draws(file, tmp_path / f'{seed}.parquet', *flags, '--seed', str(seed)) for seed in (0, 1))
   assert again.equals(table)
   assert other.equals(table) == (method == 'top')
