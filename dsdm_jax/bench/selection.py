@@ -36,6 +36,7 @@ class TextPool:
   def __init__(self, tokens_NL: np.ndarray, encoder: vocabulary.Encoder):
     self.tokens_NL, self.encoder = tokens_NL, encoder
     self.num_rows, self.length = tokens_NL.shape
+    self.packed = True
 
   def tokens(self, rows: np.ndarray) -> np.ndarray:
     return self.tokens_NL[rows].astype(np.int32)

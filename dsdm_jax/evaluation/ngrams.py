@@ -245,8 +245,9 @@ def lines(context: Context, suite: Suite, entries: Sequence[Mapping[str, Any]]) 
       row_N = row_N[np.linspace(0, len(row_N) - 1, most).astype(np.int64)]
     same = row_N.tobytes()
     if same not in totals_of:
-      tokens_T = pool.tokens(row_N).reshape(-1)
-      totals_of[same] = _totals(NGrams(tokens_T, np.arange(0, len(tokens_T), pool.length), vocab, eos), asked)
+      texts = pool.texts(row_N)
+      starts = np.cumsum([0, *(len(text) for text in texts[:-1])])
+      totals_of[same] = _totals(NGrams(np.concatenate(texts), starts, vocab, eos), asked)
     for k, name in enumerate(NAMES, 1):
       add(name, [by_order[k] for by_order in totals_of[same]])
     add(ANSWERS, by_task)

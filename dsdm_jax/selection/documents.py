@@ -162,7 +162,8 @@ class DocumentScores:
       if self._leaks:
         leaks_B = np.array([id in self._leaks for id in table['id'].to_pylist()])
         status = np.where(leaks_B & np.isin(status, (KEPT, 'cut')), 'leaks', status)
-      columns = {name: table[name] for name in table.column_names} | {'status': status, 'row_tokens': tokens_B}
+      own_B = np.where(inside_B, self.pool.spans.own_D[at_B], 0)
+      columns = {name: table[name] for name in table.column_names} | {'status': status, 'row_tokens': own_B}
       for name, value_D in self._values.items():
         value_B = value_D[at_B]
         columns[name] = pa.array(value_B, schema.field(name).type, mask=(tokens_B == 0) | np.isnan(value_B))

@@ -109,7 +109,7 @@ class Export:
       at = items[here]
       missing = [None] * len(at)
       records = [documents[d] for d in (at if whole else pool.document_N[at])]
-      tokens = pool.document_tokens(at) if whole else list(pool.tokens(at))
+      tokens = pool.document_tokens(at) if whole else pool.texts(at)
       columns = {
         'place': list(range(start, start + len(at))),
         'row': missing if whole else at.tolist(),
@@ -121,7 +121,8 @@ class Export:
         values = self._columns[name][at].tolist() if name in self._columns else missing
         columns[name] = [None if value != value else value for value in values]  # NaN: a prefilter left the row out
       columns['weight'] = [1.0] * len(at) if whole else selection.weights[here].tolist()
-      columns['text'] = [pool.text_of(t[:-1] if whole and t[-1] == end_mark else t) for t in tokens]
+      alone = whole or not pool.packed
+      columns['text'] = [pool.text_of(t[:-1] if alone and t[-1] == end_mark else t) for t in tokens]
       columns['tokens'] = [t.tolist() for t in tokens]
       yield columns
 
@@ -195,7 +196,8 @@ class Export:
 
     folder = out / 'selection' / '1.0.0'
     folder.mkdir(parents=True)
-    tokens = tfds.features.Tensor(shape=(None if self.whole else self.pool.length,), dtype=np.int32)
+    length = None if self.whole or not self.pool.packed else self.pool.length
+    tokens = tfds.features.Tensor(shape=(length,), dtype=np.int32)
     features = tfds.features.FeaturesDict({'tokens': tokens, 'row': np.int64, 'weight': np.float32})
     info = tfds.core.DatasetInfo(
       builder=tfds.core.dataset_info.DatasetIdentity(

@@ -171,10 +171,15 @@ class PoolGrams:
 
   def rows(self, rows: np.ndarray) -> Grams:
     """n-grams of these rows, in their order."""
-    tokens_BL = self.pool.tokens(rows)
     if self.kind == 'tokens':
+      return self._of_ids(self.pool.tokens(rows), rows)
+    return of_texts(self.pool.encoder.decode_batch(self.pool.tokens(rows)), self.buckets)
+
+  def _of_ids(self, tokens_BL: np.ndarray, rows: np.ndarray) -> Grams:
+    if self.pool.packed:
       return of_rows(tokens_BL, self.buckets)
-    return of_texts(self.pool.encoder.decode_batch(tokens_BL), self.buckets)
+    sizes = self.pool.sizes(rows)  # padding is no text; words have none, as it decodes to nothing
+    return of_sequences([row_L[:size] for row_L, size in zip(tokens_BL, sizes, strict=True)], self.buckets)
 
   def each(self, rows: np.ndarray) -> Iterator[Grams]:
     """As `rows`, block by block, so that only a few blocks are in memory."""
@@ -194,7 +199,8 @@ class PoolGrams:
     blocks = self._blocks(rows)
     if self.kind == 'tokens':
       for start, tokens_BL in blocks:
-        yield start, start + len(tokens_BL), of_rows(tokens_BL, self.buckets)
+        stop = start + len(tokens_BL)
+        yield start, stop, self._of_ids(tokens_BL, rows[start:stop])
       return
     waiting: collections.deque[tuple[int, Future[list[str]]]] = collections.deque()
     with ThreadPoolExecutor(1) as ahead:

@@ -47,20 +47,26 @@ def summarize(arms: Sequence[Selection], pool: Pool) -> list[dict[str, Any]]:
         'documents': len(np.unique(pool.document_N[rows])) if arm.documents is None else len(arm.documents),
         'sources': {n: round(float(c) / arm.size, 4) for n, c in zip(pool.sources, counts, strict=True)},
         'overlap': overlap,
-        'duplicates': round(float(duplicates(pool.tokens(sample)).mean()), 4),
+        'duplicates': round(float(duplicates(pool.tokens(sample), pool.sizes(sample)).mean()), 4),
       }
     )
   return summary
 
 
-def duplicates(tokens_KL: np.ndarray) -> np.ndarray:
+def duplicates(tokens_KL: np.ndarray, size_K: np.ndarray | None = None) -> np.ndarray:
   """Whether at least half of a row's runs of 8 tokens occur in an earlier row: bool [K].
 
   Only runs whose hash is a multiple of 8 are compared, so that rows with shifted text are compared by the same runs. A
   row without such a run is compared as a whole.
+
+  Args:
+    tokens_KL: rows.
+    size_K: tokens of each before its padding; None for rows without.
   """
   hash_KR = run_hashes(tokens_KL)
   compared_KR = hash_KR % np.uint64(_EVERY) == 0
+  if size_K is not None:
+    compared_KR &= np.arange(hash_KR.shape[1]) <= np.maximum(size_K - _GRAM, 0)[:, None]
   without = ~compared_KR.any(axis=1)
   compared_KR[without, 0] = True
   hash_KR[without, 0] = np.bitwise_xor.reduce(hash_KR[without], axis=1)

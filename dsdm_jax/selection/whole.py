@@ -75,7 +75,7 @@ def _selection(
   place_R, row_R = spans.rows_of(documents)
   np.minimum.at(best_N, row_R, place_R)
   rows = rows[np.argsort(best_N[rows], kind='stable')]
-  tokens = int(spans.tokens_D[documents].sum())
+  tokens = int(spans.own_D[documents].sum())
   facts = {**provenance, 'unit': 'document', 'documents': len(documents), 'tokens': tokens}
   score_M = None if score_D is None else score_D[documents]
   return Selection('', rows, share_N[rows].astype(np.float32), facts, documents=documents, document_scores=score_M)

@@ -31,7 +31,10 @@ class Rows:
     self.encoder = self
     self._texts = texts
 
-  counts_some = False
+  counts_some, packed = False, True
+
+  def sizes(self, rows) -> np.ndarray:
+    return np.full(len(rows), self.length)
 
   def weights(self, rows) -> np.ndarray:
     return np.broadcast_to(np.arange(self.length) > 0, (len(rows), self.length)).astype(np.float32)

@@ -168,4 +168,12 @@ def test_duplicates_are_recognised_after_a_shift():
   assert found[40:].mean() > 0.8  # text shifted by 17 of 100 tokens is in two rows, both of them earlier
   assert found[50:].all()
   assert duplicates(np.zeros((3, 4), np.int32)).tolist() == [False, True, True]
+  # Rows that share nothing but their padding are no duplicates of each other.
+  short_KL, size_K, with_padding = np.arange(8 * 64).reshape(8, 64), np.full(8, 24), []
+  short_KL[7] = short_KL[2]
+  for pad in range(20):  # the runs of some are compared
+    short_KL[:, 24:] = pad
+    assert np.flatnonzero(duplicates(short_KL, size_K)).tolist() == [7]
+    with_padding.append(int(duplicates(short_KL).sum()))
+  assert max(with_padding) > 1
   assert Rows(apart).length == 100

@@ -72,16 +72,19 @@ def test_likelihoods_one_by_one_while_rows_are_read_ahead(proxies, monkeypatch):
     assert found == pytest.approx(np.log(p_L).mean(), rel=1e-4)
 
 
-def test_embeddings_of_examples_are_those_of_their_tokens_alone(proxies):
+def test_embeddings_are_of_tokens_alone_without_padding(proxies, monkeypatch):
   made, rows, model = proxies
+  size_N = np.random.default_rng(1).integers(1, LENGTH + 1, ROWS)
+  monkeypatch.setattr(rows, 'sizes', lambda asked: size_N[asked])
   # The first begins with the end mark, as examples do; the second holds token 0, and nine make three batches.
   sequences = [[END, 7, 8], [END, 0, 9, 3, 3, 3, 0], list(range(1, 11)), *([END, 11 + i, 4, 6] for i in range(6))]
+  of_rows = [row_L[:size] for row_L, size in zip(rows.tokens_NL, size_N, strict=True)]
   hidden = jax.jit(model.hidden)
 
   def mean(tokens) -> np.ndarray:
     return np.asarray(hidden(np.int32(tokens)[None])[0], np.float64).mean(axis=0)
 
-  raw_ND, raw_TD = (np.stack([mean(t) for t in texts]) for texts in (rows.tokens_NL, sequences))
+  raw_ND, raw_TD = (np.stack([mean(t) for t in texts]) for texts in (of_rows, sequences))
   white_DD = whitening((raw_ND - raw_ND.mean(axis=0)).astype(np.float32)).astype(np.float64)
   unit_ND, unit_TD = ((x - raw_ND.mean(axis=0)) @ white_DD for x in (raw_ND, raw_TD))
   unit_ND, unit_TD = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (unit_ND, unit_TD))

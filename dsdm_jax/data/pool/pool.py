@@ -266,11 +266,8 @@ class Pool:
   @functools.cached_property
   def spans(self) -> Spans:
     """The tokens of each document among the rows."""
-    planted = len(self.planted)
     size_D = self.documents.tokens_D + self.card['end_marks']
-    if not self.packed:  # each fills a row with its padding
-      size_D = np.full(len(size_D), self.length)
-    return Spans(size_D, self, planted)
+    return Spans(size_D, self, len(self.planted), packed=self.packed)
 
   @functools.cached_property
   def digest(self) -> str:
@@ -311,6 +308,22 @@ class Pool:
     weights_BL[:, :1] = 0
     return weights_BL
 
+  def sizes(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Tokens of each row before its padding, end marks included: int64 [B]."""
+    row_B = np.asarray(rows, np.int64)
+    if self.packed:
+      return np.full(len(row_B), self.length)
+    size_B = self._tokens_D[self.document_N[row_B]] + self.card['end_marks']
+    return np.where(self.planted_N[row_B] < 0, np.minimum(size_B, self.length), self.length)
+
+  @functools.cached_property
+  def _tokens_D(self) -> np.ndarray:
+    return self.documents.tokens_D
+
+  def texts(self, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """Tokens of each row without its padding."""
+    return [tokens_L[:size] for tokens_L, size in zip(self.tokens(rows), self.sizes(rows), strict=True)]
+
   def document_tokens(self, documents: Sequence[int] | np.ndarray) -> list[np.ndarray]:
     """Tokens of documents, as far as they are in rows, each with its end mark."""
     return self._by_document(documents, self.tokens)
@@ -327,9 +340,7 @@ class Pool:
     read, at_R = np.unique(row_R, return_inverse=True)
     value_BL = read_rows(read)
     first_M = np.searchsorted(place_R, np.arange(len(document_M)))
-    size_M = spans.tokens_D[document_M]
-    if not self.packed:  # the rest of the row is padding
-      size_M = np.minimum(size_M, self.documents.tokens_D[document_M] + self.card['end_marks'])
+    size_M = spans.own_D[document_M]
     result = []
     for first, begin, size in zip(first_M, spans.begin_D[document_M], size_M, strict=True):
       offset = begin % self.length

@@ -25,19 +25,25 @@ class Spans:
     size_D: tokens of each document, with its end mark.
     rows: of the pool.
     planted: number of documents at the end that fill one row each.
+    packed: whether documents follow each other in rows. Otherwise each has a row of its own, in which it is cut or
+      padded, and all of the row counts as the document's.
 
   Attributes:
     row_S: row of the pool at each place of the stream.
     begin_D, end_D: the tokens of each document in the stream, as far as they are in a row.
     whole_D: whether all tokens of a document are in a row.
+    own_D: tokens of each document that are in a row, without padding.
   """
 
-  def __init__(self, size_D: np.ndarray, rows: Rows, planted: int = 0):
+  def __init__(self, size_D: np.ndarray, rows: Rows, planted: int = 0, packed: bool = True):
     stream, self.length = rows.num_rows - planted, rows.length
-    edge_D = np.concatenate([[0], np.cumsum(size_D[: len(size_D) - planted])])
+    size_D = np.append(size_D[: len(size_D) - planted], np.full(planted, self.length))
+    place_D = (size_D if packed else np.full(len(size_D), self.length))[: len(size_D) - planted]
+    edge_D = np.concatenate([[0], np.cumsum(place_D)])
     edge_D = np.append(np.minimum(edge_D, stream * self.length), np.arange(stream + 1, rows.num_rows + 1) * self.length)
     self.begin_D, self.end_D = edge_D[:-1], edge_D[1:]
-    self.whole_D = self.tokens_D == np.append(size_D[: len(size_D) - planted], np.full(planted, self.length))
+    self.own_D = np.minimum(self.tokens_D, size_D)
+    self.whole_D = self.own_D == size_D
     # A planted document begins in the row that it fills, at offset 0.
     place_N = (self.begin_D[rows.document_N] + rows.offset_N) // self.length
     self.row_S = np.empty(rows.num_rows, np.int64)
@@ -45,7 +51,7 @@ class Spans:
 
   @property
   def tokens_D(self) -> np.ndarray:
-    """Tokens of each document that are in a row, with its end mark: int64 [D]."""
+    """Places of rows that are each document's, with end mark and padding: int64 [D]."""
     return self.end_D - self.begin_D
 
   def sums(self, value_N: np.ndarray) -> np.ndarray:

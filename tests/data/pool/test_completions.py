@@ -22,6 +22,7 @@ from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets import targets
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import suite
+from dsdm_jax.selection import ngrams
 from tests.data.pool.test_sources import build
 from tests.helpers.data import small_config
 
@@ -82,6 +83,16 @@ def test_each_completion_counts_with_its_end_mark_in_a_row_of_its_own(tmp_path):
   assert pool.counts_some and pool.num_rows == 3
   assert set(counted_texts(pool)) == {'.' * 13 + ' cut of', '.lone$' + '.' * 14, '......That.$' + '.' * 8}
   assert sorted(pool.text(row) for row in range(3)) == ['A long prompt cut of', 'Alone', 'What? That.']
+  # Padding is no text, and a document that is cut is not whole.
+  texts = [pool.encoder.decode(tokens_L) for tokens_L in pool.texts(np.arange(3))]
+  assert texts == [pool.text(row) for row in range(3)]
+  size_N = pool.sizes(np.arange(3))
+  assert sorted(size_N) == [6, 12, 20]
+  assert (pool.spans.own_D[pool.document_N] == size_N).all() and (pool.spans.tokens_D == 20).all()
+  assert pool.spans.whole_D[pool.document_N].tolist() == (size_N < 20).tolist()
+  assert ngrams.PoolGrams(pool, 'tokens', 64).rows(np.arange(3)).size_B.tolist() == (2 * size_N - 1).tolist()
+  [block] = [grams for _, _, grams in ngrams.PoolGrams(pool, 'tokens', 64)]
+  assert block.size_B.tolist() == (2 * size_N - 1).tolist()
 
 
 def test_packed_rows_count_completions_wherever_they_are_cut(tmp_path):
