@@ -2,13 +2,19 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
+import typing
 
 import pyarrow.parquet as pq
 import pytest
 
 import dsdm_jax
+from dsdm_jax.config import schema
+from dsdm_jax.config.values import SOURCE_KINDS
+from dsdm_jax.lm import hugging_face
+from dsdm_jax.selection import documents, export
 from examples import own_model
 from tests.conftest import ROOT
 from tests.pipeline import runs
@@ -29,6 +35,41 @@ def test_public_names():
     assert getattr(dsdm_jax, name) is not None
   with pytest.raises(AttributeError, match="'dsdm_jax' has no attribute 'no_such_name'"):
     _ = dsdm_jax.no_such_name
+
+
+def _rows(page: str, heading: str) -> list[list[str]]:
+  """Cells of the lines of all tables in a section of a page, without heads."""
+  section = re.split('(?m)^##', (ROOT / page).read_text().partition(heading)[2])[0]
+  rows = [[cell.strip() for cell in line.strip('|').split(' | ')] for line in section.splitlines() if line[:1] == '|']
+  heads = [place for place, row in enumerate(rows) if set(''.join(row)) <= {'-', '|'}]
+  return [row for place, row in enumerate(rows) if place not in heads and place + 1 not in heads]
+
+
+def test_every_line_of_the_table_of_what_opens_what_is_a_test():
+  rows = _rows('README.md', '### What opens what')
+  assert len(rows) > 20
+  for row in rows:
+    file, name = re.fullmatch('`(.+)::(test_.+)`', row[-1]).groups()
+    assert re.search(rf'(?m)^def {name}\(', (ROOT / 'tests' / file).read_text()), row
+
+
+def test_the_tables_of_formats_have_those_of_the_program_and_no_others():
+  loggers, *_ = typing.get_args(schema.Logs.model_fields['to'].annotation)
+  names = {name for row in _rows('README.md', '### What opens what') for name in re.findall('`([^`]+)`', row[0])}
+  known = {*SOURCE_KINDS, *hugging_face.FAMILIES, *export.FORMATS, *documents.FORMATS}
+  known |= {*typing.get_args(loggers)}
+  assert 'wandb' in known
+  other = {'datasets', 'tokenizer.json', 'transformers', '.npy', '.pt', '.parquet', 'HarnessModel', 'log.to'}
+  assert known <= names and names - known - other <= {name for name in names if name.startswith('dsdm export')}
+  assert {row[0].strip('`') for row in _rows('docs/pretraining.md', '## Models of Hugging Face')} == {
+    *hugging_face.FAMILIES
+  }
+  exports = _rows('docs/selection.md', '## Export\n')
+  assert {*export.FORMATS} <= {name for row in exports for name in re.findall('`([^`]+)`', row[0])}
+  pins = (ROOT / 'requirements-peers.txt').read_text() + (ROOT / 'launch' / 'test.sh').read_text()
+  pins += (ROOT / 'requirements.txt').read_text()
+  versions = re.findall(r'`([\w-]+)` ([\d.]+\d)', '\n'.join(row[-1] for row in exports))
+  assert len(versions) == 5 and all(f'{package}=={version}' in pins for package, version in versions), versions
 
 
 @pytest.mark.peers

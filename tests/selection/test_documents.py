@@ -23,7 +23,7 @@ from dsdm_jax.selection.documents import DocumentScores
 from tests.helpers import scores as saved_scores
 from tests.helpers.data import RECORDS, lines, run_pool, small_config
 from tests.helpers.selection import ArrayCandidates, selected
-from tests.selection.test_trainers import ROOT, open_with
+from tests.selection.test_trainers import open_with
 
 
 class Stream:
@@ -325,10 +325,3 @@ def test_rows_of_any_method_become_documents(lossy):
   assert found.documents[0] in (document, *np.flatnonzero(spans.means(np.isin(np.arange(pool.num_rows), rows)) == 1))
   assert found.provenance['why'] == 'x' and found.document_scores[0] == 1
   assert (np.diff(found.document_scores) <= 1e-6).all() and (found.document_scores > 0).all()
-
-
-def test_the_documentation_lists_every_format():
-  """The table says what opens each, and this file, test_stage.py and test_trainers.py open them."""
-  page = (ROOT / 'docs/selection.md').read_text()
-  for form in (*export.FORMATS, *documents.FORMATS):
-    assert f'`{form}`' in page, form
