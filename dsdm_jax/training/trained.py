@@ -76,7 +76,7 @@ class Trained:
     # Other attention is the same function, but not on every device.
     self.config = ConfigDict(Model().model_dump() | keys | {'attention': 'xla'})
     self.folder = checkpoint or self.artifact.path / self.name
-    if not storage.files(self.folder):
+    if not storage.is_folder(self.folder):
       raise UserError(f'{self.folder} does not exist; name a model of the run or a folder of checkpoints')
     self.step = None if checkpoint else self.artifact.last_step(self.name)
 
