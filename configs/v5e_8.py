@@ -8,7 +8,7 @@ gcloud (docs/scale.md):
 
 Bring your own pool (`pool.sources`, docs/pools.md) and targets (`targets.tasks`).
 
-Hardware and time: eight chips of v5e, 4.6 to 9.1 hours (modelled, not measured). It has not been run as a whole.
+Hardware and time: eight chips of v5e, 4.3 to 7.6 hours (modelled, not measured). It has not been run as a whole.
 """
 
 from dsdm_jax.configs import paper
