@@ -16,6 +16,7 @@ from tests.core.test_processes import free_port
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 
+pytestmark = pytest.mark.full  # whole runs
 TWO = ('--config.distributed.processes=2', '--config.distributed.heartbeat_seconds=60')
 
 
@@ -74,7 +75,6 @@ def remote(run_in_s3: Address, address: Address) -> Address:
   return run_in_s3
 
 
-@pytest.mark.slow
 def test_a_run_in_s3_is_the_run_on_a_disk(remote, finished):
   assert_same_bytes(storage.local(remote), finished)
   names = storage.files(remote)
@@ -85,7 +85,6 @@ def test_a_run_in_s3_is_the_run_on_a_disk(remote, finished):
   assert any(name.startswith('tensorboard/proxy_0/') for name in names)
 
 
-@pytest.mark.slow
 def test_readers_open_a_run_in_an_object_store(remote, finished, tmp_path, capsys):
   here, there = dsdm_jax.load(finished), dsdm_jax.load(str(remote))
   np.testing.assert_array_equal(there.scores['mix'], here.scores['mix'])
@@ -107,7 +106,6 @@ def test_readers_open_a_run_in_an_object_store(remote, finished, tmp_path, capsy
   assert cli.main(['verify', str(remote)]) == 0
 
 
-@pytest.mark.slow
 def test_a_checkpoint_in_an_object_store_is_evaluated(remote, copied, stores):
   artifact = dsdm_jax.load(str(remote)).artifact('pretraining')
   flag = f"--config.evaluation.checkpoints=('other={artifact.path / 'dsdm--mix--0'}',)"
@@ -119,14 +117,12 @@ def test_a_checkpoint_in_an_object_store_is_evaluated(remote, copied, stores):
       np.testing.assert_array_equal(value[names.index('other')], value[names.index('dsdm')], err_msg=key)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize('address', ['gs'], indirect=True)
 def test_a_run_in_gs_is_the_run_on_a_disk(address, stores, finished, tmp_path):
   run(address, **stores('gs'), **own_disk(tmp_path / 'disk'))
   assert_same_bytes(storage.local(address), finished)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize('address', ['s3', 'gs'], indirect=True)
 def test_two_processes_share_the_address_alone(address, stores, tmp_path):
   run_two(tmp_path / 'local', tmp_path / 'shared')
