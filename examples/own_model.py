@@ -23,7 +23,8 @@ class OwnModel(nnx.Module):
 
 
 def main() -> dsdm_jax.Selection:
-  model, mesh = OwnModel(nnx.Rngs(0)), jax.sharding.Mesh(np.array(jax.devices()).reshape(-1, 1), ('data', 'model'))
+  model = OwnModel(nnx.Rngs(0))
+  mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, -1, 1), ('replica', 'data', 'model'))
   features = dsdm_jax.TwoSidedFeatures(model, log_likelihood, pattern='.*', requested_dimension=256, seed=0, mesh=mesh)
   prepared, blocks = features.prepare(nnx.state(model), checkpoint=0), ((0, features.dimension),)
   tokens_NL = jax.random.randint(jax.random.key(0), (256, 16), 0, 64)
