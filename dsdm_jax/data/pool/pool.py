@@ -18,7 +18,7 @@ import numpy as np
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
-from dsdm_jax.core.storage import Address, Location
+from dsdm_jax.core.storage import Location
 from dsdm_jax.data.pool import vocabulary as vocabulary_lib
 from dsdm_jax.data.pool.spans import Spans
 from dsdm_jax.errors import UserError, as_os_error, visible
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 END_OF_DOCUMENT = '\n␄\n'  # replaces the end mark in the text of a row
 SHARD_ROWS = 16_384
 _RESIDENT_BYTES = 16 * 2**20  # the tokens of a pool up to this size are read once and stay in memory
-_COPIED_BYTES = 2**36  # of a dataset in gs://
 _OPEN_SHARDS = 256  # at most; a pool of 217M rows has 13,000
 _OPEN_AT_ONCE = 16  # shards that are read at the same time
 _RESIDENT_DOCUMENTS = 2**20  # likewise a table of up to so many documents
@@ -143,14 +142,13 @@ class Pool:
   def _shards(self) -> tuple[list[str], np.ndarray]:
     """The files of the dataset, as ArrayRecord opens them, and the number of the first row of each, with N at the end.
 
-    Of a pool in an object store the whole dataset is copied to this machine. ArrayRecord reads a large one in gs:// in
-    place: a row then takes some milliseconds.
+    Of a pool in an object store the whole dataset is copied to this machine.
     """
     # Not by TFDS, which imports the module of the class that `features.json` names.
     folder = self.path / 'dataset'
     try:
       [split] = json.loads(storage.read_bytes(folder / 'dataset_info.json') or b'')['splits']
-      counts, size = [int(count) for count in split['shardLengths']], int(split['numBytes'])
+      counts = [int(count) for count in split['shardLengths']]
     except (ValueError, KeyError, TypeError) as error:
       raise UserError(f'{folder}/dataset_info.json is damaged ({error!r}); rerun the pool stage') from error
     names = [name for name in storage.files(folder) if name.startswith('pool-train.array_record-')]
@@ -159,9 +157,8 @@ class Pool:
         f'{folder} has {len(names)} files of {sum(counts)} rows and not {len(counts)} of {self.num_rows}; rerun the '
         'pool stage'
       )
-    in_place = isinstance(folder, Address) and folder.scheme == 'gs' and size > _COPIED_BYTES
-    opened = folder if in_place else storage.local(folder)
-    return [str(opened / name) for name in names], np.cumsum([0, *counts])
+    copied = storage.local(folder)
+    return [str(copied / name) for name in names], np.cumsum([0, *counts])
 
   @functools.cached_property
   def _readers(self) -> Callable[[int], Any]:
