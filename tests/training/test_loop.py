@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsdm_jax.core import artifacts, flops
+from dsdm_jax.core import artifacts, flops, storage
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.checkpoints import Checkpoints
 from dsdm_jax.core.progress import Bar, Log
@@ -262,7 +262,7 @@ def test_run_resumes_on_another_mesh(trainer, uninterrupted, tmp_path):
     train(tmp_path, trainer, stream(stop_before=4))
   many = make_trainer(8, **KEYS)
   history = train(tmp_path, many, stream())
-  wanted = loop.read_history(uninterrupted / 'model.jsonl')
+  wanted = storage.read_jsonl(uninterrupted / 'model.jsonl')
   assert history[:4] == wanted[:4]
   for line, expected in zip(history[4:], wanted[4:], strict=True):
     assert line['loss'] == pytest.approx(expected['loss'], rel=2e-5)  # as in test_step: sums in another order
@@ -360,7 +360,7 @@ def test_evaluation_is_logged_in_its_steps_and_does_not_change_the_run(trainer, 
   wanted = (np.log(np.exp(logits_BLV).sum(-1)) - right_BL).mean()
   assert history[-1]['held_out_loss'] == pytest.approx(wanted, rel=1e-5)
   plain = [{k: v for k, v in line.items() if k != 'held_out_loss'} for line in history]
-  assert plain == loop.read_history(uninterrupted / 'model.jsonl')
+  assert plain == storage.read_jsonl(uninterrupted / 'model.jsonl')
 
 
 class RecordedLog(Log):

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from dsdm_jax.core import storage
 from dsdm_jax.core.checkpoints import Checkpoints
 from dsdm_jax.training import loop, vmapped
 from tests.training.test_loop import KEYS, STEPS, Bar, Stop, config, context, stream
@@ -38,11 +39,11 @@ def test_three_at_once_are_the_three_one_by_one(trainer, tmp_path):
   for i, name in enumerate(NAMES):
     run = loop.Run(name, jax.random.key(i), stream(seed=i), STEPS)
     wanted = loop.train(context(tmp_path / 'one'), trainer, run, config(adam_eps=1e-3), Bar(None, None, None, 'step'))
-    found = loop.read_history(tmp_path / 'many' / f'{name}.jsonl')
+    found = storage.read_jsonl(tmp_path / 'many' / f'{name}.jsonl')
     for line, expected in zip(found, wanted, strict=True):
       assert line == pytest.approx(expected, rel=2e-5)
     a, b = (flat(loop.load_state(tmp_path / which / name, trainer).params) for which in ('many', 'one'))
     for k in a:  # rate · rounding / eps over six steps, as in test_step
       np.testing.assert_allclose(a[k], b[k], atol=1e-5, err_msg=k)
-  losses = [loop.read_history(tmp_path / 'many' / f'{name}.jsonl')[-1]['loss'] for name in NAMES]
+  losses = [storage.read_jsonl(tmp_path / 'many' / f'{name}.jsonl')[-1]['loss'] for name in NAMES]
   assert len(set(losses)) == 3
