@@ -17,6 +17,7 @@ import dsdm_jax
 from dsdm_jax import cli, pipeline
 from dsdm_jax.attribution import score_files
 from dsdm_jax.attribution.store import Features
+from dsdm_jax.config.validate import flatten
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.mesh import make_mesh
 from dsdm_jax.data.pool.pool import Pool
@@ -90,7 +91,7 @@ def _scores(workdir: Path, scratch: Path) -> Any:
 
 
 def _arm(workdir: Path, scratch: Path) -> Any:
-  arm_file.write(workdir, 'a', {}, scratch / 'a.json')
+  arm_file.write(workdir, 'a', flatten(tiny.get_config()), scratch / 'a.json')
   return (scratch / 'a.json').read_bytes()
 
 

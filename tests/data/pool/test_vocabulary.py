@@ -64,7 +64,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize('kind', KINDS)
 def test_odd_text_comes_back_with_and_without_seqio(folders: dict[str, Path], kind: str):
   encoder = vocabulary.open_encoder(folders[kind])
-  theirs = vocabulary.seqio_vocabulary(str(folders[kind]))
+  theirs = vocabulary.seqio_vocabulary(folders[kind])
   assert theirs.vocab_size == encoder.size
   assert (theirs.eos_id, theirs.pad_id) == (encoder.eos, encoder.pad)
   for text in [*ODD, '<|endoftext|>', '</s>']:
@@ -134,13 +134,13 @@ def test_a_replaced_vocabulary_is_read_again(folders: dict[str, Path], tmp_path:
     shutil.rmtree(tmp_path / 'one', ignore_errors=True)
     shutil.copytree(folders[kind], tmp_path / 'one')
     encoder = vocabulary.open_encoder(folders[kind])
-    assert vocabulary.seqio_vocabulary(str(tmp_path / 'one')).encode(text) == encoder.encode(text)
-  first, second = (vocabulary.seqio_vocabulary(str(folders['tokenizer'])) for _ in range(2))
+    assert vocabulary.seqio_vocabulary(tmp_path / 'one').encode(text) == encoder.encode(text)
+  first, second = (vocabulary.seqio_vocabulary(folders['tokenizer']) for _ in range(2))
   assert first == second
 
 
 def test_a_tokenizer_inside_tensorflow(folders: dict[str, Path]):
-  theirs = vocabulary.seqio_vocabulary(str(folders['tokenizer']))
+  theirs = vocabulary.seqio_vocabulary(folders['tokenizer'])
   ids = theirs.encode_tf('river stone é').numpy()
   assert ids.tolist() == theirs.encode('river stone é')
   assert np.ravel(theirs.decode_tf(ids).numpy())[0].decode() == 'river stone é'
