@@ -33,10 +33,9 @@ def run(workdir: Address | Path, *flags: str, **environment: str) -> None:
   assert done.returncode == 0, done.stderr[-3000:]
 
 
-def run_two(workdir: Address | Path, disks: Path, **environment: str) -> None:
+def run_two(coordinator: str, workdir: Address | Path, disks: Path, **environment: str) -> None:
   """A whole run by two processes that share the workdir alone."""
-  address = f'--config.distributed.coordinator=127.0.0.1:{free_port()}'
-  flags = (runs.TINY, f'--workdir={workdir}', address, *TWO)
+  flags = (runs.TINY, f'--workdir={workdir}', f'--config.distributed.coordinator={coordinator}', *TWO)
   started = [
     runs.start(*flags, f'--config.distributed.process={process}', **environment, **own_disk(disks / f'{process}'))
     for process in (0, 1)
@@ -125,6 +124,7 @@ def test_a_run_in_gs_is_the_run_on_a_disk(address, stores, finished, tmp_path):
 
 @pytest.mark.parametrize('address', ['s3', 'gs'], indirect=True)
 def test_two_processes_share_the_address_alone(address, stores, tmp_path):
-  run_two(tmp_path / 'local', tmp_path / 'shared')
-  run_two(address, tmp_path / 'disks', **stores(address.scheme))
+  coordinator = f'127.0.0.1:{free_port()}'  # the config of both, which results.json has
+  run_two(coordinator, tmp_path / 'local', tmp_path / 'shared')
+  run_two(coordinator, address, tmp_path / 'disks', **stores(address.scheme))
   assert_same_bytes(storage.local(address), tmp_path / 'local')
