@@ -4,7 +4,7 @@ Run it with:
 
     bash launch/run.sh
 
-Hardware and time: two CPU cores, about 150 s of processor time after installation.
+Hardware and time: two CPU cores, 2 min 10 s after installation.
 
 Result: models trained on DsDm's selection choose right in 67 % of questions about code, and models trained on random
 rows in 62 %; README.md has a table with intervals. The text depends on the installed packages, so your numbers differ.
