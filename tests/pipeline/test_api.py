@@ -12,6 +12,7 @@ import pytest
 
 import dsdm_jax
 from dsdm_jax.attribution.scores import Scores
+from dsdm_jax.config.validate import flatten
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import open_stage
 from dsdm_jax.core.mesh import make_mesh
@@ -236,7 +237,7 @@ def test_readers_refuse_a_pool_that_scores_and_selections_are_not_of(copied, tmp
     lambda: dsdm_jax.load(copied).results,
     lambda: export.write(copied, 'dsdm--mix', 'jsonl', tmp_path / 'out'),
     lambda: distilled._run(argparse.Namespace(workdir=copied)),
-    lambda: arm_file.write(copied, 'a', {}, tmp_path / 'a.json'),
+    lambda: arm_file.write(copied, 'a', flatten(tiny.get_config()), tmp_path / 'a.json'),
   ):
     with pytest.raises(UserError, match=words):
       act()
