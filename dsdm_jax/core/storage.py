@@ -212,8 +212,12 @@ def replace(path: Named, data: bytes, known: bytes | None) -> bool:
 
 
 @contextlib.contextmanager
-def guarded(folder: Path) -> Iterator[None]:
-  """Lets one process at a time into the block, where the file system has locks."""
+def guarded(folder: Path, wait: bool = True) -> Iterator[None]:
+  """Lets one process at a time into the block, where the file system has locks.
+
+  Raises:
+    OSError: another process is in it, and this one does not `wait`.
+  """
   try:
     import fcntl
   except ImportError:  # not POSIX
@@ -221,8 +225,8 @@ def guarded(folder: Path) -> Iterator[None]:
     return
   handle = os.open(folder, os.O_RDONLY)
   try:
-    with contextlib.suppress(OSError):
-      fcntl.flock(handle, fcntl.LOCK_EX)
+    with contextlib.suppress(OSError) if wait else contextlib.nullcontext():
+      fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     yield
   finally:
     os.close(handle)
@@ -703,34 +707,14 @@ def scratch() -> Iterator[Path]:
   with contextlib.ExitStack() as stack:
     with guarded(folder):  # else another process could take the new one for an old one
       for old in folder.iterdir():
-        with contextlib.suppress(OSError), _locked(old):  # an OSError: its process lives
+        with contextlib.suppress(OSError), guarded(old, wait=False):  # an OSError: its process lives
           shutil.rmtree(old, ignore_errors=True)
       new = Path(tempfile.mkdtemp(dir=folder))
-      stack.enter_context(_locked(new))
+      stack.enter_context(guarded(new, wait=False))
     try:
       yield new
     finally:
       shutil.rmtree(new, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-  """Locks a folder of this machine, where the file system has locks.
-
-  Raises:
-    OSError: another process has locked it.
-  """
-  try:
-    import fcntl
-  except ImportError:  # not POSIX
-    yield
-    return
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    yield
-  finally:
-    os.close(handle)
 
 
 def _cache() -> Path:
