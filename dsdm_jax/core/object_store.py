@@ -1,6 +1,6 @@
 """Objects of a store that fsspec knows (gs://, s3://, …): read, written whole, compared and set, listed, deleted.
 
-An object appears whole or not at all. None is renamed or appended to, and there are no folders: what stands for one is
+Objects are written whole. The program never renames one or appends to it. A store has no folders; here a folder is
 the objects whose names begin with its name. The store checksums what it holds, so nothing is read for a checksum.
 Nothing here is imported by a run on a local disk.
 """

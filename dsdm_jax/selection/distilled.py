@@ -59,7 +59,7 @@ class DistilledScorer:
 def dsdm_distilled(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selection:
   """The k rows with the highest scores by a scorer that is fitted to the scores of `selection.distill_rows` rows.
 
-  In a run with a prefilter, rows that have a score of the datamodel keep it, and the scorer stands in for the others.
+  In a run with a prefilter, rows with a score of the datamodel keep it, and the scorer predicts the others.
   """
   del seed
   grams, measured_N = ngrams.of_pool(pool, ngrams.FITTED), pool.scores.score_N(target.name)

@@ -208,8 +208,8 @@ def test_whole_run_and_job_refuse_each_other(address):
   assert storage.files(address) == []
 
 
-# Stands for a stage: six files of its own, each noted as complete, and one that a library writes. The number says
-# before which write to the store the process kills itself.
+# Writes like a stage: six files, each noted as complete, and one that a library writes. The process kills itself
+# before the write to the store whose number is its argument.
 STAGE = """
 import os, signal, sys
 import s3fs

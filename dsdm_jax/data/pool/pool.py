@@ -360,7 +360,7 @@ class Pool:
 
 
 class PoolRows:
-  """Some rows of a pool, numbered anew from 0 in their order; all of them where `rows` is None."""
+  """A part of a pool: `rows` in their order, with indices from 0. None takes all rows."""
 
   def __init__(self, pool: Pool, rows: np.ndarray | None = None):
     self._pool, self._rows = pool, rows
