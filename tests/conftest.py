@@ -59,6 +59,14 @@ settings.register_profile('dsdm', deadline=None, derandomize=True, max_examples=
 settings.load_profile('dsdm')
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _signals_stay_with_pytest() -> Iterator[None]:
+  """Keeps commands that tests call in this process from handling its signals for good, in later tests too."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('dsdm_jax.core.stopping.install', lambda: None)
+    yield
+
+
 @pytest.fixture(scope='session')
 def stores() -> Iterator[Callable[[str], dict[str, str]]]:
   """Starts the emulator of 's3' or 'gs' once; returns the environment in which programs reach it."""
