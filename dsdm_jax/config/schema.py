@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
@@ -586,6 +586,8 @@ def config_dict(section: type[Section] = Config) -> ConfigDict:
   for name, field in section.model_fields.items():
     keys[name] = config_dict(type(field.default)) if isinstance(field.default, Section) else field.default
   if section is Config:
+    # References from the start: get_oneway_ref walks through all values to make one of a value.
+    keys.model = Keys({name: FieldReference(value) for name, value in keys.model.items()})
     keys.proxies.model = Keys({name: keys.model.get_oneway_ref(name) for name in keys.model})
   return keys
 
