@@ -28,24 +28,25 @@ look_into_venv() { # lets environment $1 import the packages of .venv
   "$root/.venv/bin/python" -c "$site" >"$("$1/bin/python" -c "$site")/environment.pth"
 }
 
-# Environments are installed side by side, and while the checks run; the tests wait for them.
+# Environments are installed side by side, and while checks and tests run; a test that needs one waits for its lock.
 if [[ $tier != fast ]]; then
   python=$(find_python)
-  (make_environment "$root/.venv-peers" "$python" && install "$root/.venv-peers" "$root/requirements-peers.txt" &&
+  (flock 8 && make_environment "$root/.venv-peers" "$python" &&
+    install "$root/.venv-peers" "$root/requirements-peers.txt" &&
     "$root/.venv-peers/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps kronfluence==1.0.1 \
-      dolma==1.2.1 mosaicml-streaming==0.13.0 megatron-core==0.16.1) ||
+      dolma==1.2.1 mosaicml-streaming==0.13.0 megatron-core==0.16.1) 8>"$root/.venv-peers.lock" ||
     printf '%s: no .venv-peers, so tests that compare with other packages are skipped\n' "$self" >&2 &
 fi
 prepare
 python=$root/.venv/bin/python
 if [[ $tier != fast ]]; then
-  (make_environment "$root/.venv-tpu" "$python" && look_into_venv "$root/.venv-tpu" &&
-    install "$root/.venv-tpu" "$root/requirements-tpu.txt") ||
+  (flock 8 && make_environment "$root/.venv-tpu" "$python" && look_into_venv "$root/.venv-tpu" &&
+    install "$root/.venv-tpu" "$root/requirements-tpu.txt") 8>"$root/.venv-tpu.lock" ||
     printf '%s: no .venv-tpu, so tests that compile for TPUs are skipped\n' "$self" >&2 &
 fi
 if [[ $tier == all ]]; then
-  (lock=$root/requirements-beam.lock && make_environment "$root/.venv-beam" "$python" &&
-    install "$root/.venv-beam" "$root/requirements-beam.txt") ||
+  (flock 8 && lock=$root/requirements-beam.lock && make_environment "$root/.venv-beam" "$python" &&
+    install "$root/.venv-beam" "$root/requirements-beam.txt") 8>"$root/.venv-beam.lock" ||
     printf '%s: no .venv-beam, so the test of Apache Beam is skipped\n' "$self" >&2 &
 fi
 make_environment "$root/.venv-test" "$python"
@@ -84,11 +85,14 @@ audit() { # looks for known vulnerabilities in the packages that requirements.lo
 }
 
 status=0 # every check runs, even after one has failed
+if [[ $tier != fast ]]; then # mostly waits for the network
+  audit &
+  audit=$!
+fi
 "$python" -m ruff format --check --quiet . || { printf '%s: fix with: ruff format\n' "$self" >&2 && status=1; }
 "$python" -m ruff check --output-format=concise . || status=1
 "$python" -m mypy || status=1
-[[ $tier == fast ]] || audit || status=1
-wait # for the environments
+[[ -z ${audit:-} ]] || wait "$audit" || status=1
 
 case $tier in
   fast) set -- -m 'not slow and not full' "$@" ;;
@@ -99,5 +103,6 @@ case $tier in
     set -- tests/faults tests/test_security.py tests/core/test_lock.py tests/core/test_artifacts.py "$@"
     ;;
 esac
-"$python" -m pytest -n 2 --dist loadscope "$@" || status=1
+"$python" -m pytest -n 2 --dist loadscope --no-loadscope-reorder "$@" || status=1
+wait # for environments that no test needed
 exit "$status"

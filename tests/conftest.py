@@ -5,6 +5,7 @@ It is set in the environment before JAX is imported, so that processes started b
 
 import collections
 import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -105,6 +106,9 @@ def _other_python(variable: str, environment: str, requirements: str) -> Path:
   if variable in os.environ:
     return Path(os.environ[variable])
   folder = ROOT / environment
+  if (lock := folder.with_suffix('.lock')).exists():  # launch/test.sh holds it while it installs
+    with lock.open() as file:
+      fcntl.flock(file, fcntl.LOCK_SH)
   if not (folder / 'installed.txt').is_file():  # written once all is installed
     pytest.skip(f'no environment with {requirements}; launch/test.sh makes {environment}')
   return folder / 'bin' / 'python'
@@ -149,6 +153,7 @@ def count(request: pytest.FixtureRequest) -> Callable[[str, int], None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   for item in items:
     tiers.mark(item)
+  tiers.order(items)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

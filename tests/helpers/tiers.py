@@ -52,7 +52,8 @@ SLOW = (
   *(f'tests/validation/test_{name}.py' for name in ('oracle', 'variants')),
 )
 # A test that uses one of these waits for a whole run, for another environment, or for a browser.
-SLOW_FIXTURES = {'beam', 'browser', 'copied', 'finished', 'libtpu', 'peers', 'server'}
+ENVIRONMENTS = {'beam', 'libtpu', 'peers'}
+SLOW_FIXTURES = {*ENVIRONMENTS, 'browser', 'copied', 'finished', 'server'}
 
 
 def mark(item: pytest.Item) -> None:
@@ -64,3 +65,13 @@ def mark(item: pytest.Item) -> None:
     fixtures & SLOW_FIXTURES or item.nodeid.startswith(SLOW) or any(map(item.get_closest_marker, ('browser', 'peers')))
   ):
     item.add_marker(pytest.mark.slow)
+
+
+def order(items: list[pytest.Item]) -> None:
+  """Puts slow files first, so that the last are short and no worker ends long after the other.
+
+  Files that use another environment come in between: launch/test.sh may still install it when the first tests run.
+  """
+  slow = {item.path for item in items if item.get_closest_marker('slow')}
+  elsewhere = {item.path for item in items if ENVIRONMENTS & set(getattr(item, 'fixturenames', ()))}
+  items.sort(key=lambda item: 1 if item.path in elsewhere else 0 if item.path in slow else 2)
