@@ -21,8 +21,9 @@ VARIANTS = {
   'scanned_rematerialised': {'scan_layers': True, 'remat': True},
   'modern': {
     'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'tied_embeddings': False, 'kv_heads': 2, 'bias': False,
+    'layers': 1,
   },
-  'neox': {'positions': 'rope', 'mlp': 'gelu_exact', 'tied_embeddings': False, 'parallel_residual': True},
+  'neox': {'positions': 'rope', 'mlp': 'gelu_exact', 'tied_embeddings': False, 'parallel_residual': True, 'layers': 1},
   # The keys of OLMo-2 with those of Qwen2 and Llama 3.1, and the keys of Gemma 2 and 3.
   'post_norm': {
     'positions': 'rope', 'rotary_scaling': (8.0, 1.0, 4.0, 32.0), 'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False,
@@ -34,9 +35,13 @@ VARIANTS = {
     'embedding_scale': 32**0.5, 'attention_cap': 2.0, 'logit_cap': 3.0,
   },
 }  # fmt: skip
+# Where a test compiles two programs of each kind: a scanned stack, and the kind with most keys; the others with --all.
+SOME_VARIANTS = [
+  v if v in ('scanned_rematerialised', 'gemma') else pytest.param(v, marks=pytest.mark.full) for v in VARIANTS
+]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # so that functions of it can be cached
 class Problem:
   """A model with batch and, for the oracle, a Python loop over plain gradients."""
 
@@ -71,7 +76,9 @@ class Problem:
     return np.concatenate(parts)
 
 
+@functools.cache
 def make_problem(seed: int = 0, length: int = LENGTH, **overrides) -> Problem:
+  """The same object for the same arguments, with its compiled gradient: change none of its arrays."""
   config = base.model()
   config.update({'width': 32, 'mlp_width': 64, 'layers': 2, **overrides})
   model = decoder.build(config, VOCAB, length, nnx.Rngs(seed))

@@ -1,5 +1,6 @@
 """A and B of eigenvectors against covariances from explicit activations and output gradients."""
 
+import functools
 import math
 
 import jax
@@ -52,6 +53,7 @@ def explicit(problem, layers, monkeypatch):
   return {f'{name}/kernel': sides for name, sides in found.items()}
 
 
+@functools.cache  # compiles once for all tests
 def _moments(problem, mesh, batches=1, dimension=512):
   layers = probes.plan(problem.model, 'kernel$', dimension)
   step = MomentStep(problem.model, outputs.margin, layers, mesh)
@@ -97,7 +99,7 @@ def test_each_row_counts_once_whatever_devices_and_batches_are(plain_problem, on
 
 
 def test_a_scanned_stack_has_moments_for_each_of_its_layers(one_device):
-  scanned, unrolled = make_problem(scan_layers=True), make_problem()
+  scanned, unrolled = make_problem(scan_layers=True), make_problem.__wrapped__()  # whose weights are changed
   stacked = dict(nnx.to_flat_state(scanned.params))
   for path, variable in nnx.to_flat_state(unrolled.params):
     block = path[0] == 'blocks'

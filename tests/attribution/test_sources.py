@@ -76,6 +76,7 @@ def _source(step, rows, mesh, dtype='bfloat16', flop=lambda _: None):
   )
 
 
+@functools.cache  # compiles once for all tests
 def _step(kind, mesh):
   model = make_problem().model
   if kind == 'dense':
@@ -109,17 +110,11 @@ def test_batch_sizes_are_rounded_up_to_the_device_count(devices, batch, microbat
   assert step_rows(config.features, make_mesh(config.mesh, jax.devices()[:devices])) == wanted
 
 
-@pytest.mark.parametrize('kind', ['two_sided', 'dense'])
-def test_features_do_not_depend_on_the_device_count(kind, rows, one_device):
+def test_features_do_not_depend_on_the_device_count(rows, one_device):
   """45 rows in shards of 16 and batches of 12: the last batch of every shard is padded."""
-  mesh = make_mesh(base.get_config().mesh, jax.devices()[:3])
-  model, found = make_problem().model, []
-  for place, batch, microbatch in ((one_device, BATCH, 4), (mesh, 12, 6)):
-    step = (
-      DenseFeatures(model, outputs.margin, J, 0, place, microbatch)
-      if kind == 'dense'
-      else TwoSidedFeatures(model, outputs.margin, '.*', J, 0, place)
-    )
+  mesh, found = make_mesh(base.get_config().mesh, jax.devices()[:3]), []
+  for place, batch in ((one_device, BATCH), (mesh, 12)):
+    step = _step('two_sided', place)
     rows_pass = PoolPass(step, step.prepare(make_problem().params, 0), rows, batch, place, lambda _: None)
     found.append(np.concatenate([phi for _, _, phi in rows_pass.ranges([(0, 16), (16, 32), (32, 45)])]))
   one_NJ, three_NJ = found
@@ -148,7 +143,7 @@ def test_scores_by_jvp_are_those_of_features(rows, one_device):
 
 def test_a_range_is_counted_and_read_once(rows, one_device):
   flop = []
-  step = _step('two_sided', one_device)
+  step = _step.__wrapped__('two_sided', one_device)
   source = _source(step, rows, one_device, flop=flop.append)
   assert [stop - start for start, stop, _ in source] == [16, 16, 13]
   assert step.jitted._cache_size() == 1  # the last shard is short and runs the same program

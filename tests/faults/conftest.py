@@ -23,9 +23,8 @@ LADDER = (
 
 
 @pytest.fixture(scope='session')
-def server() -> Iterator[Server]:
-  with Server(runs.environment()) as started:
-    yield started
+def server() -> Server:
+  return runs.server()
 
 
 @pytest.fixture(scope='session')

@@ -14,6 +14,7 @@ from dsdm_jax.core import artifacts
 from dsdm_jax.core.artifacts import Cost, Identity
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
+from tests.faults.server import Server
 from tests.pipeline import runs, tiny
 
 SHARE = 0.25  # of the pool that a selection takes
@@ -50,9 +51,28 @@ def _computed_in(dtype: str, finished: Path, folder: Path) -> dict[str, np.ndarr
   return {target: read.score_N(target) for target in (*read.tasks, 'mix')}
 
 
-def test_top_rows_of_features_computed_in_bfloat16_are_those_of_float32(finished, tmp_path, count):
+def _kept_in(dtype: str, server: Server, finished: Path, folder: Path) -> dict[str, np.ndarray]:
+  """Target → score_N of the finished run's proxies, with features in `dtype`."""
+  log = folder.with_suffix('.log')
+  for stage in ('pool', 'targets', 'proxies'):
+    shutil.copytree(finished / stage, folder / stage)
+  for stage in ('features', 'target_features', 'datamodel'):
+    flags = (runs.TINY, f'--workdir={folder}', f'--stage={stage}', f'--config.features.store_dtype={dtype}')
+    assert server.start(log, *flags).wait(300) == 0, log.read_text()[-3000:]
+  identity = artifacts.read(folder, 'features')['features'].identity
+  assert identity['settings']['features.store_dtype'] == dtype
+  return score_files.load(folder, 'mix')
+
+
+@pytest.fixture(scope='module')
+def exact(server, finished, tmp_path_factory) -> dict[str, np.ndarray]:
+  return _kept_in('float32', server, finished, tmp_path_factory.mktemp('exact') / 'run')
+
+
+def test_top_rows_of_features_computed_in_bfloat16_are_those_of_float32(exact, finished, tmp_path, count):
   """Weights, losses and sums stay float32; activations, their gradients and matmuls are bfloat16."""
-  exact, rounded = (_computed_in(dtype, finished, tmp_path / dtype) for dtype in ('float32', 'bfloat16'))
+  rounded = _computed_in('bfloat16', finished, tmp_path)
+  assert exact.keys() == rounded.keys()
   for target, score_N in exact.items():
     assert np.abs(rounded[target] - score_N).max() > 1e-4 * np.abs(score_N).max()  # it was another computation
     top, found = _top(score_N), _top(rounded[target])
@@ -63,22 +83,10 @@ def test_top_rows_of_features_computed_in_bfloat16_are_those_of_float32(finished
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('dtype', 'least'), [('bfloat16', 0.97), ('int8', 0.9)])
-def test_top_rows_of_narrow_features_are_those_of_float32(server, finished, tmp_path, count, dtype, least):
+def test_top_rows_of_narrow_features_are_those_of_float32(exact, server, finished, tmp_path, count, dtype, least):
   """The same pool, targets and proxies; of scores of every target, and of the mix."""
-
-  def scores(kept: str) -> dict:
-    folder, log = tmp_path / kept, tmp_path / f'{kept}.log'
-    for stage in ('pool', 'targets', 'proxies'):
-      shutil.copytree(finished / stage, folder / stage)
-    for stage in ('features', 'target_features', 'datamodel'):
-      flags = (runs.TINY, f'--workdir={folder}', f'--stage={stage}', f'--config.features.store_dtype={kept}')
-      assert server.start(log, *flags).wait(300) == 0, log.read_text()[-3000:]
-    identity = artifacts.read(folder, 'features')['features'].identity
-    assert identity['settings']['features.store_dtype'] == kept
-    return score_files.load(folder, 'mix')
-
-  exact = scores('float32')
-  narrow = score_files.load(finished, 'mix') if dtype == 'bfloat16' else scores(dtype)
+  stored = dtype == 'bfloat16'  # by the finished run
+  narrow = score_files.load(finished, 'mix') if stored else _kept_in(dtype, server, finished, tmp_path / 'run')
   assert exact.keys() == narrow.keys()
   for target, score_N in exact.items():
     top, found = _top(score_N), _top(narrow[target])

@@ -37,17 +37,18 @@ def command(*flags: str) -> list[str]:
 
 
 @functools.cache
-def _server() -> Server:
-  server = Server(environment())
-  atexit.register(server.__exit__, None, None, None)
-  return server
+def server() -> Server:
+  """The process that forks this worker's runs."""
+  started = Server(environment())
+  atexit.register(started.__exit__, None, None, None)
+  return started
 
 
 def start(*flags: str, devices: int = 1, module: str = 'dsdm_jax.main', **more: str) -> 'Run':
   """Starts a run without waiting for its end; `more` are variables of its environment."""
   folder = Path(tempfile.mkdtemp())
   out, err = folder / 'out', folder / 'err'
-  child = _server().start(out, *flags, err=err, devices=devices, environment=more, module=module)
+  child = server().start(out, *flags, err=err, devices=devices, environment=more, module=module)
   return Run(child, flags, out, err)
 
 

@@ -181,12 +181,12 @@ def test_validation_is_shown_where_there_is_one(shown, drawings):
   assert '0.33 <small>[0.10,\u00a00.50]' in part
 
 
-def test_multiplier_is_shown_where_there_is_a_ladder(shown, html):
+def test_multiplier_is_shown_where_there_is_a_ladder(shown, html, drawings):
   assert 'worth in compute' not in html
   laddered = dataclasses.replace(shown, multiplier=multiplier())
   drawn = {name: d for name, d in page.report_figures(laddered).items() if name.startswith('multiplier')}
   assert list(drawn) == ['multiplier-docs', 'multiplier-mean']
-  made = render(laddered, [*page.report_figures(shown), *drawn])
+  made = render(laddered, [*drawings, *drawn])
   part = made[made.index('<section id="multiplier">') : made.index('<section id="training">')]
   assert '2.5 [1.5, &gt; 4]' in part
   assert 'mean of all tasks' in part

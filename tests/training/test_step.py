@@ -1,5 +1,7 @@
 """One training step against an oracle in NumPy float64, and the weights of examples."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +20,15 @@ VOCAB, LENGTH, BATCH = 48, 12, 8
 
 
 def make_trainer(devices: int = 1, model=None, **train) -> Trainer:
+  """The same object for the same arguments, so that tests compile its programs once."""
+  return cached_trainer(devices, tuple((model or {}).items()), tuple(train.items()))
+
+
+@functools.cache
+def cached_trainer(devices: int, model: tuple, train: tuple) -> Trainer:
   config = base.get_config()
-  config.model.update({'layers': 1, 'width': 16, 'heads': 2, 'kv_heads': 2, 'mlp_width': 32, **(model or {})})
-  config.pretraining.train.update({'batch_size': BATCH, **train})
+  config.model.update({'layers': 1, 'width': 16, 'heads': 2, 'kv_heads': 2, 'mlp_width': 32, **dict(model)})
+  config.pretraining.train.update({'batch_size': BATCH, **dict(train)})
   grid = mesh.make_mesh(config.mesh, jax.devices()[:devices])
   return Trainer(config.model, config.pretraining.train, VOCAB, LENGTH, grid)
 
@@ -50,7 +58,7 @@ def test_counting_flop_does_not_trace_the_step_again(devices, models, monkeypatc
   traced = []
   apply = Trainer.apply
   monkeypatch.setattr(Trainer, 'apply', lambda self, *given: traced.append(given) or apply(self, *given))
-  one = make_trainer(devices)
+  one = cached_trainer.__wrapped__(devices, (), ())
   trainer = one if models == 1 else VmappedTrainer(one, models)
   flop = trainer.flop_per_step
   assert trainer.flop_per_step == flop > 0
