@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 TINY = """
 pool.max_bytes=60000 pool.max_document_bytes=2048 pool.length=32 pool.vocab_size=320 targets.max_examples=12
 model.layers=1 model.width=16 model.mlp_width=32 features.dimension=64 features.shard_rows=256 proxies.epochs=0.25
+features.projection=two_sided proxies.count=1
 proxies.train.batch_size=16 pretraining.train.batch_size=16 proxies.train.warmup_steps=1
 pretraining.train.warmup_steps=1 selection.examples=32 selection.epochs=2 pretraining.seeds=1 report.examples=2
 """

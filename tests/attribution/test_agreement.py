@@ -60,14 +60,13 @@ def score_N(kind: str, dtype: str, devices: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize('kind', ['two_sided', 'dense'])
-def test_the_same_rows_are_chosen_on_1_2_and_8_devices(kind):
+def test_the_same_rows_are_chosen_on_one_and_eight_devices(kind):
   """At least 0.999 of the top: with 64 of 384 rows, all of them."""
   one_N = score_N(kind, 'float32', 1)
   top = set(np.argsort(one_N)[-TOP:])
-  for devices in (2, 8):
-    found_N = score_N(kind, 'float32', devices)
-    assert np.linalg.norm(found_N - one_N) < 1e-4 * np.linalg.norm(one_N)
-    assert len(top & set(np.argsort(found_N)[-TOP:])) >= 0.999 * TOP
+  found_N = score_N(kind, 'float32', 8)
+  assert np.linalg.norm(found_N - one_N) < 1e-4 * np.linalg.norm(one_N)
+  assert len(top & set(np.argsort(found_N)[-TOP:])) >= 0.999 * TOP
 
 
 @pytest.mark.parametrize('kind', ['two_sided', 'dense'])

@@ -203,13 +203,13 @@ def test_gram_of_many_rows_is_accurate(tmp_path):
 
 def test_gram_of_a_hundred_million_rows():
   """1e8 rows of mean 3 and noise 1. A float32 sum, row by row, would stop growing at 2^24 · 2."""
-  phi_NJ = _random((20_000, 4)) + 3
-  source = Rows(phi_NJ, shard_rows=20_000, repeat=5_000)
+  phi_NJ = _random((200_000, 4)) + 3
+  source = Rows(phi_NJ, shard_rows=200_000, repeat=500)
   assert source.rows == 10**8
   phi = phi_NJ.astype(np.float64)
   (gram_JJ,) = datamodel.gram(source)
-  # One float32 matmul over 20,000 rows: √rows roundings of 6e-8, and 5,000 sums in float64 add none.
-  np.testing.assert_allclose(gram_JJ, phi.T @ phi / len(phi), rtol=np.sqrt(20_000) * 6e-8)
+  # One float32 matmul over 200,000 rows: √rows roundings of 6e-8, and 500 sums in float64 add none.
+  np.testing.assert_allclose(gram_JJ, phi.T @ phi / len(phi), rtol=np.sqrt(200_000) * 6e-8)
 
 
 @pytest.mark.parametrize('blocks', [((0, J),), BLOCKS])

@@ -2,13 +2,14 @@
 
 import jax
 import numpy as np
+import pytest
 
 from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.gradients import DenseFeatures
 from dsdm_jax.core import flops
 from dsdm_jax.lm import outputs
 
-from .conftest import make_problem
+from .conftest import SOME_VARIANTS, VARIANTS, make_problem
 
 J = 96
 # Sums of a few ten thousand products in another order, relative to the largest score: 6e-8 · √(2.5e4) ≈ 1e-5.
@@ -29,7 +30,9 @@ def _close(got, wanted):
   assert np.abs(np.asarray(got) - wanted).max() < ROUNDING * np.abs(wanted).max()
 
 
-def test_agrees_with_dense_features(problem, one_device):
+@pytest.mark.parametrize('variant', SOME_VARIANTS)
+def test_agrees_with_dense_features(variant, one_device):
+  problem = make_problem(**VARIANTS[variant])
   scorer = DirectionalScores(problem.model, outputs.margin, 3, one_device)
   got_BT = scorer(scorer.prepare(problem.params, _u(3), 1), problem.tokens_BL, problem.weights_BL)
   assert got_BT.dtype == np.float32

@@ -10,7 +10,7 @@ from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.ekfac import WholeGradients
 from dsdm_jax.lm import outputs
 
-from .conftest import BATCH, VARIANTS, make_problem
+from .conftest import BATCH, SOME_VARIANTS, VARIANTS, make_problem
 
 DAMPING = 0.1
 WEIGHT_KT = np.eye(3, BATCH) / 2 + np.eye(3, BATCH, 1) / 2  # the means of three pairs of rows
@@ -40,10 +40,7 @@ def _directions(problem, mesh, rows: int) -> tuple[WholeGradients, dict[str, ekf
   return step, factors, step.flat({path: f.solve(means[path], DAMPING)[0] for path, f in factors.items()})
 
 
-@pytest.mark.parametrize(
-  'variant',
-  [v if v in ('scanned_rematerialised', 'gemma') else pytest.param(v, marks=pytest.mark.full) for v in VARIANTS],
-)
+@pytest.mark.parametrize('variant', SOME_VARIANTS)
 def test_scores_are_those_of_the_oracle(variant, one_device):
   """Batches of three rows, the last one padded; both ways to score."""
   p = make_problem(**VARIANTS[variant])

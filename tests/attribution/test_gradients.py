@@ -1,5 +1,7 @@
 """Features against explicit per-example gradients, projected explicitly."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ def _relative(a, b) -> float:
   return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
 
 
+@functools.cache  # compiles once for all tests
 def _two_sided(problem, mesh, dimension=512, pattern='.*', seed=3):
   return TwoSidedFeatures(problem.model, outputs.margin, pattern, dimension, seed, mesh)
 
@@ -60,7 +63,7 @@ def _flat(problem, row):
 
 @pytest.mark.parametrize(('microbatch', 'dimension'), [(0, 96), (2, 70)])
 def test_dense_is_the_projection_of_the_explicit_gradient(microbatch, dimension, one_device):
-  problem = make_problem(width=64, mlp_width=256)  # has parameters of more than a block, and others of less
+  problem = make_problem(layers=1, width=64, mlp_width=256)  # has parameters of more than a block, and others of less
   step = DenseFeatures(problem.model, outputs.margin, dimension, 3, one_device, microbatch)
   phi_BJ = step(step.prepare(problem.params, 1), problem.tokens_BL, problem.weights_BL)
   matrix_WJ = _matrix(problem.params, 3, 1, dimension)
@@ -69,7 +72,7 @@ def test_dense_is_the_projection_of_the_explicit_gradient(microbatch, dimension,
 
 
 def test_transpose_is_the_transpose(one_device):
-  problem = make_problem(width=64, mlp_width=256)
+  problem = make_problem(layers=1, width=64, mlp_width=256)
   u_JT = np.random.default_rng(0).normal(size=(70, 3)).astype(np.float32)
   keys = rademacher.keys(problem.params, 3, 1)
   back = rademacher.transpose(u_JT, problem.params, keys)
@@ -80,16 +83,15 @@ def test_transpose_is_the_transpose(one_device):
 def test_dense_columns_differ_between_checkpoints_at_every_dimension(plain_problem):
   """Also past 10,000 columns, where a peer repeats its columns."""
   key_sets = [rademacher.keys(plain_problem.params, 0, c) for c in (0, 1)]
-  for dimension in (1, 33, 12_000):
+  for dimension in (1, 33, 10_100):
     first, second = (np.asarray(rademacher.signs(keys[-1], 0, dimension)) for keys in key_sets)
     agree_J = (first == second).mean(axis=0)
     # Equal in half of 8,192 entries, give or take six standard deviations.
     assert np.abs(agree_J - 0.5).max() < 6 * 0.5 / np.sqrt(rademacher.BLOCK)
-  same = np.asarray(rademacher.signs(key_sets[0][-1], 0, 12_000))
-  assert len(np.unique(same[:64], axis=1).T) == 12_000
+  assert len(np.unique(first[:64], axis=1).T) == dimension
 
 
-@pytest.mark.parametrize(('kind', 'data', 'model'), [('two_sided', 4, 2), ('two_sided', 1, 8), ('dense', 4, 2)])
+@pytest.mark.parametrize(('kind', 'data', 'model'), [('two_sided', 4, 2), ('dense', 4, 2)])
 def test_same_features_on_any_mesh(kind, data, model, plain_problem, one_device):
   """One device against several, weights split over both axes: ‖Δφ‖/‖φ‖ ≤ 1e-5 per row."""
 
@@ -114,7 +116,7 @@ def test_same_features_on_any_mesh(kind, data, model, plain_problem, one_device)
   [
     ({'scan_layers': True}, 1e-5),
     # Three roundings a term, as in test_bfloat16.py, on both sides: their difference has √2 times the spread of one.
-    ({'compute_dtype': 'bfloat16', 'scan_layers': True}, 2**0.5 * 3 * 2**-8),
+    pytest.param({'compute_dtype': 'bfloat16', 'scan_layers': True}, 2**0.5 * 3 * 2**-8, marks=pytest.mark.full),
   ],
 )
 def test_same_two_sided_features_scanned_and_in_bfloat16_on_a_mesh(variant, bound, one_device):

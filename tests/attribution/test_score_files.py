@@ -66,10 +66,10 @@ def test_a_small_file_of_much_content_is_not_read_whole(tmp_path, where):
   import pyarrow
   from pyarrow import parquet
 
-  path, size = tmp_path / 'a.pt', 512 << 20
+  path, size = tmp_path / 'a.pt', 192 << 20
   if where in ('text', 'rows'):
     path = tmp_path / 'a.parquet'
-    column = pyarrow.array(['x' * 2**20] * 512) if where == 'text' else pyarrow.array(np.zeros(2**26, np.float32))
+    column = pyarrow.array(['x' * 2**20] * 192) if where == 'text' else pyarrow.array(np.zeros(48 << 20, np.float32))
     parquet.write_table(pyarrow.table({'score': column}), path)
   else:
     members = {'data.pkl': _pickle(), 'byteorder': b'little', 'data/0': SCORE_N.tobytes()}

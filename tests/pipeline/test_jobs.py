@@ -74,6 +74,7 @@ def test_jobs_and_another_number_of_devices_make_what_one_run_makes(begun, finis
     assert np.all(np.abs(a_BJ - b_BJ) <= 2**-7 * np.abs(b_BJ) + 1e-5 * np.linalg.norm(b_BJ, axis=1, keepdims=True))
 
 
+@pytest.mark.full
 def test_jobs_share_one_basis_of_eigenvectors(begun):
   first = []
   for job in (2, 0, 1):

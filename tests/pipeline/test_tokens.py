@@ -38,7 +38,11 @@ def test_tokens_sum_up_to_the_row_in_a_finished_run(finished):
     pytest.param(
       {'basis': 'eigenvectors', 'basis_rows': 40, 'mode': 'stream'}, {'gram': 'joint'}, marks=pytest.mark.full
     ),
-    ({'output_fn': 'dsdm_jax.lm.outputs:log_likelihood', **JVP}, {'bootstrap': 0, 'groups': 1, 'examples': 0}),
+    pytest.param(
+      {'output_fn': 'dsdm_jax.lm.outputs:log_likelihood', **JVP},
+      {'bootstrap': 0, 'groups': 1, 'examples': 0},
+      marks=pytest.mark.full,
+    ),
     ({'projection': 'ekfac', 'mode': 'jvp', 'basis_rows': 41}, {'bootstrap': 3, 'average': 'unseen'}),
   ],
   ids=['two_sided', 'eigenvectors', 'dense', 'ekfac'],

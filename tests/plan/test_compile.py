@@ -107,8 +107,8 @@ print(program.network_bytes / weights)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('slices', [2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize('slices', [2, 4])
 def test_no_weight_crosses_slices(libtpu, slices):
   environment = os.environ | {'JAX_EXEC_TIME_OPTIMIZATION_EFFORT': '-1.0', 'JAX_NUMPY_RANK_PROMOTION': 'allow'}
   done = subprocess.run(

@@ -121,7 +121,7 @@ def test_a_custom_selector_can_ignore_targets_and_seeds():
 
 
 @pytest.mark.parametrize('method', METHODS)
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(case=CASES, examples=st.integers(1, 40), epochs=st.integers(1, 2), seed=st.integers(0, 9))
 def test_rows_are_in_range_within_caps_and_repeatable(tmp_path_factory, method, case, examples, epochs, seed):
   case.imported = str(tmp_path_factory.getbasetemp() / 'scores.npy')

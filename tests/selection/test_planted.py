@@ -48,7 +48,7 @@ def share_above(tmp_path_factory) -> dict[str, np.ndarray]:
   return found
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('task', ['docs', 'api_qa'])
 def test_planted_examples_rank_in_the_top_percent(share_above, task):
   assert (share_above[task] <= 0.01).mean() >= 0.95

@@ -327,6 +327,7 @@ def test_finished_run_whose_last_checkpoint_is_torn_is_not_read_at_an_earlier_st
   assert saved_steps(tmp_path) == [4, 6], 'reading removes nothing'
 
 
+@pytest.mark.full
 def test_damage_is_reported_and_nothing_else(tmp_path):
   code = (
     'import sys; from pathlib import Path; import jax.numpy as jnp, numpy as np\n'
