@@ -38,7 +38,9 @@ os.environ |= {
   'JAX_CPU_ENABLE_ASYNC_DISPATCH': 'false',  # collectives of two programs in flight can wait for each other's threads
   'PJRT_NPROC': '64',  # and one program's collective for a thread that a copy holds: XLA's pool has eight otherwise
   'JAX_NUMPY_RANK_PROMOTION': 'raise',
-  'XLA_FLAGS': '--xla_backend_optimization_level=0',  # programs run a few times: compiling takes longer than running
+  # Programs run a few times: compiling takes longer than running.
+  'XLA_FLAGS': '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
+  '--xla_cpu_parallel_codegen_split_count=1 --xla_llvm_disable_expensive_passes=true',
   'JAX_COMPILATION_CACHE_DIR': _JAX_CACHE,
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
   'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0',
