@@ -152,6 +152,9 @@ class Child:
 
 def _arm(shim: ctypes.CDLL, fault: Fault) -> None:
   if fault.how == 'compile':
+    import jax
+
+    jax.config.update('jax_enable_compilation_cache', False)  # an undisturbed run has filled it
     threading.Thread(target=_kill_while_compiling, args=(fault.at,), daemon=True).start()
     return
   mode = _MODES.index(fault.how)
