@@ -76,9 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   argcomplete.autocomplete(commands)
   command, rest = commands.parse_known_args(arguments)[0].command, arguments[1:]
   try:
-    return _run(command, rest)
+    code = _run(command, rest)
+    sys.stdout.flush()
   except Exception as error:  # noqa: BLE001  raises what the user cannot resolve
     return exit_code(error, 'dsdm', lambda: None)
+  return code
 
 
 def _run(command: str, rest: list[str]) -> int:

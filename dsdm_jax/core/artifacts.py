@@ -326,7 +326,7 @@ def read(
   """
   opened = {stage: open_stage(workdir, stage) for stage in stages}
   if missing := [stage for stage, artifact in opened.items() if artifact is None]:
-    raise UserError(f'{workdir} has no finished {" and ".join(missing)}; run these stages first')
+    raise UserError(f'{workdir} has no finished {", ".join(missing)}; run these stages first')
   result = {stage: artifact for stage, artifact in opened.items() if artifact is not None}
   for phrase in mismatches(workdir, {**(known or {}), **result}):
     raise UserError(f'{phrase}; start the run again with --rerun before reading it')

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -110,13 +111,20 @@ def cannot_use(error: OSError, workdir: str | None) -> str:
 
 
 def exit_code(error: Exception, program: str, workdir: Callable[[], str | None]) -> int:
-  """Prints an error that the user can resolve in one line, and returns the exit code; raises other errors."""
+  """Prints an error that the user can resolve in one line, and returns the exit code; raises other errors.
+
+  Where standard output goes into a pipe whose reader has ended, as by `| head`, nothing is printed, and the code is a
+  shell's for SIGPIPE.
+  """
   stopping.wait_if_stopped()
   if isinstance(error, UserError):
     report(f'{program}: {error}')
     return error.exit_code
   if (found := system_error(error)) is None:
     raise error
+  if found.errno == errno.EPIPE and found.filename == _STREAMS[0]:
+    _drop_unwritten()
+    return 128 + signal.SIGPIPE
   report(f'{program}: {cannot_use(found, workdir())}')
   return 2
 
@@ -126,7 +134,12 @@ def report(text: str) -> None:
   with contextlib.suppress(OSError, ValueError):
     sys.stderr.write(f'{visible(text)}\n')
     sys.stderr.flush()
-  for stream in (sys.stdout, sys.stderr):  # what cannot be written now must not fail at exit
+  _drop_unwritten()
+
+
+def _drop_unwritten() -> None:
+  """What cannot be written now must not fail at exit."""
+  for stream in (sys.stdout, sys.stderr):
     try:
       stream.flush()
     except (OSError, ValueError):

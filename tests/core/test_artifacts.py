@@ -475,7 +475,7 @@ def test_readers_refuse_what_was_computed_from_another_input(workdir):
   made = make(workdir, scores, scores='1 2')
   opened = artifacts.read(workdir, 'pool', 'datamodel')
   assert list(opened.values()) == [pool, made]
-  with pytest.raises(UserError, match='has no finished selection and report; run these stages first'):
+  with pytest.raises(UserError, match='has no finished selection, report; run these stages first'):
     artifacts.read(workdir, 'pool', 'selection', 'report')
   make(workdir, OTHER, one='other')
   for stages in (['pool', 'datamodel'], ['datamodel']):

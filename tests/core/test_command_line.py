@@ -52,6 +52,21 @@ def test_help_into_a_pipe_that_is_closed_is_silent():
   assert process.returncode == 0
 
 
+def test_output_into_a_pipe_that_is_closed_is_silent_and_ends_as_by_its_signal(tmp_path):
+  """At once, as where a line is flushed, or when what is left of it is written at the end."""
+  (tmp_path / 'run' / 'pool').mkdir(parents=True)
+  (tmp_path / 'run' / 'pool' / 'manifest.json').write_text('{}')
+  verify = [sys.executable, '-m', 'dsdm_jax.cli', 'verify', str(tmp_path / 'run')]
+  assert subprocess.run(verify, cwd=ROOT, capture_output=True, check=False).stdout
+  for buffered in ('', '1'):
+    read, write = os.pipe()
+    os.close(read)
+    environment = os.environ | {'PYTHONUNBUFFERED': buffered}
+    done = subprocess.run(verify, cwd=ROOT, env=environment, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b'')
+
+
 @pytest.mark.parametrize('number', 'EIO ESTALE EFBIG EPIPE EMFILE ENOSPC EDQUOT EROFS EXDEV ENOMEM ELOOP'.split())
 def test_errors_of_the_system_are_one_line(number):
   """Wherever they come from: the system, another package's exception, or the text of TensorStore or ArrayRecord."""
