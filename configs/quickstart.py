@@ -31,6 +31,7 @@ def get_config():
     training.batch_size = 16
     training.learning_rate = 1e-2
   config.selection.methods = ('dsdm', 'random')
+  config.selection.targets = ()  # all tasks by name: one that is added later leaves these models as they are
   config.selection.examples = 768
   config.pretraining.seeds = 4
   return config

@@ -119,7 +119,8 @@ def broken(c: Config) -> Iterator[tuple[str, str, str]]:
   if not are_targets([part.target for part in parts], named_tasks):
     way_out = 'correct the target, or add the task to --config.targets.tasks'
     yield 'mixture.parts', f"each target after '@' {known}", way_out
-  arms = [f'{method_name(method)}--{target}' for method in s.methods for target in s.targets]
+  joined = s.targets or ('+'.join(named_tasks),)  # as `resolve` makes it
+  arms = [f'{method_name(method)}--{target}' for method in s.methods for target in joined]
   if len((longest := max(arms, key=lambda arm: len(arm.encode()))).encode()) > LONGEST_NAME:
     rule = f'makes an arm of {len(longest.encode())} bytes, {brief(longest)}, and files are named after it'
     yield 'selection.targets', rule, f'rename tasks or functions, so that it has at most {LONGEST_NAME}'

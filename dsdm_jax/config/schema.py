@@ -403,8 +403,8 @@ class Selection(Section):
   ] = key(
     ('dsdm', 'random', 'random_one_epoch', 'bottom'), "Arms: names of methods, or your own 'package.module:function'."
   )
-  targets: Annotated[Texts, must(lambda x: 0 < len(x) == len(set(x)), 'must name at least one target, each once')] = (
-    key(('mix',), "Each is a task, mix (all tasks), or tasks joined by '+'.")
+  targets: Annotated[Texts, must(lambda x: len(x) == len(set(x)), 'must name each target once')] = key(
+    ('mix',), "Each is a task, mix (all tasks), or tasks joined by '+'; () is one, all tasks of now joined by '+'."
   )
   unit: Literal['row', 'document'] = key('row', 'What is selected: rows, or whole documents of as many tokens.')
   examples: Annotated[Rows, Ge(1)] = key(1_024, 'k, the rows of a targeted selection.')

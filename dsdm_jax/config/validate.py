@@ -14,7 +14,17 @@ from pydantic import StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter,
 from dsdm_jax.config import schema
 from dsdm_jax.config.relations import BATCHES, MODELS, OUR_FACTORY, TRAINS, broken
 from dsdm_jax.config.schema import FIELDS
-from dsdm_jax.config.values import CALLABLE, EVALUATED, SOURCE_KINDS, MixturePart, brief, guarded, source_parts
+from dsdm_jax.config.values import (
+  BREADTH,
+  CALLABLE,
+  EVALUATED,
+  SOURCE_KINDS,
+  MixturePart,
+  brief,
+  guarded,
+  source_parts,
+  task_name,
+)
 from dsdm_jax.errors import UserError
 
 _MOST = 10_000  # characters of a text, parts of a tuple
@@ -129,7 +139,8 @@ def validate(config: ConfigDict) -> None:
 def resolve(config: ConfigDict, keys_of: Callable[[str], dict[str, Any]]) -> ConfigDict:
   """`config` with names replaced by what they mean; itself where there are none.
 
-  Names are `size` and `weights` of a model, which fix its shape, and 'evaluated' in `leakage.benchmarks`.
+  Names are `size` and `weights` of a model, which fix its shape, and 'evaluated' in `leakage.benchmarks`. Where
+  `selection.targets` is empty, it gets the names of all tasks, joined by '+'.
 
   Args:
     config: the whole config, of the right types.
@@ -142,6 +153,10 @@ def resolve(config: ConfigDict, keys_of: Callable[[str], dict[str, Any]]) -> Con
   if EVALUATED in flat['leakage.benchmarks']:
     config = ConfigDict(config).copy_and_resolve_references()
     config.leakage.benchmarks = guarded(flat['leakage.benchmarks'], flat['evaluation.tasks'])
+  if not flat['selection.targets']:
+    config = ConfigDict(config).copy_and_resolve_references()
+    breadth = (BREADTH,) if flat['targets.breadth'] else ()
+    config.selection.targets = ('+'.join((*map(task_name, flat['targets.tasks']), *breadth)),)
   if not any(flat[f'{model}.{key}'] for model in MODELS for key in ('size', 'weights')):
     return config
   default = schema.Model().model_dump()

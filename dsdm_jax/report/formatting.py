@@ -152,7 +152,7 @@ def subject(results: Mapping[str, Any]) -> str | None:
 def main_comparisons(results: Mapping[str, Any], baseline: str = '') -> list[Mapping[str, Any]]:
   """How the subject compares with `baseline` in log-probability, by task; by default with the first that the run has.
 
-  Of several arms the one for all targets counts, or else each arm on its own target.
+  Of several arms the one for all targets counts, or else on each task the first arm that is for it.
   """
   about = [c for c in results['comparisons'] if c['method'] == subject(results)]
   names = [name for name in BASELINES if name in {c['baseline'] for c in about}]
@@ -161,7 +161,10 @@ def main_comparisons(results: Mapping[str, Any], baseline: str = '') -> list[Map
   mixes = {c['target_mix'] for c in rows}
   if 'mix' in mixes:
     return [c for c in rows if c['target_mix'] == 'mix']
-  return [c for c in rows if len(mixes) == 1 or c['target_mix'] == c['task']]
+  if len(mixes) == 1:
+    return rows
+  own = {c['task']: c['target_mix'] for c in reversed(rows) if c['task'] in c['target_mix'].split('+')}
+  return [c for c in rows if own.get(c['task']) == c['target_mix']]
 
 
 def by_task(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:

@@ -132,8 +132,8 @@ def report_figures(shown: Evidence) -> dict[str, Drawing]:
   for target in tables.targets(shown):
     rows = {}
     for method in ('dsdm', 'bottom'):
-      selections = shown.selections(method, target) or shown.selections(method, 'mix')
-      rows[method] = np.unique(selections[0].rows) if selections else None
+      selected = shown.selected_for(method, target)
+      rows[method] = None if selected is None else np.unique(selected.rows)
     z_N = figures.standardised(shown.scores[target])
     drawings[f'scores-{target}'] = figures.histogram(z_N, rows['dsdm'], rows['bottom'])
   return drawings
@@ -170,16 +170,17 @@ def next_steps(shown: Evidence) -> list[tuple[str, str, str]]:
     steps.append(('Export the selection and a model', why, command))
   tasks = (*config['targets.tasks'], 'my_task.jsonl')
   why = (
-    'A file with one {"context": …, "answer": …} a line is a target. Put yours in the place of my_task.jsonl. Pool, '
-    "proxies and the pool's features are used again."
+    'A file with one {"context": …, "answer": …} a line is a target. Put yours in the place of my_task. Pool, proxies, '
+    "the pool's features and the models of other arms are used again."
   )
-  if any(s.target_mix == 'mix' for s in shown.selected):
-    again = len({(s.method, s.seed) for s in shown.selected if s.target_mix == 'mix'})
-    why += (
-      f' Another target changes the rows that are best for all targets together, so {again} models are trained again, '
-      'which takes most of the time.'
-    )
-  command = f'{run} --workdir=RUN --rerun {_flag("targets.tasks", tasks)}'
+  if again := len({(s.method, s.seed) for s in shown.selected if s.target_mix == 'mix'}):
+    why += f' The arms for all targets together are for this one too, so their {again} models are trained again.'
+  else:
+    why += ' Without the last option no model is trained: the datamodel scores all rows, and the models answer it.'
+  command = (
+    f'{run} --workdir=RUN --rerun {_flag("targets.tasks", tasks)} '
+    f'{_flag("selection.targets", (*config["selection.targets"], "my_task"))}'
+  )
   steps.append(('Choose for another target', why, command))
   if config['pool.max_bytes']:
     limit, chosen = formatting.size(config['pool.max_bytes']), config['selection.examples']

@@ -111,9 +111,13 @@ class Evidence:
   config: Mapping[str, Any]
   text: Callable[[int], str]
 
-  def selections(self, method: str, target_mix: str) -> list[Selected]:
-    """Of all seeds of one arm."""
-    return [s for s in self.selected if (s.method, s.target_mix) == (method, target_mix)]
+  def selected_for(self, method: str, target: str) -> Selected | None:
+    """Of the first arm of a method that is for this target of `scores`: alone, or else with others."""
+    every = self.scores.keys() - {'mix'}
+    wanted = every if target == 'mix' else {target}
+    own = [(every if s.target_mix == 'mix' else {*s.target_mix.split('+')}, s) for s in self.selected]
+    suited = [(tasks != wanted, s) for tasks, s in own if s.method == method and tasks >= wanted]
+    return min(suited, key=lambda pair: pair[0], default=(True, None))[1]
 
 
 def load(inputs: Mapping[str, Artifact], config: Mapping[str, Any], text: Callable[[int], str]) -> Evidence:

@@ -55,7 +55,7 @@ BAD: dict[str, list] = {
   'validation.drops': [(0.0,), (0.02, 0.5)],
   'validation.variants': ['(', 'a{9999999999}'],
   'selection.methods': [(), ('dsdm', 'dsdm'), ('doremi',), ('no_such_package:mine',), ('dsdm', 'json:dsdm')],
-  'selection.targets': [(), ('mix', 'mix'), ('squad',), ('docs+squad',), ('docs+docs',), ('docs+',), ('mix+docs',)],
+  'selection.targets': [('mix', 'mix'), ('squad',), ('docs+squad',), ('docs+docs',), ('docs+',), ('mix+docs',)],
   'selection.examples': [7],
   'selection.repeat_cap': [3],
   'selection.imported': ['scores.csv'],
@@ -403,6 +403,18 @@ def test_the_benchmarks_of_evaluation_may_be_guarded_by_one_word():
   assert found.leakage.benchmarks == ('b.jsonl', 'cbt', 'piqa', 'squad')
   assert config.leakage.benchmarks == ('evaluated', 'squad', 'cbt')
   assert checks.resolve(changed(leakage__benchmarks=('evaluated',)), dict).leakage.benchmarks == ()
+
+
+def test_no_target_is_all_tasks_by_their_names():
+  """So that a task that is added later makes another arm, and leaves this one as it is."""
+  for breadth, names in ((0.0, 'docs+mine'), (0.5, 'docs+mine+breadth')):
+    config = changed(targets__tasks=('docs', 'a/mine.jsonl'), targets__breadth=breadth, selection__targets=())
+    checks.validate(config)
+    found = checks.resolve(config, dict)
+    checks.validate(found)
+    assert found.selection.targets == (names,) and config.selection.targets == ()
+  long = changed(targets__tasks=tuple(f'{letter * 60}.jsonl' for letter in 'ab'), selection__targets=())
+  assert 'makes an arm of' in finding(long)
 
 
 def test_a_custom_model_has_its_own_keys_and_words():

@@ -28,6 +28,7 @@ CONFIG = {
   'seed': 0,
   'pool.max_bytes': 1_000_000,
   'targets.tasks': list(TASKS),
+  'selection.targets': ['mix'],
   'selection.examples': 400,
   'model.factory': '<script>:x',
 }

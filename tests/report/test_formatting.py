@@ -124,6 +124,17 @@ def test_headline_of_single_targets_speaks_of_their_own_task():
   assert '0.20' not in _headlines(own, other)[0]
 
 
+def test_headline_of_several_arms_speaks_of_each_task_by_the_first_arm_for_it():
+  arms = ('docs+api_qa', 'mine', 'docs')
+  rows = [_comparison(task, 0.1, 0.05, 'better', target=arm) for arm in arms for task in ('docs', 'api_qa', 'mine')]
+  found = formatting.main_comparisons(_results(*rows))
+  assert [(c['target_mix'], c['task']) for c in found] == [
+    ('docs+api_qa', 'docs'),
+    ('docs+api_qa', 'api_qa'),
+    ('mine', 'mine'),
+  ]
+
+
 def test_a_run_without_dsdm_has_a_headline_of_its_first_method():
   c = {**_comparison('docs', 0.17, 0.05, 'better'), 'method': 'dsir'}
   control = {**_comparison('docs', -0.3, 0.05, 'worse'), 'method': 'bottom'}

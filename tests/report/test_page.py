@@ -363,17 +363,44 @@ def test_what_to_do_next_has_commands_for_this_run(shown):
   assert 'dsdm export --workdir RUN --arm dsdm--mix --format parquet --out selection' in export
   assert 'dsdm export model --workdir RUN --arm dsdm--mix --seed 0 --out model' in export
   words = shlex.split(steps['Choose for another target'])
-  assert words[-1] == f'--config.targets.tasks={(*TASKS, "my_task.jsonl")!r}'
+  assert words[-2] == f'--config.targets.tasks={(*TASKS, "my_task.jsonl")!r}'
+  assert words[-1] == "--config.selection.targets=('mix', 'my_task')"
   assert '--config.pool.max_bytes=0 --config.selection.examples=4000' in steps['Use the whole pool']
   whole = dataclasses.replace(
-    shown, config={**shown.config, 'pool.max_bytes': 0, 'targets.tasks': ['it"s $(rm).jsonl']}
+    shown,
+    config={
+      **shown.config,
+      'pool.max_bytes': 0,
+      'targets.tasks': ['it"s $(rm).jsonl'],
+      'selection.targets': ['it"s $(rm)'],
+    },
   )
   steps = {heading: command for heading, _, command in page.next_steps(whole)}
   assert '--pool OTHER_RUN/pool' in steps['Score a larger pool']
-  assert (
-    shlex.split(steps['Choose for another target'])[-1]
-    == "--config.targets.tasks=('it\"s $(rm).jsonl', 'my_task.jsonl')"
-  )
+  assert shlex.split(steps['Choose for another target'])[-2:] == [
+    "--config.targets.tasks=('it\"s $(rm).jsonl', 'my_task.jsonl')",
+    "--config.selection.targets=('it\"s $(rm)', 'my_task')",
+  ]
+
+
+def test_another_target_trains_the_models_of_a_mix_again_and_no_others(shown):
+  def why(target):
+    selected = [dataclasses.replace(s, target_mix=target) if s.target_mix == 'mix' else s for s in shown.selected]
+    run = dataclasses.replace(shown, selected=selected)
+    return next(why for heading, why, _ in page.next_steps(run) if heading == 'Choose for another target')
+
+  assert 'models are trained again' in why('mix') and 'no model is trained' not in why('mix')
+  assert 'models are trained again' not in why('+'.join(TASKS)) and 'no model is trained' in why('+'.join(TASKS))
+
+
+def test_scores_for_a_target_are_shown_with_the_rows_of_the_arm_for_it(shown):
+  first, *_ = (s for s in shown.selected if s.method == 'dsdm')
+  one, *others = TASKS
+  arms = ('+'.join(TASKS), '+'.join(others), one)
+  run = dataclasses.replace(shown, selected=[dataclasses.replace(first, target_mix=name, name=name) for name in arms])
+  assert [run.selected_for('dsdm', t).name for t in ('mix', one, others[0])] == [arms[0], one, arms[0]]
+  assert run.selected_for('bottom', one) is None
+  assert shown.selected_for('dsdm', one).target_mix in ('mix', one)
 
 
 def test_the_selection_is_offered_only_if_the_page_holds_all_of_it(shown, drawings, packed):
