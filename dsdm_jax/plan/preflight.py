@@ -40,6 +40,7 @@ _MEASURED_SECONDS = 0.5
 _WIDTHS = 'width', 'mlp_width'
 _COMPILING = 10.0  # times as long as the measured step, for the programs of a stage
 _EFFICIENCY = 0.75  # speed of real steps, with attention and updates, relative to the measured one
+_IMPORTS, _SAVED = 2.0, 3.0  # seconds to import TensorFlow, and to save a model: over a hundred flushes to the disk
 _COMPARED_BYTES = 1.5e7  # of text a second, with the words of all targets
 _COUNTED_TOKENS, _RESTORED = 2e6, 0.1  # n-grams a second, and seconds to restore a model
 _CUT_SHARE = 0.1  # of prompts, above which a warning is printed
@@ -301,12 +302,12 @@ def _costs(
     'leakage': 1 + (pool.bytes or 4 * rows * length) / _COMPARED_BYTES / worker_count(config.host.workers),
     'targets': 1.0,
     'prefilter': 4 + text / 2,
-    'proxies': compiling + of('proxies'),
+    'proxies': compiling + _IMPORTS + config.proxies.count * _SAVED + of('proxies'),
     'features': compiling + of('features'),
     'target_features': 0.0 if ekfac else compiling / 2 + of('target_features'),
-    'datamodel': compiling / 2 + of('gram', 'scores'),
+    'datamodel': (1.2 if ekfac else 0.5) * compiling + of('gram', 'scores'),
     'selection': 1 + len(config.selection.methods) * rows / 1e6,
-    'pretraining': compiling + of('pretraining'),
+    'pretraining': compiling + models * _SAVED + of('pretraining'),
     'ladder': len(config.ladder.rungs) * compiling + of('ladder'),
     'evaluation': len(config.targets.tasks) * compiling / 2 + of('evaluation') + models * per_model,
     'report': 4.0,
