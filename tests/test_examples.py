@@ -59,7 +59,17 @@ def test_the_tables_of_formats_have_those_of_the_program_and_no_others():
   known = {*SOURCE_KINDS, *hugging_face.FAMILIES, *export.FORMATS, *documents.FORMATS}
   known |= {*typing.get_args(loggers)}
   assert 'wandb' in known
-  other = {'datasets', 'tokenizer.json', 'transformers', '.npy', '.pt', '.parquet', 'HarnessModel', 'log.to'}
+  other = {
+    'datasets',
+    'loss_mask',
+    'tokenizer.json',
+    'transformers',
+    '.npy',
+    '.pt',
+    '.parquet',
+    'HarnessModel',
+    'log.to',
+  }
   assert known <= names and names - known - other <= {name for name in names if name.startswith('dsdm export')}
   assert {row[0].strip('`') for row in _rows('docs/pretraining.md', '## Models of Hugging Face')} == {
     *hugging_face.FAMILIES

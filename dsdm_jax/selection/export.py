@@ -9,10 +9,12 @@ Formats:
     are in the schema of a Parquet file, and in metadata.json beside JSONL.
   datasets: a folder that Hugging Face's `datasets.load_dataset(FOLDER)` opens: Parquet files and a card.
   arrayrecord: tf.train.Example in ArrayRecord, as Grain and MaxText read: tokens and row (int64), weight, id.
-  megatron: <arm>.bin and <arm>.idx of Megatron-LM, one document per row; they have no weights.
+  megatron: <arm>.bin and <arm>.idx of Megatron-LM, one document per row; they have neither weights nor loss_mask.
   mds: shards of MosaicML's streaming: id, row, tokens (int32), weight.
   tfds: a TFDS dataset in TFRecord files, `selection:1.0.0`, that tfds and seqio open without this package. Records have
     tokens, row and weight, in the order of the selection.
+In a pool of completions, of conversations, or of a document per row, all but megatron also have loss_mask: for each
+token 1 if the loss counts it, else 0. Predictions are shifted: its first value belongs to the first token.
 Beside the formats of trainers and tfds is the vocabulary: vocabulary.model, tokenizer.json or bytes.json, as in the
 pool.
 """
@@ -50,21 +52,20 @@ class Export:
   """One arm of a finished run.
 
   Args:
-    workdir: of the run.
+    inputs: finished stages: 'pool', 'datamodel' and 'selection'; with 'validation' scores are calibrated.
     arm: name of a selection, '<method>--<target>--<seed>', or '<method>' or '<method>--<target>' for its first seed.
 
   Raises:
-    UserError: no such run or arm, or an artifact is damaged or of another pool.
+    UserError: no such arm.
   """
 
-  def __init__(self, workdir: Location, arm: str):
-    opened = artifacts.read(workdir, 'pool', 'datamodel', 'selection')
-    names = sorted(name.removesuffix('.npz') for name in opened['selection'].manifest['files'] if name.endswith('.npz'))
-    self.selection = Selection.load(opened['selection'].path, selection_named(arm, names))
-    self.pool = Pool(opened['pool'])
-    opened |= validation_of(workdir, opened)
-    self.metadata = metadata(opened['datamodel'], opened.get('validation')) | {'selection': self.selection.provenance}
-    self._columns = self._scores(opened['datamodel'])
+  def __init__(self, inputs: Mapping[str, Artifact], arm: str):
+    folder = inputs['selection'].path
+    names = sorted(name.removesuffix('.npz') for name in inputs['selection'].manifest['files'] if name.endswith('.npz'))
+    self.selection = Selection.load(folder, selection_named(arm, names))
+    self.pool = Pool(inputs['pool'])
+    self.metadata = metadata(inputs['datamodel'], inputs.get('validation')) | {'selection': self.selection.provenance}
+    self._columns = self._scores(inputs['datamodel'])
 
   def _scores(self, datamodel: Artifact) -> dict[str, np.ndarray]:
     """The datamodel's scores for the arm's target, of every row or document, and intervals if there are any."""
@@ -124,14 +125,36 @@ class Export:
       alone = whole or not pool.packed
       columns['text'] = [pool.text_of(t[:-1] if alone and t[-1] == end_mark else t) for t in tokens]
       columns['tokens'] = [t.tolist() for t in tokens]
+      if pool.counts_some:
+        columns['loss_mask'] = [mask_L.astype(np.int8).tolist() for mask_L in self._masks(at)]
       yield columns
+
+  def _masks(self, at: np.ndarray) -> list[np.ndarray]:
+    """What the loss counts of each token of rows, padding left out, or of documents."""
+    if self.whole:
+      return self.pool.document_counted(at)
+    return [mask_L[:size] for mask_L, size in zip(self.pool.weights(at), self.pool.sizes(at), strict=True)]
+
+  def lost(self, form: str) -> str:
+    """What of this arm the files of a format have no place for, as the end of a message; '' if there is nothing."""
+    if form != 'megatron':
+      return ''
+    items = self.selection.rows if self.selection.documents is None else self.selection.documents
+    blocks = (items[start : start + _BLOCK] for start in range(0, self.size, _BLOCK))
+    masked = self.pool.counts_some and any(not mask_L[1:].all() for at in blocks for mask_L in self._masks(at))
+    weighted = not self.whole and bool((self.selection.weights != 1).any())
+    names = ' and '.join(['loss_mask'] * masked + ['weight'] * weighted)
+    return names and f'; without {names}, for which it has no place: Megatron-LM counts all tokens alike'
 
   def examples(self) -> Iterator[trainers.Example]:
     """Ids of each row or document, in the order of the selection."""
     for columns in self.records():
       rows = [-1 if row is None else row for row in columns['row']]
-      for id, row, weight, tokens in zip(columns['document'], rows, columns['weight'], columns['tokens'], strict=True):
-        yield trainers.Example(id, row, weight, np.array(tokens, np.int32))
+      masks = columns.get('loss_mask', [None] * len(rows))
+      named = zip(columns['document'], rows, columns['weight'], columns['tokens'], masks, strict=True)
+      for id, row, weight, tokens, mask in named:
+        mask_L = None if mask is None else np.array(mask, np.uint8)
+        yield trainers.Example(id, row, weight, np.array(tokens, np.int32), mask_L)
 
   def jsonl(self, out: Path) -> None:
     """Writes `<arm>.jsonl` in `out`."""
@@ -149,7 +172,9 @@ class Export:
     kinds = dict.fromkeys(('place', 'row'), pyarrow.int64()) | dict.fromkeys(('document', 'source'), pyarrow.string())
     kinds |= dict.fromkeys(('score', 'datamodel', 'low', 'high', 'weight'), pyarrow.float32())
     about = {METADATA: json.dumps(self.metadata, ensure_ascii=False).encode()}
-    schema = pyarrow.schema({**kinds, 'text': pyarrow.string(), 'tokens': pyarrow.list_(pyarrow.int32())}, about)
+    lists = {'tokens': pyarrow.int32()} | ({'loss_mask': pyarrow.int8()} if self.pool.counts_some else {})
+    kinds |= {'text': pyarrow.string()} | {name: pyarrow.list_(kind) for name, kind in lists.items()}
+    schema = pyarrow.schema(kinds, about)
     shards, blocks = -(-self.size // _SHARD_ROWS), self.records()
     for shard in range(shards):
       path = out / f'{name or self.selection.name}-{shard:05d}-of-{shards:05d}.parquet'
@@ -197,8 +222,10 @@ class Export:
     folder = out / 'selection' / '1.0.0'
     folder.mkdir(parents=True)
     length = None if self.whole or not self.pool.packed else self.pool.length
-    tokens = tfds.features.Tensor(shape=(length,), dtype=np.int32)
-    features = tfds.features.FeaturesDict({'tokens': tokens, 'row': np.int64, 'weight': np.float32})
+    lists = {'tokens': np.int32} | ({'loss_mask': np.uint8} if self.pool.counts_some else {})
+    columns = {name: tfds.features.Tensor(shape=(length,), dtype=dtype) for name, dtype in lists.items()}
+    columns |= {'row': np.int64, 'weight': np.float32}
+    features = tfds.features.FeaturesDict(columns)
     info = tfds.core.DatasetInfo(
       builder=tfds.core.dataset_info.DatasetIdentity(
         name='selection', version=tfds.core.Version('1.0.0'), data_dir=str(folder), module_name='dsdm_jax.selection'
@@ -211,7 +238,8 @@ class Export:
       info, max_examples_per_shard=_SHARD_ROWS, file_format=tfds.core.FileFormat.TFRECORD
     )
     writer.initialize_splits(['train'])
-    examples = ({'tokens': e.tokens_L, 'row': e.row, 'weight': e.weight} for e in self.examples())
+    names = {'tokens': 'tokens_L', 'row': 'row', 'weight': 'weight', 'loss_mask': 'mask_L'}
+    examples = ({name: getattr(example, names[name]) for name in columns} for example in self.examples())
     while part := list(itertools.islice(examples, _BLOCK)):
       writer.add_examples({'train': part})
     writer.close_splits(['train'])
@@ -283,12 +311,13 @@ def write(workdir: Location, arm: str, form: str, out: Path) -> str:
   """Writes an arm into the folder `out`, completely or not at all, and returns a message about it.
 
   Raises:
-    UserError: as `new_folder` or `Export`.
+    UserError: as `new_folder` or `Export`; no such run, or an artifact is damaged or of another pool.
   """
   with new_folder(out) as part:
-    export = Export(workdir, arm)
+    inputs = artifacts.read(workdir, 'pool', 'datamodel', 'selection')
+    export = Export(inputs | validation_of(workdir, inputs), arm)
     getattr(export, form)(part)
-  return f'{export.selection.name}: {export.count} as {form} in {out}'
+  return f'{export.selection.name}: {export.count} as {form} in {out}' + export.lost(form)
 
 
 @contextlib.contextmanager

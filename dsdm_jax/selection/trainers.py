@@ -12,6 +12,7 @@ of the columns without a fixed size (uint32), then the columns. `index.json` lis
 """
 
 import dataclasses
+import itertools
 import json
 import struct
 from collections.abc import Iterable, Iterator
@@ -30,16 +31,25 @@ _LARGEST_UINT16 = 65_500  # vocabulary size from which Megatron takes int32
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """Attributes: document id of its first token, row of the pool (-1 for a document), weight, tokens_L (int32)."""
+  """A row or document.
+
+  Attributes:
+    id: document id of its first token.
+    row: of the pool; -1 for a document.
+    weight: of its loss.
+    tokens_L: int32.
+    mask_L: uint8, 1 for tokens that the loss counts; None where it counts all. All examples of a file have one or none.
+  """
 
   id: str
   row: int
   weight: float
   tokens_L: np.ndarray
+  mask_L: np.ndarray | None = None
 
 
 def arrayrecord(examples: Iterable[Example], count: int, out: Path, name: str) -> None:
-  """Writes `name-0000i-of-0000n.array_record`: features tokens and row (int64), weight (float), id (bytes)."""
+  """Writes `name-0000i-of-0000n.array_record`: features tokens, row, loss_mask (int64), weight (float), id (bytes)."""
   tensorflow_start.start()
   from array_record.python import array_record_module
   from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
@@ -55,13 +65,16 @@ def arrayrecord(examples: Iterable[Example], count: int, out: Path, name: str) -
         'weight': tf_feature_pb2.Feature(float_list=tf_feature_pb2.FloatList(value=[example.weight])),
         'id': tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[example.id.encode()])),
       }
+      if example.mask_L is not None:
+        int64 = tf_feature_pb2.Int64List(value=example.mask_L.tolist())
+        features['loss_mask'] = tf_feature_pb2.Feature(int64_list=int64)
       record = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=features))
       writer.write(record.SerializeToString(deterministic=True))
     writer.close()
 
 
 def megatron(examples: Iterable[Example], count: int, out: Path, name: str, vocab_size: int) -> None:
-  """Writes `name.bin` and `name.idx`. Weights are not in this format."""
+  """Writes `name.bin` and `name.idx`. Weights and masks are not in this format."""
   small = vocab_size < _LARGEST_UINT16
   dtype = np.dtype('<u2' if small else '<i4')
   sizes = np.empty(count, '<i4')
@@ -76,8 +89,12 @@ def megatron(examples: Iterable[Example], count: int, out: Path, name: str, voca
 
 
 def mds(examples: Iterable[Example], out: Path) -> None:
-  """Writes `shard.0000i.mds` and `index.json`: columns id, row, tokens and weight."""
+  """Writes `shard.0000i.mds` and `index.json`: columns id, row, tokens, weight, and loss_mask where there are masks."""
+  examples = iter(examples)
+  first = next(examples)
   columns = {'id': ('str', None), 'row': ('int64', 8), 'tokens': ('ndarray:int32', None), 'weight': ('float32', 4)}
+  if first.mask_L is not None:
+    columns['loss_mask'] = ('ndarray:uint8', None)
   layout = {
     'format': 'mds',
     'version': 2,
@@ -90,7 +107,7 @@ def mds(examples: Iterable[Example], out: Path) -> None:
   }
   header = json.dumps(layout, sort_keys=True).encode()
   shards: list[dict[str, Any]] = []
-  for samples in _shards(map(_sample, examples), len(header)):
+  for samples in _shards(map(_sample, itertools.chain([first], examples)), len(header)):
     bounds = (
       np.concatenate([[0], np.cumsum([len(sample) for sample in samples])]) + 4 * (len(samples) + 2) + len(header)
     )
@@ -107,11 +124,17 @@ def mds(examples: Iterable[Example], out: Path) -> None:
 
 
 def _sample(example: Example) -> bytes:
-  id, length = example.id.encode(), len(example.tokens_L)
-  # One axis, whose length has 4 bytes.
-  tokens = struct.pack('<BI', 1 << 2 | 2, length) + example.tokens_L.astype('<i4').tobytes()
-  head = struct.pack('<II', len(id), len(tokens))
-  return head + id + struct.pack('<q', example.row) + tokens + struct.pack('<f', example.weight)
+  fields = [example.id.encode(), struct.pack('<q', example.row), _ndarray(example.tokens_L.astype('<i4'))]
+  fields.append(struct.pack('<f', example.weight))
+  sizes = [len(fields[0]), len(fields[2])]  # of the columns without a fixed size
+  if example.mask_L is not None:
+    fields.append(_ndarray(example.mask_L))
+    sizes.append(len(fields[-1]))
+  return struct.pack(f'<{len(sizes)}I', *sizes) + b''.join(fields)
+
+
+def _ndarray(x_L: np.ndarray) -> bytes:
+  return struct.pack('<BI', 1 << 2 | 2, len(x_L)) + x_L.tobytes()  # one axis, whose length has 4 bytes
 
 
 def _shards(samples: Iterable[bytes], header: int) -> Iterator[list[bytes]]:

@@ -80,7 +80,7 @@ def datasets(folder: str) -> list[Any]:
   import datasets
 
   found = datasets.load_dataset(folder, split='train', cache_dir=f'{folder}/../cache')
-  return [{'row': record['row'], 'tokens': record['tokens']} for record in found]
+  return [{name: record[name] for name in ('row', 'tokens', 'loss_mask') if name in record} for record in found]
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """Files of trainers: against the formats' descriptions here, and opened by the trainers' own readers in peer tests."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,8 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.data.order.batches import training_batches
+from dsdm_jax.data.order.schedule import Part, Schedule
+from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import trainers
+from dsdm_jax.selection.export import Export
 from dsdm_jax.selection.trainers import Example
+from tests.data.pool.test_completions import write_jsonl
+from tests.data.pool.test_sources import build
+from tests.helpers import scores as saved_scores
 from tests.pipeline import runs
 
 ROOT = Path(__file__).parents[2]
@@ -107,3 +116,80 @@ def test_megatron_opens_its_files(written, tmp_path, name):
 def test_streaming_opens_mds(written):
   wanted = [{'id': e.id, 'row': e.row, 'tokens': e.tokens_L.tolist(), 'weight': e.weight} for e in EXAMPLES]
   assert open_with('mds', written / 'mds') == wanted
+
+
+@pytest.fixture(scope='module', params=['rows', 'packed rows', 'packed documents'])
+def answered(request, tmp_path_factory) -> tuple[Export, list[list[int]]]:
+  """An arm of a pool of prompts and answers, and what the loss counts of each of its records."""
+  base = tmp_path_factory.mktemp('answered')
+  pairs = [{'prompt': f'{i} asks ', 'completion': f'answer {i}' * (1 + i % 3)} for i in range(40)]
+  line = f'jsonl:{write_jsonl(base / "pairs.jsonl", *pairs)} | prompt=prompt | completion=completion'
+  pool = build(base, line, length=24, packed=request.param != 'rows')
+  rows, documents, score_D = np.arange(0, pool.num_rows, 3), None, None
+  if request.param == 'packed documents':
+    documents = np.flatnonzero(pool.spans.whole_D)[::3]
+    score_D = np.zeros(len(documents), np.float32)
+    texts = [pool.encoder.decode(tokens) for tokens in pool.document_tokens(documents)]
+    masks = [np.arange(len(text) + 1) >= text.index('answer') for text in texts]
+  else:
+    [batch] = training_batches(pool, Schedule((Part('all', rows, 1.0),), len(rows), 0), len(rows))
+    counted = dict(zip(batch['row_B'].tolist(), batch['weight_BL'] > 0, strict=True))
+    masks = [counted[row][:size] for row, size in zip(rows.tolist(), pool.sizes(rows), strict=True)]
+  weights = np.ones(len(rows), np.float32)
+  Selection('dsdm--a--0', rows, weights, {'target': 'a'}, None, documents, score_D).save(base / 'selection')
+  for task in ('a', 'mix'):
+    saved_scores.save(base / 'datamodel', **{f'score_{task}_N': np.zeros(pool.num_rows, np.float32)})
+  semantics = {
+    'tasks': ['a'],
+    'half_width': {'a': 1.0},
+    **dict.fromkeys(('sign', 'scale', 'output_fn', 'mix', 'confidence', 'damping'), ''),
+  }
+  inputs = {
+    'pool': Artifact(base / 'pool', {}),
+    'datamodel': Artifact(base / 'datamodel', {'semantics': semantics}),
+    'selection': Artifact(base / 'selection', {'files': {'dsdm--a--0.npz': ''}}),
+  }
+  return Export(inputs, 'dsdm'), [mask_L.astype(int).tolist() for mask_L in masks]
+
+
+def read_masks(form: str, folder: Path) -> list[list[int]]:
+  """As the package that an export is for reads them."""
+  if form == 'jsonl':
+    [file] = folder.glob('*.jsonl')
+    return [json.loads(line)['loss_mask'] for line in file.read_text('utf-8').split('\n') if line]
+  if form == 'parquet':
+    from pyarrow import parquet
+
+    return parquet.read_table(folder / 'dsdm--a--0-00000-of-00001.parquet')['loss_mask'].to_pylist()
+  if form == 'tfds':
+    import tensorflow_datasets as tfds
+
+    dataset = tfds.builder_from_directory(str(folder / 'selection/1.0.0')).as_dataset(split='train')
+    return [record['loss_mask'].tolist() for record in tfds.as_numpy(dataset)]
+  if form == 'arrayrecord':
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    records = [bytes.fromhex(record) for record in open_with('grain', folder)]
+    features = [tf_example_pb2.Example.FromString(record).features.feature for record in records]
+    return [list(f['loss_mask'].int64_list.value) for f in features]
+  return [record['loss_mask'] for record in open_with(form, folder)]
+
+
+@pytest.mark.parametrize(
+  'form',
+  ['jsonl', 'parquet', 'tfds', *(pytest.param(f, marks=pytest.mark.peers) for f in ('arrayrecord', 'mds', 'datasets'))],
+)
+def test_masks_are_what_the_loss_counts(answered, form, tmp_path):
+  export, masks = answered
+  assert all(0 in mask and 1 in mask for mask in masks) and export.lost(form) == ''
+  (tmp_path / form).mkdir()
+  getattr(export, form)(tmp_path / form)
+  assert read_masks(form, tmp_path / form) == masks
+
+
+def test_what_megatron_has_no_place_for_is_said(answered, monkeypatch):
+  export, _ = answered
+  assert export.lost('megatron').startswith('; without loss_mask, for which it has no place')
+  chosen = export.selection
+  monkeypatch.setattr(export, 'selection', dataclasses.replace(chosen, weights=chosen.weights * 2))  # as in a mixture
+  assert ('loss_mask and weight' in export.lost('megatron')) == (not export.whole)

@@ -298,11 +298,15 @@ class Pool:
 
   def weights(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
     """1 for tokens that the loss counts, else 0: float32 [B, L]. Nothing predicts the first of a row: 0."""
+    weights_BL = self._counted(rows)
+    weights_BL[:, :1] = 0
+    return weights_BL
+
+  def _counted(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
     row_B = np.asarray(rows, np.int64)
     weights_BL = np.ones((len(row_B), self.length), np.float32)
     if self._counted_NC is not None:  # a bit for each token
       weights_BL[:] = np.unpackbits(self._counted_NC[row_B], axis=1, count=self.length)
-    weights_BL[:, :1] = 0
     return weights_BL
 
   def sizes(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -328,6 +332,10 @@ class Pool:
   def document_weights(self, documents: Sequence[int] | np.ndarray) -> list[np.ndarray]:
     """`weights` of the tokens that `document_tokens` returns."""
     return self._by_document(documents, self.weights)
+
+  def document_counted(self, documents: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """The same, where the first token of a row counts too: what precedes it in its document predicts it."""
+    return self._by_document(documents, self._counted)
 
   def _by_document(
     self, documents: Sequence[int] | np.ndarray, read_rows: Callable[[np.ndarray], np.ndarray]
