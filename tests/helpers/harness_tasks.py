@@ -26,6 +26,17 @@ doc_to_choice: choices
 doc_to_target: gold
 """
   + METRICS,
+  'tested': r"""
+output_type: multiple_choice
+description: "Sums:\n"
+num_fewshot: 2
+fewshot_split: test
+fewshot_delimiter: "; "
+doc_to_text: "{{a}} {{b}}"
+doc_to_choice: choices
+doc_to_target: gold
+"""
+  + METRICS,
   'first': r"""
 output_type: multiple_choice
 description: "About {{word}}:\n"

@@ -75,11 +75,12 @@ def main(peers: str, workdir: str, folder: str, out: str) -> None:
       for item, p, t in zip(items, asked, shown, strict=True)
     ]
 
-  c.targets.tasks = tuple(f'lm_eval:own_{name}' for name in ('choose', 'shots', 'whole', 'blank'))
+  c.targets.tasks = tuple(f'lm_eval:own_{name}' for name in ('choose', 'shots', 'whole', 'blank', 'tested'))
   raw = {task.name: task for task in tasks.read_tasks(c.targets)}
   side = tasks.split_documents(list(raw.values()), 0.5, 0)
-  shots = [item for item in raw['lm_eval.own_shots'].items if side[item.document] == 'target']
-  shown = tasks.with_shots(raw['lm_eval.own_shots'], shots, 0)
+  shown = []
+  for task in (raw['lm_eval.own_shots'], raw['lm_eval.own_tested']):
+    shown += tasks.with_shots(task, [item for item in task.items if side[item.document] == 'target'], 0)
   refused = {}
   for text in ('own_write', 'own_none', 'own_choose:test', 'mmlu'):
     try:

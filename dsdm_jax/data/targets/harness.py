@@ -2,8 +2,9 @@
 
 Documents and prompts are the harness's: its dataset, its templates, its description, its number of shots and its draw
 of them. Two prompts differ from it: an item that the harness would show its own answer has another shot there, and
-items of the split from which the task takes its shots may be targets, whose shots must not be items of the holdout
-(`Task.apart`). The package lm_eval is optional and imported when such a task is read.
+targets may have other shots (`Task.apart`): theirs must be neither items of the holdout, which they could be where the
+task takes its shots from their split, nor of a test split that was not named. The package lm_eval is optional and
+imported when such a task is read.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ class Task:
     shape: one of `shapes.SHAPES`.
     items: of one split, in its order, without those that have no answer. Answers begin with the task's delimiter.
     shots: solved examples before a question.
-    apart: shots are not among the documents of this split.
+    apart: shots are not among the documents of this split, nor of the test split if that is another.
     documents: items are whole documents without a prompt (`loglikelihood_rolling`).
   """
 
@@ -138,7 +139,8 @@ class _Shots:
     pool = list(task.sampler.fewshot_docs())
     keys, theirs = {_key(doc) for doc in pool}, task.fewshot_cfg.split
     named = theirs is not None and theirs == getattr(task.config, _FIELDS[split])
-    self.apart = not (named or all(_key(doc) in keys for doc in self.docs))
+    tested = theirs is not None and theirs == task.config.test_split and split != 'test'
+    self.apart = not (named or tested or all(_key(doc) in keys for doc in self.docs))
     task.set_fewshot_seed(_SEED)
     for doc in self.docs:
       drawn = list(task.sampler.sample(n=self.count, eval_doc=doc if theirs == task.config.test_split else None))
