@@ -142,8 +142,8 @@ class Logs(Section):
 
   level: Literal['warning', 'info', 'debug'] = key('info', 'warning prints no progress, debug all details of stages.')
   to: Annotated[
-    tuple[Literal['tensorboard', 'wandb', 'trackio'], ...], must(lambda x: len(x) == len(set(x)), 'must be distinct')
-  ] = key(('tensorboard',), 'Loggers of training curves; wandb and trackio are packages of their own; () for none.')
+    tuple[Literal['tensorboard', 'wandb'], ...], must(lambda x: len(x) == len(set(x)), 'must be distinct')
+  ] = key(('tensorboard',), 'Loggers of training curves; wandb is a package of its own; () for none.')
 
 
 class Targets(Section):

@@ -279,12 +279,6 @@ class LogFiles:
     with open(self.events, 'a', encoding='utf-8') as file:
       file.write(line + '\n')
 
-  def fetch(self, name: str) -> None:
-    """Downloads a folder of the workdir to which a logger adds."""
-    if self._address is not None:
-      for file in storage.files(self._address / name):
-        storage.copy(self._address / name / file, self.folder / name / file)
-
   def upload(self) -> None:
     """Writes the files that have changed to the workdir, if it is not on a disk."""
     self._last = time.monotonic()
@@ -318,10 +312,10 @@ class Log:
     workdir: of `events.jsonl` and the files of the loggers; see `LogFiles`.
     stage: name stamped on each event.
     enabled: False on every process but the first.
-    loggers: where scalars go: tensorboard, wandb, trackio.
+    loggers: where scalars go: tensorboard, wandb.
   """
 
-  FILES = ('events.jsonl', 'events', 'tensorboard', 'wandb', 'trackio')  # what it writes in the workdir
+  FILES = ('events.jsonl', 'events', 'tensorboard', 'wandb')  # what it writes in the workdir
 
   def __init__(self, workdir: Location, stage: str, enabled: bool = True, loggers: Sequence[str] = ('tensorboard',)):
     self._workdir = workdir
@@ -376,8 +370,6 @@ class Log:
     if run not in writers:
       from dsdm_jax.core import loggers  # imports TensorFlow
 
-      if 'trackio' in self._loggers and not writers:
-        self._files.fetch('trackio')
       writers[run] = loggers.writer(self._loggers, self._workdir, self._files.folder, run)
     writers[run].write_scalars(step, {k: float(v) for k, v in values.items()})
     self._files.upload_sometimes()

@@ -40,18 +40,6 @@ def test_an_object_store_has_the_logs_of_each_start_when_a_stage_ends(tmp_path):
   assert all(b'loss' in storage.read(workdir / name) for name in curves)
 
 
-def test_a_logger_adds_to_what_an_object_store_has(tmp_path):
-  workdir = storage.locate(f'memory://bucket{tmp_path}')
-  storage.write_text(workdir / 'trackio' / 'curves.db', 'old')
-  files = progress.LogFiles(workdir)
-  files.fetch('trackio')
-  file = files.folder / 'trackio' / 'curves.db'
-  assert file.read_text() == 'old'
-  file.write_text('old and new')
-  files.upload()
-  assert storage.read(workdir / 'trackio' / 'curves.db') == b'old and new'
-
-
 def test_other_processes_than_the_first_write_nothing(workdir, capsys):
   log = Log(workdir, 'stage', enabled=False)
   log.event('begin')
