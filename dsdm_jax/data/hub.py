@@ -90,8 +90,15 @@ def _source(line: str) -> str:
   patterns = (pattern,) if pattern else tuple(place.format(split) + end for place in _PLACES for end in _DATA)
   folder = _folder('pool.sources', repo, revision, 'dataset', patterns)
   targets = (f'{files.local.escape(folder)}/{pattern}' for pattern in patterns)
-  target = next((target for target in targets if any(map(files.is_file, files.glob(target)))), None)
-  kind = next((kind for end, kind in _DATA.items() if target and target.endswith(end)), None)
+  found = ((target, [*filter(files.is_file, files.glob(target))]) for target in targets)
+  target, names = next((entry for entry in found if entry[1]), ('', []))
+  folders = sorted({os.path.relpath(os.path.dirname(name), folder) for name in names})
+  if not pattern and len(folders) > 1:  # configurations, such as languages
+    raise UserError(
+      f'pool.sources has {line!r}: the dataset has files of the split {split} in {len(folders)} folders '
+      f'({", ".join(folders)[:200]}); name those of one with | files={folders[0]}/{target.rpartition("/")[2]}'
+    )
+  kind = next((kind for end, kind in _DATA.items() if target.endswith(end)), None)
   if kind is None:
     raise UserError(
       f'pool.sources has {line!r}: the dataset has no Parquet or JSONL files of the split {split} where they usually '

@@ -82,11 +82,15 @@ def test_a_dataset_is_read_as_its_files_of_a_split(cache, tmp_path):
     ('pool.vocabulary', 'lab/absent/tokenizer.json', "pool.vocabulary = 'lab/absent' is no path here"),
     ('pool.sources', ('hf_hub:lab/absent',), 'hf download lab/absent --repo-type dataset --revision main'),
     ('pool.sources', ('hf_hub:lab',), 'needs hf_hub:OWNER/NAME'),
+    ('pool.sources', ('hf_hub:lab/many',), r'train in 2 folders .en, fr.; .* one with . files=en/train-\*\.jsonl$'),
     ('pool.sources', ('hf_hub:lab/empty',), 'no Parquet or JSONL files of the split train .*name them with'),
   ],
 )
 def test_what_is_not_cached_is_one_line(cache, key, value, words):
   cached(cache, 'dataset', 'lab/empty', NEW, **{'README.md': ''})
+  cached(
+    cache, 'dataset', 'lab/many', NEW, **{'en__train-0.jsonl': '', 'fr__train-0.jsonl': '', 'fr__train-1.jsonl': ''}
+  )
   c = base.get_config()
   c.update_from_flattened_dict({key: value})
   with pytest.raises(UserError, match=words) as caught:
@@ -95,19 +99,20 @@ def test_what_is_not_cached_is_one_line(cache, key, value, words):
 
 
 @contextlib.contextmanager
-def served(files: dict[str, bytes]) -> Iterator[str]:
-  """A hub with one model, lab/served, at the commit `NEW`."""
+def served(files: dict[str, bytes], kind: str = 'models') -> Iterator[str]:
+  """A hub with one model or dataset, lab/served, at the commit `NEW`."""
+  repo = '/lab/served' if kind == 'models' else f'/{kind}/lab/served'
 
   class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
       path, _, _ = self.path.partition('?')
-      if path.startswith('/api/models/lab/served/tree/'):
+      if path.startswith(f'/api/{kind}/lab/served/tree/'):
         tree = [{'type': 'file', 'path': name, 'size': len(data), 'oid': '0' * 40} for name, data in files.items()]
         self.answer(json.dumps(tree).encode())
-      elif path.startswith('/api/models/lab/served'):
+      elif path.startswith(f'/api/{kind}/lab/served'):
         siblings = [{'rfilename': name} for name in files]
         self.answer(json.dumps({'id': 'lab/served', 'sha': NEW, 'siblings': siblings}).encode())
-      elif path.startswith(f'/lab/served/resolve/{NEW}/') and (name := path.rpartition('/')[2]) in files:
+      elif path.startswith(start := f'{repo}/resolve/{NEW}/') and (name := path.removeprefix(start)) in files:
         self.answer(files[name])
       else:
         self.send_error(404)
@@ -140,15 +145,33 @@ def served(files: dict[str, bytes]) -> Iterator[str]:
     server.server_close()
 
 
-def test_a_model_is_downloaded_once(cache, monkeypatch):
+def at(monkeypatch, address: str) -> None:
+  """Sends the client to the hub at an address."""
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+  monkeypatch.setattr(constants, 'ENDPOINT', address)
+  monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', address + '/{repo_id}/resolve/{revision}/{filename}')
+  monkeypatch.setattr(hf_api.api, 'endpoint', address)
+
+
+def test_a_dataset_is_downloaded_as_far_as_it_is_read(cache, monkeypatch):
+  files = {'data/train-0.jsonl': b'{"text": "of the hub"}', 'data/test-0.jsonl': b'unused', 'README.md': b'unused'}
+  c = base.get_config()
+  c.pool.sources = ('hf_hub:lab/served | split=train',)
+  with served(files, 'datasets') as address:
+    at(monkeypatch, address)
+    [line] = hub.localized(c).pool.sources
+  folder = cache / 'datasets--lab--served' / 'snapshots' / NEW
+  assert line == f'jsonl:{folder}/data/train-*.jsonl | name=served'
+  read = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+  assert read == {'data/train-0.jsonl': files['data/train-0.jsonl']}
+
+
+def test_a_model_is_downloaded_once(cache, monkeypatch):
   files = {'config.json': b'{"model_type": "gpt2"}', 'model.safetensors': b'weights', 'pytorch_model.bin': b'unused'}
   c = base.get_config()
   c.model.weights = 'lab/served'
   with served(files) as address:
-    monkeypatch.setattr(constants, 'ENDPOINT', address)
-    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', address + '/{repo_id}/resolve/{revision}/{filename}')
-    monkeypatch.setattr(hf_api.api, 'endpoint', address)
+    at(monkeypatch, address)
     folder = Path(hub.localized(c).model.weights)
   assert folder.name == NEW and sorted(path.name for path in folder.iterdir()) == ['config.json', 'model.safetensors']
   assert (folder / 'model.safetensors').read_bytes() == b'weights'
