@@ -85,7 +85,7 @@ class DocumentScores:
         )
       if by == 'tokens' and (target == 'mix' or len(parts) > 1):
         raise UserError(f'the score for {target!r} is no sum over tokens; name single tasks, or take scores by rows')
-    self.metadata = export.metadata(inputs['datamodel'], inputs.get('validation')) | {'by': by}
+    self.metadata = export.metadata(inputs['datamodel'], inputs.get('validation'), self.targets) | {'by': by}
     self._leaks = _leaks(inputs.get('leakage'))
     spans = self.pool.spans
     self._tokens_D = spans.tokens_D

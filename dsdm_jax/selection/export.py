@@ -64,7 +64,13 @@ class Export:
     names = sorted(name.removesuffix('.npz') for name in inputs['selection'].manifest['files'] if name.endswith('.npz'))
     self.selection = Selection.load(folder, selection_named(arm, names))
     self.pool = Pool(inputs['pool'])
-    self.metadata = metadata(inputs['datamodel'], inputs.get('validation')) | {'selection': self.selection.provenance}
+    target = self.selection.provenance['target']
+    own = () if target == 'any' else (target,)
+    about = {
+      'score': 'what the method ranks by, higher first, on its own scale',
+      'selection': self.selection.provenance,
+    }
+    self.metadata = metadata(inputs['datamodel'], inputs.get('validation'), own) | about
     self._columns = self._scores(inputs['datamodel'])
 
   def _scores(self, datamodel: Artifact) -> dict[str, np.ndarray]:
@@ -260,11 +266,15 @@ def selection_named(arm: str, names: Sequence[str]) -> str:
   return found[0]
 
 
-def metadata(datamodel: Artifact, validation: Artifact | None = None) -> dict[str, Any]:
-  """What the datamodel's scores mean: their sign and scale, and what they were computed with."""
+def metadata(datamodel: Artifact, validation: Artifact | None = None, targets: Sequence[str] = ()) -> dict[str, Any]:
+  """What the datamodel's scores mean: their sign and scale, and what they were computed with.
+
+  Scores are calibrated for each task, their mix, and `targets`, which may be tasks joined by +.
+  """
   semantics, scores = datamodel.semantics, Scores(datamodel)
   keys = ('sign', 'scale', 'output_fn', 'mix', 'confidence', 'damping', 'tasks')
-  of = {task: (scores.score_N(task), (task,)) for task in scores.tasks} | {'mix': (scores.score_N('mix'), scores.tasks)}
+  tasks_of = {target: target.split('+') for target in (*scores.tasks, *targets)} | {'mix': scores.tasks}
+  of = {target: (scores.score_N(target), tasks) for target, tasks in tasks_of.items()}
   return {key: semantics[key] for key in keys} | calibration.describe(validation, of)
 
 

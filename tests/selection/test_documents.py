@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 import dsdm_jax
+from dsdm_jax.attribution.calibration import FILE, Bank
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.pool.spans import Spans
 from dsdm_jax.data.targets import tasks
 from dsdm_jax.errors import UserError
-from dsdm_jax.selection import documents, export, whole
+from dsdm_jax.selection import documents, export, sample, whole
 from dsdm_jax.selection.documents import DocumentScores
 from tests.helpers import scores as saved_scores
 from tests.helpers.data import RECORDS, lines, run_pool, small_config
@@ -106,13 +108,13 @@ def lossy(tmp_path_factory):
   (base / 'datamodel').mkdir()
   saved_scores.save(base / 'datamodel', **arrays)
   semantics = {'tasks': ['a', 'b'], 'mix': 'mean', 'half_width': {'a': 2.0, 'b': 3.0}, 'sign': 'higher helps'}
-  semantics |= dict.fromkeys(('scale', 'output_fn', 'confidence', 'damping'), '')
+  semantics |= {'scale': 'one unit', **dict.fromkeys(('output_fn', 'confidence', 'damping'), '')}
   selection = base / 'selection'
   selection.mkdir()
   (selection / 'index.json').write_text(json.dumps([{'selection': 'dsdm--a--0'}]))
-  Selection('dsdm--a--0', np.arange(count // 2), np.ones(count // 2, np.float32), {}).save(selection)
+  Selection('dsdm--a--0', np.arange(count // 2), np.ones(count // 2, np.float32), {'target': 'a+b'}).save(selection)
   inputs = {'pool': pool, 'datamodel': Artifact(base / 'datamodel', {'semantics': semantics})}
-  return base, inputs | {'selection': Artifact(selection, {})}, arrays
+  return base, inputs | {'selection': Artifact(selection, {'files': {'dsdm--a--0.npz': ''}})}, arrays
 
 
 def _records(inputs, **options):
@@ -229,6 +231,39 @@ def test_the_mixer_of_dolma_reads_the_attributes(lossy, tmp_path):
   DocumentScores(inputs).dolma(tmp_path / 'attributes/dsdm')
   wanted = [r['id'] for r in _records(inputs) if r['file'].endswith('.gz') and (r['score_a'] or 0) > 0]
   assert wanted and open_with('dolma', tmp_path) == wanted
+
+
+def stated(folder: Path) -> list[dict]:
+  """What an export says about its scores, in each place that its files have for it."""
+  places = [parquet.read_schema(path).metadata[export.METADATA] for path in folder.rglob('*.parquet')]
+  places += [path.read_bytes() for path in folder.glob('metadata.json')]
+  places += [path.read_text().split('```json')[1].split('```')[0] for path in folder.glob('README.md')]
+  places += [json.loads(path.read_bytes())['description'] for path in folder.rglob('dataset_info.json')]
+  return [json.loads(place) for place in places]
+
+
+def test_every_export_states_sign_and_scale(lossy, tmp_path):
+  """All formats there are, with scores of one datamodel, calibrated on one bank."""
+  _, inputs, arrays = lossy
+  random, rows = np.random.default_rng(0), len(arrays['score_a_N'])
+  bank = Bank(np.repeat('halves', 20), random.random((20, rows)) < 0.5, random.normal(size=(20, 2)), ('a', 'b'))
+  bank.save(tmp_path)
+  calibrated = {**inputs, 'validation': Artifact(tmp_path, {'files': {FILE: {}}})}
+  exports = {form: export.Export(calibrated, 'dsdm') for form in export.FORMATS}
+  exports |= {form + ' of documents': DocumentScores(calibrated, ['a+b']) for form in documents.FORMATS}
+  for name, of_run in exports.items():
+    (tmp_path / name).mkdir()
+    getattr(of_run, name.partition(' ')[0])(tmp_path / name)
+    found = stated(tmp_path / name)
+    assert found, name
+    for about in found:
+      assert (about['sign'], about['scale']) == ('higher helps', 'one unit'), name
+      worth = about['calibration']['targets']
+      assert set(worth) == {'a', 'b', 'mix', 'a+b'} and worth['a+b']['error'] > 0, name
+      assert 'nats per token on the target for each 1% of the training budget' in about['calibration']['unit'], name
+  sample.write(next((tmp_path / 'parquet').iterdir()), tmp_path / 'drawn.parquet', 'datamodel', method='top', count=3)
+  about = json.loads(parquet.read_schema(tmp_path / 'drawn.parquet').metadata[export.METADATA])
+  assert (about['sign'], about['scale']) == ('higher helps', 'one unit')
 
 
 def test_datakit_has_a_file_for_each_file(lossy, tmp_path):
