@@ -7,6 +7,7 @@ all others (shim.c) stops a child at a chosen operation on files, or lets that o
 
 import ctypes
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -152,25 +153,30 @@ class Child:
 
 def _arm(shim: ctypes.CDLL, fault: Fault) -> None:
   if fault.how == 'compile':
-    import jax
-
-    jax.config.update('jax_enable_compilation_cache', False)  # an undisturbed run has filled it
-    threading.Thread(target=_kill_while_compiling, args=(fault.at,), daemon=True).start()
+    _kill_while_compiling(fault.at)
     return
   mode = _MODES.index(fault.how)
   shim.shim_arm(fault.below.encode(), ctypes.c_long(fault.at), mode, fault.error, fault.kinds, fault.times)
 
 
 def _kill_while_compiling(number: int) -> None:
-  main, seen, compiles = threading.main_thread().ident or 0, 0, False
-  while seen < number or not compiles:
-    frame, before, compiles = sys._current_frames().get(main), compiles, False
-    while frame is not None and not compiles:
-      frame, compiles = frame.f_back, frame.f_code.co_name == 'backend_compile_and_load'
-    seen += compiles and not before
-    time.sleep(0.0005)
-  os.write(2, b'stopped while XLA compiles\n')
-  os.kill(os.getpid(), signal.SIGKILL)
+  """Kills this process a moment after XLA has begun to compile its `number`th program."""
+  import jax
+  from jax._src import compiler
+
+  jax.config.update('jax_enable_compilation_cache', False)  # an undisturbed run has filled it
+  begun, compile = itertools.count(1), compiler.backend_compile_and_load
+
+  def kill() -> None:
+    os.write(2, b'stopped while XLA compiles\n')
+    os.kill(os.getpid(), signal.SIGKILL)
+
+  def compile_or_die(*arguments: Any, **options: Any) -> Any:
+    if next(begun) == number:
+      threading.Timer(0.001, kill).start()
+    return compile(*arguments, **options)
+
+  compiler.backend_compile_and_load = compile_or_die
 
 
 def _run(
