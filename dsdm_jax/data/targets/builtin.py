@@ -16,6 +16,7 @@ lengths.
 
 import ast
 import collections
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -96,14 +97,6 @@ class Bracket:
   @property
   def closing(self) -> str:
     return _PAIRS[self.text[self.opened]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Library:
-  prose: tuple[Prose, ...]
-  entries: tuple[Entry, ...]
-  passages: tuple[Passage, ...]
-  brackets: tuple[Bracket, ...]
 
 
 def _modules(root: Path) -> Iterator[tuple[str, Path]]:
@@ -249,25 +242,38 @@ def read_topics(source: str) -> list[Prose]:
   return []
 
 
+def _sources(root: str | None) -> Iterator[tuple[str, str]]:
+  """(dotted name, source) of every public module, of the standard library unless tests set `root`."""
+  for name, file in _modules(Path(root or sysconfig.get_paths()['stdlib'])):
+    with contextlib.suppress(UnicodeDecodeError):  # files in other encodings, all of them test data
+      yield name, file.read_text(encoding='utf-8')
+
+
 @functools.lru_cache(maxsize=2)
-def read_library(root: str | None = None) -> Library:
-  """All prose and entries, in a fixed order; takes two to three seconds. Tests set `root`."""
-  folder = Path(root or sysconfig.get_paths()['stdlib'])
-  prose, entries, passages, brackets = [], [], [], []
-  topics = folder / 'pydoc_data' / 'topics.py'
+def documentation(root: str | None = None) -> tuple[tuple[Prose, ...], tuple[Entry, ...]]:
+  """All prose and entries of the standard library, in a fixed order. Tests set `root`."""
+  prose, entries = [], []
+  topics = Path(root or sysconfig.get_paths()['stdlib'], 'pydoc_data', 'topics.py')
   if topics.is_file():
     prose += read_topics(topics.read_text(encoding='utf-8'))
-  for name, file in _modules(folder):
-    try:
-      source = file.read_text(encoding='utf-8')
+  for name, source in _sources(root):
+    with contextlib.suppress(SyntaxError):  # files for other versions, all of them test data
       of_module = read_module(name, source)
-    except (SyntaxError, UnicodeDecodeError):
-      continue  # files in other encodings or for other versions, all of them test data
-    prose += of_module[0]
-    entries += of_module[1]
-    passages += read_passages(name, source)
-    brackets += read_brackets(name, source)
-  return Library(tuple(prose), tuple(entries), tuple(passages), tuple(brackets))
+      prose += of_module[0]
+      entries += of_module[1]
+  return tuple(prose), tuple(entries)
+
+
+@functools.cache
+def passages() -> tuple[Passage, ...]:
+  """All passages of the standard library, in a fixed order."""
+  return tuple(passage for name, source in _sources(None) for passage in read_passages(name, source))
+
+
+@functools.cache
+def brackets() -> tuple[Bracket, ...]:
+  """All brackets of the standard library, in a fixed order."""
+  return tuple(bracket for name, source in _sources(None) for bracket in read_brackets(name, source))
 
 
 def options(passages: Sequence[Passage], seed: int) -> list[tuple[tuple[str, ...], int]]:

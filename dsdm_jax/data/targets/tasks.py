@@ -253,13 +253,13 @@ def check_files(config: ConfigDict, guarded: Iterable[str] = ()) -> None:
 
 
 def _docs() -> RawTask:
-  prose = builtin.read_library().prose
+  prose, _ = builtin.documentation()
   return RawTask('docs', tuple(RawItem(p.id, '', p.text, p.document) for p in prose), language_modelling=True)
 
 
 def _api_qa() -> RawTask:
   items = []
-  for entry in builtin.read_library().entries:
+  for entry in builtin.documentation()[1]:
     question = 'What is it?' if entry.kind == 'Class' else 'What does it do?'
     context = f'Module: {entry.module}\n{entry.kind}: {entry.signature}\nQuestion: {question}\nAnswer:'
     items.append(RawItem(entry.id, context, f' {entry.summary}', entry.module))
@@ -275,7 +275,7 @@ def _cs_algorithms(seed: int) -> RawTask:
 
 @functools.lru_cache(maxsize=2)
 def _next_code(seed: int) -> RawTask:
-  passages = builtin.read_library().passages
+  passages = builtin.passages()
   items = (
     RawItem(p.id, p.text, p.after, p.module, context_options=texts, gold=gold)
     for p, (texts, gold) in zip(passages, builtin.options(passages, seed), strict=True)
@@ -285,7 +285,7 @@ def _next_code(seed: int) -> RawTask:
 
 @functools.lru_cache(maxsize=2)
 def _brackets(seed: int) -> RawTask:
-  brackets = builtin.read_library().brackets
+  brackets = builtin.brackets()
   items = (
     RawItem(b.id, b.text, b.closing, b.module, context_options=texts, gold=gold)
     for b, (texts, gold) in zip(brackets, builtin.partners(brackets, seed), strict=True)

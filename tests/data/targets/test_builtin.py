@@ -116,18 +116,18 @@ def test_read_a_library(tmp_path: Path):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(source)
   (tmp_path / 'latin.py').write_bytes(b'"""caf\xe9"""')
-  library = builtin.read_library(str(tmp_path))
-  assert [p.document for p in library.prose] == ['topics/t', 'a.c', 'b']
-  assert [e.module for e in library.entries] == ['a.c'] * 4 + ['b'] * 4
+  prose, entries = builtin.documentation(str(tmp_path))
+  assert [p.document for p in prose] == ['topics/t', 'a.c', 'b']
+  assert [e.module for e in entries] == ['a.c'] * 4 + ['b'] * 4
 
 
 def test_this_library():
-  library = builtin.read_library()
-  by_id = {e.id: e for e in library.entries}
+  prose, entries = builtin.documentation()
+  by_id = {e.id: e for e in entries}
   assert by_id['textwrap.shorten'].signature == 'shorten(text, width, **kwargs)'
   assert by_id['textwrap.shorten'].summary == first_sentence(textwrap.shorten.__doc__)
-  assert len(library.entries) > 2_000
-  assert len({p.document for p in library.prose}) > 100
+  assert len(entries) > 2_000
+  assert len({p.document for p in prose}) > 100
 
 
 def by_trying_all(first: str, second: str) -> int:
@@ -182,7 +182,7 @@ def test_brackets_have_a_partner_far_before_them_and_not_in_a_string():
 
 
 def test_the_other_passage_differs_in_the_partner_alone():
-  brackets = builtin.read_library().brackets
+  brackets = builtin.brackets()
   assert len(brackets) > 1_000
   gold = 0
   for bracket, (texts, place) in zip(brackets, builtin.partners(brackets, 3), strict=True):
