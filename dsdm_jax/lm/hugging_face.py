@@ -659,7 +659,7 @@ def _copy(bits: np.ndarray, into: np.ndarray) -> None:
 
 
 def _fill(file: Any, x: np.ndarray) -> None:
-  rest = memoryview(x).cast('B') if x.size else memoryview(b'')
+  rest = x.data.cast('B') if x.size else memoryview(b'')
   while len(rest):
     read = file.readinto(rest)
     if not read:
