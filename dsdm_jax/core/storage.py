@@ -820,6 +820,21 @@ def mapped(path: Location) -> np.ndarray:
   return np.load(local(path), mmap_mode='r')  # noqa: TID251  mapped
 
 
+def parquet_writer(file: Any, schema: Any, **options: Any) -> Any:
+  """A `pyarrow.parquet.ParquetWriter` whose file stays as it is if it is not closed, as after an error.
+
+  pyarrow's own closes it once more when it is collected, and then prints what the full disk says.
+  """
+  return _parquet_writer()(file, schema, **options)
+
+
+@functools.cache
+def _parquet_writer() -> Any:
+  import pyarrow.parquet as pq
+
+  return type('ParquetWriter', (pq.ParquetWriter,), {'__del__': lambda self: None})
+
+
 def open_parquet(path: Location) -> Any:
   """A `pyarrow.parquet.ParquetFile`, of which only the groups and columns that are read are fetched."""
   import pyarrow.parquet as pq

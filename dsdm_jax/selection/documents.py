@@ -171,8 +171,6 @@ class DocumentScores:
 
   def parquet(self, out: Path) -> str:
     """Writes `documents-0000i-of-0000n.parquet`."""
-    from pyarrow import parquet
-
     shards = -(-self.pool.documents.records // _SHARD) or 1
     written, shard, writer = 0, 0, None
     for table in self.tables():
@@ -180,7 +178,7 @@ class DocumentScores:
         if writer is not None:
           writer.close()
           shard += 1
-        writer = parquet.ParquetWriter(out / f'documents-{shard:05d}-of-{shards:05d}.parquet', self.schema)
+        writer = storage.parquet_writer(out / f'documents-{shard:05d}-of-{shards:05d}.parquet', self.schema)
       writer.write_table(table)
       written += len(table)
     if writer is not None:
@@ -220,7 +218,6 @@ class DocumentScores:
       UserError: no source has files.
     """
     import pyarrow as pa
-    from pyarrow import parquet
 
     labels = sorted({label for _, table in self.pool.documents.read(['file']) for label in table['file'].to_pylist()})
     partition = {label: number for number, label in enumerate(label for label in labels if label)}
@@ -231,7 +228,7 @@ class DocumentScores:
     for label, tables in self._by_file():
       path = artifacts.inside(out, label if label.endswith('.parquet') else f'{label}.parquet')
       path.parent.mkdir(parents=True, exist_ok=True)
-      with parquet.ParquetWriter(path, schema) as writer:
+      with storage.parquet_writer(path, schema) as writer:
         for table in tables:
           number = pa.array(np.full(len(table), partition[label]), pa.int64())
           writer.write_table(table.append_column(kind, number).select(schema.names).cast(schema))

@@ -173,7 +173,6 @@ class Export:
   def parquet(self, out: Path, name: str | None = None) -> None:
     """Writes `<arm>-00000-of-0000n.parquet` in `out`."""
     import pyarrow
-    from pyarrow import parquet
 
     kinds = dict.fromkeys(('place', 'row'), pyarrow.int64()) | dict.fromkeys(('document', 'source'), pyarrow.string())
     kinds |= dict.fromkeys(('score', 'datamodel', 'low', 'high', 'weight'), pyarrow.float32())
@@ -184,7 +183,7 @@ class Export:
     shards, blocks = -(-self.size // _SHARD_ROWS), self.records()
     for shard in range(shards):
       path = out / f'{name or self.selection.name}-{shard:05d}-of-{shards:05d}.parquet'
-      with parquet.ParquetWriter(path, schema) as writer:
+      with storage.parquet_writer(path, schema) as writer:
         for _, columns in zip(range(_SHARD_ROWS // _BLOCK), blocks):  # noqa: B905 - the last shard is short
           writer.write_table(pyarrow.table(columns, schema=schema))
 

@@ -1,10 +1,14 @@
 """Files are written whole, created once, and hashed once."""
 
 import errno
+import gc
+import io
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from dsdm_jax.core import storage
@@ -149,3 +153,22 @@ def test_copy_shares_the_bytes_and_replaces(tmp_path):
     storage.copy(tmp_path / 'a', tmp_path / 'b')
     assert (tmp_path / 'b').samefile(tmp_path / 'a')
   assert storage.files(tmp_path) == ['a', 'b']
+
+
+class _Full(io.BytesIO):
+  """A file on a disk that has room for what a table begins with."""
+
+  def write(self, data) -> int:
+    if self.tell() > 4:
+      raise OSError(errno.ENOSPC, 'No space left on device')
+    return super().write(data)
+
+
+def test_a_parquet_file_that_is_left_on_a_full_disk_says_nothing_more(monkeypatch):
+  later = []
+  monkeypatch.setattr(sys, 'unraisablehook', later.append)
+  writer = storage.parquet_writer(_Full(), pa.schema({'text': pa.string()}))
+  assert writer.is_open
+  del writer
+  gc.collect()
+  assert not later

@@ -290,7 +290,6 @@ class _Table:
 
   def __init__(self, path: Path):
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     texts, numbers = (
       ('id', 'source', 'status', 'file', 'text'),
@@ -299,7 +298,7 @@ class _Table:
     fields = dict.fromkeys(texts, pa.string()) | dict.fromkeys(numbers, pa.int64())
     self._schema = pa.schema(list(fields.items()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    self._writer = pq.ParquetWriter(path, self._schema, compression='zstd')
+    self._writer = storage.parquet_writer(path, self._schema, compression='zstd')
     self._rows: list[dict[str, Any]] = []
     self._bytes = 0
 
