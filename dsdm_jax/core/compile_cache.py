@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from dsdm_jax.core import stopping, storage
@@ -24,6 +25,7 @@ _MOST_BYTES = 2 * 2**30  # of entries; above it, the oldest are deleted
 _CHECKSUMS = 'checksums.json'  # entry → SHA-256
 _ALONE, _OF_SEVERAL = '.alone', '.several'  # suffixes of canaries
 _SETTLED = 0.5  # seconds since the last write to an entry that is whole
+_calls: list[Callable[[], None]] = []  # that are due when the process ends
 _ABORTED = 'Aborted'  # how JAX ends a process whose partner was lost, too
 
 
@@ -66,7 +68,7 @@ def start(alone: bool = True) -> tuple[Path | None, str]:
       line = f'an earlier start crashed ({crash}); the cache of compiled programs in {cache} may be damaged: emptied it'
     elif damaged:
       line = f'{damaged} compiled programs in {cache} have changed since they were written: deleted them'
-    atexit.register(note, cache)
+    _at_end(functools.partial(note, cache))
     stopping.when_stopped(functools.partial(note, cache, _SETTLED))
     _put_canary(canaries / f'{os.getpid()}{_ALONE if alone else _OF_SEVERAL}')
   except (OSError, RuntimeError):  # no home, or one that cannot be written: every start compiles
@@ -99,6 +101,17 @@ def note(cache: Path, settled: float = 0.0) -> None:
       storage.write_json(cache / _CHECKSUMS, noted)
 
 
+def _at_end(call: Callable[[], None]) -> None:
+  _calls.append(call)
+  atexit.register(end)
+
+
+def end() -> None:
+  """What is due when the process ends, for one that ends without the functions of `atexit`."""
+  while _calls:
+    _calls.pop()()
+
+
 def _crash(canaries: Path) -> str:
   """The signal that ended an earlier process, or ''. Canaries of processes that have ended are deleted."""
   import fcntl
@@ -123,7 +136,7 @@ def _put_canary(path: Path) -> None:
   file = open(path, 'wb')  # noqa: SIM115  open until the process ends
   fcntl.flock(file, fcntl.LOCK_SH)
   faulthandler.enable(file)
-  atexit.register(_remove, path, file)
+  _at_end(functools.partial(_remove, path, file))
 
 
 def _remove(path: Path, file: object) -> None:

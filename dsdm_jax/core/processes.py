@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import socket
@@ -17,13 +18,12 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from dsdm_jax.core import storage
+from dsdm_jax.core import compile_cache, storage
 from dsdm_jax.core.command_line import system_error
 from dsdm_jax.core.storage import Location
 from dsdm_jax.errors import UserError, visible
@@ -273,19 +273,18 @@ def check_shared(folder: Location) -> None:
 
 
 def leave(code: int) -> None:
-  """Ends the process with exit code `code`.
+  """Ends the process with exit code `code`, at once and with all output flushed.
 
-  If processes are still connected, it ends at once: the normal exit of the interpreter would wait for the others, which
-  may be lost.
+  Nothing is waited for. The normal end of the interpreter joins threads and calls what libraries registered, of which
+  one may never return: a thread of tf.data or of an object store's client, or a process of the run that was lost.
   """
-  if code:  # what the interpreter warns of at its end is no news after the error
-    warnings.simplefilter('ignore')
-  jax = sys.modules.get('jax')
-  if jax is None or not jax.distributed.is_initialized():
-    sys.exit(code)
+  for child in multiprocessing.active_children():  # they would end by themselves, but later
+    child.kill()
   _cancel_exit_notice()
-  sys.stdout.flush()
-  sys.stderr.flush()
+  compile_cache.end()
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+      stream.flush()
   os._exit(code)
 
 

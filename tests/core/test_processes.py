@@ -239,3 +239,31 @@ def test_the_line_for_slurm_gives_each_gpu_a_process(monkeypatch):
 
 def test_a_lost_process_is_noticed_within_a_minute():
   assert base.get_config().distributed.heartbeat_seconds <= 40
+
+
+# What the normal end of the interpreter waits for: a thread, a worker of a pool, and a function of `atexit`.
+HELD = """
+import atexit, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from fsspec import asyn
+from dsdm_jax.core import compile_cache, processes
+
+compile_cache.start()
+for_ever = threading.Event()
+threading.Thread(target=for_ever.wait).start()
+ThreadPoolExecutor(1).submit(for_ever.wait)
+asyn.get_loop()
+atexit.register(for_ever.wait)
+sys.stdout.write('out' * 100_000)
+sys.stderr.write('err')
+processes.leave(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize('code', [0, 2])
+def test_a_process_ends_at_once_whatever_its_threads_do(code, tmp_path):
+  environment = os.environ | {'XDG_CACHE_HOME': str(tmp_path)}
+  command = [sys.executable, '-c', HELD, str(code)]
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+  assert (done.returncode, done.stdout, done.stderr) == (code, 'out' * 100_000, 'err')
+  assert list(tmp_path.glob('dsdm_jax/xla/*/running/*')) == [], 'the next start does not take it for a crash'
