@@ -13,7 +13,7 @@ Nothing here holds more than one shard of rows: rows come from a `RowSource`, su
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -157,24 +157,39 @@ def equalise(gram_JJ: np.ndarray, blocks: Blocks) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
+class Directions:
+  """Solved directions in parameter space, on the devices: no process holds them whole.
+
+  Attributes:
+    by_path: path of a parameter → float32 [K, *parameter shape], laid out like it.
+    scale_K: float64, by which they are multiplied.
+    columns: number of a scored column → float64 [J]; of those that are saved, on process 0 alone.
+  """
+
+  by_path: Mapping[str, jax.Array]
+  scale_K: np.ndarray
+  columns: Mapping[int, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
 class Solution:
   """The solution of one datamodel.
 
   Attributes:
-    u_JK: (G + λI)⁻¹ columnsᵀ, float64.
+    u_JK: (G + λI)⁻¹ columnsᵀ, float64; or by EK-FAC.
     damping: λ of each block, absolute.
     condition: condition number of each damped block, estimated in the 1-norm.
     combination_KX: weight of each of these columns in those that are scored; None takes them as they are.
   """
 
-  u_JK: np.ndarray
+  u_JK: np.ndarray | Directions
   damping: tuple[float, ...]
   condition: tuple[float, ...]
   combination_KX: np.ndarray | None = None
 
-  def columns(self, at: int | Sequence[int] | np.ndarray) -> np.ndarray:
-    """Columns of u that are scored, [J] or [J, …]."""
-    return self.u_JK[:, at] if self.combination_KX is None else self.u_JK @ self.combination_KX[:, at]
+  def column(self, at: int) -> np.ndarray:
+    """A column of u that is scored, [J]."""
+    return self.u_JK.columns[at] if isinstance(self.u_JK, Directions) else self.u_JK[:, at]
 
 
 def solve(
@@ -291,7 +306,7 @@ def cholesky(matrix_JJ: np.ndarray) -> None:
 
 def score_shards(
   source: RowSource,
-  u_JK: np.ndarray,
+  u_JK: np.ndarray | Directions,
   row: int = 0,
   groups: Sequence[int] = (),
   combination_KX: np.ndarray | None = None,
@@ -303,8 +318,12 @@ def score_shards(
     combination_KX: the columns are multiplied by it; None leaves them.
   """
   # A common scale per column keeps float32 far from its limits; it is restored afterwards.
-  scale_K = np.maximum(np.abs(u_JK).max(axis=0), np.finfo(np.float64).tiny)
-  for start, stop, score_BK in source.scores((u_JK / scale_K).astype(np.float32), row, groups):
+  if isinstance(u_JK, Directions):
+    scale_K, passes = u_JK.scale_K, source.scores(u_JK.by_path, row, groups)
+  else:
+    scale_K = np.maximum(np.abs(u_JK).max(axis=0), np.finfo(np.float64).tiny)
+    passes = source.scores((u_JK / scale_K).astype(np.float32), row, groups)
+  for start, stop, score_BK in passes:
     scaled_BK = score_BK * scale_K
     yield start, stop, (scaled_BK if combination_KX is None else scaled_BK @ combination_KX).astype(np.float32)
 

@@ -13,15 +13,16 @@ scales and biases take no part. The score of row n is the derivative of its outp
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from dsdm_jax.attribution import covariances, probes
 from dsdm_jax.attribution.covariances import MomentStep
@@ -36,7 +37,9 @@ from dsdm_jax.lm.outputs import OutputFn
 # A matrix with a side more than this many times as long as the other, such as an untied head, keeps its coordinates.
 _LONG = 6
 
-Means = dict[str, np.ndarray]  # path of a matrix → [K, S, I, O]
+ENTRIES = 2**26  # of gradients that a host solves at once, or those of one direction
+
+Means = Mapping[str, jax.Array]  # path of a matrix → [K, S, I, O], of which each device has a part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +55,18 @@ class Factors:
   out_SOO: np.ndarray | None
   square_SIO: np.ndarray
 
-  def solve(self, mean_KSIO: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray]:
-    """v [K, S, I, O] in float32 and λ + damping · mean λ; a matrix without any gradient gets v = 0."""
+  def damped(self, damping: float) -> np.ndarray:
+    """λ + damping · mean λ, float64 [S, I, O]."""
     square_SIO = self.square_SIO.astype(np.float64)
     square_SIO += damping * square_SIO.mean(axis=(-2, -1), keepdims=True)
+    return square_SIO
+
+  def solve(self, mean_KSIO: np.ndarray, damped_SIO: np.ndarray) -> np.ndarray:
+    """v [K, S, I, O] in float32; a matrix without any gradient gets v = 0."""
     rotated = _rotate(mean_KSIO.astype(np.float64), self.in_SII, self.out_SOO)
-    rotated /= np.where(square_SIO > 0, square_SIO, np.inf)
+    rotated /= np.where(damped_SIO > 0, damped_SIO, np.inf)
     flipped = (None if side is None else side.swapaxes(-1, -2) for side in (self.in_SII, self.out_SOO))
-    return _rotate(rotated, *flipped).astype(np.float32), square_SIO
+    return _rotate(rotated, *flipped).astype(np.float32)
 
 
 def _rotate(x: Any, in_SII: Any, out_SOO: Any) -> Any:
@@ -92,11 +99,12 @@ class WholeGradients:
 
   def __post_init__(self) -> None:
     self._gradients = per_example(self.model, self.output_fn, self.mesh)
-    self.shapes = {
-      path: (math.prod(x.shape[:-2]), *x.shape[-2:])
+    self._parameters = {
+      path: x.shape
       for path, x in _by_path(nnx.state(self.model, nnx.Param)).items()
       if len(x.shape) > 1 and path.rpartition('/')[2] not in ('bias', 'scale')
     }
+    self.shapes = {path: (math.prod(shape[:-2]), *shape[-2:]) for path, shape in self._parameters.items()}
     self.dimension = sum(map(math.prod, self.shapes.values()))
     layers = [
       layer for layer in probes.linears(self.model) if max(sides := (layer.inputs, layer.outputs)) <= _LONG * min(sides)
@@ -105,9 +113,10 @@ class WholeGradients:
     self._moments = MomentStep(self.model, self.output_fn, layers, self.mesh) if layers else None
     batch = batch_sharding(self.mesh)
     self.jitted = jax.jit(self.apply, in_shardings=(None, batch, batch), out_shardings=batch)
+    self._split = {path: self._sharding(path, (1, *shape)) for path, shape in self.shapes.items()}
     self._squares, self._means = (
-      jax.jit(function, in_shardings=(None, batch, batch, batch), out_shardings=replicated(self.mesh))
-      for function in (self._apply_squares, self._apply_means)
+      jax.jit(function, in_shardings=(None, batch, batch, batch), out_shardings=out)
+      for function, out in ((self._apply_squares, replicated(self.mesh)), (self._apply_means, self._split))
     )
 
   def prepare(self, params: nnx.State, checkpoint: int, second_moment: SecondMoment | None = None) -> nnx.State:
@@ -129,6 +138,11 @@ class WholeGradients:
     stops = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
     return list(self.shapes)[int(np.searchsorted(stops, column, side='right'))]
 
+  @property
+  def factor_entries(self) -> int:
+    """Numbers in all factors of one model."""
+    return self.dimension + sum(s * (i * i + o * o) for s, i, o in (self.shapes[path] for path in self._turned))
+
   def factors(self, params: nnx.State, tokens_NL: np.ndarray, weights_NL: np.ndarray) -> dict[str, Factors]:
     """Path → factors, from all of these rows."""
     bases: dict[str, Any] = dict.fromkeys(self.shapes, (None, None))
@@ -141,7 +155,7 @@ class WholeGradients:
         bases[path] = tuple(x.reshape(-1, *x.shape[-2:]) for x in sides)
     ones_N1 = np.ones((len(tokens_NL), 1), np.float32)
     placed = jax.tree.map(lambda x: place(x, replicated(self.mesh)), bases)
-    squares = self._sum(self._squares, (self.prepare(params, 0), placed), tokens_NL, weights_NL, ones_N1)
+    squares = fetch(self._sum(self._squares, (self.prepare(params, 0), placed), tokens_NL, weights_NL, ones_N1))
     return {
       path: Factors(in_SII, out_SOO, squares[path] / np.float32(len(tokens_NL)))
       for path, (in_SII, out_SOO) in bases.items()
@@ -151,6 +165,19 @@ class WholeGradients:
     """Σ_t weight(k, t) · gradient of example t, for each weighting k."""
     by_TK = np.asarray(weight_KT.T, np.float32)
     return self._sum(self._means, self.prepare(params, 0), tokens_TL, weights_TL, by_TK)
+
+  def blocks(self, means: Sequence[Means], path: str) -> Iterator[np.ndarray]:
+    """The means of one matrix on the host, some at a time: [k, S, I, O]. All processes must call it."""
+    size = max(1, ENTRIES // math.prod(self.shapes[path]))
+    for part in means:
+      count = len(part[path])
+      for start in range(0, count, size):
+        yield fetch(jax.lax.slice_in_dim(part[path], start, min(start + size, count)))
+
+  def place(self, path: str, direction_KSIO: np.ndarray) -> jax.Array:
+    """Directions of one matrix as [K, *parameter shape] on the devices, laid out like it."""
+    shape = self._parameters[path]
+    return place(direction_KSIO.reshape(-1, *shape), self._sharding(path, (1, *shape)))
 
   def flop(self, params: nnx.State, rows: int, weightings: int, length: int) -> tuple[float, float]:
     """FLOP of `factors` from so many rows of `length` tokens, and of `means` for so many weightings of them.
@@ -170,21 +197,24 @@ class WholeGradients:
     of_row += flops.count(self._apply_squares, (params, bases), *batch, by_1K)
     return of_row * rows + eigenvectors, flops.count(self._apply_means, params, *batch, by_1K) * rows
 
-  def flat(self, directions: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[J, K] of arrays [K, S, I, O], in the order of `shapes`."""
-    return np.concatenate([directions[path].reshape(len(directions[path]), -1) for path in self.shapes], axis=1).T
-
-  def tree(self, u_JK: np.ndarray | jax.Array, params: nnx.State) -> nnx.State:
-    """The directions of `flat` as a pytree like `params`, [K, *parameter shape]; zeros where there is no matrix."""
+  def split(self, u_JK: np.ndarray) -> dict[str, np.ndarray]:
+    """Path → directions [K, S, I, O] of columns whose entries are in the order of `shapes`."""
     stops = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
-    parts = dict(zip(self.shapes, jnp.split(jnp.asarray(u_JK).T, stops[:-1], axis=1), strict=True))
+    parts = zip(self.shapes.items(), np.split(u_JK.T, stops[:-1], axis=1), strict=True)
+    return {path: part.reshape(-1, *shape) for (path, shape), part in parts}
 
-    def one(path: Any, x: jax.Array) -> jax.Array:
-      part = parts.get(partition.path_name(path))
-      shape = (u_JK.shape[1], *x.shape)
-      return jnp.zeros(shape, jnp.float32) if part is None else part.reshape(shape)
+  def tree(self, directions: Mapping[str, np.ndarray | jax.Array], params: nnx.State) -> nnx.State:
+    """Directions of each path as a pytree like `params`, [K, *parameter shape]; zeros where there is no matrix."""
+    count = len(next(iter(directions.values())))
+
+    def one(path: Any, x: jax.Array) -> np.ndarray | jax.Array:
+      part = directions.get(partition.path_name(path))
+      return np.zeros((count, *x.shape), np.float32) if part is None else part.reshape(count, *x.shape)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+  def _sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    return NamedSharding(self.mesh, partition.spec(path, shape, self.mesh))
 
   def _sum(self, step: Any, prepared: Any, tokens_NL: np.ndarray, weights_NL: np.ndarray, by_NK: np.ndarray) -> Any:
     """Sum of `step` over batches. The last one is filled up with rows that weigh nothing."""
@@ -194,7 +224,7 @@ class WholeGradients:
       filled = tuple(np.pad(x, ((0, self.rows - len(x)), (0, 0))) for x in parts)
       part = step(prepared, *place(filled, batch_sharding(self.mesh)))
       total = part if total is None else jax.tree.map(jnp.add, total, part)
-    return fetch(total)
+    return total
 
   def _matrices(self, params: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> dict[str, jax.Array]:
     """Path → gradients [B, S, I, O] in float32."""
@@ -219,6 +249,20 @@ class WholeGradients:
       path: jnp.einsum('bsio,bk->ksio', jnp.where(counted_B, g, 0), by_BK, precision=jax.lax.Precision.HIGHEST)
       for path, g in self._matrices(params, tokens_BL, weights_BL).items()
     }
+
+
+def joined(parts: Sequence[jax.Array]) -> jax.Array:
+  """Directions of one matrix, one part after the other, on the devices that have the parts."""
+  if len(parts) == 1:
+    return parts[0]
+  return jax.jit(lambda parts: jnp.concatenate(parts), out_shardings=parts[0].sharding)(parts)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def scaled(direction: jax.Array, scale_K: np.ndarray) -> jax.Array:
+  """Directions [K, …] divided by float32 `scale_K`, in their place."""
+  whole = jnp.broadcast_to(scale_K.reshape(-1, *(1,) * (direction.ndim - 1)), direction.shape)
+  return direction / jax.lax.optimization_barrier(whole)  # else XLA multiplies by the inverse, which rounds twice
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

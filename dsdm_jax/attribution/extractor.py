@@ -119,7 +119,7 @@ class FeatureExtractor:
   def mean_gradients(
     self, checkpoint: int, tokens_TL: np.ndarray, weights_TL: np.ndarray, weight_KT: np.ndarray
   ) -> ekfac.Means:
-    """Path → mean gradient of target examples for each weighting, [K, S, I, O]."""
+    """Path → mean gradient of target examples for each weighting, [K, S, I, O], on the devices."""
     params, _ = self.weights(checkpoint)
     self._context.add_flop(self.whole.flop(params, len(tokens_TL), len(weight_KT), tokens_TL.shape[1])[1])
     return self.whole.means(params, tokens_TL, weights_TL, weight_KT)
@@ -168,7 +168,7 @@ class FeatureExtractor:
     scorer = DirectionalScores(model, output_fn, config.seed, self.mesh, self._microbatch)
     params, moment = self.weights(checkpoint)
 
-    def start(u_JT: np.ndarray) -> PoolPass:
+    def start(u_JT: Any) -> PoolPass:
       if isinstance(self.step, WholeGradients):
         prepared = scorer.placed(params, self.whole.tree(u_JT, params))
       else:

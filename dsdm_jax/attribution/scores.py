@@ -144,7 +144,7 @@ def run(context: Context) -> dict:
     for number, (place, task) in enumerate(zip(new, tasks, strict=True)):
       assert solved is not None
       # u of the mean of the task's examples; a joint datamodel has the columns of all checkpoints side by side.
-      u_CJ = np.concatenate([s.columns(first[number]) for s in solved.solutions]).reshape(features.checkpoints, -1)
+      u_CJ = np.concatenate([s.column(first[number]) for s in solved.solutions]).reshape(features.checkpoints, -1)
       small = {'u_CJ': u_CJ, **peaks_of[number]}
       if kept_N is not None and 'example_rows_EM' in small:
         small['example_rows_EM'] = kept_N[small['example_rows_EM']]

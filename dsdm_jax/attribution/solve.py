@@ -9,10 +9,10 @@ import scipy.linalg
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dsdm_jax.attribution import damping, datamodel
+from dsdm_jax.attribution import damping, datamodel, ekfac
 from dsdm_jax.attribution.accumulators import Accumulator, Progress
 from dsdm_jax.attribution.damping import Choice
-from dsdm_jax.attribution.datamodel import Solution
+from dsdm_jax.attribution.datamodel import Directions, Solution
 from dsdm_jax.attribution.quantization import Blocks, column_blocks
 from dsdm_jax.attribution.sources import Concatenated, RowSource, UnitNorm, unit_rows
 from dsdm_jax.attribution.store import Features
@@ -214,7 +214,10 @@ def by_ekfac(
   weights: Sequence[TargetWeights],
   damping: float,
 ) -> Solved:
-  """Solutions of all checkpoints by EK-FAC: u is a direction in parameter space for each group and example, [W, B]."""
+  """Solutions of all checkpoints by EK-FAC: u is a direction in parameter space for each group and example.
+
+  A host solves some directions of one matrix at a time, and the devices hold the result in parts.
+  """
   extractor = features.extractor()
   combination_BK = scipy.linalg.block_diag(*(w.combination_BK for w in weights))
   first = np.cumsum([0, *(len(w.weight_KT) for w in weights[:-1])])  # the means of all examples of each task
@@ -225,12 +228,21 @@ def by_ekfac(
       extractor.mean_gradients(checkpoint, e.tokens_TL, e.weights_TL, w.basis_BT)
       for e, w in zip(examples, weights, strict=True)
     ]
-    directions, lambdas, conditions, found, square_C = {}, [], [], [], 0.0
+    directions, columns, lambdas, conditions, found, square_C = {}, [], [], [], [], 0.0
+    scale_B = np.full(len(combination_BK), np.finfo(np.float32).tiny, np.float64)
     for path, f in factors.items():
-      mean_BSIO = np.concatenate([part[path] for part in parts])
-      directions[path], damped_SIO = f.solve(mean_BSIO, damping)
-      means = (x.reshape(len(x), -1).T @ combination_BK[:, first] for x in (mean_BSIO, directions[path]))
-      square_C = square_C + np.einsum('xc,xc->c', *means)
+      damped_SIO, placed, begin = f.damped(damping), [], 0
+      mean_XC, v_XC = np.zeros((2, damped_SIO.size, len(first)))  # of all examples of each task
+      for mean_bSIO in extractor.whole.blocks(parts, path):
+        v_bSIO, own = f.solve(mean_bSIO, damped_SIO), slice(begin, begin + len(mean_bSIO))
+        scale_B[own] = np.maximum(scale_B[own], np.abs(v_bSIO).max(axis=(1, 2, 3)))
+        for total_XC, x in ((mean_XC, mean_bSIO), (v_XC, v_bSIO)):
+          total_XC += x.reshape(len(x), -1).T @ combination_BK[own][:, first]
+        placed.append(extractor.whole.place(path, v_bSIO))
+        begin = own.stop
+      directions[path] = ekfac.joined(placed)
+      square_C = square_C + np.einsum('xc,xc->c', mean_XC, v_XC)
+      columns.append(v_XC if context.first else np.zeros((0, len(first))))
       sides = [len(side[0]) for side in (f.in_SII, f.out_SOO) if side is not None]
       context.add_flop(4.0 * directions[path].size * sum(sides))
       for number, (square, damped) in enumerate(zip(f.square_SIO.astype(np.float64), damped_SIO, strict=True)):
@@ -246,7 +258,9 @@ def by_ekfac(
           }
         )
     members.append(Member(features.pool(checkpoint), (), (), f'{checkpoint}'))
-    u_JB = extractor.whole.flat(directions)
+    u_JC = np.concatenate(columns)
+    scaled = {path: ekfac.scaled(v, scale_B.astype(np.float32)) for path, v in directions.items()}
+    u_JB = Directions(scaled, scale_B, dict(zip(first.tolist(), u_JC.T, strict=True)))
     solutions.append(Solution(u_JB, tuple(lambdas), tuple(conditions), combination_BK))
     spectra.append(found)
     norms.append(np.sqrt(np.maximum(square_C, 0)))

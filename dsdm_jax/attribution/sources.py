@@ -75,7 +75,7 @@ class RowSource(abc.ABC):
     """The rows that the Gram matrix is made of."""
     return self
 
-  def scores(self, u_JK: np.ndarray, row: int = 0, groups: Sequence[int] = ()) -> Iterator[Shard]:
+  def scores(self, u_JK: Any, row: int = 0, groups: Sequence[int] = ()) -> Iterator[Shard]:
     """(start, stop, φ u in float32 [B, K]) of each shard from `row` on, for u in float32; see `column_groups`."""
     parts = [jnp.asarray(np.ascontiguousarray(u_JK[:, k])) for k in column_groups(groups, u_JK.shape[1])]
     for start, stop, phi_BJ in self.prefetched(row):
@@ -330,12 +330,12 @@ class DirectionalSource(RowSource):
   Args:
     features: of all rows; never computed where there is no Gram matrix.
     gram_rows: how many of the first rows make the Gram matrix.
-    start: u_JT in float32 → the pass that gives score_BT.
+    start: u_JT in float32, or directions by path → the pass that gives score_BT.
   """
 
   collective = True
 
-  def __init__(self, features: Recomputed, gram_rows: int, start: Callable[[np.ndarray], PoolPass]):
+  def __init__(self, features: Recomputed, gram_rows: int, start: Callable[[Any], PoolPass]):
     self.rows, self.dimension, self.shard_rows = features.rows, features.dimension, features.shard_rows
     self.team = features.team
     self._features, self._start = features, start
@@ -347,7 +347,7 @@ class DirectionalSource(RowSource):
   def gram_rows(self) -> RowSource:
     return self._sample
 
-  def scores(self, u_JK: np.ndarray, row: int = 0, groups: Sequence[int] = ()) -> Iterator[Shard]:
+  def scores(self, u_JK: Any, row: int = 0, groups: Sequence[int] = ()) -> Iterator[Shard]:
     """As `RowSource.scores`, with φ neither computed nor quantized, and all columns together."""
     del groups
     features = self._start(u_JK)

@@ -114,7 +114,7 @@ class TokenScores:
     if isinstance(step, TwoSidedFeatures):
       prepared = self._scorer.placed(params, _direction(step, self._extractor.prepare(checkpoint)[0], params, u_J))
     elif isinstance(step, WholeGradients):
-      prepared = self._scorer.placed(params, step.tree(u_J[:, None], params))
+      prepared = self._scorer.placed(params, step.tree(step.split(u_J[:, None]), params))
     else:
       prepared = self._scorer.prepare(params, u_J[:, None], checkpoint, moment)
     parts = [np.zeros((0, self._pool.length - 1))]

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dsdm_jax.attribution.accumulators import CHUNK_ROWS
+from dsdm_jax.attribution.ekfac import ENTRIES
 from dsdm_jax.training.proxies import checkpoints
 
 
@@ -36,6 +37,7 @@ class Units:
 UNITS = Units()
 _PROCESS_BYTES = 2e9  # interpreter, JAX, TensorFlow and compiled programs
 _LENGTH = 1_024  # tokens of the rows whose reading was measured
+_BLOCK_BYTES = 40.0  # of an entry: float32 means and directions, and float64 copies in the basis of the factors
 _START_SECONDS = 20.0  # imports, the coordinator and the first look at the devices
 _HELD_SHARDS = 4  # that is filled, that is written with TensorStore's copy and the bytes of its file
 
@@ -57,7 +59,7 @@ class HostWork:
 
 
 def works(
-  config: ConfigDict, hosts: int, rows: int, dimension: int, entries: int, columns: int, directions: int
+  config: ConfigDict, hosts: int, rows: int, dimension: int, entries: int, columns: int, of_ekfac: tuple[int, int]
 ) -> list[HostWork]:
   """The stages whose hosts' work grows with the pool, and the start after a preemption.
 
@@ -66,7 +68,7 @@ def works(
     rows, dimension: N and J.
     entries: of the Gram matrix of one checkpoint, over all its blocks.
     columns: K, the scores of a row for all targets.
-    directions: of EK-FAC at one checkpoint, from which the columns are combined.
+    of_ekfac: entries of EK-FAC's factors at one checkpoint, and of the largest matrix.
   """
   features, u, count = config.features, UNITS, checkpoints(config)
   stored = features.mode == 'store' and features.projection != 'ekfac'
@@ -95,9 +97,15 @@ def works(
   seconds = read + own * (count * columns * u.reduce_seconds_per_score + tasks * u.finish_seconds_per_row)
   scored = 24.0 * min(features.shard_rows, rows) * columns * count  # a shard's scores in float32, and in float64
   mixed = (4.0 * tasks + 12) * rows  # on the first host
-  memory = _PROCESS_BYTES + max(partial + scored + held * stored, mixed)
+  memory = max(partial + scored + held * stored, mixed)
   if features.projection == 'ekfac':
-    memory += 4.0 * directions * dimension * (count + 2)  # of all checkpoints, and two copies of one
+    factors, largest = of_ekfac
+    means = 8.0 * tasks * dimension  # of one checkpoint; the first host keeps those of all until they are written
+    # While a matrix is solved: the file of factors and its arrays, a block with its copies, the means of the matrix.
+    solving = 8.0 * factors + _BLOCK_BYTES * max(ENTRIES, largest) + 16.0 * tasks * largest
+    writing = 24.0 * count * dimension  # an array, its file and a copy
+    memory = means * count + max(memory, solving + means, writing)
+  memory += _PROCESS_BYTES
   result.append(HostWork('scores', seconds, memory, own * u.partial_bytes_per_row * tasks))
   memory = _PROCESS_BYTES + rows * u.selection_bytes_per_row
   result.append(HostWork('selection', rows * u.selection_seconds_per_row, memory, 0.0))

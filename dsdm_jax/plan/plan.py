@@ -82,7 +82,7 @@ def make(config: ConfigDict) -> dict[str, Any]:
         j,
         entries,
         programs.score_columns(config),
-        programs.solved_vectors(config),
+        programs.ekfac_entries(config, mesh),
       )
     ],
     'stages': [dataclasses.asdict(estimate) for estimate in estimates],

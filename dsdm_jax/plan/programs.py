@@ -309,6 +309,14 @@ def gram_entries(config: ConfigDict, mesh: Mesh) -> int:
   return sum((stop - start) ** 2 for start, stop in blocks)
 
 
+def ekfac_entries(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
+  """Entries of EK-FAC's factors of one checkpoint, and of the largest matrix; zeros with other projections."""
+  step = feature_step(config, config.pool.vocab_size, config.pool.length, mesh)
+  if not isinstance(step, WholeGradients):
+    return 0, 0
+  return step.factor_entries, max(map(math.prod, step.shapes.values()))
+
+
 def score_columns(config: ConfigDict) -> int:
   """Scores of a row for all targets: of their means, groups, examples and resamples."""
   d = config.datamodel

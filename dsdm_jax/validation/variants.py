@@ -252,9 +252,11 @@ class Scorer:
     factors = step.factors(params, self._tokens[sample], self._weights[sample])
     targets = self._tokens[self._rows :], self._weights[self._rows :]
     means = step.means(params, *targets, np.eye(len(targets[0])))
-    u_JT = step.flat({path: f.solve(means[path], self._damping(variant))[0] for path, f in factors.items()})
+    directions = {
+      path: f.solve(np.asarray(means[path]), f.damped(self._damping(variant))) for path, f in factors.items()
+    }
     scorer = self._directional(variant.features, variant.kind.width)
-    prepared, parts = scorer.placed(params, step.tree(u_JT, params)), []
+    prepared, parts = scorer.placed(params, step.tree(directions, params)), []
     for start in range(0, self._rows, step.rows):
       stop = min(start + step.rows, self._rows)
       batch = (jnp.asarray(_padded(x[start:stop], step.rows)) for x in (self._tokens, self._weights))

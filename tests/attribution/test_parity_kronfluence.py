@@ -43,9 +43,9 @@ def test_scores_agree(peers, one_device, tmp_path):
   step = WholeGradients(model, outputs.margin, one_device, 20)
   factors = step.factors(params, tokens_NL, np.ones((N, L), np.float32))
   means = step.means(params, tokens_TL, np.ones((T, L), np.float32), np.eye(T))
-  u_JT = step.flat({path: f.solve(means[path], 0.1)[0] for path, f in factors.items()})
+  directions = {path: f.solve(np.asarray(means[path]), f.damped(0.1)) for path, f in factors.items()}
   scorer = DirectionalScores(model, outputs.margin, 0, one_device)
-  score_NT = np.asarray(scorer(scorer.placed(params, step.tree(u_JT, params)), tokens_NL, jnp.ones((N, L))))
+  score_NT = np.asarray(scorer(scorer.placed(params, step.tree(directions, params)), tokens_NL, jnp.ones((N, L))))
 
   source, destination = tmp_path / 'in.npz', tmp_path / 'out.npz'
   weights = {name: np.asarray(getattr(model, name).kernel[...]) for name in ('inner', 'outer')}

@@ -9,10 +9,13 @@ ROWS, J, HOUR = 216_948_746, 15_552, 3_600
 BLOCKS = 324  # columns of a block of the Gram matrix
 
 
-def _works(hosts: int, rows: int = ROWS, **features) -> dict[str, host.HostWork]:
+EKFAC = 500_000_000, 38_612_736  # entries of the factors and of the largest matrix, a table of 50,277 × 768
+
+
+def _works(hosts: int, rows: int = ROWS, dimension: int = J, **features) -> dict[str, host.HostWork]:
   config = c4_dsdm.get_config()
   config.features.update(features)
-  return {work.stage: work for work in host.works(config, hosts, rows, J, J * BLOCKS, 4 * 81, 4 * 16)}
+  return {work.stage: work for work in host.works(config, hosts, rows, dimension, J * BLOCKS, 4 * 81, EKFAC)}
 
 
 def test_the_papers_pool_on_256_chips():
@@ -34,8 +37,9 @@ def test_hosts_share_the_work_but_for_selection():
 
 
 def test_without_stored_features_hosts_read_tokens_and_write_scores():
-  works = _works(64, projection='ekfac', mode='jvp')
+  works = _works(64, dimension=124_000_000, projection='ekfac', mode='jvp')
   assert works.keys() == {'scores', 'selection', 'start after a preemption'}
+  assert works['scores'].memory_bytes <= 64e9, 'at the default numbers of groups and examples'
   assert works['scores'].seconds < _works(64)['scores'].seconds + _works(64)['features'].seconds
 
 
