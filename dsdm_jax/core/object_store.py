@@ -300,7 +300,11 @@ def create(address: Address, data: bytes) -> bool:
       _put(address, _system(address).pipe_file, str(address), data, mode='create')
       return True
     except FileExistsError:
-      return read(address) == data
+      pass
+    except StoreError as error:  # of gcsfs
+      if not _is_refused(error.__cause__):
+        raise
+    return read(address) == data
 
 
 def replace(address: Address, data: bytes, known: bytes) -> bool:

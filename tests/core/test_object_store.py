@@ -1,6 +1,6 @@
 """A workdir in an object store, on emulators of S3 and Cloud Storage that run on this machine.
 
-The emulator of S3 holds conditional writes to their condition, so races and takeovers are tested there.
+Both hold conditional writes to their condition, so races and takeovers are tested on both.
 """
 
 import contextlib
@@ -109,6 +109,7 @@ def test_a_copy_that_arrives_damaged_is_refused(address, monkeypatch):
     storage.local(address / 'a.bin')
 
 
+@BOTH
 def test_of_two_processes_that_compare_and_set_one_succeeds(address):
   """Each adds 1 to a number 8 times; a lost update would show in the sum."""
   program = (
@@ -138,6 +139,7 @@ def _owner(**changes) -> bytes:
   return storage.as_json({**lock._this('f' * 16), 'host': 'elsewhere', 'machine': 'another', **changes})
 
 
+@BOTH
 def test_lock_of_a_dead_owner_is_taken_over_and_that_of_a_live_one_is_not(address, monkeypatch, capsys):
   monkeypatch.setattr(lock, 'TOUCH_SECONDS', 0.3)
   with lock.hold(address) as created:
@@ -176,6 +178,7 @@ def test_lock_of_a_dead_owner_is_taken_over_and_that_of_a_live_one_is_not(addres
     thread.join()
 
 
+@BOTH
 def test_a_run_whose_lock_was_taken_stops(address):
   program = (
     'import sys, time\n'
@@ -198,6 +201,7 @@ def test_a_run_whose_lock_was_taken_stops(address):
   assert json.loads(storage.read(address / lock.LOCK))['host'] == 'elsewhere', 'the other run keeps it'
 
 
+@BOTH
 def test_whole_run_and_job_refuse_each_other(address):
   with lock.hold(address, job=0), lock.hold(address, job=1):
     with pytest.raises(UserError, match='is in use by'), lock.hold(address):

@@ -1,14 +1,16 @@
 """Object stores on loopback: an S3 (moto) and a Cloud Storage (gcp-storage-emulator), each a process of its own.
 
-moto holds conditional writes to their condition; the emulator of Cloud Storage ignores `ifGenerationMatch`. They end
-with the process that started them, also when that is killed: each ends when its standard input does.
+Both hold conditional writes to their condition: moto by itself, the emulator of Cloud Storage by what is added here.
+They end with the process that started them, also when that is killed: each ends when its standard input does.
 """
 
 import contextlib
+import http
 import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,7 +73,25 @@ def _serve(kind: str) -> None:
         response['x-goog-generation'] = stored['generation']
       plain(request, response, storage, *arguments, **options)
 
-    objects.download = download
+    insert, one = objects.insert, threading.Lock()
+
+    def insert_if(request: Any, response: Any, storage: Any, *arguments: Any, **options: Any) -> None:
+      # As Cloud Storage: writes if the present generation is `ifGenerationMatch`, 0 if there is no such object.
+      wanted = request.query.get('ifGenerationMatch')
+      name = request.query['name'][0] if 'name' in request.query else request.data['meta']['name']
+      with one:
+        present = '0'
+        with contextlib.suppress(NotFound):
+          present = storage.get_file_obj(request.params['bucket_name'], name)['generation']
+        if not wanted or wanted == [present]:
+          insert(request, response, storage, *arguments, **options)
+          return
+      response.status = http.HTTPStatus.PRECONDITION_FAILED
+      response.json(
+        {'error': {'code': 412, 'message': 'At least one of the pre-conditions you specified did not hold.'}}
+      )
+
+    objects.download, objects.insert = download, insert_if
     from gcp_storage_emulator.exceptions import NotFound
     from gcp_storage_emulator.server import create_server  # which takes the handlers as they are now
 
