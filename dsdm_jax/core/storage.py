@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,12 +42,13 @@ _MARK = '.sha256'  # ending of the note that a file is complete
 # How formulas begin; spreadsheets take full-width signs for the same, and some skip white space before them.
 _FORMULA = re.compile(r'\s*[=+\-@＝＋－＠]|[\t\r\n]')
 _MOST_CHECKSUMS = 65_536
-_IDLE_SECONDS = 3_600.0  # since the last use of what the cache of objects deletes
+_ROOM_SECONDS = 60.0  # for which the room that was found in the cache of objects counts
 _LONGEST_NAME, _LONGEST_PATH = 255, 3_072  # bytes; Linux allows 255 and 4,095, and files in the folder have names too
 _TICK_NS = 50_000_000  # times of change are no finer than this on some file systems
 # (device, inode, bytes, time of change) → SHA-256, of files that this process wrote or read whole.
 _checksums: dict[tuple[int, int, int, int], str] = {}
-_used: set[Path] = set()  # entries of the cache of objects that this process has asked for
+_stack = contextlib.ExitStack()  # locks that this process has until it ends
+_room = [0.0, 0.0]  # bytes that the cache of objects has left, and until when that counts
 
 
 def check_folder(path: str | os.PathLike, name: str) -> Path:
@@ -668,7 +670,7 @@ def local(location: Location) -> Path:
 
   A local location is given itself. An address is downloaded into a cache of this user, unless it is there already, and
   what was downloaded is compared with the store's checksums. The cache takes up to half of the space that its disk has
-  for it; what was not used for longest goes first, but nothing that this process has asked for.
+  for it; what was not used for longest goes first, but nothing that a process which lives has asked for.
 
   Raises:
     FileNotFoundError: there is nothing at this address.
@@ -683,20 +685,63 @@ def local(location: Location) -> Path:
   state = [str(location), *((name, stat.size, stat.checksum) for name, stat in states.items())]
   cache = _cache() / 'copies'
   entry = cache / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
-  _used.add(entry)
-  if all(stat.checksum for stat in states.values()) and entry.is_dir():
-    os.utime(entry)
-    return entry / location.name
   cache.mkdir(parents=True, exist_ok=True)
-  _make_room(cache, sum(stat.size for stat in states.values()), location)
-  with tempfile.TemporaryDirectory(dir=cache, prefix='.') as text:
+  with _turn(entry):
+    return _copied(location, states, entry) / location.name
+
+
+@functools.lru_cache(maxsize=4_096)
+def _turn(entry: Path) -> threading.Lock:
+  """Lets threads that want the same copy make it once."""
+  del entry
+  return threading.Lock()
+
+
+def _copied(location: Address, states: Mapping[str, object_store.Stat], entry: Path) -> Path:
+  """The entry of the cache of objects with the content of `location`, which is downloaded if it is not there."""
+  known = all(stat.checksum for stat in states.values())  # else nothing tells whether it has changed
+  if _hold(entry) and known:
+    os.utime(entry)
+    return entry
+  _make_room(entry.parent, sum(stat.size for stat in states.values()), location)
+  with tempfile.TemporaryDirectory(dir=entry.parent, prefix='.') as text:
+    _hold(Path(text))
     new = Path(text) / 'new'
     _fetch(location, {name: new / location.name / name if name else new / location.name for name in states}, states)
-    if entry.is_dir() and not all(stat.checksum for stat in states.values()):  # nothing tells whether it has changed
+    if not known and entry.is_dir():
       os.replace(entry, Path(text) / 'old')
     with contextlib.suppress(OSError):  # another process has put it there at this moment
       os.replace(new, entry)
-  return entry / location.name
+  return entry
+
+
+def _hold(entry: Path) -> bool:
+  """Keeps an entry of the cache from deletion as long as this process lives. Returns whether it is there."""
+  with guarded(entry.parent):  # nothing is deleted in between
+    (_holds(entry.parent.with_name('held'), os.getpid()) / entry.name).touch()
+    return entry.is_dir()
+
+
+@functools.cache
+def _holds(folder: Path, process: int) -> Path:
+  """A folder whose files name what this process holds. It is locked, so that others see that its process lives."""
+  del process  # a fork needs its own
+  folder.mkdir(parents=True, exist_ok=True)
+  own = Path(tempfile.mkdtemp(dir=folder))
+  _stack.enter_context(guarded(own, wait=False))
+  return own
+
+
+def _held(folder: Path) -> set[str]:
+  """Names of what processes hold that live; deletes the folders of others."""
+  names = set[str]()
+  for own in folder.iterdir():
+    try:
+      with guarded(own, wait=False):
+        shutil.rmtree(own, ignore_errors=True)
+    except OSError:  # its process lives
+      names |= set(os.listdir(own))
+  return names
 
 
 @contextlib.contextmanager
@@ -722,23 +767,30 @@ def _cache() -> Path:
 
 
 def _make_room(cache: Path, needed: int, location: Address) -> None:
-  """Deletes what was not used for longest until `needed` bytes fit in the cache's half of the disk.
+  """Deletes what no process holds, the oldest first, until `needed` bytes fit in the cache's half of the disk.
 
   Raises:
     UserError: they do not.
   """
+  _room[0] -= needed
+  if _room[0] > 0 and time.monotonic() < _room[1]:
+    return
   entries = []
   for path in cache.iterdir():
     with contextlib.suppress(OSError):  # another process deletes it
       entries.append((path.stat().st_mtime, path, sum((path / name).stat().st_size for name in files(path))))
   held, free = sum(size for _, _, size in entries), shutil.disk_usage(cache).free
   limit = (held + free) // 2
-  for used, path, size in sorted(entries):
-    if held + needed <= limit:
-      return
-    if path not in _used and time.time() - used > _IDLE_SECONDS:
-      shutil.rmtree(path, ignore_errors=True)
-      held -= size
+  with guarded(cache):
+    in_use, gone = _held(cache.with_name('held')), []
+    for _, path, size in sorted(entries):
+      if held + needed > limit and path.name not in in_use and path.is_dir():
+        gone.append(path.with_name(f'.{path.name}.{os.getpid()}'))
+        os.replace(path, gone[-1])  # a kill may leave a part of it
+        held -= size
+  for path in gone:
+    shutil.rmtree(path, ignore_errors=True)
+  _room[:] = limit - held - needed, time.monotonic() + _ROOM_SECONDS
   if needed > shutil.disk_usage(cache).free * 9 // 10:
     raise UserError(
       f'{location} has {needed / 1e9:,.1f} GB, and {cache} has no room for a copy; free space there, or set '

@@ -10,6 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from dsdm_jax.core import artifacts, lock, object_store, storage
 from dsdm_jax.core.artifacts import Cost, Identity
 from dsdm_jax.core.command_line import exit_code
 from dsdm_jax.core.storage import Address
+from dsdm_jax.data.pool import pool as pool_lib
 from dsdm_jax.errors import StoreError, UserError
 from tests.conftest import FAULTS, ROOT
 
@@ -92,6 +96,77 @@ def test_a_local_copy_is_checked_and_made_once(address, tmp_path, monkeypatch):
     assert storage.local(address / 'folder') == copy, 'it is not downloaded again'
   with pytest.raises(FileNotFoundError):
     storage.local(address / 'nothing')
+
+
+READER = """
+import sys
+from dsdm_jax.core import storage
+for line in sys.stdin:
+  print(storage.local(storage.locate(line.strip())), flush=True)
+"""
+
+
+def test_the_cache_is_bounded_and_keeps_what_processes_use(address, tmp_path, monkeypatch):
+  """Objects of 1,000 bytes on a disk with 10,000, of which the cache takes half."""
+  cache = tmp_path / 'cache' / 'dsdm_jax' / 'objects' / 'copies'
+  names = [str(address / f'{number}') for number in range(9)]
+  for number, name in enumerate(names):
+    storage.write_bytes(name, bytes([number]) * 1_000)
+
+  def start() -> subprocess.Popen:
+    return subprocess.Popen(
+      [sys.executable, '-c', READER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+  def ask(reader: subprocess.Popen, number: int) -> Path:
+    reader.stdin.write(f'{names[number]}\n')
+    reader.stdin.flush()
+    return Path(reader.stdout.readline().strip())
+
+  def held() -> int:
+    return sum((cache / name).stat().st_size for name in storage.files(cache))
+
+  lives, ended = start(), start()
+  copies = [ask(lives, 0), ask(ended, 1), ask(ended, 2)]
+  ended.communicate(timeout=60)
+  (cache / '.half').mkdir()  # of a process that was killed while it downloaded
+  (cache / '.half' / 'x').write_bytes(bytes(1_000))
+  os.utime(cache / '.half', (0, 0))
+  monkeypatch.setattr(storage.shutil, 'disk_usage', lambda path: SimpleNamespace(free=10_000 - held()))
+  monkeypatch.setattr(storage, '_room', [0.0, 0.0])
+  with ThreadPoolExecutor(8) as threads:  # as many readers of one object at the same moment
+    assert len({*threads.map(lambda _: storage.local(storage.locate(names[3])), range(8))}) == 1
+  copies.append(storage.local(storage.locate(names[4])))
+  assert not (cache / '.half').exists() and copies[1].exists(), 'what was used longest ago goes first'
+  for number in (5, 6):
+    copies.append(storage.local(storage.locate(names[number])))
+    storage._room[1] = 0.0
+    assert held() <= 5_000
+  assert [copy.exists() for copy in copies[:3]] == [True, False, False], 'a process that lives holds 0 alone'
+  copies.append(storage.local(storage.locate(names[7])))
+  assert all(
+    copy.read_bytes() == bytes([n]) * 1_000 for n, copy in zip((0, 4, 5, 6, 7), [copies[0], *copies[3:]], strict=True)
+  )
+  assert storage.local(storage.locate(names[1])).read_bytes() == bytes([1]) * 1_000, 'it is downloaded again'
+  monkeypatch.setattr(storage.shutil, 'disk_usage', lambda path: SimpleNamespace(free=1_000))
+  storage._room[1] = 0.0
+  with pytest.raises(UserError, match='has no room for a copy; free space there'):
+    storage.local(storage.locate(names[8]))
+  lives.communicate(timeout=60)
+
+
+def test_of_a_pool_only_the_files_that_are_read_are_copied(address, tmp_path):
+  rows = 3 * pool_lib.SHARD_ROWS - 5
+  with storage.uploading(address) as folder:
+    pool_lib.write_array(folder / 'dataset', np.arange(rows, dtype=np.uint16)[:, None])
+    storage.write_json(folder / 'card.json', {'rows': rows, 'length': 1, 'vocab_size': 65_536})
+  pool = pool_lib.Pool(address)
+  with pytest.MonkeyPatch.context() as patched:
+    patched.setattr(pool_lib, '_RESIDENT_BYTES', 0)
+    assert pool.tokens([rows - 1, rows - 2])[:, 0].tolist() == [rows - 1, rows - 2]
+  cache = tmp_path / 'cache' / 'dsdm_jax' / 'objects' / 'copies'
+  copied = [name for name in storage.files(cache) if 'array_record' in name]
+  assert len(copied) == 1 and copied[0].endswith('-00002-of-00003')
 
 
 @pytest.mark.parametrize('address', ['s3', 'gs'], indirect=True)

@@ -139,11 +139,8 @@ class Pool:
         raise UserError(f'{self.path / name} is a vocabulary that the manifest of the pool does not list; delete it')
 
   @functools.cached_property
-  def _shards(self) -> tuple[list[str], np.ndarray]:
-    """The files of the dataset, as ArrayRecord opens them, and the number of the first row of each, with N at the end.
-
-    Of a pool in an object store the whole dataset is copied to this machine.
-    """
+  def _shards(self) -> tuple[list[Location], np.ndarray]:
+    """The files of the dataset, and the number of the first row of each, with N at the end."""
     # Not by TFDS, which imports the module of the class that `features.json` names.
     folder = self.path / 'dataset'
     try:
@@ -157,12 +154,11 @@ class Pool:
         f'{folder} has {len(names)} files of {sum(counts)} rows and not {len(counts)} of {self.num_rows}; rerun the '
         'pool stage'
       )
-    copied = storage.local(folder)
-    return [str(copied / name) for name in names], np.cumsum([0, *counts])
+    return [folder / name for name in names], np.cumsum([0, *counts])
 
   @functools.cached_property
   def _readers(self) -> Callable[[int], Any]:
-    """Shard → its reader. The number of open files is bounded."""
+    """Shard → its reader. The number of open files is bounded. From an object store, a file that is read is copied."""
     from array_record.python import array_record_module
 
     # Rows are read one by one, in any order: nothing is read ahead.
@@ -171,7 +167,7 @@ class Pool:
 
     @functools.lru_cache(maxsize=_OPEN_SHARDS)
     def reader(shard: int) -> Any:
-      return array_record_module.ArrayRecordReader(paths[shard], **options)
+      return array_record_module.ArrayRecordReader(str(storage.local(paths[shard])), **options)
 
     return reader
 
