@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   which.add_argument('--checkpoint', type=storage.locate, help=checkpoint)
   parser.add_argument('--seed', type=int, default=0, help='of the arm')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
-  parser.add_argument('--out', type=Path, required=True, help='folder to write; it must be missing or empty')
+  parser.add_argument('--out', type=storage.locate, required=True, help='folder or address; missing or empty')
   flags = parser.parse_args(argv)
   model = TrainedModel(flags.workdir, flags.arm, flags.seed, flags.proxy, flags.checkpoint)
   with new_folder(flags.out) as folder:

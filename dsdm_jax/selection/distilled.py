@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--workdir', type=storage.locate, required=True, help='a run whose datamodel is finished')
   parser.add_argument('--target', default='mix', help="a task, 'mix' or tasks joined by '+' (default: mix)")
   parser.add_argument('--pool', type=storage.locate, help='folder of a finished pool stage; default: that of the run')
-  parser.add_argument('--out', type=Path, required=True, help='.npy: one float32 per row of the pool')
+  parser.add_argument('--out', type=storage.locate, required=True, help='.npy: one float32 per row of the pool')
   parser.add_argument('--rows', type=int, default=20_000, help='rows of the run that are fitted to and held out')
   parser.add_argument('--ngrams', choices=('words', 'tokens'), default='words')
   parser.add_argument('--buckets', type=int, default=ngrams.FITTED)

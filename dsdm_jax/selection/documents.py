@@ -289,7 +289,7 @@ def _open(folder: Path, label: str) -> Iterator[IO[str]]:
 def write(
   workdir: Location,
   form: str,
-  out: Path,
+  out: Location,
   targets: Sequence[str] = (),
   arms: Sequence[str] | None = None,
   by: Literal['rows', 'tokens'] = 'rows',
@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument('--workdir', type=storage.locate, required=True, help='a run whose datamodel stage is finished')
   parser.add_argument('--format', choices=FORMATS, required=True)
-  parser.add_argument('--out', type=Path, required=True, help='folder to write; it must be missing or empty')
+  parser.add_argument('--out', type=storage.locate, required=True, help='folder or address; missing or empty')
   parser.add_argument('--target', action='append', default=[], help='repeat for several (default: all)')
   parser.add_argument('--arm', action='append', help='a selection, repeat for several (default: all)')
   parser.add_argument('--by', choices=('rows', 'tokens'), default='rows', help='tokens: run the proxies on every row')

@@ -35,7 +35,7 @@ from dsdm_jax.attribution import calibration
 from dsdm_jax.attribution.scores import Scores
 from dsdm_jax.core import artifacts, storage, tensorflow_start
 from dsdm_jax.core.artifacts import Artifact
-from dsdm_jax.core.storage import Location
+from dsdm_jax.core.storage import Address, Location
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.pool.vocabulary import FILES
@@ -43,6 +43,7 @@ from dsdm_jax.errors import UserError, visible
 from dsdm_jax.selection import trainers
 
 FORMATS = ('parquet', 'jsonl', 'datasets', 'arrayrecord', 'megatron', 'mds', 'tfds')
+SUCCESS = '_SUCCESS'  # last object of an export at an address
 METADATA = b'dsdm_jax'  # key of the schema of a Parquet file
 _BLOCK = 4_096  # rows that are read and written together
 _SHARD_ROWS = 65_536  # of one Parquet or TFRecord file
@@ -306,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--workdir', type=storage.locate, required=True, help='a run whose selection stage is finished')
   parser.add_argument('--arm', required=True, help='<method>[--<target>[--<seed>]]')
   parser.add_argument('--format', choices=FORMATS, required=True)
-  parser.add_argument('--out', type=Path, required=True, help='folder to write; it must be missing or empty')
+  parser.add_argument('--out', type=storage.locate, required=True, help='folder or address; missing or empty')
   flags = parser.parse_args(argv)
   try:
     sys.stdout.write(visible(write(flags.workdir, flags.arm, flags.format, flags.out)) + '\n')
@@ -316,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
-def write(workdir: Location, arm: str, form: str, out: Path) -> str:
+def write(workdir: Location, arm: str, form: str, out: Location) -> str:
   """Writes an arm into the folder `out`, completely or not at all, and returns a message about it.
 
   Raises:
@@ -330,17 +331,25 @@ def write(workdir: Location, arm: str, form: str, out: Path) -> str:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Location) -> Iterator[Path]:
   """Yields a folder to write into, which becomes `out` at the end; after an error there is none.
 
+  At an address, the object `_SUCCESS` is written last: what has none was not uploaded whole.
+
   Raises:
-    UserError: `out` is not empty, or in a stage of a workdir; or another export writes it.
+    UserError: `out` is not empty, cannot be used, or is in a stage of a workdir; or another export writes it.
   """
-  target = storage.check_folder(out, '--out').resolve()
-  if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+  target = storage.check_location(out, '--out')
+  target = target.resolve() if isinstance(target, Path) else target
+  if storage.exists(target) and not (storage.is_folder(target) and not storage.children(target)):
     raise UserError(f'--out={out} exists and is not an empty folder; name a folder that is missing or empty')
   if (stage := artifacts.stage_around(target)) is not None:
     raise UserError(f'--out={out} is in {stage}, which belongs to a run; name a folder elsewhere')
+  if isinstance(target, Address):
+    with storage.uploading(target) as part:
+      yield part
+    storage.write_bytes(target / SUCCESS, b'')
+    return
   part = target.with_name(f'.{target.name}.export.dsdm')
   part.parent.mkdir(parents=True, exist_ok=True)
   try:

@@ -23,6 +23,7 @@ import numpy as np
 
 from dsdm_jax.attribution import score_files
 from dsdm_jax.core import storage
+from dsdm_jax.core.storage import Location
 from dsdm_jax.errors import UserError, visible
 from dsdm_jax.selection import dsdm_sampled, export, ranking
 
@@ -112,7 +113,7 @@ def _read(path: Path, column: str, group: str) -> tuple[np.ndarray, dict[str, An
   return score_N[rows], columns, groups, about
 
 
-def write(path: Path, out: Path, column: str = 'score', group: str = '', **options: Any) -> str:
+def write(path: Path, out: Location, column: str = 'score', group: str = '', **options: Any) -> str:
   """Draws from a file of scores into the Parquet file `out`, and returns a message.
 
   Args:
@@ -130,7 +131,7 @@ def write(path: Path, out: Path, column: str = 'score', group: str = '', **optio
 
   if out.suffix != '.parquet':
     raise UserError(f'--out={out} must end in .parquet')
-  if out.exists():
+  if storage.exists(out):
     raise UserError(f'--out={out} exists; name a new file')
   score_N, columns, group_N, about = _read(path, column, group)
   entries, count_M = sample(score_N, group_N=group_N, **options)
@@ -160,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--group', default='', help='top, gumbel: column of a Parquet file whose values have a cap')
   parser.add_argument('--group-cap', type=_at_least_one, help='most entries with the same value in --group')
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--out', type=Path, required=True, help='new Parquet file')
+  parser.add_argument('--out', type=storage.locate, required=True, help='new Parquet file, or its address')
   flags = parser.parse_args(argv)
   try:
     if bool(flags.group) != (flags.group_cap is not None):

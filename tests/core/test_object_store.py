@@ -25,6 +25,7 @@ from dsdm_jax.core.command_line import exit_code
 from dsdm_jax.core.storage import Address
 from dsdm_jax.data.pool import pool as pool_lib
 from dsdm_jax.errors import StoreError, UserError
+from dsdm_jax.selection import export
 from tests.conftest import FAULTS, ROOT
 
 BOTH = pytest.mark.parametrize('address', ['s3', 'gs'], indirect=True)
@@ -153,6 +154,24 @@ def test_the_cache_is_bounded_and_keeps_what_processes_use(address, tmp_path, mo
   with pytest.raises(UserError, match='has no room for a copy; free space there'):
     storage.local(storage.locate(names[8]))
   lives.communicate(timeout=60)
+
+
+@BOTH
+def test_an_export_is_at_an_address_whole_or_not_at_all(address):
+  with contextlib.suppress(ZeroDivisionError), export.new_folder(address) as folder:
+    (folder / 'a').write_bytes(b'a')
+    raise ZeroDivisionError
+  assert not storage.exists(address)
+  with export.new_folder(address) as folder:
+    (folder / 'b').mkdir()
+    for name in ('a', 'b/c'):
+      (folder / name).write_bytes(name.encode())
+  assert storage.files(address) == [export.SUCCESS, 'a', 'b/c'] and storage.read(address / 'b' / 'c') == b'b/c'
+  with pytest.raises(UserError, match='exists and is not an empty folder'), export.new_folder(address):
+    pytest.fail('it is refused before anything is computed')
+  with pytest.raises(UserError, match='does not exist; create that bucket'):  # noqa: SIM117
+    with export.new_folder(Address(f'{address.scheme}://no-such-bucket/x')):
+      pytest.fail('it is refused before anything is computed')
 
 
 def test_of_a_pool_only_the_files_that_are_read_are_copied(address, tmp_path):
