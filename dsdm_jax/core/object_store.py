@@ -345,7 +345,7 @@ def _write_over(address: Address, data: bytes, version: str) -> bool:
       )
     else:
       write(address, data)
-  except FileNotFoundError:  # deleted since
+  except (FileNotFoundError, FileExistsError):  # deleted since, or written since: gcsfs says so of its HTTP 412
     return False
   except StoreError as error:
     if _is_refused(error.__cause__):
