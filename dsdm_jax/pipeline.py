@@ -99,7 +99,7 @@ STAGES = (
     reads=('pool', 'targets', 'proxies', 'features', 'target_features'),
     keys=('seed', 'datamodel', 'features', 'proxies'),
     code='attribution.scores:run',
-    format=5,
+    format=6,
     everywhere=True,
     where_set=_PREFILTERED,
   ),

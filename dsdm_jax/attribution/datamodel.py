@@ -14,6 +14,7 @@ Nothing here holds more than one shard of rows: rows come from a `RowSource`, su
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -176,13 +177,13 @@ class Solution:
   """The solution of one datamodel.
 
   Attributes:
-    u_JK: (G + λI)⁻¹ columnsᵀ, float64; or by EK-FAC.
+    u_JK: (G + λI)⁻¹ columnsᵀ, a float64 array; `Directions` by EK-FAC.
     damping: λ of each block, absolute.
     condition: condition number of each damped block, estimated in the 1-norm.
     combination_KX: weight of each of these columns in those that are scored; None takes them as they are.
   """
 
-  u_JK: np.ndarray | Directions
+  u_JK: Any
   damping: tuple[float, ...]
   condition: tuple[float, ...]
   combination_KX: np.ndarray | None = None
