@@ -17,7 +17,7 @@ from dsdm_jax.attribution.sources import Recomputed
 from dsdm_jax.attribution.store import FeatureStore, open_store
 from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.core.mesh import Team, on_one_device
-from dsdm_jax.core.progress import Bar
+from dsdm_jax.core.progress import Bar, counted
 from dsdm_jax.core.stage import Context
 from dsdm_jax.core.storage import Location
 from dsdm_jax.data.pool.pool import Pool
@@ -46,7 +46,7 @@ def run(context: Context) -> dict | None:
     return _factors(context, extractor, step, min(config.features.basis_rows, whole.num_rows))
 
   count, notes = checkpoints(config), []
-  context.log.describe(f'{count} models × {pool.num_rows:,} rows, J = {step.dimension:,}')
+  context.log.describe(f'{counted(count, "model")} × {pool.num_rows:,} rows, J = {step.dimension:,}')
   with context.log.bar(total=count * pool.num_rows if stored else 0, unit='row') as bar:
     for checkpoint in range(count):
       prepared, note = extractor.prepare(checkpoint)

@@ -44,6 +44,11 @@ def plural(unit: str) -> str:
   return f'{unit[:-1]}ies' if unit.endswith('y') else f'{unit}s'
 
 
+def counted(number: int, unit: str) -> str:
+  """A number of units: 1 model, 4,007 rows."""
+  return f'{number:,} {unit if number == 1 else plural(unit)}'
+
+
 class Bar:
   """How far a part of a stage is. It counts `n` of `total` units; `total` is None or 0 if unknown."""
 
@@ -89,7 +94,7 @@ class Bar:
     if self.total and self.total > 1:
       shown = f'{min(self.n, self.total):,} of {self.total:,} {plural(self.unit)}'
     elif self.n and not self.total:
-      shown = f'{self.n:,} {plural(self.unit)}'
+      shown = counted(self.n, self.unit)
     return ': '.join(part for part in (self.desc, shown) if part)
 
   def __enter__(self) -> 'Bar':

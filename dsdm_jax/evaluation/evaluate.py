@@ -13,6 +13,7 @@ from dsdm_jax.config.values import BREADTH, is_jsonl, task_name
 from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.mesh import make_mesh
+from dsdm_jax.core.progress import counted
 from dsdm_jax.core.stage import Context
 from dsdm_jax.core.storage import Location
 from dsdm_jax.data import inputs
@@ -53,7 +54,7 @@ def run(context: Context) -> dict:
     model = ConfigDict(same[0]['model'] | {'factory': context.config.model.factory})
     _evaluate(context, suite, model, rung_entries, 'ladder')
   asked = sum(task['n_items'] for task in suite.tasks())
-  context.log.describe(f'{len(entries) + len(ladder)} models × {asked:,} questions')
+  context.log.describe(f'{counted(len(entries) + len(ladder), "model")} × {counted(asked, "question")}')
   if context.first:
     _summarize(context, suite, entries, ladder)
   return {**scoring.METRICS, 'intervals': 'see notes in results.json'}

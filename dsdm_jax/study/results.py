@@ -13,6 +13,7 @@ from typing import Any
 
 from dsdm_jax.config.methods import STAGES, label
 from dsdm_jax.core import storage
+from dsdm_jax.core.progress import counted
 from dsdm_jax.errors import UserError, visible
 from dsdm_jax.evaluation.results import MEAN, UNTARGETED
 from dsdm_jax.evaluation.suite import BENCHMARK, HOLDOUT
@@ -158,8 +159,7 @@ def _pays_from(row: Mapping[str, Any]) -> str:
     return _NONE
   if gained <= 0:
     return 'never'
-  models = math.floor(row['flop_selection'] / gained) + 1
-  return '1 model' if models == 1 else f'{models} models'
+  return counted(math.floor(row['flop_selection'] / gained) + 1, 'model')
 
 
 def _sources(arms: Sequence[ArmFile]) -> str:

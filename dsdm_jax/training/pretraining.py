@@ -7,6 +7,7 @@ from typing import Any
 
 from dsdm_jax.core import artifacts, prng, storage
 from dsdm_jax.core.mesh import make_mesh, share
+from dsdm_jax.core.progress import counted
 from dsdm_jax.core.stage import Context
 from dsdm_jax.core.storage import Location
 from dsdm_jax.data.order import selection as selection_lib
@@ -51,7 +52,7 @@ def run(context: Context) -> dict:
   at_once = pretraining.models_at_once
   groups = [[entry] for entry in index if entry['name'] in taken]
   groups += [own[start : start + at_once] for start in range(0, len(own), at_once)]
-  context.log.describe(f'{len(index)} models × {steps:,} steps')
+  context.log.describe(f'{counted(len(index), "model")} × {counted(steps, "step")}')
   with context.log.bar(total=steps * len(index), unit='step') as bar:
     for group in groups:
       names = [entry['name'] for entry in group]

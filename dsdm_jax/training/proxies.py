@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.core import prng, storage
 from dsdm_jax.core.mesh import make_mesh, share
+from dsdm_jax.core.progress import counted
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.batches import training_batches
 from dsdm_jax.data.order.schedule import Schedule
@@ -30,7 +31,7 @@ def run(context: Context) -> dict:
   compiled = trainer_of(proxies, pool, make_mesh(config.mesh))
   local_rows = share(compiled.batch_sharding, proxies.train.batch_size)
   losses = []
-  context.log.describe(f'{proxies.count} models × {steps:,} steps')
+  context.log.describe(f'{counted(proxies.count, "model")} × {counted(steps, "step")}')
   with context.log.bar(total=steps * proxies.count, unit='step') as bar:
     for proxy in range(proxies.count):
       rows = subset(seed, proxy, pool.num_rows, size)

@@ -40,6 +40,10 @@ def test_an_object_store_has_the_logs_of_each_start_when_a_stage_ends(tmp_path):
   assert all(b'loss' in storage.read(workdir / name) for name in curves)
 
 
+def test_one_of_a_unit_is_singular():
+  assert [progress.counted(n, 'query') for n in (0, 1, 4_007)] == ['0 queries', '1 query', '4,007 queries']
+
+
 def test_other_processes_than_the_first_write_nothing(workdir, capsys):
   log = Log(workdir, 'stage', enabled=False)
   log.event('begin')
