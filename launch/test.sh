@@ -28,10 +28,11 @@ look_into_venv() { # lets environment $1 import the packages of .venv
   "$root/.venv/bin/python" -c "$site" >"$("$1/bin/python" -c "$site")/environment.pth"
 }
 
-# Environments are installed side by side, and while checks and tests run; a test that needs one waits for its lock.
+# Environments are installed side by side, and while checks and tests run; a test that needs one waits
+# for its lock, where there is flock.
 if [[ $tier != fast ]]; then
   python=$(find_python)
-  (flock 8 && make_environment "$root/.venv-peers" "$python" &&
+  ({ flock 8 2>/dev/null || true; } && make_environment "$root/.venv-peers" "$python" &&
     install "$root/.venv-peers" "$root/requirements-peers.txt" &&
     "$root/.venv-peers/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps kronfluence==1.0.1 \
       dolma==1.2.1 mosaicml-streaming==0.13.0 megatron-core==0.16.1) 8>"$root/.venv-peers.lock" ||
@@ -40,12 +41,12 @@ fi
 prepare
 python=$root/.venv/bin/python
 if [[ $tier != fast ]]; then
-  (flock 8 && make_environment "$root/.venv-tpu" "$python" && look_into_venv "$root/.venv-tpu" &&
+  ({ flock 8 2>/dev/null || true; } && make_environment "$root/.venv-tpu" "$python" && look_into_venv "$root/.venv-tpu" &&
     install "$root/.venv-tpu" "$root/requirements-tpu.txt") 8>"$root/.venv-tpu.lock" ||
     printf '%s: no .venv-tpu, so tests that compile for TPUs are skipped\n' "$self" >&2 &
 fi
 if [[ $tier == all ]]; then
-  (flock 8 && lock=$root/requirements-beam.lock && make_environment "$root/.venv-beam" "$python" &&
+  ({ flock 8 2>/dev/null || true; } && lock=$root/requirements-beam.lock && make_environment "$root/.venv-beam" "$python" &&
     install "$root/.venv-beam" "$root/requirements-beam.txt") 8>"$root/.venv-beam.lock" ||
     printf '%s: no .venv-beam, so the test of Apache Beam is skipped\n' "$self" >&2 &
 fi

@@ -475,7 +475,7 @@ class Weights:
       result = np.broadcast_to(np.float32(0), shape)
     else:  # whole pages: they go back to the system when the array is deleted, and JAX on CPU takes them as they are
       pages = mmap.mmap(-1, dtype.itemsize * math.prod(shape))
-      with contextlib.suppress(OSError):  # a kernel without huge pages
+      with contextlib.suppress(OSError, AttributeError):  # no huge pages here
         pages.madvise(mmap.MADV_HUGEPAGE)
       result = np.frombuffer(pages, dtype).reshape(shape)
     for layer_path, x in _layers(path, result):
