@@ -41,12 +41,14 @@ fi
 prepare
 python=$root/.venv/bin/python
 if [[ $tier != fast ]]; then
-  ({ flock 8 2>/dev/null || true; } && make_environment "$root/.venv-tpu" "$python" && look_into_venv "$root/.venv-tpu" &&
+  ({ flock 8 2>/dev/null || true; } && make_environment "$root/.venv-tpu" "$python" &&
+    look_into_venv "$root/.venv-tpu" &&
     install "$root/.venv-tpu" "$root/requirements-tpu.txt") 8>"$root/.venv-tpu.lock" ||
     printf '%s: no .venv-tpu, so tests that compile for TPUs are skipped\n' "$self" >&2 &
 fi
 if [[ $tier == all ]]; then
-  ({ flock 8 2>/dev/null || true; } && lock=$root/requirements-beam.lock && make_environment "$root/.venv-beam" "$python" &&
+  ({ flock 8 2>/dev/null || true; } && lock=$root/requirements-beam.lock &&
+    make_environment "$root/.venv-beam" "$python" &&
     install "$root/.venv-beam" "$root/requirements-beam.txt") 8>"$root/.venv-beam.lock" ||
     printf '%s: no .venv-beam, so the test of Apache Beam is skipped\n' "$self" >&2 &
 fi
