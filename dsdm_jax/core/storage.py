@@ -582,8 +582,8 @@ def _load(path: Location) -> Any:
               _check_array(member, info.file_size)
     source = str(path) if data is None else io.BytesIO(data)
     return np.load(source, allow_pickle=False)  # noqa: TID251  checked above
-  # zipfile raises the last two for kinds of compression and encryption that it does not know.
-  except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+  # zipfile raises a RuntimeError, or one of its kinds, for compression and encryption that it does not know.
+  except (ValueError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
     if isinstance(error.__context__, OSError):  # zipfile takes a disk that fails for a file that is no archive
       raise error.__context__ from None
     reason = ' '.join(str(error).split())[:200]
