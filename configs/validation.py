@@ -2,14 +2,14 @@
 
 Trains models of 0.1 million parameters on hundreds of subsets of a pool of 2,048 rows of 64 tokens. Run it with:
 
-    for stage in pool targets validation; do
+    for stage in pool leakage targets validation; do
       python -m dsdm_jax.main --config=configs/validation.py --workdir=runs/validation --stage=$stage
     done
 
 Hardware and time: two CPU cores, 38 minutes with the pool and targets of docs/validation.md.
 
-Result: a table of linear datamodeling scores (LDS) at runs/validation/validation/lds.md. With the pool and targets of
-docs/validation.md the default has 0.27 on random halves. That page explains the table.
+Result: a table of linear datamodeling scores (LDS) at runs/validation/validation/lds.md. docs/validation.md explains it
+and has the values for that pool and those targets.
 """
 
 from dsdm_jax.configs import base
