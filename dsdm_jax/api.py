@@ -48,9 +48,9 @@ def load(workdir: Named, verify: bool = True, functions: Collection[str] = ()) -
   Example:
     >>> import dsdm_jax
     >>> run = dsdm_jax.load('runs/quickstart')
-    >>> run.scores.top('docs', 5)  # the five rows that help most, with their text
+    >>> run.scores.top('next_code', 5)  # the five rows that help most, with their text
     >>> run.results.comparisons.query("verdict == 'better'")
-    >>> run.results.plot('docs')  # .save('docs.png') writes it
+    >>> run.results.plot('next_code')  # .save('next_code.png') writes it
     >>> run.model('dsdm', seed=0).logits(run.pool.tokens([0, 1]))
   """
   folder = storage.absolute(storage.locate(workdir))
