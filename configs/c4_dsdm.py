@@ -19,9 +19,8 @@ The config does not download its inputs. It needs:
 Differences from the paper, and choices where the paper is silent:
 
 - Features are two-sided, which makes this scale affordable. The paper's own are `features.projection=dense`.
-- Documents that contain text of a target or a benchmark are dropped, so there are slightly fewer rows than the paper's.
+- No arm takes a row of a document that contains text of a target or a benchmark.
 - SQuAD has the paper's 23,107 items if data/tfds has it; otherwise LLM-Foundry's file is split into halves.
-- SemDeDup selects every row that is not a near duplicate. The paper selects a fifth of the pool.
 """
 
 from dsdm_jax.configs import paper
