@@ -9,9 +9,9 @@ Hardware: two CPU cores. The command resumes arm by arm and prints the time that
 
 Result: `study.csv` and `study.json` in the workdir, which compare all arms on the same items.
 
-An arm is configs/quickstart_full.py with a few keys changed. `base` trains the baselines; every other arm trains DsDm
-alone and is compared with them. The arms `again_…` are `base` with other proxies. Together they measure the variation
-that an interval for a single selection does not include.
+An arm is configs/quickstart_full.py with two-sided features and a few keys changed. `base` trains the baselines; every
+other arm trains DsDm alone and is compared with them. The arms `again_…` are `base` with other proxies. Together they
+measure the variation that an interval for a single selection does not include.
 """
 
 from dsdm_jax.configs import quickstart_full
