@@ -10,7 +10,7 @@ Result: models trained on DsDm's selection choose right in 67 % of questions abo
 rows in 62 %; README.md has a table with intervals. The text depends on the installed packages, so your numbers differ.
 
 The choice is the cheapest that loses nothing here: one proxy a quarter as wide as the models, with one layer, for one
-epoch on half of the pool. configs/quickstart_full.py has larger proxies, other targets and all arms.
+epoch on half of the pool. configs/quickstart_full.py has larger proxies, other targets and more baselines.
 """
 
 from dsdm_jax.configs import base

@@ -1,4 +1,4 @@
-"""The quickstart's models on three other targets, chosen for by proxies as large as they are, with all arms.
+"""The long quickstart: three other targets, proxies as large as the final models, and four arms.
 
 Run it with:
 
