@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The command dsdm of this checkout: bash launch/dsdm.sh run|plan|export|verify|study|bench [ARGUMENTS]
+# The command dsdm of this checkout: bash launch/dsdm.sh run|plan|export|sample|verify|study|bench [ARGUMENTS]
 #
 # It installs like run.sh. In an environment of your own, pip install -e . makes the command dsdm.
 
