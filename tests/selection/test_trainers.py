@@ -204,6 +204,16 @@ def test_text_of_a_conversation_is_what_its_template_writes(tmp_path, whole):
   assert columns['text'] == [Chat(TEMPLATE, ()).render(TALK)]
 
 
+def test_weight_is_that_of_the_arm(answered, monkeypatch):
+  """As in a mixture; documents have none."""
+  export, _ = answered
+  weights = np.arange(export.selection.size, dtype=np.float32)
+  monkeypatch.setattr(export, 'selection', dataclasses.replace(export.selection, weights=weights))
+  wanted = [1.0] * export.size if export.whole else weights.tolist()
+  assert [example.weight for example in export.examples()] == wanted
+  assert [weight for columns in export.records() for weight in columns['weight']] == wanted
+
+
 def test_what_megatron_has_no_place_for_is_said(answered, monkeypatch):
   export, _ = answered
   assert export.lost('megatron').startswith('; without loss_mask, for which it has no place')
