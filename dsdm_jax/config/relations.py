@@ -86,6 +86,9 @@ def broken(c: Config) -> Iterator[tuple[str, str, str]]:
     yield 'pool.plant_targets', rule, f'set --config.pool.plant_targets to {most} or less'
   parts = [part for part in map(MixturePart.parse, c.mixture.parts) if part is not None]
   named = [METHODS[m] for m in (*s.methods, *(part.method for part in parts)) if m in METHODS]
+  if not p.epochs and (without := [m.label for m in named if {'moments', 'training'} & set(m.needs)]):
+    rule = f'have methods that need a proxy in training ({", ".join(without)}), and proxies.epochs = 0 trains none'
+    yield 'selection.methods', rule, 'set --config.proxies.epochs=2, or leave them out'
   rows_needed = {'feature_rows', 'first_features'} | (set() if f.projection == 'dense' else {'features'})
   unstored = 'features.projection = ekfac' if f.projection == 'ekfac' else 'features.mode = jvp'
   if (f.mode == 'jvp' or f.projection == 'ekfac') and (

@@ -193,7 +193,6 @@ FAMILIES: Mapping[str, Family] = {
     ),
     _NAMES,
     {'norm': 'rmsnorm'},
-    supported={'partial_rotary_factor': 1.0},
   ),
   'mistral': Family(
     'MistralForCausalLM',
@@ -204,7 +203,7 @@ FAMILIES: Mapping[str, Family] = {
   ),
   'qwen2': Family(
     'Qwen2ForCausalLM',
-    (*_ROTARY_SIZES, ('mlp', 'hidden_act', 'silu'), _UNTIED),
+    (*_ROTARY_SIZES, ('head_size', 'head_dim', None), ('mlp', 'hidden_act', 'silu'), _UNTIED),
     _NAMES,
     _RMS | {'qkv_bias': True},
     window='use_sliding_window',
@@ -222,6 +221,7 @@ FAMILIES: Mapping[str, Family] = {
     (
       *_SIZES,
       ('kv_heads', 'num_key_value_heads', None),
+      ('head_size', 'head_dim', None),
       ('norm_epsilon', 'rms_norm_eps', 1e-5),
       ('mlp', 'hidden_act', 'silu'),
       _UNTIED,
@@ -246,12 +246,11 @@ FAMILIES: Mapping[str, Family] = {
     (
       *_GEMMA_FIELDS,
       ('mlp', 'hidden_activation', 'gelu_pytorch_tanh'),
-      ('attention_cap', 'attn_logit_softcapping', 0.0),
       ('logit_cap', 'final_logit_softcapping', 0.0),
     ),
     shared=_RMS | {'norm_place': 'both', 'qk_norm': 'head'},
     rotary=(1.0, 1_000_000.0),
-    **_GEMMA,
+    **_GEMMA | {'supported': _GEMMA['supported'] | {'attn_logit_softcapping': None}},  # transformers ignores it
   ),
 }
 _KNOWN = f'model types that load are {", ".join(FAMILIES)}'
@@ -331,6 +330,8 @@ def _rotary(theirs: Mapping[str, Any], family: Family, layers: int, folder: str)
     'rotary_base': _number(rope, 'rope_theta', _number(theirs, base_name, base, folder), folder),
     'rotary_scaling': tuple(_number(rope, part, None, folder) for part in kinds[kind]),
   }
+  if share_name != 'rotary_pct' and keys['rotary_share'] != share:
+    raise _unsupported(folder, 'partial_rotary_factor', keys['rotary_share'], f'only {share}')
   if keys['rotary_scaling'][:1] == (1.0,):  # as if there were none
     keys['rotary_scaling'] = ()
   if local or family.architecture == 'Gemma3ForCausalLM':

@@ -130,7 +130,7 @@ class Export:
         columns[name] = [None if value != value else value for value in values]  # NaN: a prefilter left the row out
       columns['weight'] = [1.0] * len(at) if whole else selection.weights[here].tolist()
       alone = whole or not pool.packed
-      columns['text'] = [pool.text_of(t[:-1] if alone and t[-1] == end_mark else t) for t in tokens]
+      columns['text'] = [pool.text_of(t[:-1] if alone and t[-1] == end_mark else t, alone) for t in tokens]
       columns['tokens'] = [t.tolist() for t in tokens]
       if pool.counts_some:
         columns['loss_mask'] = [mask_L.astype(np.int8).tolist() for mask_L in self._masks(at)]

@@ -85,6 +85,8 @@ def _read(path: Path, column: str, group: str) -> tuple[np.ndarray, dict[str, An
     if group:
       raise UserError(f'--group={group}: {path} has no columns; pass a Parquet file')
     score_N = score_files.read(path)
+    if not len(score_N):
+      raise UserError(f'{path} has no scores')
     return score_N, {'row': np.arange(len(score_N))}, None, _ABOUT
   from pyarrow import ArrowInvalid, parquet, types
 
@@ -105,7 +107,11 @@ def _read(path: Path, column: str, group: str) -> tuple[np.ndarray, dict[str, An
   if not len(rows):
     raise UserError(f'{path}: column {column!r} has no scores')
   columns: dict[str, Any] = {'row': rows} | ({'id': table['id'].take(rows)} if 'id' in names else {})
-  groups = np.unique(table[group].to_numpy()[rows], return_inverse=True)[1] if group else None
+  groups = None
+  if group:  # a null is a value like others
+    values = table[group].take(rows)
+    values = values.cast(values.type.value_type) if types.is_dictionary(values.type) else values
+    groups = values.combine_chunks().dictionary_encode('encode').indices.to_numpy()
   try:
     about = _ABOUT | dict(json.loads((schema.metadata or {})[export.METADATA]))
   except (KeyError, ValueError, TypeError):  # a file of others

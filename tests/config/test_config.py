@@ -348,6 +348,16 @@ def test_good_configs_pass(config):
       ['proxies.epochs = 0.0 trains nothing', 'proxies.checkpoints = 1 (3)', '--config.proxies.checkpoints=1'],
     ),
     (
+      changed(
+        proxies__epochs=0.0, proxies__count=1, proxies__model__weights='gpt2', selection__methods=('less', 'random')
+      ),
+      ['selection.methods', 'need a proxy in training (LESS)', '--config.proxies.epochs=2'],
+    ),
+    (
+      changed(proxies__epochs=0.0, proxies__count=1, proxies__model__weights='gpt2', mixture__parts=('oracle rate=1',)),
+      ['selection.methods', 'need a proxy in training (oracle)'],
+    ),
+    (
       changed(features__projection='two_sided', datamodel__damping_rule='auto'),
       ["datamodel.damping_rule = 'auto'", 'proxies.count = 2'],
     ),

@@ -157,7 +157,19 @@ def test_the_cache_is_bounded_and_keeps_what_processes_use(address, tmp_path, mo
 
 
 @BOTH
-def test_an_export_is_at_an_address_whole_or_not_at_all(address):
+def test_an_export_is_at_an_address_whole_or_not_at_all(address, monkeypatch):
+  upload = object_store.upload
+
+  def stops(files, folder):
+    upload({'a': files['a']}, folder)
+    raise ZeroDivisionError
+
+  with monkeypatch.context() as patched, contextlib.suppress(ZeroDivisionError):
+    patched.setattr(object_store, 'upload', stops)
+    with export.new_folder(address / 'part') as folder:
+      (folder / 'a').write_bytes(b'a')
+  assert storage.files(address) == ['part/a']  # no word of success
+  storage.delete(address)
   with contextlib.suppress(ZeroDivisionError), export.new_folder(address) as folder:
     (folder / 'a').write_bytes(b'a')
     raise ZeroDivisionError

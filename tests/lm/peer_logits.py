@@ -44,9 +44,9 @@ MODELS = {
   'llama3': lambda: of('Llama', **GROUPED | {'tie_word_embeddings': True}, head_dim=16, rope_parameters=LLAMA3),
   'llama_biased': lambda: of('Llama', attention_bias=True, mlp_bias=True),
   'mistral': lambda: of('Mistral', **GROUPED, head_dim=16, sliding_window=24),
-  'qwen2': lambda: of('Qwen2', **GROUPED),
+  'qwen2': lambda: of('Qwen2', **GROUPED, head_dim=16),
   'qwen3': lambda: of('Qwen3', **GROUPED, head_dim=16),
-  'olmo2': lambda: of('Olmo2', **GROUPED),
+  'olmo2': lambda: of('Olmo2', **GROUPED, head_dim=16),
   'gemma2': lambda: of('Gemma2', **GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
   'gemma3': lambda: of(
     'Gemma3', **GEMMA | {'num_hidden_layers': 3}, layer_types=GEMMA3_TYPES, rope_parameters=GEMMA3_ROTARY

@@ -387,6 +387,7 @@ _GEMMA = {'model_type': 'gemma2', 'num_key_value_heads': 4, 'head_dim': 8}
     ({'rope_scaling': {'type': 'dynamic'}}, "rope_scaling = 'dynamic', which"),
     ({'rope_parameters': 'yarn'}, "rope_parameters = 'yarn', which"),
     ({'attention_bias': False}, 'attention_bias = False, which'),
+    ({'model_type': 'llama', 'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor = 0.5, which'),
     ({'model_type': 'llama', 'attention_bias': True}, 'mlp_bias = False, which .* .only the value of attention_bias'),
     ({'model_type': 'llama', 'rope_scaling': {'rope_type': 'llama3'}}, 'has factor = None, which must be a number'),
     ({'model_type': 'qwen3', 'num_key_value_heads': 2, 'attention_bias': True}, 'attention_bias = True, which'),
@@ -403,6 +404,7 @@ _GEMMA = {'model_type': 'gemma2', 'num_key_value_heads': 4, 'head_dim': 8}
       "has rope_parameters.sliding_attention.rope_type = 'linear', which .* .only default.",
     ),
     (_GEMMA | {'query_pre_attn_scalar': 144}, 'query_pre_attn_scalar = 144, which .* .only head_dim, which is 8'),
+    (_GEMMA | {'model_type': 'gemma3_text', 'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping = 50.0, which'),
     (_GEMMA | {'model_type': 'gemma3_text', 'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types = '),
   ],
 )

@@ -78,7 +78,17 @@ def test_groups_have_a_cap_and_vectors_are_read(file, tmp_path):
   ]
 
 
+@pytest.mark.parametrize('encode', [False, True])
+def test_entries_without_a_group_are_a_group(tmp_path, encode):
+  sources = pa.array(['a', None, 'a', None, 'b', None])
+  table = pa.table({'score': np.arange(6.0), 'source': sources.dictionary_encode() if encode else sources})
+  parquet.write_table(table, tmp_path / 's.parquet')
+  flags = ('--method', 'top', '--count', '3', '--group', 'source', '--group-cap', '1')
+  assert draws(tmp_path / 's.parquet', tmp_path / 'o.parquet', *flags)['row'].to_pylist() == [5, 4, 2]
+
+
 def test_refusals(file, tmp_path, capsys):
+  np.save(tmp_path / 'none.npy', np.ones(0, np.float32))
   (tmp_path / 'torn.parquet').write_bytes(file.read_bytes()[:500])
   (tmp_path / 'there.parquet').write_bytes(b'')
   new, method = ('--out', str(tmp_path / 'new.parquet')), ('--column', 'score_docs', '--method')
@@ -87,6 +97,7 @@ def test_refusals(file, tmp_path, capsys):
     (file, (*new, *method, 'boltzmann', '--count', '400', '--cap', '2'), 'of at most 2 draws do not give 400'),
     (file, (*new, '--method', 'top', '--count', '1'), "no column 'score'; it has id, score_docs, source"),
     (file, (*new, '--column', 'id', '--method', 'top', '--count', '1'), "column 'id' holds string"),
+    (tmp_path / 'none.npy', (*new, *method, 'top', '--count', '1'), 'none.npy has no scores'),
     (file, (*new, *method, 'top', '--count', '1', '--group', 'source'), '--group and --group-cap belong together'),
     (file, ('--out', str(tmp_path / 'there.parquet'), *method, 'top', '--count', '1'), 'exists; name a new file'),
     (file, ('--out', str(tmp_path / 'a.csv'), *method, 'top', '--count', '1'), 'must end in .parquet'),

@@ -16,10 +16,12 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.data.order.batches import training_batches
 from dsdm_jax.data.order.schedule import Part, Schedule
 from dsdm_jax.data.order.selection import Selection
+from dsdm_jax.data.pool.chat import Chat
+from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.selection import trainers
 from dsdm_jax.selection.export import Export
 from dsdm_jax.selection.trainers import Example
-from tests.data.pool.test_completions import write_jsonl
+from tests.data.pool.test_completions import TALK, TEMPLATE, write_jsonl, write_tokenizer
 from tests.data.pool.test_sources import build
 from tests.helpers import scores as saved_scores
 from tests.pipeline import runs
@@ -118,6 +120,25 @@ def test_streaming_opens_mds(written):
   assert open_with('mds', written / 'mds') == wanted
 
 
+def export_of(base: Path, pool: Pool, rows: np.ndarray, documents: Any = None, score_D: Any = None) -> Export:
+  """An arm that selected rows, or documents, of a pool in the folder `base`."""
+  weights = np.ones(len(rows), np.float32)
+  Selection('dsdm--a--0', rows, weights, {'target': 'a'}, None, documents, score_D).save(base / 'selection')
+  for task in ('a', 'mix'):
+    saved_scores.save(base / 'datamodel', **{f'score_{task}_N': np.zeros(pool.num_rows, np.float32)})
+  semantics = {
+    'tasks': ['a'],
+    'half_width': {'a': 1.0},
+    **dict.fromkeys(('sign', 'scale', 'output_fn', 'mix', 'confidence', 'damping'), ''),
+  }
+  inputs = {
+    'pool': Artifact(base / 'pool', {}),
+    'datamodel': Artifact(base / 'datamodel', {'semantics': semantics}),
+    'selection': Artifact(base / 'selection', {'files': {'dsdm--a--0.npz': ''}}),
+  }
+  return Export(inputs, 'dsdm')
+
+
 @pytest.fixture(scope='module', params=['rows', 'packed rows', 'packed documents'])
 def answered(request, tmp_path_factory) -> tuple[Export, list[list[int]]]:
   """An arm of a pool of prompts and answers, and what the loss counts of each of its records."""
@@ -135,21 +156,7 @@ def answered(request, tmp_path_factory) -> tuple[Export, list[list[int]]]:
     [batch] = training_batches(pool, Schedule((Part('all', rows, 1.0),), len(rows), 0), len(rows))
     counted = dict(zip(batch['row_B'].tolist(), batch['weight_BL'] > 0, strict=True))
     masks = [counted[row][:size] for row, size in zip(rows.tolist(), pool.sizes(rows), strict=True)]
-  weights = np.ones(len(rows), np.float32)
-  Selection('dsdm--a--0', rows, weights, {'target': 'a'}, None, documents, score_D).save(base / 'selection')
-  for task in ('a', 'mix'):
-    saved_scores.save(base / 'datamodel', **{f'score_{task}_N': np.zeros(pool.num_rows, np.float32)})
-  semantics = {
-    'tasks': ['a'],
-    'half_width': {'a': 1.0},
-    **dict.fromkeys(('sign', 'scale', 'output_fn', 'mix', 'confidence', 'damping'), ''),
-  }
-  inputs = {
-    'pool': Artifact(base / 'pool', {}),
-    'datamodel': Artifact(base / 'datamodel', {'semantics': semantics}),
-    'selection': Artifact(base / 'selection', {'files': {'dsdm--a--0.npz': ''}}),
-  }
-  return Export(inputs, 'dsdm'), [mask_L.astype(int).tolist() for mask_L in masks]
+  return export_of(base, pool, rows, documents, score_D), [mask_L.astype(int).tolist() for mask_L in masks]
 
 
 def read_masks(form: str, folder: Path) -> list[list[int]]:
@@ -185,6 +192,26 @@ def test_masks_are_what_the_loss_counts(answered, form, tmp_path):
   (tmp_path / form).mkdir()
   getattr(export, form)(tmp_path / form)
   assert read_masks(form, tmp_path / form) == masks
+
+
+@pytest.mark.parametrize('whole', [False, True])
+def test_text_of_a_conversation_is_what_its_template_writes(tmp_path, whole):
+  """Also where that has the end mark inside."""
+  line = f'jsonl:{write_jsonl(tmp_path / "talks.jsonl", {"messages": TALK})} | messages=messages'
+  pool = build(tmp_path, line, vocabulary=write_tokenizer(tmp_path / 'model'), length=160, packed=False)
+  options = (np.array([0]), np.zeros(1, np.float32)) if whole else ()
+  [columns] = export_of(tmp_path, pool, np.array([0]), *options).records()
+  assert columns['text'] == [Chat(TEMPLATE, ()).render(TALK)]
+
+
+def test_weight_is_that_of_the_arm(answered, monkeypatch):
+  """As in a mixture; documents have none."""
+  export, _ = answered
+  weights = np.arange(export.selection.size, dtype=np.float32)
+  monkeypatch.setattr(export, 'selection', dataclasses.replace(export.selection, weights=weights))
+  wanted = [1.0] * export.size if export.whole else weights.tolist()
+  assert [example.weight for example in export.examples()] == wanted
+  assert [weight for columns in export.records() for weight in columns['weight']] == wanted
 
 
 def test_what_megatron_has_no_place_for_is_said(answered, monkeypatch):

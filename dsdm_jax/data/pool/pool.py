@@ -356,11 +356,12 @@ class Pool:
       tokens_L = tokens_L[: self.documents[int(self.document_N[row])]['tokens']]
     return self.text_of(tokens_L)
 
-  def text_of(self, tokens_L: np.ndarray) -> str:
-    """Text of tokens, `END_OF_DOCUMENT` where a document ends."""
+  def text_of(self, tokens_L: np.ndarray, one: bool = False) -> str:
+    """Text of tokens, `END_OF_DOCUMENT` where a document ends; of `one` document, with end marks inside as text."""
     parts = np.split(tokens_L, np.flatnonzero(tokens_L == self.encoder.eos))
     # All parts but the first begin with an end mark, which decodes to nothing.
-    return END_OF_DOCUMENT.join(self.encoder.decode(part) for part in parts)
+    between = getattr(self.encoder, 'end', '') if one else END_OF_DOCUMENT
+    return between.join(self.encoder.decode(part) for part in parts)
 
 
 class PoolRows:
