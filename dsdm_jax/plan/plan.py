@@ -130,7 +130,7 @@ def _multiplier(flop: dict[str, float], config: ConfigDict) -> dict[str, float]:
   A model on selected data that costs C_final is as good as one on random data that costs gross · C_final. The selection
   costs C_selection, shared by the models that use it.
   """
-  selection = sum(flop[name] for name in programs.SELECTION)
+  selection = sum(flop.get(name, 0.0) for name in programs.SELECTION)
   final = flop['pretraining'] / programs.final_runs(config)
   gross = config.plan.multiplier
   return {
