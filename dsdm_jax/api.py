@@ -70,14 +70,20 @@ class Run(View):
   def facts(self) -> Iterator[tuple[str, str]]:
     yield 'workdir', str(self.workdir)
     yield 'finished', ', '.join(self.stages)
-    parts = {'pool': 'pool', 'datamodel': 'scores', 'selection': 'selections', 'evaluation': 'results'}
-    parts |= {
-      'targets': 'leakage',
-      'pretraining': "model('dsdm')",
-      'proxies': 'model(proxy=0)',
-      'report': 'report',
+    selection, arm = artifacts.open_stage(self.workdir, 'selection'), 'dsdm'
+    if selection is not None and arm not in selection.settings['selection.methods']:
+      arm = selection.settings['selection.methods'][0]
+    needs = {
+      'pool': ('pool',),
+      'scores': ('pool', 'datamodel'),
+      'selections': ('pool', 'selection'),
+      f"model('{arm}')": ('pool', 'selection', 'pretraining'),
+      'model(proxy=0)': ('pool', 'proxies'),
+      'leakage': ('leakage',),
+      'results': ('evaluation',),
+      'report': ('report',),
     }
-    shown = [name for stage, name in parts.items() if stage in self.stages]
+    shown = [name for name, stages in needs.items() if {*stages} <= {*self.stages}]
     yield 'open', ', '.join(f'run.{name}' for name in [*shown, 'cost', 'config'])
 
   def artifact(self, stage: str) -> Artifact:
@@ -88,7 +94,8 @@ class Run(View):
     """
     if stage not in self._opened:
       if stage not in self.stages:
-        raise UserError(f'{self.workdir} has no finished {stage}, only {", ".join(self.stages)}; resume the run')
+        way_out = 'run --stage=validation' if stage == 'validation' else 'resume the run'  # which leaves it out
+        raise UserError(f'{self.workdir} has no finished {stage}, only {", ".join(self.stages)}; {way_out}')
       self._opened |= artifacts.read(self.workdir, stage, known=self._opened, verify=self._verify)
     return self._opened[stage]
 

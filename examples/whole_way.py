@@ -1,8 +1,8 @@
 """From a lab's model, corpus and evaluation to documents with scores, and to a model that lm-evaluation-harness opens.
 
     pip install 'lm_eval[hf]'
-    python examples/whole_way.py WORKDIR --model SmolLM2-135M --corpus 'corpus/*.parquet' \
-      --documents 'documents/*.jsonl.gz' --task arc_easy
+    python examples/whole_way.py WORKDIR --model HuggingFaceTB/SmolLM2-135M \
+      --corpus 'corpus/*.parquet' --documents 'documents/*.jsonl.gz' --task arc_easy
 
 MODEL is a folder of Hugging Face or a hub id, with its tokenizer.json. The corpus has the columns `text` and `meta`,
 with an `id` and a `source` inside; the documents are dolma's. Without these flags, a random model, small files and a
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   c.evaluation.tasks = ('targets', f'lm_eval:{flags.task}:validation')
   # The proxy is the model as it is. The final models continue from it, on DsDm's choice or on random rows.
   c.model.weights = c.proxies.model.weights = flags.model
+  c.pretraining.train.learning_rate = 3e-4  # for fine-tuning; the default is for models from scratch
   c.proxies.count, c.proxies.epochs, c.selection.methods = 1, 0.0, ('dsdm', 'random')
   pipeline.run(c, workdir)
 

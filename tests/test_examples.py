@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shlex
 import subprocess
 import sys
 import typing
@@ -11,11 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import dsdm_jax
+from dsdm_jax import pipeline
 from dsdm_jax.config import schema
+from dsdm_jax.config.validate import validate
 from dsdm_jax.config.values import SOURCE_KINDS
 from dsdm_jax.lm import hugging_face
 from dsdm_jax.selection import documents, export
-from examples import own_model
+from examples import own_model, whole_way
 from tests.conftest import ROOT
 from tests.pipeline import runs
 
@@ -80,6 +83,25 @@ def test_the_tables_of_formats_have_those_of_the_program_and_no_others():
   pins += (ROOT / 'requirements.txt').read_text()
   versions = re.findall(r'`([\w-]+)` ([\d.]+\d)', '\n'.join(row[-1] for row in exports))
   assert len(versions) == 5 and all(f'{package}=={version}' in pins for package, version in versions), versions
+
+
+def test_whole_way_fine_tunes_a_model_of_the_hub(monkeypatch, tmp_path):
+  """The command of its docstring, up to the run: an id of the hub, and a rate for fine-tuning."""
+  command = whole_way.__doc__.partition('WORKDIR ')[2].partition('\n\n')[0].replace('\\\n', ' ')
+  configs = []
+
+  def run(config, workdir):
+    del workdir
+    configs.append(config)
+    raise StopIteration
+
+  monkeypatch.setattr(pipeline, 'run', run)
+  with pytest.raises(StopIteration):
+    whole_way.main([str(tmp_path), *shlex.split(command)])
+  [config] = configs
+  validate(config)
+  assert 1e-4 <= config.pretraining.train.learning_rate <= 1e-3
+  assert re.fullmatch(r'[\w-]+/[\w.-]+', config.model.weights)
 
 
 @pytest.mark.peers

@@ -90,6 +90,7 @@ class WholeGradients:
   Attributes:
     shapes: path of each matrix → (S, I, O).
     dimension: number of their entries.
+    mean_step: the compiled step of `means`, (prepared, tokens_BL, weights_BL, by_BK) → path → [K, S, I, O].
   """
 
   model: nnx.Module
@@ -114,7 +115,7 @@ class WholeGradients:
     batch = batch_sharding(self.mesh)
     self.jitted = jax.jit(self.apply, in_shardings=(None, batch, batch), out_shardings=batch)
     self._split = {path: self._sharding(path, (1, *shape)) for path, shape in self.shapes.items()}
-    self._squares, self._means = (
+    self._squares, self.mean_step = (
       jax.jit(function, in_shardings=(None, batch, batch, batch), out_shardings=out)
       for function, out in ((self._apply_squares, replicated(self.mesh)), (self._apply_means, self._split))
     )
@@ -164,7 +165,7 @@ class WholeGradients:
   def means(self, params: nnx.State, tokens_TL: np.ndarray, weights_TL: np.ndarray, weight_KT: np.ndarray) -> Means:
     """Σ_t weight(k, t) · gradient of example t, for each weighting k."""
     by_TK = np.asarray(weight_KT.T, np.float32)
-    return self._sum(self._means, self.prepare(params, 0), tokens_TL, weights_TL, by_TK)
+    return self._sum(self.mean_step, self.prepare(params, 0), tokens_TL, weights_TL, by_TK)
 
   def blocks(self, means: Sequence[Means], path: str) -> Iterator[np.ndarray]:
     """The means of one matrix on the host, some at a time: [k, S, I, O]. All processes must call it."""

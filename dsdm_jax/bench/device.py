@@ -39,6 +39,10 @@ from dsdm_jax.plan import cost, hlo, topology
 from dsdm_jax.training.step import Trainer, abstract_model
 
 _J, _DENSE_J = 4_096, 512  # columns of features that are timed
+PROGRAMS = (
+  *('train_step', 'forward', 'per_example_gradient', f'two_sided_j{_J}', f'dense_j{_DENSE_J}'),
+  *('jvp_score', 'jvp_score_4_targets', 'matmul_peak'),
+)
 _FLOAT32, _HALF = 1e-4, 0.02  # largest relative errors of products in float32, and of bfloat16's eight bits
 
 
@@ -232,10 +236,9 @@ def resume() -> list[Check]:
 
 def measure(flags: argparse.Namespace, device: jax.Device) -> list[dict[str, Any]]:
   """One line per program: seconds predicted and measured, MFU, bytes of memory; then transfers."""
-  names = ['train_step', 'forward', f'two_sided_j{_J}', f'dense_j{_DENSE_J}', 'jvp_score', 'matmul_peak']
   given = vars(flags) | {'devices': '1x1', 'remat': False, 'microbatch': None, 'rows': 0}
   given['dtype'] = 'float32' if device.platform == 'cpu' else 'bfloat16'
-  cases = features.cases(names, argparse.Namespace(**given))
+  cases = features.cases(PROGRAMS, argparse.Namespace(**given))
   seconds = {case.name: _median(case.run, flags.repeats) for case in cases}
   peak = cases[-1].flop / seconds['matmul_peak']
   name = flops.chip_name(device) or ''

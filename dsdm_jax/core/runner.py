@@ -197,10 +197,20 @@ class Runner:
         self._check_same(stage, existing, wanted)
       if only is not None and name != only:
         phrases = artifacts.differences(existing, wanted)[:1] if existing is not None else []
+        advice = f'run --stage={name} first, or leave --stage out to run what is missing'
+        if self.stages[only].on_request:  # a run without --stage leaves it out
+          lacking = [
+            f'--stage={read}'
+            for read in self.stages
+            if read == name
+            or (read in self.upstream(only) - {*self.done} and artifacts.open_stage(self.workdir, read) is None)
+          ]
+          advice = f'run {lacking[0]} first'
+          if len(lacking) > 1:
+            advice = f'run {", ".join(lacking[:-1])} and {lacking[-1]} first, in this order'
         raise UserError(
           f'--stage={only} reads {name}, which is not finished in {self.workdir} with these settings'
-          f'{f" ({phrases[0]})" if phrases else ""}; '
-          f'run --stage={name} first, or leave --stage out to run what is missing'
+          f'{f" ({phrases[0]})" if phrases else ""}; {advice}'
         )
     return list(self.done)
 

@@ -33,9 +33,10 @@ def _pays(multiplier: Mapping[str, float]) -> str:
 def in_hours(plan: Mapping[str, Any]) -> list[str]:
   """The line about hours beside that about FLOP; none without times, or where a stage does not fit."""
   hours = {s['stage']: s['hours'] for s in plan['stages'] if s['fits']}
-  if not {*SELECTION, 'pretraining'} <= set(hours):
+  chosen = [stage for stage in SELECTION if stage in plan['flop']]
+  if not {*chosen, 'pretraining'} <= set(hours):
     return []
-  selection = [sum(hours[stage][end] for stage in SELECTION) for end in (0, 1)]
+  selection = [sum(hours[stage][end] for stage in chosen) for end in (0, 1)]
   final = [x / plan['final_runs'] for x in hours['pretraining']]
   return [f'In hours: selection {_range(selection)}, one final model {_range(final)}.']
 

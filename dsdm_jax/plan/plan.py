@@ -116,11 +116,13 @@ def _calibration(path: str, chip: str) -> dict[str, float]:
 
 
 def _measured_as(stage: str, config: ConfigDict) -> str:
-  """The program of `bench device` that takes most time of a stage, or ''."""
-  if stage == 'features':
-    return {'two_sided': 'two_sided', 'dense': 'dense'}.get(config.features.projection, '')
-  if stage == 'scores' and config.features.mode == 'jvp':
-    return 'jvp_score'
+  """The program of `bench device` that takes most time of a stage; '' for products of stored features."""
+  projection = config.features.projection
+  if stage in ('features', 'target_means'):
+    return {'ekfac': 'per_example_gradient'}.get(projection, projection)
+  if stage == 'scores' and (projection == 'ekfac' or config.features.mode == 'jvp'):
+    # Several directions take a backward pass, one alone a forward-mode pass.
+    return 'jvp_score' if programs.solved_vectors(config) == 1 else 'jvp_score_4_targets'
   return 'train_step' if stage.partition(' ')[0] in ('proxies', 'pretraining', 'ladder') else ''
 
 
@@ -130,7 +132,7 @@ def _multiplier(flop: dict[str, float], config: ConfigDict) -> dict[str, float]:
   A model on selected data that costs C_final is as good as one on random data that costs gross · C_final. The selection
   costs C_selection, shared by the models that use it.
   """
-  selection = sum(flop[name] for name in programs.SELECTION)
+  selection = sum(flop.get(name, 0.0) for name in programs.SELECTION)
   final = flop['pretraining'] / programs.final_runs(config)
   gross = config.plan.multiplier
   return {

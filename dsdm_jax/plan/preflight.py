@@ -305,7 +305,7 @@ def _costs(
     'proxies': compiling + _IMPORTS + config.proxies.count * _SAVED + of('proxies'),
     'features': compiling + of('features'),
     'target_features': 0.0 if ekfac else compiling / 2 + of('target_features'),
-    'datamodel': (1.2 if ekfac else 0.5) * compiling + of('gram', 'scores'),
+    'datamodel': (1.2 if ekfac else 0.5) * compiling + of('gram', 'target_means', 'scores'),
     'selection': 1 + len(config.selection.methods) * rows / 1e6,
     'pretraining': compiling + models * _SAVED + of('pretraining'),
     'ladder': len(config.ladder.rungs) * compiling + of('ladder'),

@@ -35,7 +35,8 @@ from dsdm_jax.training.proxies import checkpoints
 from dsdm_jax.training.step import Trainer, abstract_model
 
 Arguments = tuple[Any, ...]
-SELECTION = ('proxies', 'features', 'gram', 'scores')  # the cost of the selection; other stages train final models
+# The cost of the selection, as far as a plan has them; other stages train final models.
+SELECTION = ('proxies', 'features', 'gram', 'target_means', 'scores')
 BYTES_PER_TOKEN = 4.0  # of text, to estimate the number of rows from the pool's bytes
 _HIGHEST_PASSES = 6  # bfloat16 products per float32 product with Precision.HIGHEST
 _STORED_BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1}
@@ -46,7 +47,8 @@ class Work:
   """One program and how often it runs.
 
   Attributes:
-    stage: of the pipeline; 'gram' and 'scores' are parts of the datamodel stage, 'ladder 2' is a rung of the ladder.
+    stage: of the pipeline; 'gram', 'target_means' (EK-FAC) and 'scores' are parts of the datamodel stage, 'ladder 2' is
+      a rung of the ladder.
     program: global batch → (jitted function, abstract arguments).
     batch: rows of one run of the program, over all chips.
     batch_key: config key of `batch`.
@@ -269,9 +271,9 @@ def _rows_of(mesh: Mesh, batch: int, length: int) -> Arguments:
 
 def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
   features = config.features
-  if features.projection == 'ekfac':
-    return [_directional(config, mesh, model)]
   step = feature_step(config, config.pool.vocab_size, config.pool.length, mesh)
+  if isinstance(step, WholeGradients):
+    return [_target_means(config, mesh, model, step), _directional(config, mesh, model)]
   j, shard = step.dimension, features.shard_rows
   columns = column_blocks(step.describe(), j) if by_layers(config.datamodel.gram, features.projection) else ((0, j),)
   dtype = jnp.bfloat16 if features.store_dtype == 'bfloat16' else jnp.float32
@@ -297,6 +299,29 @@ def _datamodel(config: ConfigDict, mesh: Mesh, model: Model) -> list[Work]:
 
   runs, least = math.ceil(scored / shard), 2.0 * shard * j * targets
   return [added, work('scores', scores, runs=runs * count, least_flop=least, passes=passes)]
+
+
+def _target_means(config: ConfigDict, mesh: Mesh, model: Model, step: WholeGradients) -> Work:
+  """Mean gradients of the targets for EK-FAC, of `targets.max_examples` examples for each of them."""
+  length, batch, weightings = config.pool.length, step.rows, config.datamodel.groups + config.datamodel.examples
+  abstract = nnx.state(abstract_model(config.proxies.model, config.pool.vocab_size, length), nnx.Param)
+  prepared = jax.eval_shape(lambda params: step.prepare(params, 0), abstract)
+
+  def program(batch: int) -> tuple[Any, Arguments]:
+    return step.mean_step, (prepared, *_rows_of(mesh, batch, length), _shape(mesh, jnp.float32, batch, weightings))
+
+  targets = len(config.targets.tasks) + bool(config.targets.breadth)
+  return Work(
+    'target_means',
+    program,
+    batch,
+    'features.batch_size',
+    math.ceil(config.targets.max_examples / batch) * targets * checkpoints(config),
+    model.parameters,
+    batch * length,
+    3 * model.forward_flop * batch * length + 2.0 * batch * weightings * step.dimension,
+    remat_key=_remat_key(config.proxies.model, 'proxies.model'),
+  )
 
 
 def gram_entries(config: ConfigDict, mesh: Mesh) -> int:

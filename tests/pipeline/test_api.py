@@ -137,6 +137,17 @@ def test_models_compute_what_the_run_computed(run, finished):
       call()
 
 
+def test_a_view_lists_what_opens_and_nothing_else(finished, tmp_path):
+  """After each stage of a run, in order."""
+  for stage in dsdm_jax.load(finished).stages:
+    shutil.copytree(finished / stage, tmp_path / stage)
+    run = dsdm_jax.load(tmp_path)
+    _, listed = list(run.facts())[-1]
+    for name in listed.split(', '):
+      assert eval(name, {'run': run}) is not None
+    assert ('run.leakage' in listed) == ('leakage' in run.stages)
+
+
 def test_a_custom_model_is_opened_only_by_name(copied, monkeypatch):
   monkeypatch.setattr(trained, 'OUR_FACTORY', 'another')
   with pytest.raises(UserError, match=r"custom model; if you trust .*functions=\('dsdm_jax.lm.decoder:build',\)"):

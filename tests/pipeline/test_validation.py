@@ -96,6 +96,18 @@ def test_it_is_no_part_of_a_whole_run(finished):
   assert pipeline.ON_REQUEST == ('validation',)
 
 
+def test_it_names_the_stages_that_it_lacks_in_order(finished, tmp_path):
+  """It is no part of a whole run: leaving `--stage` out would not run it."""
+  advice = (
+    ('pool', '--stage=leakage and --stage=targets first, in this order'),
+    ('leakage', '--stage=targets first'),
+  )
+  for stage, run_first in advice:
+    shutil.copytree(finished / stage, tmp_path / 'run' / stage)
+    message = runs.refused(runs.TINY, f'--workdir={tmp_path / "run"}', '--stage=validation')
+    assert message.endswith(f'; run {run_first}'), message
+
+
 def test_a_pool_that_is_too_small_is_reported(finished, tmp_path):
   for stage in ('pool', 'leakage', 'targets'):
     shutil.copytree(finished / stage, tmp_path / 'run' / stage)

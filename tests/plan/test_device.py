@@ -53,7 +53,8 @@ def test_the_whole_check(tmp_path):
   assert done.returncode == 0, done.stderr[-3_000:]
   written = json.loads(out.read_text())
   assert len(written['checks']) == 10 and all(check['passed'] for check in written['checks'])
-  assert set(written['calibration']) == {'train_step', 'forward', 'two_sided', 'dense', 'jvp_score'}
+  measured = ('train_step', 'forward', 'per_example_gradient', 'two_sided', 'dense', 'jvp_score', 'jvp_score_4_targets')
+  assert set(written['calibration']) == set(measured)
   assert all(name in done.stdout for name in ('gradient, bfloat16', 'train_step', '64 MiB to the host', 'MiB'))
 
 
@@ -81,11 +82,25 @@ def test_programs_of_a_plan_are_calibrated_by_their_own_measurement(tmp_path):
   config.features.projection = 'two_sided'
   storage.write_json(file, {'device': 'x', 'chip': 'v5e', 'calibration': {'train_step': 1.5, 'two_sided': 2.0}})
   assert plan._calibration(str(file), 'v5e') == {'train_step': 1.5, 'two_sided': 2.0}
-  measured = {name: plan._measured_as(name, config) for name in ('proxies', 'features', 'gram', 'scores', 'ladder 2')}
-  assert measured == {
-    'proxies': 'train_step',
-    'features': 'two_sided',
-    'gram': '',
-    'scores': '',
-    'ladder 2': 'train_step',
-  }
+
+
+_BY_GRADIENT = {'features': 'per_example_gradient', 'target_means': 'per_example_gradient'}
+
+
+@pytest.mark.parametrize(
+  ('settings', 'directions', 'measured'),
+  [
+    ({'projection': 'two_sided'}, 2, {'features': 'two_sided', 'gram': '', 'scores': ''}),
+    ({'projection': 'dense', 'mode': 'stream'}, 2, {'features': 'dense', 'gram': '', 'scores': ''}),
+    ({'projection': 'dense', 'mode': 'jvp'}, 2, {'features': 'dense', 'gram': '', 'scores': 'jvp_score_4_targets'}),
+    ({'projection': 'ekfac'}, 2, {**_BY_GRADIENT, 'scores': 'jvp_score_4_targets'}),
+    ({'projection': 'ekfac'}, 1, {**_BY_GRADIENT, 'scores': 'jvp_score'}),
+  ],
+)
+def test_stages_are_calibrated_by_the_program_that_they_run(settings, directions, measured):
+  config = get_config()
+  config.features.update(settings)
+  config.datamodel.update({'groups': 1, 'examples': 0, 'bootstrap': 0})
+  config.targets.tasks = ('docs', 'api_qa')[:directions]
+  measured |= dict.fromkeys(('proxies', 'pretraining', 'ladder 2'), 'train_step')
+  assert {stage: plan._measured_as(stage, config) for stage in measured} == measured

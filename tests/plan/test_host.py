@@ -5,8 +5,9 @@ import pytest
 from configs import c4_dsdm
 from dsdm_jax.plan import host, topology
 
-ROWS, J, HOUR = 216_948_746, 15_552, 3_600
-BLOCKS = 324  # columns of a block of the Gram matrix
+ROWS, HOUR = 216_948_746, 3_600
+MATRICES, COLUMNS, OF_VECTORS = 50, 306, 321  # blocks of the Gram matrix, and columns of each
+J, ENTRIES = MATRICES * COLUMNS + OF_VECTORS, MATRICES * COLUMNS**2 + OF_VECTORS**2
 
 
 EKFAC = 500_000_000, 38_612_736  # entries of the factors and of the largest matrix, a table of 50,277 × 768
@@ -15,7 +16,7 @@ EKFAC = 500_000_000, 38_612_736  # entries of the factors and of the largest mat
 def _works(hosts: int, rows: int = ROWS, dimension: int = J, **features) -> dict[str, host.HostWork]:
   config = c4_dsdm.get_config()
   config.features.update(features)
-  return {work.stage: work for work in host.works(config, hosts, rows, dimension, J * BLOCKS, 4 * 81, EKFAC)}
+  return {work.stage: work for work in host.works(config, hosts, rows, dimension, ENTRIES, 4 * 81, EKFAC)}
 
 
 def test_the_papers_pool_on_256_chips():

@@ -1,12 +1,16 @@
 """The plan without libtpu, and counts of runs, parameters, FLOP and disk by hand."""
 
+import dataclasses
+import importlib
 import json
 
+import jax
 import pytest
 
 from configs import base
+from dsdm_jax import configs
 from dsdm_jax.errors import UserError
-from dsdm_jax.plan import page, plan, topology
+from dsdm_jax.plan import cost, page, plan, topology
 
 
 @pytest.fixture
@@ -73,6 +77,81 @@ def test_dense_features_are_planned(config, monkeypatch):
   assert found['flop']['features'] == rows * (gradients * 16 + 2 * -(-parameters // 8_192) * 8_192 * 128)
 
 
+def _verdict(found):
+  """The line that says whether selection pays, from the FLOP of the stages before the final models."""
+  before = [name for name in found['flop'] if name not in ('pretraining', 'ladder 1', 'ladder 2', 'ladder 4')]
+  chosen, final = sum(found['flop'][name] for name in before), found['flop']['pretraining'] / found['final_runs']
+  assert found['multiplier']['selection_flop'] == pytest.approx(chosen)
+  return f'Selection pays for one model if C_selection < (gross − 1) · C_final: {chosen:.2e} against {final:.2e} FLOP'
+
+
+@pytest.mark.parametrize('name', configs.names())
+def test_packaged_configs_are_planned(name, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(topology, 'available', lambda: False)
+  config = importlib.import_module(f'dsdm_jax.configs.{name}').get_config()
+  plan.run(config, tmp_path)
+  printed = capsys.readouterr().out.splitlines()
+  found = json.loads(next(tmp_path.glob('plan_*.json')).read_text())
+  assert printed[0].startswith(_verdict(found))
+  assert {line.split('  ')[0] for line in printed} >= {'proxies', 'features', 'scores', 'pretraining'}
+  assert all(any(line.startswith(f'{stage}  ') for line in printed) for stage in found['flop'])
+  assert any(line.startswith('feature store: ') for line in printed)
+
+
+_PROJECTIONS = [
+  {'projection': 'ekfac'},
+  {'projection': 'ekfac', 'mode': 'jvp'},
+  {'projection': 'dense'},
+  {'projection': 'dense', 'mode': 'stream'},
+  {'projection': 'dense', 'mode': 'jvp'},
+  *({'projection': 'two_sided', 'gram': gram} for gram in ('auto', 'layers', 'full', 'joint')),
+]
+
+
+@pytest.mark.parametrize('settings', _PROJECTIONS, ids=lambda x: '_'.join(x.values()))
+def test_every_projection_has_all_lines(config, settings, tmp_path, capsys, monkeypatch):
+  """As where libtpu is installed, with 1 to 2 hours for each stage in place of what the compiler says."""
+
+  def estimate(work, *_):
+    numbers = dict.fromkeys((field.name for field in dataclasses.fields(cost.Estimate)), 1)
+    lists = {'collectives': [], **{key: [1.0, 2.0] for key in ('seconds_per_run', 'mfu', 'tokens_per_second', 'hours')}}
+    texts = {'stage': work.stage, 'bound': 'compute', 'advice': '', 'fits': True, 'unknown_trips': 0}
+    return cost.Estimate(**(numbers | lists | texts))
+
+  monkeypatch.setattr(cost, 'estimate', estimate)
+  monkeypatch.setattr(topology, 'available', lambda: True)
+  monkeypatch.setattr(topology, 'devices', lambda *_: jax.devices('cpu')[:8])
+  config.features.projection, config.features.mode = settings['projection'], settings.get('mode', 'store')
+  config.features.store_dtype, config.datamodel.gram = 'float32', settings.get('gram', 'auto')
+  config.datamodel.examples = 0
+  plan.run(config, tmp_path)
+  printed = capsys.readouterr().out.splitlines()
+  found = json.loads((tmp_path / 'plan_v5e_2x4.json').read_text())
+  stages = [stage['stage'] for stage in found['stages']]
+  of_features = ['target_means'] if settings['projection'] == 'ekfac' else ['gram']
+  assert stages == list(found['flop']) == ['proxies', 'features', *of_features, 'scores', 'pretraining']
+  [verdict] = [line for line in printed if line.startswith('Selection pays')]
+  assert verdict.startswith(_verdict(found)) and 'net for one: ' in verdict
+  assert 'In hours: selection 4–8, one final model 0.167–0.333.' in printed
+  assert all(any(line.startswith(f'{stage}  ') for line in printed) for stage in stages)
+  [total] = [line for line in printed if line.startswith('Total')]
+  assert total.startswith('Total: 5–10 hours, 40–80 chip-hours, 80–160 USD')
+
+
+def test_ekfac_costs_its_sample_the_targets_and_the_pool(config, monkeypatch):
+  monkeypatch.setattr(topology, 'available', lambda: False)
+  config.features.update({'projection': 'ekfac', 'basis_rows': 128})
+  config.targets.update({'tasks': ('docs', 'api_qa'), 'max_examples': 64})
+  config.datamodel.update({'groups': 3, 'examples': 1})
+  flop = plan.make(config)['flop']
+  # By hand, FLOP of a row of 16 tokens: see above; the mean weighs each gradient of a matrix 3 + 1 times.
+  matrices, attention = 2 * (32 * 128 + 2 * 32 * 64) + 512 * 32, 2 * 4 * 16 * 32
+  gradient, tables = (6 * matrices + 3 * attention) * 16, matrices + 16 * 32
+  assert flop['features'] == 3 * 2 * 128 * gradient
+  assert flop['target_means'] == 3 * 2 * 64 * (gradient + 2 * 4 * tables)
+  assert flop['scores'] > 3 * 10_000 * gradient
+
+
 def test_rungs_of_the_ladder_are_planned(config, monkeypatch):
   monkeypatch.setattr(topology, 'available', lambda: False)
   config.ladder.update({'rungs': ('1', '4'), 'step': 1.0, 'seeds': 3})
@@ -87,9 +166,10 @@ def test_rungs_of_the_ladder_are_planned(config, monkeypatch):
 def test_hours_are_beside_flop():
   hours = {'proxies': [1, 2], 'features': [2, 5], 'gram': [0.5, 1], 'scores': [0.5, 1], 'pretraining': [6, 12]}
   stages = [{'stage': stage, 'hours': of_stage, 'fits': True} for stage, of_stage in hours.items()]
-  assert page.in_hours({'stages': stages, 'final_runs': 6}) == ['In hours: selection 4–9, one final model 1–2.']
+  plan_ = {'stages': stages, 'flop': dict.fromkeys(hours, 1.0), 'final_runs': 6}
+  assert page.in_hours(plan_) == ['In hours: selection 4–9, one final model 1–2.']
   stages[1]['fits'] = False
-  assert page.in_hours({'stages': stages, 'final_runs': 6}) == page.in_hours({'stages': []}) == []
+  assert page.in_hours(plan_) == page.in_hours(plan_ | {'stages': []}) == []
 
 
 def test_rows_are_estimated_from_the_pools_bytes(config, monkeypatch):
