@@ -42,6 +42,7 @@ _MARK = '.sha256'  # ending of the note that a file is complete
 # How formulas begin; spreadsheets take full-width signs for the same, and some skip white space before them.
 _FORMULA = re.compile(r'\s*[=+\-@＝＋－＠]|[\t\r\n]')
 _SLIP = re.compile(r'(gs|gcs|s3):/?([^/].*)')  # a path that was meant as an address
+_IN_MEMORY = 2**31  # bytes of an array by `empty`
 _MOST_CHECKSUMS = 65_536
 _ROOM_SECONDS = 60.0  # for which the room that was found in the cache of objects counts
 _LONGEST_NAME, _LONGEST_PATH = 255, 3_072  # bytes; Linux allows 255 and 4,095, and files in the folder have names too
@@ -767,6 +768,27 @@ def scratch() -> Iterator[Path]:
       yield new
     finally:
       shutil.rmtree(new, ignore_errors=True)
+
+
+def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+  """An array to be filled. A large one is in a file of this user's cache, so that it need not fit in memory.
+
+  The file has no name and ends with the array.
+
+  Raises:
+    OSError: the disk has no room for it.
+  """
+  size = math.prod(shape) * dtype.itemsize
+  if size <= _IN_MEMORY:
+    return np.empty(shape, dtype)
+  folder = _cache() / 'scratch'
+  folder.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryFile(dir=folder) as file:
+    try:
+      os.posix_fallocate(file.fileno(), 0, size)  # a disk that is full later would end the process
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, str(folder)) from error
+    return np.asarray(np.memmap(file, dtype, 'r+', shape=tuple(shape)))
 
 
 def _cache() -> Path:
