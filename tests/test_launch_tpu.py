@@ -256,7 +256,10 @@ def test_dry_run_prints_the_commands_only(cloud):
     (['run', 'mine', *WHERE, '--type=v6e-8', '--startup-script=missing.sh'], 'missing.sh cannot be read'),
     (['all', 'mine', *WHERE, '--type=v6e-16', '--', '--workdir=/mnt/dsdm_jax/a'], 'has 4 workers, which must share'),
     (['all', 'mine', *WHERE, '--type=v6e-8', '--slices=2', NFS, '--', '--workdir=runs/a'], 'has 2 workers, which must'),
-    (['all', 'mine', *WHERE, '--type=v6e-16', '--', '--workdir=gs:/bucket/a'], 'or --workdir=gs://BUCKET/mine, after --'),
+    (
+      ['all', 'mine', *WHERE, '--type=v6e-16', '--', '--workdir=gs:/bucket/a'],
+      'or --workdir=gs://BUCKET/mine, after --',
+    ),
     (['resume', 'mine', *WHERE, '--type=v6e-16', NFS], 'add --nfs=SERVER:/SHARE, and --workdir=/mnt/dsdm_jax/mine'),
   ],
 )
