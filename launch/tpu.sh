@@ -84,6 +84,7 @@ done
 [[ -n $zone ]] || fail "--zone is missing; give one, such as --zone=us-west4-a"
 [[ -n $type ]] || fail "--type is missing; give one, such as --type=v5litepod-8"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices must be a whole number of at least 1"
+[[ $poll =~ ^[0-9]+$ ]] || fail "--poll=$poll must be a whole number of seconds"
 ((slices == 1)) || queued=yes
 
 # Prints the number of workers of a slice. A worker has four chips, or all eight of an eight-chip slice. The number in a

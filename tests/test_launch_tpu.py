@@ -253,6 +253,7 @@ def test_dry_run_prints_the_commands_only(cloud):
     (['run', 'mine', *WHERE, '--type=v9-8'], 'unknown --type=v9-8'),
     (['run', 'mine', *WHERE, '--type=v6e-8', '--config=x.py'], 'come after --'),
     (['run', 'mine', *WHERE, '--type=v6e-8', '--slices=0'], 'at least 1'),
+    (['all', 'mine', *WHERE, '--type=v6e-8', '--poll=1m'], '--poll=1m must be a whole number of seconds'),
     (['run', 'mine', *WHERE, '--type=v6e-8', '--startup-script=missing.sh'], 'missing.sh cannot be read'),
     (['all', 'mine', *WHERE, '--type=v6e-16', '--', '--workdir=/mnt/dsdm_jax/a'], 'has 4 workers, which must share'),
     (['all', 'mine', *WHERE, '--type=v6e-8', '--slices=2', NFS, '--', '--workdir=runs/a'], 'has 2 workers, which must'),
