@@ -188,6 +188,7 @@ def run(config: ConfigDict, workdir: Named, only: str | None = None, rerun: bool
       are raised before anything is written.
   """
   location = storage.check_location(workdir, '--workdir')
+  storage.kvstore(location)  # before anything is computed
   validate(config)
   stages = [stage.name for stage in existing(STAGES, flatten(config))]
   if only not in (None, CHECK, *stages):

@@ -3,8 +3,8 @@
 #
 # The first call makes .venv and installs requirements.txt; a later call does so again if that file has changed. A
 # machine with a TPU or an NVIDIA GPU also gets requirements-tpu.txt or requirements-cuda.txt; set
-# DSDM_JAX_ACCELERATOR=cpu|cuda|tpu to choose. The default config is the quickstart, and the default workdir is
-# runs/<name of the config>. With --install alone it installs and stops.
+# DSDM_JAX_ACCELERATOR=cpu|cuda|tpu to choose. A workdir at gs:// or s3:// gets gcsfs or s3fs. The default config is the
+# quickstart, and the default workdir is runs/<name of the config>. With --install alone it installs and stops.
 
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -71,6 +71,15 @@ install() { # installs requirements files $2 … into environment $1, unless the
   cat "$@" "$lock" >"$stamp"
 }
 
+client() { # installs the client $1 of an object store, at the version that the tests use, unless it is there
+  local pins version
+  ! "$root/.venv/bin/python" -c "import $1" 2>/dev/null || return 0
+  pins=$(<"$root/requirements-test.txt")
+  version=${pins#*$'\n'"$1=="}
+  "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
+    "$1==${version%%[[:space:]]*}" -c "$lock" >&2 || fail "installing $1 failed; see above (no network, or a full disk?)"
+}
+
 # A prefix for /sys and /dev, which tests set.
 system=${DSDM_JAX_SYSTEM:-}
 
@@ -96,7 +105,7 @@ accelerator() { # prints tpu, cuda or cpu: DSDM_JAX_ACCELERATOR if it is set, el
   echo cpu
 }
 
-prepare() { # makes .venv and installs requirements for the accelerator of this machine
+prepare() { # makes .venv and installs requirements for the accelerator of this machine, and the client for $workdir
   local device files=("$root/requirements.txt")
   device=$(accelerator)
   [[ $device == cpu ]] || files+=("$root/requirements-$device.txt")
@@ -114,6 +123,10 @@ prepare() { # makes .venv and installs requirements for the accelerator of this 
   fi
   make_environment "$root/.venv" "$base_python"
   install "$root/.venv" "${files[@]}"
+  case ${workdir:-} in
+    gs://*) client gcsfs ;;
+    s3://*) client s3fs ;;
+  esac
   if command -v flock >/dev/null; then
     exec 9>&-
   fi

@@ -18,8 +18,8 @@
 #   --type=v5litepod-16  accelerator type, as a plan prints it
 #   --slices=1           number of slices that train together; more than one implies --queued
 #   --queued             wait in a queue (queued resource) instead of failing when there is no capacity
-#   --spot               cheaper, but can be preempted at any time; use with --nfs, or a preemption loses the workdir
-#   --nfs=SERVER:/SHARE  mount it on every worker at /mnt/dsdm_jax; several workers need a workdir there
+#   --spot               cheaper, but can be preempted at any time; a preemption loses a workdir on the TPU's disk
+#   --nfs=SERVER:/SHARE  mount it on every worker at /mnt/dsdm_jax; several workers need a workdir there, or an address
 #   --network=NAME --subnetwork=NAME   by default gcloud's
 #   --internal-ips       no external addresses; the network needs Cloud NAT, from which workers install packages
 #   --tunnel-through-iap reach workers through the Identity-Aware Proxy, as from outside a private network
@@ -30,8 +30,10 @@
 #   --poll=60            seconds between checks
 #   --dry-run            print the commands, but do not run them
 #
-# Example: bash launch/tpu.sh all mine --zone=us-west4-a --type=v5litepod-16 --spot --nfs=10.0.0.2:/share -- \
-#   --config=configs/v5e_8.py --workdir=/mnt/dsdm_jax/mine
+# With --workdir=gs://BUCKET/RUN (or s3://), each worker also copies its log to RUN/logs, every minute.
+#
+# Example: bash launch/tpu.sh all mine --zone=us-west4-a --type=v5litepod-16 --spot -- \
+#   --config=configs/v5e_8.py --workdir=gs://bucket/mine
 
 set -euo pipefail
 
@@ -82,6 +84,7 @@ done
 [[ -n $zone ]] || fail "--zone is missing; give one, such as --zone=us-west4-a"
 [[ -n $type ]] || fail "--type is missing; give one, such as --type=v5litepod-8"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices must be a whole number of at least 1"
+[[ $poll =~ ^[0-9]+$ ]] || fail "--poll=$poll must be a whole number of seconds"
 ((slices == 1)) || queued=yes
 
 # Prints the number of workers of a slice. A worker has four chips, or all eight of an eight-chip slice. The number in a
@@ -118,15 +121,18 @@ if [[ -n $tunnel ]]; then
   every+=("$tunnel") first+=("$tunnel")
 fi
 
-if ((workers * slices > 1)) && [[ $command == run || $command == resume || $command == all ]]; then
-  shared=''
-  for argument in "${arguments[@]+"${arguments[@]}"}"; do
-    [[ $argument != --workdir=/mnt/dsdm_jax/* ]] || shared=yes
-  done
-  [[ -n $nfs && -n $shared ]] || fail "$type with --slices=$slices has $((workers * slices)) workers, which must share" \
-    "a workdir; add --nfs=SERVER:/SHARE, and --workdir=/mnt/dsdm_jax/$name after --"
-elif [[ -n $spot && -z $nfs && ($command == all || $command == run) ]]; then
-  say "without --nfs the workdir is on the TPU's disk: a preemption loses the run"
+address='' shared=''
+for argument in "${arguments[@]+"${arguments[@]}"}"; do
+  case $argument in
+    --workdir=gs://?* | --workdir=s3://?*) address=${argument#*=} ;;
+    --workdir=/mnt/dsdm_jax/*) shared=$nfs ;;
+  esac
+done
+if [[ -z $address$shared && $command =~ ^(run|resume|all)$ ]]; then
+  ((workers * slices == 1)) || fail "$type with --slices=$slices has $((workers * slices)) workers, which must share a" \
+    "workdir; add --nfs=SERVER:/SHARE, and --workdir=/mnt/dsdm_jax/$name, or --workdir=gs://BUCKET/$name, after --"
+  [[ -z $spot || -n $nfs || $command == resume ]] ||
+    say "the workdir is on the TPU's disk: a preemption loses the run; use --nfs or --workdir=gs://BUCKET/$name"
 fi
 
 tpus() { # gcloud compute tpus …, or its text under --dry-run
@@ -238,6 +244,11 @@ run() {
   fi
   local line='bash launch/run.sh'
   ((${#all[@]} == 0)) || line+=$(printf ' %q' "${all[@]}")
+  if [[ -n $address ]]; then
+    local copy
+    copy="gcloud storage cp --quiet run.log $(printf %q "${address%/}/logs/")\$HOSTNAME.log >/dev/null 2>&1"
+    line="(while sleep 60; do $copy; done) & $line; code=\$?; kill \$!; $copy; (exit \$code)"
+  fi
   line=$(printf %q "$line; echo \$? >exit_code")
   everywhere "cd dsdm_jax && $path && rm -f exit_code && (nohup bash -c $line >run.log 2>&1 </dev/null &)"
 }

@@ -74,6 +74,17 @@ def test_installs_once_and_again_when_requirements_change(checkout):
   assert checkout.installations() == 2
 
 
+@pytest.mark.parametrize(
+  ('workdir', 'package'), [(['--workdir=gs://bucket/a run'], 'gcsfs'), (['--workdir', 's3://bucket/run'], 's3fs')]
+)
+def test_the_client_of_an_object_store_is_installed_once(checkout, workdir, package):
+  checkout.add_python('python3')
+  for _ in range(2):
+    assert checkout.run(*workdir).returncode == 0
+    assert checkout.installations() == 2
+  assert re.search(rf' {package}==\d\S+ -c ', (checkout.log / 'pip').read_text())
+
+
 def test_the_command_dsdm_is_installed_and_gets_its_arguments(checkout, tmp_path):
   checkout.add_python('python3')
   words = ['export', '--workdir', 'my run', '--arm', 'dsdm']

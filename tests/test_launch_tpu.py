@@ -80,6 +80,24 @@ def test_spot_without_a_share_is_warned_of(cloud):
   assert 'loses' not in cloud.run('all', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0', NFS).stderr
 
 
+def test_with_an_address_as_workdir_no_share_is_needed(cloud, tmp_path):
+  options = ('all', 'mine', *WHERE, '--type=v5litepod-16', '--spot', '--poll=0', '--')
+  done = cloud.run(*options, '--workdir=gs://bucket/a run')
+  assert (done.returncode, 'loses' in done.stderr) == (0, False), done.stderr
+  (call,) = (call for call in cloud.calls() if 'nohup' in call[-1])
+  folder = tmp_path / 'worker' / 'dsdm_jax' / 'launch'
+  folder.mkdir(parents=True)
+  (folder / 'run.sh').write_text('printf "%s\\n" "$@"; exit 3')
+  environment = {**cloud.environment, 'HOSTNAME': 'w-0', 'HOME': str(tmp_path)}
+  command = call[-1].removeprefix('--command=').replace('(nohup', '(exec').replace('&)', ')')
+  subprocess.run(['bash', '-c', command], cwd=folder.parents[1], env=environment, check=True)
+  printed = (folder.parent / 'run.log').read_text().splitlines()
+  assert '--workdir=gs://bucket/a run' in printed and '--config.distributed.processes=4' in printed
+  assert (folder.parent / 'exit_code').read_text() == '3\n'
+  calls = (cloud.log / 'calls').read_text().split('\n')
+  assert calls[-2].split('\x1f')[:-1] == ['storage', 'cp', '--quiet', 'run.log', 'gs://bucket/a run/logs/w-0.log']
+
+
 def test_workers_get_a_python_that_is_new_enough(cloud):
   cloud.run('all', 'mine', *WHERE, '--type=v5litepod-8', '--poll=0')
   install, start = (call[-1] for call in cloud.calls() if call[1] == 'ssh' and 'launch/run.sh' in call[-1])
@@ -235,9 +253,14 @@ def test_dry_run_prints_the_commands_only(cloud):
     (['run', 'mine', *WHERE, '--type=v9-8'], 'unknown --type=v9-8'),
     (['run', 'mine', *WHERE, '--type=v6e-8', '--config=x.py'], 'come after --'),
     (['run', 'mine', *WHERE, '--type=v6e-8', '--slices=0'], 'at least 1'),
+    (['all', 'mine', *WHERE, '--type=v6e-8', '--poll=1m'], '--poll=1m must be a whole number of seconds'),
     (['run', 'mine', *WHERE, '--type=v6e-8', '--startup-script=missing.sh'], 'missing.sh cannot be read'),
     (['all', 'mine', *WHERE, '--type=v6e-16', '--', '--workdir=/mnt/dsdm_jax/a'], 'has 4 workers, which must share'),
     (['all', 'mine', *WHERE, '--type=v6e-8', '--slices=2', NFS, '--', '--workdir=runs/a'], 'has 2 workers, which must'),
+    (
+      ['all', 'mine', *WHERE, '--type=v6e-16', '--', '--workdir=gs:/bucket/a'],
+      'or --workdir=gs://BUCKET/mine, after --',
+    ),
     (['resume', 'mine', *WHERE, '--type=v6e-16', NFS], 'add --nfs=SERVER:/SHARE, and --workdir=/mnt/dsdm_jax/mine'),
   ],
 )

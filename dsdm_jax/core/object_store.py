@@ -158,8 +158,9 @@ def _system_of(scheme: str, process: int) -> Any:
     # Another process may write at any time, so no listing is remembered.
     return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=scheme != 'memory')
   except ImportError as error:
-    package = PACKAGES.get(scheme, f'the package that fsspec names for it ({_reason(error)})')
-    raise UserError(f'addresses that begin with {scheme}:// need {package}; pip install {package}') from error
+    package = PACKAGES.get(scheme)
+    advice = f'{package}; pip install {package}' if package else f'another package ({_reason(error)})'
+    raise UserError(f'addresses that begin with {scheme}:// need {advice}') from error
   except ValueError as error:
     raise UserError(f'{scheme}:// is no address that fsspec knows ({_reason(error)}); use gs:// or s3://') from error
   except Exception as error:  # no credentials: each system has its own errors
@@ -429,7 +430,7 @@ def kvstore(address: Address) -> dict[str, Any]:
   if address.scheme == 'gs':
     return {'driver': 'gcs', 'bucket': address.bucket, 'path': f'{address.key}/' if address.key else ''}
   if address.scheme != 's3':
-    raise UserError(f'TensorStore does not write to {address}; use gs:// or s3://')
+    raise UserError(f'{address} cannot hold a run, which TensorStore writes; use gs:// or s3://')
   spec: dict[str, Any] = {'driver': 's3', 'bucket': address.bucket, 'path': f'{address.key}/' if address.key else ''}
   if os.environ.get('AWS_ACCESS_KEY_ID'):  # else it prints lines about each file that might have credentials
     spec['aws_credentials'] = {'type': 'environment'}

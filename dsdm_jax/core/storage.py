@@ -41,6 +41,8 @@ _TEMPORARY = re.compile(r'\..+\.[a-z0-9_]{8}\.dsdm|.*\.__lock|.*\.orbax-checkpoi
 _MARK = '.sha256'  # ending of the note that a file is complete
 # How formulas begin; spreadsheets take full-width signs for the same, and some skip white space before them.
 _FORMULA = re.compile(r'\s*[=+\-@＝＋－＠]|[\t\r\n]')
+_SLIP = re.compile(r'(gs|gcs|s3):/?([^/].*)')  # a path that was meant as an address
+_IN_MEMORY = 2**31  # bytes of an array by `empty`
 _MOST_CHECKSUMS = 65_536
 _ROOM_SECONDS = 60.0  # for which the room that was found in the cache of objects counts
 _LONGEST_NAME, _LONGEST_PATH = 255, 3_072  # bytes; Linux allows 255 and 4,095, and files in the folder have names too
@@ -59,9 +61,12 @@ def check_folder(path: str | os.PathLike, name: str) -> Path:
     name: of the flag or key that holds it, for the message.
 
   Raises:
-    UserError: it is an address (`gs://…`); a part of the path is too long, or has a character that a package takes for
-      something else. Orbax finds no files in `v[1]`, and TensorStore writes those of `a\b` to `a/b`.
+    UserError: it is an address (`gs://…`), or was meant as one (`gs:/…`); a part of the path is too long, or has a
+      character that a package takes for something else. Orbax finds no files in `v[1]`, and TensorStore writes those of
+      `a\b` to `a/b`.
   """
+  if meant := _SLIP.fullmatch(os.fspath(path)):
+    raise UserError(f'{name} = {os.fspath(path)!a} is no address; write {meant[1]}://{meant[2]}')
   if '://' in os.fspath(path):
     raise UserError(
       f'{name} = {os.fspath(path)!a} is an address; give a folder of a disk, or of a share that all machines '
@@ -93,8 +98,9 @@ def check_location(text: Named, name: str) -> Location:
     location = locate(text)
     if isinstance(location, Address):
       wrong = [sign for sign in str(location) if sign in '*?[\\#' or not sign.isprintable()]
-      if wrong or '::' in str(location):
-        raise UserError(f'{name} = {str(location)!a} contains {wrong[0] if wrong else "::"!a}; use a plain address')
+      wrong += re.findall(r'::|(?<=/)\.\.(?=/|$)', str(location))
+      if wrong:
+        raise UserError(f'{name} = {str(location)!a} contains {wrong[0]!a}; use a plain address')
       object_store.check(location)
       return location
     text = location
@@ -105,7 +111,7 @@ def locate(text: Named) -> Location:
   """The location that a text names: an address if it has ://, else a path, which may be relative.
 
   Raises:
-    UserError: it is an address without a bucket.
+    UserError: it is an address without a bucket, or of a file of another machine.
   """
   if isinstance(text, Address):
     return text
@@ -113,7 +119,9 @@ def locate(text: Named) -> Location:
   scheme, is_address, rest = text.partition('://')
   if not is_address:
     return Path(text)
-  if scheme in ('file', 'local'):
+  if scheme.lower() in ('file', 'local'):
+    if not rest.startswith('/'):
+      raise UserError(f'{text!a} names a machine; write {scheme}:///{rest}')
     return Path(rest)
   os.environ.setdefault('EPATH_USE_TF', 'false')  # else Orbax imports TensorFlow for gs://, if it looks before this
   return Address(text)
@@ -760,6 +768,27 @@ def scratch() -> Iterator[Path]:
       yield new
     finally:
       shutil.rmtree(new, ignore_errors=True)
+
+
+def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+  """An array to be filled. A large one is in a file of this user's cache, so that it need not fit in memory.
+
+  The file has no name and ends with the array.
+
+  Raises:
+    OSError: the disk has no room for it.
+  """
+  size = math.prod(shape) * dtype.itemsize
+  if size <= _IN_MEMORY:
+    return np.empty(shape, dtype)
+  folder = _cache() / 'scratch'
+  folder.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryFile(dir=folder) as file:
+    try:
+      os.posix_fallocate(file.fileno(), 0, size)  # a disk that is full later would end the process
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, str(folder)) from error
+    return np.asarray(np.memmap(file, dtype, 'r+', shape=tuple(shape)))
 
 
 def _cache() -> Path:

@@ -17,7 +17,7 @@ from dsdm_jax.attribution.scores import UNSEEN, proxy_weights, seen
 from dsdm_jax.attribution.second_moment import adam_state
 from dsdm_jax.attribution.sources import ahead
 from dsdm_jax.config.validate import load_callable
-from dsdm_jax.core import flops, prng
+from dsdm_jax.core import flops, prng, storage
 from dsdm_jax.core.mesh import one_device
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.batches import row_range_batches
@@ -91,8 +91,8 @@ class Proxies:
     self._mean_D = raw_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
     # A few directions have most of the variance (two of 64 have 60 %), and along these many texts are close that have
     # no word in common.
-    self._white_DD = whitening((raw_ND - self._mean_D)[:: -(-len(raw_ND) // FIT_ROWS)])
-    return self._whitened(raw_ND)
+    self._white_DD = whitening(raw_ND[:: -(-len(raw_ND) // FIT_ROWS)] - self._mean_D)
+    return self._whiten(raw_ND)
 
   def embeddings_of(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
     """The embedding of unpadded token ids, whitened like the rows; call `embeddings` first. float32 [T, D]."""
@@ -101,12 +101,12 @@ class Proxies:
     for start in range(0, len(sequences), self._batch):
       tokens_BL, mask_BL = _padded(sequences[start : start + self._batch], self._batch, self._pool.length)
       parts.append(np.asarray(self._embed(state.params, state.rest, tokens_BL, mask_BL)))
-    return self._whitened(np.concatenate(parts)[: len(sequences)])
+    return self._whiten(np.concatenate(parts)[: len(sequences)])
 
-  def _whitened(self, raw_ND: np.ndarray) -> np.ndarray:
-    x_ND = np.empty_like(raw_ND)
-    for start in range(0, len(raw_ND), BLOCK):
-      x_BD = (raw_ND[start : start + BLOCK] - self._mean_D) @ self._white_DD
+  def _whiten(self, x_ND: np.ndarray) -> np.ndarray:
+    """Whitens embeddings in place."""
+    for start in range(0, len(x_ND), BLOCK):
+      x_BD = (x_ND[start : start + BLOCK] - self._mean_D) @ self._white_DD
       norm_B = np.linalg.norm(x_BD, axis=1, keepdims=True)
       x_ND[start : start + BLOCK] = x_BD / np.where(norm_B > 0, norm_B, 1)
     return x_ND
@@ -251,17 +251,19 @@ class Proxies:
     weights: Callable[[np.ndarray], np.ndarray] | None = None,
   ) -> np.ndarray:
     """`apply(tokens_BL, weights_BL)` of all rows, where `weights(rows_B)` is `pool.weights` unless given."""
-    parts: list[np.ndarray] = []
-    pool = self._pool
+    result, done, pool = np.empty(0, np.float32), 0, self._pool
     weights = weights or pool.weights
     with self._context.log.bar(total=pool.num_rows, desc=name, unit='row') as bar:
       for tokens_BL, rows_B, valid_B in ahead(row_range_batches(pool, 0, pool.num_rows, self._batch)):
         batch = tokens_BL, weights(rows_B)
-        if not parts:
+        part = np.asarray(apply(*batch))[valid_B]
+        if not done:
           self._context.add_flop(flops.count(apply, *batch) * -(-pool.num_rows // self._batch))
-        parts.append(np.asarray(apply(*batch))[valid_B])
-        bar.update(len(parts[-1]))
-    return np.concatenate(parts)
+          result = storage.empty((pool.num_rows, *part.shape[1:]), part.dtype)
+        result[done : done + len(part)] = part
+        done += len(part)
+        bar.update(len(part))
+    return result
 
   def _model(self, params: nnx.State, rest: nnx.State) -> nnx.Module:
     return nnx.merge(self._trainer.graphdef, params, rest)

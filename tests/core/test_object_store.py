@@ -49,7 +49,8 @@ def test_an_address_joins_like_a_path_and_opens_nothing():
 
 def test_only_what_has_a_scheme_is_an_address(tmp_path):
   assert storage.locate('runs/a') == storage.Path('runs/a') and storage.locate(tmp_path) == tmp_path
-  assert storage.locate('file:///runs/a') == storage.Path('/runs/a')
+  assert storage.locate('file:///runs/a') == storage.locate('FILE:///runs/a') == storage.Path('/runs/a')
+  assert storage.check_location(tmp_path / 'a:b', 'x') == tmp_path / 'a:b'
   assert storage.locate('s3://b/run') == Address('s3://b/run')
 
 
@@ -437,6 +438,11 @@ def test_each_byte_is_hashed_once_on_a_disk_and_by_the_store_elsewhere(address, 
     ('az://bucket/run', 'addresses that begin with az:// need adlfs; pip install adlfs'),
     ('nfs4x://bucket/run', 'nfs4x:// is no address that fsspec knows'),
     ('gs://', "'gs://' is no address; give one such as gs://bucket/run"),
+    ('gs:/bucket/run', "--workdir = 'gs:/bucket/run' is no address; write gs://bucket/run"),
+    ('s3:bucket/run', "--workdir = 's3:bucket/run' is no address; write s3://bucket/run"),
+    ('file://runs/a', "'file://runs/a' names a machine; write file:///runs/a"),
+    ('s3://tests/a/../run', r"--workdir = .* contains '\.\.'; use a plain address"),
+    ('memory://bucket/run', 'memory://bucket/run cannot hold a run, which TensorStore writes; use gs:// or s3://'),
     ('s3://tests/a*/run', r"--workdir = .* contains '\*'; use a plain address"),
   ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 FAKE = """#!/usr/bin/env bash
 case "$1 $2" in
+  "-c import "*fs) [[ -f "{log}/pip" && $(<"{log}/pip") == *" ${{2#import }}=="* ]] ;;
   "-c "*) exit {suits} ;;
   "--version "*) echo Python {version} ;;
   "-m venv") mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python" ;;
@@ -31,8 +32,8 @@ class Checkout:
     for new in (self.root, self.log, self.path, self.system):
       new.mkdir()
     shutil.copytree(repo / 'launch', self.root / 'launch')
-    for name in ('requirements.txt', 'requirements-tpu.txt', 'requirements-cuda.txt', 'requirements.lock'):
-      shutil.copy(repo / name, self.root)
+    for file in (*repo.glob('requirements*.txt'), repo / 'requirements.lock'):
+      shutil.copy(file, self.root)
     for tool in TOOLS:
       program = shutil.which(tool)
       assert program is not None

@@ -87,6 +87,12 @@ def test_unknown_chip_is_refused():
     topology.chips('v7:2x2')
 
 
+@pytest.mark.parametrize('name', ['v5e:2x2x2', 'v6e:4x4x4', 'v5e:16x32', 'v6e:1x257', 'v5p:16x24x24', 'v4:16x16x17'])
+def test_slices_that_no_pod_has_are_refused(name):
+  with pytest.raises(UserError, match=r'is more than a pod of v\w+ has: [23] axes and [\d,]+ chips'):
+    topology.chips(name)
+
+
 def test_figures_of_a_device_are_its_share_of_the_chip():
   for name, found in CHIPS.items():
     assert found.device.peak_flops * found.devices == found.peak_flops

@@ -1,5 +1,6 @@
 """The proxies' own passes, with a model of random weights."""
 
+import errno
 import threading
 import types
 
@@ -11,7 +12,7 @@ from flax import nnx
 
 from configs.base import get_config
 from dsdm_jax.attribution import rademacher
-from dsdm_jax.core import prng
+from dsdm_jax.core import prng, storage
 from dsdm_jax.core.artifacts import Cost
 from dsdm_jax.core.progress import Log
 from dsdm_jax.core.stage import Context
@@ -94,6 +95,25 @@ def test_embeddings_are_of_tokens_alone_without_padding(proxies, monkeypatch):
     target = padded(sequences, pad)
     found = selected('embedding', ArrayCandidates(np.zeros(ROWS), rows, proxies=made), ROWS, 1, target=target)
     np.testing.assert_allclose(found.scores, nearest_N[found.rows], atol=3e-5)
+
+
+def test_embeddings_that_are_large_are_in_a_file_and_the_same(proxies, monkeypatch, tmp_path):
+  made, _, _ = proxies
+  monkeypatch.setattr('dsdm_jax.selection.proxy_signals.BLOCK', 5)  # of 23 rows
+  plain_ND = made.embeddings()
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  monkeypatch.setattr(storage, '_IN_MEMORY', 0)
+  mapped_ND = made.embeddings()
+  assert isinstance(mapped_ND.base, np.memmap) and not isinstance(plain_ND.base, np.memmap)
+  np.testing.assert_array_equal(mapped_ND, plain_ND)
+  assert storage.files(tmp_path / 'cache') == [], 'the file has no name, so that a kill leaves none'
+
+  def full(*arguments):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(storage.os, 'posix_fallocate', full)
+  with pytest.raises(OSError, match=r'No space left on device.*cache'):
+    made.embeddings()
 
 
 def test_less_by_its_formula(proxies, monkeypatch):
