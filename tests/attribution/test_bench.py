@@ -2,14 +2,11 @@
 
 import argparse
 import json
-import subprocess
-import sys
 
 import pytest
 
 from dsdm_jax.bench import __main__ as bench
 from dsdm_jax.bench import features, stages
-from tests.conftest import ROOT
 
 KEYS = (
   'case seconds ratio_to_train_step ratio_to_floor cpu_ratio_to_floor tokens_per_s peak_bytes flop '
@@ -65,12 +62,3 @@ def test_passes_are_compared_with_their_steps_in_pauses(capsys, monkeypatch):
     for line in (store, stream)
   )
   assert len(pauses) == 2 + 2 + 2 * 2  # before each case, then in one pass and in two
-
-
-@pytest.mark.parametrize('name', ['datamodel', 'near_duplicates'])
-def test_a_module_of_a_bench_names_the_command(name):
-  command = [sys.executable, '-m', f'dsdm_jax.bench.{name}', '--help']
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-  assert (done.returncode, done.stdout) == (2, '')
-  assert done.stderr.endswith(f'run python -m dsdm_jax.bench {name}\n')
-  assert subprocess.run([*command[:2], 'dsdm_jax.bench', '--help'], cwd=ROOT, capture_output=True).returncode == 0
