@@ -7,7 +7,8 @@ import scipy.sparse
 
 from dsdm_jax.data.targets.targets import text_mask
 
-_BINS = 2**14  # of hashed pairs of tokens
+_BINS = 10_000  # of hashed pairs of tokens, as many as DSIR's default
+_DIMENSIONS = 128  # of latent semantic analysis
 _K1, _B = 1.2, 0.75  # of BM25
 
 
@@ -55,11 +56,26 @@ def log_ratio(count_NV: scipy.sparse.csr_array, count_TV: scipy.sparse.csr_array
   return score_NT
 
 
-def cosine(embedding_ND: np.ndarray, embedding_TD: np.ndarray) -> np.ndarray:
-  """score_NT: cosine of embeddings, after subtracting the mean of the rows from both."""
-  mean_D = embedding_ND.mean(axis=0)
+def latent(count_NV: scipy.sparse.csr_array, count_TV: scipy.sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
+  """Latent semantic analysis (Deerwester et al. 1990): TF-IDF vectors in the first 128 right singular vectors of those
+  of the rows; float32 [N, D], [T, D]. Weights of terms are those of `selection/tfidf.py`.
+  """
+  from sklearn.feature_extraction.text import TfidfTransformer
+  from sklearn.utils.extmath import randomized_svd
+
+  weighting = TfidfTransformer().fit(count_NV)
+  weight_NV, weight_TV = weighting.transform(count_NV), weighting.transform(count_TV)
+  size = min(_DIMENSIONS, min(weight_NV.shape) - 1)
+  basis_VD = randomized_svd(weight_NV, size, n_iter=5, random_state=0)[2].T
+  return weight_NV @ basis_VD, weight_TV @ basis_VD
+
+
+def cosine(embedding_ND: np.ndarray, embedding_TD: np.ndarray, centre: bool) -> np.ndarray:
+  """score_NT: cosine of embeddings. `centre` subtracts the mean of the rows from both."""
+  mean_D = embedding_ND.mean(axis=0) if centre else 0
   unit_ND, unit_TD = (
-    (x - mean_D) / np.linalg.norm(x - mean_D, axis=1, keepdims=True) for x in (embedding_ND, embedding_TD)
+    (x - mean_D) / np.maximum(np.linalg.norm(x - mean_D, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    for x in (embedding_ND, embedding_TD)
   )
   return unit_ND @ unit_TD.T
 
@@ -99,7 +115,8 @@ def predictors(
   return {
     'BM25': lambda: bm25(*counts(vocab_size, False)),
     'n-gram ratio (DSIR)': ratio,
-    'embedding similarity': lambda: cosine(*embeddings()),
+    'LSA': lambda: cosine(*latent(*counts(vocab_size, False)), centre=False),
+    'embedding similarity': lambda: cosine(*embeddings(), centre=True),
     'low loss': lambda: same_for_all(-loss_N()),
     'high loss': lambda: same_for_all(loss_N()),
   }

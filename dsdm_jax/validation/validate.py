@@ -30,7 +30,7 @@ _SMOOTH_VARIANTS = (
   'reference', 'no curvature', '4 proxies', 'three checkpoints', 'early checkpoint', 'half the epochs',
   'twice the epochs', 'damping × 10', 'Gram by layers', 'Gram by layers, damping × 10', 'Gram by layers, J = 8,192',
   'Gram by layers, 4 proxies', 'Gram by layers, three checkpoints', BEST, 'EK-FAC', 'EK-FAC, 1 proxy',
-  'EK-FAC, 4 proxies',
+  'EK-FAC, 4 proxies', 'EK-FAC, three checkpoints', 'EK-FAC, early checkpoint', 'EK-FAC, damping × 10',
 )  # fmt: skip
 
 

@@ -159,6 +159,8 @@ VARIANTS: tuple[Variant, ...] = (
   Variant('EK-FAC', features=EKFAC),
   Variant('EK-FAC, 1 proxy', features=EKFAC, proxies=1),
   Variant('EK-FAC, 4 proxies', features=EKFAC, proxies=4),
+  Variant('EK-FAC, three checkpoints', features=EKFAC, checkpoints=(EARLY, MIDDLE, LATE)),
+  Variant('EK-FAC, early checkpoint', features=EKFAC, checkpoints=(EARLY,)),
   Variant('EK-FAC, damping × 0.1', features=EKFAC, damping=0.1),
   Variant('EK-FAC, damping × 10', features=EKFAC, damping=10.0),
   Variant('EK-FAC, 512 rows', features=(*EKFAC, ('basis_rows', 512))),

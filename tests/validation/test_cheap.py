@@ -52,6 +52,16 @@ def test_targets_end_with_their_last_counted_token():
 def test_cosine_subtracts_the_mean():
   rng = np.random.default_rng(0)
   rows = rng.standard_normal((50, 8)) + 100
-  found = cheap.cosine(rows, rows[:3])
+  found = cheap.cosine(rows, rows[:3], centre=True)
   assert np.argmax(found, axis=0).tolist() == [0, 1, 2]
   assert abs(np.median(found)) < 0.3
+  assert np.median(cheap.cosine(rows, rows[:3], centre=False)) > 0.99
+
+
+def test_lsa_finds_texts_of_the_same_topic_that_share_no_word():
+  topics = np.array([[1, 2, 3, 1], [2, 3, 4, 4], [1, 3, 4, 2], [5, 6, 7, 5], [6, 7, 8, 8], [5, 7, 8, 6]])
+  counts = (cheap.count(x, np.ones(x.shape), 10, False) for x in (topics, np.array([[1, 1, 1, 1], [8, 8, 8, 9]])))
+  row_ND, target_TD = cheap.latent(*counts)
+  found = cheap.cosine(row_ND[:, :2], target_TD[:, :2], centre=False)
+  assert (found[:3, 0] > 0.9).all() and (found[3:, 0] < 0.1).all()
+  assert (found[3:, 1] > 0.9).all() and (found[:3, 1] < 0.1).all()
