@@ -55,6 +55,7 @@ def run(context: Context) -> dict | None:
         _measure_coverage(context, extractor, checkpoint)
       if stored:
         _extract_pool(context, extractor.source(checkpoint, prepared), checkpoint, described, bar)
+  processes.wait()  # for shards that others are still writing
   # Only now: other jobs may have completed what was missing when this one started.
   if not processes.decide(lambda: all(_complete(context, c, described) for c in range(count))):
     return None
