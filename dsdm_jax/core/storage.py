@@ -47,8 +47,8 @@ _MOST_CHECKSUMS = 65_536
 _ROOM_SECONDS = 60.0  # for which the room that was found in the cache of objects counts
 _LONGEST_NAME, _LONGEST_PATH = 255, 3_072  # bytes; Linux allows 255 and 4,095, and files in the folder have names too
 _TICK_NS = 50_000_000  # times of change are no finer than this on some file systems
-# (device, inode, bytes, time of change) → SHA-256, of files that this process wrote or read whole.
-_checksums: dict[tuple[int, int, int, int], str] = {}
+# (device, inode, bytes, times of writing and of change) → SHA-256, of files that this process wrote or read whole.
+_checksums: dict[tuple[int, int, int, int, int], str] = {}
 _stack = contextlib.ExitStack()  # locks that this process has until it ends
 _room = [0.0, 0.0]  # bytes that the cache of objects has left, and until when that counts
 
@@ -252,11 +252,14 @@ def _written(path: Path, data: bytes) -> Iterator[str]:
       file.write(data)
       file.flush()
       os.fsync(file.fileno())
-      _note(os.fstat(file.fileno()), hashlib.sha256(data).hexdigest())
+      written = os.fstat(file.fileno()).st_ino
     os.chmod(temporary, 0o666 & ~_umask())  # a temporary file is readable by its owner only
     yield temporary
   finally:
     Path(temporary).unlink(missing_ok=True)
+  with contextlib.suppress(OSError):  # another process has deleted it
+    if (state := path.stat()).st_ino == written:
+      _note(state, hashlib.sha256(data).hexdigest())
 
 
 @functools.cache
@@ -285,12 +288,16 @@ def copy(source: Location, target: Location) -> None:
   target.parent.mkdir(parents=True, exist_ok=True)
   temporary = target.with_name(f'.{target.name}.00000000{_PART}')
   temporary.unlink(missing_ok=True)
+  known = _checksums.get(_key(source.stat()))
   try:
     os.link(source, temporary)
   except OSError:
     shutil.copy2(source, temporary)
+    known = None
   os.replace(temporary, target)
   temporary.unlink(missing_ok=True)  # the rename of a link over the same file does nothing
+  if known:  # a link has changed the time of change
+    _note(target.stat(), known)
 
 
 def delete(path: Location) -> None:
@@ -456,7 +463,7 @@ def _sha256(path: Path) -> str:
 
 
 def checksum(path: Location) -> str:
-  """SHA-256 of a file; not read again if this process knows the file in this size and time of change.
+  """SHA-256 of a file; not read again if this process knows the file in this size and these times.
 
   Of an object it is 'crc32c:…' or 'etag:…' as its store says, and SHA-256 where the store says nothing.
 
@@ -496,8 +503,9 @@ def _note(state: os.stat_result, digest: str) -> None:
   _checksums[_key(state)] = digest
 
 
-def _key(state: os.stat_result) -> tuple[int, int, int, int]:
-  return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+def _key(state: os.stat_result) -> tuple[int, int, int, int, int]:
+  # A copy may have the inode of a deleted file, and the time of writing of its original, but not its time of change.
+  return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def write_text(path: Named, text: str) -> None:

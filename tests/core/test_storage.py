@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -92,17 +93,32 @@ def test_replace_is_conditional(tmp_path):
   assert storage.replace(file, b'2', known=b'1') and storage.read_bytes(file) == b'2'
 
 
-def test_a_file_is_hashed_once_also_after_a_rename_and_again_when_it_has_changed(tmp_path, monkeypatch):
-  file = tmp_path / 'a'
+def test_a_file_is_hashed_once_also_after_its_folder_is_renamed_and_again_when_it_has_changed(tmp_path, monkeypatch):
+  file, renamed, linked = tmp_path / 'a/file', tmp_path / 'b/file', tmp_path / 'c/file'
   storage.write_bytes(file, b'content')
   digest = storage.sha256(file)
   read = []
   monkeypatch.setattr(storage, 'sha256', lambda path: read.append(path) or 'read')
   assert storage.checksum(file) == digest
-  file.rename(tmp_path / 'b')
-  assert storage.checksum(tmp_path / 'b') == digest and read == []
-  (tmp_path / 'b').write_bytes(b'more content')
-  assert storage.checksum(tmp_path / 'b') == 'read' and read == [tmp_path / 'b']
+  file.parent.rename(renamed.parent)
+  storage.copy(renamed, linked)
+  assert storage.create(tmp_path / 'd', b'content')
+  assert {storage.checksum(path) for path in (renamed, linked, tmp_path / 'd')} == {digest} and read == []
+  renamed.write_bytes(b'more content')
+  assert storage.checksum(renamed) == 'read' and read == [renamed]
+
+
+def test_a_file_with_the_inode_size_and_time_of_another_is_hashed(tmp_path):
+  """As a copied workdir has in the place of a deleted one."""
+  file = tmp_path / 'file'
+  storage.write_bytes(file, b'one')
+  before, digest = file.stat(), storage.checksum(file)
+  time.sleep(0.05)  # beyond the resolution of times
+  file.write_bytes(b'two')
+  os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+  after = file.stat()
+  assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+  assert storage.checksum(file) != digest
 
 
 def test_mark_tells_a_complete_file_from_any_other(tmp_path):
