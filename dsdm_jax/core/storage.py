@@ -457,7 +457,7 @@ def _sha256(path: Path) -> str:
   with open(path, 'rb') as file:
     digest = hashlib.file_digest(file, 'sha256').hexdigest()
     state = os.fstat(file.fileno())
-  if time.time_ns() - state.st_mtime_ns > _TICK_NS:  # a change right after this could not be seen
+  if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > _TICK_NS:  # a later change has another time
     _note(state, digest)
   return digest
 
