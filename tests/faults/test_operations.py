@@ -1,6 +1,6 @@
 """Kills and errors of the system at single operations on files, in each stage; then the same command, the same results.
 
-`launch/test.sh --faults` tries 200 kills and 140 errors in ten stages, CI a few in the quickest.
+`launch/test.sh --faults` tries 240 kills and 168 errors in twelve stages, CI a few in the quickest.
 """
 
 import errno
