@@ -22,7 +22,7 @@ from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import artifacts, processes, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.mesh import make_mesh
-from dsdm_jax.core.progress import Bar
+from dsdm_jax.core.progress import Bar, counted
 from dsdm_jax.core.stage import Context
 from dsdm_jax.core.storage import Location
 from dsdm_jax.data.pool.pool import Pool, prefiltered_rows
@@ -86,7 +86,7 @@ def run(context: Context) -> dict:
   new, solved, q_N, spent = unfinished(damping_before), None, None, context.cost.parts
   passes = (1 if options.gram == 'joint' else features.checkpoints) * (1 if by_ekfac else 2)
   passes += proxies.count if options.q else 0
-  context.log.describe(f'{len(names)} targets × {features.rows:,} rows')
+  context.log.describe(f'{counted(len(names), "target")} × {counted(features.rows, "row")}')
   with context.log.bar(total=passes * features.rows, unit='row') as bar:
     held_out = None
     if chosen:

@@ -12,7 +12,7 @@ from dsdm_jax.attribution.extractor import FeatureExtractor, check_finite, check
 from dsdm_jax.attribution.gradients import FeatureStep
 from dsdm_jax.core import flops, processes, storage
 from dsdm_jax.core.mesh import batch_sharding, fetch, place
-from dsdm_jax.core.progress import Bar
+from dsdm_jax.core.progress import Bar, counted
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.targets.targets import Examples, Targets
@@ -34,7 +34,7 @@ def run(context: Context) -> dict[str, Any]:
   extractor = FeatureExtractor(context, Pool(context.inputs['pool']), features.path)
   examples = {task: targets.examples(task, 'target') for task in targets.tasks}
   total = count * sum(map(len, examples.values()))
-  context.log.describe(f'{len(targets.tasks)} targets × {count} checkpoints')
+  context.log.describe(f'{counted(len(targets.tasks), "target")} × {counted(count, "checkpoint")}')
   with context.log.bar(total=total, unit='example') as bar:
     for checkpoint in range(count):
       extract(context, extractor.step, lambda c: extractor.prepare(c)[0], checkpoint, examples, extractor.mesh, bar)

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.core import artifacts, prng, storage
 from dsdm_jax.core.mesh import make_mesh, share
+from dsdm_jax.core.progress import counted
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.batches import training_batches
 from dsdm_jax.data.order.schedule import Schedule
@@ -284,7 +285,7 @@ def run(context: Context) -> dict:
         f'held-out loss {best["held_out_loss"]:.4f}, the best of {len(tried)} sizes and rates'
       )
   if planned:
-    context.log.describe(f'{len(index)} models on {len(planned)} rungs')
+    context.log.describe(f'{counted(len(index), "model")} on {counted(len(planned), "rung")}')
   if context.first:
     storage.write_text(context.out / 'index.json', json.dumps(index, indent=1))
   keys = ('factor', 'size', 'rate', 'parameters', 'tokens', 'held_out_loss')

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from dsdm_jax.config.values import BREADTH
 from dsdm_jax.core import artifacts, prng, storage
 from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.core.progress import counted
 from dsdm_jax.core.stage import Context
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.pool.vocabulary import FILES, Encoder, HuggingFaceEncoder, encode_pair, open_encoder
@@ -341,7 +342,7 @@ def run(context: Context) -> dict[str, Any]:
   storage.write_json(context.out / 'tasks.json', list(counts))
   context.log.event('targets', counts=counts)
   asked = sum(count['target'] for count in counts.values())
-  context.log.describe(f'{len(counts)} tasks, {asked:,} examples for the datamodel')
+  context.log.describe(f'{counted(len(counts), "task")}, {counted(asked, "example")} for the datamodel')
   for task, count in counts.items():
     left_out = ''.join(
       f'; left out: {count[name]:,} {of}'
