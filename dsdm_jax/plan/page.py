@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dsdm_jax.core.progress import counted
 from dsdm_jax.plan import host, topology
 from dsdm_jax.plan.programs import SELECTION
 
@@ -42,13 +43,15 @@ def in_hours(plan: Mapping[str, Any]) -> list[str]:
 
 
 def _head(plan: Mapping[str, Any]) -> str:
-  mesh, each = ' × '.join(map(str, plan['mesh'].values())), plan['config']['proxies.checkpoints']
+  config, mesh = plan['config'], ' × '.join(map(str, plan['mesh'].values()))
+  each = config['proxies.checkpoints']
   slices = f'{plan["slices"]} slices of ' if plan['slices'] > 1 else ''
-  proxies = f'{plan["config"]["proxies.count"]} proxies' + (f' at {each} checkpoints' if each > 1 else '')
+  proxies = counted(config['proxies.count'], 'proxy') + (f' at {each} checkpoints' if each > 1 else '')
+  features = 'EK-FAC' if config['features.projection'] == 'ekfac' else f'J = {plan["dimension"]:,}'
   return (
-    f'{plan["topology"]}: {plan["chips"]} chips ({slices}{plan["accelerator_type"]}), mesh {mesh}; '
-    f'{plan["rows"]:,} rows of {plan["config"]["pool.length"]:,} tokens, J = {plan["dimension"]:,}, '
-    f'{proxies}, {plan["final_runs"]} final models'
+    f'{plan["topology"]}: {counted(plan["chips"], "chip")} ({slices}{plan["accelerator_type"]}), mesh {mesh}; '
+    f'{counted(plan["rows"], "row")} of {config["pool.length"]:,} tokens, {features}, {proxies}, '
+    f'{counted(plan["final_runs"], "final model")}'
   )
 
 
