@@ -262,11 +262,9 @@ def _choices(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], star
     phrases = decided if _is_decided(results, c) or too_few_seeds([c]) else undecided
     phrases.append(f'{shares} on {row_task_name(c)} ({"; ".join(facts)})')
   if not decided:
-    return f'{start} the evidence for a difference does not suffice: {joined(undecided)}.'
+    return f'{start} chance may explain the difference: {joined(undecided)}.'
   sentence = f'{start} these models choose right in {joined(decided)}'
-  return sentence + (
-    f'; the evidence for a difference does not suffice on others: {joined(undecided)}.' if undecided else '.'
-  )
+  return sentence + (f'; chance may explain the rest: {joined(undecided)}.' if undecided else '.')
 
 
 def _differences(rows: Sequence[Mapping[str, Any]], start: str) -> str:
@@ -291,7 +289,7 @@ def _differences(rows: Sequence[Mapping[str, Any]], start: str) -> str:
   else:
     phrases = [f'{x} as likely on {row_task_name(c)} ({named(c)})' for x, c in zip(times, decided, strict=True)]
   sentence = f'{start} they make the right token {joined(phrases)}'
-  return sentence + (f'; the evidence for a difference does not suffice on {undecided}.' if undecided else '.')
+  return sentence + (f'; chance may explain the difference on {undecided}.' if undecided else '.')
 
 
 def right_answers(results: Mapping[str, Any], c: Mapping[str, Any]) -> dict[str, Any]:

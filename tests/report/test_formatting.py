@@ -42,7 +42,7 @@ def test_headline_for_each_outcome():
   ]
   assert _headlines(better, worse, neither)[0] == (
     f'{_START} they make the right token 1.19 times as likely on docs (+0.17 nats [0.12, 0.22]) and 0.74 times as '
-    'likely on api_qa (−0.30 nats [−0.40, −0.20]); the evidence for a difference does not suffice on cs_algorithms '
+    'likely on api_qa (−0.30 nats [−0.40, −0.20]); chance may explain the difference on cs_algorithms '
     '(+0.01 nats [−0.03, 0.05]).'
   )
   assert _headlines(neither)[0] == (
@@ -98,14 +98,14 @@ def test_right_choices_come_first_beside_guessing_and_counting():
   first, second = (sentence.replace('\u00a0', ' ') for sentence in formatting.headlines(results))
   assert first == (
     f'{_START} these models choose right in 87 % instead of 74 % on brackets (+13 points [8, 18]; guessing: 50 %; '
-    'n-grams: 53 %); the evidence for a difference does not suffice on others: 47 % instead of 45 % on next_code '
+    'n-grams: 53 %); chance may explain the rest: 47 % instead of 45 % on next_code '
     '(+2 points [−4, 8]; guessing: 25 %).'
   )
   assert second.startswith('In log-probability, they make the right token 1.49 times as likely on brackets (+0.40 nats')
   open_ = results | {'accuracy_comparisons': [c | {'verdict': 'no evidence'} for c in accuracies]}
   first, second = (sentence.replace('\u00a0', ' ') for sentence in formatting.headlines(open_))
   assert first.startswith(f'{_START} they make the right token 1.49 times as likely on brackets')
-  assert second.startswith('In right choices, the evidence for a difference does not suffice: 87 % instead of 74 %')
+  assert second.startswith('In right choices, chance may explain the difference: 87 % instead of 74 %')
   few = [c | {'seeds': [2, 2]} for c in nats]
   assert formatting.headlines(results | {'comparisons': few})[1].startswith('Log-probability changes by +0.40')
 
