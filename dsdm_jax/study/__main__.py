@@ -1,18 +1,21 @@
-"""`python -m dsdm_jax.study run` trains and compares the arms of a study; `results` makes its tables and figures."""
+"""`python -m dsdm_jax.study run` trains and compares the arms of a study.
+
+`results` makes its tables and figures, and `items` its questions.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from dsdm_jax.errors import UserError
-from dsdm_jax.study import results, study
+from dsdm_jax.study import items, results, study
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, or 2 after one line on stderr about an error that the user can fix."""
   parser = argparse.ArgumentParser(prog='python -m dsdm_jax.study', description=__doc__)
   commands = parser.add_subparsers(dest='command', required=True)
-  modules = {'run': study, 'results': results}
+  modules = {'run': study, 'results': results, 'items': items}
   for name, module in modules.items():
     summary = str(module.__doc__).partition('\n')[0]
     module.add_flags(commands.add_parser(name, help=summary, description=module.__doc__))
