@@ -8,8 +8,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-SCRIPT = """
-import json, os, struct, sys
+WRITE = """
+import os, sys
 from pathlib import Path
 from dsdm_jax.core.loggers import WeightsAndBiases
 workdir = Path(sys.argv[1])
@@ -19,9 +19,13 @@ for start in (1, 3):  # the second as after a resume
   for step in (start, start + 1):
     tracker.write_scalars(step, {'loss': 1 / step})
   tracker.close()
-# Records in the log format of LevelDB, in blocks of 32 KiB.
+"""
+READ = """
+import json, struct, sys
+from pathlib import Path
 from wandb.proto import wandb_internal_pb2
-for file in sorted(workdir.glob('wandb/offline-run-*/*.wandb')):
+# Records in the log format of LevelDB, in blocks of 32 KiB.
+for file in sorted(Path(sys.argv[1]).glob('wandb/offline-run-*/*.wandb')):
   data, at, record = file.read_bytes(), 7, b''
   while at + 7 < len(data):
     _, size, kind = struct.unpack('<IHB', data[at : at + 7])
@@ -36,8 +40,9 @@ for file in sorted(workdir.glob('wandb/offline-run-*/*.wandb')):
 
 @pytest.mark.peers
 def test_curves_are_in_the_files_of_weights_and_biases(peers: Path, tmp_path: Path):
-  done = subprocess.run([peers, '-c', SCRIPT, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr[-3000:]
+  for script in (WRITE, READ):  # the package writes in the background until its process ends
+    done = subprocess.run([peers, '-c', script, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
   kept = list((tmp_path / 'wandb').glob('offline-run-*/*.wandb'))
   assert len(kept) == 2 and len({path.name for path in kept}) == 1, 'one run, resumed'
   found = sorted(json.loads(line) for line in done.stdout.splitlines() if line.startswith('['))
