@@ -1,0 +1,80 @@
+"""The next study of docs/results.md: models above n-gram counts on the whole pool of mixed text.
+
+Make the questions, choose the learning rate (an arm for each), and run all other arms. The last command resumes where
+it stopped; arms of other machines join its table with `--also='docs/results/above_ngrams/*.json'`:
+
+    python -m dsdm_jax.study items --folder data/benchmarks --out data/study
+    python -m dsdm_jax.main --config=configs/study_above_ngrams.py:rate_0.005 --workdir=runs/rate_0.005
+    python -m dsdm_jax.study run --config=configs/study_above_ngrams.py --workdir=runs/above_ngrams
+
+Inputs: text at `data/pool/*.jsonl.gz` (fields `id`, `source`, `text`), questions at `data/study/*.jsonl`, and
+benchmarks at `data/benchmarks/*.jsonl`, in LLM-Foundry's shapes.
+
+Hardware and time: two CPU cores, 7 minutes a model.
+
+Result: none yet; docs/results.md has the plan.
+"""
+
+from dsdm_jax.configs import recipe
+
+TARGETS = ('lambada_cloze', 'squad_cloze', 'jeopardy_cloze')
+# Random rows need no scores, so the stages before them do as little as possible.
+_RANDOM = {
+  'selection.methods': ('random',),
+  'selection.prefilter': 'random 1',
+  'proxies.subset_share': 0.01,
+  'selection.epochs': 1,
+  'pretraining.seeds': 1,
+}
+_THREE = {'pretraining.seeds': 3}
+_DSDM = {'selection.methods': ('dsdm',), **_THREE}
+_LARGE = {'proxies.model.layers': 2, 'proxies.model.width': 128, 'proxies.model.mlp_width': 512, 'proxies.count': 2}
+
+# The most important arms come first, so that an interrupted study has them.
+ARMS: dict[str, dict] = {
+  'base': {'selection.methods': ('dsdm', 'random'), **_THREE},
+  'lsa': {'selection.methods': ('lsa',), **_THREE},
+  'one_epoch': {'selection.methods': ('random_one_epoch',), **_THREE},
+  'baselines_of_text': {'selection.methods': ('fasttext', 'dsir'), **_THREE},
+  'baselines_of_proxies': {'selection.methods': ('embedding', 'color_filter', 'gradient'), **_THREE},
+  'hybrid': {'selection.methods': ('hybrid', 'bottom'), **_THREE},
+  'prefiltered': {**_DSDM, 'selection.prefilter': 'fasttext 4'},
+  'large': {**_DSDM, **_LARGE},
+  'paper': {
+    **_DSDM,
+    **_LARGE,
+    'proxies.count': 4,
+    'features.projection': 'two_sided',
+    'features.dimension': 16_384,
+    'datamodel.gram': 'full',
+    'datamodel.mix': 'mean',
+  },
+  # Random rows at three learning rates, on a quarter of the tokens.
+  **{f'rate_{rate:g}': {**_RANDOM, 'pretraining.train.learning_rate': rate} for rate in (5e-3, 1e-2, 2e-2)},
+}
+
+
+def get_config(arm='base'):
+  """The config of one arm: `configs/study_above_ngrams.py:large`."""
+  if arm not in ARMS:
+    raise ValueError(f'{arm!r} is not an arm of the study; its arms are {", ".join(ARMS)}')
+  config = recipe.get_config()
+  config.pool.sources = ('jsonl:data/pool/*.jsonl.gz',)
+  config.pool.max_bytes = 0
+  config.pool.length = 256
+  config.pool.vocab_size = 4_096
+  config.targets.tasks = tuple(f'data/study/{name}.jsonl' for name in TARGETS)
+  config.targets.max_examples = 512
+  config.targets.breadth = 1.0
+  config.model.width, config.model.mlp_width = 128, 512
+  config.proxies.epochs = 0.5
+  for training in (config.proxies.train, config.pretraining.train):
+    training.batch_size = 32
+    training.microbatches = 4  # the logits of a part fit the processor's cache: 1.6 times as fast
+  config.selection.examples = 9_760
+  config.selection.targets = ('+'.join(TARGETS),)
+  config.evaluation.tasks = ('targets', 'piqa', 'winograd', 'trivia_qa', 'data/benchmarks/blimp_sample.jsonl')
+  config.evaluation.max_items = 1_000
+  config.targets.folder = 'data/benchmarks'
+  config.update_from_flattened_dict(ARMS[arm])
+  return config
