@@ -1,7 +1,9 @@
 """Runs whose workdir is in an object store: they leave what a run on a disk leaves, and every reader opens them."""
 
 import json
+import random
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -33,14 +35,17 @@ def run(workdir: Address | Path, *flags: str, **environment: str) -> None:
   assert done.returncode == 0, done.stderr[-3000:]
 
 
-def run_two(coordinator: str, workdir: Address | Path, disks: Path, **environment: str) -> None:
-  """A whole run by two processes that share the workdir alone."""
+def start_two(coordinator: str, workdir: Address | Path, disks: Path, **environment: str) -> list[runs.Run]:
+  """Two processes of one run that share the workdir alone."""
   flags = (runs.TINY, f'--workdir={workdir}', f'--config.distributed.coordinator={coordinator}', *TWO)
-  started = [
+  return [
     runs.start(*flags, f'--config.distributed.process={process}', **environment, **own_disk(disks / f'{process}'))
     for process in (0, 1)
   ]
-  for process in started:
+
+
+def run_two(coordinator: str, workdir: Address | Path, disks: Path, **environment: str) -> None:
+  for process in start_two(coordinator, workdir, disks, **environment):
     done = process.wait(600)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -126,5 +131,26 @@ def test_a_run_in_gs_is_the_run_on_a_disk(address, stores, finished, tmp_path):
 def test_two_processes_share_the_address_alone(address, stores, tmp_path):
   coordinator = f'127.0.0.1:{free_port()}'  # the config of both, which results.json has
   run_two(coordinator, tmp_path / 'local', tmp_path / 'shared')
+  run_two(coordinator, address, tmp_path / 'disks', **stores(address.scheme))
+  assert_same_bytes(storage.local(address), tmp_path / 'local')
+
+
+@pytest.mark.parametrize('address', ['s3', 'gs'], indirect=True)
+def test_killed_machines_of_two_lose_nothing(address, stores, tmp_path):
+  """Both machines, or one and then the other, die at random moments, and new ones with empty disks go on."""
+  coordinator, rng = f'127.0.0.1:{free_port()}', random.Random(address.scheme)
+  run_two(coordinator, tmp_path / 'local', tmp_path / 'shared')
+  kills = 0
+  for start in range(5):
+    started = start_two(coordinator, address, tmp_path / f'disks_{start}', **stores(address.scheme))
+    time.sleep(rng.uniform(2, 12))
+    for process in rng.sample(started, 2):
+      if process.child.poll() is None:
+        process.child.kill()
+        kills += 1
+      time.sleep(rng.choice([0, 2]))
+    for process in started:
+      process.wait(60)
+  assert kills > 5
   run_two(coordinator, address, tmp_path / 'disks', **stores(address.scheme))
   assert_same_bytes(storage.local(address), tmp_path / 'local')
