@@ -28,7 +28,8 @@ def test_features_prints_a_line_for_each_case(capsys, monkeypatch):
     assert (line['tokens_per_s'] is None) == (name == 'matmul_peak')
   assert lines['train_step']['ratio_to_train_step'] == 1
   assert lines['two_sided_j64']['ratio_to_floor'] > 0
-  assert (lines['two_sided_j64']['j'], lines['dense_j32']['j'], lines['jvp_score']['microbatch']) == (64, 32, 1)
+  # Two sided: 2 × 2 of ten matrices, and five of all vectors.
+  assert (lines['two_sided_j64']['j'], lines['dense_j32']['j'], lines['jvp_score']['microbatch']) == (45, 32, 1)
 
 
 def test_share_of_the_peak_is_of_all_devices(monkeypatch):
