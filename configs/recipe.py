@@ -20,7 +20,7 @@ from dsdm_jax.configs import base
 def get_config():
   config = base.get_config()
   config.model.positions = 'rope'
-  config.model.init_std = 0.1  # for models from scratch of a width of about 100
+  config.model.init_std = 0.1  # for narrow models from scratch
   proxies = config.proxies
   proxies.count, proxies.epochs = 1, 1.0
   proxies.model.layers, proxies.model.width, proxies.model.mlp_width = 1, 16, 64
