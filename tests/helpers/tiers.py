@@ -9,7 +9,7 @@ import pytest
 FULL = (
   'tests/attribution/test_bench.py::test_features_prints',
   'tests/attribution/test_bench.py::test_passes_are_compared',
-  'tests/data/pool/test_beam.py',
+  'tests/data/pool/test_beam.py::test_the_direct_runner',
   'tests/evaluation/test_bench.py',
   'tests/faults/test_kill.py::test_kill_where_data_is_made_again',
   'tests/faults/test_kill.py::test_validation_that_is_killed',

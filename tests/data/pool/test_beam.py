@@ -1,6 +1,7 @@
 """A pool from Apache Beam equals one from local processes, row by row."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -21,6 +22,14 @@ config = get_config()
 for key, value in json.load(open(sys.argv[1])).items():
   config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
 pipeline.run(config, sys.argv[2], only='pool')
+"""
+# The distributions whose modules are imported.
+IMPORTED = """
+import importlib.metadata, sys
+from dsdm_jax import pipeline
+from dsdm_jax.data.pool import build
+of = importlib.metadata.packages_distributions()
+print(*{distribution for module in sys.modules for distribution in of.get(module.partition('.')[0], ())})
 """
 
 
@@ -61,3 +70,18 @@ def test_the_direct_runner_gives_the_same_rows(beam: Path, repo_root: Path, tmp_
   assert there.card['lost']['above_caps']['documents'] > 0
   for name in ('document_N', 'offset_N', 'source_N', 'planted_N'):
     np.testing.assert_array_equal(getattr(there, name), getattr(here, name))
+
+
+def test_its_environment_has_all_that_a_pool_imports(repo_root: Path):
+  """CI has no such environment, so a package that the pool needs of late would be missing there."""
+  printed = subprocess.run(
+    [repo_root / '.venv' / 'bin' / 'python', '-W', 'ignore', '-c', IMPORTED],
+    cwd=repo_root,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  lock = {line.partition('==')[0] for line in (repo_root / 'requirements-beam.lock').read_text().splitlines()}
+  found = {re.sub('[-_.]+', '-', name).lower() for name in printed.split()}
+  assert {'ml-collections', 'pydantic'} <= found
+  assert found - {re.sub('[-_.]+', '-', name).lower() for name in lock} <= {'pip', 'setuptools'}
