@@ -482,7 +482,7 @@ print((peak() - before) / sum(file.stat().st_size for file in pathlib.Path(sys.a
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_reading_takes_little_more_memory_than_the_folder(tmp_path, dtype):
   config = base.model()
-  config.update({'layers': 8, 'width': 768, 'heads': 12, 'kv_heads': 4, 'mlp_width': 2_048, 'positions': 'rope'})
+  config.update({'layers': 24, 'width': 768, 'heads': 12, 'kv_heads': 4, 'mlp_width': 2_048, 'positions': 'rope'})
   config.update({'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False, 'tied_embeddings': False})
   shapes, random = hugging_face._shapes(config, 8_000, 128), np.random.default_rng(0)
   params = {path: random.standard_normal(shape, np.float32) for path, shape in shapes.items()}

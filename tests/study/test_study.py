@@ -18,6 +18,7 @@ from dsdm_jax.errors import UserError
 from dsdm_jax.study import arm_file
 from dsdm_jax.study.__main__ import main
 from tests.conftest import ROOT
+from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
 
 CONFIG = """
@@ -146,12 +147,13 @@ def test_every_arm_is_read_off_the_ladder_of_base_and_charged_with_its_own_stage
 
 def test_a_file_holds_the_values_to_a_thousandth(studied):
   found = arm_file.read(studied / 'finished/damped.json')
-  with np.load(studied / 'arms/damped/evaluation/items.npz') as arrays:
+  evaluation = files_of(studied / 'arms/damped', 'evaluation')
+  with np.load(evaluation / 'items.npz') as arrays:
     compared = {key for key in arrays.files if key.rpartition('__')[2] in ('holdout', 'benchmark')}
     assert set(found.items) == compared and compared
     for key, values_RI in found.items.items():
       np.testing.assert_allclose(values_RI, arrays[key], atol=0.50001e-3)
-  documents = json.loads((studied / 'arms/damped/evaluation/documents.json').read_text())
+  documents = json.loads((evaluation / 'documents.json').read_text())
   for (task, split), numbers in found.documents.items():
     names = documents[f'{task}__{split}']
     assert len(numbers) == len(names)
