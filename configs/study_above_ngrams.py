@@ -11,9 +11,9 @@ stopped; arms of other machines join its table with `--also='docs/results/above_
 Inputs: text at `data/pool/*.jsonl.gz` (fields `id`, `source`, `text`), questions at `data/study/*.jsonl`, and
 benchmarks at `data/benchmarks/*.jsonl`, in LLM-Foundry's shapes.
 
-Hardware and time: two CPU cores, 7 minutes a model.
+Hardware and time: two CPU cores, 16 minutes a model while the machine did other work.
 
-Result: none yet; docs/results.md has the plan.
+Result: docs/results.md has the plan, and one model of two arms, which are still below n-grams.
 """
 
 from dsdm_jax.configs import recipe
