@@ -86,5 +86,6 @@ def get_config(arm='base'):
   config.selection.targets = ('+'.join(TARGETS),)
   config.evaluation.tasks = ('targets', 'piqa', 'winograd', 'trivia_qa', 'data/benchmarks/blimp_sample.jsonl')
   config.evaluation.max_items = 1_000
+  config.plan.topology, config.plan.rows = 'v5e:1x1', 185_114  # eight chips would not share a batch of four rows
   config.update_from_flattened_dict(known[arm])
   return config
