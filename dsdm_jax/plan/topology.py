@@ -30,7 +30,7 @@ class Chip:
     link_bandwidth: bytes/s that the chip receives over all ports.
     network_bandwidth: bytes/s that the chip receives from other slices; 0 if Google does not publish it.
     torus_axes: of the interconnect.
-    pod: chips of the largest slice.
+    largest: chips of the largest slice; that of v5p is less than its pod of 8,960 chips.
     accelerator: name for gcloud.
     cores_counted: gcloud's count for one chip.
     devices: of JAX in one chip. libtpu plans for the two cores of a v4 chip apart; on a TPU VM they are one device.
@@ -43,7 +43,7 @@ class Chip:
   link_bandwidth: float
   network_bandwidth: float
   torus_axes: int
-  pod: int
+  largest: int
   accelerator: str
   cores_counted: int = 1
   devices: int = 1
@@ -76,7 +76,7 @@ CHIPS = {
   for chip in (
     Chip('v4', 275e12, 32e9, 1_200e9, 300e9, 0.0, 3, 4_096, 'v4', cores_counted=2, devices=2),
     Chip('v5e', 197e12, 16e9, 819e9, 200e9, 3.125e9, 2, 256, 'v5litepod'),
-    Chip('v5p', 459e12, 95e9, 2_765e9, 600e9, 6.25e9, 3, 8_960, 'v5p', cores_counted=2),
+    Chip('v5p', 459e12, 95e9, 2_765e9, 600e9, 6.25e9, 3, 6_144, 'v5p', cores_counted=2),
     Chip('v6e', 918e12, 32e9, 1_600e9, 400e9, 12.5e9, 2, 256, 'v6e'),
     Chip('tpu7x', 2_307e12, 192e9, 7_380e9, 600e9, 12.5e9, 3, 9_216, 'tpu7x', devices=2),
   )
@@ -111,10 +111,10 @@ def chips(topology: str) -> int:
   """
   kind = chip(topology)
   shape = [int(n) for n in topology.partition(':')[2].split('x')]
-  if len(shape) > kind.torus_axes or math.prod(shape) > kind.pod:
+  if len(shape) > kind.torus_axes or math.prod(shape) > kind.largest:
     raise UserError(
-      f'config key plan.topology = {topology!r} is more than a pod of {kind.name} has: {kind.torus_axes} axes and '
-      f'{kind.pod:,} chips; use an existing slice, and plan.slices for several'
+      f'config key plan.topology = {topology!r} is more than the largest slice of {kind.name} has: {kind.torus_axes} '
+      f'axes and {kind.largest:,} chips; use an existing slice, and plan.slices for several'
     )
   return math.prod(shape)
 

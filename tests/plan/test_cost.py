@@ -75,7 +75,7 @@ def test_selection_pays_when_it_costs_less_than_it_saves(monkeypatch, each, net)
 
 @pytest.mark.parametrize(
   ('name', 'count', 'type_'),
-  [('v5e:2x4', 8, 'v5litepod-8'), ('v5p:8x8x16', 1_024, 'v5p-2048'), ('v6e:16x16', 256, 'v6e-256')],
+  [('v5e:2x4', 8, 'v5litepod-8'), ('v5p:16x16x24', 6_144, 'v5p-12288'), ('v6e:16x16', 256, 'v6e-256')],
 )
 def test_slices(name, count, type_):
   assert topology.chips(name) == count
@@ -87,9 +87,9 @@ def test_unknown_chip_is_refused():
     topology.chips('v7:2x2')
 
 
-@pytest.mark.parametrize('name', ['v5e:2x2x2', 'v6e:4x4x4', 'v5e:16x32', 'v6e:1x257', 'v5p:16x24x24', 'v4:16x16x17'])
+@pytest.mark.parametrize('name', ['v5e:2x2x2', 'v6e:4x4x4', 'v5e:16x32', 'v6e:1x257', 'v5p:16x20x20', 'v4:16x16x17'])
 def test_slices_that_no_pod_has_are_refused(name):
-  with pytest.raises(UserError, match=r'is more than a pod of v\w+ has: [23] axes and [\d,]+ chips'):
+  with pytest.raises(UserError, match=r'is more than the largest slice of v\w+ has: [23] axes and [\d,]+ chips'):
     topology.chips(name)
 
 
