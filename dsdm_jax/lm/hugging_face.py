@@ -273,6 +273,8 @@ def _keys(theirs: Mapping[str, Any], folder: str) -> dict[str, Any]:
       raise _unsupported(folder, field, given, f'only {json.dumps(value)}')
   keys: dict[str, Any] = dict(family.shared)
   for key, field, standard in family.fields:
+    if key == 'kv_heads' and not family.gemma and theirs.get(field, standard) is None:
+      continue  # as many as heads
     value = _field(theirs, field, standard, folder)
     if key == 'mlp':
       if value not in tuple(family.activations):
@@ -314,7 +316,8 @@ def _rotary(theirs: Mapping[str, Any], family: Family, layers: int, folder: str)
   name = 'rope_scaling' if theirs.get('rope_scaling') else 'rope_parameters'
   rope: Any = theirs.get(name) or {}
   local: Any = {}
-  if isinstance(rope, dict) and 'full_attention' in rope:  # Gemma 3, by the type of a layer
+  by_type = isinstance(rope, dict) and 'full_attention' in rope
+  if by_type:  # Gemma 3, by the type of a layer
     rope, local = rope['full_attention'] or {}, rope.get('sliding_attention') or {}
   kinds: dict[Any, tuple[str, ...]] = {
     'default': (),
@@ -324,6 +327,8 @@ def _rotary(theirs: Mapping[str, Any], family: Family, layers: int, folder: str)
   kind = rope.get('rope_type', rope.get('type', 'default')) if isinstance(rope, dict) else rope
   if not isinstance(rope, dict) or not isinstance(local, dict) or kind not in tuple(kinds):
     raise _unsupported(folder, name, kind, f'only the types {", ".join(kinds)}')
+  if family.architecture == 'Gemma3ForCausalLM' and name == 'rope_parameters' and rope and not by_type:
+    raise _unsupported(folder, name, rope, 'only with full_attention and sliding_attention')
   (share, base), (share_name, base_name) = family.rotary, family.rotary_names
   keys: dict[str, Any] = {
     'rotary_share': _number(rope, 'partial_rotary_factor', _number(theirs, share_name, share, folder), folder),

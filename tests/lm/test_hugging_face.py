@@ -403,6 +403,11 @@ _GEMMA = {'model_type': 'gemma2', 'num_key_value_heads': 4, 'head_dim': 8}
       },
       "has rope_parameters.sliding_attention.rope_type = 'linear', which .* .only default.",
     ),
+    (
+      _GEMMA | {'model_type': 'gemma3_text', 'rope_parameters': {'rope_theta': 1e5}},  # transformers ignores it
+      'rope_parameters = .*100000.0.*, which .* .only with full_attention and sliding_attention',
+    ),
+    (_GEMMA | {'num_key_value_heads': None}, 'num_key_value_heads = None, which must be a whole number above 0'),
     (_GEMMA | {'query_pre_attn_scalar': 144}, 'query_pre_attn_scalar = 144, which .* .only head_dim, which is 8'),
     (_GEMMA | {'model_type': 'gemma3_text', 'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping = 50.0, which'),
     (_GEMMA | {'model_type': 'gemma3_text', 'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types = '),
@@ -414,6 +419,13 @@ def test_what_the_decoder_cannot_say_is_reported_in_one_line(tmp_path, change, w
     hugging_face.model_keys(str(tmp_path))
   message = str(caught.value)
   assert str(tmp_path) in message and (message.endswith(_ALL) or 'which must be' in message)
+
+
+@pytest.mark.parametrize('family', ['llama', 'mistral', 'qwen2', 'qwen3', 'olmo2'])
+def test_a_model_without_a_number_of_key_heads_has_one_for_each_head(tmp_path, family):
+  config = {'model_type': family} | _SIZES | {'num_key_value_heads': None}
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  assert hugging_face.model_keys(str(tmp_path))['kv_heads'] == _SIZES['num_attention_heads']
 
 
 @pytest.mark.peers
