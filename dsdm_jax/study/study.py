@@ -1,9 +1,9 @@
 """Runs a study: many arms that differ in a few config keys, compared on the same evaluation items.
 
 Each arm is a run with a workdir of its own. A stage that an earlier arm finished with the same settings is linked, not
-recomputed. The command resumes where it stopped, arm by arm and inside an arm. It writes `arms/<name>/`, a small file
-`finished/<name>.json` for each finished arm, and `study.json` (same layout as `results.json`, see `docs/evaluation.md`)
-and `study.csv` for all of them. Arms that finished elsewhere join the table with `--also`.
+recomputed. The command resumes where it stopped, arm by arm and inside an arm. It writes `arms/<name>/`, a run with its
+report, a small file `finished/<name>.json` for each finished arm, and `study.json` (same layout as `results.json`, see
+`docs/evaluation.md`) and `study.csv` for all of them. Arms that finished elsewhere join the table with `--also`.
 """
 
 import argparse
@@ -72,8 +72,7 @@ def run(flags: argparse.Namespace) -> None:
     print(visible(f'== {arm} ({number} of {len(arm_configs)})'), flush=True)
     folder, began = workdir / 'arms' / arm, time.monotonic()
     share(config, folder, [workdir / 'arms' / other for other in arm_configs if other != arm])
-    for name in pipeline.needed(LAST, flatten(config)):
-      pipeline.run(config, folder, name)
+    pipeline.run(config, folder)
     arm_file.write(folder, arm, flatten(config), finished / f'{arm}.json')
     done = [arm_file.read(finished / f'{name}.json') for name in list(arm_configs)[:number]]
     comparison = compare([*done, *(arm for arm in others if arm.name not in arm_configs)])
