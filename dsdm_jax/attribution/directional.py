@@ -1,10 +1,12 @@
 """Scores without features: ∇f_n·v, a directional derivative. In the dense projection φ(n)·u = ∇f_n·(Rᵀu), so v = Rᵀu.
 
 One forward-mode pass over a batch gives it exactly, over all parameters and at any J, without a gradient and without
-residuals of a backward pass. Each further direction would add a pass over tangents, two products of three. The backward
-pass of several directions costs three products for all of them: a layer's wrapper makes the gradient G of one row from
-the layer's inputs and its outputs' gradients and gives ⟨G, v⟩ of each direction at once. No more than one layer's
-gradients are held.
+residuals of a backward pass. At the logits z = h Wᵀ, the largest array, it needs no tangents: with q = ∂f/∂z they give
+⟨q, dh Wᵀ + h dWᵀ⟩ = ⟨q W, dh⟩ + ⟨q dW, h⟩, as many products with half the traffic.
+
+Each further direction would add a pass over tangents, two products of three. The backward pass of several directions
+costs three products for all of them: a layer's wrapper makes the gradient G of one row from the layer's inputs and its
+outputs' gradients and gives ⟨G, v⟩ of each direction at once. No more than one layer's gradients are held.
 """
 
 import dataclasses
@@ -21,11 +23,13 @@ from dsdm_jax.attribution import probes, rademacher
 from dsdm_jax.attribution.gradients import in_microbatches
 from dsdm_jax.attribution.probes import ProbedLayer
 from dsdm_jax.attribution.second_moment import SecondMoment
-from dsdm_jax.core.mesh import BATCH, batch_sharding
+from dsdm_jax.core.mesh import BATCH, batch_sharding, batch_shards
 from dsdm_jax.lm import attention_tpu, partition
+from dsdm_jax.lm.decoder import Decoder
 from dsdm_jax.lm.outputs import OutputFn
 
 Prepared = tuple[nnx.State, Any]
+_CACHED_BYTES = 32 * 2**20  # of logits: 256 tokens, 4,096 pieces and one direction took 1.8 times as long in 128 MiB
 
 
 @jax.custom_vjp
@@ -111,7 +115,8 @@ class DirectionalScores:
       (`lm.outputs:margin_shares` for those of tokens).
     seed: of the projection; the same as for the features that u was solved with.
     mesh: batch over `data`, weights and directions by the partition table.
-    microbatch: rows that are computed at once, as for `DenseFeatures`; 0 takes the whole batch.
+    microbatch: rows that are computed at once, as for `DenseFeatures`; 0 takes the whole batch, or on CPUs what their
+      caches hold.
   """
 
   model: nnx.Module
@@ -151,7 +156,18 @@ class DirectionalScores:
 
   def apply(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     """score_BT in float32; axes of an array-valued output function come before T."""
-    return in_microbatches(functools.partial(self._rows, prepared), self.microbatch, tokens_BL, weights_BL)
+    rows = self.microbatch or self._rows_in_cache(prepared[0], tokens_BL)
+    return in_microbatches(functools.partial(self._rows, prepared), rows, tokens_BL, weights_BL)
+
+  def _rows_in_cache(self, params: nnx.State, tokens_BL: jax.Array) -> int:
+    """Rows to compute at once on CPUs: as many as divide the batch and have logits that stay in the caches."""
+    if self.mesh.devices.flat[0].platform != 'cpu':
+      return 0
+    logits = jax.eval_shape(nnx.merge(self._graphdef, params, self._rest), tokens_BL[:1])
+    batch, shards, most = len(tokens_BL), batch_shards(self.mesh), _CACHED_BYTES // (4 * logits.size)
+    return max(
+      (rows for rows in range(shards, batch + 1, shards) if batch % rows == 0 and rows <= most), default=shards
+    )
 
   def _rows(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     params, directions = partition.gathered(prepared, self.mesh)
@@ -164,15 +180,40 @@ class DirectionalScores:
     def along(direction: nnx.State) -> jax.Array:
       return jax.jvp(outputs, (params,), (direction,))[1]
 
+    of_rows = jax.eval_shape(outputs, params).ndim == 1
     if count == 1:
-      return along(jax.tree.map(lambda v: v[0], directions))[..., None]
-    if jax.eval_shape(outputs, params).ndim > 1:
+      direction = jax.tree.map(lambda v: v[0], directions)
+      if of_rows and type(self.model) is Decoder:  # another model may compute its logits in another way
+        return self._along(params, direction, tokens_BL, weights_BL)[:, None]
+      return along(direction)[..., None]
+    if not of_rows:
       return jax.vmap(along, out_axes=-1)(directions)
     while True:
       try:
         return self._contracted(params, directions, count, tokens_BL, weights_BL)
       except probes.TableReadError as error:  # its gradient is explicit
         self._layers = [layer for layer in self._layers if layer.path != error.path]
+
+  def _along(self, params: nnx.State, direction: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+    """score_B: in forward mode up to the head's inputs h, and in reverse mode from the outputs to the logits."""
+
+    def with_weights(weights: nnx.State) -> Decoder:
+      return nnx.merge(self._graphdef, weights, self._rest)
+
+    def output(product_BLV: jax.Array) -> jax.Array:
+      logits_BLV = with_weights(params).capped(product_BLV)
+      return jnp.sum(jax.vmap(self.output_fn)(logits_BLV, tokens_BL, weights_BL))
+
+    h_BLD, dh_BLD = jax.jvp(lambda weights: with_weights(weights).hidden(tokens_BL), (params,), (direction,))
+    q_BLV = jax.grad(output)(with_weights(params).project(h_BLD))
+
+    def times(weights: nnx.State) -> jax.Array:
+      [product_BLD] = jax.linear_transpose(with_weights(weights).project, h_BLD)(q_BLV)
+      return product_BLD.astype(jnp.float32)
+
+    return _inner('bld,bld->b', times(params), dh_BLD.astype(jnp.float32)) + _inner(
+      'bld,bld->b', times(direction), h_BLD.astype(jnp.float32)
+    )
 
   def _contracted(
     self, params: nnx.State, directions: Any, count: int, tokens_BL: jax.Array, weights_BL: jax.Array

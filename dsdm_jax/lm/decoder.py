@@ -240,9 +240,15 @@ class Decoder(nnx.Module):
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:
     """Logits [B, L, V] in float32 from the output of the last block."""
-    x_BLD = self.norm(x_BLD).astype(self.dtype)
-    logits_BLV = self.embedding.attend(x_BLD) if self.head is None else self.head(x_BLD)
-    return _capped(logits_BLV.astype(jnp.float32), self.logit_cap)
+    return self.capped(self.project(self.norm(x_BLD).astype(self.dtype)))
+
+  def project(self, hidden_BLD: jax.Array) -> jax.Array:
+    """Products with the head's matrix, [B, L, V] in the compute dtype; linear in `hidden_BLD` and in the matrix."""
+    return self.embedding.attend(hidden_BLD) if self.head is None else self.head(hidden_BLD)
+
+  def capped(self, product_BLV: jax.Array) -> jax.Array:
+    """Logits in float32 from `project`."""
+    return _capped(product_BLV.astype(jnp.float32), self.logit_cap)
 
   def _run_blocks(self, x_BLD: jax.Array) -> jax.Array:
     # Blocks run as pure functions of their state: graph references do not survive remat or scan under vmap(grad).

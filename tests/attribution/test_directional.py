@@ -1,15 +1,21 @@
 """Scores by forward mode against dense features, which have an oracle of their own."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from configs import base
+from dsdm_jax.attribution import directional
 from dsdm_jax.attribution.directional import DirectionalScores
 from dsdm_jax.attribution.gradients import DenseFeatures
 from dsdm_jax.core import flops
 from dsdm_jax.lm import outputs
+from dsdm_jax.lm.decoder import Decoder
 
-from .conftest import SOME_VARIANTS, VARIANTS, make_problem
+from .conftest import SOME_VARIANTS, VARIANTS, VOCAB, make_problem
 
 J = 96
 # Sums of a few ten thousand products in another order, relative to the largest score: 6e-8 · √(2.5e4) ≈ 1e-5.
@@ -34,9 +40,11 @@ def _close(got, wanted):
 def test_agrees_with_dense_features(variant, one_device):
   problem = make_problem(**VARIANTS[variant])
   scorer = DirectionalScores(problem.model, outputs.margin, 3, one_device)
-  got_BT = scorer(scorer.prepare(problem.params, _u(3), 1), problem.tokens_BL, problem.weights_BL)
-  assert got_BT.dtype == np.float32
-  _close(got_BT, _explicit(problem, one_device, _u(3)))
+  wanted_BT = _explicit(problem, one_device, _u(3))
+  for targets in (3, 1):  # several take the backward pass
+    got_BT = scorer(scorer.prepare(problem.params, _u(3)[:, :targets], 1), problem.tokens_BL, problem.weights_BL)
+    assert got_BT.dtype == np.float32
+    _close(got_BT, wanted_BT[:, :targets])
 
 
 def test_other_output_and_microbatches(plain_problem, one_device):
@@ -47,9 +55,38 @@ def test_other_output_and_microbatches(plain_problem, one_device):
 
 
 def test_same_scores_on_any_mesh(plain_problem, one_device, eight_devices):
-  p = plain_problem
+  p, wanted_BT = plain_problem, _explicit(plain_problem, one_device, _u(2))
   scorer = DirectionalScores(p.model, outputs.margin, 3, eight_devices)
-  _close(scorer(scorer.prepare(p.params, _u(2), 1), p.tokens_BL, p.weights_BL), _explicit(p, one_device, _u(2)))
+  for targets in (2, 1):
+    got_BT = scorer(scorer.prepare(p.params, _u(2)[:, :targets], 1), p.tokens_BL, p.weights_BL)
+    _close(got_BT, wanted_BT[:, :targets])
+
+
+def test_cpus_take_as_many_rows_at_once_as_their_caches_hold(plain_problem, one_device, monkeypatch):
+  p, wanted_BT = plain_problem, _explicit(plain_problem, one_device, _u(1))
+  one_row = 4 * p.tokens_BL.shape[1] * VOCAB
+  for cached, loops in ((8 * one_row, 0), (7 * one_row, 2), (1, 8)):  # of 8 rows
+    monkeypatch.setattr(directional, '_CACHED_BYTES', cached)
+    scorer = DirectionalScores(p.model, outputs.margin, 3, one_device)
+    arguments = scorer.prepare(p.params, _u(1), 1), p.tokens_BL, p.weights_BL
+    assert [
+      e.params['length'] for e in jax.make_jaxpr(scorer.apply)(*arguments).eqns if e.primitive.name == 'scan'
+    ] == ([loops] if loops else [])
+    _close(scorer(*arguments), wanted_BT)
+
+
+class _Doubled(Decoder):
+  def __call__(self, tokens_BL):
+    return 2 * super().__call__(tokens_BL)
+
+
+def test_a_model_with_other_logits_is_differentiated_as_a_whole(plain_problem, one_device):
+  config = base.model()
+  config.update({'width': 32, 'mlp_width': 64})
+  model = _Doubled(config, VOCAB, plain_problem.tokens_BL.shape[1], nnx.Rngs(0))
+  p = dataclasses.replace(plain_problem, model=model, params=nnx.state(model, nnx.Param))
+  scorer = DirectionalScores(p.model, outputs.margin, 3, one_device)
+  _close(scorer(scorer.prepare(p.params, _u(1), 1), p.tokens_BL, p.weights_BL), _explicit(p, one_device, _u(1)))
 
 
 def test_scores_of_tokens_add_up_and_are_of_their_tokens(plain_problem, one_device):
