@@ -28,7 +28,7 @@ from dsdm_jax.training.vmapped import VmappedTrainer
 def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--model', choices=(*features.MODELS, 'quickstart'), default='small')
   parser.add_argument('--batch', type=int, default=16, help='examples')
-  parser.add_argument('--microbatches', type=int, default=1, help='microbatches per batch')
+  parser.add_argument('--microbatches', type=int, default=0, help='microbatches per batch; 0: as in a run')
   parser.add_argument('--length', type=int, default=256, help='tokens of an example')
   parser.add_argument('--devices', default='1x1', help='DATAxMODEL; a CPU is split into as many devices')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of activations')
@@ -40,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
   """Measures and prints; see the module."""
-  if flags.batch % flags.microbatches:
+  if flags.batch % (flags.microbatches or 1):
     raise UserError(f'--microbatches={flags.microbatches} must divide --batch={flags.batch}')
   began = time.perf_counter()
   mesh = features.mesh_of(flags.devices)

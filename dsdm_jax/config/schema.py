@@ -287,7 +287,9 @@ class Training(Section):
   nu_dtype: FloatType = key('float32', 'Storage of the second moments; they are computed in float32.')
   gradient_clip: Real = key(1.0, 'Maximum global norm; 0 turns clipping off.')
   z_loss: Real = key(0.0, 'Weight of the mean squared logsumexp of the logits; 1e-4 in PaLM.')
-  microbatches: Batch = key(1, 'Parts of a batch whose gradients are added, to save memory, or time on a CPU.')
+  microbatches: BatchRows = key(
+    0, 'Parts of a batch whose gradients are added; 0: one, or on a CPU as many as keep their logits in its caches.'
+  )
   save_every_steps: Steps = key(200, 'Save a checkpoint to resume from; 0 saves only the end.')
   save_every_minutes: Annotated[Real, Le(10**6), 'minutes'] = key(0.0, 'Also save when the last is older; 0 for never.')
   keep_checkpoints: Annotated[Few, Ge(1)] = key(2, 'Newest checkpoints to keep; with 1, a torn one leaves none.')

@@ -214,10 +214,10 @@ def check_devices(config: ConfigDict, device_count: int, batches: Collection[str
       rule = f'must be a multiple of the {share} devices that share a batch'
       raise _error(key, flat[key], rule, f'set --config.{key}={near}, or a larger --config.mesh.model')
   for train in TRAINS:
-    parts, batch = flat[f'{train}.microbatches'], flat[f'{train}.batch_size']
+    parts, batch = flat[f'{train}.microbatches'] or 1, flat[f'{train}.batch_size']
     if f'{train}.batch_size' in batches and batch % (parts * share):
       rule = f'must cut {train}.batch_size = {batch} into multiples of the {share} devices that share a batch'
-      raise _error(f'{train}.microbatches', parts, rule, f'set --config.{train}.microbatches=1')
+      raise _error(f'{train}.microbatches', parts, rule, f'set --config.{train}.microbatches=0')
 
 
 def check_callables(config: ConfigDict) -> None:

@@ -32,6 +32,7 @@ from dsdm_jax.data.pool.passes import worker_count
 from dsdm_jax.data.targets import tasks
 from dsdm_jax.errors import UserError
 from dsdm_jax.training import proxies
+from dsdm_jax.training.step import parts_of_batch
 
 _SAMPLE = 2**16  # bytes of text whose tokens are counted
 _PACKED = {'.gz': 3.0, '.zst': 3.5, '.bz2': 4.0, '.xz': 4.0, '.parquet': 2.5}  # bytes of text per byte of file
@@ -283,11 +284,15 @@ def _costs(
   models = programs.final_runs(config)
   flop['evaluation'] = models * asked.tokens * final.forward_flop
   flop['target_features'] = 3 * proxies.checkpoints(config) * asked.examples * length * proxy.forward_flop
+  trained = (config.proxies.model, config.proxies.train), (config.model, config.pretraining.train)
+  tokens_at_once = [
+    train.batch_size // parts_of_batch(train, config.pool.vocab_size, length, mesh) * length for _, train in trained
+  ]
   # Products of a narrow proxy are slower than those of the final models, often several times.
-  compiling, of_proxy = _measure(config, config.proxies.model, config.proxies.train)
+  compiling, of_proxy = _measure(config, config.proxies.model, tokens_at_once[0])
   of_final = of_proxy
   if [config.model[key] for key in _WIDTHS] != [config.proxies.model[key] for key in _WIDTHS]:
-    of_final = _measure(config, config.model, config.pretraining.train)[1]
+    of_final = _measure(config, config.model, tokens_at_once[1])[1]
 
   def of(*names: str) -> float:
     speed = of_final if {'pretraining', 'ladder', 'evaluation'} & {*names} else of_proxy
@@ -323,18 +328,17 @@ def _costs(
     'pretraining': float(models * config.pretraining.train.keep_checkpoints * _STATE_BYTES * final.parameters),
   }
   memory = {
-    'proxies': _training_bytes(config.proxies.model, config.proxies.train, config, proxy.parameters),
+    'proxies': _training_bytes(config, config.proxies.model, proxy.parameters, tokens_at_once[0]),
     'features': 4.0 * proxy.parameters * max(1, config.features.microbatch or config.features.batch_size),
     'datamodel': 8.0 * j * j,
-    'pretraining': _training_bytes(config.model, config.pretraining.train, config, final.parameters),
+    'pretraining': _training_bytes(config, config.model, final.parameters, tokens_at_once[1]),
   }
   chosen, one = sum(flop.get(name, 0.0) for name in programs.SELECTION), flop['pretraining'] / max(models, 1)
   return {s: seconds.get(s, 0.0) for s in wanted}, memory, disk, _pays(config, chosen / one, rows)
 
 
-def _training_bytes(model: ConfigDict, train: ConfigDict, config: ConfigDict, parameters: int) -> float:
+def _training_bytes(config: ConfigDict, model: ConfigDict, parameters: int, tokens: int) -> float:
   """Memory of a training step, about: weights, gradients, moments, and activations that the backward pass reads."""
-  tokens = train.batch_size // train.microbatches * config.pool.length
   block = (
     14 * model.width + 3 * model.mlp_width + (0 if model.attention == 'fused' else model.heads * config.pool.length)
   )
@@ -342,13 +346,13 @@ def _training_bytes(model: ConfigDict, train: ConfigDict, config: ConfigDict, pa
   return 16.0 * parameters + 4.0 * tokens * (layers * block + 3 * config.pool.vocab_size)
 
 
-def _measure(config: ConfigDict, model: ConfigDict, train: ConfigDict) -> tuple[float, float]:
-  """Seconds that a stage compiles, about, and FLOP per second of one device, for one MLP and the output layer."""
+def _measure(config: ConfigDict, model: ConfigDict, tokens: int) -> tuple[float, float]:
+  """Seconds that a stage compiles, about, and FLOP/s of one device, for one MLP and the output layer of `tokens`."""
   import jax
   import jax.numpy as jnp
 
   (width, hidden), vocab = (model[key] for key in _WIDTHS), config.pool.vocab_size
-  count = min(4_096, train.batch_size * config.pool.length)
+  count = min(4_096, tokens)
   began = time.monotonic()
   weights = tuple(jnp.full(shape, 0.01) for shape in ((width, hidden), (hidden, width), (width, vocab)))
 

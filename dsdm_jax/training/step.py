@@ -19,6 +19,8 @@ from dsdm_jax.lm import attention_tpu, hugging_face, partition, products
 from dsdm_jax.lm.outputs import token_log_probability
 from dsdm_jax.training import optimizer
 
+_CACHED_BYTES, _FEW_TOKENS = 4 * 2**20, 256
+
 
 class TrainState(NamedTuple):
   """Attributes: step, int32 scalar; params and rest (all that is not a parameter), NNX states; opt_state of optax."""
@@ -27,6 +29,22 @@ class TrainState(NamedTuple):
   params: nnx.State
   rest: nnx.State
   opt_state: Any
+
+
+def parts_of_batch(config: ConfigDict, vocab_size: int, length: int, mesh: Mesh) -> int:
+  """Number of microbatches: `microbatches`, and at 0 what is fastest.
+
+  The logits are the largest arrays of a small model and pass through memory several times a step. A CPU computes parts
+  of at least 256 tokens, below which products become slow, with up to 4 MiB of logits.
+  """
+  if config.microbatches or mesh.size > 1 or mesh.devices.flat[0].platform != 'cpu':
+    return config.microbatches or 1
+  most = max(_CACHED_BYTES // (4 * length * vocab_size), -(-_FEW_TOKENS // length))
+  return min(
+    parts
+    for parts in range(1, config.batch_size + 1)
+    if config.batch_size % parts == 0 and config.batch_size // parts <= most
+  )
 
 
 def build_model(model_config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -73,6 +91,7 @@ class Trainer:
     mesh: Mesh,
     frozen: bool = False,
   ):
+    self._parts = parts_of_batch(config, vocab_size, length, mesh)
     model = abstract_model(model_config, vocab_size, length)
     self.graphdef, _, _ = nnx.split(model, nnx.Param, ...)
     self._own = getattr(model, 'gathers', None)
@@ -186,7 +205,7 @@ class Trainer:
     }
 
     def of_device(params: nnx.State, tokens_BL: jax.Array, weight: jax.Array) -> Any:
-      parts = self._config.microbatches > 1
+      parts = self._parts > 1
       if parts:  # gather weights once for all parts
         with partition.on_device(specs):
           own, others = self._by_place(params)
@@ -209,7 +228,7 @@ class Trainer:
 
   def _accumulated(self, gradient: Any, params: nnx.State, tokens_BL: jax.Array, weight: jax.Array) -> Any:
     """`gradient` of all microbatches, added in float32."""
-    count = self._config.microbatches
+    count = self._parts
     if count == 1:
       return gradient(params, tokens_BL, weight)
 
