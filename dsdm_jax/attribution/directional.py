@@ -20,16 +20,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsdm_jax.attribution import probes, rademacher
-from dsdm_jax.attribution.gradients import in_microbatches
+from dsdm_jax.attribution.gradients import in_microbatches, vocabulary
 from dsdm_jax.attribution.probes import ProbedLayer
 from dsdm_jax.attribution.second_moment import SecondMoment
-from dsdm_jax.core.mesh import BATCH, batch_sharding, batch_shards
+from dsdm_jax.core.mesh import BATCH, batch_sharding, rows_in_cache
 from dsdm_jax.lm import attention_tpu, partition
 from dsdm_jax.lm.decoder import Decoder
 from dsdm_jax.lm.outputs import OutputFn
 
 Prepared = tuple[nnx.State, Any]
-_CACHED_BYTES = 32 * 2**20  # of logits: 256 tokens, 4,096 pieces and one direction took 1.8 times as long in 128 MiB
 
 
 @jax.custom_vjp
@@ -156,18 +155,13 @@ class DirectionalScores:
 
   def apply(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     """score_BT in float32; axes of an array-valued output function come before T."""
-    rows = self.microbatch or self._rows_in_cache(prepared[0], tokens_BL)
-    return in_microbatches(functools.partial(self._rows, prepared), rows, tokens_BL, weights_BL)
-
-  def _rows_in_cache(self, params: nnx.State, tokens_BL: jax.Array) -> int:
-    """Rows to compute at once on CPUs: as many as divide the batch and have logits that stay in the caches."""
-    if self.mesh.devices.flat[0].platform != 'cpu':
-      return 0
-    logits = jax.eval_shape(nnx.merge(self._graphdef, params, self._rest), tokens_BL[:1])
-    batch, shards, most = len(tokens_BL), batch_shards(self.mesh), _CACHED_BYTES // (4 * logits.size)
-    return max(
-      (rows for rows in range(shards, batch + 1, shards) if batch % rows == 0 and rows <= most), default=shards
+    rows = self.microbatch or rows_in_cache(
+      *tokens_BL.shape,
+      vocabulary(self.model, tokens_BL),
+      self.mesh,
+      sum(4 * v.size for v in jax.tree.leaves(prepared[1])),
     )
+    return in_microbatches(functools.partial(self._rows, prepared), rows, tokens_BL, weights_BL)
 
   def _rows(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     params, directions = partition.gathered(prepared, self.mesh)

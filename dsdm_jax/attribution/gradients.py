@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsdm_jax.attribution import probes, rademacher
 from dsdm_jax.attribution.second_moment import SecondMoment
-from dsdm_jax.core.mesh import BATCH, MODEL, batch_sharding, place, replicated
+from dsdm_jax.core.mesh import BATCH, MODEL, batch_sharding, place, replicated, rows_in_cache
 from dsdm_jax.lm import attention_tpu, partition
 from dsdm_jax.lm.outputs import OutputFn
 
@@ -111,6 +111,10 @@ class TwoSidedFeatures:
 
   def apply(self, prepared: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     """phi_BJ in float32; the pure function behind `__call__`."""
+    rows = rows_in_cache(*tokens_BL.shape, vocabulary(self.model, tokens_BL), self.mesh)
+    return in_microbatches(functools.partial(self._rows, prepared), rows, tokens_BL, weights_BL)
+
+  def _rows(self, prepared: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     prepared = partition.gathered(prepared, self.mesh)
     zeros = {x.module: jnp.zeros((*x.stack, x.a, x.b), jnp.float32) for x in self.layers if not x.vectors}
     vectors, rest = nnx.split_state(prepared, lambda path, _: '/'.join(map(str, path)) in self._vectors, ...)
@@ -231,6 +235,12 @@ def per_example(
       return rows(partition.gathered(params, mesh), tokens_BL, weights_BL)
 
   return gradients
+
+
+def vocabulary(model: nnx.Module, tokens_BL: jax.Array) -> int:
+  """Size of the last axis of the model's logits; it may be abstract."""
+  graphdef, state = nnx.split(model)
+  return jax.eval_shape(lambda state, tokens_BL: nnx.merge(graphdef, state)(tokens_BL), state, tokens_BL[:1]).shape[-1]
 
 
 def in_microbatches(

@@ -65,6 +65,19 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
   return mesh.shape[REPLICA] * mesh.shape[DATA]
 
 
+def rows_in_cache(batch: int, length: int, vocab_size: int, mesh: Mesh, read_bytes: int = 0) -> int:
+  """How many rows of a batch, a divisor of it, a single CPU device computes at once; on any other mesh, all of them.
+
+  Logits, float32 [rows, length, vocab_size], are the largest arrays of a small model and pass through memory several
+  times. At once are up to 4 MiB of them, but at least 256 tokens, below which products become slow, and as many rows as
+  have four times the `read_bytes` that are read for each part of the batch.
+  """
+  if mesh.size > 1 or mesh.devices.flat[0].platform != 'cpu':
+    return batch
+  most = max(max(2**22, 4 * read_bytes) // (4 * length * vocab_size), -(-256 // length))
+  return max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= most)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 

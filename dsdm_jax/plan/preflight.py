@@ -32,7 +32,6 @@ from dsdm_jax.data.pool.passes import worker_count
 from dsdm_jax.data.targets import tasks
 from dsdm_jax.errors import UserError
 from dsdm_jax.training import proxies
-from dsdm_jax.training.step import parts_of_batch
 
 _SAMPLE = 2**16  # bytes of text whose tokens are counted
 _PACKED = {'.gz': 3.0, '.zst': 3.5, '.bz2': 4.0, '.xz': 4.0, '.parquet': 2.5}  # bytes of text per byte of file
@@ -273,7 +272,7 @@ def _costs(
   """Seconds, bytes of memory and bytes of disk of each stage, and whether choosing pays."""
   import jax
 
-  from dsdm_jax.core.mesh import make_mesh
+  from dsdm_jax.core.mesh import make_mesh, rows_in_cache
   from dsdm_jax.plan import programs
 
   mesh, rows, length = make_mesh(config.mesh), pool.rows or 0, config.pool.length
@@ -284,9 +283,9 @@ def _costs(
   models = programs.final_runs(config)
   flop['evaluation'] = models * asked.tokens * final.forward_flop
   flop['target_features'] = 3 * proxies.checkpoints(config) * asked.examples * length * proxy.forward_flop
-  trained = (config.proxies.model, config.proxies.train), (config.model, config.pretraining.train)
   tokens_at_once = [
-    train.batch_size // parts_of_batch(train, config.pool.vocab_size, length, mesh) * length for _, train in trained
+    length * (batch // parts if parts else rows_in_cache(batch, length, config.pool.vocab_size, mesh))
+    for batch, parts in ((t.batch_size, t.microbatches) for t in (config.proxies.train, config.pretraining.train))
   ]
   # Products of a narrow proxy are slower than those of the final models, often several times.
   compiling, of_proxy = _measure(config, config.proxies.model, tokens_at_once[0])

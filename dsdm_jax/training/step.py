@@ -14,12 +14,10 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops
-from dsdm_jax.core.mesh import BATCH, MODEL, batch_sharding, place, replicated
+from dsdm_jax.core.mesh import BATCH, MODEL, batch_sharding, place, replicated, rows_in_cache
 from dsdm_jax.lm import attention_tpu, hugging_face, partition, products
 from dsdm_jax.lm.outputs import token_log_probability
 from dsdm_jax.training import optimizer
-
-_CACHED_BYTES, _FEW_TOKENS = 4 * 2**20, 256
 
 
 class TrainState(NamedTuple):
@@ -29,22 +27,6 @@ class TrainState(NamedTuple):
   params: nnx.State
   rest: nnx.State
   opt_state: Any
-
-
-def parts_of_batch(config: ConfigDict, vocab_size: int, length: int, mesh: Mesh) -> int:
-  """Number of microbatches: `microbatches`, and at 0 what is fastest.
-
-  The logits are the largest arrays of a small model and pass through memory several times a step. A CPU computes parts
-  of at least 256 tokens, below which products become slow, with up to 4 MiB of logits.
-  """
-  if config.microbatches or mesh.size > 1 or mesh.devices.flat[0].platform != 'cpu':
-    return config.microbatches or 1
-  most = max(_CACHED_BYTES // (4 * length * vocab_size), -(-_FEW_TOKENS // length))
-  return min(
-    parts
-    for parts in range(1, config.batch_size + 1)
-    if config.batch_size % parts == 0 and config.batch_size // parts <= most
-  )
 
 
 def build_model(model_config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -91,7 +73,8 @@ class Trainer:
     mesh: Mesh,
     frozen: bool = False,
   ):
-    self._parts = parts_of_batch(config, vocab_size, length, mesh)
+    at_once = rows_in_cache(config.batch_size, length, vocab_size, mesh)
+    self._parts = config.microbatches or config.batch_size // at_once
     model = abstract_model(model_config, vocab_size, length)
     self.graphdef, _, _ = nnx.split(model, nnx.Param, ...)
     self._own = getattr(model, 'gathers', None)

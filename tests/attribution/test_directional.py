@@ -62,17 +62,13 @@ def test_same_scores_on_any_mesh(plain_problem, one_device, eight_devices):
     _close(got_BT, wanted_BT[:, :targets])
 
 
-def test_cpus_take_as_many_rows_at_once_as_their_caches_hold(plain_problem, one_device, monkeypatch):
+def test_parts_of_a_batch_give_the_scores_of_the_batch(plain_problem, one_device, monkeypatch):
   p, wanted_BT = plain_problem, _explicit(plain_problem, one_device, _u(1))
-  one_row = 4 * p.tokens_BL.shape[1] * VOCAB
-  for cached, loops in ((8 * one_row, 0), (7 * one_row, 2), (1, 8)):  # of 8 rows
-    monkeypatch.setattr(directional, '_CACHED_BYTES', cached)
-    scorer = DirectionalScores(p.model, outputs.margin, 3, one_device)
-    arguments = scorer.prepare(p.params, _u(1), 1), p.tokens_BL, p.weights_BL
-    assert [
-      e.params['length'] for e in jax.make_jaxpr(scorer.apply)(*arguments).eqns if e.primitive.name == 'scan'
-    ] == ([loops] if loops else [])
-    _close(scorer(*arguments), wanted_BT)
+  asked = []
+  monkeypatch.setattr(directional, 'rows_in_cache', lambda *given: asked.append(given) or 2)
+  scorer = DirectionalScores(p.model, outputs.margin, 3, one_device)
+  _close(scorer(scorer.prepare(p.params, _u(1), 1), p.tokens_BL, p.weights_BL), wanted_BT)
+  assert asked == [(8, 16, VOCAB, one_device, 4 * sum(x.size for x in jax.tree.leaves(p.params)))]
 
 
 class _Doubled(Decoder):

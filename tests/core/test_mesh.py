@@ -1,6 +1,7 @@
 """Layout of the mesh: replicas within TPU slices, and one slice in the order of its devices."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +27,29 @@ def test_devices_without_slices_keep_their_order(keys, shape):
   assert found.devices.flatten().tolist() == jax.devices()
   assert mesh.batch_shards(found) == shape[0] * shape[1]
   assert mesh.batch_sharding(found).shard_shape((16, 3)) == (16 // (shape[0] * shape[1]), 3)
+
+
+@pytest.mark.parametrize(
+  ('batch', 'length', 'vocab', 'read', 'rows'),
+  [
+    (32, 256, 4_096, 0, 1),  # 4 MiB of logits in a row
+    (16, 128, 1_024, 0, 8),
+    (32, 16, 50_257, 0, 16),  # at least 256 tokens
+    (30, 256, 1_024, 0, 3),  # divides the batch
+    (32, 256, 4_096, 2**23, 8),  # 32 MiB of logits beside 8 that are read
+    (32, 12, 48, 0, 32),
+  ],
+)
+def test_a_cpu_computes_what_its_caches_hold_and_other_meshes_all(batch, length, vocab, read, rows):
+  assert mesh.rows_in_cache(batch, length, vocab, mesh.one_device(), read) == rows
+  assert mesh.rows_in_cache(batch, length, vocab, mesh.make_mesh(config()), read) == batch
+  tpu = AbstractDevices(np.array([Tpu((0, 0, 0), 0)], object), 1)
+  assert mesh.rows_in_cache(batch, length, vocab, tpu, read) == batch
+
+
+class AbstractDevices(NamedTuple):
+  devices: np.ndarray
+  size: int
 
 
 @dataclasses.dataclass(frozen=True)

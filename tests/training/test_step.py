@@ -13,7 +13,7 @@ from dsdm_jax.core import mesh
 from dsdm_jax.data.order.batches import token_weights
 from dsdm_jax.errors import UserError
 from dsdm_jax.training import optimizer
-from dsdm_jax.training.step import Trainer, parts_of_batch
+from dsdm_jax.training.step import Trainer
 from dsdm_jax.training.vmapped import VmappedTrainer
 
 VOCAB, LENGTH, BATCH = 48, 12, 8
@@ -156,25 +156,6 @@ def test_row_of_weight_zero_is_left_out_and_others_keep_their_weight():
     only_B[row] = 1
     losses.append(run_steps(trainer, [tokens_BL], [only_B])[1][0]['loss'])
   assert first[0]['loss'] == pytest.approx(sum(losses) - losses[2], rel=1e-5)  # divided by B, not by the weights' sum
-
-
-@pytest.mark.parametrize(
-  ('rows', 'length', 'vocab', 'set_to', 'devices', 'parts'),
-  [
-    (32, 256, 4_096, 0, 1, 32),  # 4 MiB of logits in a row
-    (16, 128, 1_024, 0, 1, 2),
-    (32, 16, 50_257, 0, 1, 2),  # at least 256 tokens at once
-    (30, 256, 2_048, 0, 1, 15),
-    (32, 256, 4_096, 4, 1, 4),
-    (32, 256, 4_096, 0, 8, 1),
-    (32, 12, 48, 0, 1, 1),
-  ],
-)
-def test_a_cpu_computes_parts_whose_logits_its_caches_hold(rows, length, vocab, set_to, devices, parts):
-  config = base.training()
-  config.update({'batch_size': rows, 'microbatches': set_to})
-  grid = mesh.make_mesh(base.get_config().mesh, jax.devices()[:devices])
-  assert parts_of_batch(config, vocab, length, grid) == parts
 
 
 @pytest.mark.parametrize(('shape', 'microbatches'), [((1, 2, 4), 1), ((2, 2, 2), 2)])
