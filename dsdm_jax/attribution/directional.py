@@ -1,8 +1,8 @@
 """Scores without features: ∇f_n·v, a directional derivative. In the dense projection φ(n)·u = ∇f_n·(Rᵀu), so v = Rᵀu.
 
 One forward-mode pass over a batch gives it exactly, over all parameters and at any J, without a gradient and without
-residuals of a backward pass. At the logits z = h Wᵀ, the largest array, it needs no tangents: with q = ∂f/∂z they give
-⟨q, dh Wᵀ + h dWᵀ⟩ = ⟨q W, dh⟩ + ⟨q dW, h⟩, as many products with half the traffic.
+residuals of a backward pass. At the head's product z = h Wᵀ, the largest array, it needs no tangents: with q = ∂f/∂z
+they would give ⟨q, dh Wᵀ + h dWᵀ⟩ = ⟨q W, dh⟩ + ⟨q dW, h⟩, as many products with less traffic.
 
 Each further direction would add a pass over tangents, two products of three. The backward pass of several directions
 costs three products for all of them: a layer's wrapper makes the gradient G of one row from the layer's inputs and its
@@ -20,12 +20,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsdm_jax.attribution import probes, rademacher
-from dsdm_jax.attribution.gradients import in_microbatches, vocabulary
+from dsdm_jax.attribution.gradients import in_microbatches, rows_at_once
 from dsdm_jax.attribution.probes import ProbedLayer
 from dsdm_jax.attribution.second_moment import SecondMoment
-from dsdm_jax.core.mesh import BATCH, batch_sharding, rows_in_cache
+from dsdm_jax.core.mesh import BATCH, batch_sharding
 from dsdm_jax.lm import attention_tpu, partition
-from dsdm_jax.lm.decoder import Decoder
+from dsdm_jax.lm.decoder import Decoder, Table
 from dsdm_jax.lm.outputs import OutputFn
 
 Prepared = tuple[nnx.State, Any]
@@ -104,6 +104,15 @@ class ContractedTable(probes.TableWrapper):
     return contracted_matmul(x, table_DV, self.score[...], self.direction[...].swapaxes(-1, -2))
 
 
+def _ends_in_product(model: nnx.Module) -> bool:
+  """Whether the logits are h Wᵀ, maybe capped: not those of a model of the user's, or with another head."""
+  if type(model) is not Decoder:
+    return False
+  if model.head is None:
+    return type(model.embedding) is Table
+  return type(model.head) is nnx.Linear and not model.head.use_bias
+
+
 @dataclasses.dataclass
 class DirectionalScores:
   """Scores of rows for T directions, or T solved vectors u, at once.
@@ -155,12 +164,9 @@ class DirectionalScores:
 
   def apply(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     """score_BT in float32; axes of an array-valued output function come before T."""
-    rows = self.microbatch or rows_in_cache(
-      *tokens_BL.shape,
-      vocabulary(self.model, tokens_BL),
-      self.mesh,
-      sum(4 * v.size for v in jax.tree.leaves(prepared[1])),
-    )
+    # Each part reads the directions, and should have several times as much of logits.
+    read = 4 * sum(v.size for v in jax.tree.leaves(prepared[1]))
+    rows = self.microbatch or rows_at_once(self.model, tokens_BL, self.mesh, at_least=4 * read)
     return in_microbatches(functools.partial(self._rows, prepared), rows, tokens_BL, weights_BL)
 
   def _rows(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
@@ -177,7 +183,7 @@ class DirectionalScores:
     of_rows = jax.eval_shape(outputs, params).ndim == 1
     if count == 1:
       direction = jax.tree.map(lambda v: v[0], directions)
-      if of_rows and type(self.model) is Decoder:  # another model may compute its logits in another way
+      if of_rows and _ends_in_product(self.model):
         return self._along(params, direction, tokens_BL, weights_BL)[:, None]
       return along(direction)[..., None]
     if not of_rows:

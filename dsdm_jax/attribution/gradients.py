@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsdm_jax.attribution import probes, rademacher
 from dsdm_jax.attribution.second_moment import SecondMoment
-from dsdm_jax.core.mesh import BATCH, MODEL, batch_sharding, place, replicated, rows_in_cache
+from dsdm_jax.core.mesh import BATCH, MODEL, batch_sharding, is_one_cpu, place, replicated, rows_in_cache
 from dsdm_jax.lm import attention_tpu, partition
 from dsdm_jax.lm.outputs import OutputFn
 
@@ -111,7 +111,7 @@ class TwoSidedFeatures:
 
   def apply(self, prepared: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     """phi_BJ in float32; the pure function behind `__call__`."""
-    rows = rows_in_cache(*tokens_BL.shape, vocabulary(self.model, tokens_BL), self.mesh)
+    rows = rows_at_once(self.model, tokens_BL, self.mesh)
     return in_microbatches(functools.partial(self._rows, prepared), rows, tokens_BL, weights_BL)
 
   def _rows(self, prepared: nnx.State, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
@@ -237,10 +237,15 @@ def per_example(
   return gradients
 
 
-def vocabulary(model: nnx.Module, tokens_BL: jax.Array) -> int:
-  """Size of the last axis of the model's logits; it may be abstract."""
+def rows_at_once(model: nnx.Module, tokens_BL: jax.Array, mesh: Mesh, at_least: int = 0) -> int:
+  """`rows_in_cache` on a single CPU device, else the whole batch; the model may be abstract."""
+  batch, length = tokens_BL.shape
+  if not is_one_cpu(mesh):
+    return batch
   graphdef, state = nnx.split(model)
-  return jax.eval_shape(lambda state, tokens_BL: nnx.merge(graphdef, state)(tokens_BL), state, tokens_BL[:1]).shape[-1]
+  one = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  logits = jax.eval_shape(lambda state, tokens_BL: nnx.merge(graphdef, state)(tokens_BL), state, one)
+  return rows_in_cache(batch, length, logits.shape[-1], at_least)
 
 
 def in_microbatches(

@@ -68,7 +68,7 @@ def broken(c: Config) -> Iterator[tuple[str, str, str]]:
     )
   if f.microbatch > f.batch_size:
     rule = f'must be at most features.batch_size = {f.batch_size}'
-    yield 'features.microbatch', rule, 'set --config.features.microbatch=0 to take whole batches'
+    yield 'features.microbatch', rule, 'set --config.features.microbatch=0, or raise features.batch_size'
   if f.basis != 'random' and f.projection != 'two_sided':
     rule = f"needs features.projection = 'two_sided', and it is {f.projection!r}"
     yield 'features.basis', rule, 'set --config.features.basis=random, or --config.features.projection=two_sided'
@@ -161,9 +161,9 @@ def broken(c: Config) -> Iterator[tuple[str, str, str]]:
     if batch % data:
       yield at, f'must be a multiple of {shares}', f'set --config.{at} to a multiple of {data}'
   for at, t in trains:
-    if t.batch_size % ((t.microbatches or 1) * max(data, 1)):
+    if t.microbatches and t.batch_size % (t.microbatches * max(data, 1)):
       rule = f'must divide {at}.batch_size = {t.batch_size} into parts that are multiples of {shares}'
-      yield f'{at}.microbatches', rule, f'set --config.{at}.microbatches=0, which finds a number'
+      yield f'{at}.microbatches', rule, f'set --config.{at}.microbatches=1 to take whole batches'
     if t.evaluate_every_steps % t.log_every_steps:
       rule = f'must be a multiple of {at}.log_every_steps = {t.log_every_steps}, as it is part of the logged lines'
       way_out = f'set --config.{at}.evaluate_every_steps to a multiple of {t.log_every_steps}, or 0'

@@ -336,7 +336,9 @@ class Features(Section):
   gram_rows: Rows = key(0, 'First rows of the shuffled pool, for the Gram matrix of jvp; 0 takes all.')
   precondition: Literal['none', 'adam'] = key('none', "adam: divide by the root of the proxy's second moments.")
   batch_size: Batch = key(32, 'Examples per step over all devices, rounded up to what these share evenly.')
-  microbatch: BatchRows = key(0, 'Examples whose gradients are held at once (dense, jvp); 0: all, or what caches hold.')
+  microbatch: BatchRows = key(
+    0, 'Examples whose gradients are held at once (dense, jvp, ekfac); 0: the batch, or of scores what caches hold.'
+  )
   shard_rows: Batch = key(1_024, 'Rows of one shard, the unit of work, storage and resume.')
   jobs: Annotated[Processes, Ge(1)] = key(1, 'Processes that share the stage, each with --stage=features.')
   job: Processes = key(0, 'Number of this process, from 0; below jobs.')

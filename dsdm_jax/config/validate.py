@@ -217,7 +217,7 @@ def check_devices(config: ConfigDict, device_count: int, batches: Collection[str
     parts, batch = flat[f'{train}.microbatches'] or 1, flat[f'{train}.batch_size']
     if f'{train}.batch_size' in batches and batch % (parts * share):
       rule = f'must cut {train}.batch_size = {batch} into multiples of the {share} devices that share a batch'
-      raise _error(f'{train}.microbatches', parts, rule, f'set --config.{train}.microbatches=0')
+      raise _error(f'{train}.microbatches', parts, rule, f'set --config.{train}.microbatches=1')
 
 
 def check_callables(config: ConfigDict) -> None:

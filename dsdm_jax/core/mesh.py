@@ -65,17 +65,20 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
   return mesh.shape[REPLICA] * mesh.shape[DATA]
 
 
-def rows_in_cache(batch: int, length: int, vocab_size: int, mesh: Mesh, read_bytes: int = 0) -> int:
-  """How many rows of a batch, a divisor of it, a single CPU device computes at once; on any other mesh, all of them.
+def is_one_cpu(mesh: Mesh) -> bool:
+  """Whether the mesh is a single CPU device, where arrays larger than its caches cost the most."""
+  return mesh.size == 1 and mesh.devices.flat[0].platform == 'cpu'
+
+
+def rows_in_cache(batch: int, length: int, vocab_size: int, at_least: int = 0) -> int:
+  """How many rows of a batch, a divisor of it, a CPU computes at once.
 
   Logits, float32 [rows, length, vocab_size], are the largest arrays of a small model and pass through memory several
-  times. At once are up to 4 MiB of them, but at least 256 tokens, below which products become slow, and as many rows as
-  have four times the `read_bytes` that are read for each part of the batch.
+  times. At once are 256 tokens, below which products become slow, or more up to 4 MiB of logits or `at_least` bytes.
   """
-  if mesh.size > 1 or mesh.devices.flat[0].platform != 'cpu':
-    return batch
-  most = max(max(2**22, 4 * read_bytes) // (4 * length * vocab_size), -(-256 // length))
-  return max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= most)
+  most = max(2**22, at_least) // (4 * length * vocab_size)
+  enough = [rows for rows in range(1, batch + 1) if batch % rows == 0 and rows * length >= min(256, batch * length)]
+  return max((rows for rows in enough if rows <= most), default=enough[0])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -284,8 +284,10 @@ def _costs(
   flop['evaluation'] = models * asked.tokens * final.forward_flop
   flop['target_features'] = 3 * proxies.checkpoints(config) * asked.examples * length * proxy.forward_flop
   tokens_at_once = [
-    length * (batch // parts if parts else rows_in_cache(batch, length, config.pool.vocab_size, mesh))
-    for batch, parts in ((t.batch_size, t.microbatches) for t in (config.proxies.train, config.pretraining.train))
+    train.batch_size * length // train.microbatches
+    if train.microbatches
+    else length * rows_in_cache(train.batch_size, length, config.pool.vocab_size, 4 * round(model.parameters))
+    for train, model in ((config.proxies.train, proxy), (config.pretraining.train, final))
   ]
   # Products of a narrow proxy are slower than those of the final models, often several times.
   compiling, of_proxy = _measure(config, config.proxies.model, tokens_at_once[0])

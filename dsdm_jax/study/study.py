@@ -27,7 +27,7 @@ from dsdm_jax.study import arm_file
 from dsdm_jax.study.arm_file import ArmFile
 
 BASE, AGAIN = 'base', 'again_'
-LAST = 'evaluation'
+LAST_SHARED = 'evaluation'
 _COLUMNS = 'task split metric method target_mix baseline difference low high p_value p_holm verdict conditional'.split()
 
 
@@ -88,7 +88,7 @@ def share(config: Any, workdir: Location, others: Sequence[Location]) -> list[st
   linked: list[str] = []
   runner = Runner(pipeline.STAGES, pipeline.runner_config(config), workdir)
   done = runner.done
-  for name in pipeline.needed(LAST, runner.settings):
+  for name in pipeline.needed(LAST_SHARED, runner.settings):
     stage = runner.stages[name]
     if any(name not in done for name in stage.reads):
       break

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.config.validate import load_callable
 from dsdm_jax.core import flops
-from dsdm_jax.core.mesh import BATCH, MODEL, batch_sharding, place, replicated, rows_in_cache
+from dsdm_jax.core.mesh import BATCH, MODEL, batch_sharding, is_one_cpu, place, replicated, rows_in_cache
 from dsdm_jax.lm import attention_tpu, hugging_face, partition, products
 from dsdm_jax.lm.outputs import token_log_probability
 from dsdm_jax.training import optimizer
@@ -73,8 +73,6 @@ class Trainer:
     mesh: Mesh,
     frozen: bool = False,
   ):
-    at_once = rows_in_cache(config.batch_size, length, vocab_size, mesh)
-    self._parts = config.microbatches or config.batch_size // at_once
     model = abstract_model(model_config, vocab_size, length)
     self.graphdef, _, _ = nnx.split(model, nnx.Param, ...)
     self._own = getattr(model, 'gathers', None)
@@ -188,7 +186,7 @@ class Trainer:
     }
 
     def of_device(params: nnx.State, tokens_BL: jax.Array, weight: jax.Array) -> Any:
-      parts = self._parts > 1
+      parts = self._config.microbatches > 1
       if parts:  # gather weights once for all parts
         with partition.on_device(specs):
           own, others = self._by_place(params)
@@ -211,7 +209,11 @@ class Trainer:
 
   def _accumulated(self, gradient: Any, params: nnx.State, tokens_BL: jax.Array, weight: jax.Array) -> Any:
     """`gradient` of all microbatches, added in float32."""
-    count = self._parts
+    count = self._config.microbatches or 1
+    if not self._config.microbatches and is_one_cpu(self.mesh):
+      # Each part reads the weights and adds a gradient: it should have as much of logits.
+      weights = 4 * sum(x.size for x in jax.tree.leaves(params))
+      count = len(tokens_BL) // rows_in_cache(*tokens_BL.shape, self._vocab_size, weights)
     if count == 1:
       return gradient(params, tokens_BL, weight)
 

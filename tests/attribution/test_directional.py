@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from configs import base
-from dsdm_jax.attribution import directional
+from dsdm_jax.attribution import gradients
 from dsdm_jax.attribution.directional import DirectionalScores
-from dsdm_jax.attribution.gradients import DenseFeatures
+from dsdm_jax.attribution.gradients import DenseFeatures, TwoSidedFeatures
 from dsdm_jax.core import flops
 from dsdm_jax.lm import outputs
 from dsdm_jax.lm.decoder import Decoder
@@ -62,13 +62,23 @@ def test_same_scores_on_any_mesh(plain_problem, one_device, eight_devices):
     _close(got_BT, wanted_BT[:, :targets])
 
 
-def test_parts_of_a_batch_give_the_scores_of_the_batch(plain_problem, one_device, monkeypatch):
-  p, wanted_BT = plain_problem, _explicit(plain_problem, one_device, _u(1))
-  asked = []
-  monkeypatch.setattr(directional, 'rows_in_cache', lambda *given: asked.append(given) or 2)
-  scorer = DirectionalScores(p.model, outputs.margin, 3, one_device)
-  _close(scorer(scorer.prepare(p.params, _u(1), 1), p.tokens_BL, p.weights_BL), wanted_BT)
-  assert asked == [(8, 16, VOCAB, one_device, 4 * sum(x.size for x in jax.tree.leaves(p.params)))]
+@pytest.mark.parametrize('step', ['one direction', 'two directions', 'two-sided'])
+def test_parts_of_a_batch_give_what_the_batch_gives(step, plain_problem, one_device, monkeypatch):
+  p = plain_problem
+
+  def compute():
+    if step == 'two-sided':
+      features = TwoSidedFeatures(p.model, outputs.margin, '.*', J, 3, one_device)
+      return features(features.prepare(p.params, 1), p.tokens_BL, p.weights_BL)
+    scorer = DirectionalScores(p.model, outputs.margin, 3, one_device)
+    directions = _u(1 if step == 'one direction' else 2)
+    return scorer(scorer.prepare(p.params, directions, 1), p.tokens_BL, p.weights_BL)
+
+  wanted, asked = np.asarray(compute()), []
+  monkeypatch.setattr(gradients, 'rows_in_cache', lambda *given: asked.append(given) or 2)
+  _close(compute(), wanted)
+  directions = {'one direction': 1, 'two directions': 2, 'two-sided': 0}[step]
+  assert asked == [(8, 16, VOCAB, 16 * directions * sum(x.size for x in jax.tree.leaves(p.params)))]
 
 
 class _Doubled(Decoder):
@@ -76,13 +86,29 @@ class _Doubled(Decoder):
     return 2 * super().__call__(tokens_BL)
 
 
-def test_a_model_with_other_logits_is_differentiated_as_a_whole(plain_problem, one_device):
+def _biased_head(config, *given):
+  config.tied_embeddings = False
+  model = Decoder(config, *given)
+  model.head = nnx.Linear(32, VOCAB, bias_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(1))
+  return model
+
+
+@pytest.mark.parametrize('build', [_Doubled, _biased_head])
+def test_a_model_with_other_logits_is_differentiated_as_a_whole(build, plain_problem, one_device):
   config = base.model()
   config.update({'width': 32, 'mlp_width': 64})
-  model = _Doubled(config, VOCAB, plain_problem.tokens_BL.shape[1], nnx.Rngs(0))
+  model = build(config, VOCAB, plain_problem.tokens_BL.shape[1], nnx.Rngs(0))
   p = dataclasses.replace(plain_problem, model=model, params=nnx.state(model, nnx.Param))
   scorer = DirectionalScores(p.model, outputs.margin, 3, one_device)
   _close(scorer(scorer.prepare(p.params, _u(1), 1), p.tokens_BL, p.weights_BL), _explicit(p, one_device, _u(1)))
+
+
+def test_one_direction_in_bfloat16(one_device):
+  p, low = make_problem(), make_problem(compute_dtype='bfloat16')
+  wanted_BT = _explicit(p, one_device, _u(1))
+  scorer = DirectionalScores(low.model, outputs.margin, 3, one_device)
+  got_BT = np.asarray(scorer(scorer.prepare(p.params, _u(1), 1), p.tokens_BL, p.weights_BL))
+  assert np.abs(got_BT - wanted_BT).max() < 0.03 * np.abs(wanted_BT).max()  # eight bits, added over layers
 
 
 def test_scores_of_tokens_add_up_and_are_of_their_tokens(plain_problem, one_device):

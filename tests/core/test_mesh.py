@@ -30,26 +30,31 @@ def test_devices_without_slices_keep_their_order(keys, shape):
 
 
 @pytest.mark.parametrize(
-  ('batch', 'length', 'vocab', 'read', 'rows'),
+  ('batch', 'length', 'vocab', 'at_least', 'rows'),
   [
     (32, 256, 4_096, 0, 1),  # 4 MiB of logits in a row
     (16, 128, 1_024, 0, 8),
-    (32, 16, 50_257, 0, 16),  # at least 256 tokens
+    (32, 16, 50_257, 0, 16),  # 256 tokens
     (30, 256, 1_024, 0, 3),  # divides the batch
-    (32, 256, 4_096, 2**23, 8),  # 32 MiB of logits beside 8 that are read
+    (31, 64, 1_024, 0, 31),  # a prime
+    (34, 16, 50_257, 0, 17),
+    (32, 256, 4_096, 2**25, 8),
     (32, 12, 48, 0, 32),
+    (1, 16, 50_257, 0, 1),
   ],
 )
-def test_a_cpu_computes_what_its_caches_hold_and_other_meshes_all(batch, length, vocab, read, rows):
-  assert mesh.rows_in_cache(batch, length, vocab, mesh.one_device(), read) == rows
-  assert mesh.rows_in_cache(batch, length, vocab, mesh.make_mesh(config()), read) == batch
-  tpu = AbstractDevices(np.array([Tpu((0, 0, 0), 0)], object), 1)
-  assert mesh.rows_in_cache(batch, length, vocab, tpu, read) == batch
+def test_a_cpu_computes_what_its_caches_hold(batch, length, vocab, at_least, rows):
+  assert mesh.rows_in_cache(batch, length, vocab, at_least) == rows
 
 
-class AbstractDevices(NamedTuple):
+class Devices(NamedTuple):
   devices: np.ndarray
   size: int
+
+
+def test_one_cpu_device_is_neither_several_nor_a_tpu():
+  assert mesh.is_one_cpu(mesh.one_device()) and not mesh.is_one_cpu(mesh.make_mesh(config()))
+  assert not mesh.is_one_cpu(Devices(np.array([Tpu((0, 0, 0), 0)], object), 1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,7 @@ def test_unknown_chip_is_refused():
 
 
 @pytest.mark.parametrize('name', ['v5e:2x2x2', 'v6e:4x4x4', 'v5e:16x32', 'v6e:1x257', 'v5p:16x20x20', 'v4:16x16x17'])
-def test_slices_that_no_pod_has_are_refused(name):
+def test_slices_that_no_chip_has_are_refused(name):
   with pytest.raises(UserError, match=r'is more than the largest slice of v\w+ has: [23] axes and [\d,]+ chips'):
     topology.chips(name)
 

@@ -109,6 +109,7 @@ def test_equal_stages_are_computed_once(studied):
 
 
 def test_every_arm_is_compared(studied):
+  assert all((studied / 'arms' / arm / 'report/index.html').is_file() for arm in ('base', 'damped', 'again_1'))
   found = json.loads((studied / 'study.json').read_text())
   pairs = {(c['method'], c['baseline']) for c in found['comparisons']}
   compared = {'dsdm/damped', 'dsdm/again_1', 'dsdm_greedy/damped'}  # dsdm/again has a model of dsdm
