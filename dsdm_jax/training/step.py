@@ -213,7 +213,8 @@ class Trainer:
     if not self._config.microbatches and is_one_cpu(self.mesh):
       # Each part reads the weights and adds a gradient: it should have as much of logits.
       weights = 4 * sum(x.size for x in jax.tree.leaves(params))
-      count = len(tokens_BL) // rows_in_cache(*tokens_BL.shape, self._vocab_size, weights)
+      batch, length = tokens_BL.shape
+      count = batch // rows_in_cache(batch, length, self._vocab_size, weights)
     if count == 1:
       return gradient(params, tokens_BL, weight)
 
