@@ -159,19 +159,19 @@ def test_row_of_weight_zero_is_left_out_and_others_keep_their_weight():
 
 
 def test_a_cpu_trains_on_parts_that_its_caches_hold(monkeypatch):
-  [tokens_BL], steps, asked = batches(1), jnp.int32(6), []
-  weight_B = np.linspace(0, 1, BATCH, dtype=np.float32)
+  rows, steps, asked = 6, jnp.int32(6), []  # another batch than the config's, as in bench
+  tokens_BL, weight_B = batches(1)[0][:rows], np.linspace(0, 1, rows, dtype=np.float32)
   trainer = make_trainer(adam_eps=1e-3)
   state = trainer.init(jax.random.key(3))
   whole = trainer.apply(state, tokens_BL, weight_B, steps)
   monkeypatch.setattr(step, 'rows_in_cache', lambda *given: asked.append(given) or 2)
   parts = trainer.apply(state, tokens_BL, weight_B, steps)
-  assert asked == [(BATCH, LENGTH, VOCAB, 4 * sum(x.size for x in jax.tree.leaves(state.params)))]
+  assert asked == [(rows, LENGTH, VOCAB, 4 * sum(x.size for x in jax.tree.leaves(state.params)))]
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), parts, whole)
   scans = [
     e for e in jax.make_jaxpr(trainer.apply)(state, tokens_BL, weight_B, steps).eqns if e.primitive.name == 'scan'
   ]
-  assert [scan.params['length'] for scan in scans] == [BATCH // 2]
+  assert [scan.params['length'] for scan in scans] == [rows // 2]
 
 
 @pytest.mark.parametrize(('shape', 'microbatches'), [((1, 2, 4), 1), ((2, 2, 2), 2)])
