@@ -46,7 +46,7 @@ def _matmul_forward(x: jax.Array, w_IO: jax.Array, score_K: jax.Array, v_KIO: ja
 def _matmul_backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, None, jax.Array, None]:
   x, w_IO, v_KIO = residuals
   gradient_IO = jnp.einsum('...i,...o->io', x, dy, preferred_element_type=jnp.float32)
-  return dy @ w_IO.T, None, _inner('io,kio->k', gradient_IO, v_KIO), None
+  return dy @ w_IO.T, None, _inner('kio,io->k', v_KIO, gradient_IO), None
 
 
 contracted_matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -68,14 +68,15 @@ def _lookup_backward(residuals: Any, dy: jax.Array) -> tuple[None, None, jax.Arr
   tokens, v_KVD = residuals
   dy, (count, rows, _) = dy.astype(jnp.float32), v_KVD.shape
   if count * tokens.size < rows:
-    score_K = _inner('...d,k...d->k', dy, jnp.take(v_KVD, tokens, axis=1))
+    score_K = _inner('k...d,...d->k', jnp.take(v_KVD, tokens, axis=1), dy)
   else:  # one scatter instead of a gather for each direction
-    score_K = _inner('vd,kvd->k', jnp.zeros_like(v_KVD[0]).at[tokens].add(dy), v_KVD)
+    score_K = _inner('kvd,vd->k', v_KVD, jnp.zeros_like(v_KVD[0]).at[tokens].add(dy))
   return None, None, score_K, None
 
 
 contracted_lookup.defvjp(_lookup_forward, _lookup_backward)
 
+# The direction comes first: for one row at a time, XLA on CPU would otherwise copy it into columns.
 _inner = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -164,9 +165,9 @@ class DirectionalScores:
 
   def apply(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
     """score_BT in float32; axes of an array-valued output function come before T."""
-    # Each part reads the directions, and should have several times as much of logits.
+    # Each part reads the directions, and should have as much of logits.
     read = 4 * sum(v.size for v in jax.tree.leaves(prepared[1]))
-    rows = self.microbatch or rows_at_once(self.model, tokens_BL, self.mesh, at_least=4 * read)
+    rows = self.microbatch or rows_at_once(self.model, tokens_BL, self.mesh, at_least=read)
     return in_microbatches(functools.partial(self._rows, prepared), rows, tokens_BL, weights_BL)
 
   def _rows(self, prepared: Prepared, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:

@@ -78,7 +78,7 @@ def test_parts_of_a_batch_give_what_the_batch_gives(step, plain_problem, one_dev
   monkeypatch.setattr(gradients, 'rows_in_cache', lambda *given: asked.append(given) or 2)
   _close(compute(), wanted)
   directions = {'one direction': 1, 'two directions': 2, 'two-sided': 0}[step]
-  assert asked == [(8, 16, VOCAB, 16 * directions * sum(x.size for x in jax.tree.leaves(p.params)))]
+  assert asked == [(8, 16, VOCAB, 4 * directions * sum(x.size for x in jax.tree.leaves(p.params)))]
 
 
 class _Doubled(Decoder):
