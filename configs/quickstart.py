@@ -4,7 +4,7 @@ Run it with:
 
     bash launch/run.sh
 
-Hardware and time: two CPU cores, 1 min 31 s after installation.
+Hardware and time: two CPU cores, 1 min 47 s after installation.
 
 Result: models trained on DsDm's selection choose right in 69 % of questions about code, and models trained on random
 rows in 55 %; README.md has a table with intervals. The text depends on the installed packages, so your numbers differ.
