@@ -124,8 +124,8 @@ class DirectionalScores:
       (`lm.outputs:margin_shares` for those of tokens).
     seed: of the projection; the same as for the features that u was solved with.
     mesh: batch over `data`, weights and directions by the partition table.
-    microbatch: rows that are computed at once, as for `DenseFeatures`; 0 takes the whole batch, or on CPUs what their
-      caches hold.
+    microbatch: rows that are computed at once, as for `DenseFeatures`; 0 takes the whole batch, or on one CPU
+      device what its caches hold.
   """
 
   model: nnx.Module

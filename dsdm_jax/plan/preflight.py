@@ -32,6 +32,7 @@ from dsdm_jax.data.pool.passes import worker_count
 from dsdm_jax.data.targets import tasks
 from dsdm_jax.errors import UserError
 from dsdm_jax.training import proxies
+from dsdm_jax.training.step import microbatches
 
 _SAMPLE = 2**16  # bytes of text whose tokens are counted
 _PACKED = {'.gz': 3.0, '.zst': 3.5, '.bz2': 4.0, '.xz': 4.0, '.parquet': 2.5}  # bytes of text per byte of file
@@ -272,7 +273,7 @@ def _costs(
   """Seconds, bytes of memory and bytes of disk of each stage, and whether choosing pays."""
   import jax
 
-  from dsdm_jax.core.mesh import make_mesh, rows_in_cache
+  from dsdm_jax.core.mesh import make_mesh
   from dsdm_jax.plan import programs
 
   mesh, rows, length = make_mesh(config.mesh), pool.rows or 0, config.pool.length
@@ -284,9 +285,9 @@ def _costs(
   flop['evaluation'] = models * asked.tokens * final.forward_flop
   flop['target_features'] = 3 * proxies.checkpoints(config) * asked.examples * length * proxy.forward_flop
   tokens_at_once = [
-    train.batch_size * length // train.microbatches
-    if train.microbatches
-    else length * rows_in_cache(train.batch_size, length, config.pool.vocab_size, 4 * round(model.parameters))
+    train.batch_size
+    // microbatches(train, train.batch_size, length, config.pool.vocab_size, round(model.parameters), mesh)
+    * length
     for train, model in ((config.proxies.train, proxy), (config.pretraining.train, final))
   ]
   # Products of a narrow proxy are slower than those of the final models, often several times.

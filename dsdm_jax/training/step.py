@@ -29,6 +29,16 @@ class TrainState(NamedTuple):
   opt_state: Any
 
 
+def microbatches(config: ConfigDict, batch: int, length: int, vocab_size: int, parameters: int, mesh: Mesh) -> int:
+  """Number of parts of a batch of [batch, length] tokens: `microbatches` of the section `train`, or what is best at 0.
+
+  Each part reads the weights and adds a gradient, so a CPU takes as much of logits at once.
+  """
+  if config.microbatches or not is_one_cpu(mesh):
+    return config.microbatches or 1
+  return batch // rows_in_cache(batch, length, vocab_size, 4 * parameters)
+
+
 def build_model(model_config: ConfigDict, vocab_size: int, length: int, rngs: nnx.Rngs) -> nnx.Module:
   """Calls the model factory of the config."""
   return load_callable(model_config.factory)(model_config, vocab_size, length, rngs)
@@ -209,12 +219,9 @@ class Trainer:
 
   def _accumulated(self, gradient: Any, params: nnx.State, tokens_BL: jax.Array, weight: jax.Array) -> Any:
     """`gradient` of all microbatches, added in float32."""
-    count = self._config.microbatches or 1
-    if not self._config.microbatches and is_one_cpu(self.mesh):
-      # Each part reads the weights and adds a gradient: it should have as much of logits.
-      weights = 4 * sum(x.size for x in jax.tree.leaves(params))
-      batch, length = tokens_BL.shape
-      count = batch // rows_in_cache(batch, length, self._vocab_size, weights)
+    batch, length = tokens_BL.shape
+    parameters = sum(x.size for x in jax.tree.leaves(params))
+    count = microbatches(self._config, batch, length, self._vocab_size, parameters, self.mesh)
     if count == 1:
       return gradient(params, tokens_BL, weight)
 

@@ -158,6 +158,14 @@ def test_row_of_weight_zero_is_left_out_and_others_keep_their_weight():
   assert first[0]['loss'] == pytest.approx(sum(losses) - losses[2], rel=1e-5)  # divided by B, not by the weights' sum
 
 
+@pytest.mark.parametrize(('set_to', 'devices', 'parts'), [(0, 1, 32), (0, 8, 1), (4, 1, 4), (4, 8, 4)])
+def test_only_one_cpu_device_chooses_the_number_of_parts(set_to, devices, parts):
+  config = base.training()
+  config.microbatches = set_to
+  grid = mesh.make_mesh(base.get_config().mesh, jax.devices()[:devices])
+  assert step.microbatches(config, 32, 256, 4_096, 1_000, grid) == parts
+
+
 def test_a_cpu_trains_on_parts_that_its_caches_hold(monkeypatch):
   rows, steps, asked = 6, jnp.int32(6), []  # another batch than the config's, as in bench
   tokens_BL, weight_B = batches(1)[0][:rows], np.linspace(0, 1, rows, dtype=np.float32)
