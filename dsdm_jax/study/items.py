@@ -17,7 +17,12 @@ from dsdm_jax.core import prng, storage
 from dsdm_jax.data.targets import shapes
 from dsdm_jax.errors import UserError, visible
 
-_FILES = {'lambada': 'lambada_openai', 'jeopardy': 'jeopardy_all', 'squad': 'squad_xquad_en'}
+_FILES = {
+  'lambada': 'lambada_openai',
+  'squad': 'squad_xquad_en',
+  'jeopardy': 'jeopardy_all',
+  'trivia_qa': 'triviaqa_sm_sub',
+}
 _SENTENCE = re.compile(r'(?<=[.!?])\s+')
 _DISTRACTORS = 4
 
@@ -41,6 +46,9 @@ def run(flags: argparse.Namespace) -> None:
     records = [record for _, record in shapes.read_jsonl(path)]
     if task == 'squad':
       records = list(squad(records, flags.words, path))
+    elif task == 'trivia_qa':  # of several correct answers the first
+      parsed = (shapes.parse(r, shapes.GENERATION, str(i), f'{path}, record {i + 1}') for i, r in enumerate(records))
+      records = [{'context': item.context, 'continuation': item.continuation} for item in parsed]
     lines = [json.dumps(record) for record in cloze(records, task, flags.seed)]
     storage.write_text(out / f'{task}_cloze.jsonl', '\n'.join([*lines, '']))
   print(visible(f'items: {out}'))
