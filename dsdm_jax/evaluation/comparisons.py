@@ -65,13 +65,25 @@ def compare(
   compared = [
     _comparison(values_RI, runs, *pair, documents_I, options, labels) for pair in _pairs(runs, options.baselines)
   ]
-  adjusted = statistics.holm([c['p_value'] for c in compared])
-  for comparison, p_holm in zip(compared, adjusted, strict=True):
+  return judged(compared, options.confidence)
+
+
+def judged(compared: Sequence[Mapping[str, Any]], confidence: float) -> list[dict[str, Any]]:
+  """Comparisons with `p_holm` and `verdict`, by Holm's rule over these and no others."""
+  result = []
+  for comparison, p_holm in zip(compared, statistics.holm([c['p_value'] for c in compared]), strict=True):
     few = min(comparison['seeds']) < FEWEST_SEEDS  # these say too little about how seeds vary
     direction = BETTER if comparison['difference'] > 0 else WORSE
-    comparison['p_holm'] = float(p_holm)
-    comparison['verdict'] = NEITHER if few or p_holm >= 1 - options.confidence else direction
-  return compared
+    verdict = NEITHER if few or p_holm >= 1 - confidence else direction
+    result.append({**comparison, 'p_holm': float(p_holm), 'verdict': verdict})
+  return result
+
+
+def turned(comparison: Mapping[str, Any]) -> dict[str, Any]:
+  """The same comparison seen from its baseline, before a verdict."""
+  own = {key: -comparison[of] for key, of in (('difference', 'difference'), ('low', 'high'), ('high', 'low'))}
+  names = {'method': comparison['baseline'], 'baseline': comparison['method'], 'seeds': comparison['seeds'][::-1]}
+  return {**comparison, **own, **names}
 
 
 def _pairs(runs: Runs, baselines: Sequence[str]) -> Iterator[tuple[Arm, Arm]]:

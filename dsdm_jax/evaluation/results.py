@@ -402,6 +402,9 @@ def text_tables(results: Mapping[str, Any], width: int = 110) -> str:
     if results['comparisons']:
       console.print(f'Differences with {percent} intervals over seeds and items (above zero: the first is better)')
       console.print(_fill_differences(RichTable(box=box.SIMPLE), results['comparisons'], several))
+    if results.get('primary'):
+      console.print('Primary comparisons, named before the study, with p-values adjusted over these alone')
+      console.print(_fill_differences(RichTable(box=box.SIMPLE), results['primary'], several))
     if results.get('multiplier'):
       console.print(f'Compute that random data needs for the same result: multipliers with {percent} intervals')
       console.print(_fill_multipliers(RichTable(box=box.SIMPLE), results['multiplier']['arms'], several))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsdm_jax import configs
 from dsdm_jax.config.methods import STAGES, label
 from dsdm_jax.core import storage
 from dsdm_jax.core.progress import counted
@@ -33,6 +34,7 @@ _ON_LADDER = (_RANDOM, 'dsdm', 'dsdm/cheap')  # the figure has room for these
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--files', required=True, help="glob of arm files, such as 'docs/results/*.json'")
+  parser.add_argument('--config', default='', help="the study's config, for its primary comparisons")
   parser.add_argument('--out', required=True, help='output folder')
 
 
@@ -47,7 +49,9 @@ def run(flags: argparse.Namespace) -> None:
   if not arms:
     raise UserError(f'--files={flags.files} matches no file; give a glob of files that `dsdm_jax.study run` wrote')
   arms.sort(key=lambda arm: arm.name != study.BASE)
+  pairs = study.primary_pairs(configs.load(flags.config, 'configs/study.py')) if flags.config else []
   comparison = study.compare(arms)
+  comparison['primary'] = study.primary(comparison, pairs)
   storage.write_text(out / 'study.csv', study.as_csv(comparison))
   storage.write_text(out / 'tables.md', tables(comparison, arms, flags.files))
   for name, drawing in drawings(comparison).items():
@@ -55,16 +59,10 @@ def run(flags: argparse.Namespace) -> None:
   print(visible(f'results: {out / "tables.md"}'))
 
 
-def headline_task(comparison: Mapping[str, Any]) -> str:
-  """The column that comes first: the targeted mix of some of the tasks where there is one, else the mean over all."""
-  mixes = [row['task'] for row in comparison['means']['summary'] if '+' in row['task']]
-  return mixes[0] if mixes else MEAN
-
-
 def tables(comparison: Mapping[str, Any], arms: Sequence[ArmFile], files: str) -> str:
   """All tables as Markdown."""
   percent = f'{100 * comparison["confidence"]:g} %'
-  first = headline_task(comparison)
+  first = study.headline_task(comparison)
   compared = [c for c in [*comparison['means']['comparisons'], *comparison['comparisons']] if c['metric'] == 'logprob']
   held_out, benchmarks = ([c for c in compared if c['split'] == split] for split in (HOLDOUT, BENCHMARK))
   columns = [first, *(c for c in dict.fromkeys(c['task'] for c in held_out) if c not in (first, MEAN))]
@@ -75,6 +73,7 @@ def tables(comparison: Mapping[str, Any], arms: Sequence[ArmFile], files: str) -
     f'with {percent} intervals over crossed seeds and items; bold means significant after Holm over the comparisons '
     'of the column. `method/x` belongs to arm `x` of the study; the last table lists what that arm changes. The random '
     'data is that of the arm `base`, also for arms that change the epochs.',
+    *_primary(comparison['primary']),
     f'## Held-out items of the targets, against {random}',
     _differences(held_out, columns, _RANDOM),
     '## The same against DsDm of the arm `base`',
@@ -91,6 +90,22 @@ def tables(comparison: Mapping[str, Any], arms: Sequence[ArmFile], files: str) -
     parts += [f'## Compute multiplier on {_task(first)}', _multiplier(read, first), ' '.join([_LADDER, *read['notes']])]
   parts += ['## Sources of the selected rows, %', _sources(arms), '## Arms', _arms(arms, base)]
   return '\n\n'.join(parts) + '\n'
+
+
+def _primary(compared: Sequence[Mapping[str, Any]]) -> list[str]:
+  rows = [
+    [
+      f'{_arm(c["method"], UNTARGETED)} − {c["baseline"]}',
+      f'{formatting.signed(c["difference"])} {formatting.interval(c["low"], c["high"])}',
+      formatting.p_value(c['p_holm']),
+      c['verdict'],
+    ]
+    for c in compared
+  ]
+  if not rows:
+    return []
+  heading = f'## Primary comparisons, on {_task(compared[0]["task"])}, after Holm over these alone'
+  return [heading, markdown(['comparison', 'difference', 'p', 'verdict'], rows)]
 
 
 def _differences(compared: Sequence[Mapping[str, Any]], columns: Sequence[str], baseline: str) -> str:
@@ -212,7 +227,7 @@ def _arm(method: str, target: str) -> str:
 
 def drawings(comparison: Mapping[str, Any]) -> dict[str, figures.Drawing]:
   """Name → figure. Arms for another target than the headline task are in the tables only."""
-  first = headline_task(comparison)
+  first = study.headline_task(comparison)
   targets = (UNTARGETED, 'mix' if first == MEAN else first)
   place = (first, _RANDOM, 'logprob', HOLDOUT)
   compared = [

@@ -4,6 +4,8 @@ Each arm is a run with a workdir of its own. A stage that an earlier arm finishe
 recomputed. The command resumes where it stopped, arm by arm and inside an arm. It writes `arms/<name>/`, a run with its
 report, a small file `finished/<name>.json` for each finished arm, and `study.json` (same layout as `results.json`, see
 `docs/evaluation.md`) and `study.csv` for all of them. Arms that finished elsewhere join the table with `--also`.
+
+A config may name its primary comparisons before it is run: `PRIMARY = (('dsdm', 'random'), ('dsdm', 'lsa/lsa'))`.
 """
 
 import argparse
@@ -17,12 +19,14 @@ import numpy as np
 
 from dsdm_jax import configs, pipeline
 from dsdm_jax.config.validate import flatten, validate
+from dsdm_jax.config.values import BREADTH
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.runner import Runner
 from dsdm_jax.core.storage import Location
 from dsdm_jax.errors import UserError, visible, visible_lines
-from dsdm_jax.evaluation import multiplier, results
+from dsdm_jax.evaluation import comparisons, multiplier, results
 from dsdm_jax.evaluation.comparisons import BASELINES, Options
+from dsdm_jax.evaluation.suite import HOLDOUT
 from dsdm_jax.study import arm_file
 from dsdm_jax.study.arm_file import ArmFile
 
@@ -63,6 +67,7 @@ def run(flags: argparse.Namespace) -> None:
     raise UserError(
       f'--arms={flags.arms} lacks {BASE}, which trains the baselines of all arms; add it, or its file with --also'
     )
+  pairs = primary_pairs(module)
   arm_configs = {arm: get_config(arm) for arm in sorted(arms, key=lambda arm: arm != BASE)}
   finished = workdir / 'finished'
   for config in arm_configs.values():  # all arms before the first one starts
@@ -76,6 +81,7 @@ def run(flags: argparse.Namespace) -> None:
     arm_file.write(folder, arm, flatten(config), finished / f'{arm}.json')
     done = [arm_file.read(finished / f'{name}.json') for name in list(arm_configs)[:number]]
     comparison = compare([*done, *(arm for arm in others if arm.name not in arm_configs)])
+    comparison['primary'] = primary(comparison, pairs)
     storage.write_json(workdir / 'study.json', comparison)
     storage.write_text(workdir / 'study.csv', as_csv(comparison))
     print(visible(f'== {arm}: {time.monotonic() - began:.0f} s'), flush=True)
@@ -176,6 +182,47 @@ def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:
     keys['selection_uses'],
   )
   return comparison
+
+
+def primary_pairs(module: Any) -> list[tuple[str, str]]:
+  """`PRIMARY` of a study's config: pairs of a method and what it is compared with, named as in the tables.
+
+  Raises:
+    UserError: it is something else.
+  """
+  pairs = getattr(module, 'PRIMARY', ())
+  for pair in pairs:
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
+      raise UserError(f"PRIMARY of --config has {pair!r}; give pairs of names such as ('dsdm', 'random')")
+  return list(pairs)
+
+
+def headline_task(comparison: Mapping[str, Any]) -> str:
+  """The column that comes first: the targeted mix of some of the tasks where there is one, else the mean over all."""
+  mixes = [row['task'] for row in comparison['means']['summary'] if '+' in row['task']]
+  return mixes[0] if mixes else results.MEAN
+
+
+def primary(comparison: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+  """The primary comparisons of `study.json`: log-probability on the headline task, after Holm over these alone.
+
+  Args:
+    comparison: see `compare`.
+    pairs: see `primary_pairs`.
+
+  Returns:
+    A comparison for each pair; none before all their arms are finished, since Holm's rule needs all.
+  """
+  task = headline_task(comparison)
+  averaged = [c for c in comparison['means']['comparisons'] if c['task'] == task]
+  alone = [c for c in comparison['comparisons'] if c['task'] != BREADTH]  # one task has no mean
+  known: dict[tuple[str, str], Mapping[str, Any]] = {}
+  for c in averaged or alone:
+    if (c['split'], c['metric']) == (HOLDOUT, 'logprob'):
+      known |= {(c['method'], c['baseline']): c, (c['baseline'], c['method']): comparisons.turned(c)}
+  if not all(pair in known for pair in pairs):
+    return []
+  return comparisons.judged([known[pair] for pair in pairs], comparison['confidence'])
 
 
 def as_csv(comparison: Mapping[str, Any]) -> str:

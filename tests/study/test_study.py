@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 import zlib
 
 import numpy as np
@@ -17,6 +18,7 @@ from dsdm_jax.core import artifacts
 from dsdm_jax.errors import UserError
 from dsdm_jax.study import arm_file
 from dsdm_jax.study.__main__ import main
+from dsdm_jax.study.study import primary, primary_pairs
 from tests.conftest import ROOT
 from tests.helpers.workdirs import files_of
 from tests.pipeline import runs
@@ -25,6 +27,7 @@ CONFIG = """
 from tests.pipeline import tiny
 
 ARMS = {'base': {}, 'damped': {}, 'again_1': {}}
+PRIMARY = (('dsdm', 'random'), ('dsdm', 'dsdm/damped'))
 
 def get_config(arm='base'):
   config = tiny.get_config()
@@ -77,6 +80,44 @@ def test_the_study_varies_every_choice_of_the_method():
   assert len(budgets) == 1, 'every arm trains as long as every other'
 
 
+def _compared(task: str, method: str, baseline: str, difference: float, p_value: float) -> dict:
+  names = {'task': task, 'split': 'holdout', 'metric': 'logprob', 'method': method, 'baseline': baseline}
+  own = {'difference': difference, 'low': difference - 0.1, 'high': difference + 0.2, 'p_value': p_value}
+  return {**names, **own, 'seeds': [5, 3], 'target_mix': 'mix'}
+
+
+@pytest.mark.parametrize('tasks', [('a',), ('a', 'b', 'mean')])
+def test_primary_comparisons_are_adjusted_over_themselves_alone(tasks):
+  rows = [
+    row
+    for task in tasks
+    for row in (
+      _compared(task, 'dsdm', 'random', 0.3, 0.02),
+      _compared(task, 'lsa/lsa', 'dsdm', -0.2, 0.03),
+      _compared(task, 'lsa/lsa', 'random', 0.1, 0.001),
+    )
+  ]
+  averaged = [row for row in rows if row['task'] == 'mean']
+  singles = [row for row in rows if row['task'] != 'mean'] + [_compared('breadth', 'dsdm', 'random', -9.0, 0.5)]
+  comparison = {'means': {'summary': [], 'comparisons': averaged}, 'comparisons': singles, 'confidence': 0.95}
+  found = primary(comparison, [('dsdm', 'random'), ('dsdm', 'lsa/lsa')])
+  assert [(c['task'], c['method'], c['baseline']) for c in found] == [
+    (tasks[-1], 'dsdm', 'random'),
+    (tasks[-1], 'dsdm', 'lsa/lsa'),
+  ]
+  assert [c['p_holm'] for c in found] == pytest.approx([0.04, 0.04]), 'twice 0.02, and not below that'
+  assert [(c['verdict'], c['seeds']) for c in found] == [('better', [5, 3]), ('better', [3, 5])]
+  assert (found[1]['difference'], found[1]['low'], found[1]['high']) == pytest.approx((0.2, 0.0, 0.3))
+  assert primary(comparison, [('dsdm', 'random'), ('dsdm', 'bm25/text')]) == [], 'that arm is not finished'
+
+
+def test_what_names_no_comparison_is_refused():
+  module = types.SimpleNamespace(PRIMARY=('dsdm', 'random'))
+  with pytest.raises(UserError, match="has 'dsdm'; give pairs of names"):
+    primary_pairs(module)
+  assert primary_pairs(study) == []
+
+
 @pytest.fixture(scope='module')
 def studied(tmp_path_factory):
   """The folder of a study that took two commands."""
@@ -117,6 +158,7 @@ def test_every_arm_is_compared(studied):
   assert pairs == against_random | {(method, 'dsdm') for method in compared}
   conditional = {c['method']: c['conditional'] for c in found['comparisons'] if c['baseline'] == 'random'}
   assert conditional['dsdm'] and conditional['dsdm/again_1'] and not conditional['dsdm/again']
+  assert [(c['method'], c['baseline']) for c in found['primary']] == [('dsdm', 'random'), ('dsdm', 'dsdm/damped')]
   means = {(r['method'], r['seed'], r['task'], r['split']): r['logprob'] for r in found['arms']}
   place = ('docs', 'holdout')
   assert means['dsdm/again', 0, *place] == means['dsdm', 0, *place]
@@ -163,11 +205,13 @@ def test_a_file_holds_the_values_to_a_thousandth(studied):
 
 def test_arms_from_elsewhere_join_the_table(studied, tmp_path):
   shutil.copytree(studied / 'finished', tmp_path / 'finished')
-  assert main(['results', '--files', f'{tmp_path}/finished/*.json', '--out', str(tmp_path / 'out')]) == 0
+  flags = ['--config', str(studied.parent / 'arms.py'), '--out', str(tmp_path / 'out')]
+  assert main(['results', '--files', f'{tmp_path}/finished/*.json', *flags]) == 0
   ours, theirs = ((folder / 'study.csv').read_text().splitlines() for folder in (tmp_path / 'out', studied))
   assert sorted(ours) == sorted(theirs), 'independent of the order of the files'
   text = (tmp_path / 'out/tables.md').read_text()
   assert '| dsdm/damped for mix |' in text and '`datamodel.damping=1.0`' in text and 'pays from' in text
+  assert '## Primary comparisons' in text and '| dsdm − dsdm/damped |' in text
   for name in ('effect', 'multiplier'):
     assert (tmp_path / f'out/{name}.svg').read_text().count('<svg') == 1
   # Elsewhere, with only the arm files of the first study: the base arm's models are not trained again.
