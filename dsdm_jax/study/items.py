@@ -93,13 +93,15 @@ def near(passage: str, question: str, answer: str, words: int) -> str:
 
 def cloze(records: Sequence[Mapping[str, Any]], task: str, seed: int) -> list[dict[str, Any]]:
   """Multiple choice records: the right answer among answers of other questions of its category and form."""
-  forms: dict[tuple[str, str], list[str]] = {}
+  forms: dict[tuple[str, str], set[str]] = {}
   for record in records:
-    forms.setdefault(_form(record), []).append(record['continuation'])
+    forms.setdefault(_form(record), set()).add(record['continuation'])
+  folded = {form: [(answer, answer.casefold()) for answer in sorted(answers)] for form, answers in forms.items()}
   result = []
   for number, record in enumerate(records):
     answer = record['continuation']
-    others = sorted({other for other in forms[_form(record)] if other.casefold() != answer.casefold()})
+    own = answer.casefold()
+    others = [other for other, key in folded[_form(record)] if key != own]
     if len(others) < _DISTRACTORS:
       continue
     rng = prng.numpy_stream(seed, 'study', 'cloze', task, number)
