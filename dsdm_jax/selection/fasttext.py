@@ -38,6 +38,8 @@ def fasttext(pool: Candidates, target: Target, budget: Budget, seed: int) -> Sel
   texts = scipy.sparse.vstack([*tasks, *(block.matrix() for block in grams.each(rows))]).tocsr()
   order = np.concatenate([positive, first[-1] + np.arange(len(rows))])
   weight, end = train(texts, order, order < first[-1], rng)
+  grams_of_pass = np.diff(texts.indptr)[order].sum() + len(order)
+  pool.add_flop(4.0 * _DIMENSIONS * _PASSES * float(grams_of_pass))  # of the mean and of its update
   logit_N = grams.scores(lambda block: (block.sums(weight) + end) / (block.size_B + 1))
   return ranking.ranked(logit_N, pool, budget.examples)
 

@@ -124,6 +124,19 @@ def test_rows_like_the_target_are_selected(method, kind):
   assert gained > (0.75 if method != 'classifier_pareto' else 0.3)  # random rows gain 0, with an sd of 0.1
 
 
+def test_fasttext_is_charged_for_its_training():
+  """Two operations for the mean and two for its update, of each distinct n-gram, mark of the end and dimension."""
+  pool, spent = pool_of(POOL), []
+  pool.add_flop = spent.append
+  selected('fasttext', pool, 60, target=target(texts=TARGET))
+
+  def distinct(texts):
+    return sum(1 + len(grams_by_hand(words(text))) for text in texts)
+
+  texts = distinct(POOL) + distinct(TARGET) * 7 + distinct(TARGET[:20])  # 40 target texts are repeated to 300
+  assert spent == [4 * 100 * 5 * texts]
+
+
 class InBlocks(Rows):
   """Rows that may only be read in blocks."""
 
