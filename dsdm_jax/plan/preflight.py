@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax.config.methods import METHODS
 from dsdm_jax.config.validate import check_callables, flatten
-from dsdm_jax.config.values import brief, task_name
+from dsdm_jax.config.values import Prefilter, brief, task_name
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.progress import clock
@@ -43,6 +43,8 @@ _COMPILING = 10.0  # times as long as the measured step, for the programs of a s
 _EFFICIENCY = 0.75  # speed of real steps, with attention and updates, relative to the measured one
 _IMPORTS, _SAVED = 2.0, 3.0  # seconds to import TensorFlow, and to save a model: over a hundred flushes to the disk
 _COMPARED_BYTES = 1.5e7  # of text a second, with the words of all targets
+_OF_TEXT = {'fasttext': 2.7e-6, 'lsa': 2.7e-6, 'hybrid': 2.7e-6}  # seconds a token of the pool to choose by text alone
+_OF_OTHER_TEXT = 1e-6
 _COUNTED_TOKENS, _RESTORED = 2e6, 0.1  # n-grams a second, and seconds to restore a model
 _CUT_SHARE = 0.1  # of prompts, above which a warning is printed
 _STATE_BYTES = 12  # of a parameter in a checkpoint: weight and two moments
@@ -301,6 +303,7 @@ def _costs(
     devices = jax.device_count() * _EFFICIENCY
     return sum(value / speed / devices for name, value in flop.items() if name.split()[0] in names)
 
+  prefilter = Prefilter.parse(config.selection.prefilter)
   ekfac = config.features.projection == 'ekfac'
   per_model = _RESTORED + min(config.selection.examples * length, config.evaluation.ngram_tokens) / _COUNTED_TOKENS
   text = (pool.bytes or 4 * rows * length) / 1.5e6 / worker_count(config.host.workers)
@@ -308,12 +311,14 @@ def _costs(
     'pool': 3 + text,
     'leakage': 1 + (pool.bytes or 4 * rows * length) / _COMPARED_BYTES / worker_count(config.host.workers),
     'targets': 1.0,
-    'prefilter': 4 + text / 2,
+    'prefilter': 1 + seconds_by_text([prefilter.method], rows * length) if prefilter else 0.0,
     'proxies': compiling + _IMPORTS + config.proxies.count * _SAVED + of('proxies'),
     'features': compiling + of('features'),
     'target_features': 0.0 if ekfac else compiling / 2 + of('target_features'),
     'datamodel': (1.2 if ekfac else 0.5) * compiling + of('gram', 'target_means', 'scores'),
-    'selection': 1 + len(config.selection.methods) * rows / 1e6,
+    'selection': 1
+    + len(config.selection.methods) * rows / 1e6
+    + seconds_by_text(config.selection.methods, rows * length),
     'pretraining': compiling + models * _SAVED + of('pretraining'),
     'ladder': len(config.ladder.rungs) * compiling + of('ladder'),
     'evaluation': len(config.targets.tasks) * compiling / 2 + of('evaluation') + models * per_model,
@@ -337,6 +342,12 @@ def _costs(
   }
   chosen, one = sum(flop.get(name, 0.0) for name in programs.SELECTION), flop['pretraining'] / max(models, 1)
   return {s: seconds.get(s, 0.0) for s in wanted}, memory, disk, _pays(config, chosen / one, rows)
+
+
+def seconds_by_text(methods: Sequence[str], tokens: int) -> float:
+  """What methods take to choose by text alone from a pool of so many tokens, about; those that read none take 0."""
+  reading = [method for method in methods if method in METHODS and 'text' in METHODS[method].needs]
+  return sum(_OF_TEXT.get(method, _OF_OTHER_TEXT) for method in reading) * tokens
 
 
 def _training_bytes(config: ConfigDict, model: ConfigDict, parameters: int, tokens: int) -> float:

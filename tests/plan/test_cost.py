@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from configs import base
 from dsdm_jax.core import flops
 from dsdm_jax.errors import UserError
-from dsdm_jax.plan import cost, hlo, page, plan, programs, topology
+from dsdm_jax.plan import cost, hlo, page, plan, preflight, programs, topology
 from dsdm_jax.plan.topology import CHIPS, chip
 from tests.plan.test_hlo import PROGRAM
 
@@ -58,6 +58,14 @@ def test_linear_memory_needs_few_compilations():
 
 def _work(stage, runs, flop):
   return programs.Work(stage, lambda _: (lambda: None, ()), 1, 'k', runs, 1, 1, flop)
+
+
+def test_choosing_by_text_takes_time_for_each_method_that_reads_it():
+  tokens = 185_114 * 256  # of a pool for which `fasttext` took 124 s and `lsa` 134 s
+  one = {name: preflight.seconds_by_text([name], tokens) for name in ('fasttext', 'lsa', 'dsir', 'random', 'dsdm')}
+  assert one['fasttext'] == pytest.approx(124, rel=0.1) and one['lsa'] == pytest.approx(134, rel=0.1)
+  assert one['fasttext'] > one['dsir'] > one['random'] == one['dsdm'] == 0
+  assert preflight.seconds_by_text(['lsa', 'dsir', 'my.module:choose'], tokens) == one['lsa'] + one['dsir']
 
 
 @pytest.mark.parametrize(('each', 'net'), [(1.0, 1.6), (4.0, 1.0), (8.0, 2 / 3)])
