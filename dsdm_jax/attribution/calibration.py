@@ -18,26 +18,29 @@ from dsdm_jax.core.artifacts import Artifact
 FILE = 'bank.npz'  # of the validation stage
 SHARE = 0.01  # of the training budget
 _RESAMPLES = 1_000
+_ARRAYS = 'row_N', 'family_S', 'weight_SN', 'truth_SK'
 
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-  """Subsets of the first rows of a pool, and what models trained on them reached.
+  """Subsets of some rows of a pool, and what models trained on them reached.
 
   Attributes:
+    row_N: int, these rows in the pool.
     family_S: name of each subset's family.
-    weight_SN: bool, its rows.
+    weight_SN: bool, which of them it has.
     truth_SK: mean log-likelihood of each task in nats per token, over seeds and examples.
     tasks: K names.
   """
 
+  row_N: np.ndarray
   family_S: np.ndarray
   weight_SN: np.ndarray
   truth_SK: np.ndarray
   tasks: tuple[str, ...]
 
   def save(self, folder: storage.Location) -> None:
-    arrays = {'family_S': self.family_S, 'weight_SN': self.weight_SN, 'truth_SK': self.truth_SK}
+    arrays = {name: getattr(self, name) for name in _ARRAYS}
     storage.save_npz(folder / FILE, **arrays, tasks=np.array(self.tasks))
 
   @classmethod
@@ -46,14 +49,13 @@ class Bank:
     if FILE not in artifact.manifest['files']:
       return None
     with storage.load(artifact.path / FILE) as arrays:
-      family_S, weight_SN, truth_SK = (arrays[name] for name in ('family_S', 'weight_SN', 'truth_SK'))
-      return cls(family_S, weight_SN, truth_SK, tuple(arrays['tasks'].tolist()))
+      return cls(**{name: arrays[name] for name in _ARRAYS}, tasks=tuple(arrays['tasks'].tolist()))
 
   def worth(self, score_N: np.ndarray, tasks: Sequence[str], seed: int = 0) -> dict[str, Any]:
     """Nats per token on the mean of `tasks` for 1 % of the budget and a score higher by 1.
 
     Args:
-      score_N: one score per row of the pool; those of the first rows count.
+      score_N: one score per row of the pool; those of the bank's rows count, and none of them is NaN.
       tasks: names.
       seed: of the bootstrap over subsets of each family.
 
@@ -61,10 +63,9 @@ class Bank:
       `nats_per_token`; `error`, its standard error over subsets; `families`, the same number from each family alone.
       None where subsets do not differ in score.
     """
-    rows = self.weight_SN.shape[1]
     truth_S = self.truth_SK[:, [self.tasks.index(task) for task in tasks]].mean(axis=1)
     # A score of 1 and the weight 0.01 · N would add 1 to this prediction.
-    predicted_S = self.weight_SN @ score_N[:rows].astype(np.float64) / (SHARE * rows)
+    predicted_S = self.weight_SN @ score_N[self.row_N].astype(np.float64) / (SHARE * len(self.row_N))
     families = {str(name): np.flatnonzero(self.family_S == name) for name in np.unique(self.family_S)}
     rng = prng.numpy_stream(seed, 'validation', 'calibration')
     drawn = [rng.integers(len(at), size=(_RESAMPLES, len(at))) for at in families.values()]
@@ -108,7 +109,10 @@ def describe(validation: Artifact | None, scores: Mapping[str, tuple[np.ndarray,
     return {'calibration': 'not calibrated: the run has no validation (--stage=validation)'}
   text = (
     f'nats per token on the target for each {SHARE:.0%} of the training budget spent on a row, and each unit of its '
-    f'score above the mean; from {len(bank.weight_SN)} subsets of the first {bank.weight_SN.shape[1]} rows'
+    f'score above the mean; from {len(bank.weight_SN)} subsets of {len(bank.row_N)} rows'
   )
-  worth = {name: bank.worth(score_N, tasks) for name, (score_N, tasks) in scores.items() if set(tasks) <= {*bank.tasks}}
+  known = {name: of for name, of in scores.items() if set(of[1]) <= {*bank.tasks}}
+  if any(np.isnan(score_N[bank.row_N]).any() for score_N, _ in known.values()):
+    return {'calibration': 'not calibrated: a prefilter left rows of the validation without scores'}
+  worth = {name: bank.worth(score_N, tasks) for name, (score_N, tasks) in known.items()}
   return {'calibration': {'unit': text, 'targets': worth}}

@@ -36,8 +36,12 @@ _SMOOTH_VARIANTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """Tokens, weights (None: all count) and source of rows; tokens, weights, task and document of target examples."""
+  """Place in the pool, tokens, weights (None: all count) and source of rows; and the target examples.
 
+  These have tokens, weights, task and document.
+  """
+
+  row_N: np.ndarray
   tokens_NL: np.ndarray
   weights_NL: np.ndarray | None
   source_N: np.ndarray
@@ -133,7 +137,8 @@ class Setting:
     member_KT = self._examples.member_KT
     mean_TK = (member_KT / member_KT.sum(axis=1, keepdims=True)).T
     family_S = np.array(self._subsets.family)
-    return Bank(family_S, self._subsets.weight_SN, self._truth[1].mean(axis=0) @ mean_TK, self._examples.tasks)
+    truth_SK = self._truth[1].mean(axis=0) @ mean_TK
+    return Bank(self._examples.row_N, family_S, self._subsets.weight_SN, truth_SK, self._examples.tasks)
 
   def monotone(self) -> dict[str, Any]:
     """Task → for each seed the loss of models trained on deciles 1, 5 and 10 of its scores, and whether it rises."""
@@ -248,6 +253,7 @@ def examples_of(options: ConfigDict, pool: Pool, targets: Targets, masked_N: np.
     tasks += [task] * size
     documents += [f'{task}: {record["document"]}' for record in examples.records[:size]]
   return Examples(
+    row_N=rows,
     tokens_NL=pool.tokens(rows),
     weights_NL=pool.weights(rows) if pool.counts_some else None,
     source_N=pool.source_N[rows],

@@ -7,8 +7,10 @@ import numpy as np
 
 import dsdm_jax
 from dsdm_jax import pipeline
+from dsdm_jax.attribution.calibration import Bank
 from dsdm_jax.bench import __main__ as bench
 from dsdm_jax.core import artifacts, storage
+from dsdm_jax.data.targets.masked import masked_rows
 from dsdm_jax.selection import export
 from dsdm_jax.validation import table
 from tests.conftest import FAULTS
@@ -36,6 +38,9 @@ def test_bank_runs_resumes_and_says_what_it_found(finished, tmp_path, capsys):
   assert {r['predictor'] for r in found['by_task']} == names | ({'oracle (metagradient)'} if FAULTS else set())
   assert {r['family'] for r in found['by_example']} == {'halves', 'stratified', 'deciles', 'drops'}
   assert all(-1 <= r['low'] <= r['high'] <= 1 for level in found.values() for r in level)
+  masked_N = masked_rows(artifacts.open_stage(workdir, 'leakage'))
+  bank = Bank.load(artifacts.open_stage(workdir, 'validation'))
+  assert bank.row_N.tolist() == np.flatnonzero(~masked_N)[:120].tolist()
   monotone = json.loads((files_of(workdir, 'validation') / 'monotone.json').read_text())
   assert {len(runs_) for runs_ in monotone.values()} == {2}
 

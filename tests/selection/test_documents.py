@@ -246,7 +246,8 @@ def test_every_export_states_sign_and_scale(lossy, tmp_path):
   """All formats there are, with scores of one datamodel, calibrated on one bank."""
   _, inputs, arrays = lossy
   random, rows = np.random.default_rng(0), len(arrays['score_a_N'])
-  bank = Bank(np.repeat('halves', 20), random.random((20, rows)) < 0.5, random.normal(size=(20, 2)), ('a', 'b'))
+  subsets = random.random((20, rows)) < 0.5
+  bank = Bank(np.arange(rows), np.repeat('halves', 20), subsets, random.normal(size=(20, 2)), ('a', 'b'))
   bank.save(tmp_path)
   calibrated = {**inputs, 'validation': Artifact(tmp_path, {'files': {FILE: {}}})}
   exports = {form: export.Export(calibrated, 'dsdm') for form in export.FORMATS}
