@@ -143,6 +143,10 @@ def read_off(
   # With little noise the estimate lies between two points that are both rejected.
   if estimate is not None:
     low, high = (None if low is None else min(low, estimate)), (None if high is None else max(high, estimate))
+  elif above:  # a curve that falls again may accept no point at its end, and the interval has the estimate in it
+    high = None
+  else:
+    low = None
   return Reading(estimate, low, high, bottom, top, above)
 
 

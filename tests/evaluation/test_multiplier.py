@@ -59,6 +59,24 @@ def test_interval_extends_past_the_ends_where_noise_does():
   assert low.low is None and low.high is not None and '[< 1, ' in low.text()
 
 
+@pytest.mark.parametrize(('levels', 'level', 'above'), [((0.0, 1.0, 0.2), 1.05, True), ((1.0, 0.0, 0.8), 0.05, False)])
+def test_a_reading_outside_a_ladder_that_turns_is_in_its_interval(levels, level, above):
+  g = np.random.default_rng(1)
+  item_I = g.normal(-4, 1, 50)
+  rungs = [_noisy(g, x, item_I) for x in levels]
+  method_SI = _noisy(g, level, item_I)
+  method_SI += level + item_I.mean() - method_SI.mean()  # so that it is outside by a little
+  rungs = [rung + x + item_I.mean() - rung.mean() for rung, x in zip(rungs, levels, strict=True)]
+  reading = multiplier.read_off(method_SI, rungs, COMPUTE[:3])
+  assert reading.estimate is None and reading.above == above
+  if above:
+    assert reading.low is not None and 1 < reading.low < 4 and reading.text() == f'> 4 [{reading.low:.3g}, > 4]'
+  else:
+    assert reading.high is not None and 1 < reading.high < 4 and reading.text() == f'< 1 [< 1, {reading.high:.3g}]'
+  seconds = reading.on(COMPUTE[:3], [10.0, 20.0, 40.0])
+  assert (seconds.low is None, seconds.high is None) == (not above, above)
+
+
 def test_coverage():
   """95 % intervals hold the true compute in 91 to 98 % of 200 experiments (standard error of that share 1.5 points)."""
   seeds, g = 3, np.random.default_rng(3)
