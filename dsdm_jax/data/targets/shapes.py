@@ -20,6 +20,7 @@ LANGUAGE_MODELLING = 'language_modelling'  # "context", "continuation"; "prompt"
 MULTIPLE_CHOICE = 'multiple_choice'  # "query", "choices", "gold"
 SCHEMA = 'schema'  # "context_options", "continuation", "gold"
 GENERATION = 'generation'  # "context", "answer", "aliases"
+_ANSWERS = 'continuation', 'answer', 'completion'
 SHAPES = (LANGUAGE_MODELLING, MULTIPLE_CHOICE, SCHEMA, GENERATION)
 # White space, invisible characters, and the punctuation that copies of a question differ in. Signs of arithmetic,
 # decimal points and brackets stay: they may be all that tells two questions apart.
@@ -108,10 +109,7 @@ def parse(record: Mapping[str, Any], shape: str, id: str, where: str) -> Item:
     UserError: a field is missing, empty or of the wrong type.
   """
   fields = _Fields(record, shape, where)
-  if shape == LANGUAGE_MODELLING and 'question' in record and 'answers' in record:
-    item = _squad(fields)
-  else:
-    item = _PARSERS[shape](fields)
+  item = _PARSERS[shape](fields)
   if 'document' in record and not fields.label('document'):
     raise fields.fail('"document" is empty; leave it out for an item without a document')
   document = fields.label('document') or item.document or id
@@ -142,7 +140,29 @@ class _Fields:
     value = self.record.get(key)
     if not isinstance(value, list) or len(value) < least or not all(isinstance(v, str) for v in value):
       raise self.fail(f'"{key}" must be a list of at least {least} strings')
+    if not all(map(str.strip, value)):
+      raise self.fail(f'"{key}" has an empty string; fill it in or delete the line')
     return tuple(value)
+
+  def given(self, *keys: str) -> list[str]:
+    return [key for key in keys if self.record.get(key) is not None]
+
+  def prompt(self, *keys: str) -> tuple[str, str]:
+    """(what is asked, with the question where that is a field of its own; the passage of such a question, or '')."""
+    given, asks = self.given(*keys), bool(self.given('question'))
+    if len(given) > 1:
+      raise self.fail(f'"{given[0]}" and "{given[1]}" are both there, and the prompt is one field; join their text')
+    context = '' if asks and not given else self.text(*(given or keys), filled=False)
+    question = self.text('question') if asks else ''
+    if question.strip() in context:
+      return context, ''
+    return squad_prompt(context, question), context if context.strip() else ''
+
+  def answer(self, *keys: str) -> str:
+    given = self.given(*keys)
+    if any(self.record[key] != self.record[given[0]] for key in given):
+      raise self.fail(f'"{given[0]}" and "{given[1]}" are both there and differ; leave the right answer')
+    return self.text(*(given or keys))
 
   def label(self, key: str) -> str:
     """A name that may be missing, null or blank: ''. Numbers count as names."""
@@ -163,7 +183,12 @@ class _Fields:
 def _language_modelling(fields: _Fields) -> Item:
   if 'messages' in fields.record:
     return _conversation(fields)
-  return Item('', fields.text('context', 'prompt', filled=False), fields.text('continuation', 'answer', 'completion'))
+  prompt, passage = fields.prompt('context', 'prompt', 'query')
+  if fields.given('question') and not fields.given(*_ANSWERS):
+    answer = fields.texts('answers', 1)[0]  # SQuAD
+  else:
+    answer = fields.answer(*_ANSWERS)
+  return Item('', prompt, answer, document=passage)
 
 
 def _conversation(fields: _Fields) -> Item:
@@ -180,24 +205,25 @@ def _conversation(fields: _Fields) -> Item:
 def _multiple_choice(fields: _Fields) -> Item:
   choices = fields.texts('choices', 2)
   gold = fields.gold(len(choices))
-  return Item('', fields.text('query', 'context', filled=False), choices[gold], choices=choices, gold=gold)
+  prompt, passage = fields.prompt('query', 'context', 'prompt')
+  return Item('', prompt, choices[gold], choices=choices, gold=gold, document=passage)
 
 
 def _schema(fields: _Fields) -> Item:
   options = fields.texts('context_options', 2)
   gold = fields.gold(len(options))
+  if unused := fields.given('context', 'prompt', 'query', 'question'):
+    raise fields.fail(
+      f'"{unused[0]}" is there beside "context_options", which are whole prompts; put its text into each'
+    )
   return Item('', '', fields.text('continuation'), context_options=options, gold=gold)
 
 
 def _generation(fields: _Fields) -> Item:
   answer = fields.text('answer')
   aliases = fields.texts('aliases', 0) if 'aliases' in fields.record else ()
-  return Item('', fields.text('context', filled=False), answer, aliases=tuple(dict.fromkeys((answer, *aliases))))
-
-
-def _squad(fields: _Fields) -> Item:
-  passage, question, answers = fields.text('context'), fields.text('question'), fields.texts('answers', 1)
-  return Item('', squad_prompt(passage, question), answers[0], document=passage)
+  prompt, passage = fields.prompt('context', 'prompt', 'query')
+  return Item('', prompt, answer, aliases=tuple(dict.fromkeys((answer, *aliases))), document=passage)
 
 
 def content_key(text: str) -> str:
@@ -225,8 +251,9 @@ def question_keys(items: Sequence[Item]) -> list[str]:
 
 
 def squad_prompt(passage: str, question: str) -> str:
-  """The prompt of a question about a passage, as in LLM-Foundry's SQuAD file."""
-  return f'Context: {passage.strip()}\nQuestion: {question.strip()}\nAnswer:'
+  """The prompt of a question, and of its passage if there is one, as in LLM-Foundry's files of SQuAD and TriviaQA."""
+  context = f'Context: {passage.strip()}\n' if passage.strip() else ''
+  return f'{context}Question: {question.strip()}\nAnswer:'
 
 
 _PARSERS: Mapping[str, Callable[[_Fields], Item]] = {

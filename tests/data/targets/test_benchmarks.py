@@ -205,6 +205,58 @@ def test_answers_that_are_labels_do_not_decide_about_shots(tmp_path: Path):
     assert all(sets == (frozenset([i]),) for i, sets in enumerate(benchmarks.alike(items)))
 
 
+MET = {'context': 'Bob met Ann.', 'question': 'Whom?'}
+
+
+@pytest.mark.parametrize(
+  ('record', 'prompt', 'answer'),
+  [
+    (MET | {'answer': 'Ann'}, 'Context: Bob met Ann.\nQuestion: Whom?\nAnswer:', 'Ann'),
+    (MET | {'answer': 'Ann', 'aliases': ['Anna']}, 'Context: Bob met Ann.\nQuestion: Whom?\nAnswer:', 'Ann'),
+    (MET | {'choices': ['Ann', 'Bob'], 'gold': 0}, 'Context: Bob met Ann.\nQuestion: Whom?\nAnswer:', 'Ann'),
+    (MET | {'context': '', 'answer': 'Ann'}, 'Question: Whom?\nAnswer:', 'Ann'),
+    ({'question': 'Whom?', 'answer': 'Ann'}, 'Question: Whom?\nAnswer:', 'Ann'),
+    ({'question': 'Whom?', 'answers': ['Ann', 'Anna']}, 'Question: Whom?\nAnswer:', 'Ann'),
+    (MET | {'context': 'Bob met Ann.\nQ: Whom?\nA:', 'answer': 'Ann'}, 'Bob met Ann.\nQ: Whom?\nA:', 'Ann'),
+    (MET | {'question': None, 'answer': 'Ann'}, 'Bob met Ann.', 'Ann'),
+    ({'query': 'Whom?', 'answer': 'Ann'}, 'Whom?', 'Ann'),
+    ({'prompt': 'Whom?', 'choices': ['Ann', 'Bob'], 'gold': 0}, 'Whom?', 'Ann'),
+    ({'context': 'Whom?', 'answer': 'Ann', 'continuation': 'Ann'}, 'Whom?', 'Ann'),
+  ],
+)
+def test_a_question_is_in_the_prompt(tmp_path: Path, record: dict, prompt: str, answer: str):
+  path = write(tmp_path / 'mine.jsonl', record, record | {'id': 2})
+  first, second = read_items(of_file(path))
+  assert (first.context, first.continuation) == (prompt, answer)
+  of_passage = prompt.startswith('Context: ')
+  assert (first.document == second.document) == of_passage, 'questions about one passage stay together'
+  config = get_config().targets
+  config.tasks = (path,)
+  [task] = tasks.read_tasks(config)
+  assert {prompt} == {item.context for item in task.items}
+
+
+@pytest.mark.parametrize(
+  ('record', 'expected'),
+  [
+    ({'context': 'P', 'query': 'Q', 'choices': ['a', 'b'], 'gold': 0}, '"query" and "context" are both there'),
+    ({'context': 'P', 'prompt': 'Q', 'completion': 'A'}, '"context" and "prompt" are both there'),
+    ({'context': 'P', 'answer': 'A', 'continuation': 'B'}, '"continuation" and "answer" are both there and differ'),
+    ({'query': 'Q', 'context_options': ['a', 'b'], 'continuation': 'c', 'gold': 0}, '"query" is there beside'),
+    ({'query': 'Q', 'choices': ['', 'b'], 'gold': 0}, '"choices" has an empty string'),
+    ({'context': 'P', 'question': 'Q', 'answers': [' ']}, '"answers" has an empty string'),
+    ({'context': 'P', 'answer': 'A', 'aliases': ['']}, '"aliases" has an empty string'),
+    ({'context_options': ['a', '\n'], 'continuation': 'c', 'gold': 0}, '"context_options" has an empty string'),
+    ({'context': None, 'answer': 'A'}, '"context" must be a string, not NoneType'),
+  ],
+)
+def test_text_that_would_be_left_out_or_is_not_there_is_refused(tmp_path: Path, record: dict, expected: str):
+  path = write(tmp_path / 'mine.jsonl', record)
+  with pytest.raises(UserError) as caught:
+    read_items(of_file(path))
+  assert str(caught.value).startswith(f'{path}, line 1: {expected}')
+
+
 def test_unicode_line_separators_stay_inside_a_record(tmp_path: Path):
   path = write(tmp_path / 'mine.jsonl', {'context': 'a\u2028b\x85c', 'continuation': 'd'})
   assert read_items(of_file(path))[0].context == 'a\u2028b\x85c'
