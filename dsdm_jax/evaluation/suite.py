@@ -510,8 +510,11 @@ def _request(
   ids: list[np.ndarray] = []
   counts, owners, gold, characters, continued, cut = [], [], [], [], [], 0
   shots, dropped, tokens_cut = [], [], []
-  room = generate if benchmark.shape == GENERATION else 0
   for index, (item, whole) in enumerate(zip(items, asked, strict=True)):
+    room = 0
+    if benchmark.shape == GENERATION:
+      before, whole = whole, whole.from_line()
+      room = generate + len(whole.contexts[0]) - len(before.contexts[0])  # a line break is at most a token
     encoded = functools.cache(lambda count, whole=whole: sequences.encoded(whole.without(count)))
     drop = shots_to_drop(whole.starts, lambda count: sequences.excess(encoded(count), room) <= 0)  # noqa: B023
     over = max(0, sequences.excess(encoded(drop), room))

@@ -79,6 +79,30 @@ def test_generation_leaves_room_for_the_answer():
 
 
 @pytest.mark.parametrize(
+  ('delimiter', 'answer', 'prompt'),
+  [
+    (' ', 'leek', 'Who?'),
+    ('\n', 'leek', 'Who?\n'),
+    ('\nAnswer:\n ', 'leek', 'Who?\nAnswer:\n'),
+    (' ', '\n\n1. leek\n', 'Who?\n\n'),
+  ],
+)
+def test_a_line_break_before_a_generated_answer_is_in_the_prompt(tmp_path, delimiter, answer, prompt):
+  """A generated answer ends at a line break, so a model that had to generate this one would never be right."""
+  path = tmp_path / 'g.jsonl'
+  path.write_text(json.dumps({'context': 'Who?', 'answer': answer, 'aliases': ['Leek']}) + '\n')
+  benchmark = benchmarks.of_file(str(path), delimiter=delimiter)
+  for length in (50, 1 + len(prompt) + 15, len(prompt) + 15):  # the last one is too short for all of the prompt
+    request = suite.build(
+      benchmark, benchmarks.read_items(benchmark), Sequences(ByteEncoder(), length, EOS), 15, seed=0
+    )
+    fits = length > len(prompt) + 15
+    assert [text_of(ids) for ids in request.prompts_I] == [f'|{prompt if fits else prompt[1:]}']
+    assert request.tokens_cut_I == (0 if fits else 1,)
+  assert text_of(request.ids_P[0]).endswith(answer.strip('\n') + '\n' * answer.endswith('\n'))
+
+
+@pytest.mark.parametrize(
   ('begin', 'context', 'answer', 'expected', 'count'),
   [
     (True, 'abcdef', ' xy', '|cdef xy', 3),

@@ -331,6 +331,13 @@ class Prompt:
     contexts = tuple(context[start:] for context in self.contexts)
     return Prompt(contexts, self.answers, self.gold, tuple(s - start for s in self.starts[count:]))
 
+  def from_line(self) -> 'Prompt':
+    """The same text with line breaks before an answer in its context: a generated answer ends at a line break."""
+    ends = [answer.rfind('\n', 0, len(answer) - len(answer.lstrip())) + 1 for answer in self.answers]
+    contexts = [context + answer[:end] for context, answer, end in zip(self.contexts, self.answers, ends, strict=True)]
+    answers = tuple(answer[end:] for answer, end in zip(self.answers, ends, strict=True))
+    return dataclasses.replace(self, contexts=tuple(contexts), answers=answers)
+
 
 def shots_to_drop(starts: Sequence[int], fits: Callable[[int], bool]) -> int:
   """The least number of shots to leave out so that a prompt fits; all of them if it never does.
