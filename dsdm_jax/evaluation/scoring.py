@@ -97,12 +97,19 @@ def normalized(text: str) -> str:
 
 
 def alias_prefix(outputs: Sequence[str], aliases: Sequence[Sequence[str]]) -> np.ndarray:
-  """Generation: 1 if the normalised output begins with a normalised alias that is not empty, float64 [I]."""
-  right = [
-    any(normalized(output).startswith(prefix) for alias in aliases_of_item if (prefix := normalized(alias)))
-    for output, aliases_of_item in zip(outputs, aliases, strict=True)
-  ]
-  return np.array(right, np.float64)
+  """Generation: 1 if the normalised output begins with a normalised alias that is not empty, float64 [I].
+
+  Where all aliases of an item are empty in the normal form (A, %), the output must begin with one as it is, in any
+  case, and without more of a word after it.
+  """
+
+  def is_right(output: str, own: Sequence[str]) -> bool:
+    prefixes = [prefix for alias in own if (prefix := normalized(alias))]
+    if prefixes:
+      return normalized(output).startswith(tuple(prefixes))
+    return any(re.match(rf'{re.escape(alias.strip().lower())}(?!\w)', output.strip().lower()) for alias in own)
+
+  return np.array([is_right(*pair) for pair in zip(outputs, aliases, strict=True)], np.float64)
 
 
 class Scorer:
