@@ -46,7 +46,14 @@ FunctionName = Annotated[
   str, must(v.is_function_name, "must be 'package.module:function' with a module that Python finds from here")
 ]
 Regex = Annotated[str, must(v.is_regex, 'must be a regular expression')]
-Delimiter = Annotated[str, must(lambda x: len(x) <= 1_000, 'must have at most 1,000 characters')]
+Delimiter = Annotated[
+  str,
+  must(lambda x: len(x) <= 1_000, 'must have at most 1,000 characters'),
+  must(
+    lambda x: '\\n' not in x and '\\t' not in x,
+    r"must have line breaks and tabs as they are, not as \n and \t; in a shell they are $'\n' and $'\t'",
+  ),
+]
 ShortNames = must(
   lambda x: all(map(v.is_short_name, x)),
   f'must have names (of a path: the file name without .jsonl) of at most {v.LONGEST_NAME} bytes',
