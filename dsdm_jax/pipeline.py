@@ -225,8 +225,9 @@ def run_connected(config: ConfigDict, workdir: Location, only: str | None = None
   """`run` for a resolved config, in a process that is connected to the other processes of the run."""
   stopping.say_where(display.where)
   logging.getLogger('absl').setLevel(logging.DEBUG if config.log.level == 'debug' else logging.ERROR)
-  tasks.check_files(config.targets, config.leakage.benchmarks if config.leakage.guard else ())
-  suite.check(config.evaluation, config.targets, config.pool.length)
+  guarded = config.leakage.benchmarks if config.leakage.guard else ()
+  tasks.check_files(config.targets, config.pool.vocabulary, guarded)
+  suite.check(config.evaluation, config.targets, config.pool)
   processes.decide(lambda: _check_imported(config, workdir))
   wanted = processes.decide(lambda: _unfinished(config, workdir, only, rerun))
   if wanted:
@@ -249,9 +250,8 @@ def run_connected(config: ConfigDict, workdir: Location, only: str | None = None
   if only == CHECK:
     return
   with locked(workdir, config.features.job if config.features.jobs > 1 else None) as created:
-    # Which prompts fit is known as soon as there is a vocabulary, long before they are evaluated.
-    refuses = config.evaluation.long_prompts == 'refuse' and only in (None, 'evaluation')
-    checks = {'pool': lambda pool: suite.check_prompts(config, pool)} if refuses else {}
+    # Which prompts cannot be asked is known as soon as there is a vocabulary, long before they are.
+    checks = {'pool': lambda pool: suite.check_prompts(config, pool)} if 'evaluation' in wanted else {}
     done = Runner(STAGES, config, workdir, checks).run(only, rerun, created)
     if processes.is_first() and 'evaluation' in done and only in (None, 'evaluation'):
       _publish(workdir, config, done)

@@ -388,25 +388,26 @@ def selected_benchmarks(config: ConfigDict, folder: str = '') -> list[Benchmark]
   return selected
 
 
-def check(config: ConfigDict, targets: ConfigDict, length: int) -> None:
+def check(config: ConfigDict, targets: ConfigDict, pool: ConfigDict) -> None:
   """Reads the benchmarks of `config.tasks`, so that a broken file is reported before anything is written.
 
   Args:
     config: the `evaluation` part.
     targets: the `targets` part.
-    length: of sequences, in tokens.
+    pool: the `pool` part.
 
   Raises:
     UserError: as `selected_benchmarks` and `benchmarks.read_items`; generated answers leave no room for a prompt; a
-      benchmark is also a target of `config.tasks`, or has fewer than two items that no target asks.
+      benchmark is also a target of `config.tasks`, has fewer than two items that no target asks, or conversations
+      without a chat template.
   """
   selected, own = selected_benchmarks(config, targets.folder), targets.tasks if OWN in config.tasks else ()
   shapes = {benchmark.shape for benchmark in selected}
   shapes |= {benchmark.shape for task in own if (benchmark := benchmarks.named(task, targets.folder))}
-  if config.generate_tokens >= length and GENERATION in shapes:
+  if config.generate_tokens >= pool.length and GENERATION in shapes:
     raise UserError(
-      f'config key evaluation.generate_tokens = {config.generate_tokens} must be less than pool.length = {length}: a '
-      'prompt comes before it'
+      f'config key evaluation.generate_tokens = {config.generate_tokens} must be less than pool.length = '
+      f'{pool.length}: a prompt comes before it'
     )
   for benchmark in selected:
     if benchmark.name in map(tasks.task_name, own):
@@ -415,10 +416,12 @@ def check(config: ConfigDict, targets: ConfigDict, length: int) -> None:
         'name; remove one of the two from --config.evaluation.tasks, or rename one of the files'
       )
   for benchmark, items, left_out in _unasked(selected, targets):
-    if left_out and len(items) < 2:
+    tasks.check_template(items, f'evaluation.tasks: {benchmark.name}', pool.vocabulary)
+    if len(items) < 2:
+      asked = f'{left_out} items are in the target split of targets.tasks, which leaves' if left_out else 'it has'
       raise UserError(
-        f'evaluation.tasks: {left_out} items of {benchmark.name} are in the target split of targets.tasks, which '
-        f'leaves {len(items)} to evaluate, and it takes two; remove it, or give it other items'
+        f'evaluation.tasks: {benchmark.name}: {asked} {len(items)} to evaluate, and it takes two; remove it, or give '
+        'it other items'
       )
 
 

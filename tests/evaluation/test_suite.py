@@ -263,22 +263,41 @@ def test_a_benchmark_leaves_out_the_target_split(tmp_path):
   side = tasks.split_documents([task], config.holdout_share, config.seed)
   holdout = {item.id for item in task.items if side[item.document] == 'holdout'}
   for file, extra in ((path, set()), (str(other), {'line 61', 'line 62'})):
-    suite.check(_config(file), config, 256)
+    suite.check(_config(file), config, _pool(256))
     (request,) = suite.read(_config(file), config, Sequences(ByteEncoder(), 256, EOS))
     assert set(request.item_ids_I) == holdout | extra
     assert request.describe()['left_out'] == 60 - len(holdout) > 0
-  suite.check(_config('targets', str(other)), config, 256)
+  suite.check(_config('targets', str(other)), config, _pool(256))
   with pytest.raises(UserError, match=r"evaluates the holdout of 'mine', and the benchmark of that name; remove"):
-    suite.check(_config('targets', path), config, 256)
+    suite.check(_config('targets', path), config, _pool(256))
   target = [line for i, line in enumerate(lines, 1) if f'line {i}' not in holdout]
   other.write_text(''.join(json.dumps(line) + '\n' for line in target))
-  with pytest.raises(UserError, match=f'{len(target)} items of other are in the target split .* leaves 0'):
-    suite.check(_config(str(other)), config, 256)
+  with pytest.raises(UserError, match=f'other: {len(target)} items are in the target split .* leaves 0'):
+    suite.check(_config(str(other)), config, _pool(256))
 
 
 def test_generated_targets_need_room(tmp_path):
   with pytest.raises(UserError, match='generate_tokens = 16 must be less than pool.length = 16'):
-    suite.check(_config('targets'), _targets('', _mine(tmp_path, 'generation')), 16)
+    suite.check(_config('targets'), _targets('', _mine(tmp_path, 'generation')), _pool(16))
+
+
+def test_a_benchmark_takes_two_items_and_conversations_a_template(tmp_path):
+  path, talk = tmp_path / 'mine.jsonl', tmp_path / 'talk.jsonl'
+  path.write_text('{"context": "a", "answer": "b"}\n')
+  with pytest.raises(UserError, match='mine: it has 1 to evaluate, and it takes two'):
+    suite.check(_config(str(path)), _targets(), _pool(32))
+  messages = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+  talk.write_text((json.dumps({'messages': messages}) + '\n') * 2)
+  tokenizer = tmp_path / 'model/tokenizer.json'
+  tokenizer.parent.mkdir()
+  for vocabulary in ('bytes', str(tokenizer)):
+    with pytest.raises(UserError, match='evaluation.tasks: talk: a conversation needs a chat template'):
+      suite.check(_config(str(talk)), _targets(), _pool(32, vocabulary))
+    with pytest.raises(UserError, match=r'targets.tasks: .*talk.jsonl: a conversation needs a chat template'):
+      tasks.check_files(_targets('', str(talk)), vocabulary)
+  tokenizer.with_name('chat_template.jinja').write_text('{{ messages }}')
+  suite.check(_config(str(talk)), _targets(), _pool(32, str(tokenizer)))
+  tasks.check_files(_targets('', str(talk)), str(tokenizer))
 
 
 def test_cut_answers_are_counted():
@@ -293,6 +312,12 @@ def _targets(folder: str = '', *tasks: str):
   return config
 
 
+def _pool(length: int, vocabulary: str = 'bytes'):
+  config = base.get_config().pool
+  config.length, config.vocabulary = length, vocabulary
+  return config
+
+
 def _config(*tasks: str):
   config = base.get_config().evaluation
   config.tasks = tasks
@@ -301,16 +326,16 @@ def _config(*tasks: str):
 
 def test_selected_benchmarks(tmp_path):
   mine = tmp_path / 'mine.jsonl'
-  mine.write_text(json.dumps({'query': 'q', 'choices': ['a', 'b'], 'gold': 1}) + '\n')
+  mine.write_text((json.dumps({'query': 'q', 'choices': ['a', 'b'], 'gold': 1}) + '\n') * 2)
   selected = suite.selected_benchmarks(_config('targets', 'piqa', str(mine)))
   shapes = [(b.name, b.shape, b.shots) for b in selected]
   assert shapes == [('piqa', 'multiple_choice', 10), ('mine', 'multiple_choice', 0)]
-  suite.check(_config('targets', str(mine)), _targets(), 32)
+  suite.check(_config('targets', str(mine)), _targets(), _pool(32))
   (tmp_path / 'asked.jsonl').write_text('{"context": "q", "answer": "a", "aliases": []}\n')
   with pytest.raises(UserError, match='generate_tokens = 16 must be less than pool.length = 16'):
-    suite.check(_config(str(tmp_path / 'asked.jsonl')), _targets(), 16)
+    suite.check(_config(str(tmp_path / 'asked.jsonl')), _targets(), _pool(16))
   for task, words in (('piqua', 'is it piqa?'), (str(tmp_path / 'none.jsonl'), 'No such file')):
     with pytest.raises(UserError, match=words):
-      suite.check(_config(task), _targets(), 32)
+      suite.check(_config(task), _targets(), _pool(32))
   with pytest.raises(UserError, match=r'piqa\.jsonl'):
-    suite.check(_config('piqa'), _targets(str(tmp_path)), 32)
+    suite.check(_config('piqa'), _targets(str(tmp_path)), _pool(32))

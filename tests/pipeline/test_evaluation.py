@@ -30,7 +30,7 @@ def test_benchmarks_and_a_checkpoint(copied, tmp_path):
   assert 'reads leakage, which is not finished' in message and 'leakage.benchmarks was [], now' in message
   message = runs.refused(*flags, '--config.evaluation.checkpoints=("mine=/no/such",)')
   assert 'evaluation.checkpoints names /no/such, which is no folder' in message
-  (tmp_path / 'long.jsonl').write_text(json.dumps({'context': 'word ' * 99, 'answer': 'x'}) + '\n')
+  (tmp_path / 'long.jsonl').write_text((json.dumps({'context': 'word ' * 99, 'answer': 'x'}) + '\n') * 2)
   long = f'--config.evaluation.tasks=("{tmp_path}/long.jsonl",)'
   message = runs.refused(*flags, long, '--config.evaluation.long_prompts=refuse')
   assert 'long (benchmark), line 1: prompt and answer are' in message and 'evaluation.long_prompts=cut' in message

@@ -18,6 +18,10 @@ FILE = 'chat.json'  # in a pool's folder: the template and its variables
 BESIDE = ('chat_template.jinja', 'tokenizer_config.json')  # of a tokenizer.json
 _LARGEST = 2**20  # characters of a template
 _PIECES = ('bos_token', 'eos_token', 'unk_token', 'pad_token', 'sep_token', 'cls_token', 'mask_token')
+NO_TEMPLATE = (
+  'a conversation needs a chat template, and pool.vocabulary has none; give the tokenizer.json of a model with a '
+  'chat_template.jinja beside it'
+)
 Spans = tuple[tuple[int, int], ...]
 
 

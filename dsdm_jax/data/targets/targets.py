@@ -20,6 +20,7 @@ from dsdm_jax.core import artifacts, prng, storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.progress import counted
 from dsdm_jax.core.stage import Context
+from dsdm_jax.data.pool.chat import NO_TEMPLATE
 from dsdm_jax.data.pool.pool import Pool
 from dsdm_jax.data.pool.vocabulary import FILES, Encoder, HuggingFaceEncoder, encode_pair, open_encoder
 from dsdm_jax.data.targets import breadth
@@ -47,10 +48,7 @@ def rendered(encoder: Encoder, messages: str) -> tuple[str, str, Encoder]:
   """
   chat = encoder.chat if isinstance(encoder, HuggingFaceEncoder) else None
   if chat is None or not isinstance(encoder, HuggingFaceEncoder):
-    raise UserError(
-      'a conversation needs a chat template, and pool.vocabulary has none; give the tokenizer.json of a model with a '
-      'chat_template.jinja beside it'
-    )
+    raise UserError(NO_TEMPLATE)
   try:
     return *chat.pair(json.loads(messages)), encoder.templated
   except ValueError as error:
@@ -247,9 +245,10 @@ def build_task(
       raise UserError(f'target task {task.name!r}, {error}') from error
     count['unfit'] += unfit
     count[split] = len(of_split)
-    if not len(of_split):
+    if len(of_split) < 2:  # an interval takes two
       raise UserError(
-        f'target task {task.name!r} has no example in its {split} split ({len(items)} items, {unfit} do not fit into '
+        f'target task {task.name!r} has {len(of_split) or "no"} example in its {split} split, and it takes two '
+        f'({len(items)} items, {unfit} do not fit into '
         f'pool.length {length}; {count["groups"]} groups of items that share a document, passage or question); add '
         'documents, give items a "document" of their own, or change targets.holdout_share or pool.length'
       )

@@ -19,6 +19,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dsdm_jax.config.values import TASKS, is_harness, is_jsonl, task_name
+from dsdm_jax.data.pool import chat
+from dsdm_jax.data.pool.chat import NO_TEMPLATE
 from dsdm_jax.data.targets import benchmarks, builtin, harness, shapes
 from dsdm_jax.data.targets.leakage import TargetText, words
 from dsdm_jax.errors import UserError
@@ -231,25 +233,32 @@ def with_shots(task: RawTask, items: Sequence[RawItem], seed: int) -> list[RawIt
   return result
 
 
-def check_files(config: ConfigDict, guarded: Iterable[str] = ()) -> None:
+def check_files(config: ConfigDict, vocabulary: str, guarded: Iterable[str] = ()) -> None:
   """Reads every file of `config.tasks` and `guarded`, so that errors appear before anything is written.
 
   Args:
     config: the `targets` part of the config.
+    vocabulary: `pool.vocabulary`.
     guarded: `leakage.benchmarks` if the guard is on.
 
   Raises:
-    UserError: as `read_jsonl`.
+    UserError: as `read_jsonl` and `check_template`.
   """
   for task in config.tasks:
     if is_jsonl(task):
-      read_jsonl(task)
+      check_template(read_jsonl(task).items, f'targets.tasks: {task}', vocabulary)
     elif benchmark := benchmarks.named(task, config.folder):
       benchmarks.read_items(benchmark, benchmarks.path_of(benchmark, config.folder))
   try:
     benchmark_texts(guarded, config.folder)
   except UserError as error:
     raise UserError(f'leakage.benchmarks: {error}; or remove it from --config.leakage.benchmarks') from error
+
+
+def check_template(items: Sequence[RawItem] | Sequence[shapes.Item], where: str, vocabulary: str) -> None:
+  """Raises UserError if there are conversations among the items, and `pool.vocabulary` has no chat template."""
+  if any(item.messages for item in items) and chat.read(vocabulary) is None:
+    raise UserError(f'{where}: {NO_TEMPLATE}')
 
 
 def _docs() -> RawTask:

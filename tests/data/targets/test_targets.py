@@ -123,10 +123,11 @@ def test_what_is_left_out_is_printed(tmp_path, write_jsonl: Callable[[str], str]
   assert said[-1].endswith('left out: 2 duplicates; left out: 3 whose answer has no tokens, or more than 23')
 
 
-def test_a_split_without_examples_is_an_error(write_jsonl: Callable[[str], str]):
+@pytest.mark.parametrize(('count', 'number'), [(1, 'no'), (3, '1')])
+def test_a_split_with_less_than_two_examples_is_an_error(write_jsonl: Callable[[str], str], count: int, number: str):
   config = small_config().targets
-  config.tasks = (write_jsonl('{"context": "a", "answer": "b"}\n'),)
-  with pytest.raises(UserError, match=r"'mine' has no example in its (target|holdout) split"):
+  config.tasks = (write_jsonl(''.join(f'{{"context": "a {i}", "answer": "b"}}\n' for i in range(count))),)
+  with pytest.raises(UserError, match=rf"'mine' has {number} example in its (target|holdout) split, and it takes two"):
     build(config, Bytes(), 24)
 
 
