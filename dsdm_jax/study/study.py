@@ -235,17 +235,21 @@ def primary(comparison: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> 
   """
   task, arms = headline_task(comparison), comparisons.arms(comparison['arms'])
   headline, methods = headline_targets(comparison), [method for method, _ in arms]
-  averaged = [c for c in comparison['means']['comparisons'] if c['task'] == task]
-  alone = [c for c in comparison['comparisons'] if c['task'] != BREADTH]  # one task has no mean
+  compared = [
+    c
+    for c in (*comparison['means']['comparisons'], *comparison['comparisons'])
+    if (c['split'], c['metric']) == (HOLDOUT, 'logprob')
+  ]
+  averaged = [c for c in compared if c['task'] == task]
+  alone = [c for c in compared if c['task'] != BREADTH]  # one task has no mean
   known: dict[tuple[str, str], list[Mapping[str, Any]]] = {}  # of a pair, those of the headline's target
   for c in averaged or alone:
-    if (c['split'], c['metric']) == (HOLDOUT, 'logprob'):
-      baseline = comparisons.baseline_arm(arms, c['baseline'], c['target_mix'])
-      assert baseline is not None  # it was compared
-      compared = (c['method'], c['target_mix']), baseline
-      fits = all(target in headline or methods.count(method) == 1 for method, target in compared)
-      known.setdefault((c['method'], c['baseline']), []).extend([c] * fits)
-      known.setdefault((c['baseline'], c['method']), []).extend([comparisons.turned(c, baseline[1])] * fits)
+    baseline = comparisons.baseline_arm(arms, c['baseline'], c['target_mix'])
+    assert baseline is not None  # it was compared
+    both = (c['method'], c['target_mix']), baseline
+    fits = all(target in headline or methods.count(method) == 1 for method, target in both)
+    known.setdefault((c['method'], c['baseline']), []).extend([c] * fits)
+    known.setdefault((c['baseline'], c['method']), []).extend([comparisons.turned(c, baseline[1])] * fits)
   for pair in pairs:
     if pair in known and len(known[pair]) != 1:
       name = max(pair, key=methods.count)

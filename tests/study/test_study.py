@@ -93,6 +93,14 @@ def _arms(tasks, *arms: tuple[str, str]) -> list[dict]:
   return [{'task': t, 'split': 'holdout', 'method': method, 'target_mix': mix} for method, mix in arms for t in tasks]
 
 
+def test_primary_comparisons_of_one_task_ignore_the_mean_over_benchmarks():
+  compared, of_benchmarks = (_compared(task, 'dsdm', 'random', 0.3, 0.02) for task in ('a', 'mean'))
+  means = {'summary': [], 'comparisons': [of_benchmarks | {'split': 'benchmark', 'difference': -1.0}]}
+  arms = _arms(['a'], ('dsdm', 'mix'), ('random', 'any'))
+  comparison = {'arms': arms, 'means': means, 'comparisons': [compared], 'confidence': 0.95}
+  assert [c['difference'] for c in primary(comparison, [('dsdm', 'random')])] == [0.3]
+
+
 @pytest.mark.parametrize('tasks', [('a',), ('a', 'b', 'mean')])
 def test_primary_comparisons_are_adjusted_over_themselves_alone(tasks):
   rows = [
