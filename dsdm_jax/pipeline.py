@@ -109,7 +109,7 @@ STAGES = (
     reads=('pool', 'leakage', 'targets'),
     keys=('seed', 'validation', 'proxies', 'features', 'datamodel'),
     code='validation.validate:run',
-    format=3,
+    format=4,
     on_request=True,
   ),
   # Scores → rows for each arm. Only the inputs that a method needs are opened.
