@@ -150,7 +150,7 @@ STAGES = (
     ),
     keys=('evaluation', 'model', 'pretraining', 'targets.seed', 'targets.folder'),
     code='evaluation.evaluate:run',
-    format=7,
+    format=8,
     everywhere=True,
     batches=('evaluation.batch_size',),
     where_set=_PREFILTERED,
