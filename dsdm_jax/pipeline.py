@@ -118,7 +118,7 @@ STAGES = (
     reads=('pool', 'leakage', 'targets', 'proxies', 'features', 'target_features', 'datamodel'),
     keys=('seed', 'selection', 'mixture', 'pretraining.seeds'),
     code='selection.select:run',
-    format=5,
+    format=6,
     everywhere=True,
     where_set=_PREFILTERED,
   ),
