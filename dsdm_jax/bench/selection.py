@@ -135,7 +135,7 @@ def text(megabytes: float) -> dict[str, float]:
       grams.rows(np.arange(8))  # builds tables that are cached
       result[f'{name}_{kind}_mb_per_second'] = mega / _seconds(lambda: grams.sums(weight, mean))  # noqa: B023 at once
     grams = ngrams.PoolGrams(pool, kind, len(weight))
-    result[f'counts_{kind}_mb_per_second'] = mega / _seconds(lambda: grams.counts)  # noqa: B023
+    result[f'counts_{kind}_mb_per_second'] = mega / _seconds(grams.counts)
   return result
 
 

@@ -79,11 +79,11 @@ def judged(compared: Sequence[Mapping[str, Any]], confidence: float) -> list[dic
   return result
 
 
-def turned(comparison: Mapping[str, Any]) -> dict[str, Any]:
-  """The same comparison seen from its baseline, before a verdict."""
+def turned(comparison: Mapping[str, Any], target_mix: str) -> dict[str, Any]:
+  """The same comparison seen from its baseline, which is for `target_mix`, before a verdict."""
   own = {key: -comparison[of] for key, of in (('difference', 'difference'), ('low', 'high'), ('high', 'low'))}
   names = {'method': comparison['baseline'], 'baseline': comparison['method'], 'seeds': comparison['seeds'][::-1]}
-  return {**comparison, **own, **names}
+  return {**comparison, **own, **names, 'target_mix': target_mix}
 
 
 def _pairs(runs: Runs, baselines: Sequence[str]) -> Iterator[tuple[Arm, Arm]]:

@@ -41,6 +41,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+FEWEST_DOCUMENTS = 10  # that are drawn from with replacement
+
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
@@ -50,8 +52,8 @@ class Interval:
     difference: the estimate, in the unit of the values.
     low: lower end of the interval.
     high: upper end of the interval.
-    p_value: two-sided, for the true difference being zero; it is below 1 − confidence exactly when the interval
-      excludes zero.
+    p_value: two-sided, for the true difference being zero. It is below 1 − confidence exactly when the interval
+      excludes zero; of a bootstrap, except for its draws at and next to zero, since those at zero count half.
     degrees_of_freedom: after Satterthwaite; inf where nothing varies.
     basis: what the interval generalises to: 'seeds and items', 'seeds and items, one arm with borrowed seed variance',
       or 'items only' or 'items only (bootstrap)' (one seed everywhere; noise between seeds is not covered).
@@ -190,7 +192,9 @@ def bootstrap_difference(
   """Mean difference over items between two single models, so that only items vary.
 
   scipy resamples documents with replacement. The interval is BCa (Efron 1987), which allows for skew. The p-value is
-  one minus the largest confidence at which the interval excludes zero.
+  one minus the largest confidence at which the interval excludes zero. Of fewer than `FEWEST_DOCUMENTS` documents (or
+  items, where each is its own) resamples vary too little: the interval is then that of `crossed_difference`, a t
+  interval over documents.
 
   scipy's own BCa interval is not used, although it comes from the same draws. It does not give the bias and the
   acceleration that the p-value needs; it is NaN where no resample lies on one side of the mean; and its sums are in
@@ -208,10 +212,13 @@ def bootstrap_difference(
   """
   difference_I = np.asarray(difference_I, np.float64)
   _check(difference_I[None], difference_I[None], False, confidence)
-  basis, mean = 'items only (bootstrap)', float(difference_I.mean())
   document_I, count = _document_numbers(documents_I, len(difference_I))
+  if count < FEWEST_DOCUMENTS:
+    return mean_interval(difference_I[None], confidence, documents_I)
   total_G = np.bincount(document_I, weights=difference_I, minlength=count)
   items_G = np.bincount(document_I, minlength=count).astype(np.float64)
+  basis, mean = 'items only (bootstrap)', float(total_G.sum() / items_G.sum())
+  rounding = 1e-12 * float(np.abs(difference_I).max())  # sums of other orders differ by less
   mean_R = stats.bootstrap(
     (total_G, items_G),
     lambda total, items, axis: total.sum(axis) / items.sum(axis),
@@ -222,19 +229,22 @@ def bootstrap_difference(
     method='percentile',
     rng=rng,
   ).bootstrap_distribution
-  if np.ptp(mean_R) <= 1e-12 * max(1.0, abs(mean)):
+  if np.ptp(mean_R) <= rounding:
     return Interval(mean, mean, mean, 1.0 if mean == 0 else 0.0, float('inf'), basis)
-  # Ties count half, so that values on a grid (accuracies) do not push the interval to one side.
-  below = ((mean_R < mean).mean() + 0.5 * (mean_R == mean).mean()).clip(0.5 / resamples, 1 - 0.5 / resamples)
-  bias = float(stats.norm.ppf(below))
+
+  def below(value: float) -> float:
+    """z of the share of resamples below; ties count half, so that values on a grid do not push it to one side."""
+    share = (mean_R < value - rounding).mean() + 0.5 * (np.abs(mean_R - value) <= rounding).mean()
+    return float(stats.norm.ppf(share.clip(0.5 / resamples, 1 - 0.5 / resamples)))
+
+  bias = below(mean)
   left_out_G = (total_G.sum() - total_G) / (items_G.sum() - items_G)
   influence_G = left_out_G.mean() - left_out_G
   skew = float((influence_G**3).sum() / (6 * (influence_G**2).sum() ** 1.5))
   tail = float(stats.norm.ppf((1 + confidence) / 2))
   levels = stats.norm.cdf([bias + (bias + z) / (1 - skew * (bias + z)) for z in (-tail, tail)])
   low, high = np.quantile(mean_R, levels)
-  at_zero = ((mean_R < 0).mean() + 0.5 * (mean_R == 0).mean()).clip(0.5 / resamples, 1 - 0.5 / resamples)
-  shift = float(stats.norm.ppf(at_zero)) - bias
+  shift = below(0.0) - bias
   z = shift / (1 + skew * shift) - bias
   p_value = 2 * float(stats.norm.sf(abs(z)))
   return Interval(mean, float(low), float(high), p_value, float('inf'), basis)

@@ -63,6 +63,13 @@ def drawn(
   return Selection.of(draw(pool, name, count, seed, among), **provenance)
 
 
+def holds(pool: Candidates, count: int, among: np.ndarray) -> bool:
+  """Whether `drawn` finds `count` rows, or documents of as many tokens, in the rows `among`."""
+  if pool.options.unit == 'document':
+    return whole.holds(pool, count, among)
+  return int((~pool.masked_N[among]).sum()) >= count
+
+
 def draw(pool: Candidates, name: str, count: int, seed: int, among: np.ndarray | None = None) -> np.ndarray:
   """`count` rows of the pool, or of the rows `among`, that are not masked, drawn without replacement, ascending.
 

@@ -31,4 +31,5 @@ def _log_weights(pool: Candidates, target: Target) -> np.ndarray:
   by_task = [grams.examples(target, task).counts() for task in target.tasks]
   weighted = zip(by_task, target.weight_T, strict=True)
   target_counts = np.sum([weight * counts / max(counts.sum(), 1) for counts, weight in weighted], axis=0)
-  return grams.sums(log_ratio(target_counts, grams.counts), mean=False)
+  pool_counts = pool.once(('n-gram counts', grams.buckets), grams.counts)
+  return grams.sums(log_ratio(target_counts, pool_counts), mean=False)

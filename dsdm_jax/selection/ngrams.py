@@ -227,9 +227,8 @@ class PoolGrams:
     rows = np.arange(0, self.pool.num_rows, -(-self.pool.num_rows // _SAMPLE))
     return self.each(rows)
 
-  @functools.cached_property
   def counts(self) -> np.ndarray:
-    """Count of each bucket in the pool's `sample`: float64 [buckets]."""
+    """Count of each bucket in the pool's `sample`: float64 [buckets]. Not cached here: see `Candidates.once`."""
     return sum((grams.counts() for grams in self.sample()), np.zeros(self.buckets))
 
   def frequencies(self) -> tuple[int, int, np.ndarray]:

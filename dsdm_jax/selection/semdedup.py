@@ -2,10 +2,12 @@
 
 Embeddings are those of the first proxy (`Proxies.embeddings`). Rows are compared within `selection.clusters` clusters
 of k-means, each with earlier rows of its cluster; rows far from the centre come first and so stay, as in the paper. The
-share `selection.duplicate_keep` of rows with the lowest largest cosine is kept: a fifth, as in the DsDm paper. With 0,
-a row is dropped if that cosine is above `selection.duplicate_similarity`.
+share `selection.duplicate_keep` of rows with the lowest largest cosine is kept: a fifth, as in the DsDm paper, or as
+many as give the arm all its unmasked rows or documents. With 0, a row is dropped if that cosine is above
+`selection.duplicate_similarity`.
 """
 
+import bisect
 import math
 
 import numpy as np
@@ -14,7 +16,7 @@ from dsdm_jax.core import prng
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.selection import ranking
 from dsdm_jax.selection.candidates import Budget, Candidates, Target
-from dsdm_jax.selection.controls import drawn
+from dsdm_jax.selection.controls import drawn, holds
 
 FIT_ROWS = 65_536  # k-means is fitted to a sample of a larger pool
 _BLOCK = 2_048  # rows of a cluster that are compared at once
@@ -45,12 +47,26 @@ def _drawn(pool: Candidates, name: str, count: int, seed: int) -> Selection:
 
   near_N = pool.once('semdedup', compare)
   if options.duplicate_keep:
-    keep = max(math.ceil(options.duplicate_keep * pool.num_rows), min(count, pool.num_rows))
-    left = np.sort(ranking.top(-near_N, keep))
+    left = _least(near_N, pool, count)
   else:
     left = np.flatnonzero(near_N <= options.duplicate_similarity)
   similarity = float(near_N[left].max(initial=-1))
   return drawn(pool, name, count, seed, among=left, dropped=pool.num_rows - len(left), similarity=similarity)
+
+
+def _least(near_N: np.ndarray, pool: Candidates, count: int) -> np.ndarray:
+  """The rows with the lowest cosines, ascending: the share to keep, or the fewest from which an arm can be drawn.
+
+  Masked rows are among them, so that a mask changes them only where an arm needs more.
+  """
+  best_first = ranking.top(-near_N, pool.num_rows)
+  share = math.ceil(pool.options.duplicate_keep * pool.num_rows)
+
+  def enough(keep: int) -> bool:
+    return holds(pool, count, best_first[:keep])
+
+  keep = share + bisect.bisect_left(range(share, pool.num_rows), True, key=enough)  # all rows, if fewer never do
+  return np.sort(best_first[:keep])
 
 
 def nearest_earlier(x_ND: np.ndarray, count: int) -> np.ndarray:

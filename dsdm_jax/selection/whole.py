@@ -31,10 +31,15 @@ def drawn(pool: Candidates, name: str, count: int, seed: int, among: np.ndarray 
   spans = pool.pool.spans
   order = prng.numpy_stream(seed, 'selection', name).permutation(len(spans.tokens_D))
   if among is not None:
-    inside_N = np.zeros(pool.num_rows)
-    inside_N[among] = 1
-    order = order[(spans.means(inside_N) > 0.5)[order]]
+    order = order[_mostly_in(pool, among)[order]]
   return _selection(order, None, pool, count, provenance)
+
+
+def holds(pool: Candidates, count: int, among: np.ndarray) -> bool:
+  """Whether the documents that `drawn` takes have the tokens of `count` rows, without caps of sources."""
+  spans, budget = pool.pool.spans, count * pool.pool.length
+  open_D = _open(pool) & _mostly_in(pool, among) & (spans.tokens_D <= budget)
+  return int(spans.tokens_D[open_D].sum()) >= budget
 
 
 def of_rows(rows: Selection, pool: Candidates) -> Selection:
@@ -56,8 +61,7 @@ def _selection(
 ) -> Selection:
   """The first of `order_D` that fit into the tokens of `count` rows and into the caps of their sources."""
   spans, budget = pool.pool.spans, count * pool.pool.length
-  masked_D = spans.means(pool.masked_N.astype(np.float64)) > 0  # no row of a selected document may be masked
-  order_D = order_D[(spans.whole_D & ~masked_D)[order_D]]
+  order_D = order_D[_open(pool)[order_D]]
   if pool.options.source_cap < 1:
     source_D = pool.pool.documents.column('source')[order_D]
     limit = ranking.rows_of_share(pool.options.source_cap, budget)
@@ -79,6 +83,19 @@ def _selection(
   facts = {**provenance, 'unit': 'document', 'documents': len(documents), 'tokens': tokens}
   score_M = None if score_D is None else score_D[documents]
   return Selection('', rows, share_N[rows].astype(np.float32), facts, documents=documents, document_scores=score_M)
+
+
+def _open(pool: Candidates) -> np.ndarray:
+  """Whether a document may be selected, bool [D]: it is whole in the rows, and none of its rows is masked."""
+  spans = pool.pool.spans
+  return spans.whole_D & ~(spans.means(pool.masked_N.astype(np.float64)) > 0)
+
+
+def _mostly_in(pool: Candidates, rows: np.ndarray) -> np.ndarray:
+  """Whether most tokens of a document are in these rows, bool [D]."""
+  inside_N = np.zeros(pool.num_rows)
+  inside_N[rows] = 1
+  return pool.pool.spans.means(inside_N) > 0.5
 
 
 def _fit(documents: np.ndarray, spans: Spans, tokens: int) -> np.ndarray:

@@ -228,7 +228,7 @@ def _arm(method: str, target: str) -> str:
 def drawings(comparison: Mapping[str, Any]) -> dict[str, figures.Drawing]:
   """Name → figure. Arms for another target than the headline task are in the tables only."""
   first = study.headline_task(comparison)
-  targets = (UNTARGETED, 'mix' if first == MEAN else first)
+  targets = study.headline_targets(comparison)
   place = (first, _RANDOM, 'logprob', HOLDOUT)
   compared = [
     {**c, 'target_mix': UNTARGETED}

@@ -19,7 +19,7 @@ import numpy as np
 
 from dsdm_jax import configs, pipeline
 from dsdm_jax.config.validate import flatten, validate
-from dsdm_jax.config.values import BREADTH
+from dsdm_jax.config.values import BREADTH, MIX
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.runner import Runner
 from dsdm_jax.core.storage import Location
@@ -203,8 +203,25 @@ def headline_task(comparison: Mapping[str, Any]) -> str:
   return mixes[0] if mixes else results.MEAN
 
 
+def headline_targets(comparison: Mapping[str, Any]) -> set[str]:
+  """Values of `target_mix` that belong to the headline task: none, its own tasks, and 'mix' where it is over all.
+
+  Breadth is no part of a headline, so a mix with it counts as the mix without.
+  """
+  task, arms = headline_task(comparison), comparison['arms']
+  every = {row['task'] for row in arms if row['split'] == HOLDOUT} - {BREADTH}
+  wanted = every if task == results.MEAN else set(task.split('+'))
+
+  def tasks(target: str) -> set[str]:
+    return every if target == MIX else set(target.split('+')) - {BREADTH}
+
+  return {target for _, target in comparisons.arms(arms) if target == results.UNTARGETED or tasks(target) == wanted}
+
+
 def primary(comparison: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
   """The primary comparisons of `study.json`: log-probability on the headline task, after Holm over these alone.
+
+  Of a method that was selected for several targets, the arm of the headline task is compared.
 
   Args:
     comparison: see `compare`.
@@ -212,17 +229,38 @@ def primary(comparison: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> 
 
   Returns:
     A comparison for each pair; none before all their arms are finished, since Holm's rule needs all.
+
+  Raises:
+    UserError: a method of a pair has several targets, of which none or more than one is that of the headline.
   """
-  task = headline_task(comparison)
-  averaged = [c for c in comparison['means']['comparisons'] if c['task'] == task]
-  alone = [c for c in comparison['comparisons'] if c['task'] != BREADTH]  # one task has no mean
-  known: dict[tuple[str, str], Mapping[str, Any]] = {}
+  task, arms = headline_task(comparison), comparisons.arms(comparison['arms'])
+  headline, methods = headline_targets(comparison), [method for method, _ in arms]
+  compared = [
+    c
+    for c in (*comparison['means']['comparisons'], *comparison['comparisons'])
+    if (c['split'], c['metric']) == (HOLDOUT, 'logprob')
+  ]
+  averaged = [c for c in compared if c['task'] == task]
+  alone = [c for c in compared if c['task'] != BREADTH]  # one task has no mean
+  known: dict[tuple[str, str], list[Mapping[str, Any]]] = {}  # of a pair, those of the headline's target
   for c in averaged or alone:
-    if (c['split'], c['metric']) == (HOLDOUT, 'logprob'):
-      known |= {(c['method'], c['baseline']): c, (c['baseline'], c['method']): comparisons.turned(c)}
+    baseline = comparisons.baseline_arm(arms, c['baseline'], c['target_mix'])
+    assert baseline is not None  # it was compared
+    both = (c['method'], c['target_mix']), baseline
+    fits = all(target in headline or methods.count(method) == 1 for method, target in both)
+    known.setdefault((c['method'], c['baseline']), []).extend([c] * fits)
+    known.setdefault((c['baseline'], c['method']), []).extend([comparisons.turned(c, baseline[1])] * fits)
+  for pair in pairs:
+    if pair in known and len(known[pair]) != 1:
+      name = max(pair, key=methods.count)
+      targets = ', '.join(target for method, target in arms if method == name)
+      raise UserError(
+        f'PRIMARY of --config names {pair}, and {name} has the targets {targets}, of which not exactly one is the '
+        f'headline ({task}); name fewer in selection.targets of {name.partition("/")[2] or BASE}'
+      )
   if not all(pair in known for pair in pairs):
     return []
-  return comparisons.judged([known[pair] for pair in pairs], comparison['confidence'])
+  return comparisons.judged([known[pair][0] for pair in pairs], comparison['confidence'])
 
 
 def as_csv(comparison: Mapping[str, Any]) -> str:

@@ -67,7 +67,7 @@ def ceiling(truth_RST: np.ndarray) -> float | None:
   """Highest LDS against the mean over R seeds that a perfect prediction of what the seeds share can have.
 
   √(R r / (1 + (R−1) r)) by Spearman and Brown, where the correlation r of single seeds follows from that of two halves
-  of the seeds. None for one seed.
+  of the seeds; 0 where the halves do not agree, r ≤ 0. None for one seed.
   """
   seeds = len(truth_RST)
   if seeds < 2:
@@ -76,8 +76,10 @@ def ceiling(truth_RST: np.ndarray) -> float | None:
   first, second = truth_RST[:half].mean(0), truth_RST[half : 2 * half].mean(0)
   x, y = (scipy.stats.rankdata(value_ST, axis=0) for value_ST in (first, second))
   r = float(np.mean(_correlation(x, y, np.full((1, len(first)), 1 / len(first)))))
+  if r <= 0:  # the formula has a pole below zero, and is positive beyond it
+    return 0.0
   single = r / (half - (half - 1) * r)  # Spearman and Brown, from the mean of `half` seeds to one
-  return float(np.sqrt(max(seeds * single / (1 + (seeds - 1) * single), 0.0)))
+  return float(np.sqrt(seeds * single / (1 + (seeds - 1) * single)))
 
 
 def _lds(predicted_ST: np.ndarray, truth_ST: np.ndarray, resamples: Resamples) -> tuple[float, np.ndarray]:

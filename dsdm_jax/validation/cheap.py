@@ -82,6 +82,7 @@ def cosine(embedding_ND: np.ndarray, embedding_TD: np.ndarray, centre: bool) -> 
 
 def predictors(
   tokens_NL: np.ndarray,
+  filled_NL: np.ndarray,
   tokens_TL: np.ndarray,
   weights_TL: np.ndarray,
   task_T: np.ndarray,
@@ -93,16 +94,17 @@ def predictors(
 
   Args:
     tokens_NL, tokens_TL: of rows and of target examples; padding is ignored.
-    weights_TL: above 0 for predicted tokens of a target example.
+    filled_NL: False for the padding of a row.
+    weights_TL: above 0 for predicted tokens of a target example; what follows the last of these is padding.
     task_T: task of each target example.
     vocab_size: V.
     loss_N: nats per token of each row under the proxies.
     embeddings: of rows and of target examples.
   """
-  ones_NL, filled_TL = np.ones(tokens_NL.shape), text_mask(weights_TL)
+  filled_TL = text_mask(weights_TL)
 
   def counts(size: int, pairs: bool) -> tuple[scipy.sparse.csr_array, scipy.sparse.csr_array]:
-    return count(tokens_NL, ones_NL, size, pairs), count(tokens_TL, filled_TL, size, pairs)
+    return count(tokens_NL, filled_NL, size, pairs), count(tokens_TL, filled_TL, size, pairs)
 
   def same_for_all(score_N: np.ndarray) -> np.ndarray:
     return np.repeat(score_N[:, None], len(task_T), axis=1)

@@ -36,7 +36,7 @@ _SMOOTH_VARIANTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """Place in the pool, tokens, weights (None: all count) and source of rows; and the target examples.
+  """Place in the pool, tokens, weights (None: all count), size without padding and source of rows; target examples.
 
   These have tokens, weights, task and document.
   """
@@ -44,6 +44,7 @@ class Examples:
   row_N: np.ndarray
   tokens_NL: np.ndarray
   weights_NL: np.ndarray | None
+  size_N: np.ndarray
   source_N: np.ndarray
   tokens_TL: np.ndarray
   weights_TL: np.ndarray
@@ -51,6 +52,11 @@ class Examples:
   document_T: list[str]
   tasks: tuple[str, ...]
   vocab_size: int
+
+  @property
+  def filled_NL(self) -> np.ndarray:
+    """False for padding."""
+    return np.arange(self.tokens_NL.shape[1]) < self.size_N[:, None]
 
   @property
   def member_KT(self) -> np.ndarray:
@@ -104,6 +110,7 @@ class Setting:
       examples.tokens_TL,
       examples.weights_TL,
       examples.weights_NL,
+      examples.filled_NL,
     )
 
   def table(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -203,6 +210,7 @@ class Setting:
     }
     makers |= cheap.predictors(
       e.tokens_NL,
+      e.filled_NL,
       e.tokens_TL,
       e.weights_TL,
       e.task_T,
@@ -256,6 +264,7 @@ def examples_of(options: ConfigDict, pool: Pool, targets: Targets, masked_N: np.
     row_N=rows,
     tokens_NL=pool.tokens(rows),
     weights_NL=pool.weights(rows) if pool.counts_some else None,
+    size_N=pool.sizes(rows),
     source_N=pool.source_N[rows],
     tokens_TL=np.concatenate(tokens),
     weights_TL=np.concatenate(weights),

@@ -199,6 +199,7 @@ class Scorer:
     tokens_NL: the rows.
     tokens_TL, weights_TL: the target examples.
     weights_NL: as `ProxyPool`.
+    filled_NL: False for the padding of rows; None where there is none.
   """
 
   def __init__(
@@ -210,6 +211,7 @@ class Scorer:
     tokens_TL: np.ndarray,
     weights_TL: np.ndarray,
     weights_NL: np.ndarray | None = None,
+    filled_NL: np.ndarray | None = None,
   ):
     self._config, self._proxies, self._vocab_size = config, proxies, vocab_size
     self._mesh = one_device()
@@ -217,6 +219,8 @@ class Scorer:
     weights_NL[:, 0] = 0.0
     self._tokens = np.concatenate([tokens_NL, tokens_TL]).astype(np.int32)
     self._weights = np.concatenate([weights_NL, weights_TL]).astype(np.float32)
+    filled_NL = np.ones(tokens_NL.shape, bool) if filled_NL is None else filled_NL
+    self._filled = np.concatenate([filled_NL, text_mask(weights_TL)]).astype(np.float32)
     self._rows = len(tokens_NL)
     self._step = functools.lru_cache(maxsize=None)(self._make_step)
     self._directional = functools.lru_cache(maxsize=None)(self._make_directional)
@@ -325,8 +329,12 @@ class Scorer:
     return config
 
   def _probability(self, proxy: Proxy) -> np.ndarray:
-    """Mean probability of the predicted tokens of each row under one proxy."""
-    return self._forward(proxy, lambda model, t: jnp.exp(_likelihood(model, t)).mean(1), self._tokens[: self._rows])
+    """Mean probability of the counted tokens of each row under one proxy, float32 [N], as that of the datamodel's Q."""
+
+    def probability(model: nnx.Module, tokens_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+      return counted_mean(jnp.exp(_likelihood(model, tokens_BL)), weights_BL)
+
+    return self._forward(proxy, probability, self._tokens[: self._rows], self._weights[: self._rows])
 
   def loss(self, proxy: Proxy) -> np.ndarray:
     """Nats per token of each row under one proxy, float32 [N]."""
@@ -343,7 +351,7 @@ class Scorer:
       x_BLD = model.hidden(tokens_BL).astype(jnp.float32)
       return jnp.einsum('bld,bl->bd', x_BLD, counted_BL) / jnp.maximum(counted_BL.sum(axis=1), 1)[:, None]
 
-    embedding_XD = self._forward(proxy, mean, self._tokens, text_mask(self._weights).astype(np.float32))
+    embedding_XD = self._forward(proxy, mean, self._tokens, self._filled)
     return embedding_XD[: self._rows], embedding_XD[self._rows :]
 
   def _forward(self, proxy: Proxy, function: Callable, *arrays: np.ndarray) -> np.ndarray:

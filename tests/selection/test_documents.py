@@ -352,6 +352,27 @@ def test_random_documents_are_not_chosen_by_length(lossy):
   assert abs(long_D[first].mean() - share) < 4 * (share * (1 - share) / 60) ** 0.5
 
 
+def test_semdedup_keeps_as_many_documents_as_an_arm_needs(lossy):
+  """A fifth of the rows has few documents of which most tokens are in them."""
+  _, inputs, arrays = lossy
+  pool = _pool(inputs, arrays['score_a_N'])
+  spans, length = pool.pool.spans, pool.pool.length
+  near_N = np.random.default_rng(3).random(pool.num_rows).astype(np.float32)
+  pool.once('semdedup', lambda: near_N)
+  for masked in (0, 4):
+    pool.masked_N[:masked] = True
+    open_D = spans.whole_D & (spans.means(pool.masked_N.astype(float)) == 0)
+    most = int(spans.tokens_D[open_D].sum()) // length
+    for examples in (most // 10, most // 2):
+      found = selected('semdedup', pool, examples=examples)
+      random = selected('random', pool, examples=examples)
+      short = length * examples - found.provenance['tokens']
+      assert 0 <= short < max(spans.tokens_D), 'it fills the budget up to a document'
+      assert abs(found.provenance['tokens'] - random.provenance['tokens']) < max(spans.tokens_D)
+    left = pool.num_rows - found.provenance['dropped']
+    assert pool.num_rows / 5 < left < pool.num_rows, 'and drops what it can'
+
+
 def test_rows_of_any_method_become_documents(lossy):
   _, inputs, arrays = lossy
   pool = _pool(inputs, arrays['score_a_N'])

@@ -81,6 +81,22 @@ def test_semdedup_draws_from_the_rows_that_are_left():
   assert selected('semdedup', pool, 42).provenance['dropped'] == 58
 
 
+def test_semdedup_keeps_as_many_unmasked_rows_as_an_arm_needs():
+  """A row's largest cosine falls with its number, so that the last rows are kept."""
+  pool = ArrayCandidates(np.zeros(100))
+  pool.once('semdedup', lambda: np.linspace(0.9, 0, 100).astype(np.float32))
+  free = selected('semdedup', pool, 20)
+  assert free.provenance['dropped'] == 80 and free.rows.min() == 80
+  pool.masked_N[80:85] = True
+  found = selected('semdedup', pool, 20)
+  assert found.rows.tolist() == [*range(75, 80), *range(85, 100)], 'all there are, and no more than an arm needs'
+  few = selected('semdedup', pool, 15)
+  assert few.provenance['dropped'] == 80, 'a fifth holds 15 others'
+  with pytest.raises(UserError, match='96 rows and 95 are left'):
+    selected('semdedup', pool, 96)
+  assert selected('semdedup', pool, 95).size == 95
+
+
 def test_semdedup_in_one_epoch_fills_the_budget_with_distinct_rows():
   x_ND = unit(np.random.default_rng(0).normal(size=(100, 16)))
   found = selected(

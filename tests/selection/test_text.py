@@ -1,6 +1,7 @@
 """Selectors that read text: n-grams and rankings by hand, and the published DSIR next to ours."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import math
@@ -135,6 +136,31 @@ def test_fasttext_is_charged_for_its_training():
 
   texts = distinct(POOL) + distinct(TARGET) * 7 + distinct(TARGET[:20])  # 40 target texts are repeated to 300
   assert spent == [4 * 100 * 5 * texts]
+
+
+class Counted(Rows):
+  """Counts the rows that are read."""
+
+  reads = 0
+
+  def tokens(self, rows):
+    self.reads += len(rows)
+    return super().tokens(rows)
+
+
+@pytest.mark.parametrize('method', ['dsir', 'bm25', 'tfidf', 'lsa', 'classifier', 'minhash'])
+def test_every_target_is_charged_for_the_passes_that_it_shares(method):
+  """As much as if it were the only one, whatever earlier targets have read."""
+
+  def charged(names: str) -> list[float]:
+    rows = Counted(np.arange(len(POOL))[:, None], texts=POOL)
+    pool = ArrayCandidates(rows=rows, ngram_buckets=512)
+    pool.costs = candidates.CostAccounting(lambda: float(rows.reads))
+    wanted = [dataclasses.replace(target(texts=TARGET), name=name) for name in names]
+    return [pool.costs.charged(lambda one=one: selected(method, pool, 60, target=one))[1]['flop'] for one in wanted]
+
+  (alone,) = charged('b')
+  assert charged('ab') == [alone, alone] and alone > 0
 
 
 class InBlocks(Rows):

@@ -18,6 +18,7 @@ from dsdm_jax.core import artifacts
 from dsdm_jax.errors import UserError
 from dsdm_jax.study import arm_file
 from dsdm_jax.study.__main__ import main
+from dsdm_jax.study.results import drawings
 from dsdm_jax.study.study import primary, primary_pairs
 from tests.conftest import ROOT
 from tests.helpers.workdirs import files_of
@@ -80,10 +81,24 @@ def test_the_study_varies_every_choice_of_the_method():
   assert len(budgets) == 1, 'every arm trains as long as every other'
 
 
-def _compared(task: str, method: str, baseline: str, difference: float, p_value: float) -> dict:
+def _compared(
+  task: str, method: str, baseline: str, difference: float, p_value: float, target_mix: str = 'mix'
+) -> dict:
   names = {'task': task, 'split': 'holdout', 'metric': 'logprob', 'method': method, 'baseline': baseline}
   own = {'difference': difference, 'low': difference - 0.1, 'high': difference + 0.2, 'p_value': p_value}
-  return {**names, **own, 'seeds': [5, 3], 'target_mix': 'mix'}
+  return {**names, **own, 'seeds': [5, 3], 'target_mix': target_mix}
+
+
+def _arms(tasks, *arms: tuple[str, str]) -> list[dict]:
+  return [{'task': t, 'split': 'holdout', 'method': method, 'target_mix': mix} for method, mix in arms for t in tasks]
+
+
+def test_primary_comparisons_of_one_task_ignore_the_mean_over_benchmarks():
+  compared, of_benchmarks = (_compared(task, 'dsdm', 'random', 0.3, 0.02) for task in ('a', 'mean'))
+  means = {'summary': [], 'comparisons': [of_benchmarks | {'split': 'benchmark', 'difference': -1.0}]}
+  arms = _arms(['a'], ('dsdm', 'mix'), ('random', 'any'))
+  comparison = {'arms': arms, 'means': means, 'comparisons': [compared], 'confidence': 0.95}
+  assert [c['difference'] for c in primary(comparison, [('dsdm', 'random')])] == [0.3]
 
 
 @pytest.mark.parametrize('tasks', [('a',), ('a', 'b', 'mean')])
@@ -99,7 +114,9 @@ def test_primary_comparisons_are_adjusted_over_themselves_alone(tasks):
   ]
   averaged = [row for row in rows if row['task'] == 'mean']
   singles = [row for row in rows if row['task'] != 'mean'] + [_compared('breadth', 'dsdm', 'random', -9.0, 0.5)]
-  comparison = {'means': {'summary': [], 'comparisons': averaged}, 'comparisons': singles, 'confidence': 0.95}
+  arms = _arms(tasks[:2], ('dsdm', 'mix'), ('random', 'any'), ('lsa/lsa', 'mix'))
+  means = {'summary': [], 'comparisons': averaged}
+  comparison = {'arms': arms, 'means': means, 'comparisons': singles, 'confidence': 0.95}
   found = primary(comparison, [('dsdm', 'random'), ('dsdm', 'lsa/lsa')])
   assert [(c['task'], c['method'], c['baseline']) for c in found] == [
     (tasks[-1], 'dsdm', 'random'),
@@ -109,6 +126,63 @@ def test_primary_comparisons_are_adjusted_over_themselves_alone(tasks):
   assert [(c['verdict'], c['seeds']) for c in found] == [('better', [5, 3]), ('better', [3, 5])]
   assert (found[1]['difference'], found[1]['low'], found[1]['high']) == pytest.approx((0.2, 0.0, 0.3))
   assert primary(comparison, [('dsdm', 'random'), ('dsdm', 'bm25/text')]) == [], 'that arm is not finished'
+
+
+def _of_targets(headline: str, *arms: tuple[str, str], below: str = 'random') -> dict:
+  """Arms of targets against `below`, each with a difference of its own, on tasks a, b and c."""
+  known = [(below, 'any'), *arms] if below == 'random' else list(arms)
+  compared = [
+    _compared(headline, method, below, 0.1 * number, 0.01, mix)
+    for number, (method, mix) in enumerate(arms, 1)
+    if method != below
+  ]
+  means = {'summary': [{'task': headline}], 'comparisons': compared}
+  return {'arms': _arms(['a', 'b', 'c'], *known), 'means': means, 'comparisons': [], 'confidence': 0.95}
+
+
+@pytest.mark.parametrize(
+  ('headline', 'targets', 'wanted'),
+  [
+    ('mean', ('a', 'mix'), 0.2),
+    ('mean', ('mix', 'a'), 0.1),
+    ('mean', ('a', 'c+b+a'), 0.2),  # all tasks by their names
+    ('a+b', ('mix', 'a+b', 'c'), 0.2),
+    ('a+b', ('a', 'a+b+breadth'), 0.2),
+    ('a+b', ('c',), 0.1),  # the only one there is
+  ],
+)
+def test_primary_comparisons_are_for_the_target_of_the_headline(headline, targets, wanted):
+  comparison = _of_targets(headline, *(('dsdm', target) for target in targets))
+  (found,) = primary(comparison, [('dsdm', 'random')])
+  assert found['difference'] == pytest.approx(wanted)
+  (turned,) = primary(comparison, [('random', 'dsdm')])
+  assert (turned['difference'], turned['target_mix']) == (pytest.approx(-wanted), 'any')
+
+
+@pytest.mark.parametrize('targets', [('a', 'b'), ('mix', 'a+b+c')])
+def test_primary_comparisons_of_several_targets_without_a_headline_are_refused(targets):
+  comparison = _of_targets('mean', *(('dsdm/x', target) for target in targets))
+  for pair in (('dsdm/x', 'random'), ('random', 'dsdm/x')):
+    with pytest.raises(UserError, match=r'not exactly one is the headline \(mean\); name fewer in .* of x'):
+      primary(comparison, [('dsdm', 'lsa/lsa'), pair])
+
+
+def test_primary_comparisons_see_the_target_of_the_baseline_too():
+  """An arm without a target is compared with the first of `dsdm`."""
+  arms = ('minhash/text', 'any'), ('dsdm', 'mix'), ('dsdm', 'a')
+  (found,) = primary(_of_targets('mean', *arms, below='dsdm'), [('dsdm', 'minhash/text')])
+  assert (found['difference'], found['target_mix']) == (pytest.approx(-0.1), 'mix')
+  with pytest.raises(UserError, match='dsdm has the targets a, mix, .* of base'):
+    primary(_of_targets('mean', arms[0], *arms[:0:-1], below='dsdm'), [('dsdm', 'minhash/text')])
+
+
+def test_the_figure_has_arms_for_all_tasks_by_their_names():
+  comparison = _of_targets('mean', ('dsdm', 'a+b+c'), ('lsa', 'a')) | {'multiplier': None}
+  for c in comparison['means']['comparisons']:
+    c |= {'verdict': 'better', 'conditional': False, 'basis': 'seeds and items', 'p_holm': 0.01}
+  (drawing,) = drawings(comparison).values()
+  svg = drawing.svg('effect')
+  assert 'DsDm' in svg and 'LSA' not in svg
 
 
 def test_what_names_no_comparison_is_refused():

@@ -70,6 +70,17 @@ def test_ceiling_is_the_correlation_with_the_noise_free_truth(seeds):
   assert agreement.ceiling(truth_RST[:1]) is None
 
 
+@pytest.mark.parametrize('seeds', [2, 3, 4])
+@pytest.mark.parametrize('order', ['reversed', 'apart'])
+def test_ceiling_of_seeds_that_disagree_is_zero(seeds, order):
+  """Correlations of −1 and of −0.8, on both sides of the poles of Spearman's and Brown's formula."""
+  first_ST = np.arange(4.0)[:, None]
+  second_ST = first_ST[::-1] if order == 'reversed' else np.array([3.0, 2.0, 0.0, 1.0])[:, None]
+  half = seeds // 2
+  truth_RST = np.stack([*[first_ST] * half, *[second_ST] * (seeds - half)])
+  assert agreement.ceiling(truth_RST) == 0
+
+
 def test_families_of_subsets():
   rng = np.random.default_rng(5)
   score_N, source_N = rng.standard_normal(200), rng.integers(0, 3, 200)

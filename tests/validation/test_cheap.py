@@ -1,10 +1,14 @@
 """Cheap predictors on cases worked by hand."""
 
+import types
+
 import numpy as np
 import pytest
 import scipy.sparse
 
-from dsdm_jax.validation import cheap
+from dsdm_jax.data.targets.targets import Examples
+from dsdm_jax.validation import cheap, validate
+from tests.helpers.selection import Rows
 
 
 def test_padding_and_its_pairs_are_not_counted():
@@ -34,13 +38,40 @@ def test_log_ratio_by_hand_and_by_task():
   assert score[0, 1] < score[1, 1]
 
 
+def _predictors(rows, filled, targets, weights):
+  return cheap.predictors(rows, filled, targets, weights, np.array(['a', 'b']), 6, lambda: np.zeros(2), lambda: ())
+
+
+@pytest.mark.parametrize('name', ['BM25', 'n-gram ratio (DSIR)', 'LSA'])
+def test_rows_end_where_their_padding_begins(name):
+  """The padding of unpacked rows, 0 or 5, is also a token of the targets."""
+  rows, filled = np.random.default_rng(0).integers(0, 6, (9, 6)), np.arange(6) < np.arange(1, 7).repeat(2)[:9, None]
+  targets, weights = np.array([[5, 0, 1, 5], [5, 4, 2, 3]]), np.array([[0, 0, 1, 0], [0, 1, 1, 1]])
+  found = []
+  for padding in (0, 5):
+    padded = np.where(filled, rows, padding)
+    found.append(_predictors(padded, filled, targets, weights)[name]())
+    assert np.ptp(found[-1]) > 0
+  np.testing.assert_array_equal(*found)
+
+
+def test_rows_of_the_bank_know_their_padding():
+  pool = Rows(np.arange(12).reshape(3, 4))
+  pool.sizes = lambda rows: np.array([4, 2, 3])[rows]
+  pool.vocab_size, options = 12, types.SimpleNamespace(rows=2, target_examples=1)
+  one = Examples(np.zeros((1, 4)), np.zeros((1, 4)), ({'document': 'd'},))
+  targets = types.SimpleNamespace(tasks=('docs',), examples=lambda task, side: one)
+  found = validate.examples_of(options, pool, targets, np.array([True, False, False]))
+  assert found.filled_NL.tolist() == [[True, True, False, False], [True, True, True, False]]
+
+
 def test_targets_end_with_their_last_counted_token():
   """Token 0 is a text's too, and the padding, 5, is the end mark that texts begin with."""
   rows = np.array([[1, 0, 2, 3], [4, 4, 5, 1]])
   found = {}
   for padding in (5, 0):
     targets, weights = np.array([[5, 0, 1, padding], [5, 4, padding, padding]]), np.array([[0, 0, 1, 0], [0, 1, 0, 0]])
-    made = cheap.predictors(rows, targets, weights, np.array(['a', 'b']), 6, lambda: np.zeros(2), lambda: ())
+    made = _predictors(rows, np.ones(rows.shape), targets, weights)
     found[padding] = [made[name]() for name in ('BM25', 'n-gram ratio (DSIR)')]
   query = np.array([[1, 1, 0, 0, 0, 1], [0, 0, 0, 0, 1, 1]])
   by_hand = cheap.bm25(cheap.count(rows, np.ones(rows.shape), 6, False), scipy.sparse.csr_array(query))
