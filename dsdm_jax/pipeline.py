@@ -49,7 +49,7 @@ STAGES = (
     reads=('pool',),
     keys=('targets',),
     code='data.targets.targets:run',
-    format=5,
+    format=6,
     where_set=(('targets.breadth', ('leakage',)),),
   ),
   # Text of targets and pool → the rows that are scored; without it, all of them.

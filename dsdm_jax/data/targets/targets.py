@@ -112,28 +112,53 @@ def excess(encoder: Encoder, item: RawItem, length: int) -> int:
 def pieces(encode: Encode, text: str, length: int) -> Iterator[str]:
   """Cuts prose into runs of whole lines of at most `length` tokens, preferably at a blank line in the second half.
 
-  Single lines that are too long and pieces shorter than a quarter of `length` are left out.
+  A line that is too long is cut at spaces, or inside a word where there are none. So is a line after less than a
+  quarter of `length`, if it does not fit there. All text except white space is in a piece. The last piece of a text may
+  be short, and so may a piece between blank lines.
   """
-  lines = text.split('\n')
+  parts = [f'{line}\n' for line in text.split('\n')]
   # The newline is a separate token, so the sizes of lines add up.
-  sizes = [len(encode(line)) + 1 for line in lines]
-  start = 0
-  while start < len(lines):
+  sizes = [len(encode(part[:-1])) + 1 for part in parts]
+  start, quarter = 0, max(1, length // 4)
+  while start < len(parts):
     end, used = start, 0
-    while end < len(lines) and used + sizes[end] <= length + 1:  # without the last newline
-      used += sizes[end]
-      end += 1
-    if end == start:
-      start += 1
-      continue
-    if end < len(lines):
-      blank = next((i for i in range(end, start, -1) if not lines[i].strip()), start)
-      if sum(sizes[start:blank]) >= used / 2:
+    while end < len(parts):
+      if used + sizes[end] <= length + parts[end].endswith('\n'):  # without the last newline
+        used += sizes[end]
+        end += 1
+      elif used < quarter and len(cut := _cut(encode, parts[end], quarter)) > 1:
+        parts[end : end + 1] = cut
+        sizes[end : end + 1] = [len(encode(part.removesuffix('\n'))) + part.endswith('\n') for part in cut]
+      else:
+        break
+    end = max(end, start + 1)
+    if end < len(parts):
+      blank = next((i for i in range(end, start, -1) if not parts[i].strip()), start)
+      if sum(sizes[start:blank]) >= max(used / 2, quarter + 1):
         end = blank
-    piece = '\n'.join(lines[start:end]).strip('\n')
-    if length // 4 <= len(encode(piece)) <= length:
+    piece = _joined(parts[start:end])
+    while end - start > 1 and len(encode(piece)) > length:  # tokens of a line's parts need not add up
+      end -= 1
+      piece = _joined(parts[start:end])
+    if piece.strip():
       yield piece
     start = end
+
+
+def _cut(encode: Encode, part: str, length: int) -> list[str]:
+  """Parts of at most `length` tokens each, or of one character, which joined are `part`."""
+  if len(part.rstrip('\n')) < 2 or len(encode(part.removesuffix('\n'))) <= length:
+    return [part]
+  middle, quarter = len(part) // 2, len(part) // 4
+  space = part.rfind(' ', quarter, middle) + 1 or part.find(' ', middle, 3 * quarter) + 1
+  place = space or middle
+  return _cut(encode, part[:place], length) + _cut(encode, part[place:], length)
+
+
+def _joined(parts: Sequence[str]) -> str:
+  """The text of a piece, without the newlines around it or the spaces where its last line is cut."""
+  text = ''.join(parts)
+  return text.strip('\n') if text.endswith('\n') else text.lstrip('\n').rstrip(' ')
 
 
 def _spread(items: Sequence[RawItem], rng: np.random.Generator) -> list[RawItem]:
@@ -208,7 +233,10 @@ def build(
 def build_task(
   split_task: SplitTask, config: ConfigDict, encoder: Encoder, length: int, most: int | None = None
 ) -> tuple[dict[str, Examples], dict[str, Any]]:
-  """Split → examples of one task, and {"documents", "groups", "items", "duplicates", "unfit", "target", "holdout"}.
+  """Split → examples of one task, and counts.
+
+  The counts are {"documents", "groups", "items", "duplicates", "short", "unfit", "target", "holdout"}. "short" are
+  pieces of documents with fewer tokens than a quarter of a row, which are left out; they are not among the items.
 
   Args:
     split_task: the task.
@@ -221,14 +249,15 @@ def build_task(
   examples: dict[str, Examples] = {}
   by_split: dict[str, list[RawItem]] = {split: [] for split in SPLITS}
   seen: set[tuple[str, str]] = set()
-  count = {'documents': len(side), 'groups': split_task.groups, 'items': 0, 'duplicates': 0, 'unfit': 0}
+  count = {'documents': len(side), 'groups': split_task.groups, 'items': 0, 'duplicates': 0, 'short': 0, 'unfit': 0}
   items = list(task.items)
   if task.language_modelling:
-    items = [
-      dataclasses.replace(item, id=f'{item.id}#{index}', answer=piece)
-      for item in task.items
-      for index, piece in enumerate(pieces(encoder.encode, item.answer, length - 1))
-    ]
+    items = []
+    for item in task.items:
+      cut = list(pieces(encoder.encode, item.answer, length - 1))
+      long = [piece for piece in cut if len(encoder.encode(piece)) >= (length - 1) // 4]
+      count['short'] += len(cut) - len(long)
+      items += [dataclasses.replace(item, id=f'{item.id}#{index}', answer=piece) for index, piece in enumerate(long)]
   for item in items:
     count['items'] += 1
     if (item.context, item.answer) in seen:
@@ -248,10 +277,11 @@ def build_task(
     count['unfit'] += unfit
     count[split] = len(of_split)
     if not len(of_split):
+      short = f', {counted(count["short"], "piece")} of less than a quarter of it left out' if count['short'] else ''
       raise UserError(
         f'target task {task.name!r} has no example in its {split} split ({len(items)} items, {unfit} do not fit into '
-        f'pool.length {length}; {count["groups"]} groups of items that share a document, passage or question); add '
-        'documents, give items a "document" of their own, or change targets.holdout_share or pool.length'
+        f'pool.length {length}{short}; {count["groups"]} groups of items that share a document, passage or question); '
+        'add documents, give items a "document" of their own, or change targets.holdout_share or pool.length'
       )
     examples[split] = of_split
   return examples, count
@@ -348,6 +378,7 @@ def run(context: Context) -> dict[str, Any]:
       f'; left out: {count[name]:,} {of}'
       for name, of in (
         ('duplicates', 'duplicates'),
+        ('short', f'pieces of fewer than {(length - 1) // 4} tokens'),
         ('unfit', f'whose answer has no tokens, or more than {length - 1}'),
       )
       if count[name]
@@ -368,9 +399,10 @@ def _of_pool(context: Context) -> tuple[dict[str, Examples], dict[str, Any]]:
   """As `build_task`, of the documents that are held out of the pool."""
   config, pool = context.config.targets, Pool(context.inputs['pool'])
   documents = storage.load(context.inputs['leakage'].path / 'breadth.npy')
-  by_split, examples = breadth.pieces(pool, documents, config.holdout_share), {}
+  by_split, short = breadth.pieces(pool, documents, config.holdout_share)
+  examples = {}
   count = {'documents': len(documents), 'groups': len(documents), 'items': sum(map(len, by_split.values()))}
-  count |= {'duplicates': 0, 'unfit': 0}
+  count |= {'duplicates': 0, 'short': short, 'unfit': 0}
   for side, found in by_split.items():
     if not found:
       raise UserError(
