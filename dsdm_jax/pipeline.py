@@ -50,7 +50,7 @@ STAGES = (
     reads=('pool',),
     keys=('targets',),
     code='data.targets.targets:run',
-    format=6,
+    format=7,
     where_set=(('targets.breadth', ('leakage',)),),
   ),
   # Text of targets and pool → the rows that are scored; without it, all of them.

@@ -66,8 +66,9 @@ class Examples:
     weights_TL: float32, 1 for tokens to predict, else 0; column 0 is all 0.
     records: for each example {"id", "context", "answer", "document"} of its prompt as it is used, whose text is context
       + answer; "starts", the places of its shots and its question in the context; "shots_dropped", and "tokens_cut"
-      from its beginning. Where an item has them also "choices", "context_options" and "gold", "aliases" and
-      "category", for evaluation; choices too begin with the white space after the context.
+      from its beginning. Where an item has them also "choices", "context_options" and "gold", "option_answers" (see
+      `tasks.RawItem`), "aliases" and "category", for evaluation; choices too begin with the white space after the
+      context.
   """
 
   tokens_TL: np.ndarray
@@ -103,9 +104,9 @@ def sequence(encoder: Encoder, context: str, answer: str, length: int) -> tuple[
 
 def excess(encoder: Encoder, item: RawItem, length: int) -> int:
   """Tokens by which the longest of the item's pairs of context and answer exceeds L − 1; at most 0 if all fit."""
-  pairs = [(context, item.answer) for context in item.context_options] or [
-    (item.context, answer) for answer in item.choices or (item.answer,)
-  ]
+  contexts = item.context_options or (item.context,) * max(1, len(item.choices))
+  answers = item.choices or item.option_answers or (item.answer,) * len(contexts)
+  pairs = zip(contexts, answers, strict=True)
   return max(sum(map(len, encode_pair(encoder, *pair))) for pair in pairs) - (length - 1)
 
 
@@ -331,7 +332,8 @@ def _record(item: RawItem) -> dict[str, Any]:
   record['starts'] = list(item.starts)
   if item.choices or item.context_options:
     record['gold'] = item.gold
-  more = {key: getattr(item, key) for key in ('choices', 'context_options', 'aliases', 'category')}
+  keys = ('choices', 'context_options', 'option_answers', 'aliases', 'category')
+  more = {key: getattr(item, key) for key in keys}
   return record | {key: value for key, value in more.items() if value}
 
 

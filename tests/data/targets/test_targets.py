@@ -14,7 +14,7 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.progress import Log
 from dsdm_jax.data.pool import vocabulary
 from dsdm_jax.data.pool.vocabulary import ByteEncoder
-from dsdm_jax.data.targets.targets import SplitTask, Targets, build, build_task, pieces, sequence
+from dsdm_jax.data.targets.targets import SplitTask, Targets, build, build_task, excess, pieces, sequence
 from dsdm_jax.data.targets.tasks import SPLITS, RawItem, RawTask
 from dsdm_jax.errors import UserError
 from tests.helpers.data import run_pool, run_targets, small_config
@@ -60,6 +60,12 @@ def test_long_context_loses_its_beginning():
   tokens_L, weights_L = sequence(Bytes(), 'abcdef', ' xyzuv', 7)
   assert tokens_L.tolist() == [1, *by_bytes(' xyzuv')]
   assert weights_L.tolist() == [0, 1, 1, 1, 1, 1, 1]
+
+
+def test_each_option_is_as_long_as_with_its_own_answer():
+  options = {'context_options': ('aaaa', 'b\n'), 'option_answers': (' end', 'end'), 'gold': 1}
+  item = RawItem('0', 'b\n', 'end', 'd', **options)
+  assert excess(Bytes(), item, 9) == len('aaaa end') - 8
 
 
 def test_language_modelling_counts_all_but_the_end_mark():
