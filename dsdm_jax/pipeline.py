@@ -34,7 +34,7 @@ STAGES = (
     reads=(),
     keys=('seed', 'pool'),
     code='data.pool.build:run',
-    format=6,
+    format=7,
   ),
   # Text of the pool × targets and benchmarks → a mask of rows that no selection takes.
   Stage(
