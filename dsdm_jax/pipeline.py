@@ -20,6 +20,7 @@ from dsdm_jax.core.runner import Runner, load, locked
 from dsdm_jax.core.stage import Stage, existing
 from dsdm_jax.core.storage import Location, Named
 from dsdm_jax.data import hub
+from dsdm_jax.data.pool import vocabulary
 from dsdm_jax.data.targets import tasks
 from dsdm_jax.errors import UserError, visible, visible_lines
 from dsdm_jax.evaluation import suite
@@ -33,7 +34,7 @@ STAGES = (
     reads=(),
     keys=('seed', 'pool'),
     code='data.pool.build:run',
-    format=6,
+    format=7,
   ),
   # Text of the pool × targets and benchmarks → a mask of rows that no selection takes.
   Stage(
@@ -41,6 +42,7 @@ STAGES = (
     reads=('pool',),
     keys=('leakage', 'targets.tasks', 'targets.folder', 'targets.seed'),
     code='data.targets.masked:run',
+    format=2,
     where_set=(('targets.breadth', ()),),
   ),
   # Tasks → examples that the datamodel sees, and a holdout split that it never sees.
@@ -49,7 +51,7 @@ STAGES = (
     reads=('pool',),
     keys=('targets',),
     code='data.targets.targets:run',
-    format=5,
+    format=7,
     where_set=(('targets.breadth', ('leakage',)),),
   ),
   # Text of targets and pool → the rows that are scored; without it, all of them.
@@ -277,9 +279,12 @@ def _check_imported(config: ConfigDict, workdir: Location) -> None:
   """Reads weights and scores that others made before the pool is built; what uses them later checks them again."""
   if artifacts.open_stage(workdir, 'pool') is not None:
     return
-  for model in (config.model, config.proxies.model):
-    if model.weights and model.factory == OUR_FACTORY:
-      hugging_face.check(model.weights, model, config.pool.length)
+  loaded = [m for m in (config.model, config.proxies.model) if m.weights and m.factory == OUR_FACTORY]
+  pool = config.pool
+  if loaded:
+    size = pool.vocab_size if pool.vocabulary == 'train' else vocabulary.size_of(pool.vocabulary, pool.end_piece)
+    for model in loaded:
+      hugging_face.check(model.weights, model, pool.length, size)
   if config.selection.imported:
     from dsdm_jax.attribution import score_files  # imports SciPy
 

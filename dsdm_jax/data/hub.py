@@ -19,7 +19,7 @@ from dsdm_jax.errors import UserError
 
 _ID = re.compile(r'(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?')
 _MODEL = ('*.json', '*.safetensors', '*.jinja')  # of a model and its tokenizer
-_TOKENIZER = ('tokenizer*', 'generation_config.json', '*.jinja', '*.model')
+_TOKENIZER = ('tokenizer*', 'config.json', 'generation_config.json', '*.jinja', '*.model')
 _DATA = {'.parquet': 'parquet', **dict.fromkeys(('.jsonl', '.jsonl.gz', '.jsonl.zst', '.json.gz'), 'jsonl')}
 _PLACES = (
   'data/{}-*',

@@ -35,8 +35,8 @@ class _WildcardError(UserError):
 Replace = Callable[[str], str]
 _PACKAGE = 'dsdm_jax'  # its own code counts by `Stage.format`
 _WEIGHTS = ('config.json', '*.safetensors', '*.safetensors.index.json')  # what `lm.hugging_face` reads
-# Of a tokenizer.json: they may have its end mark and its chat template.
-_BESIDE = ('tokenizer_config.json', 'generation_config.json', 'chat_template.jinja')
+# Of a tokenizer.json: they may have its end mark, its chat template and the rows of its model.
+_BESIDE = ('tokenizer_config.json', 'generation_config.json', 'chat_template.jinja', 'config.json')
 # What planted examples depend on; `max_examples` keeps their order.
 _PLANTED = ('tasks', 'folder', 'seed', 'holdout_share', 'file_shots', 'file_delimiter', 'long_prompts')
 _INSTALLED = {'site-packages', 'dist-packages'}

@@ -347,7 +347,7 @@ def of_target(task: str, split: str, examples: Examples, sequences: Sequences, c
     gold, category = r.get('gold', -1), r.get('category', '')
     items.append(Item(r['id'], r['context'], r['answer'], choices, options, gold, aliases, category, r['document']))
     contexts = options or (r['context'],) * max(1, len(choices))
-    answers = choices or (r['answer'],) * len(contexts)
+    answers = choices or tuple(r.get('option_answers', ())) or (r['answer'],) * len(contexts)
     asked.append(Prompt(contexts, answers, max(gold, 0), tuple(r['starts'])))
   request = _request(benchmark, split, items, asked, sequences, config.evaluation.generate_tokens, 'cut')
   before_I = [record['shots_dropped'] for record in examples.records]

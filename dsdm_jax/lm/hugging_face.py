@@ -386,18 +386,19 @@ def _number(theirs: Mapping[str, Any], name: str, standard: float | None, folder
   return float(value)
 
 
-def check(folder: str, config: ConfigDict, length: int = 1) -> None:
+def check(folder: str, config: ConfigDict, length: int = 1, vocab_size: int | None = None) -> None:
   """Checks what can be known of the weights without the pool: files, names, shapes, types, and that they are finite.
 
   Args:
     folder: of the model.
     config: of the decoder, with the keys that `model_keys` returns.
     length: tokens of a row.
+    vocab_size: of the pool; None if it is not known.
 
   Raises:
     UserError: as `Weights`.
   """
-  weights = Weights(folder, config, None, length)
+  weights = Weights(folder, config, vocab_size, length)
   for path, shape in _shapes(config, weights.vocab_size, length).items():
     weights.read(path, shape, check_only=True)
 
@@ -440,10 +441,11 @@ class Weights:
     self.vocab_size = rows if vocab_size is None else vocab_size
     if not self.vocab_size <= rows <= self.vocab_size + self.vocab_size // _PADDING:
       padding = self.vocab_size // _PADDING
+      beside = ', with its config.json beside tokenizer.json' if rows < self.vocab_size else ''
       more = f' (a padded table has up to {padding} rows more)' if rows > self.vocab_size else ''
       raise UserError(
         f'model.weights = {folder!r} has a vocabulary of {rows} and the pool one of {vocab_size}{more}; tokenize the '
-        "pool with that model's own vocabulary"
+        "pool with that model's own vocabulary" + beside
       )
     most, what = math.inf, ''
     if self._family.rotary is None:

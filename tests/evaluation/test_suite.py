@@ -145,6 +145,11 @@ def _mine(tmp_path, shape: str, count: int = 20, words: int = 40, choices: int =
       'gold': i % 2,
     },
     'schema': lambda i: {'context_options': [f'{text(i)} a', f'{text(i)} b'], 'continuation': f'c{i}', 'gold': i % 2},
+    'mixed white space': lambda i: {
+      'context_options': [f'{text(i)} a', f'{text(i)} b\n', f'{text(i)} c '],
+      'continuation': f'c{i}',
+      'gold': i % 3,
+    },
     'generation': lambda i: {'context': text(i), 'answer': f'a{i}', 'aliases': [f'b{i}']},
     'language_modelling': lambda i: {'context': text(i), 'answer': f'a{i}'},
   }
@@ -213,7 +218,7 @@ def test_what_does_not_fit_is_counted_shown_and_refused(tmp_path):
   assert 0 < fact['prompts']['lost_shots'] <= 10 and not results.shortened({'tasks': [fact]})
 
 
-@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('shape', [*SHAPES, 'mixed white space'])
 def test_a_target_is_asked_as_its_file_would_be_as_a_benchmark(tmp_path, shape: str):
   """The same pairs, rule and counts; a target's shots are of its split, and there are none here."""
   path = _mine(tmp_path, shape, words=12, choices=3)

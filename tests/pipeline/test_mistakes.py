@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from dsdm_jax import pipeline
 from dsdm_jax.errors import UserError
+from tests.lm.test_hugging_face import write_gpt2
 from tests.pipeline.tiny import get_config
 
 Made = Callable[[Path], dict[str, Any]]
@@ -48,6 +49,21 @@ def parquet(value: str) -> Made:
   def make(folder: Path) -> dict[str, Any]:
     pq.write_table(pa.table({'body': ['some text'] * 10}), folder / 'a.parquet')
     return {'pool.sources': (value.format(folder / 'a.parquet'),)}
+
+  return make
+
+
+def gpt2(rows: int) -> Made:
+  """Weights for a vocabulary of `rows`."""
+
+  def make(folder: Path) -> dict[str, Any]:
+    write_gpt2(folder / 'model', vocab_size=rows, width=16, mlp_width=32, positions=32)
+    return {
+      'proxies.model.weights': str(folder / 'model'),
+      'proxies.epochs': 0.0,
+      'proxies.count': 1,
+      'proxies.checkpoints': 1,
+    }
 
   return make
 
@@ -139,6 +155,8 @@ MISTAKES: dict[str, tuple[Made, str]] = {
   'a size of no model': (keys(model__size='7B'), "model.size = '7B' must be one of"),
   'weights that are nowhere': (keys(model__weights='no/folder'), 'no/folder'),
   'weights of another kind': (file('model.weights', 'config.json', '{}', tuple_=False), 'config.json'),
+  'weights of another vocabulary': (gpt2(300), 'has a vocabulary of 300 and the pool one of 259 (a padded table'),
+  'weights with too few rows': (gpt2(258), 'vocabulary, with its config.json beside tokenizer.json'),
   'a factory misspelt': (keys(model__factory='dsdm_jax.lm.decoder:biuld'), 'is it build?'),
   'an optimizer misspelt': (keys(proxies__train__optimizer='adamww'), "optimizer = 'adamww' is not in optax"),
   'a precision that is none': (keys(model__compute_dtype='fp16'), 'must be one of float32, bfloat16'),

@@ -42,6 +42,9 @@ def test_held_out_documents_are_a_task_and_their_rows_are_masked(broad):
   of_split = {split: {record['document'] for record in e.records} for split, e in by_split.items()}
   assert all(of_split.values()) and not set.intersection(*of_split.values())
   assert set.union(*of_split.values()) <= ids
+  sizes, room = np.array([len(tokens) for tokens in pool.document_tokens(documents)]), pool.length - 1
+  short = int(((sizes > room) & (sizes % room > 0) & (sizes % room < room // 4)).sum())
+  assert json.loads((files_of(broad, 'targets') / 'breadth.json').read_text())['short'] == short
   # Every row with a token of a held-out document is masked, and few others.
   masked_N, text_N = masked_rows(leakage), np.load(leakage.path / 'mask.npy')
   rows = pool.spans.rows_of(documents)[1]

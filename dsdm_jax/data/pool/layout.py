@@ -145,8 +145,7 @@ def decide(
     _add(lost['duplicates'], bytes_M[again_M[of_unit]])
     supply[owner[id(job.unit.entry)]] += int(bytes_M[keep_M[of_unit]].sum())
   before_M = keep_M.copy()
-  allowed = shares(entries, supply, budget)
-  _cap(entries, jobs, begin, keep_M, supply, allowed, seed)
+  _cap(entries, jobs, begin, keep_M, supply, budget, seed)
   lost_M[before_M & ~keep_M] = LOSSES.index('above_caps')
   sources, total, counts = [], 0, [0]
   for job, first in zip(jobs, begin, strict=False):
@@ -210,37 +209,69 @@ def _cap(
   begin: Sequence[int],
   keep_M: np.ndarray,
   supply: Sequence[int],
-  allowed: Sequence[float],
+  budget: int,
   seed: int,
 ) -> None:
-  """Reduces `keep_M` for sources that exceed their limits.
+  """Reduces `keep_M` for sources that exceed their limits, which are their `shares` and numbers of documents.
 
   Documents come in the order of a seeded hash of their text, so neither files nor their order matter. Those that do not
   fit into what is left are passed over. Documents of more than `_LONG` of the limit come after all others: one of them
-  cannot replace many.
+  cannot replace many. What a source leaves of its share because of its number of documents goes to the others.
   """
-  for index, entry in enumerate(entries):
-    mine = [(job, first) for job, first in zip(jobs, begin, strict=False) if job.unit.entry is entry]
-    number_K = np.concatenate(
-      [
-        np.empty(0, np.int64),
-        *(first + np.flatnonzero(keep_M[first : first + job.end - job.begin]) for job, first in mine),
-      ]
-    )
-    most = entry.max_documents or len(number_K)
-    if supply[index] <= allowed[index] and len(number_K) <= most:
-      continue
-    salt = np.frombuffer(hashlib.blake2b(f'{seed}\x1f{entry.name}'.encode(), digest_size=8).digest(), '<u8')[0]
-    draws, sizes = [], []
-    for job, first in mine:
-      with storage.load(job.file('scan', 'npz')) as arrays:
-        keep = keep_M[first : first + job.end - job.begin]
-        draws.append(arrays['hash_M2'][keep, 1] ^ salt)
-        sizes.append(arrays['bytes_M'][keep])
-    draw_K, size_K = np.concatenate(draws), np.concatenate(sizes)
-    order_K = np.lexsort((draw_K, size_K > allowed[index] * _LONG))
-    keep_M[number_K] = False
-    keep_M[number_K[order_K[fitting(size_K[order_K], int(allowed[index]), most)]]] = True
+  supply, left = list(supply), set(range(len(entries)))
+
+  def draw(index: int, limit: float) -> _Draw:
+    return _draw(entries[index], jobs, begin, keep_M, supply[index], limit, seed)
+
+  def keep(drawn: _Draw) -> None:
+    keep_M[drawn.number_K] = False
+    keep_M[drawn.chosen_X] = True
+
+  while True:
+    allowed = shares(entries, supply, budget)
+    drawn = {i: draw(i, allowed[i]) for i in sorted(left) if entries[i].max_documents}
+    # A share only grows when another source has less than its own, so these keep what they drew.
+    full = {i: d for i, d in drawn.items() if len(d.chosen_X) == entries[i].max_documents and d.bytes < allowed[i]}
+    if not full:
+      break
+    for index, of_source in full.items():
+      keep(of_source)
+      supply[index] = of_source.bytes
+    left -= full.keys()
+  for index in left:
+    keep(draw(index, allowed[index]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draw:
+  """Numbers of all documents of a source, and of those that are drawn, whose bytes are counted."""
+
+  number_K: np.ndarray
+  chosen_X: np.ndarray
+  bytes: int
+
+
+def _draw(
+  entry: Entry, jobs: Sequence[Job], begin: Sequence[int], keep_M: np.ndarray, supply: int, limit: float, seed: int
+) -> _Draw:
+  """What `_cap` draws from a source of `supply` bytes for at most `limit` bytes."""
+  mine = [(job, first) for job, first in zip(jobs, begin, strict=False) if job.unit.entry is entry]
+  numbers = [first + np.flatnonzero(keep_M[first : first + job.end - job.begin]) for job, first in mine]
+  number_K = np.concatenate([np.empty(0, np.int64), *numbers])
+  most = entry.max_documents or len(number_K)
+  if supply <= limit and len(number_K) <= most:
+    return _Draw(number_K, number_K, supply)
+  salt = np.frombuffer(hashlib.blake2b(f'{seed}\x1f{entry.name}'.encode(), digest_size=8).digest(), '<u8')[0]
+  draws, sizes = [], []
+  for job, first in mine:
+    with storage.load(job.file('scan', 'npz')) as arrays:
+      keep = keep_M[first : first + job.end - job.begin]
+      draws.append(arrays['hash_M2'][keep, 1] ^ salt)
+      sizes.append(arrays['bytes_M'][keep])
+  draw_K, size_K = np.concatenate(draws), np.concatenate(sizes)
+  order_K = np.lexsort((draw_K, size_K > limit * _LONG))
+  taken = order_K[fitting(size_K[order_K], int(limit), most)]
+  return _Draw(number_K, number_K[taken], int(size_K[taken].sum()))
 
 
 def fitting(size_K: np.ndarray, limit: int, most: int) -> np.ndarray:

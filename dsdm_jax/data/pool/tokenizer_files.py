@@ -51,7 +51,9 @@ def write(pool: storage.Location, out: Path, length: int) -> dict[str, Any]:
   begin = encoder.eos
   if isinstance(encoder, HuggingFaceEncoder) and encoder.chat:  # a template may write its own first piece
     first = dict(encoder.chat.variables).get('bos_token', end)
-    begin = begin if (known := encoder.tokenizer.token_to_id(first)) is None else known
+    known = encoder.tokenizer.token_to_id(first)
+    known = None if known is None or known >= encoder.size else known
+    begin = begin if known is None else known
     options |= {'chat_template': encoder.chat.template, 'bos_token': first if known is not None else end}
   storage.write_json(out / 'tokenizer_config.json', options)
   return {'eos_token_id': encoder.eos, 'bos_token_id': begin, 'pad_token_id': encoder.pad}

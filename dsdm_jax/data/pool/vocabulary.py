@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -320,17 +321,20 @@ class HuggingFaceEncoder:
     data: bytes of the file.
     end: the piece that ends a document; '' takes the only special token with a usual name, or, if no token is special,
       the only piece with one.
+    rows: of the model's embedding; None if they are not known.
 
   Attributes:
+    size: V; the number of ids, or `rows` if all further ids are special pieces that no text gives.
     end: that piece. Written out in a text it is text.
     chat: the chat template, which `open_encoder` sets; None for none.
+    rows: `size` where it is smaller than the number of ids; otherwise None.
     exact: white space before an answer is the prompt's, as a chat template writes it (`encode_pair`).
 
   Raises:
     UserError: the file is not a tokenizer, is too large or draws at random; or no such piece, or several.
   """
 
-  def __init__(self, data: bytes, end: str = ''):
+  def __init__(self, data: bytes, end: str = '', rows: int | None = None):
     import tokenizers
 
     self.tokenizer = _tokenizer(data)
@@ -359,7 +363,12 @@ class HuggingFaceEncoder:
     if self.end not in ids:
       raise UserError(f'the tokenizer has no piece {self.end!r} to end a document with; set {_END_KEY}')
     self.eos: int = ids[self.end]
-    self.pad: int = ids['<pad>'] if '<pad>' in special else self.eos
+    # Such as Gemma 3's image token, and a padding token that was added without a row.
+    own = self.tokenizer.get_vocab(with_added_tokens=False)
+    beyond = {piece for piece, i in ids.items() if rows and i >= rows}
+    self.rows = rows if beyond and beyond <= special - own.keys() - {self.end} else None
+    self.size = self.rows or self.size
+    self.pad: int = ids['<pad>'] if '<pad>' in special and ids['<pad>'] < self.size else self.eos
     unknown = getattr(model, 'unk_token', None)
     if isinstance(model, tokenizers.models.Unigram):
       self.unk: int = -1 if (number := json.loads(data)['model'].get('unk_id')) is None else number
@@ -386,8 +395,18 @@ class HuggingFaceEncoder:
     return other
 
   def encode(self, text: str) -> list[int]:
-    """Ids of `text`, without an end mark; a special piece that the model matches is unknown text."""
+    """Ids of `text`, without an end mark; a special piece that the model matches is unknown text.
+
+    Raises:
+      UserError: the tokenizer fails; or a text of the chat template has a piece for which the model has no row.
+    """
     ids = self._encoding(text).ids
+    if self.exact and self.rows and max(ids, default=0) >= self.rows:
+      piece = self.tokenizer.id_to_token(max(ids))
+      raise UserError(
+        f'a conversation has the special piece {brief(piece)}, whose id is {max(ids)}, and the model has {self.rows} '
+        'rows (config.json beside pool.vocabulary); take it out of the conversation or of the chat template'
+      )
     return ids if self._never.isdisjoint(ids) else [self.unk if i in self._never else i for i in ids]
 
   def offsets(self, text: str) -> list[tuple[int, int]]:
@@ -495,7 +514,8 @@ def save(choice: str, folder: Path, end: str = '') -> None:
     choice: `pool.vocabulary`.
     folder: of the pool.
     end: piece of a tokenizer.json that ends a document; '' takes that of the configuration beside the file
-      (tokenizer_config.json, generation_config.json), otherwise that of `HuggingFaceEncoder`.
+      (tokenizer_config.json, generation_config.json), otherwise that of `HuggingFaceEncoder`. The number of rows comes
+      from config.json, if it is beside the file.
 
   Raises:
     UserError: the file does not exist, is of an unknown kind, or fails on common texts; or its end piece is not unique
@@ -516,10 +536,11 @@ def _save_file(choice: str, folder: Path, end: str) -> None:
   with files.open_bytes(choice) as file:
     data = file.read(LARGEST + 1)
   if choice.endswith('.json'):
-    tokenizer = HuggingFaceEncoder(data, end or _configured_end(choice, data))
+    tokenizer = HuggingFaceEncoder(data, end or _configured_end(choice, data), _model_rows(choice))
     _try(tokenizer, tokenizer.end)
     storage.write_bytes(folder / TOKENIZER, data)
-    storage.write_json(folder / 'end_piece.json', {'end_piece': tokenizer.end})
+    rows = {'rows': tokenizer.rows} if tokenizer.rows else {}
+    storage.write_json(folder / 'end_piece.json', {'end_piece': tokenizer.end} | rows)
     if chat := chats.read(choice):
       storage.write_json(folder / chats.FILE, chats.to_json(chat))
     return
@@ -544,16 +565,7 @@ def _configured_end(path: str, data: bytes) -> str:
   """
   folder, tokenizer, named = path[: path.rfind('/') + 1], None, {}
   for name, key in (('tokenizer_config.json', 'eos_token'), ('generation_config.json', 'eos_token_id')):
-    if not files.is_file(folder + name):
-      continue
-    with files.open_bytes(folder + name) as file:
-      content = file.read(_LARGEST_CONFIG + 1)
-    if len(content) > _LARGEST_CONFIG:
-      raise UserError(f'{folder}{name} has more than {_LARGEST_CONFIG:,} bytes; set {_END_KEY}')
-    try:
-      value = files.parse_line(content).get(key)
-    except files.BadLineError as error:
-      raise UserError(f'{folder}{name}: {error}; correct it, or set {_END_KEY}') from error
+    value = _beside(folder + name, f', or set {_END_KEY}').get(key)
     for entry in value if isinstance(value, list) else [value]:
       piece = entry.get('content') if isinstance(entry, dict) else entry
       if type(piece) is int and 0 <= piece < _LARGEST_SIZE:
@@ -564,6 +576,30 @@ def _configured_end(path: str, data: bytes) -> str:
       elif entry is not None:
         raise UserError(f'{folder}{name}: "{key}" is {brief(value)}, which is no piece; set {_END_KEY}')
   return _only(list(named), f'its configuration ({", ".join(dict.fromkeys(named.values()))})') if named else ''
+
+
+def _model_rows(path: str) -> int | None:
+  """Rows of the embedding of the model beside a tokenizer.json; None if there is none, or it does not say."""
+  value = _beside(f'{path[: path.rfind("/") + 1]}config.json').get('vocab_size')
+  return value if type(value) is int and value > 0 else None
+
+
+def _beside(path: str, way_out: str = '') -> dict[str, Any]:
+  """The object in a file beside a tokenizer.json; {} if there is no such file.
+
+  Raises:
+    UserError: it is malformed; the message ends with `way_out`.
+  """
+  if not files.is_file(path):
+    return {}
+  with files.open_bytes(path) as file:
+    content = file.read(_LARGEST_CONFIG + 1)
+  try:
+    if len(content) > _LARGEST_CONFIG:
+      raise files.BadLineError(f'more than {_LARGEST_CONFIG:,} bytes')
+    return files.parse_line(content)
+  except files.BadLineError as error:
+    raise UserError(f'{path}: {error}; correct it{way_out}') from error
 
 
 def _try(encoder: Encoder, end: str) -> None:
@@ -593,7 +629,7 @@ def open_encoder(folder: Location | str | os.PathLike) -> Encoder:
   if (model := storage.read_bytes(folder / MODEL)) is not None:
     return SentencePieceEncoder(model)
   if (tokenizer := storage.read_bytes(folder / TOKENIZER)) is not None:
-    encoder = HuggingFaceEncoder(tokenizer, _end_piece(folder))
+    encoder = HuggingFaceEncoder(tokenizer, *_end_piece(folder))
     if storage.is_file(folder / chats.FILE):
       encoder.chat = chats.of_json(storage.read_json(folder / chats.FILE, dict))
     return encoder
@@ -602,8 +638,17 @@ def open_encoder(folder: Location | str | os.PathLike) -> Encoder:
   raise UserError(f'{folder} has no vocabulary; run --stage=pool')
 
 
-def _end_piece(folder: Location) -> str:
-  return storage.read_json(folder / 'end_piece.json', dict)['end_piece']
+def _end_piece(folder: Location) -> tuple[str, int | None]:
+  """`end` and `rows` of the tokenizer in `folder`."""
+  values = storage.read_json(folder / 'end_piece.json', dict)
+  return values['end_piece'], values.get('rows')
+
+
+def size_of(choice: str, end: str = '') -> int:
+  """V of the vocabulary `choice`, with the arguments and errors of `save`."""
+  with tempfile.TemporaryDirectory() as folder:
+    save(choice, Path(folder), end)
+    return open_encoder(folder).size
 
 
 def seqio_vocabulary(folder: Location) -> 'seqio.Vocabulary':
@@ -614,16 +659,16 @@ def seqio_vocabulary(folder: Location) -> 'seqio.Vocabulary':
   if storage.is_file(folder / MODEL):
     return load(str(storage.local(folder / MODEL)))
   if (tokenizer := storage.read_bytes(folder / TOKENIZER)) is not None:
-    return _hugging_face_vocabulary(tokenizer, _end_piece(folder))
+    return _hugging_face_vocabulary(tokenizer, *_end_piece(folder))
   return seqio.ByteVocabulary(extra_ids=0)
 
 
 @functools.lru_cache(maxsize=2)
-def _hugging_face_vocabulary(data: bytes, end: str) -> 'seqio.Vocabulary':
+def _hugging_face_vocabulary(data: bytes, end: str, rows: int | None) -> 'seqio.Vocabulary':
   import seqio
   import tensorflow as tf
 
-  encoder = HuggingFaceEncoder(data, end)
+  encoder = HuggingFaceEncoder(data, end, rows)
 
   class HuggingFaceVocabulary(seqio.Vocabulary):
     """A tokenizer.json for seqio; `encode_tf` calls Python."""
@@ -652,7 +697,7 @@ def _hugging_face_vocabulary(data: bytes, end: str) -> 'seqio.Vocabulary':
       return tf.numpy_function(lambda ids: encoder.decode(ids).encode(), [ids], tf.string)
 
     def __eq__(self, other: object) -> bool:
-      return isinstance(other, HuggingFaceVocabulary) and other.data == self.data
+      return isinstance(other, HuggingFaceVocabulary) and (other.data, other.vocab_size) == (self.data, self.vocab_size)
 
   return HuggingFaceVocabulary()
 

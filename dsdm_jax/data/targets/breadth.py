@@ -45,8 +45,8 @@ def draw(pool: Pool, masked_N: np.ndarray, seed: int) -> np.ndarray:
 
 def pieces(
   pool: Pool, documents: np.ndarray, holdout_share: float
-) -> dict[str, list[tuple[np.ndarray, np.ndarray, dict[str, Any]]]]:
-  """Split → (tokens_L, weights_L, record) of each piece of the held-out documents, as in `targets.Examples`.
+) -> tuple[dict[str, list[tuple[np.ndarray, np.ndarray, dict[str, Any]]]], int]:
+  """(tokens_L, weights_L, record) of each piece of the held-out documents by split, as in `targets.Examples`.
 
   A piece has at most L − 1 tokens after an end mark. The last of a document is left out if it has less than a quarter,
   and so are pieces of whose tokens the loss counts none.
@@ -55,16 +55,23 @@ def pieces(
     pool: of the documents.
     documents: as `draw` returns them. The first are the holdout.
     holdout_share: share of the documents.
+
+  Returns:
+    Split → pieces, and the number of short ones that are left out.
   """
   room, encoder = pool.length - 1, pool.encoder
   held = min(max(1, round(holdout_share * len(documents))), len(documents) - 1)
   result: dict[str, list[tuple[np.ndarray, np.ndarray, dict[str, Any]]]] = {'target': [], 'holdout': []}
+  short = 0
   texts = zip(pool.document_tokens(documents), pool.document_weights(documents), strict=True)
   for place, (tokens, counted) in enumerate(texts):
     name = pool.documents[int(documents[place])]['id']
     for number, start in enumerate(range(0, len(tokens), room)):
       part, weight = tokens[start : start + room], counted[start : start + room]
-      if (start and len(part) < room // 4) or not weight.any():
+      if not weight.any():
+        continue
+      if start and len(part) < room // 4:
+        short += 1
         continue
       tokens_L, weights_L = np.full(pool.length, encoder.pad, np.int32), np.zeros(pool.length, np.float32)
       tokens_L[0] = encoder.eos
@@ -72,4 +79,4 @@ def pieces(
       record = {'id': f'{name}#{number}', 'context': '', 'answer': pool.text_of(part), 'document': name}
       record |= {'starts': [0], 'shots_dropped': 0, 'tokens_cut': 0}
       result['holdout' if place < held else 'target'].append((tokens_L, weights_L, record))
-  return result
+  return result, short

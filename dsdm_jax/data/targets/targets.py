@@ -64,8 +64,9 @@ class Examples:
     weights_TL: float32, 1 for tokens to predict, else 0; column 0 is all 0.
     records: for each example {"id", "context", "answer", "document"} of its prompt as it is used, whose text is context
       + answer; "starts", the places of its shots and its question in the context; "shots_dropped", and "tokens_cut"
-      from its beginning. Where an item has them also "choices", "context_options" and "gold", "aliases" and
-      "category", for evaluation; choices too begin with the white space after the context.
+      from its beginning. Where an item has them also "choices", "context_options" and "gold", "option_answers" (see
+      `tasks.RawItem`), "aliases" and "category", for evaluation; choices too begin with the white space after the
+      context.
   """
 
   tokens_TL: np.ndarray
@@ -101,37 +102,62 @@ def sequence(encoder: Encoder, context: str, answer: str, length: int) -> tuple[
 
 def excess(encoder: Encoder, item: RawItem, length: int) -> int:
   """Tokens by which the longest of the item's pairs of context and answer exceeds L − 1; at most 0 if all fit."""
-  pairs = [(context, item.answer) for context in item.context_options] or [
-    (item.context, answer) for answer in item.choices or (item.answer,)
-  ]
+  contexts = item.context_options or (item.context,) * max(1, len(item.choices))
+  answers = item.choices or item.option_answers or (item.answer,) * len(contexts)
+  pairs = zip(contexts, answers, strict=True)
   return max(sum(map(len, encode_pair(encoder, *pair))) for pair in pairs) - (length - 1)
 
 
 def pieces(encode: Encode, text: str, length: int) -> Iterator[str]:
   """Cuts prose into runs of whole lines of at most `length` tokens, preferably at a blank line in the second half.
 
-  Single lines that are too long and pieces shorter than a quarter of `length` are left out.
+  A line that is too long is cut at spaces, or inside a word where there are none. So is a line after less than a
+  quarter of `length`, if it does not fit there. All text except white space is in a piece. The last piece of a text may
+  be short, and so may a piece between blank lines.
   """
-  lines = text.split('\n')
+  parts = [f'{line}\n' for line in text.split('\n')]
   # The newline is a separate token, so the sizes of lines add up.
-  sizes = [len(encode(line)) + 1 for line in lines]
-  start = 0
-  while start < len(lines):
+  sizes = [len(encode(part[:-1])) + 1 for part in parts]
+  start, quarter = 0, max(1, length // 4)
+  while start < len(parts):
     end, used = start, 0
-    while end < len(lines) and used + sizes[end] <= length + 1:  # without the last newline
-      used += sizes[end]
-      end += 1
-    if end == start:
-      start += 1
-      continue
-    if end < len(lines):
-      blank = next((i for i in range(end, start, -1) if not lines[i].strip()), start)
-      if sum(sizes[start:blank]) >= used / 2:
+    while end < len(parts):
+      if used + sizes[end] <= length + parts[end].endswith('\n'):  # without the last newline
+        used += sizes[end]
+        end += 1
+      elif used < quarter and len(cut := _cut(encode, parts[end], quarter)) > 1:
+        parts[end : end + 1] = cut
+        sizes[end : end + 1] = [len(encode(part.removesuffix('\n'))) + part.endswith('\n') for part in cut]
+      else:
+        break
+    end = max(end, start + 1)
+    if end < len(parts):
+      blank = next((i for i in range(end, start, -1) if not parts[i].strip()), start)
+      if sum(sizes[start:blank]) >= max(used / 2, quarter + 1):
         end = blank
-    piece = '\n'.join(lines[start:end]).strip('\n')
-    if length // 4 <= len(encode(piece)) <= length:
+    piece = _joined(parts[start:end])
+    while end - start > 1 and len(encode(piece)) > length:  # tokens of a line's parts need not add up
+      end -= 1
+      piece = _joined(parts[start:end])
+    if piece.strip():
       yield piece
     start = end
+
+
+def _cut(encode: Encode, part: str, length: int) -> list[str]:
+  """Parts of at most `length` tokens each, or of one character, which joined are `part`."""
+  if len(part.rstrip('\n')) < 2 or len(encode(part.removesuffix('\n'))) <= length:
+    return [part]
+  middle, quarter = len(part) // 2, len(part) // 4
+  space = part.rfind(' ', quarter, middle) + 1 or part.find(' ', middle, 3 * quarter) + 1
+  place = space or middle
+  return _cut(encode, part[:place], length) + _cut(encode, part[place:], length)
+
+
+def _joined(parts: Sequence[str]) -> str:
+  """The text of a piece, without the newlines around it or the spaces where its last line is cut."""
+  text = ''.join(parts)
+  return text.strip('\n') if text.endswith('\n') else text.lstrip('\n').rstrip(' ')
 
 
 def _spread(items: Sequence[RawItem], rng: np.random.Generator) -> list[RawItem]:
@@ -206,7 +232,10 @@ def build(
 def build_task(
   split_task: SplitTask, config: ConfigDict, encoder: Encoder, length: int, most: int | None = None
 ) -> tuple[dict[str, Examples], dict[str, Any]]:
-  """Split → examples of one task, and {"documents", "groups", "items", "duplicates", "unfit", "target", "holdout"}.
+  """Split → examples of one task, and counts.
+
+  The counts are {"documents", "groups", "items", "duplicates", "short", "unfit", "target", "holdout"}. "short" are
+  pieces of documents with fewer tokens than a quarter of a row, which are left out; they are not among the items.
 
   Args:
     split_task: the task.
@@ -219,14 +248,15 @@ def build_task(
   examples: dict[str, Examples] = {}
   by_split: dict[str, list[RawItem]] = {split: [] for split in SPLITS}
   seen: set[tuple[str, str]] = set()
-  count = {'documents': len(side), 'groups': split_task.groups, 'items': 0, 'duplicates': 0, 'unfit': 0}
+  count = {'documents': len(side), 'groups': split_task.groups, 'items': 0, 'duplicates': 0, 'short': 0, 'unfit': 0}
   items = list(task.items)
   if task.language_modelling:
-    items = [
-      dataclasses.replace(item, id=f'{item.id}#{index}', answer=piece)
-      for item in task.items
-      for index, piece in enumerate(pieces(encoder.encode, item.answer, length - 1))
-    ]
+    items = []
+    for item in task.items:
+      cut = list(pieces(encoder.encode, item.answer, length - 1))
+      long = [piece for piece in cut if len(encoder.encode(piece)) >= (length - 1) // 4]
+      count['short'] += len(cut) - len(long)
+      items += [dataclasses.replace(item, id=f'{item.id}#{index}', answer=piece) for index, piece in enumerate(long)]
   for item in items:
     count['items'] += 1
     if (item.context, item.answer) in seen:
@@ -246,11 +276,12 @@ def build_task(
     count['unfit'] += unfit
     count[split] = len(of_split)
     if len(of_split) < 2:  # an interval takes two
+      short = f', {counted(count["short"], "piece")} of less than a quarter of it left out' if count['short'] else ''
       raise UserError(
         f'target task {task.name!r} has {len(of_split) or "no"} example in its {split} split, and it takes two '
-        f'({len(items)} items, {unfit} do not fit into '
-        f'pool.length {length}; {count["groups"]} groups of items that share a document, passage or question); add '
-        'documents, give items a "document" of their own, or change targets.holdout_share or pool.length'
+        f'({len(items)} items, {unfit} do not fit into pool.length {length}{short}; {count["groups"]} groups of items '
+        'that share a document, passage or question); add documents, give items a "document" of their own, or change '
+        'targets.holdout_share or pool.length'
       )
     examples[split] = of_split
   return examples, count
@@ -300,7 +331,8 @@ def _record(item: RawItem) -> dict[str, Any]:
   record['starts'] = list(item.starts)
   if item.choices or item.context_options:
     record['gold'] = item.gold
-  more = {key: getattr(item, key) for key in ('choices', 'context_options', 'aliases', 'category')}
+  keys = ('choices', 'context_options', 'option_answers', 'aliases', 'category')
+  more = {key: getattr(item, key) for key in keys}
   return record | {key: value for key, value in more.items() if value}
 
 
@@ -347,6 +379,7 @@ def run(context: Context) -> dict[str, Any]:
       f'; left out: {count[name]:,} {of}'
       for name, of in (
         ('duplicates', 'duplicates'),
+        ('short', f'pieces of fewer than {(length - 1) // 4} tokens'),
         ('unfit', f'whose answer has no tokens, or more than {length - 1}'),
       )
       if count[name]
@@ -367,9 +400,10 @@ def _of_pool(context: Context) -> tuple[dict[str, Examples], dict[str, Any]]:
   """As `build_task`, of the documents that are held out of the pool."""
   config, pool = context.config.targets, Pool(context.inputs['pool'])
   documents = storage.load(context.inputs['leakage'].path / 'breadth.npy')
-  by_split, examples = breadth.pieces(pool, documents, config.holdout_share), {}
+  by_split, short = breadth.pieces(pool, documents, config.holdout_share)
+  examples = {}
   count = {'documents': len(documents), 'groups': len(documents), 'items': sum(map(len, by_split.values()))}
-  count |= {'duplicates': 0, 'unfit': 0}
+  count |= {'duplicates': 0, 'short': short, 'unfit': 0}
   for side, found in by_split.items():
     if not found:
       raise UserError(

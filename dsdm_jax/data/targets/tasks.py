@@ -42,6 +42,8 @@ class RawItem:
     document: items of one document are in the same split.
     question: equal for items that ask the same, see `shapes.question_keys`; '' for built-in tasks.
     choices: as `shapes.Item`, for evaluation; so are the four that follow, with prompts in place of contexts.
+    option_answers: the text to predict after each of `context_options`, with the white space between the two; () where
+      it is `answer` after all of them.
     starts: of the shots in `context` and `context_options`, see `benchmarks.Prompt`.
     messages, description, shots, solved: as `shapes.Item`. Items whose benchmark has shots among its own items have no
       `shots`.
@@ -62,6 +64,7 @@ class RawItem:
   description: str = ''
   shots: tuple[str, ...] = ()
   solved: str = ''
+  option_answers: tuple[str, ...] = ()
 
   def without(self, shots: int) -> 'RawItem':
     """The item without its first `shots` shots."""
@@ -124,12 +127,12 @@ def _zero_shot(benchmark: benchmarks.Benchmark, items: Sequence[shapes.Item], na
     question_alone = dataclasses.replace(item, description='', shots=())
     prompt = benchmarks.prompt(zero_shot, [question_alone], 0)
     document = item.document if item.document != item.id else f'{name}/{item.id}'
-    options = prompt.contexts if item.context_options else ()
+    options, option_answers = (prompt.contexts, prompt.answers) if item.context_options else ((), ())
     choices = prompt.answers if item.choices else ()
     context, answer = prompt.contexts[prompt.gold], prompt.answers[prompt.gold]
     more = question, choices, options, item.gold, item.aliases, item.category
     parts = item.description, item.shots if benchmark.apart else (), item.solved
-    result.append(RawItem(item.id, context, answer, document, *more, (0,), item.messages, *parts))
+    result.append(RawItem(item.id, context, answer, document, *more, (0,), item.messages, *parts, option_answers))
   alone = [index for index, item in enumerate(items) if item.document == item.id]
   first = near_equal(tuple(result[index].context or result[index].answer for index in alone))
   for index, place in zip(alone, first, strict=True):

@@ -217,6 +217,43 @@ def test_what_is_wrong_is_one_line(record, options, words, tmp_path):
   assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+  ('rows', 'added', 'size'),
+  [
+    (258, {'<image>': True, '<pad>': True}, 258),
+    (259, {'<image>': True, '<pad>': True}, 259),
+    (300, {'<image>': True}, 259),  # a padded table
+    (None, {'<image>': True}, 259),
+    (258, {'<image>': True, '<table>': False}, 260),  # text gives <table>
+    (257, {'<image>': True}, 259),  # the end mark has no row
+  ],
+)
+def test_special_pieces_without_a_row_are_not_in_the_vocabulary(tmp_path, rows, added, size):
+  path = Path(write_tokenizer(tmp_path / 'model'))
+  tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  for piece, special in added.items():
+    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([piece])
+  path.write_text(tokenizer.to_str())
+  if rows:
+    (path.parent / 'config.json').write_text(json.dumps({'vocab_size': rows}))
+  vocabulary.save(str(path), tmp_path)
+  encoder = vocabulary.open_encoder(tmp_path)
+  assert isinstance(encoder, vocabulary.HuggingFaceEncoder) and encoder.chat
+  assert vocabulary.size_of(str(path)) == encoder.size == size
+  assert encoder.pad == (259 if size > 259 and '<pad>' in added else encoder.eos)
+  assert max(encoder.encode('An <image> and <|im_end|>')) < 256
+  talk = [*TALK[:3], {'role': 'assistant', 'content': 'An <image>'}]
+  assert encoder.templated.encode(encoder.chat.render(TALK))
+  if size == 258:
+    with pytest.raises(UserError, match=r"the special piece '<image>', whose id is 258, and the model has 258 rows"):
+      encoder.templated.encode(encoder.chat.render(talk))
+    jsonl = write_jsonl(tmp_path / 'a.jsonl', {'messages': TALK}, {'messages': talk})
+    with pytest.raises(UserError, match='a.jsonl, line 2: .*<image>'):
+      build(tmp_path, f'jsonl:{jsonl} | messages=messages', vocabulary=str(path), length=24)
+  else:
+    assert 258 in encoder.templated.encode(encoder.chat.render(talk))
+
+
 def test_messages_need_a_chat_template(tmp_path):
   path = write_jsonl(tmp_path / 'x.jsonl', {'messages': TALK})
   for choice in ('bytes', write_tokenizer(tmp_path / 'm', None)):

@@ -344,9 +344,20 @@ def test_caps_and_weights(tmp_path: Path):
   card = build(tmp_path / 'caps', f'{a} | max_documents=40', f'{b} | max_bytes=3e3').card
   assert 0 < card['sources']['a']['documents'] <= 40
   assert 0 < card['sources']['b']['bytes'] <= 3_000
-  # What one source has too little of goes to the other.
-  card = build(tmp_path / 'scarce', f'{a} | max_bytes=1e3', b, max_bytes=total // 2).card
-  assert card['sources']['b']['documents'] > 0.8 * 300
+  # What one source has too little of goes to the other, whichever of its caps it reaches.
+  for cap in ('max_bytes=1e3', 'max_documents=10'):
+    card = build(tmp_path / cap, f'{a} | {cap}', b, max_bytes=total // 2).card
+    assert card['sources']['b']['documents'] > 0.8 * 300 and 0 < card['sources']['a']['documents'] <= 10
+  # Here b reaches its cap only with what a leaves; c gets what both leave.
+  (tmp_path / 'c.jsonl').write_bytes((tmp_path / 'b.jsonl').read_bytes().replace(b'"b', b'"c'))
+  sources = (f'{a} | max_documents=10', f'{b} | max_documents=120', f'jsonl:{tmp_path}/c.jsonl')
+  card = build(tmp_path / 'three', *sources, max_bytes=total // 2).card
+  assert [card['sources'][name]['documents'] for name in 'ab'] == [10, 120]
+  assert 0.95 * total / 2 < card['bytes'] <= total / 2
+  # A share that is left over by the number of documents changes nothing else of the source.
+  alone = build(tmp_path / 'alone', f'{a} | max_documents=10', max_bytes=total // 6)
+  shared = build(tmp_path / 'shared', *sources, max_bytes=total // 2)
+  assert {d['id'] for d in alone.documents} == {d['id'] for d in shared.documents if d['source'] == 'a'}
 
 
 def test_caps_and_weights_hold_for_sources_that_are_read_from_beginning_to_end(tmp_path: Path):

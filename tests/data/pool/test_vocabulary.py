@@ -146,6 +146,18 @@ def test_a_tokenizer_inside_tensorflow(folders: dict[str, Path]):
   assert np.ravel(theirs.decode_tf(ids).numpy())[0].decode() == 'river stone é'
 
 
+def test_seqio_leaves_out_special_pieces_without_a_row_too(folders: dict[str, Path], tmp_path: Path):
+  tokenizers = pytest.importorskip('tokenizers')
+  tokenizer = tokenizers.Tokenizer.from_file(str(folders['tokenizer'] / vocabulary.TOKENIZER))
+  rows = tokenizer.get_vocab_size()
+  tokenizer.add_special_tokens(['<image>'])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  (tmp_path / 'config.json').write_text(json.dumps({'vocab_size': rows}))
+  (tmp_path / 'pool').mkdir()
+  vocabulary.save(str(tmp_path / 'tokenizer.json'), tmp_path / 'pool')
+  assert vocabulary.seqio_vocabulary(tmp_path / 'pool').vocab_size == rows
+
+
 def test_a_tokenizer_makes_a_pool_its_targets_and_the_questions_of_evaluation(
   folders: dict[str, Path], write_jsonl: Callable[[str], str], tmp_path: Path
 ):

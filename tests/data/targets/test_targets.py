@@ -1,5 +1,6 @@
 """Target sequences, hand-worked on a vocabulary of bytes, and what the stage leaves on disk."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.progress import Log
 from dsdm_jax.data.pool import vocabulary
 from dsdm_jax.data.pool.vocabulary import ByteEncoder
-from dsdm_jax.data.targets.targets import Targets, build, pieces, sequence
+from dsdm_jax.data.targets.targets import SplitTask, Targets, build, build_task, excess, pieces, sequence
+from dsdm_jax.data.targets.tasks import SPLITS, RawItem, RawTask
 from dsdm_jax.errors import UserError
 from tests.helpers.data import run_pool, run_targets, small_config
 
@@ -60,6 +62,12 @@ def test_long_context_loses_its_beginning():
   assert weights_L.tolist() == [0, 1, 1, 1, 1, 1, 1]
 
 
+def test_each_option_is_as_long_as_with_its_own_answer():
+  options = {'context_options': ('aaaa', 'b\n'), 'option_answers': (' end', 'end'), 'gold': 1}
+  item = RawItem('0', 'b\n', 'end', 'd', **options)
+  assert excess(Bytes(), item, 9) == len('aaaa end') - 8
+
+
 def test_language_modelling_counts_all_but_the_end_mark():
   tokens_L, weights_L = sequence(Bytes(), '', ' ab', 6)
   assert tokens_L.tolist() == [1, *by_bytes(' ab'), 0, 0]
@@ -73,21 +81,51 @@ def test_answers_that_are_empty_or_do_not_fit():
 
 
 @given(st.text('ab \n', max_size=300), st.integers(8, 40))
-def test_pieces_are_whole_lines_that_fit(text: str, length: int):
+def test_pieces_fit_and_hold_all_text(text: str, length: int):
   result = list(pieces(by_bytes, text, length))
-  lines = text.split('\n')
   place = 0
   for piece in result:
-    assert length // 4 <= len(by_bytes(piece)) <= length
-    # Consecutive lines of the text, and every piece after the one before.
-    wanted = piece.split('\n')
-    place = next(i for i in range(place, len(lines)) if lines[i : i + len(wanted)] == wanted) + len(wanted)
+    assert len(by_bytes(piece)) <= length
+    # A run of the text, and every piece after the one before; between them is white space only.
+    found = text.index(piece, place)
+    assert not text[place:found].strip()
+    place = found + len(piece)
+  assert not text[place:].strip()
+
+
+@given(st.lists(st.text('ab ', max_size=20), max_size=30))
+def test_pieces_of_short_lines_are_whole_lines(lines: list[str]):
+  for piece in pieces(by_bytes, '\n'.join(lines), 40):
+    assert set(piece.split('\n')) <= set(lines)
 
 
 def test_pieces_end_at_a_blank_line_in_the_second_half():
   text = 'aaaa\nbbbb\n\ncccc\ndddd\neeee\nffff'
   assert list(pieces(by_bytes, text, 19)) == ['aaaa\nbbbb', 'cccc\ndddd\neeee', 'ffff']
-  assert list(pieces(by_bytes, 'x' * 30 + '\naaaa', 12)) == ['aaaa']
+
+
+def test_long_lines_are_cut():
+  assert list(pieces(by_bytes, 'x' * 30 + '\naaaa', 12)) == ['x' * 11, 'x' * 12, 'x' * 7 + '\naaaa']
+  words = [f'{number:03}' for number in range(20)]
+  result = list(pieces(by_bytes, ' '.join(words), 24))
+  assert ' '.join(result).split() == words and max(map(len, result)) > 18
+  # A short line is no piece of its own because a long one follows.
+  assert list(pieces(by_bytes, 'a\n' + '2 ' * 10, 20)) == ['a\n2 2 2 2 2 2 2 2', '2 2 ']
+
+
+def test_whole_documents_are_kept_and_what_is_not_is_counted():
+  texts = ['\n'.join(' '.join(f'{i}{line:02}{word:02}' for word in range(50)) for line in range(40)) for i in range(4)]
+  items = tuple(RawItem(str(i), '', text, str(i)) for i, text in enumerate([*texts, 'A short one.']))
+  task = SplitTask(RawTask('whole', items, language_modelling=True), {str(i): SPLITS[i % 2] for i in range(5)}, 5)
+  config = small_config().targets
+  config.max_examples = 1_000
+  examples, count = build_task(task, config, Bytes(), 257)
+  answers = [record['answer'] for of_split in examples.values() for record in of_split.records]
+  assert sorted(' '.join(answers).split()) == sorted(' '.join(texts).split())
+  assert (count['items'], count['short'], count['unfit']) == (len(answers), 1, 0)
+  short = dataclasses.replace(task, task=dataclasses.replace(task.task, items=items[4:]))
+  with pytest.raises(UserError, match='0 do not fit into pool.length 257, 1 piece of less than'):
+    build_task(short, config, Bytes(), 257)
 
 
 def test_build_splits_samples_and_counts(write_jsonl: Callable[[str], str]):
