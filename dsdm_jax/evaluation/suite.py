@@ -426,7 +426,11 @@ def check(config: ConfigDict, targets: ConfigDict, pool: ConfigDict) -> None:
 
 
 def check_prompts(config: ConfigDict, pool: Artifact) -> None:
-  """Raises UserError if a benchmark has a prompt that `evaluation.long_prompts` refuses; reads pool and files only."""
+  """Raises UserError if a benchmark cannot be evaluated with the pool's vocabulary; reads pool and files only.
+
+  So do an answer without tokens, a conversation that the template refuses, and a prompt that is too long with
+  `evaluation.long_prompts=refuse`.
+  """
   collections.deque(read(config.evaluation, config.targets, _sequences(config, pool)), maxlen=0)
 
 
@@ -514,11 +518,17 @@ def _request(
   counts, owners, gold, characters, continued, cut = [], [], [], [], [], 0
   shots, dropped, tokens_cut = [], [], []
   for index, (item, whole) in enumerate(zip(items, asked, strict=True)):
-    room = 0
-    if benchmark.shape == GENERATION:
-      before, whole = whole, whole.from_line()
-      room = generate + len(whole.contexts[0]) - len(before.contexts[0])  # a line break is at most a token
+    whole = whole.from_line() if benchmark.shape == GENERATION else whole
     encoded = functools.cache(lambda count, whole=whole: sequences.encoded(whole.without(count)))
+    room = 0
+    try:
+      if benchmark.shape == GENERATION:  # line breaks of the prompt are in the answer of a pair
+        [[context_ids, _]] = encoded(0)
+        room = generate + len(sequences.encoder.encode(whole.contexts[0].rstrip(' '))) - len(context_ids)
+      else:
+        encoded(0)
+    except UserError as error:
+      raise UserError(f'benchmark {benchmark.name}, {item.id}: {error}') from error
     drop = shots_to_drop(whole.starts, lambda count: sequences.excess(encoded(count), room) <= 0)  # noqa: B023
     over = max(0, sequences.excess(encoded(drop), room))
     if over and long_prompts == 'refuse':

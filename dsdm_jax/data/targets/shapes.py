@@ -145,18 +145,22 @@ class _Fields:
     return tuple(value)
 
   def given(self, *keys: str) -> list[str]:
-    return [key for key in keys if self.record.get(key) is not None]
+    """Those of `keys` that the record has, neither null nor blank."""
+    values = {key: self.record.get(key) for key in keys}
+    return [key for key, x in values.items() if x is not None and not (isinstance(x, str) and not x.strip())]
 
   def prompt(self, *keys: str) -> tuple[str, str]:
     """(what is asked, with the question where that is a field of its own; the passage of such a question, or '')."""
-    given, asks = self.given(*keys), bool(self.given('question'))
+    given = self.given(*keys)
     if len(given) > 1:
       raise self.fail(f'"{given[0]}" and "{given[1]}" are both there, and the prompt is one field; join their text')
-    context = '' if asks and not given else self.text(*(given or keys), filled=False)
-    question = self.text('question') if asks else ''
-    if question.strip() in context:
-      return context, ''
-    return squad_prompt(context, question), context if context.strip() else ''
+    if not self.given('question'):
+      return self.text(*(given or keys), filled=False), ''
+    passage, question = self.text(*given, filled=False) if given else '', self.text('question').strip()
+    ends = [line.rstrip() for line in passage.rstrip().split('\n')[-2:]]
+    if not self.given('answers') and any(line.endswith(question) for line in ends):  # SQuAD's passages never ask
+      return passage, ''
+    return squad_prompt(passage, question), passage
 
   def answer(self, *keys: str) -> str:
     given = self.given(*keys)
@@ -184,10 +188,12 @@ def _language_modelling(fields: _Fields) -> Item:
   if 'messages' in fields.record:
     return _conversation(fields)
   prompt, passage = fields.prompt('context', 'prompt', 'query')
-  if fields.given('question') and not fields.given(*_ANSWERS):
-    answer = fields.texts('answers', 1)[0]  # SQuAD
-  else:
-    answer = fields.answer(*_ANSWERS)
+  answers = (
+    fields.texts('answers', 1) if fields.given('question', 'answers') == ['question', 'answers'] else ()
+  )  # SQuAD
+  answer = fields.answer(*_ANSWERS) if fields.given(*_ANSWERS) or not answers else answers[0]
+  if answers and answer not in answers:
+    raise fields.fail('the answer is not one of "answers"; leave the right ones')
   return Item('', prompt, answer, document=passage)
 
 
@@ -198,6 +204,10 @@ def _conversation(fields: _Fields) -> Item:
     raise fields.fail(f'"messages": {error}') from error
   if last['role'] != 'assistant' or not last['content'].strip():
     raise fields.fail('the last of "messages" must be an answer of the role assistant')
+  said = [message['content'] for message in before]
+  for key in fields.given('context', 'prompt', 'query', 'question'):  # some datasets repeat the first message there
+    if not any(fields.text(key).strip() in content for content in said):
+      raise fields.fail(f'"{key}" is there beside "messages", which are the whole prompt; make it a message of its own')
   context = ''.join(f'{message["role"]}: {message["content"]}\n' for message in before)
   return Item('', context, last['content'], messages=json.dumps([*before, last], sort_keys=True))
 
@@ -205,6 +215,8 @@ def _conversation(fields: _Fields) -> Item:
 def _multiple_choice(fields: _Fields) -> Item:
   choices = fields.texts('choices', 2)
   gold = fields.gold(len(choices))
+  if fields.record.get('answer') in choices and fields.record['answer'] != choices[gold]:
+    raise fields.fail('"answer" is another choice than that of "gold"; correct one of the two')
   prompt, passage = fields.prompt('query', 'context', 'prompt')
   return Item('', prompt, choices[gold], choices=choices, gold=gold, document=passage)
 
@@ -220,7 +232,7 @@ def _schema(fields: _Fields) -> Item:
 
 
 def _generation(fields: _Fields) -> Item:
-  answer = fields.text('answer')
+  answer = fields.answer('answer', 'continuation', 'completion')
   aliases = fields.texts('aliases', 0) if 'aliases' in fields.record else ()
   prompt, passage = fields.prompt('context', 'prompt', 'query')
   return Item('', prompt, answer, aliases=tuple(dict.fromkeys((answer, *aliases))), document=passage)

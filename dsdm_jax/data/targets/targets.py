@@ -405,10 +405,10 @@ def _of_pool(context: Context) -> tuple[dict[str, Examples], dict[str, Any]]:
   count = {'documents': len(documents), 'groups': len(documents), 'items': sum(map(len, by_split.values()))}
   count |= {'duplicates': 0, 'short': short, 'unfit': 0}
   for side, found in by_split.items():
-    if not found:
+    if len(found) < 2:  # an interval takes two
       raise UserError(
-        f'targets.breadth: no held-out document of the {side} split has tokens that the loss counts; give the pool '
-        'more documents, or set targets.breadth=0'
+        f'targets.breadth: the held-out documents of the {side} split have {counted(len(found), "piece")} of which the '
+        'loss counts tokens, and it takes two; give the pool more documents, or set targets.breadth=0'
       )
     items = [RawItem(str(place), '', '', record['document']) for place, (*_, record) in enumerate(found)]
     order = _spread(items, prng.numpy_stream(config.seed, 'targets', BREADTH, side))[: config.max_examples]

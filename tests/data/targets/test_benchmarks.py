@@ -205,6 +205,7 @@ def test_answers_that_are_labels_do_not_decide_about_shots(tmp_path: Path):
     assert all(sets == (frozenset([i]),) for i, sets in enumerate(benchmarks.alike(items)))
 
 
+TALK = [{'role': 'user', 'content': 'Whom?'}, {'role': 'assistant', 'content': 'Ann'}]
 MET = {'context': 'Bob met Ann.', 'question': 'Whom?'}
 
 
@@ -222,6 +223,19 @@ MET = {'context': 'Bob met Ann.', 'question': 'Whom?'}
     ({'query': 'Whom?', 'answer': 'Ann'}, 'Whom?', 'Ann'),
     ({'prompt': 'Whom?', 'choices': ['Ann', 'Bob'], 'gold': 0}, 'Whom?', 'Ann'),
     ({'context': 'Whom?', 'answer': 'Ann', 'continuation': 'Ann'}, 'Whom?', 'Ann'),
+    ({'context': '', 'prompt': 'Whom?', 'answer': 'Ann'}, 'Whom?', 'Ann'),
+    (
+      {'context': 'Ann asked: Whom? Bob said.', 'question': 'Whom?', 'answer': 'Ann'},
+      'Context: Ann asked: Whom? Bob said.\nQuestion: Whom?\nAnswer:',
+      'Ann',
+    ),
+    (
+      {'context': 'Bob asked: Whom?', 'question': 'Whom?', 'answers': ['Ann']},
+      'Context: Bob asked: Whom?\nQuestion: Whom?\nAnswer:',
+      'Ann',
+    ),
+    (MET | {'answers': ['Ann', 'A'], 'answer': 'A'}, 'Context: Bob met Ann.\nQuestion: Whom?\nAnswer:', 'A'),
+    ({'query': 'Whom?', 'choices': ['Ann', 'Bob'], 'gold': 0, 'answer': 'Ann'}, 'Whom?', 'Ann'),
   ],
 )
 def test_a_question_is_in_the_prompt(tmp_path: Path, record: dict, prompt: str, answer: str):
@@ -244,6 +258,10 @@ def test_a_question_is_in_the_prompt(tmp_path: Path, record: dict, prompt: str, 
     ({'context': 'P', 'answer': 'A', 'continuation': 'B'}, '"continuation" and "answer" are both there and differ'),
     ({'query': 'Q', 'context_options': ['a', 'b'], 'continuation': 'c', 'gold': 0}, '"query" is there beside'),
     ({'query': 'Q', 'choices': ['', 'b'], 'gold': 0}, '"choices" has an empty string'),
+    ({'query': 'Q', 'choices': ['a', 'b'], 'gold': 0, 'answer': 'b'}, '"answer" is another choice than that of'),
+    ({'context': 'P', 'answer': 'A', 'continuation': 'B', 'aliases': ['a']}, '"answer" and "continuation" are both'),
+    (MET | {'answers': ['A', 'B'], 'answer': 'C'}, 'the answer is not one of "answers"'),
+    ({'messages': TALK, 'question': 'Why?'}, '"question" is there beside "messages"'),
     ({'context': 'P', 'question': 'Q', 'answers': [' ']}, '"answers" has an empty string'),
     ({'context': 'P', 'answer': 'A', 'aliases': ['']}, '"aliases" has an empty string'),
     ({'context_options': ['a', '\n'], 'continuation': 'c', 'gold': 0}, '"context_options" has an empty string'),
