@@ -68,6 +68,14 @@ def run(flags: argparse.Namespace) -> None:
       f'--arms={flags.arms} lacks {BASE}, which trains the baselines of all arms; add it, or its file with --also'
     )
   pairs = primary_pairs(module)
+  named = {
+    f'{method}{"" if arm == BASE else f"/{arm}"}' for arm in known for method in get_config(arm).selection.methods
+  }
+  for pair in pairs:
+    if unknown := sorted({*pair} - named):
+      raise UserError(f'PRIMARY of --config names {unknown[0]!r}, which no arm has; an arm has METHOD, or METHOD/ARM')
+    if not {*pair} & {*BASELINES, 'dsdm'}:
+      raise UserError(f'PRIMARY of --config has {pair}, and one of the two must be {", ".join((*BASELINES, "dsdm"))}')
   arm_configs = {arm: get_config(arm) for arm in sorted(arms, key=lambda arm: arm != BASE)}
   finished = workdir / 'finished'
   for config in arm_configs.values():  # all arms before the first one starts
@@ -81,11 +89,14 @@ def run(flags: argparse.Namespace) -> None:
     arm_file.write(folder, arm, flatten(config), finished / f'{arm}.json')
     done = [arm_file.read(finished / f'{name}.json') for name in list(arm_configs)[:number]]
     comparison = compare([*done, *(arm for arm in others if arm.name not in arm_configs)])
+    storage.write_text(workdir / 'study.csv', as_csv(comparison))
+    storage.write_json(workdir / 'study.json', comparison | {'primary': []})  # should `primary` refuse
     comparison['primary'] = primary(comparison, pairs)
     storage.write_json(workdir / 'study.json', comparison)
-    storage.write_text(workdir / 'study.csv', as_csv(comparison))
     print(visible(f'== {arm}: {time.monotonic() - began:.0f} s'), flush=True)
   print(visible_lines(results.text_tables(comparison)))
+  if pairs and not comparison['primary']:
+    print('Primary comparisons follow when all their arms are finished.')
   print(visible(f'study: {workdir / "study.json"}'))
 
 

@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 
-from configs import study
+from configs import study, study_above_ngrams, study_mixed_text
 from dsdm_jax.config import validate as checks
 from dsdm_jax.core import artifacts
 from dsdm_jax.errors import UserError
@@ -57,9 +57,10 @@ def _study(tmp_path, *flags: str, config=None) -> subprocess.CompletedProcess[st
   return subprocess.run(command, **options, timeout=400, check=False)
 
 
-def test_every_arm_of_the_study_is_a_config():
-  for arm in study.ARMS:
-    checks.validate(study.get_config(arm))
+@pytest.mark.parametrize('module', [study, study_mixed_text, study_above_ngrams])
+def test_every_arm_of_a_study_is_a_config(module):
+  for arm in module.ARMS:
+    checks.validate(module.get_config(arm))
 
 
 def test_the_study_varies_every_choice_of_the_method():
@@ -190,6 +191,20 @@ def test_what_names_no_comparison_is_refused():
   with pytest.raises(UserError, match="has 'dsdm'; give pairs of names"):
     primary_pairs(module)
   assert primary_pairs(study) == []
+
+
+@pytest.mark.parametrize(
+  ('pair', 'message'),
+  [(('dsdm', 'lsa'), "names 'lsa', which no arm has"), (('bm25/text', 'bm25/text'), 'one of the two must be random')],
+)
+def test_primary_comparisons_that_no_arm_can_give_are_refused_before_anything_is_trained(
+  pair, message, tmp_path, capsys
+):
+  text = CONFIG.replace("'again_1': {}}", "'text': {}}").replace("('dsdm', 'dsdm_greedy')", "('dsdm',)")
+  text = text.replace("}.get(arm, ('dsdm',))", "}.get(arm, ('bm25',))").replace("('dsdm', 'dsdm/damped')", repr(pair))
+  (tmp_path / 'arms.py').write_text(text)
+  assert main(['run', '--config', str(tmp_path / 'arms.py'), '--workdir', str(tmp_path / 'w')]) == 2
+  assert message in capsys.readouterr().err and not (tmp_path / 'w').exists()
 
 
 @pytest.fixture(scope='module')
