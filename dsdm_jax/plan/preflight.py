@@ -303,7 +303,7 @@ def _costs(
     devices = jax.device_count() * _EFFICIENCY
     return sum(value / speed / devices for name, value in flop.items() if name.split()[0] in names)
 
-  prefilter = Prefilter.parse(config.selection.prefilter)
+  prefilter, targets = Prefilter.parse(config.selection.prefilter), max(1, len(config.selection.targets))
   ekfac = config.features.projection == 'ekfac'
   per_model = _RESTORED + min(config.selection.examples * length, config.evaluation.ngram_tokens) / _COUNTED_TOKENS
   text = (pool.bytes or 4 * rows * length) / 1.5e6 / worker_count(config.host.workers)
@@ -311,14 +311,14 @@ def _costs(
     'pool': 3 + text,
     'leakage': 1 + (pool.bytes or 4 * rows * length) / _COMPARED_BYTES / worker_count(config.host.workers),
     'targets': 1.0,
-    'prefilter': 1 + seconds_by_text([prefilter.method], rows * length) if prefilter else 0.0,
+    'prefilter': 1 + seconds_by_text([prefilter.method], rows * length, targets) if prefilter else 0.0,
     'proxies': compiling + _IMPORTS + config.proxies.count * _SAVED + of('proxies'),
     'features': compiling + of('features'),
     'target_features': 0.0 if ekfac else compiling / 2 + of('target_features'),
     'datamodel': (1.2 if ekfac else 0.5) * compiling + of('gram', 'target_means', 'scores'),
     'selection': 1
     + len(config.selection.methods) * rows / 1e6
-    + seconds_by_text(config.selection.methods, rows * length),
+    + seconds_by_text(config.selection.methods, rows * length, targets),
     'pretraining': compiling + models * _SAVED + of('pretraining'),
     'ladder': len(config.ladder.rungs) * compiling + of('ladder'),
     'evaluation': len(config.targets.tasks) * compiling / 2 + of('evaluation') + models * per_model,
@@ -344,10 +344,14 @@ def _costs(
   return {s: seconds.get(s, 0.0) for s in wanted}, memory, disk, _pays(config, chosen / one, rows)
 
 
-def seconds_by_text(methods: Sequence[str], tokens: int) -> float:
-  """What methods take to choose by text alone from a pool of so many tokens, about; those that read none take 0."""
+def seconds_by_text(methods: Sequence[str], tokens: int, targets: int) -> float:
+  """What methods take to choose by text alone from a pool of so many tokens, about; those that read none take 0.
+
+  Each of the `targets` is chosen for anew.
+  """
   reading = [method for method in methods if method in METHODS and 'text' in METHODS[method].needs]
-  return sum(_OF_TEXT.get(method, _OF_OTHER_TEXT) for method in reading) * tokens
+  times = [targets if METHODS[method].targeted else 1 for method in reading]
+  return tokens * sum(_OF_TEXT.get(m, _OF_OTHER_TEXT) * n for m, n in zip(reading, times, strict=True))
 
 
 def _training_bytes(config: ConfigDict, model: ConfigDict, parameters: int, tokens: int) -> float:

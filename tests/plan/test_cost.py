@@ -62,10 +62,13 @@ def _work(stage, runs, flop):
 
 def test_choosing_by_text_takes_time_for_each_method_that_reads_it():
   tokens = 185_114 * 256  # of a pool for which `fasttext` took 124 s and `lsa` 134 s
-  one = {name: preflight.seconds_by_text([name], tokens) for name in ('fasttext', 'lsa', 'dsir', 'random', 'dsdm')}
+  one = {name: preflight.seconds_by_text([name], tokens, 1) for name in ('fasttext', 'lsa', 'dsir', 'random', 'dsdm')}
   assert one['fasttext'] == pytest.approx(124, rel=0.1) and one['lsa'] == pytest.approx(134, rel=0.1)
   assert one['fasttext'] > one['dsir'] > one['random'] == one['dsdm'] == 0
-  assert preflight.seconds_by_text(['lsa', 'dsir', 'my.module:choose'], tokens) == one['lsa'] + one['dsir']
+  several = ['lsa', 'dsir', 'my.module:choose', 'minhash']
+  minhash = preflight.seconds_by_text(['minhash'], tokens, 3)  # ignores targets
+  assert preflight.seconds_by_text(several, tokens, 3) == pytest.approx(3 * (one['lsa'] + one['dsir']) + minhash)
+  assert minhash == preflight.seconds_by_text(['minhash'], tokens, 1) > 0
 
 
 @pytest.mark.parametrize(('each', 'net'), [(1.0, 1.6), (4.0, 1.0), (8.0, 2 / 3)])
