@@ -49,6 +49,8 @@ class Bank:
     if FILE not in artifact.manifest['files']:
       return None
     with storage.load(artifact.path / FILE) as arrays:
+      if not {*_ARRAYS} <= {*arrays.files}:
+        return None
       return cls(**{name: arrays[name] for name in _ARRAYS}, tasks=tuple(arrays['tasks'].tolist()))
 
   def worth(self, score_N: np.ndarray, tasks: Sequence[str], seed: int = 0) -> dict[str, Any]:

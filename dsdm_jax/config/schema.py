@@ -4,6 +4,7 @@ A string in `Annotated` is the unit. Upper bounds are far above what a machine c
 `relations` has the rules for several keys.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -50,7 +51,7 @@ Delimiter = Annotated[
   str,
   must(lambda x: len(x) <= 1_000, 'must have at most 1,000 characters'),
   must(
-    lambda x: '\\n' not in x and '\\t' not in x,
+    lambda x: not re.search(r'\\n|\\t(?![a-z])', x),
     r"must have line breaks and tabs as they are, not as \n and \t; in a shell they are $'\n' and $'\t'",
   ),
 ]

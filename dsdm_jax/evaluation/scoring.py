@@ -99,15 +99,17 @@ def normalized(text: str) -> str:
 def alias_prefix(outputs: Sequence[str], aliases: Sequence[Sequence[str]]) -> np.ndarray:
   """Generation: 1 if the normalised output begins with a normalised alias that is not empty, float64 [I].
 
-  Where all aliases of an item are empty in the normal form (A, %), the output must begin with one as it is, in any
-  case, and without more of a word after it.
+  Where all aliases of an item are empty in the normal form (A, %), the output must begin with one in lower case, and a
+  letter or digit of it must end there.
   """
 
   def is_right(output: str, own: Sequence[str]) -> bool:
     prefixes = [prefix for alias in own if (prefix := normalized(alias))]
+    said = output.strip().lower()
     if prefixes:
       return normalized(output).startswith(tuple(prefixes))
-    return any(re.match(rf'{re.escape(alias.strip().lower())}(?!\w)', output.strip().lower()) for alias in own)
+    wanted = [alias.strip().lower() for alias in own]
+    return any(re.match(rf'{re.escape(x)}(?!\w)' if x[-1].isalnum() else re.escape(x), said) for x in wanted)
 
   return np.array([is_right(*pair) for pair in zip(outputs, aliases, strict=True)], np.float64)
 

@@ -230,7 +230,7 @@ def bootstrap_difference(
     rng=rng,
   ).bootstrap_distribution
   if np.ptp(mean_R) <= rounding:
-    return Interval(mean, mean, mean, 1.0 if mean == 0 else 0.0, float('inf'), basis)
+    return Interval(mean, mean, mean, 1.0 if abs(mean) <= rounding else 0.0, float('inf'), basis)
 
   def below(value: float) -> float:
     """z of the share of resamples below; ties count half, so that values on a grid do not push it to one side."""

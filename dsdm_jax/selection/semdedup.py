@@ -57,7 +57,7 @@ def _drawn(pool: Candidates, name: str, count: int, seed: int) -> Selection:
 def _least(near_N: np.ndarray, pool: Candidates, count: int) -> np.ndarray:
   """The rows with the lowest cosines, ascending: the share to keep, or the fewest from which an arm can be drawn.
 
-  Masked rows are among them, so that a mask changes them only where an arm needs more.
+  Masked rows count in the share, so that a mask changes the rows that are kept only where an arm needs more.
   """
   best_first = ranking.top(-near_N, pool.num_rows)
   share = math.ceil(pool.options.duplicate_keep * pool.num_rows)

@@ -36,9 +36,14 @@ _SMOOTH_VARIANTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """Place in the pool, tokens, weights (None: all count), size without padding and source of rows; target examples.
+  """Rows of the pool, and target examples.
 
-  These have tokens, weights, task and document.
+  Attributes:
+    row_N: place of each row in the pool.
+    tokens_NL, weights_NL, size_N, source_N: of the rows; weights None if all tokens count, sizes without padding.
+    tokens_TL, weights_TL, task_T, document_T: of the target examples.
+    tasks: names.
+    vocab_size: V.
   """
 
   row_N: np.ndarray

@@ -46,7 +46,7 @@ BAD: dict[str, list] = {
     (f'a/{"n" * 101}.jsonl',),
   ],
   'targets.folder': ['a\nb', ' data', 'data '],
-  'targets.file_delimiter': ['x' * 1_001, r'\nAnswer: ', r'a\tb'],
+  'targets.file_delimiter': ['x' * 1_001, r'\nAnswer: ', r'a\tB'],
   'proxies.epochs': [0.0],
   'features.output_fn': ['margin', 'no_such_package:margin', 'dsdm_jax.no_such_module:margin', 'a b:c', 'a:b:c', ':'],
   'features.layers': ['(', '*'],

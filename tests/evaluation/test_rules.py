@@ -61,6 +61,6 @@ def test_generation_is_right_where_the_output_begins_with_an_alias():
 
 
 def test_aliases_that_the_normal_form_leaves_nothing_of_are_compared_as_they_are():
-  outputs = [' A', 'a) because', 'Apple', '% of it', '', 'the', '%', 'an onion']
-  aliases = [['A'], ['A'], ['A'], ['%', 'A'], ['A'], ['The'], ['+'], ['A', 'onion']]
-  assert scoring.alias_prefix(outputs, aliases).tolist() == [1, 1, 0, 1, 0, 1, 0, 1]
+  outputs = [' A', 'a) because', 'Apple', '% of it', '', 'the', '%', 'an onion', '%5']
+  aliases = [['A'], ['A'], ['A'], ['%', 'A'], ['A'], ['The'], ['+'], ['A', 'onion'], ['%']]
+  assert scoring.alias_prefix(outputs, aliases).tolist() == [1, 1, 0, 1, 0, 1, 0, 1, 1]

@@ -278,7 +278,7 @@ def test_few_documents_have_a_t_interval():
 def test_coverage_of_few_documents(documents):
   """95 % intervals hold the truth in 92 to 98 % of 600 experiments, with a standard error of 0.9 points.
 
-  A bootstrap does in 68 to 89 %.
+  A bootstrap holds it less often: docs/evaluation.md.
   """
   g = _rng(25, documents)
   document_I = np.repeat(np.arange(documents), 20)
