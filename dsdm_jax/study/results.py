@@ -76,9 +76,9 @@ def tables(comparison: Mapping[str, Any], arms: Sequence[ArmFile], files: str) -
     *_primary(comparison['primary']),
     f'## Held-out items of the targets, against {random}',
     _differences(held_out, columns, _RANDOM),
-    '## The same against DsDm of the arm `base`',
-    _differences(held_out, columns, 'dsdm'),
   ]
+  if any(c['baseline'] == 'dsdm' for c in held_out):
+    parts += ['## The same against DsDm of the arm `base`', _differences(held_out, columns, 'dsdm')]
   if comparison['lines']:
     heading = '## Reference lines: log-probability above the best of them, in nats per token'
     parts += [heading, _lines(comparison), 'In the other tables, † marks a comparison with an arm below n-grams.']
