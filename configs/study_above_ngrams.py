@@ -13,7 +13,8 @@ benchmarks at `data/benchmarks/*.jsonl`, in LLM-Foundry's shapes.
 
 Hardware and time: two CPU cores, 14 minutes a model, or 21 minutes for two that train at once on a core each.
 
-Result: docs/results.md.
+Result: on SQuAD and TriviaQA the first arm has a log-probability 0.37 [0.30, 0.45] nats per token higher than random
+data, and a lower one on most of what was not targeted; the other arms are not trained yet (docs/results.md).
 """
 
 from dsdm_jax.configs import recipe

@@ -20,8 +20,8 @@ LANGUAGE_MODELLING = 'language_modelling'  # "context", "continuation"; "prompt"
 MULTIPLE_CHOICE = 'multiple_choice'  # "query", "choices", "gold"
 SCHEMA = 'schema'  # "context_options", "continuation", "gold"
 GENERATION = 'generation'  # "context", "answer", "aliases"
-_ANSWERS = 'continuation', 'answer', 'completion'
 SHAPES = (LANGUAGE_MODELLING, MULTIPLE_CHOICE, SCHEMA, GENERATION)
+_ANSWERS = 'continuation', 'answer', 'completion'
 # White space, invisible characters, and the punctuation that copies of a question differ in. Signs of arithmetic,
 # decimal points and brackets stay: they may be all that tells two questions apart.
 _IGNORED = re.compile(
@@ -188,11 +188,10 @@ def _language_modelling(fields: _Fields) -> Item:
   if 'messages' in fields.record:
     return _conversation(fields)
   prompt, passage = fields.prompt('context', 'prompt', 'query')
-  answers = (
-    fields.texts('answers', 1) if fields.given('question', 'answers') == ['question', 'answers'] else ()
-  )  # SQuAD
-  answer = fields.answer(*_ANSWERS) if fields.given(*_ANSWERS) or not answers else answers[0]
-  if answers and answer not in answers:
+  is_squad = fields.given('question', 'answers') == ['question', 'answers']
+  answers = fields.texts('answers', 1) if is_squad else ()
+  answer = answers[0] if is_squad and not fields.given(*_ANSWERS) else fields.answer(*_ANSWERS)
+  if is_squad and answer not in answers:
     raise fields.fail('the answer is not one of "answers"; leave the right ones')
   return Item('', prompt, answer, document=passage)
 
