@@ -431,7 +431,8 @@ def check_prompts(config: ConfigDict, pool: Artifact) -> None:
   So do an answer without tokens, a conversation that the template refuses, and a prompt that is too long with
   `evaluation.long_prompts=refuse`.
   """
-  collections.deque(read(config.evaluation, config.targets, _sequences(config, pool)), maxlen=0)
+  if selected_benchmarks(config.evaluation, config.targets.folder):
+    collections.deque(read(config.evaluation, config.targets, _sequences(config, pool)), maxlen=0)
 
 
 def _sequences(config: ConfigDict, pool: Artifact) -> Sequences:
