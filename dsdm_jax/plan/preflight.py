@@ -347,7 +347,7 @@ def _costs(
 def seconds_by_text(methods: Sequence[str], tokens: int, targets: int) -> float:
   """What methods take to choose by text alone from a pool of so many tokens, about; those that read none take 0.
 
-  Each of the `targets` is chosen for anew.
+  A targeted method reads the pool once for each of the `targets`.
   """
   reading = [method for method in methods if method in METHODS and 'text' in METHODS[method].needs]
   times = [targets if METHODS[method].targeted else 1 for method in reading]
