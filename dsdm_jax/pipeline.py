@@ -34,7 +34,7 @@ STAGES = (
     reads=(),
     keys=('seed', 'pool'),
     code='data.pool.build:run',
-    format=7,
+    format=8,
   ),
   # Text of the pool × targets and benchmarks → a mask of rows that no selection takes.
   Stage(
@@ -51,7 +51,7 @@ STAGES = (
     reads=('pool',),
     keys=('targets',),
     code='data.targets.targets:run',
-    format=7,
+    format=8,
     where_set=(('targets.breadth', ('leakage',)),),
   ),
   # Text of targets and pool → the rows that are scored; without it, all of them.
@@ -152,7 +152,7 @@ STAGES = (
     ),
     keys=('evaluation', 'model', 'pretraining', 'targets.seed', 'targets.folder'),
     code='evaluation.evaluate:run',
-    format=8,
+    format=9,
     everywhere=True,
     batches=('evaluation.batch_size',),
     where_set=_PREFILTERED,

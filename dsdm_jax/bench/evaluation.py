@@ -46,7 +46,7 @@ def run(flags: argparse.Namespace) -> None:
   for task in tasks:
     config.evaluation.tasks = (task,)
     began = time.perf_counter()
-    sequences = suite.Sequences(encoder, config.pool.length, encoder.eos)
+    sequences = suite.Sequences(encoder, config.pool.length)
     (request,) = suite.read(config.evaluation, config.targets, sequences)
     line = {'task': task, 'items': len(request.item_ids_I), 'tokenize_s': time.perf_counter() - began}
     scorer = Scorer(compiled, config.evaluation.batch_size, encoder.eos)

@@ -515,7 +515,9 @@ class Evaluation(Section):
     'cut', 'A prompt of a benchmark that is too long without shots loses its beginning, or the run stops.'
   )
   generate_tokens: Tokens = key(16, 'Maximum length of a generated answer; below pool.length.')
-  begin_with_end_mark: bool = key(True, 'Put an end mark before each prompt, as before each document of the pool.')
+  begin_with_end_mark: bool = key(
+    True, 'Without a begin mark, put an end mark before each prompt, as before each document of the pool.'
+  )
   checkpoints: Annotated[
     Texts,
     must(

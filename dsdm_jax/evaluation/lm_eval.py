@@ -41,13 +41,13 @@ class HarnessModel(LM):
   """A model of a finished run.
 
   A text is at most as long as the run's rows, `pool.length`: of a longer one the beginning is left out, so that the
-  answer remains. Prompts begin with an end mark where `evaluation.begin_with_end_mark` of the run is set.
+  answer remains. Prompts begin with the begin mark of the vocabulary, if it has one.
 
   Args:
     workdir, arm, seed, proxy, checkpoint: which model, as `model_export.TrainedModel`.
     batch_size: texts at once.
-    begin_with_end_mark: put an end mark before each prompt, as before each document of the pool. The harness does not
-      for an exported folder.
+    begin_with_end_mark: without a begin mark, put an end mark before each prompt, as the run's evaluation does. The
+      harness does not for an exported folder.
     **more: arguments that the harness gives to all models, such as its device; they have no effect.
 
   Raises:
@@ -83,7 +83,7 @@ class HarnessModel(LM):
         lambda path, x: place(params[partition.path_name(path)], x.sharding), compiled.abstract.params
       )
     )
-    self._sequences = Sequences(self._encoder, self._length, self._encoder.eos, begin_with_end_mark)
+    self._sequences = Sequences(self._encoder, self._length, begin_with_end_mark)
 
   @property
   def tokenizer_name(self) -> str:
@@ -96,13 +96,13 @@ class HarnessModel(LM):
     return self._scored(self._sequences.pair(*request.args[:2]) for request in requests)
 
   def loglikelihood_rolling(self, requests: Sequence[Any], **options: Any) -> list[float]:
-    """The log-probability of each whole text, in windows that the harness cuts; an end mark precedes the first."""
+    """The log-probability of each whole text, in windows that the harness cuts; a mark precedes the first."""
     del options
     windows, owners = [], []
     for index, request in enumerate(requests):
       ids = self._encoder.encode(request.args[0])
       # A sequence of ours holds the last predicted token too.
-      for before, predicted in get_rolling_token_windows(ids, self._encoder.eos, self._length - 1, 1):
+      for before, predicted in get_rolling_token_windows(ids, self._encoder.begin, self._length - 1, 1):
         windows.append((np.asarray([*before, predicted[-1]], np.int32), len(predicted)))
         owners.append(index)
     total_R = np.zeros(len(requests))

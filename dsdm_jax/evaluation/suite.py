@@ -22,7 +22,7 @@ from dsdm_jax.config.values import is_harness, is_jsonl
 from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact
 from dsdm_jax.core.stage import Context
-from dsdm_jax.data.pool.vocabulary import Encoder, encode_pair, open_encoder
+from dsdm_jax.data.pool.vocabulary import Encoder, encode_pair, open_encoder, unmarked
 from dsdm_jax.data.targets import benchmarks, harness, tasks
 from dsdm_jax.data.targets.benchmarks import BENCHMARKS, Benchmark, Prompt, shots_to_drop
 from dsdm_jax.data.targets.shapes import GENERATION, LANGUAGE_MODELLING, MULTIPLE_CHOICE, SCHEMA, Item, question_keys
@@ -36,15 +36,19 @@ SPLITS = ('target', HOLDOUT)  # of the run's own targets
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-  """Turns text into sequences of at most `length` tokens, which begin with the end mark `eos` where `begin` is set.
+  """Turns text into sequences of at most `length` tokens, which begin with `encoder.begin` where `begin` is set.
 
-  A sequence without a context always begins with the end mark: the answer's first token needs something before it.
+  They also do where the vocabulary has a begin mark, and without a context: an answer's first token needs something
+  before it.
   """
 
   encoder: Encoder
   length: int
-  eos: int
   begin: bool = True
+
+  def _front(self, context_ids: Sequence[int]) -> list[int]:
+    mark = self.encoder.begin
+    return [mark] if self.begin or mark != self.encoder.eos or not context_ids else []
 
   def encoded(self, prompt: Prompt) -> list[tuple[list[int], list[int]]]:
     """(context ids, answer ids) of each pair of `prompt`."""
@@ -60,7 +64,7 @@ class Sequences:
     """
     return (
       max(
-        int(self.begin or not context_ids) + len(context_ids) + max(len(answer_ids), room)
+        len(self._front(context_ids)) + len(context_ids) + max(len(answer_ids), room)
         for context_ids, answer_ids in pairs
       )
       - self.length
@@ -73,7 +77,7 @@ class Sequences:
   def joined(self, context_ids: Sequence[int], answer_ids: Sequence[int]) -> tuple[np.ndarray, int]:
     """As `pair`, from token ids."""
     answer_ids = list(answer_ids)[-(self.length - 1) :]
-    front = [self.eos] if self.begin or not context_ids else []
+    front = self._front(context_ids)
     room = self.length - len(front) - len(answer_ids)
     ids = [*front, *(list(context_ids)[-room:] if room else []), *answer_ids]
     return np.asarray(ids, np.int32), len(answer_ids)
@@ -83,7 +87,7 @@ class Sequences:
 
     Spaces at its end are left out: they are part of the first piece of what follows.
     """
-    ids = self.encoder.encode(context.rstrip(' '))
+    ids = unmarked(self.encoder, self.encoder.encode(context.rstrip(' ')))
     return dataclasses.replace(self, length=self.length - room + 1).joined(ids, [0])[0][:-1]
 
 
@@ -180,12 +184,12 @@ def prompts(shots_I: Sequence[int], dropped_I: Sequence[int], tokens_cut_I: Sequ
 
 
 def stop_tokens(encoder: Encoder) -> np.ndarray:
-  """Tokens that end a generated answer, bool [V]: the end mark, padding, and every token with a newline.
+  """Tokens that end a generated answer, bool [V]: the marks, padding, and every token with a newline.
 
   Other tokens without text of their own do not: a lone space of SentencePiece has no text until a piece follows it.
   """
   stop_V = np.array(['\n' in encoder.decode([token]) for token in range(encoder.size)])
-  stop_V[[encoder.eos, encoder.pad]] = True
+  stop_V[[encoder.eos, encoder.begin, encoder.pad]] = True
   return stop_V
 
 
@@ -283,7 +287,7 @@ def open_suite(context: Context) -> Suite:
   requests: list[Request] = []
   if OWN in config.evaluation.tasks:
     targets = Targets(context.inputs['targets'])
-    own = Sequences(encoder, length, encoder.eos)
+    own = Sequences(encoder, length)
     for task, split in itertools.product(targets.tasks, SPLITS):
       of_split = targets.examples(task, split)
       if request := of_target(task, split, of_split, own, config):
@@ -437,7 +441,7 @@ def check_prompts(config: ConfigDict, pool: Artifact) -> None:
 
 def _sequences(config: ConfigDict, pool: Artifact) -> Sequences:
   length, encoder = storage.read_json(pool.path / 'card.json', dict)['length'], open_encoder(pool.path)
-  return Sequences(encoder, length, encoder.eos, config.evaluation.begin_with_end_mark)
+  return Sequences(encoder, length, config.evaluation.begin_with_end_mark)
 
 
 def _unasked(selected: Sequence[Benchmark], targets: ConfigDict) -> Iterator[tuple[Benchmark, list[Item], int]]:

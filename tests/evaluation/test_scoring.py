@@ -141,7 +141,7 @@ def test_generation_with_a_custom_model(trained):
   _, params, rest = nnx.split(inner, nnx.Param, ...)
   items = [Item(str(i), f'Say {"x" * i} please:', 'ok', aliases=('ok',)) for i in range(6)]
   decode = lambda ids: ''.join(chr(int(i) - 3) for i in ids if i > 2)  # noqa: E731
-  request = suite.build(benchmarks.BENCHMARKS['trivia_qa'], items, suite.Sequences(ByteEncoder(), L, 1), 5, 0)
+  request = suite.build(benchmarks.BENCHMARKS['trivia_qa'], items, suite.Sequences(ByteEncoder(), L), 5, 0)
   stop_V = np.arange(V) == 13
   found = [
     score_request(Scorer(t, 4, 0), s, request, L, 5, stop_V, decode)

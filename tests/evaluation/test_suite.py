@@ -28,7 +28,7 @@ def text_of(ids: np.ndarray) -> str:
 
 
 def _build(name: str, items: list[Item], length: int = 200, begin: bool = True) -> suite.Request:
-  return suite.build(benchmarks.BENCHMARKS[name], items, Sequences(ByteEncoder(), length, EOS, begin), 4, seed=0)
+  return suite.build(benchmarks.BENCHMARKS[name], items, Sequences(ByteEncoder(), length, begin), 4, seed=0)
 
 
 def test_language_modelling():
@@ -93,9 +93,7 @@ def test_a_line_break_before_a_generated_answer_is_in_the_prompt(tmp_path, delim
   path.write_text(json.dumps({'context': 'Who?', 'answer': answer, 'aliases': ['Leek']}) + '\n')
   benchmark = benchmarks.of_file(str(path), delimiter=delimiter)
   for length in (50, 1 + len(prompt) + 15, len(prompt) + 15):  # the last one is too short for all of the prompt
-    request = suite.build(
-      benchmark, benchmarks.read_items(benchmark), Sequences(ByteEncoder(), length, EOS), 15, seed=0
-    )
+    request = suite.build(benchmark, benchmarks.read_items(benchmark), Sequences(ByteEncoder(), length), 15, seed=0)
     fits = length > len(prompt) + 15
     assert [text_of(ids) for ids in request.prompts_I] == [f'|{prompt if fits else prompt[1:]}']
     assert request.tokens_cut_I == (0 if fits else 1,)
@@ -115,7 +113,7 @@ def test_a_line_break_before_a_generated_answer_is_in_the_prompt(tmp_path, delim
   ],
 )
 def test_left_truncation_to_eight_tokens(begin, context, answer, expected, count):
-  ids, answer_tokens = Sequences(ByteEncoder(), 8, EOS, begin).pair(context, answer)
+  ids, answer_tokens = Sequences(ByteEncoder(), 8, begin).pair(context, answer)
   assert (text_of(ids), answer_tokens) == (expected, count)
 
 
@@ -126,7 +124,7 @@ def test_left_truncation_to_eight_tokens(begin, context, answer, expected, count
   st.booleans(),
 )
 def test_truncation_keeps_the_end(context, answer, length, begin):
-  ids, count = Sequences(ByteEncoder(), length, EOS, begin).pair(context, answer)
+  ids, count = Sequences(ByteEncoder(), length, begin).pair(context, answer)
   assert count + 1 <= len(ids) <= length, 'something comes before the answer'
   text = text_of(ids)
   assert text[-count:] == answer[-count:] and count == min(len(answer), length - 1)
@@ -165,10 +163,10 @@ SHAPES = ('multiple_choice', 'schema', 'generation', 'language_modelling')
 def test_a_prompt_that_does_not_fit_loses_whole_shots_from_the_left(tmp_path, shape: str):
   benchmark = benchmarks.of_file(_mine(tmp_path, shape, words=3), shots=5)
   items = benchmarks.read_items(benchmark)
-  whole = suite.build(benchmark, items, Sequences(ByteEncoder(), 10_000, EOS), 4, 0)
+  whole = suite.build(benchmark, items, Sequences(ByteEncoder(), 10_000), 4, 0)
   assert set(whole.shots_I) == {5} and not any(whole.dropped_I) and not any(whole.tokens_cut_I)
   for length in range(50, 250, 7):
-    request = suite.build(benchmark, items, Sequences(ByteEncoder(), length, EOS), 4, 0)
+    request = suite.build(benchmark, items, Sequences(ByteEncoder(), length), 4, 0)
     assert {a + b for a, b in zip(request.shots_I, request.dropped_I, strict=True)} == {5}
     of_item = [np.flatnonzero(request.item_P == i) for i in range(len(items))]
     for i, pairs in enumerate(of_item):
@@ -190,7 +188,7 @@ def test_what_does_not_fit_is_counted_shown_and_refused(tmp_path):
   """Contexts of 290 characters at 128 tokens: no shot fits, and the beginning of each question is cut."""
   benchmark = benchmarks.of_file(_mine(tmp_path, 'multiple_choice'), shots=3)
   items = benchmarks.read_items(benchmark)
-  request = suite.build(benchmark, items, Sequences(ByteEncoder(), 128, EOS), 4, 0)
+  request = suite.build(benchmark, items, Sequences(ByteEncoder(), 128), 4, 0)
   fact = request.describe()
   excess = [1 + len(f'{item.context} bc{i}') - 128 for i, item in enumerate(items)]
   assert fact['prompts'] == {
@@ -211,10 +209,10 @@ def test_what_does_not_fit_is_counted_shown_and_refused(tmp_path):
   with pytest.raises(
     UserError, match=rf'mine \(benchmark\), line 1: .* {excess[0]} tokens too long for pool.length 128'
   ):
-    suite.build(benchmark, items, Sequences(ByteEncoder(), 128, EOS), 4, 0, 'refuse')
+    suite.build(benchmark, items, Sequences(ByteEncoder(), 128), 4, 0, 'refuse')
   # A third of the prompts: in the table, and not in the headline.
   some = [dataclasses.replace(item, context=item.context[:20]) if i % 3 else item for i, item in enumerate(items)]
-  fact = suite.build(benchmark, some, Sequences(ByteEncoder(), 800, EOS), 4, 0).describe()
+  fact = suite.build(benchmark, some, Sequences(ByteEncoder(), 800), 4, 0).describe()
   assert 0 < fact['prompts']['lost_shots'] <= 10 and not results.shortened({'tasks': [fact]})
 
 
@@ -226,7 +224,7 @@ def test_a_target_is_asked_as_its_file_would_be_as_a_benchmark(tmp_path, shape: 
   benchmark = benchmarks.of_file(path)
   items = {item.id: item for item in benchmarks.read_items(benchmark)}
   for (_, split), examples in built.items():
-    sequences = Sequences(ByteEncoder(), 90, EOS)
+    sequences = Sequences(ByteEncoder(), 90)
     request = suite.of_target('mine', split, examples, sequences, base.get_config())
     if shape == 'language_modelling':
       assert request is None
@@ -249,7 +247,7 @@ def test_a_target_file_with_the_name_of_a_benchmark_is_not_that_benchmark(tmp_pa
   path.write_bytes(Path(_mine(tmp_path, 'multiple_choice')).read_bytes())
   config.targets.tasks, config.targets.file_shots, config.targets.file_delimiter = (str(path),), 1, '\n'
   built, _ = targets_lib.build(config.targets, ByteEncoder(), 256)
-  sequences = Sequences(ByteEncoder(), 256, EOS)
+  sequences = Sequences(ByteEncoder(), 256)
   for (task, split), examples in built.items():
     facts = suite.of_target(task, split, examples, sequences, config).describe()
     assert (facts['shots'], facts['delimiter'], facts['group'], facts['categories']) == (1, '\n', '', [])
@@ -269,7 +267,7 @@ def test_a_benchmark_leaves_out_the_target_split(tmp_path):
   holdout = {item.id for item in task.items if side[item.document] == 'holdout'}
   for file, extra in ((path, set()), (str(other), {'line 61', 'line 62'})):
     suite.check(_config(file), config, _pool(256))
-    (request,) = suite.read(_config(file), config, Sequences(ByteEncoder(), 256, EOS))
+    (request,) = suite.read(_config(file), config, Sequences(ByteEncoder(), 256))
     assert set(request.item_ids_I) == holdout | extra
     assert request.describe()['left_out'] == 60 - len(holdout) > 0
   suite.check(_config('targets', str(other)), config, _pool(256))

@@ -331,6 +331,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 def encode(job: Job) -> int:
   """Writes the ids of selected documents, their counts and the document table; returns the number of ids.
 
+  A document begins with the begin mark, if the vocabulary has one; in a conversation the chat template writes it.
   Documents without tokens that count, and those that the vocabulary cannot encode, are left out. If the loss is on some
   tokens alone, `counted-*.bin` has a byte for each id and end mark that says whether it counts. `encode-*.json` has the
   numbers of what is left out among the unit's selected documents, and the bytes of the others. The table has every
@@ -365,14 +366,18 @@ def encode(job: Job) -> int:
         if document.templated and isinstance(encoder, vocabulary.HuggingFaceEncoder):
           its = encoder.templated
         ids = np.array(its.encode(document.text), dtype)
-        counted = np.ones(len(ids) + 1, np.bool_)
+        front = [] if document.templated or encoder.begin == encoder.eos or not len(ids) else [encoder.begin]
+        counted = np.ones(len(front) + len(ids) + 1, np.bool_)
         if document.spans is not None:
-          some, counted[:-1] = True, vocabulary.counted(its, document.text, document.spans)
+          some, counted[: len(front)] = True, False
+          counted[len(front) : -1] = vocabulary.counted(its, document.text, document.spans)
           counted[-1] = not document.templated  # a template ends its answers itself
         if (ids == encoder.eos).any() and not document.templated:
           what, ids = 'its text gives the end mark of pool.vocabulary', ids[:0]
         elif len(ids) and not counted[1 : job.row or None].any():
           what, ids = f'no token that the loss counts{" fits into pool.length" if job.row else ""}', ids[:0]
+        else:
+          ids = np.array([*front, *ids], dtype)
       except UserError as error:
         what = str(error)
       if not len(ids):

@@ -357,11 +357,14 @@ class Pool:
     return self.text_of(tokens_L)
 
   def text_of(self, tokens_L: np.ndarray, one: bool = False) -> str:
-    """Text of tokens, `END_OF_DOCUMENT` where a document ends; of `one` document, with end marks inside as text."""
-    parts = np.split(tokens_L, np.flatnonzero(tokens_L == self.encoder.eos))
-    # All parts but the first begin with an end mark, which decodes to nothing.
-    between = getattr(self.encoder, 'end', '') if one else END_OF_DOCUMENT
-    return between.join(self.encoder.decode(part) for part in parts)
+    """Text of tokens, `END_OF_DOCUMENT` where a document ends; of `one` document, with marks inside as text."""
+    encoder = self.encoder
+    written = {encoder.begin: '', encoder.eos: END_OF_DOCUMENT}
+    if one:  # marks inside are of a chat template
+      tokens_L = tokens_L[int(tokens_L[:1].tolist() == [encoder.begin]) :]
+      written = {encoder.begin: getattr(encoder, 'begin_piece', ''), encoder.eos: getattr(encoder, 'end', '')}
+    first, *parts = np.split(tokens_L, np.flatnonzero(np.isin(tokens_L, [*written])))
+    return encoder.decode(first) + ''.join(written[part[0]] + encoder.decode(part[1:]) for part in parts)
 
 
 class PoolRows:

@@ -85,6 +85,10 @@ def run(context: Context, out: Path) -> dict[str, Any]:
   if not first[-1]:
     raise UserError(f'the pool is empty: {entry.target} has no rows')
   column = entry.text
+  if encoder.begin != encoder.eos and not _first_rows_have(
+    encoder.begin, paths[int(np.flatnonzero(counts)[0])], column
+  ):
+    vocabulary.leave_out_begin_marks(out)
 
   def write_shards(shards: Sequence[tuple[str, int, int]], head: bytes) -> list[int]:
     parts = []
@@ -202,6 +206,16 @@ def _checked(part: _Part, column: Any, path: str, number: int) -> np.ndarray:
   if outside_RL.any():
     raise wrong(outside_RL.any(axis=1), f'id {ids_RL[outside_RL][0]}, but pool.vocabulary has {part.vocab_size}')
   return ids_RL.astype(part.dtype)
+
+
+def _first_rows_have(id: int, path: str, column: str) -> bool:
+  import pyarrow as pa
+  import pyarrow.compute as pc
+  import pyarrow.parquet as pq
+
+  with files.open_bytes(path) as file:
+    batch = next(pq.ParquetFile(file).iter_batches(_BATCH, columns=[column]))
+  return bool(pc.any(pc.equal(pc.cast(batch.column(0).flatten(), pa.int64(), safe=False), id)).as_py())
 
 
 def _write_origins(out: Path, paths: Sequence[str], counts: Sequence[int], name: str, length: int) -> None:

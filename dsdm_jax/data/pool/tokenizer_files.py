@@ -1,5 +1,6 @@
 """The pool's vocabulary as the files that `AutoTokenizer` of Hugging Face's transformers opens."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ _USER_DEFINED = 4  # kind of a piece that is cut out of the text first
 def write(pool: storage.Location, out: Path, length: int) -> dict[str, Any]:
   """Writes `tokenizer.json` and `tokenizer_config.json`, whose ids are those of the pool.
 
-  The end mark is also the piece that a text begins with, as in the pool and in evaluations, unless there is a chat
-  template with a piece of its own, which then is written too. Unlike the pool's encoder,
+  Without a begin mark the end mark is also the piece that a text begins with, as in evaluations. A chat template is
+  written too, and if it has a piece to begin with, that one. Unlike the pool's encoder,
   transformers turns special pieces that are written out in a text into their ids.
 
   Args:
@@ -33,7 +34,9 @@ def write(pool: storage.Location, out: Path, length: int) -> dict[str, Any]:
   encoder = open_encoder(pool)
   if isinstance(encoder, HuggingFaceEncoder):
     data, names = encoder.data, {encoder.eos: encoder.end}
-    names[encoder.pad] = encoder.tokenizer.id_to_token(encoder.pad)
+    names |= {i: encoder.tokenizer.id_to_token(i) for i in (encoder.begin, encoder.pad)}
+    if encoder.begin == encoder.eos and HuggingFaceEncoder(data, encoder.end).begin != encoder.eos:
+      data = json.dumps(json.loads(data) | {'post_processor': None}, ensure_ascii=False).encode()
   else:
     model = storage.read_bytes(pool / MODEL)
     tokenizer = _bytes() if model is None else _sentencepiece(model)
@@ -41,20 +44,22 @@ def write(pool: storage.Location, out: Path, length: int) -> dict[str, Any]:
     names = {i: tokenizer.id_to_token(i) for i in (encoder.eos, encoder.pad)}
   storage.write_bytes(out / TOKENIZER, data)
   end = names[encoder.eos]
-  options = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': length, 'add_bos_token': False}
+  begin = encoder.begin
+  options = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': length}
   options |= {
+    'add_bos_token': begin != encoder.eos,
     'eos_token': end,
-    'bos_token': end,
+    'bos_token': names[begin],
     'pad_token': names[encoder.pad],
     'clean_up_tokenization_spaces': False,
   }
-  begin = encoder.eos
   if isinstance(encoder, HuggingFaceEncoder) and encoder.chat:  # a template may write its own first piece
     first = dict(encoder.chat.variables).get('bos_token', end)
     known = encoder.tokenizer.token_to_id(first)
     known = None if known is None or known >= encoder.size else known
-    begin = begin if known is None else known
-    options |= {'chat_template': encoder.chat.template, 'bos_token': first if known is not None else end}
+    if known is not None:
+      begin, options['bos_token'] = known, first
+    options['chat_template'] = encoder.chat.template
   storage.write_json(out / 'tokenizer_config.json', options)
   return {'eos_token_id': encoder.eos, 'bos_token_id': begin, 'pad_token_id': encoder.pad}
 

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar('_T')
 MODEL, TOKENIZER, BYTES = 'vocabulary.model', 'tokenizer.json', 'bytes.json'
-FILES = (MODEL, TOKENIZER, 'end_piece.json', BYTES, chats.FILE)  # of all kinds of vocabularies
+OPTIONS = 'tokenizer_options.json'  # arguments of `HuggingFaceEncoder`
+FILES = (MODEL, TOKENIZER, OPTIONS, BYTES, chats.FILE)  # of all kinds of vocabularies
 PAD = 0
 EOS = 1
 UNK = 2
@@ -160,6 +161,7 @@ class Encoder(Protocol):
   Attributes:
     size: V, number of ids.
     eos: id that ends a document.
+    begin: id that begins a text: of the begin mark if the tokenizer puts one before each text, otherwise `eos`.
     pad: id that pads sequences.
     unk: id of text that has no piece; −1 if there is none.
   """
@@ -168,6 +170,8 @@ class Encoder(Protocol):
   def size(self) -> int: ...
   @property
   def eos(self) -> int: ...
+  @property
+  def begin(self) -> int: ...
   @property
   def pad(self) -> int: ...
   @property
@@ -183,7 +187,7 @@ class Encoder(Protocol):
 class ByteEncoder:
   """UTF-8 bytes, as seqio's ByteVocabulary without extra ids: padding 0, end 1, unknown 2, byte b is b + 3."""
 
-  size, eos, pad, unk = 259, 1, 0, -1
+  size, eos, begin, pad, unk = 259, 1, 1, 0, -1
 
   def encode(self, text: str) -> list[int]:
     return (np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3).tolist()
@@ -219,6 +223,10 @@ class SentencePieceEncoder:
   def eos(self) -> int:
     """Id of the end mark; −1 if the model has none."""
     return self._processor.eos_id()
+
+  @property
+  def begin(self) -> int:
+    return self.eos
 
   @property
   def pad(self) -> int:
@@ -314,18 +322,40 @@ def _only(candidates: Sequence[str], of: str = 'the tokenizer') -> str:
   raise UserError(f'{of} has several pieces that may end a document: {" and ".join(map(repr, pieces))}; set {_END_KEY}')
 
 
+def _begin_mark(tokenizer: Any, eos: int) -> int:
+  """Id of the piece that `tokenizer` puts before each text; `eos` if it puts none.
+
+  Raises:
+    UserError: it puts several.
+  """
+  encoding = _attempt('it fails on the text a', tokenizer.encode, 'a')
+  before = encoding.ids[: (*encoding.special_tokens_mask, 0).index(0)]
+  if len(before) > 1:
+    pieces = ' '.join(tokenizer.id_to_token(id) for id in before)
+    raise UserError(
+      f'the tokenizer puts {len(before)} pieces before each text ({brief(pieces)}), and a pool has at most one; '
+      'take them out of its "post_processor"'
+    )
+  return before[0] if before else eos
+
+
 class HuggingFaceEncoder:
   """A tokenizer.json of Hugging Face's tokenizers. Special tokens that are written out in a text are text.
+
+  If its `post_processor` puts a piece before each text, as Gemma's and Llama's do, that is the begin mark. What it puts
+  after a text has no effect.
 
   Args:
     data: bytes of the file.
     end: the piece that ends a document; '' takes the only special token with a usual name, or, if no token is special,
       the only piece with one.
     rows: of the model's embedding; None if they are not known.
+    begins: False where the rows have no begin marks, whatever the tokenizer does.
 
   Attributes:
     size: V; the number of ids, or `rows` if all further ids are special pieces that no text gives.
     end: that piece. Written out in a text it is text.
+    begin_piece: the piece of `begin`, likewise.
     chat: the chat template, which `open_encoder` sets; None for none.
     rows: `size` where it is smaller than the number of ids; otherwise None.
     exact: white space before an answer is the prompt's, as a chat template writes it (`encode_pair`).
@@ -334,7 +364,7 @@ class HuggingFaceEncoder:
     UserError: the file is not a tokenizer, is too large or draws at random; or no such piece, or several.
   """
 
-  def __init__(self, data: bytes, end: str = '', rows: int | None = None):
+  def __init__(self, data: bytes, end: str = '', rows: int | None = None, begins: bool = True):
     import tokenizers
 
     self.tokenizer = _tokenizer(data)
@@ -363,10 +393,12 @@ class HuggingFaceEncoder:
     if self.end not in ids:
       raise UserError(f'the tokenizer has no piece {self.end!r} to end a document with; set {_END_KEY}')
     self.eos: int = ids[self.end]
+    self.begin: int = _begin_mark(self.tokenizer, self.eos) if begins else self.eos
+    begin = self.begin_piece = self.tokenizer.id_to_token(self.begin)
     # Such as Gemma 3's image token, and a padding token that was added without a row.
     own = self.tokenizer.get_vocab(with_added_tokens=False)
     beyond = {piece for piece, i in ids.items() if rows and i >= rows}
-    self.rows = rows if beyond and beyond <= special - own.keys() - {self.end} else None
+    self.rows = rows if beyond and beyond <= special - own.keys() - {self.end, begin} else None
     self.size = self.rows or self.size
     self.pad: int = ids['<pad>'] if '<pad>' in special and ids['<pad>'] < self.size else self.eos
     unknown = getattr(model, 'unk_token', None)
@@ -375,10 +407,10 @@ class HuggingFaceEncoder:
     else:
       self.unk = ids.get(unknown, -1)
     # Special pieces that the model, too, has: T5's and other Unigram models would match them in a text.
-    never = {ids[piece] for piece in (*special, self.end) if piece in ids} - {self.unk}
+    never = {ids[piece] for piece in (*special, self.end, begin) if piece in ids} - {self.unk}
     self._never = never if self.unk not in (-1, self.eos) else set()
     # Also where the file does not call it special, so that it is text when it is written out.
-    self.tokenizer.add_special_tokens([tokenizers.AddedToken(self.end, normalized=False)])
+    self.tokenizer.add_special_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in (self.end, begin)])
     self.data = data
     self.chat: chats.Chat | None = None
     self.exact = False
@@ -430,28 +462,34 @@ class HuggingFaceEncoder:
     )
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    special = {self.eos, self.pad}
+    special = {self.eos, self.begin, self.pad}
     return self.tokenizer.decode([i for i in np.asarray(ids).tolist() if i not in special], skip_special_tokens=False)
 
   def decode_batch(self, ids_BL: np.ndarray) -> list[str]:
     return [self.decode(ids_L) for ids_L in ids_BL]
 
 
+def unmarked(encoder: Encoder, ids: list[int]) -> list[int]:
+  """`ids` of a text without the begin mark that a chat template may write first."""
+  return ids[1:] if ids[:1] == [encoder.begin] else ids
+
+
 def encode_pair(encoder: Encoder, context: str, answer: str) -> tuple[list[int], list[int]]:
-  """Ids of a context and of the answer that follows it; joined they are the ids of `context + answer`.
+  """Ids of a context and of the answer that follows it; joined they are the `unmarked` ids of `context + answer`.
 
   The text is encoded once, as a document of the pool is: `encode(a + b)` is not `encode(a) + encode(b)`, because pieces
   may cross the boundary and some vocabularies put a space before every text. White space at the end of the context and
   a piece with characters of both belong to the answer, as in lm-evaluation-harness.
   """
   exact = isinstance(encoder, HuggingFaceEncoder) and encoder.exact
-  ids, place = encoder.encode(context + answer), len(context if exact else context.rstrip())
-  before = encoder.encode(context[:place])
+  whole = encoder.encode(context + answer)
+  ids, place = unmarked(encoder, whole), len(context if exact else context.rstrip())
+  before = unmarked(encoder, encoder.encode(context[:place]))
   first = len(before)
   # The answer begins after the context's own ids, if the whole text begins with them and the last is no unknown piece.
   if ids[:first] == before and first < len(ids) and encoder.unk not in before[-1:]:
     return before, ids[first:]
-  spans = encoder.offsets(context + answer)
+  spans = encoder.offsets(context + answer)[len(whole) - len(ids) :]
   first = next((i for i, (_, stop) in enumerate(spans) if stop > place), len(spans))
   while first and spans[first - 1][0] >= place:  # of one character's bytes only the last may cover it
     first -= 1
@@ -539,8 +577,8 @@ def _save_file(choice: str, folder: Path, end: str) -> None:
     tokenizer = HuggingFaceEncoder(data, end or _configured_end(choice, data), _model_rows(choice))
     _try(tokenizer, tokenizer.end)
     storage.write_bytes(folder / TOKENIZER, data)
-    rows = {'rows': tokenizer.rows} if tokenizer.rows else {}
-    storage.write_json(folder / 'end_piece.json', {'end_piece': tokenizer.end} | rows)
+    options = {'rows': tokenizer.rows} if tokenizer.rows else {}
+    storage.write_json(folder / OPTIONS, {'end': tokenizer.end} | options)
     if chat := chats.read(choice):
       storage.write_json(folder / chats.FILE, chats.to_json(chat))
     return
@@ -629,7 +667,7 @@ def open_encoder(folder: Location | str | os.PathLike) -> Encoder:
   if (model := storage.read_bytes(folder / MODEL)) is not None:
     return SentencePieceEncoder(model)
   if (tokenizer := storage.read_bytes(folder / TOKENIZER)) is not None:
-    encoder = HuggingFaceEncoder(tokenizer, *_end_piece(folder))
+    encoder = HuggingFaceEncoder(tokenizer, **storage.read_json(folder / OPTIONS, dict))
     if storage.is_file(folder / chats.FILE):
       encoder.chat = chats.of_json(storage.read_json(folder / chats.FILE, dict))
     return encoder
@@ -638,10 +676,9 @@ def open_encoder(folder: Location | str | os.PathLike) -> Encoder:
   raise UserError(f'{folder} has no vocabulary; run --stage=pool')
 
 
-def _end_piece(folder: Location) -> tuple[str, int | None]:
-  """`end` and `rows` of the tokenizer in `folder`."""
-  values = storage.read_json(folder / 'end_piece.json', dict)
-  return values['end_piece'], values.get('rows')
+def leave_out_begin_marks(folder: Location) -> None:
+  """Notes beside the tokenizer.json in `folder` that its rows have no begin marks."""
+  storage.write_json(folder / OPTIONS, storage.read_json(folder / OPTIONS, dict) | {'begins': False})
 
 
 def size_of(choice: str, end: str = '') -> int:
@@ -659,16 +696,16 @@ def seqio_vocabulary(folder: Location) -> 'seqio.Vocabulary':
   if storage.is_file(folder / MODEL):
     return load(str(storage.local(folder / MODEL)))
   if (tokenizer := storage.read_bytes(folder / TOKENIZER)) is not None:
-    return _hugging_face_vocabulary(tokenizer, *_end_piece(folder))
+    return _hugging_face_vocabulary(tokenizer, **storage.read_json(folder / OPTIONS, dict))
   return seqio.ByteVocabulary(extra_ids=0)
 
 
 @functools.lru_cache(maxsize=2)
-def _hugging_face_vocabulary(data: bytes, end: str, rows: int | None) -> 'seqio.Vocabulary':
+def _hugging_face_vocabulary(data: bytes, **options: Any) -> 'seqio.Vocabulary':
   import seqio
   import tensorflow as tf
 
-  encoder = HuggingFaceEncoder(data, end, rows)
+  encoder = HuggingFaceEncoder(data, **options)
 
   class HuggingFaceVocabulary(seqio.Vocabulary):
     """A tokenizer.json for seqio; `encode_tf` calls Python."""

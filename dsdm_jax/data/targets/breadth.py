@@ -13,6 +13,7 @@ import numpy as np
 from dsdm_jax.core import prng
 from dsdm_jax.data.pool.layout import fitting
 from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.pool.vocabulary import unmarked
 from dsdm_jax.errors import UserError
 
 SHARE, MOST = 0.05, 2_048  # of the pool's rows, and in rows: how much text is held out, about
@@ -48,8 +49,8 @@ def pieces(
 ) -> tuple[dict[str, list[tuple[np.ndarray, np.ndarray, dict[str, Any]]]], int]:
   """(tokens_L, weights_L, record) of each piece of the held-out documents by split, as in `targets.Examples`.
 
-  A piece has at most L − 1 tokens after an end mark. The last of a document is left out if it has less than a quarter,
-  and so are pieces of whose tokens the loss counts none.
+  A piece has at most L − 1 tokens after the mark that begins a text. The last of a document is left out if it has less
+  than a quarter, and so are pieces of whose tokens the loss counts none.
 
   Args:
     pool: of the documents.
@@ -66,6 +67,8 @@ def pieces(
   texts = zip(pool.document_tokens(documents), pool.document_weights(documents), strict=True)
   for place, (tokens, counted) in enumerate(texts):
     name = pool.documents[int(documents[place])]['id']
+    own = len(unmarked(encoder, tokens[:1].tolist()))  # 0: the document's begin mark, which each piece gets
+    tokens, counted = tokens[1 - own :], counted[1 - own :]
     for number, start in enumerate(range(0, len(tokens), room)):
       part, weight = tokens[start : start + room], counted[start : start + room]
       if not weight.any():
@@ -74,7 +77,7 @@ def pieces(
         short += 1
         continue
       tokens_L, weights_L = np.full(pool.length, encoder.pad, np.int32), np.zeros(pool.length, np.float32)
-      tokens_L[0] = encoder.eos
+      tokens_L[0] = encoder.begin
       tokens_L[1 : 1 + len(part)], weights_L[1 : 1 + len(part)] = part, weight
       record = {'id': f'{name}#{number}', 'context': '', 'answer': pool.text_of(part), 'document': name}
       record |= {'starts': [0], 'shots_dropped': 0, 'tokens_cut': 0}

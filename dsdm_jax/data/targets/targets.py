@@ -80,7 +80,7 @@ class Examples:
 def text_mask(weights_XL: np.ndarray) -> np.ndarray:
   """Bool [X, L], True up to the last positive weight of each row of float [X, L], the end of a sequence's answer.
 
-  Token ids do not identify padding: it may be the end mark, which begins each sequence.
+  Token ids do not identify padding: it may be the end mark, which may begin each sequence.
   """
   return np.cumsum(weights_XL[:, ::-1] > 0, axis=1)[:, ::-1] > 0
 
@@ -92,7 +92,7 @@ def sequence(encoder: Encoder, context: str, answer: str, length: int) -> tuple[
     return None
   room = length - 1 - len(answer_ids)
   context_ids = context_ids[-room:] if room else []
-  ids = [encoder.eos, *context_ids, *answer_ids]
+  ids = [encoder.begin, *context_ids, *answer_ids]
   tokens_L = np.full(length, encoder.pad, np.int32)
   tokens_L[: len(ids)] = ids
   weights_L = np.zeros(length, np.float32)

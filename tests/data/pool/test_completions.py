@@ -310,7 +310,7 @@ def test_completions_and_conversations_are_targets_and_benchmarks(tmp_path):
   assert encoder.decode(tokens_L[weights_L > 0]) == f'yes {number}\n' and weights_L.sum() == len(f'yes {number}') + 2
   c.evaluation.tasks = (str(talks),)
   c.targets.tasks = ('cs_algorithms',)
-  [request] = suite.read(c.evaluation, c.targets, suite.Sequences(encoder, 96, encoder.eos))
+  [request] = suite.read(c.evaluation, c.targets, suite.Sequences(encoder, 96))
   start = encoder.tokenizer.token_to_id('<|im_start|>')
   assert request.ids_P[0][:2].tolist() == [encoder.eos, start] and request.count_P[0] == len('yes 0') + 2
 

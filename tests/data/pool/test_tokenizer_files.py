@@ -18,7 +18,7 @@ def test_ids_are_those_of_the_pool(kind, tmp_path):
     storage.write_json(tmp_path / BYTES, {'vocabulary': 'bytes'})
   elif hasattr(encoder, 'data'):
     (tmp_path / TOKENIZER).write_bytes(encoder.data)
-    storage.write_json(tmp_path / 'end_piece.json', {'end_piece': encoder.end})
+    storage.write_json(tmp_path / 'tokenizer_options.json', {'end': encoder.end})
   else:
     (tmp_path / MODEL).write_bytes(encoder._processor.serialized_model_proto())
   out = tmp_path / 'out'

@@ -41,9 +41,9 @@ def test_sequence_by_hand():
 
 def test_padding_is_the_vocabularys():
   other = Bytes()
-  other.eos, other.pad = 7, 9
+  other.eos, other.begin, other.pad = 7, 8, 9
   tokens_L, weights_L = sequence(other, 'Q:', ' yes', 10)
-  assert tokens_L.tolist() == [7, *by_bytes('Q: yes'), 9, 9, 9]
+  assert tokens_L.tolist() == [8, *by_bytes('Q: yes'), 9, 9, 9]
   assert weights_L.tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
 
 

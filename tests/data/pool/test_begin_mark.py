@@ -1,0 +1,156 @@
+"""The begin mark of a tokenizer stands once before each document, target, prompt and piece of breadth."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+from tokenizers import processors
+
+from dsdm_jax.data.pool import chat, tokenizer_files, vocabulary
+from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.targets import breadth
+from dsdm_jax.data.targets.targets import sequence
+from dsdm_jax.errors import UserError
+from dsdm_jax.evaluation import ngrams
+from dsdm_jax.evaluation.suite import Sequences, stop_tokens
+from tests.helpers import vocabularies
+from tests.helpers.data import invented, run_pool, small_config
+
+BEGIN = '<s>'
+
+
+def tokenizer(folder: Path, template: str = f'{BEGIN}:0 $A:0', kind: str = 'byte_level', **beside) -> str:
+  """A tokenizer.json that puts `BEGIN` before each text, as Llama's; returns its path."""
+  written = tokenizers.Tokenizer.from_str(vocabularies.encoder(kind).data.decode())
+  written.add_special_tokens([BEGIN, '<top>'])
+  pieces = [(piece, written.token_to_id(piece)) for piece in (BEGIN, '<top>', vocabularies.END)]
+  written.post_processor = processors.TemplateProcessing(template, f'{template} $B:1', pieces)
+  folder.mkdir(exist_ok=True)
+  (folder / 'tokenizer.json').write_text(written.to_str())
+  (folder / 'tokenizer_config.json').write_text(
+    json.dumps({'eos_token': vocabularies.END, 'bos_token': BEGIN} | beside)
+  )
+  return str(folder / 'tokenizer.json')
+
+
+def opened(path: str, folder: Path) -> vocabulary.HuggingFaceEncoder:
+  vocabulary.save(path, folder)
+  encoder = vocabulary.open_encoder(folder)
+  assert isinstance(encoder, vocabulary.HuggingFaceEncoder)
+  return encoder
+
+
+@pytest.fixture(scope='module')
+def pool(tmp_path_factory) -> Pool:
+  folder = tmp_path_factory.mktemp('begin')
+  return Pool(run_pool(small_config(vocabulary=tokenizer(folder / 'model')), folder))
+
+
+@pytest.mark.parametrize('kind', ['byte_level', 'llama_json', 'metaspace'])
+def test_the_mark_is_the_piece_that_the_tokenizer_puts_before_a_text(tmp_path, kind):
+  encoder = opened(tokenizer(tmp_path / 'm', kind=kind), tmp_path)
+  assert encoder.begin == encoder.tokenizer.token_to_id(BEGIN) != encoder.eos
+  assert encoder.begin not in encoder.encode(f'{BEGIN} a{BEGIN}b')
+  ids = encoder.encode('some words')
+  assert encoder.decode([encoder.begin, *ids, encoder.eos]) == encoder.decode(ids)
+  assert stop_tokens(encoder)[encoder.begin]
+
+
+@pytest.mark.parametrize('template', ['$A:0', f'$A:0 {vocabularies.END}:0', f'{vocabularies.END}:0 $A:0'])
+def test_without_one_the_end_mark_begins_a_text(tmp_path, template):
+  encoder = opened(tokenizer(tmp_path / 'm', template), tmp_path)
+  assert encoder.begin == encoder.eos
+  assert Pool(run_pool(small_config(vocabulary=str(tmp_path / 'm/tokenizer.json')), tmp_path)).text(0)
+
+
+def test_several_are_refused(tmp_path):
+  with pytest.raises(UserError, match=r"puts 2 pieces before each text \('<top> <s>'\).*\"post_processor\""):
+    opened(tokenizer(tmp_path / 'm', f'<top>:0 {BEGIN}:0 $A:0'), tmp_path)
+
+
+def test_each_document_of_a_pool_has_one(pool):
+  config = small_config()
+  texts = {document.id: document.text for document in invented(config.pool, config.seed)}
+  tokens_NL, encoder = pool.tokens(np.arange(pool.num_rows)), pool.encoder
+  after_end = tokens_NL[:, 1:][tokens_NL[:, :-1] == encoder.eos]
+  assert len(after_end) > 20 and (after_end == encoder.begin).all()
+  documents = np.arange(20)
+  for document, ids in zip(documents, pool.document_tokens(documents), strict=True):
+    record = pool.documents[int(document)]
+    whole = [encoder.begin, *encoder.encode(texts[record['id']])]
+    assert record['tokens'] == len(whole) and ids.tolist()[: len(whole)] == whole[: len(ids)]
+    assert texts[record['id']].startswith(pool.text_of(ids[ids != encoder.eos], one=True).rstrip('\ufffd'))
+  assert not any(BEGIN in pool.text(row) for row in range(pool.num_rows))
+
+
+def test_targets_prompts_and_breadth_begin_with_one(pool):
+  encoder = pool.encoder
+  tokens_L, weights_L = sequence(encoder, 'river', ' stone', 64)
+  ids, count = Sequences(encoder, 64, begin=False).pair('river', ' stone')
+  assert ids.tolist() == tokens_L[: len(ids)].tolist() == [encoder.begin, *encoder.encode('river stone')]
+  assert weights_L.sum() == count
+  assert Sequences(encoder, 3).pair('river of stones', ' x')[0][0] == encoder.begin
+  assert Sequences(encoder, 64).prompt('river ', 4).tolist() == [encoder.begin, *encoder.encode('river')]
+  pieces = breadth.pieces(pool, np.arange(12), 0.5)[0]
+  for tokens_L, _, record in (*pieces['target'], *pieces['holdout']):
+    assert tokens_L[0] == encoder.begin and (tokens_L == encoder.begin).sum() == 1
+    assert BEGIN not in record['answer']
+
+
+def test_a_history_of_n_grams_begins_with_it():
+  end, begin = 1, 2
+  stream = np.array([begin, 5, 6, end, begin, 7])
+  counts = ngrams.NGrams(stream, np.zeros(1, np.int64), 8, begin, 3)
+  asked = counts.probabilities(np.array([begin, 7]), np.zeros(1, np.int64))
+  inside = counts.probabilities(stream, np.zeros(1, np.int64))
+  np.testing.assert_allclose(asked[:, 1], inside[:, 5])
+
+
+@pytest.mark.parametrize('writes', [True, False])
+def test_a_chat_template_writes_its_own(tmp_path, writes):
+  template = (
+    '{% for m in messages %}{% generation %}{{ m.content }}' + vocabularies.END + '{% endgeneration %}{% endfor %}'
+  )
+  path = tokenizer(tmp_path / 'm', chat_template='{{ bos_token }}' * writes + template)
+  (tmp_path / 'talk.jsonl').write_text(
+    ''.join(json.dumps({'messages': [{'role': 'assistant', 'content': f'Number {i}.'}]}) + '\n' for i in range(30))
+  )
+  config = small_config(vocabulary=path, sources=(f'jsonl:{tmp_path}/talk.jsonl | messages=messages',), length=32)
+  pool = Pool(run_pool(config, tmp_path))
+  encoder = pool.encoder
+  ids = [of for of in pool.document_tokens(np.arange(30)) if len(of)]  # the others are after the last whole row
+  assert len(ids) > 5 and all(
+    (of == encoder.begin).sum() == writes and (of[0] == encoder.begin) == writes for of in ids
+  )
+  text = encoder.chat.render([{'role': 'user', 'content': 'Hi'}])
+  ids, _ = Sequences(encoder.templated, 32).pair(text, 'yes')
+  assert ids[0] == encoder.begin and (ids == encoder.begin).sum() == 1
+  prompt = Sequences(encoder.templated, 32).prompt(text, 4)
+  assert prompt[0] == encoder.begin and (prompt == encoder.begin).sum() == 1
+
+
+@pytest.mark.parametrize('marked', [True, False])
+def test_rows_of_ids_say_whether_they_have_it(tmp_path, marked):
+  path = tokenizer(tmp_path / 'm')
+  encoder = opened(path, tmp_path)
+  text = encoder.encode('no such thing')[:7]
+  rows = [[encoder.begin if marked else encoder.eos, *text] for _ in range(16)]
+  pq.write_table(pa.table({'ids': pa.array(rows, pa.list_(pa.int32()))}), tmp_path / 'rows.parquet')
+  sources = (f'tokens:{tmp_path}/rows.parquet | text=ids',)
+  pool = Pool(run_pool(small_config(vocabulary=path, sources=sources, length=8), tmp_path))
+  assert pool.encoder.begin == (encoder.begin if marked else encoder.eos)
+  # The exported tokenizer does the same by default, as transformers and lm-evaluation-harness use it.
+  (tmp_path / 'out').mkdir()
+  ids = tokenizer_files.write(pool.path, tmp_path / 'out', 8)
+  assert ids['bos_token_id'] == pool.encoder.begin
+  theirs = tokenizers.Tokenizer.from_file(str(tmp_path / 'out/tokenizer.json')).encode('a river').ids
+  assert theirs == ([encoder.begin] if marked else []) + encoder.encode('a river')
+  if marked:
+    assert theirs == Sequences(pool.encoder, 8, begin=False).pair('a', ' river')[0].tolist()
+  about = json.loads((tmp_path / 'out/tokenizer_config.json').read_text())
+  assert about['bos_token'] == (BEGIN if marked else vocabularies.END)
+  assert chat.read(str(tmp_path / 'out/tokenizer.json')) is None
