@@ -147,7 +147,7 @@ def read(path: Location) -> ArmFile:
     ladder = content['ladder']
     return ArmFile(
       name=content['arm'],
-      questions=content['asked'],
+      questions=_of_items(content['asked']),
       items=_items(content['items']),
       lines=_items(content.get('lines', {})),
       documents=_names(content['documents']),
@@ -162,6 +162,11 @@ def read(path: Location) -> ArmFile:
     raise UserError(f'{path} cannot be read ({error.strerror}); give files that `dsdm_jax.study run` wrote') from error
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error, binascii.Error) as error:
     raise UserError(f'{path} is not the file of a finished arm, or is damaged ({error}); run the arm again') from error
+
+
+def _of_items(asked: Mapping[str, Any]) -> dict[str, Any]:
+  """`asked` without the targets' counts, `targets/<task>.json`, which say nothing of the items."""
+  return {key: value for key, value in asked.items() if f'{key.removesuffix(".json")}.holdout.jsonl' not in asked}
 
 
 def _items(packed: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -314,6 +314,16 @@ def test_arms_from_elsewhere_join_the_table(studied, tmp_path):
   assert {row['method'] for row in joined['arms']} >= {'dsdm', 'dsdm/damped', 'dsdm/again_1'}
 
 
+def test_arms_whose_targets_count_differently_fit(studied, tmp_path):
+  base, damped = (artifacts.unseal((studied / f'finished/{arm}.json').read_bytes()) for arm in ('base', 'damped'))
+  counts = [name for name in damped['asked'] if name.replace('.json', '.holdout.npz') in damped['asked']]
+  assert counts
+  asked = damped['asked'] | dict.fromkeys(counts, '0' * 64)
+  for arm in (base, {**damped, 'asked': asked}):
+    (tmp_path / f'{arm["arm"]}.json').write_bytes(artifacts.seal(arm))
+  assert main(['results', '--files', f'{tmp_path}/*.json', '--out', str(tmp_path / 'out')]) == 0
+
+
 def test_files_that_do_not_fit_are_refused(studied, tmp_path, capsys):
   whole = artifacts.unseal((studied / 'finished/damped.json').read_bytes())
   (tmp_path / 'base.json').write_text((studied / 'finished/base.json').read_text())
@@ -328,7 +338,7 @@ def test_files_that_do_not_fit_are_refused(studied, tmp_path, capsys):
   assert 'arm damped was evaluated on other items than base: evaluation.max_items differ' in refused(
     asked={**whole['asked'], 'evaluation.max_items': 13}
   )
-  (file, *_) = (name for name in whole['asked'] if name.startswith('targets/'))
+  (file, *_) = (name for name in whole['asked'] if name.endswith('.holdout.npz'))
   assert f'was evaluated on other items than base: {file} differ' in refused(asked={**whole['asked'], file: '0' * 64})
   assert 'has format 2 and this version reads 1' in refused(format=2)
   assert 'must have distinct names and include base' in refused(arm='base')
