@@ -38,7 +38,10 @@ class Moment(nnx.Variable):
 
 @jax.custom_vjp
 def measured_matmul(x: jax.Array, w_IO: jax.Array, in_II: jax.Array, out_OO: jax.Array) -> jax.Array:
-  """x @ w for x [..., I]; reverse mode gives `in_II` the cotangent Σ x xᵀ and `out_OO` Σ dy dyᵀ, in float32."""
+  """x @ w for x [..., I]; reverse mode gives `in_II` the cotangent Σ x xᵀ and `out_OO` Σ dy dyᵀ, in float32.
+
+  Both sums are over tokens with dy ≠ 0.
+  """
   del in_II, out_OO
   return x @ w_IO
 
@@ -54,6 +57,7 @@ def _measured_backward(
   residuals: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, None, jax.Array, jax.Array]:
   x, w_IO = residuals
+  x = jnp.where(jnp.any(dy != 0, axis=-1, keepdims=True), x, 0)  # padding has no part in the gradient
   in_II, out_OO = (jnp.einsum('...i,...j->ij', v, v, preferred_element_type=jnp.float32) for v in (x, dy))
   return dy @ w_IO.T, None, in_II, out_OO
 
