@@ -316,8 +316,8 @@ def test_arms_from_elsewhere_join_the_table(studied, tmp_path):
 
 def test_arms_whose_targets_count_differently_fit(studied, tmp_path):
   base, damped = (artifacts.unseal((studied / f'finished/{arm}.json').read_bytes()) for arm in ('base', 'damped'))
-  counts = [name for name in damped['asked'] if name.replace('.json', '.holdout.npz') in damped['asked']]
-  assert counts
+  counts = [name.replace('.holdout.npz', '.json') for name in damped['asked'] if name.endswith('.holdout.npz')]
+  assert counts and damped['asked'].keys() >= {*counts}
   asked = damped['asked'] | dict.fromkeys(counts, '0' * 64)
   for arm in (base, {**damped, 'asked': asked}):
     (tmp_path / f'{arm["arm"]}.json').write_bytes(artifacts.seal(arm))
