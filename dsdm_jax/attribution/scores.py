@@ -104,7 +104,7 @@ def run(context: Context) -> dict:
         solved = solve.solve(mode, members, weights, options, mesh, bar.update, accumulator, held_out, new)
       solves = 1 if solved.choice is None else len(damping.FACTORS)
       charged += sum(
-        2.0 * member.source.rows * size**2 + solves * size**3 / 3
+        2.0 * member.source.gram_rows().rows * size**2 + solves * size**3 / 3
         for member in solved.members
         for size in (stop - start for start, stop in member.blocks)
       )
@@ -121,7 +121,8 @@ def run(context: Context) -> dict:
       tasks = score_tasks(solved, of_new, seen_PN, options.average, bar.update, accumulator, name)
       flop = (context.cost.flop - before) / len(new)
       for place, w in zip(new, of_new, strict=True):
-        columns = 0 if by_ekfac else len(w.weight_KT)
+        # A pass by directional derivatives multiplies no features.
+        columns = 0 if features.semantics['mode'] == 'jvp' else len(w.weight_KT)
         own = sum(2.0 * member.source.rows * member.source.dimension * columns for member in solved.members)
         unit = _unit(names[place])
         spent |= {unit: (time.monotonic() - began) / len(new), f'{unit} flop': flop + own}

@@ -9,7 +9,8 @@ import scipy.stats
 from configs import base
 from dsdm_jax.attribution import accumulators, score_arrays, scores
 from dsdm_jax.attribution.score_arrays import ScoreArrays
-from dsdm_jax.attribution.store import FeatureStore
+from dsdm_jax.attribution.sources import RowSource
+from dsdm_jax.attribution.store import Features, FeatureStore, open_store
 from dsdm_jax.core import storage
 from dsdm_jax.core.artifacts import Artifact, Cost
 from dsdm_jax.core.progress import Log
@@ -53,7 +54,7 @@ def run(tmp_path):
     lines = [json.dumps({'id': f'{i}', 'context': '', 'answer': 'x', 'document': d}) for i, d in enumerate(names)]
     (folder / f'{task}.target.jsonl').write_text('\n'.join(lines))
 
-  def run(count=C, change=None, each=1, steps=1, kept=None, **settings):
+  def run(count=C, change=None, each=1, steps=1, kept=None, mode='store', **settings):
     config = base.get_config()
     config.proxies.count, config.proxies.checkpoints = count // each, each
     config.datamodel.update({'gram': 'full'} | settings)
@@ -64,7 +65,7 @@ def run(tmp_path):
     for p in range(count // each):
       storage.save_npy(folder / f'subset_{p}.npy', subsets[p])
     semantics = {
-      'projection': 'two_sided', 'layers': LAYERS, 'dimension': J, 'mode': 'store', 'rows': phi.shape[1],
+      'projection': 'two_sided', 'layers': LAYERS, 'dimension': J, 'mode': mode, 'rows': phi.shape[1],
       'checkpoints': count, 'shard_rows': 10, 'store_dtype': 'float32',
     }  # fmt: skip
     name = f'features_{len(list(tmp_path.iterdir()))}'
@@ -82,8 +83,9 @@ def run(tmp_path):
     if kept is not None:
       inputs['prefilter'], folder = make(f'prefilter_{name}', {'of': N})
       storage.save_npy(folder / 'rows.npy', kept)
-    made = scores.run(Context(config, out, inputs, Log(tmp_path, 'datamodel', enabled=False), Cost(out)))
-    arrays = dict(ScoreArrays(out))
+    cost = Cost(out)
+    made = scores.run(Context(config, out, inputs, Log(tmp_path, 'datamodel', enabled=False), cost))
+    arrays, run.flop = dict(ScoreArrays(out)), cost.flop
     run.artifact = Artifact(out, {'semantics': made})
     return arrays, json.loads((out / 'report.json').read_text()), made
 
@@ -153,6 +155,32 @@ def test_rows_that_a_prefilter_left_out_have_no_score(run):
   for values in (read.score_N('mix'), read.score_N('docs'), read.reach_N('docs'), read.groups_NG('docs')[:, 0]):
     assert len(values) == N and np.isnan(values[left_out]).all() and np.isfinite(values[kept]).all()
   assert set(read.arrays['example_rows_docs_EM'].ravel()) <= set(kept)
+
+
+class _Directional(RowSource):
+  """Stored rows as `DirectionalSource` has them: the first 20 make the Gram matrix."""
+
+  def __init__(self, store, rows=N):
+    self._store, self.rows, self.dimension, self.shard_rows = store, rows, J, store.shard_rows
+
+  def from_row(self, row):
+    return (shard for shard in self._store.from_row(row) if shard[1] <= self.rows)
+
+  def gram_rows(self):
+    return _Directional(self._store, 20)
+
+
+def test_operations_are_those_of_the_rows_that_make_the_gram_matrix(run, monkeypatch):
+  columns = sum(1 + groups for groups in (5, 3))  # the mean, and a group for each document
+  run(bootstrap=0, examples=0, groups=8)
+  assert run.flop == pytest.approx(C * (2 * N * J**2 + J**3 / 3 + 2 * N * J * columns))
+
+  def directional(features, checkpoint):
+    return _Directional(open_store(features._path, checkpoint, features.semantics))
+
+  monkeypatch.setattr(Features, 'pool', directional)
+  run(bootstrap=0, examples=0, groups=8, mode='jvp')
+  assert run.flop == pytest.approx(C * (2 * 20 * J**2 + J**3 / 3))
 
 
 def test_every_array_against_numpy(run):
