@@ -201,7 +201,7 @@ def _content(entry: Entry, record: Mapping[str, Any]) -> tuple[str, Spans | None
     if option == 'messages':
       assert entry.chat is not None
       try:
-        return entry.chat.document(value.tolist() if isinstance(value, np.ndarray) else value)
+        return entry.chat.document(_messages(value))
       except ValueError as error:
         raise ValueError(f'field {field!r}: {error}') from error
     if not isinstance(value, str):
@@ -211,6 +211,15 @@ def _content(entry: Entry, record: Mapping[str, Any]) -> tuple[str, Spans | None
     parts.append(value)
   text = ''.join(parts)
   return text, ((len(parts[0]), len(text)),) if entry.completion else None
+
+
+def _messages(value: Any) -> Any:
+  """A conversation as a list of messages. TFDS has a list for each of their fields, and bytes in place of text."""
+  value = value.tolist() if isinstance(value, np.ndarray) else value
+  if not isinstance(value, Mapping) or not all(isinstance(column, list | np.ndarray) for column in value.values()):
+    return value
+  columns = [[x.decode() if isinstance(x, bytes) else x for x in column] for column in value.values()]
+  return [dict(zip(value, message, strict=True)) for message in zip(*columns, strict=True)]
 
 
 def _text(unit: Unit) -> Records:

@@ -168,6 +168,34 @@ def test_parquet_with_nested_messages_gives_the_same(tmp_path):
   assert {d['id'] for d in pools[0].documents} == {f'n{i}' for i in range(6)}
 
 
+@pytest.mark.parametrize('file_format', ['array_record', 'tfrecord'])
+def test_conversations_of_tfds_are_those_of_files(tmp_path, file_format):
+  """TFDS turns a sequence of messages into one array for each of their fields."""
+  import tensorflow_datasets as tfds
+
+  records = [{'id': 'é', 'messages': TALK}, {'id': 'n', 'messages': TALK[:2]}]
+  folder, text = tmp_path / 'written', tfds.features.Text()
+  folder.mkdir()
+  identity = tfds.core.dataset_info.DatasetIdentity(
+    name='mine', version=tfds.core.Version('1.0.0'), data_dir=str(folder), module_name='m'
+  )
+  features = tfds.features.FeaturesDict(
+    {'id': text, 'messages': tfds.features.Sequence({'role': text, 'content': text})}
+  )
+  info = tfds.core.DatasetInfo(builder=identity, features=features, disable_shuffling=True)
+  writer = tfds.core.SequentialWriter(info, max_examples_per_shard=20, file_format=file_format)
+  writer.initialize_splits(['train'])
+  writer.add_examples({'train': records})
+  writer.close_all()
+  model, pools = write_tokenizer(tmp_path / 'model'), []
+  for line in (f'jsonl:{write_jsonl(tmp_path / "talks.jsonl", *records)}', f'tfds:{folder}'):
+    pools.append(build(tmp_path / f'{len(pools)}', f'{line} | messages=messages', vocabulary=model, length=64))
+  rows = np.arange(pools[0].num_rows)
+  np.testing.assert_array_equal(pools[0].tokens(rows), pools[1].tokens(rows))
+  np.testing.assert_array_equal(pools[0].weights(rows), pools[1].weights(rows))
+  assert {d['id'] for d in pools[1].documents} == {'é', 'n'}
+
+
 def test_templates_that_mark_answers_say_where_they_are():
   text, spans = Chat(MARKED, (('bos_token', '<s>'),)).document(TALK)
   assert text == '<s>U: Hi <|im_end|>\nA: Hello<|im_end|>U: Bye\nA: See you<|im_end|>'
