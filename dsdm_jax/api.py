@@ -285,8 +285,8 @@ class ScoresView(View, Mapping[str, np.ndarray]):
   def tokens(self, target: str, rows: Sequence[int] | np.ndarray, batch_size: int = 8) -> np.ndarray:
     """The contribution of each token of some rows to their scores, float32 [rows, L]; 0 for the first token.
 
-    Contributions of a row sum to its score, up to the rounding of stored features. This runs the proxies on all
-    devices of this machine.
+    Contributions of a row sum to its score, up to the rounding of stored features; NaN for rows that a prefilter left
+    out. This runs the proxies on all devices of this machine.
 
     Args:
       target: one task; the score of a mix is not a sum over tokens.

@@ -7,6 +7,7 @@ After a prefilter N counts the rows that have scores, and `scored.npy`, bool, sa
 """
 
 import collections
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -75,13 +76,17 @@ class ScoreArrays(Mapping[str, np.ndarray]):
         raise UserError(f'{file} has {len(part)} rows; it is damaged: run the datamodel stage again') from error
     return np.moveaxis(whole, 0, axis)
 
+  @functools.cached_property
+  def scored_N(self) -> np.ndarray | None:
+    """Which rows of the pool have scores, bool; None for all."""
+    return None if self._scored is None else storage.load(self._scored)
+
   def of_pool(self, value_N: np.ndarray) -> np.ndarray:
     """Values of the rows that have scores, [N, …], at their places among all rows of the pool; NaN for the others."""
-    if self._scored is None:
+    if self.scored_N is None:
       return value_N
-    scored_N = storage.load(self._scored)
-    whole_N = np.full((len(scored_N), *value_N.shape[1:]), np.nan, value_N.dtype)
-    whole_N[scored_N] = value_N
+    whole_N = np.full((len(self.scored_N), *value_N.shape[1:]), np.nan, value_N.dtype)
+    whole_N[self.scored_N] = value_N
     return whole_N
 
   def rows(self, name: str, rows: np.ndarray) -> np.ndarray:

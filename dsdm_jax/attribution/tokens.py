@@ -74,6 +74,7 @@ class TokenScores:
         'sum it is'
       ) from error
     self._config, self._pool = config, Pool(inputs['pool'])
+    self._arrays = ScoreArrays(self._datamodel.path, self._datamodel.manifest.get('files'))
     folder = inputs['features'].path
     log, cost = Log(folder, 'tokens', enabled=False), Cost(folder, enabled=False)
     self._extractor = FeatureExtractor(Context(config, folder, inputs, log, cost, first=False), self._pool, folder)
@@ -84,10 +85,14 @@ class TokenScores:
     """float32 [B, L]: contribution of each token of each row to the row's score for `task`; zero for the first.
 
     They sum to the score before features are quantized for the store and, if it is averaged over unseen proxies,
-    before `scores.level`.
+    before `scores.level`. NaN for rows that a prefilter left out.
     """
     semantics, rows_B = self._datamodel.semantics, np.asarray(rows, np.int64)
-    u_CJ = ScoreArrays(self._datamodel.path, self._datamodel.manifest.get('files'))[f'u_{task}_CJ']
+    if self._arrays.scored_N is not None and not (scored_B := self._arrays.scored_N[rows_B]).all():
+      share_BL = np.full((len(rows_B), self._pool.length), np.nan, np.float32)
+      share_BL[scored_B] = self(task, rows_B[scored_B])
+      return share_BL
+    u_CJ = self._arrays[f'u_{task}_CJ']
     q_B = np.ones(len(rows_B))
     if semantics['q'] != 'none':
       q_B = 1 - storage.load(self._datamodel.path / Q)[rows_B]

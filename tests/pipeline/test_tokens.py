@@ -30,6 +30,21 @@ def test_tokens_sum_up_to_the_row_in_a_finished_run(finished):
     run.scores.tokens('mix', ROWS)
 
 
+def test_rows_that_a_prefilter_left_out_have_no_score_of_a_token(copied):
+  run = dsdm_jax.load(copied)
+  inputs = {stage: run.artifact(stage) for stage in ('pool', 'proxies', 'features', 'datamodel')}
+  every_BL = TokenScores(inputs)('docs', ROWS)
+  scored_N = np.ones(run.pool.num_rows, bool)
+  scored_N[ROWS[1:3]] = False
+  np.save(inputs['datamodel'].path / 'scored.npy', scored_N)
+  inputs['datamodel'].manifest['files']['scored.npy'] = {}
+  tokens = TokenScores(inputs)
+  found_BL = tokens('docs', ROWS)
+  assert np.isnan(found_BL[1:3]).all()
+  np.testing.assert_array_equal(found_BL[[0, 3, 4]], every_BL[[0, 3, 4]])
+  assert np.isnan(tokens('docs', ROWS[1:2])).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('features', 'datamodel'),
