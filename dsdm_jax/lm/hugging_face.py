@@ -450,9 +450,14 @@ class Weights:
     most, what = math.inf, ''
     if self._family.rotary is None:
       most, what = self._tensors.shape(f'{self._family.names["positions"]}.weight')[0], 'positions'
+    elif theirs.get('max_position_embeddings') is not None:
+      factor = config.rotary_scaling[0] if len(config.rotary_scaling) == 1 else 1.0  # some count without it
+      most = int(_field(theirs, 'max_position_embeddings', int, folder) * factor)
+      what = 'positions by its max_position_embeddings'
     window, counts = theirs.get('sliding_window'), self._family.window
     if window is not None and (counts == '' or (counts and _field(theirs, counts, False, folder))):
-      most, what = _field(theirs, 'sliding_window', int, folder), 'tokens in its sliding_window'
+      size = _field(theirs, 'sliding_window', int, folder)
+      most, what = (size, 'tokens in its sliding_window') if size < most else (most, what)
     if most < length:
       raise UserError(
         f'model.weights = {folder!r} has {most} {what} and rows have {length} tokens; set --config.pool.'

@@ -190,6 +190,28 @@ def test_bfloat16_is_rounded_and_a_gemma_keeps_its_scales(tmp_path):
       assert (np.abs(found[path] - x) <= (0 if exact else 2 * limit)).all()
 
 
+@pytest.mark.parametrize(('scaling', 'most'), [((), LENGTH), ((2.0,), 2 * LENGTH)])
+def test_rows_beyond_the_positions_of_a_rotary_model_are_refused(tmp_path, scaling, most):
+  config = base.model()
+  config.update({'positions': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'bias': False, 'rotary_scaling': scaling})
+  shapes = hugging_face._shapes(config, VOCAB, LENGTH)
+  write(tmp_path / 'model', config, {path: np.ones(shape, np.float32) for path, shape in shapes.items()})
+  folder, file = str(tmp_path / 'model'), tmp_path / 'model/config.json'
+  hugging_face.check(folder, config, most)
+  words = (
+    rf'has {most} positions by its max_position_embeddings and rows have {most + 1} tokens; set .*length={most} or'
+  )
+  with pytest.raises(UserError, match=words):
+    hugging_face.check(folder, config, most + 1)
+  theirs = json.loads(file.read_text())
+  file.write_text(json.dumps(theirs | {'max_position_embeddings': 0}))
+  with pytest.raises(UserError, match='max_position_embeddings = 0, which must be a whole number above 0'):
+    hugging_face.check(folder, config, most)
+  del theirs['max_position_embeddings']
+  file.write_text(json.dumps(theirs))
+  hugging_face.check(folder, config, most + 1)
+
+
 @pytest.mark.peers
 def test_unreadable_folders_are_reported_in_one_line(theirs, tmp_path):
   def refused(words: str, folder: Path, **keys) -> None:
