@@ -71,7 +71,8 @@ class Trainer:
       is left out and the other rows keep their weight, as datamodels require. With weight_BL, which sums to the weight
       of a row, it is Σ_nl weight_nl · nll_nl / B (see `data.order.batches.token_weights`). With `z_loss` > 0, that
       multiple of the mean squared logsumexp of the logits (PaLM, arXiv 2204.02311) is added to the loss that is
-      differentiated; it is a metric of its own.
+      differentiated; it is a metric of its own. The metrics are divided by the mean weight of the batch, so that the
+      loss is in nats per token.
   """
 
   def __init__(
@@ -168,6 +169,9 @@ class Trainer:
     updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
     rate = optimizer.learning_rate(self._config, state.step, steps)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    # The weights of rows that a document fills in part are not one on average.
+    mean_weight = metrics.pop('weight')
+    metrics = {name: value / jnp.where(mean_weight > 0, mean_weight, 1) for name, value in metrics.items()}
     metrics |= {'gradient_norm': _norm(grads), 'learning_rate': rate}
     return TrainState(state.step + 1, params, state.rest, opt_state), metrics
 
@@ -245,12 +249,12 @@ class Trainer:
 
     logits_BLV = self.logits(params, rest, tokens_BL)
     nll_BL = -jax.vmap(token_log_probability)(logits_BLV, tokens_BL)
-    loss = weighted(nll_BL)
+    loss, mean_weight = weighted(nll_BL), jnp.sum(weight if weight.ndim == 1 else weight[:, 1:]) / batch
     if not self._config.z_loss:
-      return loss, {'loss': loss}
+      return loss, {'loss': loss, 'weight': mean_weight}
     square_BL = jnp.square(jax.nn.logsumexp(logits_BLV[:, :-1], axis=-1))
     z_loss = weighted(square_BL)
-    return loss + self._config.z_loss * z_loss, {'loss': loss, 'z_loss': z_loss}
+    return loss + self._config.z_loss * z_loss, {'loss': loss, 'z_loss': z_loss, 'weight': mean_weight}
 
 
 def _norm(tree: Any) -> jax.Array:

@@ -113,7 +113,7 @@ def oracle(trainer: Trainer, tokens, weights, steps: int, c) -> tuple[dict[str, 
       step = (mu[k] / (1 - c.adam_b1 ** (t + 1))) / (np.sqrt(nu[k] / (1 - c.adam_b2 ** (t + 1))) + c.adam_eps)
       matrix = k.endswith(('kernel', 'embedding'))
       params[k] = v - rate * (step + (c.weight_decay * v if matrix else 0))
-    seen.append({'loss': loss, 'gradient_norm': norm, 'learning_rate': rate})
+    seen.append({'loss': loss / weight_B.mean(), 'gradient_norm': norm, 'learning_rate': rate})
   return params, seen
 
 
@@ -155,7 +155,25 @@ def test_row_of_weight_zero_is_left_out_and_others_keep_their_weight():
     only_B = np.zeros(BATCH, np.float32)
     only_B[row] = 1
     losses.append(run_steps(trainer, [tokens_BL], [only_B])[1][0]['loss'])
-  assert first[0]['loss'] == pytest.approx(sum(losses) - losses[2], rel=1e-5)  # divided by B, not by the weights' sum
+  assert first[0]['loss'] == pytest.approx((sum(losses) - losses[2]) / (BATCH - 1), rel=1e-5)  # nats per token
+  (loss, _), _ = trainer._gradient(trainer.init(jax.random.key(3)), tokens_BL, weight_B)
+  assert loss == pytest.approx((sum(losses) - losses[2]) / BATCH, rel=1e-5)  # divided by B, not by the weights' sum
+  nothing = run_steps(trainer, [tokens_BL], [np.zeros(BATCH, np.float32)])[1][0]
+  assert nothing['loss'] == nothing['gradient_norm'] == 0
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_the_logged_loss_is_per_token_whatever_the_weights(devices):
+  """Rows of whole documents weigh the share of their tokens that are selected."""
+  trainer, [tokens_BL] = make_trainer(devices, z_loss=0.1), batches(1)
+  counted_BL = np.ones((BATCH, LENGTH), np.float32)
+  counted_BL[:, :4] = 0
+  half_B = np.full(BATCH, 0.5, np.float32)
+  for weigh in (lambda weight_B: weight_B, lambda weight_B: token_weights(counted_BL, weight_B)):
+    one, half = (run_steps(trainer, [tokens_BL], [weigh(w)])[1][0] for w in (2 * half_B, half_B))
+    for name in ('loss', 'z_loss'):
+      assert half[name] == pytest.approx(one[name], rel=1e-6)
+    assert half['gradient_norm'] == pytest.approx(0.5 * one['gradient_norm'], rel=1e-5)
 
 
 @pytest.mark.parametrize(('set_to', 'devices', 'parts'), [(0, 1, 32), (0, 8, 1), (4, 1, 4), (4, 8, 4)])
