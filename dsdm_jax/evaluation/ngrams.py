@@ -5,9 +5,9 @@ models of orders 2 to 5 (Chen and Goodman 1998, equations 22 to 26), with the vo
 unigrams, and unigrams of the target split's answers. They count each distinct row once, however often the model saw it:
 repetition would scale all counts, and the discounts come from how many n-grams are seen once, twice and three times.
 
-A history begins at the last end mark or at the first token of the row, so it never crosses a text's boundary. An n-gram
-that begins there has no token to its left; as usual, one that begins with an end mark keeps its plain count in lower
-orders. The edge of a row counts as one more left neighbour, because what precedes it is unknown.
+A history begins at the last begin or end mark or at the first token of the row, so it never crosses a text's boundary.
+An n-gram that begins there has no token to its left; as usual, one that begins with a mark keeps its plain count in
+lower orders. The edge of a row counts as one more left neighbour, because what precedes it is unknown.
 """
 
 import dataclasses
@@ -32,17 +32,17 @@ ANSWERS = 'answer unigrams'
 _USUAL = (0.5, 1.0, 1.5)  # discounts where a corpus is too small to estimate them, as in KenLM
 
 
-def histories(tokens_T: np.ndarray, starts: np.ndarray, mark: int, most: int) -> np.ndarray:
+def histories(tokens_T: np.ndarray, starts: np.ndarray, marks: Sequence[int], most: int) -> np.ndarray:
   """Tokens of the history of each token: int64 [T], at most `most`.
 
   Args:
     tokens_T: sequences, one after the other.
     starts: place of the first token of each sequence.
-    mark: what begins a text, `Encoder.begin`; a history may begin with it and does not reach beyond it.
+    marks: the begin and end marks; a history may begin with one and does not reach beyond it.
     most: maximum.
   """
   place_T = np.arange(len(tokens_T))
-  begins_T = tokens_T == mark
+  begins_T = np.isin(tokens_T, marks)
   begins_T[starts] = True
   last_T = np.maximum.accumulate(np.where(begins_T, place_T, 0))
   history_T = np.zeros_like(place_T)
@@ -72,7 +72,7 @@ class NGrams:
     tokens_T: int, the sequences, one after the other.
     starts: place of the first token of each.
     vocab: V.
-    mark: what begins a text, `Encoder.begin`.
+    marks: the begin and end marks.
     order: highest order, at least 1.
 
   Attributes:
@@ -81,10 +81,10 @@ class NGrams:
     continued: for each order but the last int32 [G], the count that lower orders use: of distinct left neighbours.
   """
 
-  def __init__(self, tokens_T: np.ndarray, starts: np.ndarray, vocab: int, mark: int, order: int = ORDER):
-    self.vocab, self.mark, self.order = vocab, mark, order
+  def __init__(self, tokens_T: np.ndarray, starts: np.ndarray, vocab: int, marks: Sequence[int], order: int = ORDER):
+    self.vocab, self.marks, self.order = vocab, marks, order
     token_T = np.asarray(tokens_T, np.int64)
-    history_T = histories(token_T, starts, mark, order - 1)
+    history_T = histories(token_T, starts, marks, order - 1)
     self.keys: list[np.ndarray] = [np.arange(vocab)]
     self.plain: list[np.ndarray] = [np.bincount(token_T, minlength=vocab).astype(np.int32)]
     self.continued: list[np.ndarray] = []
@@ -100,7 +100,7 @@ class NGrams:
       count_G = np.bincount(id_T[place[first]], minlength=size)
       edge = np.flatnonzero(history_T == k - 1)
       edge_G = np.bincount(id_T[edge], minlength=size)
-      after_mark = edge if k == 1 else edge[token_T[edge - k + 1] != mark]
+      after_mark = edge if k == 1 else edge[~np.isin(token_T[edge - k + 1], marks)]
       edge_G[id_T[after_mark]] = 1
       self.continued.append((count_G + edge_G).astype(np.int32))
       self.keys.append(key[first])
@@ -121,7 +121,7 @@ class NGrams:
       starts: place of the first token of each.
     """
     token_T = np.asarray(tokens_T, np.int64)
-    history_T = histories(token_T, starts, self.mark, self.order - 1)
+    history_T = histories(token_T, starts, self.marks, self.order - 1)
     lower_T = np.full(len(token_T), 1.0 / self.vocab)
     before_T, id_T, by_order = np.zeros_like(token_T), token_T, []  # unigrams have one history, number 0
     for k, key_G in enumerate(self.keys):
@@ -216,7 +216,7 @@ def lines(context: Context, suite: Suite, entries: Sequence[Mapping[str, Any]]) 
     entries: see `evaluate.models`.
   """
   pool, asked = Pool(context.inputs['pool']), _questions(suite)
-  vocab, mark = pool.vocab_size, pool.encoder.begin
+  vocab, marks = pool.vocab_size, (pool.encoder.begin, pool.encoder.eos)
   by_line: dict[str, list[np.ndarray]] = {}
 
   def add(name: str, totals: Sequence[np.ndarray]) -> None:
@@ -233,7 +233,7 @@ def lines(context: Context, suite: Suite, entries: Sequence[Mapping[str, Any]]) 
   by_task = []
   for question in asked:
     tokens = answers.get(question.key[0], everything)
-    by_task.append(_totals(NGrams(tokens, np.zeros(1, np.int64), vocab, mark, 1), [question])[0][0])
+    by_task.append(_totals(NGrams(tokens, np.zeros(1, np.int64), vocab, marks, 1), [question])[0][0])
 
   trained = {entry['name']: entry for entry in storage.read_json(context.inputs['selection'].path / 'index.json', list)}
   first = next((e for name in BASELINES for e in trained.values() if e['method'] == name), next(iter(trained.values())))
@@ -247,7 +247,7 @@ def lines(context: Context, suite: Suite, entries: Sequence[Mapping[str, Any]]) 
     if same not in totals_of:
       texts = pool.texts(row_N)
       starts = np.cumsum([0, *(len(text) for text in texts[:-1])])
-      totals_of[same] = _totals(NGrams(np.concatenate(texts), starts, vocab, mark), asked)
+      totals_of[same] = _totals(NGrams(np.concatenate(texts), starts, vocab, marks), asked)
     for k, name in enumerate(NAMES, 1):
       add(name, [by_order[k] for by_order in totals_of[same]])
     add(ANSWERS, by_task)

@@ -62,7 +62,7 @@ def test_equals_an_oracle_and_sums_to_one(vocab, rows, length):
   weights = np.arange(1, vocab) ** -1.5  # token 0 never occurs
   corpus = [g.choice(np.arange(1, vocab), length, p=weights / weights.sum()) for _ in range(rows)]
   corpus[0][:3] = EOS  # two empty texts
-  model = NGrams(*_flat(corpus), vocab, EOS, 4)
+  model = NGrams(*_flat(corpus), vocab, [EOS], 4)
   questions = [np.array(q) for q in ([EOS, 2, 3, 2, 3], [EOS, 0, 2, 4, 2], [2, 2, EOS, 2, EOS, EOS, 3], [4])]
   questions += [g.integers(0, vocab, 6) for _ in range(4)]
   p_KT = model.probabilities(*_flat(questions))
@@ -85,7 +85,7 @@ def test_equals_an_oracle_and_sums_to_one(vocab, rows, length):
 
 def test_by_hand():
   # Counts of a bigram model: (2,3) twice, (3,2), (3,4). Their discounts are the usual ones: nothing is seen 3 times.
-  model = NGrams(np.array([2, 3, 2, 3, 4]), np.array([0]), 5, EOS, 2)
+  model = NGrams(np.array([2, 3, 2, 3, 4]), np.array([0]), 5, [EOS], 2)
   # Left neighbours: 2 follows 3 and the edge, 3 follows 2, 4 follows 3. Unigrams: 4 in all, free mass 1 + 0.5 + 0.5.
   unigram = {2: (2 - 1 + 2 / 5) / 4, 3: (1 - 0.5 + 2 / 5) / 4, 4: (1 - 0.5 + 2 / 5) / 4}
   expected = [(2 - 1 + 1 * unigram[3]) / 2, (1 - 0.5 + 1 * unigram[4]) / 2, unigram[2]]
@@ -98,7 +98,7 @@ def test_by_hand():
 
 def test_histories_end_at_end_marks_and_rows():
   tokens_T = np.array([4, 5, EOS, 6, 7, 8, 2, 3])
-  assert histories(tokens_T, np.array([0, 6]), EOS, 2).tolist() == [0, 1, 2, 1, 2, 2, 0, 1]
+  assert histories(tokens_T, np.array([0, 6]), [EOS], 2).tolist() == [0, 1, 2, 1, 2, 2, 0, 1]
 
 
 def test_discounts():
