@@ -17,8 +17,8 @@ def write(pool: storage.Location, out: Path, length: int) -> dict[str, Any]:
   """Writes `tokenizer.json` and `tokenizer_config.json`, whose ids are those of the pool.
 
   Without a begin mark the end mark is also the piece that a text begins with, as in evaluations. A chat template is
-  written too, and if it has a piece to begin with, that one. Unlike the pool's encoder,
-  transformers turns special pieces that are written out in a text into their ids.
+  written too, and if it has a piece to begin with, that one. The tokenizer puts nothing but the begin mark around a
+  text. Unlike the pool's encoder, transformers turns special pieces that are written out in a text into their ids.
 
   Args:
     pool: folder of the pool.
@@ -33,10 +33,12 @@ def write(pool: storage.Location, out: Path, length: int) -> dict[str, Any]:
   """
   encoder = open_encoder(pool)
   if isinstance(encoder, HuggingFaceEncoder):
-    data, names = encoder.data, {encoder.eos: encoder.end}
-    names |= {i: encoder.tokenizer.id_to_token(i) for i in (encoder.begin, encoder.pad)}
-    if encoder.begin == encoder.eos and HuggingFaceEncoder(data, encoder.end).begin != encoder.eos:
-      data = json.dumps(json.loads(data) | {'post_processor': None}, ensure_ascii=False).encode()
+    data, names = encoder.data, {encoder.pad: encoder.tokenizer.id_to_token(encoder.pad)}
+    names |= {encoder.begin: encoder.begin_piece, encoder.eos: encoder.end}
+    front = [encoder.begin] if encoder.begin != encoder.eos else []
+    if encoder.tokenizer.encode('a').ids != front + encoder.encode('a'):
+      processor = _begins(encoder.begin_piece, encoder.begin) if front else None
+      data = json.dumps(json.loads(data) | {'post_processor': processor}, ensure_ascii=False).encode()
   else:
     model = storage.read_bytes(pool / MODEL)
     tokenizer = _bytes() if model is None else _sentencepiece(model)
@@ -62,6 +64,19 @@ def write(pool: storage.Location, out: Path, length: int) -> dict[str, Any]:
     options['chat_template'] = encoder.chat.template
   storage.write_json(out / 'tokenizer_config.json', options)
   return {'eos_token_id': encoder.eos, 'bos_token_id': begin, 'pad_token_id': encoder.pad}
+
+
+def _begins(piece: str, id: int) -> dict[str, Any]:
+  """The `post_processor` that puts a piece before each text."""
+  mark, text, more = (
+    {kind: {'id': name, 'type_id': 0}} for kind, name in (('SpecialToken', piece), ('Sequence', 'A'), ('Sequence', 'B'))
+  )
+  return {
+    'type': 'TemplateProcessing',
+    'single': [mark, text],
+    'pair': [mark, text, mark, more],
+    'special_tokens': {piece: {'id': piece, 'ids': [id], 'tokens': [piece]}},
+  }
 
 
 def agreement(encoder: Encoder, folder: Path, texts: Sequence[str]) -> int:
