@@ -86,7 +86,7 @@ class Documents(Sequence[dict[str, Any]]):
 
   @property
   def tokens_D(self) -> np.ndarray:
-    """Number of tokens of each document, without its end mark: int64 [D]."""
+    """Number of tokens of each document, with its begin mark and without its end mark: int64 [D]."""
     return self.column('tokens')
 
   def column(self, name: str) -> np.ndarray:
@@ -359,10 +359,13 @@ class Pool:
   def text_of(self, tokens_L: np.ndarray, one: bool = False) -> str:
     """Text of tokens, `END_OF_DOCUMENT` where a document ends; of `one` document, with marks inside as text."""
     encoder = self.encoder
-    written = {encoder.begin: '', encoder.eos: END_OF_DOCUMENT}
+    written = dict.fromkeys((encoder.begin, encoder.eos), END_OF_DOCUMENT)
     if one:  # marks inside are of a chat template
-      tokens_L = tokens_L[int(tokens_L[:1].tolist() == [encoder.begin]) :]
       written = {encoder.begin: getattr(encoder, 'begin_piece', ''), encoder.eos: getattr(encoder, 'end', '')}
+    if encoder.begin != encoder.eos:  # the first begin mark, and one after an end mark, end no document
+      first_L = tokens_L == encoder.begin
+      first_L[1:] &= (tokens_L[:-1] == encoder.eos) & (not one)
+      tokens_L = tokens_L[~first_L]
     first, *parts = np.split(tokens_L, np.flatnonzero(np.isin(tokens_L, [*written])))
     return encoder.decode(first) + ''.join(written[part[0]] + encoder.decode(part[1:]) for part in parts)
 

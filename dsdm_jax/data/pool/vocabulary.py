@@ -322,6 +322,12 @@ def _only(candidates: Sequence[str], of: str = 'the tokenizer') -> str:
   raise UserError(f'{of} has several pieces that may end a document: {" and ".join(map(repr, pieces))}; set {_END_KEY}')
 
 
+def _piece(tokenizer: Any, id: int) -> Any:
+  """The piece of an id, if it has one; `id_to_token` gives an added one as the normalizer writes it."""
+  added = tokenizer.get_added_tokens_decoder().get(id)
+  return added.content if added else tokenizer.id_to_token(id)
+
+
 def _begin_mark(tokenizer: Any, eos: int) -> int:
   """Id of the piece that `tokenizer` puts before each text; `eos` if it puts none.
 
@@ -331,7 +337,7 @@ def _begin_mark(tokenizer: Any, eos: int) -> int:
   encoding = _attempt('it fails on the text a', tokenizer.encode, 'a')
   before = encoding.ids[: (*encoding.special_tokens_mask, 0).index(0)]
   if len(before) > 1:
-    pieces = ' '.join(tokenizer.id_to_token(id) for id in before)
+    pieces = ' '.join(_piece(tokenizer, id) for id in before)
     raise UserError(
       f'the tokenizer puts {len(before)} pieces before each text ({brief(pieces)}), and a pool has at most one; '
       'take them out of its "post_processor"'
@@ -394,7 +400,7 @@ class HuggingFaceEncoder:
       raise UserError(f'the tokenizer has no piece {self.end!r} to end a document with; set {_END_KEY}')
     self.eos: int = ids[self.end]
     self.begin: int = _begin_mark(self.tokenizer, self.eos) if begins else self.eos
-    begin = self.begin_piece = self.tokenizer.id_to_token(self.begin)
+    begin = self.begin_piece = _piece(self.tokenizer, self.begin)
     # Such as Gemma 3's image token, and a padding token that was added without a row.
     own = self.tokenizer.get_vocab(with_added_tokens=False)
     beyond = {piece for piece, i in ids.items() if rows and i >= rows}
@@ -470,8 +476,11 @@ class HuggingFaceEncoder:
 
 
 def unmarked(encoder: Encoder, ids: list[int]) -> list[int]:
-  """`ids` of a text without the begin mark that a chat template may write first."""
-  return ids[1:] if ids[:1] == [encoder.begin] else ids
+  """`ids` of a text without the begin mark that a chat template may write first.
+
+  An end mark there remains: a document of the pool, too, has both its own and that of the document before it.
+  """
+  return ids[1:] if encoder.begin != encoder.eos and ids[:1] == [encoder.begin] else ids
 
 
 def encode_pair(encoder: Encoder, context: str, answer: str) -> tuple[list[int], list[int]]:
@@ -575,7 +584,7 @@ def _save_file(choice: str, folder: Path, end: str) -> None:
     data = file.read(LARGEST + 1)
   if choice.endswith('.json'):
     tokenizer = HuggingFaceEncoder(data, end or _configured_end(choice, data), _model_rows(choice))
-    _try(tokenizer, tokenizer.end)
+    _try(tokenizer, tokenizer.end, tokenizer.begin_piece)
     storage.write_bytes(folder / TOKENIZER, data)
     options = {'rows': tokenizer.rows} if tokenizer.rows else {}
     storage.write_json(folder / OPTIONS, {'end': tokenizer.end} | options)
@@ -591,7 +600,7 @@ def _save_file(choice: str, folder: Path, end: str) -> None:
   encoder = _attempt('it is not a SentencePiece model', SentencePieceEncoder, data)
   if encoder.eos < 0:
     raise UserError('it has no end piece; train it with an eos_id')
-  _try(encoder, encoder.piece(encoder.eos))
+  _try(encoder, *[encoder.piece(encoder.eos)] * 2)
   storage.write_bytes(folder / MODEL, data)
 
 
@@ -608,7 +617,7 @@ def _configured_end(path: str, data: bytes) -> str:
       piece = entry.get('content') if isinstance(entry, dict) else entry
       if type(piece) is int and 0 <= piece < _LARGEST_SIZE:
         tokenizer = tokenizer or _tokenizer(data)
-        piece = tokenizer.id_to_token(piece)
+        piece = _piece(tokenizer, piece)
       if isinstance(piece, str):
         named[piece] = name
       elif entry is not None:
@@ -640,21 +649,27 @@ def _beside(path: str, way_out: str = '') -> dict[str, Any]:
     raise UserError(f'{path}: {error}; correct it{way_out}') from error
 
 
-def _try(encoder: Encoder, end: str) -> None:
-  """Encodes and decodes texts that are common in pools, hard on regular expressions, unknown, or hold the piece `end`.
+def _try(encoder: Encoder, end: str, begin: str) -> None:
+  """Encodes and decodes texts that are common in pools, hard on regular expressions, unknown, or hold a mark's piece.
 
   Raises:
-    UserError: one of them fails, vanishes or gives the end mark.
+    UserError: one of them fails, vanishes or gives a mark.
   """
   lasts = ('', '!', 'Z')
   runs = [sign * 300 + last for sign in ('a', 'A', '1', ' ', '\n', '\t', '.', '_', 'ab ', '中', 'é') for last in lasts]
   texts = ['', 'def f(a):\r\n\treturn {a: "€"}\n\0', 'é ñ 中文 עברית 😀 e\u0301\x01', *runs]
-  for text in (*texts, *'€中😀Ж', end, f' {end} ', f'a{end}b', f'\n{end}\n'):
+  texts += [text for mark in (end, begin) for text in (mark, f' {mark} ', f'a{mark}b', f'\n{mark}\n')]
+  for text in (*texts, *'€中😀Ж'):
     shown = brief(text[:60])
     ids = _attempt(f'it fails on {shown}', encoder.encode, text)
     _attempt(f'it fails on the ids of {shown}', encoder.decode, ids)
     if encoder.eos in ids:
       raise UserError(f'the text {shown} gives the end mark {end!r}, which would end a document inside; set {_END_KEY}')
+    if encoder.begin in ids:
+      raise UserError(
+        f'the text {shown} gives the begin mark {begin!r}, which would begin a document inside; take it out of the '
+        '"post_processor"'
+      )
     if len(text) == 1 and not ids:
       raise UserError(
         f'it has no piece for {shown} and none for unknown text, which would vanish; give it an unk_token'

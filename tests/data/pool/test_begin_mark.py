@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
-from tokenizers import processors
+from tokenizers import models, pre_tokenizers, processors
 
 from dsdm_jax.data.pool import chat, tokenizer_files, vocabulary
-from dsdm_jax.data.pool.pool import Pool
+from dsdm_jax.data.pool.pool import END_OF_DOCUMENT, Pool
 from dsdm_jax.data.targets import breadth
 from dsdm_jax.data.targets.targets import sequence
 from dsdm_jax.errors import UserError
@@ -23,10 +23,12 @@ from tests.helpers.data import invented, run_pool, small_config
 BEGIN = '<s>'
 
 
-def tokenizer(folder: Path, template: str = f'{BEGIN}:0 $A:0', kind: str = 'byte_level', **beside) -> str:
+def tokenizer(
+  folder: Path, template: str = f'{BEGIN}:0 $A:0', kind: str = 'byte_level', special: bool = True, **beside
+) -> str:
   """A tokenizer.json that puts `BEGIN` before each text, as Llama's; returns its path."""
   written = tokenizers.Tokenizer.from_str(vocabularies.encoder(kind).data.decode())
-  written.add_special_tokens([BEGIN, '<top>'])
+  (written.add_special_tokens if special else written.add_tokens)([BEGIN, '<top>'])
   pieces = [(piece, written.token_to_id(piece)) for piece in (BEGIN, '<top>', vocabularies.END)]
   written.post_processor = processors.TemplateProcessing(template, f'{template} $B:1', pieces)
   folder.mkdir(exist_ok=True)
@@ -50,9 +52,11 @@ def pool(tmp_path_factory) -> Pool:
   return Pool(run_pool(small_config(vocabulary=tokenizer(folder / 'model')), folder))
 
 
-@pytest.mark.parametrize('kind', ['byte_level', 'llama_json', 'metaspace'])
-def test_the_mark_is_the_piece_that_the_tokenizer_puts_before_a_text(tmp_path, kind):
-  encoder = opened(tokenizer(tmp_path / 'm', kind=kind), tmp_path)
+@pytest.mark.parametrize('special', [True, False])
+@pytest.mark.parametrize('kind', ['byte_level', 'llama_json', 'metaspace', 'wordpiece'])
+def test_the_mark_is_the_piece_that_the_tokenizer_puts_before_a_text(tmp_path, kind, special):
+  encoder = opened(tokenizer(tmp_path / 'm', kind=kind, special=special), tmp_path)
+  assert encoder.begin_piece == BEGIN
   assert encoder.begin == encoder.tokenizer.token_to_id(BEGIN) != encoder.eos
   assert encoder.begin not in encoder.encode(f'{BEGIN} a{BEGIN}b')
   ids = encoder.encode('some words')
@@ -65,6 +69,37 @@ def test_without_one_the_end_mark_begins_a_text(tmp_path, template):
   encoder = opened(tokenizer(tmp_path / 'm', template), tmp_path)
   assert encoder.begin == encoder.eos
   assert Pool(run_pool(small_config(vocabulary=str(tmp_path / 'm/tokenizer.json')), tmp_path)).text(0)
+
+
+@pytest.mark.parametrize(
+  'template', [f'{BEGIN}:0 $A:0 {vocabularies.END}:0', f'$A:0 {vocabularies.END}:0', f'{vocabularies.END}:0 $A:0']
+)
+def test_an_exported_tokenizer_puts_nothing_else_around_a_text(tmp_path, template):
+  encoder = opened(tokenizer(tmp_path / 'm', template), tmp_path)
+  (tmp_path / 'out').mkdir()
+  tokenizer_files.write(tmp_path, tmp_path / 'out', 8)
+  exported = tokenizers.Tokenizer.from_file(str(tmp_path / 'out/tokenizer.json'))
+  front = [encoder.begin] * template.startswith(BEGIN)
+  assert exported.encode('a river').ids == front + encoder.encode('a river')
+  assert exported.encode('a', 'river').ids == [*front, *encoder.encode('a'), *front, *encoder.encode('river')]
+
+
+def test_one_that_text_gives_is_refused(tmp_path):
+  vocabulary_of = {sign: i for i, sign in enumerate([*pre_tokenizers.ByteLevel.alphabet(), '<s', BEGIN])}
+  written = tokenizers.Tokenizer(models.BPE(vocabulary_of, [('<', 's'), ('<s', '>')]))
+  written.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  written.add_special_tokens([vocabularies.END])
+  written.post_processor = processors.TemplateProcessing(f'{BEGIN} $A', None, [(BEGIN, vocabulary_of[BEGIN])])
+  written.save(str(tmp_path / 'tokenizer.json'))
+  with pytest.raises(UserError, match="the text '<s>' gives the begin mark '<s>'"):
+    opened(str(tmp_path / 'tokenizer.json'), tmp_path)
+
+
+def test_a_configuration_may_name_an_end_piece_that_is_not_special_by_its_id(tmp_path):
+  path = tokenizer(tmp_path / 'm', kind='llama_json', special=False, eos_token=None)
+  top = tokenizers.Tokenizer.from_file(path).token_to_id('<top>')
+  (tmp_path / 'm/generation_config.json').write_text(json.dumps({'eos_token_id': top}))
+  assert opened(path, tmp_path).end == '<top>'
 
 
 def test_several_are_refused(tmp_path):
@@ -104,10 +139,19 @@ def test_targets_prompts_and_breadth_begin_with_one(pool):
 def test_a_history_of_n_grams_begins_with_it():
   end, begin = 1, 2
   stream = np.array([begin, 5, 6, end, begin, 7])
-  counts = ngrams.NGrams(stream, np.zeros(1, np.int64), 8, begin, 3)
+  counts = ngrams.NGrams(stream, np.zeros(1, np.int64), 8, [begin, end], 3)
   asked = counts.probabilities(np.array([begin, 7]), np.zeros(1, np.int64))
   inside = counts.probabilities(stream, np.zeros(1, np.int64))
   np.testing.assert_allclose(asked[:, 1], inside[:, 5])
+  # A conversation may have none: what precedes its document is no history either.
+  assert ngrams.histories(np.array([begin, 5, end, 6, 7]), np.zeros(1, np.int64), [begin, end], 4)[-1] == 2
+
+
+def test_text_shows_where_documents_meet_that_have_begin_marks_alone(pool):
+  encoder = pool.encoder
+  a, b = encoder.encode('river'), encoder.encode('stone')
+  for between in ([encoder.begin], [encoder.eos], [encoder.eos, encoder.begin]):
+    assert pool.text_of(np.array([encoder.begin, *a, *between, *b])) == f'river{END_OF_DOCUMENT}stone'
 
 
 @pytest.mark.parametrize('writes', [True, False])
@@ -131,6 +175,22 @@ def test_a_chat_template_writes_its_own(tmp_path, writes):
   assert ids[0] == encoder.begin and (ids == encoder.begin).sum() == 1
   prompt = Sequences(encoder.templated, 32).prompt(text, 4)
   assert prompt[0] == encoder.begin and (prompt == encoder.begin).sum() == 1
+
+
+def test_a_chat_template_may_write_the_end_mark_first(tmp_path):
+  template = '{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}'
+  path = tokenizer(tmp_path / 'm', '$A:0', bos_token=vocabularies.END, chat_template=template)  # as OLMo's
+  (tmp_path / 'talk.jsonl').write_text(
+    ''.join(json.dumps({'messages': [{'role': 'assistant', 'content': f'Number {i}.'}]}) + '\n' for i in range(30))
+  )
+  config = small_config(vocabulary=path, sources=(f'jsonl:{tmp_path}/talk.jsonl | messages=messages',), length=32)
+  pool = Pool(run_pool(config, tmp_path))
+  encoder, tokens = pool.encoder, pool.document_tokens([0])[0]
+  assert pool.text_of(tokens[:-1], one=True).startswith(f'{vocabularies.END}Number ')
+  text = encoder.chat.render([{'role': 'user', 'content': 'Hi'}])
+  sequences = Sequences(encoder.templated, 32, begin=False)
+  assert sequences.pair(text, ' yes')[0].tolist() == encoder.templated.encode(f'{text} yes')
+  assert sequences.prompt(text, 4)[0] == encoder.eos
 
 
 @pytest.mark.parametrize('marked', [True, False])
