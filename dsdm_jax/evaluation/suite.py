@@ -1,9 +1,9 @@
 """The evaluation suite: the run's own targets and the benchmarks, as token sequences ready for a model.
 
-A sequence is [end mark] + context + answer, whose text is tokenized as a whole (`vocabulary.encode_pair`); the white
-space between them belongs to the answer. A sequence that is too long loses whole shots, from the left. If that is not
-enough, it is refused or cut at its beginning (`evaluation.long_prompts`): the context first, then the first tokens of
-an answer that fills the whole sequence.
+A sequence is [begin or end mark] + context + answer, whose text is tokenized as a whole (`vocabulary.encode_pair`); the
+white space between them belongs to the answer. A sequence that is too long loses whole shots, from the left. If that is
+not enough, it is refused or cut at its beginning (`evaluation.long_prompts`): the context first, then the first tokens
+of an answer that fills the whole sequence.
 """
 
 import collections

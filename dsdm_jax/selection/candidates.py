@@ -160,7 +160,7 @@ class Target:
     return [(r['context'] + r['answer']).strip() for r in self.examples(task).records]
 
   def sequences(self, task: str) -> list[np.ndarray]:
-    """Token ids of each target example, int32, from its end mark to the last token of the answer."""
+    """Token ids of each target example, int32, from the mark before it to the last token of the answer."""
     examples = self.examples(task)
     masks = text_mask(examples.weights_TL)
     return [tokens_L[mask_L] for tokens_L, mask_L in zip(examples.tokens_TL, masks, strict=True)]

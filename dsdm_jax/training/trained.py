@@ -108,7 +108,8 @@ class RunModel(Trained):
   """A trained model of a run, ready to compute.
 
   `model.logits(tokens_BL)` are its logits, and `model.module` is the Flax NNX module. Tokens are ids of the pool's
-  vocabulary: `run.pool.tokens(rows)`, or `run.pool.encoder.encode(text)` for text of your own.
+  vocabulary: `run.pool.tokens(rows)`, or for text of your own
+  `[encoder.begin, *encoder.encode(text)]` with `encoder = run.pool.encoder`.
   """
 
   def __repr__(self) -> str:

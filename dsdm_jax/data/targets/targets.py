@@ -1,7 +1,7 @@
 """The targets stage: tasks become token sequences with weights on the tokens to predict.
 
-A sequence is [end mark] + context tokens + answer tokens, padded to L. The padding id may equal the end mark, so
-weights, not ids, mark what counts. The text of an item is context + answer, tokenized as a whole
+A sequence is [begin or end mark] + context tokens + answer tokens, padded to L. The padding id may equal the end mark,
+so weights, not ids, mark what counts. The text of an item is context + answer, tokenized as a whole
 (`vocabulary.encode_pair`); the white space between them belongs to the answer. A prompt that is too long loses whole
 shots, from the left; a context that is too long without shots loses its beginning, or is refused
 (`targets.long_prompts`).
@@ -392,7 +392,8 @@ def run(context: Context) -> dict[str, Any]:
     'tasks': list(counts),
     'counts': counts,
     'length': length,
-    'sequence': f'[EOS] + context + answer, padded with {encoder.pad}; weight 1 where a token is to be predicted',
+    'sequence': f'[{encoder.begin}] + context + answer, padded with {encoder.pad}; weight 1 where a token is to be '
+    'predicted',
   }
 
 
