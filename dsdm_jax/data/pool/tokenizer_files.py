@@ -56,7 +56,7 @@ def write(pool: storage.Location, out: Path, length: int) -> dict[str, Any]:
     'clean_up_tokenization_spaces': False,
   }
   if isinstance(encoder, HuggingFaceEncoder) and encoder.chat:  # a template may write its own first piece
-    first = dict(encoder.chat.variables).get('bos_token', end)
+    first = dict(encoder.chat.variables).get('bos_token', names[begin])
     known = encoder.tokenizer.token_to_id(first)
     known = None if known is None or known >= encoder.size else known
     if known is not None:

@@ -84,6 +84,13 @@ def test_an_exported_tokenizer_puts_nothing_else_around_a_text(tmp_path, templat
   assert exported.encode('a', 'river').ids == [*front, *encoder.encode('a'), *front, *encoder.encode('river')]
 
 
+def test_an_export_with_a_chat_template_begins_with_it(tmp_path):
+  encoder = opened(tokenizer(tmp_path / 'm', chat_template='{{ messages[0].content }}', bos_token=None), tmp_path)
+  (tmp_path / 'out').mkdir()
+  assert tokenizer_files.write(tmp_path, tmp_path / 'out', 8)['bos_token_id'] == encoder.begin != encoder.eos
+  assert json.loads((tmp_path / 'out/tokenizer_config.json').read_text())['bos_token'] == BEGIN
+
+
 def test_one_that_text_gives_is_refused(tmp_path):
   vocabulary_of = {sign: i for i, sign in enumerate([*pre_tokenizers.ByteLevel.alphabet(), '<s', BEGIN])}
   written = tokenizers.Tokenizer(models.BPE(vocabulary_of, [('<', 's'), ('<s', '>')]))
