@@ -340,7 +340,7 @@ def _begin_mark(tokenizer: Any, eos: int) -> int:
     pieces = ' '.join(_piece(tokenizer, id) for id in before)
     raise UserError(
       f'the tokenizer puts {len(before)} pieces before each text ({brief(pieces)}), and a pool has at most one; '
-      'take them out of its "post_processor"'
+      'leave one of them in its "post_processor"'
     )
   return before[0] if before else eos
 
