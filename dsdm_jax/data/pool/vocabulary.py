@@ -332,15 +332,20 @@ def _begin_mark(tokenizer: Any, eos: int) -> int:
   """Id of the piece that `tokenizer` puts before each text; `eos` if it puts none.
 
   Raises:
-    UserError: it puts several.
+    UserError: it puts several, or an id without a piece.
   """
   encoding = _attempt('it fails on the text a', tokenizer.encode, 'a')
   before = encoding.ids[: (*encoding.special_tokens_mask, 0).index(0)]
-  if len(before) > 1:
-    pieces = ' '.join(_piece(tokenizer, id) for id in before)
+  pieces = [_piece(tokenizer, id) for id in before]
+  if None in pieces:
     raise UserError(
-      f'the tokenizer puts {len(before)} pieces before each text ({brief(pieces)}), and a pool has at most one; '
-      'leave one of them in its "post_processor"'
+      f'the "post_processor" of the tokenizer puts id {before[pieces.index(None)]} before each text, which has no '
+      'piece; correct the file'
+    )
+  if len(before) > 1:
+    raise UserError(
+      f'the tokenizer puts {len(before)} pieces before each text ({brief(" ".join(pieces))}), and a pool has at most '
+      'one; leave one of them in its "post_processor"'
     )
   return before[0] if before else eos
 

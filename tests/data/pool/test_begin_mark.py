@@ -114,6 +114,15 @@ def test_several_are_refused(tmp_path):
     opened(tokenizer(tmp_path / 'm', f'<top>:0 {BEGIN}:0 $A:0'), tmp_path)
 
 
+def test_an_id_without_a_piece_is_refused(tmp_path):
+  file = Path(tokenizer(tmp_path / 'm'))
+  about = json.loads(file.read_text())
+  about['post_processor']['special_tokens'][BEGIN]['ids'] = [99_999]
+  file.write_text(json.dumps(about))
+  with pytest.raises(UserError, match='"post_processor" of the tokenizer puts id 99999 before each text, which has no'):
+    opened(str(file), tmp_path)
+
+
 def test_each_document_of_a_pool_has_one(pool):
   config = small_config()
   texts = {document.id: document.text for document in invented(config.pool, config.seed)}
