@@ -372,8 +372,9 @@ def encode(job: Job) -> int:
           some, counted[: len(front)] = True, False
           counted[len(front) : -1] = vocabulary.counted(its, document.text, document.spans)
           counted[-1] = not document.templated  # a template ends its answers itself
-        if (ids == encoder.eos).any() and not document.templated:
-          what, ids = 'its text gives the end mark of pool.vocabulary', ids[:0]
+        if not document.templated and np.isin(ids, [encoder.begin, encoder.eos]).any():
+          mark = 'end' if (ids == encoder.eos).any() else 'begin'
+          what, ids = f'its text gives the {mark} mark of pool.vocabulary', ids[:0]
         elif len(ids) and not counted[1 : job.row or None].any():
           what, ids = f'no token that the loss counts{" fits into pool.length" if job.row else ""}', ids[:0]
         else:

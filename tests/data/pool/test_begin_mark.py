@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from dsdm_jax.data.pool import chat, tokenizer_files, vocabulary
 from dsdm_jax.data.pool.pool import END_OF_DOCUMENT, Pool
@@ -100,6 +100,27 @@ def test_one_that_text_gives_is_refused(tmp_path):
   written.save(str(tmp_path / 'tokenizer.json'))
   with pytest.raises(UserError, match="the text '<s>' gives the begin mark '<s>'"):
     opened(str(tmp_path / 'tokenizer.json'), tmp_path)
+
+
+@pytest.mark.parametrize('mark', ['begin', 'end'])
+def test_a_document_whose_text_gives_a_mark_is_refused(tmp_path, mark):
+  """The texts that are tried before do not show it: the normalizer writes the piece for another character alone."""
+  ids = {sign: i for i, sign in enumerate([*pre_tokenizers.ByteLevel.alphabet(), '<s', BEGIN])}
+  written = tokenizers.Tokenizer(models.BPE(ids, [('<', 's'), ('<s', '>')]))
+  written.normalizer = normalizers.Sequence([normalizers.Replace('<', '('), normalizers.Replace('~', BEGIN)])
+  written.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  written.add_special_tokens([vocabularies.END])
+  if mark == 'begin':
+    written.post_processor = processors.TemplateProcessing(f'{BEGIN} $A', None, [(BEGIN, ids[BEGIN])])
+  written.save(str(tmp_path / 'tokenizer.json'))
+  end = BEGIN if mark == 'end' else vocabularies.END
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'eos_token': end}))
+  (tmp_path / 'docs.jsonl').write_text('{"text": "river stone"}\n{"text": "about ~ 5"}\n')
+  config = small_config(
+    vocabulary=str(tmp_path / 'tokenizer.json'), sources=(f'jsonl:{tmp_path}/docs.jsonl',), length=8
+  )
+  with pytest.raises(UserError, match=rf'docs.jsonl.*2.*its text gives the {mark} mark of pool.vocabulary'):
+    run_pool(config, tmp_path)
 
 
 def test_a_configuration_may_name_an_end_piece_that_is_not_special_by_its_id(tmp_path):
