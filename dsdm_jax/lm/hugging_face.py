@@ -447,21 +447,23 @@ class Weights:
         f'model.weights = {folder!r} has a vocabulary of {rows} and the pool one of {vocab_size}{more}; tokenize the '
         "pool with that model's own vocabulary" + beside
       )
-    most, what = math.inf, ''
+    most, what, way_out = math.inf, '', ''
     if self._family.rotary is None:
       most, what = self._tensors.shape(f'{self._family.names["positions"]}.weight')[0], 'positions'
     elif theirs.get('max_position_embeddings') is not None:
       factor = config.rotary_scaling[0] if len(config.rotary_scaling) == 1 else 1.0  # some count without it
       most = int(_field(theirs, 'max_position_embeddings', int, folder) * factor)
       what = 'positions by its max_position_embeddings'
+      way_out = ', or raise that number in its config.json for longer rows'
     window, counts = theirs.get('sliding_window'), self._family.window
     if window is not None and (counts == '' or (counts and _field(theirs, counts, False, folder))):
       size = _field(theirs, 'sliding_window', int, folder)
-      most, what = (size, 'tokens in its sliding_window') if size < most else (most, what)
+      if size < most:
+        most, what, way_out = size, 'tokens in its sliding_window', ''
     if most < length:
       raise UserError(
         f'model.weights = {folder!r} has {most} {what} and rows have {length} tokens; set --config.pool.'
-        f'length={most} or less'
+        f'length={most} or less{way_out}'
       )
 
   def dtype(self, path: str, shape: Sequence[int]) -> np.dtype[Any]:

@@ -199,7 +199,8 @@ def test_rows_beyond_the_positions_of_a_rotary_model_are_refused(tmp_path, scali
   folder, file = str(tmp_path / 'model'), tmp_path / 'model/config.json'
   hugging_face.check(folder, config, most)
   words = (
-    rf'has {most} positions by its max_position_embeddings and rows have {most + 1} tokens; set .*length={most} or'
+    rf'has {most} positions by its max_position_embeddings and rows have {most + 1} tokens; set .*length={most} or '
+    'less, or raise that number in its config.json'
   )
   with pytest.raises(UserError, match=words):
     hugging_face.check(folder, config, most + 1)
