@@ -85,10 +85,11 @@ def run(context: Context, out: Path) -> dict[str, Any]:
   if not first[-1]:
     raise UserError(f'the pool is empty: {entry.target} has no rows')
   column = entry.text
-  if encoder.begin != encoder.eos and not _first_rows_have(
-    encoder.begin, paths[int(np.flatnonzero(counts)[0])], column
-  ):
-    vocabulary.leave_out_begin_marks(out)
+  if encoder.begin != encoder.eos:
+    first_file = paths[int(np.flatnonzero(counts)[0])]
+    if not _first_rows_have(encoder.begin, first_file, column):
+      vocabulary.leave_out_begin_marks(out)
+      context.log.say(f'  the first {_BATCH} rows have no begin mark: targets and prompts have none either')
 
   def write_shards(shards: Sequence[tuple[str, int, int]], head: bytes) -> list[int]:
     parts = []
