@@ -36,19 +36,19 @@ SPLITS = ('target', HOLDOUT)  # of the run's own targets
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-  """Turns text into sequences of at most `length` tokens, which begin with `encoder.begin` where `begin` is set.
+  """Turns text into sequences of at most `length` tokens, which begin with the begin mark.
 
-  They also do where the vocabulary has a begin mark, and without a context: an answer's first token needs something
-  before it.
+  Where the vocabulary has none, they begin with an end mark if `begin_with_end_mark` is set, or if there is no context:
+  an answer's first token needs something before it.
   """
 
   encoder: Encoder
   length: int
-  begin: bool = True
+  begin_with_end_mark: bool = True
 
   def _front(self, context_ids: Sequence[int]) -> list[int]:
     mark = self.encoder.begin
-    return [mark] if self.begin or mark != self.encoder.eos or not context_ids else []
+    return [mark] if self.begin_with_end_mark or mark != self.encoder.eos or not context_ids else []
 
   def encoded(self, prompt: Prompt) -> list[tuple[list[int], list[int]]]:
     """(context ids, answer ids) of each pair of `prompt`."""

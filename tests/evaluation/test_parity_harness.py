@@ -157,7 +157,7 @@ def _write(folder: Path, encoder: Encoder, params: nnx.State, config, files: dic
       for context, answer in zip(prompt.contexts, prompt.answers, strict=True):
         texts |= {context + answer, context.rstrip()}
   (folder / 'ids.json').write_text(json.dumps({text: encoder.encode(text) for text in texts}))
-  sequences = suite.Sequences(encoder, LENGTH, begin=False)
+  sequences = suite.Sequences(encoder, LENGTH, begin_with_end_mark=False)
   return {name: suite.build(benchmark, items, sequences, 4, 0) for name, (benchmark, items) in files.items()}
 
 

@@ -67,8 +67,9 @@ def pieces(
   texts = zip(pool.document_tokens(documents), pool.document_weights(documents), strict=True)
   for place, (tokens, counted) in enumerate(texts):
     name = pool.documents[int(documents[place])]['id']
-    own = len(unmarked(encoder, tokens[:1].tolist()))  # 0: the document's begin mark, which each piece gets
-    tokens, counted = tokens[1 - own :], counted[1 - own :]
+    first = tokens[:1].tolist()
+    marks = len(first) - len(unmarked(encoder, first))  # begin marks of the document: each piece gets its own
+    tokens, counted = tokens[marks:], counted[marks:]
     for number, start in enumerate(range(0, len(tokens), room)):
       part, weight = tokens[start : start + room], counted[start : start + room]
       if not weight.any():

@@ -162,7 +162,7 @@ def test_each_document_of_a_pool_has_one(pool):
 def test_targets_prompts_and_breadth_begin_with_one(pool):
   encoder = pool.encoder
   tokens_L, weights_L = sequence(encoder, 'river', ' stone', 64)
-  ids, count = Sequences(encoder, 64, begin=False).pair('river', ' stone')
+  ids, count = Sequences(encoder, 64, begin_with_end_mark=False).pair('river', ' stone')
   assert ids.tolist() == tokens_L[: len(ids)].tolist() == [encoder.begin, *encoder.encode('river stone')]
   assert weights_L.sum() == count
   assert Sequences(encoder, 3).pair('river of stones', ' x')[0][0] == encoder.begin
@@ -225,7 +225,7 @@ def test_a_chat_template_may_write_the_end_mark_first(tmp_path):
   encoder, tokens = pool.encoder, pool.document_tokens([0])[0]
   assert pool.text_of(tokens[:-1], one=True).startswith(f'{vocabularies.END}Number ')
   text = encoder.chat.render([{'role': 'user', 'content': 'Hi'}])
-  sequences = Sequences(encoder.templated, 32, begin=False)
+  sequences = Sequences(encoder.templated, 32, begin_with_end_mark=False)
   assert sequences.pair(text, ' yes')[0].tolist() == encoder.templated.encode(f'{text} yes')
   assert sequences.prompt(text, 4)[0] == encoder.eos
 
@@ -247,7 +247,7 @@ def test_rows_of_ids_say_whether_they_have_it(tmp_path, marked):
   theirs = tokenizers.Tokenizer.from_file(str(tmp_path / 'out/tokenizer.json')).encode('a river').ids
   assert theirs == ([encoder.begin] if marked else []) + encoder.encode('a river')
   if marked:
-    assert theirs == Sequences(pool.encoder, 8, begin=False).pair('a', ' river')[0].tolist()
+    assert theirs == Sequences(pool.encoder, 8, begin_with_end_mark=False).pair('a', ' river')[0].tolist()
   about = json.loads((tmp_path / 'out/tokenizer_config.json').read_text())
   assert about['bos_token'] == (BEGIN if marked else vocabularies.END)
   assert chat.read(str(tmp_path / 'out/tokenizer.json')) is None
