@@ -214,11 +214,17 @@ def _content(entry: Entry, record: Mapping[str, Any]) -> tuple[str, Spans | None
 
 
 def _messages(value: Any) -> Any:
-  """A conversation as a list of messages. TFDS has a list for each of their fields, and bytes in place of text."""
+  """A conversation as a list of messages. TFDS has a list for each of their fields, and bytes in place of text.
+
+  Raises:
+    ValueError: these lists have different lengths, or bytes are not UTF-8.
+  """
   value = value.tolist() if isinstance(value, np.ndarray) else value
   if not isinstance(value, Mapping) or not all(isinstance(column, list | np.ndarray) for column in value.values()):
     return value
   columns = [[x.decode() if isinstance(x, bytes) else x for x in column] for column in value.values()]
+  if len(set(sizes := [len(column) for column in columns])) > 1:
+    raise ValueError(f'its fields have lists of {", ".join(map(str, sizes))} messages, which must be equally long')
   return [dict(zip(value, message, strict=True)) for message in zip(*columns, strict=True)]
 
 

@@ -235,6 +235,7 @@ PAIR = 'prompt=prompt | completion=completion'
     ({'messages': []}, 'messages=messages', "'messages': it has no messages"),
     ({'messages': [{'role': 'user', 'content': 'a'}]}, 'messages=messages', 'no message is of the role assistant'),
     ({'messages': [{'role': 'assistant'}]}, 'messages=messages', '"content" of message 1 is NoneType'),
+    ({'messages': {'role': ['user'], 'content': []}}, 'messages=messages', "'messages': its fields have lists of 1, 0"),
     ({'text': 'a'}, 'prompt=prompt', 'give one of text=, messages=, or prompt= and completion= together'),
   ],
 )
