@@ -32,7 +32,7 @@ def write(folder: Location, task: str, arrays: Mapping[str, np.ndarray], first: 
 
 
 class ScoreArrays(Mapping[str, np.ndarray]):
-  """Name → array of a datamodel stage; each is read when it is asked for, and not kept.
+  """Name → array of a datamodel stage; each is read when it is asked for, and only `scored_N` stays in memory.
 
   Args:
     folder: of the stage's files.
