@@ -687,7 +687,7 @@ def open_encoder(folder: Location | str | os.PathLike) -> Encoder:
   if (model := storage.read_bytes(folder / MODEL)) is not None:
     return SentencePieceEncoder(model)
   if (tokenizer := storage.read_bytes(folder / TOKENIZER)) is not None:
-    encoder = HuggingFaceEncoder(tokenizer, **storage.read_json(folder / OPTIONS, dict))
+    encoder = HuggingFaceEncoder(tokenizer, **_options(folder))
     if storage.is_file(folder / chats.FILE):
       encoder.chat = chats.of_json(storage.read_json(folder / chats.FILE, dict))
     return encoder
@@ -696,9 +696,20 @@ def open_encoder(folder: Location | str | os.PathLike) -> Encoder:
   raise UserError(f'{folder} has no vocabulary; run --stage=pool')
 
 
+def _options(folder: Location) -> dict[str, Any]:
+  """The arguments of `HuggingFaceEncoder` for the tokenizer.json in `folder`.
+
+  Raises:
+    UserError: there are none.
+  """
+  if not storage.is_file(folder / OPTIONS):
+    raise UserError(f'{folder} has a {TOKENIZER} without {OPTIONS}: another version wrote it; build the pool again')
+  return storage.read_json(folder / OPTIONS, dict)
+
+
 def leave_out_begin_marks(folder: Location) -> None:
   """Notes beside the tokenizer.json in `folder` that its rows have no begin marks."""
-  storage.write_json(folder / OPTIONS, storage.read_json(folder / OPTIONS, dict) | {'begins': False})
+  storage.write_json(folder / OPTIONS, _options(folder) | {'begins': False})
 
 
 def size_of(choice: str, end: str = '') -> int:
@@ -716,7 +727,7 @@ def seqio_vocabulary(folder: Location) -> 'seqio.Vocabulary':
   if storage.is_file(folder / MODEL):
     return load(str(storage.local(folder / MODEL)))
   if (tokenizer := storage.read_bytes(folder / TOKENIZER)) is not None:
-    return _hugging_face_vocabulary(tokenizer, **storage.read_json(folder / OPTIONS, dict))
+    return _hugging_face_vocabulary(tokenizer, **_options(folder))
   return seqio.ByteVocabulary(extra_ids=0)
 
 

@@ -130,6 +130,13 @@ def test_a_configuration_may_name_an_end_piece_that_is_not_special_by_its_id(tmp
   assert opened(path, tmp_path).end == '<top>'
 
 
+def test_a_tokenizer_without_its_options_is_of_another_version(tmp_path):
+  opened(tokenizer(tmp_path / 'm'), tmp_path)
+  (tmp_path / vocabulary.OPTIONS).unlink()
+  with pytest.raises(UserError, match=r'tokenizer.json without tokenizer_options.json.*build the pool again'):
+    vocabulary.open_encoder(tmp_path)
+
+
 def test_several_are_refused(tmp_path):
   with pytest.raises(UserError, match=r"puts 2 pieces before each text \('<top> <s>'\).*\"post_processor\""):
     opened(tokenizer(tmp_path / 'm', f'<top>:0 {BEGIN}:0 $A:0'), tmp_path)
