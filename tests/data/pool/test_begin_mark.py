@@ -1,4 +1,4 @@
-"""The begin mark of a tokenizer stands once before each document, target, prompt and piece of breadth."""
+"""The begin mark of a tokenizer appears once before each document, target, prompt and piece of breadth."""
 
 import json
 from pathlib import Path
