@@ -49,7 +49,6 @@ def write(pool: storage.Location, out: Path, length: int) -> dict[str, Any]:
   begin = encoder.begin
   options = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': length}
   options |= {
-    'add_bos_token': begin != encoder.eos,
     'eos_token': end,
     'bos_token': names[begin],
     'pad_token': names[encoder.pad],
@@ -62,6 +61,8 @@ def write(pool: storage.Location, out: Path, length: int) -> dict[str, Any]:
     if known is not None:
       begin, options['bos_token'] = known, first
     options['chat_template'] = encoder.chat.template
+  if begin == encoder.begin or encoder.begin == encoder.eos:
+    options['add_bos_token'] = encoder.begin != encoder.eos  # without it `tokenizer.json` decides alone
   storage.write_json(out / 'tokenizer_config.json', options)
   return {'eos_token_id': encoder.eos, 'bos_token_id': begin, 'pad_token_id': encoder.pad}
 

@@ -88,18 +88,20 @@ def test_an_export_with_a_chat_template_begins_with_it(tmp_path):
   encoder = opened(tokenizer(tmp_path / 'm', chat_template='{{ messages[0].content }}', bos_token=None), tmp_path)
   (tmp_path / 'out').mkdir()
   assert tokenizer_files.write(tmp_path, tmp_path / 'out', 8)['bos_token_id'] == encoder.begin != encoder.eos
-  assert json.loads((tmp_path / 'out/tokenizer_config.json').read_text())['bos_token'] == BEGIN
+  about = json.loads((tmp_path / 'out/tokenizer_config.json').read_text())
+  assert about['bos_token'] == BEGIN and about['add_bos_token'] is True
 
 
-def test_one_that_text_gives_is_refused(tmp_path):
-  vocabulary_of = {sign: i for i, sign in enumerate([*pre_tokenizers.ByteLevel.alphabet(), '<s', BEGIN])}
-  written = tokenizers.Tokenizer(models.BPE(vocabulary_of, [('<', 's'), ('<s', '>')]))
-  written.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  written.add_special_tokens([vocabularies.END])
-  written.post_processor = processors.TemplateProcessing(f'{BEGIN} $A', None, [(BEGIN, vocabulary_of[BEGIN])])
-  written.save(str(tmp_path / 'tokenizer.json'))
-  with pytest.raises(UserError, match="the text '<s>' gives the begin mark '<s>'"):
-    opened(str(tmp_path / 'tokenizer.json'), tmp_path)
+def test_an_export_leaves_a_begin_mark_that_no_chat_template_writes_to_the_tokenizer(tmp_path):
+  """With `add_bos_token` transformers 5 would put `bos_token` before each text in its place."""
+  path = tokenizer(tmp_path / 'm', chat_template='{{ bos_token }}{{ messages[0].content }}', bos_token='<top>')
+  encoder = opened(path, tmp_path)
+  (tmp_path / 'out').mkdir()
+  assert tokenizer_files.write(tmp_path, tmp_path / 'out', 8)['bos_token_id'] != encoder.begin
+  about = json.loads((tmp_path / 'out/tokenizer_config.json').read_text())
+  assert about['bos_token'] == '<top>' and 'add_bos_token' not in about
+  exported = tokenizers.Tokenizer.from_file(str(tmp_path / 'out/tokenizer.json'))
+  assert exported.encode('a').ids == [encoder.begin, *encoder.encode('a')]
 
 
 @pytest.mark.parametrize('mark', ['begin', 'end'])
