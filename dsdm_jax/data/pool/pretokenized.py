@@ -85,11 +85,9 @@ def run(context: Context, out: Path) -> dict[str, Any]:
   if not first[-1]:
     raise UserError(f'the pool is empty: {entry.target} has no rows')
   column = entry.text
-  if encoder.begin != encoder.eos:
-    first_file = paths[int(np.flatnonzero(counts)[0])]
-    if not _first_rows_have(encoder.begin, first_file, column):
-      vocabulary.leave_out_begin_marks(out)
-      context.log.say(f'  the first {_BATCH} rows have no begin mark: targets and prompts have none either')
+  if encoder.begin != encoder.eos and not _first_rows_have(encoder.begin, paths, column):
+    vocabulary.leave_out_begin_marks(out)
+    context.log.say(f'  the first {_BATCH} rows have no begin mark: targets and prompts have none either')
 
   def write_shards(shards: Sequence[tuple[str, int, int]], head: bytes) -> list[int]:
     parts = []
@@ -209,14 +207,24 @@ def _checked(part: _Part, column: Any, path: str, number: int) -> np.ndarray:
   return ids_RL.astype(part.dtype)
 
 
-def _first_rows_have(id: int, path: str, column: str) -> bool:
+def _first_rows_have(id: int, paths: Sequence[str], column: str) -> bool:
+  """Whether one of the first `_BATCH` rows has the id."""
   import pyarrow as pa
   import pyarrow.compute as pc
   import pyarrow.parquet as pq
 
-  with files.open_bytes(path) as file:
-    batch = next(pq.ParquetFile(file).iter_batches(_BATCH, columns=[column]))
-  return bool(pc.any(pc.equal(pc.cast(batch.column(0).flatten(), pa.int64(), safe=False), id)).as_py())
+  left = _BATCH
+  for path in paths:
+    with files.open_bytes(path) as file:
+      batch = next(pq.ParquetFile(file).iter_batches(left, columns=[column]), None)
+    if batch is None:  # a file without rows
+      continue
+    if pc.any(pc.equal(pc.cast(batch.column(0).flatten(), pa.int64(), safe=False), id)).as_py():
+      return True
+    left -= batch.num_rows
+    if not left:
+      break
+  return False
 
 
 def _write_origins(out: Path, paths: Sequence[str], counts: Sequence[int], name: str, length: int) -> None:

@@ -245,8 +245,10 @@ def test_rows_of_ids_say_whether_they_have_it(tmp_path, marked):
   encoder = opened(path, tmp_path)
   text = encoder.encode('no such thing')[:7]
   rows = [[encoder.begin if marked else encoder.eos, *text] for _ in range(16)]
-  pq.write_table(pa.table({'ids': pa.array(rows, pa.list_(pa.int32()))}), tmp_path / 'rows.parquet')
-  sources = (f'tokens:{tmp_path}/rows.parquet | text=ids',)
+  rows.insert(0, [encoder.eos, *text])
+  for number, part in enumerate((rows[:1], [], rows[1:])):
+    pq.write_table(pa.table({'ids': pa.array(part, pa.list_(pa.int32()))}), tmp_path / f'rows-{number}.parquet')
+  sources = (f'tokens:{tmp_path}/rows-*.parquet | text=ids',)
   pool = Pool(run_pool(small_config(vocabulary=path, sources=sources, length=8), tmp_path))
   assert pool.encoder.begin == (encoder.begin if marked else encoder.eos)
   # The exported tokenizer does the same by default, as transformers and lm-evaluation-harness use it.
