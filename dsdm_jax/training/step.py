@@ -71,8 +71,8 @@ class Trainer:
       is left out and the other rows keep their weight, as datamodels require. With weight_BL, which sums to the weight
       of a row, it is Σ_nl weight_nl · nll_nl / B (see `data.order.batches.token_weights`). With `z_loss` > 0, that
       multiple of the mean squared logsumexp of the logits (PaLM, arXiv 2204.02311) is added to the loss that is
-      differentiated; it is a metric of its own. The metrics are divided by the mean weight of the batch, so that the
-      loss is in nats per token.
+      differentiated; it is a metric of its own. As metrics, these two are divided by the mean weight of the batch, so
+      that the loss is in nats per token; `gradient_norm` is that of the loss which is differentiated.
   """
 
   def __init__(
