@@ -55,6 +55,7 @@ ARMS: dict[str, dict] = {
   'base': {'selection.methods': ('dsdm', 'random'), **_THREE},
   'lsa': {'selection.methods': ('lsa',), **_THREE, **_UNSCORED},
   'whole': {**_DSDM, **_WHOLE},
+  'breadth': {**_DSDM, 'selection.targets': ('+'.join((*TARGETS, 'breadth')),)},
   'one_epoch': {'selection.methods': ('random_one_epoch',), **_THREE, **_UNSCORED},
   'baselines_of_text': {'selection.methods': ('fasttext', 'dsir'), **_THREE, **_UNSCORED},
   'baselines_of_proxies': {'selection.methods': ('embedding', 'color_filter'), **_THREE, **_WHOLE},
