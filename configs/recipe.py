@@ -10,8 +10,8 @@ config of your own imports it in place of `base`, and sets pool, targets, models
 
 Hardware and time: two CPU cores, as configs/quickstart.py.
 
-Result: in docs/results.md, with half as many steps, such a proxy, a sixth as wide as the models, gained 0.21 [0.17,
-0.24] nats per token over random data, and two as wide as the models 0.24 [0.20, 0.28], for 26 times the cost.
+Result: in docs/earlier_study.md, with half as many steps, such a proxy, a sixth as wide as the models, gained 0.21
+[0.17, 0.24] nats per token over random data, and two as wide as the models 0.24 [0.20, 0.28], for 26 times the cost.
 """
 
 from dsdm_jax.configs import base

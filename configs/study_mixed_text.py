@@ -1,4 +1,4 @@
-"""The study of docs/results.md: DsDm against baselines and variants on mixed real text.
+"""The study of docs/earlier_study.md: DsDm against baselines and variants on mixed real text.
 
 Run all arms, or one arm alone; the first command resumes where it stopped:
 
@@ -12,7 +12,7 @@ Hardware and time: two CPU cores, 1 h 57 min for the arm `base`; docs/results/ta
 
 Result: on the mix of three targets, DsDm has a log-probability 0.24 [0.20, 0.28] nats per token higher than random
 data. Baselines are not at their best settings there, and the compute multipliers depend on the ladder: see "Read with
-care" in docs/results.md.
+care" in docs/earlier_study.md.
 
 Every arm trains on the same number of tokens. Targeted arms see a subset four times, as in the paper; random data is
 taken four times and once.
