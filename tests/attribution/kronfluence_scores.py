@@ -41,6 +41,12 @@ class MeanMargin(Task):
   def compute_train_loss(self, batch, model, sample=False):
     return self.compute_measurement(batch, model)
 
+  def get_attention_mask(self, batch):
+    (tokens,) = batch
+    mask = torch.ones_like(tokens)
+    mask[:, -1] = 0  # predicts nothing: without a gradient it is in none of our covariances
+    return mask
+
 
 def main(source, destination):
   given = np.load(source)
