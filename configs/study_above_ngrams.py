@@ -14,8 +14,8 @@ benchmarks at `data/benchmarks/*.jsonl`, in LLM-Foundry's shapes.
 Hardware and time: two CPU cores, 14 minutes a model, or 21 minutes for two that train at once on a core each.
 
 Result: on SQuAD and TriviaQA DsDm has a log-probability 0.37 [0.30, 0.45] nats per token higher than random data, and
-0.13 [0.07, 0.18] higher than LSA; it loses on most of what was not targeted. The other arms are not trained yet
-(docs/results.md).
+0.13 [0.07, 0.18] higher than LSA; it loses on most of what was not targeted. Without the prefilter it is at +0.17
+[-0.22, 0.57]. The other arms are not trained yet (docs/results.md).
 """
 
 from dsdm_jax.configs import recipe
