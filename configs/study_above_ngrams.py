@@ -56,9 +56,10 @@ ARMS: dict[str, dict] = {
   'base': {'selection.methods': ('dsdm', 'random'), **_THREE},
   'lsa': {'selection.methods': ('lsa',), **_THREE, **_UNSCORED},
   'whole': {**_DSDM, **_WHOLE},
+  'fasttext': {'selection.methods': ('fasttext',), **_THREE, **_UNSCORED},
   'breadth': {**_DSDM, 'selection.targets': ('+'.join((*TARGETS, 'breadth')),)},
   'one_epoch': {'selection.methods': ('random_one_epoch',), **_THREE, **_UNSCORED},
-  'baselines_of_text': {'selection.methods': ('fasttext', 'dsir'), **_THREE, **_UNSCORED},
+  'dsir': {'selection.methods': ('dsir',), **_THREE, **_UNSCORED},
   'baselines_of_proxies': {'selection.methods': ('embedding', 'color_filter'), **_THREE, **_WHOLE},
   'gradient': {
     'selection.methods': ('gradient',),
