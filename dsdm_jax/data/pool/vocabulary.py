@@ -605,7 +605,7 @@ def _save_file(choice: str, folder: Path, end: str) -> None:
   encoder = _attempt('it is not a SentencePiece model', SentencePieceEncoder, data)
   if encoder.eos < 0:
     raise UserError('it has no end piece; train it with an eos_id')
-  _try(encoder, *[encoder.piece(encoder.eos)] * 2)
+  _try(encoder, encoder.piece(encoder.eos))
   storage.write_bytes(folder / MODEL, data)
 
 
@@ -654,7 +654,7 @@ def _beside(path: str, way_out: str = '') -> dict[str, Any]:
     raise UserError(f'{path}: {error}; correct it{way_out}') from error
 
 
-def _try(encoder: Encoder, end: str, begin: str) -> None:
+def _try(encoder: Encoder, end: str, begin: str = '') -> None:
   """Encodes and decodes texts that are common in pools, hard on regular expressions, unknown, or hold a mark's piece.
 
   Raises:
