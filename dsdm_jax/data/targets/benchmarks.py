@@ -219,10 +219,18 @@ def place(benchmark: Benchmark, places: Sequence[str]) -> str | None:
   """The first of the places that has `benchmark`: its file, or 'tfds' or 'tfds:DATA_DIR'; None if none has it.
 
   The last place is not checked if it is TFDS: reading it reports what is missing.
+
+  Raises:
+    UserError: one of them is a file of another name, which would be read for every benchmark.
   """
   for number, path in enumerate(places, 1):
     if not in_tfds(path):
       if file := find(benchmark, path):
+        if not file.endswith(benchmark.source):
+          raise UserError(
+            f'{benchmark.name} is looked for in {path}, which is a file and not a folder; name its folder '
+            '(targets.folder, or --folder), or put the path in place of the name of the benchmark'
+          )
         return file
     elif benchmark.tfds and (number == len(places) or tfds_items.is_prepared(benchmark.tfds, _data_dir(path))):
       return path
