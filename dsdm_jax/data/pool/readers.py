@@ -150,6 +150,8 @@ def _name_in(record: Mapping[str, Any], option: str, named: str | None) -> str |
   value = _value(record, field) if field else None
   if value and isinstance(value, str):
     return value
+  if isinstance(value, float | np.floating) and np.isnan(value):  # what pandas writes for no value
+    value = None
   if value is not None and isinstance(value, (Mapping, list, tuple, np.ndarray)):
     kind = type(value).__name__
     raise ValueError(f'field {field!r} is {kind}, not text or a number; name another with | {option}=FIELD')

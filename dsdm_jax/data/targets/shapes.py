@@ -169,9 +169,9 @@ class _Fields:
     return self.text(*(given or keys))
 
   def label(self, key: str) -> str:
-    """A name that may be missing, null or blank: ''. Numbers count as names."""
+    """A name that may be missing, null, NaN or blank: ''. Numbers count as names."""
     value = self.record.get(key)
-    if value is None:
+    if value is None or value != value:
       return ''
     if isinstance(value, bool) or not isinstance(value, str | int | float):
       raise self.fail(f'"{key}" must be a string or a number, not {type(value).__name__}')

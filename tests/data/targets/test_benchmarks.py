@@ -326,6 +326,24 @@ def test_a_missing_file_names_other_places(tmp_path: Path):
     read_items(BENCHMARKS['piqa'], f'tfds:{tmp_path}')
 
 
+@pytest.mark.parametrize('more', ['', 'elsewhere | '])
+def test_a_file_in_place_of_the_folder_is_not_read_for_every_benchmark(tmp_path: Path, more: str):
+  path = write(tmp_path / 'jeopardy_all.jsonl', RECORDS['language_modelling'])
+  assert len(read_items(BENCHMARKS['jeopardy'], more + path)) == 1
+  with pytest.raises(
+    UserError, match=r'squad is looked for in .*jeopardy_all\.jsonl, which is a file and not a folder'
+  ):
+    read_items(BENCHMARKS['squad'], more + path)
+
+
+def test_nan_is_no_name(tmp_path: Path):
+  """pandas writes it where a cell is empty."""
+  record = {'context': 'q', 'continuation': 'a', 'category': float('nan')}
+  assert [item.category for item in tasks.read_jsonl(write(tmp_path / 'mine.jsonl', record)).items] == ['']
+  with pytest.raises(UserError, match='line 1: "document" is empty; leave it out'):
+    tasks.read_jsonl(write(tmp_path / 'mine.jsonl', record | {'document': float('nan')}))
+
+
 def test_a_benchmark_that_none_of_several_places_has(tmp_path: Path):
   with pytest.raises(UserError, match=rf'benchmark cbt: none of tfds:{tmp_path}, {tmp_path} has cbt\.jsonl; put'):
     read_items(BENCHMARKS['cbt'], f'tfds:{tmp_path} | {tmp_path}')
