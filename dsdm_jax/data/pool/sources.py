@@ -8,6 +8,7 @@ sources, units and records, which depends only on the settings and the files.
 import collections
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -255,9 +256,11 @@ def distinct(units_: Iterable[Unit]) -> list[Unit]:
       of_label[label].add(path)
   if all(len(paths) == 1 for paths in of_label.values()):
     return result
-  parts = [path.split('/') for unit, paths in zip(result, places, strict=True) if unit.labels for path in paths]
-  shared = next(i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1)
-  labels = [tuple('/'.join(path.split('/')[shared:]) for path in paths) for paths in places]
+  whole = [tuple(path if files.is_remote(path) else os.path.abspath(path) for path in paths) for paths in places]
+  parts = [path.split('/') for unit, paths in zip(result, whole, strict=True) if unit.labels for path in paths]
+  differing = (i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1)
+  shared = next(differing, min(map(len, parts)) - 1)
+  labels = [tuple('/'.join(path.split('/')[shared:]).lstrip('/') for path in paths) for paths in whole]
   return [
     dataclasses.replace(unit, labels=new) if unit.labels else unit for unit, new in zip(result, labels, strict=True)
   ]

@@ -530,6 +530,26 @@ def test_fields_by_name(kind: str, write: Callable[[Path, bytes], None], tmp_pat
     assert "field 'meta.empty'" in (found := read(f' | {option}=meta.empty')[0]) or "'meta.empty' among" in found
 
 
+def test_labels_of_files_with_one_name_do_not_depend_on_how_their_places_are_written(tmp_path, monkeypatch):
+  for name in 'ab':
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'x.jsonl').write_text(json.dumps({'text': f'text of {name} ' * 9}) + '\n')
+  monkeypatch.chdir(tmp_path / 'a')
+  found = []
+  for second in (f'{tmp_path}/b/x.jsonl', '../b/x.jsonl', '../a/../b/x.jsonl'):
+    units = [unit for place in ('x.jsonl', second) for unit in sources.units(sources.parse(f'jsonl:{place}'))]
+    found.append([label for unit in sources.distinct(units) for label in unit.labels])
+  assert found == [['a/x.jsonl', 'b/x.jsonl']] * 3
+
+
+def test_nan_is_no_id(tmp_path):
+  """pandas writes it where a cell is empty."""
+  path = tmp_path / 'a.jsonl'
+  path.write_text(''.join(json.dumps({'id': float('nan'), 'text': f'text {i} ' * 9}) + '\n' for i in range(3)))
+  pool = build(tmp_path, f'jsonl:{path}')
+  assert sorted(d['id'] for d in pool.documents) == [f'jsonl/a.jsonl:{i}' for i in (1, 2, 3)]
+
+
 def test_ids_are_unique_and_those_of_the_user(tmp_path: Path):
   for folder in ('x/a', 'x/b', 'y/a'):
     (tmp_path / folder).mkdir(parents=True)
