@@ -1,8 +1,8 @@
 """Pools of existing rows: Parquet files with a column of lists of ids, each list one row of the pool.
 
-Rows and their order are unchanged: row numbers run through the files, sorted by name. So scores and selections that
-others published for such rows can be used. Nothing is dropped or shuffled; in the document table a file counts as a
-document.
+Rows and their order are unchanged: row numbers run through the files, part-2 before part-10. So scores and selections
+that others published for such rows can be used. Nothing is dropped or shuffled; in the document table a file counts as
+a document.
 """
 
 import dataclasses
@@ -116,8 +116,8 @@ def run(context: Context, out: Path) -> dict[str, Any]:
     'length': c.length,
     'vocab_size': encoder.size,
     'special_ids': card['special_ids'],
-    'row_order': 'an id is the row of the dataset: rows of the files, sorted by name, in their order; not checked '
-    'for duplicates',
+    'row_order': 'an id is the row of the dataset: rows of the files, part-2 before part-10, in their order; not '
+    'checked for duplicates',
   }
 
 
