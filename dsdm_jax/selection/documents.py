@@ -4,8 +4,9 @@
 
 Formats:
   parquet: documents-*.parquet, one record for each record of the sources, in the order in which they were read.
-  dolma: for each JSONL file of the sources a file of the same name with a line for each document, whose attributes are
-    spans [start, end, score] of characters. Name the folder …/attributes/NAME beside …/documents.
+  dolma: for each JSONL file of the sources (.jsonl, .json or .ndjson, also compressed) a file of the same name with a
+    line for each document, whose attributes are spans [start, end, score] of characters. Name the folder
+    …/attributes/NAME beside …/documents.
   datakit: for each file of the sources a flat Parquet file with the columns id, partition_id, status and scores.
 
 Columns: id, source, status ('kept'; 'cut', its end is lost; 'leaks', it has text of a target and no arm takes its rows;
@@ -16,11 +17,13 @@ share of row_tokens that the arm A selected.
 """
 
 import argparse
+import bz2
 import contextlib
 import gzip
 import io
 import itertools
 import json
+import lzma
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +34,7 @@ import numpy as np
 from dsdm_jax.attribution.scores import Scores
 from dsdm_jax.core import artifacts, storage
 from dsdm_jax.core.artifacts import Artifact
+from dsdm_jax.core.progress import counted
 from dsdm_jax.core.storage import Location
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.pool.passes import KEPT
@@ -192,9 +196,10 @@ class DocumentScores:
       UserError: there are no such files.
     """
     names = [name for name in self._values if name.startswith(('score_', 'selected_'))]
-    files, count = 0, 0
+    files, count, others = 0, 0, 0
     for label, tables in self._by_file():
       if not _is_jsonl(label):
+        others += 1
         continue
       with _open(out, label) as file:
         for table in tables:
@@ -209,7 +214,8 @@ class DocumentScores:
     if not files:
       raise UserError('no source of the pool is a JSONL file, which dolma has; choose --format=parquet or datakit')
     storage.write_json(out / 'metadata.json', self.metadata)
-    return f'{count:,} documents of {files:,} files'
+    left = f'; {counted(others, "file")} left out, which are not named as JSONL' if others else ''
+    return f'{count:,} documents of {counted(files, "file")}{left}'
 
   def datakit(self, out: Path) -> str:
     """Writes a Parquet file for each file of the sources, with its records in their order.
@@ -226,8 +232,7 @@ class DocumentScores:
     schema = pa.schema([self.schema.field('id'), kind, *own], self.schema.metadata)
     count = 0
     for label, tables in self._by_file():
-      path = artifacts.inside(out, label if label.endswith('.parquet') else f'{label}.parquet')
-      path.parent.mkdir(parents=True, exist_ok=True)
+      path = _new_file(out, label if label.endswith('.parquet') else f'{label}.parquet')
       with storage.parquet_writer(path, schema) as writer:
         for table in tables:
           number = pa.array(np.full(len(table), partition[label]), pa.int64())
@@ -240,16 +245,21 @@ class DocumentScores:
   def _by_file(self) -> Iterator[tuple[str, Iterator['pyarrow.Table']]]:
     """(label, tables of its records) of each file; without records that stand for a whole file that cannot be read."""
 
-    def parts() -> Iterator[tuple[str, 'pyarrow.Table']]:
-      for table in self.tables():
-        labels = table['file'].to_numpy(zero_copy_only=False)
-        edges = [0, *(np.flatnonzero(labels[1:] != labels[:-1]) + 1).tolist(), len(labels)]
+    def parts() -> Iterator[tuple[tuple[str, int], 'pyarrow.Table']]:
+      turn, last = 0, ('', 0)
+      for whole in self.tables():
+        table = whole.filter(_is_record(whole))
+        labels, number = table['file'].to_numpy(zero_copy_only=False), table['number'].to_numpy()
+        # A file that two sources read begins again.
+        begins = (labels[1:] != labels[:-1]) | (number[1:] <= number[:-1])
+        edges = [0, *(np.flatnonzero(begins) + 1).tolist(), len(labels)] if len(labels) else []
         for start, stop in itertools.pairwise(edges):
-          part = table.slice(start, stop - start)
+          turn += labels[start] != last[0] or number[start] <= last[1]
+          last = labels[stop - 1], number[stop - 1]
           if labels[start]:
-            yield labels[start], part.filter(_is_record(part))
+            yield (labels[start], turn), table.slice(start, stop - start)
 
-    for label, group in itertools.groupby(parts(), key=lambda part: part[0]):
+    for (label, _), group in itertools.groupby(parts(), key=lambda part: part[0]):
       yield label, (table for _, table in group)
 
 
@@ -267,17 +277,35 @@ def _is_record(table: 'pyarrow.Table') -> np.ndarray:
 
 
 def _is_jsonl(label: str) -> bool:
-  return any(label.endswith(f'.{kind}{packed}') for kind in ('jsonl', 'json') for packed in ('', '.gz', '.zst'))
+  packed = ('', '.gz', '.zst', '.bz2', '.xz')
+  return label.endswith(tuple(f'.{kind}{ending}' for kind in ('jsonl', 'json', 'ndjson') for ending in packed))
+
+
+def _new_file(folder: Path, label: str) -> Path:
+  """The place of the file `label` in `folder`, whose own folder exists then.
+
+  Raises:
+    UserError: it was written before.
+  """
+  path = artifacts.inside(folder, label)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if path.exists():
+    raise UserError(
+      f'two sources of the pool have the file {label}, and one would replace the other; choose --format=parquet'
+    )
+  return path
 
 
 @contextlib.contextmanager
 def _open(folder: Path, label: str) -> Iterator[IO[str]]:
   """A new text file with the name and compression of a file of the sources."""
-  path = artifacts.inside(folder, label)
-  path.parent.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
-    raw: Any = stack.enter_context(open(path, 'wb'))
-    if label.endswith('.gz'):
+    raw: Any = stack.enter_context(open(_new_file(folder, label), 'wb'))
+    if label.endswith('.bz2'):
+      raw = stack.enter_context(bz2.BZ2File(raw, 'wb'))
+    elif label.endswith('.xz'):
+      raw = stack.enter_context(lzma.LZMAFile(raw, 'wb'))
+    elif label.endswith('.gz'):
       raw = stack.enter_context(gzip.GzipFile('', 'wb', 6, raw, mtime=0))
     elif label.endswith('.zst'):
       import zstandard

@@ -1,8 +1,10 @@
 """Scores of documents: every record of the sources comes back once, and sums agree with those over rows."""
 
+import bz2
 import gzip
 import itertools
 import json
+import lzma
 import shutil
 from pathlib import Path
 
@@ -117,6 +119,16 @@ def lossy(tmp_path_factory):
   return base, inputs | {'selection': Artifact(selection, {'files': {'dsdm--a--0.npz': ''}})}, arrays
 
 
+def _made_up(pool, folder):
+  """Inputs with scores of 0 for the rows of a pool."""
+  (folder / 'datamodel').mkdir()
+  zero_N = np.zeros(Pool(pool.path).num_rows, np.float32)
+  saved_scores.save(folder / 'datamodel', score_a_N=zero_N, error_a_N=zero_N, score_mix_N=zero_N)
+  semantics = {'tasks': ['a'], 'mix': 'mean', 'half_width': {'a': 2.0}, 'sign': 'higher helps', 'scale': 'one unit'}
+  semantics |= dict.fromkeys(('output_fn', 'confidence', 'damping'), '')
+  return {'pool': pool, 'datamodel': Artifact(folder / 'datamodel', {'semantics': semantics})}
+
+
 def _records(inputs, **options):
   return list(itertools.chain.from_iterable(t.to_pylist() for t in DocumentScores(inputs, **options).tables()))
 
@@ -218,6 +230,34 @@ def test_dolma_has_a_line_for_each_line(lossy, tmp_path):
         [[start, end, score]] = spans['dsdm__score_a']
         assert np.float32(score) == np.float32(record['score_a'])  # to the last bit, however small
         assert theirs['text'][start:end] == theirs['text'] if record['status'] == 'kept' else end < len(theirs['text'])
+
+
+@pytest.mark.parametrize('between', [False, True])
+@pytest.mark.parametrize('form', ['dolma', 'datakit'])
+def test_a_file_that_two_sources_read_is_not_written_twice(form, between, tmp_path):
+  """Neither over the first, nor after it."""
+  (tmp_path / 'web').mkdir()
+  for name in 'ab' if between else 'a':
+    records = [{'title': f'{name} title {i} ' * 9, 'body': f'{name} body {i} ' * 9} for i in range(9)]
+    (tmp_path / 'web' / f'{name}.jsonl').write_bytes(lines(records))
+  both = tuple(f'jsonl:{tmp_path}/web/*.jsonl | text={field} | id= | name={field}' for field in ('title', 'body'))
+  pool = run_pool(small_config(sources=both, vocabulary='bytes'), tmp_path / 'run')
+  (tmp_path / 'out').mkdir()
+  with pytest.raises(UserError, match=r'two sources of the pool have the file a\.jsonl.*--format=parquet'):
+    getattr(DocumentScores(_made_up(pool, tmp_path)), form)(tmp_path / 'out')
+
+
+def test_dolma_says_which_files_it_leaves_out_and_reads_each_compression(tmp_path):
+  packed = {'b.jsonl.xz': lzma.compress, 'c.ndjson': bytes, 'd.json.bz2': bz2.compress, 'e.lines': bytes}
+  for index, (name, pack) in enumerate(packed.items()):
+    own = [{'id': f'{name} {i}', 'text': f'{name} has text {i} ' * 9} for i in range(index, index + 5)]
+    (tmp_path / name).write_bytes(pack(lines(own)))
+  pool = run_pool(small_config(sources=(f'jsonl:{tmp_path}/[b-e].*',), vocabulary='bytes'), tmp_path / 'run')
+  (tmp_path / 'out').mkdir()
+  said = DocumentScores(_made_up(pool, tmp_path)).dolma(tmp_path / 'out')
+  assert said == '15 documents of 3 files; 1 file left out, which are not named as JSONL'
+  for name, unpack in (('b.jsonl.xz', lzma.decompress), ('c.ndjson', bytes), ('d.json.bz2', bz2.decompress)):
+    assert unpack((tmp_path / 'out' / name).read_bytes()).count(b'"attributes"') == 5
 
 
 @pytest.mark.peers
