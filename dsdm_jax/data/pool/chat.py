@@ -69,7 +69,7 @@ class Chat:
       ValueError: this is no conversation, it has no answer, or the template fails on it or rewrites earlier messages.
     """
     listed = conversation(messages)
-    if '{% generation' in self.template or '{%- generation' in self.template:
+    if _compiled(self.template).has_generation:
       return _marked(lambda marks: self._render(listed, False, marks))
     text, spans = self.render(listed), []
     for index, message in enumerate(listed):
@@ -140,11 +140,16 @@ def _marked(render: Callable[[tuple[str, str]], str]) -> tuple[str, Spans]:
 
 @functools.lru_cache(maxsize=4)
 def _compiled(template: str) -> Any:
-  """The template in the sandbox of transformers: no attributes that change anything, and no access to Python."""
+  """The template in the sandbox of transformers: no attributes that change anything, and no access to Python.
+
+  Its attribute `has_generation` says whether it has {% generation %} blocks.
+  """
   import jinja2
   import jinja2.ext
   import jinja2.nodes
   import jinja2.sandbox
+
+  has_generation = False
 
   class Generation(jinja2.ext.Extension):
     """{% generation %} … {% endgeneration %}: what the assistant writes."""
@@ -152,6 +157,8 @@ def _compiled(template: str) -> Any:
     tags = {'generation'}  # noqa: RUF012  as Jinja wants it
 
     def parse(self, parser: Any) -> Any:
+      nonlocal has_generation
+      has_generation = True
       line = next(parser.stream).lineno
       body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
       marks = jinja2.nodes.Name('generation_marks', 'load')
@@ -171,7 +178,9 @@ def _compiled(template: str) -> Any:
   )
   environment.filters['tojson'] = as_json
   environment.globals['raise_exception'] = fail
-  return environment.from_string(template)
+  compiled: Any = environment.from_string(template)
+  compiled.has_generation = has_generation  # set while it was parsed
+  return compiled
 
 
 def read(vocabulary: str) -> Chat | None:

@@ -396,7 +396,8 @@ class HuggingFaceEncoder:
       raise UserError(
         f'the tokenizer has {len(ids):,} pieces with ids below {self.size:,}; needs 1 to {_LARGEST_SIZE:,}'
       )
-    special = {token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special}
+    added = {token.content: token for token in self.tokenizer.get_added_tokens_decoder().values()}
+    special = {piece for piece, token in added.items() if token.special}
     self.end = end or _only(
       [piece for piece in _END_PIECES if piece in special]
       or [piece for piece in _END_PIECES if piece in ids and not special]
@@ -421,7 +422,15 @@ class HuggingFaceEncoder:
     never = {ids[piece] for piece in (*special, self.end, begin) if piece in ids} - {self.unk}
     self._never = never if self.unk not in (-1, self.eos) else set()
     # Also where the file does not call it special, so that it is text when it is written out.
-    self.tokenizer.add_special_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in (self.end, begin)])
+    kept = {piece: added.get(piece, tokenizers.AddedToken(piece)) for piece in (self.end, begin)}
+    self.tokenizer.add_special_tokens(
+      [
+        tokenizers.AddedToken(
+          piece, normalized=False, lstrip=token.lstrip, rstrip=token.rstrip, single_word=token.single_word
+        )
+        for piece, token in kept.items()
+      ]
+    )
     self.data = data
     self.chat: chats.Chat | None = None
     self.exact = False
