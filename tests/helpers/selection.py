@@ -1,5 +1,6 @@
 """Candidates in memory, with scores, features and targets of a test's choice, for selectors without other stages."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,10 @@ class Rows:
     self._texts = texts
 
   counts_some, packed = False, True
+
+  @functools.cached_property
+  def counted_N(self) -> np.ndarray:
+    return np.ones(self.num_rows, bool)
 
   def sizes(self, rows) -> np.ndarray:
     return np.full(len(rows), self.length)

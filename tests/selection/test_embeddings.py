@@ -144,6 +144,15 @@ def test_perplexity_has_two_ends():
   assert selected('perplexity_middle', pool, 2).rows.tolist() == [2, 3]
 
 
+@pytest.mark.parametrize(
+  ('method', 'wanted'), [('low', [1, 4, 2, 3]), ('high', [3, 2, 4, 1]), ('middle', [2, 4, 1, 3])]
+)
+def test_rows_without_a_token_that_the_loss_counts_have_no_perplexity(method, wanted):
+  pool = ArrayCandidates(np.zeros(5), proxies=Proxies(np.float32([[0.0], [-1.0], [-3.0], [-4.0], [-2.0]])))
+  pool.pool.counted_N[0] = False
+  assert selected(f'perplexity_{method}', pool, 5).rows.tolist() == [*wanted, 0]
+
+
 def test_color_filter_by_hand():
   class Tuned:
     """Log-likelihoods before (state 0) and after (state 1) tuning; records its arguments."""
@@ -171,6 +180,9 @@ def test_color_filter_by_hand():
   assert found.rows.tolist() == [3, 0, 1, 2]
   assert found.scores.tolist() == [3, 2, 0, -1.5]
   assert proxies.tuned_with == ([[1, i] for i in range(8)], 2, 0.1)
+  pool = ArrayCandidates(np.zeros(4), proxies=proxies, conditional_steps=8)
+  pool.pool.counted_N[1] = False  # the loss counts no token of this row, so it did not get easier
+  assert selected('color_filter', pool, 4, target=wanted).scores.tolist() == [3, 2, -1.5, -1.5]
   assert 0 < len({tuple(s) for s in held}) < 8
 
 

@@ -243,6 +243,13 @@ class Pool:
     return self._counted_NC is not None
 
   @functools.cached_property
+  def counted_N(self) -> np.ndarray:
+    """Whether the loss counts a token of the row, bool [N]: not where a long prompt fills it."""
+    if self._counted_NC is None:
+      return np.ones(self.num_rows, bool)
+    return ((self._counted_NC[:, 0] & 0x7F) > 0) | self._counted_NC[:, 1:].any(axis=1)  # nothing predicts the first
+
+  @functools.cached_property
   def _counted_NC(self) -> np.ndarray | None:
     return self._origin('counted') if storage.is_file(self.path / 'rows' / 'counted.npy') else None
 

@@ -206,6 +206,33 @@ def test_templates_that_mark_answers_say_where_they_are():
   )
 
 
+@pytest.mark.parametrize('tag', ['{%-generation-%}', '{%  generation %}', '{%+ generation%}', '{% generation -%}'])
+def test_a_template_may_spell_its_marks_in_every_way(tag):
+  text, spans = Chat(MARKED.replace('{% generation %}', tag), (('bos_token', '<s>'),)).document(TALK)
+  assert [text[begin:end] for begin, end in spans] == ['Hello<|im_end|>', 'See you<|im_end|>']
+  commented = Chat('{# {% generation %} #}' + TEMPLATE, ())
+  assert commented.document(TALK) == Chat(TEMPLATE, ()).document(TALK)
+
+
+def test_pieces_of_a_template_take_the_white_space_that_their_file_says(tmp_path):
+  """Phi-3's end piece takes the newline after it."""
+  path = Path(write_tokenizer(tmp_path / 'model'))
+  tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  tokenizer.add_special_tokens([tokenizers.AddedToken('<|im_end|>', rstrip=True)])
+  path.write_text(tokenizer.to_str())
+  encoder = vocabulary.HuggingFaceEncoder(path.read_bytes(), '<|im_end|>')
+  text = Chat(TEMPLATE, ()).render(TALK[1:])
+  assert '<|im_end|>\n' in text
+  assert encoder.templated.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_rows_without_a_token_that_counts_are_known(tmp_path):
+  path = write_jsonl(tmp_path / 'pairs.jsonl', {'prompt': 'long prompt ' * 8, 'completion': 'short'}, *PAIRS)
+  pool = build(tmp_path, f'jsonl:{path} | prompt=prompt | completion=completion', length=16)
+  assert pool.counted_N.tolist() == (pool.weights(np.arange(pool.num_rows)).sum(axis=1) > 0).tolist()
+  assert 0 < pool.counted_N.sum() < pool.num_rows
+
+
 def test_templates_run_in_a_sandbox(tmp_path):
   for attack in (
     "{{ ''.__class__.__mro__ }}",
