@@ -22,7 +22,7 @@ def dsir(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selecti
 
 def log_ratio(target_counts: np.ndarray, pool_counts: np.ndarray) -> np.ndarray:
   """log p_target − log p_pool of each bucket: float64."""
-  p_target, p_pool = (counts / max(counts.sum(), 1) for counts in (target_counts, pool_counts))
+  p_target, p_pool = (counts / (counts.sum() or 1) for counts in (target_counts, pool_counts))
   return np.log(p_target + _FLOOR) - np.log(p_pool + _FLOOR)
 
 

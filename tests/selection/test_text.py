@@ -192,6 +192,9 @@ def test_rows_to_fit_are_read_in_blocks_and_are_the_same(monkeypatch, kind):
 def test_dsir_by_hand():
   weights = dsir.log_ratio(np.array([3, 1, 0]), np.array([1, 2, 1]))
   np.testing.assert_allclose(weights, np.log([0.75 + 1e-8, 0.25 + 1e-8, 1e-8]) - np.log([0.25, 0.5, 0.25]), rtol=1e-6)
+  # The weight of a task alone changes nothing.
+  shares = dsir.log_ratio(np.array([0.3, 0.1, 0]), np.array([1, 2, 1]))
+  np.testing.assert_allclose(shares, weights, rtol=1e-6)
 
 
 def test_bm25_by_hand():
