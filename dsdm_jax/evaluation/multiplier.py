@@ -404,6 +404,13 @@ def _notes(runs: Runs, rungs: Sequence[Mapping[str, Any]], law: Mapping[str, Any
     'C_selection is the cost of choosing for one arm alone: the proxies, features and datamodel that it needs, and its '
     'own selection, divided by the number of trainings that share it (evaluation.selection_uses).'
   )
+  if all(rung['seeds'] == 1 for rung in chosen) and any(
+    len(results.rows(runs, arm)) == 1 for arm in results.arms(runs)
+  ):
+    notes.append(
+      'Intervals of arms with one model are over items alone, since rungs have one model too: the noise of training is '
+      'not in them (pretraining.seeds, ladder.seeds).'
+    )
   if any('dsdm' in run['method'] for run in runs):
     notes.append('Intervals are for one selection: proxies were trained, and scores computed, once.')
   return notes

@@ -246,3 +246,10 @@ def test_models_that_were_tried_and_not_chosen_are_listed_and_not_read():
   assert row['gross_seconds']['estimate'] == pytest.approx(2**0.5)
   assert row['net_seconds']['estimate'] == pytest.approx(1.5 * 2**0.5 / 7.5)
   assert read['law'] is None and 'of 4 that were tried' in ' '.join(read['notes'])
+
+
+@pytest.mark.parametrize(('rung', 'arm', 'noted'), [(1, 1, True), (1, 3, False), (3, 1, False)])
+def test_intervals_without_the_noise_of_training_say_so(rung, arm, noted):
+  rungs = [{'chosen': True, 'seeds': rung, 'tokens': 9, 'parameters': 3}]
+  runs = [{'method': 'random', 'target_mix': 'any', 'seed': seed} for seed in range(arm)]
+  assert any('over items alone' in note for note in multiplier._notes(runs, rungs, None)) == noted
