@@ -325,12 +325,17 @@ def select(pool: Candidates, method: str, target: str, budget: Budget, root: int
 
 
 @dataclasses.dataclass
-class _Account:
+class Account:
   """Seconds and FLOP of a piece of work, without shared results, and the keys of the shared results that it uses."""
 
   seconds: float = 0.0
   flop: float = 0.0
   uses: set[Any] = dataclasses.field(default_factory=set)
+
+
+def total(accounts: Mapping[Any, Account]) -> dict[str, float]:
+  """The sums of 'seconds' and 'flop'."""
+  return {key: sum(getattr(account, key) for account in accounts.values()) for key in ('seconds', 'flop')}
 
 
 class CostAccounting:
@@ -343,8 +348,8 @@ class CostAccounting:
   def __init__(self, flop: Callable[[], float] = lambda: 0.0):
     self._flop = flop
     self._values: dict[Any, Any] = {}
-    self._shared: dict[Any, _Account] = {}
-    self._open: list[_Account] = []
+    self._shared: dict[Any, Account] = {}
+    self._open: list[Account] = []
 
   def once(self, key: Any, compute: Callable[[], _T]) -> _T:
     """`compute()`, cached by `key`."""
@@ -356,16 +361,20 @@ class CostAccounting:
       self._open[-1].uses |= {key, *self._shared[key].uses}
     return self._values[key]
 
-  def charged(self, work: Callable[[], _T]) -> tuple[_T, dict[str, float]]:
-    """(`work()`, its 'seconds' and 'flop', including every shared result that it uses)."""
+  def measured(self, work: Callable[[], _T]) -> tuple[_T, dict[Any, Account]]:
+    """(`work()`, the account of each shared result that it uses, by key, and under None its own)."""
     with self._account() as own:
       result = work()
-    parts = [own, *(self._shared[key] for key in own.uses)]
-    return result, {'seconds': sum(p.seconds for p in parts), 'flop': sum(p.flop for p in parts)}
+    return result, {None: own} | {key: self._shared[key] for key in own.uses}
+
+  def charged(self, work: Callable[[], _T]) -> tuple[_T, dict[str, float]]:
+    """(`work()`, its 'seconds' and 'flop', including every shared result that it uses)."""
+    result, accounts = self.measured(work)
+    return result, total(accounts)
 
   @contextlib.contextmanager
-  def _account(self) -> Iterator[_Account]:
-    account, began, before = _Account(), time.monotonic(), self._flop()
+  def _account(self) -> Iterator[Account]:
+    account, began, before = Account(), time.monotonic(), self._flop()
     self._open.append(account)
     try:
       yield account

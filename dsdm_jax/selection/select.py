@@ -10,7 +10,9 @@ from dsdm_jax.core.stage import Context
 from dsdm_jax.data.order.selection import Selection
 from dsdm_jax.data.targets.targets import Targets
 from dsdm_jax.selection import mixture, summaries
-from dsdm_jax.selection.candidates import Budget, Candidates, find, select
+from dsdm_jax.selection.candidates import Budget, Candidates, find, select, total
+
+_SHARED = 'shared:'
 
 
 def run(context: Context) -> dict:
@@ -41,22 +43,26 @@ def run(context: Context) -> dict:
     lambda name: (f'{name}.npz', f'{name}.json'),
   )
   index, arms, cost, spent = [], [], {}, context.cost.parts
+  flop: dict[str, float] = {}  # of each selection alone, and of each shared result once, whoever computed it
   for method, target, seed, selector in planned:
     name = method_name(method)
     if seed == 0 or selector.seeded:
       unit = f'{name}--{target}--{seed}'
       if unit in taken:
         selection = Selection.load(context.out, unit)
-        context.add_flop(spent[f'{unit} own_flop'])
       else:
-        began, before = time.monotonic(), context.cost.flop
+        began = time.monotonic()
         work = functools.partial(select, pool, method, target, budget, config.seed, seed)
-        selection, charged = pool.costs.charged(work)
-        own = {unit: time.monotonic() - began, f'{unit} own_flop': context.cost.flop - before}
-        spent |= own | {f'{unit} {key}': value for key, value in charged.items()}
+        selection, accounts = pool.costs.measured(work)
+        spent |= {unit: time.monotonic() - began} | {f'{unit} {key}': x for key, x in total(accounts).items()}
+        spent |= {f'{unit} {_part(key)}': account.flop for key, account in accounts.items()}
         if context.first:
           selection.save(context.out)
       cost[unit] = {key: spent[f'{unit} {key}'] for key in ('seconds', 'flop')}
+      for part, number in spent.items():
+        of, _, word = part.rpartition(' ')
+        if of == unit and word.startswith((_part(None), _SHARED)):
+          flop[word if word.startswith(_SHARED) else part] = number
       if seed == 0:
         arms.append(selection)
     entry = {'name': f'{name}--{target}--{seed}', 'selection': selection.name, 'method': name, 'target': target}
@@ -64,10 +70,13 @@ def run(context: Context) -> dict:
   if config.mixture.parts:
     for seed in range(config.pretraining.seeds):
       mix = functools.partial(mixture.select_mixture, context, pool, budget, seed)
-      (entry, selection), cost[f'{mixture.NAME}--any--{seed}'] = pool.costs.charged(mix)
+      (entry, selection), accounts = pool.costs.measured(mix)
+      cost[name := f'{mixture.NAME}--any--{seed}'] = total(accounts)
+      flop |= {_part(key) if key else name: account.flop for key, account in accounts.items()}
       index.append(entry)
       if seed == 0:
         arms.append(selection)
+  context.add_flop(sum(flop.values()) - context.cost.flop)
   summary = summaries.summarize(arms, pool.pool)
   if context.first:
     storage.write_json(context.out / 'index.json', index)
@@ -75,6 +84,11 @@ def run(context: Context) -> dict:
     context.log.describe(f'{len(index)} models, {budget.total:,} rows each')
     context.log.say(summaries.text_tables(summary))
   return {'budget_examples': budget.total, 'selections': summary, 'cost': cost}
+
+
+def _part(key: Any) -> str:
+  """Names the FLOP of the shared result `key` among the parts of a unit's cost; with None, those of the unit alone."""
+  return 'own_flop' if key is None else f'{_SHARED}{artifacts.digest_of(repr(key))[:16]}'
 
 
 def _depends_on(context: Context, pool: Candidates, method: str, target: str) -> list[Any]:

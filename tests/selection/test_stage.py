@@ -31,14 +31,14 @@ ONCE = {'random_one_epoch': 64, 'semdedup_one_epoch': 64}  # rows of those that 
 
 
 def select(source: Path, folder: Path, **changes) -> Path:
-  """A copy of a finished run with another selection."""
+  """A copy of a finished run with another selection; in a folder that has one, it is made again."""
   for stage in ('pool', 'leakage', 'targets', 'proxies', 'features', 'target_features', 'datamodel'):
-    shutil.copytree(source / stage, folder / stage)
+    shutil.copytree(source / stage, folder / stage, dirs_exist_ok=True)
   config = every.get_config()
   for key, value in changes.items():
     section, _, name = key.partition('__')
     config[section][name] = value
-  pipeline.run(config, folder, 'selection')
+  pipeline.run(config, folder, 'selection', rerun=(folder / 'selection').is_dir())
   return folder
 
 
@@ -68,6 +68,19 @@ def test_every_arm_is_whole(chosen):
   assert by_seed['dsdm', 0] == by_seed['dsdm', 1] == 'dsdm--docs--0'
   for name in {e['selection'] for e in index if e['method'] == 'bm25'}:
     assert np.bincount(pool.document_N[Selection.load(files_of(chosen, 'selection'), name).rows]).max() <= 8
+
+
+@pytest.mark.slow
+def test_what_selections_share_counts_once_whenever_they_are_added(finished, tmp_path):
+  """The decomposition of the pool's n-grams for LSA."""
+
+  def flop(folder: Path, *targets: str) -> float:
+    select(finished, folder, selection__methods=('lsa',), selection__targets=targets, mixture__parts=())
+    return artifacts.open_stage(folder, 'selection').manifest['cost']['flop']
+
+  one, both = flop(tmp_path / 'added', 'docs'), flop(tmp_path / 'together', 'docs', 'api_qa')
+  assert 0 < one < both < 2 * one
+  assert flop(tmp_path / 'added', 'docs', 'api_qa') == both
 
 
 def test_summaries_describe_the_selections(chosen):
