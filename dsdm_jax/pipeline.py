@@ -34,7 +34,7 @@ STAGES = (
     reads=(),
     keys=('seed', 'pool'),
     code='data.pool.build:run',
-    format=8,
+    format=9,
   ),
   # Text of the pool × targets and benchmarks → a mask of rows that no selection takes.
   Stage(
@@ -120,7 +120,7 @@ STAGES = (
     reads=('pool', 'leakage', 'targets', 'proxies', 'features', 'target_features', 'datamodel'),
     keys=('seed', 'selection', 'mixture', 'pretraining.seeds'),
     code='selection.select:run',
-    format=6,
+    format=7,
     everywhere=True,
     where_set=_PREFILTERED,
   ),
@@ -152,7 +152,7 @@ STAGES = (
     ),
     keys=('evaluation', 'model', 'pretraining', 'targets.seed', 'targets.folder'),
     code='evaluation.evaluate:run',
-    format=9,
+    format=10,
     everywhere=True,
     batches=('evaluation.batch_size',),
     where_set=_PREFILTERED,

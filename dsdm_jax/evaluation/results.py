@@ -50,8 +50,8 @@ class Items:
     values: `logprob__<task>__<split>` and `accuracy__<task>__<split>` → float array [runs, items]: the log-probability
       of the right answer in nats per token, and 1 where the item counts as right, else 0. Tasks with choices also have
       `acc__…` and `acc_norm__…`.
-    documents: (task, split) → the document of each item, in order; items of one document are not independent. Each item
-      is its own document where the key is absent.
+    documents: (task, split) → the document of each item, in order; items of one document are not independent, also
+      those of two tasks. Each item is its own document where the key is absent.
     categories: (task, split) → the category of each item, for results that are averaged within categories first.
     tasks: the `tasks` part of `results.json`.
     lines: values of the reference lines of each run, `<line>__` before the keys of `values`; see `ngrams`.
@@ -245,7 +245,8 @@ def means(tables: Sequence[Table], runs: Runs, below: Collection[tuple[str, str]
 def mean_table(selected: Sequence[Table], split: str, name: str = MEAN) -> Table:
   """At least two tasks of a split as one Table, each task with the same weight.
 
-  A model's seed moves all tasks at once, so the interval of a mean is not that of independent tasks.
+  A model's seed moves all tasks at once, and a document can have items of several tasks, so the interval of a mean is
+  not that of independent tasks.
   """
   counts = [table.values['logprob'].shape[1] for table in selected]
   weight_I = statistics.macro_weights(np.repeat([table.task for table in selected], counts).tolist())
@@ -253,10 +254,10 @@ def mean_table(selected: Sequence[Table], split: str, name: str = MEAN) -> Table
     metric: statistics.reweighted(np.concatenate([t.values[metric] for t in selected], axis=1), weight_I)
     for metric in METRICS
   }
-  documents = []
+  documents: list[Any] = []
   for table, count in zip(selected, counts, strict=True):
-    own_I = np.arange(count) if table.documents_I is None else table.documents_I
-    documents += [f'{table.task}/{document}' for document in own_I]
+    own_I = table.documents_I
+    documents += [f'{table.task}/{item}' for item in range(count)] if own_I is None else own_I.tolist()
   return Table(name, split, values, np.asarray(documents), len(selected))
 
 

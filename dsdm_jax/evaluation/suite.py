@@ -568,7 +568,8 @@ def _request(
     aliases_I=tuple(item.aliases for item in items) if benchmark.shape == GENERATION else (),
     item_ids_I=tuple(item.id for item in items),
     category_I=tuple(item.category if benchmark.per_category else '' for item in items),
-    document_I=tuple(item.document for item in items),
+    # As `tasks.benchmark_task` names those of items without a document.
+    document_I=tuple(x.document if x.document != x.id else f'{benchmark.name}/{x.id}' for x in items),
     cut=cut,
     shots_I=tuple(shots),
     dropped_I=tuple(dropped),

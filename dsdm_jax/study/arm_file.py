@@ -118,12 +118,10 @@ def _packed_items(path: Location) -> dict[str, Any]:
 
 
 def _packed_names(path: Location) -> dict[str, Any]:
-  """Names as numbers: only which items share a name matters."""
-  packed = {}
-  for key, names in storage.read_json(path, dict).items():
-    if key.rpartition('__')[2] in results.COMPARED_SPLITS:
-      packed[key] = _packed(np.unique(names, return_inverse=True)[1])
-  return packed
+  """Names as numbers: only which items share a name matters, also those of two tasks."""
+  names = {k: v for k, v in storage.read_json(path, dict).items() if k.rpartition('__')[2] in results.COMPARED_SPLITS}
+  numbers = {name: number for number, name in enumerate(sorted({name for own in names.values() for name in own}))}
+  return {key: _packed(np.array([numbers[name] for name in own])) for key, own in names.items()}
 
 
 def _packed(values: np.ndarray) -> dict[str, Any]:

@@ -305,6 +305,25 @@ def test_mean_over_tasks_weighs_tasks_alike():
   assert together['high'] - together['low'] > 0.9 * min(widths), 'independent tasks would make it 0.7 of one'
 
 
+def test_a_document_with_items_of_two_tasks_counts_once_in_their_mean():
+  """Twenty documents that move both tasks alike: the mean is as uncertain as one task, and less with other names."""
+  g = np.random.default_rng(7)
+  runs = [r for r in RUNS if r['method'] in ('dsdm', 'random')]
+  names = [f'd{i // 5}' for i in range(100)]
+  effect_I = np.repeat(g.normal(0, 1, 20), 5) * (np.array([[r['method'] == 'dsdm'] for r in runs]))
+  values = {'logprob': effect_I + g.normal(0, 0.01, effect_I.shape), 'accuracy': np.zeros(effect_I.shape)}
+  items = {f'{metric}__{task}__holdout': v for task in ('docs', 'api_qa') for metric, v in values.items()}
+  other = [f'another {name}' for name in names]
+
+  def width(second: list[str]) -> float:
+    documents = {('docs', 'holdout'): names, ('api_qa', 'holdout'): second}
+    compared = _results(items, runs, documents)['means']['comparisons']
+    row = next(c for c in compared if c['metric'] == 'logprob')
+    return row['high'] - row['low']
+
+  assert width(names) > 1.3 * width(other)
+
+
 def test_a_mix_of_some_tasks_has_a_mean_of_its_own():
   """Over its held-out tasks alone; a mix of all tasks, or of a task that was not held out, has none."""
   mixes = ('docs+api_qa', 'docs+api_qa+puzzles', 'docs+elsewhere')
