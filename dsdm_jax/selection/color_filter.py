@@ -35,13 +35,11 @@ def color_filter(pool: Candidates, target: Target, budget: Budget, seed: int) ->
     def tune() -> tuple[np.ndarray, tuple[int, float]]:
       steps, rate = choose(dataclasses.replace(target, tasks=(task,)), settings, loss)
       tuned = proxies.tuned(target.sequences(task), steps, rate)
-      easier_N, counted_N = proxies.log_likelihood_of(tuned) - prior_N, pool.pool.counted_N
-      easier_N[~counted_N] = easier_N[counted_N].min()  # rows without a token that the loss counts have no likelihood
-      return easier_N, (steps, rate)
+      return proxies.log_likelihood_of(tuned) - prior_N, (steps, rate)
 
     score_N, tuned_with[task] = pool.once(('color', task), tune)
     return score_N
 
   tuned_with: dict[str, tuple[int, float]] = {}
-  score_N = target.mixed(score)
+  score_N = ranking.uncounted_last(target.mixed(score), pool)
   return ranking.ranked(score_N, pool, budget.examples, steps_and_rate=tuned_with)

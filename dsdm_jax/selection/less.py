@@ -23,6 +23,6 @@ def less(pool: Candidates, target: Target, budget: Budget, seed: int) -> Selecti
 
   def scores() -> np.ndarray:
     cosine_TN = pool.proxies.adam_cosines([target.examples(task) for task in target.tasks], DIMENSION)
-    return (target.weight_T.astype(np.float32)[:, None] * cosine_TN).max(axis=0)
+    return ranking.uncounted_last((target.weight_T.astype(np.float32)[:, None] * cosine_TN).max(axis=0), pool)
 
   return ranking.ranked(pool.once(('less', target.tasks), scores), pool, budget.examples)

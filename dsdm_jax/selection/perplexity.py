@@ -37,7 +37,6 @@ def perplexity_middle(pool: Candidates, target: Target, budget: Budget, seed: in
 def _ranked(pool: Candidates, budget: Budget, score: Callable[[np.ndarray], np.ndarray]) -> Selection:
   """The k rows with the highest `score` of their likelihoods."""
   likelihood_N, counted_N = pool.once('likelihood', pool.proxies.log_likelihood_N), pool.pool.counted_N
-  counted_score = score(likelihood_N[counted_N])
-  score_N = np.full(len(likelihood_N), counted_score.min() - 1)
-  score_N[counted_N] = counted_score
-  return ranking.ranked(score_N, pool, budget.examples)
+  score_N = np.zeros(len(likelihood_N))
+  score_N[counted_N] = score(likelihood_N[counted_N])
+  return ranking.ranked(ranking.uncounted_last(score_N, pool), pool, budget.examples)

@@ -217,9 +217,7 @@ class Proxies:
           grads = jax.vmap(lambda grad: adam.update(grad, moments)[0])(grads)
         phi_BJ = rademacher.project(grads, keys, dimension)
         norm_B1 = jnp.linalg.norm(phi_BJ, axis=1, keepdims=True)
-        # Adam's momentum steps also on a row without a token that the loss counts.
-        counts_B1 = (weights_BL[:, 1:] > 0).any(axis=1, keepdims=True)
-        return jnp.where(counts_B1, phi_BJ / jnp.where(norm_B1 > 0, norm_B1, 1), 0)
+        return phi_BJ / jnp.where(norm_B1 > 0, norm_B1, 1)
 
       return in_microbatches(part, rows, tokens_BL, weights_BL)
 

@@ -41,6 +41,12 @@ def top(score_N: np.ndarray, count: int) -> np.ndarray:
   return rows[np.argsort(-score_N[rows], kind='stable')]
 
 
+def uncounted_last(score_N: np.ndarray, pool: Candidates) -> np.ndarray:
+  """The scores, lowest where the loss counts no token of the row: such a row teaches nothing."""
+  counted_N = pool.pool.counted_N
+  return np.where(counted_N, score_N, score_N[counted_N].min() - 1)
+
+
 def capped_order(score_N: np.ndarray, count: int, pool: Candidates, most: int | None = None) -> np.ndarray:
   """Unmasked rows, best first, that `document_cap` and `source_cap` allow in a selection of `count` rows.
 

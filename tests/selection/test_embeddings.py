@@ -182,7 +182,7 @@ def test_color_filter_by_hand():
   assert proxies.tuned_with == ([[1, i] for i in range(8)], 2, 0.1)
   pool = ArrayCandidates(np.zeros(4), proxies=proxies, conditional_steps=8)
   pool.pool.counted_N[1] = False  # the loss counts no token of this row, so it did not get easier
-  assert selected('color_filter', pool, 4, target=wanted).scores.tolist() == [3, 2, -1.5, -1.5]
+  assert selected('color_filter', pool, 4, target=wanted).scores.tolist() == [3, 2, -1.5, -2.5]
   assert 0 < len({tuple(s) for s in held}) < 8
 
 
