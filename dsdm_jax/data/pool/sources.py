@@ -247,7 +247,10 @@ def units(entry: Entry) -> list[Unit]:
 
 
 def distinct(units_: Iterable[Unit]) -> list[Unit]:
-  """The units; if two files have one label, all labels become paths below the folder that all files share."""
+  """The units; if two files have one label, all labels become paths below the folder that all files share.
+
+  Beside files of this machine, those of another place keep their whole address.
+  """
   result = list(units_)
   places = [unit.paths or (f'{unit.entry.target}/{unit.entry.split}',) for unit in result]
   of_label = collections.defaultdict(set)
@@ -257,10 +260,16 @@ def distinct(units_: Iterable[Unit]) -> list[Unit]:
   if all(len(paths) == 1 for paths in of_label.values()):
     return result
   whole = [tuple(path if files.is_remote(path) else os.path.abspath(path) for path in paths) for paths in places]
-  parts = [path.split('/') for unit, paths in zip(result, whole, strict=True) if unit.labels for path in paths]
-  differing = (i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1)
-  shared = next(differing, min(map(len, parts)) - 1)
-  labels = [tuple('/'.join(path.split('/')[shared:]).lstrip('/') for path in paths) for paths in whole]
+  every = [path for unit, paths in zip(result, whole, strict=True) if unit.labels for path in paths]
+  local = [path for path in every if not files.is_remote(path)]
+  folders = [path.split('/')[:-1] for path in local or every]
+  differing = (i for i, names in enumerate(zip(*folders, strict=False)) if len(set(names)) > 1)
+  shared = next(differing, min(map(len, folders)))
+
+  def below_shared(path: str) -> str:
+    return path if local and files.is_remote(path) else '/'.join(path.split('/')[shared:])
+
+  labels = [tuple(map(below_shared, paths)) for paths in whole]
   return [
     dataclasses.replace(unit, labels=new) if unit.labels else unit for unit, new in zip(result, labels, strict=True)
   ]

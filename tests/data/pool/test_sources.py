@@ -540,6 +540,14 @@ def test_labels_of_files_with_one_name_do_not_depend_on_how_their_places_are_wri
     units = [unit for place in ('x.jsonl', second) for unit in sources.units(sources.parse(f'jsonl:{place}'))]
     found.append([label for unit in sources.distinct(units) for label in unit.labels])
   assert found == [['a/x.jsonl', 'b/x.jsonl']] * 3
+  # Beside a file in a store, where the current folder says nothing.
+  import fsspec
+
+  with fsspec.open('memory://c/x.jsonl', 'w') as file:
+    file.write('{"text": "text of c"}')
+  places = [f'{tmp_path}/a/x.jsonl', 'memory://c/x.jsonl']
+  units = [unit for place in places for unit in sources.units(sources.parse(f'jsonl:{place}'))]
+  assert [unit.labels for unit in sources.distinct(units)] == [('x.jsonl',), (units[1].paths[0],)]
 
 
 def test_nan_is_no_id(tmp_path):
