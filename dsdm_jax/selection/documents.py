@@ -196,10 +196,10 @@ class DocumentScores:
       UserError: there are no such files.
     """
     names = [name for name in self._values if name.startswith(('score_', 'selected_'))]
-    files, count, others = 0, 0, 0
+    files, count, others = 0, 0, set()
     for label, tables in self._by_file():
       if not _is_jsonl(label):
-        others += 1
+        others.add(label)
         continue
       with _open(out, label) as file:
         for table in tables:
@@ -214,7 +214,7 @@ class DocumentScores:
     if not files:
       raise UserError('no source of the pool is a JSONL file, which dolma has; choose --format=parquet or datakit')
     storage.write_json(out / 'metadata.json', self.metadata)
-    left = f'; {counted(others, "file")} left out, which are not named as JSONL' if others else ''
+    left = f'; {counted(len(others), "file")} left out, which are not named as JSONL' if others else ''
     return f'{count:,} documents of {counted(files, "file")}{left}'
 
   def datakit(self, out: Path) -> str:
@@ -246,18 +246,21 @@ class DocumentScores:
     """(label, tables of its records) of each file; without records that stand for a whole file that cannot be read."""
 
     def parts() -> Iterator[tuple[tuple[str, int], 'pyarrow.Table']]:
-      turn, last = 0, ('', 0)
-      for whole in self.tables():
-        table = whole.filter(_is_record(whole))
-        labels, number = table['file'].to_numpy(zero_copy_only=False), table['number'].to_numpy()
-        # A file that two sources read begins again.
-        begins = (labels[1:] != labels[:-1]) | (number[1:] <= number[:-1])
-        edges = [0, *(np.flatnonzero(begins) + 1).tolist(), len(labels)] if len(labels) else []
-        for start, stop in itertools.pairwise(edges):
-          turn += labels[start] != last[0] or number[start] <= last[1]
-          last = labels[stop - 1], number[stop - 1]
+      turn, last = 0, ('', -1)
+      for table in self.tables():
+        labels, number, one = table['file'].to_pylist(), table['number'].to_pylist(), _is_record(table).tolist()
+        edges = []
+        for row, label in enumerate(labels):
+          # A file that two sources read begins again.
+          if begins := label != last[0] or (one[row] and number[row] <= last[1]):
+            turn += 1
+          if begins or not row:
+            edges.append((row, turn))
+          last = label, number[row] if one[row] else -1 if begins else last[1]
+        for (start, of), (stop, _) in itertools.pairwise([*edges, (len(labels), 0)]):
           if labels[start]:
-            yield (labels[start], turn), table.slice(start, stop - start)
+            part = table.slice(start, stop - start)
+            yield (labels[start], of), part.filter(_is_record(part))
 
     for (label, _), group in itertools.groupby(parts(), key=lambda part: part[0]):
       yield label, (table for _, table in group)
@@ -291,7 +294,7 @@ def _new_file(folder: Path, label: str) -> Path:
   path.parent.mkdir(parents=True, exist_ok=True)
   if path.exists():
     raise UserError(
-      f'two sources of the pool have the file {label}, and one would replace the other; choose --format=parquet'
+      f'two files of the sources, or one that two sources read, would be written as {label}; choose --format=parquet'
     )
   return path
 

@@ -243,19 +243,23 @@ def test_a_file_that_two_sources_read_is_not_written_twice(form, between, tmp_pa
   both = tuple(f'jsonl:{tmp_path}/web/*.jsonl | text={field} | id= | name={field}' for field in ('title', 'body'))
   pool = run_pool(small_config(sources=both, vocabulary='bytes'), tmp_path / 'run')
   (tmp_path / 'out').mkdir()
-  with pytest.raises(UserError, match=r'two sources of the pool have the file a\.jsonl.*--format=parquet'):
+  with pytest.raises(UserError, match=r'one that two sources read, would be written as a\.jsonl.*--format=parquet'):
     getattr(DocumentScores(_made_up(pool, tmp_path)), form)(tmp_path / 'out')
 
 
 def test_dolma_says_which_files_it_leaves_out_and_reads_each_compression(tmp_path):
   packed = {'b.jsonl.xz': lzma.compress, 'c.ndjson': bytes, 'd.json.bz2': bz2.compress, 'e.lines': bytes}
+  (tmp_path / 'b.bad.jsonl.gz').write_bytes(b'no gzip')
   for index, (name, pack) in enumerate(packed.items()):
     own = [{'id': f'{name} {i}', 'text': f'{name} has text {i} ' * 9} for i in range(index, index + 5)]
     (tmp_path / name).write_bytes(pack(lines(own)))
-  pool = run_pool(small_config(sources=(f'jsonl:{tmp_path}/[b-e].*',), vocabulary='bytes'), tmp_path / 'run')
+  pool = run_pool(
+    small_config(sources=(f'jsonl:{tmp_path}/[b-e].*',), vocabulary='bytes', on_error='skip'), tmp_path / 'run'
+  )
   (tmp_path / 'out').mkdir()
   said = DocumentScores(_made_up(pool, tmp_path)).dolma(tmp_path / 'out')
-  assert said == '15 documents of 3 files; 1 file left out, which are not named as JSONL'
+  assert said == '15 documents of 4 files; 1 file left out, which are not named as JSONL'
+  assert gzip.decompress((tmp_path / 'out' / 'b.bad.jsonl.gz').read_bytes()) == b'', 'it could not be read'
   for name, unpack in (('b.jsonl.xz', lzma.decompress), ('c.ndjson', bytes), ('d.json.bz2', bz2.decompress)):
     assert unpack((tmp_path / 'out' / name).read_bytes()).count(b'"attributes"') == 5
 
