@@ -22,7 +22,7 @@ from dsdm_jax.core.storage import Location
 from dsdm_jax.errors import UserError
 from dsdm_jax.evaluation import multiplier, results
 
-FORMAT = 1
+FORMAT = 2
 _UNIT = 1e-3  # values are stored as multiples of a thousandth of a nat
 _MOST = 10**8  # values of one array: bounds the memory that a malicious file can make us allocate
 # Settings of the evaluation stage that decide which items it has. The place of their files does not.

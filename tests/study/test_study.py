@@ -292,6 +292,15 @@ def test_a_file_holds_the_values_to_a_thousandth(studied):
     assert len(set(zip(numbers, names, strict=True))) == len(set(numbers)) == len(set(names)), 'one number a document'
 
 
+def test_a_document_has_one_number_over_all_tasks(tmp_path):
+  names = {'a__holdout': ['x', 'a/1'], 'b__benchmark': ['b/1', 'x', 'b/1'], 'b__target': ['left out']}
+  (tmp_path / 'documents.json').write_text(json.dumps(names))
+  found = arm_file._names(arm_file._packed_names(tmp_path / 'documents.json'))
+  assert found.keys() == {('a', 'holdout'), ('b', 'benchmark')}
+  (x, first), (second, same, again) = found['a', 'holdout'], found['b', 'benchmark']
+  assert x == same and second == again and len({x, first, second}) == 3
+
+
 def test_arms_from_elsewhere_join_the_table(studied, tmp_path):
   shutil.copytree(studied / 'finished', tmp_path / 'finished')
   flags = ['--config', str(studied.parent / 'arms.py'), '--out', str(tmp_path / 'out')]
