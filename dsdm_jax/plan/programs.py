@@ -32,7 +32,7 @@ from dsdm_jax.lm.decoder import Decoder
 from dsdm_jax.selection.candidates import find
 from dsdm_jax.training import ladder
 from dsdm_jax.training.proxies import checkpoints
-from dsdm_jax.training.step import Trainer, abstract_model
+from dsdm_jax.training.step import abstract_model, trainer
 
 Arguments = tuple[Any, ...]
 # The cost of the selection, as far as a plan has them; other stages train final models.
@@ -165,11 +165,11 @@ def _shape(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
 def _training(
   model: ConfigDict, train: ConfigDict, config: ConfigDict, mesh: Mesh
 ) -> Callable[[int], tuple[Any, Arguments]]:
-  trainer = Trainer(model, train, config.pool.vocab_size, config.pool.length, mesh)
+  made = trainer(model, train, config.pool.vocab_size, config.pool.length, mesh)  # one trace for equal settings
 
   def program(batch: int) -> tuple[Any, Arguments]:
     tokens_BL, weight_B = _shape(mesh, jnp.int32, batch, config.pool.length), _shape(mesh, jnp.float32, batch)
-    return trainer.step, (trainer.abstract, tokens_BL, weight_B, jax.ShapeDtypeStruct((), jnp.int32))
+    return made.step, (made.abstract, tokens_BL, weight_B, jax.ShapeDtypeStruct((), jnp.int32))
 
   return program
 
