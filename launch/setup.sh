@@ -45,6 +45,14 @@ find_python() { # prints a supported Python: from uv if it is installed, else th
     "install one (uv python install 3.12, or apt-get install python3.12-venv) and start again"
 }
 
+base_python() { # prints the Python to make environments with: that of .venv if it works, else find_python's
+  if [[ -x $root/.venv/bin/python ]] && suits "$root/.venv/bin/python"; then
+    printf '%s\n' "$root/.venv/bin/python"
+  else
+    find_python
+  fi
+}
+
 make_environment() { # makes environment $1 with Python $2, unless it exists and works
   if [[ ! -x $1/bin/python ]] || ! suits "$1/bin/python" || ! "$1/bin/python" -m pip --version >/dev/null 2>&1; then
     printf '%s: making %s with %s\n' "$self" "$1" "$("$2" --version 2>&1)" >&2
@@ -53,6 +61,7 @@ make_environment() { # makes environment $1 with Python $2, unless it exists and
   fi
 }
 
+uv='' # the program that installs packages; if empty, pip does
 install() { # installs requirements files $2 … into environment $1, unless they have not changed since the last time
   local environment=$1 stamp=$1/installed.txt file names='' arguments=()
   shift
@@ -65,8 +74,10 @@ install() { # installs requirements files $2 … into environment $1, unless the
   fi
   printf '%s: installing %s (the first time takes some minutes and 2 GB)\n' "$self" "$names" >&2
   rm -f "$stamp"
-  "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
-    "${arguments[@]}" -c "$lock" >&2 ||
+  [[ -n $uv ]] && "$uv" pip install --quiet --compile-bytecode --python "$environment/bin/python" \
+    "${arguments[@]}" -c "$lock" 2>/dev/null ||
+    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
+      "${arguments[@]}" -c "$lock" >&2 ||
     fail "installing $names failed; see above (no network, or a full disk?)"
   cat "$@" "$lock" >"$stamp"
 }
@@ -116,12 +127,8 @@ prepare() { # makes .venv and installs requirements for the accelerator of this 
     exec 9>"$root/.venv.lock"
     flock 9
   fi
-  if [[ ! -x $root/.venv/bin/python ]] || ! suits "$root/.venv/bin/python"; then
-    base_python=$(find_python)
-  else
-    base_python=$root/.venv/bin/python
-  fi
-  make_environment "$root/.venv" "$base_python"
+  python=$(base_python)
+  make_environment "$root/.venv" "$python"
   install "$root/.venv" "${files[@]}"
   case ${workdir:-} in
     gs://*) client gcsfs ;;

@@ -28,17 +28,24 @@ look_into_venv() { # lets environment $1 import the packages of .venv
   "$root/.venv/bin/python" -c "$site" >"$("$1/bin/python" -c "$site")/environment.pth"
 }
 
+python=$(base_python)
 # Environments are installed side by side, and while checks and tests run; a test that needs one waits
 # for its lock, where there is flock.
 if [[ $tier != fast ]]; then
-  python=$(find_python)
   ({ flock 8 2>/dev/null || true; } && make_environment "$root/.venv-peers" "$python" &&
     install "$root/.venv-peers" "$root/requirements-peers.txt" &&
     "$root/.venv-peers/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps kronfluence==1.0.1 \
       dolma==1.2.1 mosaicml-streaming==0.13.0 megatron-core==0.16.1) 8>"$root/.venv-peers.lock" ||
     printf '%s: no .venv-peers, so tests that compare with other packages are skipped\n' "$self" >&2 &
 fi
+make_environment "$root/.venv-test" "$python"
+if [[ ! -f $root/.venv/installed.txt ]]; then # uv installs these packages in half of pip's processor time
+  "$root/.venv-test/bin/python" -m pip install --quiet --disable-pip-version-check \
+    "$(grep -o '^uv==[^ ]*' "$root/requirements-test.txt")" >&2 && uv=$root/.venv-test/bin/uv ||
+    printf '%s: no uv, so pip installs all packages\n' "$self" >&2
+fi
 prepare
+uv=''
 python=$root/.venv/bin/python
 if [[ $tier != fast ]]; then
   ({ flock 8 2>/dev/null || true; } && make_environment "$root/.venv-tpu" "$python" &&
@@ -52,7 +59,6 @@ if [[ $tier == all ]]; then
     install "$root/.venv-beam" "$root/requirements-beam.txt") 8>"$root/.venv-beam.lock" ||
     printf '%s: no .venv-beam, so the test of Apache Beam is skipped\n' "$self" >&2 &
 fi
-make_environment "$root/.venv-test" "$python"
 look_into_venv "$root/.venv-test"
 install "$root/.venv-test" "$root/requirements-test.txt"
 
