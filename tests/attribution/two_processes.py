@@ -24,6 +24,7 @@ from dsdm_jax.errors import UserError
 from tests.pipeline.tiny import get_config
 
 SETTINGS = {
+  'plain': {},
   'store': {'basis': 'eigenvectors', 'basis_rows': 40, 'precondition': 'adam'},
   'jvp': {'projection': 'dense', 'mode': 'jvp', 'gram_rows': 64, 'precondition': 'adam', 'dimension': 48},
   'ekfac': {'projection': 'ekfac', 'mode': 'jvp', 'basis_rows': 41},

@@ -17,6 +17,7 @@ from dsdm_jax.errors import UserError
 from dsdm_jax.plan import plan
 from dsdm_jax.selection import export
 from dsdm_jax.study import results, study
+from tests.conftest import FAULTS
 from tests.helpers.workdirs import files_of, unfinish
 from tests.pipeline import runs
 from tests.pipeline.tiny import get_config
@@ -259,7 +260,7 @@ def test_a_folder_of_an_odd_name_works_or_is_refused_before_anything_is_written(
   assert list(tmp_path.iterdir()) == []
   odd = tmp_path / '-a b' / 'ü漢字' / "{x}~100%20#@5:,;&$HOME|'" / ('n' * 200) / 'run'
   shutil.copytree(finished, odd)
-  for stage in ('pretraining', 'evaluation', 'report'):
+  for stage in ('pretraining', 'evaluation', 'report')[0 if FAULTS else 2 :]:
     shutil.rmtree(odd / stage)
   runs.succeed(runs.TINY, f'--workdir={odd}')
   runs.assert_same_outcome(odd, finished)

@@ -34,22 +34,16 @@ def _stage(name, folder, flags, devices):
   return runs.succeed(*FLAGS, *flags, f'--workdir={folder}', f'--stage={name}', devices=devices)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('kind', 'first', 'second'),
   [
-    pytest.param({}, ['batch_size=32'], ['batch_size=40'], marks=pytest.mark.full),
+    ({}, ['batch_size=32'], ['batch_size=40']),
     (
       {'basis': 'eigenvectors', 'basis_rows': 41, 'precondition': 'adam'},
       ['batch_size=8'],
       ['batch_size=33', 'microbatch=5'],
     ),
-    pytest.param(
-      {'projection': 'dense', 'dimension': 48},
-      ['batch_size=16', 'microbatch=8'],
-      ['batch_size=20', 'microbatch=4'],
-      marks=pytest.mark.full,
-    ),
+    ({'projection': 'dense', 'dimension': 48}, ['batch_size=16', 'microbatch=8'], ['batch_size=20', 'microbatch=4']),
   ],
   ids=['two_sided', 'eigenvectors', 'dense'],
 )

@@ -45,19 +45,12 @@ def test_rows_that_a_prefilter_left_out_have_no_score_of_a_token(copied):
   assert np.isnan(tokens('docs', ROWS[1:2])).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('features', 'datamodel'),
   [
-    pytest.param({'precondition': 'adam'}, {'q': True, 'average': 'unseen'}, marks=pytest.mark.full),
-    pytest.param(
-      {'basis': 'eigenvectors', 'basis_rows': 40, 'mode': 'stream'}, {'gram': 'joint'}, marks=pytest.mark.full
-    ),
-    pytest.param(
-      {'output_fn': 'dsdm_jax.lm.outputs:log_likelihood', **JVP},
-      {'bootstrap': 0, 'groups': 1, 'examples': 0},
-      marks=pytest.mark.full,
-    ),
+    ({'precondition': 'adam'}, {'q': True, 'average': 'unseen'}),
+    ({'basis': 'eigenvectors', 'basis_rows': 40, 'mode': 'stream'}, {'gram': 'joint'}),
+    ({'output_fn': 'dsdm_jax.lm.outputs:log_likelihood', **JVP}, {'bootstrap': 0, 'groups': 1, 'examples': 0}),
     ({'projection': 'ekfac', 'mode': 'jvp', 'basis_rows': 41}, {'bootstrap': 3, 'average': 'unseen'}),
   ],
   ids=['two_sided', 'eigenvectors', 'dense', 'ekfac'],

@@ -189,9 +189,9 @@ def test_a_cpu_trains_on_parts_that_its_caches_hold(monkeypatch):
   tokens_BL, weight_B = batches(1)[0][:rows], np.linspace(0, 1, rows, dtype=np.float32)
   trainer = make_trainer(adam_eps=1e-3)
   state = trainer.init(jax.random.key(3))
-  whole = trainer.apply(state, tokens_BL, weight_B, steps)
+  whole = jax.jit(lambda *given: trainer.apply(*given))(state, tokens_BL, weight_B, steps)
   monkeypatch.setattr(step, 'rows_in_cache', lambda *given: asked.append(given) or 2)
-  parts = trainer.apply(state, tokens_BL, weight_B, steps)
+  parts = jax.jit(lambda *given: trainer.apply(*given))(state, tokens_BL, weight_B, steps)
   assert asked == [(rows, LENGTH, VOCAB, 4 * sum(x.size for x in jax.tree.leaves(state.params)))]
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), parts, whole)
   scans = [
