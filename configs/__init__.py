@@ -48,14 +48,17 @@ def load(name: str, example: str) -> ModuleType:
     example: a value that the error message suggests.
 
   Raises:
-    UserError: there is no such Python file, or it has no `get_config`.
+    UserError: there is no such Python file, it raises an error, or it has no `get_config`.
   """
   path = find(name)
   spec = importlib.util.spec_from_file_location('loaded_config', path)
   if not Path(path).is_file() or spec is None or spec.loader is None:
     raise UserError(f'--config={name} is no Python file; give one such as {example}')
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:  # a config is a program and may raise anything
+    raise UserError(f'--config={name}: {type(error).__name__}: {error}; correct it, or start from {example}') from error
   if not hasattr(module, 'get_config'):
     raise UserError(f'--config={name} has no get_config(); see {example}')
   return module

@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dsdm_jax.errors import UserError
+from dsdm_jax.core.command_line import exit_code
 from dsdm_jax.study import items, results, study
 
 
@@ -22,9 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   flags = parser.parse_args(argv)
   try:
     modules[flags.command].run(flags)
-  except UserError as error:
-    print(f'dsdm_jax: {error}', file=sys.stderr)
-    return 2
+  except Exception as error:  # noqa: BLE001  raises what the user cannot resolve
+    return exit_code(error, 'dsdm_jax', lambda: getattr(flags, 'workdir', None) or getattr(flags, 'out', None))
   return 0
 
 

@@ -232,7 +232,7 @@ def drawings(comparison: Mapping[str, Any]) -> dict[str, figures.Drawing]:
   place = (first, _RANDOM, 'logprob', HOLDOUT)
   compared = [
     {**c, 'target_mix': UNTARGETED}
-    for c in comparison['means']['comparisons']
+    for c in (*comparison['means']['comparisons'], *comparison['comparisons'])
     if (c['task'], c['baseline'], c['metric'], c['split']) == place and c['target_mix'] in targets
   ]
   methods = [c['method'].partition('/')[0] for c in compared]

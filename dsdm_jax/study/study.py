@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from dsdm_jax import configs, pipeline
+from dsdm_jax.config.methods import method_name
 from dsdm_jax.config.validate import flatten, validate
 from dsdm_jax.config.values import BREADTH, MIX
 from dsdm_jax.core import artifacts, storage
@@ -27,6 +29,7 @@ from dsdm_jax.errors import UserError, visible, visible_lines
 from dsdm_jax.evaluation import comparisons, multiplier, results
 from dsdm_jax.evaluation.comparisons import BASELINES, Options
 from dsdm_jax.evaluation.suite import HOLDOUT
+from dsdm_jax.selection import mixture
 from dsdm_jax.study import arm_file
 from dsdm_jax.study.arm_file import ArmFile
 
@@ -51,7 +54,14 @@ def run(flags: argparse.Namespace) -> None:
   """
   workdir = storage.check_location(flags.workdir, '--workdir')
   module = configs.load(flags.config, 'configs/study.py')
-  known, get_config = getattr(module, 'ARMS', {}), module.get_config
+  known = getattr(module, 'ARMS', {})
+
+  def get_config(arm: str) -> ConfigDict:
+    try:
+      return module.get_config(arm)
+    except Exception as error:  # a config is a program and may raise anything
+      raise UserError(f'--config={flags.config}:{arm}: {type(error).__name__}: {error}; correct it') from error
+
   if BASE not in known:
     raise UserError(f'--config={flags.config} has no ARMS that include {BASE!r}; see configs/study.py')
   arms = [arm for arm in flags.arms.split(',') if arm] or list(known)
@@ -68,9 +78,8 @@ def run(flags: argparse.Namespace) -> None:
       f'--arms={flags.arms} lacks {BASE}, which trains the baselines of all arms; add it, or its file with --also'
     )
   pairs = primary_pairs(module)
-  named = {
-    f'{method}{"" if arm == BASE else f"/{arm}"}' for arm in known for method in get_config(arm).selection.methods
-  }
+  named = {name for arm in known for name in _named(arm, get_config(arm))}
+  named |= {f'dsdm/{AGAIN.rstrip("_")}' for arm in known if arm.startswith(AGAIN)}
   for pair in pairs:
     if unknown := sorted({*pair} - named):
       raise UserError(f'PRIMARY of --config names {unknown[0]!r}, which no arm has; an arm has METHOD, or METHOD/ARM')
@@ -157,10 +166,14 @@ def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:
         dsdm.append((arm.name, len(runs) - 1))
   items = {key: np.concatenate([arm.items[key] for arm in arms]) for key in base.items}
   lines = {key: np.concatenate([arm.lines[key] for arm in arms]) for key in base.lines if all(a.lines for a in arms)}
-  # The seed-th arm gives its model of that seed, as far as there are seeds.
+  # Of each target, the seed-th arm gives its model of that seed, as far as there are seeds.
   arm_names = sorted({name for name, _ in dsdm}, key=lambda name: (name != BASE, name))
-  again = [row for seed, name in enumerate(arm_names) for of, row in dsdm if of == name and runs[row]['seed'] == seed]
-  if len(again) > 1:
+  drawn = [(name, row) for name, row in dsdm if runs[row]['seed'] == arm_names.index(name)]
+  again: list[int] = []
+  for target in dict.fromkeys(runs[row]['target_mix'] for _, row in drawn):
+    rows = {name: row for name, row in drawn if runs[row]['target_mix'] == target}
+    again += sorted(rows.values()) if len(rows) > 1 else []
+  if again:
     runs += [{**runs[row], 'method': 'dsdm/again'} for row in again]
     items, lines = ({key: np.concatenate([x, x[again]]) for key, x in some.items()} for some in (items, lines))
   keys = {key.removeprefix('evaluation.'): value for key, value in base.config.items()}
@@ -195,6 +208,13 @@ def compare(arms: Sequence[ArmFile]) -> dict[str, Any]:
   return comparison
 
 
+def _named(arm: str, config: ConfigDict) -> list[str]:
+  """The names that the methods and other models of an arm have in the tables."""
+  names = [*map(method_name, config.selection.methods), *([mixture.NAME] if config.mixture.parts else [])]
+  names += [spec.partition('=')[0] for spec in config.evaluation.checkpoints]
+  return [name if arm == BASE else f'{name}/{arm}' for name in names]
+
+
 def primary_pairs(module: Any) -> list[tuple[str, str]]:
   """`PRIMARY` of a study's config: pairs of a method and what it is compared with, named as in the tables.
 
@@ -209,9 +229,13 @@ def primary_pairs(module: Any) -> list[tuple[str, str]]:
 
 
 def headline_task(comparison: Mapping[str, Any]) -> str:
-  """The column that comes first: the targeted mix of some of the tasks where there is one, else the mean over all."""
-  mixes = [row['task'] for row in comparison['means']['summary'] if '+' in row['task']]
-  return mixes[0] if mixes else results.MEAN
+  """The column that comes first: the targeted mix of some of the tasks, else the mean over all, else the only task."""
+  averaged = [row['task'] for row in comparison['means']['summary'] if row['split'] == HOLDOUT]
+  mixes = [task for task in averaged if '+' in task]
+  if mixes or results.MEAN in averaged:
+    return mixes[0] if mixes else results.MEAN
+  held_out = (row['task'] for row in comparison['arms'] if row['split'] == HOLDOUT and row['task'] != BREADTH)
+  return next(held_out, results.MEAN)
 
 
 def headline_targets(comparison: Mapping[str, Any]) -> set[str]:
@@ -251,10 +275,10 @@ def primary(comparison: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> 
     for c in (*comparison['means']['comparisons'], *comparison['comparisons'])
     if (c['split'], c['metric']) == (HOLDOUT, 'logprob')
   ]
-  averaged = [c for c in compared if c['task'] == task]
-  alone = [c for c in compared if c['task'] != BREADTH]  # one task has no mean
   known: dict[tuple[str, str], list[Mapping[str, Any]]] = {}  # of a pair, those of the headline's target
-  for c in averaged or alone:
+  for c in compared:
+    if c['task'] != task:
+      continue
     baseline = comparisons.baseline_arm(arms, c['baseline'], c['target_mix'])
     assert baseline is not None  # it was compared
     both = (c['method'], c['target_mix']), baseline

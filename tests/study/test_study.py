@@ -2,7 +2,9 @@
 
 import base64
 import csv
+import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,11 +20,12 @@ from dsdm_jax.core import artifacts
 from dsdm_jax.errors import UserError
 from dsdm_jax.study import arm_file
 from dsdm_jax.study.__main__ import main
-from dsdm_jax.study.results import drawings
-from dsdm_jax.study.study import primary, primary_pairs
+from dsdm_jax.study.arm_file import ArmFile
+from dsdm_jax.study.results import drawings, tables
+from dsdm_jax.study.study import _named, compare, headline_task, primary, primary_pairs
 from tests.conftest import ROOT
 from tests.helpers.workdirs import files_of
-from tests.pipeline import runs
+from tests.pipeline import runs, tiny
 
 CONFIG = """
 from tests.pipeline import tiny
@@ -116,7 +119,7 @@ def test_primary_comparisons_are_adjusted_over_themselves_alone(tasks):
   averaged = [row for row in rows if row['task'] == 'mean']
   singles = [row for row in rows if row['task'] != 'mean'] + [_compared('breadth', 'dsdm', 'random', -9.0, 0.5)]
   arms = _arms(tasks[:2], ('dsdm', 'mix'), ('random', 'any'), ('lsa/lsa', 'mix'))
-  means = {'summary': [], 'comparisons': averaged}
+  means = {'summary': [{'task': 'mean', 'split': 'holdout'}] * bool(averaged), 'comparisons': averaged}
   comparison = {'arms': arms, 'means': means, 'comparisons': singles, 'confidence': 0.95}
   found = primary(comparison, [('dsdm', 'random'), ('dsdm', 'lsa/lsa')])
   assert [(c['task'], c['method'], c['baseline']) for c in found] == [
@@ -137,7 +140,7 @@ def _of_targets(headline: str, *arms: tuple[str, str], below: str = 'random') ->
     for number, (method, mix) in enumerate(arms, 1)
     if method != below
   ]
-  means = {'summary': [{'task': headline}], 'comparisons': compared}
+  means = {'summary': [{'task': headline, 'split': 'holdout'}], 'comparisons': compared}
   return {'arms': _arms(['a', 'b', 'c'], *known), 'means': means, 'comparisons': [], 'confidence': 0.95}
 
 
@@ -205,6 +208,55 @@ def test_primary_comparisons_that_no_arm_can_give_are_refused_before_anything_is
   (tmp_path / 'arms.py').write_text(text)
   assert main(['run', '--config', str(tmp_path / 'arms.py'), '--workdir', str(tmp_path / 'w')]) == 2
   assert message in capsys.readouterr().err and not (tmp_path / 'w').exists()
+
+
+def test_primary_comparisons_name_arms_as_the_tables_do():
+  config = tiny.get_config()
+  config.selection.methods = ('dsdm', 'my.own:shortest')
+  config.mixture.parts, config.evaluation.checkpoints = ('dsdm:1',), ('public=some/folder',)
+  assert _named('base', config) == ['dsdm', 'shortest', 'mixture', 'public']
+  assert _named('x', config) == ['dsdm/x', 'shortest/x', 'mixture/x', 'public/x']
+
+
+@pytest.mark.parametrize('text', ['undefined', "ARMS = {'base': {}}\ndef get_config(arm): return 1 / 0"])
+def test_a_config_that_fails_is_one_line(tmp_path, capsys, text):
+  (tmp_path / 'mine.py').write_text(text)
+  assert main(['run', '--config', str(tmp_path / 'mine.py'), '--workdir', str(tmp_path / 'w')]) == 2
+  said = capsys.readouterr().err
+  assert re.fullmatch(r'dsdm_jax: --config=.*mine.py\S*: (NameError|ZeroDivisionError): .*; correct it.*\n', said), said
+  assert not (tmp_path / 'w').exists()
+
+
+def _of_one_task(name: str, *mixes: str) -> ArmFile:
+  """The published arm `base` on one task alone, with models of DsDm for each of the `mixes`."""
+  arm = arm_file.read(ROOT / 'docs/results/above_ngrams/base.json')
+  rows = [(place, mix) for place, run in enumerate(arm.runs) if run['method'] == 'dsdm' for mix in mixes]
+  rows += [(place, run['target_mix']) for place, run in enumerate(arm.runs) if run['method'] == 'random']
+  runs = [{**arm.runs[place], 'target_mix': mix} for place, mix in rows]
+  items, lines = (
+    {key: value[[place for place, _ in rows]] for key, value in of.items() if 'squad' in key}
+    for of in (arm.items, arm.lines)
+  )
+  return dataclasses.replace(arm, name=name, runs=runs, items=items, lines=lines)
+
+
+def test_new_draws_are_of_one_target_and_of_several_arms():
+  def found(*arms: ArmFile) -> set[str]:
+    return {row['target_mix'] for row in compare(arms)['arms'] if row['method'] == 'dsdm/again'}
+
+  base = _of_one_task('base', 'squad_cloze', 'mix')
+  assert found(base) == set()
+  assert found(base, _of_one_task('again_1', 'mix')) == {'mix'}
+
+
+def test_the_only_task_is_the_headline():
+  arm = _of_one_task('base', 'squad_cloze')
+  comparison = compare([arm])
+  assert headline_task(comparison) == 'squad_cloze'
+  comparison['primary'] = primary(comparison, [('dsdm', 'random')])
+  assert [c['task'] for c in comparison['primary']] == ['squad_cloze']
+  assert drawings(comparison).keys() == {'effect'}
+  assert '| dsdm for squad_cloze | 3 | **+0.42' in tables(comparison, [arm], '')
 
 
 @pytest.fixture(scope='module')
