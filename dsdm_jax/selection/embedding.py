@@ -23,6 +23,7 @@ def nearest(pool: Candidates, target: Target) -> np.ndarray:
 
   def score(task: str) -> np.ndarray:
     target_TD = pool.once(('target embeddings', task), lambda: pool.proxies.embeddings_of(target.sequences(task)))
+    pool.add_flop(2.0 * len(embedding_ND) * target_TD.size)
     parts = [(embedding_ND[i : i + BLOCK] @ target_TD.T).max(axis=1) for i in range(0, len(embedding_ND), BLOCK)]
     return np.concatenate(parts)
 

@@ -24,6 +24,7 @@ def hybrid_embedding(pool: Candidates, target: Target, budget: Budget, seed: int
 
 
 def _sum(pool: Candidates, target: Target, budget: Budget, similarity_N: np.ndarray) -> Selection:
-  parts = pool.scores.score_N(target.name), similarity_N
-  z_N, other_N = (ranking.standardised(np.array(score_N, np.float32)) for score_N in parts)
+  score_N = pool.scores.score_N(target.name)
+  parts = score_N, np.where(np.isnan(score_N), np.nan, similarity_N)  # both over the rows that a prefilter kept
+  z_N, other_N = (ranking.standardised(np.array(part_N, np.float32)) for part_N in parts)
   return ranking.ranked(z_N + other_N, pool, budget.examples)

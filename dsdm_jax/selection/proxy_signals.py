@@ -100,6 +100,9 @@ class Proxies:
     parts = []
     for start in range(0, len(sequences), self._batch):
       tokens_BL, mask_BL = _padded(sequences[start : start + self._batch], self._batch, self._pool.length)
+      if not start:
+        flop = flops.count(self._embed, state.params, state.rest, tokens_BL, mask_BL)
+        self._context.add_flop(flop * -(-len(sequences) // self._batch))
       parts.append(np.asarray(self._embed(state.params, state.rest, tokens_BL, mask_BL)))
     return self._whiten(np.concatenate(parts)[: len(sequences)])
 

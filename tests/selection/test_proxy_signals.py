@@ -91,10 +91,13 @@ def test_embeddings_are_of_tokens_alone_without_padding(proxies, monkeypatch):
   unit_ND, unit_TD = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (unit_ND, unit_TD))
   nearest_N = (unit_ND @ unit_TD.T).max(axis=1)
   # float32 sums of 16 columns round by 1e-6, which whitening, dividing by √ε = √0.001, makes thirty times that.
+  spent = []  # a pass over six batches of rows or three of examples costs as much a batch
   for pad in (0, END):
-    target = padded(sequences, pad)
+    target, before = padded(sequences, pad), made._context.cost.flop
     found = selected('embedding', ArrayCandidates(np.zeros(ROWS), rows, proxies=made), ROWS, 1, target=target)
     np.testing.assert_allclose(found.scores, nearest_N[found.rows], atol=3e-5)
+    spent.append(made._context.cost.flop - before)
+  assert spent[0] == spent[1] and spent[0] % (6 + 3) == 0
 
 
 def test_embeddings_that_are_large_are_in_a_file_and_the_same(proxies, monkeypatch, tmp_path):

@@ -324,3 +324,15 @@ def test_a_million_scores_with_ties():
   cut = key[-1]
   assert set(np.flatnonzero(score_N > cut).tolist()) <= set(rows.tolist())
   assert np.flatnonzero(score_N == cut)[: (key == cut).sum()].tolist() == rows[key == cut].tolist()
+
+
+def test_hybrid_weighs_both_scores_alike_among_the_rows_that_a_prefilter_kept(monkeypatch):
+  """The kept rows are the most similar ones, so that similarities vary less among them than over the pool."""
+  similarity_N = np.linspace(-3, 3, 40).astype(np.float32)
+  score_N = np.where(similarity_N > 1, np.random.default_rng(0).normal(size=40), np.nan).astype(np.float32)
+  pool, kept_N = ArrayCandidates(score_N), ~np.isnan(score_N)
+  pool.__dict__['unscored_N'] = ~kept_N
+  monkeypatch.setattr('dsdm_jax.selection.lsa.nearest', lambda *_: similarity_N)
+  found = selected('hybrid', pool, kept_N.sum())
+  parts = [(x[found.rows] - x[kept_N].mean()) / x[kept_N].std() for x in (score_N, similarity_N)]
+  np.testing.assert_allclose(found.scores, sum(parts), atol=1e-5)
