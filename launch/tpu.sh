@@ -7,8 +7,8 @@
 #   setup    send the committed files of this checkout to every worker and install them
 #   run      start launch/run.sh with ARGUMENTS on every worker, in the background
 #   watch    show progress until the run ends; with --spot, a preempted TPU is created again as soon as there is
-#            capacity, and the run resumes
-#   resume   delete the TPU if it still exists, then create, setup, run and watch
+#            capacity, and the run resumes with ARGUMENTS, which are those of run
+#   resume   delete the TPU if it still exists, then create, setup, run with the same ARGUMENTS, and watch
 #   all      create, setup, run and watch
 #   logs     fetch every worker's log into logs/NAME
 #   delete   delete the TPU and the files on its disks
@@ -45,6 +45,7 @@ fail() { # one line on stderr, exit code 2
 say() { printf 'launch/tpu.sh: %s\n' "$*" >&2; }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+resume="bash launch/tpu.sh resume$( (($# < 2)) || printf ' %q' "${@:2}")"
 command=${1:-} name=${2:-}
 case $command in
   create | setup | run | watch | resume | all | logs | delete) ;;
@@ -128,7 +129,16 @@ for argument in "${arguments[@]+"${arguments[@]}"}"; do
     --workdir=/mnt/dsdm_jax/*) shared=$nfs ;;
   esac
 done
-if [[ -z $address$shared && $command =~ ^(run|resume|all)$ ]]; then
+starts_again='' # the command, if it starts a run that has begun
+case $command$spot in
+  resume*) starts_again=resume ;;
+  watchyes) starts_again='watch --spot' ;;
+esac
+if [[ -n $starts_again ]] && ((${#arguments[@]} == 0)); then
+  fail "$starts_again starts the run again, with the arguments that it had; give them after --, such as" \
+    "-- --config=configs/quickstart.py"
+fi
+if [[ -z $address$shared && ($command =~ ^(run|all)$ || -n $starts_again) ]]; then
   ((workers * slices == 1)) || fail "$type with --slices=$slices has $((workers * slices)) workers, which must share a" \
     "workdir; add --nfs=SERVER:/SHARE, and --workdir=/mnt/dsdm_jax/$name, or --workdir=gs://BUCKET/$name, after --"
   [[ -z $spot || -n $nfs || $command == resume ]] ||
@@ -258,7 +268,7 @@ watch() { # ends with the run's own exit code
   while :; do
     found=$(state)
     if lost "$found"; then
-      [[ -n $spot ]] || fail "$name is $found; create it again with: bash launch/tpu.sh resume"
+      [[ -n $spot ]] || fail "$name is $found; create it again with: $resume"
       started=''
       say "$name is $found; creating it again to resume the run"
       # Either may fail while the old TPU is being deleted or there is no capacity; the next check tries again.
@@ -266,7 +276,7 @@ watch() { # ends with the run's own exit code
       request || say "cannot create $name now; trying again in $poll s"
     elif [[ $found == READY && -z $started ]]; then
       if setup; then
-        run || fail "cannot start the run on every worker of $name; start again with: bash launch/tpu.sh resume"
+        run || fail "cannot start the run on every worker of $name; start again with: $resume"
         started=yes
       else
         say "cannot set up $name now; trying again in $poll s"

@@ -156,13 +156,14 @@ def test_preempted_spot_tpu_is_created_again_and_the_run_resumes(cloud):
   assert 'mine is PREEMPTED; creating it again to resume the run' in done.stderr
 
 
+RUN = ('--', '--config=configs/v5e_8.py')
 MADE = ['tpu-vm scp', 'tpu-vm ssh', 'tpu-vm ssh', 'tpu-vm ssh']  # installed, started, its exit code read
 
 
 def test_failed_describe_deletes_nothing(cloud):
   """A network that is down for a while says nothing about the TPU."""
   cloud.answer('OFFLINE OFFLINE READY', runs=0)
-  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
+  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0', *RUN)
   assert done.returncode == 0, done.stderr
   assert set(cloud.verbs()) == {'tpu-vm ssh'}
   assert 'mine is UNKNOWN' in done.stderr
@@ -171,7 +172,7 @@ def test_failed_describe_deletes_nothing(cloud):
 
 def test_preempted_tpu_is_requested_until_there_is_capacity(cloud):
   cloud.answer('PREEMPTED GONE GONE CREATING READY', create='FULL FULL OK', runs=1)
-  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
+  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0', *RUN)
   assert done.returncode == 0, done.stderr
   # What is gone is not deleted again.
   assert cloud.verbs() == ['tpu-vm delete', *['tpu-vm create'] * 3, *MADE]
@@ -181,7 +182,7 @@ def test_preempted_tpu_is_requested_until_there_is_capacity(cloud):
 
 def test_queued_request_that_fails_after_a_preemption_is_repeated(cloud):
   cloud.answer('SUSPENDED FAILED WAITING_FOR_RESOURCES ACTIVE', runs=1)
-  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--queued', '--spot', '--poll=0')
+  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--queued', '--spot', '--poll=0', *RUN)
   assert done.returncode == 0, done.stderr
   made = [verb.replace('tpu-vm', 'queued-resources') for verb in MADE]
   assert cloud.verbs() == [*['queued-resources delete', 'queued-resources create'] * 2, *made]
@@ -189,7 +190,7 @@ def test_queued_request_that_fails_after_a_preemption_is_repeated(cloud):
 
 def test_tpu_preempted_during_setup_is_created_again(cloud):
   cloud.answer('PREEMPTED READY PREEMPTED READY', scp='OFFLINE OK', runs=1)
-  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0')
+  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--spot', '--poll=0', *RUN)
   assert done.returncode == 0, done.stderr
   recreate = ['tpu-vm delete', 'tpu-vm create']
   assert cloud.verbs() == [*recreate, 'tpu-vm scp', *recreate, *MADE]
@@ -205,9 +206,10 @@ def test_first_creation_that_fails_ends_the_command(cloud):
 
 def test_lost_on_demand_tpu_is_an_error(cloud):
   cloud.answer('READY GONE', runs=9)
-  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--poll=0')
+  done = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--poll=0', *RUN)
   assert done.returncode == 2
-  assert 'create it again with: bash launch/tpu.sh resume' in done.stderr
+  options = ' '.join(('mine', *WHERE, '--type=v5litepod-8', '--poll=0', *RUN))
+  assert f'create it again with: bash launch/tpu.sh resume {options}\n' in done.stderr
   assert cloud.verbs() == ['tpu-vm ssh']
 
 
@@ -261,7 +263,13 @@ def test_dry_run_prints_the_commands_only(cloud):
       ['all', 'mine', *WHERE, '--type=v6e-16', '--', '--workdir=gs:/bucket/a'],
       'or --workdir=gs://BUCKET/mine, after --',
     ),
-    (['resume', 'mine', *WHERE, '--type=v6e-16', NFS], 'add --nfs=SERVER:/SHARE, and --workdir=/mnt/dsdm_jax/mine'),
+    (
+      ['resume', 'mine', *WHERE, '--type=v6e-16', NFS, *RUN],
+      'add --nfs=SERVER:/SHARE, and --workdir=/mnt/dsdm_jax/mine',
+    ),
+    (['watch', 'mine', *WHERE, '--type=v6e-16', '--spot', *RUN], 'has 4 workers, which must share'),
+    (['resume', 'mine', *WHERE, '--type=v6e-8'], 'resume starts the run again, with the arguments that it had'),
+    (['watch', 'mine', *WHERE, '--type=v6e-8', '--spot'], 'watch --spot starts the run again'),
   ],
 )
 def test_bad_arguments_are_one_line(cloud, arguments, message):
