@@ -231,6 +231,8 @@ def run_connected(config: ConfigDict, workdir: Location, only: str | None = None
   tasks.check_files(config.targets, config.pool.vocabulary, guarded)
   suite.check(config.evaluation, config.targets, config.pool)
   processes.decide(lambda: _check_imported(config, workdir))
+  if only == CHECK and not rerun:
+    processes.decide(lambda: Runner(STAGES, config, workdir).compare())
   wanted = processes.decide(lambda: _unfinished(config, workdir, only, rerun))
   if wanted:
     processes.before_devices()

@@ -30,7 +30,7 @@ _REMEDIES = {
 _STREAMS = ('standard output', 'standard error')
 _USAGE = """usage: python -m dsdm_jax.main --config=FILE --workdir=FOLDER [--stage=STAGE] [--config.KEY=VALUE ...]
 
-configs/quickstart.py is the place to begin, and configs/base.py has every key with its unit.
+configs/quickstart.py is the place to begin, and docs/keys.md has every key with its unit.
 """
 
 
@@ -155,7 +155,7 @@ def explain(error: Exception, argv: Sequence[str]) -> str:
   reason = error.args[0] if isinstance(error, KeyError) and error.args else error
   plain = str(reason).replace('\\n', ' ').replace("\\'", "'").replace("''", "'")  # some quote a message twice
   text = ' '.join(plain.split()) or type(error).__name__
-  hint = 'see configs/base.py for all keys, --help for all flags'
+  hint = 'see docs/keys.md for all keys, --help for all flags'
   if isinstance(error, flags.Error):  # these name the flag
     return f'{text}; {hint}'
   given = [argument for argument in argv[1:] if argument.startswith('--config')]

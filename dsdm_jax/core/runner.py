@@ -109,6 +109,14 @@ class Runner:
       raise
     return self.done
 
+  def compare(self) -> None:
+    """Raises UserError if the workdir holds a stage with other settings; its files are not looked at."""
+    for name, stage in self.stages.items():
+      artifact = artifacts.open_stage(self.workdir, name)
+      existing = artifact.identity if artifact is not None else artifacts.begun(self.workdir, name)
+      if existing is not None and not stage.on_request:
+        self._check_same(stage, existing, self.identity(stage, existing['inputs']).as_json())
+
   def _check(self, names: Iterable[str]) -> None:
     for name in names:
       if name in self._checks and name in self.done:

@@ -82,10 +82,11 @@ def run(config: ConfigDict, workdir: Location, wanted: Sequence[str], alone: boo
   with planned.unlocked():
     planned.plan.rows, planned.pool.vocab_size = pool.rows, pool.vocab_size
   seconds, memory, disk, pays = _costs(planned, pool, asked, wanted)
-  warnings += _too_large(workdir, memory, disk)
-  about = '' if pool.exact else 'about '
-  head = f'check: {about}{pool.rows:,} rows, about {clock(sum(seconds.values()))}'
-  lines = [f'{head}, {_bytes(sum(disk.values()))} of disk', *pays]
+  warnings += _too_large(config, workdir, memory, disk)
+  parts = [f'{"" if pool.exact else "about "}{pool.rows:,} rows']
+  parts += [f'about {clock(sum(seconds.values()))}'] if any(seconds.values()) else []
+  parts += [f'{_bytes(sum(disk.values()))} of disk'] if disk else []
+  lines = [f'check: {", ".join(parts)}', *pays]
   if alone:
     table = [('stage', 'time', 'memory', 'disk')]
     for stage in (stage for stage in wanted if seconds[stage]):
@@ -138,14 +139,16 @@ class _Pool:
     if wanted[1] == 'train':
       ratio = _trained_bytes_per_token(self.vocab_size)
       self.tokens = lambda text: len(text.encode()) / ratio
+      per_byte = 1 / ratio
     else:
       with tempfile.TemporaryDirectory() as folder:
         vocabulary.save(wanted[1], Path(folder), config.pool.end_piece)
         encoder = vocabulary.open_encoder(folder)
       self.vocab_size, self.tokens = encoder.size, lambda text: len(encoder.encode(text))
-    if self.bytes and sample and config.pool.packed:  # otherwise rows are documents, whose number is not known
-      tokens = self.bytes * self.tokens(sample) / len(sample.encode())
-      self.rows = max(1, int(tokens / config.pool.length))
+      per_byte = self.tokens(sample) / len(sample.encode()) if sample else 0.0
+    # Rows that are not packed are documents, whose number is not known.
+    if self.bytes and per_byte and config.pool.packed:
+      self.rows = max(1, int(self.bytes * per_byte / config.pool.length))
 
 
 def _trained_bytes_per_token(vocab_size: int) -> float:
@@ -154,7 +157,7 @@ def _trained_bytes_per_token(vocab_size: int) -> float:
 
 
 def _text(config: ConfigDict) -> tuple[int, str]:
-  """Bytes of text in the pool, 0 if unknown, and a sample of it.
+  """Bytes of text in the pool, 0 if unknown, and a sample of it, empty where no source is read.
 
   Raises:
     UserError: a pattern matches nothing, or the first document cannot be read, where pool.on_error is fail.
@@ -178,12 +181,14 @@ def _text(config: ConfigDict) -> tuple[int, str]:
     for unit in units[:1]:
       samples.append(_sample(unit, config.pool.on_error))
   if not known:
-    return config.pool.max_bytes, ''.join(samples) or ' '
-  return int(min(total, config.pool.max_bytes or total)), ''.join(samples) or ' '
+    return config.pool.max_bytes, ''.join(samples)
+  return int(min(total, config.pool.max_bytes or total)), ''.join(samples)
 
 
 def _size(path: str) -> int | None:
-  return None if files.is_remote(path) else os.path.getsize(path)
+  if files.is_remote(path):
+    return None
+  return os.path.getsize(path) if os.path.exists(path) else 0  # the pool says which file is missing, or counts it
 
 
 def _sample(unit: sources.Unit, on_error: str) -> str:
@@ -341,6 +346,7 @@ def _costs(
     'pretraining': _training_bytes(config, config.model, final.parameters, tokens_at_once[1]),
   }
   chosen, one = sum(flop.get(name, 0.0) for name in programs.SELECTION), flop['pretraining'] / max(models, 1)
+  memory, disk = ({s: of[s] for s in of if s in wanted} for of in (memory, disk))
   return {s: seconds.get(s, 0.0) for s in wanted}, memory, disk, _pays(config, chosen / one, rows)
 
 
@@ -407,7 +413,9 @@ def _pays(config: ConfigDict, ratio: float, rows: int) -> list[str]:
   return lines
 
 
-def _too_large(workdir: Location, memory: Mapping[str, float], disk: Mapping[str, float]) -> Iterator[str]:
+def _too_large(
+  config: ConfigDict, workdir: Location, memory: Mapping[str, float], disk: Mapping[str, float]
+) -> Iterator[str]:
   import jax
 
   free, needed, folder = math.inf, sum(disk.values()), workdir
@@ -416,17 +424,16 @@ def _too_large(workdir: Location, memory: Mapping[str, float], disk: Mapping[str
     free = shutil.disk_usage(folder).free
   if needed > free:
     largest = max(disk, key=lambda name: disk[name])
+    stored = largest == 'features' and config.features.projection != 'ekfac'
     yield (
       f'the run needs about {_bytes(needed)} of disk, most for {largest}, and {folder} has {_bytes(free)} free: use '
-      'another --workdir, or a smaller --config.features.dimension'
+      f'another --workdir{", or a smaller --config.features.dimension" if stored else ""}'
     )
   limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit') or _available()
   for name, size in memory.items():
     if limit and size > limit:
-      yield (
-        f'{name} needs about {_bytes(size)} of memory and there are {_bytes(limit)}: set a smaller batch or '
-        'microbatch of that stage'
-      )
+      smaller = '--config.features.dimension' if name == 'datamodel' else 'batch or microbatch of that stage'
+      yield f'{name} needs about {_bytes(size)} of memory and there are {_bytes(limit)}: set a smaller {smaller}'
 
 
 def _available() -> int:

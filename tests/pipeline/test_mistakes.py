@@ -5,6 +5,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ml_collections import ConfigDict
 
 from dsdm_jax import pipeline
 from dsdm_jax.errors import UserError
+from dsdm_jax.plan import preflight
+from tests.helpers import vocabularies
 from tests.lm.test_hugging_face import write_gpt2
 from tests.pipeline.tiny import get_config
 
@@ -223,3 +226,39 @@ def test_a_check_says_what_the_run_takes_and_writes_nothing(tmp_path: Path, caps
   assert 'set --config.pretraining.seeds=4' in seeds
   assert '100% of the prompts of long' in cut and 'set --config.pool.length=256' in cut
   assert sorted(set(tmp_path.iterdir()) - set(before)) == [tmp_path / 'documents.jsonl', tmp_path / 'questions.jsonl']
+
+
+def _pool(folder: Path, **values: Any) -> preflight._Pool:
+  config = get_config()
+  config.pool.update(values)
+  return preflight._Pool(config, None)
+
+
+def test_a_pool_that_is_not_read_has_an_estimate_only_where_its_vocabulary_is_trained(tmp_path):
+  assert _pool(tmp_path).rows == pytest.approx(60_000 / preflight._trained_bytes_per_token(320) / 32, abs=1)
+  (tmp_path / 'spiece.model').write_bytes(vocabularies.sentencepiece_model(vocab_size=80))
+  assert _pool(tmp_path, vocabulary=str(tmp_path / 'spiece.model')).rows is None
+
+
+def test_a_listed_file_that_is_missing_is_for_the_pool_to_report(tmp_path):
+  (tmp_path / 'state.json').write_text(json.dumps({'_data_files': [{'filename': 'gone.arrow'}]}))
+  assert _pool(tmp_path, sources=(f'hf:{tmp_path}',), on_error='skip', max_bytes=0).rows is None
+  with pytest.raises(UserError, match='gone.arrow'):
+    _pool(tmp_path, sources=(f'hf:{tmp_path}',), max_bytes=0)
+
+
+def test_estimates_and_advice_are_of_the_stages_that_run(tmp_path, monkeypatch):
+  config = get_config()
+  config.plan.rows, config.features.projection, config.features.dimension = 1_000, 'two_sided', 64
+  monkeypatch.setattr(preflight, '_measure', lambda *_: (1.0, 1e9))
+  asked = preflight._Questions([], 10, 1_000)
+  _, memory, disk, _ = preflight._costs(config, _pool(tmp_path), asked, ['pool', 'features', 'datamodel'])
+  assert disk.keys() == {'pool', 'features', 'datamodel'} and memory.keys() == {'features', 'datamodel'}
+  advice = {'features': 'or a smaller --config.features.dimension', 'pretraining': 'use another --workdir$'}
+  for stage, words in advice.items():
+    [warning] = preflight._too_large(config, tmp_path, {}, {stage: 1e20})
+    assert re.search(words, warning)
+  config.features.projection = 'ekfac'
+  assert re.search('use another --workdir$', next(preflight._too_large(config, tmp_path, {}, {'features': 1e20})))
+  [warning] = preflight._too_large(config, tmp_path, {'datamodel': 1e20}, {})
+  assert warning.endswith('set a smaller --config.features.dimension')

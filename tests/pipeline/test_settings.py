@@ -118,6 +118,9 @@ def test_changed_key(made, ran, key, value, stages):
     old, new = (json.dumps(flatten(c)[key]) for c in (get_config(), config))
     assert f'{key} was {old}, now {new}' in str(caught.value)
     assert '--rerun' in str(caught.value) and '\n' not in str(caught.value)
+    with pytest.raises(UserError) as checked:
+      pipeline.run(config, made, pipeline.CHECK)
+    assert str(checked.value) == str(caught.value)
     assert runs.fingerprint(made) == before, 'an error writes nothing'
     assert ran.stages == []
   pipeline.run(config, made, rerun=True)
