@@ -110,6 +110,7 @@ runtime() { # prints the runtime version for a type
   esac
 }
 
+((${#arguments[@]})) || resume+=' -- ARGUMENTS'
 workers=$(hosts)
 version=${version:-$(runtime)}
 where=("--zone=$zone")

@@ -211,6 +211,9 @@ def test_lost_on_demand_tpu_is_an_error(cloud):
   options = ' '.join(('mine', *WHERE, '--type=v5litepod-8', '--poll=0', *RUN))
   assert f'create it again with: bash launch/tpu.sh resume {options}\n' in done.stderr
   assert cloud.verbs() == ['tpu-vm ssh']
+  cloud.answer('GONE')
+  said = cloud.run('watch', 'mine', *WHERE, '--type=v5litepod-8', '--poll=0').stderr
+  assert said.endswith('--type=v5litepod-8 --poll=0 -- ARGUMENTS\n')
 
 
 def test_exit_code_is_that_of_the_run(cloud):

@@ -110,12 +110,18 @@ class Runner:
     return self.done
 
   def compare(self) -> None:
-    """Raises UserError if the workdir holds a stage with other settings; its files are not looked at."""
+    """Raises UserError if a run would find a stage with other settings or inputs; its files are not looked at."""
+    digests: dict[str, str] = {}  # of the stages that stand
     for name, stage in self.stages.items():
       artifact = artifacts.open_stage(self.workdir, name)
       existing = artifact.identity if artifact is not None else artifacts.begun(self.workdir, name)
-      if existing is not None and not stage.on_request:
-        self._check_same(stage, existing, self.identity(stage, existing['inputs']).as_json())
+      if existing is None or stage.on_request:
+        continue
+      inputs = {read: digests[read] for read in stage.reads if read in digests}
+      wanted = self.identity(stage, {**existing['inputs'], **(inputs if len(inputs) == len(stage.reads) else {})})
+      self._check_same(stage, existing, wanted.as_json())
+      if artifact is not None:
+        digests[name] = artifact.digest
 
   def _check(self, names: Iterable[str]) -> None:
     for name in names:

@@ -220,10 +220,11 @@ def arm(readings: Mapping[str, Reading | None], charged: Charge, uses: int) -> d
       continue
     gross = reading.per(final)
     shown = reading, gross, reading.per(final + selection / uses)
-    # Beyond the ladder, what is known for certain: its upper end, or nothing below its lower one.
-    worth = gross.estimate if gross.estimate is not None else (gross.top if gross.above else 0.0)
+    # Beyond the ladder, its end is what is known for certain; below a lower end above 1 that is nothing.
+    worth = gross.estimate if gross.estimate is not None else (gross.top if gross.above else gross.bottom)
+    known = gross.estimate is not None or gross.above or gross.bottom <= 1
     row |= {kind: each.as_json() for kind, each in zip(kinds, shown, strict=True)}
-    row[f'needs_{unit}_selection_below'] = max(0.0, (worth - 1) * final * uses)
+    row[f'needs_{unit}_selection_below'] = max(0.0, (worth - 1) * final * uses) if known else None
   return row
 
 

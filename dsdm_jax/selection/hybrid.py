@@ -1,4 +1,4 @@
-"""DsDm and a similarity to the target, added: z(datamodel) + z(similarity), in standard deviations over the pool.
+"""DsDm and a similarity to the target, added: z(datamodel) + z(similarity), in standard deviations over scored rows.
 
 The datamodel knows what a proxy learns from a row, the similarity what the row is about. The sum is meant to keep
 DsDm's gain on the target and lose less on what is not targeted.

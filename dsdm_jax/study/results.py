@@ -169,9 +169,10 @@ def _reading(reading: Mapping[str, Any] | None) -> str:
 
 def _pays_from(row: Mapping[str, Any]) -> str:
   """Final models that must share the selection for the estimate of net to exceed 1."""
-  gained = row['needs_flop_selection_below'] / row['uses']
-  if not row['flop_selection']:
+  needed = row['needs_flop_selection_below']
+  if not row['flop_selection'] or needed is None:
     return _NONE
+  gained = needed / row['uses']
   if gained <= 0:
     return 'never'
   return counted(math.floor(row['flop_selection'] / gained) + 1, 'model')

@@ -206,14 +206,13 @@ def test_net_is_above_one_exactly_where_selecting_costs_less_than_it_saves(cost)
   assert (row['net']['estimate'] > 1) == (cost < row['needs_flop_selection_below'])
 
 
-@pytest.mark.parametrize(('level', 'below'), [(-1.0, 0.0), (5.0, (8 - 1) * 2.0)])
+@pytest.mark.parametrize(('level', 'below'), [(-1.0, None), (5.0, (16 - 1) * 2.0)])
 def test_beyond_the_ladder_a_cost_pays_only_where_that_is_certain(level, below):
-  """Rungs of 2 to 16 and C_final 2: below them nothing is known of the gross; above, it is at least 8."""
-  compute = [2 * x for x in COMPUTE]
-  reading = multiplier.read_off(_exact(level), _ladder(), compute)
+  """Rungs of 4 to 32 and C_final 2: below them nothing is known of the gross; above, it is at least 16."""
+  reading = multiplier.read_off(_exact(level), _ladder(), [4 * x for x in COMPUTE])
   charged = multiplier.Charge({'flop': 2.0, 'seconds': 1.0}, {'flop': 1.0, 'seconds': 1.0})
   row = multiplier.arm({'flop': reading, 'seconds': None}, charged, uses=1)
-  assert row['needs_flop_selection_below'] == pytest.approx(below)
+  assert row['needs_flop_selection_below'] == below
 
 
 @pytest.mark.parametrize('compute', [[1.0], [2.0, 1.0]])

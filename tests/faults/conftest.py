@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import FAULTS
 from tests.faults.server import Server
 from tests.helpers.workdirs import once
 from tests.pipeline import runs
 from tests.pipeline.conftest import copied, finished
 
-__all__ = ['copied', 'finished', 'server', 'shimmed', 'with_ladder']
+__all__ = ['copied', 'finished', 'server', 'shimmed', 'whole', 'with_ladder']
 
 LADDER = (
   "--config.ladder.rungs=('0.5','1')",
@@ -52,3 +53,9 @@ def with_ladder(server: Server, finished: Path, tmp_path_factory: pytest.TempPat
     assert code == 0, log.read_text()[-3000:]
 
   return once(tmp_path_factory, 'with_ladder', make)
+
+
+@pytest.fixture
+def whole(request: pytest.FixtureRequest) -> Path:
+  """An undisturbed run: the finished one, or that with a ladder in the long suites."""
+  return request.getfixturevalue('with_ladder' if FAULTS else 'finished')

@@ -267,6 +267,14 @@ def test_work_of_other_packages_is_also_refused_if_its_inputs_were_rerun(made, r
   assert ran.stages == ['selection'] and (out / 'half.json').is_file()
 
 
+@pytest.mark.parametrize('only', [None, pipeline.CHECK])
+def test_work_whose_input_alone_was_rerun_is_refused(made, ran, only):
+  config = changed('selection.methods', ('dsdm', 'random'))
+  pipeline.run(config, made, 'selection', rerun=True)
+  with pytest.raises(UserError, match='holds pretraining with other settings: its input selection has changed'):
+    pipeline.run(config, made, only)
+
+
 def test_a_real_rerun(finished, copied):
   """The same through the command line: what runs is what the key touches, byte for byte."""
   before, count = runs.fingerprint(copied), len(runs.events(copied))
