@@ -28,7 +28,7 @@ from tests.training.test_step import make_trainer
   ('flags', 'words'),
   [
     (['--config.pool.lenght=64'], ['--config.pool.lenght=64', 'mean "length"']),
-    (['--config.zzz=64'], ['zzz', 'configs/base.py']),
+    (['--config.zzz=64'], ['zzz', 'docs/keys.md']),
     (['--config.pool.length=long'], ['pool.length', 'long']),
     (['--config.datamodel.damping=much'], ['datamodel.damping', 'much']),
     (['--config.datamodel.damping=0'], ['config key datamodel.damping = 0.0', 'greater than 0']),
